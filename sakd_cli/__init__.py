@@ -1,0 +1,3 @@
+"""sakd: spot-adaptive knowledge distillation of image classifiers."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""`python -m sakd_cli` is `sakd`."""
+
+from sakd_cli.cli.app import main
+
+main()

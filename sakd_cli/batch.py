@@ -1,0 +1,20 @@
+"""What the data floor hands to a task: one batch, ready for the networks."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One training batch; every tensor is on the run's device.
+
+    images  [B, 3, H, W]  float, augmented and normalised
+    labels  [B]           int64 class index
+    index   [B]           int64 position of the sample in the training split
+    noise   [B, W]        uniform in [0, 1), W numbers per sample for whatever the task draws
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    noise: Tensor

@@ -1,0 +1,223 @@
+"""Where each word of a config comes from: option > environment (SAKD_*) > file > preset > default.
+
+A layer is a nested dict with the name of its origin. Layers are laid over each other from the weakest to the
+strongest; every leaf remembers who set it, so that an error and `sakd config show --origin` can say so.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.run import TASKS, RunConfig
+from sakd_cli.errors import UsageError, unknown
+
+# Named options of the command line and the key each one sets. The environment variable is SAKD_ + the name.
+OPTIONS = {
+    "teacher": "teacher.source",
+    "student": "student",
+    "model": "model",
+    "method": "method.name",
+    "router": "router.name",
+    "pretrain": "teacher.pretrain",
+    "dataset": "data.name",
+    "data_root": "data.root",
+    "runs_dir": "runs_dir",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "seed": "seed",
+    "device": "device",
+}
+# Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it.
+_HEADS = {
+    "method": ("name", set[str]()),
+    "router": ("name", set[str]()),
+    "data": ("name", set(DataConfig.model_fields)),
+    "teacher": ("source", {"pretrain", "epochs"}),
+}
+
+
+class Layer(NamedTuple):
+    """Words of one origin, nested as in a config file."""
+
+    origin: str
+    values: dict[str, Any]
+
+
+class Resolved(NamedTuple):
+    """The config, and the origin of each dotted key that some layer set."""
+
+    config: RunConfig
+    origins: dict[str, str]
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, leaf = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def option_layers(options: Mapping[str, Any]) -> list[Layer]:
+    """One layer per named option that was given."""
+    return [
+        Layer(f"--{name.replace('_', '-')}", nested({OPTIONS[name]: value}))
+        for name, value in options.items()
+        if value is not None
+    ]
+
+
+def set_layers(assignments: Iterable[str]) -> list[Layer]:
+    """One layer per `--set a.b=c`; the value is read as YAML."""
+    layers = []
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UsageError(f"--set {assignment!r} is not of the form key=value", hint="for example --set data.limit=1000")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {key}: {text!r} is no YAML value") from None
+        layers.append(Layer(f"--set {key}", nested({key: value})))
+    return layers
+
+
+def environment_layers(known: Iterable[str]) -> list[Layer]:
+    """One layer per `SAKD_<OPTION>` that is set and not empty, for the options a command has."""
+    values = {name: os.environ.get(f"SAKD_{name.upper()}") for name in known}
+    return [Layer(f"SAKD_{name.upper()}", nested({OPTIONS[name]: value})) for name, value in values.items() if value]
+
+
+def file_layer(path: Path, origin: str) -> Layer:
+    """A YAML file as a layer. Raises UsageError naming the file and, where YAML says so, the line."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{path}: a config is a mapping of keys to values")
+    return Layer(origin, values)
+
+
+def _lay_over(below: dict[str, Any], layer: Layer, origins: dict[str, str]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in layer.values.items():
+        head, outlives = _HEADS.get(key, ("", set[str]()))
+        if head and isinstance(value, str):
+            value = {head: value}
+        if not isinstance(value, dict):
+            merged[key] = value
+            origins[key] = layer.origin
+            continue
+        section = dict(merged[key]) if isinstance(merged.get(key), dict) else {}
+        if head in value and head in section and value[head] != section[head]:
+            section = {name: kept for name, kept in section.items() if name in outlives}
+        merged[key] = section | value
+        origins |= {f"{key}.{leaf}": layer.origin for leaf in flat(value)}
+    return merged
+
+
+def resolve(task: str, layers: Iterable[Layer]) -> Resolved:
+    """Lay the layers over each other and read the result as the config of `task`.
+
+    Raises UsageError: which key, what is wrong with it, the nearest name, and who set it.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        values = _lay_over(values, _for_task(task, layer), origins)
+    try:
+        return Resolved(TASKS[task].model_validate(values), origins)
+    except ValidationError as error:
+        raise _told(task, error, origins) from None
+
+
+def _for_task(task: str, layer: Layer) -> Layer:
+    """A preset or file written for a distillation also says how to train its teacher."""
+    values = {key: value for key, value in layer.values.items() if key != "task"}
+    written_for = layer.values.get("task", task)
+    if written_for == task:
+        return Layer(layer.origin, values)
+    if (written_for, task) != ("distill", "pretrain"):
+        raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
+    teacher = values.pop("teacher", {})
+    teacher = {"source": teacher} if isinstance(teacher, str) else teacher
+    kept = {key: value for key, value in values.items() if key not in ("student", "method", "router")}
+    kept |= {"model": teacher["source"]} if "source" in teacher else {}
+    if "epochs" in teacher:
+        kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}
+    return Layer(layer.origin, kept)
+
+
+def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> UsageError:
+    """The first of pydantic's complaints in one line of ours."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    origin = next((origins[known] for known in (key, *_heads_of(place)) if known in origins), None)
+    where = f" (from {origin})" if origin else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        text = f"{unknown('key', key, _known_keys(task, place))}"
+    elif first["type"] == "missing":
+        option = next((f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if path.split(".")[0] == key), None)
+        if key == "model":
+            option = "the name of a network"
+        return UsageError(f"{key}: missing", hint=f"give {option}, or a preset that has it: sakd list presets")
+    else:
+        text = f"{key}: {first['msg'].removeprefix('Value error, ')}"
+        text += f", got {first['input']!r}" if isinstance(first["input"], str | int | float) and "unknown" not in text else ""
+    return UsageError(text + where + more)
+
+
+def _heads_of(place: list[str]) -> list[str]:
+    key = ".".join(place)
+    return [f"{key}.name", f"{key}.source"]
+
+
+def _known_keys(task: str, place: list[str]) -> list[str]:
+    """Full names of the keys that could stand where the unknown one stands."""
+    kinds: list[type[Any]] = [TASKS[task]]
+    for part in place[:-1]:
+        kinds = [kind for parent in kinds for kind in _classes_below(parent, part)]
+    prefix = "".join(f"{part}." for part in place[:-1])
+    return [f"{prefix}{name}" for kind in kinds for name in kind.model_fields]
+
+
+def _classes_below(parent: type[Any], name: str) -> list[type[Any]]:
+    from sakd_cli.config import datasets, methods, routers, run
+
+    tables: dict[str, list[type[Any]]] = {
+        "method": list(methods.METHODS.values()),
+        "router": list(routers.ROUTERS.values()),
+        "data": list(datasets.DATASETS.values()),
+        "train": [run.Train],
+        "teacher": [run.TeacherConfig],
+    }
+    return tables.get(name, []) if name in parent.model_fields else []

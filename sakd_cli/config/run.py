@@ -1,0 +1,107 @@
+"""One whole run in words: what `config.yaml` of a run directory holds and what the command line makes."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from sakd_cli.config.datasets import CIFAR100Config, Data
+from sakd_cli.config.methods import FitNetConfig, Method
+from sakd_cli.config.networks import NetworkName
+from sakd_cli.config.routers import AdaptiveConfig, Router
+from sakd_cli.config.words import Words
+
+
+class Train(Words):
+    """SGD as the field trains CIFAR networks (sakd spec, section 2.7).
+
+    epochs, batch_size
+    lr            None: 0.05, or the network's own (0.01 for MobileNetV2 and ShuffleNet)
+    momentum, weight_decay
+    milestones    epochs after which lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)
+    """
+
+    epochs: PositiveInt = 240
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat | None = None
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    milestones: tuple[PositiveInt, ...] | None = None
+    lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> "Train":
+        steps = self.milestones or ()
+        if list(steps) != sorted(set(steps)):
+            raise ValueError(f"milestones {list(steps)} must rise")
+        if steps and steps[-1] >= self.epochs:
+            raise ValueError(f"milestone {steps[-1]} lies after the end ({self.epochs} epochs)")
+        return self
+
+    def decay_epochs(self) -> tuple[int, ...]:
+        """Epochs (counted from 1) after which the learning rate falls."""
+        if self.milestones is not None:
+            return self.milestones
+        return tuple(sorted({self.epochs * eighth // 8 for eighth in (5, 6, 7)} - {0}))
+
+
+class RunConfig(Words):
+    """What every run has.
+
+    seed       of initialisation, order, augmentation and routing noise; each draws from a stream of its own
+    device     auto, cpu, cuda, cuda:1, mps
+    runs_dir   folder in which run directories are made
+    log_every  steps between two lines of metrics
+    """
+
+    data: Data = CIFAR100Config()
+    train: Train = Train()
+    seed: NonNegativeInt = 0
+    device: str = "auto"
+    runs_dir: Path = Path("runs")
+    log_every: PositiveInt = 50
+
+
+class PretrainConfig(RunConfig):
+    """Train one network with cross-entropy: a teacher, or a student alone."""
+
+    task: Literal["pretrain"] = "pretrain"
+    model: NetworkName
+
+
+def _source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class TeacherConfig(Words):
+    """Whom to learn from.
+
+    source    an architecture (its newest finished run), a run directory or a weights file
+    pretrain  train it first if no finished run is there
+    epochs    of that training; None: as many as the student's
+    """
+
+    source: str
+    pretrain: bool = False
+    epochs: PositiveInt | None = None
+
+
+class DistillConfig(RunConfig):
+    """Train a student from a frozen teacher."""
+
+    task: Literal["distill"] = "distill"
+    teacher: Annotated[TeacherConfig, BeforeValidator(_source)]
+    student: NetworkName
+    method: Method = FitNetConfig()
+    router: Router = AdaptiveConfig()
+
+    def pretraining(self) -> dict[str, Any]:
+        """The words of the run that trains this run's teacher."""
+        words = self.model_dump(mode="json", exclude={"task", "teacher", "student", "method", "router"})
+        return words | {
+            "model": self.teacher.source,
+            "train": words["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),
+        }
+
+
+TASKS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "distill": DistillConfig}

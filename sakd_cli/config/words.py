@@ -1,0 +1,46 @@
+"""The base of every config class, and how one word chooses one of several classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from sakd_cli.errors import unknown
+
+
+class Words(BaseModel):
+    """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def chosen_by_name(kind: str, table: Mapping[str, type[Words]], default: str) -> BeforeValidator:
+    """Turn `fitnet` or `{name: fitnet, weight: 2}` into an object of the class that `table` names."""
+
+    def choose(value: Any) -> Any:
+        if isinstance(value, Words):
+            return value
+        words = {"name": value} if isinstance(value, str) else value
+        if not isinstance(words, dict) or not isinstance(words.get("name", default), str):
+            raise PydanticCustomError("no_name", "needs a name, one of: {known}", {"known": ", ".join(sorted(table))})
+        words = {"name": default} | words
+        if words["name"] not in table:
+            raise PydanticCustomError("unknown_name", "{text}", {"text": unknown(kind, words["name"], table)})
+        return table[words["name"]].model_validate(words)
+
+    return BeforeValidator(choose)
+
+
+def by_name(base: type[Words]) -> dict[str, type[Any]]:
+    """All classes below `base` that have a name of their own, keyed by it."""
+    table: dict[str, type[Any]] = {}
+    for kind in base.__subclasses__():
+        name = kind.model_fields["name"].default
+        table |= {name: kind} if isinstance(name, str) else by_name(kind)
+    return table
+
+
+def summary(kind: type[Words]) -> str:
+    """First line of a config class's docstring: what `sakd list` prints."""
+    return (kind.__doc__ or "").strip().splitlines()[0]

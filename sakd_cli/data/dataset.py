@@ -1,0 +1,107 @@
+"""What every data set loads to, and the two ways of taking a part of one."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sakd_cli.data.streams import generator
+from sakd_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one purpose, whole in memory.
+
+    images  [N, 3, H, W]  uint8
+    labels  [N]           int64 class index
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on `device`; nothing is copied where it already lives there."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def subset(self, index: Tensor) -> "Split":
+        """The samples at `index` [n] int64, in that order."""
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set and all that training needs to know about it.
+
+    mean, std  per channel, of pixels / 255
+    padding    width in pixels of the zero border from which a random crop of the original size is cut
+    flip       whether a mirrored image keeps its class
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    padding: int
+    flip: bool
+    train: Split
+    test: Split
+
+
+def limited(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+    """The data set with its training split cut to `limit` images, in their old order; None: all of them.
+
+    The numbers per class differ by at most one, as far as each class has images. A smaller limit with the same seed
+    takes a part of what a larger one takes. A limit above the split's size takes everything.
+    """
+    if limit is None or limit >= len(dataset.train):
+        return dataset
+    rank, _, turn = _shuffled_ranks(dataset.train.labels, len(dataset.classes), seed, "limit")
+    # Deal the images out class by class: every class's first, then every class's second, and so on.
+    dealt = torch.argsort(rank * len(dataset.classes) + turn)
+    return replace(dataset, train=dataset.train.subset(dealt[:limit].sort().values))
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """Cut the training split in two: (training, held out), disjoint, each in its old order; None at fraction 0.
+
+    Together the held-out images number `fraction` of the split, rounded; each class gives that fraction of its own
+    images, to within one. Raises DataError where either part would be empty.
+    """
+    if fraction == 0:
+        return dataset.train, None
+    labels = dataset.train.labels
+    count = round(fraction * len(labels))
+    if not 0 < count < len(labels):
+        side = "held-out" if count <= 0 else "training"
+        raise DataError(
+            f"{dataset.name}: holding out {fraction:g} of {len(labels)} training images leaves no {side} image",
+            "use more images, or hold out nothing (0)",
+        )
+    rank, size, turn = _shuffled_ranks(labels, len(dataset.classes), seed, "holdout")
+    # A class's images lie evenly spaced on [0, 1], so any cut takes the same share of every class to within one;
+    # equal places (classes of equal size) are taken in a drawn order of the classes.
+    place = ((rank.double() + 0.5) / size).mul(2**40).long()
+    by_turn = torch.argsort(turn, stable=True)
+    chosen = by_turn[torch.argsort(place[by_turn], stable=True)][:count]
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[chosen.cpu()] = True
+    train = dataset.train
+    return train.subset((~held).nonzero().squeeze(1)), train.subset(held.nonzero().squeeze(1))
+
+
+def _shuffled_ranks(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Per sample [N], on the CPU: its place in its class's drawn order, its class's size, its class's drawn turn."""
+    labels = labels.cpu()
+    draw = generator(seed, purpose)
+    order = torch.randperm(len(labels), generator=draw)
+    turns = torch.randperm(classes, generator=draw)
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    sizes = torch.bincount(labels, minlength=classes)
+    first = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+    return rank, sizes[labels], turns[labels]

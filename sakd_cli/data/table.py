@@ -1,0 +1,20 @@
+"""Name of a data set -> what loads it. To add a data set: a file here, a config class, one line below."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sakd_cli.config.datasets import DataConfig
+from sakd_cli.data.cifar import load_cifar10, load_cifar100
+from sakd_cli.data.dataset import Dataset
+from sakd_cli.data.shapes import load_shapes
+
+DATASETS: dict[str, Callable[[Any], Dataset]] = {
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "shapes": load_shapes,
+}
+
+
+def load(config: DataConfig) -> Dataset:
+    """The data set that `config` names, whole: limit and hold-out are the caller's, as they need the run's seed."""
+    return DATASETS[config.name](config)

@@ -1,0 +1,75 @@
+"""Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code.
+
+    SakdError                 1   a bug of ours, if ever raised directly
+    ├── UsageError            2   a wrong word on the command line, in a preset, a config or an input file
+    ├── DataError             3   a data set that is missing or damaged
+    ├── CheckpointError       4   a run's own checkpoint that is missing or damaged
+    ├── DiskError             5   the disk is full or not writable
+    ├── MemoryLimitError      6   the device has too little memory
+    ├── NonFiniteError        7   a loss or a gradient is NaN or infinite
+    └── RunInUseError         8   another process works in this run directory
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SakdError(Exception):
+    """Message, hint and exit code; the command line prints the first two and leaves with the third."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SakdError):
+    """A word of the user's that is wrong; nothing was written."""
+
+    exit_code = 2
+
+
+class DataError(SakdError):
+    """A data set that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(SakdError):
+    """A checkpoint of a run that cannot be used."""
+
+    exit_code = 4
+
+
+class DiskError(SakdError):
+    """The disk refused."""
+
+    exit_code = 5
+
+
+class MemoryLimitError(SakdError):
+    """The device has too little memory."""
+
+    exit_code = 6
+
+
+class NonFiniteError(SakdError):
+    """A number that must be finite is not."""
+
+    exit_code = 7
+
+
+class RunInUseError(SakdError):
+    """Two processes in one run directory."""
+
+    exit_code = 8
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """`unknown method 'atx'; did you mean 'at'?`, or the whole list where nothing is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    return f"unknown {kind} {name!r}; {tail}"

@@ -1,0 +1,114 @@
+"""A trained network on disk: `model.safetensors` that opens alone, and a folder around it.
+
+The file's header says what is in it (architecture, classes, normalisation), so that a single file is enough for
+`--teacher FILE` and `sakd eval FILE`. The folder repeats it as `config.json` and has a model card.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from sakd_cli.errors import UsageError
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.table import create
+from sakd_cli.rundir import sha256, write_aside, write_json
+
+FORMAT = "sakd.network/1"
+
+
+class NetworkCard(NamedTuple):
+    """What one must know to use the weights.
+
+    mean, std are of pixel values in [0, 1], per channel; side is the image's height and width in pixels.
+    """
+
+    architecture: str
+    dataset: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    side: int
+
+
+class Artifact(NamedTuple):
+    """A network that was read back: the model on the CPU, its card, the SHA-256 of its file."""
+
+    model: StagedModel
+    card: NetworkCard
+    sha256: str
+
+
+def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
+    """Write `model.safetensors` with its card in the header, atomically. Tensors are made contiguous first."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_aside(path, save(tensors, {"format": FORMAT, "card": json.dumps(card._asdict())}))
+
+
+def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
+    """Write the deployable folder; `facts` are further entries of its config.json (figures, the teacher's hash)."""
+    folder.mkdir(exist_ok=True)
+    save_weights(folder / "model.safetensors", model, card)
+    about = card._asdict() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
+    write_json(folder / "config.json", about)
+    write_aside(folder / "README.md", _readme(card, about).encode())
+
+
+def load(path: Path) -> Artifact:
+    """Read a weights file or the folder around one. Raises UsageError where it is missing, damaged or not ours."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file", hint="give a run directory or a model.safetensors written by sakd")
+    digest = sha256(file)
+    _check_folder(file, digest)
+    try:
+        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})") from None
+    if header.get("format") != FORMAT:
+        raise UsageError(f"{file}: not a network saved by sakd (format {header.get('format')!r}, expected {FORMAT!r})")
+    try:
+        words = json.loads(header["card"])
+        card = NetworkCard(**{key: tuple(word) if isinstance(word, list) else word for key, word in words.items()})
+        with torch.device("cpu"):
+            model = create(card.architecture, len(card.classes))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
+    return Artifact(model, card, digest)
+
+
+def _check_folder(file: Path, digest: str) -> None:
+    about = file.parent / "config.json"
+    if file.name != "model.safetensors" or not about.is_file():
+        return
+    try:
+        expected = json.loads(about.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{about}: missing or damaged") from None
+    if expected != digest:
+        raise UsageError(f"{file}: damaged, its SHA-256 differs from the one in config.json")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:100]
+
+
+def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
+    top1 = about.get("top1")
+    accuracy = "" if top1 is None else f" Top-1 on its test images after the last epoch: {top1:.2f} %."
+    teacher = about.get("teacher")
+    learned = "" if teacher is None else f"\nTeacher: {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
+    return (
+        f"# {card.architecture} on {card.dataset}\n\n"
+        f"An image classifier for {len(card.classes)} classes, images {card.side}x{card.side}, trained with sakd.{accuracy}\n"
+        f"{learned}\n"
+        "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the normalisation\n"
+        "(mean and standard deviation of pixel values between 0 and 1).\n\n"
+        "    sakd eval .\n"
+    )

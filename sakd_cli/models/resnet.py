@@ -1,0 +1,49 @@
+"""CIFAR ResNets (He et al., CVPR 2016, section 4.2), in the widths of the CRD benchmark (Tian et al., ICLR 2020).
+
+depth = 6n + 2: three groups of n basic blocks at strides 1, 2, 4. Stage outputs are after the ReLU. We differ from the
+original in the projection shortcut (1x1 convolution and BatchNorm) where it pads with zeros; so do all peers.
+"""
+
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sakd_cli.models.layers import GlobalPool, conv3x3, init_kaiming
+from sakd_cli.models.staged import StagedModel, StageInfo
+
+
+@final
+class BasicBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))), [N, C, H, W] to [N, C', H/stride, W/stride]."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = conv3x3(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        projection = [] if same else [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Sequential(*projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.shortcut(x) + residual)
+
+
+def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)) -> StagedModel:
+    """A CIFAR ResNet; `widths` are those of the stem and the three groups."""
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth of a CIFAR ResNet is 6n+2, not {depth}")
+    stem = nn.Sequential(conv3x3(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU())
+    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", widths[0], 1), stem)]
+    for group, stride in enumerate((1, 2, 4), start=1):
+        inputs, outputs = widths[group - 1], widths[group]
+        blocks = [BasicBlock(inputs, outputs, 1 if group == 1 else 2)]
+        blocks += [BasicBlock(outputs, outputs, 1) for _ in range((depth - 2) // 6 - 1)]
+        stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
+    stages.append((StageInfo("pool", widths[3], 0), GlobalPool()))
+    model = StagedModel(name=name, family="resnet", stages=stages, num_classes=num_classes)
+    init_kaiming(model)
+    return model

@@ -1,0 +1,50 @@
+"""Spots: named places where knowledge may pass from the teacher to the student."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from sakd_cli.models.staged import Shape, StagedModel
+
+
+class Spot(NamedTuple):
+    """A pair of stages. `student` and `teacher` are stage indices; shapes are of one sample, without the batch."""
+
+    name: str
+    kind: Literal["map", "embedding", "logits"]
+    student: int
+    teacher: int
+    student_shape: Shape
+    teacher_shape: Shape
+
+
+def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]:
+    """Pairs (student stage, teacher stage) of maps that belong together.
+
+    Networks with equally many stages are paired in order, as published. Otherwise each stage of the shorter one takes
+    the stage of the longer one whose stride is nearest, later ones first, always rising.
+    """
+    ours, theirs = student.map_stages, teacher.map_stages
+    if len(ours) == len(theirs):
+        return list(zip(ours, theirs, strict=True))
+    if len(ours) > len(theirs):
+        return [(s, t) for t, s in aligned(teacher, student)]
+    pairs: list[tuple[int, int]] = []
+    limit = len(teacher.infos) - 1
+    for place in reversed(range(len(ours))):
+        stride = student.infos[ours[place]].stride
+        candidates = theirs[place : limit - 1]
+        best = min(reversed(candidates), key=lambda stage: abs(teacher.infos[stage].stride - stride))
+        pairs.insert(0, (ours[place], best))
+        limit = best
+    return pairs
+
+
+def spots_at(student: StagedModel, teacher: StagedModel, places: Sequence[tuple[int, int]], side: int) -> list[Spot]:
+    """The spots at these pairs of stages, then the logit spot, which every method has."""
+    spots = []
+    for s, t in places:
+        ours, theirs = student.infos[s], teacher.infos[t]
+        spots.append(Spot(ours.name, ours.kind, s, t, ours.shape(side), theirs.shape(side)))
+    classes = (student.num_classes,)
+    spots.append(Spot("logits", "logits", len(student.infos), len(teacher.infos), classes, classes))
+    return spots

@@ -1,0 +1,49 @@
+"""Wide ResNets (Zagoruyko and Komodakis, BMVC 2016), pre-activation, no dropout.
+
+depth = 6n + 4: three groups of n blocks at strides 1, 2, 4, widths 16w, 32w, 64w. The stem has no BatchNorm and stage
+outputs are the raw sums, so they are signed; the last BatchNorm and ReLU stand in front of the pooling.
+"""
+
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sakd_cli.models.layers import GlobalPool, conv3x3, init_fan_out
+from sakd_cli.models.staged import StagedModel, StageInfo
+
+
+@final
+class PreActivationBlock(nn.Module):
+    """x + conv(relu(bn(conv(relu(bn(x)))))); where the width changes, the activated input feeds the 1x1 shortcut too."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = conv3x3(outputs, outputs)
+        self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        residual = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
+    """A wide ResNet of `depth` layers, `width` times as wide as the first ones."""
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth of a wide ResNet is 6n+4, not {depth}")
+    widths = (16, 16 * width, 32 * width, 64 * width)
+    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", 16, 1), conv3x3(3, 16))]
+    for group, stride in enumerate((1, 2, 4), start=1):
+        inputs, outputs = widths[group - 1], widths[group]
+        blocks = [PreActivationBlock(inputs, outputs, 1 if group == 1 else 2)]
+        blocks += [PreActivationBlock(outputs, outputs, 1) for _ in range((depth - 4) // 6 - 1)]
+        stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
+    pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
+    stages.append((StageInfo("pool", widths[3], 0), pool))
+    model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes)
+    init_fan_out(model)
+    return model

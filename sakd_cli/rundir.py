@@ -1,0 +1,148 @@
+"""A run on disk: where things lie, how they are written, how runs are found. No torch.
+
+    config.yaml        every word of the run; can be run again with --config
+    env.json           versions, device, command, start
+    metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
+    spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
+    samples.safetensors  per training sample: visits, and per spot how often it was taught there
+    checkpoints/       last, previous, best: see engine/checkpoint.py
+    teacher/ student/  the deployable network: model.safetensors, config.json, README.md
+    summary.json       final figures; its presence means the run is finished
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sakd_cli.errors import DiskError, UsageError
+
+DELIVERABLES = ("student", "teacher")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: aside, flushed to the disk, then renamed over the old one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write one JSON document, atomically."""
+    write_aside(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+class RunDir:
+    """One run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, runs_dir: Path, label: str) -> "RunDir":
+        """Make a new directory `<date>-<time>-<label>`; never one that exists."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        try:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            for attempt in range(1, 1000):
+                path = runs_dir / (f"{stamp}-{label}" if attempt == 1 else f"{stamp}-{label}-{attempt}")
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+                return cls(path)
+        except OSError as error:
+            raise DiskError(f"{runs_dir}: cannot make a run directory: {error.strerror}", hint="--runs-dir DIR") from None
+        raise DiskError(f"{runs_dir}: too many runs of the same second")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every word of the run, as a plain tree."""
+        try:
+            words = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            words = None
+        if not isinstance(words, dict):
+            raise UsageError(f"{self.path}: not a run directory, its config.yaml is missing or damaged")
+        return words
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "summary.json").is_file()
+
+    @property
+    def deliverable(self) -> Path | None:
+        """Folder of the deployable network, if the run has saved one."""
+        folders = [self.path / name for name in DELIVERABLES]
+        return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add one line to a JSON-lines file."""
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise DiskError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The records of a JSON-lines file; none if it is not there. A torn last line is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One JSON document of the run. Raises UsageError if it is missing or damaged."""
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict):
+            raise UsageError(f"{self.path / name}: missing or damaged")
+        return content
+
+
+def all_runs(runs_dir: Path) -> list[RunDir]:
+    """Every run in the folder, newest first."""
+    found = [RunDir(path.parent) for path in runs_dir.glob("*/config.yaml")]
+    return sorted(found, key=lambda run: ((run.path / "config.yaml").stat().st_mtime_ns, run.path.name), reverse=True)
+
+
+def newest_run(runs_dir: Path, **wanted: Any) -> RunDir | None:
+    """The newest finished run whose config agrees with `wanted` (dotted keys with `__` for the dot)."""
+    for run in all_runs(runs_dir):
+        try:
+            if run.finished and all(_look_up(run.config, key.split("__")) == value for key, value in wanted.items()):
+                return run
+        except UsageError:
+            continue
+    return None
+
+
+def _look_up(tree: Any, path: list[str]) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
