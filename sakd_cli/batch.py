@@ -1,11 +1,12 @@
 """What the data floor hands to a task: one batch, ready for the networks."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Batch:
     """One training batch; every tensor is on the run's device.
 
     images  [B, 3, H, W]  float, augmented and normalised

@@ -1,13 +1,13 @@
 """Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code.
 
-    SakdError                 1   a bug of ours, if ever raised directly
-    ├── UsageError            2   a wrong word on the command line, in a preset, a config or an input file
-    ├── DataError             3   a data set that is missing or damaged
-    ├── CheckpointError       4   a run's own checkpoint that is missing or damaged
-    ├── DiskError             5   the disk is full or not writable
-    ├── MemoryLimitError      6   the device has too little memory
-    ├── NonFiniteError        7   a loss or a gradient is NaN or infinite
-    └── RunInUseError         8   another process works in this run directory
+SakdError                 1   a bug of ours, if ever raised directly
+├── UsageError            2   a wrong word on the command line, in a preset, a config or an input file
+├── DataError             3   a data set that is missing or damaged
+├── CheckpointError       4   a run's own checkpoint that is missing or damaged
+├── DiskError             5   the disk is full or not writable
+├── MemoryLimitError      6   the device has too little memory
+├── NonFiniteError        7   a loss or a gradient is NaN or infinite
+└── RunInUseError         8   another process works in this run directory
 """
 
 import difflib

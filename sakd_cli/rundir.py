@@ -1,13 +1,13 @@
 """A run on disk: where things lie, how they are written, how runs are found. No torch.
 
-    config.yaml        every word of the run; can be run again with --config
-    env.json           versions, device, command, start
-    metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
-    spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
-    samples.safetensors  per training sample: visits, and per spot how often it was taught there
-    checkpoints/       last, previous, best: see engine/checkpoint.py
-    teacher/ student/  the deployable network: model.safetensors, config.json, README.md
-    summary.json       final figures; its presence means the run is finished
+config.yaml        every word of the run; can be run again with --config
+env.json           versions, device, command, start
+metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
+spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
+samples.safetensors  per training sample: visits, and per spot how often it was taught there
+checkpoints/       last, previous, best: see engine/checkpoint.py
+teacher/ student/  the deployable network: model.safetensors, config.json, README.md
+summary.json       final figures; its presence means the run is finished
 """
 
 import hashlib
@@ -69,7 +69,9 @@ class RunDir:
                     continue
                 return cls(path)
         except OSError as error:
-            raise DiskError(f"{runs_dir}: cannot make a run directory: {error.strerror}", hint="--runs-dir DIR") from None
+            raise DiskError(
+                f"{runs_dir}: cannot make a run directory: {error.strerror}", hint="--runs-dir DIR"
+            ) from None
         raise DiskError(f"{runs_dir}: too many runs of the same second")
 
     @property

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config.datasets import DataConfig
-from sakd_cli.config.run import TASKS, RunConfig
+from sakd_cli.config import datasets, methods, routers, run
+from sakd_cli.config.run import TASKS
+from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
 
 # Named options of the command line and the key each one sets. The environment variable is SAKD_ + the name.
@@ -36,7 +37,7 @@ OPTIONS = {
 _HEADS = {
     "method": ("name", set[str]()),
     "router": ("name", set[str]()),
-    "data": ("name", set(DataConfig.model_fields)),
+    "data": ("name", set(datasets.DataConfig.model_fields)),
     "teacher": ("source", {"pretrain", "epochs"}),
 }
 
@@ -49,9 +50,9 @@ class Layer(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """The config, and the origin of each dotted key that some layer set."""
+    """The config (of the class that `TASKS` names), and the origin of each dotted key that some layer set."""
 
-    config: RunConfig
+    config: Any
     origins: dict[str, str]
 
 
@@ -93,7 +94,9 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
-            raise UsageError(f"--set {assignment!r} is not of the form key=value", hint="for example --set data.limit=1000")
+            raise UsageError(
+                f"--set {assignment!r} is not of the form key=value", hint="for example --set data.limit=1000"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -119,7 +122,9 @@ def file_layer(path: Path, origin: str) -> Layer:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from None
+        raise UsageError(
+            f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be read'}"
+        ) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path}: a config is a mapping of keys to values")
     return Layer(origin, values)
@@ -186,13 +191,19 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     if first["type"] == "extra_forbidden":
         text = f"{unknown('key', key, _known_keys(task, place))}"
     elif first["type"] == "missing":
-        option = next((f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if path.split(".")[0] == key), None)
+        option = next(
+            (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if path.split(".")[0] == key), None
+        )
         if key == "model":
             option = "the name of a network"
         return UsageError(f"{key}: missing", hint=f"give {option}, or a preset that has it: sakd list presets")
     else:
         text = f"{key}: {first['msg'].removeprefix('Value error, ')}"
-        text += f", got {first['input']!r}" if isinstance(first["input"], str | int | float) and "unknown" not in text else ""
+        text += (
+            f", got {first['input']!r}"
+            if isinstance(first["input"], str | int | float) and "unknown" not in text
+            else ""
+        )
     return UsageError(text + where + more)
 
 
@@ -203,17 +214,15 @@ def _heads_of(place: list[str]) -> list[str]:
 
 def _known_keys(task: str, place: list[str]) -> list[str]:
     """Full names of the keys that could stand where the unknown one stands."""
-    kinds: list[type[Any]] = [TASKS[task]]
+    kinds: list[type[Words]] = [TASKS[task]]
     for part in place[:-1]:
         kinds = [kind for parent in kinds for kind in _classes_below(parent, part)]
     prefix = "".join(f"{part}." for part in place[:-1])
     return [f"{prefix}{name}" for kind in kinds for name in kind.model_fields]
 
 
-def _classes_below(parent: type[Any], name: str) -> list[type[Any]]:
-    from sakd_cli.config import datasets, methods, routers, run
-
-    tables: dict[str, list[type[Any]]] = {
+def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
+    tables: dict[str, list[type[Words]]] = {
         "method": list(methods.METHODS.values()),
         "router": list(routers.ROUTERS.values()),
         "data": list(datasets.DATASETS.values()),

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
@@ -104,4 +112,12 @@ class DistillConfig(RunConfig):
         }
 
 
-TASKS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "distill": DistillConfig}
+class EvalConfig(Words):
+    """Score a network on the test images of a data set."""
+
+    data: Data = CIFAR100Config()
+    device: str = "auto"
+    runs_dir: Path = Path("runs")
+
+
+TASKS: dict[str, type[Words]] = {"pretrain": PretrainConfig, "distill": DistillConfig, "eval": EvalConfig}

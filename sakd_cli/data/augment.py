@@ -39,6 +39,6 @@ def constants(values: tuple[float, float, float], device: torch.device) -> Tenso
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 (pixels / 255 - mean) / std; mean and std [3, 1, 1] float32.
 
-    The same operations in the same order as torchvision's ToTensor and Normalize, so the results are bit for bit theirs.
+    The operations of torchvision's ToTensor and Normalize in their order: the results are bit for bit theirs.
     """
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)

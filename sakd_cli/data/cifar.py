@@ -5,8 +5,8 @@ anything is unpickled: here, to tell a missing file from a damaged one, and agai
 """
 
 import contextlib
+import importlib
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -27,9 +27,7 @@ PATIENCE = 30.0  # seconds without an answer before a download is given up; Pyth
 
 def load_cifar10(config: CIFAR10Config) -> Dataset:
     """50,000 training and 10,000 test images of 10 classes; DataError where the files are missing or damaged."""
-    from torchvision.datasets import CIFAR10  # imported late: 1.6 s that drawn shapes need not wait for
-
-    train, test, classes = _load(config, CIFAR10)
+    train, test, classes = _load(config, _torchvision().CIFAR10)
     # The constants that most published CIFAR code uses (the std is the mean of the images' own std's).
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     return Dataset(config.name, classes, mean, std, padding=4, flip=True, train=train, test=test)
@@ -37,9 +35,7 @@ def load_cifar10(config: CIFAR10Config) -> Dataset:
 
 def load_cifar100(config: CIFAR100Config) -> Dataset:
     """50,000 training and 10,000 test images of 100 classes; DataError where the files are missing or damaged."""
-    from torchvision.datasets import CIFAR100
-
-    train, test, classes = _load(config, CIFAR100)
+    train, test, classes = _load(config, _torchvision().CIFAR100)
     # The constants of the published distillation code; the exact ones differ by 0.0002 at most.
     mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
     return Dataset(config.name, classes, mean, std, padding=4, flip=True, train=train, test=test)
@@ -49,6 +45,11 @@ def default_root() -> Path:
     """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "sakd" / "data"
+
+
+def _torchvision() -> Any:
+    """`torchvision.datasets`, imported late: it takes 1.6 s that drawn shapes need not wait for; it has no types."""
+    return importlib.import_module("torchvision.datasets")
 
 
 def _load(config: CIFAR10Config | CIFAR100Config, kind: Any) -> tuple[Split, Split, tuple[str, ...]]:
@@ -79,8 +80,7 @@ def _files(kind: Any) -> dict[str, str]:
 
 def _missing(name: str, root: Path, kind: Any) -> list[str]:
     """Names of the files that are not there. Raises DataError if one that is there is not the official one."""
-    from torchvision.datasets.utils import check_integrity
-
+    check_integrity = _torchvision().utils.check_integrity
     folder = root / kind.base_folder
     missing = []
     for file, checksum in _files(kind).items():
@@ -110,19 +110,18 @@ def _not_found(name: str, root: Path, kind: Any, missing: list[str], reason: str
 
 def _fetch(name: str, root: Path, kind: Any) -> None:
     """Download the archive and put the missing files in place, each whole; leaves no trace if that fails."""
-    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
-
+    tools = _torchvision().utils
     missing = _missing(name, root, kind)
     try:
         with _made(root), tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside, _quiet():
-            download_and_extract_archive(kind.url, aside, filename=kind.filename, md5=kind.tgz_md5)
+            tools.download_and_extract_archive(kind.url, aside, filename=kind.filename, md5=kind.tgz_md5)
             for file in missing:
                 source = Path(aside) / kind.base_folder / file
-                if not check_integrity(source, _files(kind)[file]):
+                if not tools.check_integrity(source, _files(kind)[file]):
                     raise RuntimeError(f"the archive holds no sound {file!r}")
             (root / kind.base_folder).mkdir(exist_ok=True)
             for file in missing:
-                shutil.move(Path(aside) / kind.base_folder / file, root / kind.base_folder / file)
+                os.replace(Path(aside) / kind.base_folder / file, root / kind.base_folder / file)
     # Whatever torchvision, urllib, ssl and tarfile raise when a network or a disk fails: OSError mostly.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__

@@ -84,7 +84,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Split, Split
     rank, size, turn = _shuffled_ranks(labels, len(dataset.classes), seed, "holdout")
     # A class's images lie evenly spaced on [0, 1], so any cut takes the same share of every class to within one;
     # equal places (classes of equal size) are taken in a drawn order of the classes.
-    place = ((rank.double() + 0.5) / size).mul(2**40).long()
+    place = (rank.double() + 0.5) / size
     by_turn = torch.argsort(turn, stable=True)
     chosen = by_turn[torch.argsort(place[by_turn], stable=True)][:count]
     held = torch.zeros(len(labels), dtype=torch.bool)

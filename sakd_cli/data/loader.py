@@ -68,7 +68,7 @@ class TrainLoader:
         return Draws(*(numbers.to(self._device) for numbers in (order, corner, flip, noise)))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches `start`, `start` + 1, ... of that epoch; from any start the same ones as the whole epoch has there."""
+        """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         draws = self.draw(epoch)
         for step in range(start, self.steps_per_epoch):
             part = slice(step * self._batch_size, (step + 1) * self._batch_size)

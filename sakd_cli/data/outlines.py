@@ -20,33 +20,43 @@ Outline = Callable[[Array, Array], Array]
 ROUND = 0.85  # radius of the disc: about the mean radius of the polygons, so that area does not tell the classes apart
 
 
+def _length(x: Array, y: Array) -> Array:
+    length: Array = np.hypot(x, y)
+    return length
+
+
 def _wedge(x: Array, y: Array, count: int) -> tuple[Array, Array]:
     """Radius, and angle from the middle of the nearest of `count` equal wedges, in -pi/count .. pi/count."""
     turn = np.float32(2 * np.pi / count)
-    angle = np.arctan2(y, x)
-    return np.hypot(x, y), angle - turn * np.round(angle / turn)
+    angle: Array = np.arctan2(y, x)
+    angle -= turn * np.round(angle / turn)
+    return _length(x, y), angle
 
 
 def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - np.float32(ROUND)
+    return _length(x, y) - np.float32(ROUND)
 
 
 def _ellipse(x: Array, y: Array) -> Array:
-    return (np.hypot(x, y / np.float32(0.65)) - 1) * np.float32(0.8)
+    return (_length(x, y / np.float32(0.65)) - 1) * np.float32(0.8)
 
 
 def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - np.float32(0.65)) - np.float32(0.25)
+    outside: Array = np.abs(_length(x, y) - np.float32(0.65)) - np.float32(0.25)
+    return outside
 
 
 def _crescent(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y) - np.float32(0.95), np.float32(0.72) - np.hypot(x - np.float32(0.5), y))
+    bite = np.float32(0.72) - _length(x - np.float32(0.5), y)
+    outside: Array = np.maximum(_length(x, y) - np.float32(0.95), bite)
+    return outside
 
 
 def _polygon(x: Array, y: Array, *, corners: int) -> Array:
     """A regular polygon with its corners at radius 1."""
     radius, angle = _wedge(x, y, corners)
-    return radius * np.cos(angle) - np.float32(np.cos(np.pi / corners))
+    outside: Array = radius * np.cos(angle) - np.float32(np.cos(np.pi / corners))
+    return outside
 
 
 def _star(x: Array, y: Array, *, points: int, waist: float) -> Array:
@@ -57,19 +67,24 @@ def _star(x: Array, y: Array, *, points: int, waist: float) -> Array:
     along = inner - np.array([1.0, 0.0])
     normal = np.array([along[1], -along[0]]) / np.hypot(*along)
     across = (radius * np.cos(angle) - 1) * np.float32(normal[0])
-    return across + radius * np.sin(np.abs(angle)) * np.float32(normal[1])
+    outside: Array = across + radius * np.sin(np.abs(angle)) * np.float32(normal[1])
+    return outside
 
 
 def _gear(x: Array, y: Array) -> Array:
     """Eight square teeth."""
     radius, angle = _wedge(x, y, 8)
-    return radius - np.float32(0.82) - np.float32(0.15) * np.tanh(np.float32(3) * np.cos(np.float32(8) * angle))
+    outside: Array = (
+        radius - np.float32(0.82) - np.float32(0.15) * np.tanh(np.float32(3) * np.cos(np.float32(8) * angle))
+    )
+    return outside
 
 
 def _flower(x: Array, y: Array) -> Array:
     """Five round petals."""
     radius, angle = _wedge(x, y, 5)
-    return radius - np.float32(0.74) - np.float32(0.22) * np.cos(np.float32(5) * angle)
+    outside: Array = radius - np.float32(0.74) - np.float32(0.22) * np.cos(np.float32(5) * angle)
+    return outside
 
 
 def _bars(x: Array, y: Array, *, bars: tuple[tuple[float, float, float, float], ...]) -> Array:
@@ -85,8 +100,9 @@ def _bars(x: Array, y: Array, *, bars: tuple[tuple[float, float, float, float], 
 def _arrow(x: Array, y: Array) -> Array:
     """A triangular head, pointing right, on a shaft."""
     slope = np.float32(np.sqrt(0.5))
-    head = np.maximum((np.abs(y) + x - 1) * slope, np.float32(0.15) - x)
-    return np.minimum(head, _bars(x, y, bars=((-0.95, 0.2, -0.24, 0.24),)))
+    head: Array = np.maximum((np.abs(y) + x - 1) * slope, np.float32(0.15) - x)
+    outside: Array = np.minimum(head, _bars(x, y, bars=((-0.95, 0.2, -0.24, 0.24),)))
+    return outside
 
 
 OUTLINES: dict[str, Outline] = {

@@ -61,21 +61,21 @@ def _draw(rng: np.random.Generator, outline: Outline, count: int) -> NDArray[np.
     # Hard samples are small, faint, noisy and covered all at once; the square root of a uniform number would make
     # most of them hard, the number itself spreads them evenly.
     hard = _uniform(rng, count, 0, 1)
-    radius = _uniform(rng, count, 9, 13.5) - 4 * hard  # pixels
+    radius = _uniform(rng, count, 11, 14) - 4 * hard  # pixels
     room = np.maximum(15.5 - radius, 0) * 0.9
     centre_x, centre_y = _uniform(rng, count, -1, 1) * room, _uniform(rng, count, -1, 1) * room
-    ground = _uniform(rng, (count, 3), 0.2, 0.8)
-    paint = _paint(rng, ground, 0.5 - 0.34 * hard)
+    ground = _uniform(rng, (count, 3), 0.1, 0.5)
+    paint = _paint(rng, ground, 0.5 - 0.3 * hard)
 
     across, down = _grid(centre_x, centre_y)
-    canvas = ground[:, :, None] + _texture(rng, across, down, 0.04 + 0.10 * hard)
+    canvas = ground[:, :, None] + _texture(rng, across, down, 0.03 + 0.07 * hard)
     canvas = _clutter(rng, canvas, hard)
     inside = _cover(outline, rng, across, down, radius, 0.06)
-    shade = _texture(rng, across, down, 0.03 + 0.05 * hard)
+    shade = _texture(rng, across, down, 0.02 + 0.04 * hard)
     canvas += inside[:, None] * (paint[:, :, None] + shade - canvas)
     canvas = _occlude(rng, canvas, across, down, radius, hard)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-    canvas += noise * (0.01 + 0.09 * hard)[:, None, None]
+    canvas += noise * (0.01 + 0.07 * hard)[:, None, None]
     np.clip(canvas, 0, 1, out=canvas)
     return (canvas * 255 + np.float32(0.5)).astype(np.uint8).reshape(count, 3, SIZE, SIZE)
 
@@ -92,12 +92,8 @@ def _grid(centre_x: Array, centre_y: Array) -> tuple[Array, Array]:
 
 
 def _paint(rng: np.random.Generator, ground: Array, contrast: Array) -> Array:
-    """A colour [count, 3] that differs from the ground by about `contrast` [count] in each channel, within 0 .. 1."""
-    step = contrast[:, None] * _uniform(rng, ground.shape, 0.4, 1.2)
-    sign = np.where(rng.random(ground.shape, dtype=np.float32) < 0.5, np.float32(-1), np.float32(1))
-    moved = ground + sign * step
-    # A colour pushed out of range goes the other way instead: clipping would make it fainter than its sample is.
-    return np.where((moved < 0) | (moved > 1), ground - sign * step, moved)
+    """A colour [count, 3] lighter than the ground by about `contrast` [count] in each channel."""
+    return ground + contrast[:, None] * _uniform(rng, ground.shape, 0.4, 1.2)
 
 
 def _texture(rng: np.random.Generator, across: Array, down: Array, strength: Array) -> Array:
@@ -105,7 +101,9 @@ def _texture(rng: np.random.Generator, across: Array, down: Array, strength: Arr
     count = len(across)
     angle, pitch = _uniform(rng, count, 0, 2 * np.pi), _uniform(rng, count, 0.15, 1.2)  # radians, radians per pixel
     phase = _uniform(rng, count, 0, 2 * np.pi)
-    wave = np.sin((np.cos(angle) * pitch)[:, None] * across + (np.sin(angle) * pitch)[:, None] * down + phase[:, None])
+    wave: Array = np.sin(
+        (np.cos(angle) * pitch)[:, None] * across + (np.sin(angle) * pitch)[:, None] * down + phase[:, None]
+    )
     tint = _uniform(rng, (count, 3), -1, 1) * strength[:, None]
     return tint[:, :, None] * wave[:, None]
 
@@ -116,16 +114,24 @@ def _cover(
     """How much of each pixel lies inside the shape, turned and slightly squeezed at random: [count, 1024], 0 .. 1."""
     count = len(radius)
     angle = _uniform(rng, count, 0, 2 * np.pi)
-    cos, sin = (np.cos(angle) / radius)[:, None], (np.sin(angle) / radius)[:, None]
-    stretch = _uniform(rng, count, 1 - squeeze, 1 + squeeze)[:, None]
-    outside = outline((cos * across + sin * down) * stretch, (cos * down - sin * across) / stretch)
-    return np.clip(np.float32(0.5) - outside * radius[:, None], 0, 1)
+    cos: Array = np.cos(angle)[:, None]
+    sin: Array = np.sin(angle)[:, None]
+    stretch: Array = radius[:, None] / _uniform(rng, count, 1 - squeeze, 1 + squeeze)[:, None]
+    other: Array = radius[:, None] * radius[:, None] / stretch
+    outside = outline((cos * across + sin * down) / stretch, (cos * down - sin * across) / other)
+    cover: Array = np.clip(np.float32(0.5) - outside * radius[:, None], 0, 1)
+    return cover
 
 
 def _clutter(rng: np.random.Generator, canvas: Array, hard: Array) -> Array:
     """Two bars of other colours behind the shape, in most hard samples and few easy ones."""
     for _ in range(2):
-        canvas = _bar(rng, canvas, rng.random(len(hard), dtype=np.float32) < hard, _uniform(rng, len(hard), 0.7, 1.8))
+        canvas = _bar(
+            rng,
+            canvas,
+            rng.random(len(hard), dtype=np.float32) < np.float32(0.4) * hard,
+            _uniform(rng, len(hard), 0.7, 1.8),
+        )
     return canvas
 
 

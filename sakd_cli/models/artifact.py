@@ -65,7 +65,7 @@ def load(path: Path) -> Artifact:
     digest = sha256(file)
     _check_folder(file, digest)
     try:
-        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -74,7 +74,8 @@ def load(path: Path) -> Artifact:
         raise UsageError(f"{file}: not a network saved by sakd (format {header.get('format')!r}, expected {FORMAT!r})")
     try:
         words = json.loads(header["card"])
-        card = NetworkCard(**{key: tuple(word) if isinstance(word, list) else word for key, word in words.items()})
+        fields: Any = {key: tuple(word) if isinstance(word, list) else word for key, word in words.items()}
+        card = NetworkCard(**fields)
         with torch.device("cpu"):
             model = create(card.architecture, len(card.classes))
         model.load_state_dict(tensors)

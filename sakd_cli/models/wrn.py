@@ -15,7 +15,7 @@ from sakd_cli.models.staged import StagedModel, StageInfo
 
 @final
 class PreActivationBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))); where the width changes, the activated input feeds the 1x1 shortcut too."""
+    """x + conv(relu(bn(conv(relu(bn(x)))))); where the width changes, the 1x1 shortcut sees the activated input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

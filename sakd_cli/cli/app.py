@@ -1,0 +1,87 @@
+"""The command `sakd`: its subcommands, and what becomes of an error. Nothing here or above the commands imports torch."""
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from sakd_cli import __version__
+from sakd_cli.cli import look, train, words
+from sakd_cli.cli.console import complain
+from sakd_cli.errors import SakdError
+
+EPILOG = (
+    "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
+    "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
+    "7 non-finite number, 8 run directory in use, 130 Ctrl-C, 143 SIGTERM."
+)
+app = typer.Typer(
+    name="sakd",
+    help="Distil image classifiers adaptively: per sample and step, decide where the student learns, and see it.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Show where settings come from.", no_args_is_help=True, rich_markup_mode="markdown")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sakd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    return
+
+
+app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
+app.command("distill", rich_help_panel="Train")(train.distill)
+app.command("eval", rich_help_panel="Look")(look.evaluate)
+app.command("inspect-spots", rich_help_panel="Look")(look.inspect_spots)
+app.command("list", rich_help_panel="Words")(words.listing)
+config_app.command("show")(words.show_config)
+app.add_typer(config_app, name="config", rich_help_panel="Words")
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors of the user's cost one line."""
+    try:
+        return int(app(arguments, prog_name="sakd", standalone_mode=False) or 0)
+    except SakdError as error:
+        complain(error.message, error.hint)
+        return error.exit_code
+    except typer.Exit as leave:
+        return int(leave.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors
+            complain(error.format_message(), hint=f"{_called(error)} --help")
+            return int(error.exit_code)
+        traceback.print_exc()
+        complain(f"a bug in sakd: {type(error).__name__}: {error}", hint="please report it with the lines above")
+        return 1
+
+
+def _called(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return str(context.command_path) if context is not None else "sakd"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

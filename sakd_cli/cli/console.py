@@ -1,0 +1,92 @@
+"""Where things are said: data to stdout, talk to stderr; colours and bars only where someone looks."""
+
+import json
+import re
+import sys
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def out() -> Console:
+    """Console of the data; NO_COLOR and TERM=dumb are heeded by rich. 100 columns where there is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
+
+
+def err() -> Console:
+    """Console of the talk."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print tables and text to stdout."""
+    console = out()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def emit(document: Any) -> None:
+    """Print the one JSON document of `--json`."""
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def clean(text: str) -> str:
+    """Without control characters: names come from files and may hold terminal escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
+
+
+def complain(message: str, hint: str | None = None) -> None:
+    """One line for what is wrong, at most one for what to do."""
+    console = err()
+    console.print(f"[bold red]error:[/] {escape(clean(message))}")
+    if hint:
+        console.print(f"[dim]hint:[/] {escape(clean(hint))}")
+
+
+class Talk:
+    """Follows a run on stderr: a bar on a terminal, one line per interval elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = err()
+        self.steps = 0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def say(self, text: str) -> None:
+        """One line of talk."""
+        if not self.quiet:
+            self.console.print(escape(text))
+
+    def begin(self, title: str, steps: int) -> None:
+        self.steps = steps
+        self.say(f"run {title}")
+        if self.console.is_terminal and not self.quiet:
+            columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("", total=steps)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "eval":
+            self.say(
+                f"epoch {record['epoch']}  {record['split']}  top-1 {record['top1']:.2f} %  loss {record['loss']:.4f}"
+            )
+            return
+        text = f"epoch {record['epoch']}  loss {record['loss']:.4f}  top-1 {record['top1']:.1f} %"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+            return
+        self.say(f"step {record['step']}/{self.steps}  {text}")
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,106 @@
+"""`sakd eval` and `sakd inspect-spots`: look at what was trained."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.errors import UsageError
+from sakd_cli.rundir import RunDir, all_runs
+
+EvalTarget = Annotated[
+    Path | None,
+    typer.Argument(help="Run directory, folder with a model.safetensors, or that file. Default: newest run."),
+]
+RunArgument = Annotated[Path | None, typer.Argument(help="Run directory. Default: the newest distillation.")]
+Top = Annotated[int, typer.Option(help="Classes to show at each end.", min=1, rich_help_panel="Output")]
+
+
+def evaluate(
+    ctx: typer.Context,
+    target: EvalTarget = None,
+    dataset: o.Dataset = None,
+    data_root: o.DataRoot = None,
+    runs_dir: o.RunsDir = None,
+    device: o.Device = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Score a trained network on the test images: top-1, top-5, loss, per class, size and cost.
+
+    Examples:
+
+        sakd eval
+
+        sakd eval runs/20261121-120000-distill-... --data-root ~/data --json
+    """
+    given = o.layers(ctx.params)
+    weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
+    trained_on = Layer("the run's config", {"data": run.config["data"]}) if run else None
+    Talk(quiet=quiet).say(f"scoring {weights}")
+    from sakd_cli.tasks.score import score
+
+    result = score(weights, [trained_on, *given] if trained_on else given)
+    if json:
+        emit(result)
+        return
+    from sakd_cli.report.tables import evaluation_tables
+
+    show(*evaluation_tables(result))
+
+
+def inspect_spots(
+    ctx: typer.Context,
+    run: RunArgument = None,
+    runs_dir: o.RunsDir = None,
+    top: Top = 10,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show where knowledge flowed: the use of every spot overall, by epoch and by class.
+
+    Examples:
+
+        sakd inspect-spots
+
+        sakd inspect-spots runs/20261121-120000-distill-... --json | jq '.overall'
+    """
+    from sakd_cli.report.spots import spot_report
+    from sakd_cli.report.tables import spot_tables
+
+    runs = resolve("eval", o.layers(ctx.params)).config.runs_dir
+    where = RunDir(run) if run else _newest_distillation(runs)
+    report = spot_report(where)
+    if json:
+        emit(report)
+        return
+    show(*spot_tables(report, top=top))
+
+
+def _newest_distillation(runs_dir: Path) -> RunDir:
+    for run in all_runs(runs_dir):
+        if run.config.get("task") == "distill":
+            return run
+    raise UsageError(f"no distillation in {runs_dir}", hint="sakd distill --preset quickstart, or name a run")
+
+
+def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:
+    """The weights, and the run they come from (None for a file of no run)."""
+    if target is None:
+        found = next((run for run in all_runs(runs_dir) if run.deliverable), None)
+        if found is None:
+            raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
+        target = found.path
+    if not target.exists():
+        raise UsageError(f"{target}: no such file or directory")
+    if (target / "config.yaml").is_file():
+        run = RunDir(target)
+        if run.deliverable is None:
+            raise UsageError(f"{target}: this run has not saved a network yet")
+        return run.deliverable, run
+    folder = target.resolve() if target.is_dir() else target.resolve().parent
+    above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
+    return target, above[0] if above else None

@@ -1,0 +1,124 @@
+"""The options that commands share, and how they become a config. No torch."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sakd_cli.config import datasets, methods, networks, presets, routers
+from sakd_cli.config.layers import (
+    OPTIONS,
+    Layer,
+    Resolved,
+    environment_layers,
+    file_layer,
+    option_layers,
+    resolve,
+    set_layers,
+)
+
+
+def names(table: Callable[[], Mapping[str, Any]]) -> Callable[[str], list[str]]:
+    """Shell completion from a table of names."""
+    return lambda incomplete: [name for name in table() if name.startswith(incomplete)]
+
+
+complete_networks = names(lambda: networks.NETWORKS)
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=complete_networks)
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        help="Architecture (its newest finished run), run directory or weights file. [env: SAKD_TEACHER]",
+        autocompletion=complete_networks,
+        rich_help_panel="Distillation",
+    ),
+]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        help="Network to train. [env: SAKD_STUDENT]",
+        autocompletion=complete_networks,
+        rich_help_panel="Distillation",
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="What to distil, as in `sakd list methods`. [env: SAKD_METHOD]",
+        autocompletion=names(lambda: methods.METHODS),
+        rich_help_panel="Distillation",
+    ),
+]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to distil: adaptive, always, random, random-matched, anti, never. [env: SAKD_ROUTER]",
+        autocompletion=names(lambda: routers.ROUTERS),
+        rich_help_panel="Distillation",
+    ),
+]
+Pretrain = Annotated[
+    bool | None,
+    typer.Option(
+        "--pretrain", help="Train the teacher first if no finished run is there.", rich_help_panel="Distillation"
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A whole run by name, as in `sakd list presets`.",
+        autocompletion=names(presets.presets),
+        rich_help_panel="Configuration",
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="A whole run or part of one as YAML.", rich_help_panel="Configuration")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any key, such as data.limit=1000.", rich_help_panel="Configuration"
+    ),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="Images to learn from, as in `sakd list datasets`. [env: SAKD_DATASET]",
+        autocompletion=names(lambda: datasets.DATASETS),
+        rich_help_panel="Data",
+    ),
+]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder of the data set's files. [env: SAKD_DATA_ROOT]", rich_help_panel="Data")
+]
+RunsDir = Annotated[
+    str | None, typer.Option(help="Folder of the run directories (runs). [env: SAKD_RUNS_DIR]", rich_help_panel="Run")
+]
+Epochs = Annotated[str | None, typer.Option(metavar="N", help="[env: SAKD_EPOCHS]", rich_help_panel="Training")]
+BatchSize = Annotated[str | None, typer.Option(metavar="N", help="[env: SAKD_BATCH_SIZE]", rich_help_panel="Training")]
+Seed = Annotated[str | None, typer.Option(metavar="N", help="[env: SAKD_SEED]", rich_help_panel="Training")]
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. [env: SAKD_DEVICE]", rich_help_panel="Run")
+]
+Json = Annotated[bool, typer.Option("--json", help="Exactly one JSON document on stdout.", rich_help_panel="Output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel="Output")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Build everything, try one real batch, write nothing.", rich_help_panel="Run")
+]
+
+
+def layers(params: Mapping[str, Any]) -> list[Layer]:
+    """From the weakest to the strongest: preset, file, environment, options, --set."""
+    given = {name: params.get(name) for name in OPTIONS if name in params}
+    stack = [presets.preset_layer(params["preset"])] if params.get("preset") else []
+    stack += [file_layer(params["config"], f"file {params['config']}")] if params.get("config") else []
+    return [*stack, *environment_layers(given), *option_layers(given), *set_layers(params.get("set_") or [])]
+
+
+def resolved(task: str, params: Mapping[str, Any]) -> Resolved:
+    """The config that the options of a command make."""
+    return resolve(task, layers(params))

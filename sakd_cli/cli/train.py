@@ -1,0 +1,119 @@
+"""`sakd pretrain-teacher` and `sakd distill`."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.rundir import RunDir
+
+
+def pretrain_teacher(
+    ctx: typer.Context,
+    model: o.ModelArgument = None,
+    dataset: o.Dataset = None,
+    data_root: o.DataRoot = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    device: o.Device = None,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train one network with cross-entropy: a teacher, or a student alone.
+
+    Examples:
+
+        sakd pretrain-teacher wrn40_2 --dataset cifar100
+
+        sakd pretrain-teacher resnet20 --dataset shapes --epochs 5 --seed 1
+    """
+    words = o.resolved("pretrain", ctx.params).config
+    talk = Talk(quiet=quiet)
+    from sakd_cli.tasks import build, run
+
+    job = build.pretraining(words)
+    _finish(run.try_one_batch(job) if dry_run else _trained(job, talk), dry_run=dry_run, json=json)
+
+
+def distill(
+    ctx: typer.Context,
+    teacher: o.Teacher = None,
+    student: o.Student = None,
+    method: o.Method = None,
+    router: o.Router = None,
+    pretrain: o.Pretrain = None,
+    dataset: o.Dataset = None,
+    data_root: o.DataRoot = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    device: o.Device = None,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a student from a teacher, deciding per sample and step where it learns.
+
+    Examples:
+
+        sakd distill --preset quickstart
+
+        sakd distill --teacher wrn40_2 --student wrn16_2 --method fitnet --epochs 60
+    """
+    words = o.resolved("distill", ctx.params).config
+    talk = Talk(quiet=quiet)
+    from sakd_cli.tasks.teachers import find_teacher, no_teacher
+
+    missing = find_teacher(words) is None
+    if missing and not words.teacher.pretrain:
+        raise no_teacher(words)
+    from sakd_cli.tasks import build, run
+
+    if missing and dry_run:
+        _finish(run.try_one_batch(build.distillation(words, build.untrained_teacher(words))), dry_run=True, json=json)
+        return
+    if missing:
+        talk.say(f"no finished {words.teacher.source} yet: training it first")
+        _trained(build.pretraining(build.teacher_config(words)), talk)
+    job = build.distillation(words)
+    _finish(run.try_one_batch(job) if dry_run else _trained(job, talk), dry_run=dry_run, json=json)
+
+
+def _trained(job: Any, talk: Talk) -> dict[str, Any]:
+    from sakd_cli.tasks import run
+
+    config = job.config
+    talk.say(
+        f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
+        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device}"
+    )
+    where, summary = run.carry_out(job, talk)
+    return {"run": str(where.path)} | summary
+
+
+def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
+    if json:
+        emit(result)
+        return
+    from sakd_cli.report.spots import spot_report
+    from sakd_cli.report.tables import spot_plan_table, spot_tables, summary_table
+
+    if dry_run:
+        show(spot_plan_table(result), "dry run: one batch tried, nothing written")
+        return
+    show(summary_table(result))
+    if result["task"] == "distill":
+        show(*spot_tables(spot_report(RunDir(Path(result["run"]))), top=3))
+    show(f"run: {result['run']}")

@@ -1,0 +1,117 @@
+"""`sakd list` and `sakd config`: the words one can use, and where each word of a config comes from."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.console import emit, show
+from sakd_cli.config import datasets, methods, networks, presets, routers
+from sakd_cli.config.layers import flat
+from sakd_cli.config.words import summary
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    models = "models"
+    methods = "methods"
+    datasets = "datasets"
+    presets = "presets"
+    routers = "routers"
+
+
+class Which(StrEnum):
+    """Commands that have a config."""
+
+    distill = "distill"
+    pretrain = "pretrain"
+
+
+Task = Annotated[Which, typer.Option(help="Command whose config is meant.", rich_help_panel="Configuration")]
+Origin = Annotated[bool, typer.Option("--origin", help="Say who set each key.", rich_help_panel="Output")]
+
+
+def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: o.Json = False) -> None:
+    """List models, methods, datasets, presets or routers.
+
+    Examples:
+
+        sakd list methods
+
+        sakd list models --json
+    """
+    rows = _rows(kind)
+    if json:
+        emit(rows)
+        return
+    from sakd_cli.report.tables import listing_table
+
+    show(listing_table(kind.value, rows))
+
+
+def _rows(kind: Kind) -> list[dict[str, Any]]:
+    if kind is Kind.models:
+        return [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
+    if kind is Kind.presets:
+        return [{"name": name, "about": presets.about(path)} for name, path in presets.presets().items()]
+    tables: dict[Kind, dict[str, type[Any]]] = {
+        Kind.methods: methods.METHODS,
+        Kind.routers: routers.ROUTERS,
+        Kind.datasets: datasets.DATASETS,
+    }
+    return [{"name": name, "about": summary(config)} for name, config in tables[kind].items()]
+
+
+def show_config(
+    ctx: typer.Context,
+    task: Task = Which.distill,
+    teacher: o.Teacher = None,
+    student: o.Student = None,
+    model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
+    method: o.Method = None,
+    router: o.Router = None,
+    dataset: o.Dataset = None,
+    data_root: o.DataRoot = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    device: o.Device = None,
+    origin: Origin = False,
+    json: o.Json = False,
+) -> None:
+    """Print the whole config that these options would make, and with --origin who set each key.
+
+    Precedence: option, then environment (SAKD_*), then --config file, then --preset, then default.
+
+    Examples:
+
+        sakd config show --preset quickstart
+
+        SAKD_SEED=3 sakd config show --preset quickstart --epochs 2 --origin
+    """
+    of_task = {key: value for key, value in ctx.params.items() if key not in _FOREIGN[task]}
+    resolved = o.resolved(task.value, of_task)
+    words = resolved.config.model_dump(mode="json")
+    if not origin:
+        emit(words) if json else show(yaml.safe_dump(words, sort_keys=False).rstrip())
+        return
+    rows = [
+        {"key": key, "value": value, "origin": resolved.origins.get(key, "default")}
+        for key, value in flat(words).items()
+    ]
+    if json:
+        emit(rows)
+        return
+    from sakd_cli.report.tables import listing_table
+
+    show(listing_table(f"config of {task.value}", rows))
+
+
+_FOREIGN = {Which.distill: {"model"}, Which.pretrain: {"teacher", "student", "method", "router"}}

@@ -1,0 +1,34 @@
+"""The distiller contract: WHAT to distil.
+
+A distiller compares features at its spots and multiplies by a weight per spot and sample, never choosing rows by index:
+shapes stay fixed, nothing is read back from the device, and one graph serves every selection.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Features
+
+
+class Distiller(nn.Module, ABC):
+    """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source."""
+
+    def __init__(self, spots: tuple[Spot, ...]) -> None:
+        super().__init__()
+        self.spots = spots
+
+    @abstractmethod
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        """The loss at each spot, [K].
+
+        student  features with gradient; teacher: features without
+        weight   [K, N] in [0, 1], no gradient. Ones give the classical loss; a 0/1 mask with n ones gives the classical
+                 loss of the chosen samples times n/N; zeros give exactly 0 and zero gradients.
+        """
+
+    def pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+        """(student feature, teacher feature) at every spot."""
+        return [(student.stages[spot.student], teacher.stages[spot.teacher]) for spot in self.spots]

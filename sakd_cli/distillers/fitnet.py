@@ -1,0 +1,35 @@
+"""FitNets: hints from one hidden map."""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.methods import FitNetConfig
+from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.pairwise import weighted_mean
+from sakd_cli.models.adapters import ConvAdapter
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Features
+
+
+@final
+class FitNet(Distiller):
+    """A regressor of the student's map matches the teacher's map.
+
+    loss = mean over samples, channels and positions of (r(s) - t)^2,  r = convolution, BatchNorm, ReLU
+
+    Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3, as one joint stage (CRD benchmark). The
+    regressor sees the whole batch, so that its BatchNorm does not depend on the selection.
+    """
+
+    def __init__(self, spots: tuple[Spot, ...], config: FitNetConfig) -> None:
+        super().__init__(spots)
+        self.regressors = nn.ModuleList([ConvAdapter(spot.student_shape, spot.teacher_shape) for spot in spots])
+
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        losses = []
+        for regressor, (s, t), w in zip(self.regressors, self.pairs(student, teacher), weight, strict=True):
+            losses.append(weighted_mean((regressor(s) - t).square().flatten(1).mean(dim=1), w))
+        return torch.stack(losses)

@@ -1,0 +1,49 @@
+"""How good a network is on a split: large batches, inference mode, evaluation mode."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Scores(NamedTuple):
+    """top1, top5 in percent, loss: mean cross-entropy in nats; by class: images and top-1 in percent."""
+
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    images_of_class: tuple[int, ...]
+    top1_of_class: tuple[float | None, ...]
+
+    def headline(self) -> dict[str, Any]:
+        """The three figures that the logs hold."""
+        return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
+    """Score `network` on (images, labels) batches of at least one image. Its train/eval mode is left as it was."""
+    mode = network.training
+    network.eval()
+    sums = []
+    for images, labels in batches:
+        logits = network(images).float()
+        ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        by_class = [torch.bincount(labels, weights=w, minlength=classes) for w in (ranked[:, 0].float(), None)]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums.append(torch.cat([by_class[0], by_class[1], ranked.any(dim=1).sum()[None], loss[None]]))
+    network.train(mode)
+    *of_class, right5, loss_sum = torch.stack(sums).cpu().double().sum(dim=0).tolist()
+    hits, counts = of_class[:classes], of_class[classes:]
+    images_seen = sum(counts)
+    return Scores(
+        images=round(images_seen),
+        top1=100.0 * sum(hits) / images_seen,
+        top5=100.0 * right5 / images_seen,
+        loss=loss_sum / images_seen,
+        images_of_class=tuple(round(count) for count in counts),
+        top1_of_class=tuple(100.0 * hit / n if n else None for hit, n in zip(hits, counts, strict=True)),
+    )

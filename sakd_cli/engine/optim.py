@@ -1,0 +1,55 @@
+"""SGD over the task's parameter groups, with a learning rate that is a pure function of the epoch."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sakd_cli.engine.task import ParamGroup
+
+
+class Optimizer:
+    """SGD with momentum; every group's rate is multiplied by `decay` after each of the `milestones` (epochs from 1).
+
+    Gradients are set to None between steps. Fixed-shape losses give zeros where nothing was selected, never a missing
+    gradient, so momentum and weight decay act on every parameter in every step, as in the published runs.
+    """
+
+    def __init__(
+        self, groups: Sequence[ParamGroup], *, momentum: float, milestones: Sequence[int], decay: float
+    ) -> None:
+        self.groups = tuple(group for group in groups if group.parameters)
+        self.milestones = tuple(milestones)
+        self.decay = decay
+        settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
+        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum)
+
+    def factor(self, epoch: int) -> float:
+        """What the starting rates are multiplied by in this epoch, counted from 1."""
+        return float(self.decay ** sum(epoch > milestone for milestone in self.milestones))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the rates of this epoch."""
+        for settings, group in zip(self.sgd.param_groups, self.groups, strict=True):
+            settings["lr"] = group.lr * self.factor(epoch)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One backward pass and one update of all groups."""
+        self.sgd.zero_grad(set_to_none=True)
+        loss.backward()
+        self.sgd.step()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Momentum of every parameter that has one, keyed by its place: `group/position`."""
+        return {
+            f"{group.name}/{place}": self.sgd.state[parameter]["momentum_buffer"]
+            for group in self.groups
+            for place, parameter in enumerate(group.parameters)
+            if "momentum_buffer" in self.sgd.state[parameter]
+        }
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put the momentum back."""
+        for group in self.groups:
+            for place, parameter in enumerate(group.parameters):
+                if (buffer := tensors.get(f"{group.name}/{place}")) is not None:
+                    self.sgd.state[parameter]["momentum_buffer"] = buffer.to(parameter)

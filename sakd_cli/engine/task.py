@@ -1,0 +1,61 @@
+"""The task contract: one training procedure as a module, pure tensor code, the unit that is compiled."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+
+
+class SpotUse(NamedTuple):
+    """What the routing did with one batch, without gradient.
+
+    weight       [S, N] how much each sample was distilled at each spot
+    probability  [S, N] the policy's chance of the teacher; None without a policy
+    events       name -> 0/1 scalar: what happened in this step (which branch of the router's loss was taken)
+    """
+
+    weight: Tensor
+    probability: Tensor | None
+    events: dict[str, Tensor]
+
+
+class StepOutput(NamedTuple):
+    """loss: scalar to minimise; logits [N, C] of the delivered network; parts: named scalars without gradient, for the log."""
+
+    loss: Tensor
+    logits: Tensor
+    parts: dict[str, Tensor]
+    use: SpotUse | None = None
+
+
+class ParamGroup(NamedTuple):
+    """Parameters that share a learning rate (at the start of training) and a weight decay."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+
+
+class Task(nn.Module, ABC):
+    """One training procedure. Its state dict is all that a checkpoint must hold beside the optimizer."""
+
+    noise_width: int = 0
+    """Uniform numbers per sample that `forward` needs in `batch.noise`."""
+
+    network: nn.Module
+    """What the task delivers."""
+
+    @abstractmethod
+    def groups(self) -> list[ParamGroup]:
+        """Every trained parameter, each in exactly one group."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch, counted from 1."""
+        return
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> StepOutput:
+        """One step's loss, without reading anything back from the device."""

@@ -1,0 +1,198 @@
+"""The one training loop. It knows a task, a loader, an optimizer and a run directory; no model, no distiller, no router."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from sakd_cli.batch import Batch
+from sakd_cli.engine import checkpoint
+from sakd_cli.engine.evaluate import Scores, evaluate
+from sakd_cli.engine.meters import Meter, top1
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.task import Task
+from sakd_cli.engine.watch import Watcher
+from sakd_cli.errors import NonFiniteError
+from sakd_cli.rundir import RunDir, write_aside
+
+
+class Loader(Protocol):
+    """Batches of one epoch, from any step on."""
+
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+
+class Delivery(Protocol):
+    """How the finished network is written: as one file for a checkpoint, as a folder for its users."""
+
+    def save_weights(self, path: Path) -> None: ...
+
+    def publish(self, run: RunDir, facts: dict[str, Any]) -> None: ...
+
+
+class Judge(NamedTuple):
+    """selection: batches that choose the best epoch, and their name; test: the batches of the headline."""
+
+    selected_on: str
+    selection: Iterable[tuple[Tensor, Tensor]]
+    test: Iterable[tuple[Tensor, Tensor]]
+    classes: int
+
+
+class Trainer:
+    """Runs `task` for `epochs` epochs and leaves a finished run directory."""
+
+    def __init__(
+        self,
+        task: Task,
+        loader: Loader,
+        optimizer: Optimizer,
+        judge: Judge,
+        run: RunDir,
+        delivery: Delivery,
+        watcher: Watcher,
+        *,
+        epochs: int,
+        log_every: int,
+        recorder: SpotRecorder | None = None,
+        compiled: Callable[[Batch], Any] | None = None,
+    ) -> None:
+        self.task, self.loader, self.optimizer, self.judge = task, loader, optimizer, judge
+        self.run, self.delivery, self.watcher, self.recorder = run, delivery, watcher, recorder
+        self.epochs, self.log_every = epochs, log_every
+        self.forward = compiled or task
+        self.epoch = 0  # finished epochs
+        self.best: dict[str, Any] = {}
+        self.meter = Meter()
+        self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0}
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; returns the final figures, of the last epoch and of the best one."""
+        started = time.perf_counter()
+        self.watcher.begin(self.run.path.name, self.epochs * self.loader.steps_per_epoch)
+        try:
+            for epoch in range(self.epoch + 1, self.epochs + 1):
+                with self._timed("train"):
+                    self._train_epoch(epoch)
+                with self._timed("evaluate"):
+                    self._judge_epoch(epoch)
+                self.epoch = epoch
+                with self._timed("save"):
+                    self._save()
+            with self._timed("evaluate"):
+                figures = self._final_figures()
+        finally:
+            self.watcher.end()
+        total = time.perf_counter() - started
+        phases = {name: seconds / total for name, seconds in self.seconds.items()}
+        return figures | {"seconds": total, "phases": phases | {"other": max(0.0, 1.0 - sum(phases.values()))}}
+
+    def _train_epoch(self, epoch: int) -> None:
+        self.task.train()
+        self.task.begin_epoch(epoch)
+        self.optimizer.begin_epoch(epoch)
+        first = (epoch - 1) * self.loader.steps_per_epoch
+        for step, batch in enumerate(self.loader.epoch(epoch), start=first + 1):
+            output = self.forward(batch)
+            self.optimizer.step(output.loss)
+            self.meter.add(len(batch.labels), output.parts | {"top1": top1(output.logits, batch.labels)})
+            if self.recorder is not None and output.use is not None:
+                self.recorder.add(output.use, batch)
+            if step % self.log_every == 0:
+                self._log(epoch, step)
+            self.watcher.advance(step)
+        self._log(epoch, first + self.loader.steps_per_epoch)
+        if self.recorder is not None:
+            self.run.append("spots.jsonl", self.recorder.close_epoch(epoch))
+
+    def _log(self, epoch: int, step: int) -> None:
+        means = self.meter.read()
+        if not means:
+            return
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{name} is {value} in epoch {epoch}, between steps {max(0, step - self.log_every) + 1} and {step}",
+                    hint="a lower --set train.lr=... may help; the last checkpoint of the run is from before",
+                )
+        rate = self.optimizer.sgd.param_groups[0]["lr"]
+        self._tell({"kind": "train", "epoch": epoch, "step": step, "lr": rate} | means)
+
+    def _judge_epoch(self, epoch: int) -> None:
+        scores = evaluate(self.task.network, self.judge.selection, self.judge.classes)
+        self._tell({"kind": "eval", "epoch": epoch, "split": self.judge.selected_on} | scores.headline())
+        if not self.best or scores.top1 > self.best["selection_top1"]:
+            self.best = {"epoch": epoch, "selected_on": self.judge.selected_on, "selection_top1": scores.top1}
+
+    def _save(self) -> None:
+        folder = self.run.path / "checkpoints"
+        state = {"epoch": self.epoch, "step": self.epoch * self.loader.steps_per_epoch, "best": self.best}
+        checkpoint.write(folder / "last", self.delivery.save_weights, self._training_tensors(), state, keep=True)
+        if self.best["epoch"] == self.epoch:
+            checkpoint.write(folder / "best", self.delivery.save_weights, {}, state, keep=False)
+        if self.recorder is not None:
+            record = {name: tensor.cpu() for name, tensor in self.recorder.tensors().items()}
+            write_aside(self.run.path / "samples.safetensors", save(record))
+        self.delivery.publish(self.run, {"epoch": self.epoch})
+
+    def _training_tensors(self) -> dict[str, Tensor]:
+        state = self.task.state_dict().items()
+        tensors = {f"task/{name}": tensor for name, tensor in state if not name.startswith("network.")}
+        tensors |= {f"momentum/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        if self.recorder is not None:
+            tensors |= {f"samples/{name}": tensor for name, tensor in self.recorder.tensors().items()}
+        return tensors | checkpoint.random_state()
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint of the same run: network, task, momentum, record, random state and position."""
+        loaded = checkpoint.read(folder)
+        self.task.network.load_state_dict(loaded.model)
+        parts = {kind: _below(loaded.training, kind) for kind in ("task", "momentum", "samples")}
+        self.task.load_state_dict(parts["task"], strict=False)
+        self.optimizer.load_tensors(parts["momentum"])
+        if self.recorder is not None:
+            self.recorder.load_tensors(parts["samples"])
+        self.epoch, self.best = loaded.state["epoch"], loaded.state["best"]
+        checkpoint.restore_random_state(loaded.training)
+
+    def _final_figures(self) -> dict[str, Any]:
+        last = evaluate(self.task.network, self.judge.test, self.judge.classes)
+        best = self._best_scores(last)
+        self.delivery.publish(self.run, {"epoch": self.epochs} | last.headline())
+        return {
+            "headline": {"epoch": self.epochs, "split": "test"} | last.headline(),
+            "best": {"epoch": self.best["epoch"], "selected_on": self.best["selected_on"]} | best.headline(),
+        }
+
+    def _best_scores(self, last: Scores) -> Scores:
+        if self.best["epoch"] == self.epochs:
+            return last
+        network = copy.deepcopy(self.task.network)
+        network.load_state_dict(checkpoint.read(self.run.path / "checkpoints" / "best").model)
+        return evaluate(network, self.judge.test, self.judge.classes)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        self.run.append("metrics.jsonl", record)
+        self.watcher.record(record)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - started
+
+
+def _below(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}

@@ -1,0 +1,106 @@
+"""How figures and names are written in reports: short, with units, a dash for what is not known. No rich, no torch."""
+
+import math
+import re
+from typing import Any
+
+DASH = "–"
+MINUS = "−"
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+# Whole terminal sequences go, not only their first byte: "\x1b[31mred" must not leave "[31mred" behind.
+# OSC (title, hyperlink) up to BEL or ST, CSI (colour, cursor), then any two-character escape.
+_ESCAPES = re.compile(
+    r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|\x1b[ -/]*[0-~]"
+)
+
+
+def plain(text: object) -> str:
+    """One printable line: no terminal sequence, control, direction override, line break or lone surrogate."""
+    kept = (c if c.isprintable() else " " if c.isspace() else "" for c in _ESCAPES.sub("", str(text)))
+    return "".join(kept).strip()
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for everything else a file may hold in its place."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+
+
+def word(value: Any) -> str:
+    """A name, or a dash."""
+    return DASH if value is None else plain(value) or DASH
+
+
+def fixed(value: Any, digits: int, unit: str = "") -> str:
+    """`2.21`, `61.3 %`."""
+    known = number(value)
+    return DASH if known is None else f"{known:.{digits}f}{unit}".replace("-", MINUS)
+
+
+def share(value: Any) -> str:
+    """A share in [0, 1] as a percentage without its sign, for columns that say so in their title: `61.3`."""
+    known = number(value)
+    return DASH if known is None else fixed(100 * known, 1)
+
+
+def deviation(value: Any) -> str:
+    """A difference of two shares in percentage points, always signed: `+4.2`."""
+    known = number(value)
+    return DASH if known is None else points(100 * known, 1)
+
+
+def points(value: float, digits: int) -> str:
+    """Signed percentage points; what rounds to nothing has no sign."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+
+
+def whole(value: Any) -> str:
+    """A count in full, in groups of three: `10 000`."""
+    known = number(value)
+    return DASH if known is None else f"{round(known):,}".replace(",", " ").replace("-", MINUS)
+
+
+def large(value: Any) -> str:
+    """A large count to two or three figures: `512`, `8.45 k`, `0.084 M`, `0.28 M`, `40.8 M`, `1.25 G`."""
+    known = number(value)
+    if known is None:
+        return DASH
+    scales = ((1e3, 1.0, ""), (1e4, 1e3, " k"), (1e9, 1e6, " M"), (1e12, 1e9, " G"), (math.inf, 1e12, " T"))
+    scale, unit = next((scale, unit) for limit, scale, unit in scales if abs(known) < limit)
+    scaled = known / scale
+    digits = 0 if not unit else next((n for n, least in enumerate((100, 10, 0.1)) if abs(scaled) >= least), 3)
+    return fixed(scaled, digits, unit)
+
+
+def duration(value: Any) -> str:
+    """`12.3 s`, `1 min 23 s`, `2 h 05 min`."""
+    known = number(value)
+    if known is None or known < 0:
+        return DASH
+    seconds = round(known)
+    if seconds < 60:
+        return f"{known:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    minutes = round(known / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shape(value: Any) -> str:
+    """`16×32×32`."""
+    return "×".join(word(part) for part in value) if isinstance(value, list | tuple) and value else DASH
+
+
+def bar(value: Any, length: int) -> str:
+    """A share in [0, 1] as blocks, to an eighth of a character."""
+    known = number(value)
+    eighths = 0 if known is None else round(min(max(known, 0.0), 1.0) * 8 * length)
+    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).strip()

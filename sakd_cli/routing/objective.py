@@ -1,0 +1,37 @@
+"""What the router is trained for (sakd spec, section 2.2)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RouterLoss(NamedTuple):
+    """What is minimised; without gradient: the routed network's cross-entropy and three flags, 0 or 1."""
+
+    loss: Tensor
+    ce: Tensor
+    raised: Tensor
+    lowered: Tensor
+    count_active: Tensor
+
+
+def router_loss(
+    routed: Tensor, labels: Tensor, student_ce: Tensor, gate: Tensor, *, gamma: float, min_teacher_fraction: float
+) -> RouterLoss:
+    """c CE(routed) + max(0, fraction N - number of samples with the teacher's logits).
+
+    c = gamma where the routed network is worse than the student alone, 1/gamma where it is better, 1 where equal. The
+    comparison carries no gradient; the count is neither scaled by c nor by 1/N. routed [N, classes], gate [N, S].
+    """
+    ce = F.cross_entropy(routed, labels)
+    raised = (ce > student_ce).detach()
+    lowered = (ce < student_ce).detach()
+    one = torch.ones_like(ce)
+    factor = torch.where(raised, one * gamma, torch.where(lowered, one / gamma, one)).detach()
+    missing = min_teacher_fraction * len(gate) - gate[:, -1].sum()
+    active = (missing > 0).detach()
+    return RouterLoss(
+        factor * ce + F.relu(missing), ce.detach(), *(flag.to(ce.dtype) for flag in (raised, lowered, active))
+    )

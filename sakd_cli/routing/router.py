@@ -1,0 +1,34 @@
+"""The router contract: WHERE to distil."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Decision(NamedTuple):
+    """What a router decides for one batch.
+
+    weight       [S, N] in [0, 1], no gradient: drives the losses; the last row is the logit spot
+    gate         [N, S], 1 = teacher, with gradient: drives the multi-path network; None: there is none
+    probability  [S, N] chance of the teacher, no gradient; None for routers without a policy
+    """
+
+    weight: Tensor
+    gate: Tensor | None = None
+    probability: Tensor | None = None
+
+
+class Router(nn.Module, ABC):
+    """Decides per sample and spot whether the student learns there. Subclasses are final."""
+
+    noise_width: int = 0
+    """Uniform numbers that the router needs per sample."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch, counted from 1."""
+        return
+
+    @abstractmethod
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        """Pooled vectors [N, C_T] and [N, C_S] without gradient, uniform noise [N, noise_width], to a decision."""

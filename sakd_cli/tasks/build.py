@@ -1,0 +1,219 @@
+"""From words to objects: the only reader of all tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
+from sakd_cli.config.run import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.data import table as datasets
+from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
+from sakd_cli.data.streams import generator
+from sakd_cli.distillers import table as distillers
+from sakd_cli.engine.runtime import pick_device
+from sakd_cli.engine.task import Task
+from sakd_cli.errors import UsageError
+from sakd_cli.models import artifact
+from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.cost import Cost, cost
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import StagedModel, frozen_view
+from sakd_cli.models.table import create
+from sakd_cli.routing import table as routers
+from sakd_cli.routing.graft import Graft
+from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.tasks.distill import DistillTask, Factors, Rates
+from sakd_cli.tasks.pretrain import PretrainTask
+from sakd_cli.tasks.teachers import find_teacher, no_teacher
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests."""
+
+    dataset: Dataset
+    train: Split
+    held_out: Split | None
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images in pixels."""
+        return int(self.dataset.train.images.shape[-1])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, built and ready: its task, its images and what the reports say of it."""
+
+    config: RunConfig
+    device: torch.device
+    images: Images
+    task: Task
+    network: StagedModel
+    cost: Cost
+    spots: tuple[Spot, ...] = ()
+    teacher: Artifact | None = None
+    teacher_cost: Cost | None = None
+
+    @property
+    def card(self) -> NetworkCard:
+        """How the delivered network introduces itself."""
+        data = self.images.dataset
+        return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
+
+
+def load_images(config: DataConfig, seed: int) -> Images:
+    """Load, limit and cut a data set."""
+    dataset = limited(datasets.load(config), config.limit, seed)
+    train, held_out = hold_out(dataset, config.holdout, seed)
+    return Images(dataset, train, held_out)
+
+
+def pretraining(config: PretrainConfig) -> Job:
+    """A network trained with cross-entropy."""
+    device = pick_device(config.device)
+    images = load_images(config.data, config.seed)
+    network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
+    task = PretrainTask(network, lr=_learning_rate(config, config.model), weight_decay=config.train.weight_decay)
+    return Job(config, device, images, task.to(device), network, cost(network, images.side))
+
+
+def teacher_config(config: DistillConfig) -> PretrainConfig:
+    """The run that trains the teacher of this run."""
+    words = resolve("pretrain", [Layer("the distillation's config", config.pretraining())]).config
+    assert isinstance(words, PretrainConfig)
+    return words
+
+
+def untrained_teacher(config: DistillConfig) -> Artifact:
+    """A stand-in for a teacher that is yet to be trained, for trying a batch."""
+    job = pretraining(teacher_config(config))
+    return Artifact(job.network, job.card, "untrained")
+
+
+def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
+    """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
+    device = pick_device(config.device)
+    teacher = teacher or _load_teacher(config)
+    images = load_images(config.data, config.seed)
+    check_classes(teacher, images, config.teacher.source)
+    frozen = teacher.model.to(device).requires_grad_(False).eval()
+    student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
+    with _initialised(config.seed, "distiller"):
+        method = distillers.build(config.method, student, frozen, images.side)
+    lr = _learning_rate(config, config.student)
+    pair = routers.Pair(
+        len(method.spots),
+        frozen.infos[-1].channels,
+        student.infos[-1].channels,
+        student.family == frozen.family,
+        _matched_rates(config, len(method.spots)),
+    )
+    with _initialised(config.seed, "router"):
+        router = routers.build(config.router, pair)
+        learned = config.router if isinstance(config.router, LearnedConfig) else None
+        graft = Graft(method.spots, frozen_view(student).run, frozen.run) if learned else None
+    learned = learned or LearnedConfig(name="none")
+    task = DistillTask(
+        student,
+        frozen.features,
+        method,
+        router,
+        graft,
+        Factors(
+            config.method.weight,
+            config.method.kl_weight,
+            config.method.gamma if learned.gamma is None else learned.gamma,
+            learned.min_teacher_fraction,
+        ),
+        Rates(
+            lr,
+            config.train.weight_decay,
+            lr / 2 if learned.lr is None else learned.lr,
+            learned.weight_decay,
+        ),
+    )
+    costs = cost(student, images.side), cost(frozen, images.side)
+    return Job(config, device, images, task.to(device), student, costs[0], method.spots, teacher, costs[1])
+
+
+def check_classes(network: Artifact, images: Images, source: str) -> None:
+    """Raise UsageError where a network's classes are not those of the data set."""
+    theirs, ours = network.card.classes, images.dataset.classes
+    if theirs != ours:
+        raise UsageError(
+            f"{source}: was trained for the {len(theirs)} classes of {network.card.dataset}, "
+            f"not for the {len(ours)} of {images.dataset.name}",
+            hint=f"sakd pretrain-teacher {network.card.architecture} --dataset {images.dataset.name}",
+        )
+
+
+def _load_teacher(config: DistillConfig) -> Artifact:
+    path = find_teacher(config)
+    if path is None:
+        raise no_teacher(config)
+    return artifact.load(path)
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """What `--dry-run` shows: spots with shapes and adapters, networks, trainable parameters."""
+    networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
+    if job.teacher and job.teacher_cost:
+        networks.insert(0, {"role": "teacher", "name": job.teacher.model.name, **job.teacher_cost._asdict()})
+    trainable = {group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()}
+    graft = job.task.graft if isinstance(job.task, DistillTask) else None
+    spots = []
+    for k, spot in enumerate(job.spots):
+        adapted = graft is not None and spot.kind != "logits"
+        spots.append(
+            spot._asdict()
+            | {"student_stage": spot.student, "teacher_stage": spot.teacher}
+            | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
+            | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}
+        )
+    return {"networks": networks, "spots": spots, "trainable": trainable, "images": len(job.images.train)}
+
+
+def _learning_rate(config: RunConfig, network: str) -> float:
+    return find_network(network).lr if config.train.lr is None else config.train.lr
+
+
+def _fresh(name: str, classes: int, seed: int, purpose: str, device: torch.device) -> StagedModel:
+    with _initialised(seed, purpose):
+        return create(name, classes).to(device)
+
+
+@contextmanager
+def _initialised(seed: int, purpose: str) -> Iterator[None]:
+    """Initial weights from a stream of their own, so that a router does not shift the student's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, f"init/{purpose}").initial_seed())
+        yield
+
+
+def _matched_rates(config: DistillConfig, spots: int) -> torch.Tensor | None:
+    """The shares per epoch and spot that an adaptive run logged; None for every other router."""
+    if not isinstance(config.router, RandomMatchedConfig):
+        return None
+    if config.router.run is not None:
+        run: RunDir | None = RunDir(Path(config.router.run).expanduser())
+    else:
+        wanted = {"task": "distill", "student": config.student, "data__name": config.data.name}
+        run = newest_run(config.runs_dir, **wanted, method__name=config.method.name, router__name="adaptive")
+    if run is None:
+        raise UsageError(
+            f"router random-matched: no finished adaptive run of {config.student} with {config.method.name} "
+            f"on {config.data.name} in {config.runs_dir}",
+            hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
+        )
+    rates = [[spot["share"] for spot in line["spots"]] for line in run.lines("spots.jsonl")]
+    if not rates or len(rates[0]) != spots:
+        raise UsageError(f"router random-matched: {run.path} has no record of {spots} spots")
+    return torch.tensor(rates)

@@ -1,0 +1,125 @@
+"""Distillation with a router that decides per sample and spot: the method of the paper, and its controls.
+
+Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022 (sakd spec, section 2).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sakd_cli.batch import Batch
+from sakd_cli.distillers.table import Distillers
+from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
+from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.routing.graft import Graft
+from sakd_cli.routing.objective import router_loss
+from sakd_cli.routing.router import Decision, Router
+
+
+class Factors(NamedTuple):
+    """The numbers of the objective: beta, alpha, gamma, and the share of the batch that the count term asks for."""
+
+    feature: float
+    logit: float
+    gamma: float
+    min_teacher_fraction: float
+
+
+class Rates(NamedTuple):
+    """Learning rate and weight decay of the student's group and of the router's."""
+
+    lr: float
+    weight_decay: float
+    router_lr: float
+    router_weight_decay: float
+
+
+@final
+class DistillTask(Task):
+    """One step of spot-adaptive distillation.
+
+    student: CE(s, y) + beta sum_k D_k(weight_k) + alpha KL(weight_K)
+    router:  c CE(routed, y) + max(0, N/2 - count)          only where the router learns (`graft` is given)
+
+    Both are added and one backward pass serves both groups: the routed pass sees no weight of either network with
+    gradient, and every weight is cut from the policy, so each group gets exactly its own gradient. Order matters: the
+    student's training pass comes first, because the routed pass uses the BatchNorm statistics it has updated.
+    """
+
+    network: StagedModel
+
+    def __init__(
+        self,
+        network: StagedModel,
+        teacher_features: Callable[[Tensor], Features],
+        distillers: Distillers,
+        router: Router,
+        graft: Graft | None,
+        factors: Factors,
+        rates: Rates,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.teacher_features = teacher_features
+        self.feature_distiller = distillers.features
+        self.logit_distiller = distillers.logits
+        self.router = router
+        self.graft = graft
+        self.factors = factors
+        self.rates = rates
+        self.noise_width = router.noise_width
+
+    def groups(self) -> list[ParamGroup]:
+        learners = [self.network, self.feature_distiller, self.logit_distiller]
+        routing = [self.router, self.graft]
+        student = [p for module in learners if module is not None for p in module.parameters()]
+        router = [p for module in routing if module is not None for p in module.parameters()]
+        return [
+            ParamGroup("student", student, self.rates.lr, self.rates.weight_decay),
+            ParamGroup("router", router, self.rates.router_lr, self.rates.router_weight_decay),
+        ]
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.router.begin_epoch(epoch)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        with torch.no_grad():
+            teacher = self.teacher_features(batch.images)
+        student = self.network.features(batch.images)
+        decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
+        ce = F.cross_entropy(student.logits, batch.labels)
+        logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
+        parts = {"ce": ce, "logit": logit}
+        loss = ce + logit
+        if self.feature_distiller is not None:
+            feature = self.factors.feature * self.feature_distiller(student, teacher, decision.weight[:-1], batch).sum()
+            parts["feature"] = feature
+            loss = loss + feature
+        parts["loss"] = loss
+        routing_loss, events = self._route(batch, teacher, ce, decision)
+        parts |= {"router": routing_loss} if events else {}
+        use = SpotUse(decision.weight, decision.probability, events)
+        return StepOutput(
+            loss + routing_loss, student.logits, {name: part.detach() for name, part in parts.items()}, use
+        )
+
+    def _route(
+        self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The router's loss and what happened in it; nothing where the router does not learn."""
+        if self.graft is None or decision.gate is None:
+            return torch.zeros_like(ce), {}
+        routed = self.graft(batch.images, teacher, decision.gate)
+        result = router_loss(
+            routed,
+            batch.labels,
+            ce,
+            decision.gate,
+            gamma=self.factors.gamma,
+            min_teacher_fraction=self.factors.min_teacher_fraction,
+        )
+        events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
+        return result.loss, events

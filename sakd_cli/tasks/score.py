@@ -1,0 +1,43 @@
+"""Score a saved network on the test images."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.data.loader import EvalLoader
+from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.runtime import pick_device
+from sakd_cli.models import artifact
+from sakd_cli.models.cost import cost
+from sakd_cli.tasks.build import check_classes, load_images
+
+
+def score(weights: Path, layers: Iterable[Layer]) -> dict[str, Any]:
+    """Figures of the network in `weights` (file or folder); the layers say which data and device.
+
+    A file of no run is scored on the data set that its header names. Raises UsageError on other classes.
+    """
+    network = artifact.load(weights)
+    named = Layer("the weights' header", {"data": network.card.dataset})
+    config = resolve("eval", [named, *layers]).config
+    device = pick_device(config.device)
+    images = load_images(config.data.model_copy(update={"holdout": 0.0}), 0)
+    check_classes(network, images, str(weights))
+    model = network.model.to(device)
+    dataset = images.dataset
+    scores = evaluate(model, EvalLoader(dataset.test, dataset, device=device), len(dataset.classes))
+    per_class = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, strict=True)
+    return {
+        "schema": "sakd.eval/1",
+        "weights": str(weights),
+        "sha256": network.sha256,
+        "network": model.name,
+        "dataset": dataset.name,
+        "split": "test",
+        "images": scores.images,
+        **scores.headline(),
+        **cost(model, images.side)._asdict(),
+        "device": str(device),
+        "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
+    }

@@ -1,0 +1,49 @@
+"""Whom `--teacher` means: a weights file, a run directory, or the newest finished run of an architecture."""
+
+import shlex
+from pathlib import Path
+
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.run import DistillConfig
+from sakd_cli.errors import UsageError
+from sakd_cli.rundir import RunDir, newest_run
+
+
+def find_teacher(config: DistillConfig) -> Path | None:
+    """The weights file or folder to load; None where the architecture has no finished run for this data set.
+
+    Raises UsageError where `teacher.source` is neither a path nor the name of a network.
+    """
+    path = Path(config.teacher.source).expanduser()
+    if (path / "config.yaml").is_file():
+        folder = RunDir(path).deliverable
+        if folder is None:
+            raise UsageError(f"{path}: this run has not saved a network yet")
+        return folder
+    if path.exists():
+        return path
+    if len(path.parts) > 1 or path.suffix == ".safetensors":
+        raise UsageError(f"teacher: {path}: no such file or directory")
+    name = find_network(config.teacher.source).name
+    run = newest_run(config.runs_dir, task="pretrain", model=name, data__name=config.data.name)
+    return run.deliverable if run else None
+
+
+def pretrain_command(config: DistillConfig) -> str:
+    """The command line that trains the missing teacher."""
+    words = ["sakd", "pretrain-teacher", find_network(config.teacher.source).name, "--dataset", config.data.name]
+    default = type(config).model_fields["runs_dir"].default
+    if config.data.root is not None:
+        words += ["--data-root", str(config.data.root)]
+    if config.runs_dir != default:
+        words += ["--runs-dir", str(config.runs_dir)]
+    return shlex.join(words)
+
+
+def no_teacher(config: DistillConfig) -> UsageError:
+    """What to say, and what to do, where there is no teacher."""
+    name = find_network(config.teacher.source).name
+    return UsageError(
+        f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}",
+        hint=f"{pretrain_command(config)}   (or add --pretrain)",
+    )

@@ -1,0 +1,114 @@
+"""The routing adapters: reference figures, geometry and sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import close, fill, oracle, samples, tensors_of
+from torch import Tensor, nn
+
+from sakd_cli.models.adapters import ConvAdapter, LinearAdapter, adapter
+from sakd_cli.models.spot import spots_at
+from sakd_cli.models.table import create
+
+CASES = [
+    case for case in oracle("adapters")[0] if case["id"].startswith("conv_regressor/") or case["id"] == "embed/linear"
+]
+
+
+def built(case: dict[str, Any]) -> nn.Module:
+    if case["id"] == "embed/linear":
+        return LinearAdapter((20,), (12,))
+    return ConvAdapter(tuple(case["source_shape"][1:]), tuple(case["target_shape"][1:]), relu=case["relu"])
+
+
+def figures(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Every figure of one case by the oracle's names."""
+    with torch.no_grad():
+        found = {"eval_out": module.eval()(x)}
+    x = x.clone().requires_grad_()
+    out = module.train()(x)
+    places = torch.arange(out.numel(), dtype=x.dtype).reshape(out.shape)
+    (gradient,) = torch.autograd.grad((out * places.cos()).sum(), x)
+    found |= {"train_out": out, "train_grad_x": gradient}
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            found |= {"after_running_mean": norm.running_mean, "after_running_var": norm.running_var}
+    return found | {f"{name}_samples": samples(tensor) for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("part", ["f64", "f32"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_figures(case: dict[str, Any], part: str) -> None:
+    dtype = torch.float64 if part == "f64" else torch.float32
+    x = tensors_of("adapters", case["id"], "in")["x"].to(dtype)
+    found = figures(fill(built(case), case["salt"]).to(dtype), x)
+    wanted = tensors_of("adapters", case["id"], part)
+    assert len(wanted) >= 3
+    for name, reference in wanted.items():
+        if part == "f64":
+            close(found[name], reference, 1e-9, 1e-12)
+        else:
+            noise = case["f32_rel_err"][name.removesuffix("_samples")]
+            close(found[name], reference, max(1e-5, 10 * noise), 1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_parameters(case: dict[str, Any]) -> None:
+    assert sum(p.numel() for p in built(case).parameters()) == case["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "geometry"),
+    [
+        ((4, 8, 8), (6, 4, 4), "conv 3x3 /2"),
+        ((4, 4, 4), (6, 8, 8), "up-conv 4x4 x2"),
+        ((4, 4, 4), (6, 4, 4), "conv 1x1"),
+        ((4, 9, 9), (6, 4, 4), "conv 6x6"),
+        ((4, 3, 3), (6, 8, 8), "up-conv 4x4 x2"),
+        ((4, 2, 2), (6, 8, 8), "up-conv 4x4 x4"),
+        ((4, 2, 2), (6, 1, 1), "conv 3x3 /2"),
+        ((4, 8, 6), (6, 5, 5), "conv 4x2"),
+    ],
+)
+def test_geometry(source: tuple[int, ...], target: tuple[int, ...], geometry: str) -> None:
+    made = adapter(source, target)
+    assert made.geometry == geometry
+    assert made(torch.randn(3, *source)).shape == (3, *target)
+
+
+def test_pooled_vectors_get_a_linear_layer() -> None:
+    made = adapter((5,), (7,))
+    assert isinstance(made, LinearAdapter)
+    assert made(torch.randn(3, 5)).shape == (3, 7)
+
+
+def test_relu_can_be_left_out() -> None:
+    x = torch.randn(8, 4, 4, 4)
+    assert ConvAdapter((4, 4, 4), (4, 4, 4))(x).min() == 0
+    assert ConvAdapter((4, 4, 4), (4, 4, 4), relu=False)(x).min() < 0
+
+
+# sakd spec, section 3.2: parameters of (lift, drop) at the map spots 1 .. L-2 together, at stage 2, at stage L-2 and at
+# the pooled vector, for 100 classes at 32x32.
+SIZES = {
+    ("resnet56", "resnet20"): ((5712, 5712), (1120, 1120), (4288, 4288), (4160, 4160)),
+    ("resnet32x4", "resnet8x4"): ((87360, 87360), (16768, 16768), (66304, 66304), (65792, 65792)),
+    ("wrn_40_2", "wrn_16_2"): ((22176, 22176), (4288, 4288), (16768, 16768), (16512, 16512)),
+    ("resnet32x4", "resnet32"): ((22848, 21840), (4480, 4192), (17152, 16576), (16640, 16448)),
+}
+
+
+@pytest.mark.parametrize("pair", SIZES, ids="-".join)
+def test_published_sizes(pair: tuple[str, str]) -> None:
+    with torch.device("meta"):
+        teacher, student = (create(name, 100) for name in pair)
+        places = [(k, k) for k in range(len(student.infos))]
+        lift, drop = [], []
+        for spot in spots_at(student, teacher, places, 32)[:-1]:
+            lift.append(sum(p.numel() for p in adapter(spot.student_shape, spot.teacher_shape).parameters()))
+            drop.append(sum(p.numel() for p in adapter(spot.teacher_shape, spot.student_shape).parameters()))
+    found = [(sum(lift[1:-1]), sum(drop[1:-1])), *((lift[k], drop[k]) for k in (2, -2, -1))]
+    assert tuple(found) == SIZES[pair]

@@ -1,0 +1,411 @@
+"""The report floor: arithmetic on hand-made records, damaged and hostile input, and tables at every width."""
+
+import io
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+
+from sakd_cli.errors import UsageError
+from sakd_cli.report import figures
+from sakd_cli.report.sheet import Column, Sheet
+from sakd_cli.report.spots import SCHEMA, spot_report
+from sakd_cli.report.tables import evaluation_tables, listing_table, spot_plan_table, spot_tables, summary_table
+from sakd_cli.rundir import RunDir
+
+Tree = dict[str, Any]
+CONFIG = {"task": "distill", "student": "resnet8", "teacher": {"source": "resnet20"}, "method": {"name": "fitnet"}}
+CONFIG |= {"router": {"name": "adaptive"}, "data": {"name": "cifar100"}}
+
+
+def spot(name: str, share: float | None, by_class: list[float | None], probability: float | None = 0.5) -> Tree:
+    kind = "logits" if name == "logits" else "map"
+    return {"name": name, "kind": kind, "share": share, "probability": probability, "by_class": by_class}
+
+
+def epoch(number: int, samples: int, *spots: Tree, routed: bool = True) -> Tree:
+    steps = dict.fromkeys(("gamma_raised", "gamma_lowered", "count_active"), 0.25 if routed else None)
+    return {"epoch": number, "samples": samples, "spots": list(spots), **steps, "empty": [0.125] * len(spots)}
+
+
+TWO_EPOCHS = [
+    epoch(1, 100, spot("stage2", 0.8, [1.0, 0.6, None, None]), spot("logits", 0.5, [0.5, 0.5, None, None])),
+    epoch(2, 300, spot("stage2", 0.4, [0.6, None, 0.1, None], 0.3), spot("logits", 0.5, [0.5, None, 0.6, None])),
+]
+
+
+def make_run(folder: Path, records: list[Any], *, config: Tree = CONFIG, classes: list[str] | None = None) -> RunDir:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    if records:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "spots.jsonl").write_text(lines, encoding="utf-8")
+    if classes is not None:
+        (folder / "student").mkdir()
+        (folder / "student" / "config.json").write_text(json.dumps({"classes": classes}), encoding="utf-8")
+    return RunDir(folder)
+
+
+def text_of(renderables: list[RenderableType], width: int = 80, encoding: str = "utf-8", colour: bool = False) -> str:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+    console = Console(file=file, width=width, force_terminal=colour, color_system="standard" if colour else None)
+    for renderable in renderables:
+        console.print(renderable)
+    file.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_report_names_the_run(tmp_path: Path) -> None:
+    report = spot_report(make_run(tmp_path / "run", TWO_EPOCHS))
+    assert report["schema"] == SCHEMA == "sakd.spots/1"
+    assert report["run"] == str(tmp_path / "run")
+    words = [report[key] for key in ("method", "router", "teacher", "student", "dataset")]
+    assert words == ["fitnet", "adaptive", "resnet20", "resnet8", "cifar100"]
+    assert (report["finished"], report["epochs"], report["samples"]) == (False, 2, 400)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_overall_share_is_weighted_by_samples_and_epochs_are_kept(tmp_path: Path) -> None:
+    report = spot_report(make_run(tmp_path / "run", TWO_EPOCHS))
+    stage, logits = report["overall"]
+    assert stage.pop("share") == pytest.approx((0.8 * 100 + 0.4 * 300) / 400)
+    figures_of_epochs = {"first": 0.8, "last": 0.4, "min": 0.4, "max": 0.8, "probability": 0.3}
+    assert stage == {"name": "stage2", "kind": "map", **figures_of_epochs}
+    assert (logits["name"], logits["kind"], logits["share"]) == ("logits", "logits", 0.5)
+    steps = {"gamma_raised": 0.25, "gamma_lowered": 0.25, "count_active": 0.25, "empty": [0.125, 0.125]}
+    assert report["by_epoch"][1] == {
+        "epoch": 2,
+        "samples": 300,
+        "share": [0.4, 0.5],
+        "probability": [0.3, 0.5],
+        **steps,
+    }
+
+
+def test_by_class_is_the_mean_of_the_epochs_that_have_the_class(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", TWO_EPOCHS, classes=["apple", "bear", "cat", "dog"])
+    rows = spot_report(run)["by_class"]
+    # Overall 0.5 and 0.5: cat deviates by -0.4, apple by +0.3, bear by +0.1; no sample of a dog was seen.
+    assert [row["name"] for row in rows] == ["cat", "apple", "bear", "dog"]
+    shares = {row["name"]: row["share"] for row in rows}
+    assert shares["apple"] == pytest.approx([0.8, 0.5])
+    assert shares["bear"] == pytest.approx([0.6, 0.5])
+    assert shares["cat"] == pytest.approx([0.1, 0.6])
+    assert shares["dog"] == [None, None]
+    assert rows[0]["deviation"] == pytest.approx([-0.4, 0.1])
+    assert rows[-1]["deviation"] == [None, None]
+
+
+def test_classes_without_names_are_numbered(tmp_path: Path) -> None:
+    unnamed = spot_report(make_run(tmp_path / "a", TWO_EPOCHS))["by_class"]
+    assert {row["name"] for row in unnamed} == {"class 0", "class 1", "class 2", "class 3"}
+    short = spot_report(make_run(tmp_path / "b", TWO_EPOCHS, classes=["apple", "\x1b[1m"]))["by_class"]
+    assert {row["name"] for row in short} == {"apple", "class 1", "class 2", "class 3"}
+
+
+def test_no_classes_on_record(tmp_path: Path) -> None:
+    record = epoch(1, 10, spot("logits", 0.5, []))
+    record["spots"][0].pop("by_class")
+    report = spot_report(make_run(tmp_path / "run", [record]))
+    assert report["by_class"] == []
+    assert len(spot_tables(report)) == 2
+
+
+def test_router_without_policy_and_epoch_without_samples(tmp_path: Path) -> None:
+    record = epoch(1, 0, spot("logits", None, [None], None), routed=False)
+    report = spot_report(make_run(tmp_path / "run", [record]))
+    row = report["overall"][0]
+    assert [row[key] for key in ("share", "first", "last", "min", "max", "probability")] == [None] * 6
+    text = text_of(spot_tables(report))
+    assert "γ" not in text
+    assert "Count" not in text
+    assert figures.DASH in text
+
+
+def test_resumed_run_counts_an_epoch_once(tmp_path: Path) -> None:
+    again = [epoch(n, 100, spot("logits", share, [share])) for n, share in ((1, 0.2), (3, 0.1), (2, 0.9), (3, 0.4))]
+    report = spot_report(make_run(tmp_path / "run", again))
+    assert [row["epoch"] for row in report["by_epoch"]] == [1, 2, 3]
+    assert [row["share"] for row in report["by_epoch"]] == [[0.2], [0.9], [0.4]]
+    assert report["overall"][0]["last"] == 0.4
+
+
+def test_running_and_finished_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", TWO_EPOCHS)
+    with (run.path / "spots.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"epoch": 3, "sam')
+    assert "2 epochs so far" in text_of(spot_tables(spot_report(run)), 200)
+    (run.path / "summary.json").write_text("{}", encoding="utf-8")
+    assert "so far" not in text_of(spot_tables(spot_report(run)), 200)
+
+
+def refusal(run: RunDir) -> str:
+    with pytest.raises(UsageError) as caught:
+        spot_report(run)
+    assert caught.value.exit_code == 2
+    assert caught.value.message.isprintable()
+    return caught.value.message
+
+
+def test_pretrain_run_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", TWO_EPOCHS, config={"task": "pretrain"})
+    assert refusal(run) == f"{tmp_path / 'run'}: has no record of spots: it is a 'pretrain' run"
+
+
+def test_run_without_an_epoch_is_refused(tmp_path: Path) -> None:
+    assert "has no record of spots yet" in refusal(make_run(tmp_path / "run", []))
+    assert "not a run directory" in refusal(RunDir(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [[], 3, {"epoch": 1}]
+    + [TWO_EPOCHS[0] | {"spots": spots} for spots in ([], [1], [{"name": "logits"}])]
+    + [
+        TWO_EPOCHS[0] | wrong for wrong in ({"empty": [0.0]}, {"samples": -1}, {"epoch": float("inf")}, {"epoch": None})
+    ],
+)
+def test_damaged_record_is_named(tmp_path: Path, record: Any) -> None:
+    assert refusal(make_run(tmp_path / "run", [TWO_EPOCHS[1], record])).endswith("line 2 is no record of an epoch")
+
+
+def test_damaged_file_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [TWO_EPOCHS[0], epoch(2, 10, spot("logits", 0.5, []))])
+    assert refusal(run).endswith("epoch 2 has other spots than epoch 1")
+    (run.path / "spots.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert refusal(run).endswith("spots.jsonl: cannot be read")
+
+
+HOSTILE = "\x1b[31mre\x07d\x1b]0;title\x07 \u202e[bold]x[/bold]\r\n[/] :smile:\x9b2J\ud800"
+HARMLESS = "red [bold]x[/bold]  [/] :smile:"
+
+
+def test_plain() -> None:
+    assert figures.plain(HOSTILE) == HARMLESS
+    assert figures.plain("naïve 猫") == "naïve 猫"
+    assert figures.plain("\x1bc\x1b(B\x1b") == ""
+    assert figures.word("\x1b[0m") == figures.word(None) == figures.DASH
+
+
+def test_names_from_files_are_shown_as_plain_text(tmp_path: Path) -> None:
+    record = epoch(1, 10, {**spot("x", 0.5, [0.75]), "name": HOSTILE, "kind": HOSTILE})
+    config = CONFIG | {"teacher": {"source": HOSTILE.replace("\ud800", "")}}
+    report = spot_report(make_run(tmp_path / "run", [record], config=config, classes=[HOSTILE]))
+    assert report["overall"][0]["name"] == report["overall"][0]["kind"] == report["teacher"] == HARMLESS
+    assert report["by_class"][0]["name"] == HARMLESS
+    evaluation = {"network": HOSTILE, "classes": [{"name": HOSTILE, "images": 1, "top1": 5.0}]}
+    plan = {"spots": [{"name": HOSTILE, "lift": HOSTILE}], "trainable": {HOSTILE: 3}}
+    summary = {"network": HOSTILE, "protocol": HOSTILE, "phases": {HOSTILE: 1.0}, "seconds": 1.0}
+    tables = [*spot_tables(report), *evaluation_tables(evaluation), summary_table(summary), spot_plan_table(plan)]
+    text = text_of([*tables, listing_table(HOSTILE, [{HOSTILE: HOSTILE}])], width=300)
+    assert text.count(HARMLESS) >= 12
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
+def long_run(folder: Path, features: int, epochs: int = 240, classes: int = 100) -> RunDir:
+    names = [*(f"stage{number}" for number in range(1, features + 1)), "logits"]
+    records = []
+    for number in range(1, epochs + 1):
+        spots = []
+        for index, name in enumerate(names):
+            share = 0.9 - 0.1 * index - 0.4 * number / epochs
+            by_class: list[float | None] = [share + 0.001 * (label - 49.5) for label in range(classes)]
+            spots.append(spot(name, share, by_class, share))
+        records.append(epoch(number, 50_000, *spots))
+    return make_run(folder, records, classes=[f"name_{label:02d}" for label in range(classes)])
+
+
+# fmt: off
+EVALUATION = {
+    "network": "resnet8", "dataset": "cifar100", "split": "test", "images": 10_000, "top1": 41.2345, "top5": 70.1,
+    "loss": 2.2034, "parameters": 83_892, "macs": 12_507_392,
+    "classes": [{"name": f"name_{label:02d}", "images": 100, "top1": float(label)} for label in range(100)],
+}
+SUMMARY = {
+    "task": "distill", "network": "resnet8", "dataset": "cifar100", "epochs": 3,
+    "headline": {"epoch": 3, "split": "test", "top1": 41.2, "top5": 70.1, "loss": 2.2},
+    "best": {"epoch": 2, "selected_on": "holdout", "top1": 40.9, "top5": 70.4, "loss": 2.19},
+    "protocol": "last epoch is the headline; best epoch chosen on 10 % of the training images held out",
+    "parameters": 83_892, "macs": 12_507_392, "seconds": 83.1, "phases": {"train": 0.93, "evaluate": 0.07},
+    "teacher": {"network": "resnet20", "top1": 45.1, "parameters": 278_324, "macs": 40_800_000, "sha256": "ab" * 32},
+}
+PLAN = {
+    "spots": [
+        {"name": "stage2", "kind": "map", "student_stage": "stage2", "teacher_stage": "stage2",
+         "student_shape": [32, 16, 16], "teacher_shape": [128, 16, 16], "lift": "conv 1x1", "drop": "conv 1x1"},
+        {"name": "logits", "kind": "logits", "student_shape": [100], "teacher_shape": [100], "lift": None},
+    ],
+    "networks": [{"role": "teacher", "name": "resnet20", "parameters": 278_324, "macs": 40_800_000}],
+    "trainable": {"router": 772, "adapters": 8448, "distiller": 0},
+}
+# fmt: on
+ABOUT = "three groups of one block each, and more that does not fit on one line"
+LISTING = [{"name": "resnet8", "parameters": 83_892, "macs": 12_507_392, "about": ABOUT}]
+
+
+def everything(report: Tree) -> list[RenderableType]:
+    tables = [*spot_tables(report), *evaluation_tables(EVALUATION), summary_table(SUMMARY), spot_plan_table(PLAN)]
+    return [*tables, listing_table("Networks", LISTING)]
+
+
+@pytest.mark.parametrize("features", [1, 3])
+@pytest.mark.parametrize("width", [1, 8, 20, 40, 80, 200])
+def test_no_line_is_wider_than_the_terminal(tmp_path: Path, features: int, width: int) -> None:
+    text = text_of(everything(spot_report(long_run(tmp_path / "run", features))), width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+
+
+def test_figures_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    report = spot_report(long_run(tmp_path / "run", 3))
+    lines = [line.strip() for line in text_of(everything(report), 20).splitlines()]
+    assert "Share: 69.9" in lines or "Share: 69.8" in lines
+    assert {"Epoch 240", "# 100", "Top-1 %: 41.23", "Parameters: 0.28 M", "Top-1", "Student shape:"} <= set(lines)
+
+
+def test_tables_fit_80_columns_as_tables(tmp_path: Path) -> None:
+    text = text_of(everything(spot_report(long_run(tmp_path / "run", 3))), 80)
+    assert text.count("───\n") == 9  # a rule below every header: none of the nine fell apart into a list
+    assert "\x1b" not in text
+
+
+def test_colour_changes_no_character(tmp_path: Path) -> None:
+    tables = everything(spot_report(long_run(tmp_path / "run", 1)))
+    coloured = text_of(tables, 80, colour=True)
+    assert "\x1b[" in coloured
+    strip = "\n".join(line.rstrip() for line in figures._ESCAPES.sub("", coloured).splitlines())
+    assert strip == "\n".join(line.rstrip() for line in text_of(tables, 80).splitlines())
+
+
+def test_terminal_without_unicode(tmp_path: Path) -> None:
+    report = spot_report(make_run(tmp_path / "run", TWO_EPOCHS, classes=["naïve", "b", "c", "d"]))
+    text = text_of([*spot_tables(report), summary_table(SUMMARY)], encoding="ascii")
+    for part in ("na?ve", "resnet20 -> resnet8", "#####", "-40.0"):
+        assert part in text
+
+
+def test_long_runs_are_thinned_evenly(tmp_path: Path) -> None:
+    text = text_of([spot_tables(spot_report(long_run(tmp_path / "run", 1)))[1]])
+    shown = [int(line.split()[0]) for line in text.splitlines() if line.strip() and line.split()[0].isdigit()][:20]
+    assert (len(shown), shown[0], shown[-1]) == (20, 1, 240)
+    assert {after - before for before, after in pairwise(shown)} == {12, 13}
+    assert "20 of 240 epochs are shown; all of them: --json" in text
+
+
+def test_short_runs_are_shown_whole(tmp_path: Path) -> None:
+    assert "--json" not in text_of(spot_tables(spot_report(long_run(tmp_path / "run", 1, epochs=20, classes=20))))
+
+
+def test_by_class_shows_both_ends(tmp_path: Path) -> None:
+    report = spot_report(long_run(tmp_path / "run", 1))
+    text = text_of([spot_tables(report, top=2)[2]])
+    names = [line.split()[1] for line in text.splitlines() if "name_" in line]
+    assert names == ["name_99", "name_98", "name_01", "name_00"]
+    for part in ("⋮", "4 of 100 classes are shown; all of them: --json", "+5.0", "−5.0"):
+        assert part in text
+    assert len(spot_tables(report, top=0)) == 2
+
+
+def test_classes_never_seen_are_not_ranked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", TWO_EPOCHS, classes=["apple", "bear", "cat", "dog"])
+    text = text_of([spot_tables(spot_report(run))[2]])
+    assert "dog" not in text
+    assert text.index("apple") < text.index("bear") < text.index("cat")
+
+
+def test_evaluation_shows_best_and_worst() -> None:
+    text = text_of(evaluation_tables(EVALUATION))
+    for figure in ("10 000", "41.23", "70.10", "2.203", "0.084 M", "12.5 M"):
+        assert figure in text
+    names = [line.split()[1] for line in text.splitlines() if "name_" in line]
+    assert names == [f"name_{label:02d}" for label in (*range(99, 89, -1), *range(9, -1, -1))]
+
+
+def test_evaluation_of_few_classes_shows_all() -> None:
+    classes = [{"name": f"name_{label:02d}", "images": 4, "top1": 4.0 * label} for label in range(25)]
+    classes[3] |= {"images": 0, "top1": None}
+    text = text_of(evaluation_tables(EVALUATION | {"classes": classes}))
+    assert text.count("name_") == 24
+    assert "1 of 25 classes have no image here" in text
+    assert "--json" not in text
+    assert len(evaluation_tables({**EVALUATION, "classes": []})) == 1
+
+
+def test_summary_with_and_without_teacher() -> None:
+    both = text_of([summary_table(SUMMARY)], 200)
+    assert both.startswith("resnet20 → resnet8 on cifar100 (test)\n")
+    row = next(line for line in both.splitlines() if line.startswith("Top-1"))
+    assert row.split() == ["Top-1", "41.20", "%", "40.90", "%", "45.10", "%"]
+    assert "−3.90 points top-1, 30 % of the parameters, 31 % of the MACs." in both
+    assert "Protocol: last epoch is the headline;" in both
+    assert "1 min 23 s for 3 epochs: train 93 %" in both
+    alone = text_of([summary_table({key: value for key, value in SUMMARY.items() if key != "teacher"})], 200)
+    assert "Teacher" not in alone
+    assert "against" not in alone
+
+
+def test_missing_figures_are_dashes() -> None:
+    text = text_of([summary_table({}), *evaluation_tables({}), spot_plan_table({}), listing_table("Empty", [])])
+    assert figures.DASH in text
+    assert "none" in text
+    assert "None" not in text
+
+
+def test_listing_follows_the_kind_of_value() -> None:
+    rows: list[Tree] = [
+        {"name": "a", "macs": 1_250_000_000, "learned": True},
+        {"name": None, "rate": 0.5, "of": ["x", "y"]},
+    ]
+    text = text_of([listing_table("Things [red]", rows)])
+    assert "Things [red]" in text
+    assert text.splitlines()[1].split() == ["Name", "MACs", "Learned", "Rate", "Of"]
+    assert text.splitlines()[3].split() == ["a", "1.25", "G", "yes", "–", "–"]
+    assert text.splitlines()[4].split() == ["–", "–", "–", "0.50", "x,", "y"]
+
+
+def test_wide_characters_and_long_names_wrap() -> None:
+    sheet = Sheet("", [Column("Name", text=True), Column("Figure")], [["猫" * 40, "1.0"], ["n" * 90, "2.0"]])
+    for width in (1, 2, 30, 80):
+        text = text_of([sheet], width)
+        assert max(cell_len(line) for line in text.splitlines()) <= max(width, 2)
+    assert text_of([sheet], 80).count("n") == 90
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, "0"), (772, "772"), (8448, "8.45 k"), (83_892, "0.084 M"), (278_324, "0.28 M"), (1_233_540, "1.23 M"),
+        (40_800_000, "40.8 M"), (278_000_000, "278 M"), (1_250_000_000, "1.25 G"), (3e13, "30.0 T"),
+        (None, "–"), ("x", "–"), (float("nan"), "–"), (True, "–"), (10**400, "–"),
+    ],
+)  # fmt: skip
+def test_large(value: Any, expected: str) -> None:
+    assert figures.large(value) == expected
+
+
+def test_small_figures() -> None:
+    assert figures.share(0.613) == "61.3"
+    assert figures.fixed(61.3, 1, " %") == "61.3 %"
+    deviations = [figures.deviation(value) for value in (0.042, -0.042, 0.0, -1e-9, None)]
+    assert deviations == ["+4.2", "−4.2", "0.0", "0.0", "–"]
+    durations = [figures.duration(value) for value in (12.34, 83.1, 7512, 59.96, None)]
+    assert durations == ["12.3 s", "1 min 23 s", "2 h 05 min", "1 min 00 s", "–"]
+    assert figures.shape([16, 32, 32]) == "16×32×32"
+    bars = [figures.bar(value, 10) for value in (0.0, 0.5, 0.56, 1.0, 1.2, None)]
+    assert bars == ["", "█████", "█████▋", "██████████", "██████████", ""]
+
+
+def test_importing_the_floor_imports_no_torch() -> None:
+    code = (
+        "import sys, sakd_cli.report.spots, sakd_cli.report.tables\n"
+        "print([name for name in ('torch', 'torchvision', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
