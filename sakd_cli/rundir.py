@@ -97,24 +97,25 @@ class RunDir:
         return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add one line to a JSON-lines file."""
+        """Add one line to a JSON-lines file; a line that was torn before stays a line of its own."""
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+            with (self.path / name).open("ab+") as file:
+                torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+                file.write(b"\n" * torn + json.dumps(record, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise DiskError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The records of a JSON-lines file; none if it is not there. A torn last line is left out."""
+        """The records of a JSON-lines file; none if it is not there. Torn lines are left out."""
         path = self.path / name
         if not path.is_file():
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for line in file:
                 try:
                     yield json.loads(line)
                 except ValueError:
-                    return
+                    continue
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One JSON document of the run. Raises UsageError if it is missing or damaged."""

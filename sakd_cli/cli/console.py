@@ -34,8 +34,8 @@ def emit(document: Any) -> None:
 
 
 def clean(text: str) -> str:
-    """Without control characters: names come from files and may hold terminal escapes."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
+    """One line without control characters: names come from files and may hold terminal escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", " ".join(text.split()))
 
 
 def complain(message: str, hint: str | None = None) -> None:

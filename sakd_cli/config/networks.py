@@ -25,7 +25,33 @@ def _named() -> list[Network]:
     resnets = [Network(f"resnet{d}", "resnet", {"depth": d}) for d in (8, 14, 20, 32, 44, 56, 110)]
     wide = [Network(f"resnet{d}x4", "resnet", {"depth": d, "widths": (32, 64, 128, 256)}) for d in (8, 32)]
     wrns = [_wrn(d, w) for d, w in ((16, 1), (16, 2), (28, 4), (28, 10), (40, 1), (40, 2))]
-    return resnets + wide + wrns
+    large = [
+        Network("ResNet18", "resnet_imagenet", {"blocks": (2, 2, 2, 2), "bottleneck": False}),
+        Network("ResNet34", "resnet_imagenet", {"blocks": (3, 4, 6, 3), "bottleneck": False}),
+        Network("ResNet50", "resnet_imagenet", {"blocks": (3, 4, 6, 3), "bottleneck": True}),
+        Network("ResNet101", "resnet_imagenet", {"blocks": (3, 4, 23, 3), "bottleneck": True}),
+        Network("ResNet152", "resnet_imagenet", {"blocks": (3, 8, 36, 3), "bottleneck": True}),
+    ]
+    vggs = [
+        Network("vgg8", "vgg", {"convolutions": (1, 1, 1, 1, 1)}),
+        Network("vgg11", "vgg", {"convolutions": (1, 1, 2, 2, 2)}),
+        Network("vgg13", "vgg", {"convolutions": (2, 2, 2, 2, 2)}),
+        Network("vgg16", "vgg", {"convolutions": (2, 2, 3, 3, 3)}),
+        Network("vgg19", "vgg", {"convolutions": (2, 2, 4, 4, 4)}),
+    ]
+    # The benchmarks (RepDistiller, mdistiller) call the half-width one MobileNetV2.
+    mobile = [
+        Network("MobileNetV2", "mobilenetv2", {"width": 1.0}, lr=0.01),
+        Network("MobileNetV2_half", "mobilenetv2", {"width": 0.5}, lr=0.01),
+    ]
+    # ShuffleNetV2 without a number is 1x, as in the benchmarks (ShuffleV2 there).
+    shuffle = [
+        Network("ShuffleNetV1", "shufflenetv1", {}, lr=0.01),
+        Network("ShuffleNetV2", "shufflenetv2", {"widths": (116, 232, 464), "embedding": 1024}, lr=0.01),
+        Network("ShuffleNetV2_0_5", "shufflenetv2", {"widths": (48, 96, 192), "embedding": 1024}, lr=0.01),
+        Network("ShuffleNetV2_2", "shufflenetv2", {"widths": (244, 488, 976), "embedding": 2048}, lr=0.01),
+    ]
+    return resnets + wide + wrns + large + vggs + mobile + shuffle
 
 
 def _wrn(depth: int, width: int) -> Network:
@@ -33,11 +59,12 @@ def _wrn(depth: int, width: int) -> Network:
 
 
 def _squashed(name: str) -> str:
-    return re.sub(r"[-_]", "", name).lower()
+    return re.sub(r"[-_.]", "", name).lower()
 
 
 NETWORKS = {network.name: network for network in _named()}
-_SPELLINGS = {_squashed(name): name for name in NETWORKS}
+# ResNet18 .. 152 and the CIFAR ResNets share no depth here, so that `resnet50` in any case means ResNet50.
+_SPELLINGS = {_squashed(name): name for name in NETWORKS} | {"shufflev1": "ShuffleNetV1", "shufflev2": "ShuffleNetV2"}
 
 
 def find_network(name: str) -> Network:

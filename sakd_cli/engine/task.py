@@ -22,7 +22,7 @@ class SpotUse(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """loss: scalar to minimise; logits [N, C] of the delivered network; parts: named scalars without gradient, for the log."""
+    """loss: to minimise; logits [N, C] of the delivered network; parts: named scalars without gradient, for the log."""
 
     loss: Tensor
     logits: Tensor

@@ -1,4 +1,4 @@
-"""The one training loop. It knows a task, a loader, an optimizer and a run directory; no model, no distiller, no router."""
+"""The one training loop. It knows a task, a loader, an optimizer, a run directory; no model, distiller or router."""
 
 import copy
 import math

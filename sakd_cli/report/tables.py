@@ -220,18 +220,18 @@ def _summary_notes(summary: dict[str, Any]) -> list[str]:
 
 
 def spot_plan_table(plan: dict[str, Any]) -> RenderableType:
-    """What a run would do (`--dry-run`): its networks, what is trained besides them, and its spots."""
+    """What a run would do (`--dry-run`): its networks, how much of them is trained, and its spots."""
     networks = [
         [word(entry.get("role")), word(entry.get("name")), large(entry.get("parameters")), large(entry.get("macs"))]
         for entry in plan.get("networks") or []
     ]
-    networks += [
-        [word(name), DASH, large(count), DASH] for name, count in (plan.get("trainable") or {}).items() if count
-    ]
+    # Counted by optimizer group: a student's group also holds what its distiller learns.
+    trained = [f"{word(name)} {large(count)}" for name, count in (plan.get("trainable") or {}).items() if count]
     parts = Sheet(
-        "Networks and trained parts",
-        [Column("Part", text=True), Column("Name", text=True), Column("Parameters"), Column("MACs")],
+        "Networks",
+        [Column("Role", text=True), Column("Name", text=True), Column("Parameters"), Column("MACs")],
         networks,
+        [f"Trained parameters: {', '.join(trained)}."] if trained else [],
     )
     headers = ("Spot", "Kind", "Student stage", "Student shape", "Teacher stage", "Teacher shape", "Lift", "Drop")
     rows = [
@@ -247,9 +247,10 @@ def spot_plan_table(plan: dict[str, Any]) -> RenderableType:
         ]
         for spot in plan.get("spots") or []
     ]
-    note = "Lift: adapter from the student's channels to the teacher's; drop: the way back."
+    adapted = any(spot.get("lift") is not None for spot in plan.get("spots") or [])
+    notes = ["Lift: adapter from the student's channels to the teacher's; drop: the way back."] if adapted else []
     columns = [Column(header, text=not header.endswith("shape")) for header in headers]
-    return Group(parts, Sheet("Spots", columns, rows, [note]))
+    return Group(parts, Sheet("Spots", columns, rows, notes))
 
 
 def listing_table(title: str, rows: list[dict[str, Any]]) -> RenderableType:
@@ -273,7 +274,7 @@ def _listed(key: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(word(part) for part in value) or DASH
     if isinstance(value, int):
-        return large(value) if key in ("parameters", "macs") else whole(value)
+        return large(value) if key in ("parameters", "macs") else str(value)
     if isinstance(value, float):
-        return fixed(value, 2)
+        return f"{value:g}"  # words of a config among them: 0.0005 must not become 0.00
     return word(value)

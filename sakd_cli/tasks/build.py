@@ -106,42 +106,38 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     check_classes(teacher, images, config.teacher.source)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
+    task = assemble(config, student, frozen, images.side)
+    costs = cost(student, images.side), cost(frozen, images.side)
+    return Job(config, device, images, task.to(device), student, costs[0], task.spots, teacher, costs[1])
+
+
+def assemble(config: DistillConfig, student: StagedModel, teacher: StagedModel, side: int) -> DistillTask:
+    """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode."""
     with _initialised(config.seed, "distiller"):
-        method = distillers.build(config.method, student, frozen, images.side)
-    lr = _learning_rate(config, config.student)
+        method = distillers.build(config.method, student, teacher, side)
     pair = routers.Pair(
-        len(method.spots),
-        frozen.infos[-1].channels,
-        student.infos[-1].channels,
-        student.family == frozen.family,
-        _matched_rates(config, len(method.spots)),
+        spots=len(method.spots),
+        teacher=teacher.infos[-1].channels,
+        student=student.infos[-1].channels,
+        one_family=student.family == teacher.family,
+        matched=_matched_rates(config, len(method.spots)),
     )
+    learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
-        learned = config.router if isinstance(config.router, LearnedConfig) else None
-        graft = Graft(method.spots, frozen_view(student).run, frozen.run) if learned else None
-    learned = learned or LearnedConfig(name="none")
-    task = DistillTask(
+        graft = Graft(method.spots, frozen_view(student).run, teacher.run) if learned else None
+    published = learned or LearnedConfig(name="none")
+    gamma = config.method.gamma if published.gamma is None else published.gamma
+    lr = _learning_rate(config, config.student)
+    return DistillTask(
         student,
-        frozen.features,
+        teacher.features,
         method,
         router,
         graft,
-        Factors(
-            config.method.weight,
-            config.method.kl_weight,
-            config.method.gamma if learned.gamma is None else learned.gamma,
-            learned.min_teacher_fraction,
-        ),
-        Rates(
-            lr,
-            config.train.weight_decay,
-            lr / 2 if learned.lr is None else learned.lr,
-            learned.weight_decay,
-        ),
+        Factors(config.method.weight, config.method.kl_weight, gamma, published.min_teacher_fraction),
+        Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
     )
-    costs = cost(student, images.side), cost(frozen, images.side)
-    return Job(config, device, images, task.to(device), student, costs[0], method.spots, teacher, costs[1])
 
 
 def check_classes(network: Artifact, images: Images, source: str) -> None:

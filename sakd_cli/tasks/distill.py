@@ -63,6 +63,7 @@ class DistillTask(Task):
     ) -> None:
         super().__init__()
         self.network = network
+        self.spots = distillers.spots
         self.teacher_features = teacher_features
         self.feature_distiller = distillers.features
         self.logit_distiller = distillers.logits

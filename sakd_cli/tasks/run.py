@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import environment
@@ -58,12 +59,13 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(job.images.train), job.device)
-    facts = {"teacher": _teacher_facts(job)} if job.teacher else {}
+    judge = _judge(job)
+    facts = _teacher_facts(job, judge)
     trainer = Trainer(
         job.task,
         _train_loader(job),
         optimizer,
-        _judge(job),
+        judge,
         run,
         FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts),
         watcher,
@@ -126,10 +128,13 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _teacher_facts(job: Job) -> dict[str, Any]:
-    assert job.teacher is not None
-    assert job.teacher_cost is not None
-    return {"network": job.teacher.model.name, "sha256": job.teacher.sha256} | job.teacher_cost._asdict()
+def _teacher_facts(job: Job, judge: Judge) -> dict[str, Any]:
+    """The teacher's figures, measured anew on the test images; nothing where there is no teacher."""
+    if job.teacher is None or job.teacher_cost is None:
+        return {}
+    scores = evaluate(job.teacher.model, judge.test, judge.classes)
+    facts = {"network": job.teacher.model.name, "sha256": job.teacher.sha256}
+    return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 
 
 def _yaml(words: dict[str, Any]) -> bytes:

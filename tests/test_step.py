@@ -1,0 +1,313 @@
+"""The routed step: against the oracles, against the literal published step, and its invariants."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from literal import LiteralRouting, attention_loss, mean_square, similarity_loss
+from oracles import close, fill, image, oracle, samples, tensors_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.table import create
+from sakd_cli.routing.policies import Anti
+from sakd_cli.tasks.build import assemble
+from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.pretrain import PretrainTask
+
+CLASSES = 10
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(method: str, router: str, student: str = "resnet8", teacher: str = "resnet14", **more: Any) -> DistillTask:
+    """A task on two freshly drawn networks with BatchNorm statistics that are not the initial ones."""
+    words = {"teacher.source": teacher, "student": student, "method.name": method, "router.name": router, **more}
+    config = resolve("distill", [Layer("test", nested(words))]).config
+    torch.manual_seed(3)
+    ours, theirs = create(student, CLASSES), create(teacher, CLASSES)
+    with torch.no_grad():
+        for model in (ours, theirs):
+            model.train()(torch.randn(16, 3, 32, 32))
+    return assemble(config, ours, theirs.requires_grad_(False).eval(), 32)
+
+
+def batches(task: DistillTask, count: int, size: int = 6, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        x = torch.randn(size, 3, 32, 32, generator=generator)
+        y = torch.randint(CLASSES, (size,), generator=generator)
+        noise = torch.rand(size, task.noise_width, generator=generator)
+        made.append(Batch(images=x, labels=y, index=torch.arange(size), noise=noise))
+    return made
+
+
+def optimizer(task: Any) -> Optimizer:
+    return Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+
+
+def fit(task: Any, made: list[Batch]) -> list[Tensor]:
+    optim = optimizer(task)
+    optim.begin_epoch(1)
+    task.train()
+    losses = []
+    for batch in made:
+        output = task(batch)
+        optim.step(output.loss)
+        losses.append(output.loss.detach())
+    return losses
+
+
+LITERAL = {
+    "kd": lambda task: ([], []),
+    "fitnet": lambda task: ([mean_square], [copy.deepcopy(task.feature_distiller.regressors[0])]),
+    "at": lambda task: ([attention_loss] * 3, [None] * 3),
+    "sp": lambda task: ([similarity_loss], [None]),
+}
+
+
+def literal(task: DistillTask, method: str, teacher: StagedModel) -> LiteralRouting:
+    assert task.graft is not None
+    losses, regressors = LITERAL[method](task)
+    return LiteralRouting(
+        copy.deepcopy(task.network),
+        copy.deepcopy(teacher),
+        copy.deepcopy(task.router.policy),
+        [copy.deepcopy(module) for module in task.graft.lifts],
+        [copy.deepcopy(module) for module in task.graft.drops],
+        [(spot.student, spot.teacher) for spot in task.spots[:-1]],
+        losses,
+        regressors,
+        alpha=task.factors.logit,
+        beta=task.factors.feature,
+        gamma=task.factors.gamma,
+        temperature=4.0,
+        tau=5.0,
+        lr=0.05,
+    )
+
+
+@pytest.mark.parametrize("bias", [0.0, 10.0], ids=["even", "biased"])
+@pytest.mark.parametrize("method", sorted(LITERAL))
+def test_four_steps_equal_the_literal_published_step(method: str, bias: float) -> None:
+    task = make(method, "adaptive", **{"router.teacher_bias": bias, "train.lr": 0.05})
+    teacher = task.teacher_features.__self__
+    slow = literal(task, method, teacher)
+    optim = optimizer(task)
+    optim.begin_epoch(1)
+    task.train()
+    for batch in batches(task, 4):
+        told = slow.step(batch.images, batch.labels, batch.noise)
+        output = task(batch)
+        optim.step(output.loss)
+        for name, value in told.items():
+            assert float(output.parts[name]) == pytest.approx(value, rel=1e-11)
+    pairs = [(task.network, slow.student), (task.router.policy, slow.policy)]
+    pairs += list(zip(task.graft.lifts, slow.lifts, strict=True)) + list(zip(task.graft.drops, slow.drops, strict=True))
+    if method == "fitnet":
+        pairs.append((task.feature_distiller.regressors[0], slow.regressors[0]))
+    for ours, theirs in pairs:
+        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert close(a.double(), b.double(), 1e-10, 1e-13), name
+
+
+def routing_case() -> tuple[DistillTask, Batch, dict[str, Any], dict[str, Tensor]]:
+    cases, _ = oracle("routing")
+    case = cases[0]
+    given = tensors_of("routing", case["id"], "in")
+    words = {
+        "teacher": case["teacher"],
+        "student": case["student"],
+        "method": {"name": case["method"].lower(), "weight": case["beta"], "temperature": case["T"]},
+        "router": {"name": "adaptive", "gamma": case["gamma"]},
+    }
+    config = resolve("distill", [Layer("test", words)]).config
+    salts = case["salts"]
+    teacher = fill(create(case["teacher"], case["num_classes"]), salts["teacher"]).requires_grad_(False).eval()
+    student = fill(create(case["student"], case["num_classes"]), salts["student"])
+    task = assemble(config, student, teacher, 32)
+    with torch.no_grad():
+        task.router.policy.weight.copy_(given["policy_weight"])
+        task.router.policy.bias.copy_(given["policy_bias"])
+        for kind, modules in (("hint", task.graft.lifts), ("anti_hint", task.graft.drops)):
+            for k, module in enumerate(modules):
+                for i, parameter in enumerate(module.parameters()):
+                    parameter.copy_(given[f"{kind}_{k}_p{i}"])
+    n = case["batch"]
+    batch = Batch(
+        images=image((n, 3, 32, 32), salts["input"]),
+        labels=given["target"],
+        index=torch.arange(n),
+        noise=given["uniform"].double().reshape(n, -1),
+    )
+    return task, batch, case, tensors_of("routing", case["id"], "f64")
+
+
+def test_routed_step_agrees_with_the_oracle() -> None:
+    if not oracle("routing")[0]:
+        pytest.skip("the routing oracle is not beside this checkout")
+    task, batch, case, f64 = routing_case()
+    task.train()
+    output = task(batch)
+    output.loss.backward()
+    assert close(output.use.weight.T, f64["gates"], 0.0)
+    assert output.use.weight.sum(dim=1).int().tolist() == case["selected_per_gate"]
+    assert close(output.logits, f64["student_logits"], 1e-9)
+    assert close(output.parts["router"], f64["routed_total"], 1e-9)
+    assert close(output.parts["ce"], f64["student_ce"], 1e-9)
+    assert close(output.parts["logit"], f64["kl_gated"], 1e-9)
+    assert close(output.parts["feature"], case["beta"] * f64["distill_gated"], 1e-9)
+    assert close(output.parts["loss"], f64["total_loss"], 1e-9)
+    policy = task.router.policy
+    assert close(policy.weight.grad, f64["grad_policy_weight"], 1e-8)
+    assert close(policy.bias.grad, f64["grad_policy_bias"], 1e-8)
+    compared = 0
+    for kind, modules in (("hint", task.graft.lifts), ("anti_hint", task.graft.drops)):
+        for k, module in enumerate(modules):
+            norm = torch.cat([parameter.grad.flatten() for parameter in module.parameters()]).norm()
+            assert close(norm, f64[f"grad_{kind}_{k}_l2"], 1e-8)
+            for i, parameter in enumerate(module.parameters()):
+                if (expected := f64.get(f"grad_{kind}_{k}_p{i}_samples")) is not None:
+                    assert close(samples(parameter.grad, len(expected)), expected, 1e-8)
+                    compared += 1
+    assert compared == 18
+    student = [parameter.grad.flatten() for parameter in task.network.parameters()]
+    assert close(torch.cat(student).norm(), f64["grad_student_l2"], 1e-8)
+    assert close(torch.cat(student).abs().sum(), f64["grad_student_l1"], 1e-8)
+    assert close(task.network.head.bias.grad, f64["grad_student_classifier_bias"], 1e-8)
+    norms = [module for module in task.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    sums = [x for name in ("running_mean", "running_var") for x in _sums([getattr(norm, name) for norm in norms])]
+    assert close(torch.stack(sums), f64["student_bn_after"].flatten(), 1e-9)
+
+
+def _sums(tensors: list[Tensor]) -> list[Tensor]:
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    return [flat.sum(), flat.square().sum()]
+
+
+def test_anti_agrees_with_the_oracle() -> None:
+    if not oracle("routing")[0]:
+        pytest.skip("the routing oracle is not beside this checkout")
+    task, batch, case, f64 = routing_case()
+    task.router = Anti(task.router)
+    output = task.train()(batch)
+    output.loss.backward()
+    assert close(output.parts["feature"], case["beta"] * f64["reverse_distill_gated"], 1e-9)
+    assert close(output.parts["logit"], f64["reverse_kl_gated"], 1e-9)
+    assert close(output.parts["loss"], f64["reverse_total_loss"], 1e-9)
+    student = torch.cat([parameter.grad.flatten() for parameter in task.network.parameters()])
+    assert close(student.norm(), f64["reverse_grad_student_l2"], 1e-8)
+    assert close(task.router.inner.policy.weight.grad, f64["grad_policy_weight"], 1e-8)
+
+
+@pytest.mark.parametrize("method", sorted(LITERAL))
+def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
+    task = make(method, "always")
+    student, teacher = copy.deepcopy(task.network), task.teacher_features.__self__
+    distiller = copy.deepcopy(task.feature_distiller)
+    made = batches(task, 3)
+    modules = nn.ModuleList([student] + ([distiller] if distiller else []))
+    plain = torch.optim.SGD(modules.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    student.train()
+    for batch in made:
+        with torch.no_grad():
+            theirs = teacher.features(batch.images)
+        ours = student.features(batch.images)
+        ones = torch.ones(len(task.spots), len(batch.labels))
+        loss = F.cross_entropy(ours.logits, batch.labels)
+        loss = loss + task.logit_distiller(ours, theirs, ones[-1:], batch).sum()
+        if distiller is not None:
+            loss = loss + task.factors.feature * distiller(ours, theirs, ones[:-1], batch).sum()
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+    fit(task, made)
+    for a, b in zip(task.network.state_dict().values(), student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", sorted(LITERAL))
+def test_never_is_plain_training_bit_for_bit(method: str) -> None:
+    task = make(method, "never")
+    plain = PretrainTask(copy.deepcopy(task.network), lr=0.05, weight_decay=5e-4)
+    made = batches(task, 3)
+    fit(task, made)
+    fit(plain, made)
+    for a, b in zip(task.network.state_dict().values(), plain.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_group_gets_the_gradient_of_its_own_loss_only() -> None:
+    task, alone = make("at", "adaptive").train(), make("at", "adaptive").train()
+    batch = batches(task, 1)[0]
+    student, router = (group.parameters for group in task.groups())
+    output = task(batch)
+    of_student = torch.autograd.grad(output.loss, student, retain_graph=True)
+    of_router = torch.autograd.grad(output.loss, router)
+    alone.graft = None  # no routed pass, hence no router's loss
+    expected = torch.autograd.grad(alone(batch).loss, alone.groups()[0].parameters)
+    assert all(torch.equal(a, b) for a, b in zip(of_student, expected, strict=True))
+    assert all(gradient.abs().sum() > 0 for gradient in of_router[:2])
+
+
+def test_teacher_is_untouched_and_the_student_normalised_once_per_step() -> None:
+    task = make("fitnet", "adaptive")
+    teacher = task.teacher_features.__self__
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    tracked = next(module for module in task.network.modules() if isinstance(module, nn.BatchNorm2d))
+    seen = int(tracked.num_batches_tracked)
+    fit(task, batches(task, 3))
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert int(tracked.num_batches_tracked) == seen + 3
+
+
+@pytest.mark.parametrize("method", sorted(LITERAL))
+def test_all_teacher_and_all_student_paths_are_the_networks_themselves(method: str) -> None:
+    task = make(method, "adaptive")
+    assert task.graft is not None
+    teacher = task.teacher_features.__self__
+    x = batches(task, 1)[0].images
+    with torch.no_grad():
+        theirs = teacher.features(x)
+        for value, network in ((1.0, teacher), (0.0, copy.deepcopy(task.network).eval())):
+            routed = task.graft(x, theirs, torch.full((len(x), len(task.spots)), value))
+            assert torch.equal(routed, network(x))
+
+
+@pytest.mark.parametrize("router", ["adaptive", "anti", "always", "random", "never"])
+def test_no_step_reads_the_device(router: str) -> None:
+    class NoRead(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.name()
+            assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"), name
+            return func(*args, **(kwargs or {}))
+
+    task = make("at", router)
+    batch = batches(task, 1)[0]
+    task.train()
+    with NoRead():
+        task(batch).loss.backward()
+
+
+@pytest.mark.parametrize("method", sorted(LITERAL))
+def test_the_step_is_one_graph(method: str) -> None:
+    torch._dynamo.reset()
+    task = make(method, "adaptive").train()
+    made = batches(task, 1)[0]
+    twin = copy.deepcopy(task.network)
+    compiled = torch.compile(task, fullgraph=True, backend="eager")
+    loss = compiled(made).loss
+    task.network.load_state_dict(twin.state_dict())
+    assert close(loss, task(made).loss, 1e-12)
