@@ -2,11 +2,13 @@
 
 The full vectors lie beside the checkout, in `shared/oracles` (its README explains every figure). Where that folder is
 absent, the small copies committed in `tests/figures` stand in, so that the suite still means something; a group with no
-copy has no cases then, and pytest skips what is parametrised by it. `python tests/oracles.py` writes the copies anew.
+copy has no cases then, and pytest skips what is parametrised by it. `python tests/oracles.py` writes the copies anew;
+it needs the full vectors.
 """
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 
 FULL = Path(__file__).parents[2] / "shared" / "oracles"
 SMALL = Path(__file__).parent / "figures"
-SMALL_SAMPLES = 16
 _PRIME = 2147483647
 
 Case = dict[str, Any]
@@ -128,3 +129,39 @@ def _gain(weight: Tensor) -> float:
 
 def _put(tensor: Tensor, kind: int, salt: int, factor: float, offset: float) -> None:
     tensor.copy_((offset + factor * numbers(tensor.numel(), kind, salt)).float().reshape(tensor.shape))
+
+
+# What the small copies keep: inputs; figures of at most this many entries as they are, without samples of single maps
+# (their statistics are kept); logits and outputs of adapters as samples, named `<name>_samples`; facts that tests read.
+_WHOLE = 32
+_SAMPLED = ("logits", "eval_out", "train_out", "train_grad_x")
+_WORDS = {"tensors", "logit_check", "numerical_noise_f64", "same_in_other_references_max_rel_diff", "module", "run_in"}
+
+
+def write_small(group: str, cases: Iterable[Case]) -> None:
+    """Write the copy of these cases to `tests/figures`; 13 digits, since figures are compared to 1e-9."""
+    kept: dict[str, Any] = {}
+    cases = list(cases)
+    for case in cases:
+        for part in ("in", "f64", "f32"):
+            for name, tensor in tensors_of(group, case["id"], part).items():
+                if name.endswith(_SAMPLED):
+                    kept[f"{case['id']}/{part}/{name}_samples"] = _words(samples(tensor))
+                elif part == "in" or (tensor.numel() <= _WHOLE and not name.endswith("_samples")):
+                    kept[f"{case['id']}/{part}/{name}"] = _words(tensor)
+    facts = [{key: value for key, value in case.items() if key not in _WORDS} for case in cases]
+    lines = [json.dumps(name) + ": " + json.dumps(words, separators=(",", ":")) for name, words in kept.items()]
+    text = '{"cases": ' + json.dumps(facts) + ',\n"tensors": {\n' + ",\n".join(lines) + "\n}}\n"
+    (SMALL / f"{group}.json").write_text(text, encoding="utf-8")
+
+
+def _words(tensor: Tensor) -> dict[str, Any]:
+    digits = 13 if tensor.dtype == torch.float64 else 9
+    values = [float(f"{value:.{digits}g}") for value in tensor.reshape(-1).tolist()]
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "values": values}
+
+
+if __name__ == "__main__":
+    write_small("models", oracle("models")[0])
+    few = {"conv_regressor/same", "conv_regressor/double", "conv_regressor/grow", "embed/linear"}
+    write_small("adapters", [case for case in oracle("adapters")[0] if case["id"] in few])

@@ -1,5 +1,6 @@
-"""The routing adapters: reference figures, geometry and sizes."""
+"""Spots and the adapters between their two sides: reference figures, geometry, sizes, which stages belong together."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -8,12 +9,20 @@ from oracles import close, fill, oracle, samples, tensors_of
 from torch import Tensor, nn
 
 from sakd_cli.models.adapters import ConvAdapter, LinearAdapter, adapter
-from sakd_cli.models.spot import spots_at
+from sakd_cli.models.spot import aligned, spots_at
+from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
 CASES = [
     case for case in oracle("adapters")[0] if case["id"].startswith("conv_regressor/") or case["id"] == "embed/linear"
 ]
+
+
+@functools.cache
+def ghost(name: str) -> StagedModel:
+    """The network without its numbers."""
+    with torch.device("meta"):
+        return create(name, 100)
 
 
 def built(case: dict[str, Any]) -> nn.Module:
@@ -96,6 +105,11 @@ def test_relu_can_be_left_out() -> None:
 SIZES = {
     ("resnet56", "resnet20"): ((5712, 5712), (1120, 1120), (4288, 4288), (4160, 4160)),
     ("resnet32x4", "resnet8x4"): ((87360, 87360), (16768, 16768), (66304, 66304), (65792, 65792)),
+    ("vgg13", "vgg8"): ((610432, 610432), (66304, 66304), (263680, 263680), (262656, 262656)),
+    ("vgg13", "MobileNetV2"): ((2686080, 1536392), (8960, 8288), (2622976, 1475520), (655872, 656640)),
+    ("ResNet50", "MobileNetV2"): ((12430592, 6987144), (263680, 147552), (10491904, 5899200), (2623488, 2622720)),
+    ("ResNet50", "vgg8"): ((12070144, 7245952), (2098688, 1180416), (1054720, 1050112), (1050624, 1049088)),
+    ("wrn_40_2", "ShuffleNetV1"): ((2581152, 1456560), (491712, 277920), (1966464, 1108800), (123008, 123840)),
     ("wrn_40_2", "wrn_16_2"): ((22176, 22176), (4288, 4288), (16768, 16768), (16512, 16512)),
     ("resnet32x4", "resnet32"): ((22848, 21840), (4480, 4192), (17152, 16576), (16640, 16448)),
 }
@@ -103,8 +117,8 @@ SIZES = {
 
 @pytest.mark.parametrize("pair", SIZES, ids="-".join)
 def test_published_sizes(pair: tuple[str, str]) -> None:
+    teacher, student = map(ghost, pair)
     with torch.device("meta"):
-        teacher, student = (create(name, 100) for name in pair)
         places = [(k, k) for k in range(len(student.infos))]
         lift, drop = [], []
         for spot in spots_at(student, teacher, places, 32)[:-1]:
@@ -112,3 +126,43 @@ def test_published_sizes(pair: tuple[str, str]) -> None:
             drop.append(sum(p.numel() for p in adapter(spot.teacher_shape, spot.student_shape).parameters()))
     found = [(sum(lift[1:-1]), sum(drop[1:-1])), *((lift[k], drop[k]) for k in (2, -2, -1))]
     assert tuple(found) == SIZES[pair]
+
+
+@pytest.mark.parametrize("pair", [(student, teacher) for teacher, student in SIZES])
+def test_equally_many_stages_are_paired_in_order(pair: tuple[str, str]) -> None:
+    student, teacher = map(ghost, pair)
+    assert aligned(student, teacher) == [(k, k) for k in student.map_stages]
+
+
+def test_spots_carry_the_shapes_of_one_sample() -> None:
+    student, teacher = ghost("resnet8"), ghost("resnet8x4")
+    spots = spots_at(student, teacher, [(2, 2), (4, 4)], 32)
+    assert [(s.name, s.kind, s.student_shape, s.teacher_shape) for s in spots] == [
+        ("stage2", "map", (32, 16, 16), (128, 16, 16)),
+        ("pool", "embedding", (64,), (256,)),
+        ("logits", "logits", (100,), (100,)),
+    ]
+    assert (spots[-1].student, spots[-1].teacher) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs"),
+    [
+        ("vgg8", "resnet32x4", [(1, 1), (2, 2), (4, 3)]),
+        ("resnet8x4", "vgg13", [(1, 1), (2, 2), (3, 4)]),
+        ("MobileNetV2", "resnet32x4", [(1, 1), (2, 2), (3, 3)]),
+        ("ShuffleNetV1", "ResNet50", [(1, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_different_numbers_of_stages_are_paired_by_stride(
+    student: str, teacher: str, pairs: list[tuple[int, int]]
+) -> None:
+    assert aligned(ghost(student), ghost(teacher)) == pairs
+
+
+def test_lifting_from_vgg_to_mobilenet_depends_on_the_side() -> None:
+    """At 64x64 the last group of VGG pools, so that all four maps are of one size."""
+    student, teacher = ghost("MobileNetV2"), ghost("vgg13")
+    for side, last in ((32, "up-conv 4x4 x2"), (64, "conv 1x1")):
+        spots = spots_at(student, teacher, aligned(student, teacher), side)[:-1]
+        assert [adapter(s.student_shape, s.teacher_shape).geometry for s in spots] == ["conv 1x1"] * 3 + [last]

@@ -1,4 +1,4 @@
-"""The command `sakd`: its subcommands, and what becomes of an error. Nothing here or above the commands imports torch."""
+"""The command `sakd`: its subcommands, and what becomes of an error. Torch is imported inside the commands only."""
 
 import os
 import sys

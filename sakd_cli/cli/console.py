@@ -63,7 +63,7 @@ class Talk:
 
     def begin(self, title: str, steps: int) -> None:
         self.steps = steps
-        self.say(f"run {title}")
+        self.say(title)
         if self.console.is_terminal and not self.quiet:
             columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
@@ -80,7 +80,9 @@ class Talk:
                 f"epoch {record['epoch']}  {record['split']}  top-1 {record['top1']:.2f} %  loss {record['loss']:.4f}"
             )
             return
-        text = f"epoch {record['epoch']}  loss {record['loss']:.4f}  top-1 {record['top1']:.1f} %"
+        text = f"epoch {record['epoch']}  loss {record['loss']:.4f}"
+        if "top1" in record:
+            text += f"  top-1 {record['top1']:.1f} %"
         if self._bar is not None:
             self._bar.update(self._task, description=text)
             return

@@ -5,8 +5,8 @@
     state.json            step, epoch and figures
     manifest.json         SHA-256 of the three, written last
 
-A checkpoint is written aside as `NAME.new` and flushed; then `NAME` becomes `previous` and `NAME.new` becomes `NAME`. At every
-instant one of the three is whole. safetensors has no checksum of its own, so the manifest is checked before use.
+A checkpoint is written aside as `NAME.new` and flushed; then `NAME` becomes `previous` and `NAME.new` becomes `NAME`.
+At every instant one of the three is whole. safetensors has no checksum, so the manifest is checked before use.
 """
 
 import json

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -49,48 +49,60 @@ class Judge(NamedTuple):
     classes: int
 
 
+class Outcome(NamedTuple):
+    """What a run is for: who judges the network, and who writes it down."""
+
+    judge: Judge
+    delivery: Delivery
+
+
 class Trainer:
-    """Runs `task` for `epochs` epochs and leaves a finished run directory."""
+    """Runs `task` for `epochs` epochs in a run directory.
+
+    With an `outcome` every epoch ends with an evaluation and a checkpoint; without one (a stage that only prepares
+    another) the trained task itself is all there is. `phase` is what its lines in `metrics.jsonl` are called.
+    """
 
     def __init__(
         self,
         task: Task,
         loader: Loader,
         optimizer: Optimizer,
-        judge: Judge,
         run: RunDir,
-        delivery: Delivery,
         watcher: Watcher,
         *,
         epochs: int,
         log_every: int,
+        outcome: Outcome | None = None,
         recorder: SpotRecorder | None = None,
-        compiled: Callable[[Batch], Any] | None = None,
+        phase: str = "train",
     ) -> None:
-        self.task, self.loader, self.optimizer, self.judge = task, loader, optimizer, judge
-        self.run, self.delivery, self.watcher, self.recorder = run, delivery, watcher, recorder
-        self.epochs, self.log_every = epochs, log_every
-        self.forward = compiled or task
+        self.task, self.loader, self.optimizer = task, loader, optimizer
+        self.run, self.watcher, self.outcome, self.recorder = run, watcher, outcome, recorder
+        self.epochs, self.log_every, self.phase = epochs, log_every, phase
         self.epoch = 0  # finished epochs
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0}
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end; returns the final figures, of the last epoch and of the best one."""
+        """Train to the end; returns how the time was spent and, with an outcome, the figures of last and best epoch."""
         started = time.perf_counter()
-        self.watcher.begin(self.run.path.name, self.epochs * self.loader.steps_per_epoch)
+        figures: dict[str, Any] = {}
+        self.watcher.begin(f"{self.phase}: {self.run.path.name}", self.epochs * self.loader.steps_per_epoch)
         try:
             for epoch in range(self.epoch + 1, self.epochs + 1):
                 with self._timed("train"):
                     self._train_epoch(epoch)
-                with self._timed("evaluate"):
-                    self._judge_epoch(epoch)
                 self.epoch = epoch
-                with self._timed("save"):
-                    self._save()
-            with self._timed("evaluate"):
-                figures = self._final_figures()
+                if self.outcome is not None:
+                    with self._timed("evaluate"):
+                        self._judge_epoch(epoch, self.outcome.judge)
+                    with self._timed("save"):
+                        self._save(self.outcome.delivery)
+            if self.outcome is not None:
+                with self._timed("evaluate"):
+                    figures = self._final_figures(self.outcome)
         finally:
             self.watcher.end()
         total = time.perf_counter() - started
@@ -103,7 +115,7 @@ class Trainer:
         self.optimizer.begin_epoch(epoch)
         first = (epoch - 1) * self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(epoch), start=first + 1):
-            output = self.forward(batch)
+            output = self.task(batch)
             self.optimizer.step(output.loss)
             self.meter.add(len(batch.labels), output.parts | {"top1": top1(output.logits, batch.labels)})
             if self.recorder is not None and output.use is not None:
@@ -126,24 +138,24 @@ class Trainer:
                     hint="a lower --set train.lr=... may help; the last checkpoint of the run is from before",
                 )
         rate = self.optimizer.sgd.param_groups[0]["lr"]
-        self._tell({"kind": "train", "epoch": epoch, "step": step, "lr": rate} | means)
+        self._tell({"kind": self.phase, "epoch": epoch, "step": step, "lr": rate} | means)
 
-    def _judge_epoch(self, epoch: int) -> None:
-        scores = evaluate(self.task.network, self.judge.selection, self.judge.classes)
-        self._tell({"kind": "eval", "epoch": epoch, "split": self.judge.selected_on} | scores.headline())
+    def _judge_epoch(self, epoch: int, judge: Judge) -> None:
+        scores = evaluate(self.task.network, judge.selection, judge.classes)
+        self._tell({"kind": "eval", "epoch": epoch, "split": judge.selected_on} | scores.headline())
         if not self.best or scores.top1 > self.best["selection_top1"]:
-            self.best = {"epoch": epoch, "selected_on": self.judge.selected_on, "selection_top1": scores.top1}
+            self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
 
-    def _save(self) -> None:
+    def _save(self, delivery: Delivery) -> None:
         folder = self.run.path / "checkpoints"
         state = {"epoch": self.epoch, "step": self.epoch * self.loader.steps_per_epoch, "best": self.best}
-        checkpoint.write(folder / "last", self.delivery.save_weights, self._training_tensors(), state, keep=True)
+        checkpoint.write(folder / "last", delivery.save_weights, self._training_tensors(), state, keep=True)
         if self.best["epoch"] == self.epoch:
-            checkpoint.write(folder / "best", self.delivery.save_weights, {}, state, keep=False)
+            checkpoint.write(folder / "best", delivery.save_weights, {}, state, keep=False)
         if self.recorder is not None:
             record = {name: tensor.cpu() for name, tensor in self.recorder.tensors().items()}
             write_aside(self.run.path / "samples.safetensors", save(record))
-        self.delivery.publish(self.run, {"epoch": self.epoch})
+        delivery.publish(self.run, {"epoch": self.epoch})
 
     def _training_tensors(self) -> dict[str, Tensor]:
         state = self.task.state_dict().items()
@@ -165,21 +177,19 @@ class Trainer:
         self.epoch, self.best = loaded.state["epoch"], loaded.state["best"]
         checkpoint.restore_random_state(loaded.training)
 
-    def _final_figures(self) -> dict[str, Any]:
-        last = evaluate(self.task.network, self.judge.test, self.judge.classes)
-        best = self._best_scores(last)
-        self.delivery.publish(self.run, {"epoch": self.epochs} | last.headline())
+    def _final_figures(self, outcome: Outcome) -> dict[str, Any]:
+        last = evaluate(self.task.network, outcome.judge.test, outcome.judge.classes)
+        best = last if self.best["epoch"] == self.epochs else self._best_scores(outcome.judge)
+        outcome.delivery.publish(self.run, {"epoch": self.epochs} | last.headline())
         return {
             "headline": {"epoch": self.epochs, "split": "test"} | last.headline(),
             "best": {"epoch": self.best["epoch"], "selected_on": self.best["selected_on"]} | best.headline(),
         }
 
-    def _best_scores(self, last: Scores) -> Scores:
-        if self.best["epoch"] == self.epochs:
-            return last
+    def _best_scores(self, judge: Judge) -> Scores:
         network = copy.deepcopy(self.task.network)
         network.load_state_dict(checkpoint.read(self.run.path / "checkpoints" / "best").model)
-        return evaluate(network, self.judge.test, self.judge.classes)
+        return evaluate(network, judge.test, judge.classes)
 
     def _tell(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)

@@ -4,6 +4,7 @@ The file's header says what is in it (architecture, classes, normalisation), so 
 `--teacher FILE` and `sakd eval FILE`. The folder repeats it as `config.json` and has a model card.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
@@ -43,9 +45,13 @@ class Artifact(NamedTuple):
 
 
 def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
-    """Write `model.safetensors` with its card in the header, atomically. Tensors are made contiguous first."""
+    """Write `model.safetensors` with its card and the digest of its numbers in the header, atomically.
+
+    Tensors are made contiguous first: safetensors refuses others. It has no checksum of its own, hence the digest.
+    """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_aside(path, save(tensors, {"format": FORMAT, "card": json.dumps(card._asdict())}))
+    header = {"format": FORMAT, "card": json.dumps(card._asdict()), "digest": _digest(tensors)}
+    write_aside(path, save(tensors, header))
 
 
 def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
@@ -72,6 +78,8 @@ def load(path: Path) -> Artifact:
         raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})") from None
     if header.get("format") != FORMAT:
         raise UsageError(f"{file}: not a network saved by sakd (format {header.get('format')!r}, expected {FORMAT!r})")
+    if header.get("digest") != _digest(tensors):
+        raise UsageError(f"{file}: damaged, its numbers do not fit the digest in its header")
     try:
         words = json.loads(header["card"])
         fields: Any = {key: tuple(word) if isinstance(word, list) else word for key, word in words.items()}
@@ -79,9 +87,18 @@ def load(path: Path) -> Artifact:
         with torch.device("cpu"):
             model = create(card.architecture, len(card.classes))
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
     return Artifact(model, card, digest)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of all tensors, in order of name."""
+    summed = hashlib.sha256()
+    for name in sorted(tensors):
+        summed.update(name.encode())
+        summed.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return summed.hexdigest()
 
 
 def _check_folder(file: Path, digest: str) -> None:
@@ -107,9 +124,10 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
     learned = "" if teacher is None else f"\nTeacher: {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
     return (
         f"# {card.architecture} on {card.dataset}\n\n"
-        f"An image classifier for {len(card.classes)} classes, images {card.side}x{card.side}, trained with sakd.{accuracy}\n"
+        f"An image classifier for {len(card.classes)} classes, {card.side}x{card.side} pixels, "
+        f"trained with sakd.{accuracy}\n"
         f"{learned}\n"
-        "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the normalisation\n"
-        "(mean and standard deviation of pixel values between 0 and 1).\n\n"
+        "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"
+        "standard deviation of pixel values between 0 and 1 that the images are normalised with.\n\n"
         "    sakd eval .\n"
     )

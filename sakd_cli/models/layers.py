@@ -1,10 +1,36 @@
 """Pieces that several families are made of."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import cast, final
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
+class ActivatedBlock(nn.Module, ABC):
+    """A block that ends in an activation, and lets one see what stands in front of it."""
+
+    @abstractmethod
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output in front of the last activation, and the output, as `forward` gives it. Both are of one shape."""
+
+
+@final
+class ConvUnit(nn.Module):
+    """relu(bn(conv(x))), convolution without bias: [N, C, H, W] to [N, C', H/stride, W/stride]."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+@final
 class GlobalPool(nn.Module):
     """Mean over all positions: [N, C, H, W] to [N, C]."""
 
@@ -17,8 +43,41 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
+def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Shortcut of a residual block: nothing where the shape stays, else 1x1 convolution and BatchNorm."""
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of `groups` equal groups; the shape stays."""
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of all stages, and the same in front of the last activation of each group of ActivatedBlocks.
+
+    Stem and pooled vector are the same in both lists.
+    """
+    stem, *groups, pool = stages
+    outputs = [stem(x)]
+    before = [outputs[0]]
+    for group in groups:
+        *blocks, last = cast(nn.Sequential, group)
+        x = outputs[-1]
+        for block in blocks:
+            x = block(x)
+        signed, x = cast(ActivatedBlock, last).pair(x)
+        outputs.append(x)
+        before.append(signed)
+    pooled = pool(outputs[-1])
+    return [*outputs, pooled], [*before, pooled]
+
+
 def init_kaiming(model: nn.Module) -> None:
-    """Convolutions Kaiming-normal by fan-out (CIFAR ResNets of the CRD benchmark)."""
+    """Convolutions Kaiming-normal by fan-out (ResNets of the CRD benchmark)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -32,3 +91,11 @@ def init_fan_out(model: nn.Module) -> None:
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def init_small_head(model: nn.Module) -> None:
+    """As `init_fan_out`, and linear layers normal with standard deviation 0.01 (VGG, MobileNetV2 of the benchmark)."""
+    init_fan_out(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.01)

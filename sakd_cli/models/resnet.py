@@ -9,12 +9,19 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import GlobalPool, conv3x3, init_kaiming
+from sakd_cli.models.layers import (
+    ActivatedBlock,
+    GlobalPool,
+    before_last_activation,
+    conv3x3,
+    init_kaiming,
+    projection,
+)
 from sakd_cli.models.staged import StagedModel, StageInfo
 
 
 @final
-class BasicBlock(nn.Module):
+class BasicBlock(ActivatedBlock):
     """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))), [N, C, H, W] to [N, C', H/stride, W/stride]."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -23,13 +30,15 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = conv3x3(outputs, outputs)
         self.bn2 = nn.BatchNorm2d(outputs)
-        same = stride == 1 and inputs == outputs
-        projection = [] if same else [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
-        self.shortcut = nn.Sequential(*projection)
+        self.shortcut = projection(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x)[1]
+
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(self.shortcut(x) + residual)
+        total = self.shortcut(x) + residual
+        return total, F.relu(total)
 
 
 def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)) -> StagedModel:
@@ -44,6 +53,8 @@ def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = 
         blocks += [BasicBlock(outputs, outputs, 1) for _ in range((depth - 2) // 6 - 1)]
         stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", widths[3], 0), GlobalPool()))
-    model = StagedModel(name=name, family="resnet", stages=stages, num_classes=num_classes)
+    model = StagedModel(
+        name=name, family="resnet", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+    )
     init_kaiming(model)
     return model

@@ -5,35 +5,52 @@ half-open: `run(run(x, 0, k), k, L + 1)` equals `forward(x)` for every k, bit fo
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, final
 
 from torch import Tensor, nn
+
+from sakd_cli.errors import UsageError
 
 Shape = tuple[int, ...]
 
 
 class StageInfo(NamedTuple):
-    """What a stage declares: its name, width, stride relative to the image (0 for a pooled vector)."""
+    """What a stage declares: its name, width, stride relative to the image (0 for a pooled vector).
+
+    halved_from   a stage that pools large maps only: from this height of the image on, its stride is twice as large
+    """
 
     name: str
     channels: int
     stride: int
+    halved_from: int | None = None
 
     @property
     def kind(self) -> Literal["map", "embedding"]:
         return "map" if self.stride else "embedding"
 
     def shape(self, side: int) -> Shape:
-        """Shape of one sample's feature for a square image of `side` pixels: (C, H, W), or (C,) when pooled."""
-        return (self.channels, side // self.stride, side // self.stride) if self.stride else (self.channels,)
+        """Shape of one sample's feature for a square image of `side` pixels: (C, H, W), or (C,) when pooled.
+
+        `side` is a multiple of the largest stride; elsewhere families round differently.
+        """
+        if not self.stride:
+            return (self.channels,)
+        stride = self.stride if self.halved_from is None or side < self.halved_from else 2 * self.stride
+        return (self.channels, side // stride, side // stride)
 
 
 class Features(NamedTuple):
-    """One tensor per stage ([N, C, H, W], the last one [N, C]) and the logits [N, classes]."""
+    """One tensor per stage ([N, C, H, W], the last one [N, C]) and the logits [N, classes].
+
+    preactivations   empty unless asked for: per stage its output in front of the last activation, where the family has
+                     such a version of it; elsewhere (stem, pooled vector) the output itself. Shapes as in `stages`
+    """
 
     stages: tuple[Tensor, ...]
     logits: Tensor
+    preactivations: tuple[Tensor, ...] = ()
 
     @property
     def embedding(self) -> Tensor:
@@ -41,12 +58,25 @@ class Features(NamedTuple):
         return self.stages[-1]
 
 
+# Stages and images to the output of every stage and, beside it, every stage's version in front of its activation.
+Preactivate = Callable[[Iterable[nn.Module], Tensor], tuple[list[Tensor], list[Tensor]]]
+
+
 @final
 class StagedModel(nn.Module):
-    """A classifier cut into stages. A family of networks only fills in stages, their infos and the head."""
+    """A classifier cut into stages. A family of networks only fills in the stages and their infos.
+
+    `preactivate` runs all stages as `features` does and sees pre-activations on the way; None: the family has none.
+    """
 
     def __init__(
-        self, *, name: str, family: str, stages: Sequence[tuple[StageInfo, nn.Module]], num_classes: int
+        self,
+        *,
+        name: str,
+        family: str,
+        stages: Sequence[tuple[StageInfo, nn.Module]],
+        num_classes: int,
+        preactivate: Preactivate | None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -54,6 +84,7 @@ class StagedModel(nn.Module):
         self.num_classes = num_classes
         self.infos = tuple(info for info, _ in stages)
         self.stages = nn.ModuleList([stage for _, stage in stages])
+        self._preactivate = preactivate
         self.head = nn.Linear(self.infos[-1].channels, num_classes)
 
     @property
@@ -73,11 +104,23 @@ class StagedModel(nn.Module):
             outputs.append(x)
         return Features(tuple(outputs), self.head(x))
 
+    @property
+    def has_preactivations(self) -> bool:
+        """Whether `features_with_preactivations` can be asked for."""
+        return self._preactivate is not None
+
+    def features_with_preactivations(self, x: Tensor) -> Features:
+        """As `features`, with `Features.preactivations` filled. UsageError where the family has none."""
+        if self._preactivate is None:
+            raise UsageError(f"{self.name} has no pre-activation features", hint="choose another network or method")
+        outputs, before = self._preactivate(self.stages, x)
+        return Features(tuple(outputs), self.head(outputs[-1]), tuple(before))
+
     def run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Run stages start .. stop-1; `x` is the output of stage start-1 (the images for start 0)."""
         for stage in self.stages[start:stop]:
             x = stage(x)
-        return self.head(x) if stop > len(self.stages) else x
+        return self.head(x) if start <= len(self.stages) < stop else x
 
 
 def frozen_view(model: StagedModel) -> StagedModel:

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 
 from sakd_cli.config.networks import find_network
-from sakd_cli.models import resnet, wrn
+from sakd_cli.models import mobilenetv2, resnet, resnet_imagenet, shufflenetv1, shufflenetv2, vgg, wrn
 from sakd_cli.models.staged import StagedModel
 
 FAMILIES: dict[str, Callable[..., StagedModel]] = {
     "resnet": resnet.build,
     "wrn": wrn.build,
+    "resnet_imagenet": resnet_imagenet.build,
+    "vgg": vgg.build,
+    "mobilenetv2": mobilenetv2.build,
+    "shufflenetv1": shufflenetv1.build,
+    "shufflenetv2": shufflenetv2.build,
 }
 
 

@@ -4,7 +4,8 @@ depth = 6n + 4: three groups of n blocks at strides 1, 2, 4, widths 16w, 32w, 64
 outputs are the raw sums, so they are signed; the last BatchNorm and ReLU stand in front of the pooling.
 """
 
-from typing import final
+from collections.abc import Iterable
+from typing import cast, final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,9 +27,35 @@ class PreActivationBlock(nn.Module):
         self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
+        return self.behind_norm(x, self.bn1(x))
+
+    def behind_norm(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The rest of the block, `normed` being its first BatchNorm's output."""
+        activated = F.relu(normed)
         residual = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def _after_next_norm(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of all stages, and of each group what the next BatchNorm makes of it (each BatchNorm runs once)."""
+    stem, *groups, pool = (cast(nn.Sequential, stage) for stage in stages)
+    outputs: list[Tensor] = [stem(x)]
+    normed: list[Tensor] = []
+    for group in groups:
+        first, *rest = group
+        first = cast(PreActivationBlock, first)
+        normed.append(first.bn1(outputs[-1]))
+        x = first.behind_norm(outputs[-1], normed[-1])
+        for block in rest:
+            x = block(x)
+        outputs.append(x)
+    norm, *rest = pool
+    normed.append(norm(outputs[-1]))
+    x = normed[-1]
+    for module in rest:
+        x = module(x)
+    # The stem has no version of its own: what the first group's norm makes of it is not counted as one by the peers.
+    return [*outputs, x], [outputs[0], *normed[1:], x]
 
 
 def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
@@ -44,6 +71,6 @@ def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel
         stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
     pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
     stages.append((StageInfo("pool", widths[3], 0), pool))
-    model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes)
+    model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes, preactivate=_after_next_norm)
     init_fan_out(model)
     return model

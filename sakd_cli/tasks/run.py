@@ -11,7 +11,7 @@ from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import environment
-from sakd_cli.engine.trainer import Judge, Trainer
+from sakd_cli.engine.trainer import Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
@@ -61,14 +61,14 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(job.images.train), job.device)
     judge = _judge(job)
     facts = _teacher_facts(job, judge)
+    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
     trainer = Trainer(
         job.task,
         _train_loader(job),
         optimizer,
-        judge,
         run,
-        FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts),
         watcher,
+        outcome=Outcome(judge, delivery),
         epochs=job.config.train.epochs,
         log_every=job.config.log_every,
         recorder=recorder,

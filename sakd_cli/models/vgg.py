@@ -1,0 +1,64 @@
+"""VGG with BatchNorm (Simonyan and Zisserman, ICLR 2015), in the depths and the small head of the CRD benchmark.
+
+Five groups of 3x3 convolutions. We differ from the original in what stands around them: each group pools what it gets
+instead of what it gives, so that stage outputs are after the last ReLU and before the pooling; the fourth pooling is
+left out where its input is less than 8 high; the head is one linear layer behind a global mean.
+"""
+
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sakd_cli.models.layers import ActivatedBlock, GlobalPool, before_last_activation, init_small_head
+from sakd_cli.models.staged import StagedModel, StageInfo
+
+WIDTHS = (64, 128, 256, 512, 512)
+# Below this height the last group does not pool its input; it stands behind three poolings.
+LEAST_HEIGHT = 8
+
+
+@final
+class PoolIfHigh(nn.Module):
+    """2x2 max-pooling of maps at least LEAST_HEIGHT high; smaller ones pass as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2) if x.shape[2] >= LEAST_HEIGHT else x
+
+
+@final
+class VGGBlock(ActivatedBlock):
+    """relu(bn(conv(pool(x)))), a 3x3 convolution with bias: [N, C, H, W] to [N, C', H', W'] as the pooling gives."""
+
+    def __init__(self, inputs: int, outputs: int, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x)[1]
+
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.bn(self.conv(self.pool(x)))
+        return normed, F.relu(normed)
+
+
+def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> StagedModel:
+    """A VGG with so many convolutions in each group."""
+    infos = [StageInfo("stem" if group == 0 else f"stage{group}", WIDTHS[group], 1 << group) for group in range(4)]
+    infos.append(StageInfo("stage4", WIDTHS[4], 8, halved_from=8 * LEAST_HEIGHT))
+    pools: list[nn.Module] = [nn.Identity(), *(nn.MaxPool2d(2) for _ in range(3)), PoolIfHigh()]
+    stages: list[tuple[StageInfo, nn.Module]] = []
+    inputs = 3
+    for info, pool, count in zip(infos, pools, convolutions, strict=True):
+        blocks = [VGGBlock(inputs, info.channels, pool)]
+        blocks += [VGGBlock(info.channels, info.channels, nn.Identity()) for _ in range(count - 1)]
+        stages.append((info, nn.Sequential(*blocks)))
+        inputs = info.channels
+    stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
+    model = StagedModel(
+        name=name, family="vgg", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+    )
+    init_small_head(model)
+    return model
