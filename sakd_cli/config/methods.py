@@ -45,6 +45,7 @@ class ATConfig(MethodConfig):
     name: Literal["at"] = "at"
     weight: NonNegativeFloat = 1000.0
     gamma: PositiveFloat = 2.0
+    power: Annotated[int, Field(ge=1)] = 2
 
 
 class SPConfig(MethodConfig):

@@ -14,27 +14,29 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 
-def attention(x: Tensor) -> Tensor:
-    """Mean over channels of the squared map, scaled to length 1: [N, C, H, W] to [N, HW]."""
-    return F.normalize(x.square().mean(dim=1).flatten(1), dim=1)
+def attention(x: Tensor, power: int) -> Tensor:
+    """Mean over channels of the map to a power, scaled to length 1: [N, C, H, W] to [N, HW]."""
+    return F.normalize(x.pow(power).mean(dim=1).flatten(1), dim=1)
 
 
 @final
 class AT(Distiller):
     """The student looks where the teacher looks, at every stage.
 
-    loss_k = mean over samples and positions of (a(s) - a(t))^2,  a(f) = normalised mean over channels of f^2
+    loss_k = mean over samples and positions of (a(s) - a(t))^2,  a(f) = normalised mean over channels of f^p
 
-    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2 with p = 2 and the mean of
-    squares of the CRD benchmark in place of the norm. Maps of two sizes are pooled to the smaller.
+    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, p = 2 unless told, with the
+    mean of squares of the CRD benchmark in place of the norm. Maps of two sizes are pooled to the smaller.
     """
 
     def __init__(self, spots: tuple[Spot, ...], config: ATConfig) -> None:
         super().__init__(spots)
+        self.power = config.power
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = []
         for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
             s, t = pooled_to_smaller(s, t)
-            losses.append(weighted_mean((attention(s) - attention(t)).square().mean(dim=1), w))
+            difference = attention(s, self.power) - attention(t, self.power)
+            losses.append(weighted_mean(difference.square().mean(dim=1), w))
         return torch.stack(losses)

@@ -30,5 +30,5 @@ class Distiller(nn.Module, ABC):
         """
 
     def pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
-        """(student feature, teacher feature) at every spot."""
-        return [(student.stages[spot.student], teacher.stages[spot.teacher]) for spot in self.spots]
+        """(student feature, teacher feature without gradient) at every spot."""
+        return [(student.stages[spot.student], teacher.stages[spot.teacher].detach()) for spot in self.spots]

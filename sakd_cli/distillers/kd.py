@@ -35,5 +35,5 @@ class KD(Distiller):
         self.temperature = temperature
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        per_sample = softened_kl(student.logits, teacher.logits, self.temperature)
+        per_sample = softened_kl(student.logits, teacher.logits.detach(), self.temperature)
         return torch.stack([weighted_mean(per_sample, weight[0])])

@@ -50,8 +50,8 @@ def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
     Tensors are made contiguous first: safetensors refuses others. It has no checksum of its own, hence the digest.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    header = {"format": FORMAT, "card": json.dumps(card._asdict()), "digest": _digest(tensors)}
-    write_aside(path, save(tensors, header))
+    words = json.dumps(card._asdict())
+    write_aside(path, save(tensors, {"format": FORMAT, "card": words, "digest": _digest(words, tensors)}))
 
 
 def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
@@ -78,8 +78,8 @@ def load(path: Path) -> Artifact:
         raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})") from None
     if header.get("format") != FORMAT:
         raise UsageError(f"{file}: not a network saved by sakd (format {header.get('format')!r}, expected {FORMAT!r})")
-    if header.get("digest") != _digest(tensors):
-        raise UsageError(f"{file}: damaged, its numbers do not fit the digest in its header")
+    if header.get("digest") != _digest(header.get("card", ""), tensors):
+        raise UsageError(f"{file}: damaged, its content does not fit the digest in its header")
     try:
         words = json.loads(header["card"])
         fields: Any = {key: tuple(word) if isinstance(word, list) else word for key, word in words.items()}
@@ -92,12 +92,12 @@ def load(path: Path) -> Artifact:
     return Artifact(model, card, digest)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of all tensors, in order of name."""
-    summed = hashlib.sha256()
+def _digest(card: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the card and the names and bytes of all tensors, in order of name."""
+    summed = hashlib.sha256(card.encode())
     for name in sorted(tensors):
         summed.update(name.encode())
-        summed.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        summed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return summed.hexdigest()
 
 
