@@ -173,7 +173,7 @@ def _for_task(task: str, layer: Layer) -> Layer:
         raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
     teacher = values.pop("teacher", {})
     teacher = {"source": teacher} if isinstance(teacher, str) else teacher
-    kept = {key: value for key, value in values.items() if key not in ("student", "method", "router")}
+    kept = {key: value for key, value in values.items() if key not in ("student", "method", "router", "stage_map")}
     kept |= {"model": teacher["source"]} if "source" in teacher else {}
     if "epochs" in teacher:
         kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}

@@ -5,7 +5,7 @@ To add one: a class here, a file in `distillers/`, one line in `distillers/table
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
 
 from sakd_cli.config.words import Words, by_name, chosen_by_name
 
@@ -53,6 +53,81 @@ class SPConfig(MethodConfig):
 
     name: Literal["sp"] = "sp"
     weight: NonNegativeFloat = 3000.0
+
+
+class NSTConfig(MethodConfig):
+    """Distribution of the channels over positions, every stage (Huang and Wang, 2017)"""
+
+    name: Literal["nst"] = "nst"
+    weight: NonNegativeFloat = 50.0
+
+
+class RKDConfig(MethodConfig):
+    """Distances and angles between samples (Park et al., CVPR 2019)"""
+
+    name: Literal["rkd"] = "rkd"
+    gamma: PositiveFloat = 2.0
+    distance: NonNegativeFloat = 25.0
+    angle: NonNegativeFloat = 50.0
+
+
+class PKTConfig(MethodConfig):
+    """Probabilities of being neighbours in the batch (Passalis and Tefas, ECCV 2018)"""
+
+    name: Literal["pkt"] = "pkt"
+    weight: NonNegativeFloat = 30000.0
+
+
+class CCConfig(MethodConfig):
+    """Correlation of the differences of neighbouring samples (Peng et al., ICCV 2019)"""
+
+    name: Literal["cc"] = "cc"
+    weight: NonNegativeFloat = 0.02
+    width: PositiveInt = 128
+
+
+class VIDConfig(MethodConfig):
+    """Gaussian of the teacher's map given the student's, every stage (Ahn et al., CVPR 2019)"""
+
+    name: Literal["vid"] = "vid"
+    gamma: PositiveFloat = 2.0
+
+
+class CRDConfig(MethodConfig):
+    """Telling a sample from those of other classes across the networks (Tian et al., ICLR 2020)"""
+
+    name: Literal["crd"] = "crd"
+    weight: NonNegativeFloat = 0.8
+    width: PositiveInt = 128
+    negatives: PositiveInt = 16384
+    contrast_temperature: PositiveFloat = 0.07
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    memory_limit: PositiveFloat = 8.0  # GiB, of banks and one step; ImageNet at batch 64 needs 5.9
+
+
+class DKDConfig(MethodConfig):
+    """Target class and the others decoupled, in place of softened logits (Zhao et al., CVPR 2022)"""
+
+    name: Literal["dkd"] = "dkd"
+    target: NonNegativeFloat = 1.0
+    others: NonNegativeFloat = 8.0
+
+
+class DISTConfig(MethodConfig):
+    """Correlations of the probabilities, in place of softened logits (Huang et al., NeurIPS 2022)"""
+
+    name: Literal["dist"] = "dist"
+    temperature: PositiveFloat = 1.0
+    inter: NonNegativeFloat = 1.0
+    intra: NonNegativeFloat = 1.0
+
+
+class LSConfig(MethodConfig):
+    """Softened logits of one scale (Sun et al., CVPR 2024)"""
+
+    name: Literal["ls"] = "ls"
+    kl_weight: NonNegativeFloat = 9.0
+    temperature: PositiveFloat = 2.0
 
 
 METHODS = by_name(MethodConfig)

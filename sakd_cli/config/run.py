@@ -95,17 +95,22 @@ class TeacherConfig(Words):
 
 
 class DistillConfig(RunConfig):
-    """Train a student from a frozen teacher."""
+    """Train a student from a frozen teacher.
+
+    stage_map  pairs [student stage, teacher stage] of maps that belong together; None: by order, or by stride where the
+               networks have different numbers of stages
+    """
 
     task: Literal["distill"] = "distill"
     teacher: Annotated[TeacherConfig, BeforeValidator(_source)]
     student: NetworkName
     method: Method = FitNetConfig()
     router: Router = AdaptiveConfig()
+    stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
 
     def pretraining(self) -> dict[str, Any]:
         """The words of the run that trains this run's teacher."""
-        words = self.model_dump(mode="json", exclude={"task", "teacher", "student", "method", "router"})
+        words = self.model_dump(mode="json", exclude={"task", "teacher", "student", "method", "router", "stage_map"})
         return words | {
             "model": self.teacher.source,
             "train": words["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import Shape, StagedModel
 
 
@@ -37,6 +38,25 @@ def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]
         pairs.insert(0, (ours[place], best))
         limit = best
     return pairs
+
+
+def mapped(
+    student: StagedModel, teacher: StagedModel, wanted: Sequence[tuple[int, int]] | None
+) -> list[tuple[int, int]]:
+    """The pairs of maps that the user wants, checked; `aligned` ones where there is no wish. Raises UsageError."""
+    if wanted is None:
+        return aligned(student, teacher)
+    for side, network, stages in (
+        ("student", student, [pair[0] for pair in wanted]),
+        ("teacher", teacher, [pair[1] for pair in wanted]),
+    ):
+        known = network.map_stages
+        if not stages or any(stage not in known for stage in stages) or stages != sorted(set(stages)):
+            raise UsageError(
+                f"stage_map: {list(map(list, wanted))}: the {side}'s stages must rise and lie in {list(known)}",
+                hint=f"the default for this pair is {list(map(list, aligned(student, teacher)))}",
+            )
+    return list(wanted)
 
 
 def spots_at(student: StagedModel, teacher: StagedModel, places: Sequence[tuple[int, int]], side: int) -> list[Spot]:
