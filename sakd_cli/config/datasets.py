@@ -13,7 +13,7 @@ class DataConfig(Words):
 
     root      folder of the data set's files; None: the user's cache folder
     limit     train on this many images only, the same number of each class as far as it goes
-    holdout   share of the training images kept for choosing the best epoch; 0: the test set chooses, the literature's habit
+    holdout   share of the training images kept for choosing the best epoch; 0: the test set does, as in the literature
     download  fetch missing files when a network is there
     """
 

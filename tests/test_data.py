@@ -1,0 +1,430 @@
+"""Splits, batches, random streams, and the CIFAR files: missing, damaged, replaced, downloaded."""
+
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets as torchvision_datasets
+from torchvision.transforms import functional as pil
+
+from sakd_cli.config.datasets import DATASETS as CONFIGS
+from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config, ShapesConfig
+from sakd_cli.data import cifar, table
+from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
+from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
+from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.data.streams import generator
+from sakd_cli.errors import DataError
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def made(labels: Tensor, *, size: int = 32, classes: int = 4, flip: bool = True, padding: int = 4) -> Dataset:
+    """A data set of random pixels; its test split holds the first ten training images."""
+    pixels = torch.randint(0, 256, (len(labels), 3, size, size), dtype=torch.uint8, generator=generator(0, "pixels"))
+    train = Split(pixels, labels)
+    names = tuple(f"class{number}" for number in range(classes))
+    return Dataset("made", names, MEAN, STD, padding, flip, train, train.subset(torch.arange(min(10, len(labels)))))
+
+
+def loader(dataset: Dataset, *, seed: int = 0, batch_size: int = 64, noise_width: int = 3) -> TrainLoader:
+    return TrainLoader(dataset.train, dataset, batch_size=batch_size, seed=seed, noise_width=noise_width, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return made(torch.arange(200) % 4)
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("images", "labels", "index", "noise"))
+
+
+# --- augmentation
+
+
+def test_augmentation_is_bit_for_bit_the_pil_pipeline(dataset: Dataset) -> None:
+    loop = loader(dataset)
+    draws = loop.draw(0)
+    images = torch.cat([batch.images for batch in loop.epoch(0)])
+    for place in range(len(dataset.train)):
+        pixels = dataset.train.images[draws.order[place]]
+        picture = pil.pad(Image.fromarray(pixels.permute(1, 2, 0).numpy()), [4])
+        dy, dx = draws.corner[:, place].tolist()
+        picture = pil.crop(picture, dy, dx, 32, 32)
+        if draws.flip[place]:
+            picture = pil.hflip(picture)
+        expected = pil.normalize(pil.to_tensor(picture), list(MEAN), list(STD))
+        assert torch.equal(images[place], expected)
+
+
+def test_images_need_not_be_square() -> None:
+    images = torch.arange(2 * 3 * 5 * 7, dtype=torch.uint8).view(2, 3, 5, 7)
+    index, dy, dx = torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2]), torch.tensor([2, 2, 2])
+    cut = crop_and_flip(pad(images, 2), index, dy, dx, torch.tensor([False, False, True]), padding=2)
+    assert torch.equal(cut[0], images[1])
+    assert torch.equal(cut[1, :, 2:], images[0, :, :3])
+    assert not cut[1, :, :2].any()
+    assert torch.equal(cut[2], images[1].flip(2))
+
+
+def test_normalise_leaves_its_input_alone() -> None:
+    images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    normal = normalise(images, constants(MEAN, CPU), constants(STD, CPU))
+    assert normal.dtype == torch.float32
+    assert images.eq(255).all()
+    assert normal[0, :, 0, 0].tolist() == pytest.approx([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], abs=1e-6)
+
+
+# --- random streams
+
+
+def test_streams_are_the_same_everywhere_and_for_ever() -> None:
+    """Numbers written down: a change here changes every published run."""
+    assert torch.randint(1000, (4,), generator=generator(0, "order", 1)).tolist() == [49, 161, 624, 449]
+
+
+def test_streams_differ_in_seed_purpose_and_epoch() -> None:
+    words = [(seed, purpose, epoch) for seed in (0, 1, 11) for purpose in ("order", "crop") for epoch in (0, 1, 10)]
+    assert len({tuple(torch.rand(4, generator=generator(*word)).tolist()) for word in words}) == len(words)
+
+
+# --- training batches
+
+
+def test_an_epoch_shows_every_sample_once(dataset: Dataset) -> None:
+    loop = loader(dataset)
+    batches = list(loop.epoch(0))
+    assert loop.steps_per_epoch == len(loop) == len(batches) == 4
+    assert [len(batch.index) for batch in batches] == [64, 64, 64, 8]
+    index = torch.cat([batch.index for batch in batches])
+    assert index.sort().values.tolist() == list(range(200))
+    assert index.tolist() != list(range(200))
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), dataset.train.labels[index])
+    assert batches[0].images.shape == (64, 3, 32, 32)
+    assert batches[0].images.is_contiguous()
+    assert batches[0].noise.shape == (64, 3)
+
+
+def test_an_epoch_taken_up_in_its_middle_goes_on_the_same(dataset: Dataset) -> None:
+    whole = list(loader(dataset).epoch(5))
+    for start in range(5):
+        tail = list(loader(dataset).epoch(5, start=start))
+        assert len(tail) == 4 - start
+        assert all(same(one, other) for one, other in zip(whole[start:], tail, strict=True))
+
+
+def test_epochs_do_not_depend_on_what_was_iterated_before(dataset: Dataset) -> None:
+    used = loader(dataset)
+    list(used.epoch(0))
+    next(used.epoch(1))
+    torch.rand(3)
+    assert all(same(one, other) for one, other in zip(used.epoch(2), loader(dataset).epoch(2), strict=True))
+
+
+def test_the_global_generator_is_left_alone(dataset: Dataset) -> None:
+    before = torch.get_rng_state()
+    list(loader(dataset).epoch(0))
+    limited(dataset, 10, seed=0)
+    hold_out(dataset, 0.1, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_and_epochs_differ_in_every_draw(dataset: Dataset) -> None:
+    draws = [loader(dataset, seed=seed).draw(epoch) for seed, epoch in [(0, 0), (1, 0), (0, 1)]]
+    for one, other in [(0, 1), (0, 2), (1, 2)]:
+        for name in ("order", "corner", "flip", "noise"):
+            assert not torch.equal(getattr(draws[one], name), getattr(draws[other], name)), name
+
+
+def test_draws_are_independent_and_uniform() -> None:
+    draws = loader(made(torch.zeros(8100, dtype=torch.int64), size=1, classes=1), noise_width=2).draw(0)
+    cells = Counter(zip(*draws.corner.tolist(), strict=True))
+    assert sorted(cells) == [(dy, dx) for dy in range(9) for dx in range(9)]
+    # 100 a cell expected: chi square with 80 degrees of freedom stays below 125 in 999 of 1000 draws.
+    assert sum((number - 100) ** 2 / 100 for number in cells.values()) < 125
+    table = torch.stack([*draws.corner.double(), draws.flip.double(), *draws.noise.double().T, draws.order.double()])
+    correlation = torch.corrcoef(table) - torch.eye(len(table))
+    assert correlation.abs().max() < 0.05  # 4.5 standard errors
+    assert draws.flip.double().mean() == pytest.approx(0.5, abs=0.025)
+    assert draws.noise.min() >= 0
+    assert draws.noise.max() < 1
+
+
+def test_noise_of_width_zero_changes_nothing_else(dataset: Dataset) -> None:
+    without = next(loader(dataset, noise_width=0).epoch(0))
+    assert without.noise.shape == (64, 0)
+    assert torch.equal(without.images, next(loader(dataset).epoch(0)).images)
+
+
+def test_no_mirroring_and_no_cropping_where_the_data_set_says_so() -> None:
+    plain = made(torch.zeros(12, dtype=torch.int64), flip=False, padding=0)
+    batch = next(loader(plain).epoch(0))
+    expected = normalise(plain.train.images[batch.index], constants(MEAN, CPU), constants(STD, CPU))
+    assert torch.equal(batch.images, expected)
+
+
+# --- evaluation batches
+
+
+def test_evaluation_is_in_order_and_repeatable(dataset: Dataset) -> None:
+    loop = EvalLoader(dataset.train, dataset, device=CPU, batch_size=90)
+    images, labels = (torch.cat(parts) for parts in zip(*loop, strict=True))
+    assert len(loop) == 3
+    assert torch.equal(labels, dataset.train.labels)
+    assert torch.equal(images, normalise(dataset.train.images, constants(MEAN, CPU), constants(STD, CPU)))
+    assert [len(part) for part, _ in loop] == [90, 90, 20]
+
+
+# --- parts of a split
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 10, 199, 200])
+def test_limit_is_balanced(dataset: Dataset, limit: int) -> None:
+    train = limited(dataset, limit, seed=0).train
+    numbers = train.labels.bincount(minlength=4)
+    assert len(train) == len(train.images) == limit
+    assert numbers.max() - numbers.min() <= 1
+
+
+def test_limit_takes_what_there_is() -> None:
+    lopsided = made(torch.tensor([0] * 20 + [1] * 2 + [2] * 20 + [3] * 20))
+    assert limited(lopsided, 20, seed=0).train.labels.bincount().tolist() == [6, 2, 6, 6]
+    assert limited(lopsided, 1000, seed=0) is lopsided
+    assert limited(lopsided, None, seed=0) is lopsided
+
+
+def test_limit_is_drawn_from_the_seed(dataset: Dataset) -> None:
+    def taken(limit: int, seed: int) -> set[bytes]:
+        return {image.numpy().tobytes() for image in limited(dataset, limit, seed).train.images}
+
+    assert taken(40, 0) == taken(40, 0)
+    assert taken(40, 0) != taken(40, 1)
+    assert taken(40, 0) < taken(80, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.333, 0.9])
+def test_hold_out_is_stratified_and_disjoint(fraction: float) -> None:
+    dataset = made(torch.tensor([0] * 100 + [1] * 50 + [2] * 37 + [3] * 13)[torch.randperm(200)])
+    train, held = hold_out(dataset, fraction, seed=0)
+    assert held is not None
+    assert len(held) == round(fraction * 200)
+    parts = [image.numpy().tobytes() for split in (train, held) for image in split.images]
+    assert sorted(parts) == sorted(image.numpy().tobytes() for image in dataset.train.images)
+    wanted = dataset.train.labels.bincount() * fraction
+    assert (held.labels.bincount(minlength=4) - wanted).abs().max() <= 1
+
+
+def test_hold_out_is_drawn_from_the_seed(dataset: Dataset) -> None:
+    held = [hold_out(dataset, 0.1, seed)[1] for seed in (0, 0, 1)]
+    assert held[0] is not None
+    assert held[1] is not None
+    assert held[2] is not None
+    assert torch.equal(held[0].images, held[1].images)
+    assert not torch.equal(held[0].images, held[2].images)
+
+
+def test_hold_out_of_equal_classes_is_exactly_equal(dataset: Dataset) -> None:
+    train, held = hold_out(dataset, 0.1, seed=0)
+    assert held is not None
+    assert held.labels.bincount().tolist() == [5] * 4
+    assert train.labels.bincount().tolist() == [45] * 4
+
+
+def test_hold_out_of_nothing(dataset: Dataset) -> None:
+    train, held = hold_out(dataset, 0, seed=0)
+    assert train is dataset.train
+    assert held is None
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(0.001, "held-out"), (0.999, "training")])
+def test_hold_out_refuses_an_empty_part(dataset: Dataset, fraction: float, side: str) -> None:
+    with pytest.raises(DataError, match=f"leaves no {side} image"):
+        hold_out(dataset, fraction, seed=0)
+
+
+# --- the table
+
+
+def test_every_data_set_in_words_has_a_loader() -> None:
+    assert table.DATASETS.keys() == CONFIGS.keys()
+
+
+def test_load_looks_the_name_up() -> None:
+    assert table.load(ShapesConfig(train=20, test=20)).name == "shapes"
+
+
+# --- CIFAR
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every attempt to download fails and is written down."""
+    asked: list[str] = []
+
+    def refuse(url: str, root: str, **_: str) -> None:
+        asked.append(url)
+        print("Downloading", url)
+        (Path(root) / "half.tar.gz").write_bytes(b"half")
+        raise OSError("Network is\nunreachable")
+
+    monkeypatch.setattr(torchvision_datasets.utils, "download_and_extract_archive", refuse)
+    return asked
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A tiny CIFAR-100 of two training images and one test image that torchvision takes for the official one."""
+    folder = tmp_path / "data" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    pixels = torch.randint(0, 256, (3, 3072), dtype=torch.uint8, generator=generator(0, "tiny")).numpy()
+    contents = {
+        "train": {"data": pixels[:2], "fine_labels": [1, 0]},
+        "test": {"data": pixels[2:], "fine_labels": [1]},
+        "meta": {"fine_label_names": ["apple", "bear"]},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    kind = torchvision_datasets.CIFAR100
+    md5 = {name: torchvision_datasets.utils.calculate_md5(folder / name) for name in contents}
+    monkeypatch.setattr(kind, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(kind, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5["meta"]})
+    return folder.parent
+
+
+def test_cifar_reads_what_is_there(official: Path, no_network: list[str]) -> None:
+    dataset = cifar.load_cifar100(CIFAR100Config(root=official))
+    entry = pickle.loads((official / "cifar-100-python" / "train").read_bytes())
+    assert torch.equal(dataset.train.images, torch.from_numpy(entry["data"]).view(2, 3, 32, 32))
+    assert dataset.train.images.is_contiguous()
+    assert dataset.train.labels.tolist() == [1, 0]
+    assert len(dataset.test) == 1
+    assert dataset.classes == ("apple", "bear")
+    assert no_network == []
+
+
+@pytest.mark.parametrize(("name", "config"), [("cifar10", CIFAR10Config), ("cifar100", CIFAR100Config)])
+@pytest.mark.parametrize("download", [True, False])
+def test_cifar_missing(
+    tmp_path: Path, no_network: list[str], capfd: pytest.CaptureFixture[str], name: str, config: Any, download: bool
+) -> None:
+    root = tmp_path / "a" / "b"
+    with pytest.raises(DataError) as caught:
+        table.load(config(root=root, download=download))
+    assert caught.value.message.startswith(f"{name}: files not found in {root}")
+    assert "\n" not in caught.value.message
+    assert ("Network is unreachable" in caught.value.message) == download
+    assert caught.value.hint is not None
+    assert "--data-root" in caught.value.hint
+    assert len(no_network) == download
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().out == ""
+
+
+def test_a_failed_download_leaves_an_existing_root_as_it_was(tmp_path: Path, no_network: list[str]) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(DataError):
+        cifar.load_cifar100(CIFAR100Config(root=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(url: str, root: str, **_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchvision_datasets.utils, "download_and_extract_archive", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cifar.load_cifar100(CIFAR100Config(root=tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", [["train", "test", "meta"], ["meta"]])
+def test_a_download_completes_the_folder(official: Path, monkeypatch: pytest.MonkeyPatch, lost: list[str]) -> None:
+    archive = {path.name: path.read_bytes() for path in (official / "cifar-100-python").iterdir()}
+    for name in lost:
+        (official / "cifar-100-python" / name).unlink()
+
+    def deliver(url: str, root: str, **_: str) -> None:
+        folder = Path(root) / "cifar-100-python"
+        folder.mkdir()
+        for name, content in archive.items():
+            (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(torchvision_datasets.utils, "download_and_extract_archive", deliver)
+    assert len(cifar.load_cifar100(CIFAR100Config(root=official)).train) == 2
+    assert [path.name for path in official.iterdir()] == ["cifar-100-python"]
+
+
+def test_a_part_of_the_files_is_named(official: Path) -> None:
+    (official / "cifar-100-python" / "meta").unlink()
+    with pytest.raises(DataError, match="meta of cifar-100-python not found in"):
+        cifar.load_cifar100(CIFAR100Config(root=official, download=False))
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_one_changed_byte_is_seen(official: Path, no_network: list[str], name: str) -> None:
+    path = official / "cifar-100-python" / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cifar100: damaged file .*cifar-100-python: its checksum differs"):
+        cifar.load_cifar100(CIFAR100Config(root=official))
+    assert no_network == []
+    assert path.read_bytes() == content
+
+
+class Canary:
+    """Unpickling it writes a word into `sys`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("import sys; sys._sakd_canary = 'sang'",)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_a_replaced_pickle_never_runs(official: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(sys, "_sakd_canary", "silent", raising=False)
+    path = official / "cifar-100-python" / name
+    path.write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(DataError, match="damaged"):
+        cifar.load_cifar100(CIFAR100Config(root=official))
+    # torchvision's own check, should the file change after ours
+    with pytest.raises(RuntimeError, match="corrupted"):
+        torchvision_datasets.CIFAR100(official, train=True)
+    assert sys._sakd_canary == "silent"  # type: ignore[attr-defined]
+    pickle.loads(path.read_bytes())
+    assert sys._sakd_canary == "sang"  # type: ignore[attr-defined]
+
+
+def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cifar.default_root() == tmp_path / ".cache" / "sakd" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cifar.default_root() == tmp_path / ".cache" / "sakd" / "data"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cifar.default_root() == tmp_path / "cache" / "sakd" / "data"
+
+
+def test_the_real_cifar100() -> None:
+    root = Path(__file__).parents[2] / "shared" / "data"
+    if not (root / "cifar-100-python").is_dir():
+        pytest.skip("the CIFAR-100 files are not on this machine")
+    dataset = cifar.load_cifar100(CIFAR100Config(root=root, download=False))
+    assert dataset.train.images.shape == (50_000, 3, 32, 32)
+    assert dataset.train.labels.bincount().tolist() == [500] * 100
+    assert dataset.test.labels.bincount().tolist() == [100] * 100
+    assert dataset.classes[:2] == ("apple", "aquarium_fish")
+    # The published constants are a little off the exact ones; a wrong channel order would be off by 0.02.
+    pixels = dataset.train.images[::10].float() / 255
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(dataset.mean, abs=0.005)
+    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(dataset.std, abs=0.005)
