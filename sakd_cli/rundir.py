@@ -81,7 +81,7 @@ class RunDir:
             words = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             words = None
-        if not isinstance(words, dict):
+        if not isinstance(words, dict) or not words:
             raise UsageError(f"{self.path}: not a run directory, its config.yaml is missing or damaged")
         return words
 
@@ -134,14 +134,20 @@ def all_runs(runs_dir: Path) -> list[RunDir]:
     return sorted(found, key=lambda run: ((run.path / "config.yaml").stat().st_mtime_ns, run.path.name), reverse=True)
 
 
-def newest_run(runs_dir: Path, **wanted: Any) -> RunDir | None:
-    """The newest finished run whose config agrees with `wanted` (dotted keys with `__` for the dot)."""
+def newest_run(runs_dir: Path, *, finished: bool = True, delivered: bool = False, **wanted: Any) -> RunDir | None:
+    """The newest run whose config agrees with `wanted` (dotted keys with `__` for the dot); damaged ones are left out.
+
+    finished: it came to its end; delivered: it has saved a network.
+    """
     for run in all_runs(runs_dir):
+        if (finished and not run.finished) or (delivered and run.deliverable is None):
+            continue
         try:
-            if run.finished and all(_look_up(run.config, key.split("__")) == value for key, value in wanted.items()):
-                return run
+            config = run.config
         except UsageError:
             continue
+        if all(_look_up(config, key.split("__")) == value for key, value in wanted.items()):
+            return run
     return None
 
 

@@ -99,8 +99,9 @@ class LiteralRouting:
         self.teacher.eval()
         self.student.train()
         with torch.no_grad():
-            features_t, t = self.teacher.features(x)
-        features_s, s = self.student.features(x)
+            theirs = self.teacher.features(x)
+        ours = self.student.features(x)
+        (features_t, t), (features_s, s) = (theirs.stages, theirs.logits), (ours.stages, ours.logits)
         pooled = torch.cat([features_t[-1].detach(), features_s[-1].detach()], 1)
         scores = self.policy(pooled).reshape(len(x), -1, 2)
         noise = -torch.log(-torch.log(uniform.reshape_as(scores) + 1e-20) + 1e-20)

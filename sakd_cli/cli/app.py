@@ -1,6 +1,5 @@
 """The command `sakd`: its subcommands, and what becomes of an error. Torch is imported inside the commands only."""
 
-import os
 import sys
 import traceback
 from typing import Annotated
@@ -26,7 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+INTERRUPTED = 130
 config_app = typer.Typer(help="Show where settings come from.", no_args_is_help=True, rich_markup_mode="markdown")
+
+show_app = typer.Typer(help="Explain one thing.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
 def _version(wanted: bool) -> None:
@@ -50,27 +52,25 @@ app.command("eval", rich_help_panel="Look")(look.evaluate)
 app.command("inspect-spots", rich_help_panel="Look")(look.inspect_spots)
 app.command("list", rich_help_panel="Words")(words.listing)
 config_app.command("show")(words.show_config)
+show_app.command("method")(words.show_method)
+app.add_typer(show_app, name="show", rich_help_panel="Words")
 app.add_typer(config_app, name="config", rich_help_panel="Words")
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors of the user's cost one line."""
     try:
-        return int(app(arguments, prog_name="sakd", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="sakd", standalone_mode=False) or 0)
+        if code == INTERRUPTED:  # typer answers Ctrl-C itself, without a word
+            complain("interrupted")
+        return code
     except SakdError as error:
         complain(error.message, error.hint)
         return error.exit_code
-    except typer.Exit as leave:
-        return int(leave.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors
-            complain(error.format_message(), hint=f"{_called(error)} --help")
+            if error.format_message():  # it is empty where the help was shown instead
+                complain(error.format_message(), hint=f"{_called(error)} --help")
             return int(error.exit_code)
         traceback.print_exc()
         complain(f"a bug in sakd: {type(error).__name__}: {error}", hint="please report it with the lines above")

@@ -25,7 +25,7 @@ def show(*renderables: RenderableType) -> None:
     """Print tables and text to stdout."""
     console = out()
     for renderable in renderables:
-        console.print(renderable)
+        console.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
 
 
 def emit(document: Any) -> None:

@@ -9,7 +9,7 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
-from sakd_cli.rundir import RunDir, all_runs
+from sakd_cli.rundir import RunDir, newest_run
 
 EvalTarget = Annotated[
     Path | None,
@@ -39,11 +39,11 @@ def evaluate(
     """
     given = o.layers(ctx.params)
     weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
-    trained_on = Layer("the run's config", {"data": run.config["data"]}) if run else None
+    trained_on = [Layer("the run's config", {"data": data})] if run and (data := run.config.get("data")) else []
     Talk(quiet=quiet).say(f"scoring {weights}")
     from sakd_cli.tasks.score import score
 
-    result = score(weights, [trained_on, *given] if trained_on else given)
+    result = score(weights, [*trained_on, *given])
     if json:
         emit(result)
         return
@@ -72,7 +72,9 @@ def inspect_spots(
     from sakd_cli.report.tables import spot_tables
 
     runs = resolve("eval", o.layers(ctx.params)).config.runs_dir
-    where = RunDir(run) if run else _newest_distillation(runs)
+    where = RunDir(run) if run else newest_run(runs, finished=False, task="distill")
+    if where is None:
+        raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
     report = spot_report(where)
     if json:
         emit(report)
@@ -80,17 +82,10 @@ def inspect_spots(
     show(*spot_tables(report, top=top))
 
 
-def _newest_distillation(runs_dir: Path) -> RunDir:
-    for run in all_runs(runs_dir):
-        if run.config.get("task") == "distill":
-            return run
-    raise UsageError(f"no distillation in {runs_dir}", hint="sakd distill --preset quickstart, or name a run")
-
-
 def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:
     """The weights, and the run they come from (None for a file of no run)."""
     if target is None:
-        found = next((run for run in all_runs(runs_dir) if run.deliverable), None)
+        found = newest_run(runs_dir, finished=False, delivered=True)
         if found is None:
             raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
         target = found.path

@@ -81,10 +81,12 @@ def distill(
         raise no_teacher(words)
     from sakd_cli.tasks import build, run
 
-    if missing and dry_run:
-        _finish(run.try_one_batch(build.distillation(words, build.untrained_teacher(words))), dry_run=True, json=json)
-        return
     if missing:
+        # Whatever is wrong with the student's side is said before hours go into a teacher.
+        rehearsal = build.distillation(words, build.untrained_teacher(words))
+        if dry_run:
+            _finish(run.try_one_batch(rehearsal), dry_run=True, json=json)
+            return
         talk.say(f"no finished {words.teacher.source} yet: training it first")
         _trained(build.pretraining(build.teacher_config(words)), talk)
     job = build.distillation(words)

@@ -1,5 +1,6 @@
-"""`sakd list` and `sakd config`: the words one can use, and where each word of a config comes from."""
+"""`sakd list`, `sakd show` and `sakd config`: the words one can use, and where each word of a config comes from."""
 
+import inspect
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from sakd_cli.cli.console import emit, show
 from sakd_cli.config import datasets, methods, networks, presets, routers
 from sakd_cli.config.layers import flat
 from sakd_cli.config.words import summary
+from sakd_cli.errors import UsageError, unknown
 
 
 class Kind(StrEnum):
@@ -52,6 +54,10 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: o
     show(listing_table(kind.value, rows))
 
 
+def _methods() -> dict[str, type[Any]]:
+    return methods.METHODS
+
+
 def _rows(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.models:
         return [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
@@ -63,6 +69,46 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
         Kind.datasets: datasets.DATASETS,
     }
     return [{"name": name, "about": summary(config)} for name, config in tables[kind].items()]
+
+
+def show_method(
+    name: Annotated[str, typer.Argument(help="A method of `sakd list methods`.", autocompletion=o.names(_methods))],
+    json: o.Json = False,
+) -> None:
+    """Say what a method matches: formula, spots, published defaults and source.
+
+    Examples:
+
+        sakd show method fitnet
+
+        sakd show method sp --json
+    """
+    if name not in methods.METHODS:
+        raise UsageError(unknown("method", name, methods.METHODS), hint="sakd list methods")
+    from sakd_cli.distillers.table import DISTILLERS
+
+    entry = DISTILLERS[name]
+    distiller = entry.features or entry.logits
+    config = methods.METHODS[name]
+    about = {
+        "name": name,
+        "about": summary(config),
+        "text": inspect.getdoc(distiller),
+        "spots": f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits",
+        "defaults": config().model_dump(mode="json", exclude={"name"}),
+    }
+    if json:
+        emit(about)
+        return
+    from sakd_cli.report.tables import listing_table
+
+    rows = [{"key": f"method.{key}", "default": value} for key, value in about["defaults"].items()]
+    show(
+        f"{name}: {about['about']}\n",
+        f"{about['text']}\n",
+        f"Spots: {about['spots']}\n",
+        listing_table("Defaults", rows),
+    )
 
 
 def show_config(
@@ -111,7 +157,7 @@ def show_config(
         return
     from sakd_cli.report.tables import listing_table
 
-    show(listing_table(f"config of {task.value}", rows))
+    show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))
 
 
 _FOREIGN = {Which.distill: {"model"}, Which.pretrain: {"teacher", "student", "method", "router"}}

@@ -185,7 +185,7 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     key = ".".join(place)
-    origin = next((origins[known] for known in (key, *_heads_of(place)) if known in origins), None)
+    origin = _origin_of(key, origins)
     where = f" (from {origin})" if origin else ""
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -207,9 +207,16 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     return UsageError(text + where + more)
 
 
-def _heads_of(place: list[str]) -> list[str]:
-    key = ".".join(place)
-    return [f"{key}.name", f"{key}.source"]
+def _origin_of(key: str, origins: Mapping[str, str]) -> str | None:
+    """Who set this key, a key below it (the last one), or the nearest one above it."""
+    for known in (key, f"{key}.name", f"{key}.source"):
+        if known in origins:
+            return origins[known]
+    below = [origin for known, origin in origins.items() if known.startswith(f"{key}.")]
+    if below:
+        return below[-1]
+    parent = key.rpartition(".")[0]
+    return origins.get(parent)
 
 
 def _known_keys(task: str, place: list[str]) -> list[str]:

@@ -130,5 +130,43 @@ class LSConfig(MethodConfig):
     temperature: PositiveFloat = 2.0
 
 
+class ReviewKDConfig(MethodConfig):
+    """Fused maps of every stage and the pooled vector (Chen et al., CVPR 2021)"""
+
+    name: Literal["reviewkd"] = "reviewkd"
+    width: PositiveInt = 512  # of the fusion, at most the student's pooled vector's
+
+
+# No method of their own yet: what follows is warmed up first, and no run does that. To make one: give it a `name`.
+
+
+class FTConfig(MethodConfig):
+    """Translated factors of the last map (Kim et al., NeurIPS 2018)
+
+    power   of the difference; `factor_power` of the map
+    """
+
+    weight: NonNegativeFloat = 200.0
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    factor_power: PositiveInt = 2
+    power: PositiveInt = 1
+    warmup_epochs: PositiveInt = 30
+    warmup_lr: PositiveFloat = 0.01
+
+
+class FSPConfig(MethodConfig):
+    """Flow from stage to stage, before the distillation proper (Yim et al., CVPR 2017)"""
+
+    weight: NonNegativeFloat = 50.0
+    warmup_epochs: PositiveInt = 30
+
+
+class ABConfig(MethodConfig):
+    """Activation boundaries, before the distillation proper (Heo et al., AAAI 2019)"""
+
+    margin: PositiveFloat = 1.0
+    warmup_epochs: PositiveInt = 30
+
+
 METHODS = by_name(MethodConfig)
 Method = Annotated[SerializeAsAny[MethodConfig], chosen_by_name("method", METHODS, default="fitnet")]

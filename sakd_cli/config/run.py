@@ -89,7 +89,7 @@ class TeacherConfig(Words):
     epochs    of that training; None: as many as the student's
     """
 
-    source: str
+    source: Annotated[str, Field(min_length=1)]
     pretrain: bool = False
     epochs: PositiveInt | None = None
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from sakd_cli.errors import unknown
@@ -13,6 +13,14 @@ class Words(BaseModel):
     """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` and `on` are easily meant as something else; pydantic alone would read them as 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("no_bool", "is true or false where another value belongs")
+        return value
 
 
 def chosen_by_name(kind: str, table: Mapping[str, type[Words]], default: str) -> BeforeValidator:

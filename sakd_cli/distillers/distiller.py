@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
+from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
@@ -16,9 +17,11 @@ from sakd_cli.models.staged import Features
 class Distiller(nn.Module, ABC):
     """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source."""
 
-    def __init__(self, spots: tuple[Spot, ...]) -> None:
+    def __init__(self, spots: tuple[Spot, ...], warmup: Warmup | None = None) -> None:
+        """warmup  what must have been trained, and then frozen, before this distils."""
         super().__init__()
         self.spots = spots
+        self.warmup = warmup
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
+from sakd_cli.config.methods import MethodConfig
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.pairwise import weighted_mean
 from sakd_cli.models.spot import Spot
@@ -26,13 +27,13 @@ class KD(Distiller):
 
     loss = T^2 mean_i sum_c p_ic ln(p_ic / q_ic),  p = softmax(t/T), q = softmax(s/T)
 
-    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The weight of the
-    cross-entropy stays 1 (the CRD benchmark uses 0.1 / 0.9).
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The weight of
+    the cross-entropy stays 1 (the CRD benchmark uses 0.1 / 0.9).
     """
 
-    def __init__(self, spots: tuple[Spot, ...], temperature: float) -> None:
+    def __init__(self, spots: tuple[Spot, ...], config: MethodConfig) -> None:
         super().__init__(spots)
-        self.temperature = temperature
+        self.temperature = config.temperature
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         per_sample = softened_kl(student.logits, teacher.logits.detach(), self.temperature)

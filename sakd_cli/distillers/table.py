@@ -1,64 +1,140 @@
-"""Method -> its distiller and the places where it distils. The only place where a method's name meets an object.
-
-`pairs` are the (student stage, teacher stage) pairs of maps that belong together, in order of depth.
-"""
+"""Method -> its distillers and the places where it distils. The only place where a method's name meets an object."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from sakd_cli.config.methods import MethodConfig
 from sakd_cli.distillers.at import AT
+from sakd_cli.distillers.cc import CC
+from sakd_cli.distillers.crd import CRD
+from sakd_cli.distillers.dist import DIST
 from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.dkd import DKD
 from sakd_cli.distillers.fitnet import FitNet
 from sakd_cli.distillers.kd import KD
+from sakd_cli.distillers.ls import LS
+from sakd_cli.distillers.nst import NST
+from sakd_cli.distillers.pkt import PKT
+from sakd_cli.distillers.reviewkd import ReviewKD
+from sakd_cli.distillers.rkd import RKD
 from sakd_cli.distillers.sp import SP
+from sakd_cli.distillers.vid import VID
+from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot, aligned, spots_at
 from sakd_cli.models.staged import StagedModel
 
-Pairs = list[tuple[int, int]]
+Places = list[tuple[int, int]]
 
 
-def every_map(config: Any, pairs: Pairs) -> Pairs:
-    return pairs
+class Stages(NamedTuple):
+    """(student stage, teacher stage): the maps that belong together, in order of depth, and the pooled vectors."""
+
+    maps: Places
+    pooled: tuple[int, int]
 
 
-def last_map(config: Any, pairs: Pairs) -> Pairs:
-    return pairs[-1:]
+def nowhere(config: Any, stages: Stages) -> Places:
+    return []
 
 
-def chosen_map(config: Any, pairs: Pairs) -> Pairs:
-    if config.stage > len(pairs):
-        raise UsageError(f"method.stage: {config.stage} is beyond the last of {len(pairs)} stages of this pair")
-    return [pairs[config.stage - 1]]
+def stem_and_maps(config: Any, stages: Stages) -> Places:
+    return [(0, 0), *stages.maps]
+
+
+def every_map(config: Any, stages: Stages) -> Places:
+    return stages.maps
+
+
+def last_map(config: Any, stages: Stages) -> Places:
+    return stages.maps[-1:]
+
+
+def every_map_and_pooled(config: Any, stages: Stages) -> Places:
+    return [*stages.maps, stages.pooled]
+
+
+def pooled(config: Any, stages: Stages) -> Places:
+    return [stages.pooled]
+
+
+def chosen_map(config: Any, stages: Stages) -> Places:
+    if config.stage > len(stages.maps):
+        raise UsageError(f"method.stage: {config.stage} is beyond the last of {len(stages.maps)} stages of this pair")
+    return [stages.maps[config.stage - 1]]
 
 
 class Entry(NamedTuple):
-    """Class of the feature distiller (None: the logits are all there is) and where it distils."""
+    """Class of the feature distiller (None: the logits are all there is), where it distils, class at the logit spot.
 
-    distiller: Callable[..., Distiller] | None
-    places: Callable[[Any, Pairs], Pairs]
+    of_images   the feature distiller remembers every training image: it is built with their labels and the batch size
+    warmup      a stage of the student's in front of the distillation proper, and its places
+    """
+
+    features: Callable[..., Distiller] | None
+    places: Callable[[Any, Stages], Places]
+    logits: Callable[..., Distiller] = KD
+    of_images: bool = False
+    warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], Places]] | None = None
 
 
 DISTILLERS: dict[str, Entry] = {
-    "kd": Entry(None, lambda config, pairs: []),
+    "kd": Entry(None, nowhere),
     "fitnet": Entry(FitNet, chosen_map),
     "at": Entry(AT, every_map),
     "sp": Entry(SP, last_map),
+    "nst": Entry(NST, every_map),
+    "rkd": Entry(RKD, pooled),
+    "pkt": Entry(PKT, pooled),
+    "cc": Entry(CC, pooled),
+    "vid": Entry(VID, every_map),
+    "crd": Entry(CRD, pooled, of_images=True),
+    "dkd": Entry(None, nowhere, DKD),
+    "dist": Entry(None, nowhere, DIST),
+    "ls": Entry(None, nowhere, LS),
+    "reviewkd": Entry(ReviewKD, every_map_and_pooled),
 }
 
 
 class Distillers(NamedTuple):
-    """What one method distils: `features` at all spots but the last, `logits` at the last."""
+    """What one method distils: `features` at all spots but the last, `logits` at the last.
+
+    warmup   what is trained before; None for most
+    """
 
     spots: tuple[Spot, ...]
     features: Distiller | None
     logits: Distiller
+    warmup: Warmup | None = None
 
 
-def build(config: MethodConfig, student: StagedModel, teacher: StagedModel, side: int) -> Distillers:
-    """The distillers of a method for this pair of networks and images of `side` pixels."""
+def build(
+    config: MethodConfig,
+    student: StagedModel,
+    teacher: StagedModel,
+    side: int,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+) -> Distillers:
+    """The distillers of a method for this pair of networks and images of `side` pixels.
+
+    labels   class of every training image, in the order of `Batch.index`; for methods that remember images
+    """
     entry = DISTILLERS[config.name]
-    spots = tuple(spots_at(student, teacher, entry.places(config, aligned(student, teacher)), side))
-    features = entry.distiller(spots[:-1], config) if entry.distiller else None
-    return Distillers(spots, features, KD(spots[-1:], config.temperature))
+    stages = Stages(aligned(student, teacher), (len(student.infos) - 1, len(teacher.infos) - 1))
+    spots = tuple(spots_at(student, teacher, entry.places(config, stages), side))
+    features = None
+    if entry.features is not None and entry.of_images:
+        if labels is None:
+            raise UsageError(f"method {config.name} needs the labels of the training images")
+        features = entry.features(spots[:-1], config, labels, batch_size)
+    elif entry.features is not None:
+        features = entry.features(spots[:-1], config)
+    warmup = features.warmup if features is not None else None
+    if entry.warmup is not None:
+        kind, places = entry.warmup
+        warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side)[:-1]), config)
+    return Distillers(spots, features, entry.logits(spots[-1:], config), warmup)

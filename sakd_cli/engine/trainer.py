@@ -131,17 +131,13 @@ class Trainer:
         means = self.meter.read()
         if not means:
             return
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{name} is {value} in epoch {epoch}, between steps {max(0, step - self.log_every) + 1} and {step}",
-                    hint="a lower --set train.lr=... may help; the last checkpoint of the run is from before",
-                )
+        _must_be_finite(means, f"epoch {epoch}, between steps {max(0, step - self.log_every) + 1} and {step}")
         rate = self.optimizer.sgd.param_groups[0]["lr"]
         self._tell({"kind": self.phase, "epoch": epoch, "step": step, "lr": rate} | means)
 
     def _judge_epoch(self, epoch: int, judge: Judge) -> None:
         scores = evaluate(self.task.network, judge.selection, judge.classes)
+        _must_be_finite(scores.headline(), f"the evaluation of epoch {epoch}")
         self._tell({"kind": "eval", "epoch": epoch, "split": judge.selected_on} | scores.headline())
         if not self.best or scores.top1 > self.best["selection_top1"]:
             self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
@@ -202,6 +198,15 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - started
+
+
+def _must_be_finite(means: dict[str, Any], where: str) -> None:
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{name} is {value} in {where}",
+                hint="a lower learning rate may help (--set train.lr=...); the run's last checkpoint is from before",
+            )
 
 
 def _below(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

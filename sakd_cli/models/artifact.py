@@ -51,7 +51,9 @@ def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     words = json.dumps(card._asdict())
-    write_aside(path, save(tensors, {"format": FORMAT, "card": words, "digest": _digest(words, tensors)}))
+    header = {"format": FORMAT, "card": words, "digest": _digest(words, tensors)}
+    # One entry: safetensors writes several in a random order, and the same network must be the same file.
+    write_aside(path, save(tensors, {"sakd": json.dumps(header)}))
 
 
 def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
@@ -72,10 +74,11 @@ def load(path: Path) -> Artifact:
     _check_folder(file, digest)
     try:
         with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+            entries = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})") from None
+    header = _header(entries)
     if header.get("format") != FORMAT:
         raise UsageError(f"{file}: not a network saved by sakd (format {header.get('format')!r}, expected {FORMAT!r})")
     if header.get("digest") != _digest(header.get("card", ""), tensors):
@@ -90,6 +93,15 @@ def load(path: Path) -> Artifact:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
     return Artifact(model, card, digest)
+
+
+def _header(entries: dict[str, str]) -> dict[str, Any]:
+    """What `save_weights` said of the file; nothing where it is not ours."""
+    try:
+        header = json.loads(entries.get("sakd", "{}"))
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def _digest(card: str, tensors: dict[str, Tensor]) -> str:

@@ -201,15 +201,25 @@ def _matched_rates(config: DistillConfig, spots: int) -> torch.Tensor | None:
     if config.router.run is not None:
         run: RunDir | None = RunDir(Path(config.router.run).expanduser())
     else:
-        wanted = {"task": "distill", "student": config.student, "data__name": config.data.name}
-        run = newest_run(config.runs_dir, **wanted, method__name=config.method.name, router__name="adaptive")
+        run = newest_run(
+            config.runs_dir,
+            task="distill",
+            student=config.student,
+            data__name=config.data.name,
+            method__name=config.method.name,
+            router__name="adaptive",
+        )
     if run is None:
         raise UsageError(
             f"router random-matched: no finished adaptive run of {config.student} with {config.method.name} "
             f"on {config.data.name} in {config.runs_dir}",
             hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
         )
-    rates = [[spot["share"] for spot in line["spots"]] for line in run.lines("spots.jsonl")]
-    if not rates or len(rates[0]) != spots:
-        raise UsageError(f"router random-matched: {run.path} has no record of {spots} spots")
-    return torch.tensor(rates)
+    try:
+        rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
+        fits = rates.ndim == 2 and rates.shape[1] == spots
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UsageError(f"router random-matched: {run.path} has no usable record of {spots} spots")
+    return rates

@@ -1,0 +1,151 @@
+"""Contrastive representation distillation."""
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.methods import CRDConfig
+from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.pairwise import weighted_mean
+from sakd_cli.errors import MemoryLimitError, UsageError
+from sakd_cli.models.adapters import LinearAdapter
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Features
+
+EPSILON = 1e-7  # beside probabilities, as published
+WORD = 0xFFFFFFFF
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A fixed scrambling of 32-bit numbers held in int64: multiply and xor-shift, the same on every device.
+
+    One-to-one. Factors below 2^31 keep every product below 2^63.
+    """
+    x = x & WORD
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & WORD
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & WORD
+    return x ^ (x >> 15)
+
+
+def memory_need(samples: int, batch: int, width: int, negatives: int) -> int:
+    """Bytes that banks and one training step take, roughly; `samples` of the whole training split."""
+    banks = 2 * 2 * samples * width * 4  # two, and the copies that the backward pass reads
+    products = batch * samples * 2 * 2 * 4  # with the whole banks: scores and gradients of two sides
+    chosen = batch * (negatives + 1) * (4 * 8 + 2 * 5 * 4)  # row numbers; five intermediate results per side
+    return banks + products + chosen
+
+
+@final
+class CRD(Distiller):
+    """A sample's embedding by one network is told from other classes' embeddings by the other network.
+
+    loss = -mean_i (ln P_i0 / (P_i0 + c + e) + sum_j ln c / (P_ij + c + e)), once per network as the anchor
+    P_ij = exp(<e_i, m_j> / T) / Z;  m_0 = the sample's own row in the other network's bank, m_j = `negatives` rows of
+    other classes;  c = negatives / rows, e = 1e-7, T = 0.07;  Z = mean of exp(...) at the first call times rows
+
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, equations 10, 17 and 19. Embeddings:
+    one linear layer to 128 numbers, scaled to length 1, both trained. Afterwards the chosen samples' rows move half way
+    to their new embedding. Vectors [N, D]. The same numbers with less memory: one product with the whole bank, of
+    which the drawn entries are gathered (sakd spec, section 7.2). Where fewer rows than `negatives` are of other
+    classes, as many are drawn as every class can have.
+
+    Negatives are drawn on the device. A call shuffles all rows; a sample walks through them from a place and with a
+    stride of its own and takes the first rows of other classes: none twice, every set equally likely, at a tenth of the
+    cost of a shuffle per sample. Seed and call number are buffers: a resumed run draws what it would have drawn.
+    """
+
+    classes: Tensor
+    strides: Tensor
+    seed: Tensor
+    calls: Tensor
+    bank_s: Tensor
+    bank_t: Tensor
+    z_s: Tensor
+    z_t: Tensor
+
+    def __init__(self, spots: tuple[Spot, ...], config: CRDConfig, labels: Tensor, batch_size: int = 64) -> None:
+        """labels  class of every sample of the training split, in the order of `Batch.index`."""
+        super().__init__(spots)
+        rows, width = len(labels), config.width
+        others = rows - int(labels.bincount().max()) if rows else 0
+        if others < 1:
+            raise UsageError("method crd: the training split has one class only, hence no negatives")
+        self.negatives = min(config.negatives, others)
+        self.steps = self.negatives + rows - others  # of a walk that meets all of the sample's own class
+        need, limit = memory_need(rows, batch_size, width, self.negatives), config.memory_limit * 2**30
+        if need > limit:
+            raise MemoryLimitError(
+                f"method crd: banks and negatives of {rows} images need {need / 2**30:.1f} GiB, "
+                f"above method.memory_limit ({config.memory_limit:g} GiB)",
+                hint="raise --set method.memory_limit=GIB, or lower method.width, method.negatives or the batch size",
+            )
+        self.temperature, self.momentum = config.contrast_temperature, config.momentum
+        (spot,) = spots
+        self.embed_s = LinearAdapter(spot.student_shape, (width,))
+        self.embed_t = LinearAdapter(spot.teacher_shape, (width,))
+        bound = 1 / math.sqrt(width / 3)
+        self.register_buffer("classes", labels.clone(), persistent=False)  # the data set's, not the run's
+        strides = [stride for stride in range(1, rows) if math.gcd(stride, rows) == 1]
+        self.register_buffer("strides", torch.tensor(strides), persistent=False)  # those that meet every row once
+        self.register_buffer("seed", torch.randint(2**31, ()))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("bank_s", torch.empty(rows, width).uniform_(-bound, bound))
+        self.register_buffer("bank_t", torch.empty(rows, width).uniform_(-bound, bound))
+        self.register_buffer("z_s", torch.tensor(-1.0))  # below 0: not set yet
+        self.register_buffer("z_t", torch.tensor(-1.0))
+
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        ((s, t),) = self.pairs(student, teacher)
+        rows = self.draw(batch.index, batch.labels)
+        self.calls.add_(1)
+        return self.contrast(s, t, weight[0], rows)[None]
+
+    def draw(self, index: Tensor, labels: Tensor) -> Tensor:
+        """Rows of the banks for each sample: its own first, then its negatives. [N] each to [N, 1 + negatives]."""
+        size, key = len(self.classes), mixed(self.seed + mixed(self.calls))
+        shuffled = mixed(torch.arange(size, device=index.device) ^ key).argsort()
+        of_sample = mixed(index ^ mixed(key + 1))
+        start, stride = mixed(of_sample + 1), self.strides[of_sample % len(self.strides)]
+        places = (start[:, None] + stride[:, None] * torch.arange(self.steps, device=index.device)) % size
+        met = shuffled[places]
+        other = self.classes[met] != labels[:, None]
+        # The k-th row of another class goes to column k; what is not wanted goes to one column more, which is cut off.
+        column = torch.where(other, other.cumsum(dim=1), self.negatives + 1).clamp(max=self.negatives + 1)
+        rows = torch.empty(len(index), self.negatives + 2, dtype=torch.int64, device=index.device)
+        rows[:, 0] = index
+        return rows.scatter(1, column, met)[:, :-1]
+
+    def contrast(self, s: Tensor, t: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        """The loss of vectors [N, D] against these rows [N, 1 + negatives]; then Z and the banks go forward."""
+        e_s = F.normalize(self.embed_s(s), dim=1).to(self.bank_s.dtype)
+        e_t = F.normalize(self.embed_t(t), dim=1).to(self.bank_t.dtype)
+        loss = self._side(e_s, self.bank_t, self.z_s, weight, rows) + self._side(
+            e_t, self.bank_s, self.z_t, weight, rows
+        )
+        with torch.no_grad():
+            self._remember(self.bank_s, e_s, weight, rows[:, 0])
+            self._remember(self.bank_t, e_t, weight, rows[:, 0])
+        return loss
+
+    def _side(self, anchor: Tensor, bank: Tensor, z: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        # The backward pass reads the bank as it is now; hence a copy, since the bank is about to be changed.
+        scores = (anchor @ bank.clone().T).gather(1, rows).to(bank.dtype).div(self.temperature).exp()
+        with torch.no_grad():
+            chosen = weight.sum()
+            first = (scores.mean(dim=1) * weight).sum() / chosen.clamp(min=EPSILON) * len(bank)
+            z.copy_(torch.where((z < 0) & (chosen > 0), first, z))
+            scale = torch.where(z > 0, z, torch.ones_like(z))
+        p = scores / scale
+        c = self.negatives / len(bank)
+        own = (p[:, 0] / (p[:, 0] + c + EPSILON)).log()
+        others = (c / (p[:, 1:] + c + EPSILON)).log().sum(dim=1)
+        return weighted_mean(-(own + others), weight)
+
+    def _remember(self, bank: Tensor, embedded: Tensor, weight: Tensor, index: Tensor) -> None:
+        old = bank.index_select(0, index)
+        new = F.normalize(self.momentum * old + (1 - self.momentum) * embedded, dim=1)
+        bank.index_copy_(0, index, torch.where(weight[:, None] > 0, new, old))

@@ -1,0 +1,46 @@
+"""Neuron selectivity transfer."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.methods import NSTConfig
+from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.pairwise import pooled_to_smaller, weighted_mean
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Features
+
+
+def neurons(x: Tensor) -> Tensor:
+    """Every channel as a vector over positions, scaled to length 1: [N, C, H, W] to [N, C, HW]."""
+    return F.normalize(x.flatten(2), dim=2)
+
+
+def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of (u v)^2 over all pairs of channels of a sample: [N, C, D] and [N, E, D] to [N]."""
+    return torch.bmm(a, b.transpose(1, 2)).square().mean(dim=(1, 2))
+
+
+@final
+class NST(Distiller):
+    """The student's channels are distributed over positions as the teacher's are, at every stage.
+
+    loss_k = mean over samples of k(t, t) + k(s, s) - 2 k(s, t),  k = mean over pairs of channels of (u v)^2
+
+    Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", arXiv 1707.01219, equation
+    8 with the polynomial kernel of degree 2, offset 0. Maps of two sizes are pooled to the smaller. One product per
+    kernel, where the published form makes a tensor of all pairs and positions.
+    """
+
+    def __init__(self, spots: tuple[Spot, ...], config: NSTConfig) -> None:
+        super().__init__(spots)
+
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        losses = []
+        for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
+            s, t = map(neurons, pooled_to_smaller(s, t))
+            losses.append(weighted_mean(kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t), w))
+        return torch.stack(losses)

@@ -1,0 +1,83 @@
+"""A folder in which commands are run, and one tiny teacher and student that are trained once for all tests."""
+
+import contextlib
+import io
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from sakd_cli.cli.app import run
+
+TINY = shlex.split("--dataset shapes --set data.train=200 --set data.test=100 --epochs 1")
+PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
+
+
+@dataclass(frozen=True)
+class Said:
+    """Exit code and what was said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on stdout; fails where there is anything beside it."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A folder with a `runs` folder in it, in which commands are run."""
+
+    path: Path
+
+    def sakd(self, *arguments: str, **environment: str) -> Said:
+        out, err = io.StringIO(), io.StringIO()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SAKD_", "FORCE_COLOR"))}
+        with (
+            contextlib.chdir(self.path),
+            mock.patch.dict(os.environ, clean | environment, clear=True),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            code = run(list(arguments))
+        return Said(code, out.getvalue(), err.getvalue())
+
+    def tree(self) -> dict[str, tuple[int, int]]:
+        return {
+            path.relative_to(self.path).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in self.path.rglob("*")
+        }
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
+def taught(shop: Shop) -> Said:
+    """What was said while a teacher was trained for one epoch."""
+    said = shop.sakd("pretrain-teacher", "resnet8", *TINY)
+    assert said.code == 0, said.err
+    return said
+
+
+@pytest.fixture(scope="session")
+def teacher(shop: Shop, taught: Said) -> Path:
+    """Its run directory."""
+    return shop.path / taught.out.strip().splitlines()[-1].removeprefix("run: ")
+
+
+@pytest.fixture(scope="session")
+def distilled(shop: Shop, taught: Said) -> dict[str, Any]:
+    """The summary of a distillation from that teacher."""
+    return shop.sakd(*PAIR, "--method", "fitnet", *TINY, "--json").document

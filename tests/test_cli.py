@@ -1,0 +1,381 @@
+"""The command line from end to end, on a tiny set of drawn shapes: what is said, what is written, what is refused."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from conftest import PAIR, TINY, Said, Shop
+from safetensors.torch import save_file
+
+from sakd_cli import __version__
+from sakd_cli.cli import words
+from sakd_cli.config import datasets, methods, networks, presets, routers
+from sakd_cli.models.artifact import NetworkCard, save_weights
+from sakd_cli.models.table import create
+
+ROOT = Path(__file__).parents[1]
+CIFAR = ROOT.parent / "shared" / "data"
+CLASSES = 20
+
+
+@pytest.fixture(scope="session")
+def full(shop: Shop, distilled: dict[str, Any]) -> Shop:
+    """The shop with two runs, and with files to stumble over."""
+    cifar10 = NetworkCard("resnet8", "cifar10", tuple("abcdefghij"), (0.5,) * 3, (0.3,) * 3, 32)
+    save_weights(shop.path / "cifar10.safetensors", create("resnet8", 10), cifar10)
+    sound = (shop.path / "cifar10.safetensors").read_bytes()
+    (shop.path / "cut.safetensors").write_bytes(sound[:-100])
+    (shop.path / "text.safetensors").write_text("no weights at all")
+    save_file({"a": torch.zeros(2)}, shop.path / "foreign.safetensors")
+    (shop.path / "flipped").mkdir()
+    student = shop.path / distilled["run"] / "student"
+    (shop.path / "flipped" / "config.json").write_bytes((student / "config.json").read_bytes())
+    weights = (student / "model.safetensors").read_bytes()
+    (shop.path / "flipped" / "model.safetensors").write_bytes(weights[:-5] + bytes([weights[-5] ^ 1]) + weights[-4:])
+    shutil.copytree(student, shop.path / "odd" / "student")
+    (shop.path / "odd" / "config.yaml").write_text("{}")
+    (shop.path / "empty").mkdir()
+    (shop.path / "broken.yaml").write_text("train: [")
+    (shop.path / "cifar" / "cifar-100-python").mkdir(parents=True)
+    for name in ("train", "test", "meta"):
+        (shop.path / "cifar" / "cifar-100-python" / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    return shop
+
+
+def test_talk_goes_to_stderr_line_by_line_without_control_characters(taught: Said) -> None:
+    assert [line.split()[0] for line in taught.err.splitlines()] == ["resnet8", "train:", "step", "epoch"]
+    assert not {"\r", "\x1b"} & set(taught.err + taught.out)
+
+
+def test_without_a_held_out_part_the_summary_says_so(shop: Shop, tmp_path: Path) -> None:
+    words = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.holdout=0", "--runs-dir", str(tmp_path)]
+    summary = shop.sakd(*words, "--json").document
+    assert (summary["images"], summary["best"]["selected_on"]) == (200, "test")
+    assert "test set" in summary["protocol"].partition(";")[2]
+
+
+@pytest.mark.parametrize(("router", "method"), [("always", "at"), ("never", "sp"), ("anti", "kd"), ("random", "sp")])
+def test_every_router_leaves_the_record_it_promises(full: Shop, router: str, method: str) -> None:
+    words = [*PAIR, *TINY, "--method", method, "--router", router, "--quiet", "--json"]
+    words += ["--set", "router.rate=0.25"] if router == "random" else []
+    summary = full.sakd(*words).document
+    report = full.sakd("inspect-spots", summary["run"], "--json").document
+    shares = [spot["share"] for spot in report["overall"]]
+    expected = {"always": (1, 1), "never": (0, 0), "anti": (0, 0.1), "random": (0.1, 0.4)}[router]
+    assert all(expected[0] <= share <= expected[1] for share in shares)
+    assert (report["router"], report["method"], report["finished"]) == (router, method, True)
+    assert (report["overall"][0]["probability"] is None) == (router != "anti")
+    assert len(report["by_class"]) == CLASSES
+
+
+def test_coins_are_matched_to_the_newest_adaptive_run(full: Shop, distilled: dict[str, Any]) -> None:
+    words = [*PAIR, *TINY, "--router", "random-matched", "--quiet", "--json"]
+    with_default = full.sakd(*words).document
+    named = full.sakd(*words, "--set", f"router.run={distilled['run']}").document
+    for summary in (with_default, named):
+        report = full.sakd("inspect-spots", summary["run"], "--json").document
+        source = full.sakd("inspect-spots", distilled["run"], "--json").document
+        for ours, theirs in zip(report["overall"], source["overall"], strict=True):
+            assert ours["share"] == pytest.approx(theirs["share"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "record", ["", "3\n", '{"epoch": 1, "spots": 3}\n', '{"epoch": 1, "spots": [{"share": null}]}\n']
+)
+def test_coins_cannot_be_matched_to_a_damaged_record(full: Shop, tmp_path: Path, record: str) -> None:
+    (tmp_path / "config.yaml").write_text("task: distill\n")
+    (tmp_path / "spots.jsonl").write_text(record)
+    words = ["--router", "random-matched", "--set", f"router.run={tmp_path}", "--method", "kd"]
+    refused(full, [*PAIR, *TINY, *words], 2, "random-matched")
+
+
+def test_a_network_is_scored_as_its_summary_says(full: Shop, teacher: Path) -> None:
+    result = full.sakd("eval", str(teacher), "--json", "--quiet")
+    assert result.err == ""
+    scores, summary = result.document, json.loads((teacher / "summary.json").read_text())
+    assert {key: scores[key] for key in ("top1", "top5", "loss")} == {
+        key: summary["headline"][key] for key in ("top1", "top5", "loss")
+    }
+    assert (scores["parameters"], scores["macs"]) == (summary["parameters"], summary["macs"])
+    assert sum(row["images"] for row in scores["classes"]) == scores["images"] == 100
+    assert sum(row["images"] * row["top1"] for row in scores["classes"]) == pytest.approx(100 * scores["top1"])
+    table = full.sakd("eval", str(teacher)).out
+    assert all(word in table for word in ("Top-1", "Top-5", "Loss", "Parameters", "MACs", "By class"))
+
+
+def test_the_newest_run_is_scored_and_inspected_unless_one_is_named(full: Shop) -> None:
+    newest = full.sakd(*PAIR, *TINY, "--method", "at", "--quiet", "--json").document["run"]
+    assert full.sakd("eval", "--json").document["weights"].startswith(newest)
+    assert full.sakd("inspect-spots", "--json").document["run"] == newest
+    weights = f"{newest}/student/model.safetensors"
+    assert full.sakd("eval", weights, "--json").document["images"] == 100, "its run's data, found beside it"
+
+
+def test_the_spot_tables_show_every_spot_overall_by_epoch_and_by_class(full: Shop, distilled: dict[str, Any]) -> None:
+    said = full.sakd("inspect-spots", distilled["run"])
+    assert (said.code, said.err) == (0, "")
+    assert all(word in said.out for word in ("stage2", "logits", "By epoch", "By class", "fitnet", "adaptive"))
+    report = full.sakd("inspect-spots", distilled["run"], "--json").document
+    assert [spot["name"] for spot in report["overall"]] == ["stage2", "logits"]
+    assert (report["epochs"], report["samples"], len(report["by_class"])) == (1, 180, CLASSES)
+
+
+@pytest.mark.parametrize("damage", ["config.yaml", "{}"])
+def test_a_damaged_run_hides_no_other(full: Shop, tmp_path: Path, damage: str) -> None:
+    for run_directory in (full.path / "runs").iterdir():
+        (tmp_path / run_directory.name).symlink_to(run_directory)
+    broken = tmp_path / "broken"
+    (broken / "student").mkdir(parents=True)
+    (broken / "config.yaml").write_text("a: [" if damage == "config.yaml" else damage)
+    said = full.sakd("inspect-spots", "--runs-dir", str(tmp_path), "--json")
+    assert (said.document["schema"], said.err) == ("sakd.spots/1", "")
+
+
+KINDS = {"models": networks.NETWORKS, "methods": methods.METHODS, "datasets": datasets.DATASETS}
+KINDS |= {"routers": routers.ROUTERS, "presets": presets.presets()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_is_registered_is_listed(shop: Shop, kind: str) -> None:
+    assert {row["name"] for row in shop.sakd("list", kind, "--json").document} == set(KINDS[kind])
+    table = shop.sakd("list", kind)
+    assert (table.code, table.err) == (0, "")
+    assert all(name in table.out for name in KINDS[kind])
+
+
+def test_the_origin_of_every_setting_is_shown(shop: Shop) -> None:
+    (shop.path / "mine.yaml").write_text("train: {batch_size: 32}\nseed: 1\n")
+    arguments = shlex.split("config show --preset quickstart --config mine.yaml --epochs 2 --set method.weight=1e-4")
+    rows = shop.sakd(*arguments, "--origin", "--json", SAKD_SEED="3", SAKD_EPOCHS="9").document
+    found = {row["key"]: (row["value"], row["origin"]) for row in rows}
+    assert found["student"] == ("resnet8", "preset quickstart")
+    assert found["train.batch_size"] == (32, "file mine.yaml")
+    assert found["seed"] == (3, "SAKD_SEED")
+    assert found["train.epochs"] == (2, "--epochs")
+    assert found["method.weight"] == (1e-4, "--set method.weight")
+    assert found["device"] == ("auto", "default")
+    table = shop.sakd(*arguments, "--origin", SAKD_SEED="3").out
+    assert all(origin in table for _, origin in found.values())
+    plain = shop.sakd(*arguments)
+    assert yaml.safe_load(plain.out) == shop.sakd(*arguments, "--json").document
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain-teacher", "resnet14", *TINY),
+        (*PAIR, *TINY, "--method", "at"),
+        ("distill", "--teacher", "resnet14", "--student", "resnet8", *TINY, "--pretrain"),
+    ],
+    ids=["pretrain", "distill", "with a teacher to come"],
+)
+def test_a_dry_run_tries_a_batch_and_writes_nothing(full: Shop, words: tuple[str, ...]) -> None:
+    before = full.tree()
+    plan = full.sakd(*words, "--dry-run", "--json").document
+    assert "nothing written" in full.sakd(*words, "--dry-run").out
+    assert full.tree() == before
+    assert (plan["images"], plan["steps_per_epoch"]) == (180, 3)
+    assert all(network["parameters"] > 0 < network["macs"] for network in plan["networks"])
+    assert plan["batch"]["loss"] > 0
+    spots = [(spot["student_shape"], spot["teacher_shape"]) for spot in plan["spots"]]
+    assert spots[-1:] == ([] if words[0] == "pretrain-teacher" else [([CLASSES], [CLASSES])])
+
+
+def test_a_teacher_is_found_by_name_run_folder_or_file(full: Shop, teacher: Path) -> None:
+    sources = ["ResNet-8", "resnet_8", teacher, teacher / "teacher", teacher / "teacher" / "model.safetensors"]
+    for source in sources:
+        plan = full.sakd("distill", "--teacher", str(source), "--student", "resnet14", *TINY, "--dry-run", "--json")
+        assert plan.document["networks"][0]["name"] == "resnet8"
+
+
+def test_a_missing_teacher_is_told_with_the_command_that_trains_it(full: Shop, tmp_path: Path) -> None:
+    runs = ["--runs-dir", str(tmp_path / "other runs")]
+    words = ["distill", "--teacher", "resnet-8", "--student", "resnet8", *TINY, *runs]
+    said = refused(full, words, 2, "no finished resnet8 on shapes")
+    command = said.err.splitlines()[1].removeprefix("hint: ").partition(" (or add --pretrain)")[0]
+    assert shlex.split(command) == ["sakd", "pretrain-teacher", "resnet8", "--dataset", "shapes", *runs]
+    assert full.sakd(*shlex.split(command)[1:], *TINY[2:], "--quiet").code == 0
+    assert full.sakd(*words, "--dry-run").code == 0
+
+
+def test_a_preset_trains_its_teacher_first_and_only_once(full: Shop, tmp_path: Path) -> None:
+    words = ["distill", "--preset", "quickstart", *TINY, "--runs-dir", str(tmp_path), "--quiet"]
+    first = full.sakd(*words)
+    assert (first.code, first.err) == (0, "")
+    assert all(word in first.out for word in ("Teacher", "Student", "Top-1", "stage2"))
+    assert full.sakd(*words).code == 0
+    assert sorted(path.name.split("-")[2] for path in tmp_path.iterdir()) == ["distill", "distill", "pretrain"]
+
+
+def refused(shop: Shop, words: list[str], code: int, text: str) -> Said:
+    """One line of error, at most one of hint, the exit code, and nothing written."""
+    before = shop.tree()
+    said = shop.sakd(*words)
+    lines = said.err.splitlines()
+    assert (said.code, said.out) == (code, ""), said.err
+    assert lines[0].startswith("error: ")
+    assert [line.partition(":")[0] for line in lines[1:]] in ([], ["hint"])
+    assert text in lines[0]
+    assert shop.tree() == before
+    return said
+
+
+BAD = f"""
+2 | unknown model 'resnt8'; did you mean 'resnet8'?         | pretrain-teacher resnt8
+2 | unknown model 'resnt8'; did you mean 'resnet8'?         | distill --teacher resnet8 --student resnt8
+2 | unknown model 'resnt8'; did you mean 'resnet8'?         | distill --teacher resnt8 --student resnet8
+2 | unknown method 'atx'; did you mean 'at'?                | PAIR --method atx
+2 | unknown router 'adaptve'; did you mean 'adaptive'?      | PAIR --router adaptve
+2 | unknown data set 'shaps'; did you mean 'shapes'?        | PAIR --dataset shaps
+2 | unknown preset 'quikstart'; did you mean 'quickstart'?  | distill --preset quikstart
+2 | unknown key 'train.epoch'; did you mean 'train.epochs'? | PAIR --set train.epoch=3
+2 | train.epochs: Input should be a valid integer           | PAIR --epochs ten
+2 | train.lr: Input should be a finite number               | PAIR --set train.lr=.nan
+2 | seed: Input should be greater than or equal to 0        | pretrain-teacher resnet8 --seed -1
+2 | student: missing                                        | distill --teacher resnet8
+2 | model: missing                                          | pretrain-teacher
+2 | device: unknown device 'gpu'                            | pretrain-teacher resnet8 --device gpu
+2 | device: 'cuda:99' is not available here                 | pretrain-teacher resnet8 --device cuda:99
+2 | No such option                                          | pretrain-teacher resnet8 --bogus
+2 | No such command                                         | distil
+2 | nowhere.yaml: no such file                              | PAIR --config nowhere.yaml
+2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
+2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9
+2 | is beyond the last of 3 stages | PAIR --teacher resnet14 --pretrain TINY --set method.stage=9
+2 | no finished adaptive run of resnet14                    | PAIR --student resnet14 TINY --router random-matched
+2 | no/where: no such file                                  | distill --teacher no/where TO8
+2 | cut.safetensors: damaged                                | distill --teacher cut.safetensors TO8
+2 | text.safetensors: damaged                               | distill --teacher text.safetensors TO8
+2 | foreign.safetensors: not a network saved by sakd        | distill --teacher foreign.safetensors TO8
+2 | damaged, its SHA-256 differs                            | distill --teacher flipped TO8
+2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | distill --teacher cifar10.safetensors TO8
+2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | eval cifar10.safetensors --dataset shapes -q
+2 | damaged, its SHA-256 differs                            | eval flipped -q
+2 | nowhere: no such file                                   | eval nowhere -q
+2 | no such file                                            | eval empty -q
+2 | odd: not a run directory                                | eval odd -q
+2 | no run with a trained network in empty                  | eval --runs-dir empty
+2 | no distillation in empty                                | inspect-spots --runs-dir empty
+2 | not a run directory                                     | inspect-spots empty
+2 | it is a 'pretrain' run                                  | inspect-spots TEACHER
+2 | Invalid value for '--top'                               | inspect-spots --top 0
+2 | 'modles' is not one of                                  | list modles
+3 | cifar100: files not found in empty | pretrain-teacher resnet8 --data-root empty --set data.download=false
+3 | cifar100: damaged file                                  | pretrain-teacher resnet8 --data-root cifar
+3 | leaves no held-out image                                | pretrain-teacher resnet8 TINY --set data.limit=3
+5 | cannot make a run directory                             | pretrain-teacher resnet8 TINY -q --runs-dir broken.yaml
+"""
+
+
+@pytest.mark.parametrize("case", BAD.strip().splitlines(), ids=lambda case: case.split("|")[2].strip())
+def test_a_mistake_costs_one_line_and_writes_nothing(full: Shop, teacher: Path, case: str) -> None:
+    code, text, line = (part.strip() for part in case.split("|"))
+    known = {"PAIR": PAIR, "TINY": TINY, "TO8": ["--student", "resnet8", *TINY], "TEACHER": [str(teacher)]}
+    words = [part for word in shlex.split(line) for part in known.get(word, [word])]
+    refused(full, words, int(code), text)
+
+
+@pytest.mark.parametrize("size", ["64", "200"], ids=["seen in training", "seen when judged"])
+def test_numbers_that_explode_end_the_run_with_their_own_exit_code(full: Shop, size: str) -> None:
+    said = full.sakd(*PAIR, *TINY, "--set", "train.lr=1e30", "--batch-size", size, "--quiet")
+    assert said.code == 7
+    assert [line.partition(":")[0] for line in said.err.splitlines()] == ["error", "hint"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("oh [b]no[/b]"), 1)])
+def test_an_interrupt_and_a_bug_have_exit_codes_of_their_own(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    monkeypatch.setattr(words, "_rows", mock.Mock(side_effect=error))
+    said = shop.sakd("list", "methods")
+    assert (said.code, said.out) == (code, "")
+    assert ("Traceback" in said.err) == (code == 1)
+    assert "error: " + ("interrupted" if code == 130 else "a bug in sakd: RuntimeError: oh [b]no[/b]") in said.err
+
+
+def test_without_a_command_the_help_is_shown_and_nothing_is_called_an_error(shop: Shop) -> None:
+    for arguments in ([], ["config"]):
+        said = shop.sakd(*arguments)
+        assert "Usage: sakd" in said.out
+        assert said.err == ""
+
+
+@pytest.mark.parametrize("command", ["pretrain-teacher", "distill", "eval", "inspect-spots", "list", "config show"])
+def test_every_help_has_two_examples(shop: Shop, command: str) -> None:
+    said = shop.sakd(*command.split(), "--help", COLUMNS="120")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.partition("Examples:")[2].count(f"sakd {command}") == 2
+
+
+def test_colour_is_used_where_it_is_forced_and_not_where_it_is_unwanted(shop: Shop) -> None:
+    assert "\x1b[" in shop.sakd("distill", "--epochs", "ten", FORCE_COLOR="1").err
+    assert "\x1b[" not in shop.sakd("list", "methods", NO_COLOR="1").out
+
+
+LIGHT = """
+import json, sys
+from sakd_cli.cli.app import run
+for words in json.loads(sys.argv[1]):
+    code = run(words)
+    heavy = {"torch", "torchvision", "safetensors", "numpy"} & set(sys.modules)
+    if code or heavy:
+        sys.exit(f"{words}: exit code {code}, loads {sorted(heavy)}")
+"""
+
+
+def process(shop: Shop, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
+    clean |= {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=shop.path, env=clean, capture_output=True, text=True)
+
+
+def test_help_lists_and_reports_do_without_torch(full: Shop, distilled: dict[str, Any]) -> None:
+    lines = [
+        "--help",
+        "--version",
+        "distill --help",
+        "list models",
+        "list presets",
+        f"inspect-spots {distilled['run']}",
+    ]
+    lines += ["config show --preset quickstart --origin", "inspect-spots --json"]
+    done = process(full, "-c", LIGHT, json.dumps([line.split() for line in lines]))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_completion_knows_the_names_and_does_without_torch(shop: Shop) -> None:
+    program = LIGHT.replace("    if code or heavy", "    if heavy")
+    words = {"COMP_WORDS": "sakd distill --method f", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
+    done = process(shop, "-c", program, "[[]]", **words)
+    assert (done.stdout.split(), done.stderr) == (["fitnet"], "")
+
+
+def test_the_module_is_the_command_and_leaves_with_its_exit_code(shop: Shop) -> None:
+    done = process(shop, "-m", "sakd_cli", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"sakd {__version__}\n", "")
+    failed = process(
+        shop, "-m", "sakd_cli", "distill", "--method", "atx", "--teacher", "resnet8", "--student", "resnet8"
+    )
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("error: method: unknown method 'atx'")
+
+
+@pytest.mark.skipif(
+    not (CIFAR / "cifar-100-python" / "train").is_file(), reason="no CIFAR-100 files beside the checkout"
+)
+def test_photographs_take_the_same_way(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    words = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--pretrain", "--dry-run", "--json"]
+    settings = ["--data-root", str(CIFAR), "--set", "data.limit=300", "--set", "data.download=false"]
+    plan = shop.sakd(*words, *settings).document
+    assert (plan["images"], plan["spots"][-1]["student_shape"]) == (270, [100])
+    assert list(tmp_path.iterdir()) == []

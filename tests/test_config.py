@@ -1,0 +1,374 @@
+"""Words: which layer wins, who is named as the origin, what a name may look like, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sakd_cli.config import presets
+from sakd_cli.config.datasets import DATASETS
+from sakd_cli.config.layers import (
+    OPTIONS,
+    Layer,
+    Resolved,
+    environment_layers,
+    file_layer,
+    flat,
+    nested,
+    option_layers,
+    resolve,
+    set_layers,
+)
+from sakd_cli.config.methods import METHODS, FitNetConfig
+from sakd_cli.config.networks import NETWORKS, find_network
+from sakd_cli.config.presets import preset_layer
+from sakd_cli.config.routers import ROUTERS
+from sakd_cli.config.run import DistillConfig, PretrainConfig, Train
+from sakd_cli.config.words import summary
+from sakd_cli.errors import UsageError, unknown
+
+PAIR = Layer("pair", {"teacher": "resnet20", "student": "resnet8"})
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OPTIONS:
+        monkeypatch.delenv(f"SAKD_{name.upper()}", raising=False)
+
+
+def distillation(*layers: Layer) -> Resolved:
+    return resolve("distill", [PAIR, *layers])
+
+
+def refusal(*layers: Layer, task: str = "distill") -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        resolve(task, [PAIR, *layers] if task == "distill" else layers)
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def assigned(*assignments: str) -> str:
+    return refusal(*set_layers(assignments)).message
+
+
+def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "folder", lambda: tmp_path)
+    below = (
+        "# A preset\ntask: distill\ntrain: {epochs: 1, batch_size: 1, lr: 0.1, momentum: 0.1}\nseed: 1\nlog_every: 1\n"
+    )
+    (tmp_path / "mine.yaml").write_text(below, encoding="utf-8")
+    (tmp_path / "file.yaml").write_text("train: {batch_size: 2, lr: 0.2, momentum: 0.2}\nseed: 2\n", encoding="utf-8")
+    for name, value in {"BATCH_SIZE": "3", "EPOCHS": "3", "SEED": "3", "DEVICE": ""}.items():
+        monkeypatch.setenv(f"SAKD_{name}", value)
+    config, origins = distillation(
+        preset_layer("mine"),
+        file_layer(tmp_path / "file.yaml", "file file.yaml"),
+        *environment_layers(OPTIONS),
+        *option_layers({"epochs": "4", "seed": "4", "device": None}),
+        *set_layers(["seed=5"]),
+    )
+    found = {key: (value, origins.get(key)) for key, value in flat(config.model_dump()).items()}
+    assert found["log_every"] == (1, "preset mine")
+    assert found["train.momentum"] == (0.2, "file file.yaml")
+    assert found["train.batch_size"] == (3, "SAKD_BATCH_SIZE")
+    assert found["train.epochs"] == (4, "--epochs")
+    assert found["seed"] == (5, "--set seed")
+    assert found["device"] == ("auto", None), "an empty variable and an option not given say nothing"
+
+
+def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "kd"}
+    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes"}
+    del words["model"]
+    for name, value in words.items():
+        monkeypatch.setenv(f"SAKD_{name.upper()}", value)
+    config, origins = resolve("distill", environment_layers(words))
+    assert set(origins) == {OPTIONS[name] for name in words}
+    assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
+    assert (config.method.name, config.router.name, config.data.name) == ("kd", "never", "shapes")
+    assert (config.data.root, config.runs_dir, config.train.epochs, config.seed) == (Path("1"), Path("1"), 1, 1)
+
+
+def test_one_word_stands_for_a_section() -> None:
+    short = {"method": "at", "router": "never", "data": "shapes", "teacher": "wrn40_2"}
+    long = {"method": {"name": "at"}, "router": {"name": "never"}, "data": {"name": "shapes"}}
+    long["teacher"] = {"source": "wrn40_2"}
+    assert distillation(Layer("a", short)) == distillation(Layer("a", long))
+    assert distillation(Layer("a", short)).origins["method.name"] == "a"
+
+
+def test_a_word_chooses_the_class_and_with_it_the_published_defaults() -> None:
+    for name, kind in METHODS.items():
+        assert distillation(Layer("a", {"method": name})).config.method == kind()
+    for name, kind in ROUTERS.items():
+        assert distillation(Layer("a", {"router": name})).config.router == kind()
+    for name, kind in DATASETS.items():
+        assert distillation(Layer("a", {"data": name})).config.data == kind()
+    assert all(len(summary(kind)) > 10 for kind in [*METHODS.values(), *ROUTERS.values(), *DATASETS.values()])
+
+
+def test_the_defaults_are_those_of_the_issue() -> None:
+    config = distillation().config
+    assert (config.data.name, config.router.name, config.method) == ("cifar100", "adaptive", FitNetConfig())
+    assert (config.data.holdout, config.train.epochs, config.train.batch_size) == (0.1, 240, 64)
+
+
+def test_another_name_drops_the_old_names_keys() -> None:
+    below = Layer("below", {"method": {"name": "fitnet", "weight": 7.0, "stage": 3}, "router": {"tau": 2.0}})
+    assert distillation(below, *set_layers(["method=at"])).config.method == METHODS["at"]()
+    assert distillation(below, *set_layers(["method=fitnet"])).config.method.weight == 7.0
+    assert distillation(below, *set_layers(["method=at", "method.weight=3"])).config.method.weight == 3.0
+
+
+def test_what_all_data_sets_share_outlives_a_change_of_the_data_set() -> None:
+    below = Layer("below", {"data": {"name": "shapes", "train": 50, "limit": 9, "root": "here", "holdout": 0.2}})
+    data = distillation(below, *option_layers({"dataset": "cifar10"})).config.data
+    assert (data.name, data.limit, data.root, data.holdout) == ("cifar10", 9, Path("here"), 0.2)
+
+
+def test_pretraining_outlives_a_change_of_the_teacher() -> None:
+    below = Layer("below", {"teacher": {"source": "resnet20", "pretrain": True, "epochs": 3}})
+    teacher = distillation(below, *option_layers({"teacher": "resnet32"})).config.teacher
+    assert (teacher.source, teacher.pretrain, teacher.epochs) == ("resnet32", True, 3)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("wrn40_2", "wrn_40_2"),
+        ("wrn_40_2", "wrn_40_2"),
+        ("WRN-40-2", "wrn_40_2"),
+        ("wrn-16_1", "wrn_16_1"),
+        ("wrn_22_3", "wrn_22_3"),
+        ("resnet8", "resnet8"),
+        ("ResNet_8", "resnet8"),
+        ("RESNET32X4", "resnet32x4"),
+        ("resnet50", "ResNet50"),
+        ("VGG-13", "vgg13"),
+        ("mobilenet_v2", "MobileNetV2"),
+        ("ShuffleV1", "ShuffleNetV1"),
+    ],
+)
+def test_a_network_is_found_however_its_name_is_spelled(spelling: str, name: str) -> None:
+    assert find_network(spelling).name == name
+    assert resolve("pretrain", [Layer("a", {"model": spelling})]).config.model == name
+
+
+def test_every_network_is_found_by_its_own_name() -> None:
+    assert {name: find_network(name).name for name in NETWORKS} == {name: name for name in NETWORKS}
+
+
+@pytest.mark.parametrize("spelling", ["wrn_41_2", "wrn_4_2", "wrn_40_0"])
+def test_a_wide_resnet_of_no_possible_depth_is_refused(spelling: str) -> None:
+    with pytest.raises(UsageError, match="6n\\+4"):
+        find_network(spelling)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".0001", "0.0001", "+1e-4"])
+def test_a_number_may_be_written_in_any_of_the_usual_ways(text: str) -> None:
+    assert distillation(*set_layers([f"train.weight_decay={text}"])).config.train.weight_decay == 1e-4
+
+
+def test_values_of_set_are_yaml() -> None:
+    layers = set_layers(["data.limit=null", "train.milestones=[1, 2]", "runs_dir=a=b", "teacher.pretrain=yes"])
+    config = distillation(Layer("below", {"data": {"limit": 4}}), *layers).config
+    assert (config.data.limit, config.train.milestones, config.runs_dir) == (None, (1, 2), Path("a=b"))
+    assert config.teacher.pretrain is True
+
+
+@pytest.mark.parametrize("text", ["nonsense", "=3", "a..b=3", ".a=3", "a.=3"])
+def test_an_assignment_without_a_key_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="key=value") as caught:
+        set_layers([text])
+    assert text in caught.value.message
+
+
+def test_a_value_that_is_no_yaml_is_refused() -> None:
+    with pytest.raises(UsageError, match="--set seed"):
+        set_layers(["seed={"])
+
+
+def test_dotted_and_nested_say_the_same() -> None:
+    dotted = {"a.b.c": 1, "a.d": [2], "e": {}}
+    assert flat(nested(dotted)) == dotted
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("train.epoch=3", "unknown key 'train.epoch'; did you mean 'train.epochs'? (from --set train.epoch)"),
+        ("sed=3", "unknown key 'sed'; did you mean 'seed'? (from --set sed)"),
+        ("trian.epochs=3", "unknown key 'trian'; did you mean 'train'? (from --set trian.epochs)"),
+        ("data.trian=3", "unknown key 'data.trian'; did you mean 'data.train'? (from --set data.trian)"),
+        ("method.weigt=3", "unknown key 'method.weigt'; did you mean 'method.weight'? (from --set method.weigt)"),
+        ("router.tua=3", "unknown key 'router.tua'; did you mean 'router.tau'? (from --set router.tua)"),
+        ("teacher.pretrian=1", "did you mean 'teacher.pretrain'? (from --set teacher.pretrian)"),
+        ("method=atx", "unknown method 'atx'; did you mean 'at'? (from --set method)"),
+        ("router.name=adaptve", "unknown router 'adaptve'; did you mean 'adaptive'? (from --set router.name)"),
+        ("data=shaps", "unknown data set 'shaps'; did you mean 'shapes'? (from --set data)"),
+        ("student=resnt8", "student: unknown model 'resnt8'; did you mean 'resnet8'? (from --set student)"),
+        ("student=wrn_41_2", "(from --set student)"),
+    ],
+)
+def test_an_unknown_word_is_told_with_the_nearest_one_and_its_origin(assignment: str, said: str) -> None:
+    assert said in assigned(assignment)
+
+
+def test_a_name_that_is_near_to_nothing_is_told_with_all_names() -> None:
+    said = assigned("method=zzzzzz")
+    assert all(name in said for name in METHODS)
+    assert unknown("colour", "mauve", ["red", "blue"]) == "unknown colour 'mauve'; known: blue, red"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("train.epochs=ten", "train.epochs"),
+        ("train.epochs=1.5", "train.epochs"),
+        ("train.epochs=0", "train.epochs"),
+        ("train.epochs=true", "train.epochs"),
+        ("train.epochs=[1]", "train.epochs"),
+        ("train.epochs=null", "train.epochs"),
+        ("train.lr=.nan", "train.lr"),
+        ("train.lr=nan", "train.lr"),
+        ("train.lr=.inf", "train.lr"),
+        ("train.lr=-0.1", "train.lr"),
+        ("train.lr=true", "train.lr"),
+        ("train.momentum=1", "train.momentum"),
+        ("train.weight_decay=-1", "train.weight_decay"),
+        ("train.milestones=3", "train.milestones"),
+        ("train.milestones=[5, 3]", "train"),
+        ("train.milestones=[3, 3]", "train"),
+        ("train.milestones=[0]", "train.milestones.0"),
+        ("train.milestones=[240]", "train"),
+        ("train=3", "train"),
+        ("data.holdout=1", "data.holdout"),
+        ("data.holdout=-0.1", "data.holdout"),
+        ("data.limit=0", "data.limit"),
+        ("data=3", "data"),
+        ("data.name=[shapes]", "data"),
+        ("seed=-1", "seed"),
+        ("method=[fitnet]", "method"),
+        ("method.stage=0", "method.stage"),
+        ("method.temperature=0", "method.temperature"),
+        ("method.weight.x=3", "method.weight"),
+        ("router.tau=0", "router.tau"),
+        ("router.min_teacher_fraction=1.5", "router.min_teacher_fraction"),
+        ("teacher=[resnet8]", "teacher"),
+        ("teacher.pretrain=maybe", "teacher.pretrain"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_with_its_key_and_origin(assignment: str, key: str) -> None:
+    said = assigned(assignment)
+    assert said.startswith(f"{key}: ")
+    assert said.endswith(f"(from --set {assignment.partition('=')[0]})")
+
+
+def test_the_value_that_was_refused_is_shown() -> None:
+    assert "got -0.1" in assigned("train.lr=-0.1")
+    assert "got 'ten'" in assigned("train.epochs=ten")
+    assert "(and 1 more)" in assigned("train.epochs=ten", "train.lr=-1")
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "said", "hint"),
+    [
+        ("pretrain", {}, "model: missing", "the name of a network"),
+        ("distill", {"student": "resnet8"}, "teacher: missing", "--teacher"),
+        ("distill", {"teacher": "resnet8"}, "student: missing", "--student"),
+    ],
+)
+def test_a_missing_word_is_told_with_its_option(task: str, words: dict[str, Any], said: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(task, [Layer("a", words)])
+    assert caught.value.message == said
+    assert hint in (caught.value.hint or "")
+
+
+def test_an_unknown_preset_is_told_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown preset 'quikstart'; did you mean 'quickstart'"):
+        preset_layer("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [", "line 2: not valid YAML"),
+        (b"- 1\n- 2\n", "a mapping of keys"),
+        (b"", "a mapping of keys"),
+        (b"1: 2\n", "a mapping of keys"),
+        (b"a: \xff\xfe\x00", "not a text file"),
+        (b"seed: !!python/object:os.system x\n", "not valid YAML"),
+    ],
+)
+def test_a_config_file_that_is_none_is_refused_with_its_name(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\n" * content.startswith(b"a: [") + content)
+    with pytest.raises(UsageError, match=said) as caught:
+        file_layer(path, "file")
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_config_file_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"no such file|is a directory"):
+        file_layer(tmp_path / name, "file")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "falls"), [(240, (150, 180, 210)), (8, (5, 6, 7)), (4, (2, 3)), (2, (1,)), (1, ()), (60, (37, 45, 52))]
+)
+def test_the_learning_rate_falls_after_five_six_and_seven_eighths(epochs: int, falls: tuple[int, ...]) -> None:
+    assert Train(epochs=epochs).decay_epochs() == falls
+
+
+def test_milestones_of_ones_own_are_taken_as_they_are() -> None:
+    assert Train(epochs=9, milestones=(2, 4)).decay_epochs() == (2, 4)
+    assert Train(epochs=9, milestones=()).decay_epochs() == ()
+
+
+def test_fewer_epochs_than_the_presets_milestones_are_refused_with_the_reason() -> None:
+    said = refusal(preset_layer("cifar100-sakd"), *option_layers({"epochs": "100"})).message
+    assert "milestone 210 lies after the end (100 epochs)" in said
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_written_config_reads_back_equal(tmp_path: Path, method: str, router: str) -> None:
+    settings = ["data.root=/some/where", "train.milestones=[1, 2]", "train.lr=1e-4", "teacher.epochs=3"]
+    config = distillation(Layer("a", {"method": method, "router": router}), *set_layers(settings)).config
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    assert resolve("distill", [file_layer(path, "file")]).config == config
+
+
+def test_a_distillation_says_how_to_pretrain_its_teacher() -> None:
+    config, origins = resolve("pretrain", [preset_layer("quickstart"), *option_layers({"seed": "4"})])
+    assert isinstance(config, PretrainConfig)
+    preset = resolve("distill", [preset_layer("quickstart")]).config
+    assert isinstance(preset, DistillConfig)
+    assert (config.model, config.data, config.train) == (preset.teacher.source, preset.data, preset.train)
+    assert (config.seed, origins["model"]) == (4, "preset quickstart")
+
+
+def test_the_teachers_epochs_are_its_own_where_the_distillation_says_so() -> None:
+    written = Layer("file", {"task": "distill", "teacher": {"source": "wrn40_2", "epochs": 3}, "method": "kd"})
+    config = resolve("pretrain", [written]).config
+    assert (config.model, config.train.epochs) == ("wrn_40_2", 3)
+    again = resolve("pretrain", [Layer("x", distillation(Layer("y", {"train": {"epochs": 7}})).config.pretraining())])
+    assert (again.config.model, again.config.train.epochs) == ("resnet20", 7)
+
+
+def test_a_pretraining_is_no_distillation() -> None:
+    said = refusal(Layer("file mine.yaml", {"task": "pretrain", "model": "resnet8"})).message
+    assert said == "file mine.yaml is written for 'pretrain', not for 'distill'"
+
+
+def test_a_config_cannot_be_changed_after_it_was_read() -> None:
+    config = distillation().config
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    with pytest.raises(ValueError, match="frozen"):
+        config.method.weight = 3.0

@@ -1,0 +1,363 @@
+"""The contract of every registered distiller, on two small networks' features: to be registered is to be tested.
+
+Each loss is compared with its plain definition (`plain_losses.py`), on the whole batch and on the chosen rows alone.
+"""
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracles import close
+from plain_losses import PLAIN
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.methods import METHODS, ABConfig, FSPConfig, FTConfig
+from sakd_cli.distillers.ab import AB
+from sakd_cli.distillers.crd import CRD, memory_need
+from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.fsp import FSP
+from sakd_cli.distillers.ft import FT
+from sakd_cli.distillers.table import DISTILLERS, Entry, build, every_map, last_map, nowhere, stem_and_maps
+from sakd_cli.errors import MemoryLimitError, UsageError
+from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.models.table import create
+
+CLASSES, SIDE, N, IMAGES = 10, 16, 7, 60
+PAIR = ("resnet8", "wrn_10_2")
+LABELS = torch.arange(IMAGES) * 7 % CLASSES
+# What a method is tried with where its default is too large for this toy.
+WORDS: dict[str, dict[str, Any]] = {"crd": {"negatives": 9, "width": 8}, "cc": {"width": 8}}
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- what they are tried on
+
+
+class Trial(NamedTuple):
+    """A method's own distiller (the feature one; of a method at the logits, that one) and what it is called with."""
+
+    name: str
+    distiller: Any
+    student: Features
+    teacher: Features
+    batch: Batch
+
+    def pair(self, k: int) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's tensor at spot k."""
+        spot = self.distiller.spots[k]
+        if spot.kind == "logits":
+            return self.student.logits, self.teacher.logits
+        return self.student.stages[spot.student], self.teacher.stages[spot.teacher]
+
+    def losses(self, weight: Tensor) -> Tensor:
+        return self.distiller(self.student, self.teacher, weight, self.batch)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Tensors that must get a gradient: the student's at the spots, and the distiller's parameters."""
+        return [self.pair(k)[0] for k in range(len(self.distiller.spots))] + [
+            parameter for parameter in self.distiller.parameters() if parameter.requires_grad
+        ]
+
+
+@functools.cache
+def networks(pair: tuple[str, str]) -> tuple[StagedModel, StagedModel]:
+    torch.manual_seed(5)
+    return tuple(create(name, CLASSES).double().eval() for name in pair)
+
+
+def distiller_of(name: str, pair: tuple[str, str] = PAIR) -> Distiller:
+    torch.manual_seed(7)
+    config = METHODS[name](**WORDS.get(name, {}))
+    made = build(config, *networks(pair), SIDE, labels=LABELS, batch_size=N)
+    return made.logits if made.features is None else made.features
+
+
+def trial(name: str) -> Trial:
+    images = torch.randn(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
+    index = torch.tensor([41, 3, 17, 58, 0, 22, 35])
+    batch = Batch(images=images, labels=LABELS[index], index=index, noise=torch.empty(N, 0))
+    both = []
+    for network in networks(PAIR):
+        with torch.no_grad():
+            made = network.features(images)
+        both.append(Features(tuple(x.clone().requires_grad_() for x in made.stages), made.logits.requires_grad_()))
+    return Trial(name, distiller_of(name), *both, batch)
+
+
+def plain(case: Trial, k: int, rows: Tensor) -> Tensor:
+    """The plain loss of the rows that are True, times n/N; 0 of none."""
+    assert case.name in PLAIN, f"{case.name}: write its plain definition in tests/plain_losses.py"
+    spots = range(len(case.distiller.spots))
+    s, t = PLAIN[case.name].before(case.distiller, [case.pair(spot) for spot in spots])[k]
+    if not rows.any():
+        return s.sum() * 0
+    loss = PLAIN[case.name].loss(case.distiller, k, s[rows], t[rows], case.batch.labels[rows], case.batch.index[rows])
+    return loss * rows.sum() / len(rows)
+
+
+METHOD = pytest.mark.parametrize("name", sorted(DISTILLERS))
+SELECTIONS = ("all", "none", "one", "two", "three", "five")
+
+
+def selection(word: str, spots: int) -> Tensor:
+    """Bool [K, N]: so many of N samples, others at each spot."""
+    generator = torch.Generator().manual_seed(2)
+    n = {"all": N, "none": 0, "one": 1, "two": 2, "three": 3, "five": 5}[word]
+    return torch.stack([torch.randperm(N, generator=generator) < n for _ in range(spots)])
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Zeros where the plain form does not reach a tensor; ours must reach all of them."""
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
+@METHOD
+@pytest.mark.parametrize("word", SELECTIONS)
+def test_a_selection_gives_the_plain_loss_of_its_rows_times_its_share(name: str, word: str) -> None:
+    case = trial(name)
+    rows = selection(word, len(case.distiller.spots))
+    expected = torch.stack([plain(case, k, chosen) for k, chosen in enumerate(rows)])
+    expected_gradients = gradients(expected.sum(), case.leaves)
+    ours = case.losses(rows.double())
+    assert ours.shape == (len(rows),)
+    assert close(ours, expected, 1e-10, 1e-13)
+    for gradient, other in zip(torch.autograd.grad(ours.sum(), case.leaves), expected_gradients, strict=True):
+        assert close(gradient, other, 1e-8, 1e-11)
+
+
+@METHOD
+def test_nothing_chosen_gives_exact_zeros_and_not_nothing(name: str) -> None:
+    case = trial(name)
+    losses = case.losses(torch.zeros(len(case.distiller.spots), N))
+    assert torch.equal(losses, torch.zeros_like(losses))
+    for gradient in torch.autograd.grad(losses.sum(), case.leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("name", ["rkd", "cc"])
+def test_relations_need_two_samples(name: str) -> None:
+    case = trial(name)
+    losses = case.losses(torch.eye(N)[:1])
+    assert torch.equal(losses, torch.zeros_like(losses))
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in torch.autograd.grad(losses.sum(), case.leaves))
+
+
+@METHOD
+def test_a_batch_of_one_is_no_accident(name: str) -> None:
+    case = trial(name)
+    alone = [
+        Features(tuple(x.detach()[:1].requires_grad_() for x in f.stages), f.logits.detach()[:1].requires_grad_())
+        for f in (case.student, case.teacher)
+    ]
+    batch = Batch(**{key: getattr(case.batch, key)[:1] for key in ("images", "labels", "index", "noise")})
+    case = case._replace(student=alone[0], teacher=alone[1], batch=batch)
+    losses = case.losses(torch.ones(len(case.distiller.spots), 1))
+    assert losses.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(losses.sum(), case.leaves))
+
+
+@METHOD
+def test_equal_samples_keep_gradients_finite(name: str) -> None:
+    case = trial(name)
+    doubled = [
+        Features(tuple(x.detach()[[0, 0, 2, 3, 4, 5, 6]].requires_grad_() for x in features.stages), logits)
+        for features in (case.student, case.teacher)
+        for logits in [features.logits.detach()[[0, 0, 2, 3, 4, 5, 6]].requires_grad_()]
+    ]
+    case = case._replace(student=doubled[0], teacher=doubled[1])
+    losses = case.losses(torch.ones(len(case.distiller.spots), N))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(losses.sum(), case.leaves))
+    assert losses.isfinite().all()
+
+
+@METHOD
+def test_the_teacher_gets_no_gradient(name: str) -> None:
+    case = trial(name)
+    loss = case.losses(torch.ones(len(case.distiller.spots), N)).sum()
+    theirs = [*case.teacher.stages, case.teacher.logits]
+    assert torch.autograd.grad(loss, theirs, allow_unused=True) == (None,) * len(theirs)
+
+
+@pytest.mark.parametrize("name", sorted(set(DISTILLERS) - {"cc"}))
+def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
+    case, again = trial(name), trial(name)
+    rows, order = selection("five", len(case.distiller.spots)).double(), torch.tensor([4, 2, 6, 0, 5, 1, 3])
+    batch = Batch(**{key: getattr(again.batch, key)[order] for key in ("images", "labels", "index", "noise")})
+    turned = [Features(tuple(x[order] for x in f.stages), f.logits[order]) for f in (again.student, again.teacher)]
+    again = again._replace(student=turned[0], teacher=turned[1], batch=batch)
+    assert close(again.losses(rows[:, order]), case.losses(rows), 1e-11, 1e-14)
+
+
+@METHOD
+def test_it_is_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    case, again = trial(name), trial(name)
+    rows = selection("three", len(case.distiller.spots)).double()
+    compiled = torch.compile(again.distiller, fullgraph=True, backend="eager")
+    losses, expected = compiled(again.student, again.teacher, rows, again.batch), case.losses(rows)
+    assert close(losses, expected, 1e-12, 1e-15)
+    for a, b in zip(gradients(losses.sum(), again.leaves), gradients(expected.sum(), case.leaves), strict=True):
+        assert close(a, b, 1e-10, 1e-14)
+
+
+class NoRead(TorchDispatchMode):
+    """Fails where the host reads the device or a shape depends on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        assert not name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")), name
+        if name.startswith("aten::index"):
+            listed = [x for x in torch.utils._pytree.tree_leaves(args[1:]) if isinstance(x, Tensor)]
+            assert not any(x.dtype in (torch.bool, torch.uint8) for x in listed[:1]), name
+        return func(*args, **(kwargs or {}))
+
+
+@METHOD
+def test_nothing_is_read_back_from_the_device(name: str) -> None:
+    case = trial(name)
+    rows = selection("three", len(case.distiller.spots)).double()
+    with NoRead():
+        case.losses(rows).sum().backward()
+
+
+@METHOD
+@pytest.mark.parametrize("pair", [("resnet8", "resnet14"), ("resnet8", "vgg8"), ("vgg8", "resnet8")], ids="-".join)
+def test_every_pair_of_networks_has_its_spots(name: str, pair: tuple[str, str]) -> None:
+    distiller = distiller_of(name, pair)
+    images = torch.randn(N, 3, SIDE, SIDE)
+    with torch.no_grad():
+        student, teacher = (network.features(images) for network in networks(pair))
+        batch = Batch(images=images, labels=LABELS[:N], index=torch.arange(N), noise=torch.empty(N, 0))
+        assert distiller(student, teacher, torch.ones(len(distiller.spots), N), batch).isfinite().all()
+    for spot in distiller.spots:
+        if spot.kind != "logits":
+            assert student.stages[spot.student].shape[1:] == spot.student_shape
+            assert teacher.stages[spot.teacher].shape[1:] == spot.teacher_shape
+
+
+@METHOD
+def test_its_state_can_be_saved_and_put_back(name: str) -> None:
+    case, again = trial(name), trial(name)
+    rows = selection("three", len(case.distiller.spots)).double()
+    case.losses(rows)
+    again.distiller.load_state_dict(load(save(case.distiller.state_dict())))
+    assert close(again.losses(rows), case.losses(rows), 0.0)
+
+
+TO_COME = {
+    "ft": (FTConfig, Entry(FT, last_map)),
+    "ab": (ABConfig, Entry(None, nowhere, warmup=(AB, every_map))),
+    "fsp": (FSPConfig, Entry(None, nowhere, warmup=(FSP, stem_and_maps))),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TO_COME))
+def test_a_warmup_lowers_its_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, entry = TO_COME[name]
+    monkeypatch.setitem(DISTILLERS, name, entry)
+    student, teacher = (copy.deepcopy(network) for network in networks(("resnet8", "resnet14")))
+    warmup = build(kind(name=name), student, teacher, SIDE).warmup
+    assert warmup is not None
+    images = torch.randn(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+    def features(network: StagedModel) -> Features:
+        return network.features_with_preactivations(images) if warmup.preactivations else network.features(images)
+
+    learners = [*warmup.parameters(), *(student.train().parameters() if warmup.trains_student else ())]
+    sgd = torch.optim.SGD(learners, lr=0.01, momentum=0.9)
+    told, losses = features(teacher), []
+    for _ in range(5):
+        losses.append(warmup(features(student) if warmup.trains_student else None, told).sum())
+        sgd.zero_grad()
+        losses[-1].backward()
+        sgd.step()
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_factor_transfer_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DISTILLERS, "ft", TO_COME["ft"][1])
+    monkeypatch.setitem(METHODS, "ft", FTConfig)
+    monkeypatch.setitem(WORDS, "ft", {"name": "ft"})
+    case = trial("ft")
+    assert case.distiller.warmup is not None
+    case.distiller.warmup.requires_grad_(False)
+    for word in SELECTIONS:
+        rows = selection(word, 1)
+        losses, expected = case.losses(rows.double()), plain(case, 0, rows[0])
+        assert close(losses[0], expected, 1e-10)
+        for a, b in zip(torch.autograd.grad(losses, case.leaves), gradients(expected, case.leaves), strict=True):
+            assert close(a, b, 1e-8, 1e-14)
+
+
+def test_the_variance_of_vid_starts_at_five() -> None:
+    gaussian = distiller_of("vid").gaussians[0]
+    assert close(gaussian(torch.zeros(1, 16, 2, 2))[1], torch.full((32,), 5.0), 1e-12)
+
+
+def crd_of(**words: Any) -> CRD:
+    made = build(METHODS["crd"](**words), *networks(PAIR), SIDE, labels=LABELS, batch_size=N).features
+    assert isinstance(made, CRD)
+    return made
+
+
+def test_crd_draws_other_classes_without_replacement_and_evenly() -> None:
+    torch.manual_seed(0)
+    distiller, index = crd_of(negatives=20), torch.arange(IMAGES)
+    counts, together = torch.zeros(IMAGES, IMAGES), 0
+    for _ in range(400):
+        rows = distiller.draw(index, LABELS)
+        distiller.calls.add_(1)
+        assert torch.equal(rows[:, 0], index)
+        assert (LABELS[rows[:, 1:]] != LABELS[:, None]).all()
+        assert all(len(set(row)) == 20 for row in rows[:, 1:].tolist())
+        counts.scatter_add_(1, rows[:, 1:], torch.ones(IMAGES, 20))
+        together += len(set(rows[0, 1:].tolist()) & set(rows[10, 1:].tolist()))
+    others = LABELS[:, None] != LABELS[None, :]
+    share = 20 / 54
+    deviation = (counts[others] - 400 * share) / (400 * share * (1 - share)) ** 0.5
+    assert abs(float(deviation.square().mean()) - 1) < 0.1  # binomial
+    assert float(deviation.abs().max()) < 5
+    assert abs(together / (400 * 20 * share) - 1) < 0.02  # two samples of a class share no more than by chance
+
+
+def test_crd_goes_on_with_the_same_draws_after_a_restart() -> None:
+    case = trial("crd")
+    weight = torch.ones(1, N)
+    case.losses(weight)
+    torch.manual_seed(99)
+    again = crd_of(**WORDS["crd"])
+    assert not torch.equal(again.draw(*(first := (case.batch.index, case.batch.labels))), case.distiller.draw(*first))
+    again.load_state_dict(case.distiller.state_dict())
+    other = case._replace(distiller=again)
+    for _ in range(2):
+        assert torch.equal(case.losses(weight), other.losses(weight))
+    assert int(again.calls) == 3
+
+
+def test_crd_refuses_before_it_takes_the_memory() -> None:
+    assert 0.2 < memory_need(50_000, 64, 128, 16384) / 2**30 < 0.4
+    need = memory_need(IMAGES, N, 128, 54) / 2**30
+    with pytest.raises(MemoryLimitError, match=r"60 images need .* above method\.memory_limit"):
+        crd_of(memory_limit=need * 0.99)
+    assert crd_of(memory_limit=need * 1.01).negatives == 54
+    with pytest.raises(UsageError, match="one class"):
+        build(METHODS["crd"](), *networks(PAIR), SIDE, labels=torch.zeros(5).long())
+    with pytest.raises(UsageError, match="needs the labels"):
+        build(METHODS["crd"](), *networks(PAIR), SIDE)
+
+
+def test_every_plain_definition_belongs_to_a_method() -> None:
+    assert set(PLAIN) == set(DISTILLERS) | {"ft"}

@@ -1,0 +1,399 @@
+"""The engine: figures, rates, counters, checkpoints that show every damage, and a resume that changes no bit."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.engine import checkpoint
+from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.meters import Meter, top1
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
+from sakd_cli.engine.trainer import Judge, Outcome, Trainer
+from sakd_cli.engine.watch import Silent
+from sakd_cli.errors import CheckpointError, NonFiniteError
+from sakd_cli.models.table import create
+from sakd_cli.rundir import RunDir
+from sakd_cli.tasks.build import assemble
+
+CPU = torch.device("cpu")
+CLASSES, SAMPLES, SIDE = 4, 20, 8
+
+
+def pictures(count: int, seed: int) -> Split:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 3, SIDE, SIDE), generator=draw, dtype=torch.uint8)
+    return Split(images, torch.arange(count) % CLASSES)
+
+
+SPLITS = {"train": pictures(SAMPLES, 1), "test": pictures(12, 2)}
+DATASET = Dataset("noise", tuple("abcd"), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3), padding=1, flip=True, **SPLITS)
+
+
+class PlainTask(Task):
+    """A linear classifier; its loss is spoilt in the epochs `nan_in`."""
+
+    def __init__(self, nan_in: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES))
+        self.nan_in, self.epoch = nan_in, 0
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup("network", list(self.network.parameters()), 0.01, 0.0)]
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def forward(self, batch: Batch) -> StepOutput:
+        logits = self.network(batch.images)
+        loss = nn.functional.cross_entropy(logits, batch.labels) * (float("nan") if self.epoch in self.nan_in else 1.0)
+        return StepOutput(loss, logits, {"loss": loss.detach()})
+
+
+class FileDelivery:
+    """Writes bare weights; remembers what it was told to publish."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.published = network, list[dict[str, Any]]()
+
+    def save_weights(self, path: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, path)
+
+    def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
+        self.published.append(facts)
+
+
+class Ear(Silent):
+    """Remembers how the run began, every step, and that it ended."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.advance = self.heard.append
+
+    def begin(self, title: str, steps: int) -> None:
+        self.heard.append(steps)
+
+    def end(self) -> None:
+        self.heard.append("end")
+
+
+def trainer_of(task: Task, folder: Path, epochs: int, *, judge: Judge | None = None, **parts: Any) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    test = EvalLoader(DATASET.test, DATASET, device=CPU)
+    judge = judge or Judge("test", test, test, CLASSES)
+    loader = TrainLoader(DATASET.train, DATASET, batch_size=8, seed=3, noise_width=task.noise_width, device=CPU)
+    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(2,), decay=0.1)
+    parts = {"watcher": Silent(), "outcome": Outcome(judge, FileDelivery(task.network))} | parts
+    return Trainer(task, loader, optimizer, RunDir(folder), epochs=epochs, log_every=2, **parts)
+
+
+def distiller_of(method: str, router: str, folder: Path, epochs: int, seed: int = 0) -> Trainer:
+    words = {"teacher": "resnet8", "student": "resnet8", "method": method, "router": router, "seed": seed}
+    config = resolve("distill", [Layer("test", words)]).config
+    torch.manual_seed(42)
+    teacher = create("resnet8", CLASSES)
+    torch.manual_seed(seed)
+    student = create("resnet8", CLASSES)
+    task = assemble(config, student, teacher.requires_grad_(False).eval(), SIDE)
+    names = [(spot.name, spot.kind) for spot in task.spots]
+    return trainer_of(task, folder, epochs, recorder=SpotRecorder(names, CLASSES, SAMPLES, CPU))
+
+
+def test_the_meter_counts_every_batch_with_its_size() -> None:
+    meter = Meter()
+    assert meter.read() == {}
+    meter.add(3, {"loss": torch.tensor(1.0), "top1": torch.tensor(50.0)})
+    meter.add(1, {"loss": torch.tensor(5.0), "top1": torch.tensor(10.0)})
+    assert meter.read() == {"loss": 2.0, "top1": 40.0}
+    meter.add(2, {"loss": torch.tensor(7.0)})
+    assert meter.read() == {"loss": 7.0}, "a read starts anew"
+    assert top1(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1])).item() == 50.0
+
+
+TENTHS = [(1, 1), (150, 1), (151, 0.1), (180, 0.1), (181, 0.01), (210, 0.01), (211, 0.001), (240, 0.001)]
+
+
+@pytest.mark.parametrize(("epoch", "factor"), TENTHS)
+def test_every_groups_rate_falls_to_a_tenth_after_each_milestone(epoch: int, factor: float) -> None:
+    groups = [ParamGroup(name, [nn.Parameter(torch.ones(1))], lr, 0.0) for name, lr in (("a", 0.05), ("b", 0.025))]
+    optimizer = Optimizer(groups, momentum=0.9, milestones=(150, 180, 210), decay=0.1)
+    optimizer.begin_epoch(epoch)
+    assert [group["lr"] for group in optimizer.sgd.param_groups] == pytest.approx([0.05 * factor, 0.025 * factor])
+
+
+def test_a_step_is_sgd_with_momentum_and_each_groups_own_decay() -> None:
+    first, second = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
+    none = ParamGroup("none", [], 9.0, 0.0)
+    groups = [ParamGroup("a", [first], 0.1, 0.5), none, ParamGroup("b", [second], 0.01, 0.0)]
+    optimizer = Optimizer(groups, momentum=0.5, milestones=(), decay=0.1)
+    optimizer.begin_epoch(1)
+    for _ in range(2):
+        optimizer.step((3 * first + 4 * second).sum())
+    # v1 = 3 + 0.5 * 1 = 3.5, w1 = 0.65; v2 = 1.75 + 3 + 0.325 = 5.075, w2 = 0.1425
+    assert first.item() == pytest.approx(0.1425)
+    assert second.item() == pytest.approx(2 - 0.04 - 0.06)
+    momenta = {name: tensor.item() for name, tensor in optimizer.tensors().items()}
+    assert momenta == pytest.approx({"a/0": 5.075, "b/0": 6})
+
+
+def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:
+    recorder = SpotRecorder([("stage1", "map"), ("logits", "logits")], classes=3, samples=5, device=CPU)
+    batches = [([0, 1, 1], [4, 0, 2], [[1, 0, 1], [0, 0, 0]]), ([0], [1], [[1], [1]])]
+    for labels, index, weight in batches:
+        size = len(labels)
+        batch = Batch(torch.zeros(size, 3, 1, 1), torch.tensor(labels), torch.tensor(index), torch.zeros(size, 0))
+        chosen = torch.tensor(weight, dtype=torch.float32)
+        recorder.add(SpotUse(chosen, chosen * 0.5 + 0.25, {"gamma_raised": torch.tensor(float(size == 1))}), batch)
+    line = recorder.close_epoch(7)
+    first, last = line["spots"]
+    assert (line["epoch"], line["samples"], line["empty"]) == (7, 4, [0.0, 0.5])
+    assert [(spot["name"], spot["kind"]) for spot in line["spots"]] == list(recorder.names)
+    assert (first["share"], first["by_class"]) == (0.75, [1.0, 0.5, None])
+    assert (last["share"], last["by_class"]) == (0.25, [0.5, 0.0, None])
+    assert (first["probability"], last["probability"]) == (0.625, 0.375)
+    assert (line["gamma_raised"], line["gamma_lowered"], line["count_active"]) == (0.5, None, None)
+    tensors = recorder.tensors()
+    assert tensors["visits"].tolist() == [1, 1, 1, 0, 1]
+    assert tensors["taught"].tolist() == [[0, 0], [1, 1], [1, 0], [0, 0], [1, 0]]
+    empty = recorder.close_epoch(8)
+    assert (empty["samples"], empty["spots"][0]["share"], empty["spots"][0]["by_class"]) == (0, 0, [None] * 3)
+
+
+def test_a_network_is_scored_in_evaluation_mode_and_left_as_it_was() -> None:
+    network = nn.Sequential(nn.Dropout(0.9), nn.Identity())
+    logits = torch.tensor([[4.0, 1, 0, 0, 0, 0], [0.0, 0, 0, 0, 0, 9], [5, 4, 3, 2, 1, 0], [9.0, 8, 0, 0, 0, 0]])
+    labels = torch.tensor([0, 5, 5, 1])
+    scores = evaluate(network, [(logits[:3], labels[:3]), (logits[3:], labels[3:])], 6)
+    assert network.training
+    assert (scores.images, scores.top1) == (4, 50.0)
+    assert scores.top5 == 75.0, "the third image's class comes last of six"
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert scores.images_of_class == (1, 1, 0, 0, 0, 2)
+    assert scores.top1_of_class == (100.0, 0.0, None, None, None, 50.0)
+    few = evaluate(nn.Identity(), [(torch.eye(3), torch.tensor([2, 2, 2]))], 3)
+    assert (few.top1, few.top5) == (pytest.approx(100 / 3), 100.0)
+
+
+TRAINING = {"task/policy": torch.arange(6.0).reshape(2, 3).T, "momentum/a": torch.ones(2, 2)}
+
+
+def write(folder: Path, mark: float = 1.0, *, keep: bool = True) -> None:
+    weights = {"weight": torch.full((2, 2), mark)}
+    checkpoint.write(folder, lambda path: save_file(weights, path), TRAINING, {"epoch": mark, "best": {}}, keep=keep)
+
+
+def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "last")
+    loaded = checkpoint.read(tmp_path / "last")
+    assert torch.equal(loaded.model["weight"], torch.ones(2, 2))
+    assert loaded.training.keys() == TRAINING.keys()
+    assert all(torch.equal(loaded.training[name], tensor) for name, tensor in TRAINING.items())
+    assert loaded.state == {"format": checkpoint.FORMAT, "epoch": 1.0, "best": {}}
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == sorted([*checkpoint.FILES, "manifest.json"])
+
+
+def test_the_old_checkpoint_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    for mark in (1.0, 2.0, 3.0):
+        write(tmp_path / "last", mark)
+        write(tmp_path / "best", mark, keep=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "previous"]
+    marks = {name: checkpoint.read(tmp_path / name).state["epoch"] for name in ("best", "last", "previous")}
+    assert marks == {"best": 3.0, "last": 3.0, "previous": 2.0}
+
+
+@pytest.mark.parametrize("file", [*checkpoint.FILES, "manifest.json"])
+def test_every_flipped_bit_every_cut_and_every_missing_file_is_found(tmp_path: Path, file: str) -> None:
+    write(tmp_path / "last")
+    path = tmp_path / "last" / file
+    sound = path.read_bytes()
+    damaged = [sound[:length] for length in (0, 1, len(sound) // 2, len(sound) - 2)] + [sound + b"\0"]
+    damaged += [sound[:at] + bytes([sound[at] ^ 1 << at % 8]) + sound[at + 1 :] for at in range(len(sound))]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.read(tmp_path / "last")
+        assert str(tmp_path / "last") in caught.value.message
+    path.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.read(tmp_path / "last")
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", "sakd.checkpoint/0")
+    write(tmp_path / "last")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="another version"):
+        checkpoint.read(tmp_path / "last")
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+def dying(call: Callable[..., Any], countdown: list[int]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **settings: Any) -> Any:
+        countdown[0] -= 1
+        if countdown[0] < 0:
+            raise Killed
+        return call(*args, **settings)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_at_every_instant_one_checkpoint_is_whole(tmp_path: Path, keep: bool) -> None:
+    for survived in range(99):
+        folder = tmp_path / str(survived) / "last"
+        write(folder, 1.0)
+        write(folder, 2.0, keep=keep)
+        with pytest.MonkeyPatch.context() as patch:
+            countdown = [survived]
+            for place, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "replace"), (Path, "mkdir")):
+                patch.setattr(place, name, dying(getattr(place, name), countdown))
+            try:
+                write(folder, 3.0, keep=keep)
+                break
+            except Killed:
+                pass
+        candidates = [folder.with_name(name) for name in ("last", "last.new", "previous")]
+        assert {state_of(path) for path in candidates} & {2.0, 3.0}, f"nothing left after {survived} operations"
+    assert survived > 8
+    assert state_of(folder) == 3.0
+
+
+def state_of(folder: Path) -> Any:
+    try:
+        return checkpoint.read(folder).state["epoch"]
+    except CheckpointError:
+        return None
+
+
+def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
+    ear = Ear()
+    trainer = trainer_of(PlainTask(), tmp_path, 2, watcher=ear)
+    figures = trainer.fit()
+    assert ear.heard == [6, 1, 2, 3, 4, 5, 6, "end"]
+    lines = list(trainer.run.lines("metrics.jsonl"))
+    assert [(line["kind"], line["epoch"], line.get("step")) for line in lines] == [
+        *(("train", 1, 2), ("train", 1, 3), ("eval", 1, None)),
+        *(("train", 2, 4), ("train", 2, 6), ("eval", 2, None)),
+    ]
+    assert figures["headline"]["loss"] == lines[-1]["loss"]
+    assert sum(figures["phases"].values()) == pytest.approx(1.0)
+    assert trainer.outcome.delivery.published[-1]["top1"] == figures["headline"]["top1"]
+    saved = checkpoint.read(tmp_path / "checkpoints" / "last")
+    assert (saved.state["epoch"], saved.state["step"]) == (2, 6)
+    assert all(torch.equal(saved.model[name], tensor) for name, tensor in trainer.task.network.state_dict().items())
+
+
+def test_a_stage_without_an_outcome_only_trains(tmp_path: Path) -> None:
+    task = PlainTask()
+    before = task.network[1].weight.clone()
+    figures = trainer_of(task, tmp_path, 1, outcome=None, phase="warm-up").fit()
+    assert figures.keys() == {"seconds", "phases"}
+    assert [line["kind"] for line in RunDir(tmp_path).lines("metrics.jsonl")] == ["warm-up"] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert not torch.equal(task.network[1].weight, before)
+
+
+class Verdicts:
+    """Batches whose labels make the classifier of ever the same class right in the given share of cases."""
+
+    def __init__(self, network: nn.Module, right: list[int]) -> None:
+        self.network, self.right = network, iter(right)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images = torch.ones(4, 3, SIDE, SIDE)
+        answer = self.network(images).argmax(dim=1)
+        yield images, torch.where(torch.arange(4) < next(self.right), answer, (answer + 1) % CLASSES)
+
+
+def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scored(tmp_path: Path) -> None:
+    task = PlainTask()
+    test = EvalLoader(DATASET.test, DATASET, device=CPU)
+    judge = Judge("holdout", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
+    figures = trainer_of(task, tmp_path, 4, judge=judge).fit()
+    assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["headline"]["epoch"]) == (2, "holdout", 4)
+    rates = {line["epoch"]: line["lr"] for line in RunDir(tmp_path).lines("metrics.jsonl") if "lr" in line}
+    assert rates == pytest.approx({1: 0.01, 2: 0.01, 3: 0.001, 4: 0.001})
+    best = PlainTask().network
+    best.load_state_dict(load_file(tmp_path / "checkpoints" / "best" / "model.safetensors"))
+    assert figures["best"]["loss"] == evaluate(best, test, CLASSES).loss != figures["headline"]["loss"]
+
+
+PAIRS = [("fitnet", "adaptive"), ("at", "anti"), ("sp", "random"), ("kd", "always")]
+
+
+@pytest.mark.parametrize(("method", "router"), PAIRS)
+def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path: Path, method: str, router: str) -> None:
+    whole = distiller_of(method, router, tmp_path / "whole", 4)
+    expected = whole.fit()
+    distiller_of(method, router, tmp_path / "halves", 2).fit()
+    # Everything that a checkpoint forgets would come from another seed.
+    resumed = distiller_of(method, router, tmp_path / "halves", 4, seed=1)
+    resumed.resume(tmp_path / "halves" / "checkpoints" / "last")
+    assert resumed.epoch == 2
+    figures = resumed.fit()
+    assert (figures["headline"], figures["best"]) == (expected["headline"], expected["best"])
+    tables = [
+        (run.task.state_dict(), run.optimizer.tensors(), load_file(run.run.path / "samples.safetensors"))
+        for run in (resumed, whole)
+    ]
+    for ours, theirs in zip(*tables, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    for log in ("metrics.jsonl", "spots.jsonl"):
+        assert list(resumed.run.lines(log)) == list(whole.run.lines(log))
+
+
+def test_a_checkpoint_of_an_adaptive_run_holds_all_that_is_trained(tmp_path: Path) -> None:
+    trainer = distiller_of("fitnet", "adaptive", tmp_path, 1)
+    trainer.fit()
+    training = checkpoint.read(tmp_path / "checkpoints" / "last").training
+    kept = {name.split("/")[0] + "/" + name.split("/")[1].split(".")[0] for name in training}
+    assert {"task/router", "task/graft", "task/feature_distiller", "momentum/student", "momentum/router"} <= kept
+    assert {"samples/taught", "samples/visits", "random/cpu"} <= set(training)
+    assert not [name for name in training if name.startswith("task/network")], "the network has its own file"
+    momenta = sum(len(group.parameters) for group in trainer.task.groups())
+    assert sum(name.startswith("momentum/") for name in training) == momenta
+
+
+def test_the_state_of_torchs_own_generator_is_put_back(tmp_path: Path) -> None:
+    trainer_of(PlainTask(), tmp_path, 1).fit()
+    expected = torch.rand(3)
+    again = trainer_of(PlainTask(), tmp_path, 1)
+    torch.manual_seed(777)
+    again.resume(tmp_path / "checkpoints" / "last")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_sound_checkpoint(tmp_path: Path) -> None:
+    ear = Ear()
+    with pytest.raises(NonFiniteError, match="loss is nan in epoch 2, between steps 3 and 4") as caught:
+        trainer_of(PlainTask(nan_in=(2, 3)), tmp_path, 3, watcher=ear).fit()
+    assert caught.value.exit_code == 7
+    assert ear.heard[-1] == "end"
+    saved = checkpoint.read(tmp_path / "checkpoints" / "last")
+    assert saved.state["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved.model.values())
+    assert not RunDir(tmp_path).finished
+
+
+def test_weights_that_turn_out_infinite_only_when_judged_stop_the_run_too(tmp_path: Path) -> None:
+    broken = [(torch.full((2, 3, SIDE, SIDE), float("nan")), torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(NonFiniteError):
+        trainer_of(PlainTask(), tmp_path, 1, judge=Judge("test", broken, broken, CLASSES)).fit()
+    assert not (tmp_path / "checkpoints").exists()
