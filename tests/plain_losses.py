@@ -170,6 +170,8 @@ def crd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> 
 
 PLAIN = {
     "kd": Plain(kd),
+    "ab": Plain(kd),  # its own loss is all in the warm-up
+    "fsp": Plain(kd),
     "dkd": Plain(dkd),
     "dist": Plain(dist),
     "ls": Plain(ls),

@@ -102,7 +102,7 @@ class CRDConfig(MethodConfig):
     negatives: PositiveInt = 16384
     contrast_temperature: PositiveFloat = 0.07
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    memory_limit: PositiveFloat = 8.0  # GiB, of banks and one step; ImageNet at batch 64 needs 5.9
+    memory_limit: PositiveFloat = 8.0  # GiB, of banks and one step; ImageNet at batch 64 needs 3.7
 
 
 class DKDConfig(MethodConfig):
@@ -140,32 +140,42 @@ class ReviewKDConfig(MethodConfig):
 # No method of their own yet: what follows is warmed up first, and no run does that. To make one: give it a `name`.
 
 
-class FTConfig(MethodConfig):
+class WarmedConfig(MethodConfig):
+    """What methods share that train something before the distillation proper.
+
+    warmup_epochs, warmup_lr   of that stage; lr None: the student's
+    """
+
+    warmup_epochs: PositiveInt = 30
+    warmup_lr: PositiveFloat | None = None
+
+
+class FTConfig(WarmedConfig):
     """Translated factors of the last map (Kim et al., NeurIPS 2018)
 
     power   of the difference; `factor_power` of the map
     """
 
+    name: Literal["ft"] = "ft"
     weight: NonNegativeFloat = 200.0
     rate: Annotated[float, Field(gt=0, le=1)] = 0.5
     factor_power: PositiveInt = 2
     power: PositiveInt = 1
-    warmup_epochs: PositiveInt = 30
-    warmup_lr: PositiveFloat = 0.01
+    warmup_lr: PositiveFloat | None = 0.01
 
 
-class FSPConfig(MethodConfig):
+class FSPConfig(WarmedConfig):
     """Flow from stage to stage, before the distillation proper (Yim et al., CVPR 2017)"""
 
+    name: Literal["fsp"] = "fsp"
     weight: NonNegativeFloat = 50.0
-    warmup_epochs: PositiveInt = 30
 
 
-class ABConfig(MethodConfig):
+class ABConfig(WarmedConfig):
     """Activation boundaries, before the distillation proper (Heo et al., AAAI 2019)"""
 
+    name: Literal["ab"] = "ab"
     margin: PositiveFloat = 1.0
-    warmup_epochs: PositiveInt = 30
 
 
 METHODS = by_name(MethodConfig)

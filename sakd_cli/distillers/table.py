@@ -1,11 +1,12 @@
 """Method -> its distillers and the places where it distils. The only place where a method's name meets an object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sakd_cli.config.methods import MethodConfig
+from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.cc import CC
 from sakd_cli.distillers.crd import CRD
@@ -13,6 +14,8 @@ from sakd_cli.distillers.dist import DIST
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.dkd import DKD
 from sakd_cli.distillers.fitnet import FitNet
+from sakd_cli.distillers.fsp import FSP
+from sakd_cli.distillers.ft import FT
 from sakd_cli.distillers.kd import KD
 from sakd_cli.distillers.ls import LS
 from sakd_cli.distillers.nst import NST
@@ -23,7 +26,7 @@ from sakd_cli.distillers.sp import SP
 from sakd_cli.distillers.vid import VID
 from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.errors import UsageError
-from sakd_cli.models.spot import Spot, aligned, spots_at
+from sakd_cli.models.spot import Spot, mapped, spots_at
 from sakd_cli.models.staged import StagedModel
 
 Places = list[tuple[int, int]]
@@ -95,6 +98,9 @@ DISTILLERS: dict[str, Entry] = {
     "dist": Entry(None, nowhere, DIST),
     "ls": Entry(None, nowhere, LS),
     "reviewkd": Entry(ReviewKD, every_map_and_pooled),
+    "ft": Entry(FT, last_map),
+    "ab": Entry(None, nowhere, warmup=(AB, every_map)),
+    "fsp": Entry(None, nowhere, warmup=(FSP, stem_and_maps)),
 }
 
 
@@ -116,15 +122,17 @@ def build(
     teacher: StagedModel,
     side: int,
     *,
+    stage_map: Sequence[tuple[int, int]] | None = None,
     labels: Tensor | None = None,
     batch_size: int = 64,
 ) -> Distillers:
     """The distillers of a method for this pair of networks and images of `side` pixels.
 
-    labels   class of every training image, in the order of `Batch.index`; for methods that remember images
+    stage_map   pairs of maps that belong together; None: `aligned`
+    labels      class of every training image, in the order of `Batch.index`; for methods that remember images
     """
     entry = DISTILLERS[config.name]
-    stages = Stages(aligned(student, teacher), (len(student.infos) - 1, len(teacher.infos) - 1))
+    stages = Stages(mapped(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
     spots = tuple(spots_at(student, teacher, entry.places(config, stages), side))
     features = None
     if entry.features is not None and entry.of_images:
@@ -137,4 +145,11 @@ def build(
     if entry.warmup is not None:
         kind, places = entry.warmup
         warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side)[:-1]), config)
+    if warmup is not None:
+        warmup.requires_grad_(False)  # but for its own stage
+        for network in (student, teacher):
+            if warmup.preactivations and not network.has_preactivations:
+                raise UsageError(
+                    f"method {config.name} needs features in front of an activation; {network.name} has none"
+                )
     return Distillers(spots, features, entry.logits(spots[-1:], config), warmup)

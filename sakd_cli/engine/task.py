@@ -22,10 +22,10 @@ class SpotUse(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """loss: to minimise; logits [N, C] of the delivered network; parts: named scalars without gradient, for the log."""
+    """loss: to minimise; logits [N, C] of the delivered network, if it was run; parts: named scalars for the log."""
 
     loss: Tensor
-    logits: Tensor
+    logits: Tensor | None
     parts: dict[str, Tensor]
     use: SpotUse | None = None
 

@@ -117,7 +117,8 @@ class Trainer:
         for step, batch in enumerate(self.loader.epoch(epoch), start=first + 1):
             output = self.task(batch)
             self.optimizer.step(output.loss)
-            self.meter.add(len(batch.labels), output.parts | {"top1": top1(output.logits, batch.labels)})
+            right = {} if output.logits is None else {"top1": top1(output.logits, batch.labels)}
+            self.meter.add(len(batch.labels), output.parts | right)
             if self.recorder is not None and output.use is not None:
                 self.recorder.add(output.use, batch)
             if step % self.log_every == 0:

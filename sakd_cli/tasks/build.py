@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.config.methods import WarmedConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, PretrainConfig, RunConfig
@@ -32,6 +34,7 @@ from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.tasks.distill import DistillTask, Factors, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.teachers import find_teacher, no_teacher
+from sakd_cli.tasks.warmup import WarmupTask
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,28 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     check_classes(teacher, images, config.teacher.source)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
-    task = assemble(config, student, frozen, images.side)
+    task = assemble(config, student, frozen, images.side, images.train.labels)
     costs = cost(student, images.side), cost(frozen, images.side)
     return Job(config, device, images, task.to(device), student, costs[0], task.spots, teacher, costs[1])
 
 
-def assemble(config: DistillConfig, student: StagedModel, teacher: StagedModel, side: int) -> DistillTask:
-    """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode."""
+def assemble(
+    config: DistillConfig, student: StagedModel, teacher: StagedModel, side: int, labels: Tensor | None = None
+) -> DistillTask:
+    """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode.
+
+    labels  class of every training image, for methods that remember images
+    """
     with _initialised(config.seed, "distiller"):
-        method = distillers.build(config.method, student, teacher, side)
+        method = distillers.build(
+            config.method,
+            student,
+            teacher,
+            side,
+            stage_map=config.stage_map,
+            labels=labels,
+            batch_size=config.train.batch_size,
+        )
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
@@ -138,6 +154,18 @@ def assemble(config: DistillConfig, student: StagedModel, teacher: StagedModel, 
         Factors(config.method.weight, config.method.kl_weight, gamma, published.min_teacher_fraction),
         Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
     )
+
+
+def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
+    """The stage in front of a distillation and its number of epochs; None for methods without one."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
+        return None
+    warmup, words = job.task.distillers.warmup, job.config.method
+    if warmup is None or job.teacher is None or not isinstance(words, WarmedConfig):
+        return None
+    lr = words.warmup_lr or _learning_rate(job.config, job.config.student)
+    task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=job.config.train.weight_decay)
+    return task.to(job.device), words.warmup_epochs
 
 
 def check_classes(network: Artifact, images: Images, source: str) -> None:
@@ -194,7 +222,7 @@ def _initialised(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def _matched_rates(config: DistillConfig, spots: int) -> torch.Tensor | None:
+def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     """The shares per epoch and spot that an adaptive run logged; None for every other router."""
     if not isinstance(config.router, RandomMatchedConfig):
         return None

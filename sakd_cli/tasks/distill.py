@@ -63,6 +63,7 @@ class DistillTask(Task):
     ) -> None:
         super().__init__()
         self.network = network
+        self.distillers = distillers
         self.spots = distillers.spots
         self.teacher_features = teacher_features
         self.feature_distiller = distillers.features
@@ -76,7 +77,7 @@ class DistillTask(Task):
     def groups(self) -> list[ParamGroup]:
         learners = [self.network, self.feature_distiller, self.logit_distiller]
         routing = [self.router, self.graft]
-        student = [p for module in learners if module is not None for p in module.parameters()]
+        student = [p for module in learners if module is not None for p in module.parameters() if p.requires_grad]
         router = [p for module in routing if module is not None for p in module.parameters()]
         return [
             ParamGroup("student", student, self.rates.lr, self.rates.weight_decay),

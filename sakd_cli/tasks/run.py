@@ -6,18 +6,20 @@ from typing import Any
 import torch
 import yaml
 
+from sakd_cli.config.run import Train
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import environment
+from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir, write_aside, write_json
-from sakd_cli.tasks.build import Job, plan
+from sakd_cli.tasks.build import Job, plan, warmup_of
 
 
 class FolderDelivery:
@@ -46,12 +48,6 @@ def try_one_batch(job: Job) -> dict[str, Any]:
 
 def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     """Train to the end; the run directory and its summary."""
-    optimizer = Optimizer(
-        job.task.groups(),
-        momentum=job.config.train.momentum,
-        milestones=job.config.train.decay_epochs(),
-        decay=job.config.train.lr_decay,
-    )
     run = RunDir.create(job.config.runs_dir, _label(job))
     write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
     write_json(run.path / "env.json", environment(job.device))
@@ -62,10 +58,11 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     judge = _judge(job)
     facts = _teacher_facts(job, judge)
     delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
+    _warm_up(job, run, watcher)
     trainer = Trainer(
         job.task,
         _train_loader(job),
-        optimizer,
+        _optimizer(job.task, job.config.train, job.config.train.decay_epochs()),
         run,
         watcher,
         outcome=Outcome(judge, delivery),
@@ -77,6 +74,20 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     summary = _about(job) | figures | facts
     write_json(run.path / "summary.json", summary)
     return run, summary
+
+
+def _warm_up(job: Job, run: RunDir, watcher: Watcher) -> None:
+    """Carry out the method's own stage in front of the distillation, if it has one, at a constant learning rate."""
+    if (stage := warmup_of(job)) is None:
+        return
+    task, epochs = stage
+    loader, optimizer = _train_loader(job), _optimizer(task, job.config.train, ())
+    Trainer(task, loader, optimizer, run, watcher, epochs=epochs, log_every=job.config.log_every, phase="warmup").fit()
+    task.warmup.requires_grad_(False)
+
+
+def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
+    return Optimizer(task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay)
 
 
 def _train_loader(job: Job) -> TrainLoader:
