@@ -100,35 +100,7 @@ def test_relu_can_be_left_out() -> None:
     assert ConvAdapter((4, 4, 4), (4, 4, 4), relu=False)(x).min() < 0
 
 
-# sakd spec, section 3.2: parameters of (lift, drop) at the map spots 1 .. L-2 together, at stage 2, at stage L-2 and at
-# the pooled vector, for 100 classes at 32x32.
-SIZES = {
-    ("resnet56", "resnet20"): ((5712, 5712), (1120, 1120), (4288, 4288), (4160, 4160)),
-    ("resnet32x4", "resnet8x4"): ((87360, 87360), (16768, 16768), (66304, 66304), (65792, 65792)),
-    ("vgg13", "vgg8"): ((610432, 610432), (66304, 66304), (263680, 263680), (262656, 262656)),
-    ("vgg13", "MobileNetV2"): ((2686080, 1536392), (8960, 8288), (2622976, 1475520), (655872, 656640)),
-    ("ResNet50", "MobileNetV2"): ((12430592, 6987144), (263680, 147552), (10491904, 5899200), (2623488, 2622720)),
-    ("ResNet50", "vgg8"): ((12070144, 7245952), (2098688, 1180416), (1054720, 1050112), (1050624, 1049088)),
-    ("wrn_40_2", "ShuffleNetV1"): ((2581152, 1456560), (491712, 277920), (1966464, 1108800), (123008, 123840)),
-    ("wrn_40_2", "wrn_16_2"): ((22176, 22176), (4288, 4288), (16768, 16768), (16512, 16512)),
-    ("resnet32x4", "resnet32"): ((22848, 21840), (4480, 4192), (17152, 16576), (16640, 16448)),
-}
-
-
-@pytest.mark.parametrize("pair", SIZES, ids="-".join)
-def test_published_sizes(pair: tuple[str, str]) -> None:
-    teacher, student = map(ghost, pair)
-    with torch.device("meta"):
-        places = [(k, k) for k in range(len(student.infos))]
-        lift, drop = [], []
-        for spot in spots_at(student, teacher, places, 32)[:-1]:
-            lift.append(sum(p.numel() for p in adapter(spot.student_shape, spot.teacher_shape).parameters()))
-            drop.append(sum(p.numel() for p in adapter(spot.teacher_shape, spot.student_shape).parameters()))
-    found = [(sum(lift[1:-1]), sum(drop[1:-1])), *((lift[k], drop[k]) for k in (2, -2, -1))]
-    assert tuple(found) == SIZES[pair]
-
-
-@pytest.mark.parametrize("pair", [(student, teacher) for teacher, student in SIZES])
+@pytest.mark.parametrize("pair", [("resnet20", "resnet56"), ("MobileNetV2", "vgg13"), ("ShuffleNetV1", "wrn_40_2")])
 def test_equally_many_stages_are_paired_in_order(pair: tuple[str, str]) -> None:
     student, teacher = map(ghost, pair)
     assert aligned(student, teacher) == [(k, k) for k in student.map_stages]
