@@ -15,7 +15,7 @@ from sakd_cli.tasks.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
 CLASSES, SIDE = 100, 32
-# (teacher, student): width of the policy's input, then (lift, drop) parameters of at, fitnet, sp, rkd; spec, section 3.2
+# (teacher, student): width of the policy's input, then (lift, drop) parameters of at, fitnet, sp, rkd (spec, 3.2)
 SIZES = {
     ("resnet56", "resnet20"): (128, (5712, 5712), (1120, 1120), (4288, 4288), (4160, 4160)),
     ("resnet110", "resnet32"): (128, (5712, 5712), (1120, 1120), (4288, 4288), (4160, 4160)),
@@ -69,15 +69,21 @@ def test_the_prior_is_for_two_networks_of_one_family(pair: tuple[str, str], bias
     assert policy.bias[1::2].mean().item() == pytest.approx(0.0, abs=0.1)
 
 
+ONE_WIDTH = list(SIZES)[:5]  # pairs with equally many channels at every stage
+
+
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"crd"}))
 @pytest.mark.parametrize("pair", sorted(SIZES) + OTHER_DEPTHS, ids="-".join)
 def test_every_method_is_built_on_every_pair_or_says_why_not(pair: tuple[str, str], method: str) -> None:
-    try:
-        task = task_of(*pair, method)
-    except UsageError as error:
-        assert method in ("ab", "fsp"), error.message
-        assert "must be equal" in error.message or "has none" in error.message
+    why_not = {
+        "ab": "has none" if "MobileNetV2" in pair else None,
+        "fsp": None if pair in ONE_WIDTH else "must be equal",
+    }.get(method)
+    if why_not:
+        with pytest.raises(UsageError, match=why_not):
+            task_of(*pair, method)
         return
+    task = task_of(*pair, method)
     assert task.spots[-1].kind == "logits"
     assert len(task.groups()[1].parameters) > 0
 
