@@ -41,6 +41,7 @@ def write_aside(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
 
 
@@ -134,8 +135,10 @@ def all_runs(runs_dir: Path) -> list[RunDir]:
     return sorted(found, key=lambda run: ((run.path / "config.yaml").stat().st_mtime_ns, run.path.name), reverse=True)
 
 
-def newest_run(runs_dir: Path, *, finished: bool = True, delivered: bool = False, **wanted: Any) -> RunDir | None:
-    """The newest run whose config agrees with `wanted` (dotted keys with `__` for the dot); damaged ones are left out.
+def newest_run(
+    runs_dir: Path, wanted: dict[str, Any], *, finished: bool = True, delivered: bool = False
+) -> RunDir | None:
+    """The newest run whose config agrees with `wanted` (dotted keys); damaged ones are left out.
 
     finished: it came to its end; delivered: it has saved a network.
     """
@@ -146,7 +149,7 @@ def newest_run(runs_dir: Path, *, finished: bool = True, delivered: bool = False
             config = run.config
         except UsageError:
             continue
-        if all(_look_up(config, key.split("__")) == value for key, value in wanted.items()):
+        if all(_look_up(config, key.split(".")) == value for key, value in wanted.items()):
             return run
     return None
 

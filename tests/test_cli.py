@@ -251,15 +251,15 @@ BAD = f"""
 2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
 2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9
 2 | is beyond the last of 3 stages | PAIR --teacher resnet14 --pretrain TINY --set method.stage=9
-2 | no finished adaptive run of resnet14                    | PAIR --student resnet14 TINY --router random-matched
+2 | no finished adaptive run of resnet8 to resnet14         | PAIR --student resnet14 TINY --router random-matched
 2 | no/where: no such file                                  | distill --teacher no/where TO8
 2 | cut.safetensors: damaged                                | distill --teacher cut.safetensors TO8
 2 | text.safetensors: damaged                               | distill --teacher text.safetensors TO8
 2 | foreign.safetensors: not a network saved by sakd        | distill --teacher foreign.safetensors TO8
-2 | damaged, its SHA-256 differs                            | distill --teacher flipped TO8
+2 | damaged, its content does not fit                       | distill --teacher flipped TO8
 2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | distill --teacher cifar10.safetensors TO8
 2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | eval cifar10.safetensors --dataset shapes -q
-2 | damaged, its SHA-256 differs                            | eval flipped -q
+2 | damaged, its content does not fit                       | eval flipped -q
 2 | nowhere: no such file                                   | eval nowhere -q
 2 | no such file                                            | eval empty -q
 2 | odd: not a run directory                                | eval odd -q
@@ -269,7 +269,7 @@ BAD = f"""
 2 | it is a 'pretrain' run                                  | inspect-spots TEACHER
 2 | Invalid value for '--top'                               | inspect-spots --top 0
 2 | 'modles' is not one of                                  | list modles
-3 | cifar100: files not found in empty | pretrain-teacher resnet8 --data-root empty --set data.download=false
+3 | cifar100: files not found in       | pretrain-teacher resnet8 --data-root empty --set data.download=false
 3 | cifar100: damaged file                                  | pretrain-teacher resnet8 --data-root cifar
 3 | leaves no held-out image                                | pretrain-teacher resnet8 TINY --set data.limit=3
 5 | cannot make a run directory                             | pretrain-teacher resnet8 TINY -q --runs-dir broken.yaml
@@ -354,7 +354,7 @@ def test_help_lists_and_reports_do_without_torch(full: Shop, distilled: dict[str
 
 def test_completion_knows_the_names_and_does_without_torch(shop: Shop) -> None:
     program = LIGHT.replace("    if code or heavy", "    if heavy")
-    words = {"COMP_WORDS": "sakd distill --method f", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
+    words = {"COMP_WORDS": "sakd distill --method fi", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
     done = process(shop, "-c", program, "[[]]", **words)
     assert (done.stdout.split(), done.stderr) == (["fitnet"], "")
 

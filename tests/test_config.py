@@ -80,7 +80,7 @@ def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, mo
 
 def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "kd"}
-    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes"}
+    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "holdout": "0.5"}
     del words["model"]
     for name, value in words.items():
         monkeypatch.setenv(f"SAKD_{name.upper()}", value)
@@ -88,7 +88,8 @@ def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytes
     assert set(origins) == {OPTIONS[name] for name in words}
     assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
     assert (config.method.name, config.router.name, config.data.name) == ("kd", "never", "shapes")
-    assert (config.data.root, config.runs_dir, config.train.epochs, config.seed) == (Path("1"), Path("1"), 1, 1)
+    assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
+    assert (config.train.epochs, config.seed, config.data.holdout) == (1, 1, 0.5)
 
 
 def test_one_word_stands_for_a_section() -> None:
@@ -125,7 +126,7 @@ def test_another_name_drops_the_old_names_keys() -> None:
 def test_what_all_data_sets_share_outlives_a_change_of_the_data_set() -> None:
     below = Layer("below", {"data": {"name": "shapes", "train": 50, "limit": 9, "root": "here", "holdout": 0.2}})
     data = distillation(below, *option_layers({"dataset": "cifar10"})).config.data
-    assert (data.name, data.limit, data.root, data.holdout) == ("cifar10", 9, Path("here"), 0.2)
+    assert (data.name, data.limit, data.root, data.holdout) == ("cifar10", 9, Path("here").absolute(), 0.2)
 
 
 def test_pretraining_outlives_a_change_of_the_teacher() -> None:
@@ -329,9 +330,30 @@ def test_milestones_of_ones_own_are_taken_as_they_are() -> None:
     assert Train(epochs=9, milestones=()).decay_epochs() == ()
 
 
-def test_fewer_epochs_than_the_presets_milestones_are_refused_with_the_reason() -> None:
-    said = refusal(preset_layer("cifar100-sakd"), *option_layers({"epochs": "100"})).message
-    assert "milestone 210 lies after the end (100 epochs)" in said
+def test_the_published_recipe_can_be_shortened_and_keeps_its_proportions() -> None:
+    recipe = resolve("distill", [preset_layer("cifar100-sakd")]).config
+    assert (recipe.train.epochs, recipe.train.decay_epochs()) == (240, (150, 180, 210))
+    short = resolve("distill", [preset_layer("cifar100-sakd"), *option_layers({"epochs": "80"})]).config
+    assert short.train.decay_epochs() == (50, 60, 70)
+
+
+def test_a_milestone_that_never_comes_is_refused_with_the_reason() -> None:
+    said = refusal(*set_layers(["train.milestones=[210]"]), *option_layers({"epochs": "100"})).message
+    assert "milestone 210 must come before the last epoch (100)" in said
+
+
+def test_what_learned_routers_share_outlives_a_change_between_them_only() -> None:
+    below = preset_layer("quickstart")
+    anti = resolve("distill", [below, *option_layers({"router": "anti"})])
+    assert (anti.config.router.name, anti.config.router.lr, anti.config.router.teacher_bias) == ("anti", 2e-4, 0)
+    always = resolve("distill", [below, *option_layers({"router": "always"})])
+    assert [key for key in always.origins if key.startswith("router.")] == ["router.name"]
+
+
+def test_a_config_of_a_distillation_trains_its_teacher() -> None:
+    words = resolve("distill", [preset_layer("quickstart")]).config.model_dump(mode="json")
+    config = resolve("pretrain", [Layer("file", words)]).config
+    assert (config.model, config.train.epochs) == ("resnet20", 5)
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))

@@ -8,9 +8,12 @@ from torch import nn
 
 from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.config.methods import METHODS
+from sakd_cli.config.routers import AdaptiveConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import aligned, mapped
 from sakd_cli.models.table import create
+from sakd_cli.routing import table as routers
+from sakd_cli.routing.policies import Fixed
 from sakd_cli.tasks.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
@@ -34,6 +37,7 @@ SIZES = {
     ("resnet32x4", "resnet32"): (320, (22848, 21840), (4480, 4192), (17152, 16576), (16640, 16448)),
     ("wrn_40_2", "ShuffleNetV1"): (1088, (2581152, 1456560), (491712, 277920), (1966464, 1108800), (123008, 123840)),
 }
+SAME_FAMILY = list(SIZES)[:5]
 OTHER_DEPTHS = [("resnet32x4", "vgg8"), ("resnet32x4", "MobileNetV2"), ("ResNet50", "resnet20"), ("vgg13", "wrn_16_2")]
 
 
@@ -60,16 +64,25 @@ def test_policy_and_adapters_have_the_published_sizes(pair: tuple[str, str]) -> 
         assert task.router.policy.out_features == 2 * len(task.spots)
 
 
-@pytest.mark.parametrize(("pair", "bias"), [(("vgg13", "vgg8"), 10.0), (("vgg13", "MobileNetV2"), 0.0)])
-def test_the_prior_is_for_two_networks_of_one_family(pair: tuple[str, str], bias: float) -> None:
-    config = resolve("distill", [Layer("test", {"teacher": pair[0], "student": pair[1]})]).config
-    student, teacher = (create(name, CLASSES) for name in reversed(pair))
-    policy = assemble(config, student, teacher.requires_grad_(False).eval(), SIDE).router.policy
-    assert policy.bias[0::2].mean().item() == pytest.approx(bias, abs=0.1)
-    assert policy.bias[1::2].mean().item() == pytest.approx(0.0, abs=0.1)
+@pytest.mark.parametrize("pair", sorted(SIZES), ids="-".join)
+def test_the_prior_is_on_for_the_pairs_it_was_published_for(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[routers.Pair] = []
+    monkeypatch.setattr(routers, "build", lambda config, pair: seen.append(pair) or Fixed(pair.spots, 1.0))
+    task_of(*pair, "kd")
+    assert seen[0].one_family == (pair in SAME_FAMILY)
 
 
-ONE_WIDTH = list(SIZES)[:5]  # pairs with equally many channels at every stage
+def test_the_prior_is_ten_for_one_family_and_nothing_for_two() -> None:
+    for one_family, bias in ((True, 10.0), (False, 0.0)):
+        pair = routers.Pair(spots=3, teacher=64, student=64, one_family=one_family)
+        policy = routers.build(AdaptiveConfig(), pair).policy
+        assert policy.bias[0::2].mean().item() == pytest.approx(bias, abs=0.2)
+        assert policy.bias[1::2].mean().item() == pytest.approx(0.0, abs=0.2)
+
+
+ONE_WIDTH = SAME_FAMILY  # they have equally many channels at every stage
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"crd"}))

@@ -190,18 +190,18 @@ def test_the_newest_run_is_finished_and_fits_what_is_wanted(tmp_path: Path) -> N
     make_run(tmp_path, "other-data", cifar, at=3)
     make_run(tmp_path, "unfinished", shapes, at=4, finished=False)
     make_run(tmp_path, "other-model", shapes | {"model": "resnet14"}, at=5)
-    found = newest_run(tmp_path, model="resnet8", data__name="shapes")
+    found = newest_run(tmp_path, {"model": "resnet8", "data.name": "shapes"})
     assert found is not None
     assert found.path.name == "wanted"
-    assert newest_run(tmp_path, model="resnet8", data__name="cifar100") is None
-    assert newest_run(tmp_path, model__name="resnet8") is None, "a path through a word leads nowhere"
+    assert newest_run(tmp_path, {"model": "resnet8", "data.name": "cifar100"}) is None
+    assert newest_run(tmp_path, {"model.name": "resnet8"}) is None, "a path through a word leads nowhere"
 
 
 @pytest.mark.parametrize("damaged", ["", "a: [", "[1]", "data: 3\nmodel: resnet8"])
 def test_a_damaged_run_hides_no_other(tmp_path: Path, damaged: str) -> None:
     make_run(tmp_path, "sound", {"model": "resnet8", "data": {"name": "shapes"}}, at=1)
     make_run(tmp_path, "damaged", damaged, at=2)
-    found = newest_run(tmp_path, model="resnet8", data__name="shapes")
+    found = newest_run(tmp_path, {"model": "resnet8", "data.name": "shapes"})
     assert found is not None
     assert found.path.name == "sound"
 

@@ -1,5 +1,6 @@
 """The command `sakd`: its subcommands, and what becomes of an error. Torch is imported inside the commands only."""
 
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from sakd_cli import __version__
 from sakd_cli.cli import look, train, words
 from sakd_cli.cli.console import complain
-from sakd_cli.errors import SakdError
+from sakd_cli.errors import MemoryLimitError, SakdError
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 config_app = typer.Typer(help="Show where settings come from.", no_args_is_help=True, rich_markup_mode="markdown")
 
 show_app = typer.Typer(help="Explain one thing.", no_args_is_help=True, rich_markup_mode="markdown")
@@ -67,11 +68,20 @@ def run(arguments: list[str]) -> int:
     except SakdError as error:
         complain(error.message, error.hint)
         return error.exit_code
+    except MemoryError as error:
+        complain(f"out of memory: {error}", "a smaller --batch-size or less data (--set data.limit=...)")
+        return MemoryLimitError.exit_code
+    except Terminated:
+        complain("terminated")
+        return TERMINATED
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors
             if error.format_message():  # it is empty where the help was shown instead
-                complain(error.format_message(), hint=f"{_called(error)} --help")
+                complain(error.format_message().replace("Value error, ", ""), hint=f"{_called(error)} --help")
             return int(error.exit_code)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported here
+            complain("out of memory on the device", "a smaller --batch-size")
+            return MemoryLimitError.exit_code
         traceback.print_exc()
         complain(f"a bug in sakd: {type(error).__name__}: {error}", hint="please report it with the lines above")
         return 1
@@ -82,6 +92,15 @@ def _called(error: Exception) -> str:
     return str(context.command_path) if context is not None else "sakd"
 
 
+class Terminated(BaseException):
+    """SIGTERM, as an exception that no `except Exception` swallows."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))

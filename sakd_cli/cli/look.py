@@ -24,6 +24,9 @@ def evaluate(
     target: EvalTarget = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     device: o.Device = None,
     json: o.Json = False,
@@ -40,10 +43,11 @@ def evaluate(
     given = o.layers(ctx.params)
     weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
     trained_on = [Layer("the run's config", {"data": data})] if run and (data := run.config.get("data")) else []
-    Talk(quiet=quiet).say(f"scoring {weights}")
+    unfinished = " of a run that is not finished" if run and not run.finished else ""
+    Talk(quiet=quiet).say(f"scoring {weights}{unfinished}")
     from sakd_cli.tasks.score import score
 
-    result = score(weights, [*trained_on, *given])
+    result = score(weights, run, [*trained_on, *given])
     if json:
         emit(result)
         return
@@ -55,6 +59,7 @@ def evaluate(
 def inspect_spots(
     ctx: typer.Context,
     run: RunArgument = None,
+    dataset: o.Dataset = None,
     runs_dir: o.RunsDir = None,
     top: Top = 10,
     json: o.Json = False,
@@ -72,7 +77,8 @@ def inspect_spots(
     from sakd_cli.report.tables import spot_tables
 
     runs = resolve("eval", o.layers(ctx.params)).config.runs_dir
-    where = RunDir(run) if run else newest_run(runs, finished=False, task="distill")
+    wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
+    where = RunDir(run) if run else newest_run(runs, wanted, finished=False)
     if where is None:
         raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
     report = spot_report(where)
@@ -85,7 +91,7 @@ def inspect_spots(
 def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:
     """The weights, and the run they come from (None for a file of no run)."""
     if target is None:
-        found = newest_run(runs_dir, finished=False, delivered=True)
+        found = newest_run(runs_dir, {}, finished=False, delivered=True)
         if found is None:
             raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
         target = found.path

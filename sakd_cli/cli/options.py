@@ -98,14 +98,33 @@ DataRoot = Annotated[
 RunsDir = Annotated[
     str | None, typer.Option(help="Folder of the run directories (runs). [env: SAKD_RUNS_DIR]", rich_help_panel="Run")
 ]
-Epochs = Annotated[str | None, typer.Option(metavar="N", help="[env: SAKD_EPOCHS]", rich_help_panel="Training")]
-BatchSize = Annotated[str | None, typer.Option(metavar="N", help="[env: SAKD_BATCH_SIZE]", rich_help_panel="Training")]
-Seed = Annotated[str | None, typer.Option(metavar="N", help="[env: SAKD_SEED]", rich_help_panel="Training")]
+Epochs = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Passes over the images (240). [env: SAKD_EPOCHS]", rich_help_panel="Training"),
+]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Images per step (64). [env: SAKD_BATCH_SIZE]", rich_help_panel="Training"),
+]
+Seed = Annotated[
+    str | None, typer.Option(metavar="N", help="Of all random draws (0). [env: SAKD_SEED]", rich_help_panel="Training")
+]
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. [env: SAKD_DEVICE]", rich_help_panel="Run")
 ]
+Holdout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Training images kept for choosing the best epoch (0.1); 0: the test set chooses. [env: SAKD_HOLDOUT]",
+        rich_help_panel="Data",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Exactly one JSON document on stdout.", rich_help_panel="Output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel="Output")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No talk and no progress on stderr, only errors.", rich_help_panel="Output"),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Build everything, try one real batch, write nothing.", rich_help_panel="Run")
 ]

@@ -15,6 +15,7 @@ def pretrain_teacher(
     model: o.ModelArgument = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
+    holdout: o.Holdout = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
@@ -52,6 +53,7 @@ def distill(
     pretrain: o.Pretrain = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
+    holdout: o.Holdout = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
@@ -87,6 +89,7 @@ def distill(
         if dry_run:
             _finish(run.try_one_batch(rehearsal), dry_run=True, json=json)
             return
+        del rehearsal
         talk.say(f"no finished {words.teacher.source} yet: training it first")
         _trained(build.pretraining(build.teacher_config(words)), talk)
     job = build.distillation(words)
@@ -101,6 +104,8 @@ def _trained(job: Any, talk: Talk) -> dict[str, Any]:
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device}"
     )
+    if job.teacher is not None:
+        talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     where, summary = run.carry_out(job, talk)
     return {"run": str(where.path)} | summary
 
@@ -113,7 +118,8 @@ def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     from sakd_cli.report.tables import spot_plan_table, spot_tables, summary_table
 
     if dry_run:
-        show(spot_plan_table(result), "dry run: one batch tried, nothing written")
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in result["batch"].items())
+        show(spot_plan_table(result), f"dry run: one batch tried on {result['device']} ({losses}), nothing written")
         return
     show(summary_table(result))
     if result["task"] == "distill":

@@ -121,6 +121,7 @@ def show_config(
     router: o.Router = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
+    holdout: o.Holdout = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,

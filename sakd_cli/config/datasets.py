@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
 from sakd_cli.config.words import Words, by_name, chosen_by_name
 
@@ -14,13 +14,15 @@ class DataConfig(Words):
     root      folder of the data set's files; None: the user's cache folder
     limit     train on this many images only, the same number of each class as far as it goes
     holdout   share of the training images kept for choosing the best epoch; 0: the test set does, as in the literature
+    split_seed  draws what limit and holdout keep, whatever the run's seed is, so that no other run trains on it
     download  fetch missing files when a network is there
     """
 
     name: str
-    root: Path | None = None
+    root: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] | None = None
     limit: PositiveInt | None = None
     holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    split_seed: NonNegativeInt = 0
     download: bool = True
 
 

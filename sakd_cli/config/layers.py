@@ -27,18 +27,27 @@ OPTIONS = {
     "pretrain": "teacher.pretrain",
     "dataset": "data.name",
     "data_root": "data.root",
+    "holdout": "data.holdout",
     "runs_dir": "runs_dir",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "seed": "seed",
     "device": "device",
 }
-# Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it.
+# Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
+# (as far as the new choice has them).
 _HEADS = {
     "method": ("name", set[str]()),
-    "router": ("name", set[str]()),
+    "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
     "teacher": ("source", {"pretrain", "epochs"}),
+}
+
+
+_TABLES: dict[str, Mapping[str, type[Words]]] = {
+    "method": methods.METHODS,
+    "router": routers.ROUTERS,
+    "data": datasets.DATASETS,
 }
 
 
@@ -99,8 +108,8 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
             )
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {key}: {text!r} is no YAML value") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: YAML reads 2020-13-45 as a date
+            raise UsageError(f"--set {key}: {text[:40]!r} is no YAML value") from None
         layers.append(Layer(f"--set {key}", nested({key: value})))
     return layers
 
@@ -125,6 +134,8 @@ def file_layer(path: Path, origin: str) -> Layer:
         raise UsageError(
             f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be read'}"
         ) from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path}: not valid YAML: a value cannot be read") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path}: a config is a mapping of keys to values")
     return Layer(origin, values)
@@ -142,7 +153,11 @@ def _lay_over(below: dict[str, Any], layer: Layer, origins: dict[str, str]) -> d
             continue
         section = dict(merged[key]) if isinstance(merged.get(key), dict) else {}
         if head in value and head in section and value[head] != section[head]:
-            section = {name: kept for name, kept in section.items() if name in outlives}
+            kind = _TABLES.get(key, {}).get(str(value[head]))
+            dropped = section.keys() - (outlives & kind.model_fields.keys() if kind else outlives)
+            section = {name: kept for name, kept in section.items() if name not in dropped}
+            for name in dropped:
+                origins.pop(f"{key}.{name}", None)
         merged[key] = section | value
         origins |= {f"{key}.{leaf}": layer.origin for leaf in flat(value)}
     return merged
@@ -169,13 +184,15 @@ def _for_task(task: str, layer: Layer) -> Layer:
     written_for = layer.values.get("task", task)
     if written_for == task:
         return Layer(layer.origin, values)
+    if task == "eval":
+        return Layer(layer.origin, {key: values[key] for key in TASKS["eval"].model_fields if key in values})
     if (written_for, task) != ("distill", "pretrain"):
         raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
     teacher = values.pop("teacher", {})
-    teacher = {"source": teacher} if isinstance(teacher, str) else teacher
+    teacher = teacher if isinstance(teacher, dict) else {"source": teacher}
     kept = {key: value for key, value in values.items() if key not in ("student", "method", "router", "stage_map")}
     kept |= {"model": teacher["source"]} if "source" in teacher else {}
-    if "epochs" in teacher:
+    if teacher.get("epochs") is not None and isinstance(kept.get("train", {}), dict):
         kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}
     return Layer(layer.origin, kept)
 
@@ -229,11 +246,7 @@ def _known_keys(task: str, place: list[str]) -> list[str]:
 
 
 def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
-    tables: dict[str, list[type[Words]]] = {
-        "method": list(methods.METHODS.values()),
-        "router": list(routers.ROUTERS.values()),
-        "data": list(datasets.DATASETS.values()),
-        "train": [run.Train],
-        "teacher": [run.TeacherConfig],
-    }
-    return tables.get(name, []) if name in parent.model_fields else []
+    if name not in parent.model_fields:
+        return []
+    plain: dict[str, list[type[Words]]] = {"train": [run.Train], "teacher": [run.TeacherConfig]}
+    return plain.get(name) or list(_TABLES.get(name, {}).values())

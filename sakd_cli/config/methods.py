@@ -137,9 +137,6 @@ class ReviewKDConfig(MethodConfig):
     width: PositiveInt = 512  # of the fusion, at most the student's pooled vector's
 
 
-# No method of their own yet: what follows is warmed up first, and no run does that. To make one: give it a `name`.
-
-
 class WarmedConfig(MethodConfig):
     """What methods share that train something before the distillation proper.
 

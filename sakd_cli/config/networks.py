@@ -13,17 +13,25 @@ from sakd_cli.errors import UsageError, unknown
 
 
 class Network(NamedTuple):
-    """Name, family, the family's arguments, and the published learning rate of its students."""
+    """Name, family, the family's arguments, the published learning rate of its students, and its kin.
+
+    kin  networks of one kin count as one family for the router's prior; a wide variant is a kin of its own
+    """
 
     name: str
     family: str
     arguments: dict[str, Any]
     lr: float = 0.05
+    wide: bool = False
+
+    @property
+    def kin(self) -> str:
+        return f"{self.family} x4" if self.wide else self.family
 
 
 def _named() -> list[Network]:
     resnets = [Network(f"resnet{d}", "resnet", {"depth": d}) for d in (8, 14, 20, 32, 44, 56, 110)]
-    wide = [Network(f"resnet{d}x4", "resnet", {"depth": d, "widths": (32, 64, 128, 256)}) for d in (8, 32)]
+    wide = [Network(f"resnet{d}x4", "resnet", {"depth": d, "widths": (32, 64, 128, 256)}, wide=True) for d in (8, 32)]
     wrns = [_wrn(d, w) for d, w in ((16, 1), (16, 2), (28, 4), (28, 10), (40, 1), (40, 2))]
     large = [
         Network("ResNet18", "resnet_imagenet", {"blocks": (2, 2, 2, 2), "bottleneck": False}),
@@ -72,13 +80,13 @@ def find_network(name: str) -> Network:
 
     Raises UsageError with the nearest name.
     """
-    if (known := _SPELLINGS.get(_squashed(name))) is not None:
-        return NETWORKS[known]
     if (wrn := re.fullmatch(r"wrn[-_]?(\d+)[-_](\d+)", name.lower())) is not None:
         depth, width = int(wrn[1]), int(wrn[2])
         if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
             return _wrn(depth, width)
         raise UsageError(f"no wide ResNet {name!r}; depth is 6n+4 (10, 16, 22, 28, 34, 40 ...), width at least 1")
+    if (known := _SPELLINGS.get(_squashed(name))) is not None:
+        return NETWORKS[known]
     raise UsageError(unknown("model", name, NETWORKS), hint="sakd list models shows them all")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -18,6 +19,8 @@ from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.routers import AdaptiveConfig, Router
 from sakd_cli.config.words import Words
+
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
 
 
 class Train(Words):
@@ -43,7 +46,7 @@ class Train(Words):
         if list(steps) != sorted(set(steps)):
             raise ValueError(f"milestones {list(steps)} must rise")
         if steps and steps[-1] >= self.epochs:
-            raise ValueError(f"milestone {steps[-1]} lies after the end ({self.epochs} epochs)")
+            raise ValueError(f"milestone {steps[-1]} must come before the last epoch ({self.epochs})")
         return self
 
     def decay_epochs(self) -> tuple[int, ...]:
@@ -66,7 +69,7 @@ class RunConfig(Words):
     train: Train = Train()
     seed: NonNegativeInt = 0
     device: str = "auto"
-    runs_dir: Path = Path("runs")
+    runs_dir: Folder = Path("runs")
     log_every: PositiveInt = 50
 
 
@@ -122,7 +125,7 @@ class EvalConfig(Words):
 
     data: Data = CIFAR100Config()
     device: str = "auto"
-    runs_dir: Path = Path("runs")
+    runs_dir: Folder = Path("runs")
 
 
 TASKS: dict[str, type[Words]] = {"pretrain": PretrainConfig, "distill": DistillConfig, "eval": EvalConfig}

@@ -1,8 +1,11 @@
 """The device a run works on, and what is worth knowing about the machine."""
 
 import platform
+import shlex
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +42,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "chip": chip,
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": shlex.join(["sakd", *sys.argv[1:]]),
+        "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that sakd runs from; None where it was installed."""
+    here = Path(__file__).parents[2]
+    if not (here / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None

@@ -148,7 +148,7 @@ class Trainer:
         state = {"epoch": self.epoch, "step": self.epoch * self.loader.steps_per_epoch, "best": self.best}
         checkpoint.write(folder / "last", delivery.save_weights, self._training_tensors(), state, keep=True)
         if self.best["epoch"] == self.epoch:
-            checkpoint.write(folder / "best", delivery.save_weights, {}, state, keep=False)
+            checkpoint.write(folder / "best", delivery.save_weights, self._training_tensors(), state, keep=False)
         if self.recorder is not None:
             record = {name: tensor.cpu() for name, tensor in self.recorder.tensors().items()}
             write_aside(self.run.path / "samples.safetensors", save(record))
@@ -206,7 +206,7 @@ def _must_be_finite(means: dict[str, Any], where: str) -> None:
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"{name} is {value} in {where}",
-                hint="a lower learning rate may help (--set train.lr=...); the run's last checkpoint is from before",
+                hint="a lower learning rate may help: --set train.lr=...",
             )
 
 

@@ -76,7 +76,7 @@ def spot_report(run: RunDir) -> dict[str, Any]:
     if not epochs:
         raise UsageError(
             f"{plain(run.path)}: has no record of spots yet: no epoch is finished",
-            hint="wait for the first epoch, or resume the run",
+            hint="wait for the end of the first epoch",
         )
     overall = [_overall(epochs, index) for index in range(len(epochs[0].spots))]
     return {

@@ -250,7 +250,7 @@ def spot_plan_table(plan: dict[str, Any]) -> RenderableType:
     adapted = any(spot.get("lift") is not None for spot in plan.get("spots") or [])
     notes = ["Lift: adapter from the student's channels to the teacher's; drop: the way back."] if adapted else []
     columns = [Column(header, text=not header.endswith("shape")) for header in headers]
-    return Group(parts, Sheet("Spots", columns, rows, notes))
+    return Group(parts, Sheet("Spots", columns, rows, notes)) if rows else parts
 
 
 def listing_table(title: str, rows: list[dict[str, Any]]) -> RenderableType:

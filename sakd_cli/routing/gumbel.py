@@ -18,6 +18,7 @@ def straight_through(scores: Tensor, uniform: Tensor, tau: float) -> Tensor:
     softmax((scores + noise) / tau). Jang et al., ICLR 2017; the published code computes (hard - y) + y, which can be
     off by one rounding unit, ours is hard + (y - y).
     """
-    soft = torch.softmax((scores + gumbel(uniform)) / tau, dim=-1)[..., 0]
-    hard = (soft > 0.5).to(soft.dtype)
+    noisy = scores + gumbel(uniform)
+    soft = torch.softmax(noisy / tau, dim=-1)[..., 0]
+    hard = (noisy[..., 0] >= noisy[..., 1]).to(soft.dtype)  # a tie goes to the teacher, as argmax would have it
     return hard + (soft - soft.detach())

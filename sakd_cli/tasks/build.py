@@ -63,6 +63,7 @@ class Job:
     cost: Cost
     spots: tuple[Spot, ...] = ()
     teacher: Artifact | None = None
+    teacher_path: Path | None = None
     teacher_cost: Cost | None = None
 
     @property
@@ -72,17 +73,17 @@ class Job:
         return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
 
 
-def load_images(config: DataConfig, seed: int) -> Images:
+def load_images(config: DataConfig) -> Images:
     """Load, limit and cut a data set."""
-    dataset = limited(datasets.load(config), config.limit, seed)
-    train, held_out = hold_out(dataset, config.holdout, seed)
+    dataset = limited(datasets.load(config), config.limit, config.split_seed)
+    train, held_out = hold_out(dataset, config.holdout, config.split_seed)
     return Images(dataset, train, held_out)
 
 
 def pretraining(config: PretrainConfig) -> Job:
     """A network trained with cross-entropy."""
     device = pick_device(config.device)
-    images = load_images(config.data, config.seed)
+    images = load_images(config.data)
     network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
     task = PretrainTask(network, lr=_learning_rate(config, config.model), weight_decay=config.train.weight_decay)
     return Job(config, device, images, task.to(device), network, cost(network, images.side))
@@ -104,14 +105,18 @@ def untrained_teacher(config: DistillConfig) -> Artifact:
 def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
     device = pick_device(config.device)
-    teacher = teacher or _load_teacher(config)
-    images = load_images(config.data, config.seed)
-    check_classes(teacher, images, config.teacher.source)
+    path = None
+    if teacher is None:
+        path = _teacher_path(config)
+        teacher = artifact.load(path)
+    images = load_images(config.data)
+    train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
+    check_classes(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
     task = assemble(config, student, frozen, images.side, images.train.labels)
     costs = cost(student, images.side), cost(frozen, images.side)
-    return Job(config, device, images, task.to(device), student, costs[0], task.spots, teacher, costs[1])
+    return Job(config, device, images, task.to(device), student, costs[0], task.spots, teacher, path, costs[1])
 
 
 def assemble(
@@ -135,7 +140,7 @@ def assemble(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
         student=student.infos[-1].channels,
-        one_family=student.family == teacher.family,
+        one_family=find_network(student.name).kin == find_network(teacher.name).kin,
         matched=_matched_rates(config, len(method.spots)),
     )
     learned = config.router if isinstance(config.router, LearnedConfig) else None
@@ -168,22 +173,22 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     return task.to(job.device), words.warmup_epochs
 
 
-def check_classes(network: Artifact, images: Images, source: str) -> None:
+def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
     """Raise UsageError where a network's classes are not those of the data set."""
     theirs, ours = network.card.classes, images.dataset.classes
     if theirs != ours:
         raise UsageError(
             f"{source}: was trained for the {len(theirs)} classes of {network.card.dataset}, "
             f"not for the {len(ours)} of {images.dataset.name}",
-            hint=f"sakd pretrain-teacher {network.card.architecture} --dataset {images.dataset.name}",
+            hint,
         )
 
 
-def _load_teacher(config: DistillConfig) -> Artifact:
+def _teacher_path(config: DistillConfig) -> Path:
     path = find_teacher(config)
     if path is None:
         raise no_teacher(config)
-    return artifact.load(path)
+    return path
 
 
 def plan(job: Job) -> dict[str, Any]:
@@ -229,23 +234,18 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     if config.router.run is not None:
         run: RunDir | None = RunDir(Path(config.router.run).expanduser())
     else:
-        run = newest_run(
-            config.runs_dir,
-            task="distill",
-            student=config.student,
-            data__name=config.data.name,
-            method__name=config.method.name,
-            router__name="adaptive",
-        )
+        wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
+        wanted |= {"data.name": config.data.name, "method.name": config.method.name, "router.name": "adaptive"}
+        run = newest_run(config.runs_dir, wanted)
     if run is None:
         raise UsageError(
-            f"router random-matched: no finished adaptive run of {config.student} with {config.method.name} "
-            f"on {config.data.name} in {config.runs_dir}",
+            f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
+            f"with {config.method.name} on {config.data.name} in {config.runs_dir}",
             hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
         )
     try:
         rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
-        fits = rates.ndim == 2 and rates.shape[1] == spots
+        fits = rates.ndim == 2 and rates.shape[1] == spots and bool(((rates >= 0) & (rates <= 1)).all())
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:

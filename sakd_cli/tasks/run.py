@@ -43,7 +43,7 @@ def try_one_batch(job: Job) -> dict[str, Any]:
     output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
     steps = len(_train_loader(job))
-    return plan(job) | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
+    return {"schema": "sakd.plan/1"} | plan(job) | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
 
 
 def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
@@ -126,6 +126,7 @@ def _about(job: Job) -> dict[str, Any]:
         else "best epoch chosen on the test set (the literature's habit: optimistic)"
     )
     return {
+        "schema": "sakd.summary/1",
         "task": job.config.model_dump()["task"],
         "network": job.network.name,
         "dataset": job.images.dataset.name,
@@ -144,7 +145,7 @@ def _teacher_facts(job: Job, judge: Judge) -> dict[str, Any]:
     if job.teacher is None or job.teacher_cost is None:
         return {}
     scores = evaluate(job.teacher.model, judge.test, judge.classes)
-    facts = {"network": job.teacher.model.name, "sha256": job.teacher.sha256}
+    facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
     return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 
 

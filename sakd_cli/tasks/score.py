@@ -10,19 +10,21 @@ from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.models import artifact
 from sakd_cli.models.cost import cost
+from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import check_classes, load_images
 
 
-def score(weights: Path, layers: Iterable[Layer]) -> dict[str, Any]:
+def score(weights: Path, run: RunDir | None, layers: Iterable[Layer]) -> dict[str, Any]:
     """Figures of the network in `weights` (file or folder); the layers say which data and device.
 
-    A file of no run is scored on the data set that its header names. Raises UsageError on other classes.
+    run   the run that the weights come from, if any; weights of none are scored on the data set of their header.
+    Raises UsageError on other classes.
     """
     network = artifact.load(weights)
     named = Layer("the weights' header", {"data": network.card.dataset})
     config = resolve("eval", [named, *layers]).config
     device = pick_device(config.device)
-    images = load_images(config.data.model_copy(update={"holdout": 0.0}), 0)
+    images = load_images(config.data.model_copy(update={"holdout": 0.0}))
     check_classes(network, images, str(weights))
     model = network.model.to(device)
     dataset = images.dataset
@@ -31,6 +33,8 @@ def score(weights: Path, layers: Iterable[Layer]) -> dict[str, Any]:
     return {
         "schema": "sakd.eval/1",
         "weights": str(weights),
+        "run": str(run.path) if run else None,
+        "finished": run.finished if run else None,
         "sha256": network.sha256,
         "network": model.name,
         "dataset": dataset.name,

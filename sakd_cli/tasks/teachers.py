@@ -15,6 +15,10 @@ def find_teacher(config: DistillConfig) -> Path | None:
     Raises UsageError where `teacher.source` is neither a path nor the name of a network.
     """
     path = Path(config.teacher.source).expanduser()
+    if not _is_path(config.teacher.source):
+        name = find_network(config.teacher.source).name
+        run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
+        return run.deliverable if run else None
     if (path / "config.yaml").is_file():
         folder = RunDir(path).deliverable
         if folder is None:
@@ -22,11 +26,18 @@ def find_teacher(config: DistillConfig) -> Path | None:
         return folder
     if path.exists():
         return path
-    if len(path.parts) > 1 or path.suffix == ".safetensors":
-        raise UsageError(f"teacher: {path}: no such file or directory")
-    name = find_network(config.teacher.source).name
-    run = newest_run(config.runs_dir, task="pretrain", model=name, data__name=config.data.name)
-    return run.deliverable if run else None
+    raise UsageError(f"teacher: {path}: no such file or directory")
+
+
+def _is_path(source: str) -> bool:
+    """Whether a teacher is meant as a path: the name of a network wins over a folder of that name."""
+    if "/" in source or source.endswith(".safetensors"):
+        return True
+    try:
+        find_network(source)
+    except UsageError:
+        return Path(source).expanduser().exists()
+    return False
 
 
 def pretrain_command(config: DistillConfig) -> str:
@@ -44,6 +55,6 @@ def no_teacher(config: DistillConfig) -> UsageError:
     """What to say, and what to do, where there is no teacher."""
     name = find_network(config.teacher.source).name
     return UsageError(
-        f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}",
-        hint=f"{pretrain_command(config)}   (or add --pretrain)",
+        f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; add --pretrain, or train it first",
+        hint=pretrain_command(config),
     )
