@@ -16,10 +16,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Plain(NamedTuple):
-    """`before` is applied to the whole batch at all spots, where a method has a layer that sees all of it."""
+    """What a method is compared with.
+
+    before  is applied to the whole batch at all spots, where a method has a layer that sees all of it
+    counted the samples [K, N] that a loss has, of those that are chosen at each spot
+    """
 
     loss: Callable[..., Tensor]
     before: Callable[[Any, list[Pair]], list[Pair]] = lambda d, pairs: pairs
+    counted: Callable[[Tensor], Tensor] = lambda rows: rows
 
 
 def unit(x: Tensor) -> Tensor:
@@ -154,6 +159,50 @@ def reviewkd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor
     return sum(term / 2**i for i, term in enumerate(terms)) / sum(1 / 2**i for i in range(len(sizes)))
 
 
+def ofd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    m = d.get_buffer(f"margin{k}")[:, None, None]
+    s, t = smaller(s, t)
+    low = torch.where(s > m, (s - m) ** 2, 0)
+    middle = torch.where(s > t, (s - t) ** 2, 0)
+    distance = torch.where(t > 0, (s - t) ** 2, torch.where(t > m, middle, low))
+    return distance.sum() / len(s) / 2 ** (len(d.spots) - 1 - k)
+
+
+def changes(d: Any, pairs: list[Pair]) -> list[Pair]:
+    """Per spot from the second on, and per sample, the tables of student and teacher; nothing at the first."""
+    main = []
+    for s, t in pairs:
+        both = []
+        for a, b in zip(s, t, strict=True):
+            ours, theirs = (x.flatten(1) @ x.flatten(1).T for x in (a, b))
+            values, vectors = torch.linalg.eigh(theirs.detach())
+            assert values[-1] > values[-2]
+            v = vectors[:, -1] * vectors[vectors[:, -1].abs().argmax(), -1].sign()
+            w = max(torch.linalg.eigh(ours.detach()).eigenvectors.T[-4:], key=lambda u: abs(u @ v))
+            value = w @ ours.detach() @ w
+            # One step of Newton's method from the exact vector stays there, and has the vector's gradient.
+            inverse = torch.linalg.pinv(value * torch.eye(len(w)) - ours.detach(), rtol=1e-10)
+            u = w + inverse @ (ours @ w - value * w)
+            both.append((u * (u @ v).detach().sign(), v))
+        main.append(both)
+    found = [tuple(x.flatten(1) * 0 for x in pairs[0])]
+    for before, after in itertools.pairwise(main):
+        rows = [
+            [(-((x[:, None] - y[None, :]) ** 2) / 8).exp() for x, y in zip(p, q, strict=True)]
+            for p, q in zip(before, after, strict=True)
+        ]
+        found.append(tuple(torch.stack(side) for side in zip(*rows, strict=True)))
+    return found
+
+
+def kdsvd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    return ((s - t) ** 2).sum() / len(s)
+
+
+def this_and_before(rows: Tensor) -> Tensor:
+    return rows & rows.roll(1, dims=0)
+
+
 def crd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> Tensor:
     rows, total = d.draw(index, labels), s.new_zeros(())
     for x, embed, bank in ((s, d.embed_s, d.bank_t), (t, d.embed_t, d.bank_s)):
@@ -185,5 +234,7 @@ PLAIN = {
     "vid": Plain(vid),
     "crd": Plain(crd),
     "reviewkd": Plain(reviewkd, reviewed),
+    "ofd": Plain(ofd, lambda d, pairs: [(c(s), t) for c, (s, t) in zip(d.connectors, pairs, strict=True)]),
+    "kdsvd": Plain(kdsvd, changes, this_and_before),
     "ft": Plain(ft, lambda d, pairs: [(d.translate(s), d.warmup.encode(t)) for s, t in pairs]),
 }

@@ -5,6 +5,7 @@ Each loss is compared with its plain definition (`plain_losses.py`), on the whol
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,6 +30,7 @@ from sakd_cli.tasks.warmup import WarmupTask
 CLASSES, SIDE, N, IMAGES = 10, 16, 7, 60
 PAIR = ("resnet8", "wrn_10_2")
 ONE_WIDTH = ("resnet8", "resnet14")
+NEED_ONE_WIDTH = {"fsp", "kdsvd"}
 LABELS = torch.arange(IMAGES) * 7 % CLASSES
 # What a method is tried with where its default is too large for this toy.
 WORDS: dict[str, dict[str, Any]] = {"crd": {"negatives": 9, "width": 8}, "cc": {"width": 8}}
@@ -58,7 +60,17 @@ class Trial(NamedTuple):
         spot = self.distiller.spots[k]
         if spot.kind == "logits":
             return self.student.logits, self.teacher.logits
-        return self.student.stages[spot.student], self.teacher.stages[spot.teacher]
+        ours, theirs = (f.preactivations if self.distiller.preactivations else f.stages for f in self.features)
+        return ours[spot.student], theirs[spot.teacher]
+
+    @property
+    def features(self) -> tuple[Features, Features]:
+        return self.student, self.teacher
+
+    def with_rows(self, rows: list[int]) -> "Trial":
+        """The same with these samples' features, as new leaves; the batch stays."""
+        both = [leaves_of(f, lambda x: x.detach()[rows]) for f in self.features]
+        return self._replace(student=both[0], teacher=both[1])
 
     def losses(self, weight: Tensor) -> Tensor:
         return self.distiller(self.student, self.teacher, weight, self.batch)
@@ -71,6 +83,12 @@ class Trial(NamedTuple):
         ]
 
 
+def leaves_of(features: Features, change: Callable[[Tensor], Tensor]) -> Features:
+    """The features, changed, each a leaf of its own."""
+    stages, before = ([change(x).requires_grad_() for x in maps] for maps in (features.stages, features.preactivations))
+    return Features(tuple(stages), change(features.logits).requires_grad_(), tuple(before))
+
+
 @functools.cache
 def networks(pair: tuple[str, str]) -> tuple[StagedModel, StagedModel]:
     torch.manual_seed(5)
@@ -79,7 +97,7 @@ def networks(pair: tuple[str, str]) -> tuple[StagedModel, StagedModel]:
 
 def pair_of(name: str) -> tuple[str, str]:
     """The networks a method is tried on: of different widths, unless it needs equal ones."""
-    return ONE_WIDTH if name == "fsp" else PAIR
+    return ONE_WIDTH if name in NEED_ONE_WIDTH else PAIR
 
 
 def distiller_of(name: str, pair: tuple[str, str] | None = None) -> Distiller:
@@ -97,8 +115,8 @@ def trial(name: str) -> Trial:
     both = []
     for network in networks(pair_of(name)):
         with torch.no_grad():
-            made = network.features(images)
-        both.append(Features(tuple(x.clone().requires_grad_() for x in made.stages), made.logits.requires_grad_()))
+            made = network.features_with_preactivations(images)
+        both.append(leaves_of(made, torch.clone))
     return Trial(name, distiller_of(name), *both, batch)
 
 
@@ -134,7 +152,7 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 def test_a_selection_gives_the_plain_loss_of_its_rows_times_its_share(name: str, word: str) -> None:
     case = trial(name)
     rows = selection(word, len(case.distiller.spots))
-    expected = torch.stack([plain(case, k, chosen) for k, chosen in enumerate(rows)])
+    expected = torch.stack([plain(case, k, counted) for k, counted in enumerate(PLAIN[name].counted(rows))])
     expected_gradients = gradients(expected.sum(), case.leaves)
     ours = case.losses(rows.double())
     assert ours.shape == (len(rows),)
@@ -163,12 +181,8 @@ def test_relations_need_two_samples(name: str) -> None:
 @METHOD
 def test_a_batch_of_one_is_no_accident(name: str) -> None:
     case = trial(name)
-    alone = [
-        Features(tuple(x.detach()[:1].requires_grad_() for x in f.stages), f.logits.detach()[:1].requires_grad_())
-        for f in (case.student, case.teacher)
-    ]
     batch = Batch(**{key: getattr(case.batch, key)[:1] for key in ("images", "labels", "index", "noise")})
-    case = case._replace(student=alone[0], teacher=alone[1], batch=batch)
+    case = case.with_rows([0])._replace(batch=batch)
     losses = case.losses(torch.ones(len(case.distiller.spots), 1))
     assert losses.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(losses.sum(), case.leaves))
@@ -176,13 +190,7 @@ def test_a_batch_of_one_is_no_accident(name: str) -> None:
 
 @METHOD
 def test_equal_samples_keep_gradients_finite(name: str) -> None:
-    case = trial(name)
-    doubled = [
-        Features(tuple(x.detach()[[0, 0, 2, 3, 4, 5, 6]].requires_grad_() for x in features.stages), logits)
-        for features in (case.student, case.teacher)
-        for logits in [features.logits.detach()[[0, 0, 2, 3, 4, 5, 6]].requires_grad_()]
-    ]
-    case = case._replace(student=doubled[0], teacher=doubled[1])
+    case = trial(name).with_rows([0, 0, 2, 3, 4, 5, 6])
     losses = case.losses(torch.ones(len(case.distiller.spots), N))
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(losses.sum(), case.leaves))
     assert losses.isfinite().all()
@@ -192,7 +200,7 @@ def test_equal_samples_keep_gradients_finite(name: str) -> None:
 def test_the_teacher_gets_no_gradient(name: str) -> None:
     case = trial(name)
     loss = case.losses(torch.ones(len(case.distiller.spots), N)).sum()
-    theirs = [*case.teacher.stages, case.teacher.logits]
+    theirs = [*case.teacher.stages, *case.teacher.preactivations, case.teacher.logits]
     assert torch.autograd.grad(loss, theirs, allow_unused=True) == (None,) * len(theirs)
 
 
@@ -201,8 +209,7 @@ def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
     case, again = trial(name), trial(name)
     rows, order = selection("five", len(case.distiller.spots)).double(), torch.tensor([4, 2, 6, 0, 5, 1, 3])
     batch = Batch(**{key: getattr(again.batch, key)[order] for key in ("images", "labels", "index", "noise")})
-    turned = [Features(tuple(x[order] for x in f.stages), f.logits[order]) for f in (again.student, again.teacher)]
-    again = again._replace(student=turned[0], teacher=turned[1], batch=batch)
+    again = again.with_rows(order.tolist())._replace(batch=batch)
     assert close(again.losses(rows[:, order]), case.losses(rows), 1e-11, 1e-14)
 
 
@@ -241,12 +248,12 @@ def test_nothing_is_read_back_from_the_device(name: str) -> None:
 @METHOD
 @pytest.mark.parametrize("pair", [("resnet8", "resnet14"), ("resnet8", "vgg8"), ("vgg8", "resnet8")], ids="-".join)
 def test_every_pair_of_networks_has_its_spots(name: str, pair: tuple[str, str]) -> None:
-    if name == "fsp" and pair != ONE_WIDTH:
+    if name in NEED_ONE_WIDTH and pair != ONE_WIDTH:
         pytest.skip("needs equal widths; the refusal has a test of its own")
     distiller = distiller_of(name, pair)
     images = torch.randn(N, 3, SIDE, SIDE)
     with torch.no_grad():
-        student, teacher = (network.features(images) for network in networks(pair))
+        student, teacher = (network.features_with_preactivations(images) for network in networks(pair))
         batch = Batch(images=images, labels=LABELS[:N], index=torch.arange(N), noise=torch.empty(N, 0))
         assert distiller(student, teacher, torch.ones(len(distiller.spots), N), batch).isfinite().all()
     for spot in distiller.spots:
@@ -284,11 +291,16 @@ def test_a_warmup_lowers_its_loss_and_is_frozen_afterwards(name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_networks_that_a_warmup_cannot_use_are_refused() -> None:
-    with pytest.raises(UsageError, match="must be equal"):
-        distiller_of("fsp", PAIR)
-    with pytest.raises(UsageError, match="MobileNetV2 has none"):
-        build(METHODS["ab"](), create("MobileNetV2", CLASSES), networks(PAIR)[1], 32)
+def test_networks_that_a_method_cannot_use_are_refused() -> None:
+    for name in sorted(NEED_ONE_WIDTH):
+        with pytest.raises(UsageError, match=f"method {name}: stage .* must be equal"):
+            distiller_of(name, PAIR)
+    blind, seeing = create("MobileNetV2", CLASSES), networks(PAIR)[1]
+    for name, student, teacher in (("ab", blind, seeing), ("ofd", blind, seeing), ("ofd", seeing, blind)):
+        with pytest.raises(UsageError, match=f"^method {name} needs .*; MobileNetV2 has none$"):
+            build(METHODS[name](), student, teacher, 32)
+    with pytest.raises(UsageError, match="one stage only"):
+        build(METHODS["kdsvd"](), *networks(ONE_WIDTH), SIDE, stage_map=[(2, 2)])
 
 
 def test_the_variance_of_vid_starts_at_five() -> None:

@@ -24,7 +24,9 @@ from sakd_cli.config.methods import (
     FSPConfig,
     FTConfig,
     KDConfig,
+    KDSVDConfig,
     NSTConfig,
+    OFDConfig,
     PKTConfig,
     ReviewKDConfig,
     RKDConfig,
@@ -41,7 +43,9 @@ from sakd_cli.distillers.fitnet import FitNet
 from sakd_cli.distillers.fsp import FSP
 from sakd_cli.distillers.ft import FT, Paraphraser, translator
 from sakd_cli.distillers.kd import KD
+from sakd_cli.distillers.kdsvd import KDSVD
 from sakd_cli.distillers.nst import NST
+from sakd_cli.distillers.ofd import OFD
 from sakd_cli.distillers.pkt import PKT
 from sakd_cli.distillers.reviewkd import ReviewKD
 from sakd_cli.distillers.rkd import RKD
@@ -107,6 +111,13 @@ def reviewkd(spots: Spots, case: Case, given: Given) -> Distiller:
     return distiller
 
 
+def ofd(spots: Spots, case: Case, given: Given) -> Distiller:
+    """The vectors have passed the connector already."""
+    distiller = OFD(spots, OFDConfig(), [(given["bn_weight"], given["bn_bias"])])
+    distiller.connectors = nn.ModuleList([nn.Identity()])
+    return distiller
+
+
 # Method as the vectors call it -> our distiller for a case.
 OURS: dict[str, Callable[[Spots, Case, Given], Distiller]] = {
     "KD": lambda spots, case, given: KD(spots, KDConfig(temperature=case["constants"]["T"])),
@@ -121,12 +132,11 @@ OURS: dict[str, Callable[[Spots, Case, Given], Distiller]] = {
     "VID": vid,
     "FT": ft,
     "ReviewKD": reviewkd,
+    "OFD": ofd,
 }
 AT_LOGITS = {"KD", "DKD"}
 # Cases whose call or figures are of another form; they have tests of their own.
-OWN_TEST = {"CRD", "AB", "FSP"}
-# Methods of the vectors that we do not have.
-NOT_BUILT = {"KDSVD", "OFD"}
+OWN_TEST = {"CRD", "AB", "FSP", "KDSVD"}
 
 
 def cases(group: str, methods: Iterable[str]) -> list[Any]:
@@ -156,7 +166,7 @@ def probe(group: str, case: Case, dtype: torch.dtype) -> Probe:
     if case["method"] in AT_LOGITS:
         features = Features((), ours[0]), Features((), theirs[0])
     else:
-        features = Features(tuple(ours), EMPTY), Features(tuple(theirs), EMPTY)
+        features = Features(tuple(ours), EMPTY, tuple(ours)), Features(tuple(theirs), EMPTY, tuple(theirs))
     return Probe(distiller, (*features, mask.to(dtype).T, batch), leaves)
 
 
@@ -193,6 +203,7 @@ def test_value_and_gradients_agree_with_the_reference(group: str, case: Case, dt
         return
     figures = tensors_of(group, case["id"], "f64")
     ours = {"loss": losses.sum(), "parts": losses} | {f"g_{name}": gradient for name, gradient in gradients.items()}
+    ours |= {name.replace("margin0", "margin"): buffer for name, buffer in distiller.named_buffers()}
     assert len(figures) >= 1 + len(leaves)
     compare(case, ours, figures, dtype)
 
@@ -259,6 +270,36 @@ def test_what_warms_up_agrees_with_the_reference(group: str, case: Case, dtype: 
     compare(case, found, tensors_of(group, case["id"], "f64"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(("group", "case"), cases("losses", {"KDSVD"}))
+def test_kdsvd_agrees_with_the_reference_where_its_signs_are_taken(
+    group: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = tensors_of(group, case["id"], "f64")
+    signs = [figures.pop(name) for name in sorted(figures) if name.startswith("teacher_v")]
+    for name in [name for name in figures if name.startswith("teacher_s")]:
+        figures.pop(name)
+    given = {name: tensor.to(dtype) for name, tensor in tensors_of(group, case["id"], "in").items()}
+    ours, theirs = (tuple(given[name] for name in sorted(given) if name[0] == side) for side in "st")
+    spots = tuple(Spot(str(k), "map", k, k, s.shape[1:], s.shape[1:]) for k, s in enumerate(ours))
+    distiller, left = KDSVD(spots, KDSVDConfig(directions=case["constants"]["k"])), iter(signs)
+
+    def as_theirs(v: Tensor) -> Tensor:
+        wanted = next(left).to(v)
+        assert close((v * wanted).sum(dim=1).abs(), torch.ones_like(v[:, 0]), 1e-5)
+        return torch.where((v * wanted).sum(dim=1, keepdim=True) < 0, -v, v)
+
+    monkeypatch.setattr("sakd_cli.distillers.kdsvd.oriented", as_theirs)
+    for s in ours:
+        s.requires_grad_()
+    batch = Batch(images=EMPTY, labels=EMPTY, index=EMPTY, noise=EMPTY)
+    weight = torch.ones(len(spots), len(ours[0]), dtype=dtype)
+    losses = distiller(Features(ours, EMPTY), Features(theirs, EMPTY), weight, batch)
+    found = {"loss": losses.sum(), "parts": losses[1:]}
+    found |= {f"g_s{k}": gradient for k, gradient in enumerate(torch.autograd.grad(losses.sum(), ours))}
+    compare(case, found, figures, dtype)
+
+
 @pytest.mark.parametrize("case", [case for case in oracle("adapters")[0] if case["id"][:5] in ("parap", "trans")])
 def test_the_modules_of_factor_transfer_agree_with_the_reference(case: Case) -> None:
     x, figures = tensors_of("adapters", case["id"], "in")["x"].double().requires_grad_(), {}
@@ -283,7 +324,7 @@ def test_the_modules_of_factor_transfer_agree_with_the_reference(case: Case) -> 
 
 def test_every_method_of_the_vectors_is_compared() -> None:
     found = {case["method"] for group in ("losses", "masked") for case in oracle(group)[0]}
-    assert found <= set(OURS) | OWN_TEST | NOT_BUILT
+    assert found <= set(OURS) | OWN_TEST
 
 
 # At least one small case per method, so that the copies stay small.
@@ -305,6 +346,8 @@ FEW = {
         "pkt/b2",
         "crd/b2",
         "ab/one_b1",
+        "ofd/b1",
+        "kdsvd/three_b2",
     ),
     "masked": ("kd/b8_random", "sp/b8_random", "cc/b8_random", "rkd/b8_random", "pkt/b8_random"),
 }

@@ -218,14 +218,16 @@ def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
     task = make(method, "always")
     student, teacher = copy.deepcopy(task.network), task.teacher_features.__self__
     distiller = copy.deepcopy(task.feature_distiller)
+    before = distiller is not None and distiller.preactivations
+    sight = StagedModel.features_with_preactivations if before else StagedModel.features
     made = batches(task, 3)
     modules = nn.ModuleList([student] + ([distiller] if distiller else []))
     plain = torch.optim.SGD(modules.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     student.train()
     for batch in made:
         with torch.no_grad():
-            theirs = teacher.features(batch.images)
-        ours = student.features(batch.images)
+            theirs = sight(teacher, batch.images)
+        ours = sight(student, batch.images)
         ones = torch.ones(len(task.spots), len(batch.labels))
         loss = F.cross_entropy(ours.logits, batch.labels)
         loss = loss + task.factors.logit * task.logit_distiller(ours, theirs, ones[-1:], batch).sum()
@@ -237,6 +239,16 @@ def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
     fit(task, made)
     for a, b in zip(task.network.state_dict().values(), student.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_only_what_compares_preactivations_asks_for_them(method: str) -> None:
+    task = make(method, "always")
+    wanted = task.feature_distiller is not None and task.feature_distiller.preactivations
+    sight = StagedModel.features_with_preactivations if wanted else StagedModel.features
+    assert task.student_features.__func__ is task.teacher_features.__func__ is sight
+    assert task.student_features.__self__ is task.network
+    assert copy.deepcopy(task).student_features.__self__ is not task.network
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

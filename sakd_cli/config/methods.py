@@ -5,7 +5,7 @@ To add one: a class here, a file in `distillers/`, one line in `distillers/table
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
 from sakd_cli.config.words import Words, by_name, chosen_by_name
 
@@ -135,6 +135,24 @@ class ReviewKDConfig(MethodConfig):
 
     name: Literal["reviewkd"] = "reviewkd"
     width: PositiveInt = 512  # of the fusion, at most the student's pooled vector's
+
+
+class OFDConfig(MethodConfig):
+    """Maps in front of their activation, by margin and partial distance (Heo et al., ICCV 2019)"""
+
+    name: Literal["ofd"] = "ofd"
+    weight: NonNegativeFloat = 0.001
+
+
+class KDSVDConfig(MethodConfig):
+    """Changes of the main directions from stage to stage (Lee et al., ECCV 2018)
+
+    directions   singular vectors of the teacher per map; `extra` more of the student to match them with
+    """
+
+    name: Literal["kdsvd"] = "kdsvd"
+    directions: PositiveInt = 1
+    extra: NonNegativeInt = 3
 
 
 class WarmedConfig(MethodConfig):

@@ -17,11 +17,16 @@ from sakd_cli.models.staged import Features
 class Distiller(nn.Module, ABC):
     """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source."""
 
-    def __init__(self, spots: tuple[Spot, ...], warmup: Warmup | None = None) -> None:
-        """warmup  what must have been trained, and then frozen, before this distils."""
+    def __init__(self, spots: tuple[Spot, ...], warmup: Warmup | None = None, *, preactivations: bool = False) -> None:
+        """What every distiller knows.
+
+        warmup          what must have been trained, and then frozen, before this distils
+        preactivations  the features must hold them (`StagedModel.features_with_preactivations`), and are compared there
+        """
         super().__init__()
         self.spots = spots
         self.warmup = warmup
+        self.preactivations = preactivations
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
@@ -34,4 +39,5 @@ class Distiller(nn.Module, ABC):
 
     def pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
         """(student feature, teacher feature without gradient) at every spot."""
-        return [(student.stages[spot.student], teacher.stages[spot.teacher].detach()) for spot in self.spots]
+        ours, theirs = (f.preactivations if self.preactivations else f.stages for f in (student, teacher))
+        return [(ours[spot.student], theirs[spot.teacher].detach()) for spot in self.spots]

@@ -17,8 +17,10 @@ from sakd_cli.distillers.fitnet import FitNet
 from sakd_cli.distillers.fsp import FSP
 from sakd_cli.distillers.ft import FT
 from sakd_cli.distillers.kd import KD
+from sakd_cli.distillers.kdsvd import KDSVD
 from sakd_cli.distillers.ls import LS
 from sakd_cli.distillers.nst import NST
+from sakd_cli.distillers.ofd import OFD
 from sakd_cli.distillers.pkt import PKT
 from sakd_cli.distillers.reviewkd import ReviewKD
 from sakd_cli.distillers.rkd import RKD
@@ -73,6 +75,7 @@ class Entry(NamedTuple):
     """Class of the feature distiller (None: the logits are all there is), where it distils, class at the logit spot.
 
     of_images   the feature distiller remembers every training image: it is built with their labels and the batch size
+    of_norms    it is built with the BatchNorms in front of the teacher's activations
     warmup      a stage of the student's in front of the distillation proper, and its places
     """
 
@@ -80,6 +83,7 @@ class Entry(NamedTuple):
     places: Callable[[Any, Stages], Places]
     logits: Callable[..., Distiller] = KD
     of_images: bool = False
+    of_norms: bool = False
     warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], Places]] | None = None
 
 
@@ -98,6 +102,8 @@ DISTILLERS: dict[str, Entry] = {
     "dist": Entry(None, nowhere, DIST),
     "ls": Entry(None, nowhere, LS),
     "reviewkd": Entry(ReviewKD, every_map_and_pooled),
+    "ofd": Entry(OFD, every_map, of_norms=True),
+    "kdsvd": Entry(KDSVD, every_map),
     "ft": Entry(FT, last_map),
     "ab": Entry(None, nowhere, warmup=(AB, every_map)),
     "fsp": Entry(None, nowhere, warmup=(FSP, stem_and_maps)),
@@ -114,6 +120,11 @@ class Distillers(NamedTuple):
     features: Distiller | None
     logits: Distiller
     warmup: Warmup | None = None
+
+    @property
+    def preactivations(self) -> bool:
+        """Whether both networks' features must hold their versions in front of an activation."""
+        return self.features is not None and self.features.preactivations
 
 
 def build(
@@ -134,22 +145,27 @@ def build(
     entry = DISTILLERS[config.name]
     stages = Stages(mapped(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
     spots = tuple(spots_at(student, teacher, entry.places(config, stages), side))
-    features = None
-    if entry.features is not None and entry.of_images:
+    given: tuple[Any, ...] = ()
+    if entry.of_images:
         if labels is None:
             raise UsageError(f"method {config.name} needs the labels of the training images")
-        features = entry.features(spots[:-1], config, labels, batch_size)
-    elif entry.features is not None:
-        features = entry.features(spots[:-1], config)
+        given = labels, batch_size
+    if entry.of_norms:
+        _need_preactivations(config, student, teacher)
+        given = ([teacher.affine_before_activation(spot.teacher) for spot in spots[:-1]],)
+    features = None if entry.features is None else entry.features(spots[:-1], config, *given)
     warmup = features.warmup if features is not None else None
     if entry.warmup is not None:
         kind, places = entry.warmup
         warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side)[:-1]), config)
     if warmup is not None:
         warmup.requires_grad_(False)  # but for its own stage
-        for network in (student, teacher):
-            if warmup.preactivations and not network.has_preactivations:
-                raise UsageError(
-                    f"method {config.name} needs features in front of an activation; {network.name} has none"
-                )
+    if any(part is not None and part.preactivations for part in (features, warmup)):
+        _need_preactivations(config, student, teacher)
     return Distillers(spots, features, entry.logits(spots[-1:], config), warmup)
+
+
+def _need_preactivations(config: MethodConfig, student: StagedModel, teacher: StagedModel) -> None:
+    for network in (student, teacher):
+        if not network.has_preactivations:
+            raise UsageError(f"method {config.name} needs features in front of an activation; {network.name} has none")

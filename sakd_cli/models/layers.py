@@ -8,6 +8,8 @@ from typing import cast, final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli.models.staged import Affine, Preactivation
+
 
 class ActivatedBlock(nn.Module, ABC):
     """A block that ends in an activation, and lets one see what stands in front of it."""
@@ -15,6 +17,10 @@ class ActivatedBlock(nn.Module, ABC):
     @abstractmethod
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output in front of the last activation, and the output, as `forward` gives it. Both are of one shape."""
+
+    @abstractmethod
+    def affine(self) -> Affine:
+        """Weight and bias of the last BatchNorm in front of that activation; 0 for channels that pass it by."""
 
 
 @final
@@ -56,7 +62,7 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-def before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _run_before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of all stages, and the same in front of the last activation of each group of ActivatedBlocks.
 
     Stem and pooled vector are the same in both lists.
@@ -74,6 +80,16 @@ def before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple[list
         before.append(signed)
     pooled = pool(outputs[-1])
     return [*outputs, pooled], [*before, pooled]
+
+
+def _last_affines(stages: Iterable[nn.Module]) -> list[Affine]:
+    """That of the last block of each group."""
+    _, *groups, _ = stages
+    return [cast(ActivatedBlock, cast(nn.Sequential, group)[-1]).affine() for group in groups]
+
+
+# For families whose groups consist of ActivatedBlocks.
+BEFORE_LAST_ACTIVATION = Preactivation(_run_before_last_activation, _last_affines)
 
 
 def init_kaiming(model: nn.Module) -> None:

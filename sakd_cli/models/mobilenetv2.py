@@ -63,6 +63,6 @@ def build(name: str, num_classes: int, *, width: float) -> StagedModel:
             inputs, stride = outputs, stride * group.stride
         stages.append((StageInfo(f"stage{number}", inputs, stride), nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", EMBEDDING, 0), nn.Sequential(ConvUnit(inputs, EMBEDDING, 1), GlobalPool())))
-    model = StagedModel(name=name, family="mobilenetv2", stages=stages, num_classes=num_classes, preactivate=None)
+    model = StagedModel(name=name, family="mobilenetv2", stages=stages, num_classes=num_classes, preactivation=None)
     init_small_head(model)
     return model

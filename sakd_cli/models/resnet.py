@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.models.layers import (
+    BEFORE_LAST_ACTIVATION,
     ActivatedBlock,
     GlobalPool,
-    before_last_activation,
     conv3x3,
     init_kaiming,
     projection,
 )
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 
 @final
@@ -40,6 +40,9 @@ class BasicBlock(ActivatedBlock):
         total = self.shortcut(x) + residual
         return total, F.relu(total)
 
+    def affine(self) -> Affine:
+        return self.bn2.weight, self.bn2.bias
+
 
 def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)) -> StagedModel:
     """A CIFAR ResNet; `widths` are those of the stem and the three groups."""
@@ -54,7 +57,7 @@ def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = 
         stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", widths[3], 0), GlobalPool()))
     model = StagedModel(
-        name=name, family="resnet", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+        name=name, family="resnet", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
     )
     init_kaiming(model)
     return model

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.models.layers import (
+    BEFORE_LAST_ACTIVATION,
     ActivatedBlock,
     GlobalPool,
-    before_last_activation,
     conv3x3,
     init_kaiming,
     projection,
 )
 from sakd_cli.models.resnet import BasicBlock
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 EXPANSION = 4
 
@@ -47,6 +47,9 @@ class Bottleneck(ActivatedBlock):
         total = self.shortcut(x) + self.bn3(self.conv3(residual))
         return total, F.relu(total)
 
+    def affine(self) -> Affine:
+        return self.bn3.weight, self.bn3.bias
+
 
 def build(name: str, num_classes: int, *, blocks: tuple[int, int, int, int], bottleneck: bool) -> StagedModel:
     """A ResNet of four groups with so many blocks each, at strides 1, 2, 4, 8."""
@@ -61,7 +64,11 @@ def build(name: str, num_classes: int, *, blocks: tuple[int, int, int, int], bot
         inputs = outputs
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
     model = StagedModel(
-        name=name, family="resnet_imagenet", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+        name=name,
+        family="resnet_imagenet",
+        stages=stages,
+        num_classes=num_classes,
+        preactivation=BEFORE_LAST_ACTIVATION,
     )
     init_kaiming(model)
     return model

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.models.layers import (
+    BEFORE_LAST_ACTIVATION,
     ActivatedBlock,
     ConvUnit,
     GlobalPool,
-    before_last_activation,
     shuffle,
 )
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 STEM = 24
 GROUPS = 3
@@ -37,7 +37,8 @@ class ShuffleUnit(ActivatedBlock):
         super().__init__()
         self.stride = stride
         self.groups = 1 if inputs == STEM else GROUPS
-        branch = outputs - inputs if stride == 2 else outputs
+        self.passing = inputs if stride == 2 else 0
+        branch = outputs - self.passing
         inner = branch // 4
         self.squeeze = ConvUnit(inputs, inner, 1, groups=self.groups)
         self.depthwise = ConvUnit(inner, inner, 3, stride, groups=inner)
@@ -52,6 +53,9 @@ class ShuffleUnit(ActivatedBlock):
         joined = x + branch if self.stride == 1 else torch.cat([branch, F.avg_pool2d(x, 3, 2, 1)], 1)
         return joined, F.relu(joined)
 
+    def affine(self) -> Affine:
+        return F.pad(self.bn.weight, (0, self.passing)), F.pad(self.bn.bias, (0, self.passing))
+
 
 def build(name: str, num_classes: int) -> StagedModel:
     """The network of the benchmarks; it has one size."""
@@ -63,5 +67,5 @@ def build(name: str, num_classes: int) -> StagedModel:
         inputs = outputs
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
     return StagedModel(
-        name=name, family="shufflenetv1", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+        name=name, family="shufflenetv1", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
     )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import ActivatedBlock, ConvUnit, GlobalPool, before_last_activation, shuffle
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, ActivatedBlock, ConvUnit, GlobalPool, shuffle
+from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 STEM = 24
 # Units of stride 1 behind the one of stride 2.
@@ -55,6 +55,9 @@ class SplitUnit(ActivatedBlock):
         passed, signed = self._halves(x)
         return torch.cat([passed, signed], 1), shuffle(torch.cat([passed, F.relu(signed)], 1), 2)
 
+    def affine(self) -> Affine:
+        return F.pad(self.bn.weight, (self.passing, 0)), F.pad(self.bn.bias, (self.passing, 0))
+
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, : self.passing], self.bn(self.conv(self.inner(x[:, self.passing :])))
 
@@ -74,5 +77,5 @@ def build(name: str, num_classes: int, *, widths: tuple[int, int, int], embeddin
         inputs = outputs
     stages.append((StageInfo("pool", embedding, 0), nn.Sequential(ConvUnit(inputs, embedding, 1), GlobalPool())))
     return StagedModel(
-        name=name, family="shufflenetv2", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+        name=name, family="shufflenetv2", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
     )

@@ -58,15 +58,28 @@ class Features(NamedTuple):
         return self.stages[-1]
 
 
-# Stages and images to the output of every stage and, beside it, every stage's version in front of its activation.
-Preactivate = Callable[[Iterable[nn.Module], Tensor], tuple[list[Tensor], list[Tensor]]]
+# Weight and bias of a BatchNorm, [C] each: standard deviation (but for its sign) and mean of what it gives.
+Affine = tuple[Tensor, Tensor]
+
+
+class Preactivation(NamedTuple):
+    """How a family of networks is seen in front of its activations. Both get all stages.
+
+    run      images to the output of every stage, as `features` gives it, and beside it every stage's version in front
+             of its activation
+    affines  for every stage of maps behind the stem, the BatchNorm that makes this version (of a sum: its last one);
+             weight and bias 0 for channels that pass it by
+    """
+
+    run: Callable[[Iterable[nn.Module], Tensor], tuple[list[Tensor], list[Tensor]]]
+    affines: Callable[[Iterable[nn.Module]], list[Affine]]
 
 
 @final
 class StagedModel(nn.Module):
     """A classifier cut into stages. A family of networks only fills in the stages and their infos.
 
-    `preactivate` runs all stages as `features` does and sees pre-activations on the way; None: the family has none.
+    `preactivation` sees the stages in front of their activations; None: the family has no such version of them.
     """
 
     def __init__(
@@ -76,7 +89,7 @@ class StagedModel(nn.Module):
         family: str,
         stages: Sequence[tuple[StageInfo, nn.Module]],
         num_classes: int,
-        preactivate: Preactivate | None,
+        preactivation: Preactivation | None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -84,7 +97,7 @@ class StagedModel(nn.Module):
         self.num_classes = num_classes
         self.infos = tuple(info for info, _ in stages)
         self.stages = nn.ModuleList([stage for _, stage in stages])
-        self._preactivate = preactivate
+        self._preactivation = preactivation
         self.head = nn.Linear(self.infos[-1].channels, num_classes)
 
     @property
@@ -107,14 +120,21 @@ class StagedModel(nn.Module):
     @property
     def has_preactivations(self) -> bool:
         """Whether `features_with_preactivations` can be asked for."""
-        return self._preactivate is not None
+        return self._preactivation is not None
 
     def features_with_preactivations(self, x: Tensor) -> Features:
         """As `features`, with `Features.preactivations` filled. UsageError where the family has none."""
-        if self._preactivate is None:
-            raise UsageError(f"{self.name} has no pre-activation features", hint="choose another network or method")
-        outputs, before = self._preactivate(self.stages, x)
+        outputs, before = self._seen_before_activation().run(self.stages, x)
         return Features(tuple(outputs), self.head(outputs[-1]), tuple(before))
+
+    def affine_before_activation(self, stage: int) -> Affine:
+        """Weight and bias of the BatchNorm in front of the activation of one of `map_stages`; else as above."""
+        return self._seen_before_activation().affines(self.stages)[self.map_stages.index(stage)]
+
+    def _seen_before_activation(self) -> Preactivation:
+        if self._preactivation is None:
+            raise UsageError(f"{self.name} has no pre-activation features", hint="choose another network or method")
+        return self._preactivation
 
     def run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Run stages start .. stop-1; `x` is the output of stage start-1 (the images for start 0)."""

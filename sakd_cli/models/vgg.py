@@ -10,8 +10,8 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import ActivatedBlock, GlobalPool, before_last_activation, init_small_head
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, ActivatedBlock, GlobalPool, init_small_head
+from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 WIDTHS = (64, 128, 256, 512, 512)
 # Below this height the last group does not pool its input; it stands behind three poolings.
@@ -43,6 +43,9 @@ class VGGBlock(ActivatedBlock):
         normed = self.bn(self.conv(self.pool(x)))
         return normed, F.relu(normed)
 
+    def affine(self) -> Affine:
+        return self.bn.weight, self.bn.bias
+
 
 def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> StagedModel:
     """A VGG with so many convolutions in each group."""
@@ -58,7 +61,7 @@ def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int
         inputs = info.channels
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
     model = StagedModel(
-        name=name, family="vgg", stages=stages, num_classes=num_classes, preactivate=before_last_activation
+        name=name, family="vgg", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
     )
     init_small_head(model)
     return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.models.layers import GlobalPool, conv3x3, init_fan_out
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.staged import Affine, Preactivation, StagedModel, StageInfo
 
 
 @final
@@ -58,6 +58,16 @@ def _after_next_norm(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tenso
     return [*outputs, x], [outputs[0], *normed[1:], x]
 
 
+def _next_affines(stages: Iterable[nn.Module]) -> list[Affine]:
+    """Weight and bias of the BatchNorm behind each group: the next group's first, and the pooling's."""
+    _, _, *later = (cast(nn.Sequential, stage) for stage in stages)
+    norms = [cast(PreActivationBlock, group[0]).bn1 for group in later[:-1]] + [cast(nn.BatchNorm2d, later[-1][0])]
+    return [(norm.weight, norm.bias) for norm in norms]
+
+
+AFTER_NEXT_NORM = Preactivation(_after_next_norm, _next_affines)
+
+
 def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
     """A wide ResNet of `depth` layers, `width` times as wide as the first ones."""
     if depth < 10 or (depth - 4) % 6:
@@ -71,6 +81,6 @@ def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel
         stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
     pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
     stages.append((StageInfo("pool", widths[3], 0), pool))
-    model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes, preactivate=_after_next_norm)
+    model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes, preactivation=AFTER_NEXT_NORM)
     init_fan_out(model)
     return model

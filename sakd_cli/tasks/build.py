@@ -152,7 +152,7 @@ def assemble(
     lr = _learning_rate(config, config.student)
     return DistillTask(
         student,
-        teacher.features,
+        teacher.features_with_preactivations if method.preactivations else teacher.features,
         method,
         router,
         graft,

@@ -66,6 +66,7 @@ class DistillTask(Task):
         self.distillers = distillers
         self.spots = distillers.spots
         self.teacher_features = teacher_features
+        self.student_features = network.features_with_preactivations if distillers.preactivations else network.features
         self.feature_distiller = distillers.features
         self.logit_distiller = distillers.logits
         self.router = router
@@ -90,7 +91,7 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with torch.no_grad():
             teacher = self.teacher_features(batch.images)
-        student = self.network.features(batch.images)
+        student = self.student_features(batch.images)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
         ce = F.cross_entropy(student.logits, batch.labels)
         logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
