@@ -155,6 +155,18 @@ def write_small(group: str, cases: Iterable[Case]) -> None:
     (SMALL / f"{group}.json").write_text(text, encoding="utf-8")
 
 
+def write_routing() -> None:
+    """Write the routed step's copy: all its float64 figures, and the inputs that the formula does not give."""
+    cases, tensors = oracle("routing")
+    kept = {
+        name: _words(tensor)
+        for name, tensor in tensors.items()
+        if "/f64/" in name or name.endswith(("in/uniform", "in/target"))
+    }
+    facts = [{key: value for key, value in case.items() if key not in _WORDS} for case in cases]
+    (SMALL / "routing.json").write_text(json.dumps({"cases": facts, "tensors": kept}) + "\n", encoding="utf-8")
+
+
 def _words(tensor: Tensor) -> dict[str, Any]:
     digits = 13 if tensor.dtype == torch.float64 else 9
     values = [float(f"{value:.{digits}g}") for value in tensor.reshape(-1).tolist()]
@@ -162,6 +174,7 @@ def _words(tensor: Tensor) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    write_routing()
     write_small("models", oracle("models")[0])
     few = {"conv_regressor/same", "conv_regressor/double", "conv_regressor/grow", "embed/linear"}
     write_small("adapters", [case for case in oracle("adapters")[0] if case["id"] in few])
