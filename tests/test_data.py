@@ -255,3 +255,12 @@ def test_every_data_set_in_words_has_a_loader() -> None:
 
 def test_load_looks_the_name_up() -> None:
     assert table.load(ShapesConfig(train=20, test=20)).name == "shapes"
+
+
+def test_a_part_of_a_part_still_knows_where_its_images_come_from(dataset: Dataset) -> None:
+    train, held = hold_out(limited(dataset, 50, 3), 0.2, 3)
+    assert held is not None
+    for part in (train, held):
+        assert torch.equal(dataset.train.images[part.origins()], part.images)
+    assert len(set(train.origins().tolist()) | set(held.origins().tolist())) == 50
+    assert dataset.train.origins().tolist() == list(range(len(dataset.train)))

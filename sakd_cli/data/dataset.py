@@ -15,21 +15,27 @@ class Split:
 
     images  [N, 3, H, W]  uint8
     labels  [N]           int64 class index
+    origin  [N]           int64 position in the data set's own split; None: in order, nothing left out
     """
 
     images: Tensor
     labels: Tensor
+    origin: Tensor | None = None
+
+    def origins(self) -> Tensor:
+        """Position of every sample in the data set's own split, [N]."""
+        return torch.arange(len(self)) if self.origin is None else self.origin
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
         """The same split on `device`; nothing is copied where it already lives there."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return Split(self.images.to(device), self.labels.to(device), self.origin)
 
     def subset(self, index: Tensor) -> "Split":
         """The samples at `index` [n] int64, in that order."""
-        return Split(self.images[index], self.labels[index])
+        return Split(self.images[index], self.labels[index], self.origins()[index.cpu()])
 
 
 @dataclass(frozen=True)

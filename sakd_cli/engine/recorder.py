@@ -13,11 +13,20 @@ from sakd_cli.engine.task import SpotUse
 class SpotRecorder:
     """Counts the use of S spots by class over an epoch, and by training sample over the whole run.
 
-    names  (name, kind) of every spot; classes, samples: how many there are
+    names   (name, kind) of every spot; classes, samples: how many there are
+    origin  [samples] position of every sample in the data set, to find the images again; None: in order
     """
 
-    def __init__(self, names: Sequence[tuple[str, str]], classes: int, samples: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        names: Sequence[tuple[str, str]],
+        classes: int,
+        samples: int,
+        device: torch.device,
+        origin: Tensor | None = None,
+    ) -> None:
         self.names = tuple(names)
+        self.origin = torch.arange(samples) if origin is None else origin
         spots = len(self.names)
         self.taught_of_sample = torch.zeros(samples, spots, device=device)
         self.visits_of_sample = torch.zeros(samples, device=device)

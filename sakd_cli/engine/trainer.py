@@ -151,6 +151,7 @@ class Trainer:
             checkpoint.write(folder / "best", delivery.save_weights, self._training_tensors(), state, keep=False)
         if self.recorder is not None:
             record = {name: tensor.cpu() for name, tensor in self.recorder.tensors().items()}
+            record["index"] = self.recorder.origin
             write_aside(self.run.path / "samples.safetensors", save(record))
         delivery.publish(self.run, {"epoch": self.epoch})
 

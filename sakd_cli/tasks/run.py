@@ -54,7 +54,8 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
-        recorder = SpotRecorder(names, len(job.images.dataset.classes), len(job.images.train), job.device)
+        train = job.images.train
+        recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
     judge = _judge(job)
     facts = _teacher_facts(job, judge)
     delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
