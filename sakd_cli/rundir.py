@@ -4,7 +4,7 @@ config.yaml        every word of the run; can be run again with --config
 env.json           versions, device, command, start
 metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
 spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
-samples.safetensors  per training sample: visits, and per spot how often it was taught there
+samples.safetensors  per training sample: its place in the data set, visits, how often it was taught at each spot
 checkpoints/       last, previous, best: see engine/checkpoint.py
 teacher/ student/  the deployable network: model.safetensors, config.json, README.md
 summary.json       final figures; its presence means the run is finished

@@ -14,6 +14,10 @@ import pytest
 
 from sakd_cli.cli.app import run
 
+# Set before torch is imported. On small tensors a second thread wins nothing, and on a busy machine waiting for it costs
+# several times the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TINY = shlex.split("--dataset shapes --set data.train=200 --set data.test=100 --epochs 1")
 PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
 
