@@ -14,8 +14,7 @@ import pytest
 
 from sakd_cli.cli.app import run
 
-# Set before torch is imported. On small tensors a second thread wins nothing, and on a busy machine waiting for it costs
-# several times the time.
+# Set before torch is imported. On small tensors a second thread wins nothing; on a busy machine waiting for it costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = shlex.split("--dataset shapes --set data.train=200 --set data.test=100 --epochs 1")
