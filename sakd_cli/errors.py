@@ -6,8 +6,7 @@ SakdError                 1   a bug of ours, if ever raised directly
 ├── CheckpointError       4   a run's own checkpoint that is missing or damaged
 ├── DiskError             5   the disk is full or not writable
 ├── MemoryLimitError      6   the device has too little memory
-├── NonFiniteError        7   a loss or a gradient is NaN or infinite
-└── RunInUseError         8   another process works in this run directory
+└── NonFiniteError        7   a loss or a gradient is NaN or infinite
 """
 
 import difflib
@@ -59,12 +58,6 @@ class NonFiniteError(SakdError):
     """A number that must be finite is not."""
 
     exit_code = 7
-
-
-class RunInUseError(SakdError):
-    """Two processes in one run directory."""
-
-    exit_code = 8
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -60,6 +60,18 @@ class Shop:
             for path in self.path.rglob("*")
         }
 
+    def refuses(self, words: list[str], code: int, text: str) -> Said:
+        """One line of error, at most one of hint, the exit code, and nothing written."""
+        before = self.tree()
+        said = self.sakd(*words)
+        lines = said.err.splitlines()
+        assert (said.code, said.out) == (code, ""), said.err
+        assert lines[0].startswith("error: ")
+        assert [line.partition(":")[0] for line in lines[1:]] in ([], ["hint"])
+        assert text in lines[0]
+        assert self.tree() == before
+        return said
+
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
@@ -84,3 +96,9 @@ def teacher(shop: Shop, taught: Said) -> Path:
 def distilled(shop: Shop, taught: Said) -> dict[str, Any]:
     """The summary of a distillation from that teacher."""
     return shop.sakd(*PAIR, "--method", "fitnet", *TINY, "--json").document
+
+
+@pytest.fixture(scope="session")
+def full(shop: Shop, distilled: dict[str, Any]) -> Shop:
+    """The shop with these two runs."""
+    return shop

@@ -1,5 +1,6 @@
 """The command `sakd`: its subcommands, and what becomes of an error. Torch is imported inside the commands only."""
 
+import errno
 import signal
 import sys
 import traceback
@@ -10,12 +11,12 @@ import typer
 from sakd_cli import __version__
 from sakd_cli.cli import look, train, words
 from sakd_cli.cli.console import complain
-from sakd_cli.errors import MemoryLimitError, SakdError
+from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, UsageError
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
     "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
-    "7 non-finite number, 8 run directory in use, 130 Ctrl-C, 143 SIGTERM."
+    "7 non-finite number, 130 Ctrl-C, 143 SIGTERM."
 )
 app = typer.Typer(
     name="sakd",
@@ -68,6 +69,9 @@ def run(arguments: list[str]) -> int:
     except SakdError as error:
         complain(error.message, error.hint)
         return error.exit_code
+    except OSError as error:  # whatever the floors below did not put into words of their own
+        complain(f"{error.filename or 'file system'}: {error.strerror or error}")
+        return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
     except MemoryError as error:
         complain(f"out of memory: {error}", "a smaller --batch-size or less data (--set data.limit=...)")
         return MemoryLimitError.exit_code

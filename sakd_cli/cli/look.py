@@ -43,11 +43,9 @@ def evaluate(
     given = o.layers(ctx.params)
     weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
     trained_on = [Layer("the run's config", {"data": data})] if run and (data := run.config.get("data")) else []
-    unfinished = " of a run that is not finished" if run and not run.finished else ""
-    Talk(quiet=quiet).say(f"scoring {weights}{unfinished}")
     from sakd_cli.tasks.score import score
 
-    result = score(weights, run, [*trained_on, *given])
+    result = score(weights, run, [*trained_on, *given], Talk(quiet=quiet))
     if json:
         emit(result)
         return

@@ -1,20 +1,23 @@
 """Score a saved network on the test images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.runtime import pick_device
+from sakd_cli.engine.watch import Watcher
 from sakd_cli.models import artifact
 from sakd_cli.models.cost import cost
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import check_classes, load_images
 
 
-def score(weights: Path, run: RunDir | None, layers: Iterable[Layer]) -> dict[str, Any]:
+def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: Watcher) -> dict[str, Any]:
     """Figures of the network in `weights` (file or folder); the layers say which data and device.
 
     run   the run that the weights come from, if any; weights of none are scored on the data set of their header.
@@ -28,7 +31,10 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer]) -> dict[st
     check_classes(network, images, str(weights))
     model = network.model.to(device)
     dataset = images.dataset
-    scores = evaluate(model, EvalLoader(dataset.test, dataset, device=device), len(dataset.classes))
+    unfinished = " of a run that is not finished" if run and not run.finished else ""
+    batches = EvalLoader(dataset.test, dataset, device=device)
+    followed = _followed(batches, watcher, f"scoring {weights}{unfinished}")
+    scores = evaluate(model, followed, len(dataset.classes))
     per_class = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, strict=True)
     return {
         "schema": "sakd.eval/1",
@@ -45,3 +51,14 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer]) -> dict[st
         "device": str(device),
         "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
     }
+
+
+def _followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches, with the watcher told of each."""
+    watcher.begin(title, len(batches))
+    try:
+        for step, batch in enumerate(batches, start=1):
+            yield batch
+            watcher.advance(step)
+    finally:
+        watcher.end()

@@ -1,0 +1,111 @@
+"""A wrong input costs one line: what, where, what to do, the right exit code, and the disk as it was."""
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PAIR, TINY, Shop
+from safetensors.torch import save_file
+
+from sakd_cli.models.artifact import NetworkCard, save_weights
+from sakd_cli.models.table import create
+
+CLASSES = 20
+
+
+@pytest.fixture(scope="session")
+def messy(shop: Shop, distilled: dict[str, Any]) -> Shop:
+    """The shop with two runs and with files to stumble over."""
+    cifar10 = NetworkCard("resnet8", "cifar10", tuple("abcdefghij"), (0.5,) * 3, (0.3,) * 3, 32)
+    save_weights(shop.path / "cifar10.safetensors", create("resnet8", 10), cifar10)
+    sound = (shop.path / "cifar10.safetensors").read_bytes()
+    (shop.path / "cut.safetensors").write_bytes(sound[:-100])
+    (shop.path / "text.safetensors").write_text("no weights at all")
+    save_file({"a": torch.zeros(2)}, shop.path / "foreign.safetensors")
+    (shop.path / "flipped").mkdir()
+    student = shop.path / distilled["run"] / "student"
+    (shop.path / "flipped" / "config.json").write_bytes((student / "config.json").read_bytes())
+    weights = (student / "model.safetensors").read_bytes()
+    (shop.path / "flipped" / "model.safetensors").write_bytes(weights[:-5] + bytes([weights[-5] ^ 1]) + weights[-4:])
+    shutil.copytree(student, shop.path / "odd" / "student")
+    (shop.path / "odd" / "config.yaml").write_text("{}")
+    (shop.path / "empty").mkdir()
+    (shop.path / "broken.yaml").write_text("train: [")
+    (shop.path / "cifar" / "cifar-100-python").mkdir(parents=True)
+    for name in ("train", "test", "meta"):
+        (shop.path / "cifar" / "cifar-100-python" / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    return shop
+
+
+BAD = f"""
+2 | unknown model 'resnt8'; did you mean 'resnet8'?         | pretrain-teacher resnt8
+2 | unknown model 'resnt8'; did you mean 'resnet8'?         | distill --teacher resnet8 --student resnt8
+2 | unknown model 'resnt8'; did you mean 'resnet8'?         | distill --teacher resnt8 --student resnet8
+2 | unknown method 'atx'; did you mean 'at'?                | PAIR --method atx
+2 | unknown router 'adaptve'; did you mean 'adaptive'?      | PAIR --router adaptve
+2 | unknown data set 'shaps'; did you mean 'shapes'?        | PAIR --dataset shaps
+2 | unknown preset 'quikstart'; did you mean 'quickstart'?  | distill --preset quikstart
+2 | unknown key 'train.epoch'; did you mean 'train.epochs'? | PAIR --set train.epoch=3
+2 | train.epochs: Input should be a valid integer           | PAIR --epochs ten
+2 | train.lr: Input should be a finite number               | PAIR --set train.lr=.nan
+2 | seed: Input should be greater than or equal to 0        | pretrain-teacher resnet8 --seed -1
+2 | student: missing                                        | distill --teacher resnet8
+2 | model: missing                                          | pretrain-teacher
+2 | device: unknown device 'gpu'                            | pretrain-teacher resnet8 --device gpu
+2 | device: 'cuda:99' is not available here                 | pretrain-teacher resnet8 --device cuda:99
+2 | No such option                                          | pretrain-teacher resnet8 --bogus
+2 | No such command                                         | distil
+2 | nowhere.yaml: no such file                              | PAIR --config nowhere.yaml
+2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
+2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9
+2 | is beyond the last of 3 stages | PAIR --teacher resnet14 --pretrain TINY --set method.stage=9
+2 | no finished adaptive run of resnet8 to resnet14         | PAIR --student resnet14 TINY --router random-matched
+2 | no/where: no such file                                  | distill --teacher no/where TO8
+2 | cut.safetensors: damaged                                | distill --teacher cut.safetensors TO8
+2 | text.safetensors: damaged                               | distill --teacher text.safetensors TO8
+2 | foreign.safetensors: not a network saved by sakd        | distill --teacher foreign.safetensors TO8
+2 | damaged, its content does not fit                       | distill --teacher flipped TO8
+2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | distill --teacher cifar10.safetensors TO8
+2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | eval cifar10.safetensors --dataset shapes -q
+2 | damaged, its content does not fit                       | eval flipped -q
+2 | nowhere: no such file                                   | eval nowhere -q
+2 | File name too long                                      | eval LONG
+2 | File name too long                                      | PAIR --teacher LONG
+2 | File name too long                                      | inspect-spots --runs-dir LONG
+2 | no such file                                            | eval empty -q
+2 | odd: not a run directory                                | eval odd -q
+2 | no run with a trained network in empty                  | eval --runs-dir empty
+2 | no distillation in empty                                | inspect-spots --runs-dir empty
+2 | not a run directory                                     | inspect-spots empty
+2 | it is a 'pretrain' run                                  | inspect-spots TEACHER
+2 | Invalid value for '--top'                               | inspect-spots --top 0
+2 | 'modles' is not one of                                  | list modles
+3 | cifar100: files not found in       | pretrain-teacher resnet8 --data-root empty --set data.download=false
+3 | cifar100: damaged file                                  | pretrain-teacher resnet8 --data-root cifar
+3 | leaves no held-out image                                | pretrain-teacher resnet8 TINY --set data.limit=3
+5 | cannot make a run directory                             | pretrain-teacher resnet8 TINY -q --runs-dir broken.yaml
+"""
+
+
+@pytest.mark.parametrize("case", BAD.strip().splitlines(), ids=lambda case: case.split("|")[2].strip())
+def test_a_mistake_costs_one_line_and_writes_nothing(messy: Shop, teacher: Path, case: str) -> None:
+    code, text, line = (part.strip() for part in case.split("|"))
+    known = {
+        "PAIR": PAIR,
+        "TINY": TINY,
+        "TO8": ["--student", "resnet8", *TINY],
+        "TEACHER": [str(teacher)],
+        "LONG": ["a" * 300],
+    }
+    words = [part for word in shlex.split(line) for part in known.get(word, [word])]
+    messy.refuses(words, int(code), text)
+
+
+@pytest.mark.parametrize("size", ["64", "200"], ids=["seen in training", "seen when judged"])
+def test_numbers_that_explode_end_the_run_with_their_own_exit_code(messy: Shop, size: str) -> None:
+    said = messy.sakd(*PAIR, *TINY, "--set", "train.lr=1e30", "--batch-size", size, "--quiet")
+    assert said.code == 7
+    assert [line.partition(":")[0] for line in said.err.splitlines()] == ["error", "hint"]
