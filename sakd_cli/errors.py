@@ -6,7 +6,10 @@ SakdError                 1   a bug of ours, if ever raised directly
 ├── CheckpointError       4   a run's own checkpoint that is missing or damaged
 ├── DiskError             5   the disk is full or not writable
 ├── MemoryLimitError      6   the device has too little memory
-└── NonFiniteError        7   a loss or a gradient is NaN or infinite
+├── NonFiniteError        7   a loss or a gradient is NaN or infinite
+└── RunInUseError         8   another process works in this run directory
+
+Stopped            130, 143   no error: Ctrl-C or SIGTERM, after the state was saved
 """
 
 import difflib
@@ -58,6 +61,25 @@ class NonFiniteError(SakdError):
     """A number that must be finite is not."""
 
     exit_code = 7
+
+
+class RunInUseError(SakdError):
+    """Two processes in one run directory."""
+
+    exit_code = 8
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end; no `except Exception` swallows it. `saved` says what can be gone on from."""
+
+    def __init__(self, signal: int, saved: str = "nothing to save yet", hint: str | None = None) -> None:
+        super().__init__(saved)
+        self.signal, self.saved, self.hint = signal, saved, hint
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell calls the end by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signal
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -13,16 +13,21 @@ summary.json       final figures; its presence means the run is finished
 import hashlib
 import json
 import os
+import platform
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from filelock import FileLock, Timeout
 
-from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.errors import DiskError, RunInUseError, UsageError
 
 DELIVERABLES = ("student", "teacher")
+BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml
 
 
 def sha256(path: Path) -> str:
@@ -47,7 +52,12 @@ def write_aside(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write one JSON document, atomically."""
-    write_aside(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_aside(path, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """The one way in which a JSON document is written, so that a changed byte can be told."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 class RunDir:
@@ -60,20 +70,48 @@ class RunDir:
     def create(cls, runs_dir: Path, label: str) -> "RunDir":
         """Make a new directory `<date>-<time>-<label>`; never one that exists."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        try:
-            runs_dir.mkdir(parents=True, exist_ok=True)
-            for attempt in range(1, 1000):
-                path = runs_dir / (f"{stamp}-{label}" if attempt == 1 else f"{stamp}-{label}-{attempt}")
-                try:
-                    path.mkdir()
-                except FileExistsError:
+        for attempt in range(1, 1000):
+            path = runs_dir / (f"{stamp}-{label}" if attempt == 1 else f"{stamp}-{label}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                if path.exists():
                     continue
-                return cls(path)
-        except OSError as error:
-            raise DiskError(
-                f"{runs_dir}: cannot make a run directory: {error.strerror}", hint="--runs-dir DIR"
-            ) from None
+                raise DiskError(f"{runs_dir}: not a folder", hint="--runs-dir DIR") from None
+            except OSError as error:
+                raise DiskError(
+                    f"{runs_dir}: cannot make a run directory: {error.strerror}", hint="--runs-dir DIR"
+                ) from None
+            return cls(path)
         raise DiskError(f"{runs_dir}: too many runs of the same second")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out. RunInUseError, naming the holder, where one is in; a dead one holds nothing."""
+        lock, holder = FileLock(self.path / ".lock", timeout=0), self.path / ".holder"
+        try:
+            lock.acquire()
+        except Timeout:
+            try:
+                who = json.loads(holder.read_text(encoding="utf-8"))
+                name = f"process {int(who['pid'])} on {who['host']}"
+            except (OSError, ValueError, KeyError, TypeError):
+                name = "another process"
+            raise RunInUseError(f"{self.path}: in use by {name}") from None
+        except OSError as error:
+            raise DiskError(f"{self.path}: cannot be locked: {error.strerror}") from None
+        try:
+            write_json(holder, {"host": platform.node(), "pid": os.getpid()})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def clear(self) -> None:
+        """Remove all that a run wrote; keep the folder and its lock."""
+        for path in self.path.iterdir():
+            if path.name not in (".lock", ".holder"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,6 +144,21 @@ class RunDir:
         except OSError as error:
             raise DiskError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
+    def log_sizes(self) -> dict[str, int]:
+        """Bytes of every JSON-lines file, after they were flushed to the disk."""
+        sizes = {}
+        for path in sorted(self.path.glob("*.jsonl")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def cut_logs(self, sizes: dict[str, int]) -> None:
+        """Take back the lines that were written after `log_sizes` gave these sizes."""
+        for path in self.path.glob("*.jsonl"):
+            if path.stat().st_size > sizes.get(path.name, 0):
+                os.truncate(path, sizes.get(path.name, 0))
+
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The records of a JSON-lines file; none if it is not there. Torn lines are left out."""
         path = self.path / name
@@ -127,6 +180,59 @@ class RunDir:
         if not isinstance(content, dict):
             raise UsageError(f"{self.path / name}: missing or damaged")
         return content
+
+
+class Intent(NamedTuple):
+    """What a command means to do: make a new run, go on with one, or replace one. Nothing is replaced unasked.
+
+    resume     go on with this run
+    lenient    where its last checkpoint is damaged, an older one will do
+    folder     make the new run exactly here; None: `<date>-<time>-<label>` in the folder of runs
+    overwrite  a run that is there goes first
+    """
+
+    resume: RunDir | None = None
+    lenient: bool = False
+    folder: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.resume is not None and self.resume.finished
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the finished run."""
+        assert self.resume is not None
+        return {"run": str(self.resume.path)} | self.resume.read_json("summary.json")
+
+    def check(self) -> None:
+        """Raise UsageError where a new run would stand on something."""
+        if self.folder is None or not self.folder.exists():
+            if self.overwrite:
+                raise UsageError("--overwrite needs --run-dir DIR, the run to replace")
+            return
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {str(self.folder)}
+        if not there - BEGINNING:  # empty, or a run that was killed before it began
+            return
+        if "config.yaml" not in there:
+            raise UsageError(f"{self.folder}: is there and is no run directory; it is left alone")
+        if not self.overwrite:
+            hint = f"--resume {self.folder} goes on with it, --overwrite replaces it"
+            raise UsageError(f"{self.folder}: there is a run already", hint)
+
+    def open(self, runs_dir: Path, label: str) -> RunDir:
+        """The run directory to work in, to be locked."""
+        self.check()
+        if self.resume is not None:
+            return self.resume
+        if self.folder is None:
+            return RunDir.create(runs_dir, label)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
+        return RunDir(self.folder)
 
 
 def all_runs(runs_dir: Path) -> list[RunDir]:

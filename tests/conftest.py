@@ -102,3 +102,7 @@ def distilled(shop: Shop, taught: Said) -> dict[str, Any]:
 def full(shop: Shop, distilled: dict[str, Any]) -> Shop:
     """The shop with these two runs."""
     return shop
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how often tests/test_resume.py kills a run")

@@ -159,7 +159,7 @@ def test_there_is_one_backward_pass_beside_the_dry_run() -> None:
 
 def test_there_is_one_training_loop() -> None:
     steps = [place for path in MODULES for place in calls(path, "step")]
-    assert steps == ["engine/optim.py:step", "engine/trainer.py:_train_epoch"]
+    assert steps == ["engine/optim.py:step", "engine/trainer.py:_train"]
     loops = [
         named(path)
         for path in MODULES

@@ -267,17 +267,6 @@ def test_the_module_is_the_command_and_leaves_with_its_exit_code(shop: Shop) -> 
     assert failed.stderr.startswith("error: method: unknown method 'atx'")
 
 
-def test_a_terminated_run_says_so_in_one_line(shop: Shop, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sakd_cli", "pretrain-teacher", "resnet8", *TINY, "--epochs", "1000"]
-    with subprocess.Popen([*command, "--runs-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        while "epoch 1 " not in running.stderr.readline():
-            assert running.poll() is None
-        running.terminate()
-        assert running.stderr.read().splitlines()[-1] == "error: terminated"
-    assert running.returncode == 143
-
-
 @pytest.mark.skipif(
     not (CIFAR / "cifar-100-python" / "train").is_file(), reason="no CIFAR-100 files beside the checkout"
 )

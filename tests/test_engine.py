@@ -1,8 +1,6 @@
 """The engine: figures, rates, counters, checkpoints that show every damage, and a resume that changes no bit."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.engine.trainer import Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Silent
-from sakd_cli.errors import CheckpointError, NonFiniteError
+from sakd_cli.errors import NonFiniteError
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import assemble
@@ -83,7 +81,7 @@ class Ear(Silent):
         self.heard: list[Any] = []
         self.advance = self.heard.append
 
-    def begin(self, title: str, steps: int) -> None:
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
         self.heard.append(steps)
 
     def end(self) -> None:
@@ -165,7 +163,7 @@ def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:
     assert (last["share"], last["by_class"]) == (0.25, [0.5, 0.0, None])
     assert (first["probability"], last["probability"]) == (0.625, 0.375)
     assert (line["gamma_raised"], line["gamma_lowered"], line["count_active"]) == (0.5, None, None)
-    tensors = recorder.tensors()
+    tensors = recorder.by_sample()
     assert tensors["visits"].tolist() == [1, 1, 1, 0, 1]
     assert tensors["taught"].tolist() == [[0, 0], [1, 1], [1, 0], [0, 0], [1, 0]]
     empty = recorder.close_epoch(8)
@@ -185,100 +183,6 @@ def test_a_network_is_scored_in_evaluation_mode_and_left_as_it_was() -> None:
     assert scores.top1_of_class == (100.0, 0.0, None, None, None, 50.0)
     few = evaluate(nn.Identity(), [(torch.eye(3), torch.tensor([2, 2, 2]))], 3)
     assert (few.top1, few.top5) == (pytest.approx(100 / 3), 100.0)
-
-
-TRAINING = {"task/policy": torch.arange(6.0).reshape(2, 3).T, "momentum/a": torch.ones(2, 2)}
-
-
-def write(folder: Path, mark: float = 1.0, *, keep: bool = True) -> None:
-    weights = {"weight": torch.full((2, 2), mark)}
-    checkpoint.write(folder, lambda path: save_file(weights, path), TRAINING, {"epoch": mark, "best": {}}, keep=keep)
-
-
-def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    write(tmp_path / "last")
-    loaded = checkpoint.read(tmp_path / "last")
-    assert torch.equal(loaded.model["weight"], torch.ones(2, 2))
-    assert loaded.training.keys() == TRAINING.keys()
-    assert all(torch.equal(loaded.training[name], tensor) for name, tensor in TRAINING.items())
-    assert loaded.state == {"format": checkpoint.FORMAT, "epoch": 1.0, "best": {}}
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == sorted([*checkpoint.FILES, "manifest.json"])
-
-
-def test_the_old_checkpoint_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
-    for mark in (1.0, 2.0, 3.0):
-        write(tmp_path / "last", mark)
-        write(tmp_path / "best", mark, keep=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "previous"]
-    marks = {name: checkpoint.read(tmp_path / name).state["epoch"] for name in ("best", "last", "previous")}
-    assert marks == {"best": 3.0, "last": 3.0, "previous": 2.0}
-
-
-@pytest.mark.parametrize("file", [*checkpoint.FILES, "manifest.json"])
-def test_every_flipped_bit_every_cut_and_every_missing_file_is_found(tmp_path: Path, file: str) -> None:
-    write(tmp_path / "last")
-    path = tmp_path / "last" / file
-    sound = path.read_bytes()
-    damaged = [sound[:length] for length in (0, 1, len(sound) // 2, len(sound) - 2)] + [sound + b"\0"]
-    damaged += [sound[:at] + bytes([sound[at] ^ 1 << at % 8]) + sound[at + 1 :] for at in range(len(sound))]
-    for content in damaged:
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError) as caught:
-            checkpoint.read(tmp_path / "last")
-        assert str(tmp_path / "last") in caught.value.message
-    path.unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        checkpoint.read(tmp_path / "last")
-
-
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", "sakd.checkpoint/0")
-    write(tmp_path / "last")
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="another version"):
-        checkpoint.read(tmp_path / "last")
-
-
-class Killed(BaseException):
-    """The process dies here."""
-
-
-def dying(call: Callable[..., Any], countdown: list[int]) -> Callable[..., Any]:
-    def wrapped(*args: Any, **settings: Any) -> Any:
-        countdown[0] -= 1
-        if countdown[0] < 0:
-            raise Killed
-        return call(*args, **settings)
-
-    return wrapped
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_at_every_instant_one_checkpoint_is_whole(tmp_path: Path, keep: bool) -> None:
-    for survived in range(99):
-        folder = tmp_path / str(survived) / "last"
-        write(folder, 1.0)
-        write(folder, 2.0, keep=keep)
-        with pytest.MonkeyPatch.context() as patch:
-            countdown = [survived]
-            for place, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "replace"), (Path, "mkdir")):
-                patch.setattr(place, name, dying(getattr(place, name), countdown))
-            try:
-                write(folder, 3.0, keep=keep)
-                break
-            except Killed:
-                pass
-        candidates = [folder.with_name(name) for name in ("last", "last.new", "previous")]
-        assert {state_of(path) for path in candidates} & {2.0, 3.0}, f"nothing left after {survived} operations"
-    assert survived > 8
-    assert state_of(folder) == 3.0
-
-
-def state_of(folder: Path) -> Any:
-    try:
-        return checkpoint.read(folder).state["epoch"]
-    except CheckpointError:
-        return None
 
 
 def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
@@ -305,7 +209,9 @@ def test_a_stage_without_an_outcome_only_trains(tmp_path: Path) -> None:
     figures = trainer_of(task, tmp_path, 1, outcome=None, phase="warm-up").fit()
     assert figures.keys() == {"seconds", "phases"}
     assert [line["kind"] for line in RunDir(tmp_path).lines("metrics.jsonl")] == ["warm-up"] * 2
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["warm-up"]
+    saved = checkpoint.read(tmp_path / "checkpoints" / "warm-up" / "last")
+    assert (saved.model, saved.state["step"]) == (None, 3)
     assert not torch.equal(task.network[1].weight, before)
 
 
@@ -344,7 +250,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path: Path, method: 
     distiller_of(method, router, tmp_path / "halves", 2).fit()
     # Everything that a checkpoint forgets would come from another seed.
     resumed = distiller_of(method, router, tmp_path / "halves", 4, seed=1)
-    resumed.resume(tmp_path / "halves" / "checkpoints" / "last")
+    resumed.resume(checkpoint.read(tmp_path / "halves" / "checkpoints" / "last"))
     assert resumed.epoch == 2
     figures = resumed.fit()
     assert (figures["headline"], figures["best"]) == (expected["headline"], expected["best"])
@@ -365,7 +271,7 @@ def test_a_checkpoint_of_an_adaptive_run_holds_all_that_is_trained(tmp_path: Pat
     training = checkpoint.read(tmp_path / "checkpoints" / "last").training
     kept = {name.split("/")[0] + "/" + name.split("/")[1].split(".")[0] for name in training}
     assert {"task/router", "task/graft", "task/feature_distiller", "momentum/student", "momentum/router"} <= kept
-    assert {"samples/taught", "samples/visits", "random/cpu"} <= set(training)
+    assert {"samples/sample_taught", "samples/sample_visits", "random/cpu"} <= set(training)
     assert not [name for name in training if name.startswith("task/network")], "the network has its own file"
     momenta = sum(len(group.parameters) for group in trainer.task.groups())
     assert sum(name.startswith("momentum/") for name in training) == momenta
@@ -376,7 +282,7 @@ def test_the_state_of_torchs_own_generator_is_put_back(tmp_path: Path) -> None:
     expected = torch.rand(3)
     again = trainer_of(PlainTask(), tmp_path, 1)
     torch.manual_seed(777)
-    again.resume(tmp_path / "checkpoints" / "last")
+    again.resume(checkpoint.read(tmp_path / "checkpoints" / "last"))
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -17,7 +17,7 @@ from sakd_cli.errors import DiskError, UsageError
 from sakd_cli.models.artifact import FORMAT, load, save_weights
 from sakd_cli.rundir import RunDir, all_runs, newest_run, sha256, write_aside, write_json
 
-OF_A_RUN = {"config.yaml", "env.json", "metrics.jsonl", "summary.json"}
+OF_A_RUN = {"config.yaml", "env.json", "metrics.jsonl", "summary.json", ".lock"}
 OF_A_DISTILLATION = OF_A_RUN | {"spots.jsonl", "samples.safetensors"}
 OF_A_CHECKPOINT = {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}
 OF_A_NETWORK = {"model.safetensors", "config.json", "README.md"}
@@ -231,7 +231,7 @@ def test_a_distillation_leaves_what_the_house_plan_says_and_no_pickle(shop: Shop
             case ".jsonl":
                 assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
             case _:
-                assert path.name in ("config.yaml", "README.md")
+                assert path.name in ("config.yaml", "README.md", ".lock")
 
 
 @pytest.mark.parametrize("place", ["student", "checkpoints/last", "checkpoints/best"])

@@ -11,12 +11,12 @@ import typer
 from sakd_cli import __version__
 from sakd_cli.cli import look, train, words
 from sakd_cli.cli.console import complain
-from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, UsageError
+from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
     "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
-    "7 non-finite number, 130 Ctrl-C, 143 SIGTERM."
+    "7 non-finite number, 8 run directory in use, 130 Ctrl-C, 143 SIGTERM."
 )
 app = typer.Typer(
     name="sakd",
@@ -62,7 +62,7 @@ app.add_typer(config_app, name="config", rich_help_panel="Words")
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors of the user's cost one line."""
     try:
-        code = int(app(arguments, prog_name="sakd", standalone_mode=False) or 0)
+        code = int(app(_resume_alone(arguments), prog_name="sakd", standalone_mode=False) or 0)
         if code == INTERRUPTED:  # typer answers Ctrl-C itself, without a word
             complain("interrupted")
         return code
@@ -72,6 +72,11 @@ def run(arguments: list[str]) -> int:
     except OSError as error:  # whatever the floors below did not put into words of their own
         complain(f"{error.filename or 'file system'}: {error.strerror or error}")
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
+    except Stopped as stopped:
+        complain(
+            f"{'interrupted' if stopped.exit_code == INTERRUPTED else 'terminated'}; {stopped.saved}", stopped.hint
+        )
+        return stopped.exit_code
     except MemoryError as error:
         complain(f"out of memory: {error}", "a smaller --batch-size or less data (--set data.limit=...)")
         return MemoryLimitError.exit_code
@@ -89,6 +94,15 @@ def run(arguments: list[str]) -> int:
         traceback.print_exc()
         complain(f"a bug in sakd: {type(error).__name__}: {error}", hint="please report it with the lines above")
         return 1
+
+
+def _resume_alone(arguments: list[str]) -> list[str]:
+    """`--resume` without a value means `--resume auto`; the parser knows no option whose value may be left out."""
+    words = list(arguments)
+    for place, word in enumerate(arguments):
+        if word == "--resume" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-")):
+            words.insert(len(words) - len(arguments) + place + 1, "auto")
+    return words
 
 
 def _called(error: Exception) -> str:

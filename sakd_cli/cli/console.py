@@ -1,8 +1,12 @@
 """Where things are said: data to stdout, talk to stderr; colours and bars only where someone looks."""
 
 import json
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -55,19 +59,44 @@ class Talk:
         self.steps = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._signal = 0
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM ask the run to save and to end; a second one ends the process at once."""
+
+        def note(signum: int, frame: object) -> None:
+            if self._signal:
+                os._exit(128 + signum)
+            self._signal = signum
+            self.say("stopping: the step is finished and the state saved; once more to leave at once")
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self) -> int:
+        return self._signal
 
     def say(self, text: str) -> None:
         """One line of talk."""
         if not self.quiet:
             self.console.print(escape(text))
 
-    def begin(self, title: str, steps: int) -> None:
+    def warn(self, text: str) -> None:
+        """One line that is shown even where talk is not."""
+        self.console.print(f"[bold yellow]warning:[/] {escape(clean(text))}")
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
         self.steps = steps
-        self.say(title)
+        self.say(f"{title}, from step {done}" if done else title)
         if self.console.is_terminal and not self.quiet:
             columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("", total=steps)
+            self._task = self._bar.add_task("", total=steps, completed=done)
             self._bar.start()
 
     def advance(self, step: int) -> None:

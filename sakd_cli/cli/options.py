@@ -98,6 +98,23 @@ DataRoot = Annotated[
 RunsDir = Annotated[
     str | None, typer.Option(help="Folder of the run directories (runs). [env: SAKD_RUNS_DIR]", rich_help_panel="Run")
 ]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="DIR", help="Make the run exactly here, not in a new folder.", rich_help_panel="Run"
+    ),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|RUN",
+        help="Go on with a run, bit for bit. auto: the newest with these words, or a new one.",
+        rich_help_panel="Run",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="With --run-dir: replace the run that is there.", rich_help_panel="Run")
+]
 Epochs = Annotated[
     str | None,
     typer.Option(metavar="N", help="Passes over the images (240). [env: SAKD_EPOCHS]", rich_help_panel="Training"),

@@ -1,5 +1,7 @@
 """`sakd pretrain-teacher` and `sakd distill`."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
-from sakd_cli.rundir import RunDir
+from sakd_cli.cli.intent import AUTO, twin, understood
+from sakd_cli.rundir import Intent, RunDir
 
 
 def pretrain_teacher(
@@ -23,6 +26,9 @@ def pretrain_teacher(
     config: o.Config = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
+    run_dir: o.RunFolder = None,
+    resume: o.Resume = None,
+    overwrite: o.Overwrite = False,
     device: o.Device = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -36,12 +42,15 @@ def pretrain_teacher(
 
         sakd pretrain-teacher resnet20 --dataset shapes --epochs 5 --seed 1
     """
-    words = o.resolved("pretrain", ctx.params).config
+    words, intent = understood("pretrain", ctx.params)
+    if intent.finished:
+        _finish(intent.summary(), dry_run=False, json=json)
+        return
     talk = Talk(quiet=quiet)
     from sakd_cli.tasks import build, run
 
     job = build.pretraining(words)
-    _finish(run.try_one_batch(job) if dry_run else _trained(job, talk), dry_run=dry_run, json=json)
+    _finish(run.try_one_batch(job) if dry_run else _trained(job, intent, talk), dry_run=dry_run, json=json)
 
 
 def distill(
@@ -61,6 +70,9 @@ def distill(
     config: o.Config = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
+    run_dir: o.RunFolder = None,
+    resume: o.Resume = None,
+    overwrite: o.Overwrite = False,
     device: o.Device = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -74,7 +86,10 @@ def distill(
 
         sakd distill --teacher wrn40_2 --student wrn16_2 --method fitnet --epochs 60
     """
-    words = o.resolved("distill", ctx.params).config
+    words, intent = understood("distill", ctx.params)
+    if intent.finished:
+        _finish(intent.summary(), dry_run=False, json=json)
+        return
     talk = Talk(quiet=quiet)
     from sakd_cli.tasks.teachers import find_teacher, no_teacher
 
@@ -91,12 +106,15 @@ def distill(
             return
         del rehearsal
         talk.say(f"no finished {words.teacher.source} yet: training it first")
-        _trained(build.pretraining(build.teacher_config(words)), talk)
+        first = build.teacher_config(words)
+        again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
+        _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, again)
     job = build.distillation(words)
-    _finish(run.try_one_batch(job) if dry_run else _trained(job, talk), dry_run=dry_run, json=json)
+    _finish(run.try_one_batch(job) if dry_run else _trained(job, intent, talk), dry_run=dry_run, json=json)
 
 
-def _trained(job: Any, talk: Talk) -> dict[str, Any]:
+def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
+    """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
     from sakd_cli.tasks import run
 
     config = job.config
@@ -106,7 +124,8 @@ def _trained(job: Any, talk: Talk) -> dict[str, Any]:
     )
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
-    where, summary = run.carry_out(job, talk)
+    with talk.heeding_signals():
+        where, summary = run.carry_out(job, intent, talk, again)
     return {"run": str(where.path)} | summary
 
 

@@ -63,14 +63,17 @@ class RunConfig(Words):
     device     auto, cpu, cuda, cuda:1, mps
     runs_dir   folder in which run directories are made
     log_every  steps between two lines of metrics
+    save_every steps between two checkpoints inside an epoch; None: only at its end
     """
 
+    task: str
     data: Data = CIFAR100Config()
     train: Train = Train()
     seed: NonNegativeInt = 0
     device: str = "auto"
     runs_dir: Folder = Path("runs")
     log_every: PositiveInt = 50
+    save_every: PositiveInt | None = None
 
 
 class PretrainConfig(RunConfig):
@@ -90,11 +93,15 @@ class TeacherConfig(Words):
     source    an architecture (its newest finished run), a run directory or a weights file
     pretrain  train it first if no finished run is there
     epochs    of that training; None: as many as the student's
+    weights   where `source` led when the run began, and the SHA-256 of the file; a resumed or repeated run takes
+    sha256    these and no newer ones
     """
 
     source: Annotated[str, Field(min_length=1)]
     pretrain: bool = False
     epochs: PositiveInt | None = None
+    weights: Folder | None = None
+    sha256: str | None = None
 
 
 class DistillConfig(RunConfig):

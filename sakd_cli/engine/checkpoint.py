@@ -1,9 +1,9 @@
 """Checkpoints: a folder of safetensors and JSON with a manifest of SHA-256 sums. Nothing is a pickle.
 
-    model.safetensors     the delivered network; opens alone
+    model.safetensors     the delivered network, if the stage delivers one; opens alone
     training.safetensors  the rest of the task (router, adapters, distiller), momentum, spot record, random state
     state.json            step, epoch and figures
-    manifest.json         SHA-256 of the three, written last
+    manifest.json         SHA-256 of the others, written last
 
 A checkpoint is written aside as `NAME.new` and flushed; then `NAME` becomes `previous` and `NAME.new` becomes `NAME`.
 At every instant one of the three is whole. safetensors has no checksum, so the manifest is checked before use.
@@ -22,41 +22,49 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sakd_cli.errors import CheckpointError, DiskError
-from sakd_cli.rundir import sha256, write_aside, write_json
+from sakd_cli.rundir import json_bytes, sha256, write_aside, write_json
 
-FORMAT = "sakd.checkpoint/1"
-FILES = ("model.safetensors", "training.safetensors", "state.json")
+FORMAT = "sakd.checkpoint/2"
+MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds; `model` is None where the stage delivers no network."""
 
-    model: dict[str, Tensor]
+    folder: Path
+    model: dict[str, Tensor] | None
     training: dict[str, Tensor]
     state: dict[str, Any]
 
 
 def write(
-    folder: Path, save_model: Callable[[Path], None], training: dict[str, Tensor], state: dict[str, Any], *, keep: bool
+    folder: Path,
+    save_model: Callable[[Path], None] | None,
+    training: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: bool,
 ) -> None:
     """Write checkpoint `folder`; `save_model` writes the network's file. `keep`: the old one becomes `previous`."""
     aside = folder.with_name(f"{folder.name}.new")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_model(aside / "model.safetensors")
+        if save_model is not None:
+            save_model(aside / MODEL)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in training.items()}
-        write_aside(aside / "training.safetensors", save(tensors))
-        write_json(aside / "state.json", {"format": FORMAT} | state)
-        write_json(aside / "manifest.json", {name: sha256(aside / name) for name in FILES})
-        _flush_folder(aside)
+        write_aside(aside / TRAINING, save(tensors))
+        write_json(aside / STATE, {"format": FORMAT} | state)
+        files = sorted(path.name for path in aside.iterdir())
+        write_json(aside / MANIFEST, {name: sha256(aside / name) for name in files})
+        flush_folder(aside)
         if folder.exists():
             previous = folder.with_name("previous")
             shutil.rmtree(previous if keep else folder, ignore_errors=True)
             if keep:
                 folder.replace(previous)
         aside.replace(folder)
-        _flush_folder(folder.parent)
+        flush_folder(folder.parent)
     except OSError as error:
         raise DiskError(f"{folder}: cannot be written: {error.strerror}") from None
 
@@ -64,9 +72,11 @@ def write(
 def read(folder: Path) -> Loaded:
     """Check every file against the manifest, then load. Raises CheckpointError naming what is missing or damaged."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        expected = {name: manifest[name] for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError):
+        written = (folder / MANIFEST).read_bytes()
+        expected: dict[str, str] = json.loads(written)
+        if json_bytes(expected) != written or not {TRAINING, STATE} <= expected.keys() <= {MODEL, TRAINING, STATE}:
+            raise ValueError
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise CheckpointError(f"{folder}: its manifest is missing or damaged") from None
     for name, digest in expected.items():
         if not (folder / name).is_file():
@@ -74,30 +84,69 @@ def read(folder: Path) -> Loaded:
         if sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name}: damaged, its SHA-256 differs from the manifest")
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if state.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: written by another version of sakd ({state.get('format')!r})")
-        return Loaded(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
-    except (OSError, ValueError, SafetensorError) as error:
+        model = load_file(folder / MODEL) if MODEL in expected else None
+        return Loaded(folder, model, load_file(folder / TRAINING), state)
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
+
+
+def find(folder: Path, complain: Callable[[str], None] | None) -> Loaded | None:
+    """The newest checkpoint of `last`, `last.new` and `previous` in `folder`; None where nothing was saved yet.
+
+    A process that died between two renames leaves a whole `last.new`, which becomes `last`. Where `last` is damaged,
+    `complain` is told and an older one is taken; without `complain` that is a CheckpointError, as it is when none is
+    whole.
+    """
+    last, aside, previous = (folder / name for name in ("last", "last.new", "previous"))
+    if not last.exists() and aside.exists():
+        try:
+            read(aside)
+            aside.replace(last)
+        except CheckpointError:
+            pass  # a half-written one is no damage: it never was a checkpoint
+    if last.exists():
+        try:
+            return read(last)
+        except CheckpointError as damage:
+            if complain is None:
+                raise CheckpointError(
+                    damage.message, hint="--resume auto goes on from an older checkpoint, if one is whole"
+                ) from None
+            complain(damage.message)
+    if previous.exists():
+        return read(previous)
+    if last.exists():
+        raise CheckpointError(f"{folder}: no whole checkpoint is left", hint="start anew: --overwrite, or another run")
+    return None
+
+
+def discard(folder: Path) -> None:
+    """Remove the checkpoints of one phase."""
+    for name in ("last", "last.new", "previous", "best", "best.new"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def random_state() -> dict[str, Tensor]:
     """State of torch's own generators, which nothing of ours draws from but a network of the user's might."""
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random/cuda"] = torch.cuda.get_rng_state()
+        states |= {f"random/cuda{place}": state for place, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
 def restore_random_state(tensors: dict[str, Tensor]) -> None:
-    """Put `random_state` back."""
+    """Put `random_state` back, for as many devices as are here."""
     torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    for place in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"random/cuda{place}")) is not None:
+            torch.cuda.set_rng_state(state, place)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -27,6 +27,14 @@ class Meter:
         self._sums, self._samples = {}, 0
         return values
 
+    def state(self) -> tuple[dict[str, Tensor], int]:
+        """The sums since the last read, and of how many samples they are."""
+        return dict(self._sums), self._samples
+
+    def load(self, sums: dict[str, Tensor], samples: int) -> None:
+        """Go on with these sums."""
+        self._sums, self._samples = dict(sums), samples
+
 
 def top1(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of right answers in percent, a scalar on the device."""

@@ -48,8 +48,9 @@ class Optimizer:
         }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put the momentum back."""
-        for group in self.groups:
-            for place, parameter in enumerate(group.parameters):
-                if (buffer := tensors.get(f"{group.name}/{place}")) is not None:
-                    self.sgd.state[parameter]["momentum_buffer"] = buffer.to(parameter)
+        """Put the momentum back. ValueError where it is that of other parameters."""
+        places = {f"{g.name}/{place}": parameter for g in self.groups for place, parameter in enumerate(g.parameters)}
+        for name, buffer in tensors.items():
+            if name not in places or places[name].shape != buffer.shape:
+                raise ValueError(f"momentum of an unknown parameter: {name} {tuple(buffer.shape)}")
+            self.sgd.state[places[name]]["momentum_buffer"] = buffer.to(places[name])

@@ -28,60 +28,74 @@ class SpotRecorder:
         self.names = tuple(names)
         self.origin = torch.arange(samples) if origin is None else origin
         spots = len(self.names)
-        self.taught_of_sample = torch.zeros(samples, spots, device=device)
-        self.visits_of_sample = torch.zeros(samples, device=device)
-        self._taught = torch.zeros(spots, classes, device=device)
-        self._seen = torch.zeros(classes, device=device)
-        self._probability = torch.zeros(spots, device=device)
-        self._empty = torch.zeros(spots, device=device)
+        shapes = {
+            "sample_taught": (samples, spots),  # over the whole run
+            "sample_visits": (samples,),
+            "taught": (spots, classes),  # since the last `close_epoch`, as all that follow
+            "seen": (classes,),
+            "probability": (spots,),
+            "empty": (spots,),
+            "steps": (),
+            "steps_with_policy": (),
+        }
+        self._counts = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         self._events: dict[str, Tensor] = {}
-        self._steps = 0
-        self._has_policy = False
 
     def add(self, use: SpotUse, batch: Batch) -> None:
         """Count one batch; nothing is read back."""
         weight = use.weight.float()
         ones = torch.ones_like(batch.labels, dtype=torch.float32)
-        self._taught.index_add_(1, batch.labels, weight)
-        self._seen.index_add_(0, batch.labels, ones)
-        self.taught_of_sample.index_add_(0, batch.index, weight.T)
-        self.visits_of_sample.index_add_(0, batch.index, ones)
-        self._empty += weight.sum(dim=1) == 0
+        counts = self._counts
+        counts["taught"].index_add_(1, batch.labels, weight)
+        counts["seen"].index_add_(0, batch.labels, ones)
+        counts["sample_taught"].index_add_(0, batch.index, weight.T)
+        counts["sample_visits"].index_add_(0, batch.index, ones)
+        counts["empty"] += weight.sum(dim=1) == 0
+        counts["steps"] += 1
         if use.probability is not None:
-            self._probability += use.probability.float().sum(dim=1)
-            self._has_policy = True
+            counts["probability"] += use.probability.float().sum(dim=1)
+            counts["steps_with_policy"] += 1
         for name, flag in use.events.items():
             self._events[name] = self._events.get(name, torch.zeros_like(flag)) + flag
-        self._steps += 1
 
     def close_epoch(self, epoch: int) -> dict[str, Any]:
         """The epoch's line for `spots.jsonl`; the counters by class start anew."""
-        seen, taught = self._seen.tolist(), self._taught.tolist()
-        samples, steps = sum(seen), max(self._steps, 1)
-        probability = (self._probability / max(samples, 1)).tolist() if self._has_policy else [None] * len(self.names)
+        of_epoch = {name: count for name, count in self._counts.items() if not name.startswith("sample")}
+        counts: dict[str, Any] = {name: count.tolist() for name, count in of_epoch.items()}
+        seen, taught = counts["seen"], counts["taught"]
+        samples, steps = sum(seen), max(counts["steps"], 1)
+        chances: list[float | None] = counts["probability"] if counts["steps_with_policy"] else [None] * len(self.names)
         spots = [
             {
                 "name": name,
                 "kind": kind,
                 "share": sum(row) / max(samples, 1),
-                "probability": mean,
+                "probability": None if chance is None else chance / float(max(samples, 1)),
                 "by_class": [count / total if total else None for count, total in zip(row, seen, strict=True)],
             }
-            for (name, kind), row, mean in zip(self.names, taught, probability, strict=True)
+            for (name, kind), row, chance in zip(self.names, taught, chances, strict=True)
         ]
         events = {name: float(count) / steps for name, count in self._events.items()}
-        record = {"epoch": epoch, "samples": round(samples), "spots": spots, "empty": (self._empty / steps).tolist()}
-        for counter in (self._taught, self._seen, self._probability, self._empty):
-            counter.zero_()
-        self._events, self._steps = {}, 0
+        empty = [times / steps for times in counts["empty"]]
+        for count in of_epoch.values():
+            count.zero_()
+        self._events = {}
         none = {"gamma_raised": None, "gamma_lowered": None, "count_active": None}
-        return record | none | events
+        return {"epoch": epoch, "samples": round(samples), "spots": spots, "empty": empty} | none | events
+
+    def by_sample(self) -> dict[str, Tensor]:
+        """The record by sample, for `samples.safetensors`: taught [samples, S], visits [samples], index [samples]."""
+        taught, visits = (self._counts[f"sample_{name}"].cpu() for name in ("taught", "visits"))
+        return {"taught": taught, "visits": visits, "index": self.origin}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The record by sample, for `samples.safetensors` and the checkpoint."""
-        return {"taught": self.taught_of_sample, "visits": self.visits_of_sample}
+        """Every counter, for a checkpoint."""
+        return self._counts | {f"event/{name}": count for name, count in self._events.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with an earlier record."""
-        self.taught_of_sample.copy_(tensors["taught"])
-        self.visits_of_sample.copy_(tensors["visits"])
+        """Go on with the counters of an earlier process."""
+        for name, count in self._counts.items():
+            count.copy_(tensors[name])
+        device = self._counts["seen"].device
+        events = {name: count for name, count in tensors.items() if name.startswith("event/")}
+        self._events = {name.removeprefix("event/"): count.to(device) for name, count in events.items()}

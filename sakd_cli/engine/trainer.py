@@ -14,14 +14,17 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
-from sakd_cli.engine.evaluate import Scores, evaluate
+from sakd_cli.engine.checkpoint import Loaded
+from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.task import Task
-from sakd_cli.engine.watch import Watcher
-from sakd_cli.errors import NonFiniteError
+from sakd_cli.engine.task import StepOutput, Task
+from sakd_cli.engine.watch import Watcher, heed
+from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
 from sakd_cli.rundir import RunDir, write_aside
+
+MAIN = "train"  # the phase that a run is for
 
 
 class Loader(Protocol):
@@ -57,10 +60,11 @@ class Outcome(NamedTuple):
 
 
 class Trainer:
-    """Runs `task` for `epochs` epochs in a run directory.
+    """Runs `task` for `epochs` epochs in a run directory; killed at any instant, another one goes on to the same bits.
 
-    With an `outcome` every epoch ends with an evaluation and a checkpoint; without one (a stage that only prepares
-    another) the trained task itself is all there is. `phase` is what its lines in `metrics.jsonl` are called.
+    With an `outcome` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
+    task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the
+    watcher asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called.
     """
 
     def __init__(
@@ -73,121 +77,175 @@ class Trainer:
         *,
         epochs: int,
         log_every: int,
+        save_every: int | None = None,
         outcome: Outcome | None = None,
         recorder: SpotRecorder | None = None,
-        phase: str = "train",
+        phase: str = MAIN,
     ) -> None:
         self.task, self.loader, self.optimizer = task, loader, optimizer
         self.run, self.watcher, self.outcome, self.recorder = run, watcher, outcome, recorder
-        self.epochs, self.log_every, self.phase = epochs, log_every, phase
-        self.epoch = 0  # finished epochs
+        self.epochs, self.log_every, self.save_every, self.phase = epochs, log_every, save_every, phase
+        self.folder = run.path / "checkpoints" / ("" if phase == MAIN else phase)
+        self.steps = epochs * loader.steps_per_epoch
+        self.step = 0  # steps done
+        self.epoch = 0  # epochs done: trained, judged, recorded
         self.best: dict[str, Any] = {}
         self.meter = Meter()
-        self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0}
+        self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
+        self._timing, self._since = "other", 0.0
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end; returns how the time was spent and, with an outcome, the figures of last and best epoch."""
-        started = time.perf_counter()
+        """Train to the end; returns how the time was spent and, with an outcome, the figures of last and best epoch.
+
+        Raises Stopped where the watcher asked for it; the state is saved then.
+        """
         figures: dict[str, Any] = {}
-        self.watcher.begin(f"{self.phase}: {self.run.path.name}", self.epochs * self.loader.steps_per_epoch)
+        self.watcher.begin(f"{self.phase}: {self.run.path.name}", self.steps, self.step)
+        self._since = time.perf_counter()
         try:
-            for epoch in range(self.epoch + 1, self.epochs + 1):
-                with self._timed("train"):
-                    self._train_epoch(epoch)
-                self.epoch = epoch
-                if self.outcome is not None:
-                    with self._timed("evaluate"):
-                        self._judge_epoch(epoch, self.outcome.judge)
-                    with self._timed("save"):
-                        self._save(self.outcome.delivery)
+            while not self.done:
+                self._one_epoch(self.epoch + 1)
             if self.outcome is not None:
-                with self._timed("evaluate"):
-                    figures = self._final_figures(self.outcome)
+                figures = self._final_figures(self.outcome)
+        except Stopped as stopped:
+            self._save()
+            raise Stopped(stopped.signal, f"step {self.step} of {self.steps} is saved") from None
         finally:
             self.watcher.end()
-        total = time.perf_counter() - started
-        phases = {name: seconds / total for name, seconds in self.seconds.items()}
-        return figures | {"seconds": total, "phases": phases | {"other": max(0.0, 1.0 - sum(phases.values()))}}
+        self._switch("other")
+        total = sum(self.seconds.values())
+        return figures | {"seconds": total, "phases": {name: part / total for name, part in self.seconds.items()}}
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _one_epoch(self, epoch: int) -> None:
+        with self._timed("train"):
+            self._train(epoch)
+        if self.outcome is not None:
+            with self._timed("evaluate"):
+                self._judge(epoch, self.outcome.judge)
+        if self.recorder is not None:
+            self.run.append("spots.jsonl", self.recorder.close_epoch(epoch))
+        self.epoch = epoch
+        self._save()
+        if self.outcome is not None:
+            self.outcome.delivery.publish(self.run, {"epoch": epoch})
+
+    def _train(self, epoch: int) -> None:
         self.task.train()
         self.task.begin_epoch(epoch)
         self.optimizer.begin_epoch(epoch)
         first = (epoch - 1) * self.loader.steps_per_epoch
-        for step, batch in enumerate(self.loader.epoch(epoch), start=first + 1):
+        last = first + self.loader.steps_per_epoch
+        for batch in self.loader.epoch(epoch, start=self.step - first):
+            heed(self.watcher)
             output = self.task(batch)
             self.optimizer.step(output.loss)
-            right = {} if output.logits is None else {"top1": top1(output.logits, batch.labels)}
-            self.meter.add(len(batch.labels), output.parts | right)
-            if self.recorder is not None and output.use is not None:
-                self.recorder.add(output.use, batch)
-            if step % self.log_every == 0:
-                self._log(epoch, step)
-            self.watcher.advance(step)
-        self._log(epoch, first + self.loader.steps_per_epoch)
-        if self.recorder is not None:
-            self.run.append("spots.jsonl", self.recorder.close_epoch(epoch))
+            self._count(output, batch)
+            self.step += 1
+            if self.step % self.log_every == 0 or self.step == last:
+                self._log(epoch)
+            self.watcher.advance(self.step)
+            if self.save_every and self.step % self.save_every == 0 and self.step != last:
+                self._save()
 
-    def _log(self, epoch: int, step: int) -> None:
+    def _count(self, output: StepOutput, batch: Batch) -> None:
+        right = {} if output.logits is None else {"top1": top1(output.logits, batch.labels)}
+        self.meter.add(len(batch.labels), output.parts | right)
+        if self.recorder is not None and output.use is not None:
+            self.recorder.add(output.use, batch)
+
+    def _log(self, epoch: int) -> None:
+        first = (self.step - 1) // self.log_every * self.log_every + 1
         means = self.meter.read()
-        if not means:
-            return
-        _must_be_finite(means, f"epoch {epoch}, between steps {max(0, step - self.log_every) + 1} and {step}")
+        _must_be_finite(means, f"epoch {epoch}, between steps {first} and {self.step}")
         rate = self.optimizer.sgd.param_groups[0]["lr"]
-        self._tell({"kind": self.phase, "epoch": epoch, "step": step, "lr": rate} | means)
+        self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": rate} | means)
 
-    def _judge_epoch(self, epoch: int, judge: Judge) -> None:
+    def _judge(self, epoch: int, judge: Judge) -> None:
         scores = evaluate(self.task.network, judge.selection, judge.classes)
         _must_be_finite(scores.headline(), f"the evaluation of epoch {epoch}")
         self._tell({"kind": "eval", "epoch": epoch, "split": judge.selected_on} | scores.headline())
         if not self.best or scores.top1 > self.best["selection_top1"]:
             self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
 
-    def _save(self, delivery: Delivery) -> None:
-        folder = self.run.path / "checkpoints"
-        state = {"epoch": self.epoch, "step": self.epoch * self.loader.steps_per_epoch, "best": self.best}
-        checkpoint.write(folder / "last", delivery.save_weights, self._training_tensors(), state, keep=True)
-        if self.best["epoch"] == self.epoch:
-            checkpoint.write(folder / "best", delivery.save_weights, self._training_tensors(), state, keep=False)
-        if self.recorder is not None:
-            record = {name: tensor.cpu() for name, tensor in self.recorder.tensors().items()}
-            record["index"] = self.recorder.origin
-            write_aside(self.run.path / "samples.safetensors", save(record))
-        delivery.publish(self.run, {"epoch": self.epoch})
+    def _save(self) -> None:
+        with self._timed("save"):
+            state = {
+                "phase": self.phase,
+                "epoch": self.epoch,
+                "step": self.step,
+                "best": self.best,
+                "meter": {"samples": self.meter.state()[1], "names": list(self.meter.state()[0])},
+                "seconds": self.seconds,
+                "logs": self.run.log_sizes(),
+            }
+            save_model = self.outcome.delivery.save_weights if self.outcome else None
+            # All before `last`: a process that dies in between does this epoch again, and this again.
+            if self.recorder is not None:
+                write_aside(self.run.path / "samples.safetensors", save(self.recorder.by_sample()))
+            if self.best.get("epoch") == self.epoch > 0:
+                checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)
+            checkpoint.write(self.folder / "last", save_model, self._tensors(), state, keep=True)
 
-    def _training_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a step depends on or changes, but for what the delivery writes: the network has its own file."""
+        own = "network." if self.outcome is not None else None
         state = self.task.state_dict().items()
-        tensors = {f"task/{name}": tensor for name, tensor in state if not name.startswith("network.")}
+        tensors = {f"task/{name}": tensor for name, tensor in state if own is None or not name.startswith(own)}
         tensors |= {f"momentum/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        tensors |= {f"meter/{name}": tensor for name, tensor in self.meter.state()[0].items()}
         if self.recorder is not None:
             tensors |= {f"samples/{name}": tensor for name, tensor in self.recorder.tensors().items()}
         return tensors | checkpoint.random_state()
 
-    def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same run: network, task, momentum, record, random state and position."""
-        loaded = checkpoint.read(folder)
-        self.task.network.load_state_dict(loaded.model)
-        parts = {kind: _below(loaded.training, kind) for kind in ("task", "momentum", "samples")}
-        self.task.load_state_dict(parts["task"], strict=False)
-        self.optimizer.load_tensors(parts["momentum"])
-        if self.recorder is not None:
-            self.recorder.load_tensors(parts["samples"])
-        self.epoch, self.best = loaded.state["epoch"], loaded.state["best"]
-        checkpoint.restore_random_state(loaded.training)
+    def resume(self, loaded: Loaded) -> None:
+        """Go on from a checkpoint of the same run. Raises CheckpointError where it is that of another one."""
+        kinds = ("task", "momentum", "meter", "samples")
+        parts = {kind: _below(loaded.training, kind) for kind in kinds}
+        network = {f"network.{name}": tensor for name, tensor in (loaded.model or {}).items()}
+        state = loaded.state
+        try:
+            self.task.load_state_dict(parts["task"] | network)
+            self.optimizer.load_tensors(parts["momentum"])
+            if self.recorder is not None:
+                self.recorder.load_tensors(parts["samples"])
+            device = next(self.task.parameters()).device
+            sums = {name: parts["meter"][name].to(device) for name in state["meter"]["names"]}
+            self.meter.load(sums, state["meter"]["samples"])
+            self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+            self.seconds = dict(state["seconds"])
+            self._check_best()
+            checkpoint.restore_random_state(loaded.training)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise CheckpointError(f"{loaded.folder}: is not of this run ({reason})") from None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch == self.epochs
+
+    def _check_best(self) -> None:
+        """A damaged best epoch ends no run: the best of those to come takes its place."""
+        try:
+            checkpoint.read(self.folder / "best")
+        except CheckpointError:
+            self.best = {}
 
     def _final_figures(self, outcome: Outcome) -> dict[str, Any]:
-        last = evaluate(self.task.network, outcome.judge.test, outcome.judge.classes)
-        best = last if self.best["epoch"] == self.epochs else self._best_scores(outcome.judge)
-        outcome.delivery.publish(self.run, {"epoch": self.epochs} | last.headline())
+        judge = outcome.judge
+        best = self.best or {"epoch": self.epochs, "selected_on": judge.selected_on}
+        with self._timed("evaluate"):
+            last_scores = best_scores = evaluate(self.task.network, judge.test, judge.classes)
+            if best["epoch"] != self.epochs:
+                saved = checkpoint.read(self.folder / "best")
+                network = copy.deepcopy(self.task.network)
+                network.load_state_dict(saved.model or {})
+                best, best_scores = saved.state["best"], evaluate(network, judge.test, judge.classes)
+        outcome.delivery.publish(self.run, {"epoch": self.epochs} | last_scores.headline())
         return {
-            "headline": {"epoch": self.epochs, "split": "test"} | last.headline(),
-            "best": {"epoch": self.best["epoch"], "selected_on": self.best["selected_on"]} | best.headline(),
+            "headline": {"epoch": self.epochs, "split": "test"} | last_scores.headline(),
+            "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.headline(),
         }
-
-    def _best_scores(self, judge: Judge) -> Scores:
-        network = copy.deepcopy(self.task.network)
-        network.load_state_dict(checkpoint.read(self.run.path / "checkpoints" / "best").model)
-        return evaluate(network, judge.test, judge.classes)
 
     def _tell(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)
@@ -195,11 +253,20 @@ class Trainer:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[phase] += time.perf_counter() - started
+        before = self._timing
+        self._switch(phase)
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._switch(before)
+
+    def _switch(self, phase: str) -> None:
+        """The time since the last switch was that of the phase before; from now on it is this one's."""
+        now = time.perf_counter()
+        self.seconds[self._timing] += now - self._since
+        self._timing, self._since = phase, now
 
 
 def _must_be_finite(means: dict[str, Any], where: str) -> None:

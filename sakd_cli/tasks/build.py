@@ -107,8 +107,9 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     device = pick_device(config.device)
     path = None
     if teacher is None:
-        path = _teacher_path(config)
+        path = _teacher_path(config).resolve()
         teacher = artifact.load(path)
+        config = pinned(config, path, teacher.sha256)
     images = load_images(config.data)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
     check_classes(teacher, images, config.teacher.source, train_one)
@@ -184,6 +185,20 @@ def check_classes(network: Artifact, images: Images, source: str, hint: str | No
         )
 
 
+def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
+    """The config with every name that may mean something else tomorrow replaced by what it means today.
+
+    Raises UsageError where the teacher is not the one that the config was pinned to before.
+    """
+    if config.teacher.sha256 not in (None, sha256):
+        raise UsageError(f"{teacher}: is not the teacher this run began with (its SHA-256 differs)")
+    chosen = config.teacher.model_copy(update={"weights": teacher, "sha256": sha256})
+    router = config.router
+    if isinstance(router, RandomMatchedConfig) and router.run is None:
+        router = router.model_copy(update={"run": str(_adaptive_run(config).path.resolve())})
+    return config.model_copy(update={"teacher": chosen, "router": router})
+
+
 def _teacher_path(config: DistillConfig) -> Path:
     path = find_teacher(config)
     if path is None:
@@ -231,18 +246,7 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     """The shares per epoch and spot that an adaptive run logged; None for every other router."""
     if not isinstance(config.router, RandomMatchedConfig):
         return None
-    if config.router.run is not None:
-        run: RunDir | None = RunDir(Path(config.router.run).expanduser())
-    else:
-        wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
-        wanted |= {"data.name": config.data.name, "method.name": config.method.name, "router.name": "adaptive"}
-        run = newest_run(config.runs_dir, wanted)
-    if run is None:
-        raise UsageError(
-            f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
-            f"with {config.method.name} on {config.data.name} in {config.runs_dir}",
-            hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
-        )
+    run = RunDir(Path(config.router.run).expanduser()) if config.router.run else _adaptive_run(config)
     try:
         rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
         fits = rates.ndim == 2 and rates.shape[1] == spots and bool(((rates >= 0) & (rates <= 1)).all())
@@ -251,3 +255,17 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     if not fits:
         raise UsageError(f"router random-matched: {run.path} has no usable record of {spots} spots")
     return rates
+
+
+def _adaptive_run(config: DistillConfig) -> RunDir:
+    """The newest finished adaptive run of the same networks, method and data set."""
+    wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
+    wanted |= {"data.name": config.data.name, "method.name": config.method.name, "router.name": "adaptive"}
+    run = newest_run(config.runs_dir, wanted)
+    if run is None:
+        raise UsageError(
+            f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
+            f"with {config.method.name} on {config.data.name} in {config.runs_dir}",
+            hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
+        )
+    return run

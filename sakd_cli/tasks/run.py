@@ -1,5 +1,8 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
+import shlex
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +11,19 @@ import yaml
 
 from sakd_cli.config.run import Train
 from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import environment
 from sakd_cli.engine.task import Task
-from sakd_cli.engine.trainer import Judge, Outcome, Trainer
-from sakd_cli.engine.watch import Watcher
+from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
+from sakd_cli.engine.watch import Heeding, Watcher
+from sakd_cli.errors import Stopped
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import RunDir, write_aside, write_json
+from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
 from sakd_cli.tasks.build import Job, plan, warmup_of
 
 
@@ -46,45 +51,77 @@ def try_one_batch(job: Job) -> dict[str, Any]:
     return {"schema": "sakd.plan/1"} | plan(job) | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
 
 
-def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
-    """Train to the end; the run directory and its summary."""
-    run = RunDir.create(job.config.runs_dir, _label(job))
-    write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
-    write_json(run.path / "env.json", environment(job.device))
+def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
+    """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
+
+    again  the command that goes on after a stop; None: that of this very run
+    Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
+    """
+    run = intent.open(job.config.runs_dir, _label(job))
+    with run.locked():
+        if intent.overwrite:
+            run.clear()
+        if intent.resume is None:
+            write_json(run.path / "env.json", environment(job.device))
+            write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+        try:
+            judge = _judge(job, watcher)
+            facts = _teacher_facts(job, judge)
+            phases = _resumed(_phases(job, run, judge, facts, watcher), run, intent, watcher)
+            figures = {trainer.phase: trainer.fit() for trainer in phases}
+        except Stopped as stopped:
+            command = "distill" if job.teacher else "pretrain-teacher"
+            hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
+            raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
+        summary = _about(job) | figures[MAIN] | facts
+        write_json(run.path / "summary.json", summary)
+        return run, summary
+
+
+def _phases(job: Job, run: RunDir, judge: Judge, facts: dict[str, Any], watcher: Watcher) -> Iterator[Trainer]:
+    """The trainings of a run, one after another; each is built when the one before is done."""
+    words = job.config
+    shared = partial(Trainer, run=run, watcher=watcher, log_every=words.log_every, save_every=words.save_every)
+    if (stage := warmup_of(job)) is not None:
+        task, epochs = stage  # at a constant learning rate
+        optimizer = _optimizer(task, words.train, ())
+        yield shared(task, _train_loader(job), optimizer, epochs=epochs, phase="warmup")
+        task.warmup.requires_grad_(False)
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
         train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
-    judge = _judge(job)
-    facts = _teacher_facts(job, judge)
     delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
-    _warm_up(job, run, watcher)
-    trainer = Trainer(
+    yield shared(
         job.task,
         _train_loader(job),
-        _optimizer(job.task, job.config.train, job.config.train.decay_epochs()),
-        run,
-        watcher,
+        _optimizer(job.task, words.train, words.train.decay_epochs()),
         outcome=Outcome(judge, delivery),
-        epochs=job.config.train.epochs,
-        log_every=job.config.log_every,
+        epochs=words.train.epochs,
         recorder=recorder,
     )
-    figures = trainer.fit()
-    summary = _about(job) | figures | facts
-    write_json(run.path / "summary.json", summary)
-    return run, summary
 
 
-def _warm_up(job: Job, run: RunDir, watcher: Watcher) -> None:
-    """Carry out the method's own stage in front of the distillation, if it has one, at a constant learning rate."""
-    if (stage := warmup_of(job)) is None:
-        return
-    task, epochs = stage
-    loader, optimizer = _train_loader(job), _optimizer(task, job.config.train, ())
-    Trainer(task, loader, optimizer, run, watcher, epochs=epochs, log_every=job.config.log_every, phase="warmup").fit()
-    task.warmup.requires_grad_(False)
+def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Watcher) -> Iterator[Trainer]:
+    """The same trainers, each taken to its own last checkpoint as long as all before it are complete.
+
+    Lines that were logged after that checkpoint are taken back: they will be written again.
+    """
+    going_on, logs = intent.resume is not None, dict[str, int]()
+    for trainer in phases:
+        point = checkpoint.find(trainer.folder, watcher.warn if intent.lenient else None) if going_on else None
+        if point is not None:
+            trainer.resume(point)
+            logs = point.state["logs"]
+        elif intent.resume is not None:
+            checkpoint.discard(trainer.folder)  # made with another past than the one to come
+        if going_on and not trainer.done:
+            going_on = False
+            run.cut_logs(logs)
+        yield trainer
+    if going_on:
+        run.cut_logs(logs)
 
 
 def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
@@ -102,11 +139,11 @@ def _train_loader(job: Job) -> TrainLoader:
     )
 
 
-def _judge(job: Job) -> Judge:
+def _judge(job: Job, watcher: Watcher) -> Judge:
     dataset = job.images.dataset
-    test = EvalLoader(dataset.test, dataset, device=job.device)
+    test = Heeding(EvalLoader(dataset.test, dataset, device=job.device), watcher)
     held_out = job.images.held_out
-    selection = EvalLoader(held_out, dataset, device=job.device) if held_out else test
+    selection = Heeding(EvalLoader(held_out, dataset, device=job.device), watcher) if held_out else test
     return Judge("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 
@@ -128,7 +165,7 @@ def _about(job: Job) -> dict[str, Any]:
     )
     return {
         "schema": "sakd.summary/1",
-        "task": job.config.model_dump()["task"],
+        "task": job.config.task,
         "network": job.network.name,
         "dataset": job.images.dataset.name,
         "epochs": job.config.train.epochs,

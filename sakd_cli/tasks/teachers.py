@@ -14,6 +14,8 @@ def find_teacher(config: DistillConfig) -> Path | None:
 
     Raises UsageError where `teacher.source` is neither a path nor the name of a network.
     """
+    if config.teacher.weights is not None:
+        return config.teacher.weights
     path = Path(config.teacher.source).expanduser()
     if not _is_path(config.teacher.source):
         name = find_network(config.teacher.source).name

@@ -1,0 +1,108 @@
+"""A checkpoint on disk: read back as written, every damage seen, and one that is whole at every instant."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sakd_cli.engine import checkpoint
+from sakd_cli.errors import CheckpointError
+
+FILES = (checkpoint.MODEL, checkpoint.TRAINING, checkpoint.STATE, checkpoint.MANIFEST)
+TRAINING = {"task/policy": torch.arange(6.0).reshape(2, 3).T, "momentum/a": torch.ones(2, 2)}
+
+
+def write(folder: Path, mark: float = 1.0, *, keep: bool = True) -> None:
+    weights = {"weight": torch.full((2, 2), mark)}
+    checkpoint.write(folder, lambda path: save_file(weights, path), TRAINING, {"epoch": mark, "best": {}}, keep=keep)
+
+
+def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "last")
+    loaded = checkpoint.read(tmp_path / "last")
+    assert torch.equal(loaded.model["weight"], torch.ones(2, 2))
+    assert loaded.training.keys() == TRAINING.keys()
+    assert all(torch.equal(loaded.training[name], tensor) for name, tensor in TRAINING.items())
+    assert loaded.state == {"format": checkpoint.FORMAT, "epoch": 1.0, "best": {}}
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == sorted(FILES)
+
+
+def test_the_old_checkpoint_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    for mark in (1.0, 2.0, 3.0):
+        write(tmp_path / "last", mark)
+        write(tmp_path / "best", mark, keep=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "previous"]
+    marks = {name: checkpoint.read(tmp_path / name).state["epoch"] for name in ("best", "last", "previous")}
+    assert marks == {"best": 3.0, "last": 3.0, "previous": 2.0}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_flipped_bit_every_cut_and_every_missing_file_is_found(tmp_path: Path, file: str) -> None:
+    write(tmp_path / "last")
+    path = tmp_path / "last" / file
+    sound = path.read_bytes()
+    damaged = [sound[:length] for length in (0, 1, len(sound) // 2, len(sound) - 2)] + [sound + b"\0"]
+    damaged += [sound[:at] + bytes([sound[at] ^ 1 << at % 8]) + sound[at + 1 :] for at in range(len(sound))]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.read(tmp_path / "last")
+        assert str(tmp_path / "last") in caught.value.message
+    path.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.read(tmp_path / "last")
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", "sakd.checkpoint/0")
+    write(tmp_path / "last")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="another version"):
+        checkpoint.read(tmp_path / "last")
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+def dying(call: Callable[..., Any], countdown: list[int]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **settings: Any) -> Any:
+        countdown[0] -= 1
+        if countdown[0] < 0:
+            raise Killed
+        return call(*args, **settings)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_at_every_instant_one_checkpoint_is_whole(tmp_path: Path, keep: bool) -> None:
+    for survived in range(99):
+        folder = tmp_path / str(survived) / "last"
+        write(folder, 1.0)
+        write(folder, 2.0, keep=keep)
+        with pytest.MonkeyPatch.context() as patch:
+            countdown = [survived]
+            for place, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "replace"), (Path, "mkdir")):
+                patch.setattr(place, name, dying(getattr(place, name), countdown))
+            try:
+                write(folder, 3.0, keep=keep)
+                break
+            except Killed:
+                pass
+        candidates = [folder.with_name(name) for name in ("last", "last.new", "previous")]
+        assert {state_of(path) for path in candidates} & {2.0, 3.0}, f"nothing left after {survived} operations"
+    assert survived > 8
+    assert state_of(folder) == 3.0
+
+
+def state_of(folder: Path) -> Any:
+    try:
+        return checkpoint.read(folder).state["epoch"]
+    except CheckpointError:
+        return None

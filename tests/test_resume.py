@@ -1,0 +1,232 @@
+"""A run that cannot be lost: real processes, killed, stopped and crashed at any moment, go on to the same bits."""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nursery import Child, Nursery
+
+SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
+DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
+METHODS = {
+    "fitnet": "--method fitnet",
+    "crd": "--method crd --set method.negatives=16",
+    "ft": "--method ft --set method.warmup_epochs=1 --router anti",
+}
+LOGS = ("metrics.jsonl", "spots.jsonl")
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Forks commands in a folder that holds a teacher's run."""
+    nursery = Nursery(tmp_path_factory.mktemp("kills"))
+    child = nursery.sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher -q"))
+    assert child.code == 0, child.err
+    yield nursery
+    nursery.close()
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """SHA-256 of every weight file and log of a finished run."""
+    assert (run / "summary.json").is_file()
+    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
+    kept = [path for path in files if "previous" not in path.parts]
+    return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
+
+
+@pytest.fixture(scope="module")
+def whole(nursery: Nursery) -> dict[str, dict[str, str]]:
+    """What each method's uninterrupted run leaves."""
+    prints = {}
+    for name, words in METHODS.items():
+        child = nursery.sakd(*shlex.split(f"{DISTIL} {words} --run-dir whole-{name}"))
+        assert child.code == 0, child.err
+        prints[name] = fingerprint(nursery.cwd / f"whole-{name}")
+    return prints
+
+
+def saves(run: Path) -> list[int]:
+    """When its checkpoints were written."""
+    return sorted(path.stat().st_mtime_ns for path in run.glob("checkpoints/**/manifest.json"))
+
+
+def kill_somewhere(child: Child, run: Path, draw: random.Random) -> int:
+    """Let it save once more (or, one time in four, not even that), then kill it a little later; its exit code."""
+    before, patient = saves(run), draw.random() < 0.75
+    while patient and saves(run) == before and not (run / "summary.json").is_file():
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0.0, 0.25))
+    os.kill(child.pid, signal.SIGKILL)
+    return child.wait()
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
+    nursery: Nursery, whole: dict[str, dict[str, str]], pytestconfig: pytest.Config
+) -> None:
+    kills, draw, attempt = 0, random.Random(5), 0
+    while kills < pytestconfig.getoption("--kills"):
+        name = list(METHODS)[attempt % len(METHODS)]
+        attempt += 1
+        run = nursery.cwd / f"killed-{name}-{attempt}"
+        child = nursery.start(*shlex.split(f"{DISTIL} {METHODS[name]} --run-dir {run}"))
+        while kill_somewhere(child, run, draw) != 0:
+            kills += 1
+            begun = (run / "config.yaml").is_file()
+            words = f"distill --resume {run}" if begun else f"{DISTIL} {METHODS[name]} --run-dir {run}"
+            child = nursery.start(*shlex.split(words), "-q")
+        assert fingerprint(run) == whole[name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("moment", ["warmup: ", "train: "])
+def test_a_signal_saves_and_names_the_command_that_goes_on(
+    nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, moment: str
+) -> None:
+    run = nursery.cwd / f"stopped-{number.name}-{moment[:2]}"
+    words = shlex.split(f"{DISTIL} {METHODS['ft']} --run-dir {run}")
+    words.remove("-q")
+    stopped = nursery.start(*words)
+    stopped.signal_when(moment, number)
+    assert stopped.wait() == 128 + number
+    *_, error, hint = stopped.err.splitlines()
+    assert error.startswith(f"error: {'interrupted' if number == signal.SIGINT else 'terminated'}; step ")
+    assert "Traceback" not in stopped.err
+    command = shlex.split(hint.removeprefix("hint: go on with "))
+    assert nursery.sakd(*command[1:]).code == 0
+    assert fingerprint(run) == whole["ft"]
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(
+    nursery: Nursery, whole: dict[str, dict[str, str]]
+) -> None:
+    run = nursery.cwd / "impatient"
+    words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --run-dir {run}")
+    words.remove("-q")
+    stopped = nursery.start(*words)
+    stopped.signal_when("step 4/", signal.SIGTERM)
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert stopped.wait() == 143
+    assert nursery.sakd("distill", "--resume", str(run), "-q").code == 0
+    assert fingerprint(run) == whole["fitnet"]
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.battery)], ids=["some", "all"])
+def test_a_crash_at_any_touch_of_the_disk_costs_nothing(nursery: Nursery, stride: int) -> None:
+    words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --set save_every=7 --epochs 1")
+    assert nursery.sakd(*words, "--run-dir", f"untouched{stride}").code == 0
+    wanted = fingerprint(nursery.cwd / f"untouched{stride}")
+    for touch in range(stride, 999, stride):
+        run = nursery.cwd / f"crash{stride}-{touch}"
+        crashed = nursery.sakd(*words, "--run-dir", str(run), crash=touch)
+        if crashed.code == 0:
+            break
+        assert crashed.code == 9, crashed.err
+        begun = (run / "config.yaml").is_file()
+        again = nursery.sakd(*(["distill", "--resume", str(run), "-q"] if begun else [*words, "--run-dir", str(run)]))
+        assert again.code == 0, f"after touch {touch}: {again.err}"
+        assert fingerprint(run) == wanted, f"after touch {touch}"
+    assert touch > 40
+
+
+def finished(nursery: Nursery) -> Path:
+    """A run of two epochs, made once."""
+    run = nursery.cwd / "finished"
+    if not run.exists():
+        assert nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {run}")).code == 0
+    return run
+
+
+def test_a_finished_run_prints_its_summary_and_runs_no_step(nursery: Nursery) -> None:
+    run = finished(nursery)
+    before = fingerprint(run)
+    again = nursery.sakd("distill", "--resume", str(run), "--json")
+    assert again.code == 0
+    assert json.loads(again.out) == {"run": str(run)} | json.loads((run / "summary.json").read_text())
+    assert fingerprint(run) == before
+
+
+def unfinished(nursery: Nursery, name: str) -> Path:
+    """A copy of that run which died in front of its summary, with a damaged last checkpoint."""
+    run = nursery.cwd / name / "run"  # a folder of its own, so that it is the newest there
+    shutil.copytree(finished(nursery), run)
+    (run / "summary.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "swapped", "of the future"])
+def test_a_damaged_checkpoint_is_never_used(nursery: Nursery, damage: str) -> None:
+    run = unfinished(nursery, f"damaged-{damage.replace(' ', '-')}")
+    last = run / "checkpoints" / "last"
+    file = last / "training.safetensors"
+    sound = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "swapped":
+        shutil.copy(nursery.cwd / "teacher" / "checkpoints" / "last" / file.name, file)
+    elif damage == "of the future":
+        state = (last / "state.json").read_text().replace("sakd.checkpoint/2", "sakd.checkpoint/99")
+        (last / "state.json").write_text(state)
+        manifest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
+        del manifest["manifest.json"]
+        (last / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    else:
+        middle = len(sound) // 2
+        flipped = sound[:middle] + bytes([sound[middle] ^ 4]) + sound[middle + 1 :]
+        file.write_bytes({"flipped": flipped, "cut": sound[:-1], "empty": b""}[damage])
+    refused = nursery.sakd("distill", "--resume", str(run), "-q")
+    assert refused.code == 4
+    assert refused.err.splitlines()[0].startswith(f"error: {last}")
+    taken = nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --runs-dir {run.parent} --resume auto"))
+    assert taken.code == 0, taken.err
+    assert taken.err.startswith(f"warning: {last}")
+    assert fingerprint(run) == fingerprint(finished(nursery))
+
+
+def test_one_directory_has_one_process(nursery: Nursery) -> None:
+    run = nursery.cwd / "shared"
+    words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 200 --run-dir {run}")
+    words.remove("-q")
+    first = nursery.start(*words)
+    first.signal_when("step 2/", 0)
+    second = nursery.sakd("distill", "--resume", str(run))
+    assert second.code == 8
+    assert f"in use by process {first.pid} on {platform.node()}" in second.err
+    third = nursery.sakd(*words, "--overwrite")
+    assert third.code == 8
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 1 --run-dir {run} --overwrite")).code == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 1
+
+
+MISTAKES = """
+resume changes no word of a run, but train.epochs is 2 there and 3 here | distill --resume finished --epochs 3
+resume changes no word of a run, but method.name is 'fitnet' there      | distill --resume finished --method at
+finished: is a run of 'distill', not of 'pretrain'                      | pretrain-teacher --resume finished
+nowhere: not a run directory                                            | distill --resume nowhere
+it goes with neither --run-dir nor --overwrite                          | distill --resume finished --overwrite
+there is a run already                                                  | distill --run-dir finished WORDS
+is no run directory; it is left alone                                   | distill --run-dir . --overwrite WORDS
+--overwrite needs --run-dir                                             | distill --overwrite WORDS
+no distill run in empty                                                 | distill --resume --runs-dir empty
+"""
+
+
+@pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda case: case.split("|")[1].strip())
+def test_a_wrong_intent_touches_nothing(nursery: Nursery, case: str) -> None:
+    text, words = (part.strip() for part in case.split("|"))
+    before = fingerprint(finished(nursery))
+    refused = nursery.sakd(*shlex.split(words.replace("WORDS", f"{DISTIL.removeprefix('distill ')}")))
+    assert refused.code == 2
+    assert text in refused.err.splitlines()[0]
+    assert len(refused.err.splitlines()) <= 2
+    assert fingerprint(finished(nursery)) == before
