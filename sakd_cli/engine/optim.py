@@ -1,10 +1,12 @@
 """SGD over the task's parameter groups, with a learning rate that is a pure function of the epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sakd_cli.engine.task import ParamGroup
+
+Look = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 class Optimizer:
@@ -21,7 +23,8 @@ class Optimizer:
         self.milestones = tuple(milestones)
         self.decay = decay
         settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
-        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum)
+        self._fused = self.groups[0].parameters[0].is_cuda  # only fused SGD can be told on the device to do nothing
+        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, fused=self._fused)
 
     def factor(self, epoch: int) -> float:
         """What the starting rates are multiplied by in this epoch, counted from 1."""
@@ -32,10 +35,17 @@ class Optimizer:
         for settings, group in zip(self.sgd.param_groups, self.groups, strict=True):
             settings["lr"] = group.lr * self.factor(epoch)
 
-    def step(self, loss: torch.Tensor) -> None:
-        """One backward pass and one update of all groups."""
+    def step(self, loss: torch.Tensor, look: Look | None = None) -> None:
+        """One backward pass and one update of all groups; `look` sees the gradients in between.
+
+        It may raise, or give a scalar on the device; on CUDA no update is made where that is 1.
+        """
         self.sgd.zero_grad(set_to_none=True)
         loss.backward()
+        if look is not None:
+            skip = look([p.grad for group in self.groups for p in group.parameters if p.grad is not None])
+            if self._fused:
+                setattr(self.sgd, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
         self.sgd.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:

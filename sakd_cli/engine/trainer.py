@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.checkpoint import Loaded
 from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.finite import LOWER, Guard
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -91,6 +93,7 @@ class Trainer:
         self.epoch = 0  # epochs done: trained, judged, recorded
         self.best: dict[str, Any] = {}
         self.meter = Meter()
+        self.guard = Guard(next(task.parameters()).device)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
 
@@ -138,7 +141,7 @@ class Trainer:
         for batch in self.loader.epoch(epoch, start=self.step - first):
             heed(self.watcher)
             output = self.task(batch)
-            self.optimizer.step(output.loss)
+            self.optimizer.step(output.loss, partial(self.guard.look, self.step + 1, batch, output))
             self._count(output, batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:
@@ -154,20 +157,21 @@ class Trainer:
             self.recorder.add(output.use, batch)
 
     def _log(self, epoch: int) -> None:
-        first = (self.step - 1) // self.log_every * self.log_every + 1
+        self.guard.check()
         means = self.meter.read()
-        _must_be_finite(means, f"epoch {epoch}, between steps {first} and {self.step}")
         rate = self.optimizer.sgd.param_groups[0]["lr"]
         self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": rate} | means)
 
     def _judge(self, epoch: int, judge: Judge) -> None:
         scores = evaluate(self.task.network, judge.selection, judge.classes)
-        _must_be_finite(scores.headline(), f"the evaluation of epoch {epoch}")
+        if not math.isfinite(scores.loss):
+            raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
         self._tell({"kind": "eval", "epoch": epoch, "split": judge.selected_on} | scores.headline())
         if not self.best or scores.top1 > self.best["selection_top1"]:
             self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
 
     def _save(self) -> None:
+        self.guard.check()
         with self._timed("save"):
             state = {
                 "phase": self.phase,
@@ -208,7 +212,7 @@ class Trainer:
             self.optimizer.load_tensors(parts["momentum"])
             if self.recorder is not None:
                 self.recorder.load_tensors(parts["samples"])
-            device = next(self.task.parameters()).device
+            device = self.guard.found.device
             sums = {name: parts["meter"][name].to(device) for name in state["meter"]["names"]}
             self.meter.load(sums, state["meter"]["samples"])
             self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
@@ -267,15 +271,6 @@ class Trainer:
         now = time.perf_counter()
         self.seconds[self._timing] += now - self._since
         self._timing, self._since = phase, now
-
-
-def _must_be_finite(means: dict[str, Any], where: str) -> None:
-    for name, value in means.items():
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"{name} is {value} in {where}",
-                hint="a lower learning rate may help: --set train.lr=...",
-            )
 
 
 def _below(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

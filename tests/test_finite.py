@@ -1,0 +1,66 @@
+"""A number that is not finite stops a run before it reaches the weights, and is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import CPU, PlainTask, trainer_of
+from torch import Tensor
+
+from sakd_cli.batch import Batch
+from sakd_cli.engine.finite import Guard
+from sakd_cli.engine.task import StepOutput
+from sakd_cli.errors import NonFiniteError
+
+CASES = ["input", "logits", "kd", "total loss", "gradients"]
+
+
+def step(spoilt: str, value: float = float("nan"), rows: int = 3) -> tuple[Batch, StepOutput, list[Tensor]]:
+    """What a step gives; one number in its second row, if it has rows, is spoilt."""
+    images, logits = torch.zeros(rows, 3, 2, 2), torch.zeros(rows, 4)
+    parts, loss, gradients = (
+        {"ce": torch.ones(()), "kd": torch.ones(())},
+        torch.ones(()),
+        [torch.ones(5), torch.ones(2)],
+    )
+    where = {"input": images[1], "logits": logits[1], "kd": parts["kd"], "total loss": loss, "gradients": gradients[1]}
+    if spoilt:
+        where[spoilt].view(-1)[-1] = value
+    index = torch.tensor([40, 50, 60, 70])[:rows]
+    return (
+        Batch(images, torch.zeros(rows, dtype=torch.int64), index, images),
+        StepOutput(loss, logits, parts),
+        gradients,
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoilt", CASES)
+def test_the_first_bad_term_its_step_and_its_images_are_named(spoilt: str, value: float) -> None:
+    images = "50;" if spoilt in ("input", "logits") else "40, 50, 60;"
+    guard = Guard(CPU)
+    assert guard.look(1, *step("")) == 0
+    with pytest.raises(NonFiniteError, match=f"step 2: {spoilt} is not finite, with training images {images}"):
+        guard.look(2, *step(spoilt, value))
+
+
+def test_where_reading_is_dear_the_flag_stays_up_and_the_first_step_is_remembered() -> None:
+    guard = Guard(CPU)
+    guard._cheap = False
+    found = [guard.look(n, *step(spoilt, rows=rows)).item() for n, (spoilt, rows) in enumerate(SEEN, start=1)]
+    assert found == [0, 1, 1, 1]
+    with pytest.raises(NonFiniteError, match="step 2: kd is not finite, with training images 40, 50, 60;"):
+        guard.check()
+
+
+SEEN = [("", 2), ("kd", 3), ("input", 4), ("", 4)]
+
+
+@pytest.mark.parametrize("when", ["first step", "later"])
+def test_the_weights_are_those_of_the_step_before(tmp_path: Path, when: str) -> None:
+    good, bad = PlainTask(), PlainTask(nan_in=(1,) if when == "first step" else (2,))
+    if when == "later":
+        trainer_of(good, tmp_path / "good", 1).fit()
+    with pytest.raises(NonFiniteError):
+        trainer_of(bad, tmp_path / "bad", 2).fit()
+    assert torch.equal(good.network[1].weight, bad.network[1].weight)
