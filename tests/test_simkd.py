@@ -62,7 +62,8 @@ def test_every_pair_has_the_declared_shapes_and_the_teachers_end(student: str, t
     assert [tuple(f.shape[1:]) for f in features.stages] == [info.shape(side) for info in model.infos]
     assert model.infos[-1] == theirs.infos[-1]
     assert model.infos[-2].channels == theirs.infos[-2].channels
-    assert 2 * (heights := (model.infos[-2].shape(side)[1], theirs.infos[-2].shape(side)[1]))[1] >= heights[0]
+    ours, other = (network.infos[-2].shape(side)[1] for network in (model, theirs))
+    assert ours <= other * (2 if teacher == "vgg8" and side == 64 else 1), "the loss pools the rest"
 
 
 @pytest.mark.parametrize("name", WIDE_APART)

@@ -80,9 +80,9 @@ _SPELLINGS = {_squashed(name): name for name in NETWORKS} | {"shufflev1": "Shuff
 
 
 def reusing(student: str, teacher: str, factor: int) -> Network:
-    """A student's stages under a teacher's pooling and head; `factor` as in `models/reused.py`, names as in `Network`.
+    """A student's stages under a teacher's pooling and head; `factor` as in `models/reused.py`.
 
-    Names hold no hyphen but these, so that the student's ends at the second one and the teacher's may be such a name.
+    A student's name holds no hyphen, so the rest behind the second hyphen is the teacher's, which may be of this kind.
     """
     inner, outer = find_network(student), find_network(teacher)
     parts = {"student": inner.name, "teacher": outer.name, "factor": factor}

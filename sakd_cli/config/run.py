@@ -119,7 +119,7 @@ class DistillConfig(RunConfig):
         method = info.data.get("method")
         if isinstance(router, NeverConfig) and method is not None and not method.ce_weight:
             raise ValueError(
-                f"{router.name} leaves the cross-entropy alone, which method {method.name} does not have: "
+                f"{router.name} leaves only the cross-entropy, and method {method.name} has it with factor 0: "
                 "nothing would be learned; --set method.ce_weight=1"
             )
         return router

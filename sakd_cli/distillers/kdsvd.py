@@ -30,7 +30,7 @@ def main_directions(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     a = x.flatten(2).transpose(1, 2)
     with torch.no_grad():
-        # Of the smaller of A^T A and A A^T: half the time of a singular value decomposition, and equal to rounding.
+        # Of the smaller of A^T A and A A^T: faster than a singular value decomposition, and equal to rounding.
         tall = a.shape[1] >= a.shape[2]
         ascending, vectors = torch.linalg.eigh(a.mT @ a if tall else a @ a.mT)
         squares, vectors = ascending.flip(1).clamp(min=0), vectors.flip(2)

@@ -38,7 +38,7 @@ class SimKD(Distiller):
     the teacher has behind its last map, such as MobileNetV2's last convolution (the authors reuse the last linear layer
     only, of teachers without such). Under a router the weight of a sample counts at the map and, with
     `--set method.kl_weight=1`, at the logits. The cross-entropy that a learned router is compared with is that of the
-    delivered network. `never` leaves the cross-entropy alone, and so needs `--set method.ce_weight=1`.
+    delivered network. `never` leaves only the cross-entropy, and so needs `--set method.ce_weight=1`.
     """
 
     def __init__(self, spots: tuple[Spot, ...], config: SimKDConfig) -> None:
