@@ -217,6 +217,10 @@ def crd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> 
     return total / len(s)
 
 
+def simkd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    return mean(((a - b) ** 2).mean() for a, b in zip(*smaller(s, t), strict=True))
+
+
 PLAIN = {
     "kd": Plain(kd),
     "ab": Plain(kd),  # its own loss is all in the warm-up
@@ -236,5 +240,6 @@ PLAIN = {
     "reviewkd": Plain(reviewkd, reviewed),
     "ofd": Plain(ofd, lambda d, pairs: [(c(s), t) for c, (s, t) in zip(d.connectors, pairs, strict=True)]),
     "kdsvd": Plain(kdsvd, changes, this_and_before),
+    "simkd": Plain(simkd),  # its projector is in the network
     "ft": Plain(ft, lambda d, pairs: [(d.translate(s), d.warmup.encode(t)) for s, t in pairs]),
 }

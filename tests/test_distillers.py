@@ -100,24 +100,35 @@ def pair_of(name: str) -> tuple[str, str]:
     return ONE_WIDTH if name in NEED_ONE_WIDTH else PAIR
 
 
-def distiller_of(name: str, pair: tuple[str, str] | None = None) -> Distiller:
-    pair = pair or pair_of(name)
+def made_of(name: str, pair: tuple[str, str] | None = None) -> tuple[Distiller, StagedModel]:
+    """Its own distiller, and the network that learns."""
+    student, teacher = networks(pair or pair_of(name))
     torch.manual_seed(7)
     config = METHODS[name](**WORDS.get(name, {}))
-    made = build(config, *networks(pair), SIDE, labels=LABELS, batch_size=N)
-    return made.logits if made.features is None else made.features
+    made = build(config, student, teacher, SIDE, labels=LABELS, batch_size=N)
+    return (made.logits if made.features is None else made.features), made.network.double().eval()
+
+
+def distiller_of(name: str, pair: tuple[str, str] | None = None) -> Distiller:
+    return made_of(name, pair)[0]
 
 
 def trial(name: str) -> Trial:
     images = torch.randn(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
     index = torch.tensor([41, 3, 17, 58, 0, 22, 35])
     batch = Batch(images=images, labels=LABELS[index], index=index, noise=torch.empty(N, 0))
+    distiller, student = made_of(name)
     both = []
-    for network in networks(pair_of(name)):
+    for network in (student, networks(pair_of(name))[1]):
         with torch.no_grad():
-            made = network.features_with_preactivations(images)
+            made = features_of(network, images)
         both.append(leaves_of(made, torch.clone))
-    return Trial(name, distiller_of(name), *both, batch)
+    return Trial(name, distiller, *both, batch)
+
+
+def features_of(network: StagedModel, images: Tensor) -> Features:
+    """With preactivations, where there are such."""
+    return (network.features_with_preactivations if network.has_preactivations else network.features)(images)
 
 
 def plain(case: Trial, k: int, rows: Tensor) -> Tensor:
@@ -250,10 +261,10 @@ def test_nothing_is_read_back_from_the_device(name: str) -> None:
 def test_every_pair_of_networks_has_its_spots(name: str, pair: tuple[str, str]) -> None:
     if name in NEED_ONE_WIDTH and pair != ONE_WIDTH:
         pytest.skip("needs equal widths; the refusal has a test of its own")
-    distiller = distiller_of(name, pair)
+    distiller, network = made_of(name, pair)
     images = torch.randn(N, 3, SIDE, SIDE)
     with torch.no_grad():
-        student, teacher = (network.features_with_preactivations(images) for network in networks(pair))
+        student, teacher = (features_of(one, images) for one in (network, networks(pair)[1]))
         batch = Batch(images=images, labels=LABELS[:N], index=torch.arange(N), noise=torch.empty(N, 0))
         assert distiller(student, teacher, torch.ones(len(distiller.spots), N), batch).isfinite().all()
     for spot in distiller.spots:

@@ -240,7 +240,7 @@ def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scor
     assert figures["best"]["loss"] == evaluate(best, test, CLASSES).loss != figures["headline"]["loss"]
 
 
-PAIRS = [("fitnet", "adaptive"), ("at", "anti"), ("sp", "random"), ("kd", "always")]
+PAIRS = [("fitnet", "adaptive"), ("at", "anti"), ("sp", "random"), ("kd", "always"), ("simkd", "adaptive")]
 
 
 @pytest.mark.parametrize(("method", "router"), PAIRS)

@@ -62,6 +62,10 @@ BAD = f"""
 2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
 2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9
 2 | is beyond the last of 3 stages | PAIR --teacher resnet14 --pretrain TINY --set method.stage=9
+2 | nothing would be learned; --set method.ce_weight=1      | PAIR TINY --method simkd --router never
+2 | made by a distillation | pretrain-teacher simkd2-resnet8-resnet14
+2 | made by a distillation | distill --teacher simkd2-resnet8-resnet14 TO8
+2 | made by a distillation | distill --teacher resnet8 --student simkd2-resnet8-resnet14
 2 | no finished adaptive run of resnet8 to resnet14         | PAIR --student resnet14 TINY --router random-matched
 2 | no/where: no such file                                  | distill --teacher no/where TO8
 2 | cut.safetensors: damaged                                | distill --teacher cut.safetensors TO8

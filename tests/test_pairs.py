@@ -82,6 +82,14 @@ def test_the_prior_is_ten_for_one_family_and_nothing_for_two() -> None:
         assert policy.bias[1::2].mean().item() == pytest.approx(0.0, abs=0.2)
 
 
+@pytest.mark.parametrize("pair", sorted(SIZES), ids="-".join)
+def test_a_warmup_has_the_published_rate_of_the_pair_or_the_users(pair: tuple[str, str]) -> None:
+    published = 0.05 if pair == ("ResNet50", "vgg8") else 0.01
+    assert METHODS["ft"]().lr_of_warmup(*pair, 0.1) == published
+    assert METHODS["ft"](warmup_lr=0.03).lr_of_warmup(*pair, 0.1) == 0.03
+    assert METHODS["ab"]().lr_of_warmup(*pair, 0.1) == 0.1
+
+
 ONE_WIDTH = SAME_FAMILY  # they have equally many channels at every stage
 
 

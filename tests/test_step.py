@@ -221,7 +221,7 @@ def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
             theirs = sight(teacher, batch.images)
         ours = sight(student, batch.images)
         ones = torch.ones(len(task.spots), len(batch.labels))
-        loss = F.cross_entropy(ours.logits, batch.labels)
+        loss = task.factors.ce * F.cross_entropy(ours.logits, batch.labels)
         loss = loss + task.factors.logit * task.logit_distiller(ours, theirs, ones[-1:], batch).sum()
         if distiller is not None:
             loss = loss + task.factors.feature * distiller(ours, theirs, ones[:-1], batch).sum()
@@ -245,7 +245,7 @@ def test_only_what_compares_preactivations_asks_for_them(method: str) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_never_is_plain_training_bit_for_bit(method: str) -> None:
-    task = make(method, "never")
+    task = make(method, "never", **{"method.ce_weight": 1})
     plain = PretrainTask(copy.deepcopy(task.network), lr=0.05, weight_decay=5e-4)
     made = batches(task, 3)
     fit(task, made)

@@ -3,7 +3,8 @@
 To add one: a class here, a file in `distillers/`, one line in `distillers/table.py`.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
@@ -15,6 +16,7 @@ class MethodConfig(Words):
 
     weight       factor of the feature loss (beta); the spec's section 3.1 lists them
     kl_weight    factor of the logit loss (alpha)
+    ce_weight    factor of the cross-entropy
     temperature  softmax temperature of the logit loss
     gamma        scale of the router's cross-entropy (section 2.2), used unless `router.gamma` is set
     """
@@ -22,6 +24,7 @@ class MethodConfig(Words):
     name: str
     weight: NonNegativeFloat = 1.0
     kl_weight: NonNegativeFloat = 1.0
+    ce_weight: NonNegativeFloat = 1.0
     temperature: PositiveFloat = 4.0
     gamma: PositiveFloat = 1.0
 
@@ -155,20 +158,40 @@ class KDSVDConfig(MethodConfig):
     extra: NonNegativeInt = 3
 
 
+class SimKDConfig(MethodConfig):
+    """The teacher's pooling and classifier reused behind a projector (Chen et al., CVPR 2022)
+
+    factor   by which the projector's inner width is less than the teacher's
+    """
+
+    name: Literal["simkd"] = "simkd"
+    kl_weight: NonNegativeFloat = 0.0
+    ce_weight: NonNegativeFloat = 0.0
+    factor: PositiveInt = 2
+
+
 class WarmedConfig(MethodConfig):
     """What methods share that train something before the distillation proper.
 
-    warmup_epochs, warmup_lr   of that stage; lr None: the student's
+    warmup_epochs, warmup_lr   of that stage; lr None: the published one for the pair, or the student's
     """
 
     warmup_epochs: PositiveInt = 30
     warmup_lr: PositiveFloat | None = None
 
+    published_lr: ClassVar[float | None] = None
+    published_lr_of: ClassVar[Mapping[tuple[str, str], float]] = {}  # (teacher, student), where it is another one
+
+    def lr_of_warmup(self, teacher: str, student: str, own: float) -> float:
+        """Rate of the stage for these two networks; `own`: the student's."""
+        return self.warmup_lr or self.published_lr_of.get((teacher, student)) or self.published_lr or own
+
 
 class FTConfig(WarmedConfig):
     """Translated factors of the last map (Kim et al., NeurIPS 2018)
 
-    power   of the difference; `factor_power` of the map
+    power       of the difference; `factor_power` of the map
+    warmup_lr   None: 0.01, and 0.05 for ResNet50 to vgg8 (sakd spec, section 2.10, number 12)
     """
 
     name: Literal["ft"] = "ft"
@@ -176,7 +199,9 @@ class FTConfig(WarmedConfig):
     rate: Annotated[float, Field(gt=0, le=1)] = 0.5
     factor_power: PositiveInt = 2
     power: PositiveInt = 1
-    warmup_lr: PositiveFloat | None = 0.01
+
+    published_lr: ClassVar[float | None] = 0.01
+    published_lr_of: ClassVar[Mapping[tuple[str, str], float]] = {("ResNet50", "vgg8"): 0.05}
 
 
 class FSPConfig(WarmedConfig):

@@ -15,7 +15,8 @@ from sakd_cli.errors import UsageError, unknown
 class Network(NamedTuple):
     """Name, family, the family's arguments, the published learning rate of its students, and its kin.
 
-    kin  networks of one kin count as one family for the router's prior; a wide variant is a kin of its own
+    kin      networks of one kin count as one family for the router's prior; a wide variant is a kin of its own
+    student  of a network that only a distillation makes: the student in it
     """
 
     name: str
@@ -23,9 +24,12 @@ class Network(NamedTuple):
     arguments: dict[str, Any]
     lr: float = 0.05
     wide: bool = False
+    student: "Network | None" = None
 
     @property
     def kin(self) -> str:
+        if self.student is not None:
+            return self.student.kin
         return f"{self.family} x4" if self.wide else self.family
 
 
@@ -75,11 +79,23 @@ NETWORKS = {network.name: network for network in _named()}
 _SPELLINGS = {_squashed(name): name for name in NETWORKS} | {"shufflev1": "ShuffleNetV1", "shufflev2": "ShuffleNetV2"}
 
 
+def reusing(student: str, teacher: str, factor: int) -> Network:
+    """A student's stages under a teacher's pooling and head; `factor` as in `models/reused.py`.
+
+    A student's name holds no hyphen, so the rest behind the second hyphen is the teacher's, which may be of this kind.
+    """
+    inner, outer = find_network(student), find_network(teacher)
+    parts = {"student": inner.name, "teacher": outer.name, "factor": factor}
+    return Network(f"simkd{factor}-{inner.name}-{outer.name}", "reused", parts, inner.lr, student=inner)
+
+
 def find_network(name: str) -> Network:
     """The network of that name, however it is spelled: `wrn40_2`, `wrn_40_2`, `WRN-40-2`; any `wrn_d_w` with d = 6n+4.
 
-    Raises UsageError with the nearest name.
+    What a distillation has made has one spelling: `simkd2-resnet8-resnet20`. Raises UsageError with the nearest name.
     """
+    if (made := re.fullmatch(r"simkd([1-9]\d*)-([^-]+)-(.+)", name)) is not None:
+        return reusing(made[2], made[3], int(made[1]))
     if (wrn := re.fullmatch(r"wrn[-_]?(\d+)[-_](\d+)", name.lower())) is not None:
         depth, width = int(wrn[1]), int(wrn[2])
         if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
@@ -90,9 +106,20 @@ def find_network(name: str) -> Network:
     raise UsageError(unknown("model", name, NETWORKS), hint="sakd list models shows them all")
 
 
+def find_trainable(name: str) -> Network:
+    """As `find_network`, but UsageError for a network that only a distillation makes."""
+    network = find_network(name)
+    if network.student is not None:
+        raise UsageError(
+            f"{name} is made by a distillation and has no training of its own",
+            hint="as a teacher, name its run directory or its weights",
+        )
+    return network
+
+
 def _canonical(name: str) -> str:
     try:
-        return find_network(name).name
+        return find_trainable(name).name
     except UsageError as error:
         raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
 

@@ -52,7 +52,7 @@ class AlwaysConfig(RouterConfig):
 
 
 class NeverConfig(RouterConfig):
-    """No sample at any spot: plain training of the student"""
+    """No sample at any spot: plain training of the network"""
 
     name: Literal["never"] = "never"
 

@@ -11,13 +11,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.routers import AdaptiveConfig, Router
+from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.words import Words
 
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
@@ -117,6 +119,17 @@ class DistillConfig(RunConfig):
     method: Method = FitNetConfig()
     router: Router = AdaptiveConfig()
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+
+    @field_validator("router")
+    @classmethod
+    def _something_is_learned(cls, router: RouterConfig, info: ValidationInfo) -> RouterConfig:
+        method = info.data.get("method")
+        if isinstance(router, NeverConfig) and method is not None and not method.ce_weight:
+            raise ValueError(
+                f"{router.name} leaves only the cross-entropy, and method {method.name} has it with factor 0: "
+                "nothing would be learned; --set method.ce_weight=1"
+            )
+        return router
 
     def pretraining(self) -> dict[str, Any]:
         """The words of the run that trains this run's teacher."""

@@ -21,7 +21,8 @@ WIDTH = 8  # of the radial basis, as published
 def main_directions(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of (positions x channels), and singular values.
 
-    [N, C, H, W] to [N, C, R] and [N, R], R = min(count, C, H W). The vectors have a gradient, the values have none.
+    [N, C, H, W] to [N, C, R] and [N, R], R = min(count, C, H W). The vectors have a gradient, the values have none. A
+    wide map's vector whose singular value is 0 (to rounding) is 0.
 
     The gradient is dv_i = sum over j != i of v_j (v_j^T dM v_i) / (l_i - l_j), M = A^T A with eigenvalues l, where a
     pair with l_i = l_j (to rounding) is left out: there it does not exist. PyTorch's own divides 0 by 0 as soon as
@@ -29,17 +30,20 @@ def main_directions(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     a = x.flatten(2).transpose(1, 2)
     with torch.no_grad():
-        _, values, rows = torch.linalg.svd(a, full_matrices=False)
-        v, squares = rows.mT, values.square()
-        first = v[..., :count]
+        # Of the smaller of A^T A and A A^T: faster than a singular value decomposition, and equal to rounding.
+        tall = a.shape[1] >= a.shape[2]
+        ascending, vectors = torch.linalg.eigh(a.mT @ a if tall else a @ a.mT)
+        squares, vectors = ascending.flip(1).clamp(min=0), vectors.flip(2)
         floor = squares[:, :1, None] * torch.finfo(x.dtype).eps * max(a.shape[1:])
+        v = vectors if tall else a.mT @ vectors * _inverse(squares[:, None], floor).sqrt()
+        first = v[..., :count]
         to_others = _inverse(squares[:, None, :count] - squares[:, :, None], floor)
         to_null = _inverse(squares[:, None, :count], floor)
     turned = a.mT @ (a @ first)
     turned = turned - turned.detach()  # 0, with the gradient of M v
     among = v.mT @ turned
     moved = v @ (among * to_others) + (turned - v @ among) * to_null
-    return first + moved, values[:, :count]
+    return first + moved, squares[:, :count].sqrt()
 
 
 def _inverse(gap: Tensor, floor: Tensor) -> Tensor:
@@ -83,8 +87,8 @@ class KDSVD(Distiller):
     largest entry positive (behind a ReLU the first vector is all of one sign, so this is the natural choice; of a
     signed map it jumps where two entries tie). Public code takes what its library returns, so figures differ from it
     and between machines. Where singular values coincide the vectors are arbitrary within their space: the value then
-    depends on the library, and those parts of the gradient are left out. A decomposition per map and step is slow, and
-    on a GPU it may read the device.
+    depends on the library, and those parts of the gradient are left out. A decomposition per map and step takes
+    time, and on a GPU it may read the device.
     """
 
     def __init__(self, spots: tuple[Spot, ...], config: KDSVDConfig) -> None:

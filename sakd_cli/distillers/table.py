@@ -24,6 +24,7 @@ from sakd_cli.distillers.ofd import OFD
 from sakd_cli.distillers.pkt import PKT
 from sakd_cli.distillers.reviewkd import ReviewKD
 from sakd_cli.distillers.rkd import RKD
+from sakd_cli.distillers.simkd import SimKD, reuse
 from sakd_cli.distillers.sp import SP
 from sakd_cli.distillers.vid import VID
 from sakd_cli.distillers.warmup import Warmup
@@ -57,6 +58,10 @@ def last_map(config: Any, stages: Stages) -> Places:
     return stages.maps[-1:]
 
 
+def in_front_of_pooling(config: Any, stages: Stages) -> Places:
+    return [(stages.pooled[0] - 1, stages.pooled[1] - 1)]
+
+
 def every_map_and_pooled(config: Any, stages: Stages) -> Places:
     return [*stages.maps, stages.pooled]
 
@@ -77,6 +82,7 @@ class Entry(NamedTuple):
     of_images   the feature distiller remembers every training image: it is built with their labels and the batch size
     of_norms    it is built with the BatchNorms in front of the teacher's activations
     warmup      a stage of the student's in front of the distillation proper, and its places
+    network     what is trained and delivered, made of the config, the student and the teacher; None: the student
     """
 
     features: Callable[..., Distiller] | None
@@ -85,6 +91,7 @@ class Entry(NamedTuple):
     of_images: bool = False
     of_norms: bool = False
     warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], Places]] | None = None
+    network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
 
 DISTILLERS: dict[str, Entry] = {
@@ -104,6 +111,7 @@ DISTILLERS: dict[str, Entry] = {
     "reviewkd": Entry(ReviewKD, every_map_and_pooled),
     "ofd": Entry(OFD, every_map, of_norms=True),
     "kdsvd": Entry(KDSVD, every_map),
+    "simkd": Entry(SimKD, in_front_of_pooling, network=reuse),
     "ft": Entry(FT, last_map),
     "ab": Entry(None, nowhere, warmup=(AB, every_map)),
     "fsp": Entry(None, nowhere, warmup=(FSP, stem_and_maps)),
@@ -113,9 +121,11 @@ DISTILLERS: dict[str, Entry] = {
 class Distillers(NamedTuple):
     """What one method distils: `features` at all spots but the last, `logits` at the last.
 
+    network  what learns and is delivered: the student, but for methods that make another network of it
     warmup   what is trained before; None for most
     """
 
+    network: StagedModel
     spots: tuple[Spot, ...]
     features: Distiller | None
     logits: Distiller
@@ -137,12 +147,13 @@ def build(
     labels: Tensor | None = None,
     batch_size: int = 64,
 ) -> Distillers:
-    """The distillers of a method for this pair of networks and images of `side` pixels.
+    """The distillers of a method for this pair of networks and images of `side` pixels; the spots are of `network`.
 
     stage_map   pairs of maps that belong together; None: `aligned`
     labels      class of every training image, in the order of `Batch.index`; for methods that remember images
     """
     entry = DISTILLERS[config.name]
+    student = student if entry.network is None else entry.network(config, student, teacher)
     stages = Stages(mapped(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
     spots = tuple(spots_at(student, teacher, entry.places(config, stages), side))
     given: tuple[Any, ...] = ()
@@ -162,7 +173,7 @@ def build(
         warmup.requires_grad_(False)  # but for its own stage
     if any(part is not None and part.preactivations for part in (features, warmup)):
         _need_preactivations(config, student, teacher)
-    return Distillers(spots, features, entry.logits(spots[-1:], config), warmup)
+    return Distillers(student, spots, features, entry.logits(spots[-1:], config), warmup)
 
 
 def _need_preactivations(config: MethodConfig, student: StagedModel, teacher: StagedModel) -> None:

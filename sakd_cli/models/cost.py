@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Cost(NamedTuple):
-    """parameters: trainable numbers; macs: multiply-accumulates of convolutions and linear layers for one image."""
+    """parameters: weights and biases; macs: multiply-accumulates of convolutions and linear layers for one image."""
 
     parameters: int
     macs: int

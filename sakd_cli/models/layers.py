@@ -25,15 +25,19 @@ class ActivatedBlock(nn.Module, ABC):
 
 @final
 class ConvUnit(nn.Module):
-    """relu(bn(conv(x))), convolution without bias: [N, C, H, W] to [N, C', H/stride, W/stride]."""
+    """relu(bn(conv(x))) or bn(conv(x)), convolution without bias: [N, C, H, W] to [N, C', H/stride, W/stride]."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, relu: bool = True
+    ) -> None:
         super().__init__()
+        self.relu = relu
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        normed = self.bn(self.conv(x))
+        return F.relu(normed) if self.relu else normed
 
 
 @final

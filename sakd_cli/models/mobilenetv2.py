@@ -61,7 +61,7 @@ def build(name: str, num_classes: int, *, width: float) -> StagedModel:
             blocks.append(InvertedResidual(inputs, outputs, group.stride, group.expansion))
             blocks += [InvertedResidual(outputs, outputs, 1, group.expansion) for _ in range(group.blocks - 1)]
             inputs, stride = outputs, stride * group.stride
-        stages.append((StageInfo(f"stage{number}", inputs, stride), nn.Sequential(*blocks)))
+        stages.append((StageInfo(f"stage{number}", inputs, stride, signed=True), nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", EMBEDDING, 0), nn.Sequential(ConvUnit(inputs, EMBEDDING, 1), GlobalPool())))
     model = StagedModel(name=name, family="mobilenetv2", stages=stages, num_classes=num_classes, preactivation=None)
     init_small_head(model)

@@ -19,12 +19,14 @@ class StageInfo(NamedTuple):
     """What a stage declares: its name, width, stride relative to the image (0 for a pooled vector).
 
     halved_from   a stage that pools large maps only: from this height of the image on, its stride is twice as large
+    signed        its output can be negative: it does not end in a ReLU
     """
 
     name: str
     channels: int
     stride: int
     halved_from: int | None = None
+    signed: bool = False
 
     @property
     def kind(self) -> Literal["map", "embedding"]:

@@ -3,8 +3,14 @@
 from collections.abc import Callable
 
 from sakd_cli.config.networks import find_network
-from sakd_cli.models import mobilenetv2, resnet, resnet_imagenet, shufflenetv1, shufflenetv2, vgg, wrn
+from sakd_cli.models import mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
 from sakd_cli.models.staged import StagedModel
+
+
+def _reused(name: str, num_classes: int, *, student: str, teacher: str, factor: int) -> StagedModel:
+    ours, theirs = create(student, num_classes), create(teacher, num_classes)
+    return reused.build(name, num_classes, student=ours, teacher=theirs, factor=factor)
+
 
 FAMILIES: dict[str, Callable[..., StagedModel]] = {
     "resnet": resnet.build,
@@ -14,6 +20,7 @@ FAMILIES: dict[str, Callable[..., StagedModel]] = {
     "mobilenetv2": mobilenetv2.build,
     "shufflenetv1": shufflenetv1.build,
     "shufflenetv2": shufflenetv2.build,
+    "reused": _reused,
 }
 
 

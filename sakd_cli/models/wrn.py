@@ -73,12 +73,12 @@ def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth of a wide ResNet is 6n+4, not {depth}")
     widths = (16, 16 * width, 32 * width, 64 * width)
-    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", 16, 1), conv3x3(3, 16))]
+    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", 16, 1, signed=True), conv3x3(3, 16))]
     for group, stride in enumerate((1, 2, 4), start=1):
         inputs, outputs = widths[group - 1], widths[group]
         blocks = [PreActivationBlock(inputs, outputs, 1 if group == 1 else 2)]
         blocks += [PreActivationBlock(outputs, outputs, 1) for _ in range((depth - 4) // 6 - 1)]
-        stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
+        stages.append((StageInfo(f"stage{group}", outputs, stride, signed=True), nn.Sequential(*blocks)))
     pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
     stages.append((StageInfo("pool", widths[3], 0), pool))
     model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes, preactivation=AFTER_NEXT_NORM)

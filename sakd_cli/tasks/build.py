@@ -116,8 +116,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
     task = assemble(config, student, frozen, images.side, images.train.labels)
-    costs = cost(student, images.side), cost(frozen, images.side)
-    return Job(config, device, images, task.to(device), student, costs[0], task.spots, teacher, path, costs[1])
+    costs = cost(task.network, images.side), cost(frozen, images.side)
+    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, teacher, path, costs[1])
 
 
 def assemble(
@@ -140,24 +140,25 @@ def assemble(
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
-        student=student.infos[-1].channels,
+        student=method.network.infos[-1].channels,
         one_family=find_network(student.name).kin == find_network(teacher.name).kin,
         matched=_matched_rates(config, len(method.spots)),
     )
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
-        graft = Graft(method.spots, frozen_view(student).run, teacher.run) if learned else None
+        graft = Graft(method.spots, frozen_view(method.network).run, teacher.run) if learned else None
     published = learned or LearnedConfig(name="none")
-    gamma = config.method.gamma if published.gamma is None else published.gamma
+    words = config.method
+    gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
     return DistillTask(
-        student,
+        method.network,
         teacher.features_with_preactivations if method.preactivations else teacher.features,
         method,
         router,
         graft,
-        Factors(config.method.weight, config.method.kl_weight, gamma, published.min_teacher_fraction),
+        Factors(words.ce_weight, words.weight, words.kl_weight, gamma, published.min_teacher_fraction),
         Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
     )
 
@@ -169,7 +170,8 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     warmup, words = job.task.distillers.warmup, job.config.method
     if warmup is None or job.teacher is None or not isinstance(words, WarmedConfig):
         return None
-    lr = words.warmup_lr or _learning_rate(job.config, job.config.student)
+    own = _learning_rate(job.config, job.config.student)
+    lr = words.lr_of_warmup(job.teacher.model.name, job.config.student, own)
     task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=job.config.train.weight_decay)
     return task.to(job.device), words.warmup_epochs
 

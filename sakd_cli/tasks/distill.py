@@ -20,8 +20,9 @@ from sakd_cli.routing.router import Decision, Router
 
 
 class Factors(NamedTuple):
-    """The numbers of the objective: beta, alpha, gamma, and the share of the batch that the count term asks for."""
+    """The numbers of the objective: cross-entropy, beta, alpha, gamma, and the share that the count term asks for."""
 
+    ce: float
     feature: float
     logit: float
     gamma: float
@@ -41,12 +42,13 @@ class Rates(NamedTuple):
 class DistillTask(Task):
     """One step of spot-adaptive distillation.
 
-    student: CE(s, y) + beta sum_k D_k(weight_k) + alpha KL(weight_K)
+    student: a CE(s, y) + beta sum_k D_k(weight_k) + alpha KL(weight_K),  a = 1 for all methods but one
     router:  c CE(routed, y) + max(0, N/2 - count)          only where the router learns (`graft` is given)
 
     Both are added and one backward pass serves both groups: the routed pass sees no weight of either network with
     gradient, and every weight is cut from the policy, so each group gets exactly its own gradient. Order matters: the
-    student's training pass comes first, because the routed pass uses the BatchNorm statistics it has updated.
+    student's training pass comes first, because the routed pass uses the BatchNorm statistics it has updated. The part
+    "ce" of the log is without its factor.
     """
 
     network: StagedModel
@@ -96,7 +98,7 @@ class DistillTask(Task):
         ce = F.cross_entropy(student.logits, batch.labels)
         logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
         parts = {"ce": ce, "logit": logit}
-        loss = ce + logit
+        loss = self.factors.ce * ce + logit
         if self.feature_distiller is not None:
             feature = self.factors.feature * self.feature_distiller(student, teacher, decision.weight[:-1], batch).sum()
             parts["feature"] = feature

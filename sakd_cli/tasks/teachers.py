@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from sakd_cli.config.networks import find_network
+from sakd_cli.config.networks import find_network, find_trainable
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, newest_run
@@ -18,7 +18,7 @@ def find_teacher(config: DistillConfig) -> Path | None:
         return config.teacher.weights
     path = Path(config.teacher.source).expanduser()
     if not _is_path(config.teacher.source):
-        name = find_network(config.teacher.source).name
+        name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
         return run.deliverable if run else None
     if (path / "config.yaml").is_file():

@@ -1,0 +1,60 @@
+"""What SimKD trains: a student's stages and a projector, under a teacher's pooling and head, which stay as they are.
+
+Chen, Mei, Zhang, Wang, Feng, Chen, "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022.
+"""
+
+import copy
+from typing import final
+
+from torch import Tensor, nn
+
+from sakd_cli.models.layers import ConvUnit
+from sakd_cli.models.staged import StagedModel, StageInfo
+
+
+@final
+class Borrowed(nn.Module):
+    """A stage of another network, copied: never trained, and in evaluation mode whatever is asked for."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = copy.deepcopy(stage).requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Borrowed":
+        super().train(mode)
+        self.stage.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage(x)
+
+
+def projector(student: StageInfo, teacher: StageInfo, factor: int) -> tuple[StageInfo, nn.Sequential]:
+    """From the student's last map to the teacher's: mean over squares where it is larger, then convolutions 1, 3, 1.
+
+    Each has BatchNorm and ReLU; the last one no ReLU where the teacher's map is signed. The inner width is the
+    teacher's over `factor`. [N, C_S, H, W] to [N, C_T, H/r, W/r], r = teacher's stride / student's, at least 1.
+    """
+    ratio = max(1, teacher.stride // student.stride)
+    inner = max(1, teacher.channels // factor)
+    info = StageInfo("projector", teacher.channels, student.stride * ratio, student.halved_from, teacher.signed)
+    convolutions = [
+        ConvUnit(student.channels, inner, 1),
+        ConvUnit(inner, inner, 3),
+        ConvUnit(inner, teacher.channels, 1, relu=not teacher.signed),
+    ]
+    return info, nn.Sequential(*([nn.AvgPool2d(ratio)] if ratio > 1 else []), *convolutions)
+
+
+def build(name: str, num_classes: int, *, student: StagedModel, teacher: StagedModel, factor: int) -> StagedModel:
+    """The student (not copied) with a new projector and copies of the teacher's pooling stage and head."""
+    *kept, _ = zip(student.infos, student.stages, strict=True)
+    added = projector(student.infos[-2], teacher.infos[-2], factor)
+    pool = teacher.infos[-1], Borrowed(teacher.stages[-1])
+    model = StagedModel(
+        name=name, family="reused", stages=[*kept, added, pool], num_classes=num_classes, preactivation=None
+    )
+    model.head.load_state_dict(teacher.head.state_dict())
+    model.head.requires_grad_(False)
+    return model
