@@ -208,9 +208,9 @@ class Intent(NamedTuple):
 
     def check(self) -> None:
         """Raise UsageError where a new run would stand on something."""
+        if self.folder is None and self.overwrite:
+            raise UsageError("--overwrite needs --run-dir DIR, the run to replace")
         if self.folder is None or not self.folder.exists():
-            if self.overwrite:
-                raise UsageError("--overwrite needs --run-dir DIR, the run to replace")
             return
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {str(self.folder)}
         if not there - BEGINNING:  # empty, or a run that was killed before it began
