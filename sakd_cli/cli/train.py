@@ -13,6 +13,7 @@ from sakd_cli.rundir import RunDir
 def pretrain_teacher(
     ctx: typer.Context,
     model: o.ModelArgument = None,
+    student_friendly: o.StudentFriendly = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -34,7 +35,7 @@ def pretrain_teacher(
 
         sakd pretrain-teacher wrn40_2 --dataset cifar100
 
-        sakd pretrain-teacher resnet20 --dataset shapes --epochs 5 --seed 1
+        sakd pretrain-teacher wrn40_2 --student-friendly wrn16_2
     """
     words = o.resolved("pretrain", ctx.params).config
     talk = Talk(quiet=quiet)

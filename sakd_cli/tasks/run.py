@@ -20,19 +20,32 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir, write_aside, write_json
 from sakd_cli.tasks.build import Job, plan, warmup_of
+from sakd_cli.tasks.sftn import BranchDelivery
 
 
 class FolderDelivery:
-    """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`."""
+    """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
 
-    def __init__(self, network: StagedModel, card: NetworkCard, folder: str, facts: dict[str, Any]) -> None:
-        self.network, self.card, self.folder, self.facts = network, card, folder, facts
+    beside   student branches that are written whenever the folder is
+    """
+
+    def __init__(
+        self,
+        network: StagedModel,
+        card: NetworkCard,
+        folder: str,
+        facts: dict[str, Any],
+        beside: BranchDelivery | None = None,
+    ) -> None:
+        self.network, self.card, self.folder, self.facts, self.beside = network, card, folder, facts, beside
 
     def save_weights(self, path: Path) -> None:
         artifact.save_weights(path, self.network, self.card)
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
         artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
+        if self.beside is not None:
+            self.beside.save(run.path, run.path / self.folder / "model.safetensors")
 
 
 def try_one_batch(job: Job) -> dict[str, Any]:
@@ -57,8 +70,8 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
         train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
     judge = _judge(job)
-    facts = _teacher_facts(job, judge)
-    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
+    facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
+    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts, job.branches)
     _warm_up(job, run, watcher)
     trainer = Trainer(
         job.task,
@@ -73,6 +86,8 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     )
     figures = trainer.fit()
     summary = _about(job) | figures | facts
+    if job.branches is not None:
+        summary["friendly"] = job.branches.scored(judge.test)
     write_json(run.path / "summary.json", summary)
     return run, summary
 
@@ -113,6 +128,8 @@ def _judge(job: Job) -> Judge:
 def _label(job: Job) -> str:
     words = job.config.model_dump()
     parts = [words["task"], job.network.name, job.images.dataset.name]
+    if job.branches:
+        parts.append(f"friendly-{'-'.join(job.branches.words.students)}")
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
