@@ -28,7 +28,7 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.tasks import build, run
 from sakd_cli.tasks.pretrain import PretrainTask
-from sakd_cli.tasks.sftn import SftnTask, imitation
+from sakd_cli.tasks.sftn import SftnTask, branch_rows, imitation
 
 CLASSES, SIDE = 4, 8
 CARD = NetworkCard("resnet14", "noise", tuple("abcd"), (0.5,) * 3, (0.3,) * 3, SIDE)
@@ -66,6 +66,14 @@ def test_a_branch_teaches_the_stages_in_front_of_it_and_no_other(branch: int) ->
     assert reached(task.network) == [place <= stage for place in range(4)] + [False]
 
 
+def test_every_part_of_every_branch_is_trained_and_none_is_idle() -> None:
+    task = sftn(students=("resnet8", "wrn_16_1"))
+    task(batch_of(6)).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in task.branches.parameters())
+    grouped = [id(parameter) for group in task.groups() for parameter in group.parameters]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in task.parameters())
+
+
 @pytest.mark.parametrize("detached", [True, False])
 def test_the_imitation_reaches_the_whole_teacher_unless_its_target_is_detached(detached: bool) -> None:
     task = sftn(lambda_t=0, lambda_ce=0, detach_target=detached)
@@ -96,6 +104,29 @@ def test_branches_that_weigh_nothing_leave_no_trace_in_the_teacher(tmp_path: Pat
         run.carry_out(each, Silent())
     ours, theirs = (each.network.state_dict() for each in jobs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_the_branches_come_from_the_seed_of_the_run_alone(tmp_path: Path) -> None:
+    made = []
+    for noise, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(noise)
+        made.append(job(tmp_path, model="resnet8", friendly="resnet8", seed=seed).task.branches)
+        assert torch.initial_seed() == noise
+    first, again, other = (branches.tails[1].head.weight for branches in made)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, made[0].tails[0].head.weight), "each branch starts with weights of its own"
+
+
+def test_a_branch_is_scored_without_changing_the_teachers_mode() -> None:
+    task = sftn()
+    network, images = task.network.eval(), batch_of(6).images
+    rows = branch_rows(network, task.branches.eval(), [(images, batch_of(6).labels)])
+    assert not any(module.training for module in network.modules())
+    with torch.no_grad():
+        logits = task.branches(network.features(images).stages)
+    losses = [F.cross_entropy(each, batch_of(6).labels).item() for each in logits]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
 
 
 @functools.cache

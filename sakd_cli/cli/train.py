@@ -105,6 +105,8 @@ def _trained(job: Any, talk: Talk) -> dict[str, Any]:
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device}"
     )
+    if job.branches is not None:
+        talk.say(f"student-friendly: together with branches of {', '.join(config.friendly.students)}")
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     where, summary = run.carry_out(job, talk)

@@ -3,7 +3,8 @@
 Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge Distillation", NeurIPS 2021
 (SFTN spec, sections 1 and 2). Branch i leaves the teacher behind stage i, is transformed to the shape that the student
 has behind its stage i, and ends in the student's own stages i + 1, ... and head. There is one behind every stage of
-maps that both networks have, but the last. Where these stages differ in stride, the transform makes up for it.
+maps that both networks have, but the last. Stages are paired in order, also where the networks have different numbers
+of them (spots are then paired by stride); where two differ in stride, the transform makes up for it.
 """
 
 import json

@@ -126,9 +126,9 @@ def branch_rows(
 
 def branches_of(weights: Path, teacher: Artifact) -> Branches | None:
     """The branches in the run directory that this weights file (or folder) lies in; None where it has none."""
-    folder = weights if weights.is_dir() else weights.parent
-    file = folder.parent / FILE
-    return load_branches(file, teacher) if file.is_file() else None
+    folder = weights.resolve() if weights.is_dir() else weights.resolve().parent
+    in_a_run = (folder.parent / "config.yaml").is_file() and (folder.parent / FILE).is_file()
+    return load_branches(folder.parent / FILE, teacher) if in_a_run else None
 
 
 def start_from_branches(student: StagedModel, weights: Path | None, teacher: Artifact) -> None:
