@@ -7,6 +7,7 @@ spots.jsonl        one line per epoch: use of every spot, overall and by class (
 samples.safetensors  per training sample: its place in the data set, visits, how often it was taught at each spot
 checkpoints/       last, previous, best: see engine/checkpoint.py
 teacher/ student/  the deployable network: model.safetensors, config.json, README.md
+branches/          the student branches of a student-friendly teacher: model.safetensors
 summary.json       final figures; its presence means the run is finished
 """
 

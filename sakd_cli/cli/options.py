@@ -67,6 +67,15 @@ Pretrain = Annotated[
         "--pretrain", help="Train the teacher first if no finished run is there.", rich_help_panel="Distillation"
     ),
 ]
+StudentFriendly = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Train together with branches of this student; may be given again. [env: SAKD_STUDENT_FRIENDLY]",
+        autocompletion=complete_networks,
+        rich_help_panel="Distillation",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -149,7 +158,8 @@ DryRun = Annotated[
 
 def layers(params: Mapping[str, Any]) -> list[Layer]:
     """From the weakest to the strongest: preset, file, environment, options, --set."""
-    given = {name: params.get(name) for name in OPTIONS if name in params}
+    # An option that may be given several times and was not is empty.
+    given = {name: None if params[name] in ([], ()) else params[name] for name in OPTIONS if name in params}
     stack = [presets.preset_layer(params["preset"])] if params.get("preset") else []
     stack += [file_layer(params["config"], f"file {params['config']}")] if params.get("config") else []
     return [*stack, *environment_layers(given), *option_layers(given), *set_layers(params.get("set_") or [])]

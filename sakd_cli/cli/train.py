@@ -16,6 +16,7 @@ from sakd_cli.rundir import Intent, RunDir
 def pretrain_teacher(
     ctx: typer.Context,
     model: o.ModelArgument = None,
+    student_friendly: o.StudentFriendly = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -40,7 +41,7 @@ def pretrain_teacher(
 
         sakd pretrain-teacher wrn40_2 --dataset cifar100
 
-        sakd pretrain-teacher resnet20 --dataset shapes --epochs 5 --seed 1
+        sakd pretrain-teacher wrn40_2 --student-friendly wrn16_2
     """
     words, intent = understood("pretrain", ctx.params)
     if intent.finished:
@@ -122,6 +123,8 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device}"
     )
+    if job.branches is not None:
+        talk.say(f"student-friendly: together with branches of {', '.join(config.friendly.students)}")
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     with talk.heeding_signals():

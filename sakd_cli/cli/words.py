@@ -117,6 +117,7 @@ def show_config(
     teacher: o.Teacher = None,
     student: o.Student = None,
     model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
+    student_friendly: o.StudentFriendly = None,
     method: o.Method = None,
     router: o.Router = None,
     dataset: o.Dataset = None,
@@ -161,4 +162,4 @@ def show_config(
     show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))
 
 
-_FOREIGN = {Which.distill: {"model"}, Which.pretrain: {"teacher", "student", "method", "router"}}
+_FOREIGN = {Which.distill: {"model", "student_friendly"}, Which.pretrain: {"teacher", "student", "method", "router"}}

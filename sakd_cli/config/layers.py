@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, methods, routers, run
-from sakd_cli.config.run import TASKS
+from sakd_cli.config import datasets, friendly, methods, routers, run
+from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
 
@@ -22,6 +22,7 @@ OPTIONS = {
     "teacher": "teacher.source",
     "student": "student",
     "model": "model",
+    "student_friendly": "friendly.students",
     "method": "method.name",
     "router": "router.name",
     "pretrain": "teacher.pretrain",
@@ -41,6 +42,7 @@ _HEADS = {
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
     "teacher": ("source", {"pretrain", "epochs"}),
+    "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
 }
 
 
@@ -190,7 +192,7 @@ def _for_task(task: str, layer: Layer) -> Layer:
         raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
     teacher = values.pop("teacher", {})
     teacher = teacher if isinstance(teacher, dict) else {"source": teacher}
-    kept = {key: value for key, value in values.items() if key not in ("student", "method", "router", "stage_map")}
+    kept = {key: value for key, value in values.items() if key not in STUDENT_WORDS}
     kept |= {"model": teacher["source"]} if "source" in teacher else {}
     if teacher.get("epochs") is not None and isinstance(kept.get("train", {}), dict):
         kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}
@@ -209,7 +211,7 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
         text = f"{unknown('key', key, _known_keys(task, place))}"
     elif first["type"] == "missing":
         option = next(
-            (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if path.split(".")[0] == key), None
+            (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if key in (path, path.split(".")[0])), None
         )
         if key == "model":
             option = "the name of a network"
@@ -248,5 +250,9 @@ def _known_keys(task: str, place: list[str]) -> list[str]:
 def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
     if name not in parent.model_fields:
         return []
-    plain: dict[str, list[type[Words]]] = {"train": [run.Train], "teacher": [run.TeacherConfig]}
+    plain: dict[str, list[type[Words]]] = {
+        "train": [run.Train],
+        "teacher": [run.TeacherConfig],
+        "friendly": [friendly.FriendlyConfig],
+    }
     return plain.get(name) or list(_TABLES.get(name, {}).values())

@@ -17,12 +17,15 @@ from pydantic import (
 )
 
 from sakd_cli.config.datasets import CIFAR100Config, Data
+from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.words import Words
 
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+# A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
+FINE_TUNING = {"epochs": 60, "lr": 0.01}
 
 
 class Train(Words):
@@ -79,10 +82,24 @@ class RunConfig(Words):
 
 
 class PretrainConfig(RunConfig):
-    """Train one network with cross-entropy: a teacher, or a student alone."""
+    """Train one network with cross-entropy: a teacher, or a student alone.
+
+    friendly   students for whom it is made easy to learn from; None: for nobody
+    init_from  run directory or weights file to start from: fine-tuning, 60 epochs with lr 0.01 unless these are set
+    """
 
     task: Literal["pretrain"] = "pretrain"
     model: NetworkName
+    friendly: FriendlyConfig | None = None
+    init_from: Folder | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fine_tuning_is_short_and_slow(cls, words: Any) -> Any:
+        train = words.get("train", {}) if isinstance(words, dict) and words.get("init_from") is not None else None
+        if not isinstance(train, dict):
+            return words
+        return words | {"train": FINE_TUNING | {key: value for key, value in train.items() if value is not None}}
 
 
 def _source(value: Any) -> Any:
@@ -106,11 +123,16 @@ class TeacherConfig(Words):
     sha256: str | None = None
 
 
+# What a distillation says of its student, and a pretraining does not know.
+STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches")
+
+
 class DistillConfig(RunConfig):
     """Train a student from a frozen teacher.
 
     stage_map  pairs [student stage, teacher stage] of maps that belong together; None: by order, or by stride where the
                networks have different numbers of stages
+    init_from_branches  the student starts with the longest tail that its student-friendly teacher was trained with
     """
 
     task: Literal["distill"] = "distill"
@@ -119,6 +141,7 @@ class DistillConfig(RunConfig):
     method: Method = FitNetConfig()
     router: Router = AdaptiveConfig()
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    init_from_branches: bool = False
 
     @field_validator("router")
     @classmethod
@@ -133,7 +156,7 @@ class DistillConfig(RunConfig):
 
     def pretraining(self) -> dict[str, Any]:
         """The words of the run that trains this run's teacher."""
-        words = self.model_dump(mode="json", exclude={"task", "teacher", "student", "method", "router", "stage_map"})
+        words = self.model_dump(mode="json", exclude={"task", "teacher", *STUDENT_WORDS})
         return words | {
             "model": self.teacher.source,
             "train": words["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),

@@ -1,5 +1,6 @@
 """Modules that translate one network's feature into the shape of the other's (sakd spec, section 3.2)."""
 
+from itertools import pairwise
 from typing import final
 
 from torch import Tensor, nn
@@ -57,3 +58,27 @@ class LinearAdapter(nn.Module):
 def adapter(source: Shape, target: Shape) -> ConvAdapter | LinearAdapter:
     """The routing adapter between two features: convolutional for maps, linear for pooled vectors; never identity."""
     return ConvAdapter(source, target) if len(source) == 3 else LinearAdapter(source, target)
+
+
+@final
+class Transform(nn.Module):
+    """What a student branch makes of its teacher's map (SFTN spec, section 2): [N, C1, H1, H1] to [N, C2, H2, H2].
+
+    A `ConvAdapter` where one side is as long as the other or twice as long. Between sides 4, 8, ... times as long a
+    chain of them, the width reached in the first; between all others mean pooling to H2, then 1x1.
+    """
+
+    def __init__(self, source: Shape, target: Shape) -> None:
+        super().__init__()
+        (c1, h1, _), (c2, h2, _) = source, target
+        longer, shorter = max(h1, h2), min(h1, h2)
+        doublings, rest = (longer // shorter).bit_length() - 1, longer % shorter
+        pooled = rest > 0 or longer != shorter << doublings
+        sides = [h2] if pooled else [h2 << k if h1 > h2 else h2 >> k for k in range(doublings, -1, -1)]
+        shapes = [(c1, sides[0], sides[0]), *((c2, side, side) for side in sides[1:] or sides)]
+        steps = [ConvAdapter(ours, theirs) for ours, theirs in pairwise(shapes)]
+        self.steps = nn.Sequential(*([nn.AdaptiveAvgPool2d(h2)] if pooled else []), *steps)
+        self.geometry = " ".join(["mean"] * pooled + [step.geometry for step in steps])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps(x)

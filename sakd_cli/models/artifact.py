@@ -6,13 +6,14 @@ The file's header says what is in it (architecture, classes, normalisation), so 
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
@@ -20,6 +21,8 @@ from sakd_cli.models.table import create
 from sakd_cli.rundir import sha256, write_aside, write_json
 
 FORMAT = "sakd.network/1"
+Module = TypeVar("Module", bound=nn.Module)
+Card = TypeVar("Card")
 
 
 class NetworkCard(NamedTuple):
@@ -45,13 +48,17 @@ class Artifact(NamedTuple):
 
 
 def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
-    """Write `model.safetensors` with its card and the digest of its numbers in the header, atomically.
+    """Write `model.safetensors` with its card in the header."""
+    save_module(path, FORMAT, model, json.dumps(card._asdict()))
+
+
+def save_module(path: Path, form: str, module: nn.Module, words: str) -> None:
+    """Write a module with `words` about it (JSON) and the digest of its numbers in the header, atomically.
 
     Tensors are made contiguous first: safetensors refuses others. It has no checksum of its own, hence the digest.
     """
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    words = json.dumps(card._asdict())
-    header = {"format": FORMAT, "card": words, "digest": _digest(words, tensors)}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+    header = {"format": form, "card": words, "digest": _digest(words, tensors)}
     # One entry: safetensors writes several in a random order, and the same network must be the same file.
     write_aside(path, save(tensors, {"sakd": json.dumps(header)}))
 
@@ -70,6 +77,22 @@ def load(path: Path) -> Artifact:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{file}: no such file", hint="give a run directory or a model.safetensors written by sakd")
+    return Artifact(*load_module(file, FORMAT, "a network", _network))
+
+
+def _network(words: dict[str, Any]) -> tuple[StagedModel, NetworkCard]:
+    fields: Any = {key: tuple(word) if isinstance(word, list) else word for key, word in words.items()}
+    card = NetworkCard(**fields)
+    return create(card.architecture, len(card.classes)), card
+
+
+def load_module(
+    file: Path, form: str, kind: str, build: Callable[[dict[str, Any]], tuple[Module, Card]]
+) -> tuple[Module, Card, str]:
+    """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
+
+    `build` makes module and card of the words in the header. Raises UsageError where the file is damaged or not `kind`.
+    """
     digest = sha256(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -78,20 +101,17 @@ def load(path: Path) -> Artifact:
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})") from None
     header = _header(entries)
-    if header.get("format") != FORMAT:
-        raise UsageError(f"{file}: not a network saved by sakd (format {header.get('format')!r}, expected {FORMAT!r})")
+    if header.get("format") != form:
+        raise UsageError(f"{file}: not {kind} saved by sakd (format {header.get('format')!r}, expected {form!r})")
     if header.get("digest") != _digest(str(header.get("card")), tensors):
         raise UsageError(f"{file}: damaged, its content does not fit the digest in its header")
     try:
-        words = json.loads(header["card"])
-        fields: Any = {key: tuple(word) if isinstance(word, list) else word for key, word in words.items()}
-        card = NetworkCard(**fields)
         with torch.device("cpu"):
-            model = create(card.architecture, len(card.classes))
-        model.load_state_dict(tensors)
+            module, card = build(json.loads(header["card"]))
+        module.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
-    return Artifact(model, card, digest)
+    return module, card, digest
 
 
 def _header(entries: dict[str, str]) -> dict[str, Any]:
@@ -121,6 +141,10 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
     accuracy = "" if top1 is None else f" Top-1 on its test images after the last epoch: {top1:.2f} %."
     teacher = about.get("teacher")
     learned = "" if teacher is None else f"\nTeacher: {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
+    if (friendly := about.get("friendly")) is not None:
+        learned = (
+            f"\nA student-friendly teacher, trained together with branches of {', '.join(friendly['students'])}.\n"
+        )
     return (
         f"# {card.architecture} on {card.dataset}\n\n"
         f"An image classifier for {len(card.classes)} classes, {card.side}x{card.side} pixels, "

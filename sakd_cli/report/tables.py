@@ -139,6 +139,8 @@ def evaluation_tables(result: dict[str, Any]) -> list[RenderableType]:
     row += [whole(result.get("images")), fixed(result.get("top1"), 2), fixed(result.get("top5"), 2)]
     row += [fixed(result.get("loss"), 3), large(result.get("parameters")), large(result.get("macs"))]
     tables: list[RenderableType] = [Sheet("Evaluation", columns, [row])]
+    if result.get("branches"):
+        tables.append(_branch_table(result["branches"]))
 
     classes = result.get("classes") or []
     measured = sorted(
@@ -189,7 +191,26 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
     names = f"{word(teacher.get('network'))} → {word(own['network'])}" if teacher else word(own["network"])
     split = f" ({word(last['split'])})" if last.get("split") is not None else ""
     columns = [Column("", text=True), *(Column(header) for header, _ in sides)]
-    return Sheet(f"{names} on {word(summary.get('dataset'))}{split}", columns, rows, _summary_notes(summary))
+    sheet = Sheet(f"{names} on {word(summary.get('dataset'))}{split}", columns, rows, _summary_notes(summary))
+    friendly = summary.get("friendly") or {}
+    return Group(sheet, _branch_table(friendly["branches"])) if friendly.get("branches") else sheet
+
+
+def _branch_table(rows: list[dict[str, Any]]) -> Sheet:
+    """The student branches that a teacher was trained with: where they hang, how good they are, what they cost."""
+    columns = [Column(header, text=True) for header in ("Student", "Behind", "Transform")]
+    columns += [Column(header) for header in ("Top-1 %", "Top-5 %", "Loss", "Parameters", "MACs")]
+    cells = [
+        [
+            *(word(row.get(key)) for key in ("student", "behind", "transform")),
+            *(fixed(row.get(key), digits) for key, digits in (("top1", 2), ("top5", 2), ("loss", 3))),
+            *(large(row.get(key)) for key in ("parameters", "macs")),
+        ]
+        for row in rows
+    ]
+    macs = sum(number(row.get("macs")) or 0 for row in rows)
+    note = f"They add {large(macs)} MACs per image and pass to the training, nothing to the teacher's use."
+    return Sheet("Student branches", columns, cells, [note])
 
 
 def _summary_notes(summary: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.branches import Branches
 from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel, frozen_view
@@ -33,7 +34,8 @@ from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.tasks.distill import DistillTask, Factors, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
-from sakd_cli.tasks.teachers import find_teacher, no_teacher
+from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
+from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
 from sakd_cli.tasks.warmup import WarmupTask
 
 
@@ -65,6 +67,7 @@ class Job:
     teacher: Artifact | None = None
     teacher_path: Path | None = None
     teacher_cost: Cost | None = None
+    branches: BranchDelivery | None = None
 
     @property
     def card(self) -> NetworkCard:
@@ -81,12 +84,31 @@ def load_images(config: DataConfig) -> Images:
 
 
 def pretraining(config: PretrainConfig) -> Job:
-    """A network trained with cross-entropy."""
+    """A network trained with cross-entropy, alone or together with branches of its students."""
     device = pick_device(config.device)
     images = load_images(config.data)
     network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
-    task = PretrainTask(network, lr=_learning_rate(config, config.model), weight_decay=config.train.weight_decay)
-    return Job(config, device, images, task.to(device), network, cost(network, images.side))
+    if config.init_from is not None:
+        _start_from(network, config.init_from, images)
+    lr, decay, costs = _learning_rate(config, config.model), config.train.weight_decay, cost(network, images.side)
+    words = config.friendly
+    if words is None:
+        task: Task = PretrainTask(network, lr=lr, weight_decay=decay)
+        return Job(config, device, images, task.to(device), network, costs)
+    with _initialised(config.seed, "branches"):
+        branches = Branches(network, words.students, images.side, share=words.share_branches)
+    task = SftnTask(network, branches, words, lr=lr, weight_decay=decay)
+    delivery = BranchDelivery(network, branches, words)
+    return Job(config, device, images, task.to(device), network, costs, branches=delivery)
+
+
+def _start_from(network: StagedModel, source: Path, images: Images) -> None:
+    """Put the weights of a saved network of the same kind into this one. Raises UsageError where it is another."""
+    saved = artifact.load(weights_at(source, "init_from"))
+    check_classes(saved, images, str(source))
+    if saved.model.name != network.name:
+        raise UsageError(f"init_from: {source} is a {saved.model.name}, not a {network.name}")
+    network.load_state_dict(saved.model.state_dict())
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
@@ -115,6 +137,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     check_classes(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
+    if config.init_from_branches:
+        start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
     costs = cost(task.network, images.side), cost(frozen, images.side)
     return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, teacher, path, costs[1])
@@ -213,6 +237,9 @@ def plan(job: Job) -> dict[str, Any]:
     networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
     if job.teacher and job.teacher_cost:
         networks.insert(0, {"role": "teacher", "name": job.teacher.model.name, **job.teacher_cost._asdict()})
+    for row in job.branches.facts["branches"] if job.branches else []:
+        cells = {"role": f"branch at {row['behind']}", "name": row["student"]}
+        networks.append(cells | {key: row[key] for key in ("parameters", "macs")})
     trainable = {group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()}
     graft = job.task.graft if isinstance(job.task, DistillTask) else None
     spots = []

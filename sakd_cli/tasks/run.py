@@ -25,19 +25,32 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
 from sakd_cli.tasks.build import Job, plan, warmup_of
+from sakd_cli.tasks.sftn import BranchDelivery
 
 
 class FolderDelivery:
-    """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`."""
+    """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
 
-    def __init__(self, network: StagedModel, card: NetworkCard, folder: str, facts: dict[str, Any]) -> None:
-        self.network, self.card, self.folder, self.facts = network, card, folder, facts
+    beside   student branches that are written whenever the folder is
+    """
+
+    def __init__(
+        self,
+        network: StagedModel,
+        card: NetworkCard,
+        folder: str,
+        facts: dict[str, Any],
+        beside: BranchDelivery | None = None,
+    ) -> None:
+        self.network, self.card, self.folder, self.facts, self.beside = network, card, folder, facts, beside
 
     def save_weights(self, path: Path) -> None:
         artifact.save_weights(path, self.network, self.card)
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
         artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
+        if self.beside is not None:
+            self.beside.save(run.path, run.path / self.folder / "model.safetensors")
 
 
 def try_one_batch(job: Job) -> dict[str, Any]:
@@ -66,14 +79,15 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
         try:
             judge = _judge(job, watcher)
-            facts = _teacher_facts(job, judge)
+            facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
             phases = _resumed(_phases(job, run, judge, facts, watcher), run, intent, watcher)
             figures = {trainer.phase: trainer.fit() for trainer in phases}
+            scored = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        summary = _about(job) | figures[MAIN] | facts
+        summary = _about(job) | figures[MAIN] | facts | scored
         write_json(run.path / "summary.json", summary)
         return run, summary
 
@@ -92,7 +106,7 @@ def _phases(job: Job, run: RunDir, judge: Judge, facts: dict[str, Any], watcher:
         names = [(spot.name, spot.kind) for spot in job.spots]
         train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
-    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
+    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts, job.branches)
     yield shared(
         job.task,
         _train_loader(job),
@@ -150,6 +164,8 @@ def _judge(job: Job, watcher: Watcher) -> Judge:
 def _label(job: Job) -> str:
     words = job.config.model_dump()
     parts = [words["task"], job.network.name, job.images.dataset.name]
+    if job.branches:
+        parts.append(f"friendly-{'-'.join(job.branches.words.students)}")
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]

@@ -15,6 +15,7 @@ from sakd_cli.models import artifact
 from sakd_cli.models.cost import cost
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import check_classes, load_images
+from sakd_cli.tasks.sftn import branch_rows, branches_of
 
 
 def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: Watcher) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
     device = pick_device(config.device)
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))
     check_classes(network, images, str(weights))
+    branches = branches_of(weights, network)
     model = network.model.to(device)
     dataset = images.dataset
     unfinished = " of a run that is not finished" if run and not run.finished else ""
@@ -49,6 +51,7 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
         **scores.headline(),
         **cost(model, images.side)._asdict(),
         "device": str(device),
+        **({"branches": branch_rows(model, branches.to(device), batches)} if branches is not None else {}),
         "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
     }
 

@@ -21,6 +21,11 @@ def find_teacher(config: DistillConfig) -> Path | None:
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
         return run.deliverable if run else None
+    return weights_at(path, "teacher")
+
+
+def weights_at(path: Path, word: str) -> Path:
+    """The weights file or folder that a path means: of a run directory its network. `word` of a config that says it."""
     if (path / "config.yaml").is_file():
         folder = RunDir(path).deliverable
         if folder is None:
@@ -28,7 +33,7 @@ def find_teacher(config: DistillConfig) -> Path | None:
         return folder
     if path.exists():
         return path
-    raise UsageError(f"teacher: {path}: no such file or directory")
+    raise UsageError(f"{word}: {path}: no such file or directory")
 
 
 def _is_path(source: str) -> bool:

@@ -1,0 +1,143 @@
+"""Student branches: tails of students that hang on a teacher in training, and on the disk beside it.
+
+Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge Distillation", NeurIPS 2021
+(SFTN spec, sections 1 and 2). Branch i leaves the teacher behind stage i, is transformed to the shape that the student
+has behind its stage i, and ends in the student's own stages i + 1, ... and head. There is one behind every stage of
+maps that both networks have, but the last. Stages are paired in order, also where the networks have different numbers
+of them (spots are then paired by stride); where two differ in stride, the transform makes up for it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.errors import UsageError
+from sakd_cli.models.adapters import Transform
+from sakd_cli.models.artifact import Artifact, load_module, save_module
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.table import create
+
+FORMAT = "sakd.branches/1"
+
+
+class Place(NamedTuple):
+    """Where a branch hangs: behind this stage of the teacher, in the place of this stage of the student.
+
+    tail   which of the tails it ends in
+    """
+
+    student: str
+    stage: int
+    tail: int
+
+
+class BranchCard(NamedTuple):
+    """What one must know to use the branches; teacher: SHA-256 of the weights file they were trained with."""
+
+    students: tuple[str, ...]
+    share: bool
+    side: int
+    teacher: str
+
+
+@final
+class Tail(nn.Module):
+    """The stages of a student from `first` on, and its head."""
+
+    def __init__(self, student: StagedModel, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.stages = nn.ModuleList(list(student.stages)[first:])
+        self.head = student.head
+
+    def behind(self, stage: int) -> list[nn.Module]:
+        """What follows stage `stage`, which is at least `first` - 1."""
+        return [*list(self.stages)[stage + 1 - self.first :], self.head]
+
+    def forward(self, x: Tensor, stage: int) -> Tensor:
+        """The student's output behind `stage`, [N, C, H, W], to logits [N, classes]."""
+        for module in self.behind(stage):
+            x = module(x)
+        return x
+
+
+@final
+class Branches(nn.Module):
+    """All branches of `students` (names of networks) on a teacher that is trained on images of `side` pixels.
+
+    share   all branches of a student end in one tail, entered at different stages; otherwise each has its own
+    """
+
+    def __init__(self, teacher: StagedModel, students: Sequence[str], side: int, *, share: bool) -> None:
+        super().__init__()
+        self.students, self.side, self.share = tuple(students), side, share
+        self.places: list[Place] = []
+        self.transforms = nn.ModuleList()
+        self.tails = nn.ModuleList()
+        for name in students:
+            student = create(name, teacher.num_classes)
+            for stage in range(1, min(len(teacher.map_stages), len(student.map_stages))):
+                if stage > 1 and not share:
+                    student = create(name, teacher.num_classes)
+                if stage == 1 or not share:
+                    self.tails.append(Tail(student, stage + 1))
+                shapes = teacher.infos[stage].shape(side), student.infos[stage].shape(side)
+                self.transforms.append(Transform(*shapes))
+                self.places.append(Place(name, stage, len(self.tails) - 1))
+
+    def forward(self, stages: Sequence[Tensor]) -> Tensor:
+        """The teacher's features, one per stage, to the logits of every branch, [branches, N, classes]."""
+        logits = []
+        for place, transform in zip(self.places, self.transforms, strict=True):
+            logits.append(self._tail(place)(transform(stages[place.stage]), place.stage))
+        return torch.stack(logits)
+
+    def through(self, teacher: StagedModel, branch: int) -> nn.Sequential:
+        """A classifier of images: the teacher up to a branch, then this branch. Shares their weights."""
+        before = list(teacher.stages)[: self.places[branch].stage + 1]
+        return nn.Sequential(*before, *self._alone(branch)).train(teacher.training)
+
+    def start(self, student: StagedModel) -> None:
+        """Copy the longest tail of this student's branches into it. Raises UsageError where it has none."""
+        if student.name not in self.students:
+            known = ", ".join(self.students)
+            raise UsageError(f"init_from_branches: the teacher's branches are of {known}, not of {student.name}")
+        place = next(place for place in self.places if place.student == student.name)
+        tail = self._tail(place).behind(place.stage)
+        for mine, theirs in zip([*student.stages[place.stage + 1 :], student.head], tail, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+    def _tail(self, place: Place) -> Tail:
+        return cast(Tail, self.tails[place.tail])
+
+    def _alone(self, branch: int) -> list[nn.Module]:
+        place = self.places[branch]
+        return [self.transforms[branch], *self._tail(place).behind(place.stage)]
+
+    def parameters_of(self, branch: int) -> int:
+        """Number of trained parameters of a branch, those that it shares with others too."""
+        return sum(parameter.numel() for module in self._alone(branch) for parameter in module.parameters())
+
+
+def save_branches(path: Path, branches: Branches, teacher: str) -> None:
+    """Write the branches of the teacher whose weights file has this SHA-256, atomically."""
+    card = BranchCard(branches.students, branches.share, branches.side, teacher)
+    save_module(path, FORMAT, branches, json.dumps(card._asdict()))
+
+
+def load_branches(path: Path, teacher: Artifact) -> Branches | None:
+    """Read branches for the teacher they were trained with; None where they were trained with other weights.
+
+    Raises UsageError where the file is damaged or not one of branches.
+    """
+
+    def build(words: dict[str, Any]) -> tuple[Branches, BranchCard]:
+        card = BranchCard(**words)
+        return Branches(teacher.model, card.students, card.side, share=card.share), card
+
+    branches, card, _ = load_module(path, FORMAT, "student branches", build)
+    return branches if card.teacher == teacher.sha256 else None
