@@ -230,3 +230,15 @@ def test_a_wrong_intent_touches_nothing(nursery: Nursery, case: str) -> None:
     assert text in refused.err.splitlines()[0]
     assert len(refused.err.splitlines()) <= 2
     assert fingerprint(finished(nursery)) == before
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    nursery: Nursery, whole: dict[str, dict[str, str]]
+) -> None:
+    prints = []
+    for seed in (0, 1):
+        words = f"{DISTIL} {METHODS['crd']} --seed {seed} --run-dir seed{seed}"
+        assert nursery.sakd(*shlex.split(words)).code == 0
+        prints.append(fingerprint(nursery.cwd / f"seed{seed}"))
+    assert prints[0] == whole["crd"]
+    assert not set(prints[1].values()) & set(prints[0].values())

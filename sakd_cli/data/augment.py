@@ -32,13 +32,13 @@ def crop_and_flip(padded: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
 
 
 def constants(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """One number per channel as [3, 1, 1] float32 on the device, for `normalise`."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+    """One number per channel as [3, 1, 1] on the device, for `normalise`; of torch's default type, as weights are."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 (pixels / 255 - mean) / std; mean and std [3, 1, 1] float32.
+    """uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, of the type of mean and std [3, 1, 1].
 
-    The operations of torchvision's ToTensor and Normalize in their order: the results are bit for bit theirs.
+    The operations of torchvision's ToTensor and Normalize in their order: in float32 the results are bit for bit theirs.
     """
-    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+    return images.to(mean.dtype).div_(255).sub_(mean).div_(std)

@@ -38,7 +38,7 @@ class SpotRecorder:
             "steps": (),
             "steps_with_policy": (),
         }
-        self._counts = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        self._counts = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
         self._events: dict[str, Tensor] = {}
 
     def add(self, use: SpotUse, batch: Batch) -> None:

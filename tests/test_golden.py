@@ -1,0 +1,67 @@
+"""A change in numbers cannot pass unseen: the first 20 losses of every training procedure, kept as text.
+
+Everything runs in float64 on one thread, so that eight digits are the same on every machine. A change that is meant is
+written down with `python tests/test_golden.py`, and told in the CHANGELOG under "Numbers".
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sakd_cli.cli.app import run
+
+FOLDER = Path(__file__).with_name("golden")
+DATA = "--dataset shapes --set data.train=112 --set data.test=20 --batch-size 10 --epochs 2 --set log_every=1 -q"
+TEACHER = "pretrain-teacher resnet8"
+DISTIL = "distill --teacher {root}/teacher/teacher --student resnet8"
+PROCEDURES = {
+    "pretrain": TEACHER,
+    "pretrain-friendly": f"{TEACHER} --student-friendly resnet8",
+    "distill-always-at": f"{DISTIL} --method at --router always",
+    "distill-adaptive-fitnet": f"{DISTIL} --method fitnet --set router.lr=0.01",
+    "distill-adaptive-crd": f"{DISTIL} --method crd --set method.negatives=16 --set router.lr=0.01",
+    "distill-random-ft": f"{DISTIL} --method ft --set method.warmup_epochs=1 --router random",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a teacher's run; everything is float64 while it is in use."""
+    torch.set_default_dtype(torch.float64)
+    folder = tmp_path_factory.mktemp("golden")
+    begin(folder)
+    yield folder
+    torch.set_default_dtype(torch.float32)
+
+
+def begin(folder: Path) -> None:
+    assert run(shlex.split(f"{TEACHER} {DATA} --run-dir {folder}/teacher")) == 0
+
+
+def curve(folder: Path, name: str) -> str:
+    """One line per step: phase, step and loss, for the first 20 steps."""
+    words = PROCEDURES[name].format(root=folder)
+    assert run(shlex.split(f"{words} {DATA} --run-dir {folder}/{name}")) == 0
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line]
+    return "".join(f"{line['kind']} {line['step']} {line['loss']:.8g}\n" for line in steps[:20])
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_the_curve_is_the_one_that_was_kept(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert curve(root, name) == (FOLDER / f"{name}.txt").read_text()
+
+
+if __name__ == "__main__":
+    torch.set_default_dtype(torch.float64)
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        begin(Path(place))
+        for wanted in sys.argv[1:] or PROCEDURES:
+            (FOLDER / f"{wanted}.txt").write_text(curve(Path(place), wanted))
