@@ -24,6 +24,8 @@ def pretrain_teacher(
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     device: o.Device = None,
+    precision: o.Precision = None,
+    compile: o.Compile = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -62,6 +64,8 @@ def distill(
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     device: o.Device = None,
+    precision: o.Precision = None,
+    compile: o.Compile = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -102,7 +106,8 @@ def _trained(job: Any, talk: Talk) -> dict[str, Any]:
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
-        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device}"
+        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
+        f"({job.mode})"
     )
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")

@@ -19,7 +19,7 @@ from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
 from sakd_cli.data.streams import generator
 from sakd_cli.distillers import table as distillers
-from sakd_cli.engine.runtime import pick_device
+from sakd_cli.engine.runtime import Mode, effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
@@ -67,6 +67,11 @@ class Job:
     teacher_cost: Cost | None = None
 
     @property
+    def mode(self) -> Mode:
+        """How it computes."""
+        return effective(self.config.runtime, self.device)
+
+    @property
     def card(self) -> NetworkCard:
         """How the delivered network introduces itself."""
         data = self.images.dataset
@@ -85,7 +90,9 @@ def pretraining(config: PretrainConfig) -> Job:
     device = pick_device(config.device)
     images = load_images(config.data)
     network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
-    task = PretrainTask(network, lr=_learning_rate(config, config.model), weight_decay=config.train.weight_decay)
+    mode = effective(config.runtime, device)
+    lr, decay = _learning_rate(config, config.model), config.train.weight_decay
+    task = PretrainTask(mode.laid_out(network), lr=lr, weight_decay=decay, mode=mode)
     return Job(config, device, images, task.to(device), network, cost(network, images.side))
 
 
@@ -126,6 +133,8 @@ def assemble(
 
     labels  class of every training image, for methods that remember images
     """
+    mode = effective(config.runtime, next(student.parameters()).device)
+    student, teacher = mode.laid_out(student), mode.laid_out(teacher)
     with _initialised(config.seed, "distiller"):
         method = distillers.build(
             config.method,
@@ -146,11 +155,12 @@ def assemble(
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
-        graft = Graft(method.spots, frozen_view(student).run, teacher.run) if learned else None
+        runs = frozen_view(student).run, teacher.run
+        graft = Graft(method.spots, *runs, pruned=mode.pruned) if learned else None
     published = learned or LearnedConfig(name="none")
     gamma = config.method.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
-    return DistillTask(
+    task = DistillTask(
         student,
         teacher.features_with_preactivations if method.preactivations else teacher.features,
         method,
@@ -158,7 +168,9 @@ def assemble(
         graft,
         Factors(config.method.weight, config.method.kl_weight, gamma, published.min_teacher_fraction),
         Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
+        mode,
     )
+    return mode.laid_out(task)
 
 
 def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
@@ -168,8 +180,8 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     warmup, words = job.task.distillers.warmup, job.config.method
     if warmup is None or job.teacher is None or not isinstance(words, WarmedConfig):
         return None
-    lr = words.warmup_lr or _learning_rate(job.config, job.config.student)
-    task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=job.config.train.weight_decay)
+    lr, decay = words.warmup_lr or _learning_rate(job.config, job.config.student), job.config.train.weight_decay
+    task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=decay, mode=job.mode)
     return task.to(job.device), words.warmup_epochs
 
 

@@ -11,7 +11,7 @@ from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import environment
+from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Watcher
@@ -50,7 +50,11 @@ def carry_out(job: Job, watcher: Watcher) -> tuple[RunDir, dict[str, Any]]:
     """Train to the end; the run directory and its summary."""
     run = RunDir.create(job.config.runs_dir, _label(job))
     write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
-    write_json(run.path / "env.json", environment(job.device))
+    if job.device.type == "cpu":
+        keep_freed_memory()
+    if job.mode.compiled:
+        compiled(job.task, job.device)
+    write_json(run.path / "env.json", environment(job.device, job.mode))
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
