@@ -52,4 +52,4 @@ class Optimizer:
         for group in self.groups:
             for place, parameter in enumerate(group.parameters):
                 if (buffer := tensors.get(f"{group.name}/{place}")) is not None:
-                    self.sgd.state[parameter]["momentum_buffer"] = buffer.to(parameter)
+                    self.sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
