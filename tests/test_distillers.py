@@ -360,7 +360,7 @@ def test_crd_goes_on_with_the_same_draws_after_a_restart() -> None:
 
 
 def test_crd_refuses_before_it_takes_the_memory() -> None:
-    assert 0.2 < memory_need(50_000, 64, 128, 16384) / 2**30 < 0.4
+    assert 0.1 < memory_need(50_000, 64, 128, 16384) / 2**30 < 0.2
     need = memory_need(IMAGES, N, 128, 54) / 2**30
     with pytest.raises(MemoryLimitError, match=r"60 images need .* above method\.memory_limit"):
         crd_of(memory_limit=need * 0.99)

@@ -138,6 +138,12 @@ Seed = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. [env: SAKD_DEVICE]", rich_help_panel="Run")
 ]
+Precision = Annotated[
+    str | None, typer.Option(help="Of the networks: fp32, bf16. [env: SAKD_PRECISION]", rich_help_panel="Run")
+]
+Compile = Annotated[
+    bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
+]
 Holdout = Annotated[
     str | None,
     typer.Option(

@@ -31,6 +31,8 @@ def pretrain_teacher(
     resume: o.Resume = None,
     overwrite: o.Overwrite = False,
     device: o.Device = None,
+    precision: o.Precision = None,
+    compile: o.Compile = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -75,6 +77,8 @@ def distill(
     resume: o.Resume = None,
     overwrite: o.Overwrite = False,
     device: o.Device = None,
+    precision: o.Precision = None,
+    compile: o.Compile = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -121,7 +125,8 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
-        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device}"
+        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
+        f"({job.mode})"
     )
     if job.branches is not None:
         talk.say(f"student-friendly: together with branches of {', '.join(config.friendly.students)}")

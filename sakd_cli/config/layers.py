@@ -34,6 +34,8 @@ OPTIONS = {
     "batch_size": "train.batch_size",
     "seed": "seed",
     "device": "device",
+    "precision": "runtime.precision",
+    "compile": "runtime.compile",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
 # (as far as the new choice has them).
@@ -254,5 +256,6 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
         "train": [run.Train],
         "teacher": [run.TeacherConfig],
         "friendly": [friendly.FriendlyConfig],
+        "runtime": [run.Runtime],
     }
     return plain.get(name) or list(_TABLES.get(name, {}).values())

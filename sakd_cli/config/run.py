@@ -61,6 +61,28 @@ class Train(Words):
         return tuple(sorted({self.epochs * eighth // 8 for eighth in (5, 6, 7)} - {0}))
 
 
+class Runtime(Words):
+    """How a run computes, not what.
+
+    precision      of the networks: fp32, or bf16 for their products and convolutions; all else stays in fp32
+    shapes         pruned: the routed pass leaves out what would be multiplied by 0 (exact, but the host must read
+                   the gates); fixed: it does not; auto: pruned on a CPU unless compiled
+    channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
+    compile        the step as one compiled graph, and on CUDA as one launch
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shapes: Literal["auto", "fixed", "pruned"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _a_graph_has_fixed_shapes(self) -> "Runtime":
+        if self.compile and self.shapes == "pruned":
+            raise ValueError("a compiled step has fixed shapes, not pruned ones")
+        return self
+
+
 class RunConfig(Words):
     """What every run has.
 
@@ -79,6 +101,7 @@ class RunConfig(Words):
     runs_dir: Folder = Path("runs")
     log_every: PositiveInt = 50
     save_every: PositiveInt | None = None
+    runtime: Runtime = Runtime()
 
 
 class PretrainConfig(RunConfig):

@@ -1,7 +1,7 @@
 """The base of every config class, and how one word chooses one of several classes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -18,7 +18,8 @@ class Words(BaseModel):
     @classmethod
     def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's `yes` and `on` are easily meant as something else; pydantic alone would read them as 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("no_bool", "is true or false where another value belongs")
         return value
 

@@ -39,6 +39,6 @@ def constants(values: tuple[float, float, float], device: torch.device) -> Tenso
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, of the type of mean and std [3, 1, 1].
 
-    The operations of torchvision's ToTensor and Normalize in their order: in float32 the results are bit for bit theirs.
+    The operations of torchvision's ToTensor and Normalize in their order: in float32 bit for bit the same.
     """
     return images.to(mean.dtype).div_(255).sub_(mean).div_(std)

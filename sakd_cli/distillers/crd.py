@@ -33,9 +33,9 @@ def mixed(x: Tensor) -> Tensor:
 
 def memory_need(samples: int, batch: int, width: int, negatives: int) -> int:
     """Bytes that banks and one training step take, roughly; `samples` of the whole training split."""
-    banks = 2 * 2 * samples * width * 4  # two, and the copies that the backward pass reads
-    products = batch * samples * 2 * 2 * 4  # with the whole banks: scores and gradients of two sides
-    chosen = batch * (negatives + 1) * (4 * 8 + 2 * 5 * 4)  # row numbers; five intermediate results per side
+    banks = 2 * samples * width * 4
+    products = batch * samples * 4  # with a whole bank: first the scores, then their gradients, one side at a time
+    chosen = batch * (negatives + 1) * (4 * 8 + 5 * 4)  # row numbers; intermediate results of one side
     return banks + products + chosen
 
 
@@ -49,9 +49,9 @@ class CRD(Distiller):
 
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, equations 10, 17 and 19. Embeddings:
     one linear layer to 128 numbers, scaled to length 1, both trained. Afterwards the chosen samples' rows move half way
-    to their new embedding. Vectors [N, D]. The same numbers with less memory: one product with the whole bank, of
-    which the drawn entries are gathered (sakd spec, section 7.2). Where fewer rows than `negatives` are of other
-    classes, as many are drawn as every class can have.
+    to their new embedding. Vectors [N, D]. The same numbers with less work: one product with the whole bank, of
+    which the drawn entries are gathered, and a gradient that is known with the value. Where fewer rows than `negatives`
+    are of other classes, as many are drawn as every class can have.
 
     Negatives are drawn on the device. A call shuffles all rows; a sample walks through them from a place and with a
     stride of its own and takes the first rows of other classes: none twice, every set equally likely, at a tenth of the
@@ -123,27 +123,36 @@ class CRD(Distiller):
         """The loss of vectors [N, D] against these rows [N, 1 + negatives]; then Z and the banks go forward."""
         e_s = F.normalize(self.embed_s(s), dim=1).to(self.bank_s.dtype)
         e_t = F.normalize(self.embed_t(t), dim=1).to(self.bank_t.dtype)
-        loss = self._side(e_s, self.bank_t, self.z_s, weight, rows) + self._side(
-            e_t, self.bank_s, self.z_t, weight, rows
-        )
+        of_s, by_s = self._side(e_s, self.bank_t, self.z_s, weight, rows)
+        of_t, by_t = self._side(e_t, self.bank_s, self.z_t, weight, rows)
+        # Values that have their gradient with them: what is added is 0.
+        slopes = ((e_s - e_s.detach()) * by_s).sum() + ((e_t - e_t.detach()) * by_t).sum()
+        loss = of_s + of_t + slopes
         with torch.no_grad():
             self._remember(self.bank_s, e_s, weight, rows[:, 0])
             self._remember(self.bank_t, e_t, weight, rows[:, 0])
         return loss
 
-    def _side(self, anchor: Tensor, bank: Tensor, z: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        # The backward pass reads the bank as it is now; hence a copy, since the bank is about to be changed.
-        scores = (anchor @ bank.clone().T).gather(1, rows).to(bank.dtype).div(self.temperature).exp()
-        with torch.no_grad():
-            chosen = weight.sum()
-            first = (scores.mean(dim=1) * weight).sum() / chosen.clamp(min=EPSILON) * len(bank)
-            z.copy_(torch.where((z < 0) & (chosen > 0), first, z))
-            scale = torch.where(z > 0, z, torch.ones_like(z))
-        p = scores / scale
+    @torch.no_grad()
+    def _side(self, anchor: Tensor, bank: Tensor, z: Tensor, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of one network's embeddings against the other's bank, and its gradient by the embeddings, [N, width].
+
+        The gradient is written out, d loss / d ln P = w / N (P / (P + c + e) - [own row]): so nothing of the bank's
+        size is kept for the backward pass, and the bank may change at once.
+        """
+        scores = (anchor @ bank.T).gather(1, rows).div_(self.temperature).exp_()
+        chosen = weight.sum()
+        first = (scores.mean(dim=1) * weight).sum() / chosen.clamp(min=EPSILON) * len(bank)
+        z.copy_(torch.where((z < 0) & (chosen > 0), first, z))
+        p = scores / torch.where(z > 0, z, torch.ones_like(z))
         c = self.negatives / len(bank)
-        own = (p[:, 0] / (p[:, 0] + c + EPSILON)).log()
-        others = (c / (p[:, 1:] + c + EPSILON)).log().sum(dim=1)
-        return weighted_mean(-(own + others), weight)
+        whole = p + (c + EPSILON)
+        own, others = (p[:, 0] / whole[:, 0]).log(), (c / whole[:, 1:]).log().sum(dim=1)
+        slope = p / whole
+        slope[:, 0] -= 1
+        slope *= weight[:, None] / (len(weight) * self.temperature)
+        spread = torch.zeros(len(rows), len(bank), dtype=slope.dtype, device=slope.device).scatter_add_(1, rows, slope)
+        return weighted_mean(-(own + others), weight), spread @ bank
 
     def _remember(self, bank: Tensor, embedded: Tensor, weight: Tensor, index: Tensor) -> None:
         old = bank.index_select(0, index)

@@ -4,6 +4,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import FitNetConfig
@@ -31,5 +32,6 @@ class FitNet(Distiller):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = []
         for regressor, (s, t), w in zip(self.regressors, self.pairs(student, teacher), weight, strict=True):
-            losses.append(weighted_mean((regressor(s) - t).square().flatten(1).mean(dim=1), w))
+            error = F.mse_loss(regressor(s), t, reduction="none")
+            losses.append(weighted_mean(error.flatten(1).mean(dim=1), w))
         return torch.stack(losses)

@@ -63,4 +63,4 @@ class Optimizer:
         for name, buffer in tensors.items():
             if name not in places or places[name].shape != buffer.shape:
                 raise ValueError(f"momentum of an unknown parameter: {name} {tuple(buffer.shape)}")
-            self.sgd.state[places[name]]["momentum_buffer"] = buffer.to(places[name])
+            self.sgd.state[places[name]]["momentum_buffer"] = torch.empty_like(places[name]).copy_(buffer)

@@ -1,18 +1,81 @@
-"""The device a run works on, and what is worth knowing about the machine."""
+"""The device a run works on, in which way, and what is worth knowing about the machine."""
 
+import ctypes
 import platform
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torchvision
+from torch import Tensor, nn
 
 from sakd_cli import __version__
+from sakd_cli.config.run import Runtime
 from sakd_cli.errors import UsageError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Mode(NamedTuple):
+    """How a run computes on its device. The only place that decides on number types and memory layout.
+
+    reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
+             optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
+    """
+
+    reduced: torch.dtype | None = None
+    channels_last: bool = False
+    pruned: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        words = ["bf16" if self.reduced else "fp32", "channels_last" if self.channels_last else "contiguous"]
+        return ", ".join([*words, "pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled])
+
+    def networks(self, device: torch.device) -> torch.autocast:
+        """Networks, and what is trained to translate between them, run inside of this."""
+        return torch.autocast(device.type, self.reduced or torch.bfloat16, enabled=self.reduced is not None)
+
+    def laid_out(self, module: Module) -> Module:
+        """The same module with its weights in the layout of this mode; who shares them must be made afterwards."""
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def effective(words: Runtime, device: torch.device) -> Mode:
+    """What the words mean on this device."""
+    last = device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last
+    pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
+    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile)
+
+
+def compiled(task: nn.Module, device: torch.device) -> None:
+    """Compile a task in place, whole: what does not fit in one graph is an error.
+
+    Every batch size has a graph of its own: the whole batches and the last one of an epoch.
+    """
+    task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next step, instead of giving it back page by page.
+
+    For the process, where it is glibc: blocks below 1 GiB come from the heap (as a rule those above 32 MiB are mapped
+    anew each time), and the heap does not shrink. Only a CPU's steps gain: 1.05 times at batch 64, 1.1 at 256.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        library = ctypes.CDLL(None)
+        library.mallopt(map_threshold, 2**30)
+        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,7 +93,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
     """What `env.json` holds."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -40,6 +103,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "platform": platform.platform(),
         "device": str(device),
+        "mode": str(mode),
         "chip": chip,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["sakd", *sys.argv[1:]]),

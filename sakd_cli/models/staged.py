@@ -54,6 +54,10 @@ class Features(NamedTuple):
     logits: Tensor
     preactivations: tuple[Tensor, ...] = ()
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """The same with every tensor changed."""
+        return Features(tuple(map(change, self.stages)), change(self.logits), tuple(map(change, self.preactivations)))
+
     @property
     def embedding(self) -> Tensor:
         """The pooled vector in front of the head, [N, C]."""

@@ -13,6 +13,23 @@ from sakd_cli.models.staged import Features
 Run = Callable[[Tensor, int, int], Tensor]
 
 
+def mixed(gate: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """(1 - a) student + a teacher, per sample: gate [N], the others [N, ...]."""
+    a = gate.to(student.dtype).view(-1, *[1] * (student.dim() - 1))
+    return (1 - a) * student + a * teacher.to(student.dtype)
+
+
+def ways(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples by the way they go, from gates [N, S] of 0 and 1. The host reads how many there are.
+
+    Those whose logits are the teacher's; of the others, those that were with the student at some spot, and those that
+    followed the teacher up to the last.
+    """
+    taught, followed = gate[:, -1] > 0, gate[:, :-1].amin(dim=1) > 0
+    left, known = ~taught & ~followed, ~taught & followed
+    return taught.nonzero()[:, 0], left.nonzero()[:, 0], known.nonzero()[:, 0]
+
+
 @final
 class Graft(nn.Module):
     """Routed logits o from images and gates a (sakd spec, section 1.3).
@@ -25,38 +42,64 @@ class Graft(nn.Module):
     is taken from its plain pass, the student up to there needs no graph, and neither network's weights get a gradient
     here. Adapters are trained, in training mode and on the whole batch. The networks are not submodules: they belong to
     others and are given as functions `run(x, start, stop)` in evaluation mode without weight gradients.
+
+    pruned  behind the last feature spot either network is differentiated for those samples alone whose logits are its
+            own, and the teacher is not run for others that followed it so far: their logits are its plain ones. Exact,
+            since what is left out would be multiplied by 0. The shapes depend on the gates, which the host must read:
+            right for a CPU, wrong for a GPU and for a compiler.
     """
 
-    def __init__(self, spots: Sequence[Spot], run_student: Run, run_teacher: Run) -> None:
+    def __init__(self, spots: Sequence[Spot], run_student: Run, run_teacher: Run, *, pruned: bool = False) -> None:
         super().__init__()
         self.spots = tuple(spots)
         self.run_student = run_student
         self.run_teacher = run_teacher
+        self.pruned = pruned
         self.lifts = nn.ModuleList([adapter(spot.student_shape, spot.teacher_shape) for spot in self.spots[:-1]])
         self.drops = nn.ModuleList([adapter(spot.teacher_shape, spot.student_shape) for spot in self.spots[:-1]])
 
     def forward(self, images: Tensor, teacher: Features, gate: Tensor) -> Tensor:
         """images [N, 3, H, W], the teacher's plain features, gate [N, S] to routed logits [N, classes]."""
-        *features, logits = self.spots
+        if not self.lifts:
+            with torch.no_grad():
+                alone = self.run_student(images, 0, self.spots[-1].student + 1)
+            return mixed(gate[:, -1], alone, teacher.logits)
+        to_s, to_t = self._to_last_part(images, teacher.stages[self.spots[0].teacher], gate)
+        if not self.pruned:
+            return mixed(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
+        taught, left, known = ways(gate.detach())
+        ls, lt = self._student_end(to_s[torch.cat([left, known])]), self._teacher_end(to_t[taught])
+        with torch.no_grad():
+            ls_of_taught, lt_of_left = self._student_end(to_s[taught]), self._teacher_end(to_t[left])
+        lt = torch.cat([lt, lt_of_left, teacher.logits[known].to(lt.dtype)])
+        order = torch.cat([taught, left, known])
+        routed = mixed(gate[order, -1], torch.cat([ls_of_taught, ls]), lt)
+        return torch.empty_like(routed).index_copy(0, order, routed)
+
+    def _to_last_part(self, images: Tensor, q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last parts of student and teacher get; q: the teacher's plain activation at the first spot."""
+        to_s = to_t = images
         at_s = at_t = 0
-        to_s, to_t = images, images
-        for k, (spot, lift, drop) in enumerate(zip(features, self.lifts, self.drops, strict=True)):
+        for k, (spot, lift, drop) in enumerate(zip(self.spots[:-1], self.lifts, self.drops, strict=True)):
             if k == 0:
                 with torch.no_grad():
                     p = self.run_student(to_s, 0, spot.student + 1)
-                q = teacher.stages[spot.teacher]
             else:
                 p = self.run_student(to_s, at_s, spot.student + 1)
                 q = self.run_teacher(to_t, at_t, spot.teacher + 1)
             at_s, at_t = spot.student + 1, spot.teacher + 1
-            a = gate[:, k].view(-1, *[1] * (p.dim() - 1))
-            to_t = (1 - a) * lift(p) + a * q
-            to_s = (1 - a) * p + a * drop(q)
-        if features:
-            ls = self.run_student(to_s, at_s, logits.student + 1)
-            lt = self.run_teacher(to_t, at_t, logits.teacher + 1)
-        else:
-            with torch.no_grad():
-                ls, lt = self.run_student(images, 0, logits.student + 1), teacher.logits
-        a = gate[:, -1:]
-        return (1 - a) * ls + a * lt
+            to_t, to_s = mixed(gate[:, k], lift(p), q), mixed(gate[:, k], p, drop(q))
+        return to_s, to_t
+
+    def _student_end(self, x: Tensor) -> Tensor:
+        return self._end(self.run_student, x, self.spots[-2].student, self.spots[-1].student)
+
+    def _teacher_end(self, x: Tensor) -> Tensor:
+        return self._end(self.run_teacher, x, self.spots[-2].teacher, self.spots[-1].teacher)
+
+    def _end(self, run: Run, x: Tensor, start: int, stop: int) -> Tensor:
+        """Logits of what stage `start` gave. Without samples no network is run, but the gradient is 0, not none."""
+        if len(x):
+            return run(x, start + 1, stop + 1)
+        (classes,) = self.spots[-1].student_shape
+        return x.flatten(1).sum(dim=1, keepdim=True).expand(0, classes)

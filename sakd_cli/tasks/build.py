@@ -19,7 +19,7 @@ from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
 from sakd_cli.data.streams import generator
 from sakd_cli.distillers import table as distillers
-from sakd_cli.engine.runtime import pick_device
+from sakd_cli.engine.runtime import Mode, effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
@@ -70,6 +70,11 @@ class Job:
     branches: BranchDelivery | None = None
 
     @property
+    def mode(self) -> Mode:
+        """How it computes."""
+        return effective(self.config.runtime, self.device)
+
+    @property
     def card(self) -> NetworkCard:
         """How the delivered network introduces itself."""
         data = self.images.dataset
@@ -90,14 +95,15 @@ def pretraining(config: PretrainConfig) -> Job:
     network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
     if config.init_from is not None:
         _start_from(network, config.init_from, images)
-    lr, decay, costs = _learning_rate(config, config.model), config.train.weight_decay, cost(network, images.side)
+    mode, costs = effective(config.runtime, device), cost(network, images.side)
+    lr, decay = _learning_rate(config, config.model), config.train.weight_decay
     words = config.friendly
     if words is None:
-        task: Task = PretrainTask(network, lr=lr, weight_decay=decay)
+        task: Task = PretrainTask(mode.laid_out(network), lr=lr, weight_decay=decay, mode=mode)
         return Job(config, device, images, task.to(device), network, costs)
     with _initialised(config.seed, "branches"):
         branches = Branches(network, words.students, images.side, share=words.share_branches)
-    task = SftnTask(network, branches, words, lr=lr, weight_decay=decay)
+    task = mode.laid_out(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
     delivery = BranchDelivery(network, branches, words)
     return Job(config, device, images, task.to(device), network, costs, branches=delivery)
 
@@ -151,6 +157,8 @@ def assemble(
 
     labels  class of every training image, for methods that remember images
     """
+    mode = effective(config.runtime, next(student.parameters()).device)
+    student, teacher = mode.laid_out(student), mode.laid_out(teacher)
     with _initialised(config.seed, "distiller"):
         method = distillers.build(
             config.method,
@@ -171,12 +179,13 @@ def assemble(
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
-        graft = Graft(method.spots, frozen_view(method.network).run, teacher.run) if learned else None
+        runs = frozen_view(mode.laid_out(method.network)).run, teacher.run
+        graft = Graft(method.spots, *runs, pruned=mode.pruned) if learned else None
     published = learned or LearnedConfig(name="none")
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
-    return DistillTask(
+    task = DistillTask(
         method.network,
         teacher.features_with_preactivations if method.preactivations else teacher.features,
         method,
@@ -184,7 +193,9 @@ def assemble(
         graft,
         Factors(words.ce_weight, words.weight, words.kl_weight, gamma, published.min_teacher_fraction),
         Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
+        mode,
     )
+    return mode.laid_out(task)
 
 
 def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
@@ -194,9 +205,9 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     warmup, words = job.task.distillers.warmup, job.config.method
     if warmup is None or job.teacher is None or not isinstance(words, WarmedConfig):
         return None
-    own = _learning_rate(job.config, job.config.student)
+    own, decay = _learning_rate(job.config, job.config.student), job.config.train.weight_decay
     lr = words.lr_of_warmup(job.teacher.model.name, job.config.student, own)
-    task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=job.config.train.weight_decay)
+    task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=decay, mode=job.mode)
     return task.to(job.device), words.warmup_epochs
 
 

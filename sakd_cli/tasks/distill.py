@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.table import Distillers
+from sakd_cli.engine.runtime import Mode, widened
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.models.staged import Features, StagedModel
 from sakd_cli.routing.graft import Graft
@@ -62,6 +63,7 @@ class DistillTask(Task):
         graft: Graft | None,
         factors: Factors,
         rates: Rates,
+        mode: Mode | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -75,6 +77,7 @@ class DistillTask(Task):
         self.graft = graft
         self.factors = factors
         self.rates = rates
+        self.mode = mode or Mode()
         self.noise_width = router.noise_width
 
     def groups(self) -> list[ParamGroup]:
@@ -91,9 +94,10 @@ class DistillTask(Task):
         self.router.begin_epoch(epoch)
 
     def forward(self, batch: Batch) -> StepOutput:
-        with torch.no_grad():
-            teacher = self.teacher_features(batch.images)
-        student = self.student_features(batch.images)
+        with self.mode.networks(batch.images.device):
+            with torch.no_grad():
+                teacher = self.teacher_features(batch.images).each(widened)
+            student = self.student_features(batch.images).each(widened)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
         ce = F.cross_entropy(student.logits, batch.labels)
         logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
@@ -117,7 +121,8 @@ class DistillTask(Task):
         """The router's loss and what happened in it; nothing where the router does not learn."""
         if self.graft is None or decision.gate is None:
             return torch.zeros_like(ce), {}
-        routed = self.graft(batch.images, teacher, decision.gate)
+        with self.mode.networks(batch.images.device):
+            routed = widened(self.graft(batch.images, teacher, decision.gate))
         result = router_loss(
             routed,
             batch.labels,

@@ -15,7 +15,7 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import environment
+from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
@@ -70,12 +70,16 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     again  the command that goes on after a stop; None: that of this very run
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
+    if job.device.type == "cpu":
+        keep_freed_memory()
+    if job.mode.compiled:
+        compiled(job.task, job.device)
     run = intent.open(job.config.runs_dir, _label(job))
     with run.locked():
         if intent.overwrite:
             run.clear()
         if intent.resume is None:
-            write_json(run.path / "env.json", environment(job.device))
+            write_json(run.path / "env.json", environment(job.device, job.mode))
             write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
         try:
             judge = _judge(job, watcher)

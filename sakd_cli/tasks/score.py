@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.config.run import Runtime
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.runtime import pick_device
+from sakd_cli.engine.runtime import effective, pick_device
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.models import artifact
 from sakd_cli.models.cost import cost
@@ -31,7 +32,7 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))
     check_classes(network, images, str(weights))
     branches = branches_of(weights, network)
-    model = network.model.to(device)
+    model = effective(Runtime(), device).laid_out(network.model.to(device))
     dataset = images.dataset
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     batches = EvalLoader(dataset.test, dataset, device=device)

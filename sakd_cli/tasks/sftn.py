@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.runtime import Mode, widened
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
@@ -30,8 +31,8 @@ def imitation(teacher: Tensor, branches: Tensor, tau: float, *, reverse: bool) -
 
     teacher [N, C] and branches [K, N, C] are logits; both get a gradient.
     """
-    p = F.log_softmax(teacher.float() / tau, dim=-1).expand_as(branches)
-    q = F.log_softmax(branches.float() / tau, dim=-1)
+    p = F.log_softmax(teacher / tau, dim=-1).expand_as(branches)
+    q = F.log_softmax(branches / tau, dim=-1)
     target, log_ratio = (q, q - p) if reverse else (p, p - q)
     return tau**2 * (target.exp() * log_ratio).sum(dim=-1).mean()
 
@@ -47,9 +48,17 @@ class SftnTask(Task):
     network: StagedModel
 
     def __init__(
-        self, network: StagedModel, branches: Branches, words: FriendlyConfig, *, lr: float, weight_decay: float
+        self,
+        network: StagedModel,
+        branches: Branches,
+        words: FriendlyConfig,
+        *,
+        lr: float,
+        weight_decay: float,
+        mode: Mode | None = None,
     ) -> None:
         super().__init__()
+        self.mode = mode or Mode()
         self.network = network
         self.branches = branches
         self.words = words
@@ -64,14 +73,16 @@ class SftnTask(Task):
 
     def forward(self, batch: Batch) -> StepOutput:
         words = self.words
-        features = self.network.features(batch.images)
-        stages = [stage.detach() for stage in features.stages] if words.detach_features else features.stages
-        branches = self.branches(stages)
+        with self.mode.networks(batch.images.device):
+            features = self.network.features(batch.images)
+            stages = [stage.detach() for stage in features.stages] if words.detach_features else features.stages
+            branches = widened(self.branches(stages))
+        features = features.each(widened)
         target = features.logits.detach() if words.detach_target else features.logits
         parts = {
             "ce": F.cross_entropy(features.logits, batch.labels),
             "branch_kl": imitation(target, branches, words.tau, reverse=words.kl == "reverse"),
-            "branch_ce": F.cross_entropy(branches.float().flatten(0, 1), batch.labels.repeat(len(branches))),
+            "branch_ce": F.cross_entropy(branches.flatten(0, 1), batch.labels.repeat(len(branches))),
         }
         loss = (
             words.lambda_t * parts["ce"] + words.lambda_kl * parts["branch_kl"] + words.lambda_ce * parts["branch_ce"]

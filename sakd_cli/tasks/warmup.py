@@ -6,6 +6,7 @@ import torch
 
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.warmup import Warmup
+from sakd_cli.engine.runtime import Mode, widened
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import StagedModel
 
@@ -15,7 +16,14 @@ class WarmupTask(Task):
     """loss = sum of the warm-up's terms on the teacher's features and, where it is trained too, the student's."""
 
     def __init__(
-        self, network: StagedModel, teacher: StagedModel, warmup: Warmup, *, lr: float, weight_decay: float
+        self,
+        network: StagedModel,
+        teacher: StagedModel,
+        warmup: Warmup,
+        *,
+        lr: float,
+        weight_decay: float,
+        mode: Mode | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -24,6 +32,7 @@ class WarmupTask(Task):
         self.teacher_features = teacher.features_with_preactivations if warmup.preactivations else teacher.features
         self.lr = lr
         self.weight_decay = weight_decay
+        self.mode = mode or Mode()
 
     def groups(self) -> list[ParamGroup]:
         learners = [self.warmup, self.network] if self.warmup.trains_student else [self.warmup]
@@ -32,8 +41,9 @@ class WarmupTask(Task):
         return [ParamGroup("warmup", parameters, self.lr, self.weight_decay)]
 
     def forward(self, batch: Batch) -> StepOutput:
-        with torch.no_grad():
-            teacher = self.teacher_features(batch.images)
-        student = self.student_features(batch.images) if self.warmup.trains_student else None
+        with self.mode.networks(batch.images.device):
+            with torch.no_grad():
+                teacher = self.teacher_features(batch.images).each(widened)
+            student = self.student_features(batch.images).each(widened) if self.warmup.trains_student else None
         loss = self.warmup(student, teacher).sum()
         return StepOutput(loss, None, {"loss": loss.detach()})

@@ -1,0 +1,246 @@
+"""The published training step, plain and slow: the yardstick of the fast one (sakd spec, section 2.3).
+
+Own code, written from the description in its order: rows are chosen by index, both networks run twice from the image,
+two losses are propagated backwards by two optimizers, and every gradient is zero-filled, as it was when the method was
+published. Nothing here is shared with the step that is measured but the network and adapter modules.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sakd_cli.distillers.at import AT
+from sakd_cli.distillers.crd import CRD
+from sakd_cli.distillers.fitnet import FitNet
+from sakd_cli.distillers.kd import KD
+from sakd_cli.distillers.sp import SP
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.routing.policies import Adaptive
+from sakd_cli.tasks.distill import DistillTask
+
+
+def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
+    """FitNet's loss of two maps."""
+    return ((student - teacher) ** 2).mean()
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """AT's loss of two maps."""
+    side = min(student.shape[2], teacher.shape[2])
+    maps = []
+    for feature in (student, teacher):
+        energy = (F.adaptive_avg_pool2d(feature, (side, side)) ** 2).mean(1).flatten(1)
+        maps.append(energy / energy.norm(dim=1, keepdim=True))
+    return ((maps[0] - maps[1]) ** 2).mean()
+
+
+def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """SP's loss of two features."""
+    grams = []
+    for feature in (student, teacher):
+        flat = feature.reshape(feature.shape[0], -1)
+        gram = flat @ flat.t()
+        grams.append(gram / gram.norm(dim=1, keepdim=True))
+    return ((grams[0] - grams[1]) ** 2).sum() / student.shape[0] ** 2
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Softened KL of two logits."""
+    p = F.softmax(teacher / temperature, 1)
+    terms = p * (p.log() - F.log_softmax(student / temperature, 1))
+    return temperature**2 * terms.sum() / student.shape[0]
+
+
+@final
+class OfRows(nn.Module):
+    """A plain loss of the chosen rows; `seen`, if any, is a layer that the student's whole feature passes first."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], seen: nn.Module | None = None) -> None:
+        super().__init__()
+        self.loss, self.seen = loss, seen
+
+    def forward(self, s: Tensor, t: Tensor, rows: Tensor, contrast: Tensor | None) -> Tensor:
+        """Features [N, ...], rows [N] bool; `contrast` is for CRD alone."""
+        return self.loss((s if self.seen is None else self.seen(s))[rows], t[rows])
+
+
+@final
+class PlainCRD(nn.Module):
+    """CRD as published: the sampled rows of the banks are gathered for every chosen sample, then multiplied."""
+
+    def __init__(self, ours: CRD) -> None:
+        super().__init__()
+        self.embed_s, self.embed_t = copy.deepcopy(ours.embed_s), copy.deepcopy(ours.embed_t)
+        self.banks = {"s": ours.bank_s.clone(), "t": ours.bank_t.clone()}
+        self.z: dict[str, Tensor] = {}
+        self.temperature, self.momentum = ours.temperature, ours.momentum
+
+    def forward(self, s: Tensor, t: Tensor, rows: Tensor, contrast: Tensor | None) -> Tensor:
+        """Vectors [N, D], rows [N] bool, contrast [N, 1 + negatives]: each sample's own row first."""
+        assert contrast is not None
+        contrast = contrast[rows]
+        embedded = {"s": self.embed_s(s[rows]), "t": self.embed_t(t[rows])}
+        embedded = {side: e / e.norm(dim=1, keepdim=True) for side, e in embedded.items()}
+        total = s.new_zeros(())
+        for side, other in (("s", "t"), ("t", "s")):
+            bank, (n, k) = self.banks[other], contrast.shape
+            taken = bank.index_select(0, contrast.reshape(-1)).reshape(n, k, -1)
+            scores = torch.exp(torch.bmm(taken, embedded[side].unsqueeze(2)).squeeze(2) / self.temperature)
+            if side not in self.z:
+                self.z[side] = scores.mean().detach() * len(bank)
+            p = scores / self.z[side]
+            c = (k - 1) / len(bank)
+            own = torch.log(p[:, 0] / (p[:, 0] + c + 1e-7))
+            others = torch.log(c / (p[:, 1:] + c + 1e-7))
+            total = total - (own.sum() + others.sum()) / n
+        with torch.no_grad():
+            for side, bank in self.banks.items():
+                moved = self.momentum * bank[contrast[:, 0]] + (1 - self.momentum) * embedded[side]
+                bank[contrast[:, 0]] = moved / moved.norm(dim=1, keepdim=True)
+        return total
+
+
+# How each of our feature distillers was published: from ours and the spot's number to the plain one.
+PUBLISHED: dict[type, Callable[[Any, int], nn.Module]] = {
+    FitNet: lambda ours, k: OfRows(mean_square, copy.deepcopy(ours.regressors[k])),
+    AT: lambda ours, k: OfRows(attention_loss),
+    SP: lambda ours, k: OfRows(similarity_loss),
+    CRD: lambda ours, k: PlainCRD(ours),
+}
+
+
+class Numbers(NamedTuple):
+    """Numbers of the objective and the student's learning rate; the router's is half of it."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    temperature: float
+    tau: float
+    lr: float
+
+
+class LiteralRouting:
+    """One pair, one method; `step` does what one published iteration does.
+
+    places    [(student stage, teacher stage)] of the feature spots
+    compared  per spot a module that is called with both whole features, the chosen rows and CRD's rows, and gives the
+              plain loss of the chosen ones; what it trains belongs to the student's optimizer
+    """
+
+    def __init__(
+        self,
+        student: StagedModel,
+        teacher: StagedModel,
+        policy: nn.Linear,
+        lifts: list[nn.Module],
+        drops: list[nn.Module],
+        places: list[tuple[int, int]],
+        compared: list[nn.Module],
+        numbers: Numbers,
+    ) -> None:
+        self.student, self.teacher, self.policy, self.lifts, self.drops = student, teacher, policy, lifts, drops
+        self.places, self.compared, self.numbers = places, nn.ModuleList(compared).train(), numbers
+        student_side = nn.ModuleList([student, *compared])
+        self.student_parameters = [p for p in student_side.parameters() if p.requires_grad]
+        self.router_parameters = [p for module in (policy, *lifts, *drops) for p in module.parameters()]
+        self.student_sgd = torch.optim.SGD(self.student_parameters, lr=numbers.lr, momentum=0.9, weight_decay=5e-4)
+        self.router_sgd = torch.optim.SGD(self.router_parameters, lr=numbers.lr / 2, momentum=0.9, weight_decay=1e-3)
+
+    def _zero(self) -> None:
+        for parameter in (*self.student_parameters, *self.router_parameters):
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _routed(self, x: Tensor, gate: Tensor) -> Tensor:
+        end = len(self.student.stages) + 1
+        end_t = len(self.teacher.stages) + 1
+        u_s, u_t, done_s, done_t = x, x, 0, 0
+        for k, (s, t) in enumerate(self.places):
+            p = self.student.run(u_s, done_s, s + 1)
+            q = self.teacher.run(u_t, done_t, t + 1)
+            a = gate[:, k].reshape(-1, *[1] * (p.dim() - 1))
+            u_t = (1 - a) * self.lifts[k](p) + a * q
+            u_s = (1 - a) * p + a * self.drops[k](q)
+            done_s, done_t = s + 1, t + 1
+        a = gate[:, -1:]
+        return (1 - a) * self.student.run(u_s, done_s, end) + a * self.teacher.run(u_t, done_t, end_t)
+
+    def step(self, x: Tensor, y: Tensor, uniform: Tensor, contrast: Tensor | None = None) -> dict[str, float]:
+        """One iteration; images, labels, uniform noise, CRD's rows (drawn beforehand, as published) to the losses."""
+        self.teacher.eval()
+        self.student.train()
+        with torch.no_grad():
+            theirs = self.teacher.features(x)
+        ours = self.student.features(x)
+        (features_t, t), (features_s, s) = (theirs.stages, theirs.logits), (ours.stages, ours.logits)
+        pooled = torch.cat([features_t[-1].detach(), features_s[-1].detach()], 1)
+        scores = self.policy(pooled).reshape(len(x), -1, 2)
+        noise = -torch.log(-torch.log(uniform.reshape_as(scores) + 1e-20) + 1e-20)
+        soft = F.softmax((scores + noise) / self.numbers.tau, dim=2)
+        hard = F.one_hot(soft.argmax(2), 2).to(soft.dtype)
+        gate = hard[..., 0] + (soft[..., 0] - soft[..., 0].detach())
+        chosen = gate.detach() > 0.5
+        n = len(x)
+        distilled = x.new_zeros(())
+        for k, (i, j) in enumerate(self.places):
+            rows = chosen[:, k]
+            if rows.any():
+                distilled = distilled + rows.sum() / n * self.compared[k](features_s[i], features_t[j], rows, contrast)
+        rows = chosen[:, -1]
+        softened = rows.sum() / n * kl(s[rows], t[rows], self.numbers.temperature) if rows.any() else x.new_zeros(())
+        ce = F.cross_entropy(s, y)
+        self.student.eval()
+        routed = self._routed(x, gate)
+        self.student.train()
+        routed_ce = F.cross_entropy(routed, y)
+        scale = 1.0
+        if routed_ce.item() > ce.item():
+            scale = self.numbers.gamma
+        elif routed_ce.item() < ce.item():
+            scale = 1 / self.numbers.gamma
+        router = scale * routed_ce
+        missing = n / 2 - gate[:, -1].sum()
+        if missing.item() > 0:
+            router = router + missing
+        total = ce + self.numbers.beta * distilled + self.numbers.alpha * softened
+        self._zero()
+        router.backward(retain_graph=True)
+        self.router_sgd.step()
+        self._zero()
+        total.backward()
+        self.student_sgd.step()
+        return {"ce": ce.item(), "loss": total.item(), "router": router.item()}
+
+
+def literal(task: DistillTask, teacher: StagedModel, compared: list[nn.Module] | None = None) -> LiteralRouting:
+    """The published step of a task with the adaptive router, from copies of all that is trained or remembered.
+
+    compared  the plain losses, where the method is not in `PUBLISHED`
+    """
+    assert task.graft is not None
+    features, router = task.feature_distiller, task.router
+    assert isinstance(router, Adaptive)
+    assert isinstance(task.logit_distiller, KD)
+    if compared is None:
+        compared = [PUBLISHED[type(features)](features, k) for k in range(len(task.spots) - 1)]
+    return LiteralRouting(
+        copy.deepcopy(task.network),
+        teacher,
+        copy.deepcopy(router.policy),
+        [copy.deepcopy(module) for module in task.graft.lifts],
+        [copy.deepcopy(module) for module in task.graft.drops],
+        [(spot.student, spot.teacher) for spot in task.spots[:-1]],
+        compared,
+        Numbers(
+            alpha=task.factors.logit,
+            beta=task.factors.feature,
+            gamma=task.factors.gamma,
+            temperature=task.logit_distiller.temperature,
+            tau=router.tau,
+            lr=task.rates.lr,
+        ),
+    )

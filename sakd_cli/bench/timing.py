@@ -1,0 +1,64 @@
+"""Timing that can be believed: variants in turn, ratios within a round, and no headline where they scatter."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+SPREAD = 0.25  # of the median: ratios that scatter more are no headline
+BUSY = 1.5  # wall time over CPU time: above it the machine was doing something else
+
+
+class Ratio(NamedTuple):
+    """Median, smallest and largest of `rounds` ratios; `busy`: median of wall time over CPU time."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    busy: float
+
+    @property
+    def firm(self) -> bool:
+        """Whether it may stand as a headline."""
+        return (self.high - self.low) <= SPREAD * self.median and self.busy <= BUSY
+
+    def __str__(self) -> str:
+        refused = "" if self.firm else ", too noisy for a headline"
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, n={self.rounds}{refused})"
+
+
+class Times(NamedTuple):
+    """Seconds per call of every variant, one number per round: of the process, and on the wall."""
+
+    cpu: dict[str, list[float]]
+    wall: dict[str, list[float]]
+
+    def ratio(self, above: str, below: str) -> Ratio:
+        """CPU time of one variant over that of another, round by round."""
+        ratios = [a / b for a, b in zip(self.cpu[above], self.cpu[below], strict=True)]
+        pairs = [(w, c) for name in (above, below) for w, c in zip(self.wall[name], self.cpu[name], strict=True)]
+        busy = statistics.median(w / c for w, c in pairs)
+        return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios), busy)
+
+    def milliseconds(self, name: str) -> float:
+        """Median CPU time of a call."""
+        return 1000 * statistics.median(self.cpu[name])
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int = 7, warmup: int = 2) -> Times:
+    """Call every variant once per round, in reversed order every other round; `warmup` rounds are not counted.
+
+    Whatever the machine does meanwhile meets all variants of a round alike, so ratios are taken within a round. On a
+    device that works by itself a variant must wait for it before it returns. Use one thread.
+    """
+    times = Times({name: [] for name in variants}, {name: [] for name in variants})
+    for turn in range(warmup + rounds):
+        for name in list(variants)[:: -1 if turn % 2 else 1]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            variants[name]()
+            spent_cpu, spent_wall = time.process_time() - cpu, time.perf_counter() - wall
+            if turn >= warmup:
+                times.cpu[name].append(spent_cpu)
+                times.wall[name].append(spent_wall)
+    return times

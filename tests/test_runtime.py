@@ -1,0 +1,148 @@
+"""How a run computes: number types, layout, shapes, compilation, and that each says what it is."""
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+import torch
+from conftest import PAIR, TINY, Shop
+from torch import nn
+from torch._dynamo.utils import counters
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.config.methods import METHODS
+from sakd_cli.config.run import Runtime
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.runtime import compiled, effective
+from sakd_cli.errors import UsageError
+from sakd_cli.models.table import create
+from sakd_cli.tasks.build import assemble
+from sakd_cli.tasks.distill import DistillTask
+
+CLASSES = 10
+
+
+def make(method: str, teacher: str = "resnet8", **runtime: Any) -> DistillTask:
+    words = {"teacher": teacher, "student": "resnet8", "method.name": method, "router.teacher_bias": 0.0}
+    words |= {f"runtime.{name}": word for name, word in runtime.items()}
+    words |= {"method.negatives": 9} if method == "crd" else {}
+    torch.manual_seed(3)
+    ours, theirs = create("resnet8", CLASSES), create(teacher, CLASSES)
+    theirs.train()(torch.randn(16, 3, 32, 32))
+    config = resolve("distill", [Layer("test", nested(words))]).config
+    return assemble(config, ours, theirs.requires_grad_(False).eval(), 32, torch.arange(60) % CLASSES).train()
+
+
+def batch(task: DistillTask, size: int = 8, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = (
+        torch.randn(size, 3, 32, 32, generator=generator),
+        torch.rand(size, task.noise_width, generator=generator),
+    )
+    return Batch(images=x, labels=torch.arange(size) % CLASSES, index=torch.arange(size), noise=noise)
+
+
+def optimizer(task: DistillTask) -> Optimizer:
+    made = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    made.begin_epoch(1)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "said"),
+    [
+        ({}, "cpu", "fp32, channels_last, pruned"),
+        ({}, "cuda", "fp32, channels_last, fixed shapes"),
+        ({}, "mps", "fp32, contiguous, fixed shapes"),
+        ({"compile": True, "precision": "bf16"}, "cpu", "bf16, channels_last, fixed shapes, compiled"),
+        ({"channels_last": False, "shapes": "pruned"}, "cuda", "fp32, contiguous, pruned"),
+    ],
+)
+def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, said: str) -> None:
+    assert str(effective(Runtime(**words), torch.device(device))) == said
+
+
+def test_a_compiled_step_cannot_be_pruned() -> None:
+    words = nested({"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "pruned"})
+    with pytest.raises(UsageError, match="runtime: a compiled step has fixed shapes"):
+        resolve("distill", [Layer("test", words)])
+
+
+@pytest.mark.parametrize("method", ["fitnet", "vid"])
+def test_channels_last_reaches_every_map_and_the_routed_pass_shares_the_students_weights(method: str) -> None:
+    task = make(method, channels_last=True)
+    maps = [p for p in task.parameters() if p.dim() == 4]
+    assert maps
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
+    view = task.graft.run_student.__self__
+    for ours, routed in zip(task.network.parameters(), view.parameters(), strict=True):
+        assert ours.data_ptr() == routed.data_ptr()
+        assert not routed.requires_grad
+    optim, seen = optimizer(task), []
+    task.network.stages[1].register_forward_hook(lambda module, x, y: seen.append(y))
+    optim.step(task(batch(task)).loss)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    again = optimizer(task)
+    again.load_tensors({name: tensor.contiguous() for name, tensor in optim.tensors().items()})
+    for name, tensor in again.tensors().items():
+        assert torch.equal(tensor, optim.tensors()[name])
+        assert tensor.dim() < 4 or tensor.is_contiguous(memory_format=torch.channels_last), "as its parameter lies"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_bf16_is_for_the_networks_alone(method: str) -> None:
+    exact, task = make(method), make(method, precision="bf16")
+    types: list[torch.dtype] = []
+    for network in (task.network, task.teacher_features.__self__, task.graft.run_student.__self__):
+        network.stages[0].register_forward_hook(lambda module, x, y: types.append(y.dtype))
+    given = batch(task)
+    output, expected = task(given), exact(given)
+    output.loss.backward()
+    assert set(types) == {torch.bfloat16}
+    assert len(types) == 3
+    tensors = [output.loss, output.logits, output.use.weight, *output.parts.values()]
+    tensors += [p.grad for group in task.groups() for p in group.parameters if p.grad is not None]
+    tensors += [m.running_var for m in task.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    assert torch.equal(output.use.weight, expected.use.weight)
+    assert float(output.parts["ce"]) == pytest.approx(float(expected.parts["ce"]), rel=0.03)
+
+
+def same_as_eager(method: str, backend: str, tolerance: float) -> None:
+    """Two epochs of three batches, the last one smaller: two graphs in the first, nothing new in the second."""
+    torch._dynamo.reset()
+    counters.clear()
+    task, eager = make(method, compile=True), make(method, compile=True)
+    task.compile(fullgraph=True, dynamic=False, backend=backend) if backend else compiled(task, torch.device("cpu"))
+    ours, theirs = optimizer(task), optimizer(eager)
+    for _ in range(2):
+        for size in (8, 8, 3):
+            given = batch(task, size)
+            loss, expected = task(given).loss, eager(given).loss
+            torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0.0)
+            ours.step(loss)
+            theirs.step(expected)
+        assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+
+
+def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers() -> None:
+    same_as_eager("fitnet", "aot_eager", 1e-6)
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("method", ["fitnet", "crd"])
+def test_a_step_compiled_for_this_machine_has_eager_numbers(method: str) -> None:
+    same_as_eager(method, "", 1e-3)
+
+
+def test_a_run_says_how_it_computes(shop: Shop, taught: Any) -> None:
+    few = shlex.split("--set data.train=64 --set runtime.channels_last=off --precision bf16")
+    said = shop.sakd(*PAIR, "--method", "kd", *TINY, *few)
+    assert "(bf16, contiguous, pruned)" in said.err
+    run = shop.path / said.out.strip().splitlines()[-1].removeprefix("run: ")
+    assert json.loads((run / "env.json").read_text())["mode"] == "bf16, contiguous, pruned"
