@@ -13,9 +13,11 @@ class Batch:
     labels  [B]           int64 class index
     index   [B]           int64 position of the sample in the training split
     noise   [B, W]        uniform in [0, 1), W numbers per sample for whatever the task draws
+    view    [B]           int64 which of its possible crops and flips each image shows; None where nobody asks
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
     noise: Tensor
+    view: Tensor | None = None

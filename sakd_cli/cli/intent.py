@@ -12,7 +12,7 @@ from sakd_cli.rundir import Intent, RunDir, all_runs
 
 AUTO = "auto"
 # Words that may change between two parts of one run: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log_every", "save_every", "teacher.pretrain"}
+FREE = {"device", "runs_dir", "log_every", "save_every", "teacher.pretrain", "teacher.bank"}
 # Words that a run fills in for itself when it begins (`build.pinned`).
 PINNED = {"teacher.weights", "teacher.sha256", "router.run"}
 # Options that say nothing of what is trained.

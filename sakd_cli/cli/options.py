@@ -141,6 +141,18 @@ Device = Annotated[
 Precision = Annotated[
     str | None, typer.Option(help="Of the networks: fp32, bf16. [env: SAKD_PRECISION]", rich_help_panel="Run")
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option("--deterministic", help="The same bits from the same seed on a GPU too.", rich_help_panel="Run"),
+]
+TeacherBank = Annotated[
+    bool | None,
+    typer.Option(
+        "--teacher-bank",
+        help="Keep the teacher's answers on the disk: no teacher pass, now and in later runs (kd, crd, rkd ...).",
+        rich_help_panel="Distillation",
+    ),
+]
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
 ]

@@ -33,6 +33,7 @@ def pretrain_teacher(
     device: o.Device = None,
     precision: o.Precision = None,
     compile: o.Compile = None,
+    deterministic: o.Deterministic = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -63,6 +64,7 @@ def distill(
     method: o.Method = None,
     router: o.Router = None,
     pretrain: o.Pretrain = None,
+    teacher_bank: o.TeacherBank = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -79,6 +81,7 @@ def distill(
     device: o.Device = None,
     precision: o.Precision = None,
     compile: o.Compile = None,
+    deterministic: o.Deterministic = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -91,31 +94,49 @@ def distill(
 
         sakd distill --teacher wrn40_2 --student wrn16_2 --method fitnet --epochs 60
     """
+    talk = Talk(quiet=quiet)
     words, intent = understood("distill", ctx.params)
     if intent.finished:
         _finish(intent.summary(), dry_run=False, json=json)
-        return
-    talk = Talk(quiet=quiet)
+    elif dry_run:
+        _finish(_tried(words), dry_run=True, json=json)
+    else:
+        _with_teacher(words, talk, resume=resume is not None)
+        from sakd_cli.tasks import build
+
+        _finish(_trained(build.distillation(words), intent, talk), dry_run=False, json=json)
+
+
+def _missing(words: Any) -> bool:
+    """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
     from sakd_cli.tasks.teachers import find_teacher, no_teacher
 
     missing = find_teacher(words) is None
     if missing and not words.teacher.pretrain:
         raise no_teacher(words)
+    return missing
+
+
+def _tried(words: Any) -> dict[str, Any]:
+    """The plan of a distillation and one batch of it, with an untrained teacher where it is yet to be trained."""
+    missing = _missing(words)
     from sakd_cli.tasks import build, run
 
-    if missing:
-        # Whatever is wrong with the student's side is said before hours go into a teacher.
-        rehearsal = build.distillation(words, build.untrained_teacher(words))
-        if dry_run:
-            _finish(run.try_one_batch(rehearsal), dry_run=True, json=json)
-            return
-        del rehearsal
-        talk.say(f"no finished {words.teacher.source} yet: training it first")
-        first = build.teacher_config(words)
-        again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
-        _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, again)
-    job = build.distillation(words)
-    _finish(run.try_one_batch(job) if dry_run else _trained(job, intent, talk), dry_run=dry_run, json=json)
+    return run.try_one_batch(build.distillation(words, build.untrained_teacher(words) if missing else None))
+
+
+def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
+    """Train the teacher first where that is asked for."""
+    if not _missing(words):
+        return
+    from sakd_cli.tasks import build
+
+    # Whatever is wrong with the student's side is said before hours go into a teacher.
+    build.distillation(words, build.untrained_teacher(words))
+    talk.say(f"no finished {words.teacher.source} yet: training it first")
+    first = build.teacher_config(words)
+    again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
+    _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, again)
 
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:

@@ -36,6 +36,8 @@ OPTIONS = {
     "device": "device",
     "precision": "runtime.precision",
     "compile": "runtime.compile",
+    "deterministic": "runtime.deterministic",
+    "teacher_bank": "teacher.bank",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
 # (as far as the new choice has them).
@@ -43,7 +45,7 @@ _HEADS = {
     "method": ("name", set[str]()),
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
-    "teacher": ("source", {"pretrain", "epochs"}),
+    "teacher": ("source", {"pretrain", "epochs", "bank"}),
     "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
 }
 

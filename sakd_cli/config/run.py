@@ -69,12 +69,14 @@ class Runtime(Words):
                    the gates); fixed: it does not; auto: pruned on a CPU unless compiled
     channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
     compile        the step as one compiled graph, and on CUDA as one launch
+    deterministic  the same bits from the same seed on a GPU too, for some speed; a CPU gives them anyway
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     shapes: Literal["auto", "fixed", "pruned"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
+    deterministic: bool = False
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":
@@ -137,6 +139,7 @@ class TeacherConfig(Words):
     epochs    of that training; None: as many as the student's
     weights   where `source` led when the run began, and the SHA-256 of the file; a resumed or repeated run takes
     sha256    these and no newer ones
+    bank      keep its answers to every view of every image on the disk, for this run and later ones
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -144,6 +147,7 @@ class TeacherConfig(Words):
     epochs: PositiveInt | None = None
     weights: Folder | None = None
     sha256: str | None = None
+    bank: bool = False
 
 
 # What a distillation says of its student, and a pretraining does not know.

@@ -5,6 +5,7 @@ is drawn before its first batch, on the CPU, from generators that depend on (see
 are the same on every device, and an epoch taken up in its middle goes on exactly as it would have gone on.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,46 @@ class Draws(NamedTuple):
     noise: Tensor
 
 
+class Views:
+    """All images of a split on a device, and every way in which augmentation can show them.
+
+    There are `count` views of an image: view = ((dy (2 padding + 1)) + dx) 2 + flip, without the 2 and the flip where
+    the data set is not mirrored.
+    """
+
+    def __init__(self, split: Split, dataset: Dataset, device: torch.device) -> None:
+        here = split.to(device)
+        self.labels = here.labels
+        self.device = device
+        self.dataset = dataset
+        self._padded = pad(here.images, dataset.padding)
+        self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
+        self._sides, self._mirrored = 2 * dataset.padding + 1, 1 + dataset.flip
+        self.count = self._sides**2 * self._mirrored
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, index: Tensor, view: Tensor) -> Tensor:
+        """Views [B] of the images at `index` [B], normalised: [B, 3, H, W]."""
+        index, view = index.to(self.device), view.to(self.device)
+        corner, flip = view // self._mirrored, view % self._mirrored == 1
+        dy, dx = corner // self._sides, corner % self._sides
+        images = crop_and_flip(self._padded, index, dy, dx, flip, padding=self.dataset.padding)
+        return normalise(images, self._mean, self._std)
+
+    def view(self, corner: Tensor, flip: Tensor) -> Tensor:
+        """Number [B] of the view with upper left corner (dy, dx) [2, B], mirrored where `flip` [B]."""
+        return (corner[0] * self._sides + corner[1]) * self._mirrored + flip * (self._mirrored - 1)
+
+    def digest(self) -> str:
+        """SHA-256 of all that the views are made of."""
+        words = [self.dataset.mean, self.dataset.std, self.dataset.padding, self.dataset.flip, *self._padded.shape]
+        content = hashlib.sha256(repr(words).encode())
+        content.update(self._padded.cpu().numpy().data)
+        return content.hexdigest()
+
+
 class TrainLoader:
     """Shuffled, augmented batches of a split that lives on the device.
 
@@ -41,12 +82,7 @@ class TrainLoader:
     def __init__(
         self, split: Split, dataset: Dataset, *, batch_size: int, seed: int, noise_width: int, device: torch.device
     ) -> None:
-        here = split.to(device)
-        self._padded = pad(here.images, dataset.padding)
-        self._labels = here.labels
-        self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
-        self._padding = dataset.padding
-        self._flip = dataset.flip
+        self.views = Views(split, dataset, device)
         self._batch_size = batch_size
         self._seed = seed
         self._noise_width = noise_width
@@ -59,12 +95,12 @@ class TrainLoader:
 
     def draw(self, epoch: int) -> Draws:
         """The epoch's random numbers, on the device: a pure function of the loader's seed and `epoch`."""
-        count = len(self._labels)
+        count, padding = len(self.views), self.views.dataset.padding
         order = torch.randperm(count, generator=generator(self._seed, "order", epoch))
-        corner = torch.randint(2 * self._padding + 1, (2, count), generator=generator(self._seed, "crop", epoch))
+        corner = torch.randint(2 * padding + 1, (2, count), generator=generator(self._seed, "crop", epoch))
         coin = torch.rand(count, generator=generator(self._seed, "flip", epoch))
         noise = torch.rand(count, self._noise_width, generator=generator(self._seed, "noise", epoch))
-        flip = (coin < 0.5) & self._flip
+        flip = (coin < 0.5) & self.views.dataset.flip
         return Draws(*(numbers.to(self._device) for numbers in (order, corner, flip, noise)))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -73,10 +109,9 @@ class TrainLoader:
         for step in range(start, self.steps_per_epoch):
             part = slice(step * self._batch_size, (step + 1) * self._batch_size)
             index = draws.order[part]
-            dy, dx = draws.corner[:, part]
-            images = crop_and_flip(self._padded, index, dy, dx, draws.flip[part], padding=self._padding)
-            normal = normalise(images, self._mean, self._std)
-            yield Batch(images=normal, labels=self._labels[index], index=index, noise=draws.noise[part])
+            view = self.views.view(draws.corner[:, part], draws.flip[part])
+            images, labels = self.views.images(index, view), self.views.labels[index]
+            yield Batch(images=images, labels=labels, index=index, noise=draws.noise[part], view=view)
 
 
 class EvalLoader:

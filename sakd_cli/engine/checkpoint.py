@@ -10,7 +10,6 @@ At every instant one of the three is whole. safetensors has no checksum, so the 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sakd_cli.errors import CheckpointError, DiskError
-from sakd_cli.rundir import json_bytes, sha256, write_aside, write_json
+from sakd_cli.rundir import flush_folder, json_bytes, sha256, write_aside, write_json
 
 FORMAT = "sakd.checkpoint/2"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
@@ -143,12 +142,3 @@ def restore_random_state(tensors: dict[str, Tensor]) -> None:
     for place in range(torch.cuda.device_count()):
         if (state := tensors.get(f"random/cuda{place}")) is not None:
             torch.cuda.set_rng_state(state, place)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

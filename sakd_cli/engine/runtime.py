@@ -1,6 +1,7 @@
 """The device a run works on, in which way, and what is worth knowing about the machine."""
 
 import ctypes
+import os
 import platform
 import shlex
 import subprocess
@@ -76,6 +77,13 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(map_threshold, 2**30)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def reproducible() -> None:
+    """Make CUDA give the same bits from the same seed, in the rest of this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def pick_device(name: str) -> torch.device:

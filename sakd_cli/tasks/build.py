@@ -32,6 +32,7 @@ from sakd_cli.models.table import create
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.tasks.bank import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
@@ -146,6 +147,9 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
+    if config.teacher.bank:
+        others = task.distillers.preactivations or task.distillers.warmup is not None
+        check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)
     return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, teacher, path, costs[1])
 
@@ -185,9 +189,10 @@ def assemble(
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
+    see = teacher.features_with_preactivations if method.preactivations else teacher.features
     task = DistillTask(
         method.network,
-        teacher.features_with_preactivations if method.preactivations else teacher.features,
+        lambda batch: see(batch.images),
         method,
         router,
         graft,

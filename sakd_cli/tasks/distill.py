@@ -41,7 +41,7 @@ class Rates(NamedTuple):
 
 @final
 class DistillTask(Task):
-    """One step of spot-adaptive distillation.
+    """One step of spot-adaptive distillation; `teacher_features` is the teacher's plain pass, or what stands for it.
 
     student: a CE(s, y) + beta sum_k D_k(weight_k) + alpha KL(weight_K),  a = 1 for all methods but one
     router:  c CE(routed, y) + max(0, N/2 - count)          only where the router learns (`graft` is given)
@@ -57,7 +57,7 @@ class DistillTask(Task):
     def __init__(
         self,
         network: StagedModel,
-        teacher_features: Callable[[Tensor], Features],
+        teacher_features: Callable[[Batch], Features],
         distillers: Distillers,
         router: Router,
         graft: Graft | None,
@@ -96,7 +96,7 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
-                teacher = self.teacher_features(batch.images).each(widened)
+                teacher = self.teacher_features(batch).each(widened)
             student = self.student_features(batch.images).each(widened)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
         ce = F.cross_entropy(student.logits, batch.labels)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import yaml
 
-from sakd_cli.config.run import Train
+from sakd_cli.config.run import DistillConfig, Train
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory
+from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory, reproducible
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
@@ -24,7 +24,9 @@ from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
+from sakd_cli.tasks.bank import open_bank
 from sakd_cli.tasks.build import Job, plan, warmup_of
+from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.sftn import BranchDelivery
 
 
@@ -72,6 +74,8 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     """
     if job.device.type == "cpu":
         keep_freed_memory()
+    if job.config.runtime.deterministic:
+        reproducible()
     if job.mode.compiled:
         compiled(job.task, job.device)
     run = intent.open(job.config.runs_dir, _label(job))
@@ -84,6 +88,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
         try:
             judge = _judge(job, watcher)
             facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
+            _take_from_bank(job, watcher)
             phases = _resumed(_phases(job, run, judge, facts, watcher), run, intent, watcher)
             figures = {trainer.phase: trainer.fit() for trainer in phases}
             scored = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
@@ -119,6 +124,15 @@ def _phases(job: Job, run: RunDir, judge: Judge, facts: dict[str, Any], watcher:
         epochs=words.train.epochs,
         recorder=recorder,
     )
+
+
+def _take_from_bank(job: Job, watcher: Watcher) -> None:
+    """Let the teacher's answers come from its bank, if that was asked for."""
+    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
+        assert job.teacher is not None
+        views = _train_loader(job).views
+        folder = job.config.runs_dir / "banks"
+        job.task.teacher_features = open_bank(folder, job.teacher, views, job.mode, job.device, watcher)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Watcher) -> Iterator[Trainer]:

@@ -1,0 +1,102 @@
+"""The teacher bank: every view is the loader's, answers are the teacher's to 16 bits, damage is seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Shop
+from safetensors.torch import load_file
+
+from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.loader import TrainLoader, Views
+
+CPU = torch.device("cpu")
+FEW = [
+    "--dataset",
+    "shapes",
+    "--set",
+    "data.train=20",
+    "--set",
+    "data.test=20",
+    "--batch-size",
+    "6",
+    "--set",
+    "data.holdout=0",
+    "-q",
+]
+
+
+@pytest.mark.parametrize(("padding", "flip", "count"), [(4, True, 162), (1, False, 9), (0, True, 2)])
+def test_a_views_number_says_how_the_loader_showed_the_image(padding: int, flip: bool, count: int) -> None:
+    images = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8)
+    split = Split(images, torch.arange(10) % 2)
+    dataset = Dataset("noise", ("a", "b"), (0.5,) * 3, (0.3,) * 3, padding=padding, flip=flip, train=split, test=split)
+    loader = TrainLoader(split, dataset, batch_size=4, seed=1, noise_width=0, device=CPU)
+    assert loader.views.count == count
+    every = torch.stack([loader.views.images(torch.arange(10), torch.full((10,), view)) for view in range(count)])
+    assert len(every.flatten(2).transpose(0, 1)[0].unique(dim=0)) == count, "no view twice"
+    for batch in loader.epoch(1):
+        assert batch.view is not None
+        assert torch.equal(batch.images, every[batch.view, batch.index])
+    other = Views(Split(images ^ 1, split.labels), dataset, CPU)
+    assert other.digest() != loader.views.digest() == Views(split, dataset, CPU).digest()
+
+
+def losses(shop: Shop, run: str) -> list[float]:
+    lines = (shop.path / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def banked(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """A folder with a teacher and a run of kd that made its bank."""
+    shop = Shop(tmp_path_factory.mktemp("bank"))
+    assert shop.sakd("pretrain-teacher", "resnet8", *FEW, "--epochs", "1", "--run-dir", "teacher").code == 0
+    assert shop.sakd(*distil("kd"), "--run-dir", "with").code == 0
+    return shop
+
+
+def distil(method: str) -> list[str]:
+    words = ["distill", "--teacher", "teacher", "--student", "resnet8", "--method", method, "--epochs", "1"]
+    return [*words, *FEW, "--set", "log_every=1", "--teacher-bank"]
+
+
+def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: Shop) -> None:
+    words = [word for word in distil("kd") if word != "--teacher-bank"]
+    assert banked.sakd(*words, "--run-dir", "without").code == 0
+    assert losses(banked, "with") == pytest.approx(losses(banked, "without"), rel=2e-3)
+    assert losses(banked, "with") != losses(banked, "without")
+    (bank,) = (banked.path / "runs" / "banks").glob("*.safetensors")
+    kept = load_file(bank)
+    rows = 20 * 162
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()} == {
+        "pooled": ((rows, 64), torch.float16),
+        "logits": ((rows, 20), torch.float16),
+    }
+
+
+@pytest.mark.parametrize("method", ["crd", "rkd", "dkd"])
+def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Shop, method: str) -> None:
+    (bank,) = (banked.path / "runs" / "banks").glob("*.safetensors")
+    before, content = bank.stat().st_mtime_ns, bank.read_bytes()
+    assert banked.sakd(*distil(method), "--set", "router.lr=0.01").code == 0
+    assert bank.stat().st_mtime_ns == before
+    if method == "crd":
+        bank.write_bytes(content[:-9] + b"x" + content[-8:])
+        assert banked.sakd(*distil(method), "--router", "always").code == 0
+        assert bank.read_bytes() == content
+
+
+@pytest.mark.parametrize("method", ["fitnet", "reviewkd", "ab"])
+def test_a_method_that_needs_maps_is_refused(banked: Shop, method: str) -> None:
+    banked.refuses(distil(method), 2, f"teacher.bank: method {method} looks at maps")
+
+
+def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(banked: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(banked.path / "elsewhere")
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    said = banked.sakd(*distil("kd"), "--runs-dir", str(folder))
+    assert (said.code, "needs 0.00054 GB, 1e-06 GB are free" in said.err) == (5, True), said.err
+    assert not list(folder.rglob("*.safetensors"))
