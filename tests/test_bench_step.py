@@ -22,7 +22,6 @@ from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import keep_freed_memory
 from sakd_cli.tasks.build import assemble
 
 pytestmark = pytest.mark.bench
@@ -36,7 +35,6 @@ BF16 = {"fitnet": 2.8, "sp": 3.1, "at": 2.2, "crd": 4.3}
 def _one_thread() -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    keep_freed_memory()
     yield
     torch.set_num_threads(before)
 

@@ -72,8 +72,8 @@ def fit(task: Any, made: list[Batch]) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("bias", [0.0, 10.0, -300.0], ids=["even", "biased", "nobody"])
-@pytest.mark.parametrize("shapes", ["fixed", "pruned"])
+# Biases by which about half of the samples, all and none are sent to the teacher.
+@pytest.mark.parametrize(("shapes", "bias"), [("fixed", 0.0), ("pruned", 0.0), ("pruned", 10.0), ("pruned", -300.0)])
 @pytest.mark.parametrize("method", ["kd", "fitnet", "at", "nst", "vid", "sp", "pkt", "rkd", "cc", "ft", "crd"])
 def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, bias: float) -> None:
     words = {"router.teacher_bias": bias, "train.lr": 0.05, "runtime.shapes": shapes}
