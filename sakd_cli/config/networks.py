@@ -80,11 +80,13 @@ def find_network(name: str) -> Network:
 
     Raises UsageError with the nearest name.
     """
-    if (wrn := re.fullmatch(r"wrn[-_]?(\d+)[-_](\d+)", name.lower())) is not None:
+    if (wrn := re.fullmatch(r"wrn[-_]?(\d{1,9})[-_](\d{1,9})", name.lower())) is not None:
         depth, width = int(wrn[1]), int(wrn[2])
-        if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
+        if 10 <= depth <= 1000 and (depth - 4) % 6 == 0 and 1 <= width <= 100:
             return _wrn(depth, width)
-        raise UsageError(f"no wide ResNet {name!r}; depth is 6n+4 (10, 16, 22, 28, 34, 40 ...), width at least 1")
+        raise UsageError(
+            f"no wide ResNet {name[:40]!r}; depth is 6n+4 (10, 16, 22, 28, 34, 40 ... 1000), width 1 to 100"
+        )
     if (known := _SPELLINGS.get(_squashed(name))) is not None:
         return NETWORKS[known]
     raise UsageError(unknown("model", name, NETWORKS), hint="sakd list models shows them all")
