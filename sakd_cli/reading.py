@@ -9,11 +9,21 @@ from typing import Any
 
 import yaml
 
+from sakd_cli.errors import UsageError
+
 MOST_YAML = 64 * 1024  # bytes; a whole config has 2 kB, and PyYAML reads 100 kB a second
 MOST_JSON = 64 * 1024**2  # bytes
-MOST_HEADER = 8 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
+MOST_HEADER = 4 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
 DEEPEST = 32
 MOST_EVENTS = 20_000
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` written out. Raises UsageError where nobody knows whose home that is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: nobody knows that home folder") from None
 
 
 def read_bytes(path: Path, most: int) -> bytes:

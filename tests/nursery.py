@@ -2,9 +2,10 @@
 
 {"sakd": [...], "cwd": PATH, ...}   ->  pid of a child that runs `sakd WORDS`; with its stdout and stderr in the files
                                         `NAME.out` and `NAME.err`; `Trouble` says what else may befall it
-{"wait": PID}                       ->  its exit code (-N where signal N ended it) and its peak memory in kB
+{"wait": PID}                       ->  its exit code (-N where signal N ended it), peak memory in kB, seconds of a core
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+LOGS = ("metrics.jsonl", "spots.jsonl")
 TOUCHES = ((os, "fsync"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"), (os, "truncate"))
 
 
@@ -107,9 +109,9 @@ class Child:
     """One command."""
 
     def __init__(self, nursery: Nursery, pid: int, name: str) -> None:
-        self.nursery, self.pid, self._name, self._since = nursery, pid, name, time.monotonic()
+        self.nursery, self.pid, self._name = nursery, pid, name
         self.code: int | None = None
-        self.peak, self.seconds = 0, 0.0  # bytes; of the wall clock
+        self.peak, self.effort = 0, 0.0  # bytes; seconds of a core
 
     @property
     def out(self) -> str:
@@ -120,9 +122,9 @@ class Child:
         return Path(self._name + ".err").read_text(encoding="utf-8")
 
     def wait(self) -> int:
-        code, kilobytes = self.nursery.ask({"wait": self.pid})
-        self.code, self.peak, self.seconds = code, 1024 * kilobytes, time.monotonic() - self._since
-        return int(code)
+        self.code, kilobytes, self.effort = self.nursery.ask({"wait": self.pid})
+        self.peak = 1024 * kilobytes
+        return int(self.code)
 
     def signal_when(self, text: str, number: int) -> None:
         """Send the signal as soon as `text` stands on its stderr."""
@@ -131,6 +133,14 @@ class Child:
             assert time.monotonic() < deadline, self.err
             time.sleep(0.005)
         os.kill(self.pid, number)
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """SHA-256 of every weight file and log of a finished run."""
+    assert (run / "summary.json").is_file()
+    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
+    kept = [path for path in files if "previous" not in path.parts]
+    return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
 
 
 def _troubled(place: Any, name: str, countdown: list[int], fail: int | None) -> None:
@@ -197,7 +207,7 @@ def _serve() -> None:
         order = json.loads(line)
         if "wait" in order:
             _, status, used = os.wait4(order["wait"], 0)
-            answer: Any = [os.waitstatus_to_exitcode(status), used.ru_maxrss]
+            answer: Any = [os.waitstatus_to_exitcode(status), used.ru_maxrss, used.ru_utime + used.ru_stime]
         else:
             for end in ("out", "err"):
                 Path(f"{order['name']}.{end}").touch()

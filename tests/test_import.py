@@ -157,7 +157,7 @@ MISFITS: dict[str, tuple[int, str, Callable[[dict[str, Tensor]], Any]]] = {
         lambda t: changed(t, LATE, torch.full((32, 16, 3, 3), 1e300, dtype=torch.float64)),
     ),
     "other classes": (2, "is for 10 classes, not for 100", lambda t: foreign("resnet20", 10)[0]),
-    "another network": (2, "is no resnet20; 2 tensors", lambda t: foreign("resnet8x4")[0]),
+    "another network": (2, "is no resnet20; ", lambda t: foreign("resnet8x4")[0]),
     "no state dict": (2, "holds no state dict", lambda t: [1, 2]),
     "keys of numbers": (2, "holds no state dict", lambda t: dict(enumerate(t.values()))),
     "nothing": (2, "holds no state dict", lambda t: {}),

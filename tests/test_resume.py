@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from nursery import Child, Nursery, Trouble
+from nursery import Child, Nursery, Trouble, fingerprint
 
 SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
@@ -21,7 +21,6 @@ METHODS = {
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
 }
-LOGS = ("metrics.jsonl", "spots.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +30,6 @@ def nursery(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
     child = nursery.sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher -q"))
     assert child.code == 0, child.err
     return nursery
-
-
-def fingerprint(run: Path) -> dict[str, str]:
-    """SHA-256 of every weight file and log of a finished run."""
-    assert (run / "summary.json").is_file()
-    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
-    kept = [path for path in files if "previous" not in path.parts]
-    return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.routers import AdaptiveConfig, Router
 from sakd_cli.config.words import Words
+from sakd_cli.reading import expanded
 
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+Folder = Annotated[Path, AfterValidator(expanded)]
 
 
 class Train(Words):

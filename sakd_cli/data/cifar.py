@@ -22,6 +22,7 @@ from torch import Tensor
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.errors import DataError
+from sakd_cli.reading import expanded
 
 PATIENCE = 30.0  # seconds without an answer before a download is given up; Python's own default is for ever
 
@@ -74,7 +75,7 @@ def load_cifar100(config: CIFAR100Config) -> Dataset:
 def default_root() -> Path:
     """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "sakd" / "data"
+    return (cache if cache.is_absolute() else expanded("~") / ".cache") / "sakd" / "data"
 
 
 def _torchvision() -> Any:
@@ -84,7 +85,7 @@ def _torchvision() -> Any:
 
 def _load(config: CIFAR10Config | CIFAR100Config, known: Dataset, kind: Any) -> Dataset:
     """The data set with its images; `kind` is torchvision's class."""
-    root = (config.root or default_root()).expanduser()
+    root = config.root or default_root()
     missing = _missing(config.name, root, kind)
     if missing and config.download:
         _fetch(config.name, root, kind)
@@ -110,8 +111,9 @@ def _split(images: Any, classes: int, where: str) -> Split:
     labels = torch.tensor(images.targets, dtype=torch.int64)
     if len(pixels) != len(labels) or not len(labels):
         raise DataError(f"{where}: {len(pixels)} images and {len(labels)} labels")
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise DataError(f"{where}: label {int(labels.max())} where there are {classes} classes")
+    odd = labels[(labels < 0) | (labels >= classes)]
+    if len(odd):
+        raise DataError(f"{where}: label {int(odd[0])} where there are {classes} classes")
     return Split(pixels.permute(0, 3, 1, 2).contiguous(), labels)
 
 

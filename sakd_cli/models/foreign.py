@@ -45,7 +45,8 @@ def load_foreign(file: Path, architecture: str, classes: int) -> StagedModel:
     if missing or left:
         parts = [(missing, "missing"), (left, "left over")]
         both = "; ".join(f"{len(part)} tensors {what}: {_few(part)}" for part, what in parts if part)
-        raise UsageError(f"{file}: is no {architecture}; {both}", hint=_advice(theirs))
+        few = not 5 <= len(missing) + len(left) < 5000
+        raise UsageError(f"{file}: is no {architecture}; {both}", hint=None if few else _advice(theirs))
     tensors = {}
     for name, shape in ours.items():
         tensor = theirs.get(names[name], torch.zeros(()))  # a missing counter
