@@ -11,6 +11,7 @@ branches/          the student branches of a student-friendly teacher: model.saf
 summary.json       final figures; its presence means the run is finished
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sakd_cli.errors import DiskError, RunInUseError, UsageError
+from sakd_cli.reading import MOST_JSON, MOST_YAML, parse_json, parse_yaml, read_bytes, read_json
 
 DELIVERABLES = ("student", "teacher")
 BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml
@@ -47,8 +50,18 @@ def write_aside(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise disk_error(path, error, len(content)) from None
+
+
+def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
+    """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(f"{path}: cannot be written: {error.strerror}")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(there).free))
+    return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -97,13 +110,19 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out. RunInUseError, naming the holder, where one is in; a dead one holds nothing."""
+        """Keep other processes out. RunInUseError, naming the holder, where one is in; a dead one holds nothing.
+
+        UsageError where the run holds a symbolic link: what is written to it would go elsewhere.
+        """
+        for path in self.path.rglob("*"):
+            if path.is_symlink():
+                raise UsageError(f"{path}: a symbolic link; no run is written that holds one")
         lock, holder = FileLock(self.path / ".lock", timeout=0), self.path / ".holder"
         try:
             lock.acquire()
         except Timeout:
             try:
-                who = json.loads(holder.read_text(encoding="utf-8"))
+                who = read_json(holder)
                 name = f"process {int(who['pid'])} on {who['host']}"
             except (OSError, ValueError, KeyError, TypeError):
                 name = "another process"
@@ -114,7 +133,8 @@ class RunDir:
             write_json(holder, {"host": platform.node(), "pid": os.getpid()})
             yield
         finally:
-            holder.unlink(missing_ok=True)
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
             lock.release()
 
     def clear(self) -> None:
@@ -127,7 +147,7 @@ class RunDir:
     def config(self) -> dict[str, Any]:
         """Every word of the run, as a plain tree."""
         try:
-            words = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            words = parse_yaml(read_bytes(self.path / "config.yaml", MOST_YAML).decode())
         except (OSError, ValueError, yaml.YAMLError):
             words = None
         if not isinstance(words, dict) or not words:
@@ -147,20 +167,24 @@ class RunDir:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line to a JSON-lines file; a line that was torn before stays a line of its own."""
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             with (self.path / name).open("ab+") as file:
                 torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-                file.write(b"\n" * torn + json.dumps(record, allow_nan=False).encode() + b"\n")
+                file.write(b"\n" * torn + line)
         except OSError as error:
-            raise DiskError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+            raise disk_error(self.path / name, error, len(line)) from None
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of every JSON-lines file, after they were flushed to the disk."""
         sizes = {}
         for path in sorted(self.path.glob("*.jsonl")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
+            try:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise disk_error(path, error, sizes[path.name]) from None
         return sizes
 
     def cut_logs(self, sizes: dict[str, int]) -> None:
@@ -175,16 +199,16 @@ class RunDir:
         if not path.is_file():
             return
         with path.open("rb") as file:
-            for line in file:
+            for line in iter(partial(file.readline, MOST_JSON), b""):
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError:
                     continue
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One JSON document of the run. Raises UsageError if it is missing or damaged."""
         try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+            content = read_json(self.path / name)
         except (OSError, ValueError):
             content = None
         if not isinstance(content, dict):

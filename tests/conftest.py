@@ -5,12 +5,14 @@ import io
 import json
 import os
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from nursery import Nursery
 
 from sakd_cli.cli.app import run
 
@@ -71,6 +73,14 @@ class Shop:
         assert text in lines[0]
         assert self.tree() == before
         return said
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """The process that forks commands, for all tests; `warm.at(folder)` runs them there."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

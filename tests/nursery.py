@@ -1,77 +1,130 @@
 """A warm process that forks one child per command, so that real processes can be killed without paying torch's import.
 
-{"words": [...], "cwd": PATH, "crash": N}  ->  pid of a child that runs `sakd WORDS`; with its stdout and stderr in
-                                               the files `out` and `err`; `crash`: it dies at the N-th touch of the disk
-{"wait": PID}                              ->  its exit code, -N where signal N ended it
+{"sakd": [...], "cwd": PATH, ...}   ->  pid of a child that runs `sakd WORDS`; with its stdout and stderr in the files
+                                        `NAME.out` and `NAME.err`; `Trouble` says what else may befall it
+{"wait": PID}                       ->  its exit code (-N where signal N ended it), peak memory in kB, seconds of a core
 """
 
+import hashlib
 import importlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+LOGS = ("metrics.jsonl", "spots.jsonl")
 TOUCHES = ((os, "fsync"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"), (os, "truncate"))
 
 
-class Nursery:
-    """The test's end of it."""
+@dataclass(frozen=True)
+class Trouble:
+    """What befalls a command.
 
-    def __init__(self, cwd: Path) -> None:
+    crash      it dies at the N-th touch of the disk
+    fail       (N, errno): the N-th touch that needs room, and every one after it, fails with this error
+    file_size  no file may grow larger than this (RLIMIT_FSIZE)
+    memory     it may not reserve more than this (RLIMIT_AS)
+    reader     "gone": nobody reads its stdout; "file": stdout is a file
+    words      environment variables; None removes one
+    """
+
+    crash: int = 0
+    fail: tuple[int, int] | None = None
+    file_size: int | None = None
+    memory: int | None = None
+    reader: str = "file"
+    words: dict[str, str | None] = field(default_factory=dict)
+
+
+class Nursery:
+    """The test's end of it; `at` another folder it is the same process."""
+
+    def __init__(self, cwd: Path, shared: "Nursery | None" = None) -> None:
         self.cwd = cwd
+        if shared is not None:
+            self.process, self.logs = shared.process, shared.logs
+            return
         clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
         environment = clean | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.count = 0
+        self.logs = Path(tempfile.mkdtemp())
 
-    def start(self, *words: str, crash: int = 0) -> "Child":
-        self.count += 1
-        name = str(self.cwd / f"child{self.count}")
-        pid = self._ask({"words": words, "cwd": str(self.cwd), "crash": crash, "name": name})
-        return Child(self, pid, Path(name + ".out"), Path(name + ".err"))
+    def at(self, cwd: Path) -> "Nursery":
+        return Nursery(cwd, self)
 
-    def sakd(self, *words: str, crash: int = 0) -> "Child":
-        child = self.start(*words, crash=crash)
+    def start(self, *words: str, trouble: Trouble | None = None) -> "Child":
+        name = str(self.logs / f"{time.monotonic_ns()}")
+        order = {"sakd": words, "cwd": str(self.cwd), "name": name} | asdict(trouble or Trouble())
+        return Child(self, int(self.ask(order)), name)
+
+    def sakd(self, *words: str, trouble: Trouble | None = None) -> "Child":
+        child = self.start(*words, trouble=trouble)
         child.wait()
         return child
 
-    def _ask(self, question: dict[str, Any]) -> int:
+    def ask(self, question: dict[str, Any]) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
         self.process.communicate()
+        shutil.rmtree(self.logs)
+
+    def tree(self) -> dict[str, tuple[int, int] | None]:
+        """Size and time of every file in the folder, and what folders there are; links are not followed."""
+        return {
+            path.relative_to(self.cwd).as_posix(): None if path.is_dir() else (of.st_size, of.st_mtime_ns)
+            for path in self.cwd.rglob("*")
+            for of in [path.lstat()]
+        }
+
+    def refuses(self, words: list[str], code: int, text: str, trouble: Trouble | None = None) -> "Child":
+        """One line of error, at most one of hint, the exit code, and nothing written."""
+        before = self.tree()
+        child = self.sakd(*words, trouble=trouble)
+        lines = child.err.splitlines()
+        assert (child.code, child.out) == (code, ""), child.err
+        assert [line.partition(":")[0] for line in lines] in (["error"], ["error", "hint"]), child.err
+        assert len(lines[0]) <= 200
+        assert text in lines[0]
+        assert self.tree() == before
+        return child
 
 
 class Child:
     """One command."""
 
-    def __init__(self, nursery: Nursery, pid: int, out: Path, err: Path) -> None:
-        self.nursery, self.pid, self._out, self._err = nursery, pid, out, err
+    def __init__(self, nursery: Nursery, pid: int, name: str) -> None:
+        self.nursery, self.pid, self._name = nursery, pid, name
         self.code: int | None = None
+        self.peak, self.effort = 0, 0.0  # bytes; seconds of a core
 
     @property
     def out(self) -> str:
-        return self._out.read_text(encoding="utf-8")
+        return Path(self._name + ".out").read_text(encoding="utf-8")
 
     @property
     def err(self) -> str:
-        return self._err.read_text(encoding="utf-8")
+        return Path(self._name + ".err").read_text(encoding="utf-8")
 
     def wait(self) -> int:
-        self.code = self.nursery._ask({"wait": self.pid})
-        return self.code
+        self.code, kilobytes, self.effort = self.nursery.ask({"wait": self.pid})
+        self.peak = 1024 * kilobytes
+        return int(self.code)
 
     def signal_when(self, text: str, number: int) -> None:
         """Send the signal as soon as `text` stands on its stderr."""
@@ -82,13 +135,23 @@ class Child:
         os.kill(self.pid, number)
 
 
-def _crashing(place: Any, name: str, countdown: list[int]) -> None:
-    """Let the process die instead of the N-th touch; bytes that were not flushed by then are lost with it."""
+def fingerprint(run: Path) -> dict[str, str]:
+    """SHA-256 of every weight file and log of a finished run."""
+    assert (run / "summary.json").is_file()
+    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
+    kept = [path for path in files if "previous" not in path.parts]
+    return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
+
+
+def _troubled(place: Any, name: str, countdown: list[int], fail: int | None) -> None:
+    """Let the N-th touch fail, or let the process die instead of it; bytes not flushed by then are lost with it."""
     original: Callable[..., Any] = getattr(place, name)
 
     def touched(*arguments: Any, **settings: Any) -> Any:
         countdown[0] -= 1
-        if countdown[0] == 0:
+        if fail is not None and countdown[0] <= 0:
+            raise OSError(fail, os.strerror(fail))
+        if fail is None and countdown[0] == 0:
             if name == "fsync" and os.readlink(f"/proc/self/fd/{arguments[0]}").endswith(".tmp"):
                 os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
             os._exit(9)
@@ -97,17 +160,35 @@ def _crashing(place: Any, name: str, countdown: list[int]) -> None:
     setattr(place, name, touched)
 
 
+def _befall(order: dict[str, Any]) -> None:
+    """Make the trouble that was ordered."""
+    fail = order["fail"]
+    if order["crash"] or fail:
+        countdown = [fail[0] if fail else order["crash"]]
+        for place, name in TOUCHES:
+            if not fail or name not in ("rmtree", "truncate"):  # a full disk lets one delete
+                _troubled(place, name, countdown, fail[1] if fail else None)
+    for kind, most in ((resource.RLIMIT_FSIZE, order["file_size"]), (resource.RLIMIT_AS, order["memory"])):
+        if most is not None:
+            resource.setrlimit(kind, (most, most))
+    for name, word in order["words"].items():
+        os.environ.pop(name, None)
+        if word is not None:
+            os.environ[name] = word
+
+
 def _run(order: dict[str, Any]) -> None:
     from sakd_cli.cli import app
 
     os.chdir(order["cwd"])
     for number, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{order['name']}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if order["crash"]:
-        countdown = [order["crash"]]
-        for place, name in TOUCHES:
-            _crashing(place, name, countdown)
-    sys.argv = ["sakd", *order["words"]]
+    if order["reader"] == "gone":
+        nobody, ours = os.pipe()
+        os.close(nobody)
+        os.dup2(ours, 1)
+    _befall(order)
+    sys.argv = ["sakd", *order["sakd"]]
     try:
         app.main()
     except SystemExit as left:
@@ -119,21 +200,21 @@ def _run(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import torch
 
-    for module in ("sakd_cli.cli.app", "sakd_cli.tasks.run", "sakd_cli.report.spots", "sakd_cli.report.tables"):
-        importlib.import_module(module)
+    for module in ("cli.app", "tasks.run", "tasks.importing", "tasks.score", "report.spots", "report.tables"):
+        importlib.import_module(f"sakd_cli.{module}")
     assert torch.get_num_threads() == 1, "a process with threads must not be forked"
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
-            _, status = os.waitpid(order["wait"], 0)
-            answer = os.waitstatus_to_exitcode(status)
+            _, status, used = os.wait4(order["wait"], 0)
+            answer: Any = [os.waitstatus_to_exitcode(status), used.ru_maxrss, used.ru_utime + used.ru_stime]
         else:
             for end in ("out", "err"):
                 Path(f"{order['name']}.{end}").touch()
             answer = os.fork()
             if answer == 0:
                 _run(order)
-        print(answer, flush=True)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

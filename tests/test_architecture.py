@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sakd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From low to high. The package itself holds the version only; `__main__` is the command line.
-FLOORS = ["", "errors", "batch", "config", "rundir", "models", "distillers", "routing", "data", "engine", "tasks"]
-FLOORS += ["bench", "report", "cli", "__main__"]
+FLOORS = ["", "errors", "reading", "batch", "config", "rundir", "models", "distillers", "routing", "data", "engine"]
+FLOORS += ["tasks", "bench", "report", "cli", "__main__"]
 FORBIDDEN = {
     "distillers": {"routing"},
     "routing": {"distillers"},
@@ -37,7 +37,7 @@ FORBIDDEN = {
     "report": set(FLOORS) - {"", "errors", "config", "rundir", "report"},
 }
 YARDSTICK = PACKAGE / "bench" / "literal.py"  # the published step as it was: two optimizers, two backward passes
-LIGHT = ("errors", "config", "rundir", "report", "cli")
+LIGHT = ("errors", "reading", "config", "rundir", "report", "cli")
 HEAVY = ("torch", "torchvision", "safetensors", "numpy")
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60
 HOOKS = {"begin_epoch"}  # documented as such in their contracts: do nothing unless overridden

@@ -1,6 +1,8 @@
 """A checkpoint on disk: read back as written, every damage seen, and one that is whole at every instant."""
 
+import itertools
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Shop
 from safetensors.torch import save_file
 
 from sakd_cli.engine import checkpoint
@@ -56,6 +59,49 @@ def test_every_flipped_bit_every_cut_and_every_missing_file_is_found(tmp_path: P
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
         checkpoint.read(tmp_path / "last")
+
+
+def found_out(folder: Path) -> bool:
+    try:
+        checkpoint.read(folder)
+    except CheckpointError as error:
+        return str(folder) in error.message
+    return False
+
+
+@pytest.mark.parametrize("scale", [1, pytest.param(20, marks=pytest.mark.battery)])
+def test_a_real_checkpoint_shows_every_damage(
+    full: Shop, teacher: Path, distilled: dict[str, Any], tmp_path: Path, scale: int
+) -> None:
+    """200 flipped bits, 50 cuts, every mixture with another run's files, files missing, empty, odd: times `scale`."""
+    draw, last = random.Random(scale), tmp_path / "last"
+    shutil.copytree(full.path / distilled["run"] / "checkpoints" / "last", last)
+    sound = {name: (last / name).read_bytes() for name in FILES}
+    other = {name: (teacher / "checkpoints" / "last" / name).read_bytes() for name in FILES}
+    spoilt: list[dict[str, bytes]] = []
+    for number in range(200 * scale):
+        name = FILES[number % 4]
+        flipped = bytearray(sound[name])
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
+        spoilt.append({name: bytes(flipped)})
+    for number in range(50 * scale):
+        name = FILES[number % 4]
+        spoilt.append({name: sound[name][: draw.randrange(len(sound[name]))]})
+    mixtures = (names for size in (1, 2, 3) for names in itertools.combinations(FILES, size))
+    spoilt += [{name: other[name] for name in names} for names in mixtures]
+    spoilt += [{"one_more.json": b"{}"}, {"model.pth": b""}, *({name: b""} for name in FILES)]
+    for damage in spoilt:
+        for name, content in damage.items():
+            (last / name).write_bytes(content)
+        assert found_out(last), f"{list(damage)} of {scale}"
+        for name in damage:
+            (last / name).unlink() if name not in sound else (last / name).write_bytes(sound[name])
+    for name in FILES:
+        (last / name).unlink()
+        assert found_out(last)
+        (last / name).write_bytes(sound[name])
+    assert len(spoilt) == 250 * scale + 14 + 6
+    assert not found_out(last)
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,59 @@ def test_one_changed_byte_is_seen(official: Path, no_network: list[str], name: s
         cifar.load_cifar100(CIFAR100Config(root=official))
     assert no_network == []
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+@pytest.mark.parametrize("left", [0, 1, -1])
+def test_a_file_that_was_cut_is_seen(official: Path, no_network: list[str], name: str, left: int) -> None:
+    path = official / "cifar-100-python" / name
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(DataError, match=f"damaged file '{name}'"):
+        cifar.load_cifar100(CIFAR100Config(root=official))
+    assert no_network == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("train", {"data": None, "fine_labels": [0, 2]}, "train files in .*: label 2 where there are 2 classes"),
+        ("test", {"data": None, "fine_labels": [-1]}, "test files in .*: label -1 where there are 2 classes"),
+        ("test", {"data": None, "fine_labels": []}, "test files in .*: 1 images and 0 labels"),
+        ("meta", {"fine_label_names": ["apple", "apple"]}, "meta: two classes of one name"),
+        ("meta", {"fine_label_names": ["apple"]}, "train files in .*: label 1 where there are 1 classes"),
+    ],
+)
+def test_sound_files_of_wrong_content_are_seen(
+    official: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: dict[str, Any], text: str
+) -> None:
+    path = official / "cifar-100-python" / name
+    pixels = pickle.loads(path.read_bytes()).get("data")
+    path.write_bytes(pickle.dumps({key: pixels if value is None else value for key, value in content.items()}))
+    kind = torchvision_datasets.CIFAR100
+    md5 = torchvision_datasets.utils.calculate_md5(path)
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, files, [[file, md5 if file == name else old] for file, old in getattr(kind, files)])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5 if name == "meta" else kind.meta["md5"]})
+    with pytest.raises(DataError, match=text):
+        cifar.load_cifar100(CIFAR100Config(root=official))
+
+
+@pytest.mark.parametrize("fault", ["not an archive", "cut", "another file", "without the images"])
+def test_a_wrong_archive_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("readme"))
+    if fault in ("not an archive", "cut"):
+        archive.write_bytes(b"<html>" if fault == "not an archive" else archive.read_bytes()[:20])
+    kind = torchvision_datasets.CIFAR100
+    monkeypatch.setattr(kind, "url", archive.as_uri())
+    if fault != "another file":  # the hash of the archive is the official one elsewhere
+        monkeypatch.setattr(kind, "tgz_md5", torchvision_datasets.utils.calculate_md5(archive))
+    with pytest.raises(DataError, match=r"cifar100: files not found in .*; the download failed: "):
+        cifar.load_cifar100(CIFAR100Config(root=tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
 
 
 class Canary:

@@ -1,5 +1,6 @@
 """A wrong input costs one line: what, where, what to do, the right exit code, and the disk as it was."""
 
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAIR, TINY, Shop
+from nursery import Nursery
 from safetensors.torch import save_file
 
+from sakd_cli.engine import checkpoint
 from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
+from sakd_cli.rundir import json_bytes, sha256
 
 CLASSES = 20
 
@@ -34,6 +38,18 @@ def messy(shop: Shop, distilled: dict[str, Any]) -> Shop:
     (shop.path / "odd" / "config.yaml").write_text("{}")
     (shop.path / "empty").mkdir()
     (shop.path / "broken.yaml").write_text("train: [")
+    (shop.path / "nothing.yaml").touch()
+    (shop.path / "list.yaml").write_text("- train\n- data\n")
+    (shop.path / "binary.yaml").write_bytes(sound[:999])
+    (shop.path / "future.yaml").write_text("task: dream\nstudent: resnet8\n")
+    os.mkfifo(shop.path / "pipe")
+    run = shop.path / distilled["run"]
+    shutil.copytree(run, shop.path / "future", ignore=shutil.ignore_patterns("summary.json", "best", "previous"))
+    last = shop.path / "future" / "checkpoints" / "last"
+    (last / "state.json").write_text((last / "state.json").read_text().replace(checkpoint.FORMAT, "sakd.checkpoint/99"))
+    (last / "manifest.json").write_bytes(
+        json_bytes({name: sha256(last / name) for name in ("model.safetensors", "state.json", "training.safetensors")})
+    )
     (shop.path / "cifar" / "cifar-100-python").mkdir(parents=True)
     for name in ("train", "test", "meta"):
         (shop.path / "cifar" / "cifar-100-python" / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
@@ -52,6 +68,38 @@ BAD = f"""
 2 | train.epochs: Input should be a valid integer           | PAIR --epochs ten
 2 | train.lr: Input should be a finite number               | PAIR --set train.lr=.nan
 2 | seed: Input should be greater than or equal to 0        | pretrain-teacher resnet8 --seed -1
+2 | unknown key 'train.student'                             | PAIR --set train.student=resnet8
+2 | unknown key 'epochs'                                    | PAIR --set epochs=3
+2 | unknown key 'method.tau'                                | PAIR --method fitnet --set method.tau=3
+2 | train.lr: Input should be a valid number                | PAIR --set train.lr=1e-4x
+2 | train.lr: Input should be greater than 0                | PAIR --set train.lr=-0.1
+2 | train.lr: is true or false                              | PAIR --set train.lr=yes
+2 | train.momentum: Input should be less than 1             | PAIR --set train.momentum=1
+2 | train.batch_size: Input should be greater than 0        | PAIR --batch-size 0
+2 | train.epochs: Input should be greater than 0            | PAIR --epochs 0
+2 | method.temperature: Input should be greater than 0      | PAIR --method kd --set method.temperature=0
+2 | method.weight: Input should be greater than or equal to 0 | PAIR --method fitnet --set method.weight=-1
+2 | milestone 30 must come before the last epoch (1)        | PAIR TINY --set train.milestones=[30]
+2 | milestones [3, 2] must rise                             | PAIR --set train.milestones=[3,2]
+2 | data.holdout: Input should be less than 1               | PAIR --holdout 1
+2 | seed: Input should be a valid integer                   | PAIR --seed one
+2 | seed: Input should be a valid integer                   | PAIR --set seed=1.5
+2 | --set 'train.epochs' is not of the form key=value       | PAIR --set train.epochs
+2 | no YAML value                                           | PAIR --set seed=[
+2 | no YAML value                                           | PAIR --set seed=2020-13-45
+2 | nothing.yaml: a config is a mapping                     | PAIR --config nothing.yaml
+2 | list.yaml: a config is a mapping                        | PAIR --config list.yaml
+2 | binary.yaml: not a text file                            | PAIR --config binary.yaml
+2 | empty: is a directory                                   | PAIR --config empty
+2 | pipe: not a regular file                                | PAIR --config pipe
+2 | is written for 'dream', not for 'distill'               | PAIR --config future.yaml
+2 | stage_map                                               | PAIR TINY --set stage_map=[]
+2 | stage_map                                               | PAIR TINY --set stage_map=[[2,2],[1,1]]
+2 | is there and is no run directory                        | PAIR TINY --run-dir empty/..
+2 | there is a run already                                  | PAIR TINY --run-dir TEACHER
+2 | --resume changes no word of a run, but train.epochs     | distill --resume future --epochs 9
+4 | written by another version of sakd ('sakd.checkpoint/99') | distill --resume future -q
+3 | leaves no training image                                | pretrain-teacher resnet8 TINY --holdout 0.999
 2 | student: missing                                        | distill --teacher resnet8
 2 | model: missing                                          | pretrain-teacher
 2 | device: unknown device 'gpu'                            | pretrain-teacher resnet8 --device gpu
@@ -95,7 +143,7 @@ BAD = f"""
 
 
 @pytest.mark.parametrize("case", BAD.strip().splitlines(), ids=lambda case: case.split("|")[2].strip())
-def test_a_mistake_costs_one_line_and_writes_nothing(messy: Shop, teacher: Path, case: str) -> None:
+def test_a_mistake_costs_one_line_and_writes_nothing(warm: Nursery, messy: Shop, teacher: Path, case: str) -> None:
     code, text, line = (part.strip() for part in case.split("|"))
     known = {
         "PAIR": PAIR,
@@ -105,7 +153,7 @@ def test_a_mistake_costs_one_line_and_writes_nothing(messy: Shop, teacher: Path,
         "LONG": ["a" * 300],
     }
     words = [part for word in shlex.split(line) for part in known.get(word, [word])]
-    messy.refuses(words, int(code), text)
+    warm.at(messy.path).refuses(words, int(code), text)
 
 
 @pytest.mark.parametrize("size", ["64", "200"], ids=["seen in training", "seen when judged"])

@@ -9,11 +9,10 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nursery import Child, Nursery
+from nursery import Child, Nursery, Trouble, fingerprint
 
 SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
@@ -22,25 +21,15 @@ METHODS = {
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
 }
-LOGS = ("metrics.jsonl", "spots.jsonl")
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def nursery(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
     """Forks commands in a folder that holds a teacher's run."""
-    nursery = Nursery(tmp_path_factory.mktemp("kills"))
+    nursery = warm.at(tmp_path_factory.mktemp("kills"))
     child = nursery.sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher -q"))
     assert child.code == 0, child.err
-    yield nursery
-    nursery.close()
-
-
-def fingerprint(run: Path) -> dict[str, str]:
-    """SHA-256 of every weight file and log of a finished run."""
-    assert (run / "summary.json").is_file()
-    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
-    kept = [path for path in files if "previous" not in path.parts]
-    return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
+    return nursery
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +115,7 @@ def test_a_crash_at_any_touch_of_the_disk_costs_nothing(nursery: Nursery, stride
     wanted = fingerprint(nursery.cwd / f"untouched{stride}")
     for touch in range(stride, 999, stride):
         run = nursery.cwd / f"crash{stride}-{touch}"
-        crashed = nursery.sakd(*words, "--run-dir", str(run), crash=touch)
+        crashed = nursery.sakd(*words, "--run-dir", str(run), trouble=Trouble(crash=touch))
         if crashed.code == 0:
             break
         assert crashed.code == 9, crashed.err

@@ -1,6 +1,8 @@
 """The command `sakd`: its subcommands, and what becomes of an error. Torch is imported inside the commands only."""
 
 import errno
+import io
+import os
 import signal
 import sys
 import traceback
@@ -9,9 +11,10 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import look, train, words
+from sakd_cli.cli import bring, look, train, words
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
+from sakd_cli.report.figures import printable
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
 config_app = typer.Typer(help="Show where settings come from.", no_args_is_help=True, rich_markup_mode="markdown")
 
 show_app = typer.Typer(help="Explain one thing.", no_args_is_help=True, rich_markup_mode="markdown")
@@ -50,6 +53,7 @@ def _root(
 
 app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
+app.command("import-weights", rich_help_panel="Train")(bring.import_weights)
 app.command("eval", rich_help_panel="Look")(look.evaluate)
 app.command("inspect-spots", rich_help_panel="Look")(look.inspect_spots)
 app.command("list", rich_help_panel="Words")(words.listing)
@@ -63,12 +67,15 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors of the user's cost one line."""
     try:
         code = int(app(_resume_alone(arguments), prog_name="sakd", standalone_mode=False) or 0)
+        print(end="", flush=True)
         if code == INTERRUPTED:  # typer answers Ctrl-C itself, without a word
             complain("interrupted")
         return code
     except SakdError as error:
         complain(error.message, error.hint)
         return error.exit_code
+    except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
+        return _reader_left()
     except OSError as error:  # whatever the floors below did not put into words of their own
         complain(f"{error.filename or 'file system'}: {error.strerror or error}")
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
@@ -88,12 +95,20 @@ def run(arguments: list[str]) -> int:
             if error.format_message():  # it is empty where the help was shown instead
                 complain(error.format_message().replace("Value error, ", ""), hint=f"{_called(error)} --help")
             return int(error.exit_code)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported here
+        # torch's, which must not be imported here; on the CPU it raises a plain RuntimeError.
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             complain("out of memory on the device", "a smaller --batch-size")
             return MemoryLimitError.exit_code
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            print(printable(line), file=sys.stderr)
         complain(f"a bug in sakd: {type(error).__name__}: {error}", hint="please report it with the lines above")
         return 1
+
+
+def _reader_left() -> int:
+    """Whoever read our output has gone (`sakd list models | head -1`): nothing is wrong, and no one is left to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return READER_LEFT
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:
@@ -121,4 +136,7 @@ def _terminate(signum: int, frame: object) -> None:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +10,10 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sakd_cli.report.figures import plain, printable
+
+LONGEST, LONGEST_HINT = 192, 400  # characters of a message; commands in a hint must be whole to be of use
 
 
 def out() -> Console:
@@ -29,17 +31,20 @@ def show(*renderables: RenderableType) -> None:
     """Print tables and text to stdout."""
     console = out()
     for renderable in renderables:
+        if isinstance(renderable, str):
+            renderable = "\n".join(printable(line) for line in renderable.split("\n"))
         console.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
 
 
 def emit(document: Any) -> None:
     """Print the one JSON document of `--json`."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
-def clean(text: str) -> str:
-    """One line without control characters: names come from files and may hold terminal escapes."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", " ".join(text.split()))
+def clean(text: str, most: int = LONGEST) -> str:
+    """One printable line, its middle left out where it is too long: names come from files and may hold anything."""
+    line = plain(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[5 - most // 2 :]}"
 
 
 def complain(message: str, hint: str | None = None) -> None:
@@ -47,7 +52,7 @@ def complain(message: str, hint: str | None = None) -> None:
     console = err()
     console.print(f"[bold red]error:[/] {escape(clean(message))}")
     if hint:
-        console.print(f"[dim]hint:[/] {escape(clean(hint))}")
+        console.print(f"[dim]hint:[/] {escape(clean(hint, LONGEST_HINT))}")
 
 
 class Talk:
@@ -84,7 +89,7 @@ class Talk:
     def say(self, text: str) -> None:
         """One line of talk."""
         if not self.quiet:
-            self.console.print(escape(text))
+            self.console.print(escape(plain(text)))
 
     def warn(self, text: str) -> None:
         """One line that is shown even where talk is not."""

@@ -1,13 +1,13 @@
 """Which run a training command is about: a new one, one to go on with (`--resume`), one to replace. No torch."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sakd_cli.cli import options as o
 from sakd_cli.config.layers import OPTIONS, Layer, flat, resolve
 from sakd_cli.config.run import RunConfig
 from sakd_cli.errors import UsageError
+from sakd_cli.reading import expanded
 from sakd_cli.rundir import Intent, RunDir, all_runs
 
 AUTO = "auto"
@@ -31,7 +31,7 @@ def understood(task: str, params: Mapping[str, Any]) -> tuple[Any, Intent]:
         raise UsageError("--resume goes on with a run that is there; it goes with neither --run-dir nor --overwrite")
     if params["resume"] == AUTO:
         return _newest(task, given, params)
-    run = RunDir(Path(params["resume"]).expanduser())
+    run = RunDir(expanded(params["resume"]))
     here = _words_of(run, task)
     if told := _differing(here, resolve(task, [here, *given]).config):
         raise UsageError(f"{run.path}: --resume changes no word of a run, but {told}", hint="start a new run instead")

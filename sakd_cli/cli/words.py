@@ -93,7 +93,7 @@ def show_method(
     about = {
         "name": name,
         "about": summary(config),
-        "text": inspect.getdoc(distiller),
+        "text": inspect.getdoc(distiller) or "",
         "spots": f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits",
         "defaults": config().model_dump(mode="json", exclude={"name"}),
     }

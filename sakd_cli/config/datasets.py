@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
 from sakd_cli.config.words import Words, by_name, chosen_by_name
+from sakd_cli.reading import expanded
 
 
 class DataConfig(Words):
@@ -19,7 +20,7 @@ class DataConfig(Words):
     """
 
     name: str
-    root: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] | None = None
+    root: Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())] | None = None
     limit: PositiveInt | None = None
     holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     split_seed: NonNegativeInt = 0

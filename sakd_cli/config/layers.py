@@ -16,6 +16,7 @@ from sakd_cli.config import datasets, friendly, methods, routers, run
 from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
+from sakd_cli.reading import MOST_YAML, parse_yaml, read_bytes
 
 # Named options of the command line and the key each one sets. The environment variable is SAKD_ + the name.
 OPTIONS = {
@@ -113,8 +114,8 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
                 f"--set {assignment!r} is not of the form key=value", hint="for example --set data.limit=1000"
             )
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: YAML reads 2020-13-45 as a date
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
             raise UsageError(f"--set {key}: {text[:40]!r} is no YAML value") from None
         layers.append(Layer(f"--set {key}", nested({key: value})))
     return layers
@@ -129,7 +130,7 @@ def environment_layers(known: Iterable[str]) -> list[Layer]:
 def file_layer(path: Path, origin: str) -> Layer:
     """A YAML file as a layer. Raises UsageError naming the file and, where YAML says so, the line."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_bytes(path, MOST_YAML).decode())
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
     except UnicodeDecodeError:
@@ -140,8 +141,8 @@ def file_layer(path: Path, origin: str) -> Layer:
         raise UsageError(
             f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be read'}"
         ) from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path}: not valid YAML: a value cannot be read") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path}: a config is a mapping of keys to values")
     return Layer(origin, values)
@@ -223,11 +224,20 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     else:
         text = f"{key}: {first['msg'].removeprefix('Value error, ')}"
         text += (
-            f", got {first['input']!r}"
+            f", got {_short(first['input'])}"
             if isinstance(first["input"], str | int | float) and "unknown" not in text
             else ""
         )
     return UsageError(text + where + more)
+
+
+def _short(value: str | float) -> str:
+    """A value as it is shown in a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = hex(int(value))
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _origin_of(key: str, origins: Mapping[str, str]) -> str | None:

@@ -89,18 +89,25 @@ def reusing(student: str, teacher: str, factor: int) -> Network:
     return Network(f"simkd{factor}-{inner.name}-{outer.name}", "reused", parts, inner.lr, student=inner)
 
 
+LONGEST = 200  # letters of a name; what is distilled from what was distilled is named after all of them
+
+
 def find_network(name: str) -> Network:
     """The network of that name, however it is spelled: `wrn40_2`, `wrn_40_2`, `WRN-40-2`; any `wrn_d_w` with d = 6n+4.
 
     What a distillation has made has one spelling: `simkd2-resnet8-resnet20`. Raises UsageError with the nearest name.
     """
-    if (made := re.fullmatch(r"simkd([1-9]\d*)-([^-]+)-(.+)", name)) is not None:
+    if len(name) > LONGEST:
+        raise UsageError(f"no model has a name of {len(name)} letters")
+    if (made := re.fullmatch(r"simkd([1-9]\d{0,8})-([^-]+)-(.+)", name)) is not None:
         return reusing(made[2], made[3], int(made[1]))
-    if (wrn := re.fullmatch(r"wrn[-_]?(\d+)[-_](\d+)", name.lower())) is not None:
+    if (wrn := re.fullmatch(r"wrn[-_]?(\d{1,9})[-_](\d{1,9})", name.lower())) is not None:
         depth, width = int(wrn[1]), int(wrn[2])
-        if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
+        if 10 <= depth <= 1000 and (depth - 4) % 6 == 0 and 1 <= width <= 100:
             return _wrn(depth, width)
-        raise UsageError(f"no wide ResNet {name!r}; depth is 6n+4 (10, 16, 22, 28, 34, 40 ...), width at least 1")
+        raise UsageError(
+            f"no wide ResNet {name[:40]!r}; depth is 6n+4 (10, 16, 22, 28, 34, 40 ... 1000), width 1 to 100"
+        )
     if (known := _SPELLINGS.get(_squashed(name))) is not None:
         return NETWORKS[known]
     raise UsageError(unknown("model", name, NETWORKS), hint="sakd list models shows them all")

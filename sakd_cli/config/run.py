@@ -22,8 +22,9 @@ from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.words import Words
+from sakd_cli.reading import expanded
 
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+Folder = Annotated[Path, AfterValidator(expanded)]
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 

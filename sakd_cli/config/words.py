@@ -10,17 +10,21 @@ from sakd_cli.errors import unknown
 
 
 class Words(BaseModel):
-    """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number."""
+    """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number, nor are 100 digits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's `yes` and `on` are easily meant as something else; pydantic alone would read them as 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("no_bool", "is true or false where another value belongs")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise PydanticCustomError("too_large", "is a number of more than 63 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise PydanticCustomError("no_text", "holds a character that no name may have")
         return value
 
 
@@ -51,5 +55,5 @@ def by_name(base: type[Words]) -> dict[str, type[Any]]:
 
 
 def summary(kind: type[Words]) -> str:
-    """First line of a config class's docstring: what `sakd list` prints."""
-    return (kind.__doc__ or "").strip().splitlines()[0]
+    """First line of a config class's docstring: what `sakd list` prints; nothing where Python left docstrings out."""
+    return (kind.__doc__ or "").strip().partition("\n")[0]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,60 @@ from torch import Tensor
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.errors import DataError
+from sakd_cli.reading import expanded
 
 PATIENCE = 30.0  # seconds without an answer before a download is given up; Python's own default is for ever
 
 
+CLASSES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
+CLASSES_100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+_NONE = Split(torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+# The constants that most published CIFAR code uses (the std is the mean of the images' own std's).
+CIFAR10 = Dataset(
+    "cifar10",
+    tuple(CLASSES_10.split()),
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    padding=4,
+    flip=True,
+    train=_NONE,
+    test=_NONE,
+)
+# The constants of the published distillation code; the exact ones differ by 0.0002 at most.
+CIFAR100 = Dataset(
+    "cifar100",
+    tuple(CLASSES_100.split()),
+    mean=(0.5071, 0.4867, 0.4408),
+    std=(0.2675, 0.2565, 0.2761),
+    padding=4,
+    flip=True,
+    train=_NONE,
+    test=_NONE,
+)
+
+
 def load_cifar10(config: CIFAR10Config) -> Dataset:
     """50,000 training and 10,000 test images of 10 classes; DataError where the files are missing or damaged."""
-    train, test, classes = _load(config, _torchvision().CIFAR10)
-    # The constants that most published CIFAR code uses (the std is the mean of the images' own std's).
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    return Dataset(config.name, classes, mean, std, padding=4, flip=True, train=train, test=test)
+    return _load(config, CIFAR10, _torchvision().CIFAR10)
 
 
 def load_cifar100(config: CIFAR100Config) -> Dataset:
     """50,000 training and 10,000 test images of 100 classes; DataError where the files are missing or damaged."""
-    train, test, classes = _load(config, _torchvision().CIFAR100)
-    # The constants of the published distillation code; the exact ones differ by 0.0002 at most.
-    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-    return Dataset(config.name, classes, mean, std, padding=4, flip=True, train=train, test=test)
+    return _load(config, CIFAR100, _torchvision().CIFAR100)
 
 
 def default_root() -> Path:
     """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "sakd" / "data"
+    return (cache if cache.is_absolute() else expanded("~") / ".cache") / "sakd" / "data"
 
 
 def _torchvision() -> Any:
@@ -52,9 +83,9 @@ def _torchvision() -> Any:
     return importlib.import_module("torchvision.datasets")
 
 
-def _load(config: CIFAR10Config | CIFAR100Config, kind: Any) -> tuple[Split, Split, tuple[str, ...]]:
-    """Training split, test split and class names; `kind` is torchvision's class."""
-    root = (config.root or default_root()).expanduser()
+def _load(config: CIFAR10Config | CIFAR100Config, known: Dataset, kind: Any) -> Dataset:
+    """The data set with its images; `kind` is torchvision's class."""
+    root = config.root or default_root()
     missing = _missing(config.name, root, kind)
     if missing and config.download:
         _fetch(config.name, root, kind)
@@ -65,12 +96,25 @@ def _load(config: CIFAR10Config | CIFAR100Config, kind: Any) -> tuple[Split, Spl
         # The pickles date from 2009; numpy warns of the spelling of their types.
         warnings.simplefilter("ignore")
         train, test = kind(root, train=True), kind(root, train=False)
-    return _split(train), _split(test), tuple(train.classes)
+    classes = tuple(train.classes)
+    if len(set(classes)) != len(classes):
+        raise DataError(f"{config.name}: {root / kind.base_folder / kind.meta['filename']}: two classes of one name")
+    splits = [
+        _split(images, len(classes), f"{config.name}: {'train' if images.train else 'test'} files in {root}")
+        for images in (train, test)
+    ]
+    return replace(known, classes=classes, train=splits[0], test=splits[1])
 
 
-def _split(images: Any) -> Split:
+def _split(images: Any, classes: int, where: str) -> Split:
     pixels: Tensor = torch.from_numpy(images.data)  # [N, 32, 32, 3]
-    return Split(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets, dtype=torch.int64))
+    labels = torch.tensor(images.targets, dtype=torch.int64)
+    if len(pixels) != len(labels) or not len(labels):
+        raise DataError(f"{where}: {len(pixels)} images and {len(labels)} labels")
+    odd = labels[(labels < 0) | (labels >= classes)]
+    if len(odd):
+        raise DataError(f"{where}: label {int(odd[0])} where there are {classes} classes")
+    return Split(pixels.permute(0, 3, 1, 2).contiguous(), labels)
 
 
 def _files(kind: Any) -> dict[str, str]:

@@ -9,7 +9,6 @@ A checkpoint is written aside as `NAME.new` and flushed; then `NAME` becomes `pr
 At every instant one of the three is whole. safetensors has no checksum, so the manifest is checked before use.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sakd_cli.errors import CheckpointError, DiskError
-from sakd_cli.rundir import flush_folder, json_bytes, sha256, write_aside, write_json
+from sakd_cli.errors import CheckpointError
+from sakd_cli.reading import check_header, parse_json, read_bytes, read_json
+from sakd_cli.rundir import disk_error, flush_folder, json_bytes, sha256, write_aside, write_json
 
 FORMAT = "sakd.checkpoint/2"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
+
+MOST_MANIFEST = 4096  # bytes
 
 
 class Loaded(NamedTuple):
@@ -65,27 +67,34 @@ def write(
         aside.replace(folder)
         flush_folder(folder.parent)
     except OSError as error:
-        raise DiskError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise disk_error(folder, error, sum(tensor.nbytes for tensor in training.values())) from None
 
 
 def read(folder: Path) -> Loaded:
     """Check every file against the manifest, then load. Raises CheckpointError naming what is missing or damaged."""
     try:
-        written = (folder / MANIFEST).read_bytes()
-        expected: dict[str, str] = json.loads(written)
+        written = read_bytes(folder / MANIFEST, MOST_MANIFEST)
+        expected: dict[str, str] = parse_json(written)
         if json_bytes(expected) != written or not {TRAINING, STATE} <= expected.keys() <= {MODEL, TRAINING, STATE}:
             raise ValueError
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError):
         raise CheckpointError(f"{folder}: its manifest is missing or damaged") from None
+    for path in folder.iterdir():
+        if path.name not in {*expected, MANIFEST} and not path.name.startswith(
+            "."
+        ):  # a file browser leaves hidden ones
+            raise CheckpointError(f"{path}: not in the manifest of its checkpoint")
     for name, digest in expected.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing")
         if sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name}: damaged, its SHA-256 differs from the manifest")
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
         if state.get("format") != FORMAT:
-            raise CheckpointError(f"{folder}: written by another version of sakd ({state.get('format')!r})")
+            raise CheckpointError(f"{folder}: written by another version of sakd ({str(state.get('format'))[:40]!r})")
+        for name in expected.keys() - {STATE}:
+            check_header(folder / name)
         model = load_file(folder / MODEL) if MODEL in expected else None
         return Loaded(folder, model, load_file(folder / TRAINING), state)
     except (OSError, ValueError, AttributeError, SafetensorError) as error:

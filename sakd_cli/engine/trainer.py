@@ -215,11 +215,11 @@ class Trainer:
             device = self.guard.found.device
             sums = {name: parts["meter"][name].to(device) for name in state["meter"]["names"]}
             self.meter.load(sums, state["meter"]["samples"])
-            self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+            self.epoch, self.step, self.best = int(state["epoch"]), int(state["step"]), dict(state["best"])
             self.seconds = dict(state["seconds"])
             self._check_best()
             checkpoint.restore_random_state(loaded.training)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{loaded.folder}: is not of this run ({reason})") from None
 

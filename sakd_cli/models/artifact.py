@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
+from sakd_cli.reading import check_header, parse_json
 from sakd_cli.rundir import sha256, write_aside, write_json
 
 FORMAT = "sakd.network/1"
+IMPORT = "weights of another program: sakd import-weights FILE --model NAME"
 Module = TypeVar("Module", bound=nn.Module)
 Card = TypeVar("Card")
 
@@ -37,6 +40,9 @@ class NetworkCard(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int
+
+
+_CARD = TypeAdapter(NetworkCard)
 
 
 class Artifact(NamedTuple):
@@ -73,51 +79,95 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
 
 
 def load(path: Path) -> Artifact:
-    """Read a weights file or the folder around one. Raises UsageError where it is missing, damaged or not ours."""
+    """Read a weights file or the folder around one.
+
+    Raises UsageError where it is missing, damaged or not ours, NonFiniteError where a weight is no number.
+    """
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{file}: no such file", hint="give a run directory or a model.safetensors written by sakd")
     return Artifact(*load_module(file, FORMAT, "a network", _network))
 
 
-def _network(words: dict[str, Any]) -> tuple[StagedModel, NetworkCard]:
-    fields: Any = {key: tuple(word) if isinstance(word, list) else word for key, word in words.items()}
-    card = NetworkCard(**fields)
+def _network(words: str) -> tuple[StagedModel, NetworkCard]:
+    card = _CARD.validate_json(words)
     return create(card.architecture, len(card.classes)), card
 
 
 def load_module(
-    file: Path, form: str, kind: str, build: Callable[[dict[str, Any]], tuple[Module, Card]]
+    file: Path, form: str, kind: str, build: Callable[[str], tuple[Module, Card]]
 ) -> tuple[Module, Card, str]:
     """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
 
-    `build` makes module and card of the words in the header. Raises UsageError where the file is damaged or not `kind`.
+    `build` makes module and card of the words in the header; on the meta device, since a file may name what fills the
+    memory. Raises UsageError where the file is damaged or not `kind`, NonFiniteError where a weight is no number.
     """
-    digest = sha256(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            entries = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})") from None
+    entries, tensors = read_tensors(file)
     header = _header(entries)
     if header.get("format") != form:
-        raise UsageError(f"{file}: not {kind} saved by sakd (format {header.get('format')!r}, expected {form!r})")
+        raise UsageError(
+            f"{file}: not {kind} saved by sakd (format {str(header.get('format'))[:40]!r}, expected {form!r})",
+            hint=IMPORT,
+        )
     if header.get("digest") != _digest(str(header.get("card")), tensors):
         raise UsageError(f"{file}: damaged, its content does not fit the digest in its header")
     try:
-        with torch.device("cpu"):
-            module, card = build(json.loads(header["card"]))
-        module.load_state_dict(tensors)
+        with torch.device("meta"):
+            module, card = build(header["card"])
+        module = filled(module, tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
-    return module, card, digest
+    check_finite(file, tensors)
+    return module, card, sha256(file)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Entries of the header and tensors of a safetensors file. Raises UsageError where it cannot be read."""
+    try:
+        check_header(file)
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})", hint=IMPORT) from None
+
+
+def ghost(architecture: str, classes: int) -> StagedModel:
+    """The network without its numbers, on the meta device."""
+    with torch.device("meta"):
+        return create(architecture, classes)
+
+
+def shapes(architecture: str, classes: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a network, which is not built: a file may name one that fills the memory."""
+    return {name: tuple(tensor.shape) for name, tensor in ghost(architecture, classes).state_dict().items()}
+
+
+def filled(module: Module, tensors: dict[str, Tensor]) -> Module:
+    """The module, which is on the meta device, with these weights on the CPU.
+
+    Raises ValueError where a tensor is missing, odd or misshapen.
+    """
+    expected = module.state_dict()
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"{odd[0][:40]!r} is {'missing' if odd[0] in expected else 'no tensor of the network'}")
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+    module.to_empty(device="cpu").load_state_dict(tensors)
+    return module
+
+
+def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise NonFiniteError, naming the tensor, where a weight is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{file}: tensor {name!r} holds a number that is NaN or infinite")
 
 
 def _header(entries: dict[str, str]) -> dict[str, Any]:
     """What `save_weights` said of the file; nothing where it is not ours."""
     try:
-        header = json.loads(entries.get("sakd", "{}"))
+        header = parse_json(entries.get("sakd", "{}"))
     except ValueError:
         return {}
     return header if isinstance(header, dict) else {}
@@ -137,9 +187,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
-    top1 = about.get("top1")
+    top1, source, teacher = (about.get(key) for key in ("top1", "imported", "teacher"))
     accuracy = "" if top1 is None else f" Top-1 on its test images after the last epoch: {top1:.2f} %."
-    teacher = about.get("teacher")
+    made = "trained with sakd." if source is None else "imported by sakd."
+    if source is not None:
+        accuracy = "" if top1 is None else f" Top-1 on the test images: {top1:.2f} %."
     learned = "" if teacher is None else f"\nTeacher: {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
     if (friendly := about.get("friendly")) is not None:
         learned = (
@@ -148,7 +200,7 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
     return (
         f"# {card.architecture} on {card.dataset}\n\n"
         f"An image classifier for {len(card.classes)} classes, {card.side}x{card.side} pixels, "
-        f"trained with sakd.{accuracy}\n"
+        f"{made}{accuracy}\n"
         f"{learned}\n"
         "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"
         "standard deviation of pixel values between 0 and 1 that the images are normalised with.\n\n"

@@ -10,9 +10,10 @@ of them (spots are then paired by stride); where two differ in stride, the trans
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast, final
+from typing import NamedTuple, cast, final
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
@@ -42,6 +43,9 @@ class BranchCard(NamedTuple):
     share: bool
     side: int
     teacher: str
+
+
+_CARD = TypeAdapter(BranchCard)
 
 
 @final
@@ -135,8 +139,8 @@ def load_branches(path: Path, teacher: Artifact) -> Branches | None:
     Raises UsageError where the file is damaged or not one of branches.
     """
 
-    def build(words: dict[str, Any]) -> tuple[Branches, BranchCard]:
-        card = BranchCard(**words)
+    def build(words: str) -> tuple[Branches, BranchCard]:
+        card = _CARD.validate_json(words)
         return Branches(teacher.model, card.students, card.side, share=card.share), card
 
     branches, card, _ = load_module(path, FORMAT, "student branches", build)

@@ -17,10 +17,14 @@ _ESCAPES = re.compile(
 )
 
 
+def printable(text: object) -> str:
+    """One line that does nothing to a terminal: no sequence, control, direction override or lone surrogate."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in _ESCAPES.sub("", str(text)))
+
+
 def plain(text: object) -> str:
-    """One printable line: no terminal sequence, control, direction override, line break or lone surrogate."""
-    kept = (c if c.isprintable() else " " if c.isspace() else "" for c in _ESCAPES.sub("", str(text)))
-    return "".join(kept).strip()
+    """The same without spaces at its ends."""
+    return printable(text).strip()
 
 
 def number(value: Any) -> float | None:

@@ -29,6 +29,7 @@ from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel, frozen_view
 from sakd_cli.models.table import create
+from sakd_cli.reading import expanded
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
@@ -291,7 +292,7 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     """The shares per epoch and spot that an adaptive run logged; None for every other router."""
     if not isinstance(config.router, RandomMatchedConfig):
         return None
-    run = RunDir(Path(config.router.run).expanduser()) if config.router.run else _adaptive_run(config)
+    run = RunDir(expanded(config.router.run)) if config.router.run else _adaptive_run(config)
     try:
         rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
         fits = rates.ndim == 2 and rates.shape[1] == spots and bool(((rates >= 0) & (rates <= 1)).all())

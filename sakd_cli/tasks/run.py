@@ -19,7 +19,7 @@ from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory, re
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
-from sakd_cli.errors import Stopped
+from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
@@ -145,7 +145,7 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Wa
         point = checkpoint.find(trainer.folder, watcher.warn if intent.lenient else None) if going_on else None
         if point is not None:
             trainer.resume(point)
-            logs = point.state["logs"]
+            logs = _sizes(point)
         elif intent.resume is not None:
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if going_on and not trainer.done:
@@ -154,6 +154,14 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Wa
         yield trainer
     if going_on:
         run.cut_logs(logs)
+
+
+def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
+    """How long the logs were when the checkpoint was written."""
+    sizes = point.state.get("logs")
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) and size >= 0 for size in sizes.values()):
+        raise CheckpointError(f"{point.folder}: does not say how long the logs were")
+    return sizes
 
 
 def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:

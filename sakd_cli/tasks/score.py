@@ -4,16 +4,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.run import Runtime
+from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader
-from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.runtime import effective, pick_device
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.models import artifact
 from sakd_cli.models.cost import cost
+from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import check_classes, load_images
 from sakd_cli.tasks.sftn import branch_rows, branches_of
@@ -35,9 +38,8 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
     model = effective(Runtime(), device).laid_out(network.model.to(device))
     dataset = images.dataset
     unfinished = " of a run that is not finished" if run and not run.finished else ""
-    batches = EvalLoader(dataset.test, dataset, device=device)
-    followed = _followed(batches, watcher, f"scoring {weights}{unfinished}")
-    scores = evaluate(model, followed, len(dataset.classes))
+    scores = test_scores(model, dataset, device, watcher, f"scoring {weights}{unfinished}")
+    rows = branch_rows(model, branches.to(device), EvalLoader(dataset.test, dataset, device=device)) if branches else []
     per_class = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, strict=True)
     return {
         "schema": "sakd.eval/1",
@@ -52,9 +54,15 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
         **scores.headline(),
         **cost(model, images.side)._asdict(),
         "device": str(device),
-        **({"branches": branch_rows(model, branches.to(device), batches)} if branches is not None else {}),
+        **({"branches": rows} if rows else {}),
         "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
     }
+
+
+def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Watcher, title: str) -> Scores:
+    """Figures of a network that is on `device`, on all test images."""
+    batches = EvalLoader(dataset.test, dataset, device=device)
+    return evaluate(model, _followed(batches, watcher, title), len(dataset.classes))
 
 
 def _followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:

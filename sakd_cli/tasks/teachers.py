@@ -6,6 +6,7 @@ from pathlib import Path
 from sakd_cli.config.networks import find_network, find_trainable
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.errors import UsageError
+from sakd_cli.reading import expanded
 from sakd_cli.rundir import RunDir, newest_run
 
 
@@ -16,7 +17,7 @@ def find_teacher(config: DistillConfig) -> Path | None:
     """
     if config.teacher.weights is not None:
         return config.teacher.weights
-    path = Path(config.teacher.source).expanduser()
+    path = expanded(config.teacher.source)
     if not _is_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
@@ -43,7 +44,7 @@ def _is_path(source: str) -> bool:
     try:
         find_network(source)
     except UsageError:
-        return Path(source).expanduser().exists()
+        return expanded(source).exists()
     return False
 
 

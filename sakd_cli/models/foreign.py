@@ -1,0 +1,138 @@
+"""Weights of other programs, tensor by tensor into one of our networks; the only reader of pickled weights.
+
+A PyTorch file is read with `weights_only=True` and in no other way,
+whatever fails: an attacker would only have to make the safe way fail.
+"""
+
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sakd_cli.config.networks import NETWORKS, find_network
+from sakd_cli.errors import UsageError
+from sakd_cli.models.artifact import check_finite, filled, ghost, read_tensors, shapes
+from sakd_cli.models.dialects import DIALECTS, Rules
+from sakd_cli.models.staged import StagedModel
+
+KEYS = ("model", "state_dict", "net", "student", "model_state_dict", "weights")  # where training scripts put them
+COUNTER = "num_batches_tracked"  # PyTorch before 0.4.1 had none, and no result depends on it
+ROOM = 64 * 1024**2  # bytes beside the weights: a memory bank of CRD has 50 MB
+ALONE = "where you trust the file, save its weights alone: torch.save(model.state_dict(), FILE)"
+
+
+def translated(name: str, rules: Rules) -> str:
+    """What others call our tensor."""
+    return next(re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name))
+
+
+def load_foreign(file: Path, architecture: str, classes: int) -> StagedModel:
+    """One of our networks with the weights of a foreign file, every tensor filled exactly once.
+
+    Raises UsageError where it is no file of plain tensors, or not of this network; NonFiniteError where a weight is no
+    number.
+    """
+    ours = shapes(architecture, classes)
+    most = ROOM + 8 * sum(4 * torch.Size(shape).numel() for shape in ours.values())  # with momentum, doubles, a copy
+    theirs = read_foreign(file, most)
+    names = _closest(architecture, ours, theirs)
+    missing = [names[name] for name in ours if names[name] not in theirs and not name.endswith(COUNTER)]
+    left = sorted(theirs.keys() - set(names.values()))
+    if missing or left:
+        parts = [(missing, "missing"), (left, "left over")]
+        both = "; ".join(f"{len(part)} tensors {what}: {_few(part)}" for part, what in parts if part)
+        few = not 5 <= len(missing) + len(left) < 5000
+        raise UsageError(f"{file}: is no {architecture}; {both}", hint=None if few else _advice(theirs))
+    tensors = {}
+    for name, shape in ours.items():
+        tensor = theirs.get(names[name], torch.zeros(()))  # a missing counter
+        there = tuple(tensor.shape)
+        if there != shape:
+            told = f"{names[name]} has shape {_cross(there)}, {architecture} needs {_cross(shape)}"
+            if name.startswith("head.") and there[1:] == shape[1:]:
+                told = f"is for {there[0]} classes, not for {classes}"
+            raise UsageError(f"{file}: {told}", hint=_advice(theirs))
+        tensors[name] = tensor.to(torch.int64 if name.endswith(COUNTER) else torch.float32)
+    check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
+    return filled(ghost(architecture, classes), tensors)
+
+
+def read_foreign(file: Path, most: int) -> dict[str, Tensor]:
+    """The tensors of a state dict, bare or under one of `KEYS`, without `module.` in front. Raises UsageError."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    if file.stat().st_size > most:
+        raise UsageError(f"{file}: has {file.stat().st_size >> 20} MB, too many for this network", hint=ALONE)
+    content: Any = read_tensors(file)[1] if file.suffix == ".safetensors" else _unpickled(file)
+    if isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        content = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{file}: holds no state dict, bare or under {', '.join(KEYS)}", hint=ALONE)
+    while all(key.startswith("module.") for key in content):  # of DataParallel
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{file}: {name[:40]!r} in its state dict is no tensor", hint=ALONE)
+        kind = torch.is_floating_point(value) or (name.endswith(COUNTER) and not value.is_complex())
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or not kind:
+            raise UsageError(f"{file}: {name[:40]!r} is no plain tensor of floating-point numbers")
+    return content
+
+
+def _unpickled(file: Path) -> Any:
+    """What a PyTorch file holds, if that is plain data and as large as it looks."""
+    if zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            raise UsageError(f"{file}: damaged, its archive cannot be read") from None
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or sum(member.file_size for member in members) > file.stat().st_size:
+            raise UsageError(f"{file}: its members are compressed, which PyTorch never does; not opened")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile file makes the unpickler raise anything; there is no second way
+        wanted = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
+        what = f"asks for {wanted[1]}, more than plain tensors" if wanted else "damaged, or more than plain tensors"
+        raise UsageError(f"{file}: {what}; it was not loaded", hint=ALONE) from None
+
+
+def _closest(architecture: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, Tensor]) -> dict[str, str]:
+    """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
+    dialects = DIALECTS[find_network(architecture).family]
+    tables = [{name: translated(name, rules) for name in ours} for rules in dialects]
+    return min(tables, key=lambda names: len(set(names.values()) ^ theirs.keys()))
+
+
+def _advice(theirs: dict[str, Tensor]) -> str | None:
+    """Which of our networks the tensors would fit, whatever the number of classes."""
+    there = {name: tuple(tensor.shape) for name, tensor in theirs.items() if not name.endswith(COUNTER)}
+    for network in NETWORKS.values():
+        if not any(translated("head.weight", rules) in theirs for rules in DIALECTS[network.family]):
+            continue
+        ours = {name: shape for name, shape in shapes(network.name, 1).items() if not name.endswith(COUNTER)}
+        names = _closest(network.name, ours, theirs)
+        body = {names[name]: shape for name, shape in ours.items() if not name.startswith("head.")}
+        heads = {names[name] for name in ours if name.startswith("head.")}
+        if {name: shape for name, shape in there.items() if name not in heads} == body:
+            return f"these are the weights of a {network.name} with {_classes(there, heads)} classes"
+    return None
+
+
+def _classes(there: dict[str, tuple[int, ...]], heads: set[str]) -> int:
+    return max((there[name][0] for name in heads if there.get(name)), default=0)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(name[:40] for name in names[:2]) + (" ..." if len(names) > 2 else "")
+
+
+def _cross(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "()"

@@ -1,0 +1,149 @@
+"""Disks that are full, cannot be written or are named oddly; terminals that are gone, narrow or plain."""
+
+import errno
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nursery import ROOT, Nursery, Trouble, fingerprint
+
+from sakd_cli.engine import checkpoint
+
+SHORT = "--dataset shapes --set data.train=60 --set data.test=40 --batch-size 20 --set save_every=2 -q"
+WORDS = shlex.split(f"distill --teacher teacher --student resnet8 --method at {SHORT} --epochs 2")
+
+
+@pytest.fixture(scope="module")
+def desk(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+    """A folder with a teacher's run and a distillation that nothing befell."""
+    here = warm.at(tmp_path_factory.mktemp("disk"))
+    for words in (
+        shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher"),
+        [*WORDS, "--run-dir", "sound"],
+    ):
+        made = here.sakd(*words)
+        assert made.code == 0, made.err
+    return here
+
+
+def goes_on(desk: Nursery, run: Path) -> None:
+    """The newest checkpoint is whole, and the run ends in the bits of the undisturbed one."""
+    if any((run / "checkpoints" / name).is_dir() for name in ("last", "previous")):
+        assert checkpoint.find(run / "checkpoints", None)
+    begun = (run / "config.yaml").is_file()
+    again = desk.sakd(*(["distill", "--resume", str(run), "-q"] if begun else [*WORDS, "--run-dir", str(run)]))
+    assert again.code == 0, again.err
+    assert fingerprint(run) == fingerprint(desk.cwd / "sound")
+
+
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.battery)], ids=["some", "all"])
+def test_a_disk_that_fills_up_at_any_write_costs_nothing(desk: Nursery, stride: int) -> None:
+    kinds = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
+    for touch in range(stride, 999, stride):
+        number = errno.ENOSPC if stride > 1 else kinds[touch % 5]
+        run = desk.cwd / f"full{stride}-{touch}"
+        failed = desk.sakd(*WORDS, "--run-dir", str(run), trouble=Trouble(fail=(touch, number)))
+        if failed.code == 0:
+            break
+        assert failed.code == 5, f"at touch {touch}: {failed.err}"
+        error, *hints = failed.err.splitlines()
+        assert len(hints) <= 1
+        full = number in (errno.ENOSPC, errno.EDQUOT) and "cannot be made" not in error
+        assert (" MB needed, " in error and error.endswith(" MB free")) if full else os.strerror(number) in error, error
+        goes_on(desk, run)
+    assert touch > 30
+
+
+@pytest.mark.parametrize("most", [100, 2_000, 100_000])
+def test_files_that_may_not_grow_cost_nothing(desk: Nursery, most: int) -> None:
+    run = desk.cwd / f"small{most}"
+    failed = desk.sakd(*WORDS, "--run-dir", str(run), trouble=Trouble(file_size=most))
+    assert failed.code == 5, failed.err
+    assert failed.err.splitlines()[0].endswith("cannot be written: File too large")
+    goes_on(desk, run)
+
+
+ODD = [
+    "größer 模型 🎓",
+    "a" * 255,
+    *(pytest.param(name, marks=pytest.mark.battery) for name in ("-dash", "'x\"", "$HOME;ls")),
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_are_names(desk: Nursery, name: str) -> None:
+    assert desk.sakd(*WORDS, f"--run-dir={name}").code == 0
+    run = f"./{name}"
+    assert fingerprint(desk.cwd / name) == fingerprint(desk.cwd / "sound")
+    for words in (
+        ["eval", run, "--json", "-q"],
+        ["inspect-spots", run, "--json"],
+        ["distill", "--resume", run, "--json"],
+    ):
+        said = desk.sakd(*words)
+        assert said.code == 0, said.err
+        assert json.loads(said.out)
+    taught = desk.sakd(
+        *WORDS, "--set", f"teacher.source={json.dumps(run, ensure_ascii=False)}", "--epochs", "1", "--dry-run", "--json"
+    )
+    assert taught.code == 0, taught.err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--runs-dir", "~nobody-of-that-name/runs"], "nobody knows that home folder"),
+        (["--teacher", "~nobody-of-that-name/run"], "nobody knows that home folder"),
+        (["--set", "data.root=~nobody-of-that-name"], "nobody knows that home folder"),
+        (["--run-dir", "a" * 256], "File name too long"),
+    ],
+)
+def test_homes_and_names_that_cannot_be(desk: Nursery, words: list[str], text: str) -> None:
+    desk.refuses([*WORDS, *words], 2, text)
+
+
+READERS = ["list models", "list models --json", "inspect-spots sound", "inspect-spots sound --json", "show method sp"]
+
+
+@pytest.mark.parametrize("words", READERS)
+def test_a_reader_that_has_gone_is_no_error(desk: Nursery, words: str) -> None:
+    said = desk.sakd(*words.split(), trouble=Trouble(reader="gone"))
+    assert (said.code, said.err) == (141, "")
+
+
+NARROW: dict[str, str | None] = {"COLUMNS": "20", "TERM": "dumb", "HOME": None, "NO_COLOR": "1"}
+
+
+@pytest.mark.parametrize(
+    "words", ["eval sound -q", "inspect-spots sound", "list methods", "config show --preset quickstart"]
+)
+def test_a_narrow_plain_terminal_without_a_home_shows_every_figure(desk: Nursery, words: str) -> None:
+    here, there = (desk.sakd(*words.split(), trouble=Trouble(words=odd)) for odd in ({}, NARROW))
+    assert (here.code, there.code, there.err) == (0, 0, "")
+    assert "\x1b" not in there.out
+    assert {part for part in there.out.split() if "%" in part} >= {part for part in here.out.split() if "%" in part}
+
+
+PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ({"PYTHONOPTIMIZE": "2"}, "list methods"),
+        pytest.param({"PYTHONOPTIMIZE": "2"}, "show method sp", marks=pytest.mark.battery),
+        (PLAIN, "inspect-spots sound"),
+        pytest.param({"PYTHONOPTIMIZE": "2"}, " ".join(["ALL", "--run-dir optimized"]), marks=pytest.mark.battery),
+        pytest.param(PLAIN | {"LC_ALL": "tr_TR.UTF-8"}, "ALL --run-dir größe", marks=pytest.mark.battery),
+    ],
+)
+def test_odd_interpreters(desk: Nursery, odd: dict[str, str], words: str) -> None:
+    line = [part for word in words.split() for part in (WORDS if word == "ALL" else [word])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | odd
+    done = subprocess.run([sys.executable, "-m", "sakd_cli", *line], cwd=desk.cwd, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.strip()
