@@ -21,6 +21,7 @@ METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
+    "dfa": "--method dfa --teacher deeper --epochs 1 --set method.search_epochs=1 --set method.second_order=true",
 }
 LOGS = ("metrics.jsonl", "spots.jsonl")
 
@@ -29,8 +30,9 @@ LOGS = ("metrics.jsonl", "spots.jsonl")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """Forks commands in a folder that holds a teacher's run."""
     nursery = Nursery(tmp_path_factory.mktemp("kills"))
-    child = nursery.sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher -q"))
-    assert child.code == 0, child.err
+    for words in ("resnet8 --run-dir teacher", "resnet14 --run-dir deeper"):  # a resnet8 has no two blocks to mix
+        child = nursery.sakd(*shlex.split(f"pretrain-teacher {words} {SHORT} --epochs 1 -q"))
+        assert child.code == 0, child.err
     yield nursery
     nursery.close()
 

@@ -118,6 +118,7 @@ def show_config(
     student: o.Student = None,
     model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
     method: o.Method = None,
+    dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
@@ -161,4 +162,4 @@ def show_config(
     show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))
 
 
-_FOREIGN = {Which.distill: {"model"}, Which.pretrain: {"teacher", "student", "method", "router"}}
+_FOREIGN = {Which.distill: {"model"}, Which.pretrain: {"teacher", "student", "method", "dfa_weights", "router"}}

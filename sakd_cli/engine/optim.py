@@ -15,13 +15,19 @@ class Optimizer:
     """
 
     def __init__(
-        self, groups: Sequence[ParamGroup], *, momentum: float, milestones: Sequence[int], decay: float
+        self,
+        groups: Sequence[ParamGroup],
+        *,
+        momentum: float,
+        milestones: Sequence[int],
+        decay: float,
+        nesterov: bool = False,
     ) -> None:
         self.groups = tuple(group for group in groups if group.parameters)
         self.milestones = tuple(milestones)
         self.decay = decay
         settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
-        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum)
+        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, nesterov=nesterov)
 
     def factor(self, epoch: int) -> float:
         """What the starting rates are multiplied by in this epoch, counted from 1."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
+from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.meters import Meter, top1
@@ -71,7 +72,7 @@ class Trainer:
         self,
         task: Task,
         loader: Loader,
-        optimizer: Optimizer,
+        optimizer: Optimizer | BilevelOptimizer,
         run: RunDir,
         watcher: Watcher,
         *,
