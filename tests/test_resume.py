@@ -20,6 +20,7 @@ METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
+    "dfa": "--method dfa --teacher deeper --epochs 1 --set method.search_epochs=1 --set method.second_order=true",
 }
 
 
@@ -27,8 +28,9 @@ METHODS = {
 def nursery(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
     """Forks commands in a folder that holds a teacher's run."""
     nursery = warm.at(tmp_path_factory.mktemp("kills"))
-    child = nursery.sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher -q"))
-    assert child.code == 0, child.err
+    for words in ("resnet8 --run-dir teacher", "resnet14 --run-dir deeper"):  # a resnet8 has no two blocks to mix
+        child = nursery.sakd(*shlex.split(f"pretrain-teacher {words} {SHORT} --epochs 1 -q"))
+        assert child.code == 0, child.err
     return nursery
 
 

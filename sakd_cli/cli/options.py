@@ -53,6 +53,15 @@ Method = Annotated[
         rich_help_panel="Distillation",
     ),
 ]
+DfaWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--dfa-weights",
+        metavar="FILE|WORD",
+        help="Of --method dfa: search, uniform, last, random, or an earlier run's dfa.json. [env: SAKD_DFA_WEIGHTS]",
+        rich_help_panel="Distillation",
+    ),
+]
 Router = Annotated[
     str | None,
     typer.Option(

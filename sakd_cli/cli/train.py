@@ -62,6 +62,7 @@ def distill(
     teacher: o.Teacher = None,
     student: o.Student = None,
     method: o.Method = None,
+    dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
     pretrain: o.Pretrain = None,
     teacher_bank: o.TeacherBank = None,
@@ -96,7 +97,8 @@ def distill(
     """
     talk = Talk(quiet=quiet)
     words, intent = understood("distill", ctx.params)
-    if intent.finished:
+    if intent.finished and intent.resume:
+        _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
     elif dry_run:
         _finish(_tried(words), dry_run=True, json=json)
@@ -155,7 +157,20 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     with talk.heeding_signals():
         where, summary = run.carry_out(job, intent, talk, again)
+        _picture(where, talk)
     return {"run": str(where.path)} | summary
+
+
+def _picture(run: RunDir, talk: Talk) -> None:
+    """What the run mixed of its teacher's blocks, drawn, where it did."""
+    from sakd_cli.report.mixtures import PICTURE, can_draw, draw_mixtures, mixture_report
+
+    if (record := mixture_report(run)) is None:
+        return
+    if can_draw():
+        draw_mixtures(record, run.path / PICTURE)
+    else:
+        talk.say(f"no {PICTURE}: matplotlib is not installed (pip install 'sakd[plots]')")
 
 
 def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:

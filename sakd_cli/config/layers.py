@@ -25,6 +25,7 @@ OPTIONS = {
     "model": "model",
     "student_friendly": "friendly.students",
     "method": "method.name",
+    "dfa_weights": "method.weights",
     "router": "router.name",
     "pretrain": "teacher.pretrain",
     "dataset": "data.name",
@@ -213,7 +214,8 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     where = f" (from {origin})" if origin else ""
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        text = f"{unknown('key', key, _known_keys(task, place))}"
+        known = _known_keys(task, place)
+        text = f"{key}: belongs to another {place[0]}" if key in known else unknown("key", key, known)
     elif first["type"] == "missing":
         option = next(
             (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if key in (path, path.split(".")[0])), None

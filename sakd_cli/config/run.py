@@ -34,7 +34,7 @@ class Train(Words):
 
     epochs, batch_size
     lr            None: 0.05, or the network's own (0.01 for MobileNetV2 and ShuffleNet)
-    momentum, weight_decay
+    momentum, weight_decay; nesterov: the momentum's look ahead
     milestones    epochs after which lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)
     """
 
@@ -43,6 +43,7 @@ class Train(Words):
     lr: PositiveFloat | None = None
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     weight_decay: NonNegativeFloat = 5e-4
+    nesterov: bool = False
     milestones: tuple[PositiveInt, ...] | None = None
     lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
 
@@ -53,6 +54,8 @@ class Train(Words):
             raise ValueError(f"milestones {list(steps)} must rise")
         if steps and steps[-1] >= self.epochs:
             raise ValueError(f"milestone {steps[-1]} must come before the last epoch ({self.epochs})")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
         return self
 
     def decay_epochs(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
+from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.finite import LOWER, Guard
@@ -73,7 +74,7 @@ class Trainer:
         self,
         task: Task,
         loader: Loader,
-        optimizer: Optimizer,
+        optimizer: Optimizer | BilevelOptimizer,
         run: RunDir,
         watcher: Watcher,
         *,

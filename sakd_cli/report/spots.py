@@ -26,6 +26,8 @@
         share [...]      mean of the epochs' shares (epochs without a sample of the class are left out), or null
         deviation [...]  that less the spot's overall share, or null
 
+    mixtures    what `dfa.json` of the run holds; null for methods that mix no blocks of the teacher
+
 Shares and probabilities lie in [0, 1]. An epoch that is on record twice (a run that was stopped and resumed) counts
 once, as it was recorded last.
 """
@@ -36,6 +38,7 @@ from typing import Any
 
 from sakd_cli.errors import UsageError
 from sakd_cli.report.figures import number, plain
+from sakd_cli.report.mixtures import mixture_report
 from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.spots/1"
@@ -93,6 +96,7 @@ def spot_report(run: RunDir) -> dict[str, Any]:
         "overall": overall,
         "by_epoch": [_row(epoch) for epoch in epochs],
         "by_class": _by_class(epochs, [spot["share"] for spot in overall], _class_names(run)),
+        "mixtures": mixture_report(run),
     }
 
 

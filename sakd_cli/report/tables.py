@@ -19,6 +19,7 @@ from sakd_cli.report.figures import (
     whole,
     word,
 )
+from sakd_cli.report.mixtures import mixture_table
 from sakd_cli.report.sheet import MORE, Column, Sheet
 
 EPOCH_ROWS = 20
@@ -33,6 +34,8 @@ def spot_tables(report: dict[str, Any], *, top: int = 10) -> list[RenderableType
     known = [row for row in report["by_class"] if any(value is not None for value in row["deviation"])]
     if known and top > 0:
         tables.append(_by_class(report, known, top))
+    if report.get("mixtures") is not None:
+        tables.append(mixture_table(report["mixtures"]))
     return tables
 
 
@@ -235,6 +238,8 @@ def _summary_notes(summary: dict[str, Any]) -> list[str]:
         epochs = number(summary.get("epochs"))
         over = "" if epochs is None else f" for {whole(epochs)} epoch{'s' * (epochs != 1)}"
         notes.append(f"Time: {duration(summary['seconds'])}{over}" + (f": {', '.join(spent)}." if spent else "."))
+    if number(summary.get("search_seconds")) is not None:
+        notes.append(f"Search for the mixtures before: {duration(summary['search_seconds'])}.")
     if teacher.get("sha256"):
         notes.append(f"Teacher weights: sha256 {word(teacher['sha256'])[:16]}")
     return notes
@@ -271,7 +276,8 @@ def spot_plan_table(plan: dict[str, Any]) -> RenderableType:
     adapted = any(spot.get("lift") is not None for spot in plan.get("spots") or [])
     notes = ["Lift: adapter from the student's channels to the teacher's; drop: the way back."] if adapted else []
     columns = [Column(header, text=not header.endswith("shape")) for header in headers]
-    return Group(parts, Sheet("Spots", columns, rows, notes)) if rows else parts
+    tables = [parts, Sheet("Spots", columns, rows, notes)] if rows else [parts]
+    return Group(*tables, *([mixture_table(plan["mixtures"])] if plan.get("mixtures") else []))
 
 
 def listing_table(title: str, rows: list[dict[str, Any]]) -> RenderableType:

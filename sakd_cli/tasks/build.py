@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.layers import Layer, resolve
-from sakd_cli.config.methods import WarmedConfig
+from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, PretrainConfig, RunConfig
@@ -19,6 +19,7 @@ from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
 from sakd_cli.data.streams import generator
 from sakd_cli.distillers import table as distillers
+from sakd_cli.distillers.dfa import DFA, mixable
 from sakd_cli.engine.runtime import Mode, effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
@@ -33,9 +34,11 @@ from sakd_cli.reading import expanded
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.tasks import mixtures
 from sakd_cli.tasks.bank import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
+from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
 from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
 from sakd_cli.tasks.warmup import WarmupTask
@@ -148,6 +151,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
+    mixtures.adopt(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.bank:
         others = task.distillers.preactivations or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
@@ -190,7 +194,7 @@ def assemble(
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
-    see = teacher.features_with_preactivations if method.preactivations else teacher.features
+    see = method.sight(teacher)
     task = DistillTask(
         method.network,
         lambda batch: see(batch.images),
@@ -217,6 +221,21 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     return task.to(job.device), words.warmup_epochs
 
 
+def search_of(job: Job) -> SearchTask | None:
+    """The search for a method's mixtures; None for methods without, and where nothing is left to be found."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)) or job.teacher is None:
+        return None
+    config, words, mixer = job.config, job.config.method, job.task.feature_distiller
+    if not (isinstance(words, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
+        return None
+    teacher, classes = job.teacher.model, len(job.images.dataset.classes)
+    sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
+    purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
+    students = [_fresh(config.student, classes, config.seed, purpose, job.device) for purpose in purposes]
+    with _initialised(config.seed, "search"):
+        return SearchTask(students, teacher.features_with_blocks, sought, words, mixer.take).to(job.device)
+
+
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
     """Raise UsageError where a network's classes are not those of the data set."""
     theirs, ours = network.card.classes, images.dataset.classes
@@ -239,7 +258,7 @@ def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
     router = config.router
     if isinstance(router, RandomMatchedConfig) and router.run is None:
         router = router.model_copy(update={"run": str(_adaptive_run(config).path.resolve())})
-    return config.model_copy(update={"teacher": chosen, "router": router})
+    return config.model_copy(update={"teacher": chosen, "router": router, "method": mixtures.pinned(config.method)})
 
 
 def _teacher_path(config: DistillConfig) -> Path:

@@ -1,7 +1,7 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from sakd_cli.config.run import DistillConfig, Train
+from sakd_cli.data.halves import InTurn
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
@@ -24,9 +25,11 @@ from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
+from sakd_cli.tasks import mixtures
 from sakd_cli.tasks.bank import open_bank
-from sakd_cli.tasks.build import Job, plan, warmup_of
+from sakd_cli.tasks.build import Job, plan, search_of, warmup_of
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.search import SearchTask, batches
 from sakd_cli.tasks.sftn import BranchDelivery
 
 
@@ -63,7 +66,13 @@ def try_one_batch(job: Job) -> dict[str, Any]:
     output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
     steps = len(_train_loader(job))
-    return {"schema": "sakd.plan/1"} | plan(job) | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
+    mixed = {"mixtures": found} if (found := _mixtures(job)) else {}
+    return (
+        {"schema": "sakd.plan/1"}
+        | plan(job)
+        | mixed
+        | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
+    )
 
 
 def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
@@ -97,6 +106,8 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
         summary = _about(job) | figures[MAIN] | facts | scored
+        if (mixed := _mixtures(job)) is not None:
+            summary |= {"mixtures": mixed, "search_seconds": figures.get("search", {}).get("seconds")}
         write_json(run.path / "summary.json", summary)
         return run, summary
 
@@ -110,6 +121,12 @@ def _phases(job: Job, run: RunDir, judge: Judge, facts: dict[str, Any], watcher:
         optimizer = _optimizer(task, words.train, ())
         yield shared(task, _train_loader(job), optimizer, epochs=epochs, phase="warmup")
         task.warmup.requires_grad_(False)
+    if (search := search_of(job)) is not None:
+        both, epochs = search.optimizer(words.train.momentum), search.words.search_epochs
+        yield shared(search, _search_loader(job, search), both, epochs=epochs, phase="search")
+        search.settle()
+    if (mixed := _mixtures(job, watcher.warn)) is not None:
+        write_json(run.path / mixtures.NAME, mixed)
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
@@ -165,7 +182,9 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
 
 
 def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
-    return Optimizer(task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay)
+    return Optimizer(
+        task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay, nesterov=words.nesterov
+    )
 
 
 def _train_loader(job: Job) -> TrainLoader:
@@ -177,6 +196,26 @@ def _train_loader(job: Job) -> TrainLoader:
         noise_width=job.task.noise_width,
         device=job.device,
     )
+
+
+def _search_loader(job: Job, search: SearchTask) -> InTurn:
+    words, images = job.config, job.images
+    return batches(
+        search.words,
+        images.dataset,
+        images.train,
+        batch_size=words.train.batch_size,
+        seed=words.seed,
+        device=job.device,
+    )
+
+
+def _mixtures(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """What the run mixes, as its file holds it; None for methods without mixtures."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
+        return None
+    words = job.config
+    return mixtures.record(words.method, job.task.feature_distiller, job.images.dataset.name, words.seed, warn)
 
 
 def _judge(job: Job, watcher: Watcher) -> Judge:
