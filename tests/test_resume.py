@@ -21,6 +21,8 @@ METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
+    "residual": "--residual-students 1 --set residual.loss=inner --set residual.architectures=resnet8 "
+    "--set residual.max_cost=3 --set residual.min_gain=-9 --set data.train=60",
 }
 LOGS = ("metrics.jsonl", "spots.jsonl")
 
@@ -38,7 +40,8 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 def fingerprint(run: Path) -> dict[str, str]:
     """SHA-256 of every weight file and log of a finished run."""
     assert (run / "summary.json").is_file()
-    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
+    files = [*run.rglob("*.safetensors"), *run.glob("*.jsonl"), *run.glob("ensemble/*.json")]
+    assert {run / name for name in LOGS} <= set(files)
     kept = [path for path in files if "previous" not in path.parts]
     return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
 

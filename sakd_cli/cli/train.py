@@ -59,6 +59,7 @@ def distill(
     student: o.Student = None,
     method: o.Method = None,
     router: o.Router = None,
+    residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
@@ -96,7 +97,7 @@ def distill(
     missing = find_teacher(words) is None
     if missing and not words.teacher.pretrain:
         raise no_teacher(words)
-    from sakd_cli.tasks import build, run
+    from sakd_cli.tasks import build, chain, run
 
     if missing:
         # Whatever is wrong with the student's side is said before hours go into a teacher.
@@ -104,6 +105,7 @@ def distill(
         if dry_run:
             _finish(run.try_one_batch(rehearsal), dry_run=True, json=json)
             return
+        chain.rehearse(rehearsal)
         del rehearsal
         talk.say(f"no finished {words.teacher.source} yet: training it first")
         first = build.teacher_config(words)
@@ -115,8 +117,9 @@ def distill(
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.tasks import run
+    from sakd_cli.tasks import chain, run
 
+    chain.rehearse(job)
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
@@ -133,6 +136,7 @@ def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     if json:
         emit(result)
         return
+    from sakd_cli.report.ensemble import ensemble_summary
     from sakd_cli.report.spots import spot_report
     from sakd_cli.report.tables import spot_plan_table, spot_tables, summary_table
 
@@ -143,4 +147,6 @@ def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     show(summary_table(result))
     if result["task"] == "distill":
         show(*spot_tables(spot_report(RunDir(Path(result["run"]))), top=3))
+    if told := result.get("ensemble"):
+        show(ensemble_summary(told))
     show(f"run: {result['run']}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, methods, routers, run
+from sakd_cli.config import datasets, methods, residual, routers, run
 from sakd_cli.config.run import TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
@@ -24,6 +24,7 @@ OPTIONS = {
     "model": "model",
     "method": "method.name",
     "router": "router.name",
+    "residual_students": "residual.students",
     "pretrain": "teacher.pretrain",
     "dataset": "data.name",
     "data_root": "data.root",
@@ -190,7 +191,8 @@ def _for_task(task: str, layer: Layer) -> Layer:
         raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
     teacher = values.pop("teacher", {})
     teacher = teacher if isinstance(teacher, dict) else {"source": teacher}
-    kept = {key: value for key, value in values.items() if key not in ("student", "method", "router", "stage_map")}
+    own = ("student", "method", "router", "stage_map", "residual")
+    kept = {key: value for key, value in values.items() if key not in own}
     kept |= {"model": teacher["source"]} if "source" in teacher else {}
     if teacher.get("epochs") is not None and isinstance(kept.get("train", {}), dict):
         kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}
@@ -249,4 +251,5 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
     if name not in parent.model_fields:
         return []
     plain: dict[str, list[type[Words]]] = {"train": [run.Train], "teacher": [run.TeacherConfig]}
+    plain["residual"] = [residual.ResidualConfig]
     return plain.get(name) or list(_TABLES.get(name, {}).values())

@@ -17,6 +17,7 @@ from pydantic import (
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
+from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import AdaptiveConfig, Router
 from sakd_cli.config.words import Words
 
@@ -117,10 +118,12 @@ class DistillConfig(RunConfig):
     method: Method = FitNetConfig()
     router: Router = AdaptiveConfig()
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    residual: ResidualConfig = ResidualConfig()
 
     def pretraining(self) -> dict[str, Any]:
         """The words of the run that trains this run's teacher."""
-        words = self.model_dump(mode="json", exclude={"task", "teacher", "student", "method", "router", "stage_map"})
+        own = {"task", "teacher", "student", "method", "router", "stage_map", "residual"}
+        words = self.model_dump(mode="json", exclude=own)
         return words | {
             "model": self.teacher.source,
             "train": words["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),
@@ -128,9 +131,13 @@ class DistillConfig(RunConfig):
 
 
 class EvalConfig(Words):
-    """Score a network on the test images of a data set."""
+    """Score a network on the test images of a data set.
+
+    residual  for a student with residual students: other words for who leaves early fit the thresholds anew
+    """
 
     data: Data = CIFAR100Config()
+    residual: ResidualConfig = ResidualConfig()
     device: str = "auto"
     runs_dir: Folder = Path("runs")
 

@@ -47,6 +47,8 @@ class DistillTask(Task):
     Both are added and one backward pass serves both groups: the routed pass sees no weight of either network with
     gradient, and every weight is cut from the policy, so each group gets exactly its own gradient. Order matters: the
     student's training pass comes first, because the routed pass uses the BatchNorm statistics it has updated.
+
+    offset: logits that the student's are added to, wherever a pass ends in the student's head (a residual student)
     """
 
     network: StagedModel
@@ -60,6 +62,7 @@ class DistillTask(Task):
         graft: Graft | None,
         factors: Factors,
         rates: Rates,
+        offset: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -73,6 +76,7 @@ class DistillTask(Task):
         self.graft = graft
         self.factors = factors
         self.rates = rates
+        self.offset = offset
         self.noise_width = router.noise_width
 
     def groups(self) -> list[ParamGroup]:
@@ -91,7 +95,10 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with torch.no_grad():
             teacher = self.teacher_features(batch.images)
+            offset = None if self.offset is None else self.offset(batch.images)
         student = self.student_features(batch.images)
+        if offset is not None:
+            student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
         ce = F.cross_entropy(student.logits, batch.labels)
         logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
@@ -102,7 +109,7 @@ class DistillTask(Task):
             parts["feature"] = feature
             loss = loss + feature
         parts["loss"] = loss
-        routing_loss, events = self._route(batch, teacher, ce, decision)
+        routing_loss, events = self._route(batch, teacher, ce, decision, offset)
         parts |= {"router": routing_loss} if events else {}
         use = SpotUse(decision.weight, decision.probability, events)
         return StepOutput(
@@ -110,12 +117,14 @@ class DistillTask(Task):
         )
 
     def _route(
-        self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision
+        self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision, offset: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The router's loss and what happened in it; nothing where the router does not learn."""
         if self.graft is None or decision.gate is None:
             return torch.zeros_like(ce), {}
         routed = self.graft(batch.images, teacher, decision.gate)
+        if offset is not None:  # as far as the routed pass ends in the student's head
+            routed = routed + (1 - decision.gate[:, -1:]) * offset
         result = router_loss(
             routed,
             batch.labels,

@@ -1,6 +1,6 @@
 """Score a saved network on the test images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.data.loader import EvalLoader
-from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.models import artifact
@@ -33,27 +33,31 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
     dataset = images.dataset
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     batches = EvalLoader(dataset.test, dataset, device=device)
-    followed = _followed(batches, watcher, f"scoring {weights}{unfinished}")
-    scores = evaluate(model, followed, len(dataset.classes))
-    per_class = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, strict=True)
+    scores = evaluate(model, followed(batches, watcher, f"scoring {weights}{unfinished}"), len(dataset.classes))
+    named_by = {"weights": str(weights), "sha256": network.sha256, "network": model.name, "dataset": dataset.name}
+    costs = cost(model, images.side)._asdict() | {"device": str(device)}
+    return described(named_by, run, scores, costs, dataset.classes)
+
+
+def described(
+    named: dict[str, Any], run: RunDir | None, scores: Scores, costs: dict[str, Any], classes: Sequence[str]
+) -> dict[str, Any]:
+    """The document of `sakd eval --json`. named: weights, sha256, network, dataset; costs: parameters, macs, device."""
+    per_class = zip(classes, scores.images_of_class, scores.top1_of_class, strict=True)
     return {
         "schema": "sakd.eval/1",
-        "weights": str(weights),
         "run": str(run.path) if run else None,
         "finished": run.finished if run else None,
-        "sha256": network.sha256,
-        "network": model.name,
-        "dataset": dataset.name,
+        **named,
         "split": "test",
         "images": scores.images,
         **scores.headline(),
-        **cost(model, images.side)._asdict(),
-        "device": str(device),
+        **costs,
         "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
     }
 
 
-def _followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, with the watcher told of each."""
     watcher.begin(title, len(batches))
     try:
