@@ -9,6 +9,7 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
+from sakd_cli.report import plot as plots
 from sakd_cli.rundir import RunDir, newest_run
 
 EvalTarget = Annotated[
@@ -64,9 +65,7 @@ def evaluate(
     if adaptive and always_on:
         raise UsageError("--adaptive and --always-on exclude each other")
     if plot is not None:
-        from sakd_cli.report.plot import check
-
-        check(plot)
+        plots.check(plot)
     given = o.layers(ctx.params)
     weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
     own = {key: words for key, words in run.config.items() if key in ("data", "residual")} if run else {}
@@ -80,19 +79,14 @@ def evaluate(
 
         result = score(weights, run, given, talk)
     if plot is not None:
-        from sakd_cli.report.plot import draw
-
-        draw(plot, result)
+        plots.draw(plot, result)
     if json:
         emit(result)
         return
     from sakd_cli.report.ensemble import ensemble_tables
     from sakd_cli.report.tables import evaluation_tables
 
-    show(
-        *evaluation_tables(result),
-        *(ensemble_tables(told, result["images"]) if (told := result.get("ensemble")) else ()),
-    )
+    show(*evaluation_tables(result), *ensemble_tables(result))
 
 
 def inspect_spots(

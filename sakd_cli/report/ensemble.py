@@ -15,6 +15,14 @@ parameters of all members; macs the mean per image; classes[].macs the same by c
         top1, agreement   right answers, and answers as of all members, in percent
         exits, macs, cost as above
         hull         whether no other points, or mixtures of two, are better and as cheap
+
+`ensemble` of summary.json has members, member_macs, thresholds as above, and
+
+    early, all   top1, top5, loss, exits, macs, cost on the test images: leaving early, and all members for every image
+    stage_top1   top-1 after each stage that was trained
+    energies     calibration, train: relative energy of what is missing after each of these stages
+    dropped, stopped   1 where the last stage was dropped; why no further one came
+    rule, teacher, calibration_images     how the thresholds were fitted, and on how many images
 """
 
 from typing import Any
@@ -25,9 +33,12 @@ from sakd_cli.report.figures import fixed, large, number, share, whole, word
 from sakd_cli.report.sheet import Column, Sheet
 
 
-def ensemble_tables(told: dict[str, Any], images: int | None) -> list[RenderableType]:
-    """What stands under `ensemble` in the document of `sakd eval`."""
-    sheets: list[RenderableType] = [_stages(told, told.get("exits"), images, [_cost_note(told)])]
+def ensemble_tables(result: dict[str, Any]) -> list[RenderableType]:
+    """What stands under `ensemble` in the document of `sakd eval`; nothing where it is of a network alone."""
+    told = result.get("ensemble")
+    if told is None:
+        return []
+    sheets: list[RenderableType] = [_stages(told, told["exits"], result["images"], [_cost_note(told)])]
     return [*sheets, _curve(told["sweep"])] if told.get("sweep") else sheets
 
 

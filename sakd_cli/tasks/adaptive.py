@@ -75,7 +75,6 @@ def figures_of(
     ensemble: Ensemble,
     exits: Exits,
     batches: Batches,
-    labels: Tensor,
     classes: int,
     macs: Sequence[int],
     teacher_macs: int | None,

@@ -5,6 +5,7 @@ phases is computed anew from the trained networks, on images that no student was
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,8 +108,15 @@ class _Gap:
 @torch.no_grad()
 def _logits(network: nn.Module, batches: Batches) -> Tensor:
     """Logits [N, K] of a network in evaluation mode."""
-    try:
+    with _between_phases():
         return torch.cat([network(images) for images, _ in batches])
+
+
+@contextmanager
+def _between_phases() -> Iterator[None]:
+    """A stop here loses no step."""
+    try:
+        yield
     except Stopped as stopped:
         raise Stopped(stopped.signal, "all that was trained is saved") from None
 
@@ -188,8 +196,8 @@ class Chain:
             "calibration_images": len(self.labels),
         }
         ensemble.save(run.path / FOLDER, whole, self.job.card, exits, facts)
-        labels = self.job.images.dataset.test.labels
-        shown = figures_of(whole, exits, test, labels, len(self.job.images.dataset.classes), macs, cost.macs)
+        with _between_phases():
+            shown = figures_of(whole, exits, test, len(self.job.images.dataset.classes), macs, cost.macs)
         phases = [MAIN, *(f"residual-{number}" for number in range(1, len(self.names) + 1))]
         tops = [figures[phase]["headline"]["top1"] for phase in phases if phase in figures]
         return shown | facts | {"stage_top1": tops}
