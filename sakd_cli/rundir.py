@@ -8,6 +8,7 @@ samples.safetensors  per training sample: its place in the data set, visits, how
 checkpoints/       last, previous, best: see engine/checkpoint.py
 teacher/ student/  the deployable network: model.safetensors, config.json, README.md
 branches/          the student branches of a student-friendly teacher: model.safetensors
+ensemble/          a student with its residual students, once all are trained: ensemble.json, member-N.safetensors
 summary.json       final figures; its presence means the run is finished
 """
 
@@ -164,6 +165,12 @@ class RunDir:
         """Folder of the deployable network, if the run has saved one."""
         folders = [self.path / name for name in DELIVERABLES]
         return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+
+    @property
+    def ensemble(self) -> Path | None:
+        """Folder of the student with its residual students, if they are trained."""
+        folder = self.path / "ensemble"
+        return folder if (folder / "ensemble.json").is_file() else None
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line to a JSON-lines file; a line that was torn before stays a line of its own."""

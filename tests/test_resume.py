@@ -21,6 +21,8 @@ METHODS = {
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
     "dfa": "--method dfa --teacher deeper --epochs 1 --set method.search_epochs=1 --set method.second_order=true",
+    "residual": "--residual-students 1 --set residual.loss=inner --set residual.architectures=resnet8 "
+    "--set residual.max_cost=3 --set residual.min_gain=-9 --set data.train=60",
 }
 
 
@@ -78,12 +80,12 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("moment", ["warmup: ", "train: "])
+@pytest.mark.parametrize(("method", "moment"), [("ft", "warmup: "), ("ft", "train: "), ("residual", "residual-1: ")])
 def test_a_signal_saves_and_names_the_command_that_goes_on(
-    nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, moment: str
+    nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, method: str, moment: str
 ) -> None:
     run = nursery.cwd / f"stopped-{number.name}-{moment[:2]}"
-    words = shlex.split(f"{DISTIL} {METHODS['ft']} --run-dir {run}")
+    words = shlex.split(f"{DISTIL} {METHODS[method]} --run-dir {run}")
     words.remove("-q")
     stopped = nursery.start(*words)
     stopped.signal_when(moment, number)
@@ -93,7 +95,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     assert "Traceback" not in stopped.err
     command = shlex.split(hint.removeprefix("hint: go on with "))
     assert nursery.sakd(*command[1:]).code == 0
-    assert fingerprint(run) == whole["ft"]
+    assert fingerprint(run) == whole[method]
 
 
 def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(

@@ -70,6 +70,14 @@ Router = Annotated[
         rich_help_panel="Distillation",
     ),
 ]
+ResidualStudents = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Then train N lighter ones on what is still missing (0). [env: SAKD_RESIDUAL_STUDENTS]",
+        rich_help_panel="Distillation",
+    ),
+]
 Pretrain = Annotated[
     bool | None,
     typer.Option(

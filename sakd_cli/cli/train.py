@@ -64,6 +64,7 @@ def distill(
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
+    residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
     teacher_bank: o.TeacherBank = None,
     dataset: o.Dataset = None,
@@ -131,10 +132,10 @@ def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
     """Train the teacher first where that is asked for."""
     if not _missing(words):
         return
-    from sakd_cli.tasks import build
+    from sakd_cli.tasks import build, chain
 
     # Whatever is wrong with the student's side is said before hours go into a teacher.
-    build.distillation(words, build.untrained_teacher(words))
+    chain.rehearse(build.distillation(words, build.untrained_teacher(words)))
     talk.say(f"no finished {words.teacher.source} yet: training it first")
     first = build.teacher_config(words)
     again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
@@ -143,8 +144,9 @@ def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.tasks import run
+    from sakd_cli.tasks import chain, run
 
+    chain.rehearse(job)
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
@@ -177,6 +179,7 @@ def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     if json:
         emit(result)
         return
+    from sakd_cli.report.ensemble import ensemble_summary
     from sakd_cli.report.spots import spot_report
     from sakd_cli.report.tables import spot_plan_table, spot_tables, summary_table
 
@@ -187,4 +190,6 @@ def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     show(summary_table(result))
     if result["task"] == "distill":
         show(*spot_tables(spot_report(RunDir(Path(result["run"]))), top=3))
+    if told := result.get("ensemble"):
+        show(ensemble_summary(told))
     show(f"run: {result['run']}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, friendly, methods, routers, run
+from sakd_cli.config import datasets, friendly, methods, residual, routers, run
 from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
@@ -27,6 +27,7 @@ OPTIONS = {
     "method": "method.name",
     "dfa_weights": "method.weights",
     "router": "router.name",
+    "residual_students": "residual.students",
     "pretrain": "teacher.pretrain",
     "dataset": "data.name",
     "data_root": "data.root",
@@ -270,6 +271,7 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
         "train": [run.Train],
         "teacher": [run.TeacherConfig],
         "friendly": [friendly.FriendlyConfig],
+        "residual": [residual.ResidualConfig],
         "runtime": [run.Runtime],
     }
     return plain.get(name) or list(_TABLES.get(name, {}).values())

@@ -20,6 +20,7 @@ from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
+from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.words import Words
 from sakd_cli.reading import expanded
@@ -155,7 +156,7 @@ class TeacherConfig(Words):
 
 
 # What a distillation says of its student, and a pretraining does not know.
-STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches")
+STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches", "residual")
 
 
 class DistillConfig(RunConfig):
@@ -173,6 +174,7 @@ class DistillConfig(RunConfig):
     router: Router = AdaptiveConfig()
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
     init_from_branches: bool = False
+    residual: ResidualConfig = ResidualConfig()
 
     @field_validator("router")
     @classmethod
@@ -195,9 +197,13 @@ class DistillConfig(RunConfig):
 
 
 class EvalConfig(Words):
-    """Score a network on the test images of a data set."""
+    """Score a network on the test images of a data set.
+
+    residual  for a student with residual students: other words for who leaves early fit the thresholds anew
+    """
 
     data: Data = CIFAR100Config()
+    residual: ResidualConfig = ResidualConfig()
     device: str = "auto"
     runs_dir: Folder = Path("runs")
 
