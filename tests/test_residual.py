@@ -35,6 +35,9 @@ MORE = ["--residual-students", "1", "--set", "residual.max_cost=2", "--set", "re
 MORE += ["--set", "residual.architectures=resnet8", "--method", "kd", "--json", "-q"]
 
 
+FACTS = {"stopped": "why", "rule": {}, "teacher": {"architecture": "resnet20", "macs": 77}}
+
+
 def sides(seed: int = 0) -> Sides:
     torch.manual_seed(seed)
     teacher, base, own = 3 * torch.randn(3, 12, 7, dtype=torch.float64)
@@ -204,7 +207,7 @@ def test_an_ensemble_comes_back_from_its_folder_and_damage_is_told(tmp_path: Pat
     card = NetworkCard("resnet8", "shapes", tuple("abcdefghij"), (0.5,) * 3, (0.3,) * 3, 32)
     made = Ensemble([double(name, 3).float() for name in ("resnet14", "resnet8")]).eval()
     folder = tmp_path / "ensemble"
-    ensembles.save(folder, made, card, Exits("margin", (0.0, 1.0), (0.1 + 0.2,)), {"stopped": "why"})
+    ensembles.save(folder, made, card, Exits("margin", (0.0, 1.0), (0.1 + 0.2,)), FACTS)
     back = ensembles.load(folder)
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
@@ -216,6 +219,8 @@ def test_an_ensemble_comes_back_from_its_folder_and_damage_is_told(tmp_path: Pat
         ("margin", "magrin", "damaged or not an ensemble"),
         ("0.30000000000000004", "0.3, 0.4", "2 members and 2 thresholds"),
         ("{", "", "damaged or not an ensemble"),
+        ('"macs": 77', '"macs": "many"', "damaged or not an ensemble"),
+        ('"rule": {}', '"rule": 3', "damaged or not an ensemble"),
     ):
         (folder / "ensemble.json").write_text(sound.replace(old, new, 1))
         with pytest.raises(UsageError, match=told):

@@ -56,11 +56,9 @@ def evaluate(
 
     Examples:
 
-        sakd eval
-
         sakd eval runs/20261121-120000-distill-... --data-root ~/data --json
 
-        sakd eval runs/...-residual --adaptive --sweep --plot curve.png
+        sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
     """
     if adaptive and always_on:
         raise UsageError("--adaptive and --always-on exclude each other")

@@ -95,7 +95,10 @@ class LoadedEnsemble(NamedTuple):
 
 
 def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, facts: dict[str, Any]) -> None:
-    """Write the deployable folder; `facts` are further entries of ensemble.json. Its last file makes it one."""
+    """Write the deployable folder; ensemble.json, its last file, makes it one.
+
+    facts   its further entries; among them `rule`, words of ResidualConfig, and `teacher` with its MACs
+    """
     folder.mkdir(exist_ok=True)
     members = []
     for place, member in enumerate(ensemble.members):
@@ -124,9 +127,11 @@ def load(folder: Path) -> LoadedEnsemble:
         thresholds = tuple(float(limit) for limit in words["thresholds"])
         exits = Exits(str(words["uncertainty"]), (float(low), float(high)), thresholds)
         exits.doubt(torch.zeros(1, 2))  # an unknown uncertainty has no function
+        teacher_macs, rule = int(about["teacher"]["macs"]), dict(about["rule"])
         entries = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
         if len(entries) != len(thresholds) + 1:
             raise ValueError(f"{len(entries)} members and {len(thresholds)} thresholds")
+        about |= {"rule": rule, "teacher": about["teacher"] | {"macs": teacher_macs}}
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -21,6 +21,7 @@ from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import cost
 from sakd_cli.models.ensemble import INDEX, Ensemble, LoadedEnsemble
 from sakd_cli.models.exits import NEVER, RANGES, Exits, fit, leaving, mean_macs
+from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import check_classes, load_images
 from sakd_cli.tasks.score import described, followed
@@ -150,7 +151,8 @@ def score_ensemble(
     device = pick_device(config.device)
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))
     first = opened.ensemble.members[0]
-    check_classes(Artifact(first, opened.card, opened.sha256), images, str(target))  # type: ignore[arg-type]
+    assert isinstance(first, StagedModel)
+    check_classes(Artifact(first, opened.card, opened.sha256), images, str(target))
     whole, dataset = opened.ensemble.to(device), images.dataset
     costs = [cost(member, images.side) for member in whole.members]
     macs, teacher = [one.macs for one in costs], opened.about.get("teacher") or {}
@@ -190,8 +192,8 @@ def _opened(target: Path) -> LoadedEnsemble:
     plain = artifact.load(target)
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        about = {"teacher": about.get("teacher")} if about.get("sha256") == plain.sha256 else {}
-    except (OSError, ValueError, AttributeError):
+        about = {"teacher": dict(about["teacher"])} if about["sha256"] == plain.sha256 else {}
+    except (OSError, ValueError, KeyError, TypeError):
         about = {}  # a file alone: its teacher is not known
     exits = Exits("entropy", RANGES["entropy"], ())
     return LoadedEnsemble(Ensemble([plain.model]).eval(), plain.card, exits, about, plain.sha256)
