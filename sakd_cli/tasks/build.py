@@ -34,7 +34,7 @@ from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.tasks.bank import check_use
-from sakd_cli.tasks.distill import DistillTask, Factors, Rates
+from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
 from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
@@ -174,6 +174,8 @@ def assemble(
             labels=labels,
             batch_size=config.train.batch_size,
         )
+    if method.features is not None:
+        method.features.pruned = mode.pruned
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
@@ -193,7 +195,7 @@ def assemble(
     see = teacher.features_with_preactivations if method.preactivations else teacher.features
     task = DistillTask(
         method.network,
-        lambda batch: see(batch.images),
+        PlainPass(see),
         method,
         router,
         graft,
