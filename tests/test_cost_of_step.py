@@ -19,17 +19,20 @@ from sakd_cli.tasks.build import assemble
 
 CLASSES, IMAGES = 100, 50_000
 PAIRS = {"wrn": ("wrn40_2", "wrn16_2"), "vgg": ("vgg13", "vgg8")}
-# What the losses of FT, NST and VID cost by themselves is not less here, and on VGG's wide maps it is much.
-FLOPS = {"fitnet": 0.66, "sp": 0.60, "pkt": 0.60, "rkd": 0.60, "cc": 0.60, "ft": 0.61, "crd": 0.65}
+MORE_PAIRS = {"resnet": ("resnet56", "resnet20"), "resnetx4": ("resnet32x4", "resnet8x4")}
+FLOPS = {"fitnet": 0.66, "sp": 0.60, "pkt": 0.60, "rkd": 0.60, "cc": 0.60, "ft": 0.60, "crd": 0.65}
 FLOPS |= {"at": 0.86, "nst": 0.86, "vid": 0.86}
-FLOPS_OF_VGG = FLOPS | {"fitnet": 0.70, "ft": 0.67, "nst": 0.89, "vid": 0.91}
+FLOPS_OF_VGG = FLOPS | {"fitnet": 0.70}
+# FT's translator has BatchNorm: it sees the whole batch, forward and backward, in both. On 512 channels that is 22 % of
+# our step. Teacher once, student four times, translator and half of the paraphraser alone are 0.638 of the published.
+UNMET = {("vgg", "ft"): 0.642}
 HELD = {"fitnet": 0.62, "sp": 0.56, "crd": 0.35, "at": 0.88}
 
 
 @cache
 def networks(pair: str) -> tuple[StagedModel, StagedModel]:
     torch.manual_seed(0)
-    teacher, student = (create(name, CLASSES) for name in PAIRS[pair])
+    teacher, student = (create(name, CLASSES) for name in (PAIRS | MORE_PAIRS)[pair])
     return student, teacher.requires_grad_(False).eval()
 
 
@@ -45,8 +48,8 @@ def counted(pair: str, method: str, size: int) -> tuple[Count, Count]:
     """Of the published step and of ours."""
     student, teacher = (copy.deepcopy(network) for network in networks(pair))
     given = {
-        "teacher.source": PAIRS[pair][0],
-        "student": PAIRS[pair][1],
+        "teacher.source": teacher.name,
+        "student": student.name,
         "method.name": method,
         "router.teacher_bias": 0.0,
     }
@@ -77,7 +80,17 @@ def counted(pair: str, method: str, size: int) -> tuple[Count, Count]:
 @pytest.mark.parametrize("pair", ["wrn", "vgg"])
 def test_flops_against_the_published_step(pair: str, method: str) -> None:
     theirs, ours = counted(pair, method, 4)
-    assert ours.flops <= (FLOPS_OF_VGG if pair == "vgg" else FLOPS)[method] * theirs.flops
+    bar = (FLOPS_OF_VGG if pair == "vgg" else FLOPS)[method]
+    assert ours.flops <= UNMET.get((pair, method), bar) * theirs.flops
+    if (pair, method) in UNMET:
+        pytest.xfail(f"the bar is {bar}")
+
+
+@pytest.mark.parametrize("method", ["fitnet", "sp", "crd", "at"])
+@pytest.mark.parametrize("pair", MORE_PAIRS)
+def test_flops_of_more_pairs(pair: str, method: str) -> None:
+    theirs, ours = counted(pair, method, 4)
+    assert ours.flops <= FLOPS[method] * theirs.flops
 
 
 @pytest.mark.parametrize("method", HELD)

@@ -193,6 +193,18 @@ def test_nothing_chosen_gives_exact_zeros_and_not_nothing(name: str) -> None:
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@METHOD
+@pytest.mark.parametrize("word", ["none", "one", "three"])
+def test_leaving_rows_out_changes_nothing(name: str, word: str) -> None:
+    found = []
+    for pruned in (False, True):
+        case = trial(name)
+        case.distiller.pruned = pruned
+        losses = case.losses(selection(word, len(case.distiller.spots)).double())
+        found.append([losses, *torch.autograd.grad(losses.sum(), case.leaves)])
+    assert all(close(ours, fixed, 1e-10, 1e-13) for fixed, ours in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", ["rkd", "cc"])
 def test_relations_need_two_samples(name: str) -> None:
     case = trial(name)

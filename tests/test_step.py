@@ -194,7 +194,7 @@ def test_anti_agrees_with_the_oracle() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
     task = make(method, "always")
-    student, teacher = copy.deepcopy(task.network), task.teacher_features.__self__
+    student, teacher = copy.deepcopy(task.network), task.teacher_features.see.__self__
     distiller = copy.deepcopy(task.feature_distiller)
     ours_by, theirs_by = sights(task)
     made = batches(task, 3)
@@ -221,7 +221,7 @@ def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_only_what_compares_preactivations_or_blocks_asks_for_them(method: str) -> None:
     task = make(method, "always")
-    assert (task.student_features.__func__, task.teacher_features.__func__) == sights(task)
+    assert (task.student_features.__func__, task.teacher_features.see.__func__) == sights(task)
     assert task.student_features.__self__ is task.network
     assert copy.deepcopy(task).student_features.__self__ is not task.network
 
@@ -252,7 +252,7 @@ def test_each_group_gets_the_gradient_of_its_own_loss_only() -> None:
 
 def test_teacher_is_untouched_and_the_student_normalised_once_per_step() -> None:
     task = make("fitnet", "adaptive")
-    teacher = task.teacher_features.__self__
+    teacher = task.teacher_features.see.__self__
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     tracked = next(module for module in task.network.modules() if isinstance(module, nn.BatchNorm2d))
     seen = int(tracked.num_batches_tracked)
@@ -265,7 +265,7 @@ def test_teacher_is_untouched_and_the_student_normalised_once_per_step() -> None
 def test_all_teacher_and_all_student_paths_are_the_networks_themselves(method: str) -> None:
     task = make(method, "adaptive")
     assert task.graft is not None
-    teacher = task.teacher_features.__self__
+    teacher = task.teacher_features.see.__self__
     x = batches(task, 1)[0].images
     with torch.no_grad():
         theirs = teacher.features(x)

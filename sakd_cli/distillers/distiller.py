@@ -1,7 +1,8 @@
 """The distiller contract: WHAT to distil.
 
 A distiller compares features at its spots and multiplies by a weight per spot and sample, never choosing rows by index:
-shapes stay fixed, nothing is read back from the device, and one graph serves every selection.
+shapes stay fixed, nothing is read back from the device, and one graph serves every selection. There is one exception,
+for losses that are dear: `Distiller.chosen`, which does nothing unless the distiller is `pruned`.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +16,12 @@ from sakd_cli.models.staged import Features
 
 
 class Distiller(nn.Module, ABC):
-    """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source."""
+    """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source.
+
+    pruned  shapes may depend on the selection, which the host must read: right for a CPU, wrong for a GPU (`Mode`)
+    """
+
+    pruned = False
 
     def __init__(
         self,
@@ -50,3 +56,20 @@ class Distiller(nn.Module, ABC):
         """(student feature, teacher feature without gradient) at every spot."""
         ours, theirs = (f.preactivations if self.preactivations else f.stages for f in (student, teacher))
         return [(ours[spot.student], theirs[spot.teacher].detach()) for spot in self.spots]
+
+    def chosen(self, weight: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        """weight [N] of one spot and tensors [N, ...], cut to the samples that count where that is allowed.
+
+        For what compares sample by sample and knows no other sample's numbers: behind a BatchNorm, not in front of one.
+        The mean over what is left of weight times loss is the mean over the batch. Where no sample counts one stays,
+        with weight 0, so that gradients are 0 and not missing.
+        """
+        if not self.pruned:
+            return weight, *features
+        rows = weight.nonzero()[:, 0]
+        if len(rows) == len(weight):
+            return weight, *features
+        if not len(rows):
+            rows = rows.new_zeros(1)
+        weight = weight[rows] * (len(rows) / len(weight))
+        return weight, *(feature.index_select(0, rows) for feature in features)

@@ -74,8 +74,9 @@ class FT(Distiller):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         ((s, t),) = self.pairs(student, teacher)
         assert isinstance(self.warmup, Paraphraser)
+        w, translated, t = self.chosen(weight[0], self.translate(s), t)
         with torch.no_grad():
             told = self.warmup.encode(t)
-        ours, theirs = pooled_to_smaller(self.translate(s), told)
+        ours, theirs = pooled_to_smaller(translated, told)
         difference = factor(ours, self.factor_power) - factor(theirs, self.factor_power)
-        return torch.stack([weighted_mean(difference.abs().pow(self.power).mean(dim=1), weight[0])])
+        return torch.stack([weighted_mean(difference.abs().pow(self.power).mean(dim=1), w)])

@@ -41,6 +41,7 @@ class NST(Distiller):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = []
         for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
+            w, s, t = self.chosen(w, s, t)
             s, t = map(neurons, pooled_to_smaller(s, t))
             losses.append(weighted_mean(kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t), w))
         return torch.stack(losses)

@@ -55,6 +55,7 @@ class VID(Distiller):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = []
         for gaussian, (s, t), w in zip(self.gaussians, self.pairs(student, teacher), weight, strict=True):
+            w, s, t = self.chosen(w, s, t)
             s, t = pooled_to_smaller(s, t)
             mean, variance = gaussian(s)
             variance = variance[:, None, None]

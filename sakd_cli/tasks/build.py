@@ -37,7 +37,7 @@ from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.tasks import mixtures
 from sakd_cli.tasks.bank import check_use
-from sakd_cli.tasks.distill import DistillTask, Factors, Rates
+from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
@@ -195,6 +195,8 @@ def assemble(
             labels=labels,
             batch_size=config.train.batch_size,
         )
+    if method.features is not None:
+        method.features.pruned = mode.pruned
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
@@ -214,7 +216,7 @@ def assemble(
     see = method.sight(teacher)
     task = DistillTask(
         method.network,
-        lambda batch: see(batch.images),
+        PlainPass(see),
         method,
         router,
         graft,

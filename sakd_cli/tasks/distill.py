@@ -39,6 +39,16 @@ class Rates(NamedTuple):
     router_weight_decay: float
 
 
+class PlainPass(NamedTuple):
+    """A teacher's plain pass; `see`: its `features` or `features_with_preactivations`."""
+
+    see: Callable[[Tensor], Features]
+
+    def __call__(self, batch: Batch) -> Features:
+        """Features of a batch's images."""
+        return self.see(batch.images)
+
+
 @final
 class DistillTask(Task):
     """One step of spot-adaptive distillation; `teacher_features` is the teacher's plain pass, or what stands for it.
