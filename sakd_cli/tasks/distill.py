@@ -4,6 +4,7 @@ Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -39,7 +40,8 @@ class Rates(NamedTuple):
     router_weight_decay: float
 
 
-class PlainPass(NamedTuple):
+@dataclass(frozen=True)
+class PlainPass:
     """A teacher's plain pass; `see`: its `features` or `features_with_preactivations`."""
 
     see: Callable[[Tensor], Features]
@@ -151,4 +153,4 @@ class DistillTask(Task):
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
         events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
-        return result.loss, events
+        return result.loss, events | {"routed_ce": result.ce, "student_ce": ce.detach()}

@@ -26,7 +26,7 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.ensemble import Offset
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
-from sakd_cli.tasks import mixtures
+from sakd_cli.tasks import mixtures, survey
 from sakd_cli.tasks.bank import open_bank
 from sakd_cli.tasks.build import Job, plan, search_of, warmup_of
 from sakd_cli.tasks.chain import Chain, MemberDelivery, chain_of, rehearse
@@ -102,6 +102,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             figures = {trainer.phase: trainer.fit() for trainer in phases}
             extra: dict[str, Any] = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
             extra |= {"ensemble": chain.close(run, judge.test, figures)} if chain else {}
+            extra |= survey.keep(job, run, watcher)
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
