@@ -199,7 +199,8 @@ class Trainer:
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if self.recorder is not None:
                 write_aside(self.run.path / f"samples{self.suffix}.safetensors", save(self.recorder.by_sample()))
-            if self.best.get("epoch") == self.epoch > 0:
+            # At its end only: a step later these are no longer the weights that were judged.
+            if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
                 checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)
             checkpoint.write(self.folder / "last", save_model, self._tensors(), state, keep=True)
 
