@@ -39,6 +39,7 @@ from sakd_cli.tasks.distill import DistillTask
 
 FORMAT = "sakd.survey/1"
 FILE = "survey.safetensors"
+BATCH = 256  # the features of all stages of both networks are held at once: no more memory than a training step
 DRAWS = 3  # of all gates, for the routed network's accuracy
 LEAST = 1000  # test images to route at the end of a run, as far as there are so many
 KEPT = 12  # pictures at each end of each spot
@@ -128,12 +129,16 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
     return bytes(save(columns, {"sakd": json.dumps(about)}))
 
 
+def _batches(job: Job, split: Split, watcher: Watcher) -> Heeding:
+    return Heeding(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
+
+
 def _answers(job: Job, task: DistillTask, split: Split, watcher: Watcher, seed: int) -> tuple[dict[str, Tensor], bool]:
     """What both networks and the policy say of every image, on the CPU; whether the losses took the complement."""
     noise = generator(seed, "survey")
     complement = torch.zeros((), dtype=torch.bool, device=job.device)
     columns: dict[str, list[Tensor]] = {}
-    for images, labels in Heeding(EvalLoader(split, job.images.dataset, device=job.device), watcher):
+    for images, labels in _batches(job, split, watcher):
         teacher, student = task.teacher_features(images), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
         decision = task.router(teacher.embedding, student.embedding, uniform)
@@ -157,7 +162,7 @@ def _paths(job: Job, task: DistillTask, test: Split, watcher: Watcher, seed: int
     """
     draws = [generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     sums: Tensor = torch.zeros((), device=job.device)
-    for images, labels in Heeding(EvalLoader(test, job.images.dataset, device=job.device), watcher):
+    for images, labels in _batches(job, test, watcher):
         teacher, student = task.teacher_features(images), task.student_features(images)
         outputs = [student.logits, teacher.logits]
         if task.graft is not None:
