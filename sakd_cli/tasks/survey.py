@@ -41,7 +41,7 @@ FORMAT = "sakd.survey/1"
 FILE = "survey.safetensors"
 BATCH = 256  # the features of all stages of both networks are held at once: no more memory than a training step
 DRAWS = 3  # of all gates, for the routed network's accuracy
-LEAST = 1000  # test images to route at the end of a run, as far as there are so many
+LEAST = 500  # test images to route at the end of a run, as far as there are so many
 KEPT = 12  # pictures at each end of each spot
 MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the teacher
 
@@ -52,8 +52,8 @@ def keep(job: Job, run: RunDir, watcher: Watcher) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     try:
-        # On all test images the routed network would cost a short run of few images more than an epoch.
-        most = max(LEAST, len(job.images.train) // 4)
+        # All test images would cost a short run more than an epoch; a long one has shown so many images that it has all.
+        most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
         write_aside(run.path / FILE, survey(job, "train", watcher, seed=job.config.seed, most=most))
     except Stopped as stopped:
         raise Stopped(stopped.signal, "all of the training is saved") from None
