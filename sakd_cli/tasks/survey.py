@@ -52,7 +52,7 @@ def keep(job: Job, run: RunDir, watcher: Watcher) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     try:
-        # All test images would cost a short run more than an epoch; a long one has shown so many images that it has all.
+        # All test images would cost a short run more than an epoch; a long one has shown so many that it has all.
         most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
         write_aside(run.path / FILE, survey(job, "train", watcher, seed=job.config.seed, most=most))
     except Stopped as stopped:
