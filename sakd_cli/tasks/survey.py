@@ -40,8 +40,9 @@ from sakd_cli.tasks.distill import DistillTask
 
 FORMAT = "sakd.survey/1"
 FILE = "survey.safetensors"
+BATCH = 256  # the features of all stages of both networks are held at once: no more memory than a training step
 DRAWS = 3  # of all gates, for the routed network's accuracy
-LEAST = 1000  # test images to route at the end of a run, as far as there are so many
+LEAST = 500  # test images to route at the end of a run, as far as there are so many
 KEPT = 12  # pictures at each end of each spot
 MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the teacher
 
@@ -52,8 +53,8 @@ def keep(job: Job, run: RunDir, watcher: Watcher) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     try:
-        # On all test images the routed network would cost a short run of few images more than an epoch.
-        most = max(LEAST, len(job.images.train) // 4)
+        # All test images would cost a short run more than an epoch; a long one has shown so many that it has all.
+        most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
         write_aside(run.path / FILE, survey(job, "train", watcher, seed=job.config.seed, most=most))
     except Stopped as stopped:
         raise Stopped(stopped.signal, "all of the training is saved") from None
@@ -129,12 +130,16 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
     return bytes(save(columns, {"sakd": json.dumps(about)}))
 
 
+def _batches(job: Job, split: Split, watcher: Watcher) -> Heeding:
+    return Heeding(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
+
+
 def _answers(job: Job, task: DistillTask, split: Split, watcher: Watcher, seed: int) -> tuple[dict[str, Tensor], bool]:
     """What both networks and the policy say of every image, on the CPU; whether the losses took the complement."""
     plain, noise = _plain_teacher(job), generator(seed, "survey")
     complement = torch.zeros((), dtype=torch.bool, device=job.device)
     columns: dict[str, list[Tensor]] = {}
-    for images, labels in Heeding(EvalLoader(split, job.images.dataset, device=job.device), watcher):
+    for images, labels in _batches(job, split, watcher):
         teacher, student = plain(images), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
         decision = task.router(teacher.embedding, student.embedding, uniform)
@@ -164,7 +169,7 @@ def _paths(job: Job, task: DistillTask, test: Split, watcher: Watcher, seed: int
     """
     draws = [generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     plain, sums = _plain_teacher(job), torch.zeros((), device=job.device)
-    for images, labels in Heeding(EvalLoader(test, job.images.dataset, device=job.device), watcher):
+    for images, labels in _batches(job, test, watcher):
         teacher, student = plain(images), task.student_features(images)
         outputs = [student.logits, teacher.logits]
         if task.graft is not None:
