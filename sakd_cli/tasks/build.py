@@ -192,10 +192,9 @@ def assemble(
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
-    see = teacher.features_with_preactivations if method.preactivations else teacher.features
     task = DistillTask(
         method.network,
-        PlainPass(see),
+        PlainPass(teacher, method.preactivations),
         method,
         router,
         graft,

@@ -4,6 +4,7 @@ Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -39,14 +40,16 @@ class Rates(NamedTuple):
     router_weight_decay: float
 
 
-class PlainPass(NamedTuple):
-    """A teacher's plain pass; `see`: its `features` or `features_with_preactivations`."""
+@dataclass(frozen=True)
+class PlainPass:
+    """A teacher's plain pass over a batch's images."""
 
-    see: Callable[[Tensor], Features]
+    network: StagedModel
+    preactivations: bool = False
 
     def __call__(self, batch: Batch) -> Features:
-        """Features of a batch's images."""
-        return self.see(batch.images)
+        see = self.network.features_with_preactivations if self.preactivations else self.network.features
+        return see(batch.images)
 
 
 @final
