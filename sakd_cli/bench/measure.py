@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sakd_cli.bench.phases import phases
-from sakd_cli.bench.steps import Setup, Step, steps
+from sakd_cli.bench.steps import OURS, Setup, Step, steps
 from sakd_cli.bench.timing import BUSY, SPREAD, Ratio, Times, interleaved
 from sakd_cli.engine.runtime import effective, environment
 
@@ -45,7 +45,7 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     first = time.perf_counter() - begin
     say(f"{how.warmup} + {how.rounds} rounds of {', '.join(step.name for step in compared)}")
     times, peaks = timed(setup, compared, how)
-    ratios = {step.name: times.ratio(step.name, "adaptive") for step in compared if step.name != "adaptive"}
+    ratios = {step.name: times.ratio(step.name, OURS) for step in compared if step.name != OURS}
     shares = phases(setup, rounds=how.rounds, warmup=how.warmup)
     return {
         "schema": SCHEMA,
@@ -116,7 +116,7 @@ def _line(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> dict
 
 
 def _ratio(name: str, ratio: Ratio) -> dict[str, Any]:
-    return {"above": name, "below": "adaptive"} | ratio._asdict() | {"firm": ratio.firm}
+    return {"above": name, "below": OURS} | ratio._asdict() | {"firm": ratio.firm}
 
 
 def _headline(ratios: dict[str, Ratio]) -> dict[str, Any]:

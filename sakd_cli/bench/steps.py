@@ -24,6 +24,7 @@ from sakd_cli.tasks.build import assemble
 from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import PretrainTask
 
+OURS = "adaptive"  # the step that all others are held against
 RATE = 1e-9  # learning rate: the arithmetic of every step is that of the first
 
 
@@ -135,7 +136,7 @@ def adaptive_task(setup: Setup) -> DistillTask:
 def adaptive(setup: Setup) -> Step:
     """The step of the paper, ours."""
     task = adaptive_task(setup)
-    return ours(setup, "adaptive", f"{setup.config.method.name}, adaptive router", task, len(task.spots))
+    return ours(setup, OURS, f"{setup.config.method.name}, adaptive router", task, len(task.spots))
 
 
 def plain_distillation(setup: Setup) -> Step:
