@@ -21,3 +21,13 @@ class Batch:
     index: Tensor
     noise: Tensor
     view: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpperBatch(Batch):
+    """One batch for the upper level of a search in two levels.
+
+    lower  the lower level's next batch, for a gradient that looks one of its steps ahead; None: it does not
+    """
+
+    lower: Batch | None = None

@@ -5,9 +5,11 @@ env.json           versions, device, command, start
 metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
 spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
 samples.safetensors  per training sample: its place in the data set, visits, how often it was taught at each spot
+survey.safetensors   per training image: what the trained router makes of it, both networks' answers (tasks/survey.py)
 checkpoints/       last, previous, best: see engine/checkpoint.py
 teacher/ student/  the deployable network: model.safetensors, config.json, README.md
 branches/          the student branches of a student-friendly teacher: model.safetensors
+ensemble/          a student with its residual students, once all are trained: ensemble.json, member-N.safetensors
 summary.json       final figures; its presence means the run is finished
 """
 
@@ -164,6 +166,12 @@ class RunDir:
         """Folder of the deployable network, if the run has saved one."""
         folders = [self.path / name for name in DELIVERABLES]
         return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+
+    @property
+    def ensemble(self) -> Path | None:
+        """Folder of the student with its residual students, if they are trained."""
+        folder = self.path / "ensemble"
+        return folder if (folder / "ensemble.json").is_file() else None
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line to a JSON-lines file; a line that was torn before stays a line of its own."""

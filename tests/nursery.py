@@ -138,7 +138,8 @@ class Child:
 def fingerprint(run: Path) -> dict[str, str]:
     """SHA-256 of every weight file and log of a finished run."""
     assert (run / "summary.json").is_file()
-    files = [*run.rglob("*.safetensors"), *(run / name for name in LOGS)]
+    files = [*run.rglob("*.safetensors"), *run.glob("*.jsonl"), *run.glob("ensemble/*.json")]
+    assert {run / name for name in LOGS} <= set(files)
     kept = [path for path in files if "previous" not in path.parts]
     return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
 

@@ -221,6 +221,14 @@ def simkd(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -
     return mean(((a - b) ** 2).mean() for a, b in zip(*smaller(s, t), strict=True))
 
 
+def dfa(d: Any, k: int, s: Tensor, t: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    losses = []
+    for a, blocks in zip(s, t, strict=True):
+        mixed = sum(w * b / (b**2).mean().sqrt() for w, b in zip(d.alpha(k), blocks, strict=True))
+        losses.append(((a - mixed) ** 2).mean())
+    return mean(losses)
+
+
 PLAIN = {
     "kd": Plain(kd),
     "ab": Plain(kd),  # its own loss is all in the warm-up
@@ -239,6 +247,7 @@ PLAIN = {
     "crd": Plain(crd),
     "reviewkd": Plain(reviewkd, reviewed),
     "ofd": Plain(ofd, lambda d, pairs: [(c(s), t) for c, (s, t) in zip(d.connectors, pairs, strict=True)]),
+    "dfa": Plain(dfa, lambda d, pairs: [(m.connector(s), t) for m, (s, t) in zip(d.matches, pairs, strict=True)]),
     "kdsvd": Plain(kdsvd, changes, this_and_before),
     "simkd": Plain(simkd),  # its projector is in the network
     "ft": Plain(ft, lambda d, pairs: [(d.translate(s), d.warmup.encode(t)) for s, t in pairs]),

@@ -79,7 +79,7 @@ def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, mo
 
 
 def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "kd"}
+    words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
     words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "holdout": "0.5", "precision": "bf16"}
     del words["model"], words["student_friendly"]
     for name, value in words.items():
@@ -87,8 +87,9 @@ def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytes
     config, origins = resolve("distill", environment_layers(words))
     assert set(origins) == {OPTIONS[name] for name in words}
     assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
-    assert (config.method.name, config.router.name, config.data.name) == ("kd", "never", "shapes")
+    assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "shapes")
     assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
+    assert config.method.weights == str(Path("1").absolute())
     assert (config.train.epochs, config.seed, config.data.holdout) == (1, 1, 0.5)
 
 

@@ -53,7 +53,9 @@ def test_a_disk_that_fills_up_at_any_write_costs_nothing(desk: Nursery, stride: 
         error, *hints = failed.err.splitlines()
         assert len(hints) <= 1
         full = number in (errno.ENOSPC, errno.EDQUOT) and "cannot be made" not in error
-        assert (" MB needed, " in error and error.endswith(" MB free")) if full else os.strerror(number) in error, error
+        assert (" MB needed, " in error and error.endswith(" MB free")) if full else os.strerror(number) in error, (
+            f"at touch {touch}: {error}"
+        )
         goes_on(desk, run)
     assert touch > 30
 

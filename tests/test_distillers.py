@@ -30,10 +30,15 @@ from sakd_cli.tasks.warmup import WarmupTask
 CLASSES, SIDE, N, IMAGES = 10, 16, 7, 60
 PAIR = ("resnet8", "wrn_10_2")
 ONE_WIDTH = ("resnet8", "resnet14")
+SEVERAL_BLOCKS = ("resnet8", "wrn_16_2")
 NEED_ONE_WIDTH = {"fsp", "kdsvd"}
 LABELS = torch.arange(IMAGES) * 7 % CLASSES
 # What a method is tried with where its default is too large for this toy.
-WORDS: dict[str, dict[str, Any]] = {"crd": {"negatives": 9, "width": 8}, "cc": {"width": 8}}
+WORDS: dict[str, dict[str, Any]] = {
+    "crd": {"negatives": 9, "width": 8},
+    "cc": {"width": 8},
+    "dfa": {"weights": "random"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +65,8 @@ class Trial(NamedTuple):
         spot = self.distiller.spots[k]
         if spot.kind == "logits":
             return self.student.logits, self.teacher.logits
+        if self.distiller.blocks:  # the teacher's side: all of them, [N, blocks, C, H, W]
+            return self.student.stages[spot.student], torch.stack(self.teacher.blocks[spot.teacher], dim=1)
         ours, theirs = (f.preactivations if self.distiller.preactivations else f.stages for f in self.features)
         return ours[spot.student], theirs[spot.teacher]
 
@@ -85,8 +92,18 @@ class Trial(NamedTuple):
 
 def leaves_of(features: Features, change: Callable[[Tensor], Tensor]) -> Features:
     """The features, changed, each a leaf of its own."""
-    stages, before = ([change(x).requires_grad_() for x in maps] for maps in (features.stages, features.preactivations))
-    return Features(tuple(stages), change(features.logits).requires_grad_(), tuple(before))
+    stages, before, *blocks = (
+        tuple(change(x).requires_grad_() for x in maps)
+        for maps in (features.stages, features.preactivations, *features.blocks)
+    )
+    return Features(stages, change(features.logits).requires_grad_(), before, tuple(blocks))
+
+
+def seen_all(network: StagedModel, images: Tensor) -> Features:
+    """Everything that any method may ask for."""
+    blocks = network.features_with_blocks(images).blocks
+    see = network.features_with_preactivations if network.has_preactivations else network.features
+    return see(images)._replace(blocks=blocks)
 
 
 @functools.cache
@@ -96,8 +113,8 @@ def networks(pair: tuple[str, str]) -> tuple[StagedModel, StagedModel]:
 
 
 def pair_of(name: str) -> tuple[str, str]:
-    """The networks a method is tried on: of different widths, unless it needs equal ones."""
-    return ONE_WIDTH if name in NEED_ONE_WIDTH else PAIR
+    """The networks a method is tried on: of different widths, unless it needs equal ones or blocks to mix."""
+    return {"dfa": SEVERAL_BLOCKS}.get(name, ONE_WIDTH if name in NEED_ONE_WIDTH else PAIR)
 
 
 def made_of(name: str, pair: tuple[str, str] | None = None) -> tuple[Distiller, StagedModel]:
@@ -121,14 +138,9 @@ def trial(name: str) -> Trial:
     both = []
     for network in (student, networks(pair_of(name))[1]):
         with torch.no_grad():
-            made = features_of(network, images)
+            made = seen_all(network, images)
         both.append(leaves_of(made, torch.clone))
     return Trial(name, distiller, *both, batch)
-
-
-def features_of(network: StagedModel, images: Tensor) -> Features:
-    """With preactivations, where there are such."""
-    return (network.features_with_preactivations if network.has_preactivations else network.features)(images)
 
 
 def plain(case: Trial, k: int, rows: Tensor) -> Tensor:
@@ -223,7 +235,7 @@ def test_equal_samples_keep_gradients_finite(name: str) -> None:
 def test_the_teacher_gets_no_gradient(name: str) -> None:
     case = trial(name)
     loss = case.losses(torch.ones(len(case.distiller.spots), N)).sum()
-    theirs = [*case.teacher.stages, *case.teacher.preactivations, case.teacher.logits]
+    theirs = [*case.teacher.stages, *case.teacher.preactivations, case.teacher.logits, *sum(case.teacher.blocks, ())]
     assert torch.autograd.grad(loss, theirs, allow_unused=True) == (None,) * len(theirs)
 
 
@@ -276,7 +288,7 @@ def test_every_pair_of_networks_has_its_spots(name: str, pair: tuple[str, str]) 
     distiller, network = made_of(name, pair)
     images = torch.randn(N, 3, SIDE, SIDE)
     with torch.no_grad():
-        student, teacher = (features_of(one, images) for one in (network, networks(pair)[1]))
+        student, teacher = (seen_all(one, images) for one in (network, networks(pair)[1]))
         batch = Batch(images=images, labels=LABELS[:N], index=torch.arange(N), noise=torch.empty(N, 0))
         assert distiller(student, teacher, torch.ones(len(distiller.spots), N), batch).isfinite().all()
     for spot in distiller.spots:

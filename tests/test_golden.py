@@ -26,6 +26,10 @@ PROCEDURES = {
     "distill-always-at": f"{DISTIL} --method at --router always",
     "distill-adaptive-fitnet": f"{DISTIL} --method fitnet --set router.lr=0.01",
     "distill-adaptive-crd": f"{DISTIL} --method crd --set method.negatives=16 --set router.lr=0.01",
+    "distill-simkd": f"{DISTIL} --method simkd --set router.lr=0.01",
+    "distill-search-dfa": f"{DISTIL} --method dfa --teacher {{root}}/deeper/teacher --set method.search_epochs=1",
+    "distill-residual": f"{DISTIL} --method kd --epochs 1 --residual-students 1 --set residual.architectures=resnet8 "
+    "--set residual.max_cost=3 --set residual.loss=inner",
     "distill-random-ft": f"{DISTIL} --method ft --set method.warmup_epochs=1 --router random",
 }
 
@@ -41,13 +45,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def begin(folder: Path) -> None:
-    assert run(shlex.split(f"{TEACHER} {DATA} --run-dir {folder}/teacher")) == 0
+    for words in (f"{TEACHER} --run-dir {folder}/teacher", f"pretrain-teacher resnet14 --run-dir {folder}/deeper"):
+        assert run(shlex.split(f"{words} {DATA}")) == 0
 
 
 def curve(folder: Path, name: str) -> str:
     """One line per step: phase, step and loss, for the first 20 steps."""
     words = PROCEDURES[name].format(root=folder)
-    assert run(shlex.split(f"{words} {DATA} --run-dir {folder}/{name}")) == 0
+    first, *rest = shlex.split(words)  # what a procedure says of its own comes last, and so counts
+    assert run([first, *shlex.split(DATA), *rest, "--run-dir", f"{folder}/{name}"]) == 0
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step" in line]
     return "".join(f"{line['kind']} {line['step']} {line['loss']:.8g}\n" for line in steps[:20])

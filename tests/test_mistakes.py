@@ -65,6 +65,11 @@ BAD = f"""
 2 | unknown data set 'shaps'; did you mean 'shapes'?        | PAIR --dataset shaps
 2 | unknown preset 'quikstart'; did you mean 'quickstart'?  | distill --preset quikstart
 2 | unknown key 'train.epoch'; did you mean 'train.epochs'? | PAIR --set train.epoch=3
+2 | method.weights: belongs to another method (from --dfa-weights) | PAIR --dfa-weights uniform
+2 | serch: no such file                                     | PAIR TINY --method dfa --dfa-weights serch
+2 | holds no mixtures of blocks, or damaged ones            | PAIR TINY --method dfa --dfa-weights flipped/config.json
+2 | preact needs a teacher of pre-activation blocks; resnet8 is none | PAIR TINY --method dfa --set method.norm=preact
+2 | train: nesterov needs a momentum above 0                | PAIR --set train.nesterov=true --set train.momentum=0
 2 | train.epochs: Input should be a valid integer           | PAIR --epochs ten
 2 | train.lr: Input should be a finite number               | PAIR --set train.lr=.nan
 2 | seed: Input should be greater than or equal to 0        | pretrain-teacher resnet8 --seed -1

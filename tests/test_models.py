@@ -167,11 +167,18 @@ def test_shapes_are_as_declared(name: str, side: int) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_groups_of_blocks_are_sequences(name: str) -> None:
-    model = ghost(name)
+def test_groups_of_blocks_are_sequences_and_their_widths_as_declared(name: str) -> None:
+    model = ghost(name).eval()
     assert model.name == name
     assert model.family in FAMILIES
     assert all(isinstance(model.stages[k], nn.Sequential) for k in model.map_stages)
+    with torch.no_grad():
+        features = model.features_with_blocks(torch.empty(2, 3, 32, 32, device="meta"))
+    assert [bool(info.blocks) for info in model.infos] == [k in model.map_stages for k in range(len(model.infos))]
+    for info, blocks, output in zip(model.infos, features.blocks, features.stages, strict=True):
+        assert tuple(block.shape[1] for block in blocks) == info.blocks
+        assert {block.shape[2:] for block in blocks} <= {output.shape[2:]}
+        assert not blocks or blocks[-1] is output
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -185,6 +192,8 @@ def test_every_cut_gives_the_same_numbers(name: str) -> None:
             for stop in range(start, len(ends)):
                 assert torch.equal(model.run(begin, start, stop), ends[stop]), (start, stop)
         assert torch.equal(model(x), features.logits)
+        for seen in (features.stages, model.features_with_blocks(x).stages):
+            assert all(torch.equal(a, b) for a, b in zip(seen, ends[1:-1], strict=True))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -20,6 +20,9 @@ METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
+    "dfa": "--method dfa --teacher deeper --epochs 1 --set method.search_epochs=1 --set method.second_order=true",
+    "residual": "--residual-students 1 --set residual.loss=inner --set residual.architectures=resnet8 "
+    "--set residual.max_cost=3 --set residual.min_gain=-9 --set data.train=60",
 }
 
 
@@ -27,8 +30,9 @@ METHODS = {
 def nursery(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
     """Forks commands in a folder that holds a teacher's run."""
     nursery = warm.at(tmp_path_factory.mktemp("kills"))
-    child = nursery.sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher -q"))
-    assert child.code == 0, child.err
+    for words in ("resnet8 --run-dir teacher", "resnet14 --run-dir deeper"):  # a resnet8 has no two blocks to mix
+        child = nursery.sakd(*shlex.split(f"pretrain-teacher {words} {SHORT} --epochs 1 -q"))
+        assert child.code == 0, child.err
     return nursery
 
 
@@ -76,12 +80,12 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("moment", ["warmup: ", "train: "])
+@pytest.mark.parametrize(("method", "moment"), [("ft", "warmup: "), ("ft", "train: "), ("residual", "residual-1: ")])
 def test_a_signal_saves_and_names_the_command_that_goes_on(
-    nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, moment: str
+    nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, method: str, moment: str
 ) -> None:
     run = nursery.cwd / f"stopped-{number.name}-{moment[:2]}"
-    words = shlex.split(f"{DISTIL} {METHODS['ft']} --run-dir {run}")
+    words = shlex.split(f"{DISTIL} {METHODS[method]} --run-dir {run}")
     words.remove("-q")
     stopped = nursery.start(*words)
     stopped.signal_when(moment, number)
@@ -91,7 +95,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     assert "Traceback" not in stopped.err
     command = shlex.split(hint.removeprefix("hint: go on with "))
     assert nursery.sakd(*command[1:]).code == 0
-    assert fingerprint(run) == whole["ft"]
+    assert fingerprint(run) == whole[method]
 
 
 def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(

@@ -14,7 +14,7 @@ AUTO = "auto"
 # Words that may change between two parts of one run: where it works, not what it computes.
 FREE = {"device", "runs_dir", "log_every", "save_every", "teacher.pretrain", "teacher.bank"}
 # Words that a run fills in for itself when it begins (`build.pinned`).
-PINNED = {"teacher.weights", "teacher.sha256", "router.run"}
+PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256"}
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir"}
 

@@ -1,4 +1,4 @@
-"""`sakd eval` and `sakd inspect-spots`: look at what was trained."""
+"""`sakd eval`: how good a trained network is."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,19 +9,35 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
+from sakd_cli.report import plot as plots
 from sakd_cli.rundir import RunDir, newest_run
 
 EvalTarget = Annotated[
     Path | None,
     typer.Argument(help="Run directory, folder with a model.safetensors, or that file. Default: newest run."),
 ]
-RunArgument = Annotated[Path | None, typer.Argument(help="Run directory. Default: the newest distillation.")]
-Top = Annotated[int, typer.Option(help="Classes to show at each end.", min=1, rich_help_panel="Output")]
+Adaptive = Annotated[
+    bool, typer.Option("--adaptive", help="Images leave where they may (the default).", rich_help_panel="Ensemble")
+]
+AlwaysOn = Annotated[
+    bool, typer.Option("--always-on", help="Every image goes through all members.", rich_help_panel="Ensemble")
+]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="Also accuracy and cost over all thresholds.", rich_help_panel="Ensemble")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", help="Draw that curve; needs matplotlib.", rich_help_panel="Ensemble"),
+]
 
 
 def evaluate(
     ctx: typer.Context,
     target: EvalTarget = None,
+    adaptive: Adaptive = False,
+    always_on: AlwaysOn = False,
+    sweep: Sweep = False,
+    plot: Plot = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     preset: o.Preset = None,
@@ -32,58 +48,41 @@ def evaluate(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Score a trained network on the test images: top-1, top-5, loss, per class, size and cost.
+    """Score a trained network, or a student with its residual students, on the test images.
+
+    Top-1, top-5, loss, per class, size and cost; of an ensemble also where images leave and the cost/accuracy curve.
 
     Examples:
 
-        sakd eval
-
         sakd eval runs/20261121-120000-distill-... --data-root ~/data --json
+
+        sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
     """
+    if adaptive and always_on:
+        raise UsageError("--adaptive and --always-on exclude each other")
+    if plot is not None:
+        plots.check(plot)
     given = o.layers(ctx.params)
     weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
-    trained_on = [Layer("the run's config", {"data": data})] if run and (data := run.config.get("data")) else []
-    from sakd_cli.tasks.score import score
+    own = {key: words for key, words in run.config.items() if key in ("data", "residual")} if run else {}
+    given, talk = [Layer("the run's config", own), *given], Talk(quiet=quiet)
+    if adaptive or always_on or sweep or plot or _is_ensemble(weights):
+        from sakd_cli.tasks.adaptive import score_ensemble
 
-    result = score(weights, run, [*trained_on, *given], Talk(quiet=quiet))
+        result = score_ensemble(weights, run, given, talk, early=not always_on, curve=bool(sweep or plot))
+    else:
+        from sakd_cli.tasks.score import score
+
+        result = score(weights, run, given, talk)
+    if plot is not None:
+        plots.draw(plot, result)
     if json:
         emit(result)
         return
+    from sakd_cli.report.ensemble import ensemble_tables
     from sakd_cli.report.tables import evaluation_tables
 
-    show(*evaluation_tables(result))
-
-
-def inspect_spots(
-    ctx: typer.Context,
-    run: RunArgument = None,
-    dataset: o.Dataset = None,
-    runs_dir: o.RunsDir = None,
-    top: Top = 10,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Show where knowledge flowed: the use of every spot overall, by epoch and by class.
-
-    Examples:
-
-        sakd inspect-spots
-
-        sakd inspect-spots runs/20261121-120000-distill-... --json | jq '.overall'
-    """
-    from sakd_cli.report.spots import spot_report
-    from sakd_cli.report.tables import spot_tables
-
-    runs = resolve("eval", o.layers(ctx.params)).config.runs_dir
-    wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
-    where = RunDir(run) if run else newest_run(runs, wanted, finished=False)
-    if where is None:
-        raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
-    report = spot_report(where)
-    if json:
-        emit(report)
-        return
-    show(*spot_tables(report, top=top))
+    show(*evaluation_tables(result), *ensemble_tables(result))
 
 
 def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:
@@ -97,9 +96,14 @@ def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | 
         raise UsageError(f"{target}: no such file or directory")
     if (target / "config.yaml").is_file():
         run = RunDir(target)
-        if run.deliverable is None:
+        delivered = run.ensemble or run.deliverable
+        if delivered is None:
             raise UsageError(f"{target}: this run has not saved a network yet")
-        return run.deliverable, run
+        return delivered, run
     folder = target.resolve() if target.is_dir() else target.resolve().parent
     above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
     return target, above[0] if above else None
+
+
+def _is_ensemble(path: Path) -> bool:
+    return (path / "ensemble.json").is_file() or path.name == "ensemble.json"

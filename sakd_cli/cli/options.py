@@ -53,11 +53,28 @@ Method = Annotated[
         rich_help_panel="Distillation",
     ),
 ]
+DfaWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--dfa-weights",
+        metavar="FILE|WORD",
+        help="Of --method dfa: search, uniform, last, random, or an earlier run's dfa.json. [env: SAKD_DFA_WEIGHTS]",
+        rich_help_panel="Distillation",
+    ),
+]
 Router = Annotated[
     str | None,
     typer.Option(
         help="Where to distil: adaptive, always, random, random-matched, anti, never. [env: SAKD_ROUTER]",
         autocompletion=names(lambda: routers.ROUTERS),
+        rich_help_panel="Distillation",
+    ),
+]
+ResidualStudents = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Then train N lighter ones on what is still missing (0). [env: SAKD_RESIDUAL_STUDENTS]",
         rich_help_panel="Distillation",
     ),
 ]

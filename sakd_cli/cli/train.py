@@ -62,7 +62,9 @@ def distill(
     teacher: o.Teacher = None,
     student: o.Student = None,
     method: o.Method = None,
+    dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
+    residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
     teacher_bank: o.TeacherBank = None,
     dataset: o.Dataset = None,
@@ -96,7 +98,8 @@ def distill(
     """
     talk = Talk(quiet=quiet)
     words, intent = understood("distill", ctx.params)
-    if intent.finished:
+    if intent.finished and intent.resume:
+        _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
     elif dry_run:
         _finish(_tried(words), dry_run=True, json=json)
@@ -129,10 +132,10 @@ def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
     """Train the teacher first where that is asked for."""
     if not _missing(words):
         return
-    from sakd_cli.tasks import build
+    from sakd_cli.tasks import build, chain
 
     # Whatever is wrong with the student's side is said before hours go into a teacher.
-    build.distillation(words, build.untrained_teacher(words))
+    chain.rehearse(build.distillation(words, build.untrained_teacher(words)))
     talk.say(f"no finished {words.teacher.source} yet: training it first")
     first = build.teacher_config(words)
     again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
@@ -141,8 +144,9 @@ def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.tasks import run
+    from sakd_cli.tasks import chain, run
 
+    chain.rehearse(job)
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
@@ -155,13 +159,27 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     with talk.heeding_signals():
         where, summary = run.carry_out(job, intent, talk, again)
+        _picture(where, talk)
     return {"run": str(where.path)} | summary
+
+
+def _picture(run: RunDir, talk: Talk) -> None:
+    """What the run mixed of its teacher's blocks, drawn, where it did."""
+    from sakd_cli.report.mixtures import PICTURE, can_draw, draw_mixtures, mixture_report
+
+    if (record := mixture_report(run)) is None:
+        return
+    if can_draw():
+        draw_mixtures(record, run.path / PICTURE)
+    else:
+        talk.say(f"no {PICTURE}: matplotlib is not installed (pip install 'sakd[plots]')")
 
 
 def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     if json:
         emit(result)
         return
+    from sakd_cli.report.ensemble import ensemble_summary
     from sakd_cli.report.spots import spot_report
     from sakd_cli.report.tables import spot_plan_table, spot_tables, summary_table
 
@@ -172,4 +190,6 @@ def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
     show(summary_table(result))
     if result["task"] == "distill":
         show(*spot_tables(spot_report(RunDir(Path(result["run"]))), top=3))
+    if told := result.get("ensemble"):
+        show(ensemble_summary(told))
     show(f"run: {result['run']}")

@@ -119,6 +119,7 @@ def show_config(
     model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
     student_friendly: o.StudentFriendly = None,
     method: o.Method = None,
+    dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
@@ -162,4 +163,7 @@ def show_config(
     show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))
 
 
-_FOREIGN = {Which.distill: {"model", "student_friendly"}, Which.pretrain: {"teacher", "student", "method", "router"}}
+_FOREIGN = {
+    Which.distill: {"model", "student_friendly"},
+    Which.pretrain: {"teacher", "student", "method", "dfa_weights", "router"},
+}

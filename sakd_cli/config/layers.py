@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, friendly, methods, routers, run
+from sakd_cli.config import datasets, friendly, methods, residual, routers, run
 from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
@@ -25,7 +25,9 @@ OPTIONS = {
     "model": "model",
     "student_friendly": "friendly.students",
     "method": "method.name",
+    "dfa_weights": "method.weights",
     "router": "router.name",
+    "residual_students": "residual.students",
     "pretrain": "teacher.pretrain",
     "dataset": "data.name",
     "data_root": "data.root",
@@ -213,7 +215,8 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     where = f" (from {origin})" if origin else ""
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        text = f"{unknown('key', key, _known_keys(task, place))}"
+        known = _known_keys(task, place)
+        text = f"{key}: belongs to another {place[0]}" if key in known else unknown("key", key, known)
     elif first["type"] == "missing":
         option = next(
             (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if key in (path, path.split(".")[0])), None
@@ -268,6 +271,7 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
         "train": [run.Train],
         "teacher": [run.TeacherConfig],
         "friendly": [friendly.FriendlyConfig],
+        "residual": [residual.ResidualConfig],
         "runtime": [run.Runtime],
     }
     return plain.get(name) or list(_TABLES.get(name, {}).values())

@@ -4,9 +4,19 @@ To add one: a class here, a file in `distillers/`, one line in `distillers/table
 """
 
 from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+)
 
 from sakd_cli.config.words import Words, by_name, chosen_by_name
 
@@ -216,6 +226,56 @@ class ABConfig(WarmedConfig):
 
     name: Literal["ab"] = "ab"
     margin: PositiveFloat = 1.0
+
+
+class Mixtures(StrEnum):
+    """Where the mixtures of `DFAConfig` come from, if not from a file."""
+
+    SEARCH = "search"
+    UNIFORM = "uniform"
+    LAST = "last"
+    RANDOM = "random"
+
+
+def _word_or_path(weights: str) -> str:
+    if not weights:
+        raise ValueError(f"needs a file or one of {', '.join(Mixtures)}")
+    return weights if weights in list(Mixtures) else str(Path(weights).expanduser().absolute())
+
+
+class DFAConfig(MethodConfig):
+    """Mixtures of the teacher's block outputs, found by a search (Guan et al., ECCV 2020)
+
+    weights        search; uniform, last, random (no search); or the `dfa.json` of an earlier run
+    weights_sha256 of that file, as it was when the run began
+    norm           rms (each map over its root mean square), none (maps as they are), preact (behind the next BatchNorm)
+    distance       l2, or partial_l2: no error where neither side would be heard behind a ReLU
+    search_*       that stage: epochs, share of the images that the mixtures learn from, SGD of the search's students
+    arch_*         the mixtures' Adam, and what holds them back: l2 (weight decay), entropy or none, times arch_decay
+    st, ts         weights of the two terms: the student's map to the mixture, the mixture through the student
+    search_ce      the search's students learn the labels too
+    second_order   each step of the mixtures looks one step of the students ahead
+    joint          one student for all groups instead of one for each
+    """
+
+    name: Literal["dfa"] = "dfa"
+    weight: NonNegativeFloat = 10.0
+    weights: Annotated[str, AfterValidator(_word_or_path)] = Mixtures.SEARCH.value
+    weights_sha256: str | None = None
+    norm: Literal["rms", "none", "preact"] = "rms"
+    distance: Literal["l2", "partial_l2"] = "l2"
+    search_epochs: PositiveInt = 20
+    search_split: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    search_lr: PositiveFloat = 0.1
+    search_weight_decay: NonNegativeFloat = 5e-4
+    arch_lr: PositiveFloat = 0.01
+    arch_reg: Literal["l2", "entropy", "none"] = "l2"
+    arch_decay: NonNegativeFloat = 1e-3
+    st: NonNegativeFloat = 1.0
+    ts: NonNegativeFloat = 1.0
+    search_ce: bool = True
+    second_order: bool = False
+    joint: bool = False
 
 
 METHODS = by_name(MethodConfig)

@@ -20,6 +20,7 @@ from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
+from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.words import Words
 from sakd_cli.reading import expanded
@@ -34,7 +35,7 @@ class Train(Words):
 
     epochs, batch_size
     lr            None: 0.05, or the network's own (0.01 for MobileNetV2 and ShuffleNet)
-    momentum, weight_decay
+    momentum, weight_decay; nesterov: the momentum's look ahead
     milestones    epochs after which lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)
     """
 
@@ -43,6 +44,7 @@ class Train(Words):
     lr: PositiveFloat | None = None
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     weight_decay: NonNegativeFloat = 5e-4
+    nesterov: bool = False
     milestones: tuple[PositiveInt, ...] | None = None
     lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
 
@@ -53,6 +55,8 @@ class Train(Words):
             raise ValueError(f"milestones {list(steps)} must rise")
         if steps and steps[-1] >= self.epochs:
             raise ValueError(f"milestone {steps[-1]} must come before the last epoch ({self.epochs})")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
         return self
 
     def decay_epochs(self) -> tuple[int, ...]:
@@ -152,7 +156,7 @@ class TeacherConfig(Words):
 
 
 # What a distillation says of its student, and a pretraining does not know.
-STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches")
+STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches", "residual")
 
 
 class DistillConfig(RunConfig):
@@ -170,6 +174,7 @@ class DistillConfig(RunConfig):
     router: Router = AdaptiveConfig()
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
     init_from_branches: bool = False
+    residual: ResidualConfig = ResidualConfig()
 
     @field_validator("router")
     @classmethod
@@ -192,9 +197,13 @@ class DistillConfig(RunConfig):
 
 
 class EvalConfig(Words):
-    """Score a network on the test images of a data set."""
+    """Score a network on the test images of a data set.
+
+    residual  for a student with residual students: other words for who leaves early fit the thresholds anew
+    """
 
     data: Data = CIFAR100Config()
+    residual: ResidualConfig = ResidualConfig()
     device: str = "auto"
     runs_dir: Folder = Path("runs")
 

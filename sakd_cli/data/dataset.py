@@ -71,11 +71,11 @@ def limited(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
     return replace(dataset, train=dataset.train.subset(dealt[:limit].sort().values))
 
 
-def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Split, Split | None]:
+def hold_out(dataset: Dataset, fraction: float, seed: int, purpose: str = "holdout") -> tuple[Split, Split | None]:
     """Cut the training split in two: (training, held out), disjoint, each in its old order; None at fraction 0.
 
     Together the held-out images number `fraction` of the split, rounded; each class gives that fraction of its own
-    images, to within one. Raises DataError where either part would be empty.
+    images, to within one. Each purpose draws for itself. Raises DataError where either part would be empty.
     """
     if fraction == 0:
         return dataset.train, None
@@ -87,7 +87,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Split, Split
             f"{dataset.name}: holding out {fraction:g} of {len(labels)} training images leaves no {side} image",
             "use more images, or hold out nothing (0)",
         )
-    rank, size, turn = _shuffled_ranks(labels, len(dataset.classes), seed, "holdout")
+    rank, size, turn = _shuffled_ranks(labels, len(dataset.classes), seed, purpose)
     # A class's images lie evenly spaced on [0, 1], so any cut takes the same share of every class to within one;
     # equal places (classes of equal size) are taken in a drawn order of the classes.
     place = (rank.double() + 0.5) / size

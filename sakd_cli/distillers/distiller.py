@@ -23,16 +23,25 @@ class Distiller(nn.Module, ABC):
 
     pruned = False
 
-    def __init__(self, spots: tuple[Spot, ...], warmup: Warmup | None = None, *, preactivations: bool = False) -> None:
+    def __init__(
+        self,
+        spots: tuple[Spot, ...],
+        warmup: Warmup | None = None,
+        *,
+        preactivations: bool = False,
+        blocks: bool = False,
+    ) -> None:
         """What every distiller knows.
 
         warmup          what must have been trained, and then frozen, before this distils
         preactivations  the features must hold them (`StagedModel.features_with_preactivations`), and are compared there
+        blocks          the teacher's features must hold those of its blocks (`StagedModel.features_with_blocks`)
         """
         super().__init__()
         self.spots = spots
         self.warmup = warmup
         self.preactivations = preactivations
+        self.blocks = blocks
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:

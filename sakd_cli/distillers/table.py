@@ -10,6 +10,7 @@ from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.cc import CC
 from sakd_cli.distillers.crd import CRD
+from sakd_cli.distillers.dfa import DFA, mixable
 from sakd_cli.distillers.dist import DIST
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.dkd import DKD
@@ -30,7 +31,7 @@ from sakd_cli.distillers.vid import VID
 from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot, mapped, spots_at
-from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.staged import Features, StagedModel
 
 Places = list[tuple[int, int]]
 
@@ -81,6 +82,7 @@ class Entry(NamedTuple):
 
     of_images   the feature distiller remembers every training image: it is built with their labels and the batch size
     of_norms    it is built with the BatchNorms in front of the teacher's activations
+    of_blocks   it is built with the teacher's blocks at every place
     warmup      a stage of the student's in front of the distillation proper, and its places
     network     what is trained and delivered, made of the config, the student and the teacher; None: the student
     """
@@ -90,6 +92,7 @@ class Entry(NamedTuple):
     logits: Callable[..., Distiller] = KD
     of_images: bool = False
     of_norms: bool = False
+    of_blocks: bool = False
     warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], Places]] | None = None
     network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
@@ -112,6 +115,7 @@ DISTILLERS: dict[str, Entry] = {
     "ofd": Entry(OFD, every_map, of_norms=True),
     "kdsvd": Entry(KDSVD, every_map),
     "simkd": Entry(SimKD, in_front_of_pooling, network=reuse),
+    "dfa": Entry(DFA, every_map, of_blocks=True),
     "ft": Entry(FT, last_map),
     "ab": Entry(None, nowhere, warmup=(AB, every_map)),
     "fsp": Entry(None, nowhere, warmup=(FSP, stem_and_maps)),
@@ -135,6 +139,12 @@ class Distillers(NamedTuple):
     def preactivations(self) -> bool:
         """Whether both networks' features must hold their versions in front of an activation."""
         return self.features is not None and self.features.preactivations
+
+    def sight(self, teacher: StagedModel) -> Callable[[Tensor], Features]:
+        """How the teacher must be looked at."""
+        if self.features is not None and self.features.blocks:
+            return teacher.features_with_blocks
+        return teacher.features_with_preactivations if self.preactivations else teacher.features
 
 
 def build(
@@ -164,6 +174,8 @@ def build(
     if entry.of_norms:
         _need_preactivations(config, student, teacher)
         given = ([teacher.affine_before_activation(spot.teacher) for spot in spots[:-1]],)
+    if entry.of_blocks:
+        given = ([mixable(teacher, spot.teacher) for spot in spots[:-1]],)
     features = None if entry.features is None else entry.features(spots[:-1], config, *given)
     warmup = features.warmup if features is not None else None
     if entry.warmup is not None:

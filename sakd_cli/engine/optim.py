@@ -17,14 +17,20 @@ class Optimizer:
     """
 
     def __init__(
-        self, groups: Sequence[ParamGroup], *, momentum: float, milestones: Sequence[int], decay: float
+        self,
+        groups: Sequence[ParamGroup],
+        *,
+        momentum: float,
+        milestones: Sequence[int],
+        decay: float,
+        nesterov: bool = False,
     ) -> None:
         self.groups = tuple(group for group in groups if group.parameters)
         self.milestones = tuple(milestones)
         self.decay = decay
         settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
         self._fused = self.groups[0].parameters[0].is_cuda  # only fused SGD can be told on the device to do nothing
-        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, fused=self._fused)
+        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, nesterov=nesterov, fused=self._fused)
 
     def factor(self, epoch: int) -> float:
         """What the starting rates are multiplied by in this epoch, counted from 1."""

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
+from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.finite import LOWER, Guard
@@ -45,13 +46,21 @@ class Delivery(Protocol):
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None: ...
 
 
+def _alone(network: nn.Module) -> nn.Module:
+    return network
+
+
 class Judge(NamedTuple):
-    """selection: batches that choose the best epoch, and their name; test: the batches of the headline."""
+    """selection: batches that choose the best epoch, and their name; test: the batches of the headline.
+
+    scored   what is scored, given the task's network: itself, or others with it
+    """
 
     selected_on: str
     selection: Iterable[tuple[Tensor, Tensor]]
     test: Iterable[tuple[Tensor, Tensor]]
     classes: int
+    scored: Callable[[nn.Module], nn.Module] = _alone
 
 
 class Outcome(NamedTuple):
@@ -66,14 +75,15 @@ class Trainer:
 
     With an `outcome` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
     task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the
-    watcher asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called.
+    watcher asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called; any but
+    the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`.
     """
 
     def __init__(
         self,
         task: Task,
         loader: Loader,
-        optimizer: Optimizer,
+        optimizer: Optimizer | BilevelOptimizer,
         run: RunDir,
         watcher: Watcher,
         *,
@@ -88,6 +98,7 @@ class Trainer:
         self.run, self.watcher, self.outcome, self.recorder = run, watcher, outcome, recorder
         self.epochs, self.log_every, self.save_every, self.phase = epochs, log_every, save_every, phase
         self.folder = run.path / "checkpoints" / ("" if phase == MAIN else phase)
+        self.suffix = "" if phase == MAIN else f"-{phase}"
         self.steps = epochs * loader.steps_per_epoch
         self.step = 0  # steps done
         self.epoch = 0  # epochs done: trained, judged, recorded
@@ -126,7 +137,7 @@ class Trainer:
             with self._timed("evaluate"):
                 self._judge(epoch, self.outcome.judge)
         if self.recorder is not None:
-            self.run.append("spots.jsonl", self.recorder.close_epoch(epoch))
+            self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch))
         self.epoch = epoch
         self._save()
         if self.outcome is not None:
@@ -163,10 +174,12 @@ class Trainer:
         self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": rate} | means)
 
     def _judge(self, epoch: int, judge: Judge) -> None:
-        scores = evaluate(self.task.network, judge.selection, judge.classes)
+        scores = evaluate(judge.scored(self.task.network), judge.selection, judge.classes)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
-        self._tell({"kind": "eval", "epoch": epoch, "split": judge.selected_on} | scores.headline())
+        self._tell(
+            {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": judge.selected_on} | scores.headline()
+        )
         if not self.best or scores.top1 > self.best["selection_top1"]:
             self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
 
@@ -185,7 +198,7 @@ class Trainer:
             save_model = self.outcome.delivery.save_weights if self.outcome else None
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if self.recorder is not None:
-                write_aside(self.run.path / "samples.safetensors", save(self.recorder.by_sample()))
+                write_aside(self.run.path / f"samples{self.suffix}.safetensors", save(self.recorder.by_sample()))
             if self.best.get("epoch") == self.epoch > 0:
                 checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)
             checkpoint.write(self.folder / "last", save_model, self._tensors(), state, keep=True)
@@ -239,12 +252,12 @@ class Trainer:
         judge = outcome.judge
         best = self.best or {"epoch": self.epochs, "selected_on": judge.selected_on}
         with self._timed("evaluate"):
-            last_scores = best_scores = evaluate(self.task.network, judge.test, judge.classes)
+            last_scores = best_scores = evaluate(judge.scored(self.task.network), judge.test, judge.classes)
             if best["epoch"] != self.epochs:
                 saved = checkpoint.read(self.folder / "best")
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
-                best, best_scores = saved.state["best"], evaluate(network, judge.test, judge.classes)
+                best, best_scores = saved.state["best"], evaluate(judge.scored(network), judge.test, judge.classes)
         outcome.delivery.publish(self.run, {"epoch": self.epochs} | last_scores.headline())
         return {
             "headline": {"epoch": self.epochs, "split": "test"} | last_scores.headline(),

@@ -20,7 +20,7 @@ from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.reading import check_header, parse_json
-from sakd_cli.rundir import sha256, write_aside, write_json
+from sakd_cli.rundir import disk_error, sha256, write_aside, write_json
 
 FORMAT = "sakd.network/1"
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"
@@ -71,7 +71,10 @@ def save_module(path: Path, form: str, module: nn.Module, words: str) -> None:
 
 def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
     """Write the deployable folder; `facts` are further entries of its config.json (figures, the teacher's hash)."""
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error, sum(tensor.nbytes for tensor in model.state_dict().values())) from None
     save_weights(folder / "model.safetensors", model, card)
     about = card._asdict() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
     write_json(folder / "config.json", about)

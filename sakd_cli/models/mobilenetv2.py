@@ -55,13 +55,15 @@ def build(name: str, num_classes: int, *, width: float) -> StagedModel:
     inputs, stride = int(STEM * width), 2
     stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", inputs, stride), ConvUnit(3, inputs, 3, 2))]
     for number, groups in enumerate(STAGES, start=1):
-        blocks = []
+        blocks, widths = [], list[int]()
         for group in groups:
             outputs = int(group.width * width)
             blocks.append(InvertedResidual(inputs, outputs, group.stride, group.expansion))
             blocks += [InvertedResidual(outputs, outputs, 1, group.expansion) for _ in range(group.blocks - 1)]
+            widths += [outputs] * group.blocks
             inputs, stride = outputs, stride * group.stride
-        stages.append((StageInfo(f"stage{number}", inputs, stride, signed=True), nn.Sequential(*blocks)))
+        info = StageInfo(f"stage{number}", inputs, stride, signed=True, blocks=tuple(widths))
+        stages.append((info, nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", EMBEDDING, 0), nn.Sequential(ConvUnit(inputs, EMBEDDING, 1), GlobalPool())))
     model = StagedModel(name=name, family="mobilenetv2", stages=stages, num_classes=num_classes, preactivation=None)
     init_small_head(model)

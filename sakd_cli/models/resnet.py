@@ -54,7 +54,8 @@ def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = 
         inputs, outputs = widths[group - 1], widths[group]
         blocks = [BasicBlock(inputs, outputs, 1 if group == 1 else 2)]
         blocks += [BasicBlock(outputs, outputs, 1) for _ in range((depth - 2) // 6 - 1)]
-        stages.append((StageInfo(f"stage{group}", outputs, stride), nn.Sequential(*blocks)))
+        info = StageInfo(f"stage{group}", outputs, stride, blocks=(outputs,) * len(blocks))
+        stages.append((info, nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", widths[3], 0), GlobalPool()))
     model = StagedModel(
         name=name, family="resnet", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION

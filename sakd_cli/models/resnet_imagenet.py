@@ -60,7 +60,8 @@ def build(name: str, num_classes: int, *, blocks: tuple[int, int, int, int], bot
     for group, count in enumerate(blocks):
         outputs = (64 << group) * (EXPANSION if bottleneck else 1)
         made = [make(inputs, outputs, 1 if group == 0 else 2), *(make(outputs, outputs, 1) for _ in range(count - 1))]
-        stages.append((StageInfo(f"stage{group + 1}", outputs, 1 << group), nn.Sequential(*made)))
+        info = StageInfo(f"stage{group + 1}", outputs, 1 << group, blocks=(outputs,) * count)
+        stages.append((info, nn.Sequential(*made)))
         inputs = outputs
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
     model = StagedModel(

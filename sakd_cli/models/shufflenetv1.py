@@ -63,7 +63,8 @@ def build(name: str, num_classes: int) -> StagedModel:
     inputs = STEM
     for number, (outputs, units) in enumerate(zip(WIDTHS, UNITS, strict=True), start=1):
         made = [ShuffleUnit(inputs, outputs, 2), *(ShuffleUnit(outputs, outputs, 1) for _ in range(units - 1))]
-        stages.append((StageInfo(f"stage{number}", outputs, 1 << number), nn.Sequential(*made)))
+        info = StageInfo(f"stage{number}", outputs, 1 << number, blocks=(outputs,) * len(made))
+        stages.append((info, nn.Sequential(*made)))
         inputs = outputs
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
     return StagedModel(

@@ -73,7 +73,8 @@ def build(name: str, num_classes: int, *, widths: tuple[int, int, int], embeddin
     inputs = STEM
     for number, (outputs, units) in enumerate(zip(widths, SPLIT_UNITS, strict=True), start=1):
         made = [DownUnit(inputs, outputs), *(SplitUnit(outputs) for _ in range(units))]
-        stages.append((StageInfo(f"stage{number}", outputs, 1 << number), nn.Sequential(*made)))
+        info = StageInfo(f"stage{number}", outputs, 1 << number, blocks=(outputs,) * len(made))
+        stages.append((info, nn.Sequential(*made)))
         inputs = outputs
     stages.append((StageInfo("pool", embedding, 0), nn.Sequential(ConvUnit(inputs, embedding, 1), GlobalPool())))
     return StagedModel(

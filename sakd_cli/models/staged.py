@@ -6,7 +6,7 @@ half-open: `run(run(x, 0, k), k, L + 1)` equals `forward(x)` for every k, bit fo
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, final
+from typing import Literal, NamedTuple, cast, final
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class StageInfo(NamedTuple):
 
     halved_from   a stage that pools large maps only: from this height of the image on, its stride is twice as large
     signed        its output can be negative: it does not end in a ReLU
+    blocks        width of each of its blocks' outputs, all of one size; empty for stem and pooling, which have none
     """
 
     name: str
@@ -27,6 +28,7 @@ class StageInfo(NamedTuple):
     stride: int
     halved_from: int | None = None
     signed: bool = False
+    blocks: tuple[int, ...] = ()
 
     @property
     def kind(self) -> Literal["map", "embedding"]:
@@ -48,15 +50,19 @@ class Features(NamedTuple):
 
     preactivations   empty unless asked for: per stage its output in front of the last activation, where the family has
                      such a version of it; elsewhere (stem, pooled vector) the output itself. Shapes as in `stages`
+    blocks           empty unless asked for: per stage the outputs of its blocks, as `StageInfo.blocks` declares them
     """
 
     stages: tuple[Tensor, ...]
     logits: Tensor
     preactivations: tuple[Tensor, ...] = ()
+    blocks: tuple[tuple[Tensor, ...], ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
         """The same with every tensor changed."""
-        return Features(tuple(map(change, self.stages)), change(self.logits), tuple(map(change, self.preactivations)))
+        blocks = tuple(tuple(map(change, maps)) for maps in self.blocks)
+        before = tuple(map(change, self.preactivations))
+        return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks)
 
     @property
     def embedding(self) -> Tensor:
@@ -75,10 +81,12 @@ class Preactivation(NamedTuple):
              of its activation
     affines  for every stage of maps behind the stem, the BatchNorm that makes this version (of a sum: its last one);
              weight and bias 0 for channels that pass it by
+    behind   of a network of pre-activation blocks: for the same stages, the BatchNorm that reads each block's output
     """
 
     run: Callable[[Iterable[nn.Module], Tensor], tuple[list[Tensor], list[Tensor]]]
     affines: Callable[[Iterable[nn.Module]], list[Affine]]
+    behind: Callable[[Iterable[nn.Module]], list[list[nn.BatchNorm2d]]] | None = None
 
 
 @final
@@ -123,6 +131,24 @@ class StagedModel(nn.Module):
             outputs.append(x)
         return Features(tuple(outputs), self.head(x))
 
+    def features_with_blocks(self, x: Tensor) -> Features:
+        """As `features`, with `Features.blocks` filled. A stage that declares blocks is a sequence of just these."""
+        outputs, inside = [], []
+        for info, stage in zip(self.infos, self.stages, strict=True):
+            seen = []
+            for part in cast(nn.Sequential, stage) if info.blocks else (stage,):
+                x = part(x)
+                seen.append(x)
+            outputs.append(x)
+            inside.append(tuple(seen) if info.blocks else ())
+        return Features(tuple(outputs), self.head(x), blocks=tuple(inside))
+
+    def norms_behind_blocks(self, stage: int) -> list[nn.BatchNorm2d] | None:
+        """The BatchNorm that reads each block's output, of one of `map_stages`; None where blocks do not begin so."""
+        if self._preactivation is None or self._preactivation.behind is None:
+            return None
+        return self._preactivation.behind(self.stages)[self.map_stages.index(stage)]
+
     @property
     def has_preactivations(self) -> bool:
         """Whether `features_with_preactivations` can be asked for."""
@@ -147,6 +173,21 @@ class StagedModel(nn.Module):
         for stage in self.stages[start:stop]:
             x = stage(x)
         return self.head(x) if start <= len(self.stages) < stop else x
+
+
+def unrecorded_view(model: StagedModel) -> StagedModel:
+    """The same network with the very same parameters, whose BatchNorms use the batch's statistics and record nothing.
+
+    For features that are not its own: they must not move the statistics that it will be evaluated with.
+    """
+    view = copy.deepcopy(model)
+    for mine, theirs in zip(view.modules(), model.modules(), strict=True):
+        for name, parameter in theirs.named_parameters(recurse=False):
+            mine.register_parameter(name, parameter)
+        if isinstance(mine, nn.BatchNorm2d):
+            mine.track_running_stats = False
+            mine.running_mean = mine.running_var = mine.num_batches_tracked = None
+    return view
 
 
 def frozen_view(model: StagedModel) -> StagedModel:

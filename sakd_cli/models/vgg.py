@@ -49,8 +49,10 @@ class VGGBlock(ActivatedBlock):
 
 def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> StagedModel:
     """A VGG with so many convolutions in each group."""
-    infos = [StageInfo("stem" if group == 0 else f"stage{group}", WIDTHS[group], 1 << group) for group in range(4)]
-    infos.append(StageInfo("stage4", WIDTHS[4], 8, halved_from=8 * LEAST_HEIGHT))
+    stem, *groups = (WIDTHS[group : group + 1] * count for group, count in enumerate(convolutions))
+    infos = [StageInfo("stem", stem[0], 1)]
+    infos += [StageInfo(f"stage{k}", blocks[0], 1 << k, blocks=blocks) for k, blocks in enumerate(groups[:3], start=1)]
+    infos.append(StageInfo("stage4", WIDTHS[4], 8, halved_from=8 * LEAST_HEIGHT, blocks=groups[3]))
     pools: list[nn.Module] = [nn.Identity(), *(nn.MaxPool2d(2) for _ in range(3)), PoolIfHigh()]
     stages: list[tuple[StageInfo, nn.Module]] = []
     inputs = 3

@@ -58,14 +58,20 @@ def _after_next_norm(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tenso
     return [*outputs, x], [outputs[0], *normed[1:], x]
 
 
+def _next_norms(stages: Iterable[nn.Module]) -> list[list[nn.BatchNorm2d]]:
+    """The BatchNorm behind each block of each group: the next block's first; behind the very last, the pooling's."""
+    _, *groups, pool = (cast(nn.Sequential, stage) for stage in stages)
+    norms = [cast(PreActivationBlock, block).bn1 for group in groups for block in group][1:]
+    later = iter([*norms, cast(nn.BatchNorm2d, pool[0])])
+    return [[next(later) for _ in group] for group in groups]
+
+
 def _next_affines(stages: Iterable[nn.Module]) -> list[Affine]:
-    """Weight and bias of the BatchNorm behind each group: the next group's first, and the pooling's."""
-    _, _, *later = (cast(nn.Sequential, stage) for stage in stages)
-    norms = [cast(PreActivationBlock, group[0]).bn1 for group in later[:-1]] + [cast(nn.BatchNorm2d, later[-1][0])]
-    return [(norm.weight, norm.bias) for norm in norms]
+    """Weight and bias of the BatchNorm behind each group."""
+    return [(norms[-1].weight, norms[-1].bias) for norms in _next_norms(stages)]
 
 
-AFTER_NEXT_NORM = Preactivation(_after_next_norm, _next_affines)
+AFTER_NEXT_NORM = Preactivation(_after_next_norm, _next_affines, _next_norms)
 
 
 def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
@@ -78,7 +84,8 @@ def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel
         inputs, outputs = widths[group - 1], widths[group]
         blocks = [PreActivationBlock(inputs, outputs, 1 if group == 1 else 2)]
         blocks += [PreActivationBlock(outputs, outputs, 1) for _ in range((depth - 4) // 6 - 1)]
-        stages.append((StageInfo(f"stage{group}", outputs, stride, signed=True), nn.Sequential(*blocks)))
+        info = StageInfo(f"stage{group}", outputs, stride, signed=True, blocks=(outputs,) * len(blocks))
+        stages.append((info, nn.Sequential(*blocks)))
     pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
     stages.append((StageInfo("pool", widths[3], 0), pool))
     model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes, preactivation=AFTER_NEXT_NORM)

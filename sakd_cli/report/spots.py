@@ -20,11 +20,15 @@
         gamma_raised, gamma_lowered, count_active
                      share of steps at which the router's loss was multiplied by gamma, divided by it, and at which
                      the count term was active; null for routers without a routed pass
+        routed_ce, student_ce
+                     mean cross-entropy of the routed network and of the student alone; null likewise
         empty [...]  share of steps at which nobody was selected
     by_class    one object per class, the largest absolute deviation first, classes without any sample last:
         name
         share [...]      mean of the epochs' shares (epochs without a sample of the class are left out), or null
         deviation [...]  that less the spot's overall share, or null
+
+    mixtures    what `dfa.json` of the run holds; null for methods that mix no blocks of the teacher
 
 Shares and probabilities lie in [0, 1]. An epoch that is on record twice (a run that was stopped and resumed) counts
 once, as it was recorded last.
@@ -36,11 +40,12 @@ from typing import Any
 
 from sakd_cli.errors import UsageError
 from sakd_cli.report.figures import number, plain
+from sakd_cli.report.mixtures import mixture_report
 from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.spots/1"
 RECORD = "spots.jsonl"
-STEP_SHARES = ("gamma_raised", "gamma_lowered", "count_active")
+STEP_MEANS = ("gamma_raised", "gamma_lowered", "count_active", "routed_ce", "student_ce")
 
 Share = float | None
 
@@ -93,6 +98,7 @@ def spot_report(run: RunDir) -> dict[str, Any]:
         "overall": overall,
         "by_epoch": [_row(epoch) for epoch in epochs],
         "by_class": _by_class(epochs, [spot["share"] for spot in overall], _class_names(run)),
+        "mixtures": mixture_report(run),
     }
 
 
@@ -137,7 +143,7 @@ def _read(record: Any) -> _Epoch:
     samples = int(record["samples"])
     if not spots or len(empty) != len(spots) or samples < 0:
         raise ValueError
-    steps = {key: number(record.get(key)) for key in STEP_SHARES}
+    steps = {key: number(record.get(key)) for key in STEP_MEANS}
     return _Epoch(int(record["epoch"]), samples, spots, steps, empty)
 
 

@@ -2,23 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.layers import Layer, resolve
-from sakd_cli.config.methods import WarmedConfig
+from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
 from sakd_cli.data.streams import generator
 from sakd_cli.distillers import table as distillers
+from sakd_cli.distillers.dfa import DFA, mixable
 from sakd_cli.engine.runtime import Mode, effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
@@ -33,9 +35,12 @@ from sakd_cli.reading import expanded
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.tasks import mixtures
 from sakd_cli.tasks.bank import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
+from sakd_cli.tasks.residual import Logits, ResidualTask
+from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
 from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
 from sakd_cli.tasks.warmup import WarmupTask
@@ -43,11 +48,15 @@ from sakd_cli.tasks.warmup import WarmupTask
 
 @dataclass(frozen=True)
 class Images:
-    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests."""
+    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests.
+
+    calibration   where there are residual students: decides when to stop and who leaves early
+    """
 
     dataset: Dataset
     train: Split
     held_out: Split | None
+    calibration: Split | None = None
 
     @property
     def side(self) -> int:
@@ -83,11 +92,16 @@ class Job:
         return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
 
 
-def load_images(config: DataConfig) -> Images:
-    """Load, limit and cut a data set."""
+def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
+    """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
     dataset = limited(datasets.load(config), config.limit, config.split_seed)
     train, held_out = hold_out(dataset, config.holdout, config.split_seed)
-    return Images(dataset, train, held_out)
+    if residual is None or residual.students == 0:
+        return Images(dataset, train, held_out)
+    least = min(residual.calibration_min / len(train), 0.2)
+    share = max(residual.calibration, least)
+    train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
+    return Images(dataset, train, held_out, calibration)
 
 
 def pretraining(config: PretrainConfig) -> Job:
@@ -140,7 +154,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         path = _teacher_path(config).resolve()
         teacher = artifact.load(path)
         config = pinned(config, path, teacher.sha256)
-    images = load_images(config.data)
+    images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
     check_classes(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
@@ -148,6 +162,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
+    mixtures.adopt(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.bank:
         others = task.distillers.preactivations or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
@@ -156,11 +171,17 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
 
 
 def assemble(
-    config: DistillConfig, student: StagedModel, teacher: StagedModel, side: int, labels: Tensor | None = None
+    config: DistillConfig,
+    student: StagedModel,
+    teacher: StagedModel,
+    side: int,
+    labels: Tensor | None = None,
+    offset: Logits | None = None,
 ) -> DistillTask:
     """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode.
 
     labels  class of every training image, for methods that remember images
+    offset  for a residual student: gives the logits of the students before it, frozen and in evaluation mode
     """
     mode = effective(config.runtime, next(student.parameters()).device)
     student, teacher = mode.laid_out(student), mode.laid_out(teacher)
@@ -192,17 +213,43 @@ def assemble(
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
+    see = method.sight(teacher)
     task = DistillTask(
         method.network,
-        PlainPass(teacher, method.preactivations),
+        PlainPass(see),
         method,
         router,
         graft,
         Factors(words.ce_weight, words.weight, words.kl_weight, gamma, published.min_teacher_fraction),
         Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
         mode,
+        offset,
     )
     return mode.laid_out(task)
+
+
+def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
+    """The job of residual student `number` (from 1): a network `name` that learns what the logits of `base` lack.
+
+    It has the schedule of the student, and draws (initial weights, order, augmentation, noise) of its own.
+    """
+    assert isinstance(job.config, DistillConfig)
+    assert job.teacher is not None
+    seed = generator(job.config.seed, f"residual-{number}").initial_seed()
+    config = job.config.model_copy(update={"student": name, "seed": seed})
+    words, side, teacher = config.residual, job.images.side, job.teacher.model
+    network = _fresh(name, len(job.images.dataset.classes), seed, "network", job.device)
+    if words.init == "zero":
+        nn.init.zeros_(network.head.weight)
+        nn.init.zeros_(network.head.bias)
+    task: Task
+    if words.loss == "inner":
+        task = assemble(config, network, teacher, side, job.images.train.labels, base)
+    else:
+        lr, decay = _learning_rate(config, name), config.train.weight_decay
+        task = ResidualTask(network, teacher.forward, base, words, lr=lr, weight_decay=decay)
+    spots = task.spots if isinstance(task, DistillTask) else ()
+    return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
 
 
 def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
@@ -216,6 +263,21 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     lr = words.lr_of_warmup(job.teacher.model.name, job.config.student, own)
     task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=decay, mode=job.mode)
     return task.to(job.device), words.warmup_epochs
+
+
+def search_of(job: Job) -> SearchTask | None:
+    """The search for a method's mixtures; None for methods without, and where nothing is left to be found."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)) or job.teacher is None:
+        return None
+    config, words, mixer = job.config, job.config.method, job.task.feature_distiller
+    if not (isinstance(words, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
+        return None
+    teacher, classes = job.teacher.model, len(job.images.dataset.classes)
+    sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
+    purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
+    students = [_fresh(config.student, classes, config.seed, purpose, job.device) for purpose in purposes]
+    with _initialised(config.seed, "search"):
+        return SearchTask(students, teacher.features_with_blocks, sought, words, mixer.take).to(job.device)
 
 
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
@@ -240,7 +302,7 @@ def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
     router = config.router
     if isinstance(router, RandomMatchedConfig) and router.run is None:
         router = router.model_copy(update={"run": str(_adaptive_run(config).path.resolve())})
-    return config.model_copy(update={"teacher": chosen, "router": router})
+    return config.model_copy(update={"teacher": chosen, "router": router, "method": mixtures.pinned(config.method)})
 
 
 def _teacher_path(config: DistillConfig) -> Path:

@@ -42,14 +42,19 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class PlainPass:
-    """A teacher's plain pass over a batch's images."""
+    """A teacher's plain pass; `see`: its `features` or `features_with_preactivations`."""
 
-    network: StagedModel
-    preactivations: bool = False
+    see: Callable[[Tensor], Features]
 
     def __call__(self, batch: Batch) -> Features:
-        see = self.network.features_with_preactivations if self.preactivations else self.network.features
-        return see(batch.images)
+        """Features of a batch's images."""
+        return self.see(batch.images)
+
+    @property
+    def network(self) -> StagedModel:
+        """The teacher."""
+        found: StagedModel = self.see.__self__  # type: ignore[attr-defined]
+        return found
 
 
 @final
@@ -63,6 +68,8 @@ class DistillTask(Task):
     gradient, and every weight is cut from the policy, so each group gets exactly its own gradient. Order matters: the
     student's training pass comes first, because the routed pass uses the BatchNorm statistics it has updated. The part
     "ce" of the log is without its factor.
+
+    offset: logits that the student's are added to, wherever a pass ends in the student's head (a residual student)
     """
 
     network: StagedModel
@@ -77,6 +84,7 @@ class DistillTask(Task):
         factors: Factors,
         rates: Rates,
         mode: Mode | None = None,
+        offset: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -91,6 +99,7 @@ class DistillTask(Task):
         self.factors = factors
         self.rates = rates
         self.mode = mode or Mode()
+        self.offset = offset
         self.noise_width = router.noise_width
 
     def groups(self) -> list[ParamGroup]:
@@ -110,7 +119,10 @@ class DistillTask(Task):
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
                 teacher = self.teacher_features(batch).each(widened)
+                offset = None if self.offset is None else widened(self.offset(batch.images))
             student = self.student_features(batch.images).each(widened)
+        if offset is not None:
+            student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
         ce = F.cross_entropy(student.logits, batch.labels)
         logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
@@ -121,7 +133,7 @@ class DistillTask(Task):
             parts["feature"] = feature
             loss = loss + feature
         parts["loss"] = loss
-        routing_loss, events = self._route(batch, teacher, ce, decision)
+        routing_loss, events = self._route(batch, teacher, ce, decision, offset)
         parts |= {"router": routing_loss} if events else {}
         use = SpotUse(decision.weight, decision.probability, events)
         return StepOutput(
@@ -129,13 +141,15 @@ class DistillTask(Task):
         )
 
     def _route(
-        self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision
+        self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision, offset: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The router's loss and what happened in it; nothing where the router does not learn."""
         if self.graft is None or decision.gate is None:
             return torch.zeros_like(ce), {}
         with self.mode.networks(batch.images.device):
             routed = widened(self.graft(batch.images, teacher, decision.gate))
+        if offset is not None:  # as far as the routed pass ends in the student's head
+            routed = routed + (1 - decision.gate[:, -1:]) * offset
         result = router_loss(
             routed,
             batch.labels,
@@ -145,4 +159,4 @@ class DistillTask(Task):
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
         events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
-        return result.loss, events
+        return result.loss, events | {"routed_ce": result.ce, "student_ce": ce.detach()}

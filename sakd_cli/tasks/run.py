@@ -1,7 +1,7 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from sakd_cli.config.run import DistillConfig, Train
+from sakd_cli.data.halves import InTurn
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
@@ -22,11 +23,15 @@ from sakd_cli.engine.watch import Heeding, Watcher
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.models.ensemble import Offset
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
+from sakd_cli.tasks import mixtures, survey
 from sakd_cli.tasks.bank import open_bank
-from sakd_cli.tasks.build import Job, plan, warmup_of
+from sakd_cli.tasks.build import Job, plan, search_of, warmup_of
+from sakd_cli.tasks.chain import Chain, MemberDelivery, chain_of, rehearse
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.search import SearchTask, batches
 from sakd_cli.tasks.sftn import BranchDelivery
 
 
@@ -57,13 +62,17 @@ class FolderDelivery:
 
 def try_one_batch(job: Job) -> dict[str, Any]:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
+    rehearse(job)
+    chain = chain_of(job)
     job.task.train()
     job.task.begin_epoch(1)
     output = job.task(next(_train_loader(job).epoch(1)))
     output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
     steps = len(_train_loader(job))
-    return {"schema": "sakd.plan/1"} | plan(job) | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
+    shown = {"schema": "sakd.plan/1"} | plan(job) | ({"mixtures": found} if (found := _mixtures(job)) else {})
+    shown["networks"] += chain.networks() if chain else []
+    return shown | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
 
 
 def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
@@ -72,6 +81,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     again  the command that goes on after a stop; None: that of this very run
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
+    chain = chain_of(job)
     if job.device.type == "cpu":
         keep_freed_memory()
     if job.config.runtime.deterministic:
@@ -88,41 +98,63 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
         try:
             judge = _judge(job, watcher)
             facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
-            _take_from_bank(job, watcher)
-            phases = _resumed(_phases(job, run, judge, facts, watcher), run, intent, watcher)
+            phases = _resumed(_phases(job, chain, run, judge, facts, watcher), run, intent, watcher)
             figures = {trainer.phase: trainer.fit() for trainer in phases}
-            scored = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
+            extra: dict[str, Any] = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
+            extra |= {"ensemble": chain.close(run, judge.test, figures)} if chain else {}
+            extra |= survey.keep(job, run, watcher)
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        summary = _about(job) | figures[MAIN] | facts | scored
+        if (mixed := _mixtures(job)) is not None:
+            extra |= {"mixtures": mixed, "search_seconds": figures.get("search", {}).get("seconds")}
+        summary = _about(job) | figures[MAIN] | facts | extra
         write_json(run.path / "summary.json", summary)
         return run, summary
 
 
-def _phases(job: Job, run: RunDir, judge: Judge, facts: dict[str, Any], watcher: Watcher) -> Iterator[Trainer]:
+def _phases(
+    job: Job, chain: Chain | None, run: RunDir, judge: Judge, facts: dict[str, Any], watcher: Watcher
+) -> Iterator[Trainer]:
     """The trainings of a run, one after another; each is built when the one before is done."""
-    words = job.config
+    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
+    yield from _training(job, MAIN, Outcome(judge, delivery), run, watcher)
+    for phase, stage, base in chain.stages(watcher) if chain else ():
+        judged = judge._replace(scored=partial(Offset, base=base))
+        outcome = Outcome(judged, MemberDelivery(stage.network, stage.card))
+        yield from _training(stage, phase, outcome, run, watcher)
+
+
+def _training(job: Job, phase: str, outcome: Outcome, run: RunDir, watcher: Watcher) -> Iterator[Trainer]:
+    """The training of one network, and what its method does before."""
+    words, before = job.config, "" if phase == MAIN else f"{phase}-"
+    _take_from_bank(job, watcher)
     shared = partial(Trainer, run=run, watcher=watcher, log_every=words.log_every, save_every=words.save_every)
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage  # at a constant learning rate
         optimizer = _optimizer(task, words.train, ())
-        yield shared(task, _train_loader(job), optimizer, epochs=epochs, phase="warmup")
+        yield shared(task, _train_loader(job), optimizer, epochs=epochs, phase=f"{before}warmup")
         task.warmup.requires_grad_(False)
+    if (search := search_of(job)) is not None:
+        both, epochs = search.optimizer(words.train.momentum), search.words.search_epochs
+        yield shared(search, _search_loader(job, search), both, epochs=epochs, phase=f"{before}search")
+        search.settle()
+    if (mixed := _mixtures(job, watcher.warn)) is not None:
+        write_json(run.path / f"{before}{mixtures.NAME}", mixed)
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
         train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
-    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts, job.branches)
     yield shared(
         job.task,
         _train_loader(job),
         _optimizer(job.task, words.train, words.train.decay_epochs()),
-        outcome=Outcome(judge, delivery),
+        outcome=outcome,
         epochs=words.train.epochs,
         recorder=recorder,
+        phase=phase,
     )
 
 
@@ -165,7 +197,9 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
 
 
 def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
-    return Optimizer(task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay)
+    return Optimizer(
+        task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay, nesterov=words.nesterov
+    )
 
 
 def _train_loader(job: Job) -> TrainLoader:
@@ -177,6 +211,26 @@ def _train_loader(job: Job) -> TrainLoader:
         noise_width=job.task.noise_width,
         device=job.device,
     )
+
+
+def _search_loader(job: Job, search: SearchTask) -> InTurn:
+    words, images = job.config, job.images
+    return batches(
+        search.words,
+        images.dataset,
+        images.train,
+        batch_size=words.train.batch_size,
+        seed=words.seed,
+        device=job.device,
+    )
+
+
+def _mixtures(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """What the run mixes, as its file holds it; None for methods without mixtures."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
+        return None
+    words = job.config
+    return mixtures.record(words.method, job.task.feature_distiller, job.images.dataset.name, words.seed, warn)
 
 
 def _judge(job: Job, watcher: Watcher) -> Judge:
@@ -195,6 +249,7 @@ def _label(job: Job) -> str:
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
+        parts += ["residual"] if words["residual"]["students"] else []
     return "-".join(parts)
 
 

@@ -1,6 +1,6 @@
 """Score a saved network on the test images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,25 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     scores = test_scores(model, dataset, device, watcher, f"scoring {weights}{unfinished}")
     rows = branch_rows(model, branches.to(device), EvalLoader(dataset.test, dataset, device=device)) if branches else []
-    per_class = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, strict=True)
+    named_by = {"weights": str(weights), "sha256": network.sha256, "network": model.name, "dataset": dataset.name}
+    costs = cost(model, images.side)._asdict() | {"device": str(device)}
+    return described(named_by, run, scores, costs, dataset.classes) | ({"branches": rows} if rows else {})
+
+
+def described(
+    named: dict[str, Any], run: RunDir | None, scores: Scores, costs: dict[str, Any], classes: Sequence[str]
+) -> dict[str, Any]:
+    """The document of `sakd eval --json`. named: weights, sha256, network, dataset; costs: parameters, macs, device."""
+    per_class = zip(classes, scores.images_of_class, scores.top1_of_class, strict=True)
     return {
         "schema": "sakd.eval/1",
-        "weights": str(weights),
         "run": str(run.path) if run else None,
         "finished": run.finished if run else None,
-        "sha256": network.sha256,
-        "network": model.name,
-        "dataset": dataset.name,
+        **named,
         "split": "test",
         "images": scores.images,
         **scores.headline(),
-        **cost(model, images.side)._asdict(),
-        "device": str(device),
-        **({"branches": rows} if rows else {}),
+        **costs,
         "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
     }
 
@@ -62,10 +66,10 @@ def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: W
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Watcher, title: str) -> Scores:
     """Figures of a network that is on `device`, on all test images."""
     batches = EvalLoader(dataset.test, dataset, device=device)
-    return evaluate(model, _followed(batches, watcher, title), len(dataset.classes))
+    return evaluate(model, followed(batches, watcher, title), len(dataset.classes))
 
 
-def _followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, with the watcher told of each."""
     watcher.begin(title, len(batches))
     try:

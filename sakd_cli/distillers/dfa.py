@@ -1,0 +1,188 @@
+"""Differentiable feature aggregation: mixtures of the teacher's blocks."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.methods import DFAConfig, Mixtures
+from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.ofd import connector, margins, partial_distance
+from sakd_cli.distillers.pairwise import weighted_mean
+from sakd_cli.errors import UsageError
+from sakd_cli.models.adapters import ConvAdapter
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Features, Shape, StagedModel
+
+LEAST = 1e-12  # mean square of a map that is divided by its root
+
+
+class Group(NamedTuple):
+    """Blocks of one stage of the teacher that can be mixed: those of the width that most of them have.
+
+    stage, name, network   which stage of which network
+    places                 of these blocks among all of the stage, from 0
+    width                  their channels
+    norms                  the BatchNorm that reads each one's output; None where blocks do not begin with one
+    """
+
+    stage: int
+    name: str
+    network: str
+    places: tuple[int, ...]
+    width: int
+    norms: tuple[nn.BatchNorm2d, ...] | None
+
+
+def mixable(teacher: StagedModel, stage: int) -> Group:
+    """The group of a stage. Raises UsageError where no width is the commonest."""
+    info = teacher.infos[stage]
+    ranked = Counter(info.blocks).most_common(2)
+    if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
+        widths = ", ".join(map(str, info.blocks)) or "none"
+        raise UsageError(f"method dfa: {teacher.name} cannot be mixed at {info.name}: widths of its blocks: {widths}")
+    width = ranked[0][0]
+    places = tuple(place for place, channels in enumerate(info.blocks) if channels == width)
+    norms = teacher.norms_behind_blocks(stage)
+    chosen = None if norms is None else tuple(norms[place] for place in places)
+    return Group(stage, info.name, teacher.name, places, width, chosen)
+
+
+@final
+class Mixture(nn.Module):
+    """sum_j alpha_j n(T_j): block outputs [N, C, H, W] of one stage to one map of that shape; alpha [blocks].
+
+    n: over the root mean square of the sample's map (rms), as it is (none), or what the next BatchNorm makes of it
+    (preact; statistics of the frozen teacher).
+    """
+
+    def __init__(self, group: Group, norm: str) -> None:
+        super().__init__()
+        self.places = group.places
+        self.rms = norm == "rms"
+        self.preact = norm == "preact"
+        low = torch.zeros(len(group.places), group.width)
+        if self.preact:
+            if group.norms is None:
+                raise UsageError(
+                    f"method.norm: preact needs a teacher of pre-activation blocks; {group.network} is none",
+                    hint="rms, none, or a wide ResNet",
+                )
+            norms = group.norms
+            scale = torch.stack([n.weight / (read(n.running_var) + n.eps).sqrt() for n in norms]).detach()
+            bias = torch.stack([n.bias for n in norms]).detach()
+            self.register_buffer("scale", scale, persistent=False)  # the teacher's, not the run's
+            self.register_buffer(
+                "shift", bias - torch.stack([read(n.running_mean) for n in norms]) * scale, persistent=False
+            )
+            low = torch.stack([margins((n.weight, n.bias)) for n in norms])
+        self.register_buffer("low", low, persistent=False)
+
+    def forward(self, blocks: Sequence[Tensor], alpha: Tensor) -> Tensor:
+        parts = [
+            a * self._normalised(blocks[place], j)
+            for j, (place, a) in enumerate(zip(self.places, alpha.unbind(), strict=True))
+        ]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def _normalised(self, x: Tensor, j: int) -> Tensor:
+        if self.preact:
+            scale, shift = (self.get_buffer(name)[j, :, None, None] for name in ("scale", "shift"))
+            return x * scale + shift
+        return x * x.square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=LEAST).rsqrt() if self.rms else x
+
+
+def read(statistics: Tensor | None) -> Tensor:
+    """A running statistic of a BatchNorm that keeps them."""
+    assert statistics is not None
+    return statistics
+
+
+def connect(source: Shape, target: Shape) -> nn.Module:
+    """1x1 convolution and BatchNorm; between maps of two sizes the routing adapter without its ReLU."""
+    return connector(source[0], target[0]) if source[1:] == target[1:] else ConvAdapter(source, target, relu=False)
+
+
+@final
+class Match(nn.Module):
+    """D(A, P(s)) per sample at one spot: the mixture A, and the student's map through a connector P."""
+
+    def __init__(self, spot: Spot, group: Group, config: DFAConfig) -> None:
+        super().__init__()
+        self.shape = (group.width, *spot.teacher_shape[1:])
+        self.mixture = Mixture(group, config.norm)
+        self.connector = connect(spot.student_shape, self.shape)
+        self.partial = config.distance == "partial_l2"
+
+    def forward(self, student: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
+        """Student's map, the mixture, and the weights it was mixed with, to [N]."""
+        ours = self.connector(student)
+        if self.partial:
+            low = alpha.detach() @ self.mixture.get_buffer("low")
+            return partial_distance(ours, mixed, low) / mixed[0].numel()
+        return (ours - mixed).square().flatten(1).mean(dim=1)
+
+
+def _random(blocks: int) -> Tensor:
+    share = -torch.log(1 - torch.rand(blocks))
+    return share / share.sum()
+
+
+# Uniform on the simplex where it is random; one that is to be found begins in the middle.
+BEGINNINGS: dict[str, Callable[[int], Tensor]] = {
+    Mixtures.LAST: lambda blocks: torch.eye(blocks)[-1],
+    Mixtures.RANDOM: _random,
+}
+
+
+@final
+class DFA(Distiller):
+    """The student's map of every stage matches a mixture of the teacher's block outputs there.
+
+    loss_i = mean over samples, channels and positions of (P(s_i) - sum_j alpha_ij n(t_ij))^2
+    P = 1x1 convolution and BatchNorm;  n = division by the root mean square of the sample's map;  sum_j alpha_ij = 1
+
+    Guan, Zhao, Wang, Zhang, Yao, Bian, Tang, "Differentiable Feature Aggregation Search for Knowledge Distillation",
+    ECCV 2020, equation 3; alpha is found before by a search (`tasks/search.py`) and stays as it is. Maps [N, C, H, W].
+    Of blocks of several widths in a stage those of the commonest one are mixed. Ours: n, and the weight that goes with
+    it (with `norm=none` 16 is that of the authors' baselines); `partial_l2` is OFD's distance, its margins mixed like
+    the maps and 0 unless `norm=preact`. The published loss has no logit term: `--set method.kl_weight=0`. Connectors
+    see the whole batch, so that their BatchNorm does not depend on the selection.
+    """
+
+    def __init__(self, spots: tuple[Spot, ...], config: DFAConfig, groups: Sequence[Group]) -> None:
+        """groups  of the teacher, one for each spot."""
+        super().__init__(spots, blocks=True)
+        self._matches = [Match(spot, group, config) for spot, group in zip(spots, groups, strict=True)]
+        self.matches = nn.ModuleList(self._matches)
+        self.groups = tuple(group._replace(norms=None) for group in groups)
+        for k, group in enumerate(groups):
+            blocks = len(group.places)
+            begun = BEGINNINGS.get(config.weights, lambda blocks: torch.full((blocks,), 1 / blocks))
+            self.register_buffer(f"alpha{k}", begun(blocks))
+        self.betas: list[list[float] | None] = [None] * len(groups)  # what a search ended with, for the records
+
+        several = [k for k, group in enumerate(groups) if len(group.places) > 1]
+        self.to_be_found = several if config.weights == Mixtures.SEARCH else []  # spots at which a search has a choice
+
+    def alpha(self, k: int) -> Tensor:
+        """Weights of the blocks at spot k, [blocks]; they sum to 1."""
+        return self.get_buffer(f"alpha{k}")
+
+    def take(self, k: int, alpha: Tensor, beta: Tensor | None = None) -> None:
+        """Distil with these weights at spot k from now on; `beta`: what they are the softmax of."""
+        self.alpha(k).copy_(alpha)
+        self.betas[k] = None if beta is None else beta.tolist()
+
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        losses = []
+        for k, (spot, match, w) in enumerate(zip(self.spots, self._matches, weight, strict=True)):
+            mixed = match.mixture([block.detach() for block in teacher.blocks[spot.teacher]], self.alpha(k))
+            losses.append(weighted_mean(match(student.stages[spot.student], mixed, self.alpha(k)), w))
+        return torch.stack(losses)

@@ -1,0 +1,160 @@
+"""A student with its residual students: networks whose logits are summed, run as far as a sample needs, and on disk.
+
+ensemble.json          members in order (architecture, file, SHA-256, MACs), exits, energies, teacher; written last
+member-N.safetensors   each opens alone, as every weights file of ours
+README.md
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.errors import UsageError
+from sakd_cli.models import artifact
+from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.models.cost import cost
+from sakd_cli.models.exits import Exits
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.rundir import sha256, write_aside, write_json
+
+FORMAT, INDEX = "sakd.ensemble/1", "ensemble.json"
+
+
+@final
+class Ensemble(nn.Module):
+    """z_n = z_0 + r_1 + ... + r_n: the logits after stage n (ResKD: Li et al., IEEE TIP 30, 2021)."""
+
+    members: nn.ModuleList
+
+    def __init__(self, members: Sequence[StagedModel]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to the logits of all members, [N, K]."""
+        *_, logits = self._running(images)
+        return logits
+
+    def stages(self, images: Tensor) -> Tensor:
+        """Images to the logits after each stage, [M+1, N, K]."""
+        return torch.stack(list(self._running(images)))
+
+    def _running(self, images: Tensor) -> Iterator[Tensor]:
+        first, *others = self.members
+        logits = first(images)
+        yield logits
+        for member in others:
+            logits = logits + member(images)
+            yield logits
+
+    def adaptive(self, images: Tensor, exits: Exits) -> tuple[Tensor, Tensor]:
+        """Images to the logits [N, K] with which each sample left, and the stage [N] at which it did.
+
+        In evaluation mode. A member sees the samples that have not left, and nothing where all have.
+        """
+        first, *others = self.members
+        logits = first(images)
+        left = torch.full((len(images),), len(others), device=images.device)
+        alive = torch.arange(len(images), device=images.device)
+        for stage, (member, limit) in enumerate(zip(others, exits.thresholds, strict=True)):
+            leaves = exits.doubt(logits[alive]) <= limit
+            left[alive[leaves]] = stage
+            alive = alive[~leaves]
+            if not len(alive):
+                break
+            logits[alive] = logits[alive] + member(images[alive])
+        return logits, left
+
+
+@final
+class Offset(nn.Module):
+    """A network whose logits are added to those that `base` gives; `base` is no part of it: no state, no mode."""
+
+    def __init__(self, network: nn.Module, base: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.base = base
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to logits [N, K]."""
+        return self.base(images) + self.network(images)
+
+
+class LoadedEnsemble(NamedTuple):
+    """What was read back: networks on the CPU and in evaluation mode, the card, the exits, all words of the index."""
+
+    ensemble: Ensemble
+    card: NetworkCard
+    exits: Exits
+    about: dict[str, Any]
+    sha256: str
+
+
+def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, facts: dict[str, Any]) -> None:
+    """Write the deployable folder; ensemble.json, its last file, makes it one.
+
+    facts   its further entries; among them `rule`, words of ResidualConfig, and `teacher` with its MACs
+    """
+    folder.mkdir(exist_ok=True)
+    members = []
+    for place, member in enumerate(ensemble.members):
+        assert isinstance(member, StagedModel)
+        file = folder / f"member-{place}.safetensors"
+        artifact.save_weights(file, member, card._replace(architecture=member.name))
+        entry = {"architecture": member.name, "file": file.name, "sha256": sha256(file)}
+        members.append(entry | cost(member, card.side)._asdict())
+    for stale in set(folder.glob("member-*.safetensors")) - {folder / str(entry["file"]) for entry in members}:
+        stale.unlink()
+    write_aside(folder / "README.md", _readme(card, members).encode())
+    words = {key: value for key, value in card._asdict().items() if key != "architecture"}
+    index = {"format": FORMAT, **words, "members": members, "exits": exits._asdict()}
+    write_json(folder / INDEX, index | facts)
+
+
+def load(folder: Path) -> LoadedEnsemble:
+    """Read the folder of an ensemble. Raises UsageError where it is missing, damaged or not ours."""
+    file = folder / INDEX
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise UsageError(f"{file}: not an ensemble of this sakd (format {about['format']!r}, expected {FORMAT!r})")
+        words = about["exits"]
+        low, high = words["scale"]
+        thresholds = tuple(float(limit) for limit in words["thresholds"])
+        exits = Exits(str(words["uncertainty"]), (float(low), float(high)), thresholds)
+        exits.doubt(torch.zeros(1, 2))  # an unknown uncertainty has no function
+        teacher_macs, rule = int(about["teacher"]["macs"]), dict(about["rule"])
+        entries = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
+        if len(entries) != len(thresholds) + 1:
+            raise ValueError(f"{len(entries)} members and {len(thresholds)} thresholds")
+        about |= {"rule": rule, "teacher": about["teacher"] | {"macs": teacher_macs}}
+    except OSError as error:
+        raise UsageError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file}: damaged or not an ensemble ({error})") from None
+    members = []
+    for path, digest in entries:
+        members.append(artifact.load(path))
+        if members[-1].sha256 != digest:
+            raise UsageError(f"{path}: is not the member that {INDEX} names (its SHA-256 differs)")
+        if members[-1].card.classes != members[0].card.classes:
+            raise UsageError(f"{path}: its classes are not those of the first member")
+    ensemble = Ensemble([member.model for member in members]).eval()
+    return LoadedEnsemble(ensemble, members[0].card, exits, about, sha256(file))
+
+
+def _readme(card: NetworkCard, members: list[dict[str, Any]]) -> str:
+    names = " + ".join(str(entry["architecture"]) for entry in members)
+    return (
+        f"# {names} on {card.dataset}\n\n"
+        f"A student and its residual students for {len(card.classes)} classes, {card.side}x{card.side} pixels, trained "
+        "with sakd.\nTheir logits are summed; an image whose uncertainty after member n is at most thresholds[n] needs "
+        "no further one.\n\n"
+        "`ensemble.json` has the order, the thresholds, the class names, and the mean and standard deviation of pixel\n"
+        "values between 0 and 1; every `member-N.safetensors` also opens alone.\n\n"
+        "    sakd eval .\n"
+    )

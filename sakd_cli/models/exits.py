@@ -1,0 +1,138 @@
+"""Who may leave an ensemble early: how unsure logits are, and thresholds fitted on held-out images (ResKD spec, 2.5).
+
+A sample leaves at the first stage n whose uncertainty is at most thresholds[n]; after the last stage all leave.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sakd_cli.config.residual import ResidualConfig
+
+NEVER = -1.0  # below every uncertainty
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(z) in units of log K."""
+    log = F.log_softmax(logits, dim=-1)
+    return -(log.exp() * log).sum(dim=-1) / math.log(logits.shape[-1])
+
+
+def maxprob(logits: Tensor) -> Tensor:
+    """One less the largest class probability."""
+    return 1 - logits.softmax(dim=-1).amax(dim=-1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """One less the difference of the two largest class probabilities."""
+    first, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+    return 1 - (first - second)
+
+
+def energy(logits: Tensor) -> Tensor:
+    """Minus log-sum-exp of the logits: of no fixed range, so it is scaled by what held-out images show."""
+    return -logits.logsumexp(dim=-1)
+
+
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": entropy,
+    "maxprob": maxprob,
+    "margin": margin,
+    "energy": energy,
+}
+RANGES = {"entropy": (0.0, 1.0), "maxprob": (0.0, 1.0), "margin": (0.0, 1.0)}
+
+
+class Exits(NamedTuple):
+    """uncertainty: its name; scale: what counts as 0 and as 1; thresholds: one per stage but the last."""
+
+    uncertainty: str
+    scale: tuple[float, float]
+    thresholds: tuple[float, ...]
+
+    def doubt(self, logits: Tensor) -> Tensor:
+        """Logits [..., K] to uncertainties [...] in [0, 1]."""
+        low, high = self.scale
+        return ((MEASURES[self.uncertainty](logits.float()) - low) / max(high - low, 1e-12)).clamp(0, 1)
+
+    def leaving(self, stages: Tensor) -> Tensor:
+        """Logits after each stage [M+1, N, K] to the stage [N] at which each sample leaves."""
+        return leaving(self.doubt(stages[:-1]), self.thresholds)
+
+
+def leaving(doubts: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Uncertainties [M, N] after all stages but the last to the stage [N], 0 .. M, at which each sample leaves."""
+    at_last = torch.ones_like(doubts[:1]) if len(doubts) else doubts.new_ones(1, doubts.shape[1])
+    early = [(doubt <= limit).to(doubts.dtype)[None] for doubt, limit in zip(doubts, thresholds, strict=True)]
+    return torch.cat([*early, at_last]).argmax(dim=0)  # the first of the largest
+
+
+def fit(words: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[int], teacher_macs: int | None) -> Exits:
+    """Thresholds by `words.rule` from the logits after each stage, [M+1, N, K], of images that nobody was trained on.
+
+    macs: of each member; teacher_macs: what a budget is a share of (None: of all members together).
+    """
+    scale = RANGES.get(words.uncertainty)
+    if scale is None:
+        seen = MEASURES[words.uncertainty](stages.float())
+        scale = float(seen.min()), float(seen.max())
+    exits = Exits(words.uncertainty, scale, ())
+    doubts = exits.doubt(stages[:-1])
+    match words.rule:
+        case "agreement":
+            found = _stage_by_stage(doubts, _disagreement(stages), words.delta)
+        case "accuracy":
+            right = (stages.argmax(dim=-1) == labels).double()
+            found = _stage_by_stage(doubts, right[-1:] - right[:-1], words.delta)
+        case "fixed":
+            found = [words.theta] * len(doubts)
+        case "budget":
+            found = [_within(words.budget * (teacher_macs or sum(macs)), doubts, macs)] * len(doubts)
+    return exits._replace(thresholds=tuple(found))
+
+
+def _disagreement(stages: Tensor) -> Tensor:
+    """[M, N]: 1 where the prediction after a stage is not that of all members."""
+    predictions = stages.argmax(dim=-1)
+    return (predictions[:-1] != predictions[-1:]).double()
+
+
+def _stage_by_stage(doubts: Tensor, losses: Tensor, delta: float) -> list[float]:
+    """Per stage the threshold that lets most of those who reach it leave at a mean loss of at most `delta`."""
+    reached = torch.ones(doubts.shape[1], dtype=torch.bool, device=doubts.device)
+    found = []
+    for doubt, loss in zip(doubts, losses, strict=True):
+        found.append(_longest_prefix(doubt[reached], loss[reached], delta))
+        reached = reached & (doubt > found[-1])
+    return found
+
+
+def _longest_prefix(doubt: Tensor, loss: Tensor, delta: float) -> float:
+    """The last uncertainty of the longest prefix, the surest first, that holds the bound; equal ones go together."""
+    ranked, order = doubt.sort(stable=True)
+    mean = loss[order].cumsum(0) / torch.arange(1, len(order) + 1, device=loss.device)
+    ends = torch.ones_like(ranked, dtype=torch.bool)
+    ends[:-1] = ranked[1:] != ranked[:-1]
+    fits = (ends & (mean <= delta)).nonzero()
+    return float(ranked[fits[-1]]) if len(fits) else NEVER
+
+
+def _within(limit: float, doubts: Tensor, macs: Sequence[int]) -> float:
+    """The smallest shared threshold with a mean cost of at most `limit`; where none is, the one that all leave at."""
+    candidates = [NEVER, *doubts.unique().tolist()]
+    place = bisect_left(candidates, True, key=lambda theta: mean_macs(_shared(doubts, theta), macs) <= limit)
+    return float(candidates[min(place, len(candidates) - 1)])
+
+
+def _shared(doubts: Tensor, theta: float) -> Tensor:
+    return leaving(doubts, [theta] * len(doubts))
+
+
+def mean_macs(left: Tensor, macs: Sequence[int]) -> float:
+    """Mean multiply-accumulates per sample, from the stage [N] at which each left and the MACs of each member."""
+    return float(torch.tensor(macs, dtype=torch.float64).cumsum(0)[left.cpu()].mean())

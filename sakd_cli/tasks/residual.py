@@ -1,0 +1,87 @@
+"""A residual student learns what the sum of earlier students lacks: residual-guided distillation (ResKD).
+
+Li, Li, Omar, Wu, Li, "ResKD: Residual-Guided Knowledge Distillation", IEEE TIP 30, 2021. The paper's recipe is not
+public; ours is the ResKD spec's: logits are summed, earlier members are frozen (its sections 2.2 and 6).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.distillers.kd import softened_kl
+from sakd_cli.engine.task import ParamGroup, StepOutput, Task
+from sakd_cli.models.staged import StagedModel
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits [..., K] less their mean over the classes, which softmax does not see."""
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
+def relative_energy(teacher: Tensor, student: Tensor) -> float:
+    """Mean square of what the student's centred logits [N, K] lack, as a share of that of the teacher's."""
+    theirs = centred(teacher.double())
+    return float((theirs - centred(student.double())).square().mean() / theirs.square().mean())
+
+
+class Sides(NamedTuple):
+    """Logits [N, K]: the teacher's, the base's (without gradient both) and the residual student's; labels [N]."""
+
+    teacher: Tensor
+    base: Tensor
+    own: Tensor
+    labels: Tensor
+
+
+def kl(sides: Sides, words: ResidualConfig) -> Tensor:
+    """(1 - alpha) CE(z, y) + alpha T^2 KL(softmax(t/T) || softmax(z/T)) of the summed logits z."""
+    summed = sides.base + sides.own
+    missing = softened_kl(summed, sides.teacher, words.temperature).mean()
+    return (1 - words.alpha) * F.cross_entropy(summed, sides.labels) + words.alpha * missing
+
+
+def mse(sides: Sides, words: ResidualConfig) -> Tensor:
+    """Mean square of c(t) - c(z) - c(r), c centred: the residual itself as the target."""
+    return (centred(sides.teacher) - centred(sides.base) - centred(sides.own)).square().mean()
+
+
+LOSSES: dict[str, Callable[[Sides, ResidualConfig], Tensor]] = {"kl": kl, "mse": mse}
+
+
+@final
+class ResidualTask(Task):
+    """Train one residual student with one of LOSSES. `teacher` and `base` are frozen and in evaluation mode."""
+
+    network: StagedModel
+
+    def __init__(
+        self,
+        network: StagedModel,
+        teacher: Logits,
+        base: Logits,
+        words: ResidualConfig,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.teacher, self.base, self.words = teacher, base, words
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup("student", list(self.network.parameters()), self.lr, self.weight_decay)]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        with torch.no_grad():
+            teacher, base = self.teacher(batch.images), self.base(batch.images)
+        sides = Sides(teacher, base, self.network(batch.images), batch.labels)
+        loss = LOSSES[self.words.loss](sides, self.words)
+        return StepOutput(loss, base + sides.own, {"loss": loss.detach()})

@@ -1,0 +1,186 @@
+"""Mixtures from the command line: searched, made or read from a file; what a run leaves of them and what is shown."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Said, Shop
+
+from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.models.artifact import load
+from sakd_cli.models.table import create
+from sakd_cli.report.mixtures import draw_mixtures, mixture_table
+from sakd_cli.tasks import build
+
+SIZE = "--dataset shapes --set data.train=80 --set data.test=40 --batch-size 16 --epochs 1"
+DISTIL = f"distill --teacher deep --student resnet8 --method dfa {SIZE} --set method.search_epochs=1"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """With a teacher of two blocks per stage."""
+    shop = Shop(tmp_path_factory.mktemp("mixtures"))
+    said(shop, f"pretrain-teacher resnet14 {SIZE} --run-dir deep")
+    return shop
+
+
+@pytest.fixture(scope="module")
+def searched(shop: Shop) -> dict[str, Any]:
+    """The summary of a run with a search."""
+    return said(shop, f"{DISTIL} --run-dir searched --json").document
+
+
+def said(shop: Shop, line: str) -> Said:
+    done = shop.sakd(*shlex.split(line))
+    assert done.code == 0, done.err
+    return done
+
+
+def record_of(shop: Shop, run: str) -> dict[str, Any]:
+    return json.loads((shop.path / run / "dfa.json").read_text(encoding="utf-8"))
+
+
+def job_of(shop: Shop, monkeypatch: pytest.MonkeyPatch, **words: Any) -> build.Job:
+    monkeypatch.chdir(shop.path)
+    data = {"name": "shapes", "train": 80, "test": 40}
+    tree = {"teacher": "deep", "student": "resnet8", "data": data, "method": {"name": "dfa", **words}}
+    return build.distillation(resolve("distill", [Layer("test", tree)]).config)
+
+
+def test_a_run_leaves_what_it_found_and_says_so(shop: Shop, searched: dict[str, Any]) -> None:
+    record = record_of(shop, "searched")
+    assert searched["mixtures"] == record
+    assert searched["search_seconds"] > 0
+    assert (record["teacher"], record["dataset"], record["norm"]) == ("resnet14", "shapes", "rms")
+    assert (record["distance"], record["seed"], record["search"]["search_epochs"]) == ("l2", 0, 1)
+    for index, group in enumerate(record["groups"], start=1):
+        assert (group["index"], group["name"], group["blocks"], group["positions"]) == (
+            index,
+            f"stage{index}",
+            2,
+            [1, 2],
+        )
+        assert torch.tensor(group["beta"]).softmax(0).tolist() == pytest.approx(group["alpha"], abs=1e-6)
+        assert group["alpha"][group["largest"] - 1] == max(group["alpha"]) != min(group["alpha"])
+    kinds = [json.loads(line)["kind"] for line in (shop.path / "searched" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["search", "train", "eval"]
+    shown = said(shop, "inspect-spots searched").out
+    assert "Mixtures of the teacher's blocks" in shown
+    assert f"{100 * record['groups'][2]['alpha'][1]:.1f}" in shown
+    assert said(shop, "inspect-spots searched --json").document["mixtures"] == record
+
+
+def test_what_is_delivered_is_the_plain_student(shop: Shop, searched: dict[str, Any]) -> None:
+    network = load(shop.path / "searched" / "student").model
+    plain = create("resnet8", 20)
+    assert list(network.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.equal(plain.eval()(images), network.eval()(images))
+
+
+def test_the_search_has_students_of_its_own_and_its_mixtures_stay_as_they_are(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(shop, monkeypatch)
+    search = build.search_of(job)
+    assert search is not None
+    students = [*search.network, job.network]
+    weights = [torch.cat([p.flatten() for p in student.parameters()]) for student in students]
+    assert not any(torch.equal(a, b) for k, a in enumerate(weights) for b in weights[:k])
+    assert not any(name.endswith(("alpha0", "alpha1", "alpha2")) for name, _ in job.task.named_parameters())
+    assert not any(p.requires_grad for p in job.teacher.model.parameters())
+    again = build.search_of(job_of(shop, monkeypatch))
+    assert all(torch.equal(a, b) for a, b in zip(search.parameters(), again.parameters(), strict=True))
+
+
+def test_a_file_gives_its_mixtures_to_another_run(shop: Shop, searched: dict[str, Any]) -> None:
+    done = said(shop, f"{DISTIL} --dfa-weights searched/dfa.json --run-dir lent --json --seed 1")
+    assert record_of(shop, "lent") == record_of(shop, "searched")
+    assert done.document["search_seconds"] is None
+    assert "warning" not in done.err
+    words = resolve("distill", [Layer("lent", build.RunDir(shop.path / "lent").config)]).config.method
+    assert words.weights == str(shop.path / "searched" / "dfa.json")
+    other = record_of(shop, "searched") | {"dataset": "cifar100"}
+    (shop.path / "cifar.json").write_text(json.dumps(other))
+    warned = said(shop, f"{DISTIL} --dfa-weights cifar.json --run-dir transferred -q")
+    (line,) = warned.err.splitlines()
+    assert line.endswith("cifar.json: was found on cifar100, and is used on shapes")
+    assert record_of(shop, "transferred") == other
+
+
+def test_the_same_seed_finds_the_same_mixtures(shop: Shop, searched: dict[str, Any]) -> None:
+    said(shop, f"{DISTIL} --router never --run-dir again -q")
+    assert record_of(shop, "again")["groups"] == record_of(shop, "searched")["groups"]
+
+
+@pytest.mark.parametrize("word", ["uniform", "last", "random"])
+def test_what_is_made_costs_no_search(shop: Shop, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    job = job_of(shop, monkeypatch, weights=word)
+    assert build.search_of(job) is None
+    plan = said(shop, f"{DISTIL} --dfa-weights {word} --dry-run --json").document
+    assert [group["blocks"] for group in plan["mixtures"]["groups"]] == [2, 2, 2]
+    assert (plan["mixtures"]["weights"], plan["mixtures"]["search"]) == (word, None)
+    assert "stage3" in said(shop, f"{DISTIL} --dfa-weights {word} --dry-run").out.partition("Mixtures")[2]
+
+
+def changed(**change: Any) -> Any:
+    return lambda record: record | change
+
+
+def with_group(**change: Any) -> Any:
+    return lambda record: record | {"groups": [record["groups"][0] | change, *record["groups"][1:]]}
+
+
+WRONG = {
+    "holds mixtures of resnet20, not of resnet14": changed(teacher="resnet20"),
+    "was searched with norm none, this run has rms": changed(norm="none"),
+    "has 3 blocks of stage 1, 2 blocks of stage 2": with_group(blocks=3, alpha=[0.5, 0.25, 0.25]),
+    "has 2 blocks of stage 4, 2 blocks of stage 2": with_group(index=4),
+    "holds no mixtures of blocks, or damaged ones": with_group(alpha=[0.5, 0.6]),
+    "w.json: holds no mixtures": with_group(alpha=["half", 0.5]),
+    "holds no mixtures of": changed(schema="sakd.dfa/9"),
+    "or damaged ones": changed(groups=[]),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_file_that_does_not_fit_costs_one_line(shop: Shop, searched: dict[str, Any], text: str) -> None:
+    (shop.path / "w.json").write_text(json.dumps(WRONG[text](record_of(shop, "searched"))))
+    shop.refuses(shlex.split(f"{DISTIL} --dfa-weights w.json"), 2, text)
+
+
+def test_a_run_goes_on_with_the_file_it_began_with_only(shop: Shop, searched: dict[str, Any]) -> None:
+    (shop.path / "moving.json").write_text(json.dumps(record_of(shop, "searched")))
+    said(shop, f"{DISTIL} --dfa-weights moving.json --run-dir begun -q")
+    (shop.path / "begun" / "summary.json").unlink()
+    (shop.path / "moving.json").write_text(json.dumps(record_of(shop, "searched") | {"seed": 9}))
+    shop.refuses(["distill", "--resume", "begun", "-q"], 2, "is not the file this run began with")
+
+
+def test_the_picture_is_drawn_or_one_line_says_what_is_missing(
+    shop: Shop, searched: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sakd_cli.report.mixtures.can_draw", lambda: False)
+    picture = shop.path / "searched" / "dfa.png"
+    picture.unlink(missing_ok=True)
+    again = said(shop, "distill --resume searched")
+    assert again.err.splitlines() == ["no dfa.png: matplotlib is not installed (pip install 'sakd[plots]')"]
+    assert not picture.exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    said(shop, "distill --resume searched --json")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    groups = [{"name": "a", "alpha": [1 / 36] * 36}, {"name": "b", "alpha": [1.0]}]
+    draw_mixtures({"groups": groups}, tmp_path / "long.png")
+    assert (tmp_path / "long.png").stat().st_size > 1000
+
+
+def test_blocks_that_were_left_out_are_named() -> None:
+    groups = [{"name": "stage1", "alpha": [0.25, 0.75], "positions": [2, 3], "largest": 2, "entropy": 0.56}]
+    sheet = mixture_table({"groups": groups, "teacher": "MobileNetV2"})
+    assert sheet.rows == [["stage1", "2", " 25.0  75.0", "2", "0.56"]]
+    assert sheet.notes[-1] == "stage1: blocks 2, 3; others differ in width"
