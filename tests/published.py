@@ -35,7 +35,7 @@ LOSSES = {"nst": selectivity}
 
 def published(task: DistillTask, method: str) -> LiteralRouting:
     """The published step of a task of the adaptive router; what warms up is frozen as it is."""
-    teacher: StagedModel = task.teacher_features.see.__self__
+    teacher: StagedModel = task.teacher_features.network
     if task.feature_distiller is None or type(task.feature_distiller) in PUBLISHED:
         return literal(task, teacher)
     if task.distillers.warmup is not None:

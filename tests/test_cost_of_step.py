@@ -1,16 +1,16 @@
 """What the routed step costs, counted against the literal published one: the bars of the project, without a clock."""
 
 import copy
-import itertools
 from functools import cache
 
 import pytest
 import torch
 from published import published
-from torch import Tensor, nn
+from torch import nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import Count, count
+from sakd_cli.bench.steps import half_routed
 from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.staged import StagedModel
@@ -34,14 +34,6 @@ def networks(pair: str) -> tuple[StagedModel, StagedModel]:
     torch.manual_seed(0)
     teacher, student = (create(name, CLASSES) for name in (PAIRS | MORE_PAIRS)[pair])
     return student, teacher.requires_grad_(False).eval()
-
-
-def half_routed(spots: int, size: int) -> Tensor:
-    """Noise that sends half of the samples to the teacher at every spot, and all pairs of ways equally often."""
-    ways = torch.tensor(list(itertools.product((0, 1), repeat=2)) * (size // 4))
-    gates = torch.stack([ways[:, k % 2] for k in reversed(range(spots))], dim=1).bool()
-    both = torch.stack([gates, ~gates], dim=2)
-    return torch.where(both, 1 - 1e-6, 1e-6).flatten(1)
 
 
 def counted(pair: str, method: str, size: int) -> tuple[Count, Count]:

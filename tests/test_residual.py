@@ -147,7 +147,7 @@ def test_a_residual_student_trained_by_kd_is_one_trained_by_kl(float64: None) ->
     words = ResidualConfig(loss="kl", alpha=0.9)
     plain = ResidualTask(
         copy.deepcopy(inner.network),
-        lambda x: inner.teacher_features(x).logits,
+        lambda x: inner.teacher_features.network(x),
         base.forward,
         words,
         lr=0,
@@ -169,7 +169,7 @@ def test_the_offset_is_added_where_the_routed_pass_ends_in_the_students_head(met
     (batch,) = batches(task, 1)
     seen: list[Tensor] = []
     task.offset = base.forward
-    teacher = task.teacher_features(batch.images)
+    teacher = task.teacher_features(batch)
     gate = torch.zeros(6, len(task.spots))
     gate[:3, -1] = 1
     decision = task.router(teacher.embedding, task.student_features(batch.images).embedding, batch.noise)
@@ -183,7 +183,7 @@ def test_the_offset_is_added_where_the_routed_pass_ends_in_the_students_head(met
 
 def test_training_a_stage_changes_no_earlier_member_and_not_the_teacher(float64: None) -> None:
     task = make("fitnet", "adaptive")
-    first, teacher = double("resnet8", 1), task.teacher_features.__self__
+    first, teacher = double("resnet8", 1), task.teacher_features.network
     task.offset = Ensemble([first]).eval().forward
     before = copy.deepcopy((first.state_dict(), teacher.state_dict()))
     fit(task, batches(task, 2))

@@ -95,7 +95,7 @@ def test_channels_last_reaches_every_map_and_the_routed_pass_shares_the_students
 def test_bf16_is_for_the_networks_alone(method: str) -> None:
     exact, task = make(method), make(method, precision="bf16")
     types: list[torch.dtype] = []
-    for network in (task.network, task.teacher_features.see.__self__, task.graft.run_student.__self__):
+    for network in (task.network, task.teacher_features.network, task.graft.run_student.__self__):
         network.stages[0].register_forward_hook(lambda module, x, y: types.append(y.dtype))
     given = batch(task)
     output, expected = task(given), exact(given)

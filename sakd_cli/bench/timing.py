@@ -29,30 +29,41 @@ class Ratio(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds per call of every variant, one number per round: of the process, and on the wall."""
+    """Seconds per call of every variant, one number per round: of the process, and on the wall.
+
+    waited  the variants work on a device that they wait for: wall time counts, and says nothing of the machine's load
+    """
 
     cpu: dict[str, list[float]]
     wall: dict[str, list[float]]
+    waited: bool = False
+
+    @property
+    def counting(self) -> dict[str, list[float]]:
+        """The times that count."""
+        return self.wall if self.waited else self.cpu
 
     def ratio(self, above: str, below: str) -> Ratio:
-        """CPU time of one variant over that of another, round by round."""
-        ratios = [a / b for a, b in zip(self.cpu[above], self.cpu[below], strict=True)]
+        """Time of one variant over that of another, round by round."""
+        ratios = [a / b for a, b in zip(self.counting[above], self.counting[below], strict=True)]
         pairs = [(w, c) for name in (above, below) for w, c in zip(self.wall[name], self.cpu[name], strict=True)]
-        busy = statistics.median(w / c for w, c in pairs)
+        busy = 1.0 if self.waited else statistics.median(w / c for w, c in pairs)
         return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios), busy)
 
     def milliseconds(self, name: str) -> float:
-        """Median CPU time of a call."""
-        return 1000 * statistics.median(self.cpu[name])
+        """Median time of a call."""
+        return 1000 * statistics.median(self.counting[name])
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int = 7, warmup: int = 2) -> Times:
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int = 7, warmup: int = 2, waited: bool = False
+) -> Times:
     """Call every variant once per round, in reversed order every other round; `warmup` rounds are not counted.
 
     Whatever the machine does meanwhile meets all variants of a round alike, so ratios are taken within a round. On a
-    device that works by itself a variant must wait for it before it returns. Use one thread.
+    device that works by itself (`waited`) a variant must wait for it before it returns. Use one thread.
     """
-    times = Times({name: [] for name in variants}, {name: [] for name in variants})
+    times = Times({name: [] for name in variants}, {name: [] for name in variants}, waited)
     for turn in range(warmup + rounds):
         for name in list(variants)[:: -1 if turn % 2 else 1]:
             wall, cpu = time.perf_counter(), time.process_time()

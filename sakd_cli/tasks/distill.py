@@ -50,6 +50,12 @@ class PlainPass:
         """Features of a batch's images."""
         return self.see(batch.images)
 
+    @property
+    def network(self) -> StagedModel:
+        """The teacher."""
+        found: StagedModel = self.see.__self__  # type: ignore[attr-defined]
+        return found
+
 
 @final
 class DistillTask(Task):

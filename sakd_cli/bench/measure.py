@@ -1,0 +1,154 @@
+"""One measurement: every step counted and timed in turn, the phases of ours, and the machine it was done on."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sakd_cli.bench.phases import phases
+from sakd_cli.bench.steps import OURS, Setup, Step, steps
+from sakd_cli.bench.timing import BUSY, SPREAD, Ratio, Times, interleaved
+from sakd_cli.engine.runtime import effective, environment
+
+SCHEMA = "sakd.bench/1"
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+STEPS_OF_A_ROUND = 200  # on a GPU, which is waited for at a round's end only
+
+
+class Rounds(NamedTuple):
+    """How often all is timed, and how often before that for nothing."""
+
+    rounds: int = 7
+    warmup: int = 2
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread, so that CPU time is work done."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], None]) -> dict[str, Any]:
+    """The document of `sakd bench`; ratios are of every step over ours (`adaptive`), so that more is better for us."""
+    begin = time.perf_counter()
+    say("building and counting the steps")
+    compared = [*steps(setup), *peers]
+    first = time.perf_counter() - begin
+    say(f"{how.warmup} + {how.rounds} rounds of {', '.join(step.name for step in compared)}")
+    times, peaks = timed(setup, compared, how)
+    ratios = {step.name: times.ratio(step.name, OURS) for step in compared if step.name != OURS}
+    shares = phases(setup, rounds=how.rounds, warmup=how.warmup)
+    return {
+        "schema": SCHEMA,
+        "environment": machine(setup),
+        "setup": described(setup, how),
+        "steps": [_line(setup, step, times, peaks) for step in compared],
+        "ratios": [_ratio(name, ratio) for name, ratio in ratios.items()],
+        "headline": _headline(ratios),
+        "phases": [{"name": n, "ms": 1000 * s, "share": s / sum(shares.values())} for n, s in shares.items()],
+        "seconds_to_first_step": first,
+        "scaling": None,
+        "compared": None,
+    }
+
+
+def described(setup: Setup, how: Rounds) -> dict[str, Any]:
+    """What was measured, in words."""
+    return {
+        "teacher": setup.config.teacher.source,
+        "student": setup.config.student,
+        "method": setup.config.method.name,
+        "batch": setup.size,
+        "side": setup.side,
+        "images": setup.images,
+        "classes": setup.classes,
+        **how._asdict(),
+    }
+
+
+def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[str, int]]:
+    """Times per step, and on a GPU the most memory that each took."""
+    gpu, peaks = setup.device.type == "cuda", dict[str, int]()
+    if not gpu:
+        return interleaved({step.name: step.call for step in compared}, **how._asdict()), peaks
+
+    def rounds_of(step: Step) -> Callable[[], None]:
+        def several() -> None:
+            torch.cuda.reset_peak_memory_stats(setup.device)
+            for _ in range(STEPS_OF_A_ROUND):
+                step.call()
+            torch.cuda.synchronize(setup.device)
+            peaks[step.name] = torch.cuda.max_memory_allocated(setup.device)
+
+        return several
+
+    found = interleaved({step.name: rounds_of(step) for step in compared}, **how._asdict(), waited=True)
+    cpu, wall = ({n: [t / STEPS_OF_A_ROUND for t in of] for n, of in one.items()} for one in (found.cpu, found.wall))
+    return Times(cpu, wall, waited=True), peaks
+
+
+def _line(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> dict[str, Any]:
+    milliseconds = [1000 * seconds for seconds in times.counting[step.name]]
+    median, counted = times.milliseconds(step.name), step.counted
+    return {
+        "name": step.name,
+        "about": step.about,
+        "ms": median,
+        "ms_low": min(milliseconds),
+        "ms_high": max(milliseconds),
+        "images_per_second": 1000 * setup.size / median,
+        "gflop": None if counted is None else counted.flops / 1e9,
+        "gflop_per_second": None if counted is None else counted.flops / 1e6 / median,
+        "operations": None if counted is None else counted.operations,
+        "synchronisations": None if counted is None else counted.reads,
+        "saved_bytes": None if counted is None else counted.held,
+        "peak_bytes": peaks.get(step.name),
+    }
+
+
+def _ratio(name: str, ratio: Ratio) -> dict[str, Any]:
+    return {"above": name, "below": OURS} | ratio._asdict() | {"firm": ratio.firm}
+
+
+def _headline(ratios: dict[str, Ratio]) -> dict[str, Any]:
+    """The published step over ours (without one, plain distillation over ours), or why it is none."""
+    name = "literal" if "literal" in ratios else list(ratios)[1]
+    ratio, refused = ratios[name], None
+    if ratio.busy > BUSY:
+        refused = f"wall time is {ratio.busy:.1f} times CPU time: the machine was busy"
+    elif not ratio.firm:
+        refused = (
+            f"the rounds spread by {100 * (ratio.high - ratio.low) / ratio.median:.0f} %, above {100 * SPREAD:g} %"
+        )
+    return {"above": name, "median": None if refused else ratio.median, "refused": refused}
+
+
+def machine(setup: Setup) -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return environment(setup.device, effective(setup.config.runtime, setup.device)) | {
+        "cpu": fields.get("model name"),
+        "cpu_flags": [flag for flag in FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "process_peak_bytes": _peak_of_process(),
+    }
+
+
+def _peak_of_process() -> int | None:
+    """Most main memory the process ever had; None where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)

@@ -1,0 +1,124 @@
+"""How the time of a step grows along one axis at a time."""
+
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+
+from sakd_cli.bench.measure import Rounds, timed
+from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated, plain_distillation
+from sakd_cli.config.networks import find_network
+from sakd_cli.distillers.table import DISTILLERS
+from sakd_cli.errors import UsageError, unknown
+from sakd_cli.models.spot import aligned
+
+DEPTHS = (8, 11, 13, 14, 16, 18, 19, 20, 22, 28, 32, 34, 40, 44, 50, 56, 101, 110, 152)
+Points = list[tuple[Any, Setup]]
+
+
+def _batch(setup: Setup) -> Points:
+    return [(n, _with(setup, train=setup.config.train.model_copy(update={"batch_size": n}))) for n in (16, 64, 256)]
+
+
+def _side(setup: Setup) -> Points:
+    return [(n, setup._replace(side=n)) for n in (32, 64)]
+
+
+def _images(setup: Setup) -> Points:
+    return [(n, setup._replace(images=n)) for n in (5_000, 50_000, 100_000)]
+
+
+def _bank(setup: Setup) -> Points:
+    if not DISTILLERS[setup.config.method.name].of_images:
+        raise UsageError(f"--scaling bank: method {setup.config.method.name} keeps no bank of images; crd does")
+    return [(n, setup._replace(images=n)) for n in (10_000, 50_000, 100_000)]
+
+
+def _spots(setup: Setup) -> Points:
+    maps = aligned(*calibrated(setup))
+    entry = DISTILLERS[setup.config.method.name]
+    if entry.places not in _SPOT_PER_MAP:
+        raise UsageError(f"--scaling spots: method {setup.config.method.name} has spots of a fixed number; at has not")
+    return [(k, _with(setup, stage_map=tuple(maps[:k]))) for k in range(1, len(maps) + 1)]
+
+
+def _depth(setup: Setup) -> Points:
+    """Teachers of the same family from the student's depth to the teacher's, four at most."""
+    name, found = setup.config.teacher.source, []
+    for depth in DEPTHS:
+        other = re.sub(r"\d+", str(depth), name, count=1)
+        try:
+            network = find_network(other)
+        except UsageError:
+            continue
+        if network.family == find_network(name).family and network.name not in found:
+            found.append(network.name)
+        if network.name == find_network(name).name:
+            break
+    teacher = setup.config.teacher
+    return [(n, _with(setup, teacher=teacher.model_copy(update={"source": n}))) for n in found[-4:]]
+
+
+def _runs(setup: Setup) -> Points:
+    return [(n, setup) for n in (1, 2, 4)]
+
+
+AXES: dict[str, Callable[[Setup], Points]] = {
+    "batch": _batch,
+    "side": _side,
+    "spots": _spots,
+    "images": _images,
+    "bank": _bank,
+    "depth": _depth,
+    "runs": _runs,
+}
+_SPOT_PER_MAP = {entry.places for entry in DISTILLERS.values() if entry.places.__name__.startswith("every_map")}
+
+
+def _with(setup: Setup, **words: Any) -> Setup:
+    return setup._replace(config=setup.config.model_copy(update=words))
+
+
+def points_of(axis: str, setup: Setup) -> Points:
+    """The values of an axis and what is timed for each. UsageError where there is no such axis, or not here."""
+    if axis not in AXES:
+        raise UsageError(unknown("axis", axis, AXES))
+    return AXES[axis](setup)
+
+
+def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -> dict[str, Any]:
+    """Per value of the axis: ms of our step and of plain distillation, and the ratio of the two."""
+    found: list[dict[str, Any]] = []
+    for value, setup in points:
+        say(f"{axis} {value}")
+        if AXES[axis] is _runs:
+            found.append({"value": value, "ms": _together(setup, value, how), "kd_ms": None, "ratio": None})
+            continue
+        times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], how)
+        ratio = times.ratio("adaptive", "kd")
+        line = {"value": value, "ms": times.milliseconds("adaptive"), "kd_ms": times.milliseconds("kd")}
+        found.append(line | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "firm": ratio.firm})
+    return {"axis": axis, "points": found}
+
+
+def _together(setup: Setup, several: int, how: Rounds) -> float:
+    """Wall time in ms of one step of one run, where so many run beside each other, each with a thread and a stream."""
+    made = [adaptive(setup) for _ in range(several)]
+    gpu = setup.device.type == "cuda"
+
+    def steps(step: Step, times: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(setup.device) if gpu else None):
+            for _ in range(times):
+                step.call()
+
+    with ThreadPoolExecutor(several) as pool:
+        list(pool.map(partial(steps, times=how.warmup), made))
+        begin = time.perf_counter()
+        list(pool.map(partial(steps, times=how.rounds), made))
+        if gpu:
+            torch.cuda.synchronize(setup.device)
+        return 1000 * (time.perf_counter() - begin) / (how.rounds * several)

@@ -1,0 +1,182 @@
+"""The steps that a bench compares, ready to be called: networks of random weights, learning rates near 0."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.bench.counting import Count, count
+from sakd_cli.bench.literal import PUBLISHED, literal
+from sakd_cli.config.methods import KDConfig
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.routers import AdaptiveConfig, AlwaysConfig
+from sakd_cli.config.run import DistillConfig
+from sakd_cli.distillers.crd import CRD
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.runtime import compiled, effective, pick_device
+from sakd_cli.engine.task import Task
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.table import create
+from sakd_cli.tasks.build import assemble
+from sakd_cli.tasks.distill import DistillTask, PlainPass
+from sakd_cli.tasks.pretrain import PretrainTask
+
+OURS = "adaptive"  # the step that all others are held against
+RATE = 1e-9  # learning rate: the arithmetic of every step is that of the first
+
+
+class Setup(NamedTuple):
+    """What is timed: a distillation in words, images of `side` pixels, how many there are, of how many classes."""
+
+    config: DistillConfig
+    side: int = 32
+    images: int = 50_000
+    classes: int = 100
+
+    @property
+    def size(self) -> int:
+        """Images of a step."""
+        return self.config.train.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return pick_device(self.config.device)
+
+
+class Step(NamedTuple):
+    """A step ready to be called, and what one costs when it is counted; none is known of a peer's."""
+
+    name: str
+    about: str
+    call: Callable[[], object]
+    counted: Count | None = None
+
+
+def half_routed(spots: int, size: int) -> Tensor:
+    """Noise that sends half of the samples to the teacher at every spot, and all pairs of ways equally often."""
+    ways = torch.tensor(list(itertools.product((0, 1), repeat=2)) * -(-size // 4))[:size]
+    gates = torch.stack([ways[:, k % 2] for k in reversed(range(spots))], dim=1).bool()
+    both = torch.stack([gates, ~gates], dim=2)
+    return torch.where(both, 1 - 1e-6, 1e-6).flatten(1)
+
+
+def calibrated(setup: Setup) -> tuple[StagedModel, StagedModel]:
+    """Student, and teacher in evaluation mode, whose BatchNorms know the images: activations of ordinary size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        names = setup.config.student, find_network(setup.config.teacher.source).name
+        networks = [create(name, setup.classes) for name in names]
+        images = torch.randn(min(setup.size, 64), 3, setup.side, setup.side)
+    for network in networks:
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            network.train()(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        network.to(setup.device)
+    return networks[0], networks[1].requires_grad_(False).eval()
+
+
+def batch_of(setup: Setup, task: Task, spots: int) -> Batch:
+    """One batch; its noise sends half of the samples to the teacher at every spot of a router that learns."""
+    draw, size = torch.Generator().manual_seed(1), setup.size
+    x = torch.randn(size, 3, setup.side, setup.side, generator=draw)
+    learned = isinstance(task, DistillTask) and task.graft is not None
+    noise = half_routed(spots, size) if learned else torch.rand(size, task.noise_width, generator=draw)
+    index = torch.arange(size) % setup.images
+    return Batch(*(tensor.to(setup.device) for tensor in (x, index % setup.classes, index, noise)))
+
+
+def built(setup: Setup, **words: Any) -> DistillTask:
+    """The task of a setup with other words, its policy without weights: the noise alone decides."""
+    student, teacher = calibrated(setup)
+    train = setup.config.train.model_copy(update={"lr": RATE})
+    config = setup.config.model_copy(update={"train": train} | words)
+    labels = torch.arange(setup.images) % setup.classes
+    task = assemble(config, student, teacher, setup.side, labels).to(setup.device).train()
+    if task.graft is not None:
+        for parameter in task.router.parameters():
+            nn.init.zeros_(parameter)
+    return task
+
+
+def optimizer_of(task: Task) -> Optimizer:
+    made = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    made.begin_epoch(1)
+    return made
+
+
+def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
+    """One step of a task as the trainer does it; counted before it is compiled, if it is to be."""
+    given, optimizer = batch_of(setup, task, spots), optimizer_of(task)
+
+    def call() -> None:
+        optimizer.step(task(given).loss)
+
+    there = [given.images, given.labels, given.index, given.noise, *task.state_dict().values()]
+    if isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass):
+        there += task.teacher_features.network.state_dict().values()
+    counted = count(call, there)
+    if setup.config.runtime.compile:
+        compiled(task, setup.device)
+    return Step(name, about, call, counted)
+
+
+def adaptive_task(setup: Setup) -> DistillTask:
+    """The task of the paper's step."""
+    return built(setup, router=AdaptiveConfig(teacher_bias=0.0))
+
+
+def adaptive(setup: Setup) -> Step:
+    """The step of the paper, ours."""
+    task = adaptive_task(setup)
+    return ours(setup, OURS, f"{setup.config.method.name}, adaptive router", task, len(task.spots))
+
+
+def plain_distillation(setup: Setup) -> Step:
+    """Ordinary distillation of the logits."""
+    task = built(setup, method=KDConfig(), router=AlwaysConfig())
+    return ours(setup, "kd", "kd, every sample", task, len(task.spots))
+
+
+def steps(setup: Setup) -> list[Step]:
+    """All that are compared, the literal published step last where the method has one."""
+    student, _ = calibrated(setup)
+    mode = effective(setup.config.runtime, setup.device)
+    alone = PretrainTask(mode.laid_out(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
+    everywhere = built(setup, router=AlwaysConfig())
+    made = [
+        ours(setup, "plain", "the student alone", alone),
+        plain_distillation(setup),
+        ours(setup, "always", f"{setup.config.method.name}, every sample", everywhere, len(everywhere.spots)),
+        adaptive(setup),
+    ]
+    slow = _literal(setup)
+    return made if slow is None else [*made, slow]
+
+
+def _literal(setup: Setup) -> Step | None:
+    """The published step in fp32; None for methods that it is not written for."""
+    runtime = setup.config.runtime.model_copy(update={"precision": "fp32", "channels_last": False, "compile": False})
+    task = built(setup, router=AdaptiveConfig(teacher_bias=0.0), runtime=runtime)
+    features = task.feature_distiller
+    if features is not None and type(features) not in PUBLISHED:
+        return None
+    assert isinstance(task.teacher_features, PlainPass)
+    teacher = task.teacher_features.network
+    slow, given = literal(task, teacher), batch_of(setup, task, len(task.spots))
+    contrast = features.draw(given.index, given.labels) if isinstance(features, CRD) else None
+
+    def call() -> None:
+        slow.step(given.images, given.labels, given.noise, contrast)
+
+    there = [given.images, given.labels, given.noise, *([] if contrast is None else [contrast])]
+    there += [*slow.student.state_dict().values(), *teacher.state_dict().values()]
+    there += [*slow.compared.state_dict().values(), *slow.router_parameters]
+    return Step("literal", f"{setup.config.method.name}, as published", call, count(call, there))

@@ -1,0 +1,134 @@
+"""`sakd bench`: what it writes, what it refuses, and when it calls something slower. No time is judged here."""
+
+import copy
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Shop
+from rich.console import Console
+
+from sakd_cli.bench.compare import comparison
+from sakd_cli.bench.measure import _headline
+from sakd_cli.bench.timing import Ratio
+from sakd_cli.report.bench import bench_tables
+
+SMALL = shlex.split("bench --teacher resnet8 --student resnet8 --batch-size 4 --rounds 1 --quiet")
+PEER = """
+def step(words):
+    print("something that must not reach stdout")
+    assert (words["teacher"], words["batch"], words["device"]) == ("resnet8", 4, "cpu")
+    return lambda: sum(range(1000))
+"""
+NAMES = ["plain", "kd", "always", "adaptive", "literal", "peer"]
+STEP = {"name", "about", "ms", "ms_low", "ms_high", "images_per_second", "gflop", "gflop_per_second", "operations"}
+STEP |= {"synchronisations", "saved_bytes", "peak_bytes"}
+
+
+@pytest.fixture(scope="module")
+def found(shop: Shop) -> dict[str, Any]:
+    (shop.path / "theirs").mkdir()
+    (shop.path / "theirs" / "sakd_peer.py").write_text(PEER)
+    more = ["--peer", "theirs", "--scaling", "runs", "--method", "at", "--device", "cpu", "--json"]
+    return shop.sakd(*SMALL, *more).document
+
+
+def test_the_document_has_its_schema(found: dict[str, Any]) -> None:
+    keys = {"schema", "environment", "setup", "steps", "ratios", "headline", "phases", "seconds_to_first_step"}
+    assert set(found) == keys | {"scaling", "compared"}
+    assert found["schema"] == "sakd.bench/1"
+    assert {"cpu", "cpu_flags", "cores", "threads", "load", "torch", "mode", "device"} <= set(found["environment"])
+    assert found["environment"]["threads"] == 1
+    assert (found["setup"]["method"], found["setup"]["batch"], found["setup"]["rounds"]) == ("at", 4, 1)
+    assert [line["name"] for line in found["steps"]] == NAMES
+    assert all(set(line) == STEP for line in found["steps"])
+    cost = {line["name"]: line for line in found["steps"]}
+    assert cost["plain"]["gflop"] < cost["kd"]["gflop"] < cost["adaptive"]["gflop"] < cost["literal"]["gflop"]
+    assert (cost["always"]["synchronisations"], cost["peer"]["gflop"]) == (0, None)
+    assert cost["adaptive"]["saved_bytes"] < cost["literal"]["saved_bytes"]
+    assert [line["above"] for line in found["ratios"]] == [name for name in NAMES if name != "adaptive"]
+    assert all(line["rounds"] == 1 for line in found["ratios"])
+    phases = ["teacher pass", "student forward", "routed pass", "losses", "backward", "update", "data"]
+    assert [line["name"] for line in found["phases"]] == phases
+    assert sum(line["share"] for line in found["phases"]) == pytest.approx(1)
+    assert all(line["share"] > 0 for line in found["phases"])
+    assert [line["value"] for line in found["scaling"]["points"]] == [1, 2, 4]
+
+
+def test_the_tables_have_a_line_for_everything(found: dict[str, Any]) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    with_comparison = found | {"compared": comparison(found, found)}
+    for table in bench_tables(with_comparison):
+        console.print(table)
+    text = console.export_text()
+    assert all(name in text for name in [*NAMES, "routed pass", "Scaling", "No regression."])
+
+
+def test_a_headline_needs_quiet_rounds_on_a_quiet_machine() -> None:
+    steady = Ratio(2.0, 1.9, 2.1, 7, 1.1)
+    said = [_headline({"plain": steady, "kd": steady, "literal": r}) for r in (steady, steady._replace(high=2.5))]
+    said.append(_headline({"plain": steady, "kd": steady._replace(busy=3.0)}))
+    assert said[0] == {"above": "literal", "median": 2.0, "refused": None}
+    assert said[1]["refused"] == "the rounds spread by 30 %, above 25 %"
+    assert (said[2]["above"], said[2]["median"]) == ("kd", None)
+    assert "busy" in said[2]["refused"]
+
+
+def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
+    def times(factor: float, result: dict[str, Any]) -> dict[str, Any]:
+        made = copy.deepcopy(result)
+        for line in made["ratios"]:
+            line["median"] *= factor
+        return made
+
+    slower = times(0.8, found)
+    slower["compared"] = comparison(found, slower)
+    assert all(line["slow"] for line in slower["compared"]["ratios"])
+    assert not slower["compared"]["regressed"]
+    assert comparison(slower, slower)["regressed"], "held against what was recorded first, not against the slow one"
+    assert not comparison(slower, found)["regressed"]
+    assert not any(line["slow"] for line in comparison(found, times(0.9, found))["ratios"])
+    dearer = copy.deepcopy(found)
+    dearer["steps"][3]["synchronisations"] += 1
+    assert comparison(found, dearer)["regressed"], "counters are exact"
+    assert [line["counter"] for line in comparison(found, dearer)["risen"]] == ["synchronisations"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--scaling bacth", "unknown axis 'bacth'"),
+        ("--scaling bank", "method fitnet keeps no bank"),
+        ("--scaling spots", "method fitnet has spots of a fixed number"),
+        ("--teacher resnet9", "resnet9"),
+        ("--peer nowhere", "--peer nowhere: no such folder"),
+        ("--peer . --peer-entry step", "must be module:function"),
+        ("--peer . --peer-entry no_such_module_of_ours:step", "does not load (ModuleNotFoundError"),
+        ("--compare nothing.json", "nothing.json: No such file"),
+        ("--compare text.json", "text.json: is not JSON"),
+        ("--compare other.json", "other.json: is no result of `sakd bench --json`"),
+        ("--compare strange.json", "strange.json: is no result of `sakd bench --json`"),
+        ("--compare elsewhere.json", "another machine or mode (differs in cpu)"),
+        ("--compare known.json --method sp", "another setup (differs in method)"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    shop: Shop, found: dict[str, Any], words: str, text: str
+) -> None:
+    elsewhere = found["environment"] | {"cpu": "another"}
+    known = found | {"environment": found["environment"], "setup": found["setup"] | {"method": "fitnet"}}
+    documents = {"other": [], "strange": {"schema": "sakd.bench/1"}, "elsewhere": found | {"environment": elsewhere}}
+    for name, document in (documents | {"known": known}).items():
+        (shop.path / f"{name}.json").write_text(json.dumps(document))
+    (shop.path / "text.json").write_text("text")
+    shop.refuses([*SMALL, "--device", "cpu", *words.split()], 2, text)
+
+
+def test_a_peer_that_breaks_is_told(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def step(words):\n    raise KeyError('model')\n")
+    words = [*SMALL, "--peer", str(tmp_path), "--peer-entry", "broken:step"]
+    said = shop.refuses(words, 2, "broken:step does not load (KeyError: 'model')")
+    assert "gives a callable" in said.err
