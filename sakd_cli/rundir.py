@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,10 +62,11 @@ def json_bytes(content: Any) -> bytes:
 
 
 class RunDir:
-    """One run directory."""
+    """One run directory. `listeners` are told each line that `append` has written: file name and record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @classmethod
     def create(cls, runs_dir: Path, label: str) -> "RunDir":
@@ -144,6 +145,8 @@ class RunDir:
                 file.write(b"\n" * torn + json.dumps(record, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise DiskError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+        for listener in self.listeners:
+            listener(name, record)
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of every JSON-lines file, after they were flushed to the disk."""

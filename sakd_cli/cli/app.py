@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import look, train, words
+from sakd_cli.cli import judge, look, train, words
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 
@@ -51,10 +51,12 @@ def _root(
 app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
 app.command("eval", rich_help_panel="Look")(look.evaluate)
+app.command("compare", rich_help_panel="Look")(judge.compare)
 app.command("inspect-spots", rich_help_panel="Look")(look.inspect_spots)
 app.command("list", rich_help_panel="Words")(words.listing)
 config_app.command("show")(words.show_config)
 show_app.command("method")(words.show_method)
+show_app.command("schema")(words.show_schema)
 app.add_typer(show_app, name="show", rich_help_panel="Words")
 app.add_typer(config_app, name="config", rich_help_panel="Words")
 

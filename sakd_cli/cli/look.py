@@ -11,9 +11,16 @@ from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, newest_run
 
-EvalTarget = Annotated[
-    Path | None,
-    typer.Argument(help="Run directory, folder with a model.safetensors, or that file. Default: newest run."),
+EvalTargets = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[RUN]...",
+        help="Run directories, folders with a model.safetensors, or such files. Default: newest run.",
+    ),
+]
+EvalBatch = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="Images per forward pass (1000).", rich_help_panel="Run"),
 ]
 RunArgument = Annotated[Path | None, typer.Argument(help="Run directory. Default: the newest distillation.")]
 Top = Annotated[int, typer.Option(help="Classes to show at each end.", min=1, rich_help_panel="Output")]
@@ -21,37 +28,41 @@ Top = Annotated[int, typer.Option(help="Classes to show at each end.", min=1, ri
 
 def evaluate(
     ctx: typer.Context,
-    target: EvalTarget = None,
+    targets: EvalTargets = None,
+    teacher: o.Teacher = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     preset: o.Preset = None,
     config: o.Config = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
+    batch_size: EvalBatch = None,
     device: o.Device = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Score a trained network on the test images: top-1, top-5, loss, per class, size and cost.
+    """Judge trained networks on the test images, side by side: accuracy, calibration, classes, speed, their teacher.
 
     Examples:
 
         sakd eval
 
-        sakd eval runs/20261121-120000-distill-... --data-root ~/data --json
+        sakd eval runs/20261121-120000-distill-... runs/20261121-130000-distill-... --json
     """
-    given = o.layers(ctx.params)
-    weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
-    trained_on = [Layer("the run's config", {"data": data})] if run and (data := run.config.get("data")) else []
-    from sakd_cli.tasks.score import score
+    given = o.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
+    given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
+    runs_dir_ = resolve("eval", given).config.runs_dir
+    found = [_what_to_score(target, runs_dir_) for target in targets or (None,)]
+    from sakd_cli.tasks.score import Target, scores
 
-    result = score(weights, run, [*trained_on, *given], Talk(quiet=quiet))
+    wanted = [Target(weights, run, [*_words_of(run), *given], teacher is not None) for weights, run in found]
+    results = list(scores(wanted, Talk(quiet=quiet)))
     if json:
-        emit(result)
+        emit(results[0] if len(results) == 1 else {"schema": "sakd.evals/1", "evaluations": results})
         return
-    from sakd_cli.report.tables import evaluation_tables
+    from sakd_cli.report.scores import score_tables
 
-    show(*evaluation_tables(result))
+    show(*score_tables(results))
 
 
 def inspect_spots(
@@ -84,6 +95,13 @@ def inspect_spots(
         emit(report)
         return
     show(*spot_tables(report, top=top))
+
+
+def _words_of(run: RunDir | None) -> list[Layer]:
+    """On what the run was trained, and by whom."""
+    words = run.config if run else {}
+    told = {key: words[key] for key in ("data", "teacher") if words.get(key)}
+    return [Layer("the run's config", told)] if told else []
 
 
 def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:

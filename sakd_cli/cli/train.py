@@ -10,6 +10,9 @@ import typer
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.intent import AUTO, twin, understood
+from sakd_cli.cli.judge import compared
+from sakd_cli.cli.series import is_series, series, train_all
+from sakd_cli.config.run import DistillConfig
 from sakd_cli.rundir import Intent, RunDir
 
 
@@ -31,6 +34,7 @@ def pretrain_teacher(
     resume: o.Resume = None,
     overwrite: o.Overwrite = False,
     device: o.Device = None,
+    log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -61,6 +65,9 @@ def distill(
     method: o.Method = None,
     router: o.Router = None,
     pretrain: o.Pretrain = None,
+    with_control: o.WithControl = False,
+    routers: o.Routers = None,
+    seeds: o.Seeds = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -75,6 +82,7 @@ def distill(
     resume: o.Resume = None,
     overwrite: o.Overwrite = False,
     device: o.Device = None,
+    log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -85,33 +93,58 @@ def distill(
 
         sakd distill --preset quickstart
 
-        sakd distill --teacher wrn40_2 --student wrn16_2 --method fitnet --epochs 60
+        sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
     words, intent = understood("distill", ctx.params)
+    several = series(words, ctx.params)
+    talk = Talk(quiet=quiet)
+    again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
+    if is_series(ctx.params) and not dry_run:
+
+        def train(member: DistillConfig, intent: Intent) -> dict[str, Any]:
+            return _distilled(member, intent, talk, again, again, bool(resume))
+
+        compared(train_all(several, train, resume=bool(resume)), json=json)
+        return
     if intent.finished:
         _finish(intent.summary(), dry_run=False, json=json)
         return
-    talk = Talk(quiet=quiet)
+    if not dry_run:
+        _finish(_distilled(words, intent, talk, None, again, bool(resume)), dry_run=False, json=json)
+        return
+    from sakd_cli.tasks import build, run
+
+    job = build.distillation(words, None if _has_teacher(words) else build.untrained_teacher(words))
+    _finish(run.try_one_batch(job), dry_run=True, json=json)
+
+
+def _has_teacher(words: DistillConfig) -> bool:
+    """Whether it is there. Raises UsageError where it is not and may not be trained first."""
     from sakd_cli.tasks.teachers import find_teacher, no_teacher
 
     missing = find_teacher(words) is None
     if missing and not words.teacher.pretrain:
         raise no_teacher(words)
-    from sakd_cli.tasks import build, run
+    return not missing
 
-    if missing:
+
+def _distilled(
+    words: DistillConfig, intent: Intent, talk: Talk, hint: str | None, again: str, resuming: bool
+) -> dict[str, Any]:
+    """One distillation, after its teacher's training where that is still to be done.
+
+    again  the command that goes on where the teacher's training is stopped
+    hint   the same for the distillation itself; None: that of its own run
+    """
+    from sakd_cli.tasks import build
+
+    if not _has_teacher(words):
         # Whatever is wrong with the student's side is said before hours go into a teacher.
-        rehearsal = build.distillation(words, build.untrained_teacher(words))
-        if dry_run:
-            _finish(run.try_one_batch(rehearsal), dry_run=True, json=json)
-            return
-        del rehearsal
+        build.distillation(words, build.untrained_teacher(words))
         talk.say(f"no finished {words.teacher.source} yet: training it first")
         first = build.teacher_config(words)
-        again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
-        _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, again)
-    job = build.distillation(words)
-    _finish(run.try_one_batch(job) if dry_run else _trained(job, intent, talk), dry_run=dry_run, json=json)
+        _trained(build.pretraining(first), twin(first) if resuming else Intent(), talk, again)
+    return _trained(build.distillation(words), intent, talk, hint)
 
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ OPTIONS = {
     "batch_size": "train.batch_size",
     "seed": "seed",
     "device": "device",
+    "log": "log",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
 # (as far as the new choice has them).

@@ -11,7 +11,7 @@ import yaml
 
 from sakd_cli.config.run import Train
 from sakd_cli.data.loader import EvalLoader, TrainLoader
-from sakd_cli.engine import checkpoint
+from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -70,8 +70,9 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     again  the command that goes on after a stop; None: that of this very run
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
+    board.check(job.config.log)
     run = intent.open(job.config.runs_dir, _label(job))
-    with run.locked():
+    with run.locked(), board.following(run, job.config.log):
         if intent.overwrite:
             run.clear()
         if intent.resume is None:
