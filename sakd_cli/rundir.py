@@ -5,6 +5,7 @@ env.json           versions, device, command, start
 metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
 spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
 samples.safetensors  per training sample: its place in the data set, visits, how often it was taught at each spot
+survey.safetensors   per training image: what the trained router makes of it, both networks' answers (tasks/survey.py)
 checkpoints/       last, previous, best: see engine/checkpoint.py
 teacher/ student/  the deployable network: model.safetensors, config.json, README.md
 branches/          the student branches of a student-friendly teacher: model.safetensors

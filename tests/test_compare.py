@@ -35,7 +35,16 @@ def make(folder: Path, router: str | None, seed: int, top1: float | None, **word
     lines: list[Any] = []
     for epoch in (1, 2):
         for step, loss in ((10, 4.0), (15, 1.0)):
-            lines.append({"kind": "train", "epoch": epoch, "step": 15 * (epoch - 1) + step, "loss": loss, "top1": 10.0})
+            lines.append(
+                {
+                    "kind": "train",
+                    "epoch": epoch,
+                    "step": 15 * (epoch - 1) + step,
+                    "loss": 9.0,
+                    "ce": loss,
+                    "top1": 10.0,
+                }
+            )
         lines.append(
             {"kind": "eval", "epoch": epoch, "split": "holdout", "top1": 20.0 + epoch, "top5": 50.0, "loss": 3.0}
         )

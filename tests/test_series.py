@@ -1,7 +1,9 @@
 """A run and its twins: one budget, one teacher, one comparison; what is finished is left alone, what is not goes on."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from conftest import PAIR, TINY, Shop
 
 from sakd_cli.config.layers import flat
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.report.documents import Comparison
+from sakd_cli.report.documents import DOCUMENTS, Comparison, Report
 
 WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
 
@@ -167,9 +169,54 @@ def test_the_figures_of_a_run_go_to_tensorboard_too(full: Shop, named: list[str]
     full.refuses([*named, "--log", "wandb"], 2, "log: ")
 
 
-@pytest.mark.parametrize("name", ["eval", "evals", "compare"])
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
 def test_the_schema_of_a_document_is_printed(shop: Shop, name: str) -> None:
     schema = shop.sakd("show", "schema", name, "--json").document
     assert schema["additionalProperties"] is False
     assert yaml.safe_load(shop.sakd("show", "schema", name).out) == schema
     shop.refuses(["show", "schema", "evil"], 2, "did you mean 'eval'?")
+
+
+def test_the_whole_of_a_run_is_one_page_that_needs_nothing_else(
+    full: Shop, distilled: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "page.html"
+    document = full.sakd("report", distilled["run"], "--out", str(out), "--json").document
+    Report.model_validate(document)
+    assert document["written"] == [str(tmp_path / name) for name in ("page.html", "page-curves.png", "page-spots.png")]
+    page = out.read_text(encoding="utf-8")
+    for title in document["sections"]:
+        assert f"<h2>{title}</h2>" in page
+    assert {"Result", "Curves", "In training", "Environment", "Settings"} <= set(document["sections"])
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", page), "nothing is fetched"
+    assert (tmp_path / "page-curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "router.teacher_bias" in page
+    alone = full.sakd("report", str(teacher), "--json").document
+    assert alone["written"][0] == str(teacher / "report.html")
+    assert alone["sections"] == ["Result", "Curves", "Environment", "Settings"]
+    for name in alone["written"]:
+        Path(name).unlink()
+
+
+def test_a_page_of_a_run_that_has_only_begun_and_one_without_matplotlib(
+    full: Shop, distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text('task: distill\nstudent: "<b>resnet8"\n')
+    sections = full.sakd("report", str(tmp_path), "--json").document["sections"]
+    assert sections == ["Settings"]
+    assert "&lt;b&gt;resnet8" in (tmp_path / "report.html").read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = str(tmp_path / "plain.html")
+    said = full.sakd("report", distilled["run"], "--out", out, "--json")
+    assert "matplotlib, which is not installed" in said.err
+    assert said.document["written"] == [out]
+    full.refuses(["report", distilled["run"], "--out", "page.pdf"], 2, "ends in .html")
+    full.refuses(["compare", distilled["run"], "--plot", "x.png"], 2, "matplotlib")
+
+
+def test_curves_of_a_comparison_are_drawn(full: Shop, controlled: dict[str, Any], tmp_path: Path) -> None:
+    runs = [row["run"] for row in controlled["runs"] if Path(row["run"]).exists()]
+    for name in ("curves.png", "curves.svg"):
+        assert full.sakd("compare", *runs, "--plot", str(tmp_path / name)).code == 0
+        assert (tmp_path / name).stat().st_size > 5000
+    full.refuses(["compare", *runs, "--plot", "curves.gif"], 2, ".png")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import judge, look, train, words
+from sakd_cli.cli import judge, look, spots, train, words
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 
@@ -52,7 +52,8 @@ app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
 app.command("eval", rich_help_panel="Look")(look.evaluate)
 app.command("compare", rich_help_panel="Look")(judge.compare)
-app.command("inspect-spots", rich_help_panel="Look")(look.inspect_spots)
+app.command("report", rich_help_panel="Look")(judge.report)
+app.command("inspect-spots", rich_help_panel="Look")(spots.inspect_spots)
 app.command("list", rich_help_panel="Words")(words.listing)
 config_app.command("show")(words.show_config)
 show_app.command("method")(words.show_method)

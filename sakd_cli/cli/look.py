@@ -1,4 +1,4 @@
-"""`sakd eval` and `sakd inspect-spots`: look at what was trained."""
+"""`sakd eval`: how good a trained network is."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,8 +22,6 @@ EvalBatch = Annotated[
     int | None,
     typer.Option("--batch-size", metavar="N", help="Images per forward pass (1000).", rich_help_panel="Run"),
 ]
-RunArgument = Annotated[Path | None, typer.Argument(help="Run directory. Default: the newest distillation.")]
-Top = Annotated[int, typer.Option(help="Classes to show at each end.", min=1, rich_help_panel="Output")]
 
 
 def evaluate(
@@ -63,38 +61,6 @@ def evaluate(
     from sakd_cli.report.scores import score_tables
 
     show(*score_tables(results))
-
-
-def inspect_spots(
-    ctx: typer.Context,
-    run: RunArgument = None,
-    dataset: o.Dataset = None,
-    runs_dir: o.RunsDir = None,
-    top: Top = 10,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Show where knowledge flowed: the use of every spot overall, by epoch and by class.
-
-    Examples:
-
-        sakd inspect-spots
-
-        sakd inspect-spots runs/20261121-120000-distill-... --json | jq '.overall'
-    """
-    from sakd_cli.report.spots import spot_report
-    from sakd_cli.report.tables import spot_tables
-
-    runs = resolve("eval", o.layers(ctx.params)).config.runs_dir
-    wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
-    where = RunDir(run) if run else newest_run(runs, wanted, finished=False)
-    if where is None:
-        raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
-    report = spot_report(where)
-    if json:
-        emit(report)
-        return
-    show(*spot_tables(report, top=top))
 
 
 def _words_of(run: RunDir | None) -> list[Layer]:

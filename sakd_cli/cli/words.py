@@ -167,7 +167,7 @@ _FOREIGN = {Which.distill: {"model", "student_friendly"}, Which.pretrain: {"teac
 
 
 def show_schema(
-    name: Annotated[str, typer.Argument(help="A document: eval, evals (several runs), compare.")],
+    name: Annotated[str, typer.Argument(help="A document: eval, evals (several runs), compare, report, spots.")],
     json: o.Json = False,
 ) -> None:
     """Print the JSON schema of a command's `--json`.

@@ -32,17 +32,21 @@ def following(run: RunDir, kind: str | None) -> Iterator[None]:
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(run.path / FOLDER)) as writer:
+    writers: list[SummaryWriter] = []  # made with the first line: --overwrite clears the folder before
 
-        def write(name: str, record: dict[str, Any]) -> None:
-            for tag, value in _scalars(record).items():
-                writer.add_scalar(tag, value, record.get("step", record["epoch"]))
+    def write(name: str, record: dict[str, Any]) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(run.path / FOLDER)))
+        for tag, value in _scalars(record).items():
+            writers[0].add_scalar(tag, value, record.get("step", record["epoch"]))
 
-        run.listeners.append(write)
-        try:
-            yield
-        finally:
-            run.listeners.remove(write)
+    run.listeners.append(write)
+    try:
+        yield
+    finally:
+        run.listeners.remove(write)
+        for writer in writers:
+            writer.close()
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

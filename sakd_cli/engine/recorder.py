@@ -80,7 +80,7 @@ class SpotRecorder:
         for count in of_epoch.values():
             count.zero_()
         self._events = {}
-        none = {"gamma_raised": None, "gamma_lowered": None, "count_active": None}
+        none = dict.fromkeys(("gamma_raised", "gamma_lowered", "count_active", "routed_ce", "student_ce"))
         return {"epoch": epoch, "samples": round(samples), "spots": spots, "empty": empty} | none | events
 
     def by_sample(self) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ class SpotUse(NamedTuple):
 
     weight       [S, N] how much each sample was distilled at each spot
     probability  [S, N] the policy's chance of the teacher; None without a policy
-    events       name -> 0/1 scalar: what happened in this step (which branch of the router's loss was taken)
+    events       name -> scalar of this step, logged as its mean over an epoch's steps: flags (which branch of the
+                 router's loss was taken), cross-entropies
     """
 
     weight: Tensor

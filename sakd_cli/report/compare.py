@@ -108,8 +108,9 @@ def _curve(lines: Iterable[Any]) -> list[dict[str, Any]]:
         step = number(line.get("step")) or 0.0
         weight, known = max(step - before, 0.0), steps.get(epoch, 0.0)
         before, steps[epoch] = step, known + weight
-        for key in ("loss", "top1"):
-            value, mean = number(line.get(key)), row[f"train_{key}"]
+        # What methods share: the cross-entropy, where it is logged apart from a method's own terms.
+        for key, logged in (("loss", "ce" if "ce" in line else "loss"), ("top1", "top1")):
+            value, mean = number(line.get(logged)), row[f"train_{key}"]
             if value is not None and weight:
                 row[f"train_{key}"] = value if mean is None else (mean * known + value * weight) / (known + weight)
     return [{"epoch": epoch} | epochs[epoch] for epoch in sorted(epochs)]

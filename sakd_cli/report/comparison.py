@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from sakd_cli.report.figures import DASH, duration, fixed, word
 from sakd_cli.report.sheet import Column, Sheet
-from sakd_cli.report.tables import _thinned
+from sakd_cli.report.tables import thinned
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
 FIELDS = ["run", "group", "method", "router", "seed", "epoch", "split", "top1", "top5", "loss"]
@@ -97,7 +97,7 @@ def _curves(document: dict[str, Any]) -> Sheet:
                 found.setdefault(point["epoch"], {}).setdefault(row["group"], []).append(point["top1"])
     rows = [
         [str(epoch), *(fixed(sum(v) / len(v), 2) if (v := found[epoch].get(k)) else DASH for k in groups)]
-        for epoch in _thinned(sorted(found), EPOCH_ROWS)
+        for epoch in thinned(sorted(found), EPOCH_ROWS)
     ]
     columns = [Column("Epoch"), *(Column(word(group["label"])) for group in document["groups"])]
     left_out = f"{len(rows)} of {len(found)} epochs are shown; all of them: --json"

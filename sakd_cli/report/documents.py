@@ -1,4 +1,4 @@
-"""The documents of `sakd eval --json` and `sakd compare --json` as closed classes; `sakd show schema` prints them
+"""The documents of `sakd eval`, `compare` and `report` with `--json` as closed classes; `sakd show schema` prints them
 
 Accuracies (top1, top5) and shares called so are in percent, losses are mean cross-entropies in nats (the negative
 log-likelihood), what is not known is null.
@@ -6,15 +6,11 @@ log-likelihood), what is not known is null.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from sakd_cli.report.schema import Part, SpotsDocument
 
 Figure = float | None
-
-
-class Part(BaseModel):
-    """No key but the ones below."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Quality(Part):
@@ -154,7 +150,7 @@ class Best(Part):
 
 
 class Point(Part):
-    """One epoch: means over the training images as augmented; top1 and loss on the images that select."""
+    """One epoch: means over the training images as augmented (loss: cross-entropy); top1, loss: where the best is chosen."""
 
     epoch: int
     train_loss: Figure
@@ -242,8 +238,19 @@ class Comparison(Part):
     comparisons: list[Versus]
 
 
+class Report(Part):
+    """`sakd report RUN --json`: the files that were written, the page first, and the titles of its sections."""
+
+    schema_: Literal["sakd.report/1"] = Field(alias="schema")
+    run: str
+    written: list[str]
+    sections: list[str]
+
+
 DOCUMENTS: dict[str, type[BaseModel]] = {
     "eval": Evaluation,
     "evals": Evaluations,
     "compare": Comparison,
+    "report": Report,
+    "spots": SpotsDocument,
 }

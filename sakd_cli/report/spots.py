@@ -20,6 +20,8 @@
         gamma_raised, gamma_lowered, count_active
                      share of steps at which the router's loss was multiplied by gamma, divided by it, and at which
                      the count term was active; null for routers without a routed pass
+        routed_ce, student_ce
+                     mean cross-entropy of the routed network and of the student alone; null likewise
         empty [...]  share of steps at which nobody was selected
     by_class    one object per class, the largest absolute deviation first, classes without any sample last:
         name
@@ -40,7 +42,7 @@ from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.spots/1"
 RECORD = "spots.jsonl"
-STEP_SHARES = ("gamma_raised", "gamma_lowered", "count_active")
+STEP_MEANS = ("gamma_raised", "gamma_lowered", "count_active", "routed_ce", "student_ce")
 
 Share = float | None
 
@@ -137,7 +139,7 @@ def _read(record: Any) -> _Epoch:
     samples = int(record["samples"])
     if not spots or len(empty) != len(spots) or samples < 0:
         raise ValueError
-    steps = {key: number(record.get(key)) for key in STEP_SHARES}
+    steps = {key: number(record.get(key)) for key in STEP_MEANS}
     return _Epoch(int(record["epoch"]), samples, spots, steps, empty)
 
 

@@ -27,11 +27,11 @@ EXTREMES = 10  # best and worst classes of an evaluation ...
 ALL_CLASSES = 25  # ... unless there are no more than this
 
 
-def spot_tables(report: dict[str, Any], *, top: int = 10) -> list[RenderableType]:
-    """What `spot_report` returns: overall, by epoch, and the `top` classes above and below the average."""
-    tables: list[RenderableType] = [_overall(report), _by_epoch(report)]
+def spot_tables(report: dict[str, Any], *, top: int | None = 10) -> list[Sheet]:
+    """What `spot_report` returns: overall, by epoch, and the `top` classes above and below the average; None: all."""
+    tables = [_overall(report), _by_epoch(report, EPOCH_ROWS if top is not None else len(report["by_epoch"]))]
     known = [row for row in report["by_class"] if any(value is not None for value in row["deviation"])]
-    if known and top > 0:
+    if known and top != 0:
         tables.append(_by_class(report, known, top))
     return tables
 
@@ -59,16 +59,16 @@ def _overall(report: dict[str, Any]) -> Sheet:
     return Sheet("Samples taught at each spot (%)", columns, rows, notes)
 
 
-def _thinned(rows: Sequence[Any], most: int) -> list[Any]:
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
     """At most `most` rows, evenly spaced, the first and the last among them."""
     if len(rows) <= most:
         return list(rows)
     return [rows[round(step * (len(rows) - 1) / (most - 1))] for step in range(most)]
 
 
-def _by_epoch(report: dict[str, Any]) -> Sheet:
+def _by_epoch(report: dict[str, Any], most: int) -> Sheet:
     epochs = report["by_epoch"]
-    shown = _thinned(epochs, EPOCH_ROWS)
+    shown = thinned(epochs, most)
     # A column of nothing but dashes says only that the router has no such thing.
     terms = [
         (key, header, note)
@@ -80,19 +80,24 @@ def _by_epoch(report: dict[str, Any]) -> Sheet:
         if any(row[key] is not None for row in epochs)
     ]
     columns = [Column("Epoch"), *(Column(word(spot["name"])) for spot in report["overall"])]
+    losses = [key for key in ("routed_ce", "student_ce") if any(row.get(key) is not None for row in epochs)]
     columns += [*(Column(header) for _, header, _ in terms), Column("Empty")]
+    columns += [Column(header) for header in ("Routed", "Alone")[: len(losses)]]
     rows = [
         [
             whole(row["epoch"]),
             *(share(value) for value in row["share"]),
             *(share(row[key]) for key, _, _ in terms),
             share(max((value for value in row["empty"] if value is not None), default=None)),
+            *(fixed(row.get(key), 2) for key in losses),
         ]
         for row in shown
     ]
     notes = [note for _, _, note in terms if note]
     several = len(report["overall"]) > 1
     notes.append("Empty: steps at which nobody was selected" + (", at the spot with the most." if several else "."))
+    if losses:
+        notes.append("Routed, alone: mean cross-entropy of the routed network and of the student alone.")
     if len(shown) < len(epochs):
         notes.append(f"{len(shown)} of {len(epochs)} epochs are shown; all of them: --json")
     return Sheet("By epoch (% of samples; right of the spots, % of steps)", columns, rows, notes)
@@ -103,7 +108,7 @@ def _peak(row: dict[str, Any]) -> float:
     return max((float(value) for value in row["deviation"] if value is not None), key=abs)
 
 
-def _by_class(report: dict[str, Any], known: list[dict[str, Any]], top: int) -> Sheet:
+def _by_class(report: dict[str, Any], known: list[dict[str, Any]], top: int | None) -> Sheet:
     ranked = sorted(known, key=_peak, reverse=True)
     columns = [Column("#"), Column("Class", text=True), *(Column(word(spot["name"])) for spot in report["overall"])]
     cells = [
@@ -118,15 +123,15 @@ def _by_class(report: dict[str, Any], known: list[dict[str, Any]], top: int) -> 
     notes = ["Mean over the epochs, then the difference from the spot's share in points."]
     if len(report["overall"]) > 1:
         notes.append("Ranked by the largest difference at any spot, from most above to most below.")
-    shown, left_out = _extremes(cells, top)
+    shown, left_out = both_ends(cells, top)
     if left_out:
-        notes.append(f"{2 * top} of {len(cells)} classes are shown; all of them: --json")
+        notes.append(f"{len(shown) - 1} of {len(cells)} classes are shown; all of them: --json")
     return Sheet("By class (% of samples)", columns, shown, notes)
 
 
-def _extremes(rows: list[list[str]], top: int) -> tuple[list[Sequence[str]], bool]:
-    """The first and the last `top` rows, with a mark between them where rows are left out."""
-    if len(rows) <= 2 * top:
+def both_ends(rows: list[list[str]], top: int | None) -> tuple[list[Sequence[str]], bool]:
+    """The first and the last `top` rows (None: all), with a mark between them where rows are left out."""
+    if top is None or len(rows) <= 2 * top:
         return list(rows), False
     return [*rows[:top], MORE, *rows[-top:]], True
 
@@ -159,7 +164,7 @@ def evaluation_tables(result: dict[str, Any]) -> list[RenderableType]:
         ]
         for rank, entry in enumerate(measured, start=1)
     ]
-    shown, left_out = _extremes(cells, EXTREMES if len(cells) > ALL_CLASSES else len(cells))
+    shown, left_out = both_ends(cells, EXTREMES if len(cells) > ALL_CLASSES else len(cells))
     notes = []
     if left_out:
         notes.append(f"The {EXTREMES} best and the {EXTREMES} worst of {len(cells)} classes; all of them: --json")

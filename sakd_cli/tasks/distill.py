@@ -127,4 +127,4 @@ class DistillTask(Task):
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
         events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
-        return result.loss, events
+        return result.loss, events | {"routed_ce": result.ce, "student_ce": ce.detach()}

@@ -24,6 +24,7 @@ from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
+from sakd_cli.tasks import survey
 from sakd_cli.tasks.build import Job, plan, warmup_of
 from sakd_cli.tasks.sftn import BranchDelivery
 
@@ -84,11 +85,12 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             phases = _resumed(_phases(job, run, judge, facts, watcher), run, intent, watcher)
             figures = {trainer.phase: trainer.fit() for trainer in phases}
             scored = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
+            surveyed = survey.keep(job, run, watcher)
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        summary = _about(job) | figures[MAIN] | facts | scored
+        summary = _about(job) | figures[MAIN] | facts | scored | surveyed
         write_json(run.path / "summary.json", summary)
         return run, summary
 

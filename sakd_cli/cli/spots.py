@@ -1,0 +1,195 @@
+"""`sakd inspect-spots`: where knowledge flowed, as tables, pictures, a page, JSON or CSV."""
+
+import csv as csv_files
+import json as json_files
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config.layers import resolve
+from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.rundir import RunDir, newest_run
+
+
+class Part(StrEnum):
+    """A split of the data set."""
+
+    TRAIN = "train"
+    HOLDOUT = "holdout"
+    TEST = "test"
+
+
+class Panel(StrEnum):
+    """One kind of picture."""
+
+    EPOCHS = "epochs"
+    CLASSES = "classes"
+    DIFFICULTY = "difficulty"
+    PATHS = "paths"
+
+
+RunArgument = Annotated[Path | None, typer.Argument(help="Run directory. Default: the newest distillation.")]
+Live = Annotated[
+    bool,
+    typer.Option("--live", help="Measure now, with the networks of the last checkpoint.", rich_help_panel="Images"),
+]
+SplitOption = Annotated[
+    Part,
+    typer.Option(help="Which images (train). Others than the run's own are measured now.", rich_help_panel="Images"),
+]
+Sample = Annotated[
+    bool, typer.Option("--sample", help="Draw once instead of using probabilities.", rich_help_panel="Images")
+]
+DrawSeed = Annotated[int, typer.Option(metavar="N", help="Of the draws.", min=0, rich_help_panel="Images")]
+Top = Annotated[int, typer.Option(help="Classes to show at each end.", min=1, rich_help_panel="Output")]
+Ends = Annotated[
+    int, typer.Option("--extremes", help="Images to show at each end of each spot.", min=0, rich_help_panel="Output")
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Pictures in one file, .png or .svg.", rich_help_panel="Output")
+]
+PanelOption = Annotated[Panel | None, typer.Option(help="Only this picture of --plot.", rich_help_panel="Output")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Everything on one page.", rich_help_panel="Output")]
+Samples = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="One record per image, .jsonl or .csv.", rich_help_panel="Output")
+]
+Csv = Annotated[bool, typer.Option("--csv", help="One long table of all figures on stdout.", rich_help_panel="Output")]
+# Words about images or the machine, which only mean something when the networks are run.
+OF_LIVE = ("live", "data_root", "device", "config", "set_")
+
+
+def inspect_spots(
+    ctx: typer.Context,
+    run: RunArgument = None,
+    live: Live = False,
+    split: SplitOption = Part.TRAIN,
+    sample: Sample = False,
+    seed: DrawSeed = 0,
+    dataset: o.Dataset = None,
+    data_root: o.DataRoot = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    device: o.Device = None,
+    top: Top = 10,
+    extremes: Ends = 3,
+    plot: Plot = None,
+    panel: PanelOption = None,
+    html: Html = None,
+    samples: Samples = None,
+    csv: Csv = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show where knowledge flowed: by spot, epoch, class, difficulty and path, with the extreme images.
+
+    A finished run has kept all of it for its training images; --live and every word about data or device runs the
+    networks again.
+
+    Examples:
+
+        sakd inspect-spots --html spots.html
+
+        sakd inspect-spots runs/20261121-120000-distill-... --split test --json | jq '.measured.routed'
+    """
+    from sakd_cli.report import inspection, plots
+    from sakd_cli.report.survey import survey_of
+
+    if json and csv:
+        raise UsageError("--json and --csv both write to stdout; choose one")
+    if panel and not plot:
+        raise UsageError("--panel needs --plot FILE")
+    if plot:
+        plots.checked(plot)
+    if samples and samples.suffix not in (".jsonl", ".csv"):
+        raise UsageError(f"--samples {samples}: the name ends in .jsonl or .csv")
+    talk = Talk(quiet=quiet)
+    words = {name: value for name, value in ctx.params.items() if name != "seed"}
+    where = _run_of(run, words)
+    kept = max(extremes, inspection.KEPT)
+    content = _measured(where, words, split, talk, seed=seed, kept=kept) if _asks_for_networks(where, words) else None
+    survey = survey_of(where, content)
+    report = inspection.spot_document(where, survey, sample=sample, seed=seed, extremes=kept)
+    if plot:
+        plots.write(plots.spot_figure(report, panel and panel.value), plot)
+    if html:
+        _write_page(report, survey.images if survey else {}, html, talk)
+    if samples:
+        _write_records(inspection.records(survey, report["overall"]) if survey else [], samples)
+    for path in filter(None, (plot, html, samples)):
+        talk.say(f"written: {path}")
+    _say(report, json=json, csv=csv, tables=not (plot or html or samples), top=top, extremes=extremes)
+
+
+def _run_of(named: Path | None, words: dict[str, Any]) -> RunDir:
+    if named:
+        return RunDir(named)
+    places = {name: words[name] for name in ("dataset", "runs_dir")}
+    runs = resolve("eval", o.layers(places)).config.runs_dir
+    wanted = {"task": "distill"} | ({"data.name": words["dataset"]} if words["dataset"] else {})
+    if (found := newest_run(runs, wanted, finished=False)) is None:
+        raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
+    return found
+
+
+def _asks_for_networks(run: RunDir, words: dict[str, Any]) -> bool:
+    data = run.config.get("data")
+    own = data.get("name") if isinstance(data, dict) else None
+    another = words["dataset"] not in (None, own)
+    return another or words["split"] is not Part.TRAIN or any(words[name] for name in OF_LIVE)
+
+
+def _measured(run: RunDir, words: dict[str, Any], split: Part, talk: Talk, *, seed: int, kept: int) -> bytes:
+    """Run the networks; whatever is wrong with the record of the run is said before."""
+    from sakd_cli.report.spots import spot_report
+
+    spot_report(run)
+    from sakd_cli.tasks.survey import live
+
+    return live(run, o.layers(words), split.value, talk, seed=seed, kept=kept)
+
+
+def _write_page(report: dict[str, Any], images: dict[int, Any], path: Path, talk: Talk) -> None:
+    from sakd_cli.report import html, plots
+    from sakd_cli.report.spot_page import spot_page
+
+    html.write(spot_page(report, images, drawn=plots.available(talk.warn)), path)
+
+
+def _write_records(records: list[dict[str, Any]], path: Path) -> None:
+    if not records:
+        raise UsageError("--samples: this run has kept no record by image", hint="--live measures it")
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                writer = csv_files.DictWriter(file, list(records[0]))
+                writer.writeheader()
+                writer.writerows(records)
+            else:
+                file.writelines(json_files.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _say(report: dict[str, Any], *, json: bool, csv: bool, tables: bool, top: int, extremes: int) -> None:
+    if json:
+        emit(report)
+        return
+    if csv:
+        from sakd_cli.report.schema import CSV_HEADER, csv_rows
+
+        csv_files.writer(sys.stdout, lineterminator="\n").writerows([CSV_HEADER, *csv_rows(report)])
+        return
+    if not tables:
+        return
+    from sakd_cli.report.survey_tables import survey_tables
+    from sakd_cli.report.tables import spot_tables
+
+    measured = report["measured"]
+    sections = survey_tables(measured, top=top, extremes=extremes).values() if measured else []
+    show(*spot_tables(report, top=top), *(sheet for sheets in sections for sheet in sheets))
