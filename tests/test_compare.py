@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,23 @@ def test_what_is_no_run_is_refused(shop: Shop, tmp_path: Path) -> None:
     shop.refuses(["compare", str(run.path), "--csv", "--json"], 2, "choose one")
     assert shop.sakd("compare", str(run.path), "--csv").out.startswith("run,group,")
     Comparison.model_validate(shop.sakd("compare", str(run.path), "--json").document)
+
+
+@pytest.mark.parametrize("command", ["compare", "report", "show schema"])
+def test_every_help_has_two_examples(shop: Shop, command: str) -> None:
+    said = shop.sakd(*command.split(), "--help", COLUMNS="120")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.partition("Examples:")[2].count(f"sakd {command}") == 2
+
+
+def test_runs_are_compared_without_torch(tmp_path: Path) -> None:
+    runs = series(tmp_path, "adaptive", [40.0, 41.0, 42.0]) + series(tmp_path, "never", [43.0, 44.1, 44.9])
+    program = """
+import sys
+from sakd_cli.cli.app import run
+code = run(["compare", *sys.argv[1:], "--csv"]) or run(["compare", *sys.argv[1:]])
+sys.exit(f"{code} {heavy}" if (heavy := {"torch", "numpy", "matplotlib"} & set(sys.modules)) or code else 0)
+"""
+    words = [sys.executable, "-c", program, *(str(run.path) for run in runs)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (0, "")

@@ -150,7 +150,7 @@ class Best(Part):
 
 
 class Point(Part):
-    """One epoch: means over the training images as augmented (loss: cross-entropy); top1, loss: where the best is chosen."""
+    """One epoch: means over the training images as augmented (loss: cross-entropy); top1, loss: on selection."""
 
     epoch: int
     train_loss: Figure

@@ -58,7 +58,7 @@ def _result(run: RunDir, drawn: bool) -> Part:
     if not run.finished:
         return Part([], {})
     table: Any = summary_table(run.read_json("summary.json"))
-    blocks = list(table.renderables) if isinstance(table, Group) else [table]
+    blocks: list[Any] = list(table.renderables) if isinstance(table, Group) else [table]
     return Part([Section("Result", blocks)], {})
 
 
