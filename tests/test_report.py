@@ -81,13 +81,9 @@ def test_overall_share_is_weighted_by_samples_and_epochs_are_kept(tmp_path: Path
     assert stage == {"name": "stage2", "kind": "map", **figures_of_epochs}
     assert (logits["name"], logits["kind"], logits["share"]) == ("logits", "logits", 0.5)
     steps = {"gamma_raised": 0.25, "gamma_lowered": 0.25, "count_active": 0.25, "empty": [0.125, 0.125]}
-    assert report["by_epoch"][1] == {
-        "epoch": 2,
-        "samples": 300,
-        "share": [0.4, 0.5],
-        "probability": [0.3, 0.5],
-        **steps,
-    }
+    steps |= {"routed_ce": None, "student_ce": None}
+    known = {"epoch": 2, "samples": 300, "share": [0.4, 0.5], "probability": [0.3, 0.5]}
+    assert report["by_epoch"][1] == known | steps
 
 
 def test_by_class_is_the_mean_of_the_epochs_that_have_the_class(tmp_path: Path) -> None:

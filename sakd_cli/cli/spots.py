@@ -100,14 +100,7 @@ def inspect_spots(
     from sakd_cli.report import inspection, plots
     from sakd_cli.report.survey import survey_of
 
-    if json and csv:
-        raise UsageError("--json and --csv both write to stdout; choose one")
-    if panel and not plot:
-        raise UsageError("--panel needs --plot FILE")
-    if plot:
-        plots.checked(plot)
-    if samples and samples.suffix not in (".jsonl", ".csv"):
-        raise UsageError(f"--samples {samples}: the name ends in .jsonl or .csv")
+    _check(ctx.params)
     talk = Talk(quiet=quiet)
     words = {name: value for name, value in ctx.params.items() if name != "seed"}
     where = _run_of(run, words)
@@ -124,6 +117,20 @@ def inspect_spots(
     for path in filter(None, (plot, html, samples)):
         talk.say(f"written: {path}")
     _say(report, json=json, csv=csv, tables=not (plot or html or samples), top=top, extremes=extremes)
+
+
+def _check(words: dict[str, Any]) -> None:
+    """What can be told before anything is read. Raises UsageError."""
+    if words["json"] and words["csv"]:
+        raise UsageError("--json and --csv both write to stdout; choose one")
+    if words["panel"] and not words["plot"]:
+        raise UsageError("--panel needs --plot FILE")
+    if (records := words["samples"]) and records.suffix not in (".jsonl", ".csv"):
+        raise UsageError(f"--samples {records}: the name ends in .jsonl or .csv")
+    if words["plot"]:
+        from sakd_cli.report import plots
+
+        plots.checked(words["plot"])
 
 
 def _run_of(named: Path | None, words: dict[str, Any]) -> RunDir:

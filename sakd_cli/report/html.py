@@ -1,7 +1,7 @@
 """Reports as one web page: no server, no network, no framework; everything it shows is inside the file.
 
-A section is a title and blocks: tables (the same `Sheet`s that the terminal shows, sortable), pictures, galleries. Every
-name is escaped, and the page's own policy forbids whatever could load or send anything. Readable at phone width.
+A section is a title and blocks: tables (the same `Sheet`s that the terminal shows, sortable), pictures, galleries.
+Every name is escaped, and the page's own policy forbids whatever could load or send anything. Readable at phone width.
 """
 
 import base64
@@ -53,28 +53,34 @@ class Section(NamedTuple):
 
 
 STYLE = """
-:root{color-scheme:light;--ink:#1b1f24;--soft:#57606a;--line:#d8dee4;--paper:#fff;--link:#0b5cad}
+:root{color-scheme:light;--ink:#1b1f24;--soft:#57606a;--line:#d8dee4;--link:#0b5cad}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:72rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)}
-h1{font-size:1.5rem;margin:.5rem 0;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:1rem}
-h3{font-size:1rem;margin:1.2rem 0 .3rem}a{color:var(--link)}
+body{margin:0 auto;max-width:72rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
+h1{font-size:1.5rem;margin:.5rem 0;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:1rem}
+h3{font-size:1rem;margin:1.2rem 0 .3rem;overflow-wrap:anywhere}
+a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:.3rem 1rem;list-style:none;padding:0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-.wide{overflow-x:auto;max-height:34rem;overflow-y:auto;border:1px solid var(--line);border-radius:4px}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}
+dt{color:var(--soft)}
+dd{margin:0;overflow-wrap:anywhere}
+.wide{overflow:auto;max-height:34rem;border:1px solid var(--line);border-radius:4px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th.t,td.t{text-align:left}thead th{position:sticky;top:0;background:#f3f5f7;padding:0}
+th.t,td.t{text-align:left}
+thead th{position:sticky;top:0;background:#f3f5f7;padding:0}
 th button{all:unset;box-sizing:border-box;display:block;width:100%;padding:.35rem .6rem;cursor:pointer;font-weight:600}
 th button:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
-th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending] button::after{content:" \\2193"}
-.note{color:var(--soft);font-size:.85rem;margin:.25rem 0}
+th[aria-sort=ascending] button::after{content:" \\2191"}
+th[aria-sort=descending] button::after{content:" \\2193"}
+.note{color:var(--soft);font-size:.85rem;margin:.25rem 0;overflow-wrap:anywhere}
 img.chart{width:min(100%,44rem);height:auto;display:block}
 .tiles{display:flex;flex-wrap:wrap;gap:.6rem;padding:0;margin:.3rem 0;list-style:none}
 .tiles li{width:6.5rem;font-size:.75rem;line-height:1.3;overflow-wrap:anywhere}
 .tiles img{width:100%;image-rendering:pixelated;display:block;border:1px solid var(--line)}
 """
 
-# Sorts by number where both cells begin with one (as figures.py writes it), else by name; rows keep their order in ties.
+# Sorts by number where both cells begin with one (as figures.py writes it), else by name; ties keep their order.
 SCRIPT = """
 "use strict";
 const figure = text => parseFloat(text.replace(/\\u2212/g, "-").replace(/(\\d) (?=\\d{3}(?!\\d))/g, "$1"));

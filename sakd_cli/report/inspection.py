@@ -1,6 +1,7 @@
-"""What is worth knowing of a survey: by spot, class, difficulty, path, and the extremes. Plain data from numpy columns.
+"""What is worth knowing of a survey: by spot, class, difficulty, path, and the extremes.
 
-`inspection` returns the "measured" part of `sakd inspect-spots --json`; `schema.py` says what is in it.
+Plain data from numpy columns: `inspection` returns the "measured" part of `sakd inspect-spots --json`; `schema.py` says
+what is in it.
 """
 
 from itertools import product

@@ -1,6 +1,6 @@
-"""Pictures of reports: plain data in, a matplotlib Figure out, without a display. matplotlib is the extra `plots`.
+"""Pictures of reports: plain data in, a matplotlib Figure out, without a display.
 
-Every function draws into a figure of its own unless it is given a part of one.
+matplotlib is the extra `plots`. Every function draws into a figure of its own unless it is given a part of one.
 """
 
 import io
@@ -189,7 +189,7 @@ def spot_figure(report: dict[str, Any], panel: str | None) -> "Figure":
         if panel not in there:
             raise UsageError(f"--panel {panel}: this run has kept nothing to draw it from", "--live measures it")
         figure: Any = PANELS[panel][0](report)
-        return figure  # type: ignore[no-any-return]
+        return figure
     whole = new_figure(2 * INCHES[0], (INCHES[1] + 0.4) * -(-len(there) // 2))
     parts = whole.subfigures(-(-len(there) // 2), min(len(there), 2), squeeze=False).flatten()
     for name, part in zip(there, parts, strict=False):

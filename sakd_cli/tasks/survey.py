@@ -40,6 +40,7 @@ from sakd_cli.tasks.distill import DistillTask
 FORMAT = "sakd.survey/1"
 FILE = "survey.safetensors"
 DRAWS = 3  # of all gates, for the routed network's accuracy
+LEAST = 1000  # test images to route at the end of a run, as far as there are so many
 KEPT = 12  # pictures at each end of each spot
 MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the teacher
 
@@ -50,7 +51,9 @@ def keep(job: Job, run: RunDir, watcher: Watcher) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     try:
-        write_aside(run.path / FILE, survey(job, "train", watcher, seed=job.config.seed))
+        # On all test images the routed network would cost a short run of few images more than an epoch.
+        most = max(LEAST, len(job.images.train) // 4)
+        write_aside(run.path / FILE, survey(job, "train", watcher, seed=job.config.seed, most=most))
     except Stopped as stopped:
         raise Stopped(stopped.signal, "all of the training is saved") from None
     return {"survey_seconds": time.perf_counter() - start}
@@ -89,8 +92,11 @@ def _restore(job: Job, saved: checkpoint.Loaded) -> None:
 
 
 @torch.inference_mode()
-def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT) -> bytes:
-    """One pass over a split (train, holdout, test) and, for the routed network, over the test images."""
+def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT, most: int | None = None) -> bytes:
+    """One pass over a split (train, holdout, test) and, for the routed network, over the test images.
+
+    most  route the first so many test images only; None: all
+    """
     task = job.task
     assert isinstance(task, DistillTask)
     split = {"train": job.images.train, "holdout": job.images.held_out, "test": job.images.dataset.test}[part]
@@ -100,7 +106,8 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
     task.eval()
     try:
         columns, complement = _answers(job, task, split, watcher, seed)
-        routed = _paths(job, task, watcher, seed)
+        test = job.images.dataset.test
+        routed = _paths(job, task, test.subset(torch.arange(len(test))[:most]), watcher, seed)
     finally:
         task.train(mode)
     columns |= {"label": split.labels.cpu(), "index": split.origins()}
@@ -143,15 +150,14 @@ def _answers(job: Job, task: DistillTask, split: Split, watcher: Watcher, seed: 
     return {name: torch.cat(parts).cpu() for name, parts in columns.items()}, bool(complement)
 
 
-def _paths(job: Job, task: DistillTask, watcher: Watcher, seed: int) -> dict[str, Any]:
-    """Top-1 (percent) and loss on the test images: student, teacher, and the routed network along three kinds of path.
+def _paths(job: Job, task: DistillTask, test: Split, watcher: Watcher, seed: int) -> dict[str, Any]:
+    """Top-1 (percent) and loss on test images: student, teacher, and the routed network along three kinds of path.
 
     sampled  gates drawn from the policy, mean over `DRAWS` draws and, for top-1, their standard deviation
     """
-    dataset = job.images.dataset
     draws = [generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     sums: Tensor = torch.zeros((), device=job.device)
-    for images, labels in Heeding(EvalLoader(dataset.test, dataset, device=job.device), watcher):
+    for images, labels in Heeding(EvalLoader(test, job.images.dataset, device=job.device), watcher):
         teacher, student = task.teacher_features(images), task.student_features(images)
         outputs = [student.logits, teacher.logits]
         if task.graft is not None:
@@ -164,10 +170,10 @@ def _paths(job: Job, task: DistillTask, watcher: Watcher, seed: int) -> dict[str
         right = [(output.argmax(dim=1) == labels).sum() for output in outputs]
         loss = [F.cross_entropy(output.float(), labels, reduction="sum") for output in outputs]
         sums = sums + torch.stack([torch.stack(right).float(), torch.stack(loss)])
-    hits, losses = (sums.double().cpu() / len(dataset.test)).tolist()
+    hits, losses = (sums.double().cpu() / len(test)).tolist()
     rows = [{"top1": 100 * hit, "loss": loss} for hit, loss in zip(hits, losses, strict=True)]
     student_row, teacher_row, *ways = rows
-    result: dict[str, Any] = {"images": len(dataset.test), "student": student_row, "teacher": teacher_row}
+    result: dict[str, Any] = {"images": len(test), "student": student_row, "teacher": teacher_row}
     if not ways:
         return result | dict.fromkeys(("sampled", "all_student", "all_teacher"))
     all_student, all_teacher, *sampled = ways
