@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sakd_cli.report.figures import plain
-from sakd_cli.report.plots import COLOURS, INCHES, framed, legend, new_figure
+from sakd_cli.report.plots import COLOURS, INCHES, framed, legend, new_figure, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,8 +20,6 @@ def curve_figure(document: dict[str, Any]) -> "Figure":
     dotted  the teacher on the test images, where all runs have the same one
     """
     figure = new_figure(2 * INCHES[0], INCHES[1])
-    from matplotlib.ticker import MaxNLocator
-
     left, right = figure.subplots(1, 2)
     groups = document["groups"]
     for axes, key in ((left, "top1"), (right, "loss")):
@@ -36,7 +34,7 @@ def curve_figure(document: dict[str, Any]) -> "Figure":
             if len(groups) <= FEW:
                 trained = _by_epoch(document, k, f"train_{key}")
                 axes.plot(list(trained), [_mean(values) for values in trained.values()], "--", color=colour, alpha=0.7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(axes)
     taught = {row["teacher_top1"] for row in document["runs"]} - {None}
     if len(taught) == 1:
         left.axhline(taught.pop(), linestyle=":", color="#000000", linewidth=1)

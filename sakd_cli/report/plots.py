@@ -75,7 +75,7 @@ def epoch_lines(report: dict[str, Any], figure: "FigureBase | None" = None) -> "
     axes = figure.subplots()
     epochs = [row["epoch"] for row in report["by_epoch"]]
     for k, spot in enumerate(report["overall"]):
-        style = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.8}
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.8}
         axes.plot(
             epochs,
             _percent(row["share"][k] for row in report["by_epoch"]),
@@ -86,7 +86,7 @@ def epoch_lines(report: dict[str, Any], figure: "FigureBase | None" = None) -> "
         )
         axes.plot(epochs, _percent(row["probability"][k] for row in report["by_epoch"]), linestyle=":", **style)
     framed(axes, "Use of every spot", "epoch", "samples taught, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes)
     legend(figure, axes, "dotted: router's mean" if report["overall"][0]["probability"] is not None else "")
     return figure
 
@@ -153,7 +153,7 @@ def path_bars(report: dict[str, Any], figure: "FigureBase | None" = None) -> "Fi
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.margins(x=0.12)
     for label in axes.get_yticklabels():
-        label.set_family("monospace")
+        label.set_fontfamily("monospace")
     names = ", ".join(plain(spot["name"]) for spot in report["measured"]["spots"])
     framed(
         axes,
@@ -208,6 +208,13 @@ def framed(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(visible=True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def whole_numbers(axes: Any) -> None:
+    """Epochs have no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def legend(figure: "FigureBase", axes: Any, remark: str) -> None:
