@@ -28,6 +28,7 @@ from sakd_cli.models.exits import Exits
 from sakd_cli.models.lighter import lighter
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
+from sakd_cli.report.documents import Evaluations
 from sakd_cli.tasks.chain import planned, verdict
 from sakd_cli.tasks.residual import ResidualTask, Sides, centred, kl, mse, relative_energy
 
@@ -147,7 +148,7 @@ def test_a_residual_student_trained_by_kd_is_one_trained_by_kl(float64: None) ->
     words = ResidualConfig(loss="kl", alpha=0.9)
     plain = ResidualTask(
         copy.deepcopy(inner.network),
-        lambda x: inner.teacher_features(x).logits,
+        lambda x: inner.teacher_features(batch._replace(images=x)).logits,
         base.forward,
         words,
         lr=0,
@@ -169,7 +170,7 @@ def test_the_offset_is_added_where_the_routed_pass_ends_in_the_students_head(met
     (batch,) = batches(task, 1)
     seen: list[Tensor] = []
     task.offset = base.forward
-    teacher = task.teacher_features(batch.images)
+    teacher = task.teacher_features(batch)
     gate = torch.zeros(6, len(task.spots))
     gate[:3, -1] = 1
     decision = task.router(teacher.embedding, task.student_features(batch.images).embedding, batch.noise)
@@ -183,7 +184,7 @@ def test_the_offset_is_added_where_the_routed_pass_ends_in_the_students_head(met
 
 def test_training_a_stage_changes_no_earlier_member_and_not_the_teacher(float64: None) -> None:
     task = make("fitnet", "adaptive")
-    first, teacher = double("resnet8", 1), task.teacher_features.__self__
+    first, teacher = double("resnet8", 1), task.teacher_features.see.__self__
     task.offset = Ensemble([first]).eval().forward
     before = copy.deepcopy((first.state_dict(), teacher.state_dict()))
     fit(task, batches(task, 2))
@@ -279,6 +280,10 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(full: Shop, chained:
     assert whole["ensemble"]["sweep"][0]["top1"] == pytest.approx(whole["top1"])
     shutil.copytree(full.path / run / "ensemble", full.path / "exported")
     assert full.sakd("eval", "exported", "--dataset", "shapes", "--json").document["ensemble"]["exits"]
+    Evaluations.model_validate(
+        both := full.sakd("eval", run, f"{run}/student", "--json", "--set", "timing_seconds=0").document
+    )
+    assert [one["schema"] for one in both["evaluations"]] == ["sakd.ensemble/1", "sakd.eval/2"]
     alone = full.sakd("eval", f"{run}/student", "--adaptive", "--json").document
     assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["headline"]["top1"], [100])
     assert alone["ensemble"]["cost"] == 1.0, "as large as its teacher"
@@ -314,6 +319,8 @@ def test_mistakes_cost_one_line_and_nothing_is_written(full: Shop, chained: dict
     ]
     full.refuses([*words, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2")
     full.refuses(["eval", run, "--adaptive", "--always-on"], 2, "exclude each other")
+    full.refuses(["eval", run, run, "--plot", "curve.png"], 2, "of one network")
+    full.refuses(["eval", run, "--teacher", "resnet8"], 2, "beside the teacher that it was trained with")
     full.refuses(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")
     full.refuses(["eval", run, "--plot", "nowhere/curve.png"], 2, "no such folder")
     with mock.patch.dict(sys.modules, {"matplotlib": None}), mock.patch("importlib.util.find_spec", return_value=None):
