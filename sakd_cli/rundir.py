@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -86,10 +86,11 @@ def flush_folder(folder: Path) -> None:
 
 
 class RunDir:
-    """One run directory."""
+    """One run directory. `listeners` are told each line that `append` has written: file name and record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @classmethod
     def create(cls, runs_dir: Path, label: str) -> "RunDir":
@@ -182,6 +183,8 @@ class RunDir:
                 file.write(b"\n" * torn + line)
         except OSError as error:
             raise disk_error(self.path / name, error, len(line)) from None
+        for listener in self.listeners:
+            listener(name, record)
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of every JSON-lines file, after they were flushed to the disk."""

@@ -28,6 +28,7 @@ from sakd_cli.models.exits import Exits
 from sakd_cli.models.lighter import lighter
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
+from sakd_cli.report.documents import Evaluations
 from sakd_cli.tasks.chain import planned, verdict
 from sakd_cli.tasks.residual import ResidualTask, Sides, centred, kl, mse, relative_energy
 
@@ -279,6 +280,10 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(full: Shop, chained:
     assert whole["ensemble"]["sweep"][0]["top1"] == pytest.approx(whole["top1"])
     shutil.copytree(full.path / run / "ensemble", full.path / "exported")
     assert full.sakd("eval", "exported", "--dataset", "shapes", "--json").document["ensemble"]["exits"]
+    Evaluations.model_validate(
+        both := full.sakd("eval", run, f"{run}/student", "--json", "--set", "timing_seconds=0").document
+    )
+    assert [one["schema"] for one in both["evaluations"]] == ["sakd.ensemble/1", "sakd.eval/2"]
     alone = full.sakd("eval", f"{run}/student", "--adaptive", "--json").document
     assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["headline"]["top1"], [100])
     assert alone["ensemble"]["cost"] == 1.0, "as large as its teacher"
@@ -314,6 +319,8 @@ def test_mistakes_cost_one_line_and_nothing_is_written(full: Shop, chained: dict
     ]
     full.refuses([*words, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2")
     full.refuses(["eval", run, "--adaptive", "--always-on"], 2, "exclude each other")
+    full.refuses(["eval", run, run, "--plot", "curve.png"], 2, "of one network")
+    full.refuses(["eval", run, "--teacher", "resnet8"], 2, "beside the teacher that it was trained with")
     full.refuses(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")
     full.refuses(["eval", run, "--plot", "nowhere/curve.png"], 2, "no such folder")
     with mock.patch.dict(sys.modules, {"matplotlib": None}), mock.patch("importlib.util.find_spec", return_value=None):

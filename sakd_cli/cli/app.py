@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import bench, bring, look, spots, train, words
+from sakd_cli.cli import bench, bring, judge, look, spots, train, words
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.figures import printable
@@ -55,11 +55,14 @@ app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
 app.command("import-weights", rich_help_panel="Train")(bring.import_weights)
 app.command("eval", rich_help_panel="Look")(look.evaluate)
+app.command("compare", rich_help_panel="Look")(judge.compare)
+app.command("report", rich_help_panel="Look")(judge.report)
 app.command("inspect-spots", rich_help_panel="Look")(spots.inspect_spots)
 app.command("bench", rich_help_panel="Look")(bench.bench)
 app.command("list", rich_help_panel="Words")(words.listing)
 config_app.command("show")(words.show_config)
 show_app.command("method")(words.show_method)
+show_app.command("schema")(words.show_schema)
 app.add_typer(show_app, name="show", rich_help_panel="Words")
 app.add_typer(config_app, name="config", rich_help_panel="Words")
 

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from sakd_cli.cli import options as o
-from sakd_cli.config.layers import OPTIONS, Layer, flat, resolve
-from sakd_cli.config.run import RunConfig
+from sakd_cli.config.layers import OPTIONS, Layer, flat, nested, resolve
+from sakd_cli.config.run import FREE, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.reading import expanded
 from sakd_cli.rundir import Intent, RunDir, all_runs
 
 AUTO = "auto"
-# Words that may change between two parts of one run: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log_every", "save_every", "teacher.pretrain", "teacher.bank"}
 # Words that a run fills in for itself when it begins (`build.pinned`).
 PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256"}
+# Options of a series: its words must be said.
+SERIES = ("routers", "with_control", "seeds")
 # Options that say nothing of what is trained.
-PLACES = {"device", "runs_dir"}
+PLACES = {"device", "runs_dir", "log"}
 
 
 def understood(task: str, params: Mapping[str, Any]) -> tuple[Any, Intent]:
@@ -51,12 +51,21 @@ def twin(config: RunConfig) -> Intent:
     return Intent()
 
 
+def going_on(config: RunConfig) -> tuple[Any, Intent]:
+    """The twin's own words (its teacher above all, and no newer one) and the way to go on with it, or a new run."""
+    intent, task = twin(config), config.task
+    if intent.resume is None:
+        return config, intent
+    words = flat(config.model_dump(mode="json"))
+    now = Layer("these words", nested({key: words[key] for key in sorted(FREE) if key in words}))
+    return resolve(task, [_words_of(intent.resume, task), now]).config, intent
+
+
 def _newest(task: str, given: list[Layer], params: Mapping[str, Any]) -> tuple[Any, Intent]:
     """`--resume auto`: with words, the newest run of these words or a new one; without any, the newest run."""
-    spoken = [name for name in (*OPTIONS, "preset", "config", "set_") if params.get(name)]
+    spoken = [name for name in (*OPTIONS, "preset", "config", "set_", *SERIES) if params.get(name)]
     if not set(spoken) <= PLACES:
-        config = resolve(task, given).config
-        return config, twin(config)
+        return going_on(resolve(task, given).config)
     runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir
     for run in all_runs(runs_dir):
         try:

@@ -12,9 +12,16 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report import plot as plots
 from sakd_cli.rundir import RunDir, newest_run
 
-EvalTarget = Annotated[
-    Path | None,
-    typer.Argument(help="Run directory, folder with a model.safetensors, or that file. Default: newest run."),
+EvalTargets = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[RUN]...",
+        help="Run directories, folders with a model.safetensors, or such files. Default: newest run.",
+    ),
+]
+EvalBatch = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="Images per forward pass (1000).", rich_help_panel="Run"),
 ]
 Adaptive = Annotated[
     bool, typer.Option("--adaptive", help="Images leave where they may (the default).", rich_help_panel="Ensemble")
@@ -33,56 +40,78 @@ Plot = Annotated[
 
 def evaluate(
     ctx: typer.Context,
-    target: EvalTarget = None,
+    targets: EvalTargets = None,
     adaptive: Adaptive = False,
     always_on: AlwaysOn = False,
     sweep: Sweep = False,
     plot: Plot = None,
+    teacher: o.Teacher = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     preset: o.Preset = None,
     config: o.Config = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
+    batch_size: EvalBatch = None,
     device: o.Device = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Score a trained network, or a student with its residual students, on the test images.
+    """Judge trained networks on the test images, side by side: accuracy, calibration, classes, speed, their teacher.
 
-    Top-1, top-5, loss, per class, size and cost; of an ensemble also where images leave and the cost/accuracy curve.
+    A student with its residual students is scored as one; where its images leave, and the cost/accuracy curve.
 
     Examples:
 
-        sakd eval runs/20261121-120000-distill-... --data-root ~/data --json
+        sakd eval runs/20261121-120000-distill-... runs/20261121-130000-distill-... --json
 
         sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
     """
-    if adaptive and always_on:
+    _check(adaptive and always_on, plot, len(targets or ()))
+    given = o.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
+    given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
+    runs_dir_ = resolve("eval", given).config.runs_dir
+    found = [_what_to_score(target, runs_dir_) for target in targets or (None,)]
+    asked = adaptive or always_on or sweep or plot is not None
+    summed = [asked or _is_ensemble(weights) for weights, _ in found]
+    if teacher is not None and any(summed):
+        raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")
+    from sakd_cli.tasks.adaptive import score_ensemble
+    from sakd_cli.tasks.score import Target, scores
+
+    talk, curve = Talk(quiet=quiet), sweep or plot is not None
+    wanted = [Target(weights, run, [*_words_of(run), *given], teacher is not None) for weights, run in found]
+    pairs = list(zip(wanted, summed, strict=True))
+    alone = scores((one for one, ensemble in pairs if not ensemble), talk)
+    results = [
+        score_ensemble(one, talk, early=not always_on, curve=curve) if ensemble else next(alone)
+        for one, ensemble in pairs
+    ]
+    if plot is not None:
+        plots.draw(plot, results[0])
+    if json:
+        emit(results[0] if len(results) == 1 else {"schema": "sakd.evals/1", "evaluations": results})
+        return
+    from sakd_cli.report.scores import score_tables
+
+    show(*score_tables(results))
+
+
+def _check(both: bool, plot: Path | None, targets: int) -> None:
+    """Raise UsageError, before hours of work, for options that do not go together and for a picture that cannot be."""
+    if both:
         raise UsageError("--adaptive and --always-on exclude each other")
+    if plot is not None and targets > 1:
+        raise UsageError("--plot draws the curve of one network")
     if plot is not None:
         plots.check(plot)
-    given = o.layers(ctx.params)
-    weights, run = _what_to_score(target, resolve("eval", given).config.runs_dir)
-    own = {key: words for key, words in run.config.items() if key in ("data", "residual")} if run else {}
-    given, talk = [Layer("the run's config", own), *given], Talk(quiet=quiet)
-    if adaptive or always_on or sweep or plot or _is_ensemble(weights):
-        from sakd_cli.tasks.adaptive import score_ensemble
 
-        result = score_ensemble(weights, run, given, talk, early=not always_on, curve=bool(sweep or plot))
-    else:
-        from sakd_cli.tasks.score import score
 
-        result = score(weights, run, given, talk)
-    if plot is not None:
-        plots.draw(plot, result)
-    if json:
-        emit(result)
-        return
-    from sakd_cli.report.ensemble import ensemble_tables
-    from sakd_cli.report.tables import evaluation_tables
-
-    show(*evaluation_tables(result), *ensemble_tables(result))
+def _words_of(run: RunDir | None) -> list[Layer]:
+    """On what the run was trained, by whom, and who leaves its ensemble early."""
+    words = run.config if run else {}
+    told = {key: words[key] for key in ("data", "teacher", "residual") if words.get(key)}
+    return [Layer("the run's config", told)] if told else []
 
 
 def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:

@@ -84,6 +84,31 @@ Pretrain = Annotated[
         "--pretrain", help="Train the teacher first if no finished run is there.", rich_help_panel="Distillation"
     ),
 ]
+WithControl = Annotated[
+    bool,
+    typer.Option(
+        "--with-control",
+        help="Also run the always-on and the undistilled twin (routers always, never) and compare the three.",
+        rich_help_panel="Series",
+    ),
+]
+Routers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...|all",
+        help="Run each of these routers under one budget and compare them.",
+        rich_help_panel="Series",
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Run N seeds, from --seed on, and show mean and spread.",
+        rich_help_panel="Series",
+    ),
+]
 StudentFriendly = Annotated[
     list[str] | None,
     typer.Option(
@@ -172,6 +197,14 @@ TeacherBank = Annotated[
 ]
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
+]
+Log = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tensorboard",
+        help="Write the figures for TensorBoard too, into the run directory. [env: SAKD_LOG]",
+        rich_help_panel="Run",
+    ),
 ]
 Holdout = Annotated[
     str | None,

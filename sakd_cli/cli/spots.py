@@ -165,13 +165,7 @@ def _write_page(report: dict[str, Any], images: dict[int, Any], path: Path, talk
     from sakd_cli.report import html, plots
     from sakd_cli.report.spot_page import spot_page
 
-    try:
-        plots.new_figure()
-        drawn = True
-    except UsageError as error:
-        talk.warn(f"{error.message}: the page has tables and images only; {error.hint}")
-        drawn = False
-    html.write(spot_page(report, images, drawn=drawn), path)
+    html.write(spot_page(report, images, drawn=plots.available(talk.warn)), path)
 
 
 def _write_records(records: list[dict[str, Any]], path: Path) -> None:

@@ -10,6 +10,9 @@ import typer
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.intent import AUTO, twin, understood
+from sakd_cli.cli.judge import compared
+from sakd_cli.cli.series import is_series, series, train_all
+from sakd_cli.config.run import DistillConfig
 from sakd_cli.rundir import Intent, RunDir
 
 
@@ -34,6 +37,7 @@ def pretrain_teacher(
     precision: o.Precision = None,
     compile: o.Compile = None,
     deterministic: o.Deterministic = None,
+    log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -67,6 +71,9 @@ def distill(
     residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
     teacher_bank: o.TeacherBank = None,
+    with_control: o.WithControl = False,
+    routers: o.Routers = None,
+    seeds: o.Seeds = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -84,6 +91,7 @@ def distill(
     precision: o.Precision = None,
     compile: o.Compile = None,
     deterministic: o.Deterministic = None,
+    log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -94,23 +102,29 @@ def distill(
 
         sakd distill --preset quickstart
 
-        sakd distill --teacher wrn40_2 --student wrn16_2 --method fitnet --epochs 60
+        sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
     talk = Talk(quiet=quiet)
     words, intent = understood("distill", ctx.params)
-    if intent.finished and intent.resume:
+    several = series(words, ctx.params)
+    if is_series(ctx.params) and not dry_run:
+        again = _this_again(resume)
+        runs = train_all(several, lambda one, where: _distilled(one, where, talk, resume, again), resume=bool(resume))
+        compared(runs, json=json)
+    elif intent.finished and intent.resume:
         _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
-    elif dry_run:
-        _finish(_tried(words), dry_run=True, json=json)
     else:
-        _with_teacher(words, talk, resume=resume is not None)
-        from sakd_cli.tasks import build
-
-        _finish(_trained(build.distillation(words), intent, talk), dry_run=False, json=json)
+        result = _tried(words) if dry_run else _distilled(words, intent, talk, resume)
+        _finish(result, dry_run=dry_run, json=json)
 
 
-def _missing(words: Any) -> bool:
+def _this_again(resume: str | None) -> str:
+    """The command line that goes on with what this one did."""
+    return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
+
+
+def _missing(words: DistillConfig) -> bool:
     """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
     from sakd_cli.tasks.teachers import find_teacher, no_teacher
 
@@ -120,7 +134,7 @@ def _missing(words: Any) -> bool:
     return missing
 
 
-def _tried(words: Any) -> dict[str, Any]:
+def _tried(words: DistillConfig) -> dict[str, Any]:
     """The plan of a distillation and one batch of it, with an untrained teacher where it is yet to be trained."""
     missing = _missing(words)
     from sakd_cli.tasks import build, run
@@ -128,7 +142,17 @@ def _tried(words: Any) -> dict[str, Any]:
     return run.try_one_batch(build.distillation(words, build.untrained_teacher(words) if missing else None))
 
 
-def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
+def _distilled(
+    words: DistillConfig, intent: Intent, talk: Talk, resume: str | None, again: str | None = None
+) -> dict[str, Any]:
+    """One distillation, after its teacher's training where that is still to be done; `again` as for `_trained`."""
+    _with_teacher(words, talk, resume)
+    from sakd_cli.tasks import build
+
+    return _trained(build.distillation(words), intent, talk, again)
+
+
+def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
     """Train the teacher first where that is asked for."""
     if not _missing(words):
         return
@@ -138,8 +162,7 @@ def _with_teacher(words: Any, talk: Talk, *, resume: bool) -> None:
     chain.rehearse(build.distillation(words, build.untrained_teacher(words)))
     talk.say(f"no finished {words.teacher.source} yet: training it first")
     first = build.teacher_config(words)
-    again = shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
-    _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, again)
+    _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, _this_again(resume))
 
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def show_config(
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     device: o.Device = None,
+    log: o.Log = None,
     origin: Origin = False,
     json: o.Json = False,
 ) -> None:
@@ -167,3 +168,23 @@ _FOREIGN = {
     Which.distill: {"model", "student_friendly"},
     Which.pretrain: {"teacher", "student", "method", "dfa_weights", "router"},
 }
+
+
+def show_schema(
+    name: Annotated[str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, spots.")],
+    json: o.Json = False,
+) -> None:
+    """Print the JSON schema of a command's `--json`.
+
+    Examples:
+
+        sakd show schema eval
+
+        sakd show schema compare --json
+    """
+    from sakd_cli.report.documents import DOCUMENTS
+
+    if name not in DOCUMENTS:
+        raise UsageError(unknown("document", name, DOCUMENTS))
+    schema = DOCUMENTS[name].model_json_schema()
+    emit(schema) if json else show(yaml.safe_dump(schema, sort_keys=False, allow_unicode=True).rstrip())

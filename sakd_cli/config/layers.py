@@ -41,6 +41,7 @@ OPTIONS = {
     "compile": "runtime.compile",
     "deterministic": "runtime.deterministic",
     "teacher_bank": "teacher.bank",
+    "log": "log",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
 # (as far as the new choice has them).

@@ -72,4 +72,5 @@ class RandomMatchedConfig(RouterConfig):
 
 
 ROUTERS = by_name(RouterConfig)
+PLAIN, CLASSICAL = NeverConfig().name, AlwaysConfig().name  # the two controls: no distillation, and the ordinary one
 Router = Annotated[SerializeAsAny[RouterConfig], chosen_by_name("router", ROUTERS, default="adaptive")]

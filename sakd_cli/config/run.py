@@ -28,6 +28,8 @@ from sakd_cli.reading import expanded
 Folder = Annotated[Path, AfterValidator(expanded)]
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
+# Words that may change between two parts of one run: where it works, not what it computes.
+FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank"}
 
 
 class Train(Words):
@@ -96,6 +98,7 @@ class RunConfig(Words):
     seed       of initialisation, order, augmentation and routing noise; each draws from a stream of its own
     device     auto, cpu, cuda, cuda:1, mps
     runs_dir   folder in which run directories are made
+    log        tensorboard: the same figures for TensorBoard, in the run directory; None: only the run's own logs
     log_every  steps between two lines of metrics
     save_every steps between two checkpoints inside an epoch; None: only at its end
     """
@@ -106,6 +109,7 @@ class RunConfig(Words):
     seed: NonNegativeInt = 0
     device: str = "auto"
     runs_dir: Folder = Path("runs")
+    log: Literal["tensorboard"] | None = None
     log_every: PositiveInt = 50
     save_every: PositiveInt | None = None
     runtime: Runtime = Runtime()
@@ -199,11 +203,19 @@ class DistillConfig(RunConfig):
 class EvalConfig(Words):
     """Score a network on the test images of a data set.
 
-    residual  for a student with residual students: other words for who leaves early fit the thresholds anew
+    residual        for a student with residual students: other words for who leaves early fit the thresholds anew
+    teacher         with whom it is compared; None: with nobody
+    batch_size      images per forward pass
+    timing_seconds  how long latency and throughput are measured, each; 0: they are not
+    timing_batch    images per forward pass for the throughput
     """
 
     data: Data = CIFAR100Config()
     residual: ResidualConfig = ResidualConfig()
+    teacher: Annotated[TeacherConfig | None, BeforeValidator(_source)] = None
+    batch_size: PositiveInt = 1000
+    timing_seconds: NonNegativeFloat = 1.0
+    timing_batch: PositiveInt = 128
     device: str = "auto"
     runs_dir: Folder = Path("runs")
 

@@ -28,14 +28,19 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], class
     """Score `network` on (images, labels) batches of at least one image. Its train/eval mode is left as it was."""
     mode = network.training
     network.eval()
+    scores = score_logits(((network(images).float(), labels) for images, labels in batches), classes)
+    network.train(mode)
+    return scores
+
+
+def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
+    """The same from (logits [N, classes] in fp32, labels [N]) batches."""
     sums = []
-    for images, labels in batches:
-        logits = network(images).float()
+    for logits, labels in batches:
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
         by_class = [torch.bincount(labels, weights=w, minlength=classes) for w in (ranked[:, 0].float(), None)]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums.append(torch.cat([by_class[0], by_class[1], ranked.any(dim=1).sum()[None], loss[None]]))
-    network.train(mode)
     *of_class, right5, loss_sum = torch.stack(sums).cpu().double().sum(dim=0).tolist()
     hits, counts = of_class[:classes], of_class[classes:]
     images_seen = sum(counts)

@@ -1,10 +1,13 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""What a network costs: parameters, multiply-accumulates and memory."""
 
 import copy
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -22,3 +25,47 @@ def cost(model: nn.Module, side: int) -> Cost:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost(torch.empty(1, 3, side, side, device="meta"))
     return Cost(parameters, counter.get_total_flops() // 2)
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = set[int]()
+        for tensor in before:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return result
+
+
+def peak_memory(model: nn.Module, side: int, batch: int) -> int:
+    """Most bytes alive at once while `batch` images are classified: weights, buffers, activations in fp32.
+
+    Counted tensor by tensor on the meta device, so that it is the same on every machine; what a kernel needs for itself
+    and what an allocator keeps back come on top.
+    """
+    ghost = copy.deepcopy(model).to("meta").eval()
+    own = [*ghost.parameters(), *ghost.buffers()]
+    with _Living(own) as living, torch.no_grad():
+        ghost(torch.empty(batch, 3, side, side, device="meta"))
+    return living.peak

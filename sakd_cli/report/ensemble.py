@@ -1,6 +1,6 @@
 """A student with its residual students, as tables: stage by stage, where images leave, and the cost/accuracy curve.
 
-`sakd eval --json` of an ensemble is the document of a plain network ("sakd.eval/1": top1, top5, loss ... as measured;
+`sakd eval --json` of an ensemble ("sakd.ensemble/1") has the figures of a plain network (top1, top5, loss ...;
 parameters of all members; macs the mean per image; classes[].macs the same by class) and, under `ensemble`:
 
     early        whether images could leave early (false: --always-on)

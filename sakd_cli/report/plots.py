@@ -33,6 +33,16 @@ def new_figure(width: float = INCHES[0], height: float = INCHES[1]) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", dpi=100)
 
 
+def available(warn: Callable[[str], None]) -> bool:
+    """Whether pictures can be drawn; if not, `warn` is told what to do."""
+    try:
+        new_figure()
+    except UsageError as error:
+        warn(f"{error.message}: the page has tables and images only; {error.hint}")
+        return False
+    return True
+
+
 def rendered(figure: "Figure", kind: str) -> bytes:
     """The figure as `png` or `svg`; the same figure gives the same bytes."""
     from matplotlib import rc_context
@@ -75,9 +85,9 @@ def epoch_lines(report: dict[str, Any], figure: "FigureBase | None" = None) -> "
             **style,
         )
         axes.plot(epochs, _percent(row["probability"][k] for row in report["by_epoch"]), linestyle=":", **style)
-    _framed(axes, "Use of every spot", "epoch", "samples taught, %")
-    axes.locator_params(axis="x", integer=True)
-    _legend(figure, axes, "dotted: router's mean" if report["overall"][0]["probability"] is not None else "")
+    framed(axes, "Use of every spot", "epoch", "samples taught, %")
+    whole_numbers(axes)
+    legend(figure, axes, "dotted: router's mean" if report["overall"][0]["probability"] is not None else "")
     return figure
 
 
@@ -127,9 +137,9 @@ def difficulty_curves(report: dict[str, Any], figure: "FigureBase | None" = None
             heights = _percent(row["mean"][k] for row in bins)
             colour = COLOURS[k % len(COLOURS)]
             axes.plot(range(1, len(bins) + 1), heights, line, marker=mark, markersize=4, color=colour, label=label)
-    _framed(axes, "By difficulty", "tenth of the images, low to high", WHAT[measured["value"]])
+    framed(axes, "By difficulty", "tenth of the images, low to high", WHAT[measured["value"]])
     axes.set_xticks(range(1, len(bins) + 1))
-    _legend(figure, axes, "full: student's loss, dashed: teacher's confidence")
+    legend(figure, axes, "full: student's loss, dashed: teacher's confidence")
     return figure
 
 
@@ -145,7 +155,7 @@ def path_bars(report: dict[str, Any], figure: "FigureBase | None" = None) -> "Fi
     for label in axes.get_yticklabels():
         label.set_fontfamily("monospace")
     names = ", ".join(plain(spot["name"]) for spot in report["measured"]["spots"])
-    _framed(
+    framed(
         axes,
         f"Paths ({names})",
         f"images, %{'' if len(shown) == len(paths) else f'; {len(shown)} of {len(paths)}'}",
@@ -191,7 +201,8 @@ def _percent(shares: Any) -> list[float]:
     return [float("nan") if value is None else 100.0 * value for value in shares]
 
 
-def _framed(axes: Any, title: str, x: str, y: str) -> None:
+def framed(axes: Any, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, and a light grid."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -199,7 +210,14 @@ def _framed(axes: Any, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: "FigureBase", axes: Any, remark: str) -> None:
+def whole_numbers(axes: Any) -> None:
+    """Epochs have no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def legend(figure: "FigureBase", axes: Any, remark: str) -> None:
     """Names of the lines below the axes, and a remark on what the kinds of line mean."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower left", ncols=min(len(names), 4), fontsize=9, frameon=False)

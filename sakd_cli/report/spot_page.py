@@ -20,7 +20,14 @@ ALT = {
 
 
 def spot_page(report: dict[str, Any], images: "dict[int, NDArray[Any]]", *, drawn: bool) -> str:
-    """The page of a document of `inspect-spots`.
+    """The page of a document of `inspect-spots`; see `spot_sections`."""
+    facts = [(key.capitalize(), word(report[key])) for key in ("teacher", "student", "dataset", "method", "router")]
+    facts += [("Epochs", f"{report['epochs']}{'' if report['finished'] else ' so far'}"), ("Run", word(report["run"]))]
+    return page("Where knowledge flowed", facts, spot_sections(report, images, drawn=drawn))
+
+
+def spot_sections(report: dict[str, Any], images: "dict[int, NDArray[Any]]", *, drawn: bool) -> list[Section]:
+    """What a page says of the routing.
 
     images  pictures of the extreme images, by index
     drawn   with charts, which need matplotlib
@@ -47,9 +54,7 @@ def spot_page(report: dict[str, Any], images: "dict[int, NDArray[Any]]", *, draw
         Section("Extremes", [*galleries, *found.get("extremes", [])]),
         Section("The routed network", found.get("routed", [])),
     ]
-    facts = [(key.capitalize(), word(report[key])) for key in ("teacher", "student", "dataset", "method", "router")]
-    facts += [("Epochs", f"{report['epochs']}{'' if report['finished'] else ' so far'}"), ("Run", word(report["run"]))]
-    return page("Where knowledge flowed", facts, [section for section in sections if section.blocks])
+    return [section for section in sections if section.blocks]
 
 
 def _known(measured: dict[str, Any]) -> str:

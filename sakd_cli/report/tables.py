@@ -62,7 +62,7 @@ def _overall(report: dict[str, Any]) -> Sheet:
     return Sheet("Samples taught at each spot (%)", columns, rows, notes)
 
 
-def _thinned(rows: Sequence[Any], most: int) -> list[Any]:
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
     """At most `most` rows, evenly spaced, the first and the last among them."""
     if len(rows) <= most:
         return list(rows)
@@ -71,7 +71,7 @@ def _thinned(rows: Sequence[Any], most: int) -> list[Any]:
 
 def _by_epoch(report: dict[str, Any], most: int) -> Sheet:
     epochs = report["by_epoch"]
-    shown = _thinned(epochs, most)
+    shown = thinned(epochs, most)
     # A column of nothing but dashes says only that the router has no such thing.
     terms = [
         (key, header, note)

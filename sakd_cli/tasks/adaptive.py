@@ -24,7 +24,7 @@ from sakd_cli.models.exits import NEVER, RANGES, Exits, fit, leaving, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import check_classes, load_images
-from sakd_cli.tasks.score import described, followed
+from sakd_cli.tasks.score import Target, class_rows, described, followed
 
 POINTS = 21  # of a sweep
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -136,42 +136,41 @@ def hull(points: Sequence[tuple[float, float]]) -> set[int]:
     return set(kept)
 
 
-def score_ensemble(
-    target: Path, run: RunDir | None, layers: Iterable[Layer], watcher: Watcher, *, early: bool, curve: bool
-) -> dict[str, Any]:
+def score_ensemble(target: Target, watcher: Watcher, *, early: bool, curve: bool) -> dict[str, Any]:
     """`sakd eval` of an ensemble; a plain network is one without residual students. Keys: `report/ensemble.py`.
 
     early: samples leave where they may; else all go to the end. curve: with the sweep.
     Raises UsageError on other classes, and where the thresholds are to be fitted anew and the run is not known.
     """
-    opened = _opened(target)
+    opened = _opened(target.weights)
     rule = opened.about.get("rule", {})
     named = Layer("the ensemble's words", {"data": opened.card.dataset, "residual": rule})
-    config: EvalConfig = resolve("eval", [named, *layers]).config
+    config: EvalConfig = resolve("eval", [named, *target.layers]).config
     device = pick_device(config.device)
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))
     first = opened.ensemble.members[0]
     assert isinstance(first, StagedModel)
-    check_classes(Artifact(first, opened.card, opened.sha256), images, str(target))
+    check_classes(Artifact(first, opened.card, opened.sha256), images, str(target.weights))
     whole, dataset = opened.ensemble.to(device), images.dataset
     costs = [cost(member, images.side) for member in whole.members]
     macs, teacher = [one.macs for one in costs], opened.about.get("teacher") or {}
     teacher_macs = teacher.get("macs")
     exits = opened.exits
     if exits.thresholds and config.residual.exits() != rule:
-        exits = _refitted(whole, run, config, macs, teacher_macs, device)
-    batches = EvalLoader(dataset.test, dataset, device=device)
-    chosen, title = exits if early else never(exits), f"scoring {target}"
+        exits = _refitted(whole, target.run, config, macs, teacher_macs, device)
+    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+    chosen, title = exits if early else never(exits), f"scoring {target.weights}"
     scores, left = passed(whole, chosen, followed(batches, watcher, title), len(dataset.classes))
     shown = costs_of(left, macs, teacher_macs)
     names = [str(member.name) for member in whole.members]
-    about = {"weights": str(target), "sha256": opened.sha256, "network": " + ".join(names), "dataset": dataset.name}
+    about = {"weights": str(target.weights), "sha256": opened.sha256, "network": " + ".join(names)}
     counted = {"parameters": sum(one.parameters for one in costs), "macs": shown["macs"], "device": str(device)}
-    result = described(about, run, scores, counted, dataset.classes)
-    for place, row in enumerate(result["classes"]):
+    rows = class_rows(scores, dataset.classes)
+    for place, row in enumerate(rows):
         of_class = left[dataset.test.labels.cpu() == place]
         row["macs"] = mean_macs(of_class, macs) if len(of_class) else None
-    result["ensemble"] = {
+    about["dataset"] = dataset.name
+    told = {
         "early": early,
         "members": names,
         "member_macs": macs,
@@ -181,7 +180,8 @@ def score_ensemble(
         **shown,
         "sweep": sweep(whole, exits, batches, macs, teacher_macs) if curve else None,
     }
-    return result
+    known = described(about, target.run, scores.images, scores.headline() | counted, rows)
+    return {"schema": "sakd.ensemble/1", **known, "ensemble": told}
 
 
 def _opened(target: Path) -> LoadedEnsemble:

@@ -12,7 +12,7 @@ import yaml
 from sakd_cli.config.run import DistillConfig, Train
 from sakd_cli.data.halves import InTurn
 from sakd_cli.data.loader import EvalLoader, TrainLoader
-from sakd_cli.engine import checkpoint
+from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -81,6 +81,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     again  the command that goes on after a stop; None: that of this very run
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
+    board.check(job.config.log)
     chain = chain_of(job)
     if job.device.type == "cpu":
         keep_freed_memory()
@@ -89,7 +90,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     if job.mode.compiled:
         compiled(job.task, job.device)
     run = intent.open(job.config.runs_dir, _label(job))
-    with run.locked():
+    with run.locked(), board.following(run, job.config.log):
         if intent.overwrite:
             run.clear()
         if intent.resume is None:
@@ -118,7 +119,7 @@ def _phases(
     job: Job, chain: Chain | None, run: RunDir, judge: Judge, facts: dict[str, Any], watcher: Watcher
 ) -> Iterator[Trainer]:
     """The trainings of a run, one after another; each is built when the one before is done."""
-    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts)
+    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts, job.branches)
     yield from _training(job, MAIN, Outcome(judge, delivery), run, watcher)
     for phase, stage, base in chain.stages(watcher) if chain else ():
         judged = judge._replace(scored=partial(Offset, base=base))

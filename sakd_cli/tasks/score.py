@@ -1,72 +1,166 @@
-"""Score a saved network on the test images."""
+"""Score saved networks on the test images, by more than one number"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.layers import Layer, resolve
-from sakd_cli.config.run import Runtime
+from sakd_cli.config.run import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader
-from sakd_cli.engine.evaluate import Scores, evaluate
+from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
+from sakd_cli.engine.quality import Answers, agreement, calibration, confusions
 from sakd_cli.engine.runtime import effective, pick_device
+from sakd_cli.engine.speed import speed
 from sakd_cli.engine.watch import Watcher
+from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
-from sakd_cli.models.cost import cost
+from sakd_cli.models.artifact import Artifact
+from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
-from sakd_cli.tasks.build import check_classes, load_images
+from sakd_cli.tasks.build import Images, check_classes, load_images
 from sakd_cli.tasks.sftn import branch_rows, branches_of
+from sakd_cli.tasks.teachers import find_teacher
 
 
-def score(weights: Path, run: RunDir | None, layers: Iterable[Layer], watcher: Watcher) -> dict[str, Any]:
-    """Figures of the network in `weights` (file or folder); the layers say which data and device.
+class Target(NamedTuple):
+    """What to score: a weights file or folder, the run that it comes from (if any), and the words about it.
 
-    run   the run that the weights come from, if any; weights of none are scored on the data set of their header.
-    Raises UsageError on other classes.
+    compelled  a teacher was asked for, so that it is an error if there is none
     """
-    network = artifact.load(weights)
-    named = Layer("the weights' header", {"data": network.card.dataset})
-    config = resolve("eval", [named, *layers]).config
-    device = pick_device(config.device)
-    images = load_images(config.data.model_copy(update={"holdout": 0.0}))
-    check_classes(network, images, str(weights))
-    branches = branches_of(weights, network)
-    model = effective(Runtime(), device).laid_out(network.model.to(device))
-    dataset = images.dataset
+
+    weights: Path
+    run: RunDir | None
+    layers: list[Layer]
+    compelled: bool = False
+
+
+def scores(targets: Iterable[Target], watcher: Watcher) -> Iterator[dict[str, Any]]:
+    """One document per target, of the schema `report/documents.py` calls Evaluation.
+
+    Weights of no run are scored on the data set of their header. Raises UsageError on other classes.
+    """
+    loaded: dict[DataConfig, Images] = {}
+    for target in targets:
+        network = artifact.load(target.weights)
+        named = Layer("the weights' header", {"data": network.card.dataset})
+        config: EvalConfig = resolve("eval", [named, *target.layers]).config
+        words = config.data.model_copy(update={"holdout": 0.0})
+        images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
+        check_classes(network, images, str(target.weights))
+        yield _score(target, network, config, images, watcher)
+
+
+def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, watcher: Watcher) -> dict[str, Any]:
+    device, dataset, run = pick_device(config.device), images.dataset, target.run
+    teacher = _teacher(target, config, images, watcher)
+    branches = branches_of(target.weights, network)
+    mode = effective(Runtime(), device)
+    model = mode.laid_out(network.model.to(device)).eval()
+    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
-    scores = test_scores(model, dataset, device, watcher, f"scoring {weights}{unfinished}")
-    rows = branch_rows(model, branches.to(device), EvalLoader(dataset.test, dataset, device=device)) if branches else []
-    named_by = {"weights": str(weights), "sha256": network.sha256, "network": model.name, "dataset": dataset.name}
-    costs = cost(model, images.side)._asdict() | {"device": str(device)}
-    return described(named_by, run, scores, costs, dataset.classes) | ({"branches": rows} if rows else {})
+    heard = [model] if teacher is None else [model, mode.laid_out(teacher[1].model.to(device)).eval()]
+    *answers, labels = _answers(heard, followed(batches, watcher, f"scoring {target.weights}{unfinished}"))
+    pairs, mistaken = confusions(answers[0].logits, labels, dataset.classes)
+    figures, rows = _figures(model, answers[0], labels, config, images)
+    about = None
+    if teacher is not None:
+        theirs, taught = _figures(teacher[1].model, answers[1], labels, config, images)
+        about = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256} | theirs
+        about["agreement"] = agreement(answers[0], answers[1], labels)
+        rows = [row | {"teacher_top1": row_of["top1"]} for row, row_of in zip(rows, taught, strict=True)]
+    batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
+    named = {"weights": str(target.weights), "sha256": network.sha256, "network": model.name, "dataset": dataset.name}
+    rows = [row | {"mistaken_for": wrong} for row, wrong in zip(rows, mistaken, strict=True)]
+    known = described(named, run, len(labels), figures | {"device": str(device)}, rows)
+    return {
+        "schema": "sakd.eval/2",
+        **known,
+        "memory": {"batch": batch, "bytes": peak_memory(model, images.side, batch)},
+        "speed": speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
+        "teacher": about,
+        **({"branches": branch_rows(model, branches.to(device), batches)} if branches is not None else {}),
+        "confusions": pairs,
+    }
 
 
 def described(
-    named: dict[str, Any], run: RunDir | None, scores: Scores, costs: dict[str, Any], classes: Sequence[str]
+    named: dict[str, Any], run: RunDir | None, images: int, figures: dict[str, Any], classes: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The document of `sakd eval --json`. named: weights, sha256, network, dataset; costs: parameters, macs, device."""
-    per_class = zip(classes, scores.images_of_class, scores.top1_of_class, strict=True)
+    """What every document of `sakd eval --json` has. named: weights, sha256, network, dataset."""
     return {
-        "schema": "sakd.eval/1",
         "run": str(run.path) if run else None,
         "finished": run.finished if run else None,
         **named,
         "split": "test",
-        "images": scores.images,
-        **scores.headline(),
-        **costs,
-        "classes": [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class],
+        "images": images,
+        **figures,
+        "classes": classes,
     }
+
+
+def class_rows(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Images and top-1 of each class, by name."""
+    per_class = zip(classes, scores.images_of_class, scores.top1_of_class, strict=True)
+    return [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class]
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Watcher, title: str) -> Scores:
     """Figures of a network that is on `device`, on all test images."""
     batches = EvalLoader(dataset.test, dataset, device=device)
     return evaluate(model, followed(batches, watcher, title), len(dataset.classes))
+
+
+def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Watcher) -> tuple[Path, Artifact] | None:
+    """The teacher that the words name, and where it lies; None where they name none."""
+    if config.teacher is None:
+        return None
+    try:
+        path = find_teacher(config)
+        if path is None:
+            source = config.teacher.source
+            raise UsageError(f"teacher: no finished {source} on {config.data.name} in {config.runs_dir}")
+        teacher = artifact.load(path)
+        if config.teacher.sha256 not in (None, teacher.sha256):
+            raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
+        check_classes(teacher, images, str(path))
+    except UsageError as error:
+        if target.compelled:
+            raise
+        watcher.warn(f"not compared with its teacher: {error.message}")
+        return None
+    return path, teacher
+
+
+@torch.inference_mode()
+def _answers(networks: list[StagedModel], batches: Iterable[tuple[Tensor, Tensor]]) -> list[Any]:
+    """Each network's Answers to all images, then the labels [N]; everything stays on the device."""
+    heard: list[list[Answers]] = [[] for _ in networks]
+    labels = []
+    for images, truth in batches:
+        for network, answers in zip(networks, heard, strict=True):
+            embedding = network.run(images, 0, len(network.stages))
+            answers.append(Answers(network.head(embedding).float(), embedding.float()))
+        labels.append(truth)
+    whole = [Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True))) for answers in heard]
+    return [*whole, torch.cat(labels)]
+
+
+def _figures(
+    model: StagedModel, answers: Answers, labels: Tensor, config: EvalConfig, images: Images
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A network's own figures, overall and by class."""
+    classes = images.dataset.classes
+    # In the batches of an evaluation in training: sums are rounded alike, and the figures are equal to the last bit.
+    parts = zip(answers.logits.split(config.batch_size), labels.split(config.batch_size), strict=True)
+    found = score_logits(parts, len(classes))
+    quality = found.headline() | calibration(answers.logits, labels)
+    return quality | cost(model, images.side)._asdict(), class_rows(found, classes)
 
 
 def followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,17 +4,20 @@ import shlex
 from pathlib import Path
 
 from sakd_cli.config.networks import find_network, find_trainable
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.config.run import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.reading import expanded
 from sakd_cli.rundir import RunDir, newest_run
 
 
-def find_teacher(config: DistillConfig) -> Path | None:
-    """The weights file or folder to load; None where the architecture has no finished run for this data set.
+def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
+    """The weights file or folder to load; None where the architecture has no finished run for this data set, or where
+    no teacher is named.
 
     Raises UsageError where `teacher.source` is neither a path nor the name of a network.
     """
+    if config.teacher is None:
+        return None
     if config.teacher.weights is not None:
         return config.teacher.weights
     path = expanded(config.teacher.source)

@@ -1,0 +1,90 @@
+"""Several distillations under one budget: a run and its controls, every router, several seeds"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sakd_cli.cli.intent import AUTO, going_on
+from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
+from sakd_cli.config.run import DistillConfig, TeacherConfig
+from sakd_cli.errors import UsageError, unknown
+from sakd_cli.rundir import Intent, RunDir
+
+ALL = "all"
+LEARNED = AdaptiveConfig().name
+
+Train = Callable[[DistillConfig, Intent], dict[str, Any]]
+
+
+def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConfig]:
+    """What `--routers`, `--with-control` and `--seeds` make of a config: twins that share all but router and seed.
+
+    Seed by seed, and of each seed the learned router first, whose rates another may match.
+
+    Raises UsageError for options that do not go together, before anything is trained.
+    """
+    names = _routers(config, params)
+    members = [_twin(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
+    if len(members) > 1:
+        if params["run_dir"] is not None or params["overwrite"]:
+            raise UsageError("--run-dir and --overwrite name one run; a series makes several", hint="--runs-dir DIR")
+        if params["resume"] not in (None, AUTO):
+            raise UsageError("--resume RUN goes on with one run; a series needs --resume auto")
+    return members
+
+
+def is_series(params: Mapping[str, Any]) -> bool:
+    """Whether more than the run itself was asked for."""
+    return bool(params["routers"] or params["with_control"] or (params["seeds"] or 1) > 1)
+
+
+def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
+    own, asked = config.router.name, params["routers"]
+    if asked is None:
+        return list(dict.fromkeys([own, CLASSICAL, PLAIN])) if params["with_control"] else [own]
+    if params["router"] is not None or params["with_control"]:
+        raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
+    names = list(ROUTERS) if asked == ALL else list(dict.fromkeys(asked.split(",")))
+    for name in names:
+        if name not in ROUTERS:
+            raise UsageError(f"--routers: {unknown('router', name, [*ROUTERS, ALL])}")
+    # Stable: what learns comes first, what matches another run's rates comes after that run.
+    ranked = sorted(names, key=lambda name: (name != LEARNED, ROUTERS[name] is RandomMatchedConfig))
+    matching = [name for name in ranked if ROUTERS[name] is RandomMatchedConfig]
+    if matching and LEARNED not in names and not config.router.model_dump().get("run"):
+        raise UsageError(f"--routers: {matching[0]} matches the rates of {LEARNED}, which must be among them")
+    return ranked
+
+
+def _twin(config: DistillConfig, router: str, seed: int) -> DistillConfig:
+    """The same words with that router and seed; words of the old router that the new one has not are dropped."""
+    whole = Layer("the series' words", config.model_dump(mode="json"))
+    changed = Layer(
+        "--routers", {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
+    )
+    twin: DistillConfig = resolve("distill", [whole, changed]).config
+    return twin
+
+
+def train_all(members: list[DistillConfig], train: Train, *, resume: bool) -> list[RunDir]:
+    """Run them in order; with `resume` each goes on where it was, or is left alone when it is finished.
+
+    All learn from the teacher of the first, and a router that matches rates matches those of its own seed.
+    """
+    done: list[RunDir] = []
+    adaptive: dict[int, str] = {}
+    for config in members:
+        words = config
+        if done:
+            teacher = TeacherConfig.model_validate(done[0].config["teacher"])
+            words = words.model_copy(update={"teacher": teacher})
+        if isinstance(words.router, RandomMatchedConfig) and words.seed in adaptive:
+            router = words.router.model_copy(update={"run": adaptive[words.seed]})
+            words = words.model_copy(update={"router": router})
+        words, intent = going_on(words) if resume else (words, Intent())
+        summary = intent.summary() if intent.finished else train(words, intent)
+        done.append(RunDir(Path(summary["run"])))
+        if isinstance(words.router, AdaptiveConfig):
+            adaptive[words.seed] = str(done[-1].path.resolve())
+    return done

@@ -1,0 +1,152 @@
+"""`sakd eval`: each figure against one computed by hand or another way, the teacher, several networks side by side."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Said, Shop
+from torch import nn
+
+from sakd_cli.engine.quality import Answers, agreement, calibration, confusions
+from sakd_cli.engine.speed import speed
+from sakd_cli.models.cost import peak_memory
+from sakd_cli.report.documents import Evaluation, Evaluations
+from sakd_cli.report.scores import score_tables
+
+FAST = ("--quiet", "--set", "timing_seconds=0")
+
+
+def logits_of(chances: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(chances).log()
+
+
+def test_calibration_of_four_images_by_hand() -> None:
+    logits = logits_of([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.35, 0.65]])
+    found = calibration(logits, torch.tensor([0, 1, 0, 1]))
+    assert found["brier"] == pytest.approx(2 * (0.1**2 + 0.9**2 + 0.2**2 + 0.35**2) / 4)
+    # Three bins are in use: [12/15, 13/15) holds 0.8, [13/15, 14/15) holds 0.9 twice, [9/15, 10/15) holds 0.65.
+    assert found["ece"] == pytest.approx(0.25 * 0.2 + 0.5 * abs(0.5 - 0.9) + 0.25 * 0.35, abs=1e-6)
+
+
+def test_confusions_are_ranked_and_each_class_has_its_own() -> None:
+    said, truth = [1, 1, 0, 2, 2, 0, 2], [0, 0, 0, 1, 1, 1, 2]
+    logits = torch.eye(3)[said]
+    pairs, mistaken = confusions(logits, torch.tensor(truth), ["cat", "dog", "owl"])
+    assert pairs == [
+        {"class": "cat", "taken_for": "dog", "images": 2, "share": pytest.approx(2 / 3)},
+        {"class": "dog", "taken_for": "owl", "images": 2, "share": pytest.approx(2 / 3)},
+        {"class": "dog", "taken_for": "cat", "images": 1, "share": pytest.approx(1 / 3)},
+    ]
+    assert mistaken == [pairs[0], pairs[1], None]
+
+
+def test_agreement_counts_whose_errors_they_are() -> None:
+    truth = torch.tensor([0, 0, 0, 0, 0, 0])
+    teacher, student = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 1, 2, 0, 0])
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    heard = [Answers(torch.eye(3)[said] * 3, features) for said in (student, teacher)]
+    found = agreement(*heard, truth)
+    assert {key: found[key] for key in ("inherited", "same_answer", "corrected", "new")} == {
+        "inherited": 2,
+        "same_answer": 1,
+        "corrected": 2,
+        "new": 1,
+    }
+    assert found["top1"] == pytest.approx(100 * 2 / 6)
+    p, q = (said.logits.softmax(dim=1) for said in (heard[1], heard[0]))
+    assert found["kl"] == pytest.approx(float((p * (p / q).log()).sum(dim=1).mean()), rel=1e-5)
+    assert found["cka"] == pytest.approx(1.0)
+
+
+def test_cka_ignores_rotation_scale_and_offset_and_tells_strangers_apart() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=draw)
+    turned = 3 * x @ torch.linalg.qr(torch.randn(6, 6, generator=draw)).Q + 5
+    logits, truth = torch.zeros(200, 2), torch.zeros(200, dtype=torch.int64)
+
+    def cka(y: torch.Tensor) -> Any:
+        return agreement(Answers(logits, x), Answers(logits, y), truth)["cka"]
+
+    assert cka(turned) == pytest.approx(1.0, abs=1e-6)
+    assert cka(torch.randn(200, 9, generator=draw)) < 0.2
+    assert cka(torch.ones(200, 3)) is None
+    # Definition by Gram matrices: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
+    y = torch.randn(200, 9, generator=draw).double()
+    centre = torch.eye(200, dtype=torch.float64) - 1 / 200
+    k, gram = (centre @ (z.double() @ z.double().T) @ centre for z in (x, y))
+    expected = (k * gram).sum() / (k.norm() * gram.norm())
+    assert cka(y.float()) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_memory_is_weights_input_and_what_lives_at_once() -> None:
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(12, 50, bias=False), nn.ReLU(), nn.Linear(50, 2, bias=False))
+    weights = 4 * (12 * 50 + 50 * 2)
+    # Images, and the hidden layer before and after its ReLU; nothing else is larger.
+    assert peak_memory(wide, side=2, batch=10) == weights + 4 * 10 * (12 + 50 + 50)
+
+
+def test_speed_gives_median_and_quartiles() -> None:
+    found = speed(nn.Flatten(), 8, torch.device("cpu"), batch=4, seconds=0.01)
+    for key, batch in (("latency", 1), ("throughput", 4)):
+        assert found[key]["low"] <= found[key]["median"] <= found[key]["high"]
+        assert (found[key]["batch"], found[key]["runs"] >= 3) == (batch, True)
+    assert found["memory"] is None
+
+
+def test_a_student_is_judged_beside_the_teacher_of_its_run(full: Shop, distilled: dict[str, Any]) -> None:
+    said = full.sakd("eval", distilled["run"], "--json", "--quiet", "--set", "timing_seconds=0.01")
+    assert said.err == ""
+    document = said.document
+    Evaluation.model_validate(document)
+    assert {key: document["teacher"][key] for key in ("sha256", "top1", "top5", "loss", "parameters", "macs")} == {
+        key: distilled["teacher"][key] for key in ("sha256", "top1", "top5", "loss", "parameters", "macs")
+    }
+    share = document["teacher"]["agreement"]
+    wrong = document["images"] * (1 - document["top1"] / 100)
+    assert share["inherited"] + share["new"] == pytest.approx(wrong)
+    taught_wrong = document["images"] * (1 - document["teacher"]["top1"] / 100)
+    assert share["inherited"] + share["corrected"] == pytest.approx(taught_wrong)
+    assert all(row["teacher_top1"] is not None for row in document["classes"])
+    table = full.sakd("eval", distilled["run"], *FAST).out
+    assert all(text in table for text in ("Same answer as teacher", "Linear CKA", "Errors inherited", "confusions"))
+
+
+def test_several_networks_stand_in_one_table(full: Shop, distilled: dict[str, Any], teacher: Path) -> None:
+    document = full.sakd("eval", distilled["run"], str(teacher), *FAST, "--batch-size", "30", "--json").document
+    Evaluations.model_validate(document)
+    student, alone = document["evaluations"]
+    assert (alone["teacher"], alone["speed"], alone["memory"]["batch"]) == (None, None, 30)
+    assert student["teacher"]["top1"] == alone["top1"], "the student's teacher is this very network"
+    table = full.sakd("eval", distilled["run"], str(teacher), *FAST).out
+    assert table.count("Evaluation") == 1
+    assert "By class" not in table
+    assert f"B: {teacher}" in table.replace("\n", "")
+
+
+def test_a_network_agrees_with_itself(full: Shop, teacher: Path) -> None:
+    document = full.sakd("eval", str(teacher), "--teacher", str(teacher), *FAST, "--json").document
+    found = document["teacher"]["agreement"]
+    assert (found["top1"], found["corrected"], found["new"]) == (100.0, 0, 0)
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["inherited"] == found["same_answer"] == document["images"] - round(document["top1"])
+
+
+def test_a_teacher_that_is_gone_costs_the_comparison_only(
+    full: Shop, distilled: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(full.path / distilled["run"], run)
+    words = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(words.replace(distilled["teacher"]["sha256"], "f" * 64))
+    said = full.sakd("eval", str(run), *FAST, "--json")
+    assert said.document["teacher"] is None
+    assert "not compared with its teacher" in said.err
+    assert "its SHA-256 differs" in said.err
+    full.refuses(["eval", str(run), "--teacher", str(tmp_path / "nowhere"), *FAST], 2, "no such file")
+
+
+def test_a_document_without_figures_is_shown_with_dashes(taught: Said) -> None:
+    assert len(score_tables([{}, {}])) == 1
+    assert len(score_tables([{}])) == 2
