@@ -186,7 +186,8 @@ class Trainer:
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if self.recorder is not None:
                 write_aside(self.run.path / "samples.safetensors", save(self.recorder.by_sample()))
-            if self.best.get("epoch") == self.epoch > 0:
+            of_epoch = self.step == self.epoch * self.loader.steps_per_epoch  # not in the middle of the next one
+            if of_epoch and self.best.get("epoch") == self.epoch > 0:
                 checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)
             checkpoint.write(self.folder / "last", save_model, self._tensors(), state, keep=True)
 
