@@ -224,7 +224,7 @@ import json, sys
 from sakd_cli.cli.app import run
 for words in json.loads(sys.argv[1]):
     code = run(words)
-    allowed = {"safetensors", "numpy"} if words[0] == "inspect-spots" else set()
+    allowed = {"safetensors", "numpy"} if words[:1] == ["inspect-spots"] else set()
     heavy = {"torch", "torchvision", "safetensors", "numpy"} & set(sys.modules) - allowed
     if code or heavy:
         sys.exit(f"{words}: exit code {code}, loads {sorted(heavy)}")

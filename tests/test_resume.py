@@ -44,8 +44,10 @@ def whole(nursery: Nursery) -> dict[str, dict[str, str]]:
         child = nursery.sakd(*shlex.split(f"{DISTIL} {words} --run-dir whole-{name}"))
         assert child.code == 0, child.err
         prints[name] = fingerprint(nursery.cwd / f"whole-{name}")
-        best = json.loads((nursery.cwd / f"whole-{name}" / "checkpoints" / "best" / "state.json").read_text())
-        assert best["step"] == 9 * best["best"]["epoch"], "the weights that were judged, at the end of an epoch"
+        folder = nursery.cwd / f"whole-{name}" / "checkpoints"
+        best, last = (json.loads((folder / each / "state.json").read_text()) for each in ("best", "last"))
+        steps = last["step"] // last["epoch"]
+        assert best["step"] == steps * best["best"]["epoch"], "the weights that were judged, at the end of an epoch"
     return prints
 
 

@@ -201,7 +201,10 @@ class Measured(Part):
 
 
 class SpotsDocument(Part):
-    """`spots.py` makes all but `measured` from the log; `measured` is null for a run that kept nothing by sample."""
+    """`spots.py` makes all but `measured` from the log; `measured` is null for a run that kept nothing by sample.
+
+    mixtures   the `dfa.json` of the run as it stands; null where it has none
+    """
 
     schema_: Literal["sakd.spots/1"] = Field(alias="schema")
     run: str
@@ -216,6 +219,7 @@ class SpotsDocument(Part):
     overall: list[Overall]
     by_epoch: list[Epoch]
     by_class: list[TaughtClass]
+    mixtures: dict[str, Any] | None
     measured: Measured | None
 
 
