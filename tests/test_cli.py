@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 from conftest import PAIR, TINY, Said, Shop
 
@@ -250,6 +251,16 @@ def test_completion_knows_the_names_and_does_without_torch(shop: Shop) -> None:
     words = {"COMP_WORDS": "sakd distill --method fi", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
     done = process(shop, "-c", program, "[[]]", **words)
     assert (done.stdout.split(), done.stderr) == (["fitnet"], "")
+
+
+@pytest.mark.parametrize("refusal", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: you tried")])
+def test_too_little_memory_names_a_batch_size_that_fits(full: Shop, refusal: Exception) -> None:
+    with mock.patch("sakd_cli.tasks.distill.DistillTask.forward", side_effect=refusal):
+        said = full.sakd(*PAIR, *TINY, "--batch-size", "96", "-q")
+    assert (said.code, said.out) == (6, "")
+    error, hint = said.err.splitlines()
+    assert error == "error: out of memory with batches of 96 images"
+    assert hint.startswith("hint: --batch-size 48 should fit")
 
 
 def test_the_module_is_the_command_and_leaves_with_its_exit_code(shop: Shop) -> None:

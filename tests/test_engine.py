@@ -20,8 +20,8 @@ from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.engine.trainer import Judge, Outcome, Trainer
-from sakd_cli.engine.watch import Silent
-from sakd_cli.errors import NonFiniteError
+from sakd_cli.engine.watch import Heeding, Silent, Watcher
+from sakd_cli.errors import NonFiniteError, Stopped
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import assemble
@@ -303,3 +303,38 @@ def test_weights_that_turn_out_infinite_only_when_judged_stop_the_run_too(tmp_pa
     with pytest.raises(NonFiniteError):
         trainer_of(PlainTask(), tmp_path, 1, judge=Judge("test", broken, broken, CLASSES)).fit()
     assert not (tmp_path / "checkpoints").exists()
+
+
+class Impatient(Silent):
+    """Wants the run to stop when it is asked for the N-th time."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def stop(self) -> int:
+        self.patience -= 1
+        return 15 if self.patience < 0 else 0
+
+
+def test_a_stop_at_any_moment_of_training_and_evaluation_changes_no_bit(tmp_path: Path) -> None:
+    def trainer(folder: Path, watcher: Watcher) -> Trainer:
+        slow = EvalLoader(DATASET.test, DATASET, device=CPU, batch_size=5)
+        judged = Heeding(slow, watcher)
+        return trainer_of(PlainTask(), folder, 2, judge=Judge("test", judged, judged, CLASSES), watcher=watcher)
+
+    whole = trainer(tmp_path / "whole", Silent())
+    expected = whole.fit()
+    moments = 2 * 3 + 3 * 3  # every step, and every batch of three evaluations
+    for moment in range(moments):
+        stopped = trainer(tmp_path / str(moment), Impatient(moment))
+        with pytest.raises(Stopped) as caught:
+            stopped.fit()
+        assert caught.value.exit_code == 143
+        resumed = trainer(tmp_path / str(moment), Silent())
+        resumed.resume(checkpoint.read(resumed.folder / "last"))
+        assert resumed.step == stopped.step
+        figures = resumed.fit()
+        assert (figures["headline"], figures["best"]) == (expected["headline"], expected["best"])
+        assert list(resumed.run.lines("metrics.jsonl")) == list(whole.run.lines("metrics.jsonl"))
+        assert torch.equal(resumed.task.network[1].weight, whole.task.network[1].weight)
+    trainer(tmp_path / "patient", Impatient(moments)).fit()

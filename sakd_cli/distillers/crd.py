@@ -78,10 +78,13 @@ class CRD(Distiller):
         self.steps = self.negatives + rows - others  # of a walk that meets all of the sample's own class
         need, limit = memory_need(rows, batch_size, width, self.negatives), config.memory_limit * 2**30
         if need > limit:
+            each = need - memory_need(rows, batch_size - 1, width, self.negatives)
+            fits = int((limit - memory_need(rows, 0, width, self.negatives)) // each)
+            smaller = f"--batch-size {fits} fits, or" if fits > 0 else "the banks alone are too large:"
             raise MemoryLimitError(
                 f"method crd: banks and negatives of {rows} images need {need / 2**30:.1f} GiB, "
                 f"above method.memory_limit ({config.memory_limit:g} GiB)",
-                hint="raise --set method.memory_limit=GIB, or lower method.width, method.negatives or the batch size",
+                hint=f"{smaller} --set method.memory_limit=GIB, method.width=... or method.negatives=...",
             )
         self.temperature, self.momentum = config.contrast_temperature, config.momentum
         (spot,) = spots

@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from sakd_cli import __version__
 from sakd_cli.config.run import Runtime
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import MemoryLimitError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -77,6 +79,22 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(map_threshold, 2**30)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+@contextmanager
+def memory_told(batch_size: int) -> Iterator[None]:
+    """Turn a device's or the machine's refusal of memory into a MemoryLimitError that names a batch size that fits.
+
+    Nearly all that a step holds grows with the batch, so half of it is half of the need: an estimate, on the safe side.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        refused = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not refused:
+            raise
+        hint = f"--batch-size {max(1, batch_size // 2)} should fit; less data: --set data.limit=..."
+        raise MemoryLimitError(f"out of memory with batches of {batch_size} images", hint) from None
 
 
 def reproducible() -> None:

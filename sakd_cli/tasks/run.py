@@ -16,7 +16,7 @@ from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory, reproducible
+from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory, memory_told, reproducible
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
@@ -100,7 +100,8 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             judge = _judge(job, watcher)
             facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
             phases = _resumed(_phases(job, chain, run, judge, facts, watcher), run, intent, watcher)
-            figures = {trainer.phase: trainer.fit() for trainer in phases}
+            with memory_told(job.config.train.batch_size):
+                figures = {trainer.phase: trainer.fit() for trainer in phases}
             extra: dict[str, Any] = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
             extra |= {"ensemble": chain.close(run, judge.test, figures)} if chain else {}
             extra |= survey.keep(job, run, watcher)
