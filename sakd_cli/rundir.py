@@ -158,6 +158,15 @@ class RunDir:
         return words
 
     @property
+    def identity(self) -> str | None:
+        """What tells this run from every other, also of the same words; None for a folder that never was one."""
+        try:
+            name = json.loads((self.path / "env.json").read_bytes())["id"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return str(name)
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.path / "summary.json").is_file()

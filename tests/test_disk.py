@@ -12,6 +12,7 @@ import pytest
 from nursery import ROOT, Nursery, Trouble, fingerprint
 
 from sakd_cli.engine import checkpoint
+from sakd_cli.rundir import RunDir
 
 SHORT = "--dataset shapes --set data.train=60 --set data.test=40 --batch-size 20 --set save_every=2 -q"
 WORDS = shlex.split(f"distill --teacher teacher --student resnet8 --method at {SHORT} --epochs 2")
@@ -33,7 +34,7 @@ def desk(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
 def goes_on(desk: Nursery, run: Path) -> None:
     """The newest checkpoint is whole, and the run ends in the bits of the undisturbed one."""
     if any((run / "checkpoints" / name).is_dir() for name in ("last", "previous")):
-        assert checkpoint.find(run / "checkpoints", None)
+        assert checkpoint.find(run / "checkpoints", None, RunDir(run).identity)
     begun = (run / "config.yaml").is_file()
     again = desk.sakd(*(["distill", "--resume", str(run), "-q"] if begun else [*WORDS, "--run-dir", str(run)]))
     assert again.code == 0, again.err

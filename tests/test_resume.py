@@ -16,6 +16,7 @@ from nursery import Child, Nursery, Trouble, fingerprint
 
 SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
+MOMENTS = [("ft", "warmup: "), ("ft", "train: "), ("dfa", "search: "), ("residual", "residual-1: ")]
 METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
@@ -53,7 +54,11 @@ def whole(nursery: Nursery) -> dict[str, dict[str, str]]:
 
 def saves(run: Path) -> list[int]:
     """When its checkpoints were written."""
-    return sorted(path.stat().st_mtime_ns for path in run.glob("checkpoints/**/manifest.json"))
+    while True:
+        try:
+            return sorted(path.stat().st_mtime_ns for path in run.glob("checkpoints/**/manifest.json"))
+        except FileNotFoundError:  # renamed while we looked
+            continue
 
 
 def kill_somewhere(child: Child, run: Path, draw: random.Random) -> int:
@@ -84,7 +89,9 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize(("method", "moment"), [("ft", "warmup: "), ("ft", "train: "), ("residual", "residual-1: ")])
+@pytest.mark.parametrize(
+    ("method", "moment"), [("ft", "warmup: "), ("ft", "train: "), ("dfa", "search: "), ("residual", "residual-1: ")]
+)
 def test_a_signal_saves_and_names_the_command_that_goes_on(
     nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, method: str, moment: str
 ) -> None:
@@ -159,7 +166,7 @@ def unfinished(nursery: Nursery, name: str) -> Path:
     return run
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "swapped", "of the future"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "swapped", "of the future", "of a twin"])
 def test_a_damaged_checkpoint_is_never_used(nursery: Nursery, damage: str) -> None:
     run = unfinished(nursery, f"damaged-{damage.replace(' ', '-')}")
     last = run / "checkpoints" / "last"
@@ -169,6 +176,11 @@ def test_a_damaged_checkpoint_is_never_used(nursery: Nursery, damage: str) -> No
         file.unlink()
     elif damage == "swapped":
         shutil.copy(nursery.cwd / "teacher" / "checkpoints" / "last" / file.name, file)
+    elif damage == "of a twin":  # a run of the same words
+        twin = nursery.cwd / "whole-twin"
+        assert nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {twin}")).code == 0
+        shutil.rmtree(last)
+        shutil.copytree(twin / "checkpoints" / "last", last)
     elif damage == "of the future":
         state = (last / "state.json").read_text().replace("sakd.checkpoint/2", "sakd.checkpoint/99")
         (last / "state.json").write_text(state)

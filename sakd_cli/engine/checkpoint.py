@@ -101,8 +101,10 @@ def read(folder: Path) -> Loaded:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
 
 
-def find(folder: Path, complain: Callable[[str], None] | None) -> Loaded | None:
+def find(folder: Path, complain: Callable[[str], None] | None, run: str | None = None) -> Loaded | None:
     """The newest checkpoint of `last`, `last.new` and `previous` in `folder`; None where nothing was saved yet.
+
+    One that was made by another run than `run` counts as damaged.
 
     A process that died between two renames leaves a whole `last.new`, which becomes `last`. Where `last` is damaged,
     `complain` is told and an older one is taken; without `complain` that is a CheckpointError, as it is when none is
@@ -111,13 +113,13 @@ def find(folder: Path, complain: Callable[[str], None] | None) -> Loaded | None:
     last, aside, previous = (folder / name for name in ("last", "last.new", "previous"))
     if not last.exists() and aside.exists():
         try:
-            read(aside)
+            _made_by(run, read(aside))
             aside.replace(last)
         except CheckpointError:
             pass  # a half-written one is no damage: it never was a checkpoint
     if last.exists():
         try:
-            return read(last)
+            return _made_by(run, read(last))
         except CheckpointError as damage:
             if complain is None:
                 raise CheckpointError(
@@ -125,10 +127,16 @@ def find(folder: Path, complain: Callable[[str], None] | None) -> Loaded | None:
                 ) from None
             complain(damage.message)
     if previous.exists():
-        return read(previous)
+        return _made_by(run, read(previous))
     if last.exists():
         raise CheckpointError(f"{folder}: no whole checkpoint is left", hint="start anew: --overwrite, or another run")
     return None
+
+
+def _made_by(run: str | None, loaded: Loaded) -> Loaded:
+    if loaded.state.get("run") != run:
+        raise CheckpointError(f"{loaded.folder}: belongs to another run")
+    return loaded
 
 
 def discard(folder: Path) -> None:

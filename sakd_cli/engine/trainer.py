@@ -187,6 +187,7 @@ class Trainer:
         self.guard.check()
         with self._timed("save"):
             state = {
+                "run": self.run.identity,
                 "phase": self.phase,
                 "epoch": self.epoch,
                 "step": self.step,

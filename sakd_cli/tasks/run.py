@@ -1,6 +1,7 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
 import shlex
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
         if intent.overwrite:
             run.clear()
         if intent.resume is None:
-            write_json(run.path / "env.json", environment(job.device, job.mode))
+            write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
             write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
         try:
             judge = _judge(job, watcher)
@@ -176,7 +177,8 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Wa
     """
     going_on, logs = intent.resume is not None, dict[str, int]()
     for trainer in phases:
-        point = checkpoint.find(trainer.folder, watcher.warn if intent.lenient else None) if going_on else None
+        complain = watcher.warn if intent.lenient else None
+        point = checkpoint.find(trainer.folder, complain, run.identity) if going_on else None
         if point is not None:
             trainer.resume(point)
             logs = _sizes(point)
