@@ -263,6 +263,11 @@ def test_too_little_memory_names_a_batch_size_that_fits(full: Shop, refusal: Exc
     assert hint.startswith("hint: --batch-size 48 should fit")
 
 
+def test_a_missing_compiler_costs_one_line(full: Shop) -> None:
+    with mock.patch.dict(os.environ, {"CXX": "/nowhere/g++"}):
+        full.refuses([*PAIR, *TINY, "--compile", "-q"], 2, "--compile: no C++ compiler '/nowhere/g++' here")
+
+
 def test_the_module_is_the_command_and_leaves_with_its_exit_code(shop: Shop) -> None:
     done = process(shop, "-m", "sakd_cli", "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"sakd {__version__}\n", "")

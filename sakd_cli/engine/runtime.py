@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,15 @@ def effective(words: Runtime, device: torch.device) -> Mode:
     last = device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last
     pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
     return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UsageError where a step cannot be compiled: on a CPU that needs a C++ compiler."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(name) is None:
+        raise UsageError(
+            f"--compile: no C++ compiler {name!r} here", hint="install one, name it in CXX, or leave it out"
+        )
 
 
 def compiled(task: nn.Module, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import compiled, environment, keep_freed_memory, memory_told, reproducible
+from sakd_cli.engine.runtime import check_compiler, compiled, environment, keep_freed_memory, memory_told, reproducible
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
@@ -89,6 +89,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     if job.config.runtime.deterministic:
         reproducible()
     if job.mode.compiled:
+        check_compiler(job.device)
         compiled(job.task, job.device)
     run = intent.open(job.config.runs_dir, _label(job))
     with run.locked(), board.following(run, job.config.log):
