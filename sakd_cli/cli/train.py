@@ -197,14 +197,14 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
 
 def _picture(run: RunDir, talk: Talk) -> None:
     """What the run mixed of its teacher's blocks, drawn, where it did."""
-    from sakd_cli.report.mixtures import PICTURE, can_draw, draw_mixtures, mixture_report
+    from sakd_cli.report.mixtures import PICTURE, mixture_report
 
     if (record := mixture_report(run)) is None:
         return
-    if can_draw():
-        draw_mixtures(record, run.path / PICTURE)
-    else:
-        talk.say(f"no {PICTURE}: matplotlib is not installed (pip install 'sakd[plots]')")
+    from sakd_cli.report import plots
+
+    if plots.available(lambda told: talk.say(f"no {PICTURE}: {told}")):
+        plots.write(plots.mixture_map(record), run.path / PICTURE)
 
 
 def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
