@@ -14,6 +14,11 @@ class Batch:
     index   [B]           int64 position of the sample in the training split
     noise   [B, W]        uniform in [0, 1), W numbers per sample for whatever the task draws
     view    [B]           int64 which of its possible crops and flips each image shows; None where nobody asks
+
+    Where several processes train together (`parallel.py`) this is one's part of the whole batch:
+
+    whole   samples of the whole batch; None: these are all
+    share   what the mean over these samples counts for: 1 on the average over the processes
     """
 
     images: Tensor
@@ -21,6 +26,13 @@ class Batch:
     index: Tensor
     noise: Tensor
     view: Tensor | None = None
+    whole: int | None = None
+    share: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole batch."""
+        return len(self.labels) if self.whole is None else self.whole
 
 
 @dataclass(frozen=True, slots=True)

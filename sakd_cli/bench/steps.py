@@ -90,7 +90,8 @@ def batch_of(setup: Setup, task: Task, spots: int) -> Batch:
     learned = isinstance(task, DistillTask) and task.graft is not None
     noise = half_routed(spots, size) if learned else torch.rand(size, task.noise_width, generator=draw)
     index = torch.arange(size) % setup.images
-    return Batch(*(tensor.to(setup.device) for tensor in (x, index % setup.classes, index, noise)))
+    images, labels, index, noise = (tensor.to(setup.device) for tensor in (x, index % setup.classes, index, noise))
+    return Batch(images, labels, index, noise)
 
 
 def built(setup: Setup, **words: Any) -> DistillTask:

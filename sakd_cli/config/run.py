@@ -77,6 +77,8 @@ class Runtime(Words):
     channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
     compile        the step as one compiled graph, and on CUDA as one launch
     deterministic  the same bits from the same seed on a GPU too, for some speed; a CPU gives them anyway
+    sync_batchnorm, gather   where several processes share a batch: BatchNorm's statistics are of all of it; losses
+                   between samples (sp, rkd, pkt, cc, dist) compare all of it, not each process's part
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -84,6 +86,8 @@ class Runtime(Words):
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
     deterministic: bool = False
+    sync_batchnorm: bool = False
+    gather: bool = False
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":

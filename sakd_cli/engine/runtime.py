@@ -29,12 +29,14 @@ class Mode(NamedTuple):
 
     reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
              optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
+    gathered  losses between samples see those of all processes
     """
 
     reduced: torch.dtype | None = None
     channels_last: bool = False
     pruned: bool = False
     compiled: bool = False
+    gathered: bool = False
 
     def __str__(self) -> str:
         words = ["bf16" if self.reduced else "fp32", "channels_last" if self.channels_last else "contiguous"]
@@ -58,7 +60,7 @@ def effective(words: Runtime, device: torch.device) -> Mode:
     """What the words mean on this device."""
     last = device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last
     pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
-    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile)
+    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile, words.gather)
 
 
 def check_compiler(device: torch.device) -> None:
