@@ -100,6 +100,9 @@ def run(arguments: list[str]) -> int:
                 complain(error.format_message().replace("Value error, ", ""), hint=f"{_called(error)} --help")
             return int(error.exit_code)
         # torch's, which must not be imported here; on the CPU it raises a plain RuntimeError.
+        if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
+            complain("a process that reads images was killed, probably for lack of memory", "--set data.workers=1")
+            return MemoryLimitError.exit_code
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             complain("out of memory on the device", "a smaller --batch-size")
             return MemoryLimitError.exit_code

@@ -167,6 +167,7 @@ def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
+    from sakd_cli.data.feeds import told
     from sakd_cli.tasks import chain, run
 
     chain.rehearse(job)
@@ -176,6 +177,10 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
         f"({job.mode})"
     )
+    if (fed := told(job.images.train)) is not None:
+        talk.say(fed)
+    if skipped := job.images.dataset.skipped:
+        talk.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
     if job.branches is not None:
         talk.say(f"student-friendly: together with branches of {', '.join(config.friendly.students)}")
     if job.teacher is not None:

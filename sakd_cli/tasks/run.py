@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from sakd_cli.config.run import DistillConfig, Train
-from sakd_cli.data.halves import InTurn
-from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.data.feeds import eval_loader, train_loader, views
+from sakd_cli.data.halves import InTurn, Shuffled
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
@@ -83,6 +83,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
     board.check(job.config.log)
+    job.images.gather()
     chain = chain_of(job)
     if job.device.type == "cpu":
         keep_freed_memory()
@@ -166,9 +167,9 @@ def _take_from_bank(job: Job, watcher: Watcher) -> None:
     """Let the teacher's answers come from its bank, if that was asked for."""
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
         assert job.teacher is not None
-        views = _train_loader(job).views
+        seen = views(job.images.train, job.images.dataset, job.device)
         folder = job.config.runs_dir / "banks"
-        job.task.teacher_features = open_bank(folder, job.teacher, views, job.mode, job.device, watcher)
+        job.task.teacher_features = open_bank(folder, job.teacher, seen, job.mode, job.device, watcher)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Watcher) -> Iterator[Trainer]:
@@ -207,8 +208,8 @@ def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimiz
     )
 
 
-def _train_loader(job: Job) -> TrainLoader:
-    return TrainLoader(
+def _train_loader(job: Job) -> Shuffled:
+    return train_loader(
         job.images.train,
         job.images.dataset,
         batch_size=job.config.train.batch_size,
@@ -240,9 +241,9 @@ def _mixtures(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, 
 
 def _judge(job: Job, watcher: Watcher) -> Judge:
     dataset = job.images.dataset
-    test = Heeding(EvalLoader(dataset.test, dataset, device=job.device), watcher)
+    test = Heeding(eval_loader(dataset.test, dataset, device=job.device), watcher)
     held_out = job.images.held_out
-    selection = Heeding(EvalLoader(held_out, dataset, device=job.device), watcher) if held_out else test
+    selection = Heeding(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
     return Judge("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 
@@ -272,6 +273,7 @@ def _about(job: Job) -> dict[str, Any]:
         "dataset": job.images.dataset.name,
         "epochs": job.config.train.epochs,
         "images": len(job.images.train),
+        **({"skipped_images": skipped} if (skipped := job.images.dataset.skipped) else {}),
         "protocol": f"headline is the last epoch on the test set; {chosen}",
         "parameters": job.cost.parameters,
         "macs": job.cost.macs,
