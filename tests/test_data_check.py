@@ -57,7 +57,7 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
         ("case", "bee"),
         ("classes-differ", "train"),
         ("classes-differ", "val"),
-        ("loop", "ant"),
+        ("loop", "loop"),
         ("unreadable", "1.jpg"),
         ("unreadable", "0.png"),
         ("unreadable", "[red].png"),

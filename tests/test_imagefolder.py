@@ -24,7 +24,8 @@ from sakd_cli.data.loader import TrainLoader
 from sakd_cli.data.streams import generator
 from sakd_cli.data.workers import Pool
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
-from sakd_cli.tasks.build import Images, load_images
+from sakd_cli.tasks.build import load_images
+from sakd_cli.tasks.job import Images
 
 CPU = torch.device("cpu")
 SIZES = [(40, 30), (33, 64), (24, 24), (90, 20), (31, 57)]  # width, height
@@ -117,7 +118,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "empty class": (lambda d: (d / "train/dog").mkdir(), "train/dog: holds no picture"),
     "classes differ": (lambda d: picture(d / "val/dog/0.png", (9, 9), 0), "train: lacks dog, which val has"),
     "case": (lambda d: [picture(d / p / "Bee/0.png", (9, 9), 0) for p in ("train", "val")], "differs from class 'Bee'"),
-    "loop": (lambda d: (d / "train/ant/again").symlink_to(d / "train"), "train/ant/again/ant: is a link to a folder"),
+    "loop": (lambda d: (d / "train/ant/again").symlink_to(d / "train"), "train/ant/again: is a link to a folder"),
     "link to itself": (lambda d: (d / "train/ant/o").symlink_to(d / "train/ant/o"), "train/ant/o: too many levels"),
     "no val": (lambda d: (d / "val").rename(d / "odd"), "has a folder train but none of test, val"),
     "no train": (lambda d: (d / "train").rename(d / ".hidden"), "has a folder val but no folder train"),

@@ -82,7 +82,8 @@ def look_through(root: Path, tests: tuple[str, ...] = TEST) -> Found:
 
 def part_of(folder: Path, findings: list[Finding]) -> Part:
     """The classes of a folder and their files; loops and folders that cannot be read go to the findings."""
-    return Part(folder, {name: sorted(_pictures(folder / name, (), findings)) for name in _folders(folder)})
+    above = (os.path.realpath(folder),)
+    return Part(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in _folders(folder)})
 
 
 def _folders(folder: Path) -> list[str]:
