@@ -1,7 +1,7 @@
 """Data sets in words; the loaders are in `data/`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -43,6 +43,7 @@ class DataConfig(Words):
     mean, std  per channel, of pixels between 0 and 1, by which images are normalised; None: those of the data set
     """
 
+    own: ClassVar[set[str]] = {"name", "classes"}
     name: str
     root: Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
@@ -55,7 +56,8 @@ class DataConfig(Words):
 
     def identity(self) -> dict[str, Any]:
         """The words, with dotted keys, in which two runs agree that can be teacher and student."""
-        return {"data.name": self.name, "data.classes": self.classes}
+        words = self.model_dump(mode="json", include=self.own)
+        return {f"data.{key}": value for key, value in words.items()}
 
 
 class CIFAR10Config(DataConfig):
@@ -99,6 +101,7 @@ class FilesConfig(DataConfig):
     on_bad_image  fail: a file that cannot be read ends the run; skip: all files are read once before, and such left out
     """
 
+    own: ClassVar[set[str]] = {"name", "classes", "size"}
     size: Annotated[int, Field(ge=8, le=4096)] = 224
     resize: PositiveInt | None = None
     augment: Literal["auto", "crop", "border"] = "auto"
@@ -132,12 +135,9 @@ class ImageFolderConfig(FilesConfig):
     split  share of the images kept for testing, of every class alike, where DIR has no folders train and val
     """
 
+    own: ClassVar[set[str]] = {"name", "classes", "size", "root"}
     name: Literal["imagefolder"] = "imagefolder"
     split: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-
-    def identity(self) -> dict[str, Any]:
-        """The same, and the folder."""
-        return {"data.name": self.name, "data.classes": self.classes, "data.root": str(self.root)}
 
 
 class TinyImageNetConfig(FilesConfig):

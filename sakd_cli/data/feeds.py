@@ -42,11 +42,15 @@ def eval_loader(
 
 
 def kept(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
-    """The same splits, those in files marked to be held in memory where they are asked to be, or are small enough."""
+    """The same splits, the training one first, marked whether they are held in memory: as asked for, or by their size.
+
+    Splits that are in memory anyway stay as they are.
+    """
     if not isinstance(config, FilesConfig):
         return list(splits)
-    most = splits[0].side if dataset.scale is None else config.resized  # of a training image
-    need = 3 * sum(len(split) * (most if place == 0 else split.side) ** 2 for place, split in enumerate(splits))
+    need = 3 * sum(len(split) * split.side**2 for split in splits)
+    if dataset.scale is not None:
+        need += 3 * len(splits[0]) * config.resized**2  # of the training images, all that crops are cut from
     keep = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     return [replace(split, images=split.images.kept(keep)) for split in splits if isinstance(split.images, Files)]
 
@@ -156,6 +160,7 @@ class FileTrainLoader:
         self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
         self._batch_size, self._seed, self._noise_width = batch_size, seed, noise_width
         self._pool: Pool | None = None
+        self._whole: tuple[Tensor, Tensor] | None = None
         self.steps_per_epoch = -(-len(split) // batch_size)
 
     def __len__(self) -> int:
@@ -196,8 +201,10 @@ class FileTrainLoader:
 
     def _cut(self, drawn: Draws, parts: list[slice], epoch: int) -> Iterator[Tensor]:
         assert self._dataset.scale is not None
-        pixels, sizes = self._files.whole()
-        pixels = pixels.to(self._device)
+        if self._whole is None:
+            pixels, sizes = self._files.whole()
+            self._whole = pixels.to(self._device), sizes
+        pixels, sizes = self._whole
         for part in parts:
             index = drawn.order[part]
             size = sizes[index]

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, final
 
@@ -65,19 +65,30 @@ class Files:
         """All of them as evaluation shows them, uint8 [N, 3, side, side]. Raises DataError naming a bad file."""
         if self._plain is not None:
             return self._plain
-        seen = _stacked(each(self.paths, lambda path: plain(path, self.look)), self.shape)
+        with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
+            seen = torch.empty(self.shape, dtype=torch.uint8)
+            _fill(seen, lambda place: plain(self.paths[place], self.look))
         if self.keep:
             self._plain = seen
         return seen
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All of each picture squeezed to a square, uint8 [N, 3, resize, resize]; height and width before, [N, 2]."""
-        if self._whole is None:
-            found = list(each(self.paths, lambda path: _squeezed(path, self.look.resize)))
-            sizes = torch.tensor([(0, 0) if isinstance(one, Unreadable) else one[1] for one in found])
-            pixels = (one if isinstance(one, Unreadable) else one[0] for one in found)
-            shape = torch.Size([len(self), 3, self.look.resize, self.look.resize])
-            self._whole = _stacked(pixels, shape), sizes.view(-1, 2)
+        if self._whole is not None:
+            return self._whole
+        side = self.look.resize
+        pixels = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
+        sizes = torch.empty(len(self), 2, dtype=torch.int64)
+
+        def squeezed(place: int) -> Tensor | Unreadable:
+            picture = open_rgb(self.paths[place])
+            if isinstance(picture, Unreadable):
+                return picture
+            sizes[place] = torch.tensor([picture.height, picture.width])
+            return _pixels(v2().resize(picture, [side, side], antialias=True))
+
+        _fill(pixels, squeezed)
+        self._whole = pixels, sizes
         return self._whole
 
 
@@ -92,10 +103,20 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each(paths: Iterable[str], do: Callable[[str], Result]) -> Iterable[Result]:
-    """`do` of every path in order, several at a time: PIL decodes without holding Python's lock."""
+def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
+    """Put what is made for every row into it, several at a time: PIL decodes without holding Python's lock."""
+
+    def one(place: int) -> Unreadable | None:
+        found = make(place)
+        if isinstance(found, Unreadable):
+            return found
+        stack[place] = found
+        return None
+
+    v2()  # an import is not for several threads
     with ThreadPoolExecutor(min(32, processors())) as pool:
-        yield from pool.map(do, paths)
+        for fault in pool.map(one, range(len(stack))):
+            good(fault)
 
 
 def plain(path: str, look: Look) -> Tensor | Unreadable:
@@ -112,23 +133,9 @@ def middle(picture: Image, look: Look) -> Image:
     return square
 
 
-def _squeezed(path: str, side: int) -> tuple[Tensor, tuple[int, int]] | Unreadable:
-    picture = open_rgb(path)
-    if isinstance(picture, Unreadable):
-        return picture
-    return _pixels(v2().resize(picture, [side, side], antialias=True)), (picture.height, picture.width)
-
-
 def _pixels(picture: Image) -> Tensor:
     pixels: Tensor = v2().pil_to_tensor(picture)
     return pixels
-
-
-def _stacked(found: Iterable[Tensor | Unreadable], shape: torch.Size) -> Tensor:
-    stack = torch.empty(shape, dtype=torch.uint8)
-    for place, one in enumerate(found):
-        stack[place] = good(one)
-    return stack
 
 
 def good(found: Result | Unreadable) -> Result:

@@ -24,7 +24,7 @@ from sakd_cli.models.exits import NEVER, RANGES, Exits, fit, leaving, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import load_images, suit
-from sakd_cli.tasks.score import Target, class_rows, described, followed
+from sakd_cli.tasks.score import Target, class_rows, described, followed, seen_in
 
 POINTS = 21  # of a sweep
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -144,7 +144,7 @@ def score_ensemble(target: Target, watcher: Watcher, *, early: bool, curve: bool
     """
     opened = _opened(target.weights)
     rule = opened.about.get("rule", {})
-    named = Layer("the ensemble's words", {"data": opened.card.dataset, "residual": rule})
+    named = Layer("the ensemble's words", {"data": seen_in(opened.card), "residual": rule})
     config: EvalConfig = resolve("eval", [named, *target.layers]).config
     device = pick_device(config.device)
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))

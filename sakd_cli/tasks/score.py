@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.run import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
@@ -20,7 +20,7 @@ from sakd_cli.engine.speed import speed
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
-from sakd_cli.models.artifact import Artifact
+from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
@@ -50,12 +50,18 @@ def scores(targets: Iterable[Target], watcher: Watcher) -> Iterator[dict[str, An
     loaded: dict[DataConfig, Images] = {}
     for target in targets:
         network = artifact.load(target.weights)
-        named = Layer("the weights' header", {"data": network.card.dataset})
+        named = Layer("the weights' header", {"data": seen_in(network.card)})
         config: EvalConfig = resolve("eval", [named, *target.layers]).config
         words = config.data.model_copy(update={"holdout": 0.0})
         images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
         suit(network, images, str(target.weights))
         yield _score(target, network, config, images, watcher)
+
+
+def seen_in(card: NetworkCard) -> dict[str, Any]:
+    """The words for the images that a network was trained on, as far as its header knows them."""
+    kind = DATASETS.get(card.dataset)
+    return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
 
 
 def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, watcher: Watcher) -> dict[str, Any]:
