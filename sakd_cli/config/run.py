@@ -29,7 +29,7 @@ Folder = Annotated[Path, AfterValidator(expanded)]
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Words that may change between two parts of one run: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank"}
+FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank", "data.workers"}
 
 
 class Train(Words):

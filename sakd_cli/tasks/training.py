@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from sakd_cli.config.run import DistillConfig
+from sakd_cli.data.feeds import views
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
 from sakd_cli.rundir import write_json
 from sakd_cli.tasks import mixtures
 from sakd_cli.tasks.bank import open_bank
 from sakd_cli.tasks.build import search_of, warmup_of
-from sakd_cli.tasks.companion import Workshop, loader_of, optimizer_of
+from sakd_cli.tasks.companion import Workshop, optimizer_of
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.job import Job
 from sakd_cli.tasks.search import batches
@@ -34,7 +35,14 @@ def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
         assert job.teacher is not None
         folder = job.config.runs_dir / "banks"
-        bank = open_bank(folder, job.teacher, loader_of(job).views, job.mode, job.device, shop.watcher)
+        bank = open_bank(
+            folder,
+            job.teacher,
+            views(job.images.train, job.images.dataset, job.device),
+            job.mode,
+            job.device,
+            shop.watcher,
+        )
         job.task.teacher_features = bank
     yield from ()
 
