@@ -77,6 +77,8 @@ class Runtime(Words):
     channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
     compile        the step as one compiled graph, and on CUDA as one launch
     deterministic  the same bits from the same seed on a GPU too, for some speed; a CPU gives them anyway
+    look_ahead     steps whose images the teacher sees in one pass in front of them (exact, but for a convolution's last
+                   bits); 1: each step its own; auto: 8 on CUDA, else 1
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -84,6 +86,7 @@ class Runtime(Words):
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
     deterministic: bool = False
+    look_ahead: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +22,8 @@ from sakd_cli.config.run import Runtime
 from sakd_cli.errors import MemoryLimitError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
+Seen = TypeVar("Seen")
+AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. A guess of the performance spec, not measured
 
 
 class Mode(NamedTuple):
@@ -29,16 +31,19 @@ class Mode(NamedTuple):
 
     reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
              optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
+    ahead    steps whose images the teacher sees in one pass; 1: no look-ahead
     """
 
     reduced: torch.dtype | None = None
     channels_last: bool = False
     pruned: bool = False
     compiled: bool = False
+    ahead: int = 1
 
     def __str__(self) -> str:
         words = ["bf16" if self.reduced else "fp32", "channels_last" if self.channels_last else "contiguous"]
-        return ", ".join([*words, "pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled])
+        words += ["pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled]
+        return ", ".join([*words, *[f"look-ahead {self.ahead}"] * (self.ahead > 1)])
 
     def networks(self, device: torch.device) -> torch.autocast:
         """Networks, and what is trained to translate between them, run inside of this."""
@@ -58,7 +63,8 @@ def effective(words: Runtime, device: torch.device) -> Mode:
     """What the words mean on this device."""
     last = device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last
     pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
-    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile)
+    ahead = (AHEAD if device.type == "cuda" else 1) if words.look_ahead == "auto" else words.look_ahead
+    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile, ahead)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -76,6 +82,11 @@ def compiled(task: nn.Module, device: torch.device) -> None:
     Every batch size has a graph of its own: the whole batches and the last one of an epoch.
     """
     task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def compiled_pass(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:
+    """A pass without gradient, compiled whole; never a CUDA graph, whose results the next call would overwrite."""
+    return torch.compile(see, fullgraph=True, dynamic=False)
 
 
 def keep_freed_memory() -> None:

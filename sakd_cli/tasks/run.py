@@ -14,12 +14,21 @@ from sakd_cli.config.run import DistillConfig, Train
 from sakd_cli.data.halves import InTurn
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import board, checkpoint
+from sakd_cli.engine.ahead import LookAhead
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import check_compiler, compiled, environment, keep_freed_memory, memory_told, reproducible
+from sakd_cli.engine.runtime import (
+    check_compiler,
+    compiled,
+    compiled_pass,
+    environment,
+    keep_freed_memory,
+    memory_told,
+    reproducible,
+)
 from sakd_cli.engine.task import Task
-from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
+from sakd_cli.engine.trainer import MAIN, Judge, Loader, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.models import artifact
@@ -31,7 +40,7 @@ from sakd_cli.tasks import mixtures, survey
 from sakd_cli.tasks.bank import open_bank
 from sakd_cli.tasks.build import Job, plan, search_of, warmup_of
 from sakd_cli.tasks.chain import Chain, MemberDelivery, chain_of, rehearse
-from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.search import SearchTask, batches
 from sakd_cli.tasks.sftn import BranchDelivery
 
@@ -153,7 +162,7 @@ def _training(job: Job, phase: str, outcome: Outcome, run: RunDir, watcher: Watc
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
     yield shared(
         job.task,
-        _train_loader(job),
+        _loader_ahead(job),
         _optimizer(job.task, words.train, words.train.decay_epochs()),
         outcome=outcome,
         epochs=words.train.epochs,
@@ -207,11 +216,22 @@ def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimiz
     )
 
 
-def _train_loader(job: Job) -> TrainLoader:
+def _loader_ahead(job: Job) -> Loader:
+    """The batches of the training proper, with what the teacher makes of them where it looks ahead."""
+    steps, task = job.mode.ahead, job.task
+    if steps == 1 or not (isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass)):
+        return _train_loader(job)
+    look = compiled_pass(task.foreseen) if job.mode.compiled else task.foreseen
+    sizes = {"size": job.config.train.batch_size, "steps": steps, "samples": len(job.images.train)}
+    return LookAhead(_train_loader(job, steps), look, **sizes, device=job.device)
+
+
+def _train_loader(job: Job, steps: int = 1) -> TrainLoader:
+    """Batches of the images of so many steps."""
     return TrainLoader(
         job.images.train,
         job.images.dataset,
-        batch_size=job.config.train.batch_size,
+        batch_size=job.config.train.batch_size * steps,
         seed=job.config.seed,
         noise_width=job.task.noise_width,
         device=job.device,
