@@ -49,7 +49,8 @@ class LookAhead:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         group, done = divmod(start, self.steps)
-        for batch in self._groups(self.wide.epoch(epoch, group)):
+        groups = self._groups(self.wide.epoch(epoch, group))
+        for batch in groups:
             for first in range(done * self.size, len(batch.labels), self.size):
                 rows = slice(first, first + self.size)
                 yield batch.each(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
