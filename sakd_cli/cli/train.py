@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.intent import AUTO, twin, understood
 from sakd_cli.cli.judge import compared
-from sakd_cli.cli.series import is_series, series, train_all
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.cli.series import is_series, series, train_all, train_together
+from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.rundir import Intent, RunDir
 
 
@@ -74,6 +75,7 @@ def distill(
     with_control: o.WithControl = False,
     routers: o.Routers = None,
     seeds: o.Seeds = None,
+    together: o.Together = False,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -109,7 +111,12 @@ def distill(
     several = series(words, ctx.params)
     if is_series(ctx.params) and not dry_run:
         again = _this_again(resume)
-        runs = train_all(several, lambda one, where: _distilled(one, where, talk, resume, again), resume=bool(resume))
+        if together:
+            chosen = _pinned_teacher(several[0], talk, resume)
+            runs = train_together(several, chosen, talk, resume=bool(resume), again=again)
+        else:
+            train = partial(_distilled, talk=talk, resume=resume, again=again)
+            runs = train_all(several, train, resume=bool(resume))
         compared(runs, json=json)
     elif intent.finished and intent.resume:
         _picture(intent.resume, talk)
@@ -163,6 +170,16 @@ def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
     talk.say(f"no finished {words.teacher.source} yet: training it first")
     first = build.teacher_config(words)
     _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, _this_again(resume))
+
+
+def _pinned_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> TeacherConfig:
+    """The teacher as it is now, trained first where that is asked for: several processes must mean the same one."""
+    _with_teacher(words, talk, resume)
+    from sakd_cli.tasks.teachers import find_teacher
+
+    path = find_teacher(words)
+    assert path is not None
+    return words.teacher.model_copy(update={"weights": path.resolve()})
 
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
