@@ -110,20 +110,23 @@ def distill(
     words, intent = understood("distill", ctx.params)
     several = series(words, ctx.params)
     if is_series(ctx.params) and not dry_run:
-        again = _this_again(resume)
-        if together:
-            chosen = _pinned_teacher(several[0], talk, resume)
-            runs = train_together(several, chosen, talk, resume=bool(resume), again=again)
-        else:
-            train = partial(_distilled, talk=talk, resume=resume, again=again)
-            runs = train_all(several, train, resume=bool(resume))
-        compared(runs, json=json)
+        compared(_several(several, talk, resume, together=together), json=json)
     elif intent.finished and intent.resume:
         _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
     else:
         result = _tried(words) if dry_run else _distilled(words, intent, talk, resume)
         _finish(result, dry_run=dry_run, json=json)
+
+
+def _several(members: list[DistillConfig], talk: Talk, resume: str | None, *, together: bool) -> list[RunDir]:
+    """A series, one after another or at once."""
+    again = _this_again(resume)
+    if together:
+        chosen = _pinned_teacher(members[0], talk, resume)
+        return train_together(members, chosen, talk, resume=bool(resume), again=again)
+    train = partial(_distilled, talk=talk, resume=resume, again=again)
+    return train_all(members, train, resume=bool(resume))
 
 
 def _this_again(resume: str | None) -> str:

@@ -31,6 +31,7 @@ class Mode(NamedTuple):
 
     reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
              optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
+    graphed  a step is captured and replayed as one CUDA graph
     ahead    steps whose images the teacher sees in one pass; 1: no look-ahead
     """
 
@@ -38,11 +39,13 @@ class Mode(NamedTuple):
     channels_last: bool = False
     pruned: bool = False
     compiled: bool = False
+    graphed: bool = False
     ahead: int = 1
 
     def __str__(self) -> str:
         words = ["bf16" if self.reduced else "fp32", "channels_last" if self.channels_last else "contiguous"]
         words += ["pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled]
+        words += ["graph"] * self.graphed
         return ", ".join([*words, *[f"look-ahead {self.ahead}"] * (self.ahead > 1)])
 
     def networks(self, device: torch.device) -> torch.autocast:
@@ -61,10 +64,16 @@ def widened(x: Tensor) -> Tensor:
 
 def effective(words: Runtime, device: torch.device) -> Mode:
     """What the words mean on this device."""
-    last = device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last
+    cuda = device.type == "cuda"
     pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
-    ahead = (AHEAD if device.type == "cuda" else 1) if words.look_ahead == "auto" else words.look_ahead
-    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile, ahead)
+    return Mode(
+        reduced=torch.bfloat16 if words.precision == "bf16" else None,
+        channels_last=device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last,
+        pruned=pruned,
+        compiled=words.compile,
+        graphed=words.graph and cuda,
+        ahead=(AHEAD if cuda else 1) if words.look_ahead == "auto" else words.look_ahead,
+    )
 
 
 def check_compiler(device: torch.device) -> None:
@@ -76,12 +85,14 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compiled(task: nn.Module, device: torch.device) -> None:
+def compiled(task: nn.Module, device: torch.device, *, graphed: bool = False) -> None:
     """Compile a task in place, whole: what does not fit in one graph is an error.
 
-    Every batch size has a graph of its own: the whole batches and the last one of an epoch.
+    Every batch size has a graph of its own: the whole batches and the last one of an epoch. `graphed`: the whole step
+    becomes a CUDA graph, so the compiler makes none.
     """
-    task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    launches_at_once = device.type == "cuda" and not graphed
+    task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if launches_at_once else None)
 
 
 def compiled_pass(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:

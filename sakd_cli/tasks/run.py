@@ -16,6 +16,7 @@ from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.ahead import LookAhead
 from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import (
@@ -99,7 +100,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
         reproducible()
     if job.mode.compiled:
         check_compiler(job.device)
-        compiled(job.task, job.device)
+        compiled(job.task, job.device, graphed=job.mode.graphed)
     run = intent.open(job.config.runs_dir, _label(job))
     with run.locked(), board.following(run, job.config.log):
         if intent.overwrite:
@@ -168,6 +169,7 @@ def _training(job: Job, phase: str, outcome: Outcome, run: RunDir, watcher: Watc
         epochs=words.train.epochs,
         recorder=recorder,
         phase=phase,
+        graphs=Cuda(job.device) if job.mode.graphed else None,
     )
 
 
