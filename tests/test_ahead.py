@@ -2,25 +2,30 @@
 
 import shlex
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import PAIR, TINY, Shop
-from test_engine import DATASET, SAMPLES, SIDE, distiller_of
+from test_engine import CLASSES, DATASET, SAMPLES, SIDE, distiller_of
 from test_step import batches, fit, make
 from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
+from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.ahead import LookAhead
 from sakd_cli.engine.trainer import Trainer
 from sakd_cli.engine.watch import Silent
 from sakd_cli.errors import Stopped
+from sakd_cli.models.staged import Features
+from sakd_cli.models.table import create
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.residual import ResidualTask
 
 CPU = torch.device("cpu")
 WAYS = [*((method, "adaptive") for method in sorted(METHODS)), ("ofd", "always"), ("dfa", "random"), ("at", "anti")]
@@ -164,6 +169,66 @@ def test_a_run_says_how_far_its_teacher_looks_ahead(full: Shop, teacher: Path, t
     assert ours.document["headline"]["loss"] == pytest.approx(plain["headline"]["loss"], rel=1e-3)
     assert full.sakd(*words, *ahead, *chain, *inner, "--set", "data.train=40").code == 0
     assert full.sakd(*words, *ahead, "--teacher-bank", "--set", "data.train=10").code == 0
+
+
+def test_a_residual_student_is_told_its_targets_ahead_too() -> None:
+    torch.manual_seed(0)
+    networks = [create("resnet8", CLASSES).eval().forward for _ in range(2)]
+    words = ResidualConfig(students=1, loss="kl")
+    made = []
+    for steps in (1, 3):
+        torch.manual_seed(1)
+        task = ResidualTask(create("resnet8", CLASSES), *networks, words, lr=0.05, weight_decay=0.0)
+        plain = TrainLoader(DATASET.train, DATASET, batch_size=3 * steps, seed=3, noise_width=0, device=CPU)
+        loader = LookAhead(plain, task.foreseen, size=3, steps=steps, samples=SAMPLES, device=CPU)
+        made.append(fit(task, list(loader.epoch(1) if steps > 1 else plain.epoch(1))))
+    torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-5)
+
+
+class Stream:
+    """What is asked of a stream, in order, beside what else happens."""
+
+    device = CPU
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} notes")
+        return "the note"
+
+
+def test_on_cuda_a_group_is_asked_for_before_the_one_in_front_of_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of the calls; whether they do what they should only a GPU can tell."""
+    log: list[str] = []
+    main, used = Stream("main", log), []
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: Stream("side", log))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: main)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: used.append((tensor.data_ptr(), stream.name)))
+    task = distiller_of("fitnet", "adaptive", tmp_path, 1).task
+
+    def seen(images: Tensor) -> Features:
+        log.append("teacher")
+        return task.foreseen(images)
+
+    ahead = LookAhead(loader_of(task, 6), seen, size=3, steps=2, samples=SAMPLES, device=torch.device("cuda"))
+    for batch in ahead.epoch(1):
+        log.append(f"step of {len(batch.labels)}")
+        held = {tensor.untyped_storage().data_ptr() for tensor in (batch.known.logits, batch.images)}
+        assert held <= {place for place, name in used if name == "main"}
+    given = ["main waits for the note", "step of 3", "step of 3"]
+    asked = ["teacher", "side notes"]
+    last = ["main waits for the note", "step of 2"]
+    assert log == ["side waits for main", *asked, *asked, *given, *asked, *given, *asked, *given, *last]
 
 
 @pytest.mark.gpu

@@ -1,7 +1,9 @@
 """Captured steps: the same numbers as called ones, through the same buffers. Here a capture is played by a stand-in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -143,6 +145,50 @@ def test_a_graph_is_for_cuda_and_for_fixed_shapes() -> None:
     pruned = nested({"teacher": "resnet8", "student": "resnet8", "runtime.graph": True, "runtime.shapes": "pruned"})
     with pytest.raises(UsageError, match="runtime: a step that is compiled or a graph has fixed shapes"):
         resolve("distill", [Layer("test", pruned)])
+
+
+def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the calls; whether they do what they should only a GPU can tell."""
+    log: list[str] = []
+
+    class Stream:
+        device = CPU
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def inside(name: str) -> Iterator[None]:
+        log.append(f"in {name}")
+        yield
+        log.append("out")
+
+    main = Stream("main")
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: Stream("side"))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: main)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: inside(stream.name))
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: Mock(replay=lambda: log.append("replay")))
+    monkeypatch.setattr("torch.cuda.graph", lambda graph, stream: inside(f"a capture on {stream.name}"))
+    device, output = Cuda(torch.device("cuda")), StepOutput(torch.ones(()), None, {})
+
+    def step() -> StepOutput:
+        log.append("step")
+        return output
+
+    assert device.aside(step) is output
+    assert log == ["side waits for main", "in side", "step", "out", "main waits for side"]
+    log.clear()
+    assert device.capture(step)() is output
+    assert log == ["in a capture on side", "step", "out", "replay"]
+
+    def refuses() -> StepOutput:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    with pytest.raises(UsageError, match=r"runtime.graph: .* cannot be captured \(operation not permitted when stream"):
+        device.capture(refuses)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
+from sakd_cli.batch import Known
 from sakd_cli.config.run import DistillConfig, Train
 from sakd_cli.data.halves import InTurn
 from sakd_cli.data.loader import EvalLoader, TrainLoader
@@ -42,6 +44,7 @@ from sakd_cli.tasks.bank import open_bank
 from sakd_cli.tasks.build import Job, plan, search_of, warmup_of
 from sakd_cli.tasks.chain import Chain, MemberDelivery, chain_of, rehearse
 from sakd_cli.tasks.distill import DistillTask, PlainPass
+from sakd_cli.tasks.residual import ResidualTask
 from sakd_cli.tasks.search import SearchTask, batches
 from sakd_cli.tasks.sftn import BranchDelivery
 
@@ -221,9 +224,14 @@ def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimiz
 def _loader_ahead(job: Job) -> Loader:
     """The batches of the training proper, with what the teacher makes of them where it looks ahead."""
     steps, task = job.mode.ahead, job.task
-    if steps == 1 or not (isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass)):
+    sees = isinstance(task, ResidualTask) or (
+        isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass)
+    )
+    if steps == 1 or not sees:
         return _train_loader(job)
-    look = compiled_pass(task.foreseen) if job.mode.compiled else task.foreseen
+    assert isinstance(task, ResidualTask | DistillTask)
+    look: Callable[[Tensor], Known] = task.foreseen
+    look = compiled_pass(look) if job.mode.compiled else look
     sizes = {"size": job.config.train.batch_size, "steps": steps, "samples": len(job.images.train)}
     return LookAhead(_train_loader(job, steps), look, **sizes, device=job.device)
 
