@@ -50,8 +50,11 @@ class PlainPass:
     see: Callable[[Tensor], Features]
 
     def __call__(self, batch: Batch) -> Features:
-        """Features of a batch's images."""
-        return self.see(batch.images)
+        """Features of a batch's images, or what of them came with the batch."""
+        if batch.known is None:
+            return self.see(batch.images)
+        assert isinstance(batch.known, Features)
+        return batch.known
 
     @property
     def network(self) -> StagedModel:
@@ -117,6 +120,19 @@ class DistillTask(Task):
 
     def begin_epoch(self, epoch: int) -> None:
         self.router.begin_epoch(epoch)
+
+    @torch.no_grad()
+    def foreseen(self, images: Tensor) -> Features:
+        """What a step reads of the teacher's plain pass over these images, for `Batch.known`; nothing else is held."""
+        assert isinstance(self.teacher_features, PlainPass)
+        compared = {spot.teacher for spot in self.spots[:-1]}
+        before, blocks = self.distillers.preactivations, self.distillers.blocks
+        stages = compared
+        if before or blocks:
+            stages = {self.spots[0].teacher} if self.graft is not None else set()
+        with self.mode.networks(images.device):
+            whole = self.teacher_features.see(images)
+        return whole.only(stages, compared if before else (), compared if blocks else ())
 
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
