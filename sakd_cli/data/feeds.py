@@ -15,7 +15,7 @@ from sakd_cli.data.boxes import NUMBERS, Scale, boxes, cut
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Unreadable, open_rgb
 from sakd_cli.data.files import Files, Look, middle, plain, v2
-from sakd_cli.data.loader import Draws, EvalLoader, TrainLoader, Views, draws, fitting
+from sakd_cli.data.loader import Draws, EvalLoader, TrainLoader, Views, draws, fitting, turns
 from sakd_cli.data.streams import generator
 from sakd_cli.data.workers import Pool
 from sakd_cli.errors import UsageError
@@ -171,19 +171,23 @@ class FileTrainLoader:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         padding = self._dataset.padding if self._dataset.scale is None else 0
         drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width)
-        parts = [slice(k * self._batch_size, (k + 1) * self._batch_size) for k in range(start, self.steps_per_epoch)]
+        steps = list(turns(len(self._labels), self._batch_size, start))
+        parts = [turn.places for turn in steps]
         made = self._cut(drawn, parts, epoch) if self._files.keep else self._read(drawn, parts, epoch)
-        for part, pictures in zip(parts, made, strict=True):
-            index = drawn.order[part].to(self._device)
+        for turn, pictures in zip(steps, made, strict=True):
+            index = drawn.order[turn.places].to(self._device)
             here = pictures.to(self._device, non_blocking=True)
-            noise = drawn.noise[part].to(self._device)
-            yield Batch(normalise(here, self._mean, self._std), self._labels[index], index, noise)
+            images, noise = normalise(here, self._mean, self._std), drawn.noise[turn.places].to(self._device)
+            yield Batch(images, self._labels[index], index, noise, whole=turn.whole, share=turn.share)
 
     def _where(self, drawn: Draws, part: slice, epoch: int) -> Tensor:
         if self._dataset.scale is None:
             return drawn.corner[:, part].T
         step = part.start // self._batch_size
-        return torch.rand(len(drawn.order[part]), NUMBERS, generator=generator(self._seed, f"box/{step}", epoch))
+        first = step * self._batch_size
+        whole = len(drawn.order[first : first + self._batch_size])  # drawn for all processes alike
+        numbers = torch.rand(whole, NUMBERS, generator=generator(self._seed, f"box/{step}", epoch))
+        return numbers[part.start - first : part.stop - first]
 
     def _read(self, drawn: Draws, parts: list[slice], epoch: int) -> Iterator[Tensor]:
         look = self._files.look

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sakd_cli import parallel
 from sakd_cli.batch import Batch
 from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
 from sakd_cli.data.dataset import Dataset, Split
@@ -42,6 +43,22 @@ def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_wid
     coin = torch.rand(count, generator=generator(seed, "flip", epoch))
     noise = torch.rand(count, noise_width, generator=generator(seed, "noise", epoch))
     return Draws(order, corner, (coin < 0.5) & flip, noise)
+
+
+class Turn(NamedTuple):
+    """One step of an epoch: this process's places in its order, samples of the whole batch, and what these count for."""
+
+    places: slice
+    whole: int
+    share: float
+
+
+def turns(samples: int, batch_size: int, start: int) -> Iterator[Turn]:
+    """The steps of an epoch from `start` on."""
+    for first in range(start * batch_size, samples, batch_size):
+        whole = min(batch_size, samples - first)
+        rows = parallel.rows_of(whole)
+        yield Turn(slice(first + rows.start, first + rows.stop), whole, parallel.share_of(whole))
 
 
 def fitting(batch_size: int, split: Split) -> int:
@@ -119,12 +136,11 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         draws = self.draw(epoch)
-        for step in range(start, self.steps_per_epoch):
-            part = slice(step * self._batch_size, (step + 1) * self._batch_size)
-            index = draws.order[part]
-            view = self.views.view(draws.corner[:, part], draws.flip[part])
+        for places, whole, share in turns(len(self.views), self._batch_size, start):
+            index, noise = draws.order[places], draws.noise[places]
+            view = self.views.view(draws.corner[:, places], draws.flip[places])
             images, labels = self.views.images(index, view), self.views.labels[index]
-            yield Batch(images=images, labels=labels, index=index, noise=draws.noise[part], view=view)
+            yield Batch(images, labels, index, noise, view, whole=whole, share=share)
 
 
 class EvalLoader:

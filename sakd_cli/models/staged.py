@@ -5,7 +5,7 @@ half-open: `run(run(x, 0, k), k, L + 1)` equals `forward(x)` for every k, bit fo
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, NamedTuple, cast, final
 
 import torch
@@ -65,6 +65,16 @@ class Features(NamedTuple):
         blocks = tuple(tuple(map(change, maps)) for maps in self.blocks)
         before = tuple(map(change, self.preactivations))
         return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks)
+
+    def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
+        """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
+        none, last = self.logits.new_empty(0), len(self.stages) - 1
+        return Features(
+            tuple(x if k in stages or k == last else none for k, x in enumerate(self.stages)),
+            self.logits,
+            tuple(x if k in preactivations else none for k, x in enumerate(self.preactivations)),
+            tuple(maps if k in blocks else () for k, maps in enumerate(self.blocks)),
+        )
 
     @property
     def embedding(self) -> Tensor:

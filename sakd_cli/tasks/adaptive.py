@@ -80,13 +80,15 @@ def figures_of(
     macs: Sequence[int],
     teacher_macs: int | None,
 ) -> dict[str, Any]:
-    """How a run's ensemble does on the test images, leaving early (`early`) and going to the end (`all`)."""
+    """How a run's ensemble does on the test images: leaving early (`early`), going to the end (`all`), and between."""
     sides = {}
     for name, chosen in (("early", exits), ("all", never(exits))):
         scores, left = passed(ensemble, chosen, batches, classes)
         sides[name] = scores.headline() | costs_of(left, macs, teacher_macs)
     networks = [getattr(member, "name", "") for member in ensemble.members]
-    return {"members": networks, "member_macs": list(macs), "thresholds": list(exits.thresholds), **sides}
+    curve = sweep(ensemble, exits, batches, macs, teacher_macs)
+    told = {"members": networks, "member_macs": list(macs), "thresholds": list(exits.thresholds)}
+    return told | sides | {"sweep": curve}
 
 
 @torch.inference_mode()

@@ -104,7 +104,7 @@ def _made_ready(job: Job) -> None:
         reproducible()
     if job.mode.compiled:
         check_compiler(job.device)
-        compiled(job.task, job.device)
+        compiled(job.task, job.device, graphed=job.mode.graphed)
 
 
 def _trainings(job: Job, companions: Sequence[Companion], shop: Workshop, facts: dict[str, Any]) -> Iterator[Trainer]:
