@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
@@ -24,6 +24,11 @@ class Batch:
     noise   [B, W]        uniform in [0, 1), W numbers per sample for whatever the task draws
     view    [B]           int64 which of its possible crops and flips each image shows; None where nobody asks
     known   what a frozen network makes of the images, where that was computed ahead (`engine/ahead.py`)
+
+    Where several processes train together (`parallel.py`) this is one's part of the whole batch:
+
+    whole   samples of the whole batch; None: these are all
+    share   what the mean over these samples counts for: 1 on the average over the processes
     """
 
     images: Tensor
@@ -32,11 +37,18 @@ class Batch:
     noise: Tensor
     view: Tensor | None = None
     known: Known | None = None
+    whole: int | None = None
+    share: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole batch."""
+        return len(self.labels) if self.whole is None else self.whole
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor [B, ...] changed."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
         return replace(self, **changed, known=None if self.known is None else self.known.each(change))
 
 

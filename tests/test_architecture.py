@@ -29,7 +29,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sakd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From low to high. The package itself holds the version only; `__main__` is the command line.
-FLOORS = ["", "errors", "reading", "batch", "config", "rundir", "models", "distillers", "routing", "data", "engine"]
+FLOORS = [
+    "",
+    "errors",
+    "reading",
+    "batch",
+    "parallel",
+    "config",
+    "rundir",
+    "models",
+    "distillers",
+    "routing",
+    "data",
+    "engine",
+]
 FLOORS += ["tasks", "bench", "report", "cli", "__main__"]
 FORBIDDEN = {
     "distillers": {"routing"},

@@ -193,6 +193,7 @@ def _pinned_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> Tea
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
+    from sakd_cli.data.feeds import told
     from sakd_cli.tasks import run
     from sakd_cli.tasks.companions import companions_of
 
@@ -205,8 +206,10 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
         f"({job.mode})"
     )
-    for notice in filter(None, (companion.notice for companion in companions)):
+    for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
         talk.say(notice)
+    if skipped := job.images.dataset.skipped:
+        talk.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     with talk.heeding_signals():

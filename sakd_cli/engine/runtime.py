@@ -33,12 +33,14 @@ class Mode(NamedTuple):
              optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
     graphed  a step is captured and replayed as one CUDA graph
     ahead    steps whose images the teacher sees in one pass; 1: no look-ahead
+    gathered  losses between samples see those of all processes
     """
 
     reduced: torch.dtype | None = None
     channels_last: bool = False
     pruned: bool = False
     compiled: bool = False
+    gathered: bool = False
     graphed: bool = False
     ahead: int = 1
 
@@ -71,6 +73,7 @@ def effective(words: Runtime, device: torch.device) -> Mode:
         channels_last=device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last,
         pruned=pruned,
         compiled=words.compile,
+        gathered=words.gather,
         graphed=words.graph and cuda,
         ahead=(AHEAD if cuda else 1) if words.look_ahead == "auto" else words.look_ahead,
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli.config.run import Train
-from sakd_cli.data.loader import TrainLoader
+from sakd_cli.data.feeds import train_loader
+from sakd_cli.data.halves import Shuffled
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import Optimizer
@@ -26,9 +27,9 @@ def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optim
     )
 
 
-def loader_of(job: Job, steps: int = 1) -> TrainLoader:
+def loader_of(job: Job, steps: int = 1) -> Shuffled:
     """The training images of a job in batches, each of the images of so many steps."""
-    return TrainLoader(
+    return train_loader(
         job.images.train,
         job.images.dataset,
         batch_size=job.config.train.batch_size * steps,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Known
 from sakd_cli.config.run import DistillConfig
+from sakd_cli.data.feeds import views
 from sakd_cli.engine.ahead import LookAhead
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import compiled_pass
@@ -53,7 +54,14 @@ def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
         assert job.teacher is not None
         folder = job.config.runs_dir / "banks"
-        bank = open_bank(folder, job.teacher, loader_of(job).views, job.mode, job.device, shop.watcher)
+        bank = open_bank(
+            folder,
+            job.teacher,
+            views(job.images.train, job.images.dataset, job.device),
+            job.mode,
+            job.device,
+            shop.watcher,
+        )
         job.task.teacher_features = bank
     yield from ()
 
