@@ -9,6 +9,7 @@ there: no collective runs in the backward pass. It is written `processes / share
 then multiplied by `share` and averaged over the processes. With one process every function gives back what it got.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ def join(device: torch.device) -> None:
     if wanted() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        atexit.register(leave)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 

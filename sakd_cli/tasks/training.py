@@ -88,7 +88,6 @@ def _searched(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
             seed=config.seed,
             device=job.device,
         )
-        parallel.check_alone("the search for mixtures")
         both = search.optimizer(config.train.momentum)
         yield shop.trainer(job, search, f"{before}search", words.search_epochs, loader=loader, optimizer=both)
         search.settle()
