@@ -195,6 +195,14 @@ TeacherBank = Annotated[
         rich_help_panel="Distillation",
     ),
 ]
+AllowTeacherMismatch = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-teacher-mismatch",
+        help="Take the teacher also where it scores otherwise than its card says.",
+        rich_help_panel="Distillation",
+    ),
+]
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
 ]

@@ -71,6 +71,7 @@ def distill(
     residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
     teacher_bank: o.TeacherBank = None,
+    allow_teacher_mismatch: o.AllowTeacherMismatch = None,
     with_control: o.WithControl = False,
     routers: o.Routers = None,
     seeds: o.Seeds = None,

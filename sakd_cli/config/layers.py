@@ -41,6 +41,7 @@ OPTIONS = {
     "compile": "runtime.compile",
     "deterministic": "runtime.deterministic",
     "teacher_bank": "teacher.bank",
+    "allow_teacher_mismatch": "teacher.allow_mismatch",
     "log": "log",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
@@ -49,7 +50,7 @@ _HEADS = {
     "method": ("name", set[str]()),
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
-    "teacher": ("source", {"pretrain", "epochs", "bank"}),
+    "teacher": ("source", {"pretrain", "epochs", "bank", "allow_mismatch"}),
     "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
 }
 

@@ -260,7 +260,8 @@ class Trainer:
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
                 best, best_scores = saved.state["best"], evaluate(judge.scored(network), judge.test, judge.classes)
-        outcome.delivery.publish(self.run, {"epoch": self.epochs} | last_scores.headline())
+        measured = {"split": "test", "images": last_scores.images} | last_scores.headline()
+        outcome.delivery.publish(self.run, {"epoch": self.epochs} | measured)
         return {
             "headline": {"epoch": self.epochs, "split": "test"} | last_scores.headline(),
             "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.headline(),

@@ -42,7 +42,7 @@ from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
-from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
+from sakd_cli.tasks.teachers import Claim, claimed, find_teacher, no_teacher, weights_at
 from sakd_cli.tasks.warmup import WarmupTask
 
 
@@ -77,6 +77,7 @@ class Job:
     spots: tuple[Spot, ...] = ()
     teacher: Artifact | None = None
     teacher_path: Path | None = None
+    teacher_claim: Claim | None = None
     teacher_cost: Cost | None = None
     branches: BranchDelivery | None = None
 
@@ -149,10 +150,11 @@ def untrained_teacher(config: DistillConfig) -> Artifact:
 def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
     device = pick_device(config.device)
-    path = None
+    path = claim = None
     if teacher is None:
         path = _teacher_path(config).resolve()
         teacher = artifact.load(path)
+        claim = claimed(path, teacher.sha256)
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
@@ -167,7 +169,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         others = task.distillers.preactivations or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)
-    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, teacher, path, costs[1])
+    whom = teacher, path, claim, costs[1]
+    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, *whom)
 
 
 def assemble(

@@ -34,6 +34,7 @@ from sakd_cli.tasks.chain import Chain, MemberDelivery, chain_of, rehearse
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.search import SearchTask, batches
 from sakd_cli.tasks.sftn import BranchDelivery
+from sakd_cli.tasks.teachers import Claim, compared
 
 
 class FolderDelivery:
@@ -91,6 +92,8 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     if job.mode.compiled:
         check_compiler(job.device)
         compiled(job.task, job.device)
+    judge = _judge(job, watcher)
+    facts = _teacher_facts(job, judge, watcher) | ({"friendly": job.branches.facts} if job.branches else {})
     run = intent.open(job.config.runs_dir, _label(job))
     with run.locked(), board.following(run, job.config.log):
         if intent.overwrite:
@@ -99,8 +102,6 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
             write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
         try:
-            judge = _judge(job, watcher)
-            facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
             phases = _resumed(_phases(job, chain, run, judge, facts, watcher), run, intent, watcher)
             with memory_told(job.config.train.batch_size):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
@@ -280,11 +281,20 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _teacher_facts(job: Job, judge: Judge) -> dict[str, Any]:
-    """The teacher's figures, measured anew on the test images; nothing where there is no teacher."""
+def _teacher_facts(job: Job, judge: Judge, watcher: Watcher) -> dict[str, Any]:
+    """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
+
+    Raises UsageError where its card says otherwise.
+    """
     if job.teacher is None or job.teacher_cost is None:
         return {}
     scores = evaluate(job.teacher.model, judge.test, judge.classes)
+    if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
+        measured = Claim(job.images.dataset.name, scores.images, scores.top1)
+        allowed = job.config.teacher.allow_mismatch
+        told = compared(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
+        if told is not None:
+            watcher.say(told)
     facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
     return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 
