@@ -10,7 +10,7 @@ from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.report import plot as plots
-from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.tasks.targets import is_ensemble, what_to_score, words_of
 
 EvalTargets = Annotated[
     list[Path] | None,
@@ -71,16 +71,16 @@ def evaluate(
     given = o.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
     given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
     runs_dir_ = resolve("eval", given).config.runs_dir
-    found = [_what_to_score(target, runs_dir_) for target in targets or (None,)]
+    found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
     asked = adaptive or always_on or sweep or plot is not None
-    summed = [asked or _is_ensemble(weights) for weights, _ in found]
+    summed = [asked or is_ensemble(weights) for weights, _ in found]
     if teacher is not None and any(summed):
         raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")
     from sakd_cli.tasks.adaptive import score_ensemble
     from sakd_cli.tasks.score import Target, scores
 
     talk, curve = Talk(quiet=quiet), sweep or plot is not None
-    wanted = [Target(weights, run, [*_words_of(run), *given], teacher is not None) for weights, run in found]
+    wanted = [Target(weights, run, [*words_of(run), *given], teacher is not None) for weights, run in found]
     pairs = list(zip(wanted, summed, strict=True))
     alone = scores((one for one, ensemble in pairs if not ensemble), talk)
     results = [
@@ -105,34 +105,3 @@ def _check(both: bool, plot: Path | None, targets: int) -> None:
         raise UsageError("--plot draws the curve of one network")
     if plot is not None:
         plots.check(plot)
-
-
-def _words_of(run: RunDir | None) -> list[Layer]:
-    """On what the run was trained, by whom, and who leaves its ensemble early."""
-    words = run.config if run else {}
-    told = {key: words[key] for key in ("data", "teacher", "residual") if words.get(key)}
-    return [Layer("the run's config", told)] if told else []
-
-
-def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:
-    """The weights, and the run they come from (None for a file of no run)."""
-    if target is None:
-        found = newest_run(runs_dir, {}, finished=False, delivered=True)
-        if found is None:
-            raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
-        target = found.path
-    if not target.exists():
-        raise UsageError(f"{target}: no such file or directory")
-    if (target / "config.yaml").is_file():
-        run = RunDir(target)
-        delivered = run.ensemble or run.deliverable
-        if delivered is None:
-            raise UsageError(f"{target}: this run has not saved a network yet")
-        return delivered, run
-    folder = target.resolve() if target.is_dir() else target.resolve().parent
-    above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
-    return target, above[0] if above else None
-
-
-def _is_ensemble(path: Path) -> bool:
-    return (path / "ensemble.json").is_file() or path.name == "ensemble.json"
