@@ -58,7 +58,11 @@ def pretrain_teacher(
     from sakd_cli.tasks import build, run
 
     job = build.pretraining(words)
-    _finish(run.try_one_batch(job) if dry_run else _trained(job, intent, talk), dry_run=dry_run, json=json)
+    _finish(
+        run.try_one_batch(job) if dry_run else _trained(job, intent, talk),
+        dry_run=dry_run,
+        json=json,
+    )
 
 
 def distill(
@@ -157,10 +161,12 @@ def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
     """Train the teacher first where that is asked for."""
     if not _missing(words):
         return
-    from sakd_cli.tasks import build, chain
+    from sakd_cli.tasks import build
+    from sakd_cli.tasks.companions import companions_of
 
     # Whatever is wrong with the student's side is said before hours go into a teacher.
-    chain.rehearse(build.distillation(words, build.untrained_teacher(words)))
+    for companion in companions_of(build.distillation(words, build.untrained_teacher(words))):
+        companion.rehearse()
     talk.say(f"no finished {words.teacher.source} yet: training it first")
     first = build.teacher_config(words)
     _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, _this_again(resume))
@@ -168,17 +174,20 @@ def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
 
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.tasks import chain, run
+    from sakd_cli.tasks import run
+    from sakd_cli.tasks.companions import companions_of
 
-    chain.rehearse(job)
+    companions = companions_of(job)
+    for companion in companions:
+        companion.rehearse()
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
         f"({job.mode})"
     )
-    if job.branches is not None:
-        talk.say(f"student-friendly: together with branches of {', '.join(config.friendly.students)}")
+    for notice in filter(None, (companion.notice for companion in companions)):
+        talk.say(notice)
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     with talk.heeding_signals():

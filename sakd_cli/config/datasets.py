@@ -1,7 +1,7 @@
 """Data sets in words; the loaders are in `data/`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
@@ -13,6 +13,7 @@ class DataConfig(Words):
     """Which images, and how many.
 
     root      folder of the data set's files; None: the user's cache folder
+    classes   only the first so many classes, for training and for testing; None: all of them
     limit     train on this many images only, the same number of each class as far as it goes
     holdout   share of the training images kept for choosing the best epoch; 0: the test set does, as in the literature
     split_seed  draws what limit and holdout keep, whatever the run's seed is, so that no other run trains on it
@@ -21,10 +22,15 @@ class DataConfig(Words):
 
     name: str
     root: Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())] | None = None
+    classes: Annotated[int, Field(ge=2)] | None = None
     limit: PositiveInt | None = None
     holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     split_seed: NonNegativeInt = 0
     download: bool = True
+
+    def identity(self) -> dict[str, Any]:
+        """The words, with dotted keys, in which two runs agree that can be teacher and student."""
+        return {"data.name": self.name, "data.classes": self.classes}
 
 
 class CIFAR10Config(DataConfig):

@@ -1,4 +1,4 @@
-"""What every data set loads to, and the two ways of taking a part of one."""
+"""What every data set loads to, and the three ways of taking a part of one."""
 
 from dataclasses import dataclass, replace
 
@@ -55,6 +55,21 @@ class Dataset:
     flip: bool
     train: Split
     test: Split
+
+
+def first_classes(dataset: Dataset, count: int | None) -> Dataset:
+    """The data set with its first `count` classes only, images in their old order; None: all of them.
+
+    Raises DataError where it has fewer.
+    """
+    if count is None or count == len(dataset.classes):
+        return dataset
+    if count > len(dataset.classes):
+        raise DataError(
+            f"{dataset.name}: has {len(dataset.classes)} classes, not {count}", "choose fewer with --set data.classes=N"
+        )
+    train, test = (split.subset((split.labels < count).nonzero().squeeze(1)) for split in (dataset.train, dataset.test))
+    return replace(dataset, classes=dataset.classes[:count], train=train, test=test)
 
 
 def limited(dataset: Dataset, limit: int | None, seed: int) -> Dataset:

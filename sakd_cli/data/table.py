@@ -5,7 +5,7 @@ from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar10, load_cifar100
-from sakd_cli.data.dataset import Dataset
+from sakd_cli.data.dataset import Dataset, first_classes
 from sakd_cli.data.shapes import load_shapes
 
 DATASETS: dict[str, Callable[[Any], Dataset]] = {
@@ -19,9 +19,9 @@ DESCRIBED: dict[str, Dataset] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 def describe(config: DataConfig) -> Dataset:
     """Classes, normalisation and size of images of the data set; its splits may be empty."""
-    return DESCRIBED[config.name] if config.name in DESCRIBED else load(config)
+    return first_classes(DESCRIBED[config.name], config.classes) if config.name in DESCRIBED else load(config)
 
 
 def load(config: DataConfig) -> Dataset:
-    """The data set that `config` names, whole: limit and hold-out are the caller's, as they need the run's seed."""
-    return DATASETS[config.name](config)
+    """The data set that `config` names, with the classes it asks for: limit and hold-out are the caller's."""
+    return first_classes(DATASETS[config.name](config), config.classes)

@@ -23,7 +23,8 @@ from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
-from sakd_cli.tasks.build import Images, check_classes, load_images
+from sakd_cli.tasks.build import check_classes, load_images
+from sakd_cli.tasks.job import Images
 from sakd_cli.tasks.sftn import branch_rows, branches_of
 from sakd_cli.tasks.teachers import find_teacher
 

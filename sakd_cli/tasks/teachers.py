@@ -24,7 +24,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     path = expanded(config.teacher.source)
     if not _is_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
-        run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
+        run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
         return run.deliverable if run else None
     return weights_at(path, "teacher")
 
@@ -58,6 +58,8 @@ def pretrain_command(config: DistillConfig) -> str:
     default = type(config).model_fields["runs_dir"].default
     if config.data.root is not None:
         words += ["--data-root", str(config.data.root)]
+    if config.data.classes is not None:
+        words += ["--set", f"data.classes={config.data.classes}"]
     if config.runs_dir != default:
         words += ["--runs-dir", str(config.runs_dir)]
     return shlex.join(words)
