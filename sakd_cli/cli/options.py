@@ -24,7 +24,7 @@ def names(table: Callable[[], Mapping[str, Any]]) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in table() if name.startswith(incomplete)]
 
 
-complete_networks = names(lambda: networks.NETWORKS)
+complete_networks = names(lambda: dict.fromkeys(networks.all_names()))
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=complete_networks)

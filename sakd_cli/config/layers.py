@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import datasets, friendly, methods, residual, routers, run
+from sakd_cli.config.plugins import usable
 from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
@@ -276,4 +277,4 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
         "residual": [residual.ResidualConfig],
         "runtime": [run.Runtime],
     }
-    return plain.get(name) or list(_TABLES.get(name, {}).values())
+    return plain.get(name) or list(usable(_TABLES.get(name, {})).values())
