@@ -8,6 +8,7 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
 from sakd_cli.config.layers import resolve
 from sakd_cli.tasks.targets import target_or_newest
 
@@ -71,7 +72,7 @@ def export(
 
         sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
     """
-    layers = o.layers(ctx.params)
+    layers = sources.layers(ctx.params)
     where = target_or_newest(target, resolve("eval", layers).config.runs_dir)
     from sakd_cli.tasks.exporting import Order
     from sakd_cli.tasks.exporting import export as carry_out

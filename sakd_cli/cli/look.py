@@ -7,10 +7,11 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.report import plot as plots
-from sakd_cli.tasks.targets import is_ensemble, what_to_score, words_of
+from sakd_cli.tasks.targets import check_teacher, what_to_score
 
 EvalTargets = Annotated[
     list[Path] | None,
@@ -68,25 +69,16 @@ def evaluate(
         sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
     """
     _check(adaptive and always_on, plot, len(targets or ()))
-    given = o.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
+    given = sources.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
     given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
     runs_dir_ = resolve("eval", given).config.runs_dir
     found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
-    asked = adaptive or always_on or sweep or plot is not None
-    summed = [asked or is_ensemble(weights) for weights, _ in found]
-    if teacher is not None and any(summed):
-        raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")
-    from sakd_cli.tasks.adaptive import score_ensemble
-    from sakd_cli.tasks.score import Target, scores
+    forced = adaptive or always_on or sweep or plot is not None
+    check_teacher(found, forced=forced, teacher=teacher)
+    from sakd_cli.tasks.adaptive import evaluations
 
-    talk, curve = Talk(quiet=quiet), sweep or plot is not None
-    wanted = [Target(weights, run, [*words_of(run), *given], teacher is not None) for weights, run in found]
-    pairs = list(zip(wanted, summed, strict=True))
-    alone = scores((one for one, ensemble in pairs if not ensemble), talk)
-    results = [
-        score_ensemble(one, talk, early=not always_on, curve=curve) if ensemble else next(alone)
-        for one, ensemble in pairs
-    ]
+    kinds = {"forced": forced, "early": not always_on, "curve": sweep or plot is not None}
+    results = evaluations(found, given, Talk(quiet=quiet), compelled=teacher is not None, **kinds)
     if plot is not None:
         plots.draw(plot, results[0])
     if json:

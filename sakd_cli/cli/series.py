@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sakd_cli.cli.intent import AUTO, going_on
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.tasks.intent import AUTO, going_on
 
 ALL = "all"
 LEARNED = AdaptiveConfig().name

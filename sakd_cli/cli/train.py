@@ -9,11 +9,12 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
-from sakd_cli.cli.intent import AUTO, twin, understood
 from sakd_cli.cli.judge import compared
 from sakd_cli.cli.series import is_series, series, train_all
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.tasks.intent import AUTO, understood
+from sakd_cli.tasks.teachers import is_missing
 
 
 def pretrain_teacher(
@@ -54,15 +55,14 @@ def pretrain_teacher(
     if intent.finished:
         _finish(intent.summary(), dry_run=False, json=json)
         return
-    talk = Talk(quiet=quiet)
-    from sakd_cli.tasks import build, run
+    from sakd_cli.tasks.sessions import Session, tried
 
-    job = build.pretraining(words)
-    _finish(
-        run.try_one_batch(job) if dry_run else _trained(job, intent, talk),
-        dry_run=dry_run,
-        json=json,
-    )
+    if dry_run:
+        _finish(tried(words), dry_run=True, json=json)
+        return
+    talk = Talk(quiet=quiet)
+    where, summary = Session(talk, guard=talk.heeding_signals).pretrained(words, intent)
+    _finish({"run": str(where.path)} | summary, dry_run=False, json=json)
 
 
 def distill(
@@ -111,17 +111,20 @@ def distill(
     """
     talk = Talk(quiet=quiet)
     words, intent = understood("distill", ctx.params)
-    several = series(words, ctx.params)
-    if is_series(ctx.params) and not dry_run:
-        again = _this_again(resume)
-        runs = train_all(several, lambda one, where: _distilled(one, where, talk, resume, again), resume=bool(resume))
-        compared(runs, json=json)
-    elif intent.finished and intent.resume:
+    several, many = series(words, ctx.params), is_series(ctx.params) and not dry_run
+    if not many and intent.finished and intent.resume:
         _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
+        return
+    is_missing(words)  # said before torch is loaded
+    from sakd_cli.tasks.sessions import Session, tried
+
+    session = Session(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
+    if many:
+        runs = train_all(several, lambda one, where: _distilled(one, where, session, again), resume=bool(resume))
+        compared(runs, json=json)
     else:
-        result = _tried(words) if dry_run else _distilled(words, intent, talk, resume)
-        _finish(result, dry_run=dry_run, json=json)
+        _finish(tried(words) if dry_run else _distilled(words, intent, session), dry_run=dry_run, json=json)
 
 
 def _this_again(resume: str | None) -> str:
@@ -129,70 +132,9 @@ def _this_again(resume: str | None) -> str:
     return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
 
 
-def _missing(words: DistillConfig) -> bool:
-    """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
-    from sakd_cli.tasks.teachers import find_teacher, no_teacher
-
-    missing = find_teacher(words) is None
-    if missing and not words.teacher.pretrain:
-        raise no_teacher(words)
-    return missing
-
-
-def _tried(words: DistillConfig) -> dict[str, Any]:
-    """The plan of a distillation and one batch of it, with an untrained teacher where it is yet to be trained."""
-    missing = _missing(words)
-    from sakd_cli.tasks import build, run
-
-    return run.try_one_batch(build.distillation(words, build.untrained_teacher(words) if missing else None))
-
-
-def _distilled(
-    words: DistillConfig, intent: Intent, talk: Talk, resume: str | None, again: str | None = None
-) -> dict[str, Any]:
-    """One distillation, after its teacher's training where that is still to be done; `again` as for `_trained`."""
-    _with_teacher(words, talk, resume)
-    from sakd_cli.tasks import build
-
-    return _trained(build.distillation(words), intent, talk, again)
-
-
-def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
-    """Train the teacher first where that is asked for."""
-    if not _missing(words):
-        return
-    from sakd_cli.tasks import build
-    from sakd_cli.tasks.companions import companions_of
-
-    # Whatever is wrong with the student's side is said before hours go into a teacher.
-    for companion in companions_of(build.distillation(words, build.untrained_teacher(words))):
-        companion.rehearse()
-    talk.say(f"no finished {words.teacher.source} yet: training it first")
-    first = build.teacher_config(words)
-    _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, _this_again(resume))
-
-
-def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
-    """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.tasks import run
-    from sakd_cli.tasks.companions import companions_of
-
-    companions = companions_of(job)
-    for companion in companions:
-        companion.rehearse()
-    config = job.config
-    talk.say(
-        f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
-        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
-        f"({job.mode})"
-    )
-    for notice in filter(None, (companion.notice for companion in companions)):
-        talk.say(notice)
-    if job.teacher is not None:
-        talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
-    with talk.heeding_signals():
-        where, summary = run.carry_out(job, intent, talk, again)
-        _picture(where, talk)
+def _distilled(words: DistillConfig, intent: Intent, session: Any, again: str | None = None) -> dict[str, Any]:
+    where, summary = session.distilled(words, intent, again)
+    _picture(where, session.watcher)
     return {"run": str(where.path)} | summary
 
 

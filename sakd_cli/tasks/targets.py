@@ -1,5 +1,6 @@
 """Which trained network a path means: that of a run, a folder or a file, or of the newest run. No torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sakd_cli.config.layers import Layer
@@ -50,3 +51,9 @@ def words_of(run: RunDir | None) -> list[Layer]:
 def is_ensemble(path: Path) -> bool:
     """Whether the weights are a student's with its residual students."""
     return (path / "ensemble.json").is_file() or path.name == "ensemble.json"
+
+
+def check_teacher(found: Sequence[tuple[Path, RunDir | None]], *, forced: bool, teacher: object) -> None:
+    """Raise UsageError where a teacher is named for an ensemble; `forced`: all are taken for one."""
+    if teacher is not None and (forced or any(is_ensemble(weights) for weights, _ in found)):
+        raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")

@@ -52,6 +52,14 @@ def _is_path(source: str) -> bool:
     return False
 
 
+def is_missing(config: DistillConfig) -> bool:
+    """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
+    missing = find_teacher(config) is None
+    if missing and not config.teacher.pretrain:
+        raise no_teacher(config)
+    return missing
+
+
 def pretrain_command(config: DistillConfig) -> str:
     """The command line that trains the missing teacher."""
     words = ["sakd", "pretrain-teacher", find_network(config.teacher.source).name, "--dataset", config.data.name]
