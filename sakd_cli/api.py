@@ -2,6 +2,7 @@
 
     pretrain_teacher, distill, evaluate, inspect_spots      the commands of the same names, with the same words
     Distiller, Router, StagedModel                          what to distil, where to, and what a network is
+    MethodConfig, Spot, Features, StageInfo, Batch          what these are made of and given (a method in words first)
     Watcher                                                 who may listen to a training
 
 Nothing is printed, and every mistake is a `SakdError` (`sakd_cli.errors`). The words of a call win over the environment
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sakd_cli.config import sources
 from sakd_cli.config.layers import resolve
+from sakd_cli.config.methods import MethodConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.report import inspection
 from sakd_cli.report.documents import EnsembleEvaluation, Evaluation
@@ -28,18 +30,25 @@ from sakd_cli.tasks.intent import understood
 from sakd_cli.tasks.targets import check_teacher, is_ensemble, what_to_score
 
 if TYPE_CHECKING:
+    from sakd_cli.batch import Batch
     from sakd_cli.distillers.distiller import Distiller
     from sakd_cli.engine.watch import Watcher
-    from sakd_cli.models.staged import StagedModel
+    from sakd_cli.models.spot import Spot
+    from sakd_cli.models.staged import Features, StagedModel, StageInfo
     from sakd_cli.routing.router import Router
 
 __all__ = [
+    "Batch",
     "Distiller",
     "EnsembleEvaluation",
     "Evaluation",
+    "Features",
+    "MethodConfig",
     "Router",
     "RunResult",
+    "Spot",
     "SpotsDocument",
+    "StageInfo",
     "StagedModel",
     "Watcher",
     "distill",
@@ -48,6 +57,10 @@ __all__ = [
     "pretrain_teacher",
 ]
 _HEAVY = {
+    "Batch": "sakd_cli.batch",
+    "Features": "sakd_cli.models.staged",
+    "Spot": "sakd_cli.models.spot",
+    "StageInfo": "sakd_cli.models.staged",
     "Distiller": "sakd_cli.distillers.distiller",
     "Router": "sakd_cli.routing.router",
     "StagedModel": "sakd_cli.models.staged",

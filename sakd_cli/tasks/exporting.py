@@ -12,7 +12,7 @@ from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.speed import speed
 from sakd_cli.engine.watch import Watcher
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.portable import FORMS, FromPixels, Function
@@ -112,13 +112,12 @@ def export(target: Path, order: Order, layers: list[Layer], watcher: Watcher) ->
 def _found(target: Path, watcher: Watcher) -> Found:
     """The network that a path means; of a run that is not finished, its last checkpoint's."""
     run = run_of(target)
-    if run is not None and run.path == target and not run.finished:
-        saved = checkpoint.find(run.path / "checkpoints", watcher.warn, run.identity)
-        if saved is not None:
-            step = f"epoch {saved.state.get('epoch')}, step {saved.state.get('step')}"
-            watcher.say(f"{target}: is not finished; taking its last checkpoint ({step})")
-            loaded = artifact.load(saved.folder / checkpoint.MODEL)
-            return Found(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
+    unfinished = run is not None and run.path == target and not run.finished
+    if run is not None and unfinished and (saved := _last_checkpoint(run, watcher)) is not None:
+        step = f"epoch {saved.state.get('epoch')}, step {saved.state.get('step')}"
+        watcher.say(f"{target}: is not finished; taking its last checkpoint ({step})")
+        loaded = artifact.load(saved.folder / checkpoint.MODEL)
+        return Found(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
     weights = (run.ensemble or run.deliverable) if run is not None and run.path == target else target
     if weights is None:
         raise UsageError(f"{target}: this run has not saved a network yet")
@@ -128,6 +127,22 @@ def _found(target: Path, watcher: Watcher) -> Found:
         return Found(whole.ensemble.eval(), whole.card._replace(architecture=names), {}, run)
     loaded = artifact.load(weights)
     return Found(loaded.model.eval(), loaded.card, _facts(weights, loaded.sha256), run)
+
+
+def _last_checkpoint(run: RunDir, watcher: Watcher) -> checkpoint.Loaded | None:
+    """The newest whole one, which is only read: another process may be writing the next."""
+    for name in ("last", "last.new", "previous"):
+        folder = run.path / "checkpoints" / name
+        if not folder.is_dir():
+            continue
+        try:
+            saved = checkpoint.read(folder)
+            if saved.model is not None and saved.state.get("run") == run.identity:
+                return saved
+            watcher.warn(f"{folder}: belongs to another run")
+        except CheckpointError as error:
+            watcher.warn(error.message)
+    return None
 
 
 def _facts(weights: Path, digest: str) -> dict[str, Any]:

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.api import Batch, Distiller, Features, Spot
 from sakd_cli.distillers.table import Entry, pooled
-from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
 from sakd_example.words import CosineConfig
 
 

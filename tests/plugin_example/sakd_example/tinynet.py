@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.api import StagedModel, StageInfo
 
 
 class Pooled(nn.Module):

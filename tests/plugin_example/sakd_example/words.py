@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat
 
-from sakd_cli.config.methods import MethodConfig
+from sakd_cli.api import MethodConfig
 
 
 class CosineConfig(MethodConfig):
