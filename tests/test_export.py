@@ -27,9 +27,9 @@ from sakd_cli.tasks import exporting
 
 FAMILIES = ["resnet8", "wrn_10_1", "vgg8", "MobileNetV2_half", "ShuffleNetV1", "ShuffleNetV2_0_5", "ResNet18"]
 QUICK = ["--set", "timing_seconds=0"]
-# Lets a program run without sakd, then keeps what its lines were given and made of it.
-BLOCKED = """
-import sys
+# Runs the lines of each folder in it, without sakd, and keeps what they were given and made of it.
+PROGRAM = """
+import json, os, pathlib, sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -38,11 +38,13 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, "")
-"""
-KEPT = """
-import json, numpy
-json.dump([numpy.asarray(images).tolist(), numpy.asarray(logits).tolist()], open("kept.json", "w"))
-assert not [name for name in sys.modules if name.startswith("sakd")]
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    names = {}
+    exec(pathlib.Path("lines.py").read_text(), names)
+    kept = {"images": names["images"].tolist(), "logits": names["logits"].tolist()}
+    kept["loaded"] = [name for name in ("torch", "sakd_cli") if name in sys.modules]
+    pathlib.Path("kept.json").write_text(json.dumps(kept))
 """
 
 
@@ -51,42 +53,48 @@ def lines_of(folder: Path) -> str:
     return str(lines)
 
 
-def run_alone(folder: Path, lines: str) -> tuple[Tensor, Tensor]:
-    """What the lines made of which images, in a process that cannot import sakd."""
-    program = BLOCKED + lines + KEPT
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, env={})
+def run_alone(folders: list[Path]) -> list[dict[str, Any]]:
+    """What the lines of the cards made of which images, in a process that cannot import sakd."""
+    for folder in folders:
+        (folder / "lines.py").write_text(lines_of(folder))
+    program = [sys.executable, "-c", PROGRAM, *map(str, folders)]
+    done = subprocess.run(program, capture_output=True, text=True, env={})
     assert done.returncode == 0, done.stderr
-    images, logits = json.loads((folder / "kept.json").read_text())
-    return torch.tensor(images), torch.tensor(logits)
+    return [json.loads((folder / "kept.json").read_text()) for folder in folders]
 
 
 @pytest.mark.parametrize(
-    ("form", "inside"), [("safetensors", False), ("onnx", True), ("onnx", False), ("pt2", True)], ids=str
+    ("kinds", "loaded"), [([("safetensors", False), ("pt2", True)], ["torch"]), ([("onnx", True), ("onnx", False)], [])]
 )
 def test_a_program_without_sakd_opens_it_with_the_cards_lines(
-    full: Shop, distilled: dict[str, Any], tmp_path: Path, form: str, inside: bool
+    full: Shop, distilled: dict[str, Any], tmp_path: Path, kinds: list[tuple[str, bool]], loaded: list[str]
 ) -> None:
-    if missing := [name for name in FORMS[form].needs if find_spec(name) is None]:
+    if missing := [name for form, _ in kinds for name in FORMS[form].needs if find_spec(name) is None]:
         pytest.skip(f"not installed: {missing}")
-    option = [] if inside else ["--without-normalisation"]
-    out = ["--out", str(tmp_path / "a folder"), *option, "--json", "--set", "timing_seconds=0.01"]
-    document = full.sakd("export", distilled["run"], "--format", form, *out).document
-    Export.model_validate(document)
-    assert document["check"]["difference"] <= 1e-4
-    assert (document["check"]["same_answer"], document["check"]["images"], document["check"]["real"]) == (100, 64, True)
-    assert document["latency"]["file"]["median"] > 0
-    folder = Path(document["folder"])
-    assert document["bytes"] == (folder / document["file"]).stat().st_size
-    told = json.loads((folder / "config.json").read_text())
     student = json.loads((full.path / distilled["run"] / "student" / "config.json").read_text())
-    assert (told["classes"], told["top1"]) == (student["classes"], student["top1"])
-    assert told["teacher"]["sha256"] == distilled["teacher"]["sha256"]
-    assert told["teacher"]["sha256"] in (folder / "README.md").read_text()
-    images, logits = run_alone(folder, lines_of(folder))
+    folders = []
+    for form, inside in kinds:
+        option = [] if inside else ["--without-normalisation"]
+        out = ["--out", str(tmp_path / f"a {form} {inside}"), *option, "--json", "--set", "timing_seconds=0.01"]
+        document = full.sakd("export", distilled["run"], "--format", form, *out).document
+        Export.model_validate(document)
+        check = document["check"]
+        assert check["difference"] <= 1e-4
+        assert (check["same_answer"], check["images"], check["real"]) == (100, 64, True)
+        assert document["latency"]["file"]["median"] > 0
+        folders.append(folder := Path(document["folder"]))
+        assert document["bytes"] == (folder / document["file"]).stat().st_size
+        told = json.loads((folder / "config.json").read_text())
+        assert (told["classes"], told["top1"]) == (student["classes"], student["top1"])
+        assert told["teacher"]["sha256"] == distilled["teacher"]["sha256"]
+        assert told["teacher"]["sha256"] in (folder / "README.md").read_text()
     network = student_of(full, distilled)
-    expected = FromPixels(network, told["mean"], told["std"]).eval() if inside else network
-    with torch.inference_mode():
-        torch.testing.assert_close(expected(images), logits, rtol=0, atol=1e-4)
+    for (_, inside), kept in zip(kinds, run_alone(folders), strict=True):
+        assert kept["loaded"] == loaded
+        expected = FromPixels(network, student["mean"], student["std"]).eval() if inside else network
+        with torch.inference_mode():
+            found = expected(torch.tensor(kept["images"]))
+            torch.testing.assert_close(found, torch.tensor(kept["logits"]), rtol=0, atol=1e-4)
 
 
 def student_of(shop: Shop, distilled: dict[str, Any]) -> nn.Module:
