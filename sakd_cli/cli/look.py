@@ -10,7 +10,7 @@ from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config import sources
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
-from sakd_cli.report import plot as plots
+from sakd_cli.report import plots
 from sakd_cli.tasks.targets import check_teacher, what_to_score
 
 EvalTargets = Annotated[
@@ -80,7 +80,9 @@ def evaluate(
     kinds = {"forced": forced, "early": not always_on, "curve": sweep or plot is not None}
     results = evaluations(found, given, Talk(quiet=quiet), compelled=teacher is not None, **kinds)
     if plot is not None:
-        plots.draw(plot, results[0])
+        told = results[0]["ensemble"]
+        label = "thresholds in use" if told["early"] else "all members for every image"
+        plots.write(plots.exit_curve(told, told | {"top1": results[0]["top1"]}, label), plot)
     if json:
         emit(results[0] if len(results) == 1 else {"schema": "sakd.evals/1", "evaluations": results})
         return
@@ -96,4 +98,4 @@ def _check(both: bool, plot: Path | None, targets: int) -> None:
     if plot is not None and targets > 1:
         raise UsageError("--plot draws the curve of one network")
     if plot is not None:
-        plots.check(plot)
+        plots.checked(plot)

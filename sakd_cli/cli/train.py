@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import typer
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.judge import compared
-from sakd_cli.cli.series import is_series, series, train_all
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.cli.series import is_series, series, train_all, train_together
+from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.rundir import Intent, RunDir
 from sakd_cli.tasks.intent import AUTO, understood
-from sakd_cli.tasks.teachers import is_missing
+from sakd_cli.tasks.teachers import find_teacher, is_missing
 
 
 def pretrain_teacher(
@@ -79,6 +80,7 @@ def distill(
     with_control: o.WithControl = False,
     routers: o.Routers = None,
     seeds: o.Seeds = None,
+    together: o.Together = False,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -121,10 +123,25 @@ def distill(
 
     session = Session(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
     if many:
-        runs = train_all(several, lambda one, where: _distilled(one, where, session, again), resume=bool(resume))
-        compared(runs, json=json)
+        compared(_several(several, session, again, together=together), json=json)
     else:
         _finish(tried(words) if dry_run else _distilled(words, intent, session), dry_run=dry_run, json=json)
+
+
+def _several(members: list[DistillConfig], session: Any, again: str, *, together: bool) -> list[RunDir]:
+    """A series, one after another or at once."""
+    if together:
+        chosen = _pinned_teacher(members[0], session)
+        return train_together(members, chosen, session.watcher, resume=session.resume, again=again)
+    return train_all(members, partial(_distilled, session=session, again=again), resume=session.resume)
+
+
+def _pinned_teacher(words: DistillConfig, session: Any) -> TeacherConfig:
+    """The teacher as it is now, trained first where that is asked for: several processes must mean the same one."""
+    session.with_teacher(words)
+    path = find_teacher(words)
+    assert path is not None
+    return words.teacher.model_copy(update={"weights": path.resolve()})
 
 
 def _this_again(resume: str | None) -> str:
@@ -140,14 +157,14 @@ def _distilled(words: DistillConfig, intent: Intent, session: Any, again: str | 
 
 def _picture(run: RunDir, talk: Talk) -> None:
     """What the run mixed of its teacher's blocks, drawn, where it did."""
-    from sakd_cli.report.mixtures import PICTURE, can_draw, draw_mixtures, mixture_report
+    from sakd_cli.report.mixtures import PICTURE, mixture_report
 
     if (record := mixture_report(run)) is None:
         return
-    if can_draw():
-        draw_mixtures(record, run.path / PICTURE)
-    else:
-        talk.say(f"no {PICTURE}: matplotlib is not installed (pip install 'sakd[plots]')")
+    from sakd_cli.report import plots
+
+    if plots.available(lambda told: talk.say(f"no {PICTURE}: {told}")):
+        plots.write(plots.mixture_map(record), run.path / PICTURE)
 
 
 def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:

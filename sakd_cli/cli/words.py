@@ -194,7 +194,7 @@ _FOREIGN = {
 
 def show_schema(
     name: Annotated[
-        str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, export, spots.")
+        str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, export, spots, data.")
     ],
     json: o.Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.run import EvalConfig
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.speed import speed
 from sakd_cli.engine.watch import Watcher
@@ -179,8 +179,7 @@ def _images(card: NetworkCard, config: EvalConfig, watcher: Watcher) -> tuple[Te
     words = config.data.model_copy(update={"holdout": 0.0, "download": False})
     try:
         dataset = load_images(words).dataset
-        some = dataset.test.subset(torch.arange(min(IMAGES, len(dataset.test))))
-        images, _ = next(iter(EvalLoader(some, dataset, device=torch.device("cpu"))))
+        images, _ = next(iter(eval_loader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
         if images.shape[-1] == card.side:
             return (images * std + mean).clamp(0, 1), True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sakd_cli.config.run import DistillConfig, PretrainConfig
+from sakd_cli.data.feeds import told
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.rundir import Intent, RunDir
 from sakd_cli.tasks import build, run
@@ -40,10 +41,11 @@ class Session:
 
         again   the command that goes on after a stop, where it is not that of the run itself
         """
-        self._with_teacher(words)
+        self.with_teacher(words)
         return self._trained(build.distillation(words), intent, again)
 
-    def _with_teacher(self, words: DistillConfig) -> None:
+    def with_teacher(self, words: DistillConfig) -> None:
+        """Train the teacher first where that is asked for."""
         if not is_missing(words):
             return
         # Whatever is wrong with the student's side is said before hours go into a teacher.
@@ -63,8 +65,10 @@ class Session:
             f"of batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, "
             f"{job.device} ({job.mode})"
         )
-        for notice in filter(None, (companion.notice for companion in companions)):
+        for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
             say(notice)
+        if skipped := job.images.dataset.skipped:
+            self.watcher.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():
