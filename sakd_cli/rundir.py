@@ -76,6 +76,22 @@ def json_bytes(content: Any) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot."""
+    aside = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)

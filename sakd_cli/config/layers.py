@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import datasets, friendly, methods, residual, routers, run
+from sakd_cli.config.plugins import usable
 from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
@@ -41,6 +42,7 @@ OPTIONS = {
     "compile": "runtime.compile",
     "deterministic": "runtime.deterministic",
     "teacher_bank": "teacher.bank",
+    "allow_teacher_mismatch": "teacher.allow_mismatch",
     "log": "log",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
@@ -49,7 +51,7 @@ _HEADS = {
     "method": ("name", set[str]()),
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
-    "teacher": ("source", {"pretrain", "epochs", "bank"}),
+    "teacher": ("source", {"pretrain", "epochs", "bank", "allow_mismatch"}),
     "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
 }
 
@@ -275,4 +277,4 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
         "residual": [residual.ResidualConfig],
         "runtime": [run.Runtime],
     }
-    return plain.get(name) or list(_TABLES.get(name, {}).values())
+    return plain.get(name) or list(usable(_TABLES.get(name, {})).values())

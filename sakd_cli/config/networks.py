@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from sakd_cli.config import plugins
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -17,6 +18,7 @@ class Network(NamedTuple):
 
     kin      networks of one kin count as one family for the router's prior; a wide variant is a kin of its own
     student  of a network that only a distillation makes: the student in it
+    plugged  whether a plug-in builds it (`plugins.py`); its family is the package
     """
 
     name: str
@@ -25,6 +27,7 @@ class Network(NamedTuple):
     lr: float = 0.05
     wide: bool = False
     student: "Network | None" = None
+    plugged: bool = False
 
     @property
     def kin(self) -> str:
@@ -89,6 +92,18 @@ def reusing(student: str, teacher: str, factor: int) -> Network:
     return Network(f"simkd{factor}-{inner.name}-{outer.name}", "reused", parts, inner.lr, student=inner)
 
 
+def _of_plugin(name: str) -> Network:
+    package = plugins.plugged(plugins.NETWORKS)[name][0].package
+    if _squashed(name) in _SPELLINGS:
+        raise UsageError(f"network {name!r}: wanted by sakd and by {package}", hint=f"uninstall {package}")
+    return Network(name, f"plug-in {package}", {}, plugged=True)
+
+
+def all_names() -> list[str]:
+    """Of all networks, ours and those of plug-ins."""
+    return [*NETWORKS, *plugins.plugged(plugins.NETWORKS)]
+
+
 LONGEST = 200  # letters of a name; what is distilled from what was distilled is named after all of them
 
 
@@ -99,6 +114,8 @@ def find_network(name: str) -> Network:
     """
     if len(name) > LONGEST:
         raise UsageError(f"no model has a name of {len(name)} letters")
+    if name in plugins.plugged(plugins.NETWORKS):
+        return _of_plugin(name)
     if (made := re.fullmatch(r"simkd([1-9]\d{0,8})-([^-]+)-(.+)", name)) is not None:
         return reusing(made[2], made[3], int(made[1]))
     if (wrn := re.fullmatch(r"wrn[-_]?(\d{1,9})[-_](\d{1,9})", name.lower())) is not None:
@@ -110,7 +127,7 @@ def find_network(name: str) -> Network:
         )
     if (known := _SPELLINGS.get(_squashed(name))) is not None:
         return NETWORKS[known]
-    raise UsageError(unknown("model", name, NETWORKS), hint="sakd list models shows them all")
+    raise UsageError(unknown("model", name, all_names()), hint="sakd list models shows them all")
 
 
 def find_trainable(name: str) -> Network:

@@ -29,7 +29,8 @@ Folder = Annotated[Path, AfterValidator(expanded)]
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Words that may change between two parts of one run: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank", "data.workers"}
+FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
+FREE |= {"teacher.pretrain", "teacher.bank", "teacher.allow_mismatch"}
 
 
 class Train(Words):
@@ -158,6 +159,7 @@ class TeacherConfig(Words):
     weights   where `source` led when the run began, and the SHA-256 of the file; a resumed or repeated run takes
     sha256    these and no newer ones
     bank      keep its answers to every view of every image on the disk, for this run and later ones
+    allow_mismatch  take it also where it scores otherwise than its card says
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -166,6 +168,7 @@ class TeacherConfig(Words):
     weights: Folder | None = None
     sha256: str | None = None
     bank: bool = False
+    allow_mismatch: bool = False
 
 
 # What a distillation says of its student, and a pretraining does not know.

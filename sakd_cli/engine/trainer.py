@@ -287,11 +287,9 @@ class Trainer:
                 saved = checkpoint.read(self.folder / "best")
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
-                best, best_scores = (
-                    saved.state["best"],
-                    self._scored(network, judge, judge.test),
-                )
-        self._publish({"epoch": self.epochs} | last_scores.headline())
+                best, best_scores = saved.state["best"], self._scored(network, judge, judge.test)
+        measured = {"split": "test", "images": last_scores.images} | last_scores.headline()
+        self._publish({"epoch": self.epochs} | measured)
         return {
             "headline": {"epoch": self.epochs, "split": "test"} | last_scores.headline(),
             "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.headline(),

@@ -24,6 +24,9 @@ class Watcher(Protocol):
     def end(self) -> None:
         """The run has ended, well or not."""
 
+    def say(self, text: str) -> None:
+        """One line worth knowing."""
+
     def warn(self, text: str) -> None:
         """Something went wrong that the run survives."""
 
@@ -44,6 +47,9 @@ class Silent:
         return
 
     def end(self) -> None:
+        return
+
+    def say(self, text: str) -> None:
         return
 
     def warn(self, text: str) -> None:

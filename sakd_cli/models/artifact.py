@@ -191,11 +191,14 @@ def _first_line(error: Exception) -> str:
 
 def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
     top1, source, teacher = (about.get(key) for key in ("top1", "imported", "teacher"))
-    accuracy = "" if top1 is None else f" Top-1 on its test images after the last epoch: {top1:.2f} %."
     made = "trained with sakd." if source is None else "imported by sakd."
-    if source is not None:
-        accuracy = "" if top1 is None else f" Top-1 on the test images: {top1:.2f} %."
-    learned = "" if teacher is None else f"\nTeacher: {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
+    when = " after the last epoch" if source is None else ""
+    count = f"{about['images']} test images" if about.get("images") else "its test images"
+    accuracy = "" if top1 is None else f" Top-1 on {count}{when}: {top1:.2f} %."
+    learned = ""
+    if teacher is not None:
+        known = f", top-1 {teacher['top1']:.2f} %" if "top1" in teacher else ""
+        learned = f"\nTeacher: {teacher['network']}{known}, SHA-256 `{teacher['sha256']}`.\n"
     if (friendly := about.get("friendly")) is not None:
         learned = (
             f"\nA student-friendly teacher, trained together with branches of {', '.join(friendly['students'])}.\n"
@@ -207,5 +210,6 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
         f"{learned}\n"
         "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"
         "standard deviation of pixel values between 0 and 1 that the images are normalised with.\n\n"
+        f"SHA-256 of the weights: `{about['sha256']}`.\n\n"
         "    sakd eval .\n"
     )

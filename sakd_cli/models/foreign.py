@@ -106,7 +106,7 @@ def _unpickled(file: Path) -> Any:
 
 def _closest(architecture: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, Tensor]) -> dict[str, str]:
     """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
-    dialects = DIALECTS[find_network(architecture).family]
+    dialects = DIALECTS.get(find_network(architecture).family, ((),))  # a plug-in's names are its own
     tables = [{name: translated(name, rules) for name in ours} for rules in dialects]
     return min(tables, key=lambda names: len(set(names.values()) ^ theirs.keys()))
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from sakd_cli.config.networks import find_network
+from sakd_cli.config import plugins
+from sakd_cli.config.networks import Network, find_network
+from sakd_cli.errors import UsageError
 from sakd_cli.models import mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
 from sakd_cli.models.staged import StagedModel
 
@@ -24,7 +26,25 @@ FAMILIES: dict[str, Callable[..., StagedModel]] = {
 }
 
 
+def _callable(name: str, build: object) -> Callable[[str, int], object]:
+    if not callable(build):
+        raise ValueError("is no function")
+    return build
+
+
+PLUGGED = plugins.Table[Callable[[str, int], object]]("network", {}, plugins.NETWORKS, _callable)
+
+
+def _built(made: object, network: Network, num_classes: int) -> StagedModel:
+    """What a plug-in has built, if it is what it was asked for."""
+    if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
+        raise UsageError(f"{network.family}: {network.name} is no StagedModel of that name for {num_classes} classes")
+    return made
+
+
 def create(name: str, num_classes: int) -> StagedModel:
     """A freshly initialised network. Raises UsageError with the nearest name."""
     network = find_network(name)
+    if network.plugged:
+        return _built(PLUGGED.row(network.name)(network.name, num_classes), network, num_classes)
     return FAMILIES[network.family](network.name, num_classes, **network.arguments)

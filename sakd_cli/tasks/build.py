@@ -42,7 +42,7 @@ from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import SftnTask, start_from_branches
-from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
+from sakd_cli.tasks.teachers import claimed, find_teacher, no_teacher, weights_at
 from sakd_cli.tasks.warmup import WarmupTask
 
 
@@ -106,10 +106,11 @@ def untrained_teacher(config: DistillConfig) -> Artifact:
 def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
     device = pick_device(config.device)
-    path = None
+    path = claim = None
     if teacher is None:
         path = _teacher_path(config).resolve()
         teacher = artifact.load(path)
+        claim = claimed(path, teacher.sha256)
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
@@ -124,7 +125,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         others = task.distillers.preactivations or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)
-    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, teacher, path, costs[1])
+    whom = teacher, path, claim, costs[1]
+    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, *whom)
 
 
 def assemble(

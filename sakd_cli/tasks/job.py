@@ -16,6 +16,7 @@ from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.teachers import Claim
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Job:
     spots: tuple[Spot, ...] = ()
     teacher: Artifact | None = None
     teacher_path: Path | None = None
+    teacher_claim: Claim | None = None
     teacher_cost: Cost | None = None
 
     @property

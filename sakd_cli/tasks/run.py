@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from sakd_cli import parallel
+from sakd_cli.config.run import DistillConfig
 from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
@@ -22,6 +23,7 @@ from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
 from sakd_cli.tasks.companion import Companion, Workshop, loader_of
 from sakd_cli.tasks.companions import companions_of
 from sakd_cli.tasks.job import Job, plan
+from sakd_cli.tasks.teachers import Claim, compared
 from sakd_cli.tasks.training import training
 
 
@@ -72,14 +74,15 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     job.images.gather()
     companions = companions_of(job)
     _made_ready(job)
+    judge = _judge(job, watcher)
+    facts = _teacher_facts(job, judge, watcher)
     run, intent = _opened(job, companions, intent)
     with run.locked(), board.following(run, job.config.log):
         if parallel.first():
             _begin(job, run, intent)
         parallel.meet()
         try:
-            shop = Workshop(run, _judge(job, watcher), watcher)
-            facts = _teacher_facts(job, shop.judge)
+            shop = Workshop(run, judge, watcher)
             for companion in companions:
                 facts |= companion.facts()
             phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
@@ -214,11 +217,20 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _teacher_facts(job: Job, judge: Judge) -> dict[str, Any]:
-    """The teacher's figures, measured anew on the test images; nothing where there is no teacher."""
+def _teacher_facts(job: Job, judge: Judge, watcher: Watcher) -> dict[str, Any]:
+    """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
+
+    Raises UsageError where its card says otherwise.
+    """
     if job.teacher is None or job.teacher_cost is None:
         return {}
     scores = evaluate(job.teacher.model, judge.test, judge.classes)
+    if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
+        measured = Claim(job.images.dataset.name, scores.images, scores.top1)
+        allowed = job.config.teacher.allow_mismatch
+        told = compared(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
+        if told is not None:
+            watcher.say(told)
     facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
     return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 
