@@ -7,7 +7,8 @@ SakdError                 1   a bug of ours, if ever raised directly
 ├── DiskError             5   the disk is full or not writable
 ├── MemoryLimitError      6   the device has too little memory
 ├── NonFiniteError        7   a loss or a gradient is NaN or infinite
-└── RunInUseError         8   another process works in this run directory
+├── RunInUseError         8   another process works in this run directory
+└── SweepError            9   some runs of a sweep failed; the others are done
 
 Stopped            130, 143   no error: Ctrl-C or SIGTERM, after the state was saved
 """
@@ -67,6 +68,12 @@ class RunInUseError(SakdError):
     """Two processes in one run directory."""
 
     exit_code = 8
+
+
+class SweepError(SakdError):
+    """Some runs of a sweep failed."""
+
+    exit_code = 9
 
 
 class Stopped(BaseException):

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import bench, bring, judge, look, spots, train, words
+from sakd_cli.cli import bench, bring, judge, look, spots, sweep, train, words
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.figures import printable
@@ -19,7 +19,7 @@ from sakd_cli.report.figures import printable
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
     "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
-    "7 non-finite number, 8 run directory in use, 130 Ctrl-C, 143 SIGTERM."
+    "7 non-finite number, 8 run directory in use, 9 runs of a sweep failed, 130 Ctrl-C, 143 SIGTERM."
 )
 app = typer.Typer(
     name="sakd",
@@ -53,6 +53,7 @@ def _root(
 
 app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
+app.command("sweep", rich_help_panel="Train")(sweep.sweep)
 app.command("import-weights", rich_help_panel="Train")(bring.import_weights)
 app.command("eval", rich_help_panel="Look")(look.evaluate)
 app.command("compare", rich_help_panel="Look")(judge.compare)
