@@ -55,7 +55,7 @@ def forecast(configs: Mapping[str, RunConfig], seconds: float, tell: Callable[[s
             sizes[about] = len(images.train), len(images.dataset.classes), images.side
         tell(key)
         try:
-            seen[key] = _look(config, *sizes[about], timed=time.monotonic() < until)
+            seen[key] = _look(config, *sizes[about], timed=not seen or time.monotonic() < until)
         except UsageError as error:
             raise UsageError(f"{key}: {error.message}", error.hint) from None
     rate = _rate(seen.values())

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sakd_cli.cli.executor import Executor, Job
-from sakd_cli.cli.found import Found
+from sakd_cli.cli.found import Found, identity
 from sakd_cli.config.grid import Member
 from sakd_cli.config.layers import Layer, flat, nested, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
@@ -66,6 +66,7 @@ class Conductor:
     def __init__(self, members: Sequence[Member], runs_dir: Path, folder: Path) -> None:
         self.entries = {member.key: Entry(member) for member in members}
         self.folder, self.found = folder, Found(runs_dir)
+        self._running = dict[str, Entry]()
         self.changed: Callable[[Entry], None] = lambda entry: None
         self.look()
         for entry in self.entries.values():
@@ -158,11 +159,14 @@ class Conductor:
             if entry.state is State.waiting and time.monotonic() >= entry.not_before
             if (config := self.config_of(entry)) is not None
         ]
-        jobs = []
-        for entry, config in ready[: executor.room()]:
+        jobs = list[Job]()
+        for entry, config in ready:
             self._settle(entry)
-            if entry.state is State.done:
+            # Two of the same words (a teacher and a student alone) are one run.
+            same = identity(config.model_dump(mode="json"))
+            if entry.state is State.done or same in self._running or len(jobs) == executor.room():
                 continue
+            self._running[same] = entry
             jobs.append(self._job(entry, config))
             entry.resumed, entry.attempts, entry.since = entry.run is not None, entry.attempts + 1, time.monotonic()
             self._into(entry, State.running)
@@ -179,7 +183,7 @@ class Conductor:
         write_aside(file, yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
         log.unlink(missing_ok=True)
         command = (COMMANDS[config.task], "--config", str(file.resolve()), "--resume", "auto", "--json", "--quiet")
-        return Job(entry.member.key, command, log.resolve())
+        return Job(entry.member.key, command, log.resolve(), Path.cwd())
 
     def _collect(self, executor: Executor, *, interrupted: bool = False) -> int:
         """Take note of what has ended."""
@@ -213,6 +217,8 @@ class Conductor:
                     self._into(entry, State.blocked)
 
     def _into(self, entry: Entry, state: State) -> None:
+        if state is not State.running:
+            self._running = {same: other for same, other in self._running.items() if other is not entry}
         if entry.state is not state:
             entry.state = state
             self.changed(entry)

@@ -14,7 +14,7 @@ from sakd_cli.errors import UsageError
 
 
 class Job(NamedTuple):
-    """A command of sakd to carry out: what it is called, its words, and where its stderr goes.
+    """A command of sakd to carry out: what it is called, its words, where its stderr goes, and the folder it runs in.
 
     The command goes on with what an earlier attempt left, so it may be carried out more than once, but not twice
     at a time.
@@ -23,6 +23,7 @@ class Job(NamedTuple):
     key: str
     words: tuple[str, ...]
     log: Path
+    folder: Path
 
 
 class Ended(NamedTuple):
@@ -58,7 +59,7 @@ class Executor(ABC):
 
 def command(job: Job) -> list[str]:
     """The process of a job; `child` sees to it that it does not outlive the one that started it."""
-    return [sys.executable, "-m", "sakd_cli.cli.child", *job.words]
+    return [sys.executable, "-m", "sakd_cli.cli.child", str(os.getpid()), *job.words]
 
 
 def surroundings(more: dict[str, str] | None = None) -> dict[str, str]:
@@ -120,6 +121,7 @@ class LocalExecutor(Executor):
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=log,
+                    cwd=job.folder,
                     env=surroundings(more),
                     start_new_session=True,
                 )
@@ -145,7 +147,9 @@ def carried_out(job: Job) -> int:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with (
         job.log.open("ab") as log,
-        subprocess.Popen(command(job), stdout=subprocess.DEVNULL, stderr=log, env=surroundings()) as child,
+        subprocess.Popen(
+            command(job), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
+        ) as child,
     ):
         try:
             return child.wait()

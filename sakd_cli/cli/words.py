@@ -171,7 +171,10 @@ _FOREIGN = {
 
 
 def show_schema(
-    name: Annotated[str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, spots.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, spots, sweep, sweep-plan."),
+    ],
     json: o.Json = False,
 ) -> None:
     """Print the JSON schema of a command's `--json`.
