@@ -8,7 +8,7 @@ SakdError                 1   a bug of ours, if ever raised directly
 ├── MemoryLimitError      6   the device has too little memory
 ├── NonFiniteError        7   a loss or a gradient is NaN or infinite
 ├── RunInUseError         8   another process works in this run directory
-└── SweepError            9   some runs of a sweep failed; the others are done
+└── SeriesError           -   some of several runs failed: the worst of their exit codes
 
 Stopped            130, 143   no error: Ctrl-C or SIGTERM, after the state was saved
 """
@@ -70,10 +70,12 @@ class RunInUseError(SakdError):
     exit_code = 8
 
 
-class SweepError(SakdError):
-    """Some runs of a sweep failed."""
+class SeriesError(SakdError):
+    """Some of several runs failed; the others are finished."""
 
-    exit_code = 9
+    def __init__(self, message: str, hint: str | None, exit_code: int) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
 
 
 class Stopped(BaseException):

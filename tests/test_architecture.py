@@ -29,7 +29,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sakd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From low to high. The package itself holds the version only; `__main__` is the command line.
-FLOORS = ["", "errors", "reading", "batch", "config", "rundir", "models", "distillers", "routing", "data", "engine"]
+FLOORS = [
+    "",
+    "errors",
+    "reading",
+    "batch",
+    "parallel",
+    "config",
+    "rundir",
+    "models",
+    "distillers",
+    "routing",
+    "data",
+    "engine",
+]
 FLOORS += ["tasks", "bench", "report", "cli", "__main__"]
 FORBIDDEN = {
     "distillers": {"routing"},
@@ -166,7 +179,7 @@ def test_an_optimizer_makes_one_backward_pass_and_nobody_else_but_the_dry_run() 
 
 def test_there_is_one_training_loop() -> None:
     steps = [place for path in OURS for place in calls(path, "step")]
-    assert steps == [*(f"{path}:step" for path in OPTIMIZERS), "engine/trainer.py:_train"]
+    assert steps == [*(f"{path}:step" for path in OPTIMIZERS), "engine/trainer.py:_step"]
     loops = [
         named(path)
         for path in MODULES

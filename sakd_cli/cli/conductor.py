@@ -22,7 +22,7 @@ from sakd_cli.config.layers import Layer, flat, nested, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.run import FREE, DistillConfig, RunConfig
 from sakd_cli.errors import DiskError, RunInUseError, Stopped
-from sakd_cli.report.figures import plain
+from sakd_cli.report.figures import number, plain
 from sakd_cli.rundir import RunDir, sha256, write_aside, write_json
 
 COMMANDS = {"pretrain": "pretrain-teacher", "distill": "distill"}
@@ -43,12 +43,13 @@ class State(StrEnum):
 
 @dataclass
 class Entry:
-    """A run of the sweep and what has become of it; `error` of a failed one is one line."""
+    """A run of the sweep and what has become of it; `error` of a failed one is one line, `code` its exit code."""
 
     member: Member
     state: State = State.waiting
     run: RunDir | None = None
     error: str | None = None
+    code: int = 0
     attempts: int = 0
     resumed: bool = False
     before: bool = False  # whether it was finished when the sweep began
@@ -201,9 +202,9 @@ class Conductor:
             if interrupted or one.code == IN_USE or (again and entry.attempts < ATTEMPTS):
                 self._into(entry, State.waiting)
                 continue
-            entry.error = self._said(entry, one.code)
+            entry.error, entry.code = self._said(entry, one.code), one.code if one.code >= 0 else 128 - one.code
             if not again:  # what a signal has ended goes on by itself at the next call
-                write_json(self._note(entry), {"error": entry.error, "code": one.code})
+                write_json(self._note(entry), {"error": entry.error, "code": entry.code})
             self._into(entry, State.failed)
         self._block()
         return len(ended)
@@ -238,7 +239,7 @@ class Conductor:
         note = self._note(entry)
         if note.is_file():
             told: dict[str, Any] = RunDir(note.parent).read_json(note.name)
-            entry.error = plain(told.get("error"))
+            entry.error, entry.code = plain(told.get("error")), int(number(told.get("code")) or 1)
             self._into(entry, State.failed)
 
     def _said(self, entry: Entry, code: int) -> str:

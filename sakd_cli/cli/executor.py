@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, final
 
+import sakd_cli
 from sakd_cli.errors import UsageError
 
 
@@ -59,13 +60,15 @@ class Executor(ABC):
 
 def command(job: Job) -> list[str]:
     """The process of a job; `child` sees to it that it does not outlive the one that started it."""
-    return [sys.executable, "-m", "sakd_cli.cli.child", str(os.getpid()), *job.words]
+    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *job.words]
 
 
 def surroundings(more: dict[str, str] | None = None) -> dict[str, str]:
-    """Environment of a job: no SAKD_* word, since the job's config is whole."""
+    """Environment of a job: no SAKD_* word, since the job's config is whole, and this very package."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
-    return clean | (more or {})
+    here = str(Path(sakd_cli.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [here, clean.get("PYTHONPATH")]))
+    return clean | (more or {}) | {"PYTHONPATH": paths}
 
 
 def gpus() -> list[str]:

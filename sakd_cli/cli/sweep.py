@@ -16,12 +16,13 @@ from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.executor import Executor, LocalExecutor
 from sakd_cli.cli.sweep_board import Board
 from sakd_cli.cli.sweep_plan import plan
+from sakd_cli.cli.together import worst
 from sakd_cli.config import presets
 from sakd_cli.config.grid import Grid, grid
 from sakd_cli.config.layers import Layer, file_layer, flat, resolve
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.config.sweep import SweepConfig
-from sakd_cli.errors import Stopped, SweepError, UsageError
+from sakd_cli.errors import SeriesError, Stopped, UsageError
 from sakd_cli.rundir import write_aside
 
 SWEEP = "sweep"
@@ -252,13 +253,14 @@ def _printed(document: dict[str, Any], *, csv: bool, json: bool, markdown: Path 
 
 
 def _complain(conductor: Conductor) -> None:
-    """Raise SweepError where a run failed, once the table of the others is printed."""
+    """Raise SeriesError where a run failed, once the table of the others is printed."""
     failed = [entry for entry in conductor.entries.values() if entry.state is State.failed]
     if failed:
         blocked = conductor.counts()[State.blocked]
         waiting = f", {blocked} that wait for them were not made" if blocked else ""
         first = failed[0]
-        raise SweepError(
+        raise SeriesError(
             f"{len(failed)} of {len(conductor.entries)} runs failed{waiting}; {first.member.key}: {first.error}",
             f"--retry-failed tries them again; what they said: {conductor.folder / 'jobs'}",
+            worst([entry.code for entry in failed]),
         )

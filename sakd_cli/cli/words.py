@@ -173,7 +173,7 @@ _FOREIGN = {
 def show_schema(
     name: Annotated[
         str,
-        typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, spots, sweep, sweep-plan."),
+        typer.Argument(help="A document: eval, ensemble, evals, compare, report, spots, data, sweep, sweep-plan."),
     ],
     json: o.Json = False,
 ) -> None:

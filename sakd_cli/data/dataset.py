@@ -5,20 +5,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sakd_cli.data.files import Files
 from sakd_cli.data.streams import generator
 from sakd_cli.errors import DataError
+
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one purpose, whole in memory.
+    """Images of one purpose, in memory or in files.
 
-    images  [N, 3, H, W]  uint8
+    images  [N, 3, H, W]  uint8, or files that stand for them and are read when they are asked for
     labels  [N]           int64 class index
     origin  [N]           int64 position in the data set's own split; None: in order, nothing left out
     """
 
-    images: Tensor
+    images: Tensor | Files
     labels: Tensor
     origin: Tensor | None = None
 
@@ -28,6 +31,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """All images, uint8; those in files are read. Raises DataError naming a bad file."""
+        return self.images.read() if isinstance(self.images, Files) else self.images
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images in pixels."""
+        return int(self.images.shape[-1])
 
     def to(self, device: torch.device) -> "Split":
         """The same split on `device`; nothing is copied where it already lives there."""
@@ -45,16 +58,20 @@ class Dataset:
     mean, std  per channel, of pixels / 255
     padding    width in pixels of the zero border from which a random crop of the original size is cut
     flip       whether a mirrored image keeps its class
+    scale      share of a picture's area, from and to, that a random resized crop takes instead; None: the border does
+    skipped    files that could not be read and were left out
     """
 
     name: str
     classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     padding: int
     flip: bool
     train: Split
     test: Split
+    scale: tuple[float, float] | None = None
+    skipped: int = 0
 
 
 def first_classes(dataset: Dataset, count: int | None) -> Dataset:

@@ -19,6 +19,7 @@ from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.finite import LOWER, Guard
+from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -76,7 +77,8 @@ class Trainer:
     With an `outcome` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
     task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the
     watcher asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called; any but
-    the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`.
+    the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`. With `graphs` its steps are
+    captured there and replayed.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Trainer:
         outcome: Outcome | None = None,
         recorder: SpotRecorder | None = None,
         phase: str = MAIN,
+        graphs: Device | None = None,
     ) -> None:
         self.task, self.loader, self.optimizer = task, loader, optimizer
         self.run, self.watcher, self.outcome, self.recorder = run, watcher, outcome, recorder
@@ -105,6 +108,7 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.guard = Guard(next(task.parameters()).device)
+        self._advance = self._step if graphs is None else GraphedStep(self._step, graphs, self._rates)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
 
@@ -151,15 +155,23 @@ class Trainer:
         last = first + self.loader.steps_per_epoch
         for batch in self.loader.epoch(epoch, start=self.step - first):
             heed(self.watcher)
-            output = self.task(batch)
-            self.optimizer.step(output.loss, partial(self.guard.look, self.step + 1, batch, output))
-            self._count(output, batch)
+            self._count(self._advance(batch), batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:
                 self._log(epoch)
             self.watcher.advance(self.step)
             if self.save_every and self.step % self.save_every == 0 and self.step != last:
                 self._save()
+
+    def _step(self, batch: Batch) -> StepOutput:
+        """Forward, backward, update; the output without its autograd graph."""
+        output: StepOutput = self.task(batch)
+        self.optimizer.step(output.loss, partial(self.guard.look, batch, output))
+        logits = None if output.logits is None else output.logits.detach()
+        return output._replace(loss=output.loss.detach(), logits=logits)
+
+    def _rates(self) -> tuple[float, ...]:
+        return tuple(group["lr"] for group in self.optimizer.sgd.param_groups)
 
     def _count(self, output: StepOutput, batch: Batch) -> None:
         right = {} if output.logits is None else {"top1": top1(output.logits, batch.labels)}
@@ -170,8 +182,7 @@ class Trainer:
     def _log(self, epoch: int) -> None:
         self.guard.check()
         means = self.meter.read()
-        rate = self.optimizer.sgd.param_groups[0]["lr"]
-        self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": rate} | means)
+        self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
 
     def _judge(self, epoch: int, judge: Judge) -> None:
         scores = evaluate(judge.scored(self.task.network), judge.selection, judge.classes)
@@ -232,6 +243,7 @@ class Trainer:
             self.meter.load(sums, state["meter"]["samples"])
             self.epoch, self.step, self.best = int(state["epoch"]), int(state["step"]), dict(state["best"])
             self.seconds = dict(state["seconds"])
+            self.guard.go_on(self.step)
             self._check_best()
             checkpoint.restore_random_state(loaded.training)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:

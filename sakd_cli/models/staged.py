@@ -5,14 +5,16 @@ half-open: `run(run(x, 0, k), k, L + 1)` equals `forward(x)` for every k, bit fo
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, NamedTuple, cast, final
 
+import torch
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
 
 Shape = tuple[int, ...]
+Channels = tuple[float, ...]
 
 
 class StageInfo(NamedTuple):
@@ -64,6 +66,16 @@ class Features(NamedTuple):
         before = tuple(map(change, self.preactivations))
         return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks)
 
+    def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
+        """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
+        none, last = self.logits.new_empty(0), len(self.stages) - 1
+        return Features(
+            tuple(x if k in stages or k == last else none for k, x in enumerate(self.stages)),
+            self.logits,
+            tuple(x if k in preactivations else none for k, x in enumerate(self.preactivations)),
+            tuple(maps if k in blocks else () for k, maps in enumerate(self.blocks)),
+        )
+
     @property
     def embedding(self) -> Tensor:
         """The pooled vector in front of the head, [N, C]."""
@@ -96,6 +108,9 @@ class StagedModel(nn.Module):
     `preactivation` sees the stages in front of their activations; None: the family has no such version of them.
     """
 
+    gain: Tensor | None
+    shift: Tensor | None
+
     def __init__(
         self,
         *,
@@ -113,6 +128,24 @@ class StagedModel(nn.Module):
         self.stages = nn.ModuleList([stage for _, stage in stages])
         self._preactivation = preactivation
         self.head = nn.Linear(self.infos[-1].channels, num_classes)
+        # Not saved: they belong to the images that it is given, not to the network.
+        self.register_buffer("gain", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+
+    def expects(self, mean: Channels, std: Channels, *, given: tuple[Channels, Channels]) -> None:
+        """Convert images that are normalised by `given` (mean, std) to this network's own mean and std, from now on.
+
+        One affine per channel in front of the first stage; nothing at all where both are equal.
+        """
+        theirs = [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in given]
+        ours = [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std)]
+        equal = tuple(given[0]) == tuple(mean) and tuple(given[1]) == tuple(std)
+        place = self.head.weight
+        self.gain = None if equal else (theirs[1] / ours[1]).to(place)
+        self.shift = None if equal else ((theirs[0] - ours[0]) / ours[1]).to(place)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return images if self.gain is None or self.shift is None else images * self.gain + self.shift
 
     @property
     def map_stages(self) -> tuple[int, ...]:
@@ -125,7 +158,7 @@ class StagedModel(nn.Module):
 
     def features(self, x: Tensor) -> Features:
         """Images [N, 3, H, W] to the output of every stage and the logits."""
-        outputs = []
+        outputs, x = [], self._seen(x)
         for stage in self.stages:
             x = stage(x)
             outputs.append(x)
@@ -133,7 +166,7 @@ class StagedModel(nn.Module):
 
     def features_with_blocks(self, x: Tensor) -> Features:
         """As `features`, with `Features.blocks` filled. A stage that declares blocks is a sequence of just these."""
-        outputs, inside = [], []
+        outputs, inside, x = [], [], self._seen(x)
         for info, stage in zip(self.infos, self.stages, strict=True):
             seen = []
             for part in cast(nn.Sequential, stage) if info.blocks else (stage,):
@@ -156,7 +189,7 @@ class StagedModel(nn.Module):
 
     def features_with_preactivations(self, x: Tensor) -> Features:
         """As `features`, with `Features.preactivations` filled. UsageError where the family has none."""
-        outputs, before = self._seen_before_activation().run(self.stages, x)
+        outputs, before = self._seen_before_activation().run(self.stages, self._seen(x))
         return Features(tuple(outputs), self.head(outputs[-1]), tuple(before))
 
     def affine_before_activation(self, stage: int) -> Affine:
@@ -170,6 +203,7 @@ class StagedModel(nn.Module):
 
     def run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Run stages start .. stop-1; `x` is the output of stage start-1 (the images for start 0)."""
+        x = x if start else self._seen(x)
         for stage in self.stages[start:stop]:
             x = stage(x)
         return self.head(x) if start <= len(self.stages) < stop else x

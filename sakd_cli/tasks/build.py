@@ -17,6 +17,7 @@ from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import hold_out, limited
+from sakd_cli.data.feeds import kept
 from sakd_cli.data.streams import generator
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable
@@ -49,12 +50,16 @@ def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> I
     """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
     dataset = limited(datasets.load(config), config.limit, config.split_seed)
     train, held_out = hold_out(dataset, config.holdout, config.split_seed)
-    if residual is None or residual.students == 0:
-        return Images(dataset, train, held_out)
-    least = min(residual.calibration_min / len(train), 0.2)
-    share = max(residual.calibration, least)
-    train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
-    return Images(dataset, train, held_out, calibration)
+    calibration = None
+    if residual is not None and residual.students:
+        least = min(residual.calibration_min / len(train), 0.2)
+        share = max(residual.calibration, least)
+        train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
+    there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
+    cut = {name: split for name, split in there.items() if split is not None}
+    placed = dict(zip(cut, kept(list(cut.values()), dataset, config), strict=True))
+    dataset = replace(dataset, test=placed["test"])
+    return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
 
 def pretraining(config: PretrainConfig) -> Job:
@@ -108,7 +113,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
-    check_classes(teacher, images, config.teacher.source, train_one)
+    suit(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
     if config.init_from_branches:
@@ -243,6 +248,13 @@ def check_classes(network: Artifact, images: Images, source: str, hint: str | No
         )
 
 
+def suit(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+    """Let a trained network see a data set's images as it was trained to. Raises as `check_classes`."""
+    check_classes(network, images, source, hint)
+    data = images.dataset
+    network.model.expects(network.card.mean, network.card.std, given=(data.mean, data.std))
+
+
 def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
     """The config with every name that may mean something else tomorrow replaced by what it means today.
 
@@ -299,7 +311,7 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
 def _adaptive_run(config: DistillConfig) -> RunDir:
     """The newest finished adaptive run of the same networks, method and data set."""
     wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
-    wanted |= {"data.name": config.data.name, "method.name": config.method.name, "router.name": "adaptive"}
+    wanted |= config.data.identity() | {"method.name": config.method.name, "router.name": "adaptive"}
     run = newest_run(config.runs_dir, wanted)
     if run is None:
         raise UsageError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
 from sakd_cli.errors import Stopped, UsageError
@@ -90,7 +90,7 @@ class _Gap:
 
     def __init__(self, split: Split, job: Job, watcher: Watcher) -> None:
         assert job.teacher is not None
-        self.batches = Heeding(EvalLoader(split, job.images.dataset, device=job.device), watcher)
+        self.batches = Heeding(eval_loader(split, job.images.dataset, device=job.device), watcher)
         self.teacher = _logits(job.teacher.model, self.batches)
         self.stages: list[Tensor] = []
         self.energies: list[float] = []

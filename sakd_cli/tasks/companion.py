@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli.config.run import Train
-from sakd_cli.data.loader import TrainLoader
+from sakd_cli.data.feeds import train_loader
+from sakd_cli.data.halves import Shuffled
 from sakd_cli.engine.bilevel import BilevelOptimizer
+from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.task import Task
@@ -25,12 +27,12 @@ def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optim
     )
 
 
-def loader_of(job: Job) -> TrainLoader:
-    """The training images of a job in batches."""
-    return TrainLoader(
+def loader_of(job: Job, steps: int = 1) -> Shuffled:
+    """The training images of a job in batches, each of the images of so many steps."""
+    return train_loader(
         job.images.train,
         job.images.dataset,
-        batch_size=job.config.train.batch_size,
+        batch_size=job.config.train.batch_size * steps,
         seed=job.config.seed,
         noise_width=job.task.noise_width,
         device=job.device,
@@ -71,6 +73,7 @@ class Workshop:
             outcome=outcome,
             recorder=recorder,
             phase=phase,
+            graphs=Cuda(job.device) if job.mode.graphed and task is job.task else None,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sakd_cli.config.run import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.feeds import gather
 from sakd_cli.engine.runtime import Mode, effective
 from sakd_cli.engine.task import Task
 from sakd_cli.models.artifact import Artifact, NetworkCard
@@ -32,7 +33,14 @@ class Images:
     @property
     def side(self) -> int:
         """Height and width of the images in pixels."""
-        return int(self.dataset.train.images.shape[-1])
+        return self.train.side
+
+    def gather(self) -> None:
+        """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
+        gather(self.train, whole=self.dataset.scale is not None)
+        for split in (self.held_out, self.calibration, self.dataset.test):
+            if split is not None:
+                gather(split)
 
 
 @dataclass(frozen=True)

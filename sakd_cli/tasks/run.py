@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.runtime import check_compiler, compiled, environment, keep_freed_memory, memory_told, reproducible
@@ -67,6 +67,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
     board.check(job.config.log)
+    job.images.gather()
     companions = companions_of(job)
     _made_ready(job)
     run = intent.open(job.config.runs_dir, _label(job, companions))
@@ -103,7 +104,7 @@ def _made_ready(job: Job) -> None:
         reproducible()
     if job.mode.compiled:
         check_compiler(job.device)
-        compiled(job.task, job.device)
+        compiled(job.task, job.device, graphed=job.mode.graphed)
 
 
 def _trainings(job: Job, companions: Sequence[Companion], shop: Workshop, facts: dict[str, Any]) -> Iterator[Trainer]:
@@ -145,9 +146,9 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
 
 def _judge(job: Job, watcher: Watcher) -> Judge:
     dataset = job.images.dataset
-    test = Heeding(EvalLoader(dataset.test, dataset, device=job.device), watcher)
+    test = Heeding(eval_loader(dataset.test, dataset, device=job.device), watcher)
     held_out = job.images.held_out
-    selection = Heeding(EvalLoader(held_out, dataset, device=job.device), watcher) if held_out else test
+    selection = Heeding(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
     return Judge("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 
@@ -174,6 +175,7 @@ def _about(job: Job) -> dict[str, Any]:
         "dataset": job.images.dataset.name,
         "epochs": job.config.train.epochs,
         "images": len(job.images.train),
+        **({"skipped_images": skipped} if (skipped := job.images.dataset.skipped) else {}),
         "protocol": f"headline is the last epoch on the test set; {chosen}",
         "parameters": job.cost.parameters,
         "macs": job.cost.macs,

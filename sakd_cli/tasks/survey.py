@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.data.streams import generator
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.watch import Heeding, Watcher
@@ -121,7 +121,7 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
     columns |= {"label": split.labels.cpu(), "index": split.origins()}
     if "probability" in columns:
         columns["extreme"] = _extremes(columns["probability"], kept)
-        columns["images"] = split.images[columns["extreme"].to(split.images.device)].cpu()
+        columns["images"] = split.subset(columns["extreme"].to(split.images.device)).pixels.cpu()
     columns = {name: column.contiguous() for name, column in columns.items()}
     about = {
         "format": FORMAT,
@@ -137,7 +137,7 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
 
 
 def _batches(job: Job, split: Split, watcher: Watcher) -> Heeding:
-    return Heeding(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
+    return Heeding(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
 
 
 def _answers(job: Job, task: DistillTask, split: Split, watcher: Watcher, seed: int) -> tuple[dict[str, Tensor], bool]:

@@ -57,8 +57,11 @@ def pretrain_command(config: DistillConfig) -> str:
     default = type(config).model_fields["runs_dir"].default
     if config.data.root is not None:
         words += ["--data-root", str(config.data.root)]
-    if config.data.classes is not None:
-        words += ["--set", f"data.classes={config.data.classes}"]
+    kind = type(config.data).model_fields
+    for key, value in config.data.identity().items():
+        word = key.removeprefix("data.")
+        if word not in ("name", "root") and value != kind[word].default:
+            words += ["--set", f"{key}={value}"]
     if config.runs_dir != default:
         words += ["--runs-dir", str(config.runs_dir)]
     return shlex.join(words)
