@@ -59,6 +59,9 @@ class Warm(Executor):
     def stop(self, signum: int) -> None:
         raise AssertionError("nobody asked for that")
 
+    def close(self) -> None:
+        assert not self.waiting
+
 
 Run = Callable[..., tuple[Said, list[str]]]
 
@@ -138,6 +141,9 @@ def test_a_dry_run_counts_times_and_writes_nothing(swept: Shop, warm: Nursery) -
     assert plan["hours"] > 0
     real = swept.path / run(GRID, "--json")[0].document["runs"][1]["run"]
     size = sum(path.stat().st_size for path in real.rglob("*") if path.is_file())
+    size += sum(
+        path.stat().st_size for path in (real / "checkpoints" / "last").iterdir()
+    )  # no `previous` after 1 epoch
     assert rows["at adaptive resnet8:resnet8"]["run_bytes"] == pytest.approx(size, rel=0.3)
     table = run(words, "--dry-run", "--measure", "0", "--quiet")[0].out
     assert all(text in table for text in ("nothing written", "9 runs: 1 finished", "GB of disk", "hours of cpu"))
@@ -269,3 +275,4 @@ def test_an_executor_carries_out_commands_and_gives_their_exit_codes(kind: str, 
     assert codes == {"good": 0, "bad": 2}
     assert logs["bad"].read_text().startswith("error: unknown method 'nix'")
     assert executor.room() >= 2
+    executor.close()

@@ -57,6 +57,10 @@ class Executor(ABC):
     def stop(self, signum: int) -> None:
         """Have every job save its state and end; return when all have."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of whatever was needed; nothing runs any more, or an error has come up and what runs must end."""
+
 
 def command(job: Job) -> list[str]:
     """The process of a job; `child` sees to it that it does not outlive the one that started it."""
@@ -140,6 +144,10 @@ class LocalExecutor(Executor):
             child.send_signal(signum)
         for child, _ in self.running.values():
             child.wait()
+
+    def close(self) -> None:
+        for child, _ in self.running.values():
+            child.terminate()
 
 
 def carried_out(job: Job) -> int:

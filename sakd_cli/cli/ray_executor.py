@@ -67,6 +67,9 @@ class RayExecutor(Executor):
             self.ray.cancel(task, force=False)
         self.ray.wait(list(self.tasks), num_returns=len(self.tasks))
 
+    def close(self) -> None:
+        self.ray.shutdown()
+
     def _code(self, task: Any) -> int:
         """Exit code of a run; that of SIGTERM where the task was lost for good, or cancelled."""
         try:

@@ -77,6 +77,10 @@ class SlurmExecutor(Executor):
         for task in self.tasks.values():
             task.exception()  # waits
 
+    def close(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+
 
 def _code(task: Any) -> int:
     """Exit code of a run; that of SIGTERM where the job was lost or cancelled."""

@@ -1,5 +1,6 @@
 """`sakd sweep`: a grid of runs, on this machine or on a cluster, and its table"""
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -172,7 +173,15 @@ def _carry_out(conductor: Conductor, params: Mapping[str, Any], talk: Talk) -> N
     """Run what is not finished; nothing is started where all is."""
     if not conductor.unfinished():
         return
-    executor = _executor(params, conductor)
+    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may talk; stdout is for the data
+        executor = _executor(params, conductor)
+        try:
+            _conduct(conductor, executor, talk)
+        finally:
+            executor.close()
+
+
+def _conduct(conductor: Conductor, executor: Executor, talk: Talk) -> None:
     counts = conductor.counts()
     talk.say(f"{counts[State.waiting]} of {len(conductor.entries)} runs to do, on {executor.about()}")
     board = Board(conductor, talk)
