@@ -207,7 +207,7 @@ def test_without_a_command_the_help_is_shown_and_nothing_is_called_an_error(shop
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain-teacher", "distill", "eval", "inspect-spots", "list", "config show", "show method"]
+    "command", ["pretrain-teacher", "distill", "sweep", "eval", "inspect-spots", "list", "config show", "show method"]
 )
 def test_every_help_has_two_examples(shop: Shop, command: str) -> None:
     said = shop.sakd(*command.split(), "--help", COLUMNS="120")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import bench, bring, data, export, judge, look, spots, train, words
+from sakd_cli.cli import bench, bring, data, export, judge, look, spots, sweep, train, words
 from sakd_cli.cli.console import complain, speaks
 from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.figures import printable
@@ -54,6 +54,7 @@ def _root(
 
 app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
+app.command("sweep", rich_help_panel="Train")(sweep.sweep)
 app.command("import-weights", rich_help_panel="Train")(bring.import_weights)
 app.command("export", rich_help_panel="Train")(export.export)
 app.command("eval", rich_help_panel="Look")(look.evaluate)

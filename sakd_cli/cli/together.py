@@ -134,10 +134,14 @@ def run_together(
 
 
 def _failure(failed: list[Done], of: int, again: str) -> SakdError:
-    """The error of several runs: what the first says, and the worst exit code: a bug's, else the highest."""
-    codes = [done.code for done in failed]
+    """The error of several runs: what the first says, and the worst exit code."""
     text = f"{len(failed)} of {of} runs failed; {failed[0].name}: {failed[0].complaint}"
-    return SeriesError(text, f"what is finished stays: {again}", BUG if BUG in codes else max(codes))
+    return SeriesError(text, f"what is finished stays: {again}", worst([done.code for done in failed]))
+
+
+def worst(codes: Sequence[int]) -> int:
+    """The exit code of several failures: a bug's, else the highest."""
+    return BUG if BUG in codes else max(codes)
 
 
 def _environment(several: int) -> dict[str, str]:

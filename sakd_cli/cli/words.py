@@ -194,7 +194,10 @@ _FOREIGN = {
 
 def show_schema(
     name: Annotated[
-        str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, export, spots, data.")
+        str,
+        typer.Argument(
+            help="A document: eval, ensemble, evals, compare, report, export, spots, data, sweep, sweep-plan."
+        ),
     ],
     json: o.Json = False,
 ) -> None:

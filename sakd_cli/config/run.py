@@ -22,6 +22,7 @@ from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
+from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.words import Words
 from sakd_cli.reading import expanded
 
@@ -232,4 +233,9 @@ class EvalConfig(Words):
     runs_dir: Folder = Path("runs")
 
 
-TASKS: dict[str, type[Words]] = {"pretrain": PretrainConfig, "distill": DistillConfig, "eval": EvalConfig}
+TASKS: dict[str, type[Words]] = {
+    "pretrain": PretrainConfig,
+    "distill": DistillConfig,
+    "eval": EvalConfig,
+    "sweep": SweepConfig,
+}

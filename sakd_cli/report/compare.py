@@ -16,7 +16,7 @@ from sakd_cli.config.routers import CLASSICAL, PLAIN
 from sakd_cli.config.run import FREE
 from sakd_cli.errors import UsageError
 from sakd_cli.report.figures import fixed, number, plain, points
-from sakd_cli.report.seeds import LEVEL, paired, spread
+from sakd_cli.report.seeds import LEVEL, paired, spread, verdict_of
 from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.compare/1"
@@ -210,25 +210,15 @@ def _against(groups: list[_Group], mine: _Group, other: _Group) -> dict[str, Any
         "low": found["low"],
         "high": found["high"],
         "p": found["p"],
-        "verdict": _verdict(found),
+        "verdict": verdict_of(found),
         "unequal": unequal,
         "text": _said(mine, other, found, len(seeds))
         + (f" Not under one budget: {', '.join(unequal)}." * bool(unequal)),
     }
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    if found["mean"] is None:
-        return "unknown"
-    if found["p"] is None:
-        return "few seeds"
-    if found["p"] >= 1 - LEVEL:
-        return "noise"
-    return "better" if found["mean"] > 0 else "worse"
-
-
 def _said(mine: _Group, other: _Group, found: dict[str, Any], seeds: int) -> str:
-    verdict, names = _verdict(found), f"{mine.label} against {other.label}"
+    verdict, names = verdict_of(found), f"{mine.label} against {other.label}"
     if verdict == "unknown":
         return f"{names}: no seed is finished in both."
     figure = f"{points(found['mean'], 2)} points top-1"

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from sakd_cli.report.schema import Part, SpotsDocument
-
-Figure = float | None
+from sakd_cli.report.schema import Figure, Mean, Part, SpotsDocument
+from sakd_cli.report.sweep_document import SweepDocument, SweepPlan
 
 
 class Quality(Part):
@@ -258,15 +257,6 @@ class Difference(Part):
     values: list[Any]
 
 
-class Mean(Part):
-    """Over seeds: mean, standard deviation of the sample, 95 % interval of the mean (Student's t)."""
-
-    mean: float
-    std: Figure
-    low: Figure
-    high: Figure
-
-
 class Group(Part):
     """Runs that differ in the seed only; distilled: whether anything was."""
 
@@ -395,4 +385,6 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "export": Export,
     "spots": SpotsDocument,
     "data": DataCheck,
+    "sweep": SweepDocument,
+    "sweep-plan": SweepPlan,
 }

@@ -11,12 +11,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Share = float | None
+Figure = float | None
 
 
 class Part(BaseModel):
     """No key but the ones below."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mean(Part):
+    """Over seeds: mean, standard deviation of the sample, 95 % interval of the mean (Student's t)."""
+
+    mean: float
+    std: Figure
+    low: Figure
+    high: Figure
 
 
 class Overall(Part):

@@ -44,3 +44,14 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
         return about | {"p": None}
     error = about["std"] / math.sqrt(len(differences))
     return about | {"p": two_sided(about["mean"] / error, len(differences) - 1)}
+
+
+def verdict_of(found: dict[str, Any]) -> str:
+    """What `paired` found, in a word: better, worse, noise; few seeds or unknown where nothing can be claimed."""
+    if found["mean"] is None:
+        return "unknown"
+    if found["p"] is None:
+        return "few seeds"
+    if found["p"] >= 1 - LEVEL:
+        return "noise"
+    return "better" if found["mean"] > 0 else "worse"

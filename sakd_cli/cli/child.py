@@ -1,0 +1,27 @@
+"""The command `sakd` as a child process that saves its state and ends when its parent is gone
+
+`python -m sakd_cli.cli.child PID WORDS`, where PID is the parent's.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def bound_to(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent dies, however it dies; on Linux only."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    bound_to(int(sys.argv.pop(1)))
+    from sakd_cli.cli.app import main
+
+    main()

@@ -1,0 +1,170 @@
+"""The executor contract: who carries out the commands of a sweep. Here: this machine; beside it: Ray and Slurm"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, final
+
+import sakd_cli
+from sakd_cli.errors import UsageError
+
+
+class Job(NamedTuple):
+    """A command of sakd to carry out: what it is called, its words, where its stderr goes, and the folder it runs in.
+
+    The command goes on with what an earlier attempt left, so it may be carried out more than once, but not twice
+    at a time.
+    """
+
+    key: str
+    words: tuple[str, ...]
+    log: Path
+    folder: Path
+
+
+class Ended(NamedTuple):
+    """How a job ended: its exit code (-N where signal N ended it)."""
+
+    key: str
+    code: int
+
+
+class Executor(ABC):
+    """Carries out jobs, as many at a time as it likes."""
+
+    @abstractmethod
+    def about(self) -> str:
+        """Where, in a few words."""
+
+    @abstractmethod
+    def room(self) -> int:
+        """How many more jobs it takes now."""
+
+    @abstractmethod
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take these jobs, at most as many as there is room for."""
+
+    @abstractmethod
+    def ended(self) -> list[Ended]:
+        """Those that ended since the last call."""
+
+    @abstractmethod
+    def stop(self, signum: int) -> None:
+        """Have every job save its state and end; return when all have."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of whatever was needed; nothing runs any more, or an error has come up and what runs must end."""
+
+
+def command(job: Job) -> list[str]:
+    """The process of a job; `child` sees to it that it does not outlive the one that started it."""
+    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *job.words]
+
+
+def surroundings(more: dict[str, str] | None = None) -> dict[str, str]:
+    """Environment of a job: no SAKD_* word, since the job's config is whole, and this very package."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
+    here = str(Path(sakd_cli.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [here, clean.get("PYTHONPATH")]))
+    return clean | (more or {}) | {"PYTHONPATH": paths}
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that a process may use, as CUDA_VISIBLE_DEVICES has them; asked of no torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return [str(k) for k in range(sum(line.startswith("GPU ") for line in asked.stdout.splitlines()))]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@final
+class LocalExecutor(Executor):
+    """Child processes of this one, each on its GPU and with its part of the cores.
+
+    jobs  at a time; None: one, or `per_gpu` for every GPU
+    """
+
+    def __init__(self, jobs: int | None, per_gpu: int, device: str) -> None:
+        several = gpus() if device in ("auto", "cuda") else []
+        self.jobs = jobs or max(1, len(several) * per_gpu)
+        if several and self.jobs > len(several) * per_gpu:
+            raise UsageError(
+                f"--jobs {self.jobs}: there is room for {len(several) * per_gpu} on {len(several)} GPU(s)",
+                hint="--jobs-per-gpu N for several on one",
+            )
+        # Round and round, so that two jobs meet on a GPU only when every GPU has one.
+        self.free = [several[k % len(several)] if several else "" for k in range(self.jobs)]
+        self.running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
+
+    def about(self) -> str:
+        return f"this machine, {self.jobs} at a time"
+
+    def room(self) -> int:
+        return len(self.free)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            gpu = self.free.pop(0)
+            more = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+            if "OMP_NUM_THREADS" not in os.environ:
+                more["OMP_NUM_THREADS"] = str(max(1, cores() // self.jobs))
+            with job.log.open("ab") as log:
+                # A session of its own: Ctrl-C reaches this process alone, which passes it on.
+                child = subprocess.Popen(
+                    command(job),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    cwd=job.folder,
+                    env=surroundings(more),
+                    start_new_session=True,
+                )
+            self.running[job.key] = (child, gpu)
+
+    def ended(self) -> list[Ended]:
+        found = [Ended(key, child.returncode) for key, (child, _) in self.running.items() if child.poll() is not None]
+        self.free += [self.running.pop(one.key)[1] for one in found]
+        return found
+
+    def stop(self, signum: int) -> None:
+        for child, _ in self.running.values():
+            child.send_signal(signum)
+        for child, _ in self.running.values():
+            child.wait()
+
+    def close(self) -> None:
+        for child, _ in self.running.values():
+            child.terminate()
+
+
+def carried_out(job: Job) -> int:
+    """Carry out one job here and wait for it: what a worker of Ray or Slurm does. Its exit code.
+
+    A worker that is asked to end passes that on, and the job saves its state first.
+    """
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        job.log.open("ab") as log,
+        subprocess.Popen(
+            command(job), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
+        ) as child,
+    ):
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            child.wait()
+            raise

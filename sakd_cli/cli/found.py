@@ -1,0 +1,49 @@
+"""Which runs on the disk have the words of a run that is wanted, whoever made them and wherever its files lie"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sakd_cli.config.layers import Layer, flat, resolve
+from sakd_cli.config.run import FREE, RunConfig
+from sakd_cli.errors import UsageError
+from sakd_cli.rundir import RunDir, all_runs
+
+# Where something lies, or how it is named: a teacher is known by the SHA-256 of its weights.
+PLACES = FREE | {"teacher.weights", "teacher.source", "teacher.epochs", "method.weights_sha256"}
+PLACES |= {"data.root", "data.download"}
+
+
+def identity(words: dict[str, Any]) -> str:
+    """What two runs share that are the same run in all that they compute; `words` are the whole config's."""
+    known = {key: value for key, value in flat(words).items() if key not in PLACES}
+    if known.get("router.run") is not None:
+        known["router.run"] = str(Path(known["router.run"]).resolve())
+    return json.dumps(known, sort_keys=True, default=str)
+
+
+class Found:
+    """The runs of a folder by what they compute; of several that compute the same, a finished one, else the newest."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self._seen: dict[Path, str | None] = {}
+
+    def look(self) -> None:
+        """Read what was not there at the last look."""
+        for path in {run.path for run in all_runs(self.runs_dir)} - self._seen.keys():
+            self._seen[path] = _identity_at(RunDir(path))
+
+    def of(self, config: RunConfig) -> RunDir | None:
+        """The run of these words."""
+        wanted = identity(config.model_dump(mode="json"))
+        same = [RunDir(path) for path, known in self._seen.items() if known == wanted and path.is_dir()]
+        return max(same, key=lambda run: (run.finished, run.path.name), default=None)
+
+
+def _identity_at(run: RunDir) -> str | None:
+    try:
+        words = run.config
+        return identity(resolve(str(words.get("task")), [Layer(str(run.path), words)]).config.model_dump(mode="json"))
+    except (UsageError, KeyError):
+        return None

@@ -1,0 +1,275 @@
+"""`sakd sweep`: a grid of runs, on this machine or on a cluster, and its table"""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.conductor import Conductor, Entry, State, weights_at
+from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.executor import Executor, LocalExecutor
+from sakd_cli.cli.sweep_board import Board
+from sakd_cli.cli.sweep_plan import plan
+from sakd_cli.cli.together import worst
+from sakd_cli.config import presets, sources
+from sakd_cli.config.grid import Grid, grid
+from sakd_cli.config.layers import Layer, file_layer, flat, resolve
+from sakd_cli.config.run import DistillConfig
+from sakd_cli.config.sweep import SweepConfig
+from sakd_cli.errors import SeriesError, Stopped, UsageError
+from sakd_cli.rundir import write_aside
+
+SWEEP = "sweep"
+PAUSE = 0.5  # seconds between two looks at what has ended
+
+
+class Where(StrEnum):
+    """Who carries out the runs."""
+
+    local = "local"
+    ray = "ray"
+    slurm = "slurm"
+
+
+def _option(panel: str, *names: str, metavar: str | None = None, least: int | None = None, about: str) -> Any:
+    return typer.Option(*names, metavar=metavar, min=least, help=about, rich_help_panel=panel)
+
+
+FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's words, or the name of such a preset.")]
+Methods = Annotated[str | None, _option("Part", metavar="NAME,...", about="These methods only.")]
+Pairs = Annotated[str | None, _option("Part", metavar="TEACHER:STUDENT,...", about="These pairs only.")]
+SomeRouters = Annotated[str | None, _option("Part", metavar="NAME,...", about="These routers only.")]
+HowMany = Annotated[int | None, _option("Part", metavar="N", least=1, about="That many seeds.")]
+Budget = Annotated[
+    str | None,
+    _option("Part", metavar="SHARE|EPOCHS", about="Shorten every schedule in proportion: 0.1, 10% or 24 (epochs)."),
+]
+Jobs = Annotated[int | None, _option("Run", metavar="N", least=1, about="Runs at a time (one; or one per GPU).")]
+JobsPerGpu = Annotated[int, _option("Run", metavar="N", least=1, about="Runs that share a GPU (1).")]
+ExecutorOption = Annotated[
+    Where, _option("Run", "--executor", about="This machine, a Ray cluster (sakd[ray]) or Slurm arrays (sakd[slurm]).")
+]
+Resource = Annotated[
+    list[str] | None,
+    _option(
+        "Run",
+        "--resource",
+        metavar="KEY=VALUE",
+        about="Ray: address, num_cpus, num_gpus, max_retries; submitit: slurm_partition, timeout_min ...",
+    ),
+]
+RetryFailed = Annotated[bool, _option("Run", "--retry-failed", about="Try again what failed in an earlier call.")]
+Measure = Annotated[float, _option("Run", metavar="SECONDS", about="With --dry-run: time steps for so long (60).")]
+Csv = Annotated[bool, _option("Output", "--csv", about="The cells of the table as CSV on stdout.")]
+Markdown = Annotated[Path | None, _option("Output", metavar="FILE", about="Write the table as Markdown, too.")]
+DryRun = Annotated[bool, _option("Run", "--dry-run", about="Count the runs, their hours and bytes; write nothing.")]
+
+
+def sweep(
+    ctx: typer.Context,
+    file: FileOrPreset,
+    methods: Methods = None,
+    pairs: Pairs = None,
+    routers: SomeRouters = None,
+    seeds: HowMany = None,
+    budget: Budget = None,
+    data_root: o.DataRoot = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    device: o.Device = None,
+    precision: o.Precision = None,
+    jobs: Jobs = None,
+    jobs_per_gpu: JobsPerGpu = 1,
+    executor: ExecutorOption = Where.local,
+    resource: Resource = None,
+    retry_failed: RetryFailed = False,
+    dry_run: DryRun = False,
+    measure: Measure = 60.0,
+    csv: Csv = False,
+    markdown: Markdown = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a whole grid: methods x pairs x routers x seeds. What is finished is left alone, what is not goes on.
+
+    Examples:
+
+        sakd sweep table-same-family --methods fitnet,sp --pairs resnet56:resnet20 --budget 0.1 --seeds 3 --dry-run
+
+        sakd sweep mine.yaml --jobs 2 --markdown table.md
+    """
+    if csv and json:
+        raise UsageError("--csv and --json are two documents; choose one")
+    from sakd_cli.report.sweep_tables import plan_tables
+
+    talk = Talk(quiet=quiet)
+    name, words, runs = understood(file, ctx.params)
+    folder = runs.members[0].config.runs_dir
+    conductor = Conductor(runs.members, folder, folder / "sweeps" / name)
+    skipped = runs.skipped | _impossible(conductor, words)
+    if dry_run:
+        planned = plan(name, conductor, skipped, measure, talk)
+        emit(planned) if json else show(*plan_tables(planned))
+        return
+    if retry_failed:
+        conductor.look(forgive=True)
+    _carry_out(conductor, ctx.params, talk)
+    document = _document(name, conductor, skipped)
+    _printed(document, csv=csv, json=json, markdown=markdown)
+    _complain(conductor)
+
+
+def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, Grid]:
+    """Name of the sweep, its words and its runs. Raises UsageError where they do not go together."""
+    path = Path(file).expanduser()
+    if not path.exists() and path.stem in presets.presets():
+        path = presets.presets()[path.stem]
+    layer = file_layer(path, str(file))
+    if layer.values.get("task") != SWEEP:
+        raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
+    part: dict[str, Any] = {key: params[key].split(",") for key in ("methods", "pairs", "routers") if params[key]}
+    part |= {"seeds": params["seeds"]} if params["seeds"] else {}
+    words = resolve(SWEEP, [layer, *(Layer(f"--{key}", {key: value}) for key, value in part.items())]).config
+    assert isinstance(words, SweepConfig)
+    given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
+    layers = sources.layers({**given, "set_": params["set_"]})
+    return path.stem, words, grid(words, layers, params["budget"])
+
+
+def _impossible(conductor: Conductor, words: SweepConfig) -> dict[str, str]:
+    """Methods that cannot be used for a pair, left out with the reason. Raises UsageError where they are refused."""
+    cells: dict[str, tuple[DistillConfig, list[str]]] = {}
+    for key, entry in conductor.entries.items():
+        member = entry.member
+        if entry.state is State.done or member.pair is None or not isinstance(member.config, DistillConfig):
+            continue
+        if member.teacher is not None:
+            cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
+        elif weights_at(member.pair[0]) is None:
+            raise UsageError(f"pairs: {member.pair[0]}: no such file or directory, or a run without a network")
+    if not cells:
+        return {}
+    from sakd_cli.tasks.feasible import Workbench
+
+    bench, skipped = Workbench(), dict[str, str]()
+    for cell, (config, keys) in cells.items():
+        if (reason := bench.refusal(config)) is None:
+            continue
+        if words.impossible == "refuse":
+            raise UsageError(f"{cell}: {reason}", "leave it out, or say impossible: skip")
+        skipped[cell] = reason
+        conductor.leave_out(keys)
+    return skipped
+
+
+def _carry_out(conductor: Conductor, params: Mapping[str, Any], talk: Talk) -> None:
+    """Run what is not finished; nothing is started where all is."""
+    if not conductor.unfinished():
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may talk; stdout is for the data
+        executor = _executor(params, conductor)
+        try:
+            _conduct(conductor, executor, talk)
+        finally:
+            executor.close()
+
+
+def _conduct(conductor: Conductor, executor: Executor, talk: Talk) -> None:
+    counts = conductor.counts()
+    talk.say(f"{counts[State.waiting]} of {len(conductor.entries)} runs to do, on {executor.about()}")
+    board = Board(conductor, talk)
+    with talk.heeding_signals(), board.shown():
+        try:
+            conductor.go(executor, talk.stop, board.glance, PAUSE)
+        except Stopped as stopped:
+            again = shlex.join(["sakd", *sys.argv[1:]])
+            raise Stopped(stopped.signal, stopped.saved, f"go on with {again}") from None
+
+
+def _executor(params: Mapping[str, Any], conductor: Conductor) -> Executor:
+    """Raises UsageError where it is not to be had, or the words are not for it."""
+    resources = dict(_assignment(word) for word in params["resource"] or [])
+    per_gpu, where = params["jobs_per_gpu"], params["executor"]
+    if where is Where.local:
+        if resources:
+            raise UsageError("--resource is for --executor ray or slurm; here it is --jobs and --jobs-per-gpu")
+        device = next(iter(conductor.entries.values())).member.config.device
+        return LocalExecutor(params["jobs"], per_gpu, device)
+    if where is Where.ray:
+        from sakd_cli.cli.ray_executor import RayExecutor
+
+        return RayExecutor(params["jobs"], per_gpu, resources)
+    from sakd_cli.cli.slurm_executor import SlurmExecutor
+
+    return SlurmExecutor(params["jobs"], resources, conductor.folder)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise UsageError(f"--resource {text!r} is not of the form key=value", "for example --resource num_gpus=0.5")
+    return key, yaml.safe_load(value)
+
+
+def _document(name: str, conductor: Conductor, skipped: Mapping[str, str]) -> dict[str, Any]:
+    from sakd_cli.report.sweep import sweep_document
+
+    return sweep_document(name, [_row(entry) for entry in conductor.entries.values()], skipped.items())
+
+
+def _row(entry: Entry) -> Any:
+    from sakd_cli.report.sweep import Entry as Row
+
+    member, config = entry.member, entry.member.config
+    words = flat(config.model_dump(mode="json"))
+    return Row(
+        key=member.key,
+        role=member.role.value,
+        teacher=member.pair[0] if member.pair else None,
+        student=words.get("student") or words["model"],
+        method=words.get("method.name"),
+        router=words.get("router.name"),
+        seed=config.seed,
+        epochs=config.train.epochs,
+        dataset=config.data.name,
+        whole=config.data.classes is None and config.data.limit is None,
+        state=entry.state.value,
+        resumed=entry.resumed,
+        before=entry.before,
+        error=entry.error,
+        run=entry.run,
+    )
+
+
+def _printed(document: dict[str, Any], *, csv: bool, json: bool, markdown: Path | None) -> None:
+    from sakd_cli.report.sweep_tables import sweep_csv, sweep_markdown, sweep_tables
+
+    if markdown is not None:
+        write_aside(markdown, sweep_markdown(document).encode())
+    if json:
+        emit(document)
+    elif csv:
+        sys.stdout.write(sweep_csv(document))
+    else:
+        show(*sweep_tables(document))
+
+
+def _complain(conductor: Conductor) -> None:
+    """Raise SeriesError where a run failed, once the table of the others is printed."""
+    failed = [entry for entry in conductor.entries.values() if entry.state is State.failed]
+    if failed:
+        blocked = conductor.counts()[State.blocked]
+        waiting = f", {blocked} that wait for them were not made" if blocked else ""
+        first = failed[0]
+        raise SeriesError(
+            f"{len(failed)} of {len(conductor.entries)} runs failed{waiting}; {first.member.key}: {first.error}",
+            f"--retry-failed tries them again; what they said: {conductor.folder / 'jobs'}",
+            worst([entry.code for entry in failed]),
+        )

@@ -1,0 +1,170 @@
+"""A sweep's words as single runs, in the order in which they can be made: teachers first, what matches rates last."""
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from sakd_cli.config.layers import Layer, flat, nested, resolve
+from sakd_cli.config.methods import KDConfig
+from sakd_cli.config.routers import CLASSICAL, ROUTERS, AdaptiveConfig, RandomMatchedConfig
+from sakd_cli.config.run import RunConfig
+from sakd_cli.config.sweep import SweepConfig
+from sakd_cli.errors import UsageError
+
+LEARNED, KD = AdaptiveConfig().name, KDConfig().name
+CHOSEN = ("method", "router")  # sections whose words depend on a name of the grid
+
+
+class Role(StrEnum):
+    """What a run is for."""
+
+    teacher = "teacher"
+    alone = "alone"
+    student = "student"
+
+
+class Member(NamedTuple):
+    """One run of a sweep. `key` names it within the sweep; `teacher` and `matched` are keys of runs it waits for.
+
+    teacher  whose network it learns from; None for what has no teacher, or takes one that is there already
+    matched  whose rates its router repeats
+    """
+
+    key: str
+    role: Role
+    config: RunConfig
+    pair: tuple[str, str] | None = None
+    teacher: str | None = None
+    matched: str | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """Keys of the runs that must be finished first."""
+        return [key for key in (self.teacher, self.matched) if key is not None]
+
+    @property
+    def method(self) -> str | None:
+        """Name of its method."""
+        return flat(self.config.model_dump(mode="json")).get("method.name")
+
+    @property
+    def router(self) -> str | None:
+        """Name of its router."""
+        return flat(self.config.model_dump(mode="json")).get("router.name")
+
+
+class Grid(NamedTuple):
+    """The runs of a sweep, and what was left out of it: method, router and pair, and the reason."""
+
+    members: list[Member]
+    skipped: dict[str, str]
+
+
+def grid(sweep: SweepConfig, given: Sequence[Layer] = (), budget: str | None = None) -> Grid:
+    """Every run, each behind those that it waits for; seed by seed, so that a first answer comes early.
+
+    given   words from the command line and the environment, stronger than those of the file
+    budget  share of the epochs ("0.1", "10%") or a number of epochs for the students ("24"): every schedule is
+            shortened in proportion
+
+    Raises UsageError, naming the run, for words that do not go together, unless those are to be skipped.
+    """
+    plan = _Plan(sweep, given)
+    share = _share(budget, plan.epochs) if budget else 1.0
+    made = {member.key: member._replace(config=_shortened(member.config, share)) for member in plan.members()}
+    return Grid(list(made.values()), plan.skipped)
+
+
+class _Plan:
+    def __init__(self, sweep: SweepConfig, given: Sequence[Layer]) -> None:
+        self.sweep, self.skipped = sweep, dict[str, str]()
+        learned = Layer("default", {"router": {"name": LEARNED}})
+        self.below = [learned, Layer("common", sweep.common), *(g for g in given if set(g.values) <= {*CHOSEN})]
+        self.above = [layer for layer in given if not set(layer.values) <= {*CHOSEN}]
+        first = resolve("distill", [*self.below, Layer("pairs", _pair(sweep.pairs[0])), *self.above]).config
+        self.epochs, seed = first.train.epochs, first.seed
+        several = sweep.seeds
+        self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(set(several))
+        # Stable: what learns comes first, what matches another run's rates comes after that run.
+        ranked = [(name != LEARNED, ROUTERS[name] is RandomMatchedConfig, name) for name in sweep.routers]
+        self.routers = [name for _, _, name in sorted(ranked, key=lambda rank: rank[:2])]
+
+    def members(self) -> Iterator[Member]:
+        for teacher in dict.fromkeys(teacher for teacher, _ in self.sweep.pairs if "/" not in teacher):
+            own = Layer("teachers", self.sweep.teachers | {"model": teacher})
+            yield Member(f"teacher {teacher}", Role.teacher, self._alone(teacher, [own]))
+        for seed in self.seeds:
+            for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.alone else ():
+                config = self._alone(student, [Layer("the grid", {"model": student, "seed": seed})], last=seed)
+                yield Member(f"alone {student} seed {seed}", Role.alone, config)
+            for pair in self.sweep.pairs:
+                cells = [(method, router) for method in self.sweep.methods for router in self.routers]
+                if self.sweep.kd:
+                    cells = list(dict.fromkeys([(KD, CLASSICAL), *cells]))
+                yield from filter(None, (self._student(pair, method, router, seed) for method, router in cells))
+
+    def _alone(self, name: str, own: list[Layer], last: int | None = None) -> RunConfig:
+        written = [Layer(layer.origin, layer.values | {"task": "distill"}) for layer in [*self.below, *self.above]]
+        below, above = written[: len(self.below)], written[len(self.below) :]
+        above += [Layer("the grid", {"seed": last})] if last is not None else []
+        return _resolved(f"{name} alone", "pretrain", [*below, *own, *above])
+
+    def _student(self, pair: tuple[str, str], method: str, router: str, seed: int) -> Member | None:
+        label = ":".join(pair)
+        cell = f"{method} {router} {label}"
+        named = Layer("the grid", _pair(pair) | {"method": {"name": method}, "router": {"name": router}})
+        # The more it says whom it is for, the stronger.
+        mine = [key for key in self.sweep.per if set(key.split()) <= {label, method, router}]
+        ranked = sorted(mine, key=lambda key: len(key.split()))
+        per = [Layer(f"per {key}", self.sweep.per[key]) for key in ranked]
+        last = Layer("the grid", {"seed": seed})
+        try:
+            config = _resolved(cell, "distill", [*self.below, named, *per, *self.above, last])
+        except UsageError as error:
+            if self.sweep.impossible == "refuse":
+                raise
+            self.skipped[cell] = error.message.removeprefix(f"{cell}: ")
+            return None
+        teacher = None if "/" in pair[0] else f"teacher {pair[0]}"
+        matched = None
+        if ROUTERS[router] is RandomMatchedConfig and not config.router.run:
+            if LEARNED not in self.routers:
+                raise UsageError(f"routers: {router} matches the rates of {LEARNED}, which must be among them")
+            matched = f"{method} {LEARNED} {label} seed {seed}"
+        return Member(f"{cell} seed {seed}", Role.student, config, pair, teacher, matched)
+
+
+def _pair(pair: tuple[str, str]) -> dict[str, Any]:
+    return {"teacher": {"source": pair[0]}, "student": pair[1]}
+
+
+def _resolved(key: str, task: str, layers: list[Layer]) -> Any:
+    try:
+        return resolve(task, layers).config
+    except UsageError as error:
+        raise UsageError(f"{key}: {error.message}", error.hint) from None
+
+
+def _share(text: str, epochs: int) -> float:
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        share = share / epochs if text.isdigit() else share
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--budget {text!r} is neither a share of the epochs nor a number of at most {epochs}", "0.1")
+    return share
+
+
+def _shortened(config: RunConfig, share: float) -> Any:
+    """The same run with every number of epochs, and every milestone, in proportion."""
+    if share == 1:
+        return config
+    words = flat(config.model_dump(mode="json"))
+    for key, value in words.items():
+        if key.endswith(("epochs", "_epochs")) and isinstance(value, int):
+            words[key] = max(1, round(value * share))
+    if words["train.milestones"] is not None:
+        scaled = sorted({max(1, round(epoch * share)) for epoch in words["train.milestones"]})
+        words["train.milestones"] = [epoch for epoch in scaled if epoch < words["train.epochs"]]
+    return resolve(config.task, [Layer("--budget", nested(words))]).config

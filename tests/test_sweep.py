@@ -1,0 +1,276 @@
+"""A grid of runs: what it is made of, what is left alone, what goes on, what fails, and the table at the end"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+from unittest import mock
+
+import pytest
+import yaml
+from conftest import Said, Shop
+from nursery import Child, Nursery
+
+from sakd_cli.cli import sweep
+from sakd_cli.cli.executor import Ended, Executor, Job, LocalExecutor
+from sakd_cli.report.sweep_document import SweepDocument, SweepPlan
+
+GRID: dict[str, Any] = {
+    "task": "sweep",
+    "pairs": ["ResNet-8:resnet8"],
+    "methods": ["fitnet"],
+    "routers": ["random-matched", "always", "adaptive"],
+    "common": {"data": {"name": "shapes", "train": 200, "test": 100}, "train": {"epochs": 1}},
+}
+
+
+@final
+class Warm(Executor):
+    """Carries out jobs one by one in forks of a warm process, which spares them torch's import."""
+
+    def __init__(self, warm: Nursery) -> None:
+        self.warm, self.waiting, self.made = warm, list[Job](), list[str]()
+
+    def about(self) -> str:
+        return "a nursery"
+
+    def room(self) -> int:
+        return 1 - len(self.waiting)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self.waiting += jobs
+        self.made += [job.key for job in jobs]
+
+    def ended(self) -> list[Ended]:
+        over = []
+        for job in self.waiting:
+            child: Child = self.warm.sakd(*job.words)
+            job.log.write_text(child.err)
+            over.append(Ended(job.key, child.code or 0))
+        self.waiting = []
+        return over
+
+    def stop(self, signum: int) -> None:
+        raise AssertionError("nobody asked for that")
+
+    def close(self) -> None:
+        assert not self.waiting
+
+
+Run = Callable[..., tuple[Said, list[str]]]
+
+
+@contextmanager
+def by(executor: Executor) -> Iterator[None]:
+    with mock.patch.object(sweep, "_executor", return_value=executor), mock.patch.object(sweep, "PAUSE", 0.0):
+        yield
+
+
+def runner(shop: Shop, warm: Nursery) -> Run:
+    """Writes a file, sweeps it, and tells what was said and which runs were made."""
+
+    def sweep_it(words: dict[str, Any], *options: str) -> tuple[Said, list[str]]:
+        (shop.path / "mine.yaml").write_text(yaml.safe_dump(words))
+        executor = Warm(warm.at(shop.path))
+        with by(executor):
+            return shop.sakd("sweep", "mine.yaml", *options), executor.made
+
+    return sweep_it
+
+
+@pytest.fixture(scope="module")
+def swept(full: Shop, warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """A shop of its own that has the teacher and the adaptive run of the others, made by hand."""
+    shop = Shop(tmp_path_factory.mktemp("swept"))
+    shutil.copytree(full.path / "runs", shop.path / "runs")
+    return shop
+
+
+def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
+    swept: Shop, warm: Nursery, distilled: dict[str, Any], teacher: Path
+) -> None:
+    run = runner(swept, warm)
+    said, made = run(GRID | {"alone": True}, "--json", "--markdown", "table.md")
+    assert [key.split(" resnet8:")[0] for key in made] == ["fitnet always", "fitnet random-matched"]
+    document = said.document
+    SweepDocument.model_validate(document)
+    runs = {row["key"]: row for row in document["runs"]}
+    assert {row["state"] for row in runs.values()} == {"done"}
+    assert Path(runs["teacher resnet8"]["run"]).name == teacher.name == Path(runs["alone resnet8 seed 0"]["run"]).name
+    assert Path(runs["fitnet adaptive resnet8:resnet8 seed 0"]["run"]).name == Path(distilled["run"]).name
+    matched = yaml.safe_load((swept.path / runs[made[1]]["run"] / "config.yaml").read_text())["router"]["run"]
+    assert Path(matched).name == Path(distilled["run"]).name, "the rates of its own seed"
+    [gain] = [g for g in document["gains"] if (g["router"], g["against"]) == ("adaptive", "always")]
+    assert (gain["verdict"], gain["p"], gain["published"]) == ("few seeds", None, None)
+    assert document["published"] is None, "figures of CIFAR-100 do not stand beside shapes"
+    assert "| fitnet | always |" in (swept.path / "table.md").read_text()
+    before = swept.tree()
+    said, made = run(GRID | {"alone": True})
+    assert (said.code, made, said.err) == (0, [], "")
+    assert "nothing is claimed" in said.out
+    assert {k: v for k, v in swept.tree().items() if k != "mine.yaml"} == {
+        k: v for k, v in before.items() if k != "mine.yaml"
+    }
+    rows = list(csv.DictReader(io.StringIO(run(GRID, "--csv")[0].out)))
+    assert [(row["router"], row["verdict"]) for row in rows] == [
+        ("adaptive", "few seeds"),
+        ("always", ""),
+        ("random-matched", "few seeds"),
+    ]
+
+
+def test_a_dry_run_counts_times_and_writes_nothing(swept: Shop, warm: Nursery) -> None:
+    run = runner(swept, warm)
+    words = GRID | {"methods": ["kd", "at"], "routers": ["always", "adaptive"], "seeds": 2}
+    (swept.path / "mine.yaml").write_text(yaml.safe_dump(words))
+    before = swept.tree()
+    plan = run(words, "--dry-run", "--measure", "0.001", "--json", "--quiet")[0].document
+    SweepPlan.model_validate(plan)
+    assert {k for k in swept.tree() if k != "mine.yaml"} == {k for k in before if k != "mine.yaml"}
+    assert (plan["runs"], plan["finished"], plan["failed"]) == (9, 1, 0)
+    rows = {row["what"]: row for row in plan["rows"]}
+    assert rows["teacher resnet8"]["to_do"] == 0
+    assert [row["measured"] for row in plan["rows"]].count(True) == 1, "the time was up"
+    assert all(row["step_seconds"] > 0 and row["steps"] == 3 for row in plan["rows"] if row["to_do"])
+    assert plan["hours"] > 0
+    real = swept.path / run(GRID, "--json")[0].document["runs"][1]["run"]
+    size = sum(path.stat().st_size for path in real.rglob("*") if path.is_file())
+    size += sum(path.stat().st_size for path in (real / "checkpoints" / "last").iterdir())  # no previous yet
+    assert rows["at adaptive resnet8:resnet8"]["run_bytes"] == pytest.approx(size, rel=0.3)
+    table = run(words, "--dry-run", "--measure", "0", "--quiet")[0].out
+    assert all(text in table for text in ("nothing written", "9 runs: 1 finished", "GB of disk", "hours of cpu"))
+
+
+def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(swept: Shop, warm: Nursery) -> None:
+    run = runner(swept, warm)
+    # The limit is not met by the words alone: the method finds it out with the number of images.
+    words = GRID | {"methods": ["crd", "kd"], "per": {"adaptive crd": {"method": {"weight": 1e38}}}}
+    said, made = run(words, "--runs-dir", "others", "--json")
+    assert said.code == 7
+    document = json.loads(said.out)
+    states = {row["key"].split(" resnet8")[0]: row["state"] for row in document["runs"]}
+    assert states == {
+        "teacher": "done",
+        "crd adaptive": "failed",
+        "crd always": "done",
+        "crd random-matched": "blocked",
+        "kd adaptive": "done",
+        "kd always": "done",
+        "kd random-matched": "done",
+    }
+    [failed] = [row["error"] for row in document["runs"] if row["state"] == "failed"]
+    assert "exit code 7" in failed
+    assert "1 of 7 runs failed, 1 that wait for them were not made; crd adaptive" in said.err
+    said, made = run(words, "--runs-dir", "others")
+    assert (said.code, made) == (7, [])
+    assert "Failed" in said.out
+    said, made = run(words, "--runs-dir", "others", "--retry-failed", "--quiet")
+    assert (said.code, made) == (7, ["crd adaptive resnet8:resnet8 seed 0"])
+
+
+def test_a_run_that_a_signal_keeps_ending_is_tried_three_times_and_not_remembered(swept: Shop, warm: Nursery) -> None:
+    (swept.path / "mine.yaml").write_text(yaml.safe_dump(GRID | {"methods": ["pkt"], "routers": ["always"]}))
+    executor = Warm(warm)
+    with (
+        mock.patch.object(warm, "sakd", return_value=mock.Mock(code=-9, err="")),
+        by(executor),
+    ):
+        said = swept.sakd("sweep", "mine.yaml", "--quiet")
+    assert (said.code, len(executor.made)) == (137, 3)
+    assert "killed by signal 9" in said.err
+    assert not list((swept.path / "runs" / "sweeps" / "mine" / "failed").iterdir())
+
+
+def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(swept: Shop, warm: Nursery, tmp_path: Path) -> None:
+    """With real child processes."""
+    shop = Shop(tmp_path)
+    shutil.copytree(swept.path / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("sweeps"))
+    common = GRID["common"] | {"train": {"epochs": 10}, "log_every": 1}
+    words = GRID | {"methods": ["kd"], "routers": ["always"], "common": common, "teachers": {"train": {"epochs": 1}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(words))
+    begun = {path.name for path in (tmp_path / "runs").iterdir()}
+    child = warm.at(tmp_path).start("sweep", "mine.yaml")
+    child.signal_when("running  kd always", 0)
+    while not [new for new in set((tmp_path / "runs").glob("*/metrics.jsonl")) if new.parent.name not in begun]:
+        assert child.err.count("error") == 0
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait() == 130, child.err
+    assert "go on with sakd sweep mine.yaml" in child.err
+    [path] = {path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if path.parent.name not in begun}
+    assert (path / "checkpoints" / "last" / "manifest.json").is_file()
+    words["common"]["train"] = {"epochs": 10}
+    executor = Warm(warm.at(tmp_path))
+    with by(executor):
+        document = shop.sakd("sweep", "mine.yaml", "--json").document
+    [row] = [row for row in document["runs"] if row["role"] == "student"]
+    assert (row["run"], row["resumed"], row["state"]) == (f"runs/{path.name}", True, "done")
+
+
+REFUSED = {
+    "methods: unknown method 'att'; did you mean 'at'?": {"methods": ["att"]},
+    "router": {"routers": ["allways"]},
+    "no model has": {"pairs": ["x" * 300 + ":resnet8"]},
+    "unknown model 'resnett8'": {"pairs": ["resnett8:resnet8"]},
+    "pairs: ./nowhere": {"pairs": ["./nowhere:resnet8"]},
+    "random-matched matches the rates of adaptive": {"routers": ["random-matched"]},
+    "simkd never resnet8:resnet8: router: never leaves": {"methods": ["simkd"], "routers": ["never"]},
+    "fsp resnet8x4:resnet8": {"methods": ["fsp"], "pairs": ["resnet8x4:resnet8"]},
+    "unknown method, router or pair 'fitnett'": {"per": {"fitnett": {}}},
+    "unknown key 'epochs'": {"common": {"epochs": 3}},
+    "is no sweep": {"task": "distill"},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_is_told_before_anything_starts(swept: Shop, text: str) -> None:
+    (swept.path / "wrong.yaml").write_text(yaml.safe_dump(GRID | REFUSED[text]))
+    swept.refuses(["sweep", "wrong.yaml"], 2, text)
+
+
+OPTIONS = {
+    "--budget '2'": ["--budget", "2"],
+    "is not of the form key=value": ["--executor", "ray", "--resource", "num_cpus"],
+    "--resource is for --executor": ["--resource", "num_cpus=1"],
+    "two documents": ["--csv", "--json"],
+    "unknown method": ["--methods", "nix"],
+}
+
+
+@pytest.mark.parametrize("text", OPTIONS)
+def test_options_that_cannot_be_are_told_too(swept: Shop, text: str) -> None:
+    (swept.path / "wrong.yaml").write_text(yaml.safe_dump(GRID | {"methods": ["nst"]}))
+    swept.refuses(["sweep", "wrong.yaml", *OPTIONS[text]], 2, text)
+
+
+def test_what_cannot_be_is_skipped_with_its_reason_where_the_file_says_so(swept: Shop, warm: Nursery) -> None:
+    words = GRID | {"methods": ["fitnet", "fsp"], "pairs": ["resnet8x4:resnet8"], "impossible": "skip"}
+    plan = runner(swept, warm)(words, "--dry-run", "--measure", "0", "--json", "--quiet")[0].document
+    assert [row["what"] for row in plan["skipped"]] == ["fsp resnet8x4:resnet8"]
+    assert not [row for row in plan["rows"] if row["what"].startswith("fsp")]
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+def test_an_executor_carries_out_commands_and_gives_their_exit_codes(kind: str, tmp_path: Path) -> None:
+    """submitit without a cluster: with its executor for processes of this machine."""
+    executor: Executor = LocalExecutor(2, 1, "cpu")
+    if kind == "slurm":
+        pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+        from sakd_cli.cli.slurm_executor import SlurmExecutor
+
+        executor = SlurmExecutor(None, {"cluster": "local"}, tmp_path)
+    jobs = {"good": ("list", "routers"), "bad": ("show", "method", "nix")}
+    logs = {key: tmp_path / f"{key}.log" for key in jobs}
+    executor.submit([Job(key, words, logs[key], tmp_path) for key, words in jobs.items()])
+    codes: dict[str, int] = {}
+    while len(codes) < 2:
+        codes |= {one.key: one.code for one in executor.ended()}
+    assert codes == {"good": 0, "bad": 2}
+    assert logs["bad"].read_text().startswith("error: unknown method 'nix'")
+    assert executor.room() >= 2
+    executor.close()

@@ -1,0 +1,115 @@
+"""The table of a sweep from figures that are known, the published figures beside it, and the grids that are shipped"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sakd_cli.cli.sweep import understood
+from sakd_cli.config.grid import Grid
+from sakd_cli.config.run import DistillConfig, PretrainConfig
+from sakd_cli.report import published
+from sakd_cli.report.sweep import Entry, sweep_document
+from sakd_cli.report.sweep_document import SweepDocument
+from sakd_cli.report.sweep_tables import sweep_markdown
+from sakd_cli.rundir import RunDir
+
+NONE = dict.fromkeys(("methods", "pairs", "routers", "seeds", "data_root", "runs_dir", "device", "precision", "set_"))
+
+
+def grid_of(file: str, **options: Any) -> Grid:
+    return understood(file, NONE | {"budget": None} | options)[2]
+
+
+def entry(folder: Path, router: str | None, seed: int, top1: float, **words: Any) -> Entry:
+    run = RunDir(folder / f"{router}-{seed}-{len(list(folder.iterdir()))}")
+    run.path.mkdir()
+    summary = {"headline": {"top1": top1}, "best": {"top1": top1 + 0.1}, "seconds": 60, "teacher": {"top1": 72.5}}
+    (run.path / "summary.json").write_text(json.dumps(summary))
+    about = {"role": "student", "teacher": "resnet56", "student": "resnet20", "method": "fitnet", "epochs": 24}
+    about |= {"dataset": "cifar100", "whole": True, "state": "done", "resumed": False, "before": False, "error": None}
+    return Entry(**{"key": f"{router} {seed}", "router": router, "seed": seed, "run": run} | about | words)
+
+
+@pytest.fixture
+def entries(tmp_path: Path) -> list[Entry]:
+    always, adaptive = (70.0, 70.2, 70.4, 70.1), (70.5, 70.6, 71.0)  # the last seed is not there yet
+    made = [entry(tmp_path, "always", seed, top1) for seed, top1 in enumerate(always)]
+    made += [entry(tmp_path, "adaptive", seed, top1) for seed, top1 in enumerate(adaptive)]
+    alone = {"role": "alone", "teacher": None, "method": None}
+    return [*made, entry(tmp_path, None, 0, 68.0, **alone)]
+
+
+def test_gains_are_paired_by_seed_and_stand_beside_the_published_ones(entries: list[Entry]) -> None:
+    document = sweep_document("mine", entries)
+    SweepDocument.model_validate(document)
+    [gain] = document["gains"]
+    assert (gain["seeds"], gain["published"], gain["verdict"]) == ([0, 1, 2], 0.29, "better")
+    assert gain["difference"] == pytest.approx((0.5 + 0.4 + 0.6) / 3)
+    # t = 0.5 / (0.1 / sqrt 3) with two degrees of freedom
+    assert gain["p"] == pytest.approx(0.01307, abs=1e-4)
+    always = next(cell for cell in document["cells"] if cell["router"] == "always")
+    assert (always["top1"]["mean"], always["published"]) == (pytest.approx(70.175), 71.05)
+    assert document["pairs"][0]["published"] == {"teacher": 72.34, "alone": 69.06}
+    assert (document["pairs"][0]["teacher_top1"], document["pairs"][0]["alone"]["mean"]) == (72.5, 68.0)
+    text = sweep_markdown(document)
+    for line in ("| fitnet | always | 70.17 ± 0.17 (4) |", "|  | adaptive − always | +0.50, p 0.013 |"):
+        assert line in text
+    assert all(words in text for words in ("Ours trained 24 epochs: not comparable", "not corrected for being 1"))
+
+
+def test_a_part_of_the_data_has_no_published_figures(tmp_path: Path) -> None:
+    document = sweep_document("mine", [entry(tmp_path, "always", 0, 50.0, whole=False)])
+    assert (document["published"], document["cells"][0]["published"]) == (None, None)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("table-same-family", 115), ("table-cross-family", 113)])
+def test_the_published_tables_are_shipped_with_their_figures(name: str, runs: int) -> None:
+    grid = grid_of(name)
+    assert (len(grid.members), grid.skipped) == (runs, {})
+    students = [member for member in grid.members if member.pair]
+    assert {member.config.train.epochs for member in students} == {240}
+    missing = {m.key for m in students if published.cell("cifar100", ":".join(m.pair or ()), *named(m.config)) is None}
+    # Without a figure: NST for this pair, which was not reported.
+    expected = {f"nst {router} ResNet50:vgg8 seed 0" for router in ("always", "adaptive")}
+    assert missing == (expected if "cross" in name else set())
+    halved = {member.key for member in students if member.config.train.batch_size == 32}
+    assert len(halved) == (4 if "cross" in name else 0)
+    assert grid_of(f"presets/{name}.yaml").members == grid.members
+
+
+def named(config: Any) -> tuple[str, str]:
+    return config.method.name, config.router.name
+
+
+def test_the_small_sweep_says_what_was_said_by_hand() -> None:
+    grid = grid_of("sweep-small")
+    assert len(grid.members) == 1 + 3 * 4 * 3
+    teacher, first = grid.members[0].config, grid.members[1].config
+    assert isinstance(teacher, PretrainConfig)
+    assert isinstance(first, DistillConfig)
+    assert (teacher.data.limit, teacher.train.epochs, teacher.train.milestones) == (None, 16, (10, 14))
+    assert (first.data.limit, first.train.epochs, first.train.milestones) == (4000, 12, (7, 10))
+    assert (first.router.model_dump()["lr"], first.router.model_dump()["teacher_bias"]) == (2e-4, 0)
+    assert [member.config.seed for member in grid.members[1::12]] == [0, 1, 2]
+
+
+def test_a_part_of_a_grid_under_a_budget() -> None:
+    part = {"methods": "ft", "pairs": "vgg13:vgg8", "routers": "always", "seeds": 2}
+    grid = grid_of("table-same-family", **part, budget="10%", set_=["train.lr=0.1"])
+    assert [member.key for member in grid.members] == [
+        "teacher vgg13",
+        "alone vgg8 seed 0",
+        "kd always vgg13:vgg8 seed 0",
+        "ft always vgg13:vgg8 seed 0",
+        "alone vgg8 seed 1",
+        "kd always vgg13:vgg8 seed 1",
+        "ft always vgg13:vgg8 seed 1",
+    ]
+    assert {(member.config.train.epochs, member.config.train.lr) for member in grid.members} == {(24, 0.1)}
+    assert grid.members[3].config.model_dump()["method"]["warmup_epochs"] == 3
+    same = grid_of("table-same-family", **part, budget="24", set_=["train.lr=0.1"])
+    assert same.members == grid.members
+    small = grid_of("sweep-small", budget="0.5").members
+    assert [small[k].config.train.milestones for k in (0, 1)] == [(5, 7), (4, 5)]
