@@ -19,7 +19,7 @@ from sakd_cli.report.figures import printable
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
     "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
-    "7 non-finite number, 8 run directory in use, 130 Ctrl-C, 143 SIGTERM."
+    "7 non-finite number, 8 run directory in use, 9 another process is gone, 130 Ctrl-C, 143 SIGTERM."
 )
 app = typer.Typer(
     name="sakd",

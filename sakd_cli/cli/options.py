@@ -201,6 +201,18 @@ AllowTeacherMismatch = Annotated[
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
 ]
+SyncBatchNorm = Annotated[
+    bool | None,
+    typer.Option(
+        "--sync-batchnorm", help="Under torchrun: BatchNorm sees all processes' images.", rich_help_panel="Run"
+    ),
+]
+Gather = Annotated[
+    bool | None,
+    typer.Option(
+        "--gather", help="Under torchrun: losses between samples compare all processes'.", rich_help_panel="Run"
+    ),
+]
 Log = Annotated[
     str | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def pretrain_teacher(
     precision: o.Precision = None,
     compile: o.Compile = None,
     deterministic: o.Deterministic = None,
+    sync_batchnorm: o.SyncBatchNorm = None,
     log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -98,6 +100,8 @@ def distill(
     precision: o.Precision = None,
     compile: o.Compile = None,
     deterministic: o.Deterministic = None,
+    sync_batchnorm: o.SyncBatchNorm = None,
+    gather: o.Gather = None,
     log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -111,9 +115,13 @@ def distill(
 
         sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
-    talk = Talk(quiet=quiet)
-    words, intent = understood("distill", ctx.params)
-    several, many = series(words, ctx.params), is_series(ctx.params) and not dry_run
+    _distil(ctx.params, json=json)
+
+
+def _distil(params: Mapping[str, Any], *, json: bool) -> None:
+    talk, dry_run, resume = Talk(quiet=params["quiet"]), params["dry_run"], params["resume"]
+    words, intent = understood("distill", params)
+    several, many = series(words, params), is_series(params) and not dry_run
     if not many and intent.finished and intent.resume:
         _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
@@ -123,7 +131,7 @@ def distill(
 
     session = Session(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
     if many:
-        compared(_several(several, session, again, together=together), json=json)
+        compared(_several(several, session, again, together=params["together"]), json=json)
     else:
         _finish(tried(words) if dry_run else _distilled(words, intent, session), dry_run=dry_run, json=json)
 

@@ -40,6 +40,8 @@ OPTIONS = {
     "device": "device",
     "precision": "runtime.precision",
     "compile": "runtime.compile",
+    "sync_batchnorm": "runtime.sync_batchnorm",
+    "gather": "runtime.gather",
     "deterministic": "runtime.deterministic",
     "teacher_bank": "teacher.bank",
     "allow_teacher_mismatch": "teacher.allow_mismatch",
