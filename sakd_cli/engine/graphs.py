@@ -90,7 +90,7 @@ class GraphedStep:
         if size > self._size or about != self._about:
             self._replay = self._given = None  # the old graph's memory first
             self._size, self._about, self._seen = max(size, self._size), about, 0
-        if size < self._size or batch.whole is not None:
+        if size < self._size or size < batch.size:
             return self._step(batch)
         if self._seen < WARMUP:
             self._seen += 1
