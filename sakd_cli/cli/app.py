@@ -12,8 +12,8 @@ import typer
 
 from sakd_cli import __version__
 from sakd_cli.cli import bench, bring, data, judge, look, spots, train, words
-from sakd_cli.cli.console import complain
-from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
+from sakd_cli.cli.console import complain, speaks
+from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.figures import printable
 
 EPILOG = (
@@ -79,7 +79,8 @@ def run(arguments: list[str]) -> int:
             complain("interrupted")
         return code
     except SakdError as error:
-        complain(error.message, error.hint)
+        if speaks() or not isinstance(error, UsageError | DataError | CheckpointError):  # every process finds those
+            complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
         return _reader_left()

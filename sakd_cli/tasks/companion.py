@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sakd_cli import parallel
 from sakd_cli.config.run import Train
 from sakd_cli.data.feeds import train_loader
 from sakd_cli.data.halves import Shuffled
@@ -61,6 +62,8 @@ class Workshop:
     ) -> Trainer:
         """A trainer of `task`; what is not given is that of the job's ordinary training."""
         words = job.config
+        if words.runtime.sync_batchnorm and parallel.processes() > 1:
+            parallel.synchronised(task)
         return Trainer(
             task,
             loader or loader_of(job),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from sakd_cli import parallel
 from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
@@ -67,33 +68,61 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
     board.check(job.config.log)
+    parallel.join(job.device)
     job.images.gather()
     companions = companions_of(job)
     _made_ready(job)
-    run = intent.open(job.config.runs_dir, _label(job, companions))
+    run, intent = _opened(job, companions, intent)
     with run.locked(), board.following(run, job.config.log):
-        if intent.overwrite:
-            run.clear()
-        if intent.resume is None:
-            write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
-            write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+        if parallel.first():
+            _begin(job, run, intent)
+        parallel.meet()
         try:
             shop = Workshop(run, _judge(job, watcher), watcher)
             facts = _teacher_facts(job, shop.judge)
             for companion in companions:
                 facts |= companion.facts()
             phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
-            with memory_told(job.config.train.batch_size):
+            with memory_told(job.config.train.batch_size), parallel.losses_told():
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
-            summary = _about(job) | figures[MAIN] | facts
-            for companion in companions:
-                summary |= companion.close(shop, figures)
+            if parallel.first():
+                _close(job, companions, shop, figures, facts)
+            parallel.meet()
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        write_json(run.path / "summary.json", summary)
-        return run, summary
+        return run, run.read_json("summary.json")
+
+
+def _opened(job: Job, companions: Sequence[Companion], intent: Intent) -> tuple[RunDir, Intent]:
+    """The run directory and what is to become of it: the first process says it, the others read and are silent."""
+    if parallel.first():
+        run = intent.open(job.config.runs_dir, _label(job, companions))
+        parallel.told((str(run.path), intent.resume is not None))
+        return run, intent
+    path, going_on = parallel.told(("", False))
+    run = RunDir(Path(path), silent=True)
+    return run, intent._replace(resume=run if going_on else None)
+
+
+def _begin(job: Job, run: RunDir, intent: Intent) -> None:
+    """Make room for a new run, and write down what it is."""
+    if intent.overwrite:
+        run.clear()
+    if intent.resume is None:
+        write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
+        write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+
+
+def _close(
+    job: Job, companions: Sequence[Companion], shop: Workshop, figures: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Everything is trained: what is left to the companions, and the summary."""
+    summary = _about(job) | figures[MAIN] | facts
+    for companion in companions:
+        summary |= companion.close(shop, figures)
+    write_json(shop.run.path / "summary.json", summary)
 
 
 def _made_ready(job: Job) -> None:
@@ -103,6 +132,7 @@ def _made_ready(job: Job) -> None:
     if job.config.runtime.deterministic:
         reproducible()
     if job.mode.compiled:
+        parallel.check_alone("--compile")
         check_compiler(job.device)
         compiled(job.task, job.device, graphed=job.mode.graphed)
 
@@ -126,7 +156,7 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Wa
         if point is not None:
             trainer.resume(point)
             logs = _sizes(point)
-        elif intent.resume is not None:
+        elif intent.resume is not None and parallel.first():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if going_on and not trainer.done:
             going_on = False
