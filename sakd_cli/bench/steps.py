@@ -115,16 +115,15 @@ def optimizer_of(task: Task) -> Optimizer:
 
 
 class Endless:
-    """One batch, several times as large, again and again."""
+    """One batch again and again."""
 
     steps_per_epoch = 1
 
-    def __init__(self, given: Batch, times: int) -> None:
-        self.whole = given.each(lambda tensor: torch.cat([tensor] * times))
+    def __init__(self, given: Batch) -> None:
+        self.given = given
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        while True:
-            yield self.whole
+        return itertools.repeat(self.given)
 
 
 def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
@@ -151,8 +150,7 @@ def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Ste
         compiled(task, setup.device, graphed=mode.graphed)
     if isinstance(task, DistillTask) and mode.ahead > 1:
         look = compiled_pass(task.foreseen) if mode.compiled else task.foreseen
-        wide, several = Endless(given, mode.ahead), {"steps": mode.ahead, "samples": mode.ahead * setup.size}
-        batches = LookAhead(wide, look, size=setup.size, **several, device=setup.device).epoch(1)
+        batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
     if mode.graphed:
         advance = GraphedStep(step, Cuda(setup.device), lambda: RATE)
     return Step(name, about, call, counted)

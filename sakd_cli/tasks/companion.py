@@ -28,12 +28,12 @@ def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optim
     )
 
 
-def loader_of(job: Job, steps: int = 1) -> Shuffled:
-    """The training images of a job in batches, each of the images of so many steps."""
+def loader_of(job: Job) -> Shuffled:
+    """The training images of a job in batches."""
     return train_loader(
         job.images.train,
         job.images.dataset,
-        batch_size=job.config.train.batch_size * steps,
+        batch_size=job.config.train.batch_size,
         seed=job.config.seed,
         noise_width=job.task.noise_width,
         device=job.device,

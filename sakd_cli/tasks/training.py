@@ -46,8 +46,7 @@ def _looking_ahead(job: Job) -> LookAhead | None:
         return None
     look: Callable[[Tensor], Known] = task.foreseen
     look = compiled_pass(look) if job.mode.compiled else look
-    sizes = {"size": job.config.train.batch_size, "steps": steps, "samples": len(job.images.train)}
-    return LookAhead(loader_of(job, steps), look, **sizes, device=job.device)
+    return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
 
 def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
