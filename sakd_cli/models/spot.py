@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from sakd_cli.errors import UsageError
+from sakd_cli.models.layout import PLANES, Layout
 from sakd_cli.models.staged import Shape, StagedModel
 
 
 class Spot(NamedTuple):
-    """A pair of stages. `student` and `teacher` are stage indices; shapes are of one sample, without the batch."""
+    """A pair of stages. `student` and `teacher` are stage indices; shapes are of one sample, without the batch.
+
+    layouts: how a network's map lies in the value that it hands on.
+    """
 
     name: str
     kind: Literal["map", "embedding", "logits"]
@@ -16,6 +20,8 @@ class Spot(NamedTuple):
     teacher: int
     student_shape: Shape
     teacher_shape: Shape
+    student_layout: Layout = PLANES
+    teacher_layout: Layout = PLANES
 
 
 def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]:
@@ -64,7 +70,7 @@ def spots_at(student: StagedModel, teacher: StagedModel, places: Sequence[tuple[
     spots = []
     for s, t in places:
         ours, theirs = student.infos[s], teacher.infos[t]
-        spots.append(Spot(ours.name, ours.kind, s, t, ours.shape(side), theirs.shape(side)))
+        spots.append(Spot(ours.name, ours.kind, s, t, ours.shape(side), theirs.shape(side), ours.layout, theirs.layout))
     classes = (student.num_classes,)
     spots.append(Spot("logits", "logits", len(student.infos), len(teacher.infos), classes, classes))
     return spots

@@ -108,7 +108,7 @@ def pretraining(config: PretrainConfig) -> Job:
     """A network trained with cross-entropy, alone or together with branches of its students."""
     device = pick_device(config.device)
     images = load_images(config.data)
-    network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
+    network = _fresh(config.model, images, config.seed, "network", device)
     if config.init_from is not None:
         _start_from(network, config.init_from, images)
     mode, costs = effective(config.runtime, device), cost(network, images.side)
@@ -158,7 +158,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
     check_classes(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
-    student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
+    student = _fresh(config.student, images, config.seed, "network", device)
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
@@ -238,10 +238,11 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     seed = generator(job.config.seed, f"residual-{number}").initial_seed()
     config = job.config.model_copy(update={"student": name, "seed": seed})
     words, side, teacher = config.residual, job.images.side, job.teacher.model
-    network = _fresh(name, len(job.images.dataset.classes), seed, "network", job.device)
+    network = _fresh(name, job.images, seed, "network", job.device)
     if words.init == "zero":
         nn.init.zeros_(network.head.weight)
-        nn.init.zeros_(network.head.bias)
+        if network.head.bias is not None:
+            nn.init.zeros_(network.head.bias)
     task: Task
     if words.loss == "inner":
         task = assemble(config, network, teacher, side, job.images.train.labels, base)
@@ -272,10 +273,10 @@ def search_of(job: Job) -> SearchTask | None:
     config, words, mixer = job.config, job.config.method, job.task.feature_distiller
     if not (isinstance(words, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
         return None
-    teacher, classes = job.teacher.model, len(job.images.dataset.classes)
+    teacher = job.teacher.model
     sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
-    students = [_fresh(config.student, classes, config.seed, purpose, job.device) for purpose in purposes]
+    students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
     with _initialised(config.seed, "search"):
         return SearchTask(students, teacher.features_with_blocks, sought, words, mixer.take).to(job.device)
 
@@ -289,6 +290,8 @@ def check_classes(network: Artifact, images: Images, source: str, hint: str | No
             f"not for the {len(ours)} of {images.dataset.name}",
             hint,
         )
+    if network.card.side != images.side and any(info.size for info in network.model.infos):
+        raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
 
 
 def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
@@ -326,7 +329,7 @@ def plan(job: Job) -> dict[str, Any]:
     for k, spot in enumerate(job.spots):
         adapted = graft is not None and spot.kind != "logits"
         spots.append(
-            spot._asdict()
+            {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
             | {"student_stage": spot.student, "teacher_stage": spot.teacher}
             | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
             | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}
@@ -338,9 +341,9 @@ def _learning_rate(config: RunConfig, network: str) -> float:
     return find_network(network).lr if config.train.lr is None else config.train.lr
 
 
-def _fresh(name: str, classes: int, seed: int, purpose: str, device: torch.device) -> StagedModel:
+def _fresh(name: str, images: Images, seed: int, purpose: str, device: torch.device) -> StagedModel:
     with _initialised(seed, purpose):
-        return create(name, classes).to(device)
+        return create(name, len(images.dataset.classes), images.side).to(device)
 
 
 @contextmanager

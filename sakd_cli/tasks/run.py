@@ -1,5 +1,6 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
+import re
 import shlex
 import uuid
 from collections.abc import Callable, Iterator
@@ -255,7 +256,7 @@ def _label(job: Job) -> str:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
         parts += ["residual"] if words["residual"]["students"] else []
-    return "-".join(parts)
+    return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
 def _about(job: Job) -> dict[str, Any]:
