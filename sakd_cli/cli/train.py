@@ -20,6 +20,7 @@ def pretrain_teacher(
     ctx: typer.Context,
     model: o.ModelArgument = None,
     student_friendly: o.StudentFriendly = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -64,6 +65,7 @@ def pretrain_teacher(
 def distill(
     ctx: typer.Context,
     teacher: o.Teacher = None,
+    teacher_weights: o.TeacherWeights = None,
     student: o.Student = None,
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
@@ -74,6 +76,7 @@ def distill(
     with_control: o.WithControl = False,
     routers: o.Routers = None,
     seeds: o.Seeds = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,

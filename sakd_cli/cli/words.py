@@ -60,7 +60,8 @@ def _methods() -> dict[str, type[Any]]:
 
 def _rows(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.models:
-        return [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
+        known = [*networks.NETWORKS.values(), *networks.BROUGHT]
+        return [{"name": net.name, "family": net.family, "lr": net.lr} for net in known]
     if kind is Kind.presets:
         return [{"name": name, "about": presets.about(path)} for name, path in presets.presets().items()]
     tables: dict[Kind, dict[str, type[Any]]] = {
@@ -115,12 +116,14 @@ def show_config(
     ctx: typer.Context,
     task: Task = Which.distill,
     teacher: o.Teacher = None,
+    teacher_weights: o.TeacherWeights = None,
     student: o.Student = None,
     model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
     student_friendly: o.StudentFriendly = None,
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,

@@ -95,6 +95,16 @@ def load(path: Path) -> Artifact:
     return Artifact(*load_module(file, FORMAT, "a network", _network))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a folder or file is, or may once have been, one of sakd: a safetensors file with our header."""
+    if path.is_dir():
+        return True
+    try:
+        return "sakd" in read_tensors(path)[0]
+    except UsageError:
+        return False
+
+
 def _network(words: str) -> tuple[StagedModel, NetworkCard]:
     card = _CARD.validate_json(words)
     trusted = os.environ.get(TRUST, "").split(",")

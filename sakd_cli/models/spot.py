@@ -28,7 +28,8 @@ def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]
     """Pairs (student stage, teacher stage) of maps that belong together.
 
     Networks with equally many stages are paired in order, as published. Otherwise each stage of the shorter one takes
-    the stage of the longer one whose stride is nearest, later ones first, always rising.
+    the stage of the longer one whose stride is nearest, later ones first, always rising; of several as near, such as
+    all of a vision transformer, the one that is as deep in its network.
     """
     ours, theirs = student.map_stages, teacher.map_stages
     if len(ours) == len(theirs):
@@ -40,7 +41,11 @@ def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]
     for place in reversed(range(len(ours))):
         stride = student.infos[ours[place]].stride
         candidates = theirs[place : limit - 1]
-        best = min(reversed(candidates), key=lambda stage: abs(teacher.infos[stage].stride - stride))
+        depth = (place + 1) / len(ours) * len(theirs)
+        best = min(
+            reversed(candidates),
+            key=lambda stage: (abs(teacher.infos[stage].stride - stride), abs(stage - depth)),
+        )
         pairs.insert(0, (ours[place], best))
         limit = best
     return pairs

@@ -24,7 +24,6 @@ from sakd_cli.distillers.dfa import DFA, mixable
 from sakd_cli.engine.runtime import Mode, effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
-from sakd_cli.models import artifact
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.branches import Branches
 from sakd_cli.models.cost import Cost, cost
@@ -35,14 +34,14 @@ from sakd_cli.reading import expanded
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
-from sakd_cli.tasks import mixtures
+from sakd_cli.tasks import mixtures, start
 from sakd_cli.tasks.bank import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
-from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
+from sakd_cli.tasks.teachers import find_teacher, load_teacher, no_teacher
 from sakd_cli.tasks.warmup import WarmupTask
 
 
@@ -109,8 +108,7 @@ def pretraining(config: PretrainConfig) -> Job:
     device = pick_device(config.device)
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device)
-    if config.init_from is not None:
-        _start_from(network, config.init_from, images)
+    start.start_from(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = effective(config.runtime, device), cost(network, images.side)
     lr, decay = _learning_rate(config, config.model), config.train.weight_decay
     words = config.friendly
@@ -122,15 +120,6 @@ def pretraining(config: PretrainConfig) -> Job:
     task = mode.laid_out(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
     delivery = BranchDelivery(network, branches, words)
     return Job(config, device, images, task.to(device), network, costs, branches=delivery)
-
-
-def _start_from(network: StagedModel, source: Path, images: Images) -> None:
-    """Put the weights of a saved network of the same kind into this one. Raises UsageError where it is another."""
-    saved = artifact.load(weights_at(source, "init_from"))
-    check_classes(saved, images, str(source))
-    if saved.model.name != network.name:
-        raise UsageError(f"init_from: {source} is a {saved.model.name}, not a {network.name}")
-    network.load_state_dict(saved.model.state_dict())
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
@@ -152,13 +141,14 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     path = None
     if teacher is None:
         path = _teacher_path(config).resolve()
-        teacher = artifact.load(path)
+        teacher = load_teacher(config, path)
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
     check_classes(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)
+    start.start_from(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
@@ -282,14 +272,8 @@ def search_of(job: Job) -> SearchTask | None:
 
 
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
-    """Raise UsageError where a network's classes are not those of the data set."""
-    theirs, ours = network.card.classes, images.dataset.classes
-    if theirs != ours:
-        raise UsageError(
-            f"{source}: was trained for the {len(theirs)} classes of {network.card.dataset}, "
-            f"not for the {len(ours)} of {images.dataset.name}",
-            hint,
-        )
+    """Raise UsageError where a network's classes are not those of the data set, or its images of another size."""
+    start.check_classes(network, images.dataset, source, hint)
     if network.card.side != images.side and any(info.size for info in network.model.infos):
         raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
 

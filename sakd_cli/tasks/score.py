@@ -25,7 +25,7 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import Images, check_classes, load_images
 from sakd_cli.tasks.sftn import branch_rows, branches_of
-from sakd_cli.tasks.teachers import find_teacher
+from sakd_cli.tasks.teachers import find_teacher, load_teacher
 
 
 class Target(NamedTuple):
@@ -125,7 +125,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Watche
         if path is None:
             source = config.teacher.source
             raise UsageError(f"teacher: no finished {source} on {config.data.name} in {config.runs_dir}")
-        teacher = artifact.load(path)
+        teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
         check_classes(teacher, images, str(path))

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from sakd_cli.config.networks import brought, find_network, find_trainable
 from sakd_cli.config.run import DistillConfig, EvalConfig
+from sakd_cli.data.table import describe
 from sakd_cli.errors import UsageError
+from sakd_cli.models import artifact, foreign
+from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.reading import expanded
-from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.rundir import RunDir, newest_run, sha256
 
 
 def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
@@ -26,6 +29,20 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
         return run.deliverable if run else None
     return weights_at(path, "teacher")
+
+
+def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
+    """The teacher in a file or folder; also one of torchvision or timm, named by `teacher.source`, in a file of theirs.
+
+    Raises UsageError where it is none.
+    """
+    assert config.teacher is not None
+    if brought(config.teacher.source) is None or not path.is_file() or artifact.is_ours(path):
+        return artifact.load(path)
+    known, name = describe(config.data), config.teacher.source
+    side = int(known.train.images.shape[-1])
+    model = foreign.load_foreign(path, name, len(known.classes), side)
+    return Artifact(model, NetworkCard(name, known.name, known.classes, known.mean, known.std, side), sha256(path))
 
 
 def weights_at(path: Path, word: str) -> Path:
