@@ -347,7 +347,8 @@ def _chosen(places: list[Place], side: int) -> list[Place]:
 def _blocks(group: list[Place]) -> tuple[Place, list[Place]]:
     """Of places of one size: the last in front of the first block, and the end of each block."""
     steps = [after.weights - before.weights for before, after in pairwise(group)]
-    heavy = [k for k, step in enumerate(steps) if step > max(steps) / 2]
+    some = sorted(step for step in steps if step)
+    heavy = [k for k, step in enumerate(steps) if some and step > some[len(some) // 2] / 2]
     return group[heavy[0] if heavy else 0], [group[k + 1] for k in heavy]
 
 
