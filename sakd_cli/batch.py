@@ -1,8 +1,17 @@
 """What the data floor hands to a task: one batch, ready for the networks."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 from torch import Tensor
+
+
+class Known(Protocol):
+    """Tensors [B, ...] that were computed of a batch's images before its step; the task knows what they are."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +23,12 @@ class Batch:
     index   [B]           int64 position of the sample in the training split
     noise   [B, W]        uniform in [0, 1), W numbers per sample for whatever the task draws
     view    [B]           int64 which of its possible crops and flips each image shows; None where nobody asks
+    known   what a frozen network makes of the images, where that was computed ahead (`engine/ahead.py`)
+
+    Where several processes train together (`parallel.py`) this is one's part of the whole batch:
+
+    whole   samples of the whole batch; None: these are all
+    share   what the mean over these samples counts for: 1 on the average over the processes
     """
 
     images: Tensor
@@ -21,6 +36,20 @@ class Batch:
     index: Tensor
     noise: Tensor
     view: Tensor | None = None
+    known: Known | None = None
+    whole: int | None = None
+    share: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole batch."""
+        return len(self.labels) if self.whole is None else self.whole
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor [B, ...] changed."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
+        return replace(self, **changed, known=None if self.known is None else self.known.each(change))
 
 
 @dataclass(frozen=True, slots=True)

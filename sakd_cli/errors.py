@@ -7,7 +7,9 @@ SakdError                 1   a bug of ours, if ever raised directly
 ├── DiskError             5   the disk is full or not writable
 ├── MemoryLimitError      6   the device has too little memory
 ├── NonFiniteError        7   a loss or a gradient is NaN or infinite
-└── RunInUseError         8   another process works in this run directory
+├── RunInUseError         8   another process works in this run directory
+├── LostProcessError      9   of several processes that train together one has ended
+└── SeriesError           -   some of several runs failed: the worst of their exit codes
 
 Stopped            130, 143   no error: Ctrl-C or SIGTERM, after the state was saved
 """
@@ -67,6 +69,20 @@ class RunInUseError(SakdError):
     """Two processes in one run directory."""
 
     exit_code = 8
+
+
+class LostProcessError(SakdError):
+    """The others cannot go on without it."""
+
+    exit_code = 9
+
+
+class SeriesError(SakdError):
+    """Some of several runs failed; the others are finished."""
+
+    def __init__(self, message: str, hint: str | None, exit_code: int) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
 
 
 class Stopped(BaseException):

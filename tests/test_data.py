@@ -13,7 +13,7 @@ from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data import table
 from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
-from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
+from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limited
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.data.streams import generator
 from sakd_cli.errors import DataError
@@ -206,6 +206,18 @@ def test_limit_is_drawn_from_the_seed(dataset: Dataset) -> None:
     assert taken(40, 0) < taken(80, 0)
 
 
+def test_the_first_classes_are_a_data_set_of_their_own(dataset: Dataset) -> None:
+    few = first_classes(dataset, 3)
+    assert few.classes == ("class0", "class1", "class2")
+    for split, whole in ((few.train, dataset.train), (few.test, dataset.test)):
+        assert split.labels.tolist() == [label for label in whole.labels.tolist() if label < 3]
+        assert torch.equal(split.images, whole.images[split.origins()])
+    assert limited(few, 10, seed=0).train.labels.bincount().tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+    assert first_classes(dataset, None) is first_classes(dataset, 4) is dataset
+    with pytest.raises(DataError, match="made: has 4 classes, not 5"):
+        first_classes(dataset, 5)
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.333, 0.9])
 def test_hold_out_is_stratified_and_disjoint(fraction: float) -> None:
     dataset = made(torch.tensor([0] * 100 + [1] * 50 + [2] * 37 + [3] * 13)[torch.randperm(200)])
@@ -255,6 +267,8 @@ def test_every_data_set_in_words_has_a_loader() -> None:
 
 def test_load_looks_the_name_up() -> None:
     assert table.load(ShapesConfig(train=20, test=20)).name == "shapes"
+    assert len(table.load(ShapesConfig(train=20, test=20, classes=5)).classes) == 5
+    assert table.describe(CONFIGS["cifar100"](classes=2)).classes == ("apple", "aquarium_fish")
 
 
 def test_a_part_of_a_part_still_knows_where_its_images_come_from(dataset: Dataset) -> None:

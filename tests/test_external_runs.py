@@ -51,7 +51,7 @@ def test_a_run_is_saved_and_scored_where_its_code_is_trusted(place: Shop, run: P
 
 def test_it_goes_on_and_can_be_looked_at(place: Shop, run: Path) -> None:
     assert place.sakd("distill", "--resume", str(run), "--json").document["run"]
-    assert len(place.sakd("inspect-spots", str(run), "--json").document["spots"]) == 2
+    assert len(place.sakd("inspect-spots", str(run), "--json").document["overall"]) == 2
 
 
 def test_a_dry_run_shows_the_spots_of_a_library(place: Shop) -> None:

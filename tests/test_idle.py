@@ -74,7 +74,7 @@ def resident() -> int:
 
 
 def growth(folder: Path, steps: int) -> int:
-    """Bytes by which the process grows from the second tenth of so many steps to the last."""
+    """Bytes by which the process grows from the second tenth of so many steps to the last; its size is printed."""
     trainer = trainer_of_many_steps(folder, 10, "pruned")
     levels = []
     for _ in range(steps // SAMPLES):
@@ -82,6 +82,9 @@ def growth(folder: Path, steps: int) -> int:
         trainer._train(1)
         levels.append(resident())
     tenth = max(len(levels) // 10, 1)
+    print(
+        f"\n{levels[tenth - 1] / 2**20:.1f} MiB after a tenth of {steps} steps, {levels[-1] / 2**20:.1f} MiB at the end"
+    )
     return min(levels[-tenth:]) - max(levels[tenth : 2 * tenth])
 
 
@@ -89,5 +92,5 @@ def growth(folder: Path, steps: int) -> int:
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.battery)])
 def test_memory_is_flat(tmp_path: Path, steps: int) -> None:
     grown = growth(tmp_path, steps)
-    print(f"\n{steps} steps: {grown / 2**20:+.2f} MiB")
+    print(f"{steps} steps: {grown / 2**20:+.2f} MiB")
     assert grown < 4 * 2**20

@@ -323,8 +323,8 @@ def test_mistakes_cost_one_line_and_nothing_is_written(full: Shop, chained: dict
     full.refuses(["eval", run, "--teacher", "resnet8"], 2, "beside the teacher that it was trained with")
     full.refuses(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")
     full.refuses(["eval", run, "--plot", "nowhere/curve.png"], 2, "no such folder")
-    with mock.patch.dict(sys.modules, {"matplotlib": None}), mock.patch("importlib.util.find_spec", return_value=None):
-        full.refuses(["eval", run, "--plot", "curve.png"], 2, "--plot needs matplotlib")
+    with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
+        full.refuses(["eval", run, "--plot", "curve.png"], 2, "pictures need matplotlib")
 
 
 def test_the_curve_is_drawn(full: Shop, chained: dict[str, Any]) -> None:
@@ -332,6 +332,9 @@ def test_the_curve_is_drawn(full: Shop, chained: dict[str, Any]) -> None:
     said = full.sakd("eval", chained["run"], "--plot", "curve.png", "--json")
     assert said.document["ensemble"]["sweep"]
     assert (full.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    page = full.sakd("report", chained["run"], "--json").document
+    assert "Residual students" in page["sections"]
+    assert f"{chained['run']}/report-exits.png" in page["written"]
 
 
 def test_a_dry_run_shows_the_residual_students(full: Shop) -> None:

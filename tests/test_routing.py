@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sakd_cli.batch import Batch
 from sakd_cli.config.routers import ROUTERS as WORDS
 from sakd_cli.models.spot import spots_at
 from sakd_cli.models.staged import frozen_view
@@ -17,6 +18,10 @@ from sakd_cli.routing.policies import Adaptive, Random
 from sakd_cli.routing.table import ROUTERS, Pair, build
 
 PAIR = Pair(spots=3, teacher=5, student=4, one_family=True, matched=torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.5]]))
+
+
+def labelled(labels: torch.Tensor) -> Batch:
+    return Batch(images=labels, labels=labels, index=labels, noise=labels)
 
 
 def noise(samples: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -115,10 +120,10 @@ def test_gamma_raises_a_worse_and_lowers_a_better_routed_network(better: bool, f
     labels = torch.arange(8) % 5
     ce = F.cross_entropy(routed, labels).detach()
     other = ce + 1 if better else ce - 1
-    result = router_loss(routed, labels, other, torch.ones(8, 2), gamma=2.0, min_teacher_fraction=0.5)
+    result = router_loss(routed, labelled(labels), other, torch.ones(8, 2), gamma=2.0, min_teacher_fraction=0.5)
     assert result.loss.item() == pytest.approx(factor * ce.item())
     assert (result.lowered.item(), result.raised.item()) == ((1.0, 0.0) if better else (0.0, 1.0))
-    equal = router_loss(routed, labels, ce, torch.ones(8, 2), gamma=2.0, min_teacher_fraction=0.5)
+    equal = router_loss(routed, labelled(labels), ce, torch.ones(8, 2), gamma=2.0, min_teacher_fraction=0.5)
     assert equal.loss.item() == pytest.approx(ce.item())
 
 
@@ -129,13 +134,13 @@ def test_the_count_term_is_a_count_of_missing_teachers_at_the_last_spot() -> Non
         gate = torch.zeros(8, 3)
         gate[:teachers, -1] = 1
         gate.requires_grad_()
-        result = router_loss(routed, labels, ce, gate, gamma=2.0, min_teacher_fraction=0.5)
+        result = router_loss(routed, labelled(labels), ce, gate, gamma=2.0, min_teacher_fraction=0.5)
         assert result.loss.item() == pytest.approx(ce.item() + missing)
         assert result.count_active.item() == float(missing > 0)
         (gradient,) = torch.autograd.grad(result.loss, gate, allow_unused=True)
         assert gradient[:, -1].tolist() == [-1.0 if missing else 0.0] * 8
         assert gradient[:, :-1].abs().sum() == 0
-    off = router_loss(routed, labels, ce, torch.zeros(8, 3), gamma=2.0, min_teacher_fraction=0.0)
+    off = router_loss(routed, labelled(labels), ce, torch.zeros(8, 3), gamma=2.0, min_teacher_fraction=0.0)
     assert off.loss.item() == pytest.approx(ce.item())
 
 

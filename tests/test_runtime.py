@@ -54,10 +54,11 @@ def optimizer(task: DistillTask) -> Optimizer:
     ("words", "device", "said"),
     [
         ({}, "cpu", "fp32, channels_last, pruned"),
-        ({}, "cuda", "fp32, channels_last, fixed shapes"),
+        ({}, "cuda", "fp32, channels_last, fixed shapes, look-ahead 8"),
         ({}, "mps", "fp32, contiguous, fixed shapes"),
         ({"compile": True, "precision": "bf16"}, "cpu", "bf16, channels_last, fixed shapes, compiled"),
-        ({"channels_last": False, "shapes": "pruned"}, "cuda", "fp32, contiguous, pruned"),
+        ({"channels_last": False, "shapes": "pruned", "look_ahead": 1}, "cuda", "fp32, contiguous, pruned"),
+        ({"look_ahead": 3}, "cpu", "fp32, channels_last, pruned, look-ahead 3"),
     ],
 )
 def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, said: str) -> None:
@@ -66,7 +67,7 @@ def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device
 
 def test_a_compiled_step_cannot_be_pruned() -> None:
     words = nested({"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "pruned"})
-    with pytest.raises(UsageError, match="runtime: a compiled step has fixed shapes"):
+    with pytest.raises(UsageError, match="runtime: a step that is compiled"):
         resolve("distill", [Layer("test", words)])
 
 

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import bench, bring, judge, look, spots, train, words
-from sakd_cli.cli.console import complain
-from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
+from sakd_cli.cli import bench, bring, data, judge, look, spots, train, words
+from sakd_cli.cli.console import complain, speaks
+from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.figures import printable
 
 EPILOG = (
@@ -33,6 +33,7 @@ app = typer.Typer(
 INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
 config_app = typer.Typer(help="Show where settings come from.", no_args_is_help=True, rich_markup_mode="markdown")
 
+data_app = typer.Typer(help="Look after data sets.", no_args_is_help=True, rich_markup_mode="markdown")
 show_app = typer.Typer(help="Explain one thing.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
@@ -63,6 +64,8 @@ app.command("list", rich_help_panel="Words")(words.listing)
 config_app.command("show")(words.show_config)
 show_app.command("method")(words.show_method)
 show_app.command("schema")(words.show_schema)
+data_app.command("check")(data.check)
+app.add_typer(data_app, name="data", rich_help_panel="Look")
 app.add_typer(show_app, name="show", rich_help_panel="Words")
 app.add_typer(config_app, name="config", rich_help_panel="Words")
 
@@ -76,7 +79,8 @@ def run(arguments: list[str]) -> int:
             complain("interrupted")
         return code
     except SakdError as error:
-        complain(error.message, error.hint)
+        if speaks() or not isinstance(error, UsageError | DataError | CheckpointError):  # every process finds those
+            complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
         return _reader_left()
@@ -100,6 +104,9 @@ def run(arguments: list[str]) -> int:
                 complain(error.format_message().replace("Value error, ", ""), hint=f"{_called(error)} --help")
             return int(error.exit_code)
         # torch's, which must not be imported here; on the CPU it raises a plain RuntimeError.
+        if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
+            complain("a process that reads images was killed, probably for lack of memory", "--set data.workers=1")
+            return MemoryLimitError.exit_code
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             complain("out of memory on the device", "a smaller --batch-size")
             return MemoryLimitError.exit_code

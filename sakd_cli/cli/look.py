@@ -9,7 +9,7 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
-from sakd_cli.report import plot as plots
+from sakd_cli.report import plots
 from sakd_cli.rundir import RunDir, newest_run
 
 EvalTargets = Annotated[
@@ -88,7 +88,9 @@ def evaluate(
         for one, ensemble in pairs
     ]
     if plot is not None:
-        plots.draw(plot, results[0])
+        told = results[0]["ensemble"]
+        label = "thresholds in use" if told["early"] else "all members for every image"
+        plots.write(plots.exit_curve(told, told | {"top1": results[0]["top1"]}, label), plot)
     if json:
         emit(results[0] if len(results) == 1 else {"schema": "sakd.evals/1", "evaluations": results})
         return
@@ -104,7 +106,7 @@ def _check(both: bool, plot: Path | None, targets: int) -> None:
     if plot is not None and targets > 1:
         raise UsageError("--plot draws the curve of one network")
     if plot is not None:
-        plots.check(plot)
+        plots.checked(plot)
 
 
 def _words_of(run: RunDir | None) -> list[Layer]:

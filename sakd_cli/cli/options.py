@@ -126,6 +126,10 @@ Seeds = Annotated[
         rich_help_panel="Series",
     ),
 ]
+Together = Annotated[
+    bool,
+    typer.Option("--together", help="Run all of a series at once, each as a process.", rich_help_panel="Series"),
+]
 StudentFriendly = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,10 +1,15 @@
 """Several distillations under one budget: a run and its controls, every router, several seeds"""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sakd_cli.cli.console import Talk
 from sakd_cli.cli.intent import AUTO, going_on
+from sakd_cli.cli.together import Order, run_together
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, TeacherConfig
@@ -26,6 +31,8 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     """
     names = _routers(config, params)
     members = [_twin(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
+    if params["together"] and not is_series(params):
+        raise UsageError("--together runs a series at once: it goes with --seeds, --with-control or --routers")
     if len(members) > 1:
         if params["run_dir"] is not None or params["overwrite"]:
             raise UsageError("--run-dir and --overwrite name one run; a series makes several", hint="--runs-dir DIR")
@@ -88,3 +95,33 @@ def train_all(members: list[DistillConfig], train: Train, *, resume: bool) -> li
         if isinstance(words.router, AdaptiveConfig):
             adaptive[words.seed] = str(done[-1].path.resolve())
     return done
+
+
+def train_together(
+    members: list[DistillConfig], teacher: TeacherConfig, talk: Talk, *, resume: bool, again: str
+) -> list[RunDir]:
+    """Run them at once, each as a process, then those that match another's rates. As `train_all` does one by one.
+
+    teacher  whom all learn from, unless one of them has begun with another
+    again    the command that goes on with all after a stop
+    """
+    begun = [words.teacher for words, intent in map(going_on, members) if intent.resume] if resume else []
+    options = ["--json", *(["--quiet"] if talk.quiet else []), *(["--resume", AUTO] if resume else [])]
+    runs: dict[tuple[str, int], RunDir] = {}
+    for matching in (False, True):
+        wave = [words for words in members if isinstance(words.router, RandomMatchedConfig) is matching]
+        with tempfile.TemporaryDirectory() as folder:
+            orders = []
+            for place, config in enumerate(wave):
+                words = config.model_copy(update={"teacher": [*begun, teacher][0]})
+                if matching and (run := runs.get((LEARNED, words.seed))):
+                    router = words.router.model_copy(update={"run": str(run.path.resolve())})
+                    words = words.model_copy(update={"router": router})
+                file = Path(folder) / f"{place}.yaml"
+                file.write_text(yaml.safe_dump(words.model_dump(mode="json")), encoding="utf-8")
+                name = f"{words.router.name}, seed {words.seed}"
+                orders.append(Order(name, ["distill", "--config", str(file), *options]))
+            documents = run_together(orders, talk, jobs=len(orders), again=again)
+        for words, document in zip(wave, documents, strict=True):
+            runs[words.router.name, words.seed] = RunDir(Path(document["run"]))
+    return [runs[words.router.name, words.seed] for words in members]

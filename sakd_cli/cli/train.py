@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.intent import AUTO, twin, understood
 from sakd_cli.cli.judge import compared
-from sakd_cli.cli.series import is_series, series, train_all
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.cli.series import is_series, series, train_all, train_together
+from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.rundir import Intent, RunDir
 
 
@@ -59,7 +60,11 @@ def pretrain_teacher(
     from sakd_cli.tasks import build, run
 
     job = build.pretraining(words)
-    _finish(run.try_one_batch(job) if dry_run else _trained(job, intent, talk), dry_run=dry_run, json=json)
+    _finish(
+        run.try_one_batch(job) if dry_run else _trained(job, intent, talk),
+        dry_run=dry_run,
+        json=json,
+    )
 
 
 def distill(
@@ -76,6 +81,7 @@ def distill(
     with_control: o.WithControl = False,
     routers: o.Routers = None,
     seeds: o.Seeds = None,
+    together: o.Together = False,
     head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
@@ -111,15 +117,23 @@ def distill(
     words, intent = understood("distill", ctx.params)
     several = series(words, ctx.params)
     if is_series(ctx.params) and not dry_run:
-        again = _this_again(resume)
-        runs = train_all(several, lambda one, where: _distilled(one, where, talk, resume, again), resume=bool(resume))
-        compared(runs, json=json)
+        compared(_several(several, talk, resume, together=together), json=json)
     elif intent.finished and intent.resume:
         _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
     else:
         result = _tried(words) if dry_run else _distilled(words, intent, talk, resume)
         _finish(result, dry_run=dry_run, json=json)
+
+
+def _several(members: list[DistillConfig], talk: Talk, resume: str | None, *, together: bool) -> list[RunDir]:
+    """A series, one after another or at once."""
+    again = _this_again(resume)
+    if together:
+        chosen = _pinned_teacher(members[0], talk, resume)
+        return train_together(members, chosen, talk, resume=bool(resume), again=again)
+    train = partial(_distilled, talk=talk, resume=resume, again=again)
+    return train_all(members, train, resume=bool(resume))
 
 
 def _this_again(resume: str | None) -> str:
@@ -159,28 +173,46 @@ def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
     """Train the teacher first where that is asked for."""
     if not _missing(words):
         return
-    from sakd_cli.tasks import build, chain
+    from sakd_cli.tasks import build
+    from sakd_cli.tasks.companions import companions_of
 
     # Whatever is wrong with the student's side is said before hours go into a teacher.
-    chain.rehearse(build.distillation(words, build.untrained_teacher(words)))
+    for companion in companions_of(build.distillation(words, build.untrained_teacher(words))):
+        companion.rehearse()
     talk.say(f"no finished {words.teacher.source} yet: training it first")
     first = build.teacher_config(words)
     _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, _this_again(resume))
 
 
+def _pinned_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> TeacherConfig:
+    """The teacher as it is now, trained first where that is asked for: several processes must mean the same one."""
+    _with_teacher(words, talk, resume)
+    from sakd_cli.tasks.teachers import find_teacher
+
+    path = find_teacher(words)
+    assert path is not None
+    return words.teacher.model_copy(update={"weights": path.resolve()})
+
+
 def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
     """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.tasks import chain, run
+    from sakd_cli.data.feeds import told
+    from sakd_cli.tasks import run
+    from sakd_cli.tasks.companions import companions_of
 
-    chain.rehearse(job)
+    companions = companions_of(job)
+    for companion in companions:
+        companion.rehearse()
     config = job.config
     talk.say(
         f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
         f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
         f"({job.mode})"
     )
-    if job.branches is not None:
-        talk.say(f"student-friendly: together with branches of {', '.join(config.friendly.students)}")
+    for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
+        talk.say(notice)
+    if skipped := job.images.dataset.skipped:
+        talk.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
     if job.teacher is not None:
         talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
     with talk.heeding_signals():
@@ -191,14 +223,14 @@ def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> 
 
 def _picture(run: RunDir, talk: Talk) -> None:
     """What the run mixed of its teacher's blocks, drawn, where it did."""
-    from sakd_cli.report.mixtures import PICTURE, can_draw, draw_mixtures, mixture_report
+    from sakd_cli.report.mixtures import PICTURE, mixture_report
 
     if (record := mixture_report(run)) is None:
         return
-    if can_draw():
-        draw_mixtures(record, run.path / PICTURE)
-    else:
-        talk.say(f"no {PICTURE}: matplotlib is not installed (pip install 'sakd[plots]')")
+    from sakd_cli.report import plots
+
+    if plots.available(lambda told: talk.say(f"no {PICTURE}: {told}")):
+        plots.write(plots.mixture_map(record), run.path / PICTURE)
 
 
 def _finish(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:

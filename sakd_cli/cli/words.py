@@ -174,7 +174,9 @@ _FOREIGN = {
 
 
 def show_schema(
-    name: Annotated[str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, spots.")],
+    name: Annotated[
+        str, typer.Argument(help="A document: eval, ensemble, evals (several), compare, report, spots, data.")
+    ],
     json: o.Json = False,
 ) -> None:
     """Print the JSON schema of a command's `--json`.

@@ -31,7 +31,7 @@ Weights = Literal["library"] | Folder
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Words that may change between two parts of one run: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank"}
+FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank", "data.workers"}
 
 
 class Train(Words):
@@ -79,6 +79,11 @@ class Runtime(Words):
     channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
     compile        the step as one compiled graph, and on CUDA as one launch
     deterministic  the same bits from the same seed on a GPU too, for some speed; a CPU gives them anyway
+    sync_batchnorm, gather   where several processes share a batch: BatchNorm's statistics are of all of it; losses
+                   between samples (sp, rkd, pkt, cc, dist) compare all of it, not each process's part
+    look_ahead     steps whose images the teacher sees in one pass in front of them (exact, but for a convolution's last
+                   bits); 1: each step its own; auto: 8 on CUDA, else 1
+    graph          on CUDA: a step's forward, backward and update as one launch, without a compiler; nothing elsewhere
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -86,11 +91,15 @@ class Runtime(Words):
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
     deterministic: bool = False
+    sync_batchnorm: bool = False
+    gather: bool = False
+    look_ahead: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    graph: bool = False
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":
-        if self.compile and self.shapes == "pruned":
-            raise ValueError("a compiled step has fixed shapes, not pruned ones")
+        if (self.compile or self.graph) and self.shapes == "pruned":
+            raise ValueError("a step that is compiled or a graph has fixed shapes, not pruned ones")
         return self
 
 
@@ -172,8 +181,10 @@ class TeacherConfig(Words):
 
 
 # What a distillation says of its student, and a pretraining does not know.
-STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches", "residual")
-STUDENT_WORDS += ("student_weights", "head")
+STUDENT_WORDS = (
+    *("student", "method", "router", "stage_map", "init_from_branches", "residual"),
+    *("student_weights", "head"),
+)
 
 
 class DistillConfig(RunConfig):

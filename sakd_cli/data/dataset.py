@@ -1,24 +1,27 @@
-"""What every data set loads to, and the two ways of taking a part of one."""
+"""What every data set loads to, and the three ways of taking a part of one."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sakd_cli.data.files import Files
 from sakd_cli.data.streams import generator
 from sakd_cli.errors import DataError
+
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one purpose, whole in memory.
+    """Images of one purpose, in memory or in files.
 
-    images  [N, 3, H, W]  uint8
+    images  [N, 3, H, W]  uint8, or files that stand for them and are read when they are asked for
     labels  [N]           int64 class index
     origin  [N]           int64 position in the data set's own split; None: in order, nothing left out
     """
 
-    images: Tensor
+    images: Tensor | Files
     labels: Tensor
     origin: Tensor | None = None
 
@@ -28,6 +31,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """All images, uint8; those in files are read. Raises DataError naming a bad file."""
+        return self.images.read() if isinstance(self.images, Files) else self.images
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images in pixels."""
+        return int(self.images.shape[-1])
 
     def to(self, device: torch.device) -> "Split":
         """The same split on `device`; nothing is copied where it already lives there."""
@@ -45,16 +58,35 @@ class Dataset:
     mean, std  per channel, of pixels / 255
     padding    width in pixels of the zero border from which a random crop of the original size is cut
     flip       whether a mirrored image keeps its class
+    scale      share of a picture's area, from and to, that a random resized crop takes instead; None: the border does
+    skipped    files that could not be read and were left out
     """
 
     name: str
     classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     padding: int
     flip: bool
     train: Split
     test: Split
+    scale: tuple[float, float] | None = None
+    skipped: int = 0
+
+
+def first_classes(dataset: Dataset, count: int | None) -> Dataset:
+    """The data set with its first `count` classes only, images in their old order; None: all of them.
+
+    Raises DataError where it has fewer.
+    """
+    if count is None or count == len(dataset.classes):
+        return dataset
+    if count > len(dataset.classes):
+        raise DataError(
+            f"{dataset.name}: has {len(dataset.classes)} classes, not {count}", "choose fewer with --set data.classes=N"
+        )
+    train, test = (split.subset((split.labels < count).nonzero().squeeze(1)) for split in (dataset.train, dataset.test))
+    return replace(dataset, classes=dataset.classes[:count], train=train, test=test)
 
 
 def limited(dataset: Dataset, limit: int | None, seed: int) -> Dataset:

@@ -5,7 +5,10 @@ from dataclasses import fields, replace
 
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.data.dataset import Dataset, Split, hold_out
+from sakd_cli.data.feeds import FileTrainLoader
 from sakd_cli.data.loader import TrainLoader
+
+Shuffled = TrainLoader | FileTrainLoader
 
 
 def halves(dataset: Dataset, train: Split, share: float, seed: int) -> tuple[Split, Split]:
@@ -24,7 +27,7 @@ class InTurn:
     ahead  the upper level's batches bring the lower level's next one along
     """
 
-    def __init__(self, upper: TrainLoader, lower: TrainLoader, *, ahead: bool) -> None:
+    def __init__(self, upper: Shuffled, lower: Shuffled, *, ahead: bool) -> None:
         self.upper, self.lower, self.ahead = upper, lower, ahead
         self.steps_per_epoch = 2 * len(lower)
 
@@ -42,7 +45,7 @@ class InTurn:
             yield UpperBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)}, lower=coming)
 
 
-def _endless(loader: TrainLoader, first: int) -> Iterator[Batch]:
+def _endless(loader: Shuffled, first: int) -> Iterator[Batch]:
     """Batches `first`, `first` + 1, ... of epoch after epoch."""
     epoch, start = divmod(first, len(loader))
     while True:

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sakd_cli import parallel
 from sakd_cli.batch import Batch
 from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.streams import generator
+
+MOST_BYTES = 2**27  # of an evaluation's batch, as float32: 10,922 images of 32 pixels, 222 of 224
 
 
 class Draws(NamedTuple):
@@ -33,6 +36,37 @@ class Draws(NamedTuple):
     noise: Tensor
 
 
+def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_width: int) -> Draws:
+    """The random numbers of an epoch over `count` samples, on the CPU: a pure function of the arguments."""
+    order = torch.randperm(count, generator=generator(seed, "order", epoch))
+    corner = torch.randint(2 * padding + 1, (2, count), generator=generator(seed, "crop", epoch))
+    coin = torch.rand(count, generator=generator(seed, "flip", epoch))
+    noise = torch.rand(count, noise_width, generator=generator(seed, "noise", epoch))
+    return Draws(order, corner, (coin < 0.5) & flip, noise)
+
+
+class Turn(NamedTuple):
+    """A step of an epoch: this process's places in its order, samples of the whole batch, and what they count for."""
+
+    places: slice
+    whole: int
+    share: float
+
+
+def turns(samples: int, batch_size: int, start: int) -> Iterator[Turn]:
+    """The steps of an epoch from `start` on."""
+    for first in range(start * batch_size, samples, batch_size):
+        whole = min(batch_size, samples - first)
+        rows = parallel.rows_of(whole)
+        yield Turn(slice(first + rows.start, first + rows.stop), whole, parallel.share_of(whole))
+
+
+def fitting(batch_size: int, split: Split) -> int:
+    """As many images as are asked for, but no more than make `MOST_BYTES`."""
+    _, channels, height, width = split.images.shape
+    return max(1, min(batch_size, MOST_BYTES // (4 * channels * height * width)))
+
+
 class Views:
     """All images of a split on a device, and every way in which augmentation can show them.
 
@@ -45,7 +79,7 @@ class Views:
         self.labels = here.labels
         self.device = device
         self.dataset = dataset
-        self._padded = pad(here.images, dataset.padding)
+        self._padded = pad(here.pixels, dataset.padding)
         self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
         self._sides, self._mirrored = 2 * dataset.padding + 1, 1 + dataset.flip
         self.count = self._sides**2 * self._mirrored
@@ -95,42 +129,38 @@ class TrainLoader:
 
     def draw(self, epoch: int) -> Draws:
         """The epoch's random numbers, on the device: a pure function of the loader's seed and `epoch`."""
-        count, padding = len(self.views), self.views.dataset.padding
-        order = torch.randperm(count, generator=generator(self._seed, "order", epoch))
-        corner = torch.randint(2 * padding + 1, (2, count), generator=generator(self._seed, "crop", epoch))
-        coin = torch.rand(count, generator=generator(self._seed, "flip", epoch))
-        noise = torch.rand(count, self._noise_width, generator=generator(self._seed, "noise", epoch))
-        flip = (coin < 0.5) & self.views.dataset.flip
-        return Draws(*(numbers.to(self._device) for numbers in (order, corner, flip, noise)))
+        data = self.views.dataset
+        drawn = draws(len(self.views), data.padding, data.flip, self._seed, epoch, self._noise_width)
+        return Draws(*(numbers.to(self._device) for numbers in drawn))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         draws = self.draw(epoch)
-        for step in range(start, self.steps_per_epoch):
-            part = slice(step * self._batch_size, (step + 1) * self._batch_size)
-            index = draws.order[part]
-            view = self.views.view(draws.corner[:, part], draws.flip[part])
+        for places, whole, share in turns(len(self.views), self._batch_size, start):
+            index, noise = draws.order[places], draws.noise[places]
+            view = self.views.view(draws.corner[:, places], draws.flip[places])
             images, labels = self.views.images(index, view), self.views.labels[index]
-            yield Batch(images=images, labels=labels, index=index, noise=draws.noise[part], view=view)
+            yield Batch(images, labels, index, noise, view, whole=whole, share=share)
 
 
 class EvalLoader:
     """The split in its own order, without augmentation; iterate it as often as wanted.
 
     Yields (images [B, 3, H, W] float32 normalised, labels [B] int64), both on the device; the last batch may be
-    smaller. The batch size changes speed and memory only, so it is large by default.
+    smaller. The batch size changes speed and memory only, so it is large by default, and smaller for large images.
     """
 
     def __init__(self, split: Split, dataset: Dataset, *, device: torch.device, batch_size: int = 1000) -> None:
-        self._split = split.to(device)
+        here = split.to(device)
+        self._images, self._labels = here.pixels, here.labels
         self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
-        self._batch_size = batch_size
+        self.batch_size = fitting(batch_size, split)
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self._split) // self._batch_size)
+        return -(-len(self._labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(self._split), self._batch_size):
-            part = slice(first, first + self._batch_size)
-            yield normalise(self._split.images[part], self._mean, self._std), self._split.labels[part]
+        for first in range(0, len(self._labels), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield normalise(self._images[part], self._mean, self._std), self._labels[part]

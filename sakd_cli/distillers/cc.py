@@ -35,6 +35,8 @@ class CC(Distiller):
     spot-adaptive step leaves the teacher's at its initial weights; the student's gradient is the same).
     """
 
+    scope = "batch"
+
     def __init__(self, spots: tuple[Spot, ...], config: CCConfig) -> None:
         super().__init__(spots)
         width = (config.width,)

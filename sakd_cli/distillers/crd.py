@@ -58,6 +58,8 @@ class CRD(Distiller):
     cost of a shuffle per sample. Seed and call number are buffers: a resumed run draws what it would have drawn.
     """
 
+    scope = "memory"
+
     classes: Tensor
     strides: Tensor
     seed: Tensor

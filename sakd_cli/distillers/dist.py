@@ -33,6 +33,8 @@ class DIST(Distiller):
     the correlation per class runs over the chosen samples, times n/N. It replaces KD at the logit spot.
     """
 
+    scope = "batch"
+
     def __init__(self, spots: tuple[Spot, ...], config: DISTConfig) -> None:
         super().__init__(spots)
         self.temperature, self.inter, self.intra = config.temperature, config.inter, config.intra

@@ -6,6 +6,7 @@ for losses that are dear: `Distiller.chosen`, which does nothing unless the dist
 """
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -19,9 +20,12 @@ class Distiller(nn.Module, ABC):
     """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source.
 
     pruned  shapes may depend on the selection, which the host must read: right for a CPU, wrong for a GPU (`Mode`)
+    scope   what a sample's loss depends on beside the sample: nothing, the other samples of the batch, or what was kept
+            of earlier batches. Where several processes share a batch the last one must see all of it in every process
     """
 
     pruned = False
+    scope: Literal["sample", "batch", "memory"] = "sample"
 
     def __init__(
         self,

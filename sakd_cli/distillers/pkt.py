@@ -36,6 +36,8 @@ class PKT(Distiller):
     and rows count, and the loss is multiplied by n/N: divided by n N.
     """
 
+    scope = "batch"
+
     def __init__(self, spots: tuple[Spot, ...], config: PKTConfig) -> None:
         super().__init__(spots)
 

@@ -49,6 +49,8 @@ class RKD(Distiller):
     count, and the loss is multiplied by n/N; below two it is 0 (the published code gives NaN).
     """
 
+    scope = "batch"
+
     def __init__(self, spots: tuple[Spot, ...], config: RKDConfig) -> None:
         super().__init__(spots)
         self.distance, self.angle = config.distance, config.angle

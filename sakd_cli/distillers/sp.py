@@ -29,6 +29,8 @@ class SP(Distiller):
     samples the matrices have those rows and columns only, and the loss is multiplied by n/N: divided by n N.
     """
 
+    scope = "batch"
+
     def __init__(self, spots: tuple[Spot, ...], config: SPConfig) -> None:
         super().__init__(spots)
 

@@ -140,9 +140,14 @@ class Distillers(NamedTuple):
         """Whether both networks' features must hold their versions in front of an activation."""
         return self.features is not None and self.features.preactivations
 
+    @property
+    def blocks(self) -> bool:
+        """Whether the teacher's features must hold those of its blocks."""
+        return self.features is not None and self.features.blocks
+
     def sight(self, teacher: StagedModel) -> Callable[[Tensor], Features]:
         """How the teacher must be looked at."""
-        if self.features is not None and self.features.blocks:
+        if self.blocks:
             return teacher.features_with_blocks
         return teacher.features_with_preactivations if self.preactivations else teacher.features
 

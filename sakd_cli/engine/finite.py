@@ -24,12 +24,21 @@ class Guard:
         self.found = torch.zeros((), device=device)  # 1 from the first bad step on
         self._names: tuple[str, ...] = ()
         self._bad = torch.zeros(0, dtype=torch.bool, device=device)  # per name, of the first bad step
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._steps = torch.zeros((), dtype=torch.int64, device=device)  # looked at
+        self._step = torch.zeros((), dtype=torch.int64, device=device)  # the first bad one
         self._rows = torch.full((0,), -1, dtype=torch.int64, device=device)
         self._cheap = device.type != "cuda"
 
-    def look(self, step: int, batch: Batch, output: StepOutput, gradients: Sequence[Tensor]) -> Tensor:
-        """Step `step` is about to change the weights; 1 if it must not. Raises NonFiniteError here if that is cheap."""
+    def go_on(self, step: int) -> None:
+        """So many steps were done before the next."""
+        self._steps.fill_(step)
+
+    def look(self, batch: Batch, output: StepOutput, gradients: Sequence[Tensor]) -> Tensor:
+        """A step is about to change the weights; 1 if it must not. Raises NonFiniteError here if that is cheap.
+
+        All that is remembered is changed in place: a CUDA graph replays this.
+        """
+        self._steps.add_(1)
         norms = torch.stack(torch._foreach_norm(list(gradients))) if gradients else torch.zeros(1)
         rows = ~batch.images.flatten(1).isfinite().all(dim=1)
         flags = {"input": rows.any()}
@@ -43,13 +52,15 @@ class Guard:
         bad = torch.stack(list(flags.values()))
         first = bad.any() & (self.found == 0)
         self._names = tuple(flags)
-        self._bad = torch.where(first, bad, self._bad if len(self._bad) else torch.zeros_like(bad))
-        self._step = torch.where(first, step, self._step)
+        if not len(self._bad):
+            self._bad = torch.zeros_like(bad)
+        self._bad.copy_(torch.where(first, bad, self._bad))
+        self._step.copy_(torch.where(first, self._steps, self._step))
         named = torch.where(rows | ~rows.any(), batch.index, -1)
         if len(named) > len(self._rows):  # the first batch; or the second, where the run went on at a short one
             self._rows = torch.cat([self._rows, torch.full_like(named[len(self._rows) :], -1)])
         self._rows[: len(named)] = torch.where(first, named, self._rows[: len(named)])
-        self.found = torch.where(first, 1.0, self.found)
+        self.found.copy_(torch.where(first, 1.0, self.found))
         if self._cheap:
             self.check()
         return self.found

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,11 +17,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sakd_cli import __version__
+from sakd_cli import __version__, parallel
 from sakd_cli.config.run import Runtime
 from sakd_cli.errors import MemoryLimitError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
+Seen = TypeVar("Seen")
+AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. A guess of the performance spec, not measured
 
 
 class Mode(NamedTuple):
@@ -29,16 +31,24 @@ class Mode(NamedTuple):
 
     reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
              optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
+    graphed  a step is captured and replayed as one CUDA graph
+    ahead    steps whose images the teacher sees in one pass; 1: no look-ahead
+    gathered  losses between samples see those of all processes
     """
 
     reduced: torch.dtype | None = None
     channels_last: bool = False
     pruned: bool = False
     compiled: bool = False
+    gathered: bool = False
+    graphed: bool = False
+    ahead: int = 1
 
     def __str__(self) -> str:
         words = ["bf16" if self.reduced else "fp32", "channels_last" if self.channels_last else "contiguous"]
-        return ", ".join([*words, "pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled])
+        words += ["pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled]
+        words += ["graph"] * self.graphed
+        return ", ".join([*words, *[f"look-ahead {self.ahead}"] * (self.ahead > 1)])
 
     def networks(self, device: torch.device) -> torch.autocast:
         """Networks, and what is trained to translate between them, run inside of this."""
@@ -56,9 +66,28 @@ def widened(x: Tensor) -> Tensor:
 
 def effective(words: Runtime, device: torch.device) -> Mode:
     """What the words mean on this device."""
-    last = device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last
+    cuda = device.type == "cuda"
     pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
-    return Mode(torch.bfloat16 if words.precision == "bf16" else None, last, pruned, words.compile)
+    return Mode(
+        reduced=torch.bfloat16 if words.precision == "bf16" else None,
+        channels_last=device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last,
+        pruned=pruned,
+        compiled=words.compile,
+        gathered=words.gather,
+        graphed=words.graph and cuda and parallel.wanted() == 1,
+        # A group of steps is cut into steps, not into the processes' parts of each.
+        ahead=1
+        if parallel.wanted() > 1
+        else (AHEAD if cuda else 1)
+        if words.look_ahead == "auto"
+        else words.look_ahead,
+    )
+
+
+def _ahead(words: Runtime, *, cuda: bool) -> int:
+    if words.look_ahead == "auto":
+        return AHEAD if cuda else 1
+    return words.look_ahead
 
 
 def check_compiler(device: torch.device) -> None:
@@ -70,12 +99,19 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compiled(task: nn.Module, device: torch.device) -> None:
+def compiled(task: nn.Module, device: torch.device, *, graphed: bool = False) -> None:
     """Compile a task in place, whole: what does not fit in one graph is an error.
 
-    Every batch size has a graph of its own: the whole batches and the last one of an epoch.
+    Every batch size has a graph of its own: the whole batches and the last one of an epoch. `graphed`: the whole step
+    becomes a CUDA graph, so the compiler makes none.
     """
-    task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    launches_at_once = device.type == "cuda" and not graphed
+    task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if launches_at_once else None)
+
+
+def compiled_pass(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:
+    """A pass without gradient, compiled whole; never a CUDA graph, whose results the next call would overwrite."""
+    return torch.compile(see, fullgraph=True, dynamic=False)
 
 
 def keep_freed_memory() -> None:
@@ -117,6 +153,8 @@ def reproducible() -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`. Raises UsageError where it is not to be had."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if cuda and parallel.wanted() > 1 and name in ("auto", "cuda"):
+        name = f"cuda:{parallel.place()}"  # each process has one of its own
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -142,6 +180,7 @@ def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
         "mode": str(mode),
         "chip": chip,
         "threads": torch.get_num_threads(),
+        "processes": parallel.processes(),
         "command": shlex.join(["sakd", *sys.argv[1:]]),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sakd_cli import parallel
 from sakd_cli.errors import Stopped
 
 
@@ -66,5 +67,6 @@ class Heeding:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batches:
-            heed(self._watcher)
+            if parallel.processes() == 1:  # several stop between two steps only, all at the same one
+                heed(self._watcher)
             yield batch

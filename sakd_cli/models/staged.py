@@ -5,15 +5,17 @@ half-open: `run(run(x, 0, k), k, L + 1)` equals `forward(x)` for every k, bit fo
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, NamedTuple, cast, final
 
+import torch
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
 from sakd_cli.models.layout import PLANES, Layout
 
 Shape = tuple[int, ...]
+Channels = tuple[float, ...]
 
 
 class StageInfo(NamedTuple):
@@ -74,6 +76,16 @@ class Features(NamedTuple):
         carried = tuple(map(change, self.carried))
         return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks, carried)
 
+    def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
+        """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
+        none, last = self.logits.new_empty(0), len(self.stages) - 1
+        return Features(
+            tuple(x if k in stages or k == last else none for k, x in enumerate(self.stages)),
+            self.logits,
+            tuple(x if k in preactivations else none for k, x in enumerate(self.preactivations)),
+            tuple(maps if k in blocks else () for k, maps in enumerate(self.blocks)),
+        )
+
     @property
     def embedding(self) -> Tensor:
         """The pooled vector in front of the head, [N, C]."""
@@ -107,6 +119,9 @@ class StagedModel(nn.Module):
     `head`: the last layer, where the network has one already, and `head_name`, what it is called there.
     """
 
+    gain: Tensor | None
+    shift: Tensor | None
+
     def __init__(
         self,
         *,
@@ -128,6 +143,9 @@ class StagedModel(nn.Module):
         self.head = nn.Linear(self.infos[-1].channels, num_classes) if head is None else head
         self.head_name = head_name
         self._carries = any(info.layout != PLANES for info in self.infos)
+        # Not saved: they belong to the images that it is given, not to the network.
+        self.register_buffer("gain", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
 
     def plain_names(self) -> dict[str, str]:
         """Name of each of its tensors -> its name in the network that was cut (`models/cutting.py`)."""
@@ -142,6 +160,21 @@ class StagedModel(nn.Module):
         names = self.plain_names()
         return {names[name]: tensor for name, tensor in self.state_dict().items()}
 
+    def expects(self, mean: Channels, std: Channels, *, given: tuple[Channels, Channels]) -> None:
+        """Convert images that are normalised by `given` (mean, std) to this network's own mean and std, from now on.
+
+        One affine per channel in front of the first stage; nothing at all where both are equal.
+        """
+        theirs = [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in given]
+        ours = [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std)]
+        equal = tuple(given[0]) == tuple(mean) and tuple(given[1]) == tuple(std)
+        place = self.head.weight
+        self.gain = None if equal else (theirs[1] / ours[1]).to(place)
+        self.shift = None if equal else ((theirs[0] - ours[0]) / ours[1]).to(place)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return images if self.gain is None or self.shift is None else images * self.gain + self.shift
+
     @property
     def map_stages(self) -> tuple[int, ...]:
         """Indices of the stages between stem and pooling, where maps can be distilled."""
@@ -153,7 +186,7 @@ class StagedModel(nn.Module):
 
     def features(self, x: Tensor) -> Features:
         """Images [N, 3, H, W] to the output of every stage and the logits."""
-        outputs = []
+        outputs, x = [], self._seen(x)
         for stage in self.stages:
             x = stage(x)
             outputs.append(x)
@@ -175,7 +208,7 @@ class StagedModel(nn.Module):
         """As `features`, with `Features.blocks` filled. A stage that declares blocks is a sequence of just these."""
         if self._carries:
             return self.features(x)
-        outputs, inside = [], []
+        outputs, inside, x = [], [], self._seen(x)
         for info, stage in zip(self.infos, self.stages, strict=True):
             seen = []
             for part in cast(nn.Sequential, stage) if info.blocks else (stage,):
@@ -198,7 +231,7 @@ class StagedModel(nn.Module):
 
     def features_with_preactivations(self, x: Tensor) -> Features:
         """As `features`, with `Features.preactivations` filled. UsageError where the family has none."""
-        outputs, before = self._seen_before_activation().run(self.stages, x)
+        outputs, before = self._seen_before_activation().run(self.stages, self._seen(x))
         return Features(tuple(outputs), self.head(outputs[-1]), tuple(before))
 
     def affine_before_activation(self, stage: int) -> Affine:
@@ -212,6 +245,7 @@ class StagedModel(nn.Module):
 
     def run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Run stages start .. stop-1; `x` is the output of stage start-1 (the images for start 0)."""
+        x = x if start else self._seen(x)
         for stage in self.stages[start:stop]:
             x = stage(x)
         return self.head(x) if start <= len(self.stages) < stop else x

@@ -316,6 +316,39 @@ class Report(Part):
     sections: list[str]
 
 
+class DataPart(Part):
+    """Training or test images; least, most: images of a class."""
+
+    folder: str
+    images: int
+    classes: int
+    least: int
+    most: int
+
+
+class DataFinding(Part):
+    """One thing that is wrong with a data set, and where.
+
+    kind: missing, empty-class, single-class, case, classes-differ, loop, count, unreadable
+    """
+
+    kind: str
+    path: str
+    text: str
+
+
+class DataCheck(Part):
+    """`sakd data check DIR --json`; read: files that were decoded. Nothing is wrong where `findings` is empty."""
+
+    schema_: Literal["sakd.data-check/1"] = Field(alias="schema")
+    dataset: str
+    root: str | None
+    classes: int
+    parts: list[DataPart]
+    read: int
+    findings: list[DataFinding]
+
+
 DOCUMENTS: dict[str, type[BaseModel]] = {
     "eval": Evaluation,
     "ensemble": EnsembleEvaluation,
@@ -323,4 +356,5 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "compare": Comparison,
     "report": Report,
     "spots": SpotsDocument,
+    "data": DataCheck,
 }

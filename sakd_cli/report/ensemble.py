@@ -19,6 +19,7 @@ parameters of all members; macs the mean per image; classes[].macs the same by c
 `ensemble` of summary.json has members, member_macs, thresholds as above, and
 
     early, all   top1, top5, loss, exits, macs, cost on the test images: leaving early, and all members for every image
+    sweep        as above
     stage_top1   top-1 after each stage that was trained
     energies     calibration, train: relative energy of what is missing after each of these stages
     dropped, stopped   1 where the last stage was dropped; why no further one came
@@ -39,7 +40,7 @@ def ensemble_tables(result: dict[str, Any]) -> list[RenderableType]:
     if told is None:
         return []
     sheets: list[RenderableType] = [_stages(told, told["exits"], result["images"], [_cost_note(told)])]
-    return [*sheets, _curve(told["sweep"])] if told.get("sweep") else sheets
+    return [*sheets, *([curve] if (curve := exit_table(told)) else [])]
 
 
 def ensemble_summary(told: dict[str, Any]) -> RenderableType:
@@ -91,7 +92,10 @@ def _cost_note(told: dict[str, Any]) -> str:
     )
 
 
-def _curve(points: list[dict[str, Any]]) -> Sheet:
+def exit_table(told: dict[str, Any]) -> Sheet | None:
+    """The `sweep` of an ensemble; None where it has none."""
+    if not (points := told.get("sweep")):
+        return None
     known = any(number(point.get("cost")) is not None for point in points)
     columns = [Column("Threshold"), Column("Cost %" if known else "MACs"), Column("Top-1 %"), Column("Agree %")]
     columns += [Column("Leave at the end %"), Column("Hull", text=True)]

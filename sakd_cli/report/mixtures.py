@@ -1,7 +1,5 @@
-"""What a run mixes of its teacher's blocks (`dfa.json`), as a table and as a picture. Plain data in, no torch."""
+"""What a run mixes of its teacher's blocks (`dfa.json`), as a table."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 from sakd_cli.errors import UsageError
@@ -10,7 +8,6 @@ from sakd_cli.report.sheet import Column, Sheet
 from sakd_cli.rundir import RunDir
 
 RECORD, PICTURE = "dfa.json", "dfa.png"
-LEGIBLE = 12  # blocks beside each other that have room for a number in the picture
 
 
 def mixture_report(run: RunDir) -> dict[str, Any] | None:
@@ -50,34 +47,3 @@ def mixture_table(record: dict[str, Any]) -> Sheet:
         f"{word(g.get('name'))}: blocks {', '.join(map(str, g['positions']))}; others differ in width" for g in odd
     ]
     return Sheet("Mixtures of the teacher's blocks (%)", columns, rows, notes)
-
-
-def can_draw() -> bool:
-    """Whether the library for pictures is there (`pip install 'sakd[plots]'`)."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def draw_mixtures(record: dict[str, Any], path: Path) -> None:
-    """Draw the shares as a heat map, groups by blocks, into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [group["alpha"] for group in record["groups"]]
-    most = max(map(len, rows))
-    figure = Figure(figsize=(1.8 + 0.55 * max(most, 4), 1.4 + 0.5 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    padded = [[*(100 * value for value in row), *[float("nan")] * (most - len(row))] for row in rows]
-    image = axes.imshow(padded, cmap="Blues", vmin=0, vmax=100 * max(map(max, rows)), aspect="auto")
-    if most <= LEGIBLE:
-        for y, row in enumerate(rows):
-            for x, value in enumerate(row):
-                colour = "white" if 100 * value > 0.6 * image.get_clim()[1] else "black"
-                axes.text(x, y, share(value), ha="center", va="center", fontsize=8, color=colour)
-    step = -(-most // LEGIBLE)
-    axes.set_xticks(range(0, most, step), [str(1 + x) for x in range(0, most, step)])
-    axes.set_yticks(range(len(rows)), [word(group.get("name")) for group in record["groups"]])
-    axes.set_xlabel("block")
-    axes.set_title(f"{word(record.get('teacher'))} on {word(record.get('dataset'))}", fontsize=9)
-    figure.colorbar(image, label="share (%)")
-    figure.savefig(path)

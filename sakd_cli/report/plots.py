@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sakd_cli.errors import DiskError, UsageError
-from sakd_cli.report.figures import plain
+from sakd_cli.report.figures import plain, share, word
 from sakd_cli.report.survey_tables import WHAT
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ MARKS = "os^Dv<>p"
 FORMATS = (".png", ".svg")
 CLASSES_SHOWN = 12  # at each end of the heat map; all where there are no more than three times as many
 PATHS_SHOWN = 12
+BLOCKS_NUMBERED = 12  # beside each other that have room for a number in the picture
 INCHES = (5.2, 3.9)
 
 
@@ -38,7 +39,7 @@ def available(warn: Callable[[str], None]) -> bool:
     try:
         new_figure()
     except UsageError as error:
-        warn(f"{error.message}: the page has tables and images only; {error.hint}")
+        warn(f"{error.message} ({error.hint})")
         return False
     return True
 
@@ -54,9 +55,11 @@ def rendered(figure: "Figure", kind: str) -> bytes:
 
 
 def checked(path: Path) -> Path:
-    """A file that a picture can be written to. Raises UsageError for other formats, or without matplotlib."""
+    """A file that a picture can be written to. UsageError for other formats, without its folder or matplotlib."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {path}: a picture's name ends in {' or '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {path}: no such folder")
     new_figure()
     return path
 
@@ -161,6 +164,47 @@ def path_bars(report: dict[str, Any], figure: "FigureBase | None" = None) -> "Fi
         f"images, %{'' if len(shown) == len(paths) else f'; {len(shown)} of {len(paths)}'}",
         "",
     )
+    return figure
+
+
+def mixture_map(record: dict[str, Any]) -> "Figure":
+    """Shares of a run's mixtures (`dfa.json`) as a heat map, groups by blocks."""
+    rows = [group["alpha"] for group in record["groups"]]
+    most = max(map(len, rows))
+    figure = new_figure(1.8 + 0.55 * max(most, 4), 1.4 + 0.5 * len(rows))
+    axes = figure.subplots()
+    padded = [[*(100 * value for value in row), *[float("nan")] * (most - len(row))] for row in rows]
+    image = axes.imshow(padded, cmap="Blues", vmin=0, vmax=100 * max(map(max, rows)), aspect="auto")
+    if most <= BLOCKS_NUMBERED:
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                colour = "white" if 100 * value > 0.6 * image.get_clim()[1] else "black"
+                axes.text(x, y, share(value), ha="center", va="center", fontsize=8, color=colour)
+    step = -(-most // BLOCKS_NUMBERED)
+    axes.set_xticks(range(0, most, step), [str(1 + x) for x in range(0, most, step)])
+    axes.set_yticks(range(len(rows)), [word(group.get("name")) for group in record["groups"]])
+    axes.set_xlabel("block")
+    axes.set_title(f"{word(record.get('teacher'))} on {word(record.get('dataset'))}", fontsize=9)
+    figure.colorbar(image, label="share (%)")
+    return figure
+
+
+def exit_curve(told: dict[str, Any], used: dict[str, Any], label: str) -> "Figure":
+    """Top-1 over mean cost of an ensemble: every shared threshold, the upper hull, and what is in use (`used`).
+
+    told  holds the `sweep` (see `ensemble.py`); used  top1, macs and cost of the point named by `label`
+    """
+    known = used["cost"] is not None
+    key, scale = ("cost", 100.0) if known else ("macs", 1e-6)
+    figure = new_figure()
+    axes = figure.subplots()
+    points = [(scale * point[key], point["top1"], point["hull"]) for point in told["sweep"]]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=COLOURS[7], label="shared threshold")
+    best = sorted((x, y) for x, y, on_hull in points if on_hull)
+    axes.plot([x for x, _ in best], [y for _, y in best], "-", color=COLOURS[0], label="upper hull")
+    axes.plot(scale * used[key], used["top1"], "*", markersize=14, color=COLOURS[1], label=label)
+    framed(axes, "Accuracy and cost", f"mean cost, {'% of the teacher' if known else 'million'} MACs", "top-1, %")
+    legend(figure, axes, "")
     return figure
 
 

@@ -15,9 +15,11 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report import plots
 from sakd_cli.report.compare import compare
 from sakd_cli.report.curves import curve_figure
+from sakd_cli.report.ensemble import ensemble_summary, exit_table
 from sakd_cli.report.figures import fixed, word
 from sakd_cli.report.html import Block, Picture, Section, page
 from sakd_cli.report.inspection import spot_document
+from sakd_cli.report.mixtures import mixture_report, mixture_table
 from sakd_cli.report.sheet import Column, Sheet
 from sakd_cli.report.spot_page import spot_sections
 from sakd_cli.report.spots import RECORD
@@ -75,9 +77,7 @@ def _curves(run: RunDir, drawn: bool) -> Part:
     blocks: list[Block] = [Sheet("By epoch", [Column(head) for head in heads], rows, [note])]
     if not drawn:
         return Part([Section("Curves", blocks)], {})
-    figure = curve_figure(document)
-    chart = Picture(plots.rendered(figure, "svg"), "svg+xml", "Lines: accuracy and loss by epoch")
-    return Part([Section("Curves", [chart, *blocks])], {"curves": plots.rendered(figure, "png")})
+    return _charted("Curves", curve_figure(document), "Lines: accuracy and loss by epoch", "curves", blocks)
 
 
 def _spots(run: RunDir, drawn: bool) -> Part:
@@ -91,6 +91,37 @@ def _spots(run: RunDir, drawn: bool) -> Part:
     images = survey.images if survey else {}
     pictures = {"spots": plots.rendered(plots.spot_figure(report, None), "png")} if drawn else {}
     return Part(spot_sections(report, images, drawn=drawn), pictures)
+
+
+def _mixtures(run: RunDir, drawn: bool) -> Part:
+    try:
+        record = mixture_report(run)
+    except UsageError:  # damaged: `inspect-spots` says how
+        record = None
+    if record is None:
+        return Part([], {})
+    table, title = mixture_table(record), "Mixtures of the teacher's blocks"
+    if not drawn:
+        return Part([Section(title, [table])], {})
+    return _charted(title, plots.mixture_map(record), "Heat map: share of every block", "mixtures", [table])
+
+
+def _residual(run: RunDir, drawn: bool) -> Part:
+    told = run.read_json("summary.json").get("ensemble") if run.finished else None
+    if not told:
+        return Part([], {})
+    curve: Any = exit_table(told)
+    tables: list[Any] = [ensemble_summary(told), *([curve] if curve else [])]
+    if not (drawn and curve):
+        return Part([Section("Residual students", tables)], {})
+    figure = plots.exit_curve(told, told["early"], "thresholds in use")
+    return _charted("Residual students", figure, "Curve: accuracy by mean cost", "exits", tables)
+
+
+def _charted(title: str, figure: Any, alt: str, name: str, tables: list[Any]) -> Part:
+    """A section of tables below a chart, which is also a PNG beside the page."""
+    chart = Picture(plots.rendered(figure, "svg"), "svg+xml", alt)
+    return Part([Section(title, [chart, *tables])], {name: plots.rendered(figure, "png")})
 
 
 def _environment(run: RunDir, drawn: bool) -> Part:
@@ -110,4 +141,12 @@ def _pairs(title: str, found: dict[str, Any]) -> Sheet:
     return Sheet(title, [Column("Word", text=True), Column("Value", text=True)], rows)
 
 
-PARTS: tuple[Callable[[RunDir, bool], Part], ...] = (_result, _curves, _spots, _environment, _words)
+PARTS: tuple[Callable[[RunDir, bool], Part], ...] = (
+    _result,
+    _curves,
+    _spots,
+    _mixtures,
+    _residual,
+    _environment,
+    _words,
+)

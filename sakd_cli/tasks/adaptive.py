@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.run import EvalConfig
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.engine.watch import Watcher
@@ -23,8 +23,8 @@ from sakd_cli.models.ensemble import INDEX, Ensemble, LoadedEnsemble
 from sakd_cli.models.exits import NEVER, RANGES, Exits, fit, leaving, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
-from sakd_cli.tasks.build import check_classes, load_images
-from sakd_cli.tasks.score import Target, class_rows, described, followed
+from sakd_cli.tasks.build import load_images, suit
+from sakd_cli.tasks.score import Target, class_rows, described, followed, seen_in
 
 POINTS = 21  # of a sweep
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -80,13 +80,15 @@ def figures_of(
     macs: Sequence[int],
     teacher_macs: int | None,
 ) -> dict[str, Any]:
-    """How a run's ensemble does on the test images, leaving early (`early`) and going to the end (`all`)."""
+    """How a run's ensemble does on the test images: leaving early (`early`), going to the end (`all`), and between."""
     sides = {}
     for name, chosen in (("early", exits), ("all", never(exits))):
         scores, left = passed(ensemble, chosen, batches, classes)
         sides[name] = scores.headline() | costs_of(left, macs, teacher_macs)
     networks = [getattr(member, "name", "") for member in ensemble.members]
-    return {"members": networks, "member_macs": list(macs), "thresholds": list(exits.thresholds), **sides}
+    curve = sweep(ensemble, exits, batches, macs, teacher_macs)
+    told = {"members": networks, "member_macs": list(macs), "thresholds": list(exits.thresholds)}
+    return told | sides | {"sweep": curve}
 
 
 @torch.inference_mode()
@@ -144,13 +146,13 @@ def score_ensemble(target: Target, watcher: Watcher, *, early: bool, curve: bool
     """
     opened = _opened(target.weights)
     rule = opened.about.get("rule", {})
-    named = Layer("the ensemble's words", {"data": opened.card.dataset, "residual": rule})
+    named = Layer("the ensemble's words", {"data": seen_in(opened.card), "residual": rule})
     config: EvalConfig = resolve("eval", [named, *target.layers]).config
     device = pick_device(config.device)
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))
-    first = opened.ensemble.members[0]
-    assert isinstance(first, StagedModel)
-    check_classes(Artifact(first, opened.card, opened.sha256), images, str(target.weights))
+    for member in opened.ensemble.members:
+        assert isinstance(member, StagedModel)
+        suit(Artifact(member, opened.card, opened.sha256), images, str(target.weights))
     whole, dataset = opened.ensemble.to(device), images.dataset
     costs = [cost(member, images.side) for member in whole.members]
     macs, teacher = [one.macs for one in costs], opened.about.get("teacher") or {}
@@ -158,7 +160,7 @@ def score_ensemble(target: Target, watcher: Watcher, *, early: bool, curve: bool
     exits = opened.exits
     if exits.thresholds and config.residual.exits() != rule:
         exits = _refitted(whole, target.run, config, macs, teacher_macs, device)
-    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+    batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     chosen, title = exits if early else never(exits), f"scoring {target.weights}"
     scores, left = passed(whole, chosen, followed(batches, watcher, title), len(dataset.classes))
     shown = costs_of(left, macs, teacher_macs)
@@ -216,7 +218,7 @@ def _refitted(
     images = load_images(trained.data.model_copy(update=place), trained.residual)
     if images.calibration is None:
         raise UsageError(f"{run.path}: kept no images to fit thresholds on")
-    batches = EvalLoader(images.calibration, images.dataset, device=device)
+    batches = eval_loader(images.calibration, images.dataset, device=device)
     with torch.inference_mode():
         stages = torch.cat([ensemble.stages(x) for x, _ in batches], dim=1)
     return fit(config.residual, stages, images.calibration.labels.to(device), macs, teacher_macs)

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,17 @@ from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.data import table as datasets
-from sakd_cli.data.dataset import Dataset, Split, hold_out, limited
+from sakd_cli.data.dataset import hold_out, limited
+from sakd_cli.data.feeds import kept
 from sakd_cli.data.streams import generator
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable
-from sakd_cli.engine.runtime import Mode, effective, pick_device
+from sakd_cli.engine.runtime import effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
-from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.branches import Branches
-from sakd_cli.models.cost import Cost, cost
-from sakd_cli.models.spot import Spot
+from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel, frozen_view
 from sakd_cli.models.table import create
 from sakd_cli.reading import expanded
@@ -37,70 +36,29 @@ from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.tasks import mixtures, start
 from sakd_cli.tasks.bank import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
+from sakd_cli.tasks.job import Images, Job
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
-from sakd_cli.tasks.sftn import BranchDelivery, SftnTask, start_from_branches
+from sakd_cli.tasks.sftn import SftnTask, start_from_branches
 from sakd_cli.tasks.teachers import find_teacher, load_teacher, no_teacher
 from sakd_cli.tasks.warmup import WarmupTask
-
-
-@dataclass(frozen=True)
-class Images:
-    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests.
-
-    calibration   where there are residual students: decides when to stop and who leaves early
-    """
-
-    dataset: Dataset
-    train: Split
-    held_out: Split | None
-    calibration: Split | None = None
-
-    @property
-    def side(self) -> int:
-        """Height and width of the images in pixels."""
-        return int(self.dataset.train.images.shape[-1])
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run, built and ready: its task, its images and what the reports say of it."""
-
-    config: RunConfig
-    device: torch.device
-    images: Images
-    task: Task
-    network: StagedModel
-    cost: Cost
-    spots: tuple[Spot, ...] = ()
-    teacher: Artifact | None = None
-    teacher_path: Path | None = None
-    teacher_cost: Cost | None = None
-    branches: BranchDelivery | None = None
-
-    @property
-    def mode(self) -> Mode:
-        """How it computes."""
-        return effective(self.config.runtime, self.device)
-
-    @property
-    def card(self) -> NetworkCard:
-        """How the delivered network introduces itself."""
-        data = self.images.dataset
-        return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
 
 
 def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
     """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
     dataset = limited(datasets.load(config), config.limit, config.split_seed)
     train, held_out = hold_out(dataset, config.holdout, config.split_seed)
-    if residual is None or residual.students == 0:
-        return Images(dataset, train, held_out)
-    least = min(residual.calibration_min / len(train), 0.2)
-    share = max(residual.calibration, least)
-    train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
-    return Images(dataset, train, held_out, calibration)
+    calibration = None
+    if residual is not None and residual.students:
+        least = min(residual.calibration_min / len(train), 0.2)
+        share = max(residual.calibration, least)
+        train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
+    there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
+    cut = {name: split for name, split in there.items() if split is not None}
+    placed = dict(zip(cut, kept(list(cut.values()), dataset, config), strict=True))
+    dataset = replace(dataset, test=placed["test"])
+    return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
 
 def pretraining(config: PretrainConfig) -> Job:
@@ -118,8 +76,7 @@ def pretraining(config: PretrainConfig) -> Job:
     with _initialised(config.seed, "branches"):
         branches = Branches(network, words.students, images.side, share=words.share_branches)
     task = mode.laid_out(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
-    delivery = BranchDelivery(network, branches, words)
-    return Job(config, device, images, task.to(device), network, costs, branches=delivery)
+    return Job(config, device, images, task.to(device), network, costs)
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
@@ -145,7 +102,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
-    check_classes(teacher, images, config.teacher.source, train_one)
+    suit(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)
     start.start_from(student, config.student_weights, config.head, images.dataset, "student_weights")
@@ -278,6 +235,13 @@ def check_classes(network: Artifact, images: Images, source: str, hint: str | No
         raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
 
 
+def suit(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+    """Let a trained network see a data set's images as it was trained to. Raises as `check_classes`."""
+    check_classes(network, images, source, hint)
+    data = images.dataset
+    network.model.expects(network.card.mean, network.card.std, given=(data.mean, data.std))
+
+
 def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
     """The config with every name that may mean something else tomorrow replaced by what it means today.
 
@@ -297,28 +261,6 @@ def _teacher_path(config: DistillConfig) -> Path:
     if path is None:
         raise no_teacher(config)
     return path
-
-
-def plan(job: Job) -> dict[str, Any]:
-    """What `--dry-run` shows: spots with shapes and adapters, networks, trainable parameters."""
-    networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
-    if job.teacher and job.teacher_cost:
-        networks.insert(0, {"role": "teacher", "name": job.teacher.model.name, **job.teacher_cost._asdict()})
-    for row in job.branches.facts["branches"] if job.branches else []:
-        cells = {"role": f"branch at {row['behind']}", "name": row["student"]}
-        networks.append(cells | {key: row[key] for key in ("parameters", "macs")})
-    trainable = {group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()}
-    graft = job.task.graft if isinstance(job.task, DistillTask) else None
-    spots = []
-    for k, spot in enumerate(job.spots):
-        adapted = graft is not None and spot.kind != "logits"
-        spots.append(
-            {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
-            | {"student_stage": spot.student, "teacher_stage": spot.teacher}
-            | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
-            | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}
-        )
-    return {"networks": networks, "spots": spots, "trainable": trainable, "images": len(job.images.train)}
 
 
 def _learning_rate(config: RunConfig, network: str) -> float:
@@ -356,7 +298,7 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
 def _adaptive_run(config: DistillConfig) -> RunDir:
     """The newest finished adaptive run of the same networks, method and data set."""
     wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
-    wanted |= {"data.name": config.data.name, "method.name": config.method.name, "router.name": "adaptive"}
+    wanted |= config.data.identity() | {"method.name": config.method.name, "router.name": "adaptive"}
     run = newest_run(config.runs_dir, wanted)
     if run is None:
         raise UsageError(

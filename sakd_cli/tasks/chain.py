@@ -6,8 +6,9 @@ phases is computed anew from the trained networks, on images that no student was
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,24 @@ from torch import Tensor, nn
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.loader import EvalLoader
-from sakd_cli.engine.trainer import MAIN
+from sakd_cli.data.feeds import eval_loader
+from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
 from sakd_cli.errors import Stopped, UsageError
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import Cost
-from sakd_cli.models.ensemble import Ensemble
+from sakd_cli.models.ensemble import Ensemble, Offset
 from sakd_cli.models.exits import fit
 from sakd_cli.models.lighter import cost_of, lighter
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.adaptive import figures_of
-from sakd_cli.tasks.build import Job, residual_stage
-from sakd_cli.tasks.residual import Logits, relative_energy
+from sakd_cli.tasks.build import residual_stage
+from sakd_cli.tasks.companion import Companion, Workshop
+from sakd_cli.tasks.job import Job
+from sakd_cli.tasks.residual import relative_energy
+from sakd_cli.tasks.training import training
 
 FOLDER = "ensemble"
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -46,14 +50,6 @@ class MemberDelivery:
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
         return
-
-
-class Stage(NamedTuple):
-    """One residual student to train: its phase, its job, and the logits of all before it."""
-
-    phase: str
-    job: Job
-    base: Logits
 
 
 class Verdict(NamedTuple):
@@ -94,7 +90,7 @@ class _Gap:
 
     def __init__(self, split: Split, job: Job, watcher: Watcher) -> None:
         assert job.teacher is not None
-        self.batches = Heeding(EvalLoader(split, job.images.dataset, device=job.device), watcher)
+        self.batches = Heeding(eval_loader(split, job.images.dataset, device=job.device), watcher)
         self.teacher = _logits(job.teacher.model, self.batches)
         self.stages: list[Tensor] = []
         self.energies: list[float] = []
@@ -121,11 +117,14 @@ def _between_phases() -> Iterator[None]:
         raise Stopped(stopped.signal, "all that was trained is saved") from None
 
 
-class Chain:
+@final
+class Chain(Companion):
     """Plans the residual students of a job, hands them out one by one, and closes with an ensemble.
 
     Raises UsageError where the costs allow none.
     """
+
+    label = "residual"
 
     def __init__(self, job: Job) -> None:
         assert isinstance(job.config, DistillConfig)
@@ -142,14 +141,16 @@ class Chain:
         self.members: list[StagedModel] = []
         self.dropped = 0
 
+    def rehearse(self) -> None:
+        for number, name in enumerate(self.names, start=1):
+            residual_stage(self.job, name, number, self.job.network.forward)
+
     def networks(self) -> list[dict[str, Any]]:
-        """What `--dry-run` shows of them."""
         pairs = zip(self.names, self.costs, strict=True)
         return [{"role": "residual student", "name": name, **cost._asdict()} for name, cost in pairs]
 
-    def stages(self, watcher: Watcher) -> Iterator[Stage]:
-        """The residual students; each must be trained when the next one is asked for."""
-        self._begin(watcher)
+    def trainings(self, shop: Workshop) -> Iterator[Trainer]:
+        self._begin(shop.watcher)
         self._join(self.job.network)
         for number, name in enumerate(self.names, start=1):
             drop, stopped = verdict(self.held_out.energies, self.words)
@@ -157,7 +158,8 @@ class Chain:
                 break
             base = Ensemble(list(self.members)).eval().forward
             job = residual_stage(self.job, name, number, base)
-            yield Stage(f"residual-{number}", job, base)
+            judge = shop.judge._replace(scored=partial(Offset, base=base))
+            yield from training(job, f"residual-{number}", Outcome(judge, MemberDelivery(job.network, job.card)), shop)
             self._join(job.network)
         drop, stopped = verdict(self.held_out.energies, self.words)
         self.stopped = stopped or self.stopped
@@ -178,7 +180,7 @@ class Chain:
         for gap in (self.held_out, self.seen):
             gap.add(network)
 
-    def close(self, run: RunDir, test: Batches, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Fit the thresholds, write the folder `ensemble/`, and return its figures on the test images."""
         teacher, cost = self.job.teacher, self.job.teacher_cost
         assert teacher is not None
@@ -195,22 +197,9 @@ class Chain:
             "teacher": {"architecture": teacher.model.name, "sha256": teacher.sha256, "macs": cost.macs},
             "calibration_images": len(self.labels),
         }
-        ensemble.save(run.path / FOLDER, whole, self.job.card, exits, facts)
+        ensemble.save(shop.run.path / FOLDER, whole, self.job.card, exits, facts)
         with _between_phases():
-            shown = figures_of(whole, exits, test, len(self.job.images.dataset.classes), macs, cost.macs)
+            shown = figures_of(whole, exits, shop.judge.test, len(self.job.images.dataset.classes), macs, cost.macs)
         phases = [MAIN, *(f"residual-{number}" for number in range(1, len(self.names) + 1))]
         tops = [figures[phase]["headline"]["top1"] for phase in phases if phase in figures]
-        return shown | facts | {"stage_top1": tops}
-
-
-def chain_of(job: Job) -> Chain | None:
-    """The chain of a job that asks for residual students."""
-    wanted = isinstance(job.config, DistillConfig) and job.config.residual.students > 0
-    return Chain(job) if wanted else None
-
-
-def rehearse(job: Job) -> None:
-    """Raise UsageError, before anything is trained, where a residual student cannot be built."""
-    chain = chain_of(job)
-    for number, name in enumerate(chain.names if chain else (), start=1):
-        residual_stage(job, name, number, job.network.forward)
+        return {"ensemble": shown | facts | {"stage_top1": tops}}

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sakd_cli import parallel
 from sakd_cli.batch import Batch
+from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
 from sakd_cli.engine.runtime import Mode, widened
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
+from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel
 from sakd_cli.routing.graft import Graft
 from sakd_cli.routing.objective import router_loss
@@ -47,8 +50,11 @@ class PlainPass:
     see: Callable[[Tensor], Features]
 
     def __call__(self, batch: Batch) -> Features:
-        """Features of a batch's images."""
-        return self.see(batch.images)
+        """Features of a batch's images, or what of them came with the batch."""
+        if batch.known is None:
+            return self.see(batch.images)
+        assert isinstance(batch.known, Features)
+        return batch.known
 
     @property
     def network(self) -> StagedModel:
@@ -115,6 +121,19 @@ class DistillTask(Task):
     def begin_epoch(self, epoch: int) -> None:
         self.router.begin_epoch(epoch)
 
+    @torch.no_grad()
+    def foreseen(self, images: Tensor) -> Features:
+        """What a step reads of the teacher's plain pass over these images, for `Batch.known`; nothing else is held."""
+        assert isinstance(self.teacher_features, PlainPass)
+        compared = {spot.teacher for spot in self.spots[:-1]}
+        before, blocks = self.distillers.preactivations, self.distillers.blocks
+        stages = compared
+        if before or blocks:
+            stages = {self.spots[0].teacher} if self.graft is not None else set()
+        with self.mode.networks(images.device):
+            whole = self.teacher_features.see(images)
+        return whole.only(stages, compared if before else (), compared if blocks else ())
+
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
@@ -125,11 +144,12 @@ class DistillTask(Task):
             student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
         ce = F.cross_entropy(student.logits, batch.labels)
-        logit = self.factors.logit * self.logit_distiller(student, teacher, decision.weight[-1:], batch).sum()
+        logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, decision.weight[-1:], batch)
         parts = {"ce": ce, "logit": logit}
         loss = self.factors.ce * ce + logit
         if self.feature_distiller is not None:
-            feature = self.factors.feature * self.feature_distiller(student, teacher, decision.weight[:-1], batch).sum()
+            weight = decision.weight[:-1]
+            feature = self.factors.feature * self._matched(self.feature_distiller, student, teacher, weight, batch)
             parts["feature"] = feature
             loss = loss + feature
         parts["loss"] = loss
@@ -139,6 +159,18 @@ class DistillTask(Task):
         return StepOutput(
             loss + routing_loss, student.logits, {name: part.detach() for name, part in parts.items()}, use
         )
+
+    def _matched(
+        self, distiller: Distiller, student: Features, teacher: Features, weight: Tensor, batch: Batch
+    ) -> Tensor:
+        """A distiller's loss over all its spots; of the whole batch where processes share it and it has to be."""
+        asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gathered)
+        if asked and parallel.processes() > 1:
+            student, teacher = (_of_all(features, distiller.spots, batch) for features in (student, teacher))
+            weight = parallel.gathered(weight.T, batch).T
+            labels, index = (parallel.gathered(rows, batch) for rows in (batch.labels, batch.index))
+            batch = Batch(batch.images, labels, index, batch.noise)
+        return distiller(student, teacher, weight, batch).sum()
 
     def _route(
         self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision, offset: Tensor | None
@@ -152,11 +184,18 @@ class DistillTask(Task):
             routed = routed + (1 - decision.gate[:, -1:]) * offset
         result = router_loss(
             routed,
-            batch.labels,
+            batch,
             ce,
             decision.gate,
             gamma=self.factors.gamma,
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
         events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
-        return result.loss, events | {"routed_ce": result.ce, "student_ce": ce.detach()}
+        return result.loss, events | {"routed_ce": result.ce, "student_ce": result.student_ce}
+
+
+def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:
+    """The logits and what the spots need of the stages, of all processes' samples; the other stages as they are."""
+    places = {place for spot in spots for place in (spot.student, spot.teacher)}
+    stages = [parallel.gathered(x, batch) if k in places else x for k, x in enumerate(features.stages)]
+    return Features(tuple(stages), parallel.gathered(features.logits, batch))

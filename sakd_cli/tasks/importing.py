@@ -48,7 +48,7 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
 
 def _write(folder: Path, network: StagedModel, dataset: Dataset, facts: dict[str, Any]) -> None:
     """The whole folder or nothing."""
-    side = int(dataset.train.images.shape[-1])
+    side = dataset.train.side
     card = NetworkCard(network.name, dataset.name, dataset.classes, dataset.mean, dataset.std, side)
     aside = folder.with_name(f".{folder.name}.new")
     try:

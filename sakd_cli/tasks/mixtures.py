@@ -4,15 +4,19 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
 from sakd_cli import __version__
 from sakd_cli.config.methods import DFAConfig, MethodConfig, Mixtures
+from sakd_cli.config.run import DistillConfig
 from sakd_cli.distillers.dfa import DFA
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import sha256
+from sakd_cli.tasks.companion import Companion, Workshop
+from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.job import Job
 
 SCHEMA = "sakd.dfa/1"
 NAME = "dfa.json"
@@ -53,17 +57,24 @@ def adopt(words: MethodConfig, distiller: Any, teacher: str) -> None:
         distiller.take(k, torch.tensor(groups[group.stage]))
 
 
-def record(
-    words: MethodConfig, distiller: Any, dataset: str, seed: int, warn: Callable[[str], None] | None
-) -> dict[str, Any] | None:
+def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:
+    """Words and distiller of a job that mixes blocks; None for all others."""
+    words = job.config.method if isinstance(job.config, DistillConfig) else None
+    distiller = job.task.feature_distiller if isinstance(job.task, DistillTask) else None
+    return (words, distiller) if isinstance(words, DFAConfig) and isinstance(distiller, DFA) else None
+
+
+def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
     """What `dfa.json` of a run holds; of mixtures from a file, what that file held. None for methods without any."""
-    if not (isinstance(words, DFAConfig) and isinstance(distiller, DFA)):
+    if (found := of_job(job)) is None:
         return None
+    words, distiller = found
+    dataset, seed = job.images.dataset.name, job.config.seed
     if from_file(words):
-        found = _read(words)
-        if warn is not None and found["dataset"] != dataset:
-            warn(f"{words.weights}: was found on {found['dataset']}, and is used on {dataset}")
-        return found
+        read = _read(words)
+        if warn is not None and read["dataset"] != dataset:
+            warn(f"{words.weights}: was found on {read['dataset']}, and is used on {dataset}")
+        return read
     groups = []
     for k, group in enumerate(distiller.groups):
         about = {"index": group.stage, "name": group.name, "blocks": len(group.places)}
@@ -89,6 +100,20 @@ def record(
         "search": search if distiller.to_be_found else None,
         "groups": groups,
     }
+
+
+@final
+class Mixed(Companion):
+    """The mixtures of a run, in its plan and in its summary."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def plan(self) -> dict[str, Any]:
+        return {"mixtures": record(self.job)}
+
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return self.plan() | {"search_seconds": figures.get("search", {}).get("seconds")}
 
 
 def _read(words: DFAConfig) -> dict[str, Any]:

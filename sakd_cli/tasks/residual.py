@@ -31,6 +31,17 @@ def relative_energy(teacher: Tensor, student: Tensor) -> float:
     return float((theirs - centred(student.double())).square().mean() / theirs.square().mean())
 
 
+class Targets(NamedTuple):
+    """Logits [N, K] of the teacher and of the base: all that a step reads of frozen networks."""
+
+    teacher: Tensor
+    base: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        """The same with every tensor changed."""
+        return Targets(change(self.teacher), change(self.base))
+
+
 class Sides(NamedTuple):
     """Logits [N, K]: the teacher's, the base's (without gradient both) and the residual student's; labels [N]."""
 
@@ -79,9 +90,14 @@ class ResidualTask(Task):
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup("student", list(self.network.parameters()), self.lr, self.weight_decay)]
 
+    @torch.no_grad()
+    def foreseen(self, images: Tensor) -> Targets:
+        """What a step reads of the frozen networks, for `Batch.known`."""
+        return Targets(self.teacher(images), self.base(images))
+
     def forward(self, batch: Batch) -> StepOutput:
-        with torch.no_grad():
-            teacher, base = self.teacher(batch.images), self.base(batch.images)
+        known = batch.known
+        teacher, base = known if isinstance(known, Targets) else self.foreseen(batch.images)
         sides = Sides(teacher, base, self.network(batch.images), batch.labels)
         loss = LOSSES[self.words.loss](sides, self.words)
         return StepOutput(loss, base + sides.own, {"loss": loss.detach()})

@@ -3,78 +3,63 @@
 import re
 import shlex
 import uuid
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from sakd_cli.config.run import DistillConfig, Train
-from sakd_cli.data.halves import InTurn
-from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli import parallel
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import check_compiler, compiled, environment, keep_freed_memory, memory_told, reproducible
-from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
 from sakd_cli.engine.watch import Heeding, Watcher
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.models import artifact
-from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.ensemble import Offset
-from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
-from sakd_cli.tasks import mixtures, survey
-from sakd_cli.tasks.bank import open_bank
-from sakd_cli.tasks.build import Job, plan, search_of, warmup_of
-from sakd_cli.tasks.chain import Chain, MemberDelivery, chain_of, rehearse
-from sakd_cli.tasks.distill import DistillTask
-from sakd_cli.tasks.search import SearchTask, batches
-from sakd_cli.tasks.sftn import BranchDelivery
+from sakd_cli.tasks.companion import Companion, Workshop, loader_of
+from sakd_cli.tasks.companions import companions_of
+from sakd_cli.tasks.job import Job, plan
+from sakd_cli.tasks.training import training
 
 
 class FolderDelivery:
     """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
 
-    beside   student branches that are written whenever the folder is
+    companions   have what belongs to it written beside it
     """
 
-    def __init__(
-        self,
-        network: StagedModel,
-        card: NetworkCard,
-        folder: str,
-        facts: dict[str, Any],
-        beside: BranchDelivery | None = None,
-    ) -> None:
-        self.network, self.card, self.folder, self.facts, self.beside = network, card, folder, facts, beside
+    def __init__(self, job: Job, facts: dict[str, Any], companions: Sequence[Companion]) -> None:
+        self.network, self.card, self.facts, self.companions = job.network, job.card, facts, companions
+        self.folder = "student" if job.teacher else "teacher"
 
     def save_weights(self, path: Path) -> None:
         artifact.save_weights(path, self.network, self.card)
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
         artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
-        if self.beside is not None:
-            self.beside.save(run.path, run.path / self.folder / "model.safetensors")
+        for companion in self.companions:
+            companion.publish(run.path, run.path / self.folder / "model.safetensors")
 
 
 def try_one_batch(job: Job) -> dict[str, Any]:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
-    rehearse(job)
-    chain = chain_of(job)
+    for companion in (companions := companions_of(job)):
+        companion.rehearse()
+    loader = loader_of(job)
     job.task.train()
     job.task.begin_epoch(1)
-    output = job.task(next(_train_loader(job).epoch(1)))
+    output = job.task(next(loader.epoch(1)))
     output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
-    steps = len(_train_loader(job))
-    shown = {"schema": "sakd.plan/1"} | plan(job) | ({"mixtures": found} if (found := _mixtures(job)) else {})
-    shown["networks"] += chain.networks() if chain else []
-    return shown | {"batch": parts, "steps_per_epoch": steps, "device": str(job.device)}
+    shown = {"schema": "sakd.plan/1"} | plan(job)
+    for companion in companions:
+        shown |= companion.plan()
+        shown["networks"] += companion.networks()
+    return shown | {"batch": parts, "steps_per_epoch": len(loader), "device": str(job.device)}
 
 
 def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
@@ -84,92 +69,80 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
     board.check(job.config.log)
-    chain = chain_of(job)
+    parallel.join(job.device)
+    job.images.gather()
+    companions = companions_of(job)
+    _made_ready(job)
+    run, intent = _opened(job, companions, intent)
+    with run.locked(), board.following(run, job.config.log):
+        if parallel.first():
+            _begin(job, run, intent)
+        parallel.meet()
+        try:
+            shop = Workshop(run, _judge(job, watcher), watcher)
+            facts = _teacher_facts(job, shop.judge)
+            for companion in companions:
+                facts |= companion.facts()
+            phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
+            with memory_told(job.config.train.batch_size), parallel.losses_told():
+                figures = {trainer.phase: trainer.fit() for trainer in phases}
+            if parallel.first():
+                _close(job, companions, shop, figures, facts)
+            parallel.meet()
+        except Stopped as stopped:
+            command = "distill" if job.teacher else "pretrain-teacher"
+            hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
+            raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
+        return run, run.read_json("summary.json")
+
+
+def _opened(job: Job, companions: Sequence[Companion], intent: Intent) -> tuple[RunDir, Intent]:
+    """The run directory and what is to become of it: the first process says it, the others read and are silent."""
+    if parallel.first():
+        run = intent.open(job.config.runs_dir, _label(job, companions))
+        parallel.told((str(run.path), intent.resume is not None))
+        return run, intent
+    path, going_on = parallel.told(("", False))
+    run = RunDir(Path(path), silent=True)
+    return run, intent._replace(resume=run if going_on else None)
+
+
+def _begin(job: Job, run: RunDir, intent: Intent) -> None:
+    """Make room for a new run, and write down what it is."""
+    if intent.overwrite:
+        run.clear()
+    if intent.resume is None:
+        write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
+        write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+
+
+def _close(
+    job: Job, companions: Sequence[Companion], shop: Workshop, figures: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Everything is trained: what is left to the companions, and the summary."""
+    summary = _about(job) | figures[MAIN] | facts
+    for companion in companions:
+        summary |= companion.close(shop, figures)
+    write_json(shop.run.path / "summary.json", summary)
+
+
+def _made_ready(job: Job) -> None:
+    """The process and the task, for the way in which the run computes."""
     if job.device.type == "cpu":
         keep_freed_memory()
     if job.config.runtime.deterministic:
         reproducible()
     if job.mode.compiled:
+        parallel.check_alone("--compile")
         check_compiler(job.device)
-        compiled(job.task, job.device)
-    run = intent.open(job.config.runs_dir, _label(job))
-    with run.locked(), board.following(run, job.config.log):
-        if intent.overwrite:
-            run.clear()
-        if intent.resume is None:
-            write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
-            write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
-        try:
-            judge = _judge(job, watcher)
-            facts = _teacher_facts(job, judge) | ({"friendly": job.branches.facts} if job.branches else {})
-            phases = _resumed(_phases(job, chain, run, judge, facts, watcher), run, intent, watcher)
-            with memory_told(job.config.train.batch_size):
-                figures = {trainer.phase: trainer.fit() for trainer in phases}
-            extra: dict[str, Any] = {"friendly": job.branches.scored(judge.test)} if job.branches else {}
-            extra |= {"ensemble": chain.close(run, judge.test, figures)} if chain else {}
-            extra |= survey.keep(job, run, watcher)
-        except Stopped as stopped:
-            command = "distill" if job.teacher else "pretrain-teacher"
-            hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
-            raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        if (mixed := _mixtures(job)) is not None:
-            extra |= {"mixtures": mixed, "search_seconds": figures.get("search", {}).get("seconds")}
-        summary = _about(job) | figures[MAIN] | facts | extra
-        write_json(run.path / "summary.json", summary)
-        return run, summary
+        compiled(job.task, job.device, graphed=job.mode.graphed)
 
 
-def _phases(
-    job: Job, chain: Chain | None, run: RunDir, judge: Judge, facts: dict[str, Any], watcher: Watcher
-) -> Iterator[Trainer]:
+def _trainings(job: Job, companions: Sequence[Companion], shop: Workshop, facts: dict[str, Any]) -> Iterator[Trainer]:
     """The trainings of a run, one after another; each is built when the one before is done."""
-    delivery = FolderDelivery(job.network, job.card, "student" if job.teacher else "teacher", facts, job.branches)
-    yield from _training(job, MAIN, Outcome(judge, delivery), run, watcher)
-    for phase, stage, base in chain.stages(watcher) if chain else ():
-        judged = judge._replace(scored=partial(Offset, base=base))
-        outcome = Outcome(judged, MemberDelivery(stage.network, stage.card))
-        yield from _training(stage, phase, outcome, run, watcher)
-
-
-def _training(job: Job, phase: str, outcome: Outcome, run: RunDir, watcher: Watcher) -> Iterator[Trainer]:
-    """The training of one network, and what its method does before."""
-    words, before = job.config, "" if phase == MAIN else f"{phase}-"
-    _take_from_bank(job, watcher)
-    shared = partial(Trainer, run=run, watcher=watcher, log_every=words.log_every, save_every=words.save_every)
-    if (stage := warmup_of(job)) is not None:
-        task, epochs = stage  # at a constant learning rate
-        optimizer = _optimizer(task, words.train, ())
-        yield shared(task, _train_loader(job), optimizer, epochs=epochs, phase=f"{before}warmup")
-        task.warmup.requires_grad_(False)
-    if (search := search_of(job)) is not None:
-        both, epochs = search.optimizer(words.train.momentum), search.words.search_epochs
-        yield shared(search, _search_loader(job, search), both, epochs=epochs, phase=f"{before}search")
-        search.settle()
-    if (mixed := _mixtures(job, watcher.warn)) is not None:
-        write_json(run.path / f"{before}{mixtures.NAME}", mixed)
-    recorder = None
-    if job.spots:
-        names = [(spot.name, spot.kind) for spot in job.spots]
-        train = job.images.train
-        recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
-    yield shared(
-        job.task,
-        _train_loader(job),
-        _optimizer(job.task, words.train, words.train.decay_epochs()),
-        outcome=outcome,
-        epochs=words.train.epochs,
-        recorder=recorder,
-        phase=phase,
-    )
-
-
-def _take_from_bank(job: Job, watcher: Watcher) -> None:
-    """Let the teacher's answers come from its bank, if that was asked for."""
-    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
-        assert job.teacher is not None
-        views = _train_loader(job).views
-        folder = job.config.runs_dir / "banks"
-        job.task.teacher_features = open_bank(folder, job.teacher, views, job.mode, job.device, watcher)
+    yield from training(job, MAIN, Outcome(shop.judge, FolderDelivery(job, facts, companions)), shop)
+    for companion in companions:
+        yield from companion.trainings(shop)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Watcher) -> Iterator[Trainer]:
@@ -184,7 +157,7 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Wa
         if point is not None:
             trainer.resume(point)
             logs = _sizes(point)
-        elif intent.resume is not None:
+        elif intent.resume is not None and parallel.first():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if going_on and not trainer.done:
             going_on = False
@@ -202,60 +175,21 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
     return sizes
 
 
-def _optimizer(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
-    return Optimizer(
-        task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay, nesterov=words.nesterov
-    )
-
-
-def _train_loader(job: Job) -> TrainLoader:
-    return TrainLoader(
-        job.images.train,
-        job.images.dataset,
-        batch_size=job.config.train.batch_size,
-        seed=job.config.seed,
-        noise_width=job.task.noise_width,
-        device=job.device,
-    )
-
-
-def _search_loader(job: Job, search: SearchTask) -> InTurn:
-    words, images = job.config, job.images
-    return batches(
-        search.words,
-        images.dataset,
-        images.train,
-        batch_size=words.train.batch_size,
-        seed=words.seed,
-        device=job.device,
-    )
-
-
-def _mixtures(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
-    """What the run mixes, as its file holds it; None for methods without mixtures."""
-    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
-        return None
-    words = job.config
-    return mixtures.record(words.method, job.task.feature_distiller, job.images.dataset.name, words.seed, warn)
-
-
 def _judge(job: Job, watcher: Watcher) -> Judge:
     dataset = job.images.dataset
-    test = Heeding(EvalLoader(dataset.test, dataset, device=job.device), watcher)
+    test = Heeding(eval_loader(dataset.test, dataset, device=job.device), watcher)
     held_out = job.images.held_out
-    selection = Heeding(EvalLoader(held_out, dataset, device=job.device), watcher) if held_out else test
+    selection = Heeding(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
     return Judge("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 
-def _label(job: Job) -> str:
+def _label(job: Job, companions: Sequence[Companion]) -> str:
     words = job.config.model_dump()
     parts = [words["task"], job.network.name, job.images.dataset.name]
-    if job.branches:
-        parts.append(f"friendly-{'-'.join(job.branches.words.students)}")
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
-        parts += ["residual"] if words["residual"]["students"] else []
+    parts += filter(None, (companion.label for companion in companions))
     return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
@@ -273,6 +207,7 @@ def _about(job: Job) -> dict[str, Any]:
         "dataset": job.images.dataset.name,
         "epochs": job.config.train.epochs,
         "images": len(job.images.train),
+        **({"skipped_images": skipped} if (skipped := job.images.dataset.skipped) else {}),
         "protocol": f"headline is the last epoch on the test set; {chosen}",
         "parameters": job.cost.parameters,
         "macs": job.cost.macs,

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.run import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
+from sakd_cli.data.feeds import FileEvalLoader, eval_loader
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.quality import Answers, agreement, calibration, confusions
@@ -19,11 +20,12 @@ from sakd_cli.engine.speed import speed
 from sakd_cli.engine.watch import Watcher
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
-from sakd_cli.models.artifact import Artifact
+from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
-from sakd_cli.tasks.build import Images, check_classes, load_images
+from sakd_cli.tasks.build import load_images, suit
+from sakd_cli.tasks.job import Images
 from sakd_cli.tasks.sftn import branch_rows, branches_of
 from sakd_cli.tasks.teachers import find_teacher, load_teacher
 
@@ -48,12 +50,18 @@ def scores(targets: Iterable[Target], watcher: Watcher) -> Iterator[dict[str, An
     loaded: dict[DataConfig, Images] = {}
     for target in targets:
         network = artifact.load(target.weights)
-        named = Layer("the weights' header", {"data": network.card.dataset})
+        named = Layer("the weights' header", {"data": seen_in(network.card)})
         config: EvalConfig = resolve("eval", [named, *target.layers]).config
         words = config.data.model_copy(update={"holdout": 0.0})
         images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
-        check_classes(network, images, str(target.weights))
+        suit(network, images, str(target.weights))
         yield _score(target, network, config, images, watcher)
+
+
+def seen_in(card: NetworkCard) -> dict[str, Any]:
+    """The words for the images that a network was trained on, as far as its header knows them."""
+    kind = DATASETS.get(card.dataset)
+    return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
 
 
 def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, watcher: Watcher) -> dict[str, Any]:
@@ -62,15 +70,15 @@ def _score(target: Target, network: Artifact, config: EvalConfig, images: Images
     branches = branches_of(target.weights, network)
     mode = effective(Runtime(), device)
     model = mode.laid_out(network.model.to(device)).eval()
-    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+    batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     heard = [model] if teacher is None else [model, mode.laid_out(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(heard, followed(batches, watcher, f"scoring {target.weights}{unfinished}"))
     pairs, mistaken = confusions(answers[0].logits, labels, dataset.classes)
-    figures, rows = _figures(model, answers[0], labels, config, images)
+    figures, rows = _figures(model, answers[0], labels, batches.batch_size, images)
     about = None
     if teacher is not None:
-        theirs, taught = _figures(teacher[1].model, answers[1], labels, config, images)
+        theirs, taught = _figures(teacher[1].model, answers[1], labels, batches.batch_size, images)
         about = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256} | theirs
         about["agreement"] = agreement(answers[0], answers[1], labels)
         rows = [row | {"teacher_top1": row_of["top1"]} for row, row_of in zip(rows, taught, strict=True)]
@@ -112,7 +120,7 @@ def class_rows(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Watcher, title: str) -> Scores:
     """Figures of a network that is on `device`, on all test images."""
-    batches = EvalLoader(dataset.test, dataset, device=device)
+    batches = eval_loader(dataset.test, dataset, device=device)
     return evaluate(model, followed(batches, watcher, title), len(dataset.classes))
 
 
@@ -128,7 +136,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Watche
         teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
-        check_classes(teacher, images, str(path))
+        suit(teacher, images, str(path))
     except UsageError as error:
         if target.compelled:
             raise
@@ -152,18 +160,18 @@ def _answers(networks: list[StagedModel], batches: Iterable[tuple[Tensor, Tensor
 
 
 def _figures(
-    model: StagedModel, answers: Answers, labels: Tensor, config: EvalConfig, images: Images
+    model: StagedModel, answers: Answers, labels: Tensor, batch_size: int, images: Images
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A network's own figures, overall and by class."""
     classes = images.dataset.classes
     # In the batches of an evaluation in training: sums are rounded alike, and the figures are equal to the last bit.
-    parts = zip(answers.logits.split(config.batch_size), labels.split(config.batch_size), strict=True)
+    parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
     found = score_logits(parts, len(classes))
     quality = found.headline() | calibration(answers.logits, labels)
     return quality | cost(model, images.side)._asdict(), class_rows(found, classes)
 
 
-def followed(batches: EvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def followed(batches: EvalLoader | FileEvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, with the watcher told of each."""
     watcher.begin(title, len(batches))
     try:

@@ -22,6 +22,7 @@ from sakd_cli.models.branches import Branches, load_branches, save_branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import sha256
+from sakd_cli.tasks.companion import Companion, Workshop
 
 FILE = Path("branches", "model.safetensors")  # in the run directory
 
@@ -92,28 +93,38 @@ class SftnTask(Task):
 
 
 @final
-class BranchDelivery:
+class StudentBranches(Companion):
     """What a student-friendly teacher has beside itself: its branches on the disk, and what is said of them."""
 
-    def __init__(self, network: StagedModel, branches: Branches, words: FriendlyConfig) -> None:
-        self.network, self.branches, self.words = network, branches, words
+    def __init__(self, task: SftnTask) -> None:
+        self.network, self.branches, self.words = task.network, task.branches, task.words
+        students = self.words.students
+        self.label = f"friendly-{'-'.join(students)}"
+        self.notice = f"student-friendly: together with branches of {', '.join(students)}"
+        self.rows = branch_rows(self.network, self.branches)
 
-    @property
+    def networks(self) -> list[dict[str, Any]]:
+        return [
+            {"role": f"branch at {row['behind']}", "name": row["student"]}
+            | {key: row[key] for key in ("parameters", "macs")}
+            for row in self.rows
+        ]
+
     def facts(self) -> dict[str, Any]:
         """For whom the teacher is made, how, and what each branch costs; as in the summary and beside the weights."""
         weights = self.words.model_dump(mode="json", exclude={"students"})
-        rows = branch_rows(self.network, self.branches)
-        extra = sum(row["macs"] for row in rows)
-        return {"students": list(self.words.students)} | weights | {"training_macs": extra, "branches": rows}
+        extra = sum(row["macs"] for row in self.rows)
+        about = {"students": list(self.words.students)} | weights | {"training_macs": extra, "branches": self.rows}
+        return {"friendly": about}
 
-    def save(self, run: Path, weights: Path) -> None:
-        """Write the branches into the run directory; `weights` is the file of the teacher they belong to."""
+    def publish(self, run: Path, weights: Path) -> None:
         (run / FILE).parent.mkdir(exist_ok=True)
         save_branches(run / FILE, self.branches, sha256(weights))
 
-    def scored(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """The facts with each branch's figures on these batches."""
-        return self.facts | {"branches": branch_rows(self.network, self.branches, batches)}
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The facts with each branch's figures on the test images."""
+        rows = branch_rows(self.network, self.branches, shop.judge.test)
+        return {"friendly": self.facts()["friendly"] | {"branches": rows}}
 
 
 def branch_rows(

@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, final
 
 import torch
 from safetensors.torch import save
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.feeds import eval_loader
 from sakd_cli.data.streams import generator
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.watch import Heeding, Watcher
@@ -35,8 +35,9 @@ from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.models.staged import Features
 from sakd_cli.rundir import RunDir, write_aside
 from sakd_cli.tasks import build
-from sakd_cli.tasks.build import Job
+from sakd_cli.tasks.companion import Companion, Workshop
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.job import Job, plan
 
 FORMAT = "sakd.survey/1"
 FILE = "survey.safetensors"
@@ -47,18 +48,23 @@ KEPT = 12  # pictures at each end of each spot
 MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the teacher
 
 
-def keep(job: Job, run: RunDir, watcher: Watcher) -> dict[str, float]:
-    """Write the survey of the training images; its time in seconds. Nothing for routers without a policy."""
-    if not isinstance(job.task, DistillTask) or job.task.graft is None:
-        return {}
-    start = time.perf_counter()
-    try:
-        # All test images would cost a short run more than an epoch; a long one has shown so many that it has all.
-        most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
-        write_aside(run.path / FILE, survey(job, "train", watcher, seed=job.config.seed, most=most))
-    except Stopped as stopped:
-        raise Stopped(stopped.signal, "all of the training is saved") from None
-    return {"survey_seconds": time.perf_counter() - start}
+@final
+class Surveyed(Companion):
+    """The survey of the training images, kept in the run of a router with a policy."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Write it; its time in seconds."""
+        job, start = self.job, time.perf_counter()
+        try:
+            # All test images would cost a short run more than an epoch; a long one has shown so many that it has all.
+            most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
+            write_aside(shop.run.path / FILE, survey(job, "train", shop.watcher, seed=job.config.seed, most=most))
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, "all of the training is saved") from None
+        return {"survey_seconds": time.perf_counter() - start}
 
 
 def live(run: RunDir, layers: Iterable[Layer], part: str, watcher: Watcher, *, seed: int, kept: int) -> bytes:
@@ -115,7 +121,7 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
     columns |= {"label": split.labels.cpu(), "index": split.origins()}
     if "probability" in columns:
         columns["extreme"] = _extremes(columns["probability"], kept)
-        columns["images"] = split.images[columns["extreme"].to(split.images.device)].cpu()
+        columns["images"] = split.subset(columns["extreme"].to(split.images.device)).pixels.cpu()
     columns = {name: column.contiguous() for name, column in columns.items()}
     about = {
         "format": FORMAT,
@@ -131,7 +137,7 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
 
 
 def _batches(job: Job, split: Split, watcher: Watcher) -> Heeding:
-    return Heeding(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
+    return Heeding(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
 
 
 def _answers(job: Job, task: DistillTask, split: Split, watcher: Watcher, seed: int) -> tuple[dict[str, Tensor], bool]:
@@ -203,7 +209,7 @@ def _extremes(probability: Tensor, kept: int) -> Tensor:
 def _spots(job: Job) -> list[dict[str, Any]]:
     """The spots as `--dry-run` shows them, with the names of the stages."""
     teacher = job.teacher.model if job.teacher else job.network
-    rows = build.plan(job)["spots"]
+    rows = plan(job)["spots"]
     for row, spot in zip(rows, job.spots, strict=True):
         for side, network, place in (("student", job.network, spot.student), ("teacher", teacher, spot.teacher)):
             row[f"{side}_stage"] = network.infos[place].name if place < len(network.infos) else "head"

@@ -26,7 +26,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     path = expanded(config.teacher.source)
     if not _is_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
-        run = newest_run(config.runs_dir, {"task": "pretrain", "model": name, "data.name": config.data.name})
+        run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
         return run.deliverable if run else None
     return weights_at(path, "teacher")
 
@@ -76,6 +76,11 @@ def pretrain_command(config: DistillConfig) -> str:
     default = type(config).model_fields["runs_dir"].default
     if config.data.root is not None:
         words += ["--data-root", str(config.data.root)]
+    kind = type(config.data).model_fields
+    for key, value in config.data.identity().items():
+        word = key.removeprefix("data.")
+        if word not in ("name", "root") and value != kind[word].default:
+            words += ["--set", f"{key}={value}"]
     if config.runs_dir != default:
         words += ["--runs-dir", str(config.runs_dir)]
     return shlex.join(words)

@@ -1,0 +1,146 @@
+"""Pictures that lie in files: read when they are asked for, or decoded once where they are few."""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from sakd_cli.data.decode import Unreadable, open_rgb
+from sakd_cli.errors import DataError
+
+Result = TypeVar("Result")
+HINT = "sakd data check names all such files; --set data.on_bad_image=skip leaves them out"
+
+
+class Look(NamedTuple):
+    """How pictures are made alike.
+
+    side     height and width of what a network gets
+    resize   shorter side before that square is cut from the middle
+    workers  processes that read
+    """
+
+    side: int
+    resize: int
+    workers: int
+
+
+@final
+class Files:
+    """Pictures in files, used like a tensor [N, 3, side, side] of uint8 that is not there yet.
+
+    keep  few enough to be decoded once and held in memory
+    """
+
+    def __init__(self, paths: tuple[str, ...], look: Look, *, keep: bool = False) -> None:
+        self.paths, self.look, self.keep = paths, look, keep
+        self.shape = torch.Size([len(paths), 3, look.side, look.side])
+        self.device = torch.device("cpu")
+        self._plain: Tensor | None = None
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor | slice) -> "Files":
+        """Those at `index` [n], in that order; nothing is read."""
+        places = torch.arange(len(self))[index].tolist()
+        return Files(tuple(self.paths[place] for place in places), self.look, keep=self.keep)
+
+    def to(self, device: torch.device) -> "Files":
+        """The same: files are on no device."""
+        return self
+
+    def kept(self, keep: bool) -> "Files":
+        """The same, to be held in memory or not."""
+        return Files(self.paths, self.look, keep=keep)
+
+    def read(self) -> Tensor:
+        """All of them as evaluation shows them, uint8 [N, 3, side, side]. Raises DataError naming a bad file."""
+        if self._plain is not None:
+            return self._plain
+        with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
+            seen = torch.empty(self.shape, dtype=torch.uint8)
+            _fill(seen, lambda place: plain(self.paths[place], self.look))
+        if self.keep:
+            self._plain = seen
+        return seen
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All of each picture squeezed to a square, uint8 [N, 3, resize, resize]; height and width before, [N, 2]."""
+        if self._whole is not None:
+            return self._whole
+        side = self.look.resize
+        pixels = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
+        sizes = torch.empty(len(self), 2, dtype=torch.int64)
+
+        def squeezed(place: int) -> Tensor | Unreadable:
+            picture = open_rgb(self.paths[place])
+            if isinstance(picture, Unreadable):
+                return picture
+            sizes[place] = torch.tensor([picture.height, picture.width])
+            return _pixels(v2().resize(picture, [side, side], antialias=True))
+
+        _fill(pixels, squeezed)
+        self._whole = pixels, sizes
+        return self._whole
+
+
+@functools.cache
+def v2() -> Any:
+    """torchvision's functions, imported late: it takes 1.6 s that data sets without files need not wait for."""
+    return importlib.import_module("torchvision.transforms.v2.functional")
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
+    """Put what is made for every row into it, several at a time: PIL decodes without holding Python's lock."""
+
+    def one(place: int) -> Unreadable | None:
+        found = make(place)
+        if isinstance(found, Unreadable):
+            return found
+        stack[place] = found
+        return None
+
+    v2()  # an import is not for several threads
+    with ThreadPoolExecutor(min(32, processors())) as pool:
+        for fault in pool.map(one, range(len(stack))):
+            good(fault)
+
+
+def plain(path: str, look: Look) -> Tensor | Unreadable:
+    """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
+    picture = open_rgb(path)
+    return picture if isinstance(picture, Unreadable) else _pixels(middle(picture, look))
+
+
+def middle(picture: Image, look: Look) -> Image:
+    """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already."""
+    if min(picture.size) != look.resize:
+        picture = v2().resize(picture, [look.resize], antialias=True)
+    square: Image = v2().center_crop(picture, [look.side, look.side])
+    return square
+
+
+def _pixels(picture: Image) -> Tensor:
+    pixels: Tensor = v2().pil_to_tensor(picture)
+    return pixels
+
+
+def good(found: Result | Unreadable) -> Result:
+    """The same. Raises DataError, naming the file and the class, where it is none."""
+    if isinstance(found, Unreadable):
+        folder = os.path.basename(os.path.dirname(found.path))
+        raise DataError(f"{found.path} (class {folder}): {found.reason}", HINT)
+    return found

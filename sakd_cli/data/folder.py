@@ -1,0 +1,172 @@
+"""Folders of pictures, one per class: what is there, and all that is wrong with it. No torch, no picture is opened."""
+
+import errno
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sakd_cli.data.decode import ENDINGS
+from sakd_cli.errors import DataError
+
+TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong.
+
+    kind  missing, empty-class, single-class, case, classes-differ, loop, count, unreadable
+    """
+
+    kind: str
+    path: str
+    text: str
+
+
+class Part(NamedTuple):
+    """Pictures of one purpose: the folders of their classes, by name, and in each the files, both in order of name."""
+
+    folder: Path
+    files: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files.values()))
+
+    def pairs(self, classes: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
+        """Paths, and the class of each as its place in `classes`."""
+        found = [(path, place) for place, name in enumerate(classes) for path in self.files.get(name, ())]
+        return tuple(path for path, _ in found), [place for _, place in found]
+
+
+class Found(NamedTuple):
+    """The training and the test part (None: one is to be cut from the other), and what is wrong with them."""
+
+    train: Part
+    test: Part | None
+    findings: list[Finding]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.train.files)
+
+
+def look_through(root: Path, tests: tuple[str, ...] = TEST) -> Found:
+    """Find `root`/train/CLASS/* and `root`/val/CLASS/* (or test, valid, validation), or `root`/CLASS/* alone.
+
+    Where there are both a test and a validation folder, `tests` says which is taken. Raises DataError where `root` is
+    no folder with classes in it.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
+    try:
+        inside = {name.lower(): name for name in _folders(root)}
+    except OSError as error:
+        raise DataError(f"{root}: {(error.strerror or 'cannot be read').lower()}") from None
+    train = next((root / inside[name] for name in TRAIN if name in inside), None)
+    test = next((root / inside[name] for name in tests if name in inside), None)
+    findings: list[Finding] = []
+    if train is None and test is not None and set(inside) <= {*TRAIN, *TEST}:
+        raise DataError(f"{root}: has a folder {test.name} but no folder train")
+    if train is None or test is None:
+        if train is not None:
+            raise DataError(
+                f"{root}: has a folder {train.name} but none of {', '.join(tests)}",
+                f"--data-root {train} keeps a share of its images for testing (data.split)",
+            )
+        one = part_of(root, findings)
+        return Found(one, None, findings + _wrong(one))
+    ours, theirs = part_of(train, findings), part_of(test, findings)
+    return Found(ours, theirs, findings + _wrong(ours) + _wrong(theirs) + _differ(ours, theirs))
+
+
+def part_of(folder: Path, findings: list[Finding]) -> Part:
+    """The classes of a folder and their files; loops and folders that cannot be read go to the findings."""
+    above = (os.path.realpath(folder),)
+    return Part(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in _folders(folder)})
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in order; hidden ones are none, nor is what archivers leave behind."""
+    with os.scandir(folder) as entries:
+        return sorted(one.name for one in entries if not _hidden(one.name) and _is_folder(one))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return entry.is_symlink()
+
+
+def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding]) -> Iterator[str]:
+    """Files below a folder that are named like pictures; a link back to a folder above it is not followed."""
+    try:
+        real = os.path.realpath(folder, strict=True)
+        if real in above:
+            findings.append(Finding("loop", str(folder), "is a link to a folder that it lies in"))
+            return
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda one: one.name)
+    except OSError as error:
+        kind = "loop" if error.errno == errno.ELOOP else "unreadable"
+        findings.append(Finding(kind, str(folder), (error.strerror or "cannot be read").lower()))
+        return
+    for one in found:
+        if _hidden(one.name):
+            continue
+        if _is_folder(one):
+            yield from _pictures(Path(one.path), (*above, real), findings)
+        elif os.path.splitext(one.name)[1].lower() in ENDINGS:
+            yield one.path
+
+
+def _wrong(part: Part) -> list[Finding]:
+    """Faults of one part alone."""
+    where, names = str(part.folder), list(part.files)
+    findings = [
+        Finding("empty-class", str(part.folder / name), "holds no picture")
+        for name, files in part.files.items()
+        if not files
+    ]
+    if not names:
+        findings.append(Finding("missing", where, "holds no folder: there is to be one for every class"))
+    if len(names) == 1:
+        findings.append(Finding("single-class", where, f"has one class only ({names[0]}): nothing to tell apart"))
+    alike: dict[str, str] = {}
+    for name in names:
+        first = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if first != name:
+            findings.append(
+                Finding(
+                    "case",
+                    str(part.folder / name),
+                    f"differs from class {first!r} only by case or by spelling of letters",
+                )
+            )
+    return findings
+
+
+def _differ(train: Part, test: Part) -> list[Finding]:
+    """Classes of one part that the other does not have."""
+    findings = []
+    for here, there in ((train, test), (test, train)):
+        if lacking := [name for name in here.files if name not in there.files]:
+            shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+            findings.append(
+                Finding("classes-differ", str(there.folder), f"lacks {shown}, which {here.folder.name} has")
+            )
+    return findings
+
+
+def sound(found: Found) -> Found:
+    """The same. Raises DataError with the first finding and the number of the others."""
+    if found.findings:
+        first, more = found.findings[0], len(found.findings) - 1
+        tail = f" (and {more} more)" if more else ""
+        raise DataError(f"{first.path}: {first.text}{tail}", "sakd data check DIR lists all that is wrong")
+    return found
