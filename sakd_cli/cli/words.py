@@ -52,6 +52,8 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: o
     from sakd_cli.report.tables import listing_table
 
     show(listing_table(kind.value, rows))
+    if kind is Kind.models:
+        show("and torchvision/NAME, timm/NAME, package.module:function")
 
 
 def _methods() -> dict[str, type[Any]]:
@@ -60,8 +62,7 @@ def _methods() -> dict[str, type[Any]]:
 
 def _rows(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.models:
-        known = [*networks.NETWORKS.values(), *networks.BROUGHT]
-        return [{"name": net.name, "family": net.family, "lr": net.lr} for net in known]
+        return [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
     if kind is Kind.presets:
         return [{"name": name, "about": presets.about(path)} for name, path in presets.presets().items()]
     tables: dict[Kind, dict[str, type[Any]]] = {

@@ -109,17 +109,6 @@ def brought(name: str) -> Network | None:
     return None
 
 
-# What stands in a list of networks for those that are taken as they are.
-BROUGHT = [
-    Network(name, family, {}, 0.01)
-    for name, family in (
-        ("torchvision/...", "torchvision"),
-        ("timm/...", "timm"),
-        ("package.module:function", "factory"),
-    )
-]
-
-
 def factories(name: str) -> list[str]:
     """The user's own functions in the name of a network, which may be made of several."""
     return [part for part in name.split("-") if ":" in part]

@@ -22,6 +22,8 @@ def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> s
     Where there is none, the family's cheapest; but where `first` is that itself, all families are looked through.
     """
     family = [name for name, network in NETWORKS.items() if network.family == find_network(first).family]
+    if not family:  # of another library: its networks are not ours to choose from
+        family = list(NETWORKS)
     cheapest = min(cost_of(name, classes, side).macs for name in family)
     if cost_of(first, classes, side).macs <= cheapest:
         family = list(NETWORKS)

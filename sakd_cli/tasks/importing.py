@@ -31,7 +31,7 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: is there already; it is left alone", hint="--out DIR")
-    network = foreign.load_foreign(file, name, len(known.classes), int(known.train.images.shape[-1]))
+    network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
     figures: dict[str, Any] = {"top1": None, "top5": None, "loss": None, "images": 0}
     try:
         local = config.data.model_copy(update={"holdout": 0.0, "download": False})

@@ -40,7 +40,7 @@ def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
     if brought(config.teacher.source) is None or not path.is_file() or artifact.is_ours(path):
         return artifact.load(path)
     known, name = describe(config.data), config.teacher.source
-    side = int(known.train.images.shape[-1])
+    side = known.train.side
     model = foreign.load_foreign(path, name, len(known.classes), side)
     return Artifact(model, NetworkCard(name, known.name, known.classes, known.mean, known.std, side), sha256(path))
 
