@@ -70,7 +70,7 @@ def calibrated(setup: Setup) -> tuple[StagedModel, StagedModel]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         names = setup.config.student, find_network(setup.config.teacher.source).name
-        networks = [create(name, setup.classes) for name in names]
+        networks = [create(name, setup.classes, setup.side) for name in names]
         images = torch.randn(min(setup.size, 64), 3, setup.side, setup.side)
     for network in networks:
         norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -28,6 +28,23 @@ Teacher = Annotated[
         rich_help_panel="Distillation",
     ),
 ]
+TeacherWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its weights: sakd's, or (with --teacher torchvision/... or timm/...) that library's. "
+        "[env: SAKD_TEACHER_WEIGHTS]",
+        rich_help_panel="Distillation",
+    ),
+]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        metavar="keep|replace",
+        help="Last layer of weights that training starts from; replace: a fresh one. [env: SAKD_HEAD]",
+        rich_help_panel="Training",
+    ),
+]
 Student = Annotated[
     str | None,
     typer.Option(

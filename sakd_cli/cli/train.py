@@ -23,6 +23,7 @@ def pretrain_teacher(
     ctx: typer.Context,
     model: o.ModelArgument = None,
     student_friendly: o.StudentFriendly = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -71,6 +72,7 @@ def pretrain_teacher(
 def distill(
     ctx: typer.Context,
     teacher: o.Teacher = None,
+    teacher_weights: o.TeacherWeights = None,
     student: o.Student = None,
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
@@ -83,6 +85,7 @@ def distill(
     routers: o.Routers = None,
     seeds: o.Seeds = None,
     together: o.Together = False,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,

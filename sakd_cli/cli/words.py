@@ -54,6 +54,8 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: o
     from sakd_cli.report.tables import listing_table
 
     show(listing_table(kind.value, rows))
+    if kind is Kind.models:
+        show("and torchvision/NAME, timm/NAME, package.module:function")
 
 
 def _methods() -> Mapping[str, type[Any]]:
@@ -137,12 +139,14 @@ def show_config(
     ctx: typer.Context,
     task: Task = Which.distill,
     teacher: o.Teacher = None,
+    teacher_weights: o.TeacherWeights = None,
     student: o.Student = None,
     model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
     student_friendly: o.StudentFriendly = None,
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,

@@ -22,8 +22,10 @@ from sakd_cli.reading import MOST_YAML, parse_yaml, read_bytes
 # Named options of the command line and the key each one sets. The environment variable is SAKD_ + the name.
 OPTIONS = {
     "teacher": "teacher.source",
+    "teacher_weights": "teacher.weights",
     "student": "student",
     "model": "model",
+    "head": "head",
     "student_friendly": "friendly.students",
     "method": "method.name",
     "dfa_weights": "method.weights",

@@ -13,7 +13,7 @@ from sakd_cli.models.table import create
 def cost_of(name: str, classes: int, side: int) -> Cost:
     """What a network of that name costs; nothing is allocated and no random number drawn."""
     with torch.device("meta"):
-        return cost(create(name, classes), side)
+        return cost(create(name, classes, side), side)
 
 
 def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> str:

@@ -27,10 +27,10 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     name = find_network(model).name
     device = pick_device(config.device)
     known = describe(config.data)
-    folder = out or Path(f"{name}-{known.name}")
+    folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: is there already; it is left alone", hint="--out DIR")
-    network = foreign.load_foreign(file, name, len(known.classes))
+    network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
     figures: dict[str, Any] = {"top1": None, "top5": None, "loss": None, "images": 0}
     try:
         local = config.data.model_copy(update={"holdout": 0.0, "download": False})

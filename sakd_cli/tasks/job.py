@@ -83,7 +83,7 @@ def plan(job: Job) -> dict[str, Any]:
     for k, spot in enumerate(job.spots):
         adapted = graft is not None and spot.kind != "logits"
         spots.append(
-            spot._asdict()
+            {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
             | {"student_stage": spot.student, "teacher_stage": spot.teacher}
             | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
             | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}

@@ -1,5 +1,6 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
+import re
 import shlex
 import uuid
 from collections.abc import Iterator, Sequence
@@ -191,7 +192,8 @@ def _label(job: Job, companions: Sequence[Companion]) -> str:
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
-    return "-".join([*parts, *filter(None, (companion.label for companion in companions))])
+    parts += filter(None, (companion.label for companion in companions))
+    return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
 def _about(job: Job) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from sakd_cli.config.networks import find_network, find_trainable
+from sakd_cli.config.networks import brought, find_network, find_trainable
 from sakd_cli.config.run import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.reading import expanded, read_json
@@ -43,6 +43,8 @@ def weights_at(path: Path, word: str) -> Path:
 
 def _is_path(source: str) -> bool:
     """Whether a teacher is meant as a path: the name of a network wins over a folder of that name."""
+    if brought(source) is not None:
+        return False
     if "/" in source or source.endswith(".safetensors"):
         return True
     try:
