@@ -141,9 +141,7 @@ def test_a_dry_run_counts_times_and_writes_nothing(swept: Shop, warm: Nursery) -
     assert plan["hours"] > 0
     real = swept.path / run(GRID, "--json")[0].document["runs"][1]["run"]
     size = sum(path.stat().st_size for path in real.rglob("*") if path.is_file())
-    size += sum(
-        path.stat().st_size for path in (real / "checkpoints" / "last").iterdir()
-    )  # no previous yet
+    size += sum(path.stat().st_size for path in (real / "checkpoints" / "last").iterdir())  # no previous yet
     assert rows["at adaptive resnet8:resnet8"]["run_bytes"] == pytest.approx(size, rel=0.3)
     table = run(words, "--dry-run", "--measure", "0", "--quiet")[0].out
     assert all(text in table for text in ("nothing written", "9 runs: 1 finished", "GB of disk", "hours of cpu"))
