@@ -108,7 +108,8 @@ def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> flo
     x = torch.randn(size, 3, bench.side, bench.side)
     index = torch.arange(size) % bench.images
     noise = torch.rand(size, task.noise_width)
-    given = Batch(*(tensor.to(device) for tensor in (x, index % bench.classes, index, noise)))
+    labels = index % bench.classes
+    given = Batch(x.to(device), labels.to(device), index.to(device), noise.to(device))
     with memory_told(size):
         for attempt in range(1 + TRIES):
             begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Distillations built from words alone, with networks of random weights: whether they can be, and what they would cost"""
+"""Distillations built from words alone, with random weights: whether they can be, and what they would cost"""
 
 import torch
 
