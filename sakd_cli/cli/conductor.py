@@ -53,7 +53,6 @@ class Entry:
     attempts: int = 0
     resumed: bool = False
     before: bool = False  # whether it was finished when the sweep began
-    since: float = 0.0
     not_before: float = 0.0
 
 
@@ -169,7 +168,7 @@ class Conductor:
                 continue
             self._running[same] = entry
             jobs.append(self._job(entry, config))
-            entry.resumed, entry.attempts, entry.since = entry.run is not None, entry.attempts + 1, time.monotonic()
+            entry.resumed, entry.attempts = entry.run is not None, entry.attempts + 1
             self._into(entry, State.running)
         if jobs:
             executor.submit(jobs)
