@@ -8,6 +8,7 @@ SakdError                 1   a bug of ours, if ever raised directly
 ├── MemoryLimitError      6   the device has too little memory
 ├── NonFiniteError        7   a loss or a gradient is NaN or infinite
 ├── RunInUseError         8   another process works in this run directory
+├── LostProcessError      9   of several processes that train together one has ended
 └── SeriesError           -   some of several runs failed: the worst of their exit codes
 
 Stopped            130, 143   no error: Ctrl-C or SIGTERM, after the state was saved
@@ -68,6 +69,12 @@ class RunInUseError(SakdError):
     """Two processes in one run directory."""
 
     exit_code = 8
+
+
+class LostProcessError(SakdError):
+    """The others cannot go on without it."""
+
+    exit_code = 9
 
 
 class SeriesError(SakdError):

@@ -9,8 +9,10 @@ there: no collective runs in the backward pass. It is written `processes / share
 then multiplied by `share` and averaged over the processes. With one process every function gives back what it got.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import LostProcessError, UsageError
 
 PATIENCE = timedelta(hours=1)  # for the first process, which alone writes; a process that dies ends all at once
 Item = TypeVar("Item")
@@ -29,6 +31,11 @@ Item = TypeVar("Item")
 def wanted() -> int:
     """How many processes whoever started this one has started; 1 where it was started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def place() -> int:
+    """Which of the processes of this machine this one is, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def processes() -> int:
@@ -51,6 +58,7 @@ def join(device: torch.device) -> None:
     if wanted() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        atexit.register(leave)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
@@ -58,6 +66,20 @@ def leave() -> None:
     """Part from the others, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Turn what an exchange says when another process has gone into a LostProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistError) or "onnection closed" in str(error) or "onnection reset" in str(error)
+        if processes() == 1 or not gone:
+            raise
+        raise LostProcessError(
+            f"process {rank()} of {processes()}: another one has ended", "its own message says why; then --resume auto"
+        ) from None
 
 
 def meet() -> None:
@@ -93,6 +115,13 @@ def share_of(whole: int) -> float:
     return sizes(whole)[rank()] * processes() / whole
 
 
+def summed(x: Tensor) -> Tensor:
+    """Sum over the processes, without gradient; a tensor in main memory."""
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def total(x: Tensor, batch: Batch) -> Tensor:
     """Sum over the processes of a value that each has of its own rows, with its gradient (see above)."""
     if processes() == 1:
@@ -126,6 +155,13 @@ def gathered(x: Tensor, batch: Batch) -> Tensor:
     if x.requires_grad and len(own):
         rows[rank()] = own + (x - x.detach()) * _factor(batch)
     return torch.cat(rows)
+
+
+def together(rows: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    """Tensors [n, ...] or [n] of few numbers in rows of every process, in one exchange, without gradient."""
+    flat = [x.detach().double().reshape(len(x), -1) for x in rows]
+    parts = gathered(torch.cat(flat, dim=1), batch).split([x.shape[1] for x in flat], dim=1)
+    return [found.reshape(-1, *x.shape[1:]).to(x.dtype) for found, x in zip(parts, rows, strict=True)]
 
 
 def part(items: Iterable[Item]) -> Iterator[Item]:
@@ -170,6 +206,22 @@ class Poll:
         return answer
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over the processes of different functions of it: the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        found = gradient.clone()
+        dist.all_reduce(found)
+        return found
+
+
 class SyncedBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose statistics are those of all processes' rows: what one process has with the whole batch.
 
@@ -180,23 +232,21 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or processes() == 1:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce  # with the gradient of every process
-
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         dims, shape = [d for d in range(input.dim()) if d != 1], [1, -1, *[1] * (input.dim() - 2)]
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
-        summed = all_reduce(torch.cat([wide.sum(dims), count]))
-        center = summed[:-1] / summed[-1]
+        found: Tensor = _Sum.apply(torch.cat([wide.sum(dims), count]))
+        center = found[:-1] / found[-1]
         centred = wide - center.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / summed[-1]
+        variance = _Sum.apply(centred.square().sum(dims)) / found[-1]
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
             self.running_mean.lerp_(center.to(self.running_mean.dtype), momentum)
-            unbiased = variance * summed[-1] / (summed[-1] - 1)
+            unbiased = variance * found[-1] / (found[-1] - 1)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:

@@ -76,6 +76,22 @@ def json_bytes(content: Any) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot."""
+    aside = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
@@ -86,10 +102,14 @@ def flush_folder(folder: Path) -> None:
 
 
 class RunDir:
-    """One run directory. `listeners` are told each line that `append` has written: file name and record."""
+    """One run directory. `listeners` are told each line that `append` has written: file name and record.
 
-    def __init__(self, path: Path) -> None:
+    silent   another process of the same run writes and holds it; this one only reads
+    """
+
+    def __init__(self, path: Path, *, silent: bool = False) -> None:
         self.path = path
+        self.silent = silent
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @classmethod
@@ -117,6 +137,9 @@ class RunDir:
 
         UsageError where the run holds a symbolic link: what is written to it would go elsewhere.
         """
+        if self.silent:
+            yield
+            return
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UsageError(f"{path}: a symbolic link; no run is written that holds one")
@@ -185,6 +208,8 @@ class RunDir:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line to a JSON-lines file; a line that was torn before stays a line of its own."""
+        if self.silent:
+            return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             with (self.path / name).open("ab+") as file:
@@ -209,7 +234,7 @@ class RunDir:
 
     def cut_logs(self, sizes: dict[str, int]) -> None:
         """Take back the lines that were written after `log_sizes` gave these sizes."""
-        for path in self.path.glob("*.jsonl"):
+        for path in self.path.glob("*.jsonl") if not self.silent else ():
             if path.stat().st_size > sizes.get(path.name, 0):
                 os.truncate(path, sizes.get(path.name, 0))
 

@@ -4,12 +4,12 @@ import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import PAIR, TINY, Shop
-from test_engine import CLASSES, DATASET, SAMPLES, SIDE, distiller_of
+from test_engine import CLASSES, DATASET, SIDE, distiller_of
 from test_step import batches, fit, make
 from torch import Tensor
 
@@ -31,17 +31,14 @@ CPU = torch.device("cpu")
 WAYS = [*((method, "adaptive") for method in sorted(METHODS)), ("ofd", "always"), ("dfa", "random"), ("at", "anti")]
 
 
-class Given:
-    """A loader of one epoch: these batches, joined."""
+class Given(NamedTuple):
+    """A loader of one epoch of these batches."""
 
-    steps_per_epoch = 1
-
-    def __init__(self, made: list[Batch]) -> None:
-        parts = zip(*((b.images, b.labels, b.index, b.noise) for b in made), strict=True)
-        self.whole = Batch(*map(torch.cat, parts))
+    made: list[Batch]
+    steps_per_epoch: int = 2
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        yield self.whole
+        return iter(self.made[start:])
 
 
 @pytest.mark.parametrize(("method", "router"), WAYS)
@@ -53,7 +50,7 @@ def test_steps_with_a_teacher_that_looks_ahead_are_those_without(method: str, ro
         plain, ahead = (make(method, router, teacher="resnet8", **words) for _ in range(2))
         made = [*batches(plain, 1, size=3), *batches(plain, 1, size=2, seed=1)]
         expected = fit(plain, made)
-        loader = LookAhead(Given(made), ahead.foreseen, size=3, steps=2, samples=5, device=CPU)
+        loader = LookAhead(Given(made), ahead.foreseen, steps=2, device=CPU)
         given = list(loader.epoch(1))
         assert [len(batch.labels) for batch in given] == [3, 2]
         losses = fit(ahead, given)
@@ -84,8 +81,7 @@ def loader_of(task: DistillTask, size: int, device: torch.device = CPU) -> Train
 
 
 def looking(task: DistillTask, steps: int, size: int = 3, device: torch.device = CPU) -> LookAhead:
-    wide = loader_of(task, size * steps, device)
-    return LookAhead(wide, task.foreseen, size=size, steps=steps, samples=SAMPLES, device=device)
+    return LookAhead(loader_of(task, size, device), task.foreseen, steps=steps, device=device)
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -179,8 +175,8 @@ def test_a_residual_student_is_told_its_targets_ahead_too() -> None:
     for steps in (1, 3):
         torch.manual_seed(1)
         task = ResidualTask(create("resnet8", CLASSES), *networks, words, lr=0.05, weight_decay=0.0)
-        plain = TrainLoader(DATASET.train, DATASET, batch_size=3 * steps, seed=3, noise_width=0, device=CPU)
-        loader = LookAhead(plain, task.foreseen, size=3, steps=steps, samples=SAMPLES, device=CPU)
+        plain = TrainLoader(DATASET.train, DATASET, batch_size=3, seed=3, noise_width=0, device=CPU)
+        loader = LookAhead(plain, task.foreseen, steps=steps, device=CPU)
         made.append(fit(task, list(loader.epoch(1) if steps > 1 else plain.epoch(1))))
     torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-5)
 
@@ -220,14 +216,14 @@ def test_on_cuda_a_group_is_asked_for_before_the_one_in_front_of_it_is_given(
         log.append("teacher")
         return task.foreseen(images)
 
-    ahead = LookAhead(loader_of(task, 6), seen, size=3, steps=2, samples=SAMPLES, device=torch.device("cuda"))
+    ahead = LookAhead(loader_of(task, 3), seen, steps=2, device=torch.device("cuda"))
     for batch in ahead.epoch(1):
         log.append(f"step of {len(batch.labels)}")
         held = {tensor.untyped_storage().data_ptr() for tensor in (batch.known.logits, batch.images)}
         assert held <= {place for place, name in used if name == "main"}
     given = ["main waits for the note", "step of 3", "step of 3"]
     asked = ["teacher", "side notes"]
-    last = ["main waits for the note", "step of 2"]
+    last = ["side notes", "main waits for the note", "step of 2"]
     assert log == ["side waits for main", *asked, *asked, *given, *asked, *given, *asked, *given, *last]
 
 

@@ -16,7 +16,9 @@ from sakd_cli.bench.measure import _headline
 from sakd_cli.bench.timing import Ratio
 from sakd_cli.report.bench import bench_tables
 
-SMALL = shlex.split("bench --teacher resnet8 --student resnet8 --batch-size 4 --rounds 1 --quiet")
+SMALL = shlex.split(
+    "bench --teacher resnet8 --student resnet8 --batch-size 4 --rounds 1 --quiet --set runtime.look_ahead=2"
+)
 PEER = """
 def step(words):
     print("something that must not reach stdout")

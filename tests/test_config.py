@@ -81,7 +81,7 @@ def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, mo
 def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
     words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "holdout": "0.5", "precision": "bf16"}
-    words["log"] = "tensorboard"
+    words |= {"log": "tensorboard", "head": "replace"}
     del words["model"], words["student_friendly"]
     for name, value in words.items():
         monkeypatch.setenv(f"SAKD_{name.upper()}", value)

@@ -154,7 +154,11 @@ def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:
         size = len(labels)
         batch = Batch(torch.zeros(size, 3, 1, 1), torch.tensor(labels), torch.tensor(index), torch.zeros(size, 0))
         chosen = torch.tensor(weight, dtype=torch.float32)
-        recorder.add(SpotUse(chosen, chosen * 0.5 + 0.25, {"gamma_raised": torch.tensor(float(size == 1))}), batch)
+        recorder.add(
+            SpotUse(chosen, chosen * 0.5 + 0.25, {"gamma_raised": torch.tensor(float(size == 1))}),
+            batch.labels,
+            batch.index,
+        )
     line = recorder.close_epoch(7)
     first, last = line["spots"]
     assert (line["epoch"], line["samples"], line["empty"]) == (7, 4, [0.0, 0.5])

@@ -54,6 +54,7 @@ def test_eval_of_other_weights_shows_no_branches(shop: Shop, friendly: dict[str,
     assert load_branches(tmp_path / "run" / "branches" / "model.safetensors", teacher) is not None
     artifact.save_weights(tmp_path / "run" / "teacher" / "model.safetensors", create("resnet8", 20), teacher.card)
     assert "branches" not in shop.sakd("eval", str(tmp_path / "run"), "--json").document
+    (tmp_path / "run" / "teacher" / "config.json").unlink()  # which would be the card of other weights
     shop.refuses(["distill", "--teacher", str(tmp_path / "run"), *STUDENT], 2, "has no student branches")
 
 

@@ -72,8 +72,8 @@ def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torc
     config = resolve("distill", [Layer("test", nested(words))]).config
     labels = DATASET.train.labels
     task = assemble(config, student, teacher.requires_grad_(False).eval(), SIDE, labels).to(device)
-    wide = TrainLoader(DATASET.train, DATASET, batch_size=6, seed=3, noise_width=task.noise_width, device=device)
-    loader = LookAhead(wide, task.foreseen, size=3, steps=2, samples=SAMPLES, device=device)
+    plain = TrainLoader(DATASET.train, DATASET, batch_size=3, seed=3, noise_width=task.noise_width, device=device)
+    loader = LookAhead(plain, task.foreseen, steps=2, device=device)
     test = EvalLoader(DATASET.test, DATASET, device=device)
     folder.mkdir()
     return Trainer(

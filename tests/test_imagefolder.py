@@ -207,6 +207,8 @@ def test_an_epoch_taken_up_in_its_middle_goes_on_the_same(name: str, root: Path)
         assert len(tail) == 4 - start
         assert all(same(one, other) for one, other in zip(whole[start:], tail, strict=True))
     assert torch.equal(torch.get_rng_state(), before)
+    otherwise = train(images, batch_size=7).epoch(3)  # however the epoch is cut, a sample is augmented alike
+    assert torch.equal(*(torch.cat([batch.images for batch in batches]) for batches in (otherwise, whole)))
     assert not torch.equal(next(train(images, seed=1).epoch(3)).images, whole[0].images)
     assert not torch.equal(next(train(images).epoch(4)).images, whole[0].images)
 

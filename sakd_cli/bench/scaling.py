@@ -76,7 +76,7 @@ AXES: dict[str, Callable[[Setup], Points]] = {
     "depth": _depth,
     "runs": _runs,
 }
-_SPOT_PER_MAP = {entry.places for entry in DISTILLERS.values() if entry.places.__name__.startswith("every_map")}
+_SPOT_PER_MAP = {entry.places for entry in DISTILLERS.own.values() if entry.places.__name__.startswith("every_map")}
 
 
 def _with(setup: Setup, **words: Any) -> Setup:

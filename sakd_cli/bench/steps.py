@@ -1,7 +1,7 @@
 """The steps that a bench compares, ready to be called: networks of random weights, learning rates near 0."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AdaptiveConfig, AlwaysConfig
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.distillers.crd import CRD
+from sakd_cli.engine.ahead import LookAhead
+from sakd_cli.engine.graphs import Cuda, GraphedStep
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import compiled, effective, pick_device
-from sakd_cli.engine.task import Task
+from sakd_cli.engine.runtime import compiled, compiled_pass, effective, pick_device
+from sakd_cli.engine.task import StepOutput, Task
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.tasks.build import assemble
@@ -68,7 +70,7 @@ def calibrated(setup: Setup) -> tuple[StagedModel, StagedModel]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         names = setup.config.student, find_network(setup.config.teacher.source).name
-        networks = [create(name, setup.classes) for name in names]
+        networks = [create(name, setup.classes, setup.side) for name in names]
         images = torch.randn(min(setup.size, 64), 3, setup.side, setup.side)
     for network in networks:
         norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -112,19 +114,45 @@ def optimizer_of(task: Task) -> Optimizer:
     return made
 
 
+class Endless:
+    """One batch again and again."""
+
+    steps_per_epoch = 1
+
+    def __init__(self, given: Batch) -> None:
+        self.given = given
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return itertools.repeat(self.given)
+
+
 def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
-    """One step of a task as the trainer does it; counted before it is compiled, if it is to be."""
+    """One step of a task as the trainer does it; counted before it is compiled or captured, if it is to be."""
     given, optimizer = batch_of(setup, task, spots), optimizer_of(task)
+    mode = effective(setup.config.runtime, setup.device)
+    batches: Iterator[Batch] = itertools.repeat(given)
+
+    def step(batch: Batch) -> StepOutput:
+        output: StepOutput = task(batch)
+        optimizer.step(output.loss)
+        return output._replace(loss=output.loss.detach(), logits=None)
 
     def call() -> None:
-        optimizer.step(task(given).loss)
+        advance(next(batches))
+
+    advance: Callable[[Batch], StepOutput] = step
 
     there = [given.images, given.labels, given.index, given.noise, *task.state_dict().values()]
     if isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass):
         there += task.teacher_features.network.state_dict().values()
     counted = count(call, there)
-    if setup.config.runtime.compile:
-        compiled(task, setup.device)
+    if mode.compiled:
+        compiled(task, setup.device, graphed=mode.graphed)
+    if isinstance(task, DistillTask) and mode.ahead > 1:
+        look = compiled_pass(task.foreseen) if mode.compiled else task.foreseen
+        batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
+    if mode.graphed:
+        advance = GraphedStep(step, Cuda(setup.device), lambda: RATE)
     return Step(name, about, call, counted)
 
 

@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import bench, bring, data, judge, look, spots, sweep, train, words
-from sakd_cli.cli.console import complain
-from sakd_cli.errors import DiskError, MemoryLimitError, SakdError, Stopped, UsageError
+from sakd_cli.cli import bench, bring, data, export, judge, look, spots, sweep, train, words
+from sakd_cli.cli.console import complain, speaks
+from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.figures import printable
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
     "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
-    "7 non-finite number, 8 run directory in use, 130 Ctrl-C, 143 SIGTERM."
+    "7 non-finite number, 8 run directory in use, 9 another process is gone, 130 Ctrl-C, 143 SIGTERM."
 )
 app = typer.Typer(
     name="sakd",
@@ -56,6 +56,7 @@ app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(train.distill)
 app.command("sweep", rich_help_panel="Train")(sweep.sweep)
 app.command("import-weights", rich_help_panel="Train")(bring.import_weights)
+app.command("export", rich_help_panel="Train")(export.export)
 app.command("eval", rich_help_panel="Look")(look.evaluate)
 app.command("compare", rich_help_panel="Look")(judge.compare)
 app.command("report", rich_help_panel="Look")(judge.report)
@@ -80,7 +81,8 @@ def run(arguments: list[str]) -> int:
             complain("interrupted")
         return code
     except SakdError as error:
-        complain(error.message, error.hint)
+        if speaks() or not isinstance(error, UsageError | DataError | CheckpointError):  # every process finds those
+            complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
         return _reader_left()

@@ -9,6 +9,7 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
 from sakd_cli.config.layers import Layer, nested, resolve
 
 DEFAULTS = {"teacher.source": "resnet56", "student": "resnet20"}
@@ -69,7 +70,7 @@ def bench(
 
         sakd bench --scaling batch --json > result.json
     """
-    words = resolve("distill", [Layer("the bench's default", nested(DEFAULTS)), *o.layers(ctx.params)]).config
+    words = resolve("distill", [Layer("the bench's default", nested(DEFAULTS)), *sources.layers(ctx.params)]).config
     talk = Talk(quiet=quiet)
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
         found = _found(words, talk, rounds, scaling, compare, (peer, peer_entry))

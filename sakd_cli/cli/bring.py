@@ -7,6 +7,7 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
 from sakd_cli.config.layers import resolve
 
 FileArgument = Annotated[Path, typer.Argument(help="PyTorch (.pth, .pt) or .safetensors file of a state dict.")]
@@ -41,7 +42,7 @@ def import_weights(
         sakd distill --teacher resnet32x4-cifar100 --student resnet8x4
     """
     words = {key: value for key, value in ctx.params.items() if key != "model"}
-    config = resolve("eval", o.layers(words)).config
+    config = resolve("eval", sources.layers(words)).config
     talk = Talk(quiet=quiet)
     from sakd_cli.tasks.importing import import_weights as carry_out
 

@@ -27,8 +27,15 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def speaks() -> bool:
+    """Whether this process talks: of several that train together only the first one does."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+
+
 def show(*renderables: RenderableType) -> None:
     """Print tables and text to stdout."""
+    if not speaks():
+        return
     console = out()
     for renderable in renderables:
         if isinstance(renderable, str):
@@ -38,7 +45,8 @@ def show(*renderables: RenderableType) -> None:
 
 def emit(document: Any) -> None:
     """Print the one JSON document of `--json`."""
-    print(json.dumps(document, indent=2, allow_nan=False))
+    if speaks():
+        print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def clean(text: str, most: int = LONGEST) -> str:
@@ -59,7 +67,7 @@ class Talk:
     """Follows a run on stderr: a bar on a terminal, one line per interval elsewhere, nothing when quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
+        self.quiet = quiet or not speaks()
         self.console = err()
         self.steps = 0
         self._bar: Progress | None = None
@@ -93,6 +101,8 @@ class Talk:
 
     def warn(self, text: str) -> None:
         """One line that is shown even where talk is not."""
+        if not speaks():
+            return
         self.console.print(f"[bold yellow]warning:[/] {escape(clean(text))}")
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:

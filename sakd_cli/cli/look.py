@@ -7,10 +7,11 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.report import plots
-from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.tasks.targets import check_teacher, what_to_score
 
 EvalTargets = Annotated[
     list[Path] | None,
@@ -68,25 +69,16 @@ def evaluate(
         sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
     """
     _check(adaptive and always_on, plot, len(targets or ()))
-    given = o.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
+    given = sources.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
     given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
     runs_dir_ = resolve("eval", given).config.runs_dir
-    found = [_what_to_score(target, runs_dir_) for target in targets or (None,)]
-    asked = adaptive or always_on or sweep or plot is not None
-    summed = [asked or _is_ensemble(weights) for weights, _ in found]
-    if teacher is not None and any(summed):
-        raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")
-    from sakd_cli.tasks.adaptive import score_ensemble
-    from sakd_cli.tasks.score import Target, scores
+    found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
+    forced = adaptive or always_on or sweep or plot is not None
+    check_teacher(found, forced=forced, teacher=teacher)
+    from sakd_cli.tasks.adaptive import evaluations
 
-    talk, curve = Talk(quiet=quiet), sweep or plot is not None
-    wanted = [Target(weights, run, [*_words_of(run), *given], teacher is not None) for weights, run in found]
-    pairs = list(zip(wanted, summed, strict=True))
-    alone = scores((one for one, ensemble in pairs if not ensemble), talk)
-    results = [
-        score_ensemble(one, talk, early=not always_on, curve=curve) if ensemble else next(alone)
-        for one, ensemble in pairs
-    ]
+    kinds = {"forced": forced, "early": not always_on, "curve": sweep or plot is not None}
+    results = evaluations(found, given, Talk(quiet=quiet), compelled=teacher is not None, **kinds)
     if plot is not None:
         told = results[0]["ensemble"]
         label = "thresholds in use" if told["early"] else "all members for every image"
@@ -107,34 +99,3 @@ def _check(both: bool, plot: Path | None, targets: int) -> None:
         raise UsageError("--plot draws the curve of one network")
     if plot is not None:
         plots.checked(plot)
-
-
-def _words_of(run: RunDir | None) -> list[Layer]:
-    """On what the run was trained, by whom, and who leaves its ensemble early."""
-    words = run.config if run else {}
-    told = {key: words[key] for key in ("data", "teacher", "residual") if words.get(key)}
-    return [Layer("the run's config", told)] if told else []
-
-
-def _what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | None]:
-    """The weights, and the run they come from (None for a file of no run)."""
-    if target is None:
-        found = newest_run(runs_dir, {}, finished=False, delivered=True)
-        if found is None:
-            raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
-        target = found.path
-    if not target.exists():
-        raise UsageError(f"{target}: no such file or directory")
-    if (target / "config.yaml").is_file():
-        run = RunDir(target)
-        delivered = run.ensemble or run.deliverable
-        if delivered is None:
-            raise UsageError(f"{target}: this run has not saved a network yet")
-        return delivered, run
-    folder = target.resolve() if target.is_dir() else target.resolve().parent
-    above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
-    return target, above[0] if above else None
-
-
-def _is_ensemble(path: Path) -> bool:
-    return (path / "ensemble.json").is_file() or path.name == "ensemble.json"

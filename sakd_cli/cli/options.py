@@ -6,17 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sakd_cli.config import datasets, methods, networks, presets, routers
-from sakd_cli.config.layers import (
-    OPTIONS,
-    Layer,
-    Resolved,
-    environment_layers,
-    file_layer,
-    option_layers,
-    resolve,
-    set_layers,
-)
+from sakd_cli.config import datasets, methods, networks, presets, routers, sources
+from sakd_cli.config.layers import Resolved, resolve
 
 
 def names(table: Callable[[], Mapping[str, Any]]) -> Callable[[str], list[str]]:
@@ -24,7 +15,7 @@ def names(table: Callable[[], Mapping[str, Any]]) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in table() if name.startswith(incomplete)]
 
 
-complete_networks = names(lambda: networks.NETWORKS)
+complete_networks = names(lambda: dict.fromkeys(networks.all_names()))
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=complete_networks)
@@ -35,6 +26,23 @@ Teacher = Annotated[
         help="Architecture (its newest finished run), run directory or weights file. [env: SAKD_TEACHER]",
         autocompletion=complete_networks,
         rich_help_panel="Distillation",
+    ),
+]
+TeacherWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its weights: sakd's, or (with --teacher torchvision/... or timm/...) that library's. "
+        "[env: SAKD_TEACHER_WEIGHTS]",
+        rich_help_panel="Distillation",
+    ),
+]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        metavar="keep|replace",
+        help="Last layer of weights that training starts from; replace: a fresh one. [env: SAKD_HEAD]",
+        rich_help_panel="Training",
     ),
 ]
 Student = Annotated[
@@ -199,8 +207,28 @@ TeacherBank = Annotated[
         rich_help_panel="Distillation",
     ),
 ]
+AllowTeacherMismatch = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-teacher-mismatch",
+        help="Take the teacher also where it scores otherwise than its card says.",
+        rich_help_panel="Distillation",
+    ),
+]
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
+]
+SyncBatchNorm = Annotated[
+    bool | None,
+    typer.Option(
+        "--sync-batchnorm", help="Under torchrun: BatchNorm sees all processes' images.", rich_help_panel="Run"
+    ),
+]
+Gather = Annotated[
+    bool | None,
+    typer.Option(
+        "--gather", help="Under torchrun: losses between samples compare all processes'.", rich_help_panel="Run"
+    ),
 ]
 Log = Annotated[
     str | None,
@@ -228,15 +256,6 @@ DryRun = Annotated[
 ]
 
 
-def layers(params: Mapping[str, Any]) -> list[Layer]:
-    """From the weakest to the strongest: preset, file, environment, options, --set."""
-    # An option that may be given several times and was not is empty.
-    given = {name: None if params[name] in ([], ()) else params[name] for name in OPTIONS if name in params}
-    stack = [presets.preset_layer(params["preset"])] if params.get("preset") else []
-    stack += [file_layer(params["config"], f"file {params['config']}")] if params.get("config") else []
-    return [*stack, *environment_layers(given), *option_layers(given), *set_layers(params.get("set_") or [])]
-
-
 def resolved(task: str, params: Mapping[str, Any]) -> Resolved:
     """The config that the options of a command make."""
-    return resolve(task, layers(params))
+    return resolve(task, sources.layers(params))

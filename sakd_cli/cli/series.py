@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from sakd_cli.cli.console import Talk
-from sakd_cli.cli.intent import AUTO, going_on
 from sakd_cli.cli.together import Order, run_together
 from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.tasks.intent import AUTO, going_on
 
 ALL = "all"
 LEARNED = AdaptiveConfig().name

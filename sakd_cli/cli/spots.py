@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from sakd_cli.api import looked_at, run_to_look_at
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
-from sakd_cli.config.layers import resolve
 from sakd_cli.errors import DiskError, UsageError
-from sakd_cli.rundir import RunDir, newest_run
 
 
 class Part(StrEnum):
@@ -59,8 +58,6 @@ Samples = Annotated[
     Path | None, typer.Option(metavar="FILE", help="One record per image, .jsonl or .csv.", rich_help_panel="Output")
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="One long table of all figures on stdout.", rich_help_panel="Output")]
-# Words about images or the machine, which only mean something when the networks are run.
-OF_LIVE = ("live", "data_root", "device", "config", "set_")
 
 
 def inspect_spots(
@@ -98,15 +95,13 @@ def inspect_spots(
         sakd inspect-spots runs/20261121-120000-distill-... --split test --json | jq '.measured.routed'
     """
     from sakd_cli.report import inspection, plots
-    from sakd_cli.report.survey import survey_of
 
     _check(ctx.params)
     talk = Talk(quiet=quiet)
     words = {name: value for name, value in ctx.params.items() if name != "seed"}
-    where = _run_of(run, words)
+    where = run_to_look_at(run, words)
     kept = max(extremes, inspection.KEPT)
-    content = _measured(where, words, split, talk, seed=seed, kept=kept) if _asks_for_networks(where, words) else None
-    survey = survey_of(where, content)
+    survey = looked_at(where, words, split.value, talk, seed=seed, kept=kept)
     report = inspection.spot_document(where, survey, sample=sample, seed=seed, extremes=kept)
     if plot:
         plots.write(plots.spot_figure(report, panel and panel.value), plot)
@@ -131,34 +126,6 @@ def _check(words: dict[str, Any]) -> None:
         from sakd_cli.report import plots
 
         plots.checked(words["plot"])
-
-
-def _run_of(named: Path | None, words: dict[str, Any]) -> RunDir:
-    if named:
-        return RunDir(named)
-    places = {name: words[name] for name in ("dataset", "runs_dir")}
-    runs = resolve("eval", o.layers(places)).config.runs_dir
-    wanted = {"task": "distill"} | ({"data.name": words["dataset"]} if words["dataset"] else {})
-    if (found := newest_run(runs, wanted, finished=False)) is None:
-        raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
-    return found
-
-
-def _asks_for_networks(run: RunDir, words: dict[str, Any]) -> bool:
-    data = run.config.get("data")
-    own = data.get("name") if isinstance(data, dict) else None
-    another = words["dataset"] not in (None, own)
-    return another or words["split"] is not Part.TRAIN or any(words[name] for name in OF_LIVE)
-
-
-def _measured(run: RunDir, words: dict[str, Any], split: Part, talk: Talk, *, seed: int, kept: int) -> bytes:
-    """Run the networks; whatever is wrong with the record of the run is said before."""
-    from sakd_cli.report.spots import spot_report
-
-    spot_report(run)
-    from sakd_cli.tasks.survey import live
-
-    return live(run, o.layers(words), split.value, talk, seed=seed, kept=kept)
 
 
 def _write_page(report: dict[str, Any], images: dict[int, Any], path: Path, talk: Talk) -> None:

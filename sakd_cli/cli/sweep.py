@@ -18,7 +18,7 @@ from sakd_cli.cli.executor import Executor, LocalExecutor
 from sakd_cli.cli.sweep_board import Board
 from sakd_cli.cli.sweep_plan import plan
 from sakd_cli.cli.together import worst
-from sakd_cli.config import presets
+from sakd_cli.config import presets, sources
 from sakd_cli.config.grid import Grid, grid
 from sakd_cli.config.layers import Layer, file_layer, flat, resolve
 from sakd_cli.config.run import DistillConfig
@@ -139,7 +139,7 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
     words = resolve(SWEEP, [layer, *(Layer(f"--{key}", {key: value}) for key, value in part.items())]).config
     assert isinstance(words, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
-    layers = o.layers({**given, "set_": params["set_"]})
+    layers = sources.layers({**given, "set_": params["set_"]})
     return path.stem, words, grid(words, layers, params["budget"])
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
-from sakd_cli.cli.intent import AUTO, twin, understood
 from sakd_cli.cli.judge import compared
 from sakd_cli.cli.series import is_series, series, train_all, train_together
 from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.tasks.intent import AUTO, understood
+from sakd_cli.tasks.teachers import find_teacher, is_missing
 
 
 def pretrain_teacher(
     ctx: typer.Context,
     model: o.ModelArgument = None,
     student_friendly: o.StudentFriendly = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -38,6 +41,7 @@ def pretrain_teacher(
     precision: o.Precision = None,
     compile: o.Compile = None,
     deterministic: o.Deterministic = None,
+    sync_batchnorm: o.SyncBatchNorm = None,
     log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -55,20 +59,20 @@ def pretrain_teacher(
     if intent.finished:
         _finish(intent.summary(), dry_run=False, json=json)
         return
-    talk = Talk(quiet=quiet)
-    from sakd_cli.tasks import build, run
+    from sakd_cli.tasks.sessions import Session, tried
 
-    job = build.pretraining(words)
-    _finish(
-        run.try_one_batch(job) if dry_run else _trained(job, intent, talk),
-        dry_run=dry_run,
-        json=json,
-    )
+    if dry_run:
+        _finish(tried(words), dry_run=True, json=json)
+        return
+    talk = Talk(quiet=quiet)
+    where, summary = Session(talk, guard=talk.heeding_signals).pretrained(words, intent)
+    _finish({"run": str(where.path)} | summary, dry_run=False, json=json)
 
 
 def distill(
     ctx: typer.Context,
     teacher: o.Teacher = None,
+    teacher_weights: o.TeacherWeights = None,
     student: o.Student = None,
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
@@ -76,10 +80,12 @@ def distill(
     residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
     teacher_bank: o.TeacherBank = None,
+    allow_teacher_mismatch: o.AllowTeacherMismatch = None,
     with_control: o.WithControl = False,
     routers: o.Routers = None,
     seeds: o.Seeds = None,
     together: o.Together = False,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -97,6 +103,8 @@ def distill(
     precision: o.Precision = None,
     compile: o.Compile = None,
     deterministic: o.Deterministic = None,
+    sync_batchnorm: o.SyncBatchNorm = None,
+    gather: o.Gather = None,
     log: o.Log = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -110,27 +118,41 @@ def distill(
 
         sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
-    talk = Talk(quiet=quiet)
-    words, intent = understood("distill", ctx.params)
-    several = series(words, ctx.params)
-    if is_series(ctx.params) and not dry_run:
-        compared(_several(several, talk, resume, together=together), json=json)
-    elif intent.finished and intent.resume:
+    _distil(ctx.params, json=json)
+
+
+def _distil(params: Mapping[str, Any], *, json: bool) -> None:
+    talk, dry_run, resume = Talk(quiet=params["quiet"]), params["dry_run"], params["resume"]
+    words, intent = understood("distill", params)
+    several, many = series(words, params), is_series(params) and not dry_run
+    if not many and intent.finished and intent.resume:
         _picture(intent.resume, talk)
         _finish(intent.summary(), dry_run=False, json=json)
+        return
+    is_missing(words)  # said before torch is loaded
+    from sakd_cli.tasks.sessions import Session, tried
+
+    session = Session(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
+    if many:
+        compared(_several(several, session, again, together=params["together"]), json=json)
     else:
-        result = _tried(words) if dry_run else _distilled(words, intent, talk, resume)
-        _finish(result, dry_run=dry_run, json=json)
+        _finish(tried(words) if dry_run else _distilled(words, intent, session), dry_run=dry_run, json=json)
 
 
-def _several(members: list[DistillConfig], talk: Talk, resume: str | None, *, together: bool) -> list[RunDir]:
+def _several(members: list[DistillConfig], session: Any, again: str, *, together: bool) -> list[RunDir]:
     """A series, one after another or at once."""
-    again = _this_again(resume)
     if together:
-        chosen = _pinned_teacher(members[0], talk, resume)
-        return train_together(members, chosen, talk, resume=bool(resume), again=again)
-    train = partial(_distilled, talk=talk, resume=resume, again=again)
-    return train_all(members, train, resume=bool(resume))
+        chosen = _pinned_teacher(members[0], session)
+        return train_together(members, chosen, session.watcher, resume=session.resume, again=again)
+    return train_all(members, partial(_distilled, session=session, again=again), resume=session.resume)
+
+
+def _pinned_teacher(words: DistillConfig, session: Any) -> TeacherConfig:
+    """The teacher as it is now, trained first where that is asked for: several processes must mean the same one."""
+    session.with_teacher(words)
+    path = find_teacher(words)
+    assert path is not None
+    return words.teacher.model_copy(update={"weights": path.resolve()})
 
 
 def _this_again(resume: str | None) -> str:
@@ -138,83 +160,9 @@ def _this_again(resume: str | None) -> str:
     return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
 
 
-def _missing(words: DistillConfig) -> bool:
-    """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
-    from sakd_cli.tasks.teachers import find_teacher, no_teacher
-
-    missing = find_teacher(words) is None
-    if missing and not words.teacher.pretrain:
-        raise no_teacher(words)
-    return missing
-
-
-def _tried(words: DistillConfig) -> dict[str, Any]:
-    """The plan of a distillation and one batch of it, with an untrained teacher where it is yet to be trained."""
-    missing = _missing(words)
-    from sakd_cli.tasks import build, run
-
-    return run.try_one_batch(build.distillation(words, build.untrained_teacher(words) if missing else None))
-
-
-def _distilled(
-    words: DistillConfig, intent: Intent, talk: Talk, resume: str | None, again: str | None = None
-) -> dict[str, Any]:
-    """One distillation, after its teacher's training where that is still to be done; `again` as for `_trained`."""
-    _with_teacher(words, talk, resume)
-    from sakd_cli.tasks import build
-
-    return _trained(build.distillation(words), intent, talk, again)
-
-
-def _with_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> None:
-    """Train the teacher first where that is asked for."""
-    if not _missing(words):
-        return
-    from sakd_cli.tasks import build
-    from sakd_cli.tasks.companions import companions_of
-
-    # Whatever is wrong with the student's side is said before hours go into a teacher.
-    for companion in companions_of(build.distillation(words, build.untrained_teacher(words))):
-        companion.rehearse()
-    talk.say(f"no finished {words.teacher.source} yet: training it first")
-    first = build.teacher_config(words)
-    _trained(build.pretraining(first), twin(first) if resume else Intent(), talk, _this_again(resume))
-
-
-def _pinned_teacher(words: DistillConfig, talk: Talk, resume: str | None) -> TeacherConfig:
-    """The teacher as it is now, trained first where that is asked for: several processes must mean the same one."""
-    _with_teacher(words, talk, resume)
-    from sakd_cli.tasks.teachers import find_teacher
-
-    path = find_teacher(words)
-    assert path is not None
-    return words.teacher.model_copy(update={"weights": path.resolve()})
-
-
-def _trained(job: Any, intent: Intent, talk: Talk, again: str | None = None) -> dict[str, Any]:
-    """Train; `again` is the command that goes on after a stop, where it is not that of the run itself."""
-    from sakd_cli.data.feeds import told
-    from sakd_cli.tasks import run
-    from sakd_cli.tasks.companions import companions_of
-
-    companions = companions_of(job)
-    for companion in companions:
-        companion.rehearse()
-    config = job.config
-    talk.say(
-        f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs of "
-        f"batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} "
-        f"({job.mode})"
-    )
-    for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
-        talk.say(notice)
-    if skipped := job.images.dataset.skipped:
-        talk.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
-    if job.teacher is not None:
-        talk.say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
-    with talk.heeding_signals():
-        where, summary = run.carry_out(job, intent, talk, again)
-        _picture(where, talk)
+def _distilled(words: DistillConfig, intent: Intent, session: Any, again: str | None = None) -> dict[str, Any]:
+    where, summary = session.distilled(words, intent, again)
+    _picture(where, session.watcher)
     return {"run": str(where.path)} | summary
 
 

@@ -1,6 +1,7 @@
 """`sakd list`, `sakd show` and `sakd config`: the words one can use, and where each word of a config comes from."""
 
 import inspect
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -8,9 +9,10 @@ import typer
 import yaml
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import emit, show
+from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config import datasets, methods, networks, presets, routers
 from sakd_cli.config.layers import flat
+from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.words import summary
 from sakd_cli.errors import UsageError, unknown
 
@@ -52,23 +54,45 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: o
     from sakd_cli.report.tables import listing_table
 
     show(listing_table(kind.value, rows))
+    if kind is Kind.models:
+        show("and torchvision/NAME, timm/NAME, package.module:function")
 
 
-def _methods() -> dict[str, type[Any]]:
+def _methods() -> Mapping[str, type[Any]]:
     return methods.METHODS
 
 
 def _rows(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.models:
-        return [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
+        rows = [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
+        return rows + _plugged_networks()
     if kind is Kind.presets:
         return [{"name": name, "about": presets.about(path)} for name, path in presets.presets().items()]
-    tables: dict[Kind, dict[str, type[Any]]] = {
+    tables: dict[Kind, Mapping[str, type[Any]]] = {
         Kind.methods: methods.METHODS,
         Kind.routers: routers.ROUTERS,
         Kind.datasets: datasets.DATASETS,
     }
-    return [{"name": name, "about": summary(config)} for name, config in tables[kind].items()]
+    found = usable(tables[kind], Talk(quiet=True).warn)
+    return [{"name": name, "about": summary(config)} | _whose(tables[kind], name) for name, config in found.items()]
+
+
+def _whose(table: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The package of a row that is not ours."""
+    package = table.package(name) if isinstance(table, Table) else "sakd"
+    return {} if package == "sakd" else {"package": package}
+
+
+def _plugged_networks() -> list[dict[str, Any]]:
+    rows = []
+    for name, (first, *_) in plugged(NETWORKS).items():
+        try:
+            network = networks.find_network(name)
+        except UsageError as error:
+            Talk(quiet=True).warn(error.message)
+            continue
+        rows.append({"name": name, "family": network.family, "lr": network.lr, "package": first.package})
+    return rows
 
 
 def show_method(
@@ -87,10 +111,10 @@ def show_method(
         raise UsageError(unknown("method", name, methods.METHODS), hint="sakd list methods")
     from sakd_cli.distillers.table import DISTILLERS
 
-    entry = DISTILLERS[name]
+    entry = DISTILLERS.row(name)
     distiller = entry.features or entry.logits
     config = methods.METHODS[name]
-    about = {
+    about: dict[str, Any] = {
         "name": name,
         "about": summary(config),
         "text": inspect.getdoc(distiller) or "",
@@ -115,12 +139,14 @@ def show_config(
     ctx: typer.Context,
     task: Task = Which.distill,
     teacher: o.Teacher = None,
+    teacher_weights: o.TeacherWeights = None,
     student: o.Student = None,
     model: Annotated[str | None, typer.Option(help="Network of a pretraining.", rich_help_panel="Distillation")] = None,
     student_friendly: o.StudentFriendly = None,
     method: o.Method = None,
     dfa_weights: o.DfaWeights = None,
     router: o.Router = None,
+    head: o.Head = None,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     holdout: o.Holdout = None,
@@ -173,7 +199,9 @@ _FOREIGN = {
 def show_schema(
     name: Annotated[
         str,
-        typer.Argument(help="A document: eval, ensemble, evals, compare, report, spots, data, sweep, sweep-plan."),
+        typer.Argument(
+            help="A document: eval, ensemble, evals, compare, report, export, spots, data, sweep, sweep-plan."
+        ),
     ],
     json: o.Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import datasets, friendly, methods, residual, routers, run
+from sakd_cli.config.plugins import usable
 from sakd_cli.config.run import STUDENT_WORDS, TASKS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
@@ -21,8 +22,10 @@ from sakd_cli.reading import MOST_YAML, parse_yaml, read_bytes
 # Named options of the command line and the key each one sets. The environment variable is SAKD_ + the name.
 OPTIONS = {
     "teacher": "teacher.source",
+    "teacher_weights": "teacher.weights",
     "student": "student",
     "model": "model",
+    "head": "head",
     "student_friendly": "friendly.students",
     "method": "method.name",
     "dfa_weights": "method.weights",
@@ -39,8 +42,11 @@ OPTIONS = {
     "device": "device",
     "precision": "runtime.precision",
     "compile": "runtime.compile",
+    "sync_batchnorm": "runtime.sync_batchnorm",
+    "gather": "runtime.gather",
     "deterministic": "runtime.deterministic",
     "teacher_bank": "teacher.bank",
+    "allow_teacher_mismatch": "teacher.allow_mismatch",
     "log": "log",
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
@@ -49,7 +55,7 @@ _HEADS = {
     "method": ("name", set[str]()),
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
-    "teacher": ("source", {"pretrain", "epochs", "bank"}),
+    "teacher": ("source", {"pretrain", "epochs", "bank", "allow_mismatch"}),
     "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
 }
 
@@ -275,4 +281,4 @@ def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
         "residual": [residual.ResidualConfig],
         "runtime": [run.Runtime],
     }
-    return plain.get(name) or list(_TABLES.get(name, {}).values())
+    return plain.get(name) or list(usable(_TABLES.get(name, {})).values())

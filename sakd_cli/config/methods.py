@@ -1,12 +1,13 @@
 """Distillers in words: one small class per method. Its defaults are the published recipe.
 
-To add one: a class here, a file in `distillers/`, one line in `distillers/table.py`.
+To add one: a class here, a file in `distillers/`, one line in `distillers/table.py`; or the same in a package of one's
+own, whose entry points name them (`plugins.py`).
 """
 
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +19,7 @@ from pydantic import (
     SerializeAsAny,
 )
 
+from sakd_cli.config import plugins
 from sakd_cli.config.words import Words, by_name, chosen_by_name
 
 
@@ -278,5 +280,14 @@ class DFAConfig(MethodConfig):
     joint: bool = False
 
 
-METHODS = by_name(MethodConfig)
+def _plugged(name: str, kind: object) -> type[MethodConfig]:
+    """A plug-in's config class. Raises ValueError where it is none, or of another name."""
+    if not (isinstance(kind, type) and issubclass(kind, MethodConfig)):
+        raise ValueError("is no MethodConfig")
+    if kind.model_fields["name"].default != name:
+        raise ValueError(f"calls itself {kind.model_fields['name'].default!r}")
+    return kind
+
+
+METHODS = plugins.Table[type[Any]]("method", by_name(MethodConfig), plugins.METHODS, _plugged)
 Method = Annotated[SerializeAsAny[MethodConfig], chosen_by_name("method", METHODS, default="fitnet")]

@@ -1,6 +1,8 @@
 """Networks in words: a name stands for a family and its arguments; the code is in `models/`.
 
 To add a variant: one line in `_named`. To add a family: also a file in `models/` and one line in `models/table.py`.
+Names of other libraries and of the user's own code (`brought`) are taken as they are: whether there is such a network
+is seen where it is built.
 """
 
 import re
@@ -9,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from sakd_cli.config import plugins
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -17,6 +20,8 @@ class Network(NamedTuple):
 
     kin      networks of one kin count as one family for the router's prior; a wide variant is a kin of its own
     student  of a network that only a distillation makes: the student in it
+    plugged  whether a plug-in builds it (`plugins.py`); its family is the package
+    line     of a network of another library: what it shares with its kin there
     """
 
     name: str
@@ -25,11 +30,15 @@ class Network(NamedTuple):
     lr: float = 0.05
     wide: bool = False
     student: "Network | None" = None
+    plugged: bool = False
+    line: str = ""
 
     @property
     def kin(self) -> str:
         if self.student is not None:
             return self.student.kin
+        if self.line:
+            return f"{self.family}/{self.line}"
         return f"{self.family} x4" if self.wide else self.family
 
 
@@ -89,6 +98,37 @@ def reusing(student: str, teacher: str, factor: int) -> Network:
     return Network(f"simkd{factor}-{inner.name}-{outer.name}", "reused", parts, inner.lr, student=inner)
 
 
+def _of_plugin(name: str) -> Network:
+    package = plugins.plugged(plugins.NETWORKS)[name][0].package
+    if _squashed(name) in _SPELLINGS:
+        raise UsageError(f"network {name!r}: wanted by sakd and by {package}", hint=f"uninstall {package}")
+    return Network(name, f"plug-in {package}", {}, plugged=True)
+
+
+def all_names() -> list[str]:
+    """Of all networks, ours and those of plug-ins."""
+    return [*NETWORKS, *plugins.plugged(plugins.NETWORKS)]
+
+
+def brought(name: str) -> Network | None:
+    """`torchvision/NAME`, `timm/NAME` or `package.module:factory`; None for a name of none of these forms.
+
+    Networks of one library are kin where their names begin with the same letters (resnet18 and resnet50; vit_b_16 and
+    vit_l_16); a factory's network has no kin but itself. lr: transformers do not learn at 0.05.
+    """
+    if (of_library := re.fullmatch(r"(torchvision|timm)/(([A-Za-z]+)[\w.]*)", name)) is not None:
+        family, entry, line = of_library.groups()
+        return Network(name, family, {"entry": entry}, 0.01, line=line)
+    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
+        return Network(name, "factory", {"entry": name}, 0.01, line=name)
+    return None
+
+
+def factories(name: str) -> list[str]:
+    """The user's own functions in the name of a network, which may be made of several."""
+    return [part for part in name.split("-") if ":" in part]
+
+
 LONGEST = 200  # letters of a name; what is distilled from what was distilled is named after all of them
 
 
@@ -99,8 +139,12 @@ def find_network(name: str) -> Network:
     """
     if len(name) > LONGEST:
         raise UsageError(f"no model has a name of {len(name)} letters")
+    if name in plugins.plugged(plugins.NETWORKS):
+        return _of_plugin(name)
     if (made := re.fullmatch(r"simkd([1-9]\d{0,8})-([^-]+)-(.+)", name)) is not None:
         return reusing(made[2], made[3], int(made[1]))
+    if (one := brought(name)) is not None:
+        return one
     if (wrn := re.fullmatch(r"wrn[-_]?(\d{1,9})[-_](\d{1,9})", name.lower())) is not None:
         depth, width = int(wrn[1]), int(wrn[2])
         if 10 <= depth <= 1000 and (depth - 4) % 6 == 0 and 1 <= width <= 100:
@@ -110,7 +154,7 @@ def find_network(name: str) -> Network:
         )
     if (known := _SPELLINGS.get(_squashed(name))) is not None:
         return NETWORKS[known]
-    raise UsageError(unknown("model", name, NETWORKS), hint="sakd list models shows them all")
+    raise UsageError(unknown("model", name, all_names()), hint="sakd list models shows them all")
 
 
 def find_trainable(name: str) -> Network:

@@ -27,10 +27,13 @@ from sakd_cli.config.words import Words
 from sakd_cli.reading import expanded
 
 Folder = Annotated[Path, AfterValidator(expanded)]
+# `library`: what torchvision or timm has trained; a folder of that name is ./library.
+Weights = Literal["library"] | Folder
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Words that may change between two parts of one run: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log", "log_every", "save_every", "teacher.pretrain", "teacher.bank", "data.workers"}
+FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
+FREE |= {"teacher.pretrain", "teacher.bank", "teacher.allow_mismatch"}
 
 
 class Train(Words):
@@ -129,13 +132,16 @@ class PretrainConfig(RunConfig):
     """Train one network with cross-entropy: a teacher, or a student alone.
 
     friendly   students for whom it is made easy to learn from; None: for nobody
-    init_from  run directory or weights file to start from: fine-tuning, 60 epochs with lr 0.01 unless these are set
+    init_from  run directory or weights file to start from, or `library`: fine-tuning, 60 epochs with lr 0.01 unless
+               these are set
+    head       what becomes of the last layer that comes with it: keep, or replace by a fresh one
     """
 
     task: Literal["pretrain"] = "pretrain"
     model: NetworkName
     friendly: FriendlyConfig | None = None
-    init_from: Folder | None = None
+    init_from: Weights | None = None
+    head: Literal["keep", "replace"] = "keep"
 
     @model_validator(mode="before")
     @classmethod
@@ -156,9 +162,10 @@ class TeacherConfig(Words):
     source    an architecture (its newest finished run), a run directory or a weights file
     pretrain  train it first if no finished run is there
     epochs    of that training; None: as many as the student's
-    weights   where `source` led when the run began, and the SHA-256 of the file; a resumed or repeated run takes
-    sha256    these and no newer ones
+    weights   where `source` led when the run began, or which file to take, and its SHA-256; a resumed or repeated run
+    sha256    takes these and no newer ones. For a network of torchvision or timm also a file under their names
     bank      keep its answers to every view of every image on the disk, for this run and later ones
+    allow_mismatch  take it also where it scores otherwise than its card says
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -167,10 +174,21 @@ class TeacherConfig(Words):
     weights: Folder | None = None
     sha256: str | None = None
     bank: bool = False
+    allow_mismatch: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_say_whose_they_are(cls, words: Any) -> Any:
+        if isinstance(words, dict) and words.get("weights") is not None and words.get("source") is None:
+            return words | {"source": str(words["weights"])}
+        return words
 
 
 # What a distillation says of its student, and a pretraining does not know.
-STUDENT_WORDS = ("student", "method", "router", "stage_map", "init_from_branches", "residual")
+STUDENT_WORDS = (
+    *("student", "method", "router", "stage_map", "init_from_branches", "residual"),
+    *("student_weights", "head"),
+)
 
 
 class DistillConfig(RunConfig):
@@ -178,6 +196,7 @@ class DistillConfig(RunConfig):
 
     stage_map  pairs [student stage, teacher stage] of maps that belong together; None: by order, or by stride where the
                networks have different numbers of stages
+    student_weights  what the student starts with, as `init_from` of a pretraining, and `head` as there
     init_from_branches  the student starts with the longest tail that its student-friendly teacher was trained with
     """
 
@@ -187,6 +206,8 @@ class DistillConfig(RunConfig):
     method: Method = FitNetConfig()
     router: Router = AdaptiveConfig()
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    student_weights: Weights | None = None
+    head: Literal["keep", "replace"] = "keep"
     init_from_branches: bool = False
     residual: ResidualConfig = ResidualConfig()
 

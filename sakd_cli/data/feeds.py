@@ -20,6 +20,8 @@ from sakd_cli.data.streams import generator
 from sakd_cli.data.workers import Pool
 from sakd_cli.errors import UsageError
 
+BLOCK = 64  # places of an epoch whose boxes are drawn together, whatever the batches are
+
 
 def train_loader(
     split: Split, dataset: Dataset, *, batch_size: int, seed: int, noise_width: int, device: torch.device
@@ -146,9 +148,10 @@ class Maker:
 class FileTrainLoader:
     """Shuffled, augmented batches of pictures in files, or of decoded ones that are cropped at random sizes.
 
-    The numbers behind every batch are a pure function of seed, epoch and step: who reads it does not matter, and an
-    epoch taken up in its middle goes on exactly as it would have gone on. Order, border crops and mirroring are
-    those of TrainLoader. A crop from memory is the same part of the picture, cut from it at `resize` pixels.
+    The numbers behind a sample are a pure function of seed, epoch and its place in the epoch: who reads it does not
+    matter, nor how the epoch is cut into batches, and one taken up in its middle goes on exactly as it would have gone
+    on. Order, border crops and mirroring are those of TrainLoader. A resized crop from memory is the same part of the
+    picture, cut from it at `resize` pixels.
     """
 
     def __init__(
@@ -183,11 +186,14 @@ class FileTrainLoader:
     def _where(self, drawn: Draws, part: slice, epoch: int) -> Tensor:
         if self._dataset.scale is None:
             return drawn.corner[:, part].T
-        step = part.start // self._batch_size
-        first = step * self._batch_size
-        whole = len(drawn.order[first : first + self._batch_size])  # drawn for all processes alike
-        numbers = torch.rand(whole, NUMBERS, generator=generator(self._seed, f"box/{step}", epoch))
-        return numbers[part.start - first : part.stop - first]
+        count = len(drawn.order[part])
+        first, last = part.start // BLOCK, (part.start + max(count, 1) - 1) // BLOCK
+        blocks = [
+            torch.rand(BLOCK, NUMBERS, generator=generator(self._seed, f"box/{block}", epoch))
+            for block in range(first, last + 1)
+        ]
+        start = part.start - first * BLOCK
+        return torch.cat(blocks)[start : start + count]
 
     def _read(self, drawn: Draws, parts: list[slice], epoch: int) -> Iterator[Tensor]:
         look = self._files.look

@@ -46,7 +46,7 @@ def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_wid
 
 
 class Turn(NamedTuple):
-    """One step of an epoch: this process's places in its order, samples of the whole batch, and what these count for."""
+    """A step of an epoch: this process's places in its order, samples of the whole batch, and what they count for."""
 
     places: slice
     whole: int

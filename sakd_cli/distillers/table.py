@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sakd_cli.config import plugins
 from sakd_cli.config.methods import MethodConfig
 from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
@@ -97,7 +98,7 @@ class Entry(NamedTuple):
     network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
 
-DISTILLERS: dict[str, Entry] = {
+_OURS = {
     "kd": Entry(None, nowhere),
     "fitnet": Entry(FitNet, chosen_map),
     "at": Entry(AT, every_map),
@@ -120,6 +121,15 @@ DISTILLERS: dict[str, Entry] = {
     "ab": Entry(None, nowhere, warmup=(AB, every_map)),
     "fsp": Entry(None, nowhere, warmup=(FSP, stem_and_maps)),
 }
+
+
+def _plugged(name: str, entry: object) -> Entry:
+    if not isinstance(entry, Entry):
+        raise ValueError("is no Entry of sakd_cli.distillers.table")
+    return entry
+
+
+DISTILLERS = plugins.Table[Entry]("method", _OURS, plugins.DISTILLERS, _plugged)
 
 
 class Distillers(NamedTuple):
@@ -167,7 +177,7 @@ def build(
     stage_map   pairs of maps that belong together; None: `aligned`
     labels      class of every training image, in the order of `Batch.index`; for methods that remember images
     """
-    entry = DISTILLERS[config.name]
+    entry = DISTILLERS.row(config.name)
     student = student if entry.network is None else entry.network(config, student, teacher)
     stages = Stages(mapped(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
     spots = tuple(spots_at(student, teacher, entry.places(config, stages), side))

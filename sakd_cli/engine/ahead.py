@@ -6,6 +6,7 @@ depends on those steps (performance spec, section 4.4).
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate, islice
 from typing import final
 
 import torch
@@ -19,10 +20,8 @@ from sakd_cli.engine.trainer import Loader
 class LookAhead:
     """The batches of a loader, each with what `look` makes of its images in `Batch.known`.
 
-    wide     the same epochs in batches of `steps` times `size` images: sample k of an epoch is the same one, augmented
-             alike, however the epoch is cut
-    look     images [B, 3, H, W] to tensors [B, ...], each row from its own image alone: a network in evaluation mode
-    size     images of a step; samples: images of an epoch
+    look   images [B, 3, H, W] to tensors [B, ...], each row from its own image alone: a network in evaluation mode
+    steps  batches whose images it sees at once
 
     Groups of steps begin at the epoch's first step. An epoch that is taken up inside of a group computes all of that
     group, so a resumed run sees the very bits of one that was never stopped. Against one pass per step the numbers
@@ -32,52 +31,49 @@ class LookAhead:
     On CUDA a group is prepared on a stream of its own while the steps of the group before run: two groups are held.
     """
 
-    def __init__(
-        self,
-        wide: Loader,
-        look: Callable[[Tensor], Known],
-        *,
-        size: int,
-        steps: int,
-        samples: int,
-        device: torch.device,
-    ) -> None:
-        self.wide, self.look, self.size, self.steps = wide, look, size, steps
-        self.steps_per_epoch = -(-samples // size)
+    def __init__(self, loader: Loader, look: Callable[[Tensor], Known], *, steps: int, device: torch.device) -> None:
+        self.loader, self.look, self.steps = loader, look, steps
+        self.steps_per_epoch = loader.steps_per_epoch
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
-        group, done = divmod(start, self.steps)
-        groups = self._groups(self.wide.epoch(epoch, group))
-        for batch in groups:
-            for first in range(done * self.size, len(batch.labels), self.size):
-                rows = slice(first, first + self.size)
-                yield batch.each(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+        done = start % self.steps
+        groups = self._groups(self.loader.epoch(epoch, start - done))
+        for group in groups:
+            yield from group[done:]
             done = 0
 
-    def _groups(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _groups(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         if self._side is None:
-            for batch in batches:
-                yield replace(batch, known=self.look(batch.images))
+            while group := self._seen(batches):
+                yield group
             return
         # What the loader draws from was put there by the stream that trains.
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        coming = self._prepared(batches, self._side)
-        while coming is not None:
-            batch, ready = coming
+        group, ready = self._prepared(batches, self._side)
+        while group:
             coming = self._prepared(batches, self._side)
             here = torch.cuda.current_stream(self._side.device)
             here.wait_event(ready)
-            yield batch.each(lambda tensor, here=here: _used_on(tensor, here))  # type: ignore[misc]
+            yield [batch.each(lambda tensor, here=here: _used_on(tensor, here)) for batch in group]  # type: ignore[misc]
+            group, ready = coming
 
-    def _prepared(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event] | None:
+    def _prepared(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[list[Batch], torch.cuda.Event]:
         """The next group, asked of the device but not waited for, and the event after which it is there."""
         with torch.cuda.stream(side):
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            return replace(batch, known=self.look(batch.images)), side.record_event()
+            return self._seen(batches), side.record_event()
+
+    def _seen(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The next group; empty at the epoch's end."""
+        group = list(islice(batches, self.steps))
+        if not group:
+            return []
+        known = self.look(torch.cat([batch.images for batch in group]))
+        ends = list(accumulate(len(batch.images) for batch in group))
+        rows = [slice(end - len(batch.images), end) for batch, end in zip(group, ends, strict=True)]
+        parts = [known.each(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]
+        return [replace(batch, known=part) for batch, part in zip(group, parts, strict=True)]
 
 
 def _used_on(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli import parallel
+
 
 class Scores(NamedTuple):
     """top1, top5 in percent, loss: mean cross-entropy in nats; by class: images and top-1 in percent."""
@@ -24,24 +26,32 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
-    """Score `network` on (images, labels) batches of at least one image. Its train/eval mode is left as it was."""
+def evaluate(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False
+) -> Scores:
+    """Score `network` on (images, labels) batches of at least one image. Its train/eval mode is left as it was.
+
+    together   several processes take the batches in turn, and each gets the scores of all
+    """
     mode = network.training
     network.eval()
-    scores = score_logits(((network(images).float(), labels) for images, labels in batches), classes)
+    own = parallel.part(batches) if together else batches
+    answers = ((network(images).float(), labels) for images, labels in own)
+    scores = score_logits(answers, classes, together=together)
     network.train(mode)
     return scores
 
 
-def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
-    """The same from (logits [N, classes] in fp32, labels [N]) batches."""
+def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False) -> Scores:
+    """The same from (logits [N, classes] in fp32, labels [N]) batches; together: of every process."""
     sums = []
     for logits, labels in batches:
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
         by_class = [torch.bincount(labels, weights=w, minlength=classes) for w in (ranked[:, 0].float(), None)]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums.append(torch.cat([by_class[0], by_class[1], ranked.any(dim=1).sum()[None], loss[None]]))
-    *of_class, right5, loss_sum = torch.stack(sums).cpu().double().sum(dim=0).tolist()
+    own = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2 * classes + 2, dtype=torch.float64)
+    *of_class, right5, loss_sum = (parallel.summed(own) if together else own).tolist()
     hits, counts = of_class[:classes], of_class[classes:]
     images_seen = sum(counts)
     return Scores(

@@ -68,6 +68,8 @@ class Cuda:
 class GraphedStep:
     """Called like `step`, with the same numbers: full batches are replayed, the smaller last one of an epoch is not.
 
+    Nor is a part of a batch that several processes share: they talk to each other within the step.
+
     step  forward, backward and update in fixed shapes. It may change tensors in place only, must read nothing back, and
           its output must hold no autograd graph, whose nodes would remember the stream of the capture
     key   what the host decides of a step beside its batch (learning rates): where it changes, the graph is made anew
@@ -88,7 +90,7 @@ class GraphedStep:
         if size > self._size or about != self._about:
             self._replay = self._given = None  # the old graph's memory first
             self._size, self._about, self._seen = max(size, self._size), about, 0
-        if size < self._size:
+        if size < self._size or size < batch.size:
             return self._step(batch)
         if self._seen < WARMUP:
             self._seen += 1

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sakd_cli.batch import Batch
 from sakd_cli.engine.task import SpotUse
 
 
@@ -41,15 +40,15 @@ class SpotRecorder:
         self._counts = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
         self._events: dict[str, Tensor] = {}
 
-    def add(self, use: SpotUse, batch: Batch) -> None:
-        """Count one batch; nothing is read back."""
+    def add(self, use: SpotUse, labels: Tensor, index: Tensor) -> None:
+        """Count one batch, of samples with these labels [N] and places [N]; nothing is read back."""
         weight = use.weight.float()
-        ones = torch.ones_like(batch.labels, dtype=torch.float32)
+        ones = torch.ones_like(labels, dtype=torch.float32)
         counts = self._counts
-        counts["taught"].index_add_(1, batch.labels, weight)
-        counts["seen"].index_add_(0, batch.labels, ones)
-        counts["sample_taught"].index_add_(0, batch.index, weight.T)
-        counts["sample_visits"].index_add_(0, batch.index, ones)
+        counts["taught"].index_add_(1, labels, weight)
+        counts["seen"].index_add_(0, labels, ones)
+        counts["sample_taught"].index_add_(0, index, weight.T)
+        counts["sample_visits"].index_add_(0, index, ones)
         counts["empty"] += weight.sum(dim=1) == 0
         counts["steps"] += 1
         if use.probability is not None:

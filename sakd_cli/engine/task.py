@@ -48,6 +48,8 @@ class Task(nn.Module, ABC):
 
     network: nn.Module
     """What the task delivers."""
+    idle_parameters: bool = False
+    """Whether some parameters of its groups get no gradient."""
 
     @abstractmethod
     def groups(self) -> list[ParamGroup]:

@@ -13,18 +13,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sakd_cli import parallel
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
-from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.finite import LOWER, Guard
 from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.task import StepOutput, Task
-from sakd_cli.engine.watch import Watcher, heed
+from sakd_cli.engine.watch import Watcher
+from sakd_cli.engine.whole import of_all_processes, spread
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
 from sakd_cli.rundir import RunDir, write_aside
 
@@ -108,6 +110,9 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.guard = Guard(next(task.parameters()).device)
+        self._spread = spread(task)
+        self._poll = parallel.Poll()
+        self._statistics = parallel.running_statistics(task)
         self._advance = self._step if graphs is None else GraphedStep(self._step, graphs, self._rates)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
@@ -144,8 +149,7 @@ class Trainer:
             self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch))
         self.epoch = epoch
         self._save()
-        if self.outcome is not None:
-            self.outcome.delivery.publish(self.run, {"epoch": epoch})
+        self._publish({"epoch": epoch})
 
     def _train(self, epoch: int) -> None:
         self.task.train()
@@ -154,7 +158,8 @@ class Trainer:
         first = (epoch - 1) * self.loader.steps_per_epoch
         last = first + self.loader.steps_per_epoch
         for batch in self.loader.epoch(epoch, start=self.step - first):
-            heed(self.watcher)
+            if signal := self._poll(self.watcher.stop()):
+                raise Stopped(signal)
             self._count(self._advance(batch), batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:
@@ -165,8 +170,10 @@ class Trainer:
 
     def _step(self, batch: Batch) -> StepOutput:
         """Forward, backward, update; the output without its autograd graph."""
-        output: StepOutput = self.task(batch)
-        self.optimizer.step(output.loss, partial(self.guard.look, batch, output))
+        output: StepOutput = self._spread(batch)
+        loss = output.loss if batch.share == 1 else output.loss * batch.share
+        self.optimizer.step(loss, partial(self.guard.look, batch, output))
+        parallel.level(self._statistics)
         logits = None if output.logits is None else output.logits.detach()
         return output._replace(loss=output.loss.detach(), logits=logits)
 
@@ -175,9 +182,10 @@ class Trainer:
 
     def _count(self, output: StepOutput, batch: Batch) -> None:
         right = {} if output.logits is None else {"top1": top1(output.logits, batch.labels)}
-        self.meter.add(len(batch.labels), output.parts | right)
-        if self.recorder is not None and output.use is not None:
-            self.recorder.add(output.use, batch)
+        parts, use, labels, index = of_all_processes(output.parts | right, output.use, batch)
+        self.meter.add(batch.size, parts)
+        if self.recorder is not None and use is not None:
+            self.recorder.add(use, labels, index)
 
     def _log(self, epoch: int) -> None:
         self.guard.check()
@@ -185,7 +193,7 @@ class Trainer:
         self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
 
     def _judge(self, epoch: int, judge: Judge) -> None:
-        scores = evaluate(judge.scored(self.task.network), judge.selection, judge.classes)
+        scores = self._scored(self.task.network, judge, judge.selection)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
         self._tell(
@@ -194,8 +202,16 @@ class Trainer:
         if not self.best or scores.top1 > self.best["selection_top1"]:
             self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
 
+    def _scored(self, network: nn.Module, judge: Judge, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
+        return evaluate(judge.scored(network), batches, judge.classes, together=True)
+
     def _save(self) -> None:
         self.guard.check()
+        if parallel.first():
+            self._write()
+        parallel.meet()
+
+    def _write(self) -> None:
         with self._timed("save"):
             state = {
                 "run": self.run.identity,
@@ -266,17 +282,22 @@ class Trainer:
         judge = outcome.judge
         best = self.best or {"epoch": self.epochs, "selected_on": judge.selected_on}
         with self._timed("evaluate"):
-            last_scores = best_scores = evaluate(judge.scored(self.task.network), judge.test, judge.classes)
+            last_scores = best_scores = self._scored(self.task.network, judge, judge.test)
             if best["epoch"] != self.epochs:
                 saved = checkpoint.read(self.folder / "best")
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
-                best, best_scores = saved.state["best"], evaluate(judge.scored(network), judge.test, judge.classes)
-        outcome.delivery.publish(self.run, {"epoch": self.epochs} | last_scores.headline())
+                best, best_scores = saved.state["best"], self._scored(network, judge, judge.test)
+        measured = {"split": "test", "images": last_scores.images} | last_scores.headline()
+        self._publish({"epoch": self.epochs} | measured)
         return {
             "headline": {"epoch": self.epochs, "split": "test"} | last_scores.headline(),
             "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.headline(),
         }
+
+    def _publish(self, facts: dict[str, Any]) -> None:
+        if self.outcome is not None and parallel.first():
+            self.outcome.delivery.publish(self.run, facts)
 
     def _tell(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)

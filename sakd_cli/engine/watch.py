@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sakd_cli import parallel
 from sakd_cli.errors import Stopped
 
 
@@ -22,6 +23,9 @@ class Watcher(Protocol):
 
     def end(self) -> None:
         """The run has ended, well or not."""
+
+    def say(self, text: str) -> None:
+        """One line worth knowing."""
 
     def warn(self, text: str) -> None:
         """Something went wrong that the run survives."""
@@ -45,6 +49,9 @@ class Silent:
     def end(self) -> None:
         return
 
+    def say(self, text: str) -> None:
+        return
+
     def warn(self, text: str) -> None:
         return
 
@@ -66,5 +73,6 @@ class Heeding:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batches:
-            heed(self._watcher)
+            if parallel.processes() == 1:  # several stop between two steps only, all at the same one
+                heed(self._watcher)
             yield batch

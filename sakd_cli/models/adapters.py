@@ -5,6 +5,7 @@ from typing import final
 
 from torch import Tensor, nn
 
+from sakd_cli.models.layout import PLANES, Layout
 from sakd_cli.models.staged import Shape
 
 
@@ -13,7 +14,8 @@ class ConvAdapter(nn.Module):
     """One convolution with bias, BatchNorm and, unless told otherwise, ReLU: [N, C1, H1, W1] to [N, C2, H2, W2].
 
     Geometry by the heights, tested in this order: half -> 3x3 stride 2; double -> transposed 4x4 stride 2; smaller or
-    equal -> kernel (1 + H1 - H2), 1x1 where equal; larger -> transposed with stride floor(H2 / H1).
+    equal -> kernel (1 + H1 - H2), 1x1 where equal; larger -> transposed with stride floor(H2 / H1). Where we differ:
+    from H1 = 3 H2 on, which no published pair has, stride floor(H1 / H2) and no more kernel than that needs.
     """
 
     def __init__(self, source: Shape, target: Shape, *, relu: bool = True) -> None:
@@ -25,6 +27,11 @@ class ConvAdapter(nn.Module):
         elif 2 * h1 == h2:
             self.conv = nn.ConvTranspose2d(c1, c2, 4, 2, 1)
             self.geometry = "up-conv 4x4 x2"
+        elif h1 >= 3 * h2:
+            stride = h1 // h2
+            kernel = (h1 - stride * (h2 - 1), w1 - stride * (w2 - 1))
+            self.conv = nn.Conv2d(c1, c2, kernel, stride)
+            self.geometry = f"conv {kernel[0]}x{kernel[1]} /{stride}"
         elif h1 >= h2:
             kernel = (1 + h1 - h2, 1 + w1 - w2)
             self.conv = nn.Conv2d(c1, c2, kernel)
@@ -65,11 +72,13 @@ class Transform(nn.Module):
     """What a student branch makes of its teacher's map (SFTN spec, section 2): [N, C1, H1, H1] to [N, C2, H2, H2].
 
     A `ConvAdapter` where one side is as long as the other or twice as long. Between sides 4, 8, ... times as long a
-    chain of them, the width reached in the first; between all others mean pooling to H2, then 1x1.
+    chain of them, the width reached in the first; between all others mean pooling to H2, then 1x1. `layout`: of the
+    student's stage, which the map is brought into.
     """
 
-    def __init__(self, source: Shape, target: Shape) -> None:
+    def __init__(self, source: Shape, target: Shape, layout: Layout = PLANES) -> None:
         super().__init__()
+        self.layout = layout
         (c1, h1, _), (c2, h2, _) = source, target
         longer, shorter = max(h1, h2), min(h1, h2)
         doublings, rest = (longer // shorter).bit_length() - 1, longer % shorter
@@ -81,4 +90,4 @@ class Transform(nn.Module):
         self.geometry = " ".join(["mean"] * pooled + [step.geometry for step in steps])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.steps(x)
+        return self.layout.entered(self.steps(x))

@@ -6,6 +6,7 @@ The file's header says what is in it (architecture, classes, normalisation), so 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sakd_cli.config.networks import factories
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -23,6 +25,7 @@ from sakd_cli.reading import check_header, parse_json
 from sakd_cli.rundir import disk_error, sha256, write_aside, write_json
 
 FORMAT = "sakd.network/1"
+TRUST = "SAKD_FACTORIES"  # names, with commas between them, of what a weights file may ask for
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"
 Module = TypeVar("Module", bound=nn.Module)
 Card = TypeVar("Card")
@@ -92,9 +95,25 @@ def load(path: Path) -> Artifact:
     return Artifact(*load_module(file, FORMAT, "a network", _network))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a folder or file is, or may once have been, one of sakd: a safetensors file with our header."""
+    if path.is_dir():
+        return True
+    try:
+        return "sakd" in read_tensors(path)[0]
+    except UsageError:
+        return False
+
+
 def _network(words: str) -> tuple[StagedModel, NetworkCard]:
     card = _CARD.validate_json(words)
-    return create(card.architecture, len(card.classes)), card
+    trusted = os.environ.get(TRUST, "").split(",")
+    if untold := [part for part in factories(card.architecture) if part not in trusted]:
+        raise UsageError(
+            f"these are the weights of {untold[0]}, which would run code that you have not named",
+            hint=f"where you trust it: {TRUST}={untold[0]} sakd ...",
+        )
+    return create(card.architecture, len(card.classes), card.side), card
 
 
 def load_module(
@@ -134,19 +153,19 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})", hint=IMPORT) from None
 
 
-def ghost(architecture: str, classes: int) -> StagedModel:
-    """The network without its numbers, on the meta device."""
+def ghost(architecture: str, classes: int, side: int) -> StagedModel:
+    """The network without its numbers, on the meta device; one of another library with numbers, on the CPU."""
     with torch.device("meta"):
-        return create(architecture, classes)
+        return create(architecture, classes, side)
 
 
-def shapes(architecture: str, classes: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a network, which is not built: a file may name one that fills the memory."""
-    return {name: tuple(tensor.shape) for name, tensor in ghost(architecture, classes).state_dict().items()}
+def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a network."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def filled(module: Module, tensors: dict[str, Tensor]) -> Module:
-    """The module, which is on the meta device, with these weights on the CPU.
+    """The module, which is on the meta device or (of another library) on the CPU, with these weights on the CPU.
 
     Raises ValueError where a tensor is missing, odd or misshapen.
     """
@@ -156,7 +175,9 @@ def filled(module: Module, tensors: dict[str, Tensor]) -> Module:
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
-    module.to_empty(device="cpu").load_state_dict(tensors)
+    if any(tensor.is_meta for tensor in expected.values()):
+        module.to_empty(device="cpu")  # never elsewhere: buffers that are not saved would lose their numbers
+    module.load_state_dict(tensors)
     return module
 
 
@@ -191,11 +212,14 @@ def _first_line(error: Exception) -> str:
 
 def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
     top1, source, teacher = (about.get(key) for key in ("top1", "imported", "teacher"))
-    accuracy = "" if top1 is None else f" Top-1 on its test images after the last epoch: {top1:.2f} %."
     made = "trained with sakd." if source is None else "imported by sakd."
-    if source is not None:
-        accuracy = "" if top1 is None else f" Top-1 on the test images: {top1:.2f} %."
-    learned = "" if teacher is None else f"\nTeacher: {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
+    when = " after the last epoch" if source is None else ""
+    count = f"{about['images']} test images" if about.get("images") else "its test images"
+    accuracy = "" if top1 is None else f" Top-1 on {count}{when}: {top1:.2f} %."
+    learned = ""
+    if teacher is not None:
+        known = f", top-1 {teacher['top1']:.2f} %" if "top1" in teacher else ""
+        learned = f"\nTeacher: {teacher['network']}{known}, SHA-256 `{teacher['sha256']}`.\n"
     if (friendly := about.get("friendly")) is not None:
         learned = (
             f"\nA student-friendly teacher, trained together with branches of {', '.join(friendly['students'])}.\n"
@@ -207,5 +231,6 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
         f"{learned}\n"
         "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"
         "standard deviation of pixel values between 0 and 1 that the images are normalised with.\n\n"
+        f"SHA-256 of the weights: `{about['sha256']}`.\n\n"
         "    sakd eval .\n"
     )

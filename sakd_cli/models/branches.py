@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import Artifact, load_module, save_module
+from sakd_cli.models.layout import Seen
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
@@ -83,14 +84,14 @@ class Branches(nn.Module):
         self.transforms = nn.ModuleList()
         self.tails = nn.ModuleList()
         for name in students:
-            student = create(name, teacher.num_classes)
+            student = create(name, teacher.num_classes, side)
             for stage in range(1, min(len(teacher.map_stages), len(student.map_stages))):
                 if stage > 1 and not share:
-                    student = create(name, teacher.num_classes)
+                    student = create(name, teacher.num_classes, side)
                 if stage == 1 or not share:
                     self.tails.append(Tail(student, stage + 1))
-                shapes = teacher.infos[stage].shape(side), student.infos[stage].shape(side)
-                self.transforms.append(Transform(*shapes))
+                source, target = teacher.infos[stage], student.infos[stage]
+                self.transforms.append(Transform(source.shape(side), target.shape(side), target.layout))
                 self.places.append(Place(name, stage, len(self.tails) - 1))
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
@@ -102,7 +103,9 @@ class Branches(nn.Module):
 
     def through(self, teacher: StagedModel, branch: int) -> nn.Sequential:
         """A classifier of images: the teacher up to a branch, then this branch. Shares their weights."""
-        before = list(teacher.stages)[: self.places[branch].stage + 1]
+        last = self.places[branch].stage
+        info = teacher.infos[last]
+        before = [*list(teacher.stages)[: last + 1], Seen(info.layout, info.shape(self.side))]
         return nn.Sequential(*before, *self._alone(branch)).train(teacher.training)
 
     def start(self, student: StagedModel) -> None:

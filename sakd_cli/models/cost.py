@@ -21,7 +21,7 @@ class Cost(NamedTuple):
 def cost(model: nn.Module, side: int) -> Cost:
     """Counted on the meta device, so that nothing is computed. `side`: height and width of the image in pixels."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    ghost = copy.deepcopy(model).to("meta").eval()
+    ghost = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost(torch.empty(1, 3, side, side, device="meta"))
     return Cost(parameters, counter.get_total_flops() // 2)

@@ -7,15 +7,16 @@ whatever fails: an attacker would only have to make the safe way fail.
 import re
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sakd_cli.config.networks import NETWORKS, find_network
+from sakd_cli.config.networks import NETWORKS, brought, find_network
 from sakd_cli.errors import UsageError
-from sakd_cli.models.artifact import check_finite, filled, ghost, read_tensors, shapes
+from sakd_cli.models.artifact import check_finite, filled, ghost, read_tensors, shapes_of
 from sakd_cli.models.dialects import DIALECTS, Rules
 from sakd_cli.models.staged import StagedModel
 
@@ -30,16 +31,26 @@ def translated(name: str, rules: Rules) -> str:
     return next(re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name))
 
 
-def load_foreign(file: Path, architecture: str, classes: int) -> StagedModel:
+def load_foreign(file: Path, architecture: str, classes: int, side: int = 32) -> StagedModel:
     """One of our networks with the weights of a foreign file, every tensor filled exactly once.
+
+    A network of another library takes its tensors under that library's names; an auxiliary classifier is left out.
 
     Raises UsageError where it is no file of plain tensors, or not of this network; NonFiniteError where a weight is no
     number.
     """
-    ours = shapes(architecture, classes)
+    network = ghost(architecture, classes, side)
+    ours = shapes_of(network)
     most = ROOM + 8 * sum(4 * torch.Size(shape).numel() for shape in ours.values())  # with momentum, doubles, a copy
-    theirs = read_foreign(file, most)
-    names = _closest(architecture, ours, theirs)
+    names = network.plain_names()
+    kinds = {names[name]: tensor.dtype for name, tensor in network.state_dict().items()}
+    known = brought(architecture) is not None
+    whole = {name for name, kind in kinds.items() if known and not kind.is_floating_point}
+    theirs = read_foreign(file, most, whole)
+    if known:
+        theirs = {name: tensor for name, tensor in theirs.items() if not name.lower().startswith("aux")}
+    else:
+        names = _closest(architecture, ours, theirs)
     missing = [names[name] for name in ours if names[name] not in theirs and not name.endswith(COUNTER)]
     left = sorted(theirs.keys() - set(names.values()))
     if missing or left:
@@ -56,13 +67,17 @@ def load_foreign(file: Path, architecture: str, classes: int) -> StagedModel:
             if name.startswith("head.") and there[1:] == shape[1:]:
                 told = f"is for {there[0]} classes, not for {classes}"
             raise UsageError(f"{file}: {told}", hint=_advice(theirs))
-        tensors[name] = tensor.to(torch.int64 if name.endswith(COUNTER) else torch.float32)
+        kind = kinds[names[name]] if names[name] in whole else torch.float32
+        tensors[name] = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
     check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
-    return filled(ghost(architecture, classes), tensors)
+    return filled(network, tensors)
 
 
-def read_foreign(file: Path, most: int) -> dict[str, Tensor]:
-    """The tensors of a state dict, bare or under one of `KEYS`, without `module.` in front. Raises UsageError."""
+def read_foreign(file: Path, most: int, whole: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a state dict, bare or under one of `KEYS`, without `module.` in front; `whole`: not of fractions.
+
+    Raises UsageError.
+    """
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     if file.stat().st_size > most:
@@ -77,7 +92,8 @@ def read_foreign(file: Path, most: int) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{file}: {name[:40]!r} in its state dict is no tensor", hint=ALONE)
-        kind = torch.is_floating_point(value) or (name.endswith(COUNTER) and not value.is_complex())
+        counts = name in whole or name.endswith(COUNTER)
+        kind = torch.is_floating_point(value) or (counts and not value.is_complex())
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or not kind:
             raise UsageError(f"{file}: {name[:40]!r} is no plain tensor of floating-point numbers")
     return content
@@ -106,7 +122,7 @@ def _unpickled(file: Path) -> Any:
 
 def _closest(architecture: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, Tensor]) -> dict[str, str]:
     """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
-    dialects = DIALECTS[find_network(architecture).family]
+    dialects = DIALECTS.get(find_network(architecture).family, ((),))  # a plug-in's names are its own
     tables = [{name: translated(name, rules) for name in ours} for rules in dialects]
     return min(tables, key=lambda names: len(set(names.values()) ^ theirs.keys()))
 
@@ -117,7 +133,8 @@ def _advice(theirs: dict[str, Tensor]) -> str | None:
     for network in NETWORKS.values():
         if not any(translated("head.weight", rules) in theirs for rules in DIALECTS[network.family]):
             continue
-        ours = {name: shape for name, shape in shapes(network.name, 1).items() if not name.endswith(COUNTER)}
+        every = shapes_of(ghost(network.name, 1, 32))
+        ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
         names = _closest(network.name, ours, theirs)
         body = {names[name]: shape for name, shape in ours.items() if not name.startswith("head.")}
         heads = {names[name] for name in ours if name.startswith("head.")}

@@ -13,7 +13,7 @@ from sakd_cli.models.table import create
 def cost_of(name: str, classes: int, side: int) -> Cost:
     """What a network of that name costs; nothing is allocated and no random number drawn."""
     with torch.device("meta"):
-        return cost(create(name, classes), side)
+        return cost(create(name, classes, side), side)
 
 
 def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> str:
@@ -22,6 +22,7 @@ def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> s
     Where there is none, the family's cheapest; but where `first` is that itself, all families are looked through.
     """
     family = [name for name, network in NETWORKS.items() if network.family == find_network(first).family]
+    family = family or list(NETWORKS)  # a plug-in's network has none of its kind here
     cheapest = min(cost_of(name, classes, side).macs for name in family)
     if cost_of(first, classes, side).macs <= cheapest:
         family = list(NETWORKS)

@@ -9,6 +9,7 @@ from typing import final
 from torch import Tensor, nn
 
 from sakd_cli.models.layers import ConvUnit
+from sakd_cli.models.layout import PLANES, Entered, Seen
 from sakd_cli.models.staged import StagedModel, StageInfo
 
 
@@ -38,20 +39,26 @@ def projector(student: StageInfo, teacher: StageInfo, factor: int) -> tuple[Stag
     """
     ratio = max(1, teacher.stride // student.stride)
     inner = max(1, teacher.channels // factor)
-    info = StageInfo("projector", teacher.channels, student.stride * ratio, student.halved_from, teacher.signed)
+    size = None if student.size is None else (student.size[0] // ratio, student.size[1] // ratio)
+    info = StageInfo(
+        "projector", teacher.channels, student.stride * ratio, student.halved_from, teacher.signed, size=size
+    )
     convolutions = [
         ConvUnit(student.channels, inner, 1),
         ConvUnit(inner, inner, 3),
         ConvUnit(inner, teacher.channels, 1, relu=not teacher.signed),
     ]
-    return info, nn.Sequential(*([nn.AvgPool2d(ratio)] if ratio > 1 else []), *convolutions)
+    before: list[nn.Module] = [] if student.layout == PLANES else [Seen(student.layout, student.shape(0))]
+    return info, nn.Sequential(*before, *([nn.AvgPool2d(ratio)] if ratio > 1 else []), *convolutions)
 
 
 def build(name: str, num_classes: int, *, student: StagedModel, teacher: StagedModel, factor: int) -> StagedModel:
     """The student (not copied) with a new projector and copies of the teacher's pooling stage and head."""
     *kept, _ = zip(student.infos, student.stages, strict=True)
     added = projector(student.infos[-2], teacher.infos[-2], factor)
-    pool = teacher.infos[-1], Borrowed(teacher.stages[-1])
+    layout = teacher.infos[-2].layout
+    rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(Entered(layout), teacher.stages[-1])
+    pool = teacher.infos[-1], Borrowed(rest)
     model = StagedModel(
         name=name, family="reused", stages=[*kept, added, pool], num_classes=num_classes, preactivation=None
     )

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from sakd_cli.errors import UsageError
+from sakd_cli.models.layout import PLANES, Layout
 from sakd_cli.models.staged import Shape, StagedModel
 
 
 class Spot(NamedTuple):
-    """A pair of stages. `student` and `teacher` are stage indices; shapes are of one sample, without the batch."""
+    """A pair of stages. `student` and `teacher` are stage indices; shapes are of one sample, without the batch.
+
+    layouts: how a network's map lies in the value that it hands on.
+    """
 
     name: str
     kind: Literal["map", "embedding", "logits"]
@@ -16,13 +20,16 @@ class Spot(NamedTuple):
     teacher: int
     student_shape: Shape
     teacher_shape: Shape
+    student_layout: Layout = PLANES
+    teacher_layout: Layout = PLANES
 
 
 def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]:
     """Pairs (student stage, teacher stage) of maps that belong together.
 
     Networks with equally many stages are paired in order, as published. Otherwise each stage of the shorter one takes
-    the stage of the longer one whose stride is nearest, later ones first, always rising.
+    the stage of the longer one whose stride is nearest, later ones first, always rising; of several as near, such as
+    all of a vision transformer, the one that is as deep in its network.
     """
     ours, theirs = student.map_stages, teacher.map_stages
     if len(ours) == len(theirs):
@@ -34,7 +41,11 @@ def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]
     for place in reversed(range(len(ours))):
         stride = student.infos[ours[place]].stride
         candidates = theirs[place : limit - 1]
-        best = min(reversed(candidates), key=lambda stage: abs(teacher.infos[stage].stride - stride))
+        depth = (place + 1) / len(ours) * len(theirs)
+        best = min(
+            reversed(candidates),
+            key=lambda stage: (abs(teacher.infos[stage].stride - stride), abs(stage - depth)),
+        )
         pairs.insert(0, (ours[place], best))
         limit = best
     return pairs
@@ -64,7 +75,7 @@ def spots_at(student: StagedModel, teacher: StagedModel, places: Sequence[tuple[
     spots = []
     for s, t in places:
         ours, theirs = student.infos[s], teacher.infos[t]
-        spots.append(Spot(ours.name, ours.kind, s, t, ours.shape(side), theirs.shape(side)))
+        spots.append(Spot(ours.name, ours.kind, s, t, ours.shape(side), theirs.shape(side), ours.layout, theirs.layout))
     classes = (student.num_classes,)
     spots.append(Spot("logits", "logits", len(student.infos), len(teacher.infos), classes, classes))
     return spots

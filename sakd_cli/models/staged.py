@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
+from sakd_cli.models.layout import PLANES, Layout
 
 Shape = tuple[int, ...]
 Channels = tuple[float, ...]
@@ -23,6 +24,8 @@ class StageInfo(NamedTuple):
     halved_from   a stage that pools large maps only: from this height of the image on, its stride is twice as large
     signed        its output can be negative: it does not end in a ReLU
     blocks        width of each of its blocks' outputs, all of one size; empty for stem and pooling, which have none
+    size          height and width of its map where they were measured: at the one side the network was cut for
+    layout        how its map lies in the value that the next stage gets
     """
 
     name: str
@@ -31,6 +34,8 @@ class StageInfo(NamedTuple):
     halved_from: int | None = None
     signed: bool = False
     blocks: tuple[int, ...] = ()
+    size: tuple[int, int] | None = None
+    layout: Layout = PLANES
 
     @property
     def kind(self) -> Literal["map", "embedding"]:
@@ -43,6 +48,8 @@ class StageInfo(NamedTuple):
         """
         if not self.stride:
             return (self.channels,)
+        if self.size is not None:
+            return (self.channels, *self.size)
         stride = self.stride if self.halved_from is None or side < self.halved_from else 2 * self.stride
         return (self.channels, side // stride, side // stride)
 
@@ -53,18 +60,21 @@ class Features(NamedTuple):
     preactivations   empty unless asked for: per stage its output in front of the last activation, where the family has
                      such a version of it; elsewhere (stem, pooled vector) the output itself. Shapes as in `stages`
     blocks           empty unless asked for: per stage the outputs of its blocks, as `StageInfo.blocks` declares them
+    carried          per stage the value that the next stage gets; empty where these are the maps themselves
     """
 
     stages: tuple[Tensor, ...]
     logits: Tensor
     preactivations: tuple[Tensor, ...] = ()
     blocks: tuple[tuple[Tensor, ...], ...] = ()
+    carried: tuple[Tensor, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
         """The same with every tensor changed."""
         blocks = tuple(tuple(map(change, maps)) for maps in self.blocks)
         before = tuple(map(change, self.preactivations))
-        return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks)
+        carried = tuple(map(change, self.carried))
+        return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks, carried)
 
     def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
         """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
@@ -106,6 +116,7 @@ class StagedModel(nn.Module):
     """A classifier cut into stages. A family of networks only fills in the stages and their infos.
 
     `preactivation` sees the stages in front of their activations; None: the family has no such version of them.
+    `head`: the last layer, where the network has one already, and `head_name`, what it is called there.
     """
 
     gain: Tensor | None
@@ -119,6 +130,8 @@ class StagedModel(nn.Module):
         stages: Sequence[tuple[StageInfo, nn.Module]],
         num_classes: int,
         preactivation: Preactivation | None,
+        head: nn.Linear | None = None,
+        head_name: str = "head",
     ) -> None:
         super().__init__()
         self.name = name
@@ -127,10 +140,25 @@ class StagedModel(nn.Module):
         self.infos = tuple(info for info, _ in stages)
         self.stages = nn.ModuleList([stage for _, stage in stages])
         self._preactivation = preactivation
-        self.head = nn.Linear(self.infos[-1].channels, num_classes)
+        self.head = nn.Linear(self.infos[-1].channels, num_classes) if head is None else head
+        self.head_name = head_name
+        self._carries = any(info.layout != PLANES for info in self.infos)
         # Not saved: they belong to the images that it is given, not to the network.
         self.register_buffer("gain", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
+
+    def plain_names(self) -> dict[str, str]:
+        """Name of each of its tensors -> its name in the network that was cut (`models/cutting.py`)."""
+        names = {}
+        for name in self.state_dict():
+            part, _, rest = name.partition(".")
+            names[name] = f"{self.head_name}.{rest}" if part == "head" else rest.partition(".")[2]
+        return names
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The weights of a network that was cut, as that network itself (torchvision's, timm's) loads them."""
+        names = self.plain_names()
+        return {names[name]: tensor for name, tensor in self.state_dict().items()}
 
     def expects(self, mean: Channels, std: Channels, *, given: tuple[Channels, Channels]) -> None:
         """Convert images that are normalised by `given` (mean, std) to this network's own mean and std, from now on.
@@ -162,10 +190,24 @@ class StagedModel(nn.Module):
         for stage in self.stages:
             x = stage(x)
             outputs.append(x)
-        return Features(tuple(outputs), self.head(x))
+        if not self._carries:
+            return Features(tuple(outputs), self.head(x))
+        maps = tuple(self.seen(output, k) for k, output in enumerate(outputs))
+        return Features(maps, self.head(x), carried=tuple(outputs))
+
+    def seen(self, x: Tensor, stage: int) -> Tensor:
+        """Of what a stage hands on, what a spot sees: the map [N, C, H, W], or the pooled vector."""
+        info = self.infos[stage]
+        return info.layout.seen(x, (info.channels, *(info.size or ())))
+
+    def entered(self, x: Tensor, stage: int) -> Tensor:
+        """A map like that of a stage as what `run(..., stage + 1, ...)` goes on with."""
+        return self.infos[stage].layout.entered(x)
 
     def features_with_blocks(self, x: Tensor) -> Features:
         """As `features`, with `Features.blocks` filled. A stage that declares blocks is a sequence of just these."""
+        if self._carries:
+            return self.features(x)
         outputs, inside, x = [], [], self._seen(x)
         for info, stage in zip(self.infos, self.stages, strict=True):
             seen = []

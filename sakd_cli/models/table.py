@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
-from sakd_cli.config.networks import find_network
-from sakd_cli.models import mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
+from sakd_cli.config import plugins
+from sakd_cli.config.networks import Network, find_network
+from sakd_cli.errors import UsageError
+from sakd_cli.models import external, mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
 from sakd_cli.models.staged import StagedModel
 
 
-def _reused(name: str, num_classes: int, *, student: str, teacher: str, factor: int) -> StagedModel:
-    ours, theirs = create(student, num_classes), create(teacher, num_classes)
+def _reused(name: str, num_classes: int, side: int, *, student: str, teacher: str, factor: int) -> StagedModel:
+    ours, theirs = create(student, num_classes, side), create(teacher, num_classes, side)
     return reused.build(name, num_classes, student=ours, teacher=theirs, factor=factor)
 
 
@@ -20,11 +22,37 @@ FAMILIES: dict[str, Callable[..., StagedModel]] = {
     "mobilenetv2": mobilenetv2.build,
     "shufflenetv1": shufflenetv1.build,
     "shufflenetv2": shufflenetv2.build,
+}
+# Those that are built for one side of the images.
+FITTED: dict[str, Callable[..., StagedModel]] = {
     "reused": _reused,
+    "torchvision": external.torchvision,
+    "timm": external.timm,
+    "factory": external.factory,
 }
 
 
-def create(name: str, num_classes: int) -> StagedModel:
-    """A freshly initialised network. Raises UsageError with the nearest name."""
+def _callable(name: str, build: object) -> Callable[[str, int], object]:
+    if not callable(build):
+        raise ValueError("is no function")
+    return build
+
+
+PLUGGED = plugins.Table[Callable[[str, int], object]]("network", {}, plugins.NETWORKS, _callable)
+
+
+def _built(made: object, network: Network, num_classes: int) -> StagedModel:
+    """What a plug-in has built, if it is what it was asked for."""
+    if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
+        raise UsageError(f"{network.family}: {network.name} is no StagedModel of that name for {num_classes} classes")
+    return made
+
+
+def create(name: str, num_classes: int, side: int = 32) -> StagedModel:
+    """A freshly initialised network for images of `side` pixels. Raises UsageError with the nearest name."""
     network = find_network(name)
+    if network.plugged:
+        return _built(PLUGGED.row(network.name)(network.name, num_classes), network, num_classes)
+    if network.family in FITTED:
+        return FITTED[network.family](network.name, num_classes, side, **network.arguments)
     return FAMILIES[network.family](network.name, num_classes, **network.arguments)

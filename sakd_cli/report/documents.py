@@ -1,4 +1,4 @@
-"""The documents of `sakd eval`, `compare` and `report` with `--json` as closed classes; `sakd show schema` prints them
+"""The documents of `sakd eval`, `compare`, `report`, `export` with `--json` as closed classes; see `sakd show schema`
 
 Accuracies (top1, top5) and shares called so are in percent, losses are mean cross-entropies in nats (the negative
 log-likelihood), what is not known is null.
@@ -306,6 +306,43 @@ class Report(Part):
     sections: list[str]
 
 
+class Check(Part):
+    """The file's outputs held against the network's: largest difference of a logit, equal answers in percent.
+
+    real: on test images of its data set; otherwise on noise, as the data set was not at hand
+    """
+
+    images: int
+    difference: float
+    same_answer: float
+    real: bool
+
+
+class Latency(Part):
+    """Milliseconds for one image on the CPU: of the network in PyTorch and of the file."""
+
+    threads: int
+    network: Spread
+    file: Spread
+
+
+class Export(Part):
+    """`sakd export RUN --json`. input: pixels (between 0 and 1) or normalised (by mean and std)."""
+
+    schema_: Literal["sakd.export/1"] = Field(alias="schema")
+    folder: str
+    format: str
+    file: str
+    bytes: int
+    sha256: str
+    network: str
+    dataset: str
+    classes: int
+    input: Literal["pixels", "normalised"]
+    check: Check
+    latency: Latency | None
+
+
 class DataPart(Part):
     """Training or test images; least, most: images of a class."""
 
@@ -345,6 +382,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "evals": Evaluations,
     "compare": Comparison,
     "report": Report,
+    "export": Export,
     "spots": SpotsDocument,
     "data": DataCheck,
     "sweep": SweepDocument,

@@ -36,6 +36,8 @@ class Graft(nn.Module):
 
     p, q = student's and teacher's activation at spot k
     u_t = (1 - a_k) lift(p) + a_k q,   u_s = (1 - a_k) p + a_k drop(q)
+    Of networks with tokens p and q are the whole value, class token and all; the adapters see and give its map only
+    (`Layout`), so that a sample that stays in its network stays exact.
     o   = (1 - a_K) student's logits + a_K teacher's logits
 
     Same values and router gradients as published, less work (sakd spec, section 7.2): the teacher up to the first spot
@@ -64,7 +66,7 @@ class Graft(nn.Module):
             with torch.no_grad():
                 alone = self.run_student(images, 0, self.spots[-1].student + 1)
             return mixed(gate[:, -1], alone, teacher.logits)
-        to_s, to_t = self._to_last_part(images, teacher.stages[self.spots[0].teacher], gate)
+        to_s, to_t = self._to_last_part(images, (teacher.carried or teacher.stages)[self.spots[0].teacher], gate)
         if not self.pruned:
             return mixed(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
         taught, left, known = ways(gate.detach())
@@ -88,7 +90,10 @@ class Graft(nn.Module):
                 p = self.run_student(to_s, at_s, spot.student + 1)
                 q = self.run_teacher(to_t, at_t, spot.teacher + 1)
             at_s, at_t = spot.student + 1, spot.teacher + 1
-            to_t, to_s = mixed(gate[:, k], lift(p), q), mixed(gate[:, k], p, drop(q))
+            ours, theirs = spot.student_layout, spot.teacher_layout
+            lifted = theirs.entered(lift(ours.seen(p, spot.student_shape)))
+            dropped = ours.entered(drop(theirs.seen(q, spot.teacher_shape)))
+            to_t, to_s = mixed(gate[:, k], lifted, q), mixed(gate[:, k], p, dropped)
         return to_s, to_t
 
     def _student_end(self, x: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from sakd_cli.batch import Batch
 
 
 class RouterLoss(NamedTuple):
-    """What is minimised; without gradient: the routed network's cross-entropy and three flags, 0 or 1."""
+    """What is minimised; without gradient: cross-entropy of the routed network and of the student, flags of 0 or 1."""
 
     loss: Tensor
     ce: Tensor
+    student_ce: Tensor
     raised: Tensor
     lowered: Tensor
     count_active: Tensor
@@ -37,5 +38,5 @@ def router_loss(
     missing = min_teacher_fraction * batch.size - parallel.total(gate[:, -1].sum(), batch)
     active = (missing > 0).detach()
     return RouterLoss(
-        factor * ce + F.relu(missing), ce.detach(), *(flag.to(ce.dtype) for flag in (raised, lowered, active))
+        factor * ce + F.relu(missing), routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))
     )

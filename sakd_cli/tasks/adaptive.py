@@ -24,7 +24,8 @@ from sakd_cli.models.exits import NEVER, RANGES, Exits, fit, leaving, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import load_images, suit
-from sakd_cli.tasks.score import Target, class_rows, described, followed, seen_in
+from sakd_cli.tasks.score import Target, class_rows, described, followed, scores, seen_in
+from sakd_cli.tasks.targets import is_ensemble, words_of
 
 POINTS = 21  # of a sweep
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -222,3 +223,29 @@ def _refitted(
     with torch.inference_mode():
         stages = torch.cat([ensemble.stages(x) for x, _ in batches], dim=1)
     return fit(config.residual, stages, images.calibration.labels.to(device), macs, teacher_macs)
+
+
+def evaluations(
+    found: Sequence[tuple[Path, RunDir | None]],
+    layers: Sequence[Layer],
+    watcher: Watcher,
+    *,
+    compelled: bool = False,
+    forced: bool = False,
+    early: bool = True,
+    curve: bool = False,
+) -> list[dict[str, Any]]:
+    """One document of `sakd eval` for each of the weights and the runs that they come from.
+
+    compelled  a teacher was asked for; forced: all are ensembles, or it is an error
+    early      whether samples leave an ensemble early; curve: sweep its thresholds too
+    """
+    pairs = []
+    for weights, run in found:
+        target = Target(weights, run, [*words_of(run), *layers], compelled)
+        pairs.append((target, forced or is_ensemble(weights)))
+    alone = scores((target for target, ensemble in pairs if not ensemble), watcher)
+    return [
+        score_ensemble(target, watcher, early=early, curve=curve) if ensemble else next(alone)
+        for target, ensemble in pairs
+    ]

@@ -24,7 +24,6 @@ from sakd_cli.distillers.dfa import DFA, mixable
 from sakd_cli.engine.runtime import effective, pick_device
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
-from sakd_cli.models import artifact
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.branches import Branches
 from sakd_cli.models.cost import cost
@@ -34,7 +33,7 @@ from sakd_cli.reading import expanded
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
-from sakd_cli.tasks import mixtures
+from sakd_cli.tasks import mixtures, start
 from sakd_cli.tasks.bank import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.job import Images, Job
@@ -42,7 +41,8 @@ from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import SftnTask, start_from_branches
-from sakd_cli.tasks.teachers import find_teacher, no_teacher, weights_at
+from sakd_cli.tasks.start import load_teacher
+from sakd_cli.tasks.teachers import claimed, find_teacher, no_teacher
 from sakd_cli.tasks.warmup import WarmupTask
 
 
@@ -66,9 +66,8 @@ def pretraining(config: PretrainConfig) -> Job:
     """A network trained with cross-entropy, alone or together with branches of its students."""
     device = pick_device(config.device)
     images = load_images(config.data)
-    network = _fresh(config.model, len(images.dataset.classes), config.seed, "network", device)
-    if config.init_from is not None:
-        _start_from(network, config.init_from, images)
+    network = _fresh(config.model, images, config.seed, "network", device)
+    start.start_from(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = effective(config.runtime, device), cost(network, images.side)
     lr, decay = _learning_rate(config, config.model), config.train.weight_decay
     words = config.friendly
@@ -79,15 +78,6 @@ def pretraining(config: PretrainConfig) -> Job:
         branches = Branches(network, words.students, images.side, share=words.share_branches)
     task = mode.laid_out(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
     return Job(config, device, images, task.to(device), network, costs)
-
-
-def _start_from(network: StagedModel, source: Path, images: Images) -> None:
-    """Put the weights of a saved network of the same kind into this one. Raises UsageError where it is another."""
-    saved = artifact.load(weights_at(source, "init_from"))
-    check_classes(saved, images, str(source))
-    if saved.model.name != network.name:
-        raise UsageError(f"init_from: {source} is a {saved.model.name}, not a {network.name}")
-    network.load_state_dict(saved.model.state_dict())
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
@@ -106,16 +96,18 @@ def untrained_teacher(config: DistillConfig) -> Artifact:
 def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
     device = pick_device(config.device)
-    path = None
+    path = claim = None
     if teacher is None:
         path = _teacher_path(config).resolve()
-        teacher = artifact.load(path)
+        teacher = load_teacher(config, path)
+        claim = claimed(path, teacher.sha256)
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
     suit(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
-    student = _fresh(config.student, len(images.dataset.classes), config.seed, "network", device)
+    student = _fresh(config.student, images, config.seed, "network", device)
+    start.start_from(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
@@ -124,7 +116,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         others = task.distillers.preactivations or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)
-    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, teacher, path, costs[1])
+    whom = teacher, path, claim, costs[1]
+    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, *whom)
 
 
 def assemble(
@@ -195,10 +188,11 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     seed = generator(job.config.seed, f"residual-{number}").initial_seed()
     config = job.config.model_copy(update={"student": name, "seed": seed})
     words, side, teacher = config.residual, job.images.side, job.teacher.model
-    network = _fresh(name, len(job.images.dataset.classes), seed, "network", job.device)
+    network = _fresh(name, job.images, seed, "network", job.device)
     if words.init == "zero":
         nn.init.zeros_(network.head.weight)
-        nn.init.zeros_(network.head.bias)
+        if network.head.bias is not None:
+            nn.init.zeros_(network.head.bias)
     task: Task
     if words.loss == "inner":
         task = assemble(config, network, teacher, side, job.images.train.labels, base)
@@ -229,23 +223,19 @@ def search_of(job: Job) -> SearchTask | None:
     config, words, mixer = job.config, job.config.method, job.task.feature_distiller
     if not (isinstance(words, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
         return None
-    teacher, classes = job.teacher.model, len(job.images.dataset.classes)
+    teacher = job.teacher.model
     sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
-    students = [_fresh(config.student, classes, config.seed, purpose, job.device) for purpose in purposes]
+    students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
     with _initialised(config.seed, "search"):
         return SearchTask(students, teacher.features_with_blocks, sought, words, mixer.take).to(job.device)
 
 
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
-    """Raise UsageError where a network's classes are not those of the data set."""
-    theirs, ours = network.card.classes, images.dataset.classes
-    if theirs != ours:
-        raise UsageError(
-            f"{source}: was trained for the {len(theirs)} classes of {network.card.dataset}, "
-            f"not for the {len(ours)} of {images.dataset.name}",
-            hint,
-        )
+    """Raise UsageError where a network's classes are not those of the data set, or its images of another size."""
+    start.check_classes(network, images.dataset, source, hint)
+    if network.card.side != images.side and any(info.size for info in network.model.infos):
+        raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
 
 
 def suit(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
@@ -280,9 +270,9 @@ def _learning_rate(config: RunConfig, network: str) -> float:
     return find_network(network).lr if config.train.lr is None else config.train.lr
 
 
-def _fresh(name: str, classes: int, seed: int, purpose: str, device: torch.device) -> StagedModel:
+def _fresh(name: str, images: Images, seed: int, purpose: str, device: torch.device) -> StagedModel:
     with _initialised(seed, purpose):
-        return create(name, classes).to(device)
+        return create(name, len(images.dataset.classes), images.side).to(device)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sakd_cli import parallel
 from sakd_cli.config.run import Train
 from sakd_cli.data.feeds import train_loader
 from sakd_cli.data.halves import Shuffled
@@ -27,12 +28,12 @@ def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optim
     )
 
 
-def loader_of(job: Job, steps: int = 1) -> Shuffled:
-    """The training images of a job in batches, each of the images of so many steps."""
+def loader_of(job: Job) -> Shuffled:
+    """The training images of a job in batches."""
     return train_loader(
         job.images.train,
         job.images.dataset,
-        batch_size=job.config.train.batch_size * steps,
+        batch_size=job.config.train.batch_size,
         seed=job.config.seed,
         noise_width=job.task.noise_width,
         device=job.device,
@@ -61,6 +62,8 @@ class Workshop:
     ) -> Trainer:
         """A trainer of `task`; what is not given is that of the job's ordinary training."""
         words = job.config
+        if words.runtime.sync_batchnorm and parallel.processes() > 1:
+            parallel.synchronised(task)
         return Trainer(
             task,
             loader or loader_of(job),

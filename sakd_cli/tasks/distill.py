@@ -191,7 +191,7 @@ class DistillTask(Task):
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
         events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
-        return result.loss, events | {"routed_ce": result.ce, "student_ce": ce.detach()}
+        return result.loss, events | {"routed_ce": result.ce, "student_ce": result.student_ce}
 
 
 def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:

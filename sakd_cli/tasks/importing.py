@@ -1,6 +1,5 @@
 """Bring in weights that another program has trained: read, fill one of our networks, score it, write the folder."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.table import describe
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.engine.watch import Watcher
-from sakd_cli.errors import DataError, DiskError, UsageError
+from sakd_cli.errors import DataError, UsageError
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import sha256
+from sakd_cli.rundir import sha256, whole_folder
 from sakd_cli.tasks.build import load_images
 from sakd_cli.tasks.score import test_scores
 
@@ -28,16 +27,16 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     name = find_network(model).name
     device = pick_device(config.device)
     known = describe(config.data)
-    folder = out or Path(f"{name}-{known.name}")
+    folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: is there already; it is left alone", hint="--out DIR")
-    network = foreign.load_foreign(file, name, len(known.classes))
+    network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
     figures: dict[str, Any] = {"top1": None, "top5": None, "loss": None, "images": 0}
     try:
         local = config.data.model_copy(update={"holdout": 0.0, "download": False})
         known = load_images(local).dataset
         scores = test_scores(network.to(device), known, device, watcher, f"scoring {file}")
-        figures = scores.headline() | {"images": scores.images}
+        figures = scores.headline() | {"split": "test", "images": scores.images}
     except DataError as error:
         watcher.warn(f"not scored: {error.message}")
     facts = figures | {"imported": {"file": file.name, "sha256": sha256(file)}}
@@ -50,13 +49,5 @@ def _write(folder: Path, network: StagedModel, dataset: Dataset, facts: dict[str
     """The whole folder or nothing."""
     side = dataset.train.side
     card = NetworkCard(network.name, dataset.name, dataset.classes, dataset.mean, dataset.std, side)
-    aside = folder.with_name(f".{folder.name}.new")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    with whole_folder(folder) as aside:
         artifact.save_folder(aside, network, card, facts)
-        aside.replace(folder)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

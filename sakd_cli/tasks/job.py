@@ -16,6 +16,7 @@ from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.teachers import Claim
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Job:
     spots: tuple[Spot, ...] = ()
     teacher: Artifact | None = None
     teacher_path: Path | None = None
+    teacher_claim: Claim | None = None
     teacher_cost: Cost | None = None
 
     @property
@@ -81,7 +83,7 @@ def plan(job: Job) -> dict[str, Any]:
     for k, spot in enumerate(job.spots):
         adapted = graft is not None and spot.kind != "logits"
         spots.append(
-            spot._asdict()
+            {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
             | {"student_stage": spot.student, "teacher_stage": spot.teacher}
             | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
             | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from sakd_cli import __version__
+from sakd_cli import __version__, parallel
 from sakd_cli.config.methods import DFAConfig, MethodConfig, Mixtures
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.distillers.dfa import DFA
@@ -108,6 +108,11 @@ class Mixed(Companion):
 
     def __init__(self, job: Job) -> None:
         self.job = job
+
+    def rehearse(self) -> None:
+        found = of_job(self.job)
+        if found is not None and found[1].to_be_found:
+            parallel.check_alone("the search for mixtures")
 
     def plan(self) -> dict[str, Any]:
         return {"mixtures": record(self.job)}

@@ -1,5 +1,6 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
+import re
 import shlex
 import uuid
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import yaml
 
+from sakd_cli import parallel
+from sakd_cli.config.run import DistillConfig
 from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import board, checkpoint
 from sakd_cli.engine.evaluate import evaluate
@@ -21,6 +24,7 @@ from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
 from sakd_cli.tasks.companion import Companion, Workshop, loader_of
 from sakd_cli.tasks.companions import companions_of
 from sakd_cli.tasks.job import Job, plan
+from sakd_cli.tasks.teachers import Claim, compared
 from sakd_cli.tasks.training import training
 
 
@@ -67,33 +71,62 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
     board.check(job.config.log)
+    parallel.join(job.device)
     job.images.gather()
     companions = companions_of(job)
     _made_ready(job)
-    run = intent.open(job.config.runs_dir, _label(job, companions))
+    judge = _judge(job, watcher)
+    facts = _teacher_facts(job, judge, watcher)
+    run, intent = _opened(job, companions, intent)
     with run.locked(), board.following(run, job.config.log):
-        if intent.overwrite:
-            run.clear()
-        if intent.resume is None:
-            write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
-            write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+        if parallel.first():
+            _begin(job, run, intent)
+        parallel.meet()
         try:
-            shop = Workshop(run, _judge(job, watcher), watcher)
-            facts = _teacher_facts(job, shop.judge)
+            shop = Workshop(run, judge, watcher)
             for companion in companions:
                 facts |= companion.facts()
             phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
-            with memory_told(job.config.train.batch_size):
+            with memory_told(job.config.train.batch_size), parallel.losses_told():
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
-            summary = _about(job) | figures[MAIN] | facts
-            for companion in companions:
-                summary |= companion.close(shop, figures)
+            if parallel.first():
+                _close(job, companions, shop, figures, facts)
+            parallel.meet()
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        write_json(run.path / "summary.json", summary)
-        return run, summary
+        return run, run.read_json("summary.json")
+
+
+def _opened(job: Job, companions: Sequence[Companion], intent: Intent) -> tuple[RunDir, Intent]:
+    """The run directory and what is to become of it: the first process says it, the others read and are silent."""
+    if parallel.first():
+        run = intent.open(job.config.runs_dir, _label(job, companions))
+        parallel.told((str(run.path), intent.resume is not None))
+        return run, intent
+    path, going_on = parallel.told(("", False))
+    run = RunDir(Path(path), silent=True)
+    return run, intent._replace(resume=run if going_on else None)
+
+
+def _begin(job: Job, run: RunDir, intent: Intent) -> None:
+    """Make room for a new run, and write down what it is."""
+    if intent.overwrite:
+        run.clear()
+    if intent.resume is None:
+        write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
+        write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+
+
+def _close(
+    job: Job, companions: Sequence[Companion], shop: Workshop, figures: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Everything is trained: what is left to the companions, and the summary."""
+    summary = _about(job) | figures[MAIN] | facts
+    for companion in companions:
+        summary |= companion.close(shop, figures)
+    write_json(shop.run.path / "summary.json", summary)
 
 
 def _made_ready(job: Job) -> None:
@@ -103,6 +136,7 @@ def _made_ready(job: Job) -> None:
     if job.config.runtime.deterministic:
         reproducible()
     if job.mode.compiled:
+        parallel.check_alone("--compile")
         check_compiler(job.device)
         compiled(job.task, job.device, graphed=job.mode.graphed)
 
@@ -126,7 +160,7 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Wa
         if point is not None:
             trainer.resume(point)
             logs = _sizes(point)
-        elif intent.resume is not None:
+        elif intent.resume is not None and parallel.first():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if going_on and not trainer.done:
             going_on = False
@@ -158,7 +192,8 @@ def _label(job: Job, companions: Sequence[Companion]) -> str:
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
-    return "-".join([*parts, *filter(None, (companion.label for companion in companions))])
+    parts += filter(None, (companion.label for companion in companions))
+    return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
 def _about(job: Job) -> dict[str, Any]:
@@ -184,11 +219,20 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _teacher_facts(job: Job, judge: Judge) -> dict[str, Any]:
-    """The teacher's figures, measured anew on the test images; nothing where there is no teacher."""
+def _teacher_facts(job: Job, judge: Judge, watcher: Watcher) -> dict[str, Any]:
+    """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
+
+    Raises UsageError where its card says otherwise.
+    """
     if job.teacher is None or job.teacher_cost is None:
         return {}
     scores = evaluate(job.teacher.model, judge.test, judge.classes)
+    if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
+        measured = Claim(job.images.dataset.name, scores.images, scores.top1)
+        allowed = job.config.teacher.allow_mismatch
+        told = compared(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
+        if told is not None:
+            watcher.say(told)
     facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
     return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 

@@ -27,6 +27,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.tasks.build import load_images, suit
 from sakd_cli.tasks.job import Images
 from sakd_cli.tasks.sftn import branch_rows, branches_of
+from sakd_cli.tasks.start import load_teacher
 from sakd_cli.tasks.teachers import find_teacher
 
 
@@ -133,7 +134,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Watche
         if path is None:
             source = config.teacher.source
             raise UsageError(f"teacher: no finished {source} on {config.data.name} in {config.runs_dir}")
-        teacher = artifact.load(path)
+        teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
         suit(teacher, images, str(path))

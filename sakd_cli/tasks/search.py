@@ -88,7 +88,7 @@ class SearchTask(Task):
         self.beta = nn.ParameterList([nn.Parameter(torch.zeros(len(group.places))) for _, _, group in sought])
         self._searches = list(zip(self.sought, matches, drops, strict=True))
         self._students = list(students)
-        self._tails = [unrecorded_view(student).train().run for student in students]
+        self._tails = [unrecorded_view(student).train() for student in students]
         self._at_hand: Batch | None = None
 
     def groups(self) -> list[ParamGroup]:
@@ -137,7 +137,8 @@ class SearchTask(Task):
             student, stage = k % len(ours), one.spot.student  # one student each, or one for all
             mixed = match.mixture(theirs[one.spot.teacher], alpha)
             st.append(match(ours[student].stages[stage], mixed, alpha).mean())
-            passed = self._tails[student](drop(mixed), stage + 1, len(ours[student].stages) + 1)
+            tail = self._tails[student]
+            passed = tail.run(tail.entered(drop(mixed), stage), stage + 1, len(ours[student].stages) + 1)
             ts.append(F.cross_entropy(passed, batch.labels))
         rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.words.arch_decay
         return Losses(ce, torch.stack(st).sum(), torch.stack(ts).sum(), rest)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sakd_cli import parallel
 from sakd_cli.batch import Known
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.data.feeds import views
@@ -45,8 +46,7 @@ def _looking_ahead(job: Job) -> LookAhead | None:
         return None
     look: Callable[[Tensor], Known] = task.foreseen
     look = compiled_pass(look) if job.mode.compiled else look
-    sizes = {"size": job.config.train.batch_size, "steps": steps, "samples": len(job.images.train)}
-    return LookAhead(loader_of(job, steps), look, **sizes, device=job.device)
+    return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
 
 def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
@@ -90,7 +90,7 @@ def _searched(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
         both = search.optimizer(config.train.momentum)
         yield shop.trainer(job, search, f"{before}search", words.search_epochs, loader=loader, optimizer=both)
         search.settle()
-    if (mixed := mixtures.record(job, shop.watcher.warn)) is not None:
+    if (mixed := mixtures.record(job, shop.watcher.warn)) is not None and parallel.first():
         write_json(shop.run.path / f"{before}{mixtures.NAME}", mixed)
 
 

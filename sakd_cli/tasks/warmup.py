@@ -15,6 +15,8 @@ from sakd_cli.models.staged import StagedModel
 class WarmupTask(Task):
     """loss = sum of the warm-up's terms on the teacher's features and, where it is trained too, the student's."""
 
+    idle_parameters = True
+
     def __init__(
         self,
         network: StagedModel,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sakd_cli.cli import options as o
+from sakd_cli.config import sources
 from sakd_cli.config.layers import OPTIONS, Layer, flat, nested, resolve
 from sakd_cli.config.run import FREE, RunConfig
 from sakd_cli.errors import UsageError
@@ -21,7 +21,7 @@ PLACES = {"device", "runs_dir", "log"}
 
 def understood(task: str, params: Mapping[str, Any]) -> tuple[Any, Intent]:
     """The config that the options of a training command make, and what is to become of it on the disk."""
-    given = o.layers(params)
+    given = sources.layers(params)
     folder, overwrite = params["run_dir"], params["overwrite"]
     if params["resume"] is None:
         intent = Intent(folder=folder, overwrite=overwrite)
@@ -63,7 +63,7 @@ def going_on(config: RunConfig) -> tuple[Any, Intent]:
 
 def _newest(task: str, given: list[Layer], params: Mapping[str, Any]) -> tuple[Any, Intent]:
     """`--resume auto`: with words, the newest run of these words or a new one; without any, the newest run."""
-    spoken = [name for name in (*OPTIONS, "preset", "config", "set_", *SERIES) if params.get(name)]
+    spoken = [name for name in (*OPTIONS, "preset", "config", "set_", "settings", *SERIES) if params.get(name)]
     if not set(spoken) <= PLACES:
         return going_on(resolve(task, given).config)
     runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir

@@ -1,0 +1,93 @@
+"""`sakd export`: a trained network for programs that do not have sakd."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
+from sakd_cli.config.layers import resolve
+from sakd_cli.tasks.targets import target_or_newest
+
+
+class Form(StrEnum):
+    """A kind of file."""
+
+    SAFETENSORS = "safetensors"
+    ONNX = "onnx"
+    PT2 = "pt2"
+
+
+Target = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="Run directory, folder of a network, or its file. Default: newest run."),
+]
+Format = Annotated[
+    Form,
+    typer.Option("--format", help="safetensors with plain source, onnx, or torch's pt2.", rich_help_panel="Output"),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder to write (RUN/export-FORMAT).", rich_help_panel="Output")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an export that is there.", rich_help_panel="Output")
+]
+Normalise = Annotated[
+    bool,
+    typer.Option(
+        "--with-normalisation/--without-normalisation",
+        help="onnx and pt2 take pixel values between 0 and 1, or normalised ones.",
+        rich_help_panel="Output",
+    ),
+]
+Opset = Annotated[
+    int | None, typer.Option(metavar="N", min=18, help="Of onnx (the exporter's own).", rich_help_panel="Output")
+]
+
+
+def export(
+    ctx: typer.Context,
+    target: Target = None,
+    format: Format = Form.SAFETENSORS,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    normalise: Normalise = True,
+    opset: Opset = None,
+    data_root: o.DataRoot = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write the network alone for other programs, check its outputs, and say how to load it there.
+
+    Of a run that is not finished, the network of its last checkpoint.
+
+    Examples:
+
+        sakd export --format onnx
+
+        sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
+    """
+    layers = sources.layers(ctx.params)
+    where = target_or_newest(target, resolve("eval", layers).config.runs_dir)
+    from sakd_cli.tasks.exporting import Order
+    from sakd_cli.tasks.exporting import export as carry_out
+
+    order = Order(format.value, out, overwrite, normalise, opset)
+    document = carry_out(where, order, layers, Talk(quiet=quiet))
+    if json:
+        emit(document)
+        return
+    check, latency = document["check"], document["latency"]
+    show(
+        f"{document['network']} as {document['format']}: {document['bytes'] / 1e6:.2f} MB, logits within "
+        f"{check['difference']:.1g} on {check['images']} images{'' if check['real'] else ' of noise'}"
+    )
+    if latency is not None:
+        file, network = latency["file"]["median"], latency["network"]["median"]
+        show(f"one image on this CPU: {file:.2f} ms, in PyTorch {network:.2f} ms")
+    show(f"folder: {document['folder']} (README.md says how to load it)")

@@ -1,0 +1,375 @@
+"""Cut a classifier of somebody else's into stages without rewriting it.
+
+The network is traced with torch.fx, its blocks whole: only what holds blocks one after another, most of the weights or
+the classifier is looked into. Where a single tensor is alive, a map, the network can be cut. The last such place of
+each size ends a stage; the pieces keep the modules, and the names they have in their network. A cut is never believed:
+the pieces one after another are compared with the plain forward, bit for bit.
+"""
+
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from math import isqrt
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sakd_cli.errors import UsageError
+from sakd_cli.models.layout import Layout
+from sakd_cli.models.staged import StagedModel, StageInfo
+
+SPLIT = 4  # stages of blocks of one size, where that is all there is (ViT)
+PATCH = 4  # a network that begins so much smaller than its images has blocks of that size: its stem ends before them
+SMALLER = 1.5  # a map so much smaller begins a stage; convolutions without padding take off a pixel or two as well
+POOLS = ("AdaptiveAvgPool", "AdaptiveMaxPool", "AdaptivePool", "GlobalPool", "GlobalAvgPool", "AdaptiveCatAvgMaxPool")
+MEANS = ("mean", "adaptive_avg_pool2d", "adaptive_max_pool2d")
+MOST_PREFIX = 16  # tokens of no place; more are an axis that is misread
+
+
+class CannotCutError(Exception):
+    """Why a network cannot be cut, in a few words."""
+
+
+class Place(NamedTuple):
+    """Where the network can be cut, behind a node: what is alive there, its shape (C, H, W), the weights before it."""
+
+    node: fx.Node
+    shape: tuple[int, int, int]
+    layout: Layout
+    weights: int
+
+
+class _Tracer(fx.Tracer):
+    """Looks into the modules of these names, and into no others."""
+
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.opened = opened
+
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **more: Any) -> Any:
+        if kind == "placeholder" and args:  # a further argument of `forward`: what stands for it when it is not given
+            return args[0]
+        return super().create_proxy(kind, target, args, *rest, **more)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.opened
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph and keeps what its nodes give."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_plain, args)), {key: _plain(value) for key, value in kwargs.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+
+def _plain(value: Any) -> Any:
+    """A module may change the lists it is given; those of a graph cannot be changed."""
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def cut(network: nn.Module, name: str, family: str, num_classes: int, side: int) -> StagedModel:
+    """The network as a StagedModel for images of `side` pixels; its modules are used, not copied.
+
+    Raises UsageError that says why where it cannot be cut.
+    """
+    training = network.training
+    probe = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    try:
+        with torch.no_grad():
+            _in_place(network, allowed=False)
+            plain = network.eval()(probe)
+            model = _assembled(network, name, family, num_classes, side, probe)
+            _check(model.eval(), probe, plain)
+    except CannotCutError as error:
+        raise UsageError(f"{name}: cannot be cut into stages: {error}") from None
+    except Exception as error:  # whatever a network of somebody else's raises
+        raise UsageError(f"{name}: fails on images of {side}x{side} pixels ({first_line(error)})") from None
+    return model.train(training)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, as far as it fits into a line."""
+    return str(error).strip().partition("\n")[0][:90] or type(error).__name__
+
+
+def _in_place(network: nn.Module, *, allowed: bool) -> None:
+    """No activation may write over what a spot sees; the numbers are the same."""
+    for module in network.modules():
+        if isinstance(getattr(module, "inplace", None), bool):
+            module.inplace = allowed  # type: ignore[assignment]
+
+
+def _assembled(network: nn.Module, name: str, family: str, num_classes: int, side: int, probe: Tensor) -> StagedModel:
+    graph = _traced(network, num_classes)
+    head, pooled = _head(network, graph, num_classes)
+    watch = _Watch(fx.GraphModule(network, graph))
+    watch.run(probe)
+    if watch.values[pooled].ndim != 2:
+        raise CannotCutError("its last linear layer gets more than one vector per image")
+    places = _chosen(list(_places(network, graph, watch.values)), side)
+    if len(places) < 2:
+        raise CannotCutError("no two places were found where a single map is alive")
+    stages: list[tuple[StageInfo, nn.Module]] = []
+    before: fx.Node | None = None
+    for number, place in enumerate(places):
+        c, h, w = place.shape
+        signed = bool((watch.values[place.node] < 0).any())
+        info = StageInfo(
+            f"stage{number}" if number else "stem",
+            c,
+            max(1, round(side / h)),
+            signed=signed,
+            size=(h, w),
+            layout=place.layout,
+        )
+        stages.append((info, _piece(network, graph, before, place.node)))
+        before = place.node
+    stages.append((StageInfo("pool", watch.values[pooled].shape[1], 0), _piece(network, graph, before, pooled)))
+    linear = cast(nn.Linear, network.get_submodule(head))
+    return StagedModel(
+        name=name,
+        family=family,
+        stages=stages,
+        num_classes=num_classes,
+        preactivation=None,
+        head=linear,
+        head_name=head,
+    )
+
+
+def _check(model: StagedModel, probe: Tensor, plain: Tensor) -> None:
+    """Raise CannotCutError unless the pieces give the same bits and leave each other's values alone."""
+    x = probe
+    for stage in [*model.stages, model.head]:
+        given = x.clone()
+        y = stage(x)
+        if not torch.equal(given, x):
+            raise CannotCutError("a piece writes over what the one before gave")
+        x = y
+    if x.shape != plain.shape or not torch.equal(x, plain):
+        raise CannotCutError("its pieces one after another do not give the bits of the whole")
+
+
+def _traced(network: nn.Module, num_classes: int) -> fx.Graph:
+    """The graph with as many containers opened as can be, the same in training and evaluation mode."""
+    opened: set[str] = set()
+    graph = _graph(network, opened)
+    if isinstance(graph, str):
+        raise CannotCutError(graph)
+    refused: set[str] = set()
+    total = max(1, sum(p.numel() for p in network.parameters()))
+    while True:
+        inside = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        worth = [n for n in inside if n not in refused and _worth_opening(network.get_submodule(n), total, num_classes)]
+        if not worth:
+            return graph
+        for target in worth:
+            finer = _graph(network, opened | {target})
+            if isinstance(finer, str):
+                refused.add(target)
+            else:
+                opened.add(target)
+                graph = finer
+
+
+def _graph(network: nn.Module, opened: set[str]) -> fx.Graph | str:
+    """The network's graph; or in words why it has none that holds for training too."""
+    training = network.training
+    graphs = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for mode in (True, False):
+                graphs.append(_Tracer(opened).trace(network.train(mode)))
+    except Exception as error:  # whatever a network of somebody else's raises when it is traced
+        return f"torch.fx cannot trace it ({first_line(error)})"
+    finally:
+        network.train(training)
+    for graph in graphs:
+        _dropouts_as_modules(network, graph)
+    if str(graphs[0]) != str(graphs[1]):
+        return "it computes in another way while it is trained"
+    return graphs[1]
+
+
+def _dropouts_as_modules(network: nn.Module, graph: fx.Graph) -> None:
+    """A dropout that was called as a function was told whether it is trained; as a module it knows."""
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target is F.dropout]
+    for number, node in enumerate(found):
+        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        name = f"sakd_dropout{number}"
+        network.add_module(name, nn.Dropout(p).train(network.training))
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],)))
+        graph.erase_node(node)
+
+
+def _worth_opening(module: nn.Module, total: int, num_classes: int) -> bool:
+    children = list(module.children())
+    if not children or (type(module).__module__.startswith("torch.nn.modules.") and not _plain_sequence(module)):
+        return False
+    if _plain_sequence(module) or sum(p.numel() for p in module.parameters()) > total / 2:
+        return True
+    return any(isinstance(child, nn.Linear) and child.out_features == num_classes for child in module.modules())
+
+
+def _plain_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _head(network: nn.Module, graph: fx.Graph, num_classes: int) -> tuple[str, fx.Node]:
+    """Name of the last linear layer, which gives the logits, and the node of what it gets."""
+    node = next(node for node in graph.nodes if node.op == "output").args[0]
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, nn.Linear):
+            if module.out_features != num_classes:
+                raise CannotCutError(f"its last linear layer has {module.out_features} outputs, not {num_classes}")
+            if not isinstance(node.args[0], fx.Node):
+                break
+            return str(node.target), node.args[0]
+        if not isinstance(module, nn.Identity):
+            break
+        node = node.args[0]
+    raise CannotCutError("its logits are not what one linear layer gives")
+
+
+def _places(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> Iterator[Place]:
+    """Every place in front of the pooling where nothing but one map is alive, in order."""
+    fixed = _fixed(graph)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    last = {node: max((order[user] for user in node.users), default=-1) for node in graph.nodes}
+    open_until = _spans(network, graph, order)
+    grid: tuple[int, int] | None = None
+    layout, weights, alive_until, seen = "planes", 0, -1, set[str]()
+    live: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "output" or _pools(network, node):
+            return
+        if node.op == "call_module" and str(node.target) not in seen:
+            seen.add(str(node.target))
+            weights += sum(p.numel() for p in network.get_submodule(str(node.target)).parameters())
+        live = [other for other in live if last[other] > order[node]]
+        if node not in fixed and last[node] > order[node]:
+            live.append(node)
+        value = values[node]
+        alive_until = max(alive_until, open_until.get(node, -1))
+        if node.op == "placeholder" or node in fixed or not isinstance(value, Tensor):
+            continue
+        found = _read(value, grid, layout)
+        if found is None:
+            continue
+        shape, form = found
+        if value.ndim == 4:
+            grid, layout = shape[1:], form.form
+        if live == [node] and alive_until <= order[node] and weights:
+            yield Place(node, shape, form, weights)
+
+
+def _fixed(graph: fx.Graph) -> list[fx.Node]:
+    """What does not depend on the images, in order: weights and what is made of them. Every piece has its own."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output") and all(other in found for other in node.all_input_nodes):
+            found[node] = None
+    return list(found)
+
+
+def _spans(network: nn.Module, graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """For the first use of weights: where they are used last. No cut may lie between, or a tensor had two names."""
+    uses: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and list(network.get_submodule(str(node.target)).parameters()):
+            uses.setdefault(str(node.target), []).append(node)
+        elif node.op == "get_attr":
+            uses.setdefault(str(node.target), []).extend(sorted(node.users, key=lambda user: order[user]))
+    return {nodes[0]: max(order[node] for node in nodes) for nodes in uses.values() if nodes}
+
+
+def _pools(network: nn.Module, node: fx.Node) -> bool:
+    """Whether the map ends here in one vector."""
+    if node.op == "call_module":
+        kind = type(network.get_submodule(str(node.target))).__name__
+        return any(word in kind for word in POOLS)
+    called = getattr(node.target, "__name__", str(node.target))
+    return node.op in ("call_function", "call_method") and called in MEANS
+
+
+def _read(value: Tensor, grid: tuple[int, int] | None, last: str) -> tuple[tuple[int, int, int], Layout] | None:
+    """Shape (C, H, W) and layout of a value; None where it is no map. `grid`, `last`: of the maps before it."""
+    if value.ndim == 4:
+        _, a, b, c = value.shape
+        planes, pixels = b == c, a == b
+        if pixels and (not planes or last == "pixels"):
+            return (c, a, b), Layout("pixels")
+        return ((a, b, c), Layout("planes")) if planes else None
+    if value.ndim == 3:
+        tokens, width = value.shape[1:]
+        square = isqrt(tokens), isqrt(tokens)
+        for h, w in (square if grid is None else grid, square):
+            if 0 <= tokens - h * w <= MOST_PREFIX and h * w:
+                return (width, h, w), Layout("tokens", tokens - h * w)
+    return None
+
+
+def _chosen(places: list[Place], side: int) -> list[Place]:
+    """Stem and ends of stages: the last place of each size, falling; equal parts where there is one size only."""
+    groups: list[list[Place]] = []
+    for place in places:
+        height = place.shape[1]
+        if groups and height > groups[-1][-1].shape[1]:
+            break
+        if not groups or SMALLER * height <= groups[-1][0].shape[1]:
+            groups.append([])
+        groups[-1].append(place)
+    groups = [group for k, group in enumerate(groups) if not k or group[-1].weights > groups[k - 1][-1].weights]
+    if not groups:
+        return []
+    stem, ends = _blocks(groups[0])
+    if len(groups) == 1:
+        count = min(SPLIT, len(ends))
+        return [stem, *(ends[len(ends) * (part + 1) // count - 1] for part in range(count))]
+    patched = PATCH * groups[0][0].shape[1] <= side and bool(ends)
+    return [*[stem] * patched, *(group[-1] for group in groups)]
+
+
+def _blocks(group: list[Place]) -> tuple[Place, list[Place]]:
+    """Of places of one size: the last in front of the first block, and the end of each block."""
+    steps = [after.weights - before.weights for before, after in pairwise(group)]
+    some = sorted(step for step in steps if step)
+    heavy = [k for k, step in enumerate(steps) if some and step > some[len(some) // 2] / 2]
+    return group[heavy[0] if heavy else 0], [group[k + 1] for k in heavy]
+
+
+def _piece(network: nn.Module, graph: fx.Graph, start: fx.Node | None, stop: fx.Node) -> fx.GraphModule:
+    """The part of the graph behind `start` (None: from the images) up to `stop`, as a module with the same names."""
+    piece = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inside = start is None
+    fixed = _fixed(graph)
+    if start is not None:
+        copies[start] = piece.placeholder("x")
+        for node in fixed:
+            copies[node] = piece.node_copy(node, lambda other: copies[other])
+    for node in graph.nodes:
+        if inside and node not in copies:
+            copies[node] = piece.node_copy(node, lambda other: copies[other])
+        inside = inside or node is start
+        if node is stop:
+            break
+    piece.output(copies[stop])
+    for node in reversed(fixed):
+        if node in copies and not copies[node].users:
+            piece.erase_node(copies[node])
+    return fx.GraphModule(network, piece)

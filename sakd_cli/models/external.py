@@ -1,0 +1,139 @@
+"""Networks of torchvision, of timm and of the user's own code, cut into stages (`models/cutting.py`).
+
+`torchvision/NAME` and `timm/NAME` are built by their library, for the classes and the side of the images; transformers
+get that side as their image size. `package.module:factory` is called with `num_classes=N` and returns an nn.Module or a
+StagedModel; its module is imported from the installed packages or from the folder that sakd is run in.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.errors import UsageError, unknown
+from sakd_cli.models.cutting import cut, first_line
+from sakd_cli.models.staged import StagedModel
+
+NO_TIMM = "timm is not installed"
+
+
+def torchvision(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
+    """A classifier of torchvision with fresh weights. Raises UsageError where there is none or it cannot be cut."""
+    return _cut(name, "torchvision", num_classes, side, lambda: _of_torchvision(entry, num_classes, side))
+
+
+def timm(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
+    """The same of timm."""
+    return _cut(name, "timm", num_classes, side, lambda: _of_timm(entry, num_classes, side))
+
+
+def factory(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
+    """What a function of the user's gives. It runs his code: the caller has made sure that the user named it."""
+    return _cut(name, "factory", num_classes, side, lambda: _made(entry, num_classes))
+
+
+def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
+    """The library's own trained weights of a network, under its names; fetched where they are not at hand.
+
+    Raises UsageError where there are none or they cannot be fetched.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _library_weights(entry, library)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a download raises
+        raise UsageError(
+            f"{name}: its trained weights could not be fetched ({first_line(error)})",
+            hint="give a file that holds them instead",
+        ) from None
+
+
+def _library_weights(entry: str, library: str) -> dict[str, Tensor]:
+    if library == "torchvision":
+        from torchvision import models
+
+        weights = models.get_model_weights(entry)
+        if not len(weights):
+            raise UsageError(f"torchvision has no trained weights of {entry}")
+        return dict(weights.DEFAULT.get_state_dict(progress=False, check_hash=True))
+    import timm as library_of_timm
+
+    return dict(library_of_timm.create_model(entry, pretrained=True).state_dict())
+
+
+def _cut(name: str, family: str, num_classes: int, side: int, build: Callable[[], nn.Module]) -> StagedModel:
+    # On the CPU whatever the caller asks for: a cut is checked with numbers, and buffers that are not saved have some.
+    with torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = build()
+        return network if isinstance(network, StagedModel) else cut(network, name, family, num_classes, side)
+
+
+def _of_torchvision(entry: str, num_classes: int, side: int) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if entry not in known:
+        raise UsageError(unknown("torchvision classifier", entry, known))
+    builder = models.get_model_builder(entry)
+    sizes: list[dict[str, Any]] = [{"image_size": side}, {"input_size": (side, side)}]
+    return _first_that_fits(
+        f"torchvision/{entry}",
+        lambda words: builder(weights=None, num_classes=num_classes, **words),
+        [*sizes, {"aux_logits": False, "init_weights": True}, {}],
+    )
+
+
+def _of_timm(entry: str, num_classes: int, side: int) -> nn.Module:
+    try:
+        import timm as library
+    except ImportError:
+        raise UsageError(f"timm/{entry}: {NO_TIMM}", hint="pip install 'sakd[timm]'") from None
+    if not library.is_model(entry):
+        raise UsageError(unknown("timm classifier", entry, library.list_models()))
+    return _first_that_fits(
+        f"timm/{entry}",
+        lambda words: library.create_model(entry, pretrained=False, num_classes=num_classes, **words),
+        [{"img_size": side}, {}],
+    )
+
+
+def _first_that_fits(
+    name: str, build: Callable[[dict[str, Any]], nn.Module], words: Iterable[dict[str, Any]]
+) -> nn.Module:
+    """The network, built with the first of these words that its builder knows."""
+    *first, last = words
+    for one in first:
+        try:
+            return build(one)
+        except TypeError as error:
+            if not any(word in str(error) for word in one):
+                raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
+        except Exception as error:
+            raise UsageError(f"{name}: cannot be built for these images ({first_line(error)})") from None
+    try:
+        return build(last)
+    except Exception as error:
+        raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
+
+
+def _made(entry: str, num_classes: int) -> nn.Module:
+    module, _, function = entry.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), function)
+        found = make(num_classes=num_classes)
+    except Exception as error:  # whatever the user's code raises
+        raise UsageError(f"{entry}: {type(error).__name__}: {first_line(error)}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(found, nn.Module):
+        raise UsageError(f"{entry}: returned a {type(found).__name__}, not an nn.Module")
+    return found

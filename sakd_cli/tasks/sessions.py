@@ -1,0 +1,82 @@
+"""One training from its words to its run directory, with its teacher's in front where that is asked for"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from sakd_cli.config.run import DistillConfig, PretrainConfig
+from sakd_cli.data.feeds import told
+from sakd_cli.engine.watch import Watcher
+from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.tasks import build, run
+from sakd_cli.tasks.companions import companions_of
+from sakd_cli.tasks.intent import twin
+from sakd_cli.tasks.job import Job
+from sakd_cli.tasks.teachers import is_missing
+
+Trained = tuple[RunDir, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Who follows, and how to go on after a stop.
+
+    resume  the teacher's training goes on where an earlier one of the same words stopped
+    again   the command that goes on with all of it, said where the teacher's training is stopped
+    guard   what surrounds a training, such as the heeding of signals
+    """
+
+    watcher: Watcher
+    resume: bool = False
+    again: str | None = None
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def pretrained(self, words: PretrainConfig, intent: Intent) -> Trained:
+        """One network, trained with cross-entropy: its run and the summary."""
+        return self._trained(build.pretraining(words), intent, None)
+
+    def distilled(self, words: DistillConfig, intent: Intent, again: str | None = None) -> Trained:
+        """One distillation, after its teacher's training where that is still to be done.
+
+        again   the command that goes on after a stop, where it is not that of the run itself
+        """
+        self.with_teacher(words)
+        return self._trained(build.distillation(words), intent, again)
+
+    def with_teacher(self, words: DistillConfig) -> None:
+        """Train the teacher first where that is asked for."""
+        if not is_missing(words):
+            return
+        # Whatever is wrong with the student's side is said before hours go into a teacher.
+        for companion in companions_of(build.distillation(words, build.untrained_teacher(words))):
+            companion.rehearse()
+        self.watcher.say(f"no finished {words.teacher.source} yet: training it first")
+        first = build.teacher_config(words)
+        self._trained(build.pretraining(first), twin(first) if self.resume else Intent(), self.again)
+
+    def _trained(self, job: Job, intent: Intent, again: str | None) -> Trained:
+        companions = companions_of(job)
+        for companion in companions:
+            companion.rehearse()
+        config, say = job.config, self.watcher.say
+        say(
+            f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs "
+            f"of batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, "
+            f"{job.device} ({job.mode})"
+        )
+        for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
+            say(notice)
+        if skipped := job.images.dataset.skipped:
+            self.watcher.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
+        if job.teacher is not None:
+            say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
+        with self.guard():
+            return run.carry_out(job, intent, self.watcher, again)
+
+
+def tried(words: DistillConfig | PretrainConfig) -> dict[str, Any]:
+    """The plan of a training and one batch of it, with an untrained teacher where it is yet to be trained."""
+    if isinstance(words, PretrainConfig):
+        return run.try_one_batch(build.pretraining(words))
+    return run.try_one_batch(build.distillation(words, build.untrained_teacher(words) if is_missing(words) else None))

@@ -1,0 +1,1 @@
+"""A plug-in of sakd: one distiller and one network."""

@@ -1,0 +1,118 @@
+"""The Python API: the same runs as by the command line, typed results, nothing on stdout."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from conftest import Shop
+
+from sakd_cli import api
+from sakd_cli.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+FEW = {"data.train": 200, "data.test": 100}
+
+
+@pytest.fixture(autouse=True)
+def here(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop.path)
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import api" in block]
+    out = io.StringIO()
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(out):
+        names: dict[str, Any] = {}
+        exec(example, names)
+    said = out.getvalue().splitlines()
+    assert len(said) == 3, said
+    assert said[0].startswith(str(names["run"].path))
+    assert [name for name, _ in eval(said[2])] == ["stage2", "logits"]
+
+
+def test_a_call_makes_the_run_that_the_command_makes(full: Shop, distilled: dict[str, Any], teacher: Path) -> None:
+    words: dict[str, Any] = {"dataset": "shapes", "epochs": 1, "settings": FEW}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run = api.distill(teacher=teacher, student="resnet8", method="fitnet", run_dir="by-call", **words)
+        again = api.distill(teacher=teacher, student="resnet8", method="fitnet", resume="by-call", **words)
+    assert out.getvalue() == ""
+    assert run.summary["headline"] == distilled["headline"] == again.summary["headline"]
+    assert run.path == Path("by-call") == again.path
+    theirs = full.path / distilled["run"] / "student" / "model.safetensors"
+    assert (run.network / "model.safetensors").read_bytes() == theirs.read_bytes()
+    judged = api.evaluate(run.path, settings={"timing_seconds": 0})
+    assert isinstance(judged, api.Evaluation)
+    assert judged.top1 == run.top1
+    assert judged.teacher is not None
+    assert judged.teacher.sha256 == run.summary["teacher"]["sha256"]
+    spots = api.inspect_spots(run.path)
+    assert [spot.name for spot in spots.overall] == ["stage2", "logits"]
+    live = api.inspect_spots(run.path, split="test", extremes=1)
+    assert live.measured is not None
+    assert live.measured.images == 100
+
+
+def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
+    from sakd_cli.engine.watch import Silent
+    from sakd_cli.errors import Stopped
+
+    class Follower(Silent):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+            self.steps = 0
+
+        def say(self, text: str) -> None:
+            self.said.append(text)
+
+        def advance(self, step: int) -> None:
+            self.steps = step
+
+        def stop(self) -> int:
+            return 15 if self.steps == 2 else 0
+
+    follower = Follower()
+    words: dict[str, Any] = {
+        "teacher": teacher,
+        "student": "resnet8",
+        "dataset": "shapes",
+        "epochs": 1,
+        "settings": FEW,
+    }
+    with pytest.raises(Stopped):
+        api.distill(run_dir="stopped", watcher=follower, **words)
+    assert any("resnet8 on shapes" in line for line in follower.said)
+    assert api.distill(resume="stopped", **words).summary["epochs"] == 1
+
+
+def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'fitnet'"):
+        api.distill(teacher=teacher, student="resnet8", method="fitnett")
+    with pytest.raises(UsageError, match=r"data\.trian.*settings data\.trian"):
+        api.pretrain_teacher("resnet8", dataset="shapes", settings={"data.trian": 3})
+    with pytest.raises(UsageError, match="no such file"):
+        api.evaluate("nowhere")
+    with pytest.raises(UsageError, match="not a run directory"):
+        api.inspect_spots("nowhere")
+    with pytest.raises(AttributeError, match="nothing"):
+        api.nothing  # noqa: B018
+
+
+def test_the_contracts_are_there_and_the_import_is_cheap() -> None:
+    from sakd_cli.distillers.distiller import Distiller
+    from sakd_cli.models.staged import StagedModel
+    from sakd_cli.routing.router import Router
+
+    assert (api.Distiller, api.Router, api.StagedModel) == (Distiller, Router, StagedModel)
+    program = "import sys, sakd_cli.api; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    for name in api.__all__:
+        assert getattr(api, name).__doc__, name
+    for call in (api.pretrain_teacher, api.distill, api.evaluate, api.inspect_spots):
+        assert "return" in get_type_hints(call, {**vars(api), "Watcher": api.Watcher})

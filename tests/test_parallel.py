@@ -1,0 +1,194 @@
+"""Several processes that train one network: the same numbers as one process with the same batches."""
+
+import copy
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sakd_cli import parallel
+from sakd_cli.batch import Batch
+from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.data.loader import turns
+from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.task import Task
+from sakd_cli.engine.whole import of_all_processes, spread
+from sakd_cli.models.table import create
+from sakd_cli.tasks.build import assemble
+
+CLASSES, SIDE, IMAGES, BATCH = 5, 16, 22, 8  # batches of 8, 8 and 6
+COUNTS = (2, 4)
+
+
+def _one(count: int, rank: int, path: Path, work: Callable[[], Any]) -> None:
+    try:
+        store = dist.FileStore(str(path / "store"), count)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+        found = work()
+    except BaseException:
+        found = traceback.format_exc()
+    (path / f"{rank}.pkl").write_bytes(pickle.dumps(found))
+
+
+def in_processes(count: int, path: Path, work: Callable[[], Any]) -> list[Any]:
+    """What `work` gives in each of `count` processes that have met; fails with what one of them failed with."""
+    path.mkdir()
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")  # torch is there already
+    started = [context.Process(target=_one, args=(count, rank, path, work)) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode == 0
+    found = [pickle.loads((path / f"{rank}.pkl").read_bytes()) for rank in range(count)]
+    for one in found:
+        assert not (isinstance(one, str) and "Traceback" in one), one
+    return found
+
+
+def batch_of(places: slice, whole: int, share: float) -> Batch:
+    draw = torch.Generator().manual_seed(3)
+    images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=draw, dtype=torch.float64)
+    noise = torch.rand(IMAGES, 16, generator=draw)
+    labels, index = torch.arange(IMAGES) % CLASSES, torch.arange(IMAGES)
+    rows = (tensor[places] for tensor in (images, labels, index, noise))
+    return Batch(*rows, whole=whole, share=share)
+
+
+def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
+    def work() -> Any:
+        kept = []
+        for size in (9, 2, 1):
+            (turn,) = turns(size, 9, 0)
+            own = torch.arange(size, dtype=torch.float64)[turn.places]
+            batch = Batch(own, own, own, own, whole=turn.whole, share=turn.share)
+            x = (batch.images * 2).requires_grad_()
+            rows, sums = parallel.gathered(x, batch), parallel.total(x.sum(), batch)
+            mean = parallel.mean(x.mean(), batch).item()
+            (gradient,) = torch.autograd.grad((rows.square().sum() + sums) * batch.share / 4, x)
+            kept.append((rows.tolist(), sums.item(), mean, gradient.tolist(), x.tolist()))
+        buffers = [torch.full((2,), float(parallel.rank())), torch.tensor(float(parallel.rank()))]
+        parallel.level(buffers)
+        poll = parallel.Poll()
+        polled = [poll(number if parallel.rank() == 2 else 0) for number in (15, 0, 0)]
+        return kept, [b.tolist() for b in buffers], polled, list(parallel.part(range(6)))
+
+    found = in_processes(4, tmp_path / "p", work)
+    for kept, buffers, polled, _ in found:
+        for (rows, sums, mean, gradient, own), size in zip(kept, (9, 2, 1), strict=True):
+            whole = [2.0 * k for k in range(size)]
+            assert (rows, sums) == (whole, sum(whole))
+            assert mean == pytest.approx(sum(whole) / size)
+            lent = own == [0.0] and gradient == [0.0]  # a row that is another process's too
+            assert lent or gradient == pytest.approx([2 * x + 1 for x in own])
+        assert buffers == [[1.5, 1.5], 1.5]
+        assert polled == [0, 15, 0], "every process hears of it, one step later"
+    assert [row for *_, part in found for row in part] == [0, 4, 1, 5, 2, 3]
+
+
+def steps(task: Task) -> dict[str, Any]:
+    """An epoch over 22 images in batches of 8, 8 and 6; the state afterwards and what the log would say."""
+    task = task.train()
+    spread_task, said = spread(task), []
+    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    task.begin_epoch(1)
+    optimizer.begin_epoch(1)
+    for turn in turns(IMAGES, BATCH, 0):
+        batch = batch_of(*turn)
+        output = spread_task(batch)
+        optimizer.step(output.loss * batch.share)
+        parallel.level(parallel.running_statistics(task))
+        parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
+        assert use is not None
+        seen = (use.weight, labels, index, *use.events.values())
+        said.append([part.double() for part in parts.values()] + [tensor.double() for tensor in seen])
+    return {"state": copy.deepcopy(task.state_dict()), "said": said}
+
+
+def task_of(method: str, router: str, *, norms: bool = False, dtype: torch.dtype = torch.float64) -> Task:
+    given = {"teacher": "resnet14", "student": "resnet8", "method.name": method, "router": router, "train.lr": 0.01}
+    given |= {"runtime.gather": True, "train.batch_size": BATCH}
+    config = resolve("distill", [Layer("test", nested(given))]).config
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        student, teacher = create("resnet8", CLASSES), create("resnet14", CLASSES)
+        teacher = teacher.eval().requires_grad_(False)
+        task: Task = assemble(config, student, teacher, SIDE, torch.arange(IMAGES) % CLASSES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if not norms:  # as if there were none: rows do not see each other
+        task.train = lambda mode=True: _but_norms(nn.Module.train(task, mode))  # type: ignore[method-assign]
+    return task
+
+
+def _but_norms(module: nn.Module) -> nn.Module:
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
+    return module
+
+
+def alike(ours: dict[str, Any], whole: dict[str, Any], tolerance: float) -> None:
+    for name, tensor in whole["state"].items():
+        scale = max(1.0, float(tensor.double().abs().max()))
+        assert float((ours["state"][name].double() - tensor.double()).abs().max()) <= tolerance * scale, name
+    for here, there in zip(ours["said"], whole["said"], strict=True):
+        for one, other in zip(here, there, strict=True):
+            assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+CASES = [("fitnet", "adaptive"), ("fitnet", "anti"), ("at", "always"), ("sp", "adaptive"), ("rkd", "adaptive")]
+CASES += [("pkt", "adaptive"), ("cc", "random"), ("dist", "adaptive"), ("crd", "adaptive"), ("vid", "adaptive")]
+
+
+@pytest.mark.parametrize(("method", "router"), CASES)
+def test_several_processes_do_what_one_does(tmp_path: Path, method: str, router: str) -> None:
+    """In float64 and without BatchNorm, uneven last batch included."""
+    whole = steps(task_of(method, router))
+    for count in COUNTS if (method, router) == CASES[0] else COUNTS[:1]:
+        path = tmp_path / str(count)
+        for ours in in_processes(count, path, lambda: steps(task_of(method, router))):
+            alike(ours, whole, 1e-12)
+
+
+def test_shared_batchnorm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    """In fp32: statistics, gradients through them, running means; uneven last batch included."""
+    whole = steps(single(task_of("fitnet", "adaptive", norms=True, dtype=torch.float32)))
+
+    def work() -> Any:
+        task = task_of("fitnet", "adaptive", norms=True, dtype=torch.float32)
+        parallel.synchronised(task)
+        return steps(single(task))
+
+    for ours in in_processes(2, tmp_path / "p", work):
+        alike(ours, whole, 1e-5)
+
+
+def single(task: Task) -> Task:
+    """On fp32 images."""
+
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        return x.float() if x.is_floating_point() else x
+
+    task.register_forward_pre_hook(lambda _, given: (given[0].each(narrow),))
+    return task
+
+
+def test_evaluation_in_turn_scores_what_one_process_scores(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = create("resnet8", CLASSES)
+    batches = [(torch.randn(size, 3, SIDE, SIDE), torch.arange(size) % CLASSES) for size in (4, 3, 2)]
+    whole = evaluate(network, batches, CLASSES)
+    found = in_processes(4, tmp_path / "p", lambda: evaluate(network, batches, CLASSES, together=True))
+    assert all(one._replace(loss=0) == whole._replace(loss=0) for one in found)
+    assert all(one.loss == pytest.approx(whole.loss) for one in found)

@@ -1,0 +1,157 @@
+"""A package of one's own with one distiller and one network: built, installed, and used like ours. And broken ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Shop
+
+from sakd_cli.config import plugins
+from sakd_cli.distillers.table import DISTILLERS
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = Path(__file__).parent / "plugin_example"
+# One process for all commands: each of its own would load torch again.
+PROGRAM = """
+import contextlib, io, json, pathlib, sys
+from sakd_cli.cli.app import run
+
+for words in json.load(sys.stdin):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = pathlib.Path(words[1]).unlink() or 0 if words[0] == 'rm' else run(words)
+    print(json.dumps([code, out.getvalue()]))
+"""
+
+
+def commands(folder: Path, site: Path, *several: list[str]) -> list[str]:
+    """What each command printed, in a process that has the plug-in."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(site)]), "OMP_NUM_THREADS": "1"}
+    given = json.dumps(several)
+    program = [sys.executable, "-W", "error", "-c", PROGRAM]
+    done = subprocess.run(program, input=given, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, _ in answers] == [0] * len(several), done.stderr
+    return [said for _, said in answers]
+
+
+@pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling, which builds the package, is not installed")
+def test_a_package_of_ones_own_is_built_installed_and_used(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(EXAMPLE, source)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", str(site), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = ["--run-dir", "first", *TINY, "--json", "-q"]
+    said = commands(
+        tmp_path,
+        site,
+        ["list", "methods", "--json"],
+        ["list", "models", "--json"],
+        ["show", "method", "cosine", "--json"],
+        ["pretrain-teacher", "resnet8", *TINY, "-q"],
+        ["distill", "--teacher", "resnet8", "--student", "tinynet", "--method", "cosine", *run],
+        ["rm", "first/summary.json"],
+        ["distill", "--resume", "first", "--json", "-q"],
+        ["eval", "first", "--json", "-q", "--set", "timing_seconds=0"],
+        ["export", "first", "--json", "-q", "--set", "timing_seconds=0"],
+        ["distill", "--teacher", "first", "--student", "tinynet", "--method", "at", "--run-dir", "second", *TINY, "-q"],
+    )
+    methods, models, shown, _, distilled, _, resumed, scored, exported, _ = said
+    assert {"name": "tinynet", "package": "sakd-example"}.items() <= json.loads(models)[-1].items()
+    assert json.loads(methods)[-1]["package"] == "sakd-example"
+    assert not any("package" in row for row in json.loads(methods)[:-1])
+    assert json.loads(shown)["defaults"]["weight"] == 5.0
+    summary = json.loads(distilled)
+    assert (summary["network"], summary["epochs"]) == ("tinynet", 1)
+    assert json.loads(resumed)["headline"] == summary["headline"]
+    assert json.loads(scored)["top1"] == pytest.approx(summary["headline"]["top1"])
+    assert json.loads(exported)["check"]["difference"] <= 1e-4
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes packages that are found as if they were installed: name, entry points, and their one module."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name: str, points: str, module: str = "") -> None:
+        about = tmp_path / f"{name}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(points)
+        (tmp_path / f"{name}.py").write_text(module)
+        plugins.plugged.cache_clear()
+
+    yield install
+    for name in [name for name, loaded in sys.modules.items() if str(tmp_path) in str(getattr(loaded, "__file__", ""))]:
+        del sys.modules[name]
+    monkeypatch.undo()
+    plugins.plugged.cache_clear()
+
+
+POINT = "[sakd.methods]\n{name} = {module}:{what}\n"
+WORDS = """
+from typing import Literal
+from sakd_cli.config.methods import MethodConfig
+
+class Own(MethodConfig):
+    \"\"\"Mine\"\"\"
+    name: Literal["{name}"] = "{name}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "what", "told"),
+    [
+        ("raise RuntimeError('no such thing')", "Own", "cannot be loaded (RuntimeError: no such thing)"),
+        ("import nothing_of_that_name", "Own", "cannot be loaded (ModuleNotFoundError"),
+        ("", "Own", "cannot be loaded (AttributeError"),
+        ("Own = 3", "Own", "is no MethodConfig"),
+        (WORDS.format(name="other"), "Own", "calls itself 'other'"),
+    ],
+)
+def test_a_broken_plugin_is_one_line_and_spoils_nothing_else(
+    shop: Shop, packages: Any, module: str, what: str, told: str
+) -> None:
+    packages("broken_one", POINT.format(name="mine", module="broken_one", what=what), module)
+    assert shop.sakd("--help").code == 0
+    listed = shop.sakd("list", "methods", "--json")
+    assert "kd" in [row["name"] for row in listed.document]
+    assert "mine" not in [row["name"] for row in listed.document]
+    assert listed.err.count("warning: plug-in broken_one: ") == 1
+    said = shop.refuses(["config", "show", "--teacher", "a", "--student", "resnet8", "--method", "mine"], 2, told)
+    assert "plug-in broken_one" in said.err
+    shop.refuses(
+        ["config", "show", "--teacher", "a", "--student", "resnet8", "--set", "method.wait=3"], 2, "unknown key"
+    )
+    assert shop.sakd("config", "show", "--teacher", "a", "--student", "resnet8", "--method", "at").code == 0
+
+
+def test_a_name_that_is_taken_is_refused(shop: Shop, packages: Any) -> None:
+    packages("thief", POINT.format(name="at", module="thief", what="Own"), WORDS.format(name="at"))
+    words = ["config", "show", "--teacher", "a", "--student", "resnet8", "--method"]
+    shop.refuses([*words, "at"], 2, "method 'at': wanted by sakd and by thief")
+    assert shop.sakd(*words, "sp").code == 0
+    packages("one", POINT.format(name="same", module="one", what="Own"), WORDS.format(name="same"))
+    packages("two", POINT.format(name="same", module="two", what="Own"), WORDS.format(name="same"))
+    shop.refuses([*words, "same"], 2, "method 'same': wanted by ")
+
+
+def test_a_method_without_a_distiller_and_a_network_that_is_none(shop: Shop, taught: object, packages: Any) -> None:
+    packages("half", POINT.format(name="half", module="half", what="Own"), WORDS.format(name="half"))
+    shop.refuses(["show", "method", "half"], 2, "no package has an entry point 'sakd.distillers'")
+    packages("nets", "[sakd.networks]\nmynet = nets:build\nResNet8 = nets:build\n", "def build(name, classes): ...\n")
+    words = ["distill", "--teacher", "resnet8", "--method", "kd", *TINY, "--student"]
+    shop.refuses([*words, "mynet"], 2, "mynet is no StagedModel of that name for 20 classes")
+    shop.refuses([*words, "ResNet8"], 2, "network 'ResNet8': wanted by sakd and by nets")
+    assert "did you mean 'mynet'" in shop.refuses([*words, "mynett"], 2, "unknown model").err
+    assert set(DISTILLERS.own) == set(DISTILLERS)
