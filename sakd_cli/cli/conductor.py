@@ -120,7 +120,7 @@ class Conductor:
             return config
         if member.teacher is not None:
             config = _pinned(config, self.entries[member.teacher].run)
-        elif (weights := weights_at(config.teacher.source)) is not None:
+        elif (weights := weights_of(config)) is not None:
             config = _told(config, weights)
         if member.matched is not None and isinstance(config.router, RandomMatchedConfig):
             rates = self.entries[member.matched].run
@@ -277,9 +277,9 @@ def _digest(file: Path, changed: int) -> str:
     return sha256(file)
 
 
-def weights_at(source: str) -> Path | None:
-    """The weights that a path means, if they are there."""
-    path = Path(source).expanduser()
+def weights_of(config: DistillConfig) -> Path | None:
+    """The weights of a teacher that is not the sweep's to train, if they are there."""
+    path = Path(config.teacher.weights or config.teacher.source).expanduser()
     if (path / "config.yaml").is_file():
         return RunDir(path).deliverable
     return path if path.exists() else None

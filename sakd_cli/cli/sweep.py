@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.conductor import Conductor, Entry, State, weights_at
+from sakd_cli.cli.conductor import Conductor, Entry, State, weights_of
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.executor import Executor, LocalExecutor
 from sakd_cli.cli.sweep_board import Board
@@ -152,7 +152,7 @@ def _impossible(conductor: Conductor, words: SweepConfig) -> dict[str, str]:
             continue
         if member.teacher is not None:
             cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
-        elif weights_at(member.pair[0]) is None:
+        elif weights_of(member.config) is None:
             raise UsageError(f"pairs: {member.pair[0]}: no such file or directory, or a run without a network")
     if not cells:
         return {}

@@ -46,7 +46,7 @@ class Workbench:
         """A network with random weights, one for each role."""
         key = role, name, device
         if key not in self._networks:
-            self._networks[key] = create(name, self.classes).to(pick_device(device))
+            self._networks[key] = create(name, self.classes, self.side).to(pick_device(device))
         return self._networks[key]
 
     def macs(self, name: str) -> int:
