@@ -163,7 +163,7 @@ class Conductor:
         for entry, config in ready:
             self._settle(entry)
             # Two of the same words (a teacher and a student alone) are one run.
-            same = identity(config.model_dump(mode="json"))
+            same = identity(config)
             if entry.state is State.done or same in self._running or len(jobs) == executor.room():
                 continue
             self._running[same] = entry

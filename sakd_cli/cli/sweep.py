@@ -27,6 +27,7 @@ from sakd_cli.errors import SeriesError, Stopped, UsageError
 from sakd_cli.rundir import write_aside
 
 SWEEP = "sweep"
+SIDE = 32  # pixels of the images of a data set whose words do not say it
 PAUSE = 0.5  # seconds between two looks at what has ended
 
 
@@ -158,9 +159,10 @@ def _impossible(conductor: Conductor, words: SweepConfig) -> dict[str, str]:
         return {}
     from sakd_cli.tasks.feasible import Workbench
 
-    bench, skipped = Workbench(), dict[str, str]()
+    benches, skipped = dict[int, Workbench](), dict[str, str]()
     for cell, (config, keys) in cells.items():
-        if (reason := bench.refusal(config)) is None:
+        side = config.data.model_dump().get("size", SIDE)
+        if (reason := benches.setdefault(side, Workbench(side)).refusal(config)) is None:
             continue
         if words.impossible == "refuse":
             raise UsageError(f"{cell}: {reason}", "leave it out, or say impossible: skip")
