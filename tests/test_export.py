@@ -125,16 +125,29 @@ def test_layers_of_ones_own_are_not_written_as_source() -> None:
         source(Own(), torch.zeros(1), "")
 
 
-def test_the_architecture_of_a_library_needs_no_source(tmp_path: Path) -> None:
-    import torchvision
-
-    card = NetworkCard("torchvision/resnet18", "shapes", ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, 32)
-    network = torchvision.models.get_model("resnet18", weights=None, num_classes=3).eval()
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("torchvision/resnet18", "torchvision.models.get_model('resnet18', weights=None, num_classes=3)"),
+        (
+            "torchvision/vit_b_16",
+            "torchvision.models.get_model('vit_b_16', weights=None, num_classes=3, image_size=32)",
+        ),
+        (
+            "timm/vit_tiny_patch16_224",
+            "timm.create_model('vit_tiny_patch16_224', pretrained=False, num_classes=3, img_size=32)",
+        ),
+    ],
+)
+def test_the_architecture_of_a_library_needs_no_source(tmp_path: Path, name: str, call: str) -> None:
+    pytest.importorskip(name.partition("/")[0])
+    card = NetworkCard(name, "shapes", ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, 32)
+    network = create(name, 3, 32).eval()
     images = torch.rand(2, 3, 32, 32)
     FORMS["safetensors"].write(network, images, card, tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     lines = FORMS["safetensors"].lines(card, False)
-    assert "torchvision.models.get_model('resnet18', weights=None, num_classes=3)" in lines
+    assert call in lines
     names: dict[str, Any] = {}
     with contextlib.chdir(tmp_path):
         exec(lines, names)

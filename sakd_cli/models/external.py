@@ -9,8 +9,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,33 @@ from sakd_cli.models.staged import StagedModel
 NO_TIMM = "timm is not installed"
 
 
+class Call(NamedTuple):
+    """How a library builds a network: `module.function(entry, word=value, ...)`."""
+
+    module: str
+    function: str
+    entry: str
+    words: dict[str, Any]
+
+    def __call__(self) -> nn.Module:
+        network: nn.Module = getattr(importlib.import_module(self.module), self.function)(self.entry, **self.words)
+        return network
+
+    def __str__(self) -> str:
+        words = "".join(f", {word}={value!r}" for word, value in self.words.items())
+        return f"{self.module}.{self.function}({self.entry!r}{words})"
+
+
 def torchvision(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
     """A classifier of torchvision with fresh weights. Raises UsageError where there is none or it cannot be cut."""
-    return _cut(name, "torchvision", num_classes, side, lambda: _of_torchvision(entry, num_classes, side))
+    calls = _of_torchvision(entry, num_classes, side)
+    return _cut(name, "torchvision", num_classes, side, lambda: _first_that_fits(name, calls)[0])
 
 
 def timm(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
     """The same of timm."""
-    return _cut(name, "timm", num_classes, side, lambda: _of_timm(entry, num_classes, side))
+    calls = _of_timm(entry, num_classes, side)
+    return _cut(name, "timm", num_classes, side, lambda: _first_that_fits(name, calls)[0])
 
 
 def factory(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
@@ -76,50 +95,56 @@ def _cut(name: str, family: str, num_classes: int, side: int, build: Callable[[]
         return network if isinstance(network, StagedModel) else cut(network, name, family, num_classes, side)
 
 
-def _of_torchvision(entry: str, num_classes: int, side: int) -> nn.Module:
+def library_call(name: str, num_classes: int, side: int) -> Call | None:
+    """How the library of `torchvision/NAME` or `timm/NAME` builds that network; None for a network of nobody's library.
+
+    Raises UsageError where the library has none of that name, or is not installed.
+    """
+    library, _, entry = name.partition("/")
+    if library not in _CALLS:
+        return None
+    return _first_that_fits(name, _CALLS[library](entry, num_classes, side))[1]
+
+
+def _of_torchvision(entry: str, num_classes: int, side: int) -> list[Call]:
     from torchvision import models
 
     known = models.list_models(module=models)
     if entry not in known:
         raise UsageError(unknown("torchvision classifier", entry, known))
-    builder = models.get_model_builder(entry)
+    fixed = {"weights": None, "num_classes": num_classes}
     sizes: list[dict[str, Any]] = [{"image_size": side}, {"input_size": (side, side)}]
-    return _first_that_fits(
-        f"torchvision/{entry}",
-        lambda words: builder(weights=None, num_classes=num_classes, **words),
-        [*sizes, {"aux_logits": False, "init_weights": True}, {}],
-    )
+    more = [*sizes, {"aux_logits": False, "init_weights": True}, {}]
+    return [Call("torchvision.models", "get_model", entry, fixed | words) for words in more]
 
 
-def _of_timm(entry: str, num_classes: int, side: int) -> nn.Module:
+def _of_timm(entry: str, num_classes: int, side: int) -> list[Call]:
     try:
         import timm as library
     except ImportError:
         raise UsageError(f"timm/{entry}: {NO_TIMM}", hint="pip install 'sakd[timm]'") from None
     if not library.is_model(entry):
         raise UsageError(unknown("timm classifier", entry, library.list_models()))
-    return _first_that_fits(
-        f"timm/{entry}",
-        lambda words: library.create_model(entry, pretrained=False, num_classes=num_classes, **words),
-        [{"img_size": side}, {}],
-    )
+    fixed = {"pretrained": False, "num_classes": num_classes}
+    return [Call("timm", "create_model", entry, fixed | words) for words in ({"img_size": side}, {})]
 
 
-def _first_that_fits(
-    name: str, build: Callable[[dict[str, Any]], nn.Module], words: Iterable[dict[str, Any]]
-) -> nn.Module:
-    """The network, built with the first of these words that its builder knows."""
-    *first, last = words
+_CALLS: dict[str, Callable[[str, int, int], list[Call]]] = {"torchvision": _of_torchvision, "timm": _of_timm}
+
+
+def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]:
+    """The network, built by the first of these calls whose words its builder knows, and that call."""
+    *first, last = calls
     for one in first:
         try:
-            return build(one)
+            return one(), one
         except TypeError as error:
-            if not any(word in str(error) for word in one):
+            if not any(word in str(error) for word in one.words):
                 raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
         except Exception as error:
             raise UsageError(f"{name}: cannot be built for these images ({first_line(error)})") from None
     try:
-        return build(last)
+        return last(), last
     except Exception as error:
         raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
 

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.source import executed, source
+from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import write_aside
 
 Function = Callable[[Tensor], Tensor]
 WEIGHTS, SOURCE = "model.safetensors", "network.py"
-# Libraries whose networks we train under `LIBRARY/NAME`: module, function, and its word for no weights of its own.
-LIBRARIES = {
-    "torchvision": ("torchvision.models", "get_model", ("weights", None)),
-    "timm": ("timm", "create_model", ("pretrained", False)),
-}
 
 
 @final
@@ -73,43 +70,37 @@ class Form(NamedTuple):
             raise UsageError(f"{self.file} needs {', '.join(missing)}", hint=f"pip install 'sakd[{self.extra}]'")
 
 
-def plain_state(network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a network under the names of the program that defines its architecture."""
-    return network.state_dict()
-
-
-def library_of(architecture: str) -> tuple[str, str] | None:
-    """(library, name there) of `torchvision/resnet18`; None for an architecture of our own."""
-    library, _, name = architecture.partition("/")
-    return (library, name) if name and library in LIBRARIES else None
+def _call_of(card: NetworkCard) -> Call | None:
+    """How a library builds the network; None where its architecture is of our own."""
+    return library_call(card.architecture, len(card.classes), card.side)
 
 
 def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in plain_state(network).items()}
-    if library_of(card.architecture) is None:
+    tensors = network.state_dict()
+    if _call_of(card) is not None:
+        assert isinstance(network, StagedModel)
+        tensors = network.plain_state_dict()
+    else:
         text = source(network, example, f"{card.architecture} for {len(card.classes)} classes.")
         write_aside(folder / SOURCE, text.encode())
+    # Clones: some networks hold one tensor under two names, which the format refuses.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     write_aside(folder / WEIGHTS, save(tensors, {"format": "pt"}))
 
 
 def _open_weights(card: NetworkCard, folder: Path) -> Function:
-    if (found := library_of(card.architecture)) is None:
-        network = executed((folder / SOURCE).read_text(encoding="utf-8"))()
-    else:
-        module, function, (word, value) = LIBRARIES[found[0]]
-        build = getattr(importlib.import_module(module), function)
-        network = build(found[1], num_classes=len(card.classes), **{word: value})
+    call = _call_of(card)
+    network = call() if call else executed((folder / SOURCE).read_text(encoding="utf-8"))()
     network.load_state_dict(load_file(folder / WEIGHTS))
     return cast(Function, network.eval().forward)
 
 
 def _lines_of_weights(card: NetworkCard, inside: bool) -> str:
-    if (found := library_of(card.architecture)) is None:
-        first, build = "from network import Network  # network.py, beside the weights", "Network()"
-    else:
-        module, function, (word, value) = LIBRARIES[found[0]]
-        first = f"import {module}"
-        build = f"{module}.{function}({found[1]!r}, {word}={value}, num_classes={len(card.classes)})"
+    call = _call_of(card)
+    first = f"import {call.module}" if call else "from network import Network  # network.py, beside the weights"
+    build = call or "Network()"
     imports = sorted(
         ["import torch", first, "from safetensors.torch import load_file"], key=lambda line: line[:6] == "from n"
     )
