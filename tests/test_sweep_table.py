@@ -95,6 +95,18 @@ def test_the_small_sweep_says_what_was_said_by_hand() -> None:
     assert [member.config.seed for member in grid.members[1::12]] == [0, 1, 2]
 
 
+def test_teachers_that_are_there_are_not_trained_and_two_rules_beat_one(tmp_path: Path) -> None:
+    per = {"at": {"method": {"weight": 5}}, "at ./there:resnet8": {"method": {"weight": 7}}}
+    per |= {"resnet20:resnet8": {"teacher": {"weights": "some.safetensors"}}}
+    words = {"task": "sweep", "pairs": ["./there:resnet8", "resnet20:resnet8", "torchvision/resnet18:resnet8"]}
+    (tmp_path / "mine.yaml").write_text(json.dumps(words | {"methods": ["at"], "routers": ["always"], "per": per}))
+    members = grid_of(str(tmp_path / "mine.yaml")).members
+    assert [member.key for member in members if not member.pair] == ["teacher torchvision/resnet18"]
+    assert [member.teacher for member in members if member.pair] == [None, None, "teacher torchvision/resnet18"]
+    weights = [m.config.method.weight for m in members if isinstance(m.config, DistillConfig)]
+    assert weights == [7, 5, 5]
+
+
 def test_a_part_of_a_grid_under_a_budget() -> None:
     part = {"methods": "ft", "pairs": "vgg13:vgg8", "routers": "always", "seeds": 2}
     grid = grid_of("table-same-family", **part, budget="10%", set_=["train.lr=0.1"])

@@ -53,7 +53,6 @@ class Entry:
     attempts: int = 0
     resumed: bool = False
     before: bool = False  # whether it was finished when the sweep began
-    since: float = 0.0
     not_before: float = 0.0
 
 
@@ -121,7 +120,7 @@ class Conductor:
             return config
         if member.teacher is not None:
             config = _pinned(config, self.entries[member.teacher].run)
-        elif (weights := weights_at(config.teacher.source)) is not None:
+        elif (weights := weights_of(config)) is not None:
             config = _told(config, weights)
         if member.matched is not None and isinstance(config.router, RandomMatchedConfig):
             rates = self.entries[member.matched].run
@@ -164,12 +163,12 @@ class Conductor:
         for entry, config in ready:
             self._settle(entry)
             # Two of the same words (a teacher and a student alone) are one run.
-            same = identity(config.model_dump(mode="json"))
+            same = identity(config)
             if entry.state is State.done or same in self._running or len(jobs) == executor.room():
                 continue
             self._running[same] = entry
             jobs.append(self._job(entry, config))
-            entry.resumed, entry.attempts, entry.since = entry.run is not None, entry.attempts + 1, time.monotonic()
+            entry.resumed, entry.attempts = entry.run is not None, entry.attempts + 1
             self._into(entry, State.running)
         if jobs:
             executor.submit(jobs)
@@ -278,9 +277,9 @@ def _digest(file: Path, changed: int) -> str:
     return sha256(file)
 
 
-def weights_at(source: str) -> Path | None:
-    """The weights that a path means, if they are there."""
-    path = Path(source).expanduser()
+def weights_of(config: DistillConfig) -> Path | None:
+    """The weights of a teacher that is not the sweep's to train, if they are there."""
+    path = Path(config.teacher.weights or config.teacher.source).expanduser()
     if (path / "config.yaml").is_file():
         return RunDir(path).deliverable
     return path if path.exists() else None

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from sakd_cli.config.layers import Layer, flat, resolve
 from sakd_cli.config.run import FREE, RunConfig
@@ -14,9 +13,10 @@ PLACES = FREE | {"teacher.weights", "teacher.source", "teacher.epochs", "method.
 PLACES |= {"data.root", "data.download"}
 
 
-def identity(words: dict[str, Any]) -> str:
-    """What two runs share that are the same run in all that they compute; `words` are the whole config's."""
-    known = {key: value for key, value in flat(words).items() if key not in PLACES}
+def identity(config: RunConfig) -> str:
+    """What two runs share that are the same run in all that they compute."""
+    places = PLACES - config.data.identity().keys()  # of a folder of images the place is the data set
+    known = {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
     if known.get("router.run") is not None:
         known["router.run"] = str(Path(known["router.run"]).resolve())
     return json.dumps(known, sort_keys=True, default=str)
@@ -36,7 +36,7 @@ class Found:
 
     def of(self, config: RunConfig) -> RunDir | None:
         """The run of these words."""
-        wanted = identity(config.model_dump(mode="json"))
+        wanted = identity(config)
         same = [RunDir(path) for path, known in self._seen.items() if known == wanted and path.is_dir()]
         return max(same, key=lambda run: (run.finished, run.path.name), default=None)
 
@@ -44,6 +44,7 @@ class Found:
 def _identity_at(run: RunDir) -> str | None:
     try:
         words = run.config
-        return identity(resolve(str(words.get("task")), [Layer(str(run.path), words)]).config.model_dump(mode="json"))
+        config = resolve(str(words.get("task")), [Layer(str(run.path), words)]).config
+        return identity(config) if isinstance(config, RunConfig) else None
     except (UsageError, KeyError):
         return None

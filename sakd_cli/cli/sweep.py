@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.conductor import Conductor, Entry, State, weights_at
+from sakd_cli.cli.conductor import Conductor, Entry, State, weights_of
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.cli.executor import Executor, LocalExecutor
 from sakd_cli.cli.sweep_board import Board
@@ -27,6 +27,7 @@ from sakd_cli.errors import SeriesError, Stopped, UsageError
 from sakd_cli.rundir import write_aside
 
 SWEEP = "sweep"
+SIDE = 32  # pixels of the images of a data set whose words do not say it
 PAUSE = 0.5  # seconds between two looks at what has ended
 
 
@@ -152,15 +153,16 @@ def _impossible(conductor: Conductor, words: SweepConfig) -> dict[str, str]:
             continue
         if member.teacher is not None:
             cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
-        elif weights_at(member.pair[0]) is None:
+        elif weights_of(member.config) is None:
             raise UsageError(f"pairs: {member.pair[0]}: no such file or directory, or a run without a network")
     if not cells:
         return {}
     from sakd_cli.tasks.feasible import Workbench
 
-    bench, skipped = Workbench(), dict[str, str]()
+    benches, skipped = dict[int, Workbench](), dict[str, str]()
     for cell, (config, keys) in cells.items():
-        if (reason := bench.refusal(config)) is None:
+        side = config.data.model_dump().get("size", SIDE)
+        if (reason := benches.setdefault(side, Workbench(side)).refusal(config)) is None:
             continue
         if words.impossible == "refuse":
             raise UsageError(f"{cell}: {reason}", "leave it out, or say impossible: skip")

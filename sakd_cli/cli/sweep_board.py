@@ -26,7 +26,7 @@ class Board:
         self.ended: list[Entry] = []
         self._live: Live | None = None
         self._looked = 0.0
-        self._begun: dict[str, int] = {}
+        self._begun: dict[str, tuple[int, float]] = {}  # epoch and time at which it was first seen
         conductor.changed = self._changed
 
     @contextmanager
@@ -67,9 +67,9 @@ class Board:
         epochs = entry.member.config.train.epochs
         left = None
         if entry.state is State.running and epoch is not None:
-            first = self._begun.setdefault(entry.member.key, epoch)
+            first, since = self._begun.setdefault(entry.member.key, (epoch, time.monotonic()))
             if epoch > first:
-                left = (time.monotonic() - entry.since) / (epoch - first) * (epochs - epoch)
+                left = (time.monotonic() - since) / (epoch - first) * (epochs - epoch)
         shown = "" if epoch is None else f"{epoch}/{epochs}"
         remaining = "" if left is None else duration(left)
         return [entry.member.key, _word(entry), shown, word(step), fixed(top1, 2), remaining]

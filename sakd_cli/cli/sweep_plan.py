@@ -1,12 +1,14 @@
 """`sakd sweep --dry-run`: how many runs there are, their hours on this device and their bytes; nothing is written"""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from sakd_cli.cli.conductor import Conductor, Entry, State
 from sakd_cli.cli.console import Talk
 from sakd_cli.config.grid import Member
+from sakd_cli.config.run import RunConfig
 
 HOUR = 3600.0
 
@@ -22,7 +24,7 @@ def plan(name: str, conductor: Conductor, skipped: Mapping[str, str], seconds: f
     to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
     configs = {kind: same[0].member.config for kind, same in to_do.items() if same}
     talk.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
-    found = forecast(configs, seconds, lambda kind: None)
+    found = forecast(_spread_out(configs, to_do), seconds)
     rows = list[dict[str, Any]]()
     for kind, same in kinds.items():
         one, left = found.get(kind), len(to_do[kind])
@@ -56,6 +58,16 @@ def plan(name: str, conductor: Conductor, skipped: Mapping[str, str], seconds: f
         "skipped": [{"what": what, "reason": reason} for what, reason in skipped.items()],
         "rows": rows,
     }
+
+
+def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[Entry]]) -> dict[str, RunConfig]:
+    """Pair after pair in turn, so that each has something timed before the time is up."""
+    met = Counter[tuple[str, str] | None]()
+    turns = dict[str, int]()
+    for kind in configs:
+        pair = entries[kind][0].member.pair
+        turns[kind], met[pair] = met[pair], met[pair] + 1
+    return {kind: configs[kind] for kind in sorted(configs, key=lambda kind: turns[kind])}
 
 
 def _kind(member: Member) -> str:

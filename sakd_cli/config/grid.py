@@ -8,7 +8,7 @@ from sakd_cli.config.layers import Layer, flat, nested, resolve
 from sakd_cli.config.methods import KDConfig
 from sakd_cli.config.routers import CLASSICAL, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.run import RunConfig
-from sakd_cli.config.sweep import SweepConfig
+from sakd_cli.config.sweep import SweepConfig, is_path
 from sakd_cli.errors import UsageError
 
 LEARNED, KD = AdaptiveConfig().name, KDConfig().name
@@ -90,9 +90,15 @@ class _Plan:
         self.routers = [name for _, _, name in sorted(ranked, key=lambda rank: rank[:2])]
 
     def members(self) -> Iterator[Member]:
-        for teacher in dict.fromkeys(teacher for teacher, _ in self.sweep.pairs if "/" not in teacher):
-            own = Layer("teachers", self.sweep.teachers | {"model": teacher})
-            yield Member(f"teacher {teacher}", Role.teacher, self._alone(teacher, [own]))
+        made = list(self._made())
+        wanted = {member.teacher for member in made}
+        for teacher in dict.fromkeys(teacher for teacher, _ in self.sweep.pairs):
+            if (key := f"teacher {teacher}") in wanted:
+                own = Layer("teachers", self.sweep.teachers | {"model": teacher})
+                yield Member(key, Role.teacher, self._alone(teacher, [own]))
+        yield from made
+
+    def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
             for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.alone else ():
                 config = self._alone(student, [Layer("the grid", {"model": student, "seed": seed})], last=seed)
@@ -125,7 +131,8 @@ class _Plan:
                 raise
             self.skipped[cell] = error.message.removeprefix(f"{cell}: ")
             return None
-        teacher = None if "/" in pair[0] else f"teacher {pair[0]}"
+        there = is_path(pair[0]) or config.teacher.weights is not None
+        teacher = None if there else f"teacher {pair[0]}"
         matched = None
         if ROUTERS[router] is RandomMatchedConfig and not config.router.run:
             if LEARNED not in self.routers:

@@ -1,18 +1,19 @@
 """Many runs in words: a grid over methods, pairs, routers and seeds, and the controls beside it."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic_core import PydanticCustomError
 
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.networks import NetworkName, find_trainable
+from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
 
 
-def _of(kind: str, table: dict[str, Any]) -> AfterValidator:
+def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
     def known(names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in table:
@@ -27,9 +28,14 @@ def _split(value: Any) -> Any:
     return tuple(value.rsplit(":", 1)) if isinstance(value, str) else value
 
 
+def is_path(teacher: str) -> bool:
+    """Whether a teacher is a run directory or a weights file, and no network that may be trained."""
+    return brought(teacher) is None and ("/" in teacher or teacher.endswith(".safetensors"))
+
+
 def _teacher(name: str) -> str:
-    """A network's own name; what holds a slash is a run directory or a weights file."""
-    if "/" in name:
+    """A network's own name, or a path as it is."""
+    if is_path(name):
         return name
     try:
         return find_trainable(name).name
@@ -48,7 +54,7 @@ def _named(per: dict[str, Any]) -> dict[str, Any]:
 def _own_name(name: str) -> str:
     teacher, colon, student = name.rpartition(":")
     if colon:
-        return f"{teacher if '/' in teacher else find_trainable(teacher).name}:{find_trainable(student).name}"
+        return f"{teacher if is_path(teacher) else find_trainable(teacher).name}:{find_trainable(student).name}"
     if name not in METHODS and name not in ROUTERS:
         raise UsageError(unknown("method, router or pair", name, [*METHODS, *ROUTERS]))
     return name
@@ -66,7 +72,8 @@ class SweepConfig(Words):
     common      words of every run, as in the config of a distillation; a teacher is trained with those that it knows
     teachers    words of the teachers' runs that differ from `common`
     pairs       [teacher, student] or `teacher:student`. A network is trained once, unless a finished run has its very
-                words; what holds a slash is a run directory or a weights file, taken as it is
+                words; a run directory or a weights file (with a slash in it) is taken as it is, and so is a network
+                whose `teacher.weights` are said
     seeds       how many, counted from the seed of `common`; or a list of them
     alone       also train every student without a teacher
     kd          also distil every pair by plain logits, always-on
