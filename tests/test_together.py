@@ -47,7 +47,7 @@ sys.exit(130)
 
 def together(programs: list[str], ear: Ear, jobs: int = 9) -> list[dict[str, Any]]:
     orders = [Order(f"run {place}", [program]) for place, program in enumerate(programs)]
-    return run_together(orders, ear, jobs=jobs, again="sakd ...", program=PYTHON)
+    return run_together(orders, ear, jobs=jobs, again="sakd ...", program=lambda words: [*PYTHON, *words])
 
 
 def test_documents_come_in_order_and_talk_with_a_name() -> None:
@@ -59,7 +59,7 @@ def test_documents_come_in_order_and_talk_with_a_name() -> None:
 
 
 def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("sakd_cli.cli.executor.cores", lambda: 8)
     monkeypatch.setenv("SAKD_EPOCHS", "9")
     monkeypatch.delenv("OMP_NUM_THREADS")
     program = "import json, os, time; a = time.time(); time.sleep(0.2); print(json.dumps({'time': [a, time.time()],"

@@ -62,17 +62,21 @@ class Executor(ABC):
         """Let go of whatever was needed; nothing runs any more, or an error has come up and what runs must end."""
 
 
-def command(job: Job) -> list[str]:
-    """The process of a job; `child` sees to it that it does not outlive the one that started it."""
-    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *job.words]
+def command(words: Sequence[str]) -> list[str]:
+    """The process of some words; `child` sees to it that it does not outlive the one that started it."""
+    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *words]
 
 
-def surroundings(more: dict[str, str] | None = None) -> dict[str, str]:
-    """Environment of a job: no SAKD_* word, since the job's config is whole, and this very package."""
+def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dict[str, str]:
+    """Environment of a job: no SAKD_* word, since its config is whole, this very package, and its part of the cores.
+
+    several   as many run at a time; how many threads each has may be said outside: OMP_NUM_THREADS
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // several))} if several > 1 else {}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
     here = str(Path(sakd_cli.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [here, clean.get("PYTHONPATH")]))
-    return clean | (more or {}) | {"PYTHONPATH": paths}
+    return threads | clean | (more or {}) | {"PYTHONPATH": paths}
 
 
 def gpus() -> list[str]:
@@ -119,17 +123,15 @@ class LocalExecutor(Executor):
         for job in jobs:
             gpu = self.free.pop(0)
             more = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-            if "OMP_NUM_THREADS" not in os.environ:
-                more["OMP_NUM_THREADS"] = str(max(1, cores() // self.jobs))
             with job.log.open("ab") as log:
                 # A session of its own: Ctrl-C reaches this process alone, which passes it on.
                 child = subprocess.Popen(
-                    command(job),
+                    command(job.words),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=log,
                     cwd=job.folder,
-                    env=surroundings(more),
+                    env=surroundings(more, several=self.jobs),
                     start_new_session=True,
                 )
             self.running[job.key] = (child, gpu)
@@ -159,7 +161,7 @@ def carried_out(job: Job) -> int:
     with (
         job.log.open("ab") as log,
         subprocess.Popen(
-            command(job), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
+            command(job.words), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
         ) as child,
     ):
         try:

@@ -9,22 +9,20 @@ them), which lets them run beside each other. Nothing of this was measured on a 
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import sakd_cli
 from sakd_cli.cli.console import Talk
+from sakd_cli.cli.executor import command, surroundings
 from sakd_cli.errors import SakdError, SeriesError, Stopped
 
+Program = Callable[[Sequence[str]], list[str]]
 PAUSE = 0.05  # seconds between two looks at the processes
 BUG = 1
 
@@ -48,12 +46,12 @@ class Done(NamedTuple):
 class _Child:
     """One command line at work. Its talk is passed on line by line as it comes."""
 
-    def __init__(self, order: Order, talk: Talk, environment: dict[str, str], program: Sequence[str]) -> None:
+    def __init__(self, order: Order, talk: Talk, environment: dict[str, str], program: Program) -> None:
         self.name, self.talk, self.complaint, self.hint = order.name, talk, "", ""
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         # A process group of its own: Ctrl-C at the terminal comes from us alone, and once.
         self.process = subprocess.Popen(
-            [*program, *order.words],
+            program(order.words),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._out,
@@ -94,19 +92,18 @@ class _Child:
 
 
 def run_together(
-    orders: Sequence[Order], talk: Talk, *, jobs: int, again: str, program: Sequence[str] | None = None
+    orders: Sequence[Order], talk: Talk, *, jobs: int, again: str, program: Program = command
 ) -> list[dict[str, Any]]:
     """Run them, `jobs` at once, to the end of the last; their documents, in order.
 
     Ctrl-C and SIGTERM go to every one of them, a second one too; none is started after that.
 
     again    the command that goes on with what a stop or a failure has left
-    program  what the words are given to; None: this very `sakd`
+    program  the process of an order's words
     Raises Stopped where a signal came, else SeriesError where one failed: the others are run to their end nevertheless.
     """
     waiting, working, ended = list(orders), list[_Child](), dict[str, Done]()
-    program = program or [sys.executable, "-P", "-m", "sakd_cli"]
-    environment = _environment(max(1, min(jobs, len(orders))))
+    environment = surroundings(several=max(1, min(jobs, len(orders))))
     with _signals() as came, _ended_with_us(working):
         told = 0
         while working or (waiting and not came):
@@ -142,15 +139,6 @@ def _failure(failed: list[Done], of: int, again: str) -> SakdError:
 def worst(codes: Sequence[int]) -> int:
     """The exit code of several failures: a bug's, else the highest."""
     return BUG if BUG in codes else max(codes)
-
-
-def _environment(several: int) -> dict[str, str]:
-    """That of each process: no word of ours from outside, and its share of the cores unless that is said."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
-    threads = max(1, (os.cpu_count() or 1) // several)
-    here = str(Path(sakd_cli.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [here, kept.get("PYTHONPATH")]))
-    return {"OMP_NUM_THREADS": str(threads)} | kept | {"PYTHONPATH": paths}
 
 
 @contextmanager

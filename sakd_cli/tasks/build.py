@@ -299,10 +299,10 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
 
 
 def _adaptive_run(config: DistillConfig) -> RunDir:
-    """The newest finished adaptive run of the same networks, method and data set."""
+    """The newest finished adaptive run of the same networks, method and data set; one of the same seed, if there is."""
     wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
     wanted |= config.data.identity() | {"method.name": config.method.name, "router.name": "adaptive"}
-    run = newest_run(config.runs_dir, wanted)
+    run = newest_run(config.runs_dir, wanted | {"seed": config.seed}) or newest_run(config.runs_dir, wanted)
     if run is None:
         raise UsageError(
             f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
