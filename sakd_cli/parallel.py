@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sakd_cli.batch import Batch
 from sakd_cli.errors import LostProcessError, UsageError
@@ -59,7 +61,11 @@ def join(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         atexit.register(leave)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, own, count = next(rendezvous("env://", timeout=PATIENCE))
+        # After a restart by torchrun the store still holds the addresses of those that are gone.
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
 
 
 def leave() -> None:
