@@ -8,17 +8,19 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
 from nursery import Nursery
 
 from sakd_cli.cli.app import run
+from sakd_cli.report.documents import DOCUMENTS
 
 # Set before torch is imported. On small tensors a second thread wins nothing; on a busy machine waiting for it costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SCHEMAS = {get_args(kind.model_fields["schema_"].annotation)[0]: kind for kind in DOCUMENTS.values()}
 TINY = shlex.split("--dataset shapes --set data.train=200 --set data.test=100 --epochs 1")
 PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
 
@@ -33,9 +35,12 @@ class Said:
 
     @property
     def document(self) -> Any:
-        """The one JSON document on stdout; fails where there is anything beside it."""
+        """The one JSON document on stdout; fails where there is anything beside it, or it is not as its schema says."""
         assert self.code == 0, self.err
-        return json.loads(self.out)
+        document = json.loads(self.out)
+        if isinstance(document, dict) and "schema" in document:
+            SCHEMAS[document["schema"]].model_validate(document)
+        return document
 
 
 @dataclass(frozen=True)

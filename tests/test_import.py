@@ -19,6 +19,7 @@ from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS
 from sakd_cli.models.foreign import KEYS, load_foreign, read_foreign, translated
 from sakd_cli.models.table import create
+from sakd_cli.report.results import Imported
 
 
 def norm(name: str) -> list[str]:
@@ -206,6 +207,7 @@ def test_without_the_images_the_network_comes_in_unscored(bench: Nursery) -> Non
     assert said.code == 0, said.err
     assert said.err.startswith("warning: not scored: cifar100: files not found")
     result = json.loads(said.out)
+    Imported.model_validate(result)
     assert (result["top1"], result["folder"], result["classes"]) == (None, "resnet20-cifar100", 100)
     found = artifact.load(bench.cwd / "resnet20-cifar100")
     assert found.card.classes == CIFAR100.classes

@@ -200,7 +200,8 @@ def show_schema(
     name: Annotated[
         str,
         typer.Argument(
-            help="A document: eval, ensemble, evals, compare, report, export, spots, data, sweep, sweep-plan."
+            help="A document: summary, plan, eval, ensemble, evals, compare, report, export, spots, data, sweep, "
+            "sweep-plan, bench, import."
         ),
     ],
     json: o.Json = False,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from sakd_cli.report.results import Bench, Imported, Plan, Summary
 from sakd_cli.report.schema import Figure, Mean, Part, SpotsDocument
 from sakd_cli.report.sweep_document import SweepDocument, SweepPlan
 
@@ -377,6 +378,8 @@ class DataCheck(Part):
 
 
 DOCUMENTS: dict[str, type[BaseModel]] = {
+    "summary": Summary,
+    "plan": Plan,
     "eval": Evaluation,
     "ensemble": EnsembleEvaluation,
     "evals": Evaluations,
@@ -387,4 +390,6 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "data": DataCheck,
     "sweep": SweepDocument,
     "sweep-plan": SweepPlan,
+    "bench": Bench,
+    "import": Imported,
 }
