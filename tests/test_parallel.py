@@ -24,6 +24,8 @@ from sakd_cli.engine.whole import of_all_processes, spread
 from sakd_cli.models.table import create
 from sakd_cli.tasks.build import assemble
 
+# Python 3.12 warns of forks beside other threads; those of the test runner hold no lock that the children need.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 CLASSES, SIDE, IMAGES, BATCH = 5, 16, 22, 8  # batches of 8, 8 and 6
 COUNTS = (2, 4)
 
