@@ -71,10 +71,10 @@ def test_there_are_thirty_of_both_libraries() -> None:
 
 def plain(name: str, side: int) -> nn.Module:
     """The library's own network, whole."""
-    build = {"torchvision": external._of_torchvision, "timm": external._of_timm}
-    library, _, entry = name.partition("/")
+    call = external.library_call(name, CLASSES, side)
+    assert call is not None
     torch.manual_seed(0)
-    return build[library](entry, CLASSES, side).eval()
+    return call().eval()
 
 
 @pytest.mark.parametrize(("name", "side", "maps", "form"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES])
