@@ -70,7 +70,7 @@ BAD = f"""
 2 | holds no mixtures of blocks, or damaged ones            | PAIR TINY --method dfa --dfa-weights flipped/config.json
 2 | preact needs a teacher of pre-activation blocks; resnet8 is none | PAIR TINY --method dfa --set method.norm=preact
 2 | train: nesterov needs a momentum above 0                | PAIR --set train.nesterov=true --set train.momentum=0
-2 | train.epochs: Input should be a valid integer           | PAIR --epochs ten
+2 | train.epochs: must be a whole number                    | PAIR --epochs ten
 2 | train.lr: Input should be a finite number               | PAIR --set train.lr=.nan
 2 | seed: Input should be greater than or equal to 0        | pretrain-teacher resnet8 --seed -1
 2 | unknown key 'train.student'                             | PAIR --set train.student=resnet8
@@ -87,8 +87,8 @@ BAD = f"""
 2 | milestone 30 must come before the last epoch (1)        | PAIR TINY --set train.milestones=[30]
 2 | milestones [3, 2] must rise                             | PAIR --set train.milestones=[3,2]
 2 | data.holdout: Input should be less than 1               | PAIR --holdout 1
-2 | seed: Input should be a valid integer                   | PAIR --seed one
-2 | seed: Input should be a valid integer                   | PAIR --set seed=1.5
+2 | seed: must be a whole number                            | PAIR --seed one
+2 | seed: must be a whole number                            | PAIR --set seed=1.5
 2 | --set 'train.epochs' is not of the form key=value       | PAIR --set train.epochs
 2 | no YAML value                                           | PAIR --set seed=[
 2 | no YAML value                                           | PAIR --set seed=2020-13-45

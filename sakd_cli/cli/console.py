@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from sakd_cli.report.figures import plain, printable
 
+SILENCE = 60  # seconds after which a run says how far it is, where there is no bar
 LONGEST, LONGEST_HINT = 192, 400  # characters of a message; commands in a hint must be whole to be of use
 
 
@@ -73,6 +75,7 @@ class Talk:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._signal = 0
+        self._heard = time.monotonic()
 
     @contextmanager
     def heeding_signals(self) -> Iterator[None]:
@@ -96,6 +99,7 @@ class Talk:
 
     def say(self, text: str) -> None:
         """One line of talk."""
+        self._heard = time.monotonic()
         if not self.quiet:
             self.console.print(escape(plain(text)))
 
@@ -117,6 +121,8 @@ class Talk:
     def advance(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+        elif time.monotonic() - self._heard > SILENCE:
+            self.say(f"step {step}/{self.steps}")
 
     def record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import sakd_cli
+from sakd_cli.config.networks import TRUST
 from sakd_cli.errors import UsageError
 
 
@@ -68,12 +69,12 @@ def command(words: Sequence[str]) -> list[str]:
 
 
 def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dict[str, str]:
-    """Environment of a job: no SAKD_* word, since its config is whole, this very package, and its part of the cores.
+    """Environment of a job: no word of ours, since its config is whole, this very package, and its part of the cores.
 
     several   as many run at a time; how many threads each has may be said outside: OMP_NUM_THREADS
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // several))} if several > 1 else {}
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_") or name == TRUST}
     here = str(Path(sakd_cli.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [here, clean.get("PYTHONPATH")]))
     return threads | clean | (more or {}) | {"PYTHONPATH": paths}

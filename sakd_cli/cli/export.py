@@ -23,7 +23,7 @@ class Form(StrEnum):
 
 Target = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", help="Run directory, folder of a network, or its file. Default: newest run."),
+    typer.Argument(metavar="RUN", help="Run directory, folder of a network, or its file. Default: newest run."),
 ]
 Format = Annotated[
     Form,

@@ -34,9 +34,9 @@ def compare(runs: Runs, plot: Plot = None, csv: Csv = False, json: o.Json = Fals
 
     Examples:
 
-        sakd compare runs/*-distill-*
+        sakd compare runs/A runs/B runs/C
 
-        sakd compare runs/*-distill-* --plot curves.png --csv > curves.csv
+        sakd compare runs/A runs/B --plot curves.png --csv > curves.csv
     """
     if csv and json:
         raise UsageError("--csv and --json are two documents; choose one")

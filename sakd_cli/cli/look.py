@@ -16,7 +16,7 @@ from sakd_cli.tasks.targets import check_teacher, what_to_score
 EvalTargets = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[RUN]...",
+        metavar="RUN",
         help="Run directories, folders with a model.safetensors, or such files. Default: newest run.",
     ),
 ]

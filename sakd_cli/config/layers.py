@@ -224,6 +224,8 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
     if first["type"] == "extra_forbidden":
         known = _known_keys(task, place)
         text = f"{key}: belongs to another {place[0]}" if key in known else unknown("key", key, known)
+        if len(place) == 1 and (below := [full for full in _below(task) if full.endswith(f".{key}")]):
+            text = f"unknown key {key!r}; did you mean {below[0]!r}?"
     elif first["type"] == "missing":
         option = next(
             (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if key in (path, path.split(".")[0])), None
@@ -232,13 +234,32 @@ def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> Usag
             option = "the name of a network"
         return UsageError(f"{key}: missing", hint=f"give {option}, or a preset that has it: sakd list presets")
     else:
-        text = f"{key}: {first['msg'].removeprefix('Value error, ')}"
+        text = f"{key}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}"
         text += (
             f", got {_short(first['input'])}"
             if isinstance(first["input"], str | int | float) and "unknown" not in text
             else ""
         )
     return UsageError(text + where + more)
+
+
+def _below(task: str) -> list[str]:
+    """Full names of all keys in the sections of a config."""
+    sections = TASKS[task].model_fields
+    return [
+        f"{name}.{leaf}"
+        for name in sections
+        for kind in _classes_below(TASKS[task], name)
+        for leaf in kind.model_fields
+    ]
+
+
+# Pydantic's complaints in our words.
+_PLAIN = {
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+}
 
 
 def _short(value: str | float) -> str:

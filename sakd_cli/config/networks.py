@@ -124,6 +124,9 @@ def brought(name: str) -> Network | None:
     return None
 
 
+TRUST = "SAKD_FACTORIES"  # environment: names, with commas between them, of what a weights file may ask for
+
+
 def factories(name: str) -> list[str]:
     """The user's own functions in the name of a network, which may be made of several."""
     return [part for part in name.split("-") if ":" in part]

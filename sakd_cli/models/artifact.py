@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sakd_cli.config.networks import factories
+from sakd_cli.config.networks import TRUST, factories
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -25,7 +25,6 @@ from sakd_cli.reading import check_header, parse_json
 from sakd_cli.rundir import disk_error, sha256, write_aside, write_json
 
 FORMAT = "sakd.network/1"
-TRUST = "SAKD_FACTORIES"  # names, with commas between them, of what a weights file may ask for
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"
 Module = TypeVar("Module", bound=nn.Module)
 Card = TypeVar("Card")

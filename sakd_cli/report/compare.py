@@ -224,8 +224,7 @@ def _said(mine: _Group, other: _Group, found: dict[str, Any], seeds: int) -> str
     figure = f"{points(found['mean'], 2)} points top-1"
     plainly = other.first.control and not mine.first.control
     if verdict == "few seeds":
-        lower = " Distillation did not help here." if plainly and found["mean"] <= 0 else ""
-        return f"{names}: {figure} with {seeds} seed{'s' * (seeds > 1)}, too few to tell it from noise.{lower}"
+        return f"{names}: {figure} with {seeds} seed{'s' * (seeds > 1)}, too few to tell it from noise."
     low, high = (points(found[key], 2) for key in ("low", "high"))
     support = f"{figure} (95 % interval {low} to {high}, p = {fixed(found['p'], 3)}, {seeds} seeds)"
     what = {"noise": "the difference is noise", "better": "better", "worse": "worse"}[verdict]

@@ -42,7 +42,7 @@ from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 from sakd_cli.tasks.sftn import SftnTask, start_from_branches
 from sakd_cli.tasks.start import load_teacher
-from sakd_cli.tasks.teachers import claimed, find_teacher, no_teacher
+from sakd_cli.tasks.teachers import claimed, find_teacher, no_teacher, pretrain_command
 from sakd_cli.tasks.warmup import WarmupTask
 
 
@@ -103,7 +103,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         claim = claimed(path, teacher.sha256)
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
-    train_one = f"sakd pretrain-teacher {teacher.card.architecture} --dataset {images.dataset.name}"
+    train_one = pretrain_command(config, teacher.card.architecture)
     suit(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)

@@ -193,6 +193,7 @@ def _label(job: Job, companions: Sequence[Companion]) -> str:
         parts[1:1] = [job.teacher.model.name]
         parts += [words["method"]["name"], words["router"]["name"]]
     parts += filter(None, (companion.label for companion in companions))
+    parts += [f"seed{job.config.seed}"] if job.config.seed else []
     return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 

@@ -61,9 +61,9 @@ class Session:
             companion.rehearse()
         config, say = job.config, self.watcher.say
         say(
-            f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} epochs "
-            f"of batches of {config.train.batch_size}, lr {job.task.groups()[0].lr:g}, seed {config.seed}, "
-            f"{job.device} ({job.mode})"
+            f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} "
+            f"epoch{'s' * (config.train.epochs > 1)} of batches of {config.train.batch_size}, "
+            f"lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} ({job.mode})"
         )
         for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
             say(notice)

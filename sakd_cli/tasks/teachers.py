@@ -62,9 +62,9 @@ def is_missing(config: DistillConfig) -> bool:
     return missing
 
 
-def pretrain_command(config: DistillConfig) -> str:
-    """The command line that trains the missing teacher."""
-    words = ["sakd", "pretrain-teacher", find_network(config.teacher.source).name, "--dataset", config.data.name]
+def pretrain_command(config: DistillConfig, name: str) -> str:
+    """The command line that trains a network as a teacher for this distillation."""
+    words = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
     default = type(config).model_fields["runs_dir"].default
     if config.data.root is not None:
         words += ["--data-root", str(config.data.root)]
@@ -83,7 +83,7 @@ def no_teacher(config: DistillConfig) -> UsageError:
     name = find_network(config.teacher.source).name
     return UsageError(
         f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; add --pretrain, or train it first",
-        hint=pretrain_command(config),
+        hint=pretrain_command(config, name),
     )
 
 
