@@ -257,6 +257,7 @@ def _below(task: str) -> list[str]:
 # Pydantic's complaints in our words.
 _PLAIN = {
     "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
 }
