@@ -52,7 +52,7 @@ def forecast(configs: Mapping[str, RunConfig], seconds: float) -> dict[str, Fore
     for key, config in configs.items():
         about = config.data.model_dump_json()
         if about not in benches:
-            images = load_images(config.data)
+            images = load_images(config.data.model_copy(update={"download": False}))
             benches[about] = Workbench(images.side, len(images.dataset.classes), len(images.train))
         try:
             seen[key] = _look(config, benches[about], 0.0 if not seen else until)
