@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_at_any_write_costs_nothing(desk: Nursery, stride: 
 @pytest.mark.parametrize("most", [100, 2_000, 100_000])
 def test_files_that_may_not_grow_cost_nothing(desk: Nursery, most: int) -> None:
     run = desk.cwd / f"small{most}"
-    failed = desk.sakd(*WORDS, "--run-dir", str(run), trouble=Trouble(file_size=most))
+    failed = desk.sakd(*WORDS, "--run-dir", run.name, trouble=Trouble(file_size=most))  # the message is a file too
     assert failed.code == 5, failed.err
     assert failed.err.splitlines()[0].endswith("cannot be written: File too large")
     goes_on(desk, run)
