@@ -78,6 +78,8 @@ def check_header(path: Path) -> None:
     if not path.is_file():
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MOST_HEADER:
-        raise ValueError(f"a header of {length} bytes")
+        beginning = file.read(8)
+    if beginning[:2] in (b"PK", b"\x80\x02"):
+        raise ValueError("a pickle, as torch.save writes them")
+    if int.from_bytes(beginning, "little") > MOST_HEADER:
+        raise ValueError("no header of such a file")
