@@ -85,10 +85,11 @@ def runner(shop: Shop, warm: Nursery) -> Run:
 
 
 @pytest.fixture(scope="module")
-def swept(full: Shop, warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """A shop of its own that has the teacher and the adaptive run of the others, made by hand."""
+def swept(full: Shop, teacher: Path, distilled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """A shop of its own that has the teacher and the adaptive run of the others, made by hand, and no more."""
     shop = Shop(tmp_path_factory.mktemp("swept"))
-    shutil.copytree(full.path / "runs", shop.path / "runs")
+    for run in (teacher, full.path / distilled["run"]):
+        shutil.copytree(run, shop.path / "runs" / run.name)
     return shop
 
 
