@@ -88,12 +88,12 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     nursery.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(tmp_path_factory.mktemp("shop"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def taught(shop: Shop) -> Said:
     """What was said while a teacher was trained for one epoch."""
     said = shop.sakd("pretrain-teacher", "resnet8", *TINY)
@@ -101,19 +101,19 @@ def taught(shop: Shop) -> Said:
     return said
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def teacher(shop: Shop, taught: Said) -> Path:
     """Its run directory."""
     return shop.path / taught.out.strip().splitlines()[-1].removeprefix("run: ")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def distilled(shop: Shop, taught: Said) -> dict[str, Any]:
     """The summary of a distillation from that teacher."""
     return shop.sakd(*PAIR, "--method", "fitnet", *TINY, "--json").document
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def full(shop: Shop, distilled: dict[str, Any]) -> Shop:
     """The shop with these two runs."""
     return shop

@@ -20,7 +20,7 @@ from sakd_cli.rundir import json_bytes, sha256
 CLASSES = 20
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def messy(shop: Shop, distilled: dict[str, Any]) -> Shop:
     """The shop with two runs and with files to stumble over."""
     cifar10 = NetworkCard("resnet8", "cifar10", tuple("abcdefghij"), (0.5,) * 3, (0.3,) * 3, 32)
