@@ -24,20 +24,11 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sakd_cli.batch import Batch
-from sakd_cli.errors import LostProcessError, UsageError
+from sakd_cli.errors import LostProcessError
+from sakd_cli.launch import wanted
 
 PATIENCE = timedelta(hours=1)  # for the first process, which alone writes; a process that dies ends all at once
 Item = TypeVar("Item")
-
-
-def wanted() -> int:
-    """How many processes whoever started this one has started; 1 where it was started alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def place() -> int:
-    """Which of the processes of this machine this one is, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def processes() -> int:
@@ -278,9 +269,3 @@ def synchronised(module: nn.Module) -> None:
 
 def _factor(batch: Batch) -> float:
     return processes() / batch.share if batch.share else 1.0
-
-
-def check_alone(what: str) -> None:
-    """Raise UsageError where several processes were started for something that one does."""
-    if wanted() > 1:
-        raise UsageError(f"{what} works in one process only, {wanted()} were started", hint="start it without torchrun")

@@ -32,6 +32,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     "",
     "errors",
+    "launch",
     "reading",
     "batch",
     "parallel",

@@ -13,6 +13,7 @@ import pytest
 from nursery import Child, Nursery, Trouble
 
 WORDS = "--dataset shapes --set data.train=150 --set data.test=60 --batch-size 30 --set log_every=1"
+FIRST = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 DISTIL = shlex.split(f"distill --teacher teacher --student resnet8 --method fitnet --epochs 3 {WORDS} -q")
 
 
@@ -90,8 +91,25 @@ def test_a_process_that_is_killed_ends_all(nursery: Nursery) -> None:
 
 def test_the_step_of_two_levels_is_for_one_process(nursery: Nursery) -> None:
     words = shlex.split(f"distill --teacher resnet14 --pretrain --student resnet8 --method dfa {WORDS} --dry-run")
-    first = Trouble(words={"WORLD_SIZE": "2", "RANK": "0"})
+    first = Trouble(words=FIRST)
     nursery.refuses(words, 2, "the search for mixtures works in one process only, 2 were started", first)
+
+
+@pytest.mark.parametrize("words", ["sweep sweep-small", "distill --preset ablation --routers all --together"])
+def test_what_starts_processes_of_its_own_is_for_one_process(nursery: Nursery, words: str) -> None:
+    nursery.refuses(shlex.split(words), 2, "works in one process only, 2 were started", Trouble(words=FIRST))
+
+
+def test_a_number_of_processes_without_the_rest_means_nothing(nursery: Nursery) -> None:
+    assert nursery.sakd("list", "routers", trouble=Trouble(words={"WORLD_SIZE": "2"})).out
+
+
+def test_what_only_the_first_one_meets_ends_the_others_in_one_line(nursery: Nursery) -> None:
+    (nursery.cwd / "file").write_text("")
+    children = started(nursery, 2, *DISTIL, "--runs-dir", "file")
+    assert ended(children) == [5, 9]
+    assert children[0].err.startswith("error: file: ")
+    assert children[1].err.splitlines()[0] == "error: process 1 of 2: another one has ended"
 
 
 def test_torchrun_starts_them(nursery: Nursery) -> None:

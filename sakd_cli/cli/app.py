@@ -12,8 +12,9 @@ import typer
 
 from sakd_cli import __version__
 from sakd_cli.cli import bench, bring, data, export, judge, look, spots, sweep, train, words
-from sakd_cli.cli.console import complain, speaks
+from sakd_cli.cli.console import complain
 from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
+from sakd_cli.launch import speaks
 from sakd_cli.report.figures import printable
 
 EPILOG = (

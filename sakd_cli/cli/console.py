@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sakd_cli.launch import speaks
 from sakd_cli.report.figures import plain, printable
 
 SILENCE = 60  # seconds after which a run says how far it is, where there is no bar
@@ -27,11 +28,6 @@ def out() -> Console:
 def err() -> Console:
     """Console of the talk."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def speaks() -> bool:
-    """Whether this process talks: of several that train together only the first one does."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
 
 
 def show(*renderables: RenderableType) -> None:

@@ -13,6 +13,7 @@ from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.run import DistillConfig, TeacherConfig
 from sakd_cli.errors import UsageError, unknown
+from sakd_cli.launch import check_alone
 from sakd_cli.rundir import Intent, RunDir
 from sakd_cli.tasks.intent import AUTO, going_on
 
@@ -29,6 +30,8 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
 
     Raises UsageError for options that do not go together, before anything is trained.
     """
+    if params["together"]:
+        check_alone("--together")
     names = _routers(config, params)
     members = [_twin(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
     if params["together"] and not is_series(params):

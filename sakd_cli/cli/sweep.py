@@ -24,6 +24,7 @@ from sakd_cli.config.layers import Layer, file_layer, flat, resolve
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.errors import SeriesError, Stopped, UsageError
+from sakd_cli.launch import check_alone
 from sakd_cli.rundir import write_aside
 
 SWEEP = "sweep"
@@ -108,6 +109,7 @@ def sweep(
     """
     if csv and json:
         raise UsageError("--csv and --json are two documents; choose one")
+    check_alone("sakd sweep")
     from sakd_cli.report.sweep_tables import plan_tables
 
     talk = Talk(quiet=quiet)

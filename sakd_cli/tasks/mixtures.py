@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from sakd_cli import __version__, parallel
+from sakd_cli import __version__, launch
 from sakd_cli.config.methods import DFAConfig, MethodConfig, Mixtures
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.distillers.dfa import DFA
@@ -112,7 +112,7 @@ class Mixed(Companion):
     def rehearse(self) -> None:
         found = of_job(self.job)
         if found is not None and found[1].to_be_found:
-            parallel.check_alone("the search for mixtures")
+            launch.check_alone("the search for mixtures")
 
     def plan(self) -> dict[str, Any]:
         return {"mixtures": record(self.job)}

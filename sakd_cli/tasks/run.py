@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from sakd_cli import parallel
+from sakd_cli import launch, parallel
 from sakd_cli.config.run import DistillConfig
 from sakd_cli.data.feeds import eval_loader
 from sakd_cli.engine import board, checkpoint
@@ -64,6 +64,7 @@ def try_one_batch(job: Job) -> dict[str, Any]:
     return shown | {"batch": parts, "steps_per_epoch": len(loader), "device": str(job.device)}
 
 
+@parallel.losses_told()  # another process may end at any exchange, the first ones and the last ones too
 def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
     """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
 
@@ -87,7 +88,7 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
             for companion in companions:
                 facts |= companion.facts()
             phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
-            with memory_told(job.config.train.batch_size), parallel.losses_told():
+            with memory_told(job.config.train.batch_size):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
             if parallel.first():
                 _close(job, companions, shop, figures, facts)
@@ -136,7 +137,7 @@ def _made_ready(job: Job) -> None:
     if job.config.runtime.deterministic:
         reproducible()
     if job.mode.compiled:
-        parallel.check_alone("--compile")
+        launch.check_alone("--compile")
         check_compiler(job.device)
         compiled(job.task, job.device, graphed=job.mode.graphed)
 
