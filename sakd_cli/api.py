@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sakd_cli.config import sources
-from sakd_cli.config.layers import resolve
 from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.resolve import resolve
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
+from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.errors import UsageError
-from sakd_cli.report import inspection
-from sakd_cli.report.documents import EnsembleEvaluation, Evaluation
-from sakd_cli.report.schema import SpotsDocument
-from sakd_cli.report.spots import spot_report
-from sakd_cli.report.survey import Survey, survey_of
+from sakd_cli.report.spots import measure
+from sakd_cli.report.spots.log import spot_report
+from sakd_cli.report.spots.survey import Survey, survey_of
 from sakd_cli.rundir import Intent, RunDir, newest_run
-from sakd_cli.tasks.intent import understood
+from sakd_cli.runs.resume import understood
 from sakd_cli.tasks.targets import check_teacher, is_ensemble, what_to_score
 
 if TYPE_CHECKING:
     from sakd_cli.batch import Batch
     from sakd_cli.distillers.distiller import Distiller
-    from sakd_cli.engine.watch import Watcher
+    from sakd_cli.engine.reporter import Watcher
     from sakd_cli.models.spot import Spot
     from sakd_cli.models.staged import Features, StagedModel, StageInfo
     from sakd_cli.routing.router import Router
@@ -64,7 +64,7 @@ _HEAVY = {
     "Distiller": "sakd_cli.distillers.distiller",
     "Router": "sakd_cli.routing.router",
     "StagedModel": "sakd_cli.models.staged",
-    "Watcher": "sakd_cli.engine.watch",
+    "Watcher": "sakd_cli.engine.reporter",
 }
 Split = Literal["train", "holdout", "test"]
 # Words about images or the machine, which only mean something when the networks are run.
@@ -125,7 +125,7 @@ def pretrain_teacher(
     words, intent = understood("pretrain", {"set_": (), **_given(locals(), "model")})
     if intent.finished:
         return _result(intent)
-    from sakd_cli.engine.watch import Silent
+    from sakd_cli.engine.reporter import Silent
     from sakd_cli.tasks.sessions import Session
 
     run, summary = Session(watcher or Silent()).pretrained(words, intent)
@@ -164,7 +164,7 @@ def distill(
     words, intent = understood("distill", {"set_": (), **_given(locals(), *own)})
     if intent.finished:
         return _result(intent)
-    from sakd_cli.engine.watch import Silent
+    from sakd_cli.engine.reporter import Silent
     from sakd_cli.tasks.sessions import Session
 
     run, summary = Session(watcher or Silent(), resume is not None).distilled(words, intent)
@@ -191,8 +191,8 @@ def evaluate(
     given = sources.layers(_texts(locals(), "teacher", "dataset", "data_root", "device", "settings", "runs_dir"))
     found = [what_to_score(None if target is None else Path(target), resolve("eval", given).config.runs_dir)]
     check_teacher(found, forced=False, teacher=teacher)
-    from sakd_cli.engine.watch import Silent
-    from sakd_cli.tasks.adaptive import evaluations
+    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.runs.evaluate_ensemble import evaluations
 
     compelled = teacher is not None
     (document,) = evaluations(found, given, watcher or Silent(), compelled=compelled, early=early)
@@ -207,7 +207,7 @@ def inspect_spots(
     split: Split = "train",
     sample: bool = False,
     seed: int = 0,
-    extremes: int = inspection.KEPT,
+    extremes: int = measure.KEPT,
     dataset: str | None = None,
     data_root: str | Path | None = None,
     device: str | None = None,
@@ -225,7 +225,7 @@ def inspect_spots(
     words = _texts(locals(), "dataset", "data_root", "device", "settings", "runs_dir") | {"live": live}
     where = run_to_look_at(None if run is None else Path(run), words)
     survey = looked_at(where, words, split, watcher, seed=seed, kept=extremes)
-    document = inspection.spot_document(where, survey, sample=sample, seed=seed, extremes=extremes)
+    document = measure.spot_document(where, survey, sample=sample, seed=seed, extremes=extremes)
     return SpotsDocument.model_validate(document)
 
 
@@ -251,8 +251,8 @@ def looked_at(
     if not (another or split != "train" or any(words.get(name) for name in OF_LIVE)):
         return survey_of(run, None)
     spot_report(run)  # whatever is wrong with the record of the run is said before
-    from sakd_cli.engine.watch import Silent
-    from sakd_cli.tasks.survey import live
+    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.runs.survey import live
 
     return survey_of(run, live(run, sources.layers(words), split, watcher or Silent(), seed=seed, kept=kept))
 

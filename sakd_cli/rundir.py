@@ -30,7 +30,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sakd_cli.errors import DiskError, RunInUseError, UsageError
-from sakd_cli.reading import MOST_JSON, MOST_YAML, parse_json, parse_yaml, read_bytes, read_json
+from sakd_cli.files import MOST_JSON, MOST_YAML, parse_json, parse_yaml, read_bytes, read_json
 
 DELIVERABLES = ("student", "teacher")
 BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml

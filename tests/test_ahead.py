@@ -18,9 +18,9 @@ from sakd_cli.config.methods import METHODS
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine import checkpoint
-from sakd_cli.engine.ahead import LookAhead
+from sakd_cli.engine.look_ahead import LookAhead
+from sakd_cli.engine.reporter import Silent
 from sakd_cli.engine.trainer import Trainer
-from sakd_cli.engine.watch import Silent
 from sakd_cli.errors import Stopped
 from sakd_cli.models.staged import Features
 from sakd_cli.models.table import create

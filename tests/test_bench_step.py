@@ -21,11 +21,11 @@ from torchvision import transforms
 from sakd_cli.batch import Batch
 from sakd_cli.bench.steps import half_routed
 from sakd_cli.bench.timing import Ratio, interleaved
-from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 
 pytestmark = pytest.mark.bench
 

@@ -13,7 +13,7 @@ from torchvision import datasets as torchvision_datasets
 
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data import cifar, table
-from sakd_cli.data.streams import generator
+from sakd_cli.data.generators import generator
 from sakd_cli.errors import DataError
 
 

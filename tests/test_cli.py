@@ -15,7 +15,7 @@ import yaml
 from conftest import PAIR, TINY, Said, Shop
 
 from sakd_cli import __version__
-from sakd_cli.cli import words
+from sakd_cli.cli import show
 from sakd_cli.config import datasets, methods, networks, presets, routers
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +192,7 @@ def test_a_preset_trains_its_teacher_first_and_only_once(full: Shop, tmp_path: P
 def test_an_interrupt_and_a_bug_have_exit_codes_of_their_own(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    monkeypatch.setattr(words, "_rows", mock.Mock(side_effect=error))
+    monkeypatch.setattr(show, "_rows", mock.Mock(side_effect=error))
     said = shop.sakd("list", "methods")
     assert (said.code, said.out) == (code, "")
     assert ("Traceback" in said.err) == (code == 1)

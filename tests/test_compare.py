@@ -13,11 +13,11 @@ import yaml
 from conftest import Shop
 from rich.console import Console
 
+from sakd_cli.documents.evaluation import Comparison
 from sakd_cli.errors import UsageError
-from sakd_cli.report.compare import compare
-from sakd_cli.report.comparison import comparison_csv, comparison_tables
-from sakd_cli.report.documents import Comparison
-from sakd_cli.report.seeds import critical, paired, spread, two_sided
+from sakd_cli.report.runs.compare import compare
+from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
+from sakd_cli.report.runs.statistics import critical, paired, spread, two_sided
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]

@@ -7,8 +7,12 @@ import pytest
 import yaml
 
 from sakd_cli.config import presets
+from sakd_cli.config.base import summary
 from sakd_cli.config.datasets import DATASETS
-from sakd_cli.config.layers import (
+from sakd_cli.config.methods import METHODS, FitNetConfig
+from sakd_cli.config.networks import NETWORKS, find_network
+from sakd_cli.config.presets import preset_layer
+from sakd_cli.config.resolve import (
     OPTIONS,
     Layer,
     Resolved,
@@ -20,12 +24,8 @@ from sakd_cli.config.layers import (
     resolve,
     set_layers,
 )
-from sakd_cli.config.methods import METHODS, FitNetConfig
-from sakd_cli.config.networks import NETWORKS, find_network
-from sakd_cli.config.presets import preset_layer
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.config.run import DistillConfig, PretrainConfig, Train
-from sakd_cli.config.words import summary
+from sakd_cli.config.training import DistillConfig, PretrainConfig, Train
 from sakd_cli.errors import UsageError, unknown
 
 PAIR = Layer("pair", {"teacher": "resnet20", "student": "resnet8"})

@@ -11,11 +11,11 @@ from torch import nn
 from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import Count, count
 from sakd_cli.bench.steps import half_routed
-from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 
 CLASSES, IMAGES = 100, 50_000
 PAIRS = {"wrn": ("wrn40_2", "wrn16_2"), "vgg": ("vgg13", "vgg8")}

@@ -14,8 +14,8 @@ from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data import table
 from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
 from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limited
+from sakd_cli.data.generators import generator
 from sakd_cli.data.loader import EvalLoader, TrainLoader
-from sakd_cli.data.streams import generator
 from sakd_cli.errors import DataError
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ from conftest import Shop
 from safetensors.torch import load_file
 from test_imagefolder import cut_short, folder, picture
 
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.probe import unreadable
+from sakd_cli.documents.evaluation import DataCheck
 from sakd_cli.models.table import create
-from sakd_cli.report.documents import DataCheck
-from sakd_cli.tasks import build
+from sakd_cli.runs import build
 
 RUN = "--dataset imagefolder --data-root photos --set data.size=16 --set data.workers=0 --batch-size 10 --epochs 2 -q"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.config.resolve import Layer, resolve
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
@@ -18,13 +18,13 @@ from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.reporter import Heeding, Silent, Watcher
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.engine.trainer import Judge, Outcome, Trainer
-from sakd_cli.engine.watch import Heeding, Silent, Watcher
 from sakd_cli.errors import NonFiniteError, Stopped
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 
 CPU = torch.device("cpu")
 CLASSES, SAMPLES, SIDE = 4, 20, 8

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.models.ensemble import Ensemble
 from sakd_cli.models.exits import MEASURES, NEVER, RANGES, Exits, fit, leaving, mean_macs
-from sakd_cli.tasks.adaptive import hull, never, passed, sweep
+from sakd_cli.runs.evaluate_ensemble import hull, never, passed, sweep
 
 MACS = [50, 30, 10, 5]
 

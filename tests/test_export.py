@@ -16,14 +16,14 @@ from conftest import TINY, Shop
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sakd_cli.documents.evaluation import Export
 from sakd_cli.errors import UsageError
-from sakd_cli.models import artifact, portable
+from sakd_cli.export import export, formats
+from sakd_cli.export.formats import FORMS, FromPixels
+from sakd_cli.export.source import executed, source
+from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.portable import FORMS, FromPixels
-from sakd_cli.models.source import executed, source
 from sakd_cli.models.table import create
-from sakd_cli.report.documents import Export
-from sakd_cli.tasks import exporting
 
 FAMILIES = ["resnet8", "wrn_10_1", "vgg8", "MobileNetV2_half", "ShuffleNetV1", "ShuffleNetV2_0_5", "ResNet18"]
 QUICK = ["--set", "timing_seconds=0"]
@@ -180,7 +180,7 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_half(
     assert full.sakd(*words).code == 0
     full.refuses(words, 2, "is there already")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
     full.refuses([*words, "--overwrite"], 2, "the file's outputs differ by")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.undo()
@@ -189,7 +189,7 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_half(
 
 
 def test_a_missing_extra_is_one_line(full: Shop, distilled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portable.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     said = full.refuses(["export", distilled["run"], "--format", "onnx"], 2, "needs onnx, onnxscript, onnxruntime")
     assert "pip install 'sakd[onnx]'" in said.err
 

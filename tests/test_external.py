@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.models import external
 from sakd_cli.models.cost import cost
@@ -20,7 +20,7 @@ from sakd_cli.models.spot import aligned, spots_at
 from sakd_cli.models.staged import StagedModel, frozen_view, unrecorded_view
 from sakd_cli.models.table import create
 from sakd_cli.routing.graft import Graft
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 
 CLASSES = 5
 # Name, side of the images, stages of maps, and how the value between two of them lies: planes, pixels (x), tokens.

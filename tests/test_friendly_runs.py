@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import TINY, Shop
 
-from sakd_cli.config.layers import Layer, option_layers, resolve, set_layers
+from sakd_cli.config.resolve import Layer, option_layers, resolve, set_layers
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.branches import load_branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.table import create
-from sakd_cli.tasks import build
+from sakd_cli.runs import build
 
 
 @pytest.fixture(scope="module")

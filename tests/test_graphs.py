@@ -10,21 +10,21 @@ import torch
 from test_engine import CLASSES, DATASET, SAMPLES, SIDE, FileDelivery, distiller_of
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.layers import Layer, nested, resolve
-from sakd_cli.config.run import Runtime
+from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.training import Runtime
 from sakd_cli.data.loader import EvalLoader, TrainLoader
-from sakd_cli.engine.ahead import LookAhead
 from sakd_cli.engine.graphs import WARMUP, Cuda, Device, GraphedStep
+from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.reporter import Silent
 from sakd_cli.engine.runtime import effective
 from sakd_cli.engine.task import StepOutput
 from sakd_cli.engine.trainer import Judge, Outcome, Trainer
-from sakd_cli.engine.watch import Silent
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 
 CPU = torch.device("cpu")
 Call = Callable[[], StepOutput]

@@ -18,14 +18,14 @@ from sakd_cli.data.augment import constants, normalise
 from sakd_cli.data.boxes import NUMBERS, boxes, cut
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Unreadable, open_rgb
-from sakd_cli.data.feeds import FileTrainLoader, eval_loader, train_loader, views
 from sakd_cli.data.files import Files
+from sakd_cli.data.generators import generator
 from sakd_cli.data.loader import TrainLoader
-from sakd_cli.data.streams import generator
-from sakd_cli.data.workers import Pool
+from sakd_cli.data.prefetch import Pool
+from sakd_cli.data.sources import FileTrainLoader, eval_loader, train_loader, views
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
-from sakd_cli.tasks.build import load_images
-from sakd_cli.tasks.job import Images
+from sakd_cli.runs.build import load_images
+from sakd_cli.runs.job import Images
 
 CPU = torch.device("cpu")
 SIZES = [(40, 30), (33, 64), (24, 24), (90, 20), (31, 57)]  # width, height

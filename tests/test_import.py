@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.data.cifar import CIFAR100
+from sakd_cli.documents.training import Imported
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS
 from sakd_cli.models.foreign import KEYS, load_foreign, read_foreign, translated
 from sakd_cli.models.table import create
-from sakd_cli.report.results import Imported
 
 
 def norm(name: str) -> list[str]:

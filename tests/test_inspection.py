@@ -8,11 +8,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from sakd_cli.documents.spots import Measured
 from sakd_cli.errors import UsageError
-from sakd_cli.report.inspection import ALL_ALIKE, COMPLEMENT, STAND_IN, inspection, records
-from sakd_cli.report.schema import Measured
-from sakd_cli.report.survey import Survey
-from sakd_cli.report.survey_tables import survey_tables
+from sakd_cli.report.spots.measure import ALL_ALIKE, COMPLEMENT, STAND_IN, inspection, records
+from sakd_cli.report.spots.measured_tables import survey_tables
+from sakd_cli.report.spots.survey import Survey
 
 SPOTS = [{"name": "stage2", "kind": "map"}, {"name": "logits", "kind": "logits"}]
 VALUE = np.array([[0.25, 1.0], [0.75, 1.0], [0.5, 0.0], [0.5, 0.5]], dtype=np.float32)

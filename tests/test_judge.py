@@ -9,11 +9,11 @@ import torch
 from conftest import Said, Shop
 from torch import nn
 
-from sakd_cli.engine.quality import Answers, agreement, calibration, confusions
-from sakd_cli.engine.speed import speed
+from sakd_cli.documents.evaluation import Evaluation, Evaluations
+from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusions
+from sakd_cli.evaluation.speed import speed
 from sakd_cli.models.cost import peak_memory
-from sakd_cli.report.documents import Evaluation, Evaluations
-from sakd_cli.report.scores import score_tables
+from sakd_cli.report.evaluation.side_by_side import score_tables
 
 FAST = ("--quiet", "--set", "timing_seconds=0")
 

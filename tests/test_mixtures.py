@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import Said, Shop
 
-from sakd_cli.config.layers import Layer, resolve
+from sakd_cli.config.resolve import Layer, resolve
 from sakd_cli.models.artifact import load
 from sakd_cli.models.table import create
-from sakd_cli.report import plots
-from sakd_cli.report.mixtures import mixture_table
-from sakd_cli.tasks import build
+from sakd_cli.report.render import plots
+from sakd_cli.report.spots.mixtures import mixture_table
+from sakd_cli.runs import build
 
 SIZE = "--dataset shapes --set data.train=80 --set data.test=40 --batch-size 16 --epochs 1"
 DISTIL = f"distill --teacher deep --student resnet8 --method dfa {SIZE} --set method.search_epochs=1"

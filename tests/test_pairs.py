@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.config.methods import METHODS
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.config.routers import AdaptiveConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import aligned, mapped
 from sakd_cli.models.table import create
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.policies import Fixed
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
 CLASSES, SIDE = 100, 32

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sakd_cli import parallel
+from sakd_cli import distributed
 from sakd_cli.batch import Batch
-from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.data.loader import turns
+from sakd_cli.engine.ddp import of_all_processes, spread
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.task import Task
-from sakd_cli.engine.whole import of_all_processes, spread
 from sakd_cli.models.table import create
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 
 # Python 3.12 warns of forks beside other threads; those of the test runner hold no lock that the children need.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -74,15 +74,15 @@ def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
             own = torch.arange(size, dtype=torch.float64)[turn.places]
             batch = Batch(own, own, own, own, whole=turn.whole, share=turn.share)
             x = (batch.images * 2).requires_grad_()
-            rows, sums = parallel.gathered(x, batch), parallel.total(x.sum(), batch)
-            mean = parallel.mean(x.mean(), batch).item()
+            rows, sums = distributed.gathered(x, batch), distributed.total(x.sum(), batch)
+            mean = distributed.mean(x.mean(), batch).item()
             (gradient,) = torch.autograd.grad((rows.square().sum() + sums) * batch.share / 4, x)
             kept.append((rows.tolist(), sums.item(), mean, gradient.tolist(), x.tolist()))
-        buffers = [torch.full((2,), float(parallel.rank())), torch.tensor(float(parallel.rank()))]
-        parallel.level(buffers)
-        poll = parallel.Poll()
-        polled = [poll(number if parallel.rank() == 2 else 0) for number in (15, 0, 0)]
-        return kept, [b.tolist() for b in buffers], polled, list(parallel.part(range(6)))
+        buffers = [torch.full((2,), float(distributed.rank())), torch.tensor(float(distributed.rank()))]
+        distributed.level(buffers)
+        poll = distributed.Poll()
+        polled = [poll(number if distributed.rank() == 2 else 0) for number in (15, 0, 0)]
+        return kept, [b.tolist() for b in buffers], polled, list(distributed.part(range(6)))
 
     found = in_processes(4, tmp_path / "p", work)
     for kept, buffers, polled, _ in found:
@@ -108,7 +108,7 @@ def steps(task: Task) -> dict[str, Any]:
         batch = batch_of(*turn)
         output = spread_task(batch)
         optimizer.step(output.loss * batch.share)
-        parallel.level(parallel.running_statistics(task))
+        distributed.level(distributed.running_statistics(task))
         parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
         assert use is not None
         seen = (use.weight, labels, index, *use.events.values())
@@ -169,7 +169,7 @@ def test_shared_batchnorm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
 
     def work() -> Any:
         task = task_of("fitnet", "adaptive", norms=True, dtype=torch.float32)
-        parallel.synchronised(task)
+        distributed.synchronised(task)
         return steps(single(task))
 
     for ours in in_processes(2, tmp_path / "p", work):

@@ -14,10 +14,10 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from sakd_cli.errors import UsageError
-from sakd_cli.report import figures
-from sakd_cli.report.sheet import Column, Sheet
-from sakd_cli.report.spots import SCHEMA, spot_report
-from sakd_cli.report.tables import evaluation_tables, listing_table, spot_plan_table, spot_tables, summary_table
+from sakd_cli.report.render import format
+from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.runs.tables import evaluation_tables, listing_table, spot_plan_table, spot_tables, summary_table
+from sakd_cli.report.spots.log import SCHEMA, spot_report
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]
@@ -118,7 +118,7 @@ def test_router_without_policy_and_epoch_without_samples(tmp_path: Path) -> None
     row = report["overall"][0]
     assert [row[key] for key in ("share", "first", "last", "min", "max", "probability")] == [None] * 6
     text = text_of(spot_tables(report))
-    assert [part in text for part in ("γ", "Count", figures.DASH)] == [False, False, True]
+    assert [part in text for part in ("γ", "Count", format.DASH)] == [False, False, True]
 
 
 def test_resumed_run_counts_an_epoch_once(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ HARMLESS = "red [bold]x[/bold]  [/] :smile:"
 
 
 def test_plain() -> None:
-    assert figures.plain(HOSTILE) == HARMLESS
-    assert figures.plain("naïve 猫") == "naïve 猫"
-    assert figures.plain("\x1bc\x1b(B\x1b") == ""
-    assert figures.word("\x1b[0m") == figures.word(None) == figures.DASH
+    assert format.plain(HOSTILE) == HARMLESS
+    assert format.plain("naïve 猫") == "naïve 猫"
+    assert format.plain("\x1bc\x1b(B\x1b") == ""
+    assert format.word("\x1b[0m") == format.word(None) == format.DASH
 
 
 def test_names_from_files_are_shown_as_plain_text(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_colour_changes_no_character(tmp_path: Path) -> None:
     tables = everything(spot_report(long_run(tmp_path / "run", 1)))
     coloured = text_of(tables, 80, colour=True)
     assert "\x1b[" in coloured
-    strip = "\n".join(line.rstrip() for line in figures._ESCAPES.sub("", coloured).splitlines())
+    strip = "\n".join(line.rstrip() for line in format._ESCAPES.sub("", coloured).splitlines())
     assert strip == "\n".join(line.rstrip() for line in text_of(tables, 80).splitlines())
 
 
@@ -341,7 +341,7 @@ def test_summary_with_and_without_teacher() -> None:
 
 def test_missing_figures_are_dashes() -> None:
     text = text_of([summary_table({}), *evaluation_tables({}), spot_plan_table({}), listing_table("Empty", [])])
-    assert [part in text for part in (figures.DASH, "none", "None")] == [True, True, False]
+    assert [part in text for part in (format.DASH, "none", "None")] == [True, True, False]
 
 
 def test_plan_lists_what_is_trained() -> None:
@@ -375,22 +375,23 @@ def test_wide_characters_and_long_names_wrap() -> None:
     ],
 )  # fmt: skip
 def test_large(value: Any, expected: str) -> None:
-    assert figures.large(value) == expected
+    assert format.large(value) == expected
 
 
 def test_small_figures() -> None:
-    assert figures.share(0.613) == "61.3"
-    assert figures.fixed(61.3, 1, " %") == "61.3 %"
-    deviations = [figures.deviation(value) for value in (0.042, -0.042, 0.0, -1e-9, None)]
+    assert format.share(0.613) == "61.3"
+    assert format.fixed(61.3, 1, " %") == "61.3 %"
+    deviations = [format.deviation(value) for value in (0.042, -0.042, 0.0, -1e-9, None)]
     assert deviations == ["+4.2", "−4.2", "0.0", "0.0", "–"]
-    durations = [figures.duration(value) for value in (12.34, 83.1, 7512, 59.96, None)]
+    durations = [format.duration(value) for value in (12.34, 83.1, 7512, 59.96, None)]
     assert durations == ["12.3 s", "1 min 23 s", "2 h 05 min", "1 min 00 s", "–"]
-    assert figures.shape([16, 32, 32]) == "16×32×32"
-    bars = [figures.bar(value, 10) for value in (0.0, 0.5, 0.56, 1.0, 1.2, None)]
+    assert format.shape([16, 32, 32]) == "16×32×32"
+    bars = [format.bar(value, 10) for value in (0.0, 0.5, 0.56, 1.0, 1.2, None)]
     assert bars == ["", "█████", "█████▋", "██████████", "██████████", ""]
 
 
 def test_importing_the_floor_imports_no_torch() -> None:
-    code = "import sys, sakd_cli.report.spots, sakd_cli.report.tables; print({'torch', 'numpy'} & sys.modules.keys())"
+    modules = "sakd_cli.report.spots.log, sakd_cli.report.runs.tables"
+    code = f"import sys, {modules}; print({{'torch', 'numpy'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

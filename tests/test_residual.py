@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from test_step import batches, fit, make
 from torch import Tensor
 
-from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.documents.evaluation import Evaluations
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models import ensemble as ensembles
@@ -28,8 +29,7 @@ from sakd_cli.models.exits import Exits
 from sakd_cli.models.lighter import lighter
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.report.documents import Evaluations
-from sakd_cli.tasks.chain import planned, verdict
+from sakd_cli.runs.residual_chain import planned, verdict
 from sakd_cli.tasks.residual import ResidualTask, Sides, centred, kl, mse, relative_energy
 
 MORE = ["--residual-students", "1", "--set", "residual.max_cost=2", "--set", "residual.min_gain=-9"]
@@ -256,7 +256,7 @@ def test_a_run_leaves_an_ensemble_beside_its_student(full: Shop, chained: dict[s
 
 def test_zero_init_starts_by_changing_nothing() -> None:
     words = {"teacher": "resnet8", "student": "resnet8", "data": {"name": "shapes", "train": 60, "test": 20}}
-    from sakd_cli.tasks import build
+    from sakd_cli.runs import build
 
     for init in ("zero", "default"):
         more = words | {"residual": {"students": 1, "init": init, "max_cost": 3}}

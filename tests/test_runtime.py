@@ -11,14 +11,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.run import Runtime
+from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.training import Runtime
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import compiled, effective
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
 CLASSES = 10

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import PAIR, TINY, Shop
 
-from sakd_cli.config.layers import flat
+from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.report.documents import DOCUMENTS, Comparison, Report
+from sakd_cli.documents.evaluation import DOCUMENTS, Comparison, Report
 
 WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
 
@@ -146,8 +146,8 @@ def test_options_that_do_not_go_together_are_told_before_anything_is_trained(
 
 
 def test_every_router_has_a_place_in_the_series(full: Shop, named: list[str]) -> None:
-    from sakd_cli.cli.series import series
-    from sakd_cli.config.run import DistillConfig
+    from sakd_cli.config.training import DistillConfig
+    from sakd_cli.sweep.series import series
 
     config = DistillConfig(teacher="resnet8", student="resnet8")
     options = {"routers": "all", "router": None, "with_control": False, "seeds": 2, "run_dir": None}

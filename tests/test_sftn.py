@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.friendly import FriendlyConfig
-from sakd_cli.config.layers import Layer, resolve
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS
+from sakd_cli.config.resolve import Layer, resolve
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.watch import Silent
+from sakd_cli.engine.reporter import Silent
 from sakd_cli.models import artifact
 from sakd_cli.models.adapters import ConvAdapter, Transform
 from sakd_cli.models.artifact import NetworkCard
@@ -28,7 +28,7 @@ from sakd_cli.models.branches import Branches, Tail
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.rundir import Intent
-from sakd_cli.tasks import build, run
+from sakd_cli.runs import build, launch
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.sftn import SftnTask, branch_rows, imitation
 
@@ -103,7 +103,7 @@ def test_branches_that_weigh_nothing_leave_no_trace_in_the_teacher(tmp_path: Pat
     nothing = {"students": "resnet8", "lambda_kl": 0, "lambda_ce": 0}
     jobs = [job(tmp_path, model="resnet8"), job(tmp_path, model="resnet8", friendly=nothing)]
     for each in jobs:
-        run.carry_out(each, Intent(), Silent())
+        launch.carry_out(each, Intent(), Silent())
     ours, theirs = (each.network.state_dict() for each in jobs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
@@ -283,12 +283,12 @@ def test_a_friendly_teacher_is_nearer_to_its_branches_the_more_so_the_more_it_we
 
 def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> None:
     first = job(tmp_path, model="resnet8")
-    where, summary = run.carry_out(first, Intent(), Silent())
+    where, summary = launch.carry_out(first, Intent(), Silent())
     again = job(tmp_path, model="resnet8", init_from=str(where.path), friendly="resnet8", seed=1)
     assert (again.config.train.lr, again.task.groups()[1].lr) == (0.01, 0.01)
     saved, loaded = first.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-    judge = run._judge(again, Silent())
+    judge = launch._judge(again, Silent())
     assert evaluate(again.network, judge.test, judge.classes).headline() == {
         key: summary["headline"][key] for key in ("top1", "top5", "loss")
     }

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.config.networks import find_network, find_trainable
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
 CLASSES = 6

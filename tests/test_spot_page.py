@@ -18,11 +18,11 @@ from test_inspection import ABOUT, SPOTS, survey
 
 from sakd_cli.cli.app import run
 from sakd_cli.errors import UsageError
-from sakd_cli.report import html, plots
-from sakd_cli.report.html import Gallery, Picture, Section, Tile
-from sakd_cli.report.inspection import inspection
-from sakd_cli.report.sheet import Column, Sheet
-from sakd_cli.report.spot_page import spot_page
+from sakd_cli.report.render import html, plots
+from sakd_cli.report.render.html import Gallery, Picture, Section, Tile
+from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.spots.measure import inspection
+from sakd_cli.report.spots.page import spot_page
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
 PIXELS = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import count
-from sakd_cli.config.layers import Layer, nested, resolve
 from sakd_cli.config.methods import METHODS
+from sakd_cli.config.resolve import Layer, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.routing.policies import Anti
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import PretrainTask
 

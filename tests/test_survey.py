@@ -14,9 +14,9 @@ from conftest import PAIR, TINY, Said, Shop
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
+from sakd_cli.documents.spots import CSV_HEADER, SpotsDocument
 from sakd_cli.models import artifact
-from sakd_cli.report.schema import CSV_HEADER, SpotsDocument
-from sakd_cli.tasks.build import load_images
+from sakd_cli.runs.build import load_images
 
 SETTINGS = ["--set", "router.teacher_bias=0", "--set", "router.lr=0.002"]
 
@@ -55,7 +55,7 @@ def test_a_run_keeps_what_its_router_makes_of_every_training_image(shop: Shop, r
 
 def test_the_probabilities_are_those_of_the_policy_on_features_in_evaluation_mode(shop: Shop, routed: Path) -> None:
     kept, words = columns(routed, shop), json.loads((shop.path / routed / "student" / "config.json").read_text())
-    from sakd_cli.config.layers import Layer, resolve
+    from sakd_cli.config.resolve import Layer, resolve
     from sakd_cli.rundir import RunDir
 
     run = RunDir(shop.path / routed)

@@ -18,8 +18,8 @@ from conftest import Said, Shop
 from nursery import Child, Nursery
 
 from sakd_cli.cli import sweep
-from sakd_cli.cli.executor import Ended, Executor, Job, LocalExecutor
-from sakd_cli.report.sweep_document import SweepDocument, SweepPlan
+from sakd_cli.documents.sweep import SweepDocument, SweepPlan
+from sakd_cli.sweep.executor import Ended, Executor, Job, LocalExecutor
 
 GRID: dict[str, Any] = {
     "task": "sweep",
@@ -259,7 +259,7 @@ def test_an_executor_carries_out_commands_and_gives_their_exit_codes(kind: str, 
     executor: Executor = LocalExecutor(2, 1, "cpu")
     if kind == "slurm":
         pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
-        from sakd_cli.cli.slurm_executor import SlurmExecutor
+        from sakd_cli.sweep.slurm_executor import SlurmExecutor
 
         executor = SlurmExecutor(None, {"cluster": "local"}, tmp_path)
     jobs = {"good": ("list", "routers"), "bad": ("show", "method", "nix")}

@@ -8,11 +8,10 @@ import pytest
 
 from sakd_cli.cli.sweep import understood
 from sakd_cli.config.grid import Grid
-from sakd_cli.config.run import DistillConfig, PretrainConfig
-from sakd_cli.report import published
-from sakd_cli.report.sweep import Entry, sweep_document
-from sakd_cli.report.sweep_document import SweepDocument
-from sakd_cli.report.sweep_tables import sweep_markdown
+from sakd_cli.config.training import DistillConfig, PretrainConfig
+from sakd_cli.documents.sweep import SweepDocument
+from sakd_cli.report.sweep.results import Entry, published, sweep_document
+from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.rundir import RunDir
 
 NONE = dict.fromkeys(("methods", "pairs", "routers", "seeds", "data_root", "runs_dir", "device", "precision", "set_"))

@@ -10,7 +10,7 @@ from conftest import TINY, Shop
 
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import sha256
-from sakd_cli.tasks.teachers import Claim, claimed, compared
+from sakd_cli.runs.locate import Claim, claimed, compared
 
 PAIR = ["distill", "--student", "resnet8", "--method", "kd", *TINY]
 

@@ -14,10 +14,10 @@ from conftest import PAIR, TINY, Shop
 from nursery import Nursery
 from safetensors.torch import load_file
 
-from sakd_cli.cli.together import Order, run_together
-from sakd_cli.config.layers import flat
+from sakd_cli.config.resolve import flat
 from sakd_cli.errors import SeriesError, Stopped
 from sakd_cli.rundir import RunDir, all_runs
+from sakd_cli.sweep.subprocesses import Order, run_together
 
 
 class Ear:
@@ -59,7 +59,7 @@ def test_documents_come_in_order_and_talk_with_a_name() -> None:
 
 
 def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sakd_cli.cli.executor.cores", lambda: 8)
+    monkeypatch.setattr("sakd_cli.sweep.executor.cores", lambda: 8)
     monkeypatch.setenv("SAKD_EPOCHS", "9")
     monkeypatch.delenv("OMP_NUM_THREADS")
     program = "import json, os, time; a = time.time(); time.sleep(0.2); print(json.dumps({'time': [a, time.time()],"

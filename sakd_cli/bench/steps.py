@@ -13,16 +13,16 @@ from sakd_cli.bench.literal import PUBLISHED, literal
 from sakd_cli.config.methods import KDConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AdaptiveConfig, AlwaysConfig
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.crd import CRD
-from sakd_cli.engine.ahead import LookAhead
 from sakd_cli.engine.graphs import Cuda, GraphedStep
+from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import compiled, compiled_pass, effective, pick_device
 from sakd_cli.engine.task import StepOutput, Task
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import PretrainTask
 

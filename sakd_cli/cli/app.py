@@ -11,11 +11,22 @@ from typing import Annotated
 import typer
 
 from sakd_cli import __version__
-from sakd_cli.cli import bench, bring, data, export, judge, look, spots, sweep, train, words
+from sakd_cli.cli import (
+    bench,
+    compare,
+    data_check,
+    distill,
+    evaluate,
+    export,
+    import_weights,
+    inspect_spots,
+    show,
+    sweep,
+)
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
-from sakd_cli.launch import speaks
-from sakd_cli.report.figures import printable
+from sakd_cli.report.render.format import printable
+from sakd_cli.torchrun import speaks
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
@@ -53,21 +64,21 @@ def _root(
     return
 
 
-app.command("pretrain-teacher", rich_help_panel="Train")(train.pretrain_teacher)
-app.command("distill", rich_help_panel="Train")(train.distill)
+app.command("pretrain-teacher", rich_help_panel="Train")(distill.pretrain_teacher)
+app.command("distill", rich_help_panel="Train")(distill.distill)
 app.command("sweep", rich_help_panel="Train")(sweep.sweep)
-app.command("import-weights", rich_help_panel="Train")(bring.import_weights)
+app.command("import-weights", rich_help_panel="Train")(import_weights.import_weights)
 app.command("export", rich_help_panel="Train")(export.export)
-app.command("eval", rich_help_panel="Look")(look.evaluate)
-app.command("compare", rich_help_panel="Look")(judge.compare)
-app.command("report", rich_help_panel="Look")(judge.report)
-app.command("inspect-spots", rich_help_panel="Look")(spots.inspect_spots)
+app.command("eval", rich_help_panel="Look")(evaluate.evaluate)
+app.command("compare", rich_help_panel="Look")(compare.compare)
+app.command("report", rich_help_panel="Look")(compare.report)
+app.command("inspect-spots", rich_help_panel="Look")(inspect_spots.inspect_spots)
 app.command("bench", rich_help_panel="Look")(bench.bench)
-app.command("list", rich_help_panel="Words")(words.listing)
-config_app.command("show")(words.show_config)
-show_app.command("method")(words.show_method)
-show_app.command("schema")(words.show_schema)
-data_app.command("check")(data.check)
+app.command("list", rich_help_panel="Words")(show.listing)
+config_app.command("show")(show.show_config)
+show_app.command("method")(show.show_method)
+show_app.command("schema")(show.show_schema)
+data_app.command("check")(data_check.check)
 app.add_typer(data_app, name="data", rich_help_panel="Look")
 app.add_typer(show_app, name="show", rich_help_panel="Words")
 app.add_typer(config_app, name="config", rich_help_panel="Words")

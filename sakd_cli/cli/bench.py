@@ -10,7 +10,7 @@ import typer
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config import sources
-from sakd_cli.config.layers import Layer, nested, resolve
+from sakd_cli.config.resolve import Layer, nested, resolve
 
 DEFAULTS = {"teacher.source": "resnet56", "student": "resnet20"}
 Count = Annotated[int, typer.Option(min=1, help="Times that every step is timed.", rich_help_panel="Run")]

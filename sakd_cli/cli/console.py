@@ -12,8 +12,8 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sakd_cli.launch import speaks
-from sakd_cli.report.figures import plain, printable
+from sakd_cli.report.render.format import plain, printable
+from sakd_cli.torchrun import speaks
 
 SILENCE = 60  # seconds after which a run says how far it is, where there is no bar
 LONGEST, LONGEST_HINT = 192, 400  # characters of a message; commands in a hint must be whole to be of use

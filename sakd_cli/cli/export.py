@@ -9,7 +9,7 @@ import typer
 from sakd_cli.cli import options as o
 from sakd_cli.cli.console import Talk, emit, show
 from sakd_cli.config import sources
-from sakd_cli.config.layers import resolve
+from sakd_cli.config.resolve import resolve
 from sakd_cli.tasks.targets import target_or_newest
 
 
@@ -74,8 +74,8 @@ def export(
     """
     layers = sources.layers(ctx.params)
     where = target_or_newest(target, resolve("eval", layers).config.runs_dir)
-    from sakd_cli.tasks.exporting import Order
-    from sakd_cli.tasks.exporting import export as carry_out
+    from sakd_cli.export.export import Order
+    from sakd_cli.export.export import export as carry_out
 
     order = Order(format.value, out, overwrite, normalise, opset)
     document = carry_out(where, order, layers, Talk(quiet=quiet))

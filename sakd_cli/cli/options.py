@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sakd_cli.config import datasets, methods, networks, presets, routers, sources
-from sakd_cli.config.layers import Resolved, resolve
+from sakd_cli.config.resolve import Resolved, resolve
 
 
 def names(table: Callable[[], Mapping[str, Any]]) -> Callable[[str], list[str]]:

@@ -12,20 +12,20 @@ import typer
 import yaml
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.conductor import Conductor, Entry, State, weights_of
 from sakd_cli.cli.console import Talk, emit, show
-from sakd_cli.cli.executor import Executor, LocalExecutor
-from sakd_cli.cli.sweep_board import Board
-from sakd_cli.cli.sweep_plan import plan
-from sakd_cli.cli.together import worst
+from sakd_cli.cli.sweep_progress import Board
 from sakd_cli.config import presets, sources
 from sakd_cli.config.grid import Grid, grid
-from sakd_cli.config.layers import Layer, file_layer, flat, resolve
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.config.resolve import Layer, file_layer, flat, resolve
 from sakd_cli.config.sweep import SweepConfig
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import SeriesError, Stopped, UsageError
-from sakd_cli.launch import check_alone
 from sakd_cli.rundir import write_aside
+from sakd_cli.sweep.estimate import plan
+from sakd_cli.sweep.executor import Executor, LocalExecutor
+from sakd_cli.sweep.scheduler import Conductor, Entry, State, weights_of
+from sakd_cli.sweep.subprocesses import worst
+from sakd_cli.torchrun import check_alone
 
 SWEEP = "sweep"
 SIDE = 32  # pixels of the images of a data set whose words do not say it
@@ -110,7 +110,7 @@ def sweep(
     if csv and json:
         raise UsageError("--csv and --json are two documents; choose one")
     check_alone("sakd sweep")
-    from sakd_cli.report.sweep_tables import plan_tables
+    from sakd_cli.report.sweep.tables import plan_tables
 
     talk = Talk(quiet=quiet)
     name, words, runs = understood(file, ctx.params)
@@ -207,10 +207,10 @@ def _executor(params: Mapping[str, Any], conductor: Conductor) -> Executor:
         device = next(iter(conductor.entries.values())).member.config.device
         return LocalExecutor(params["jobs"], per_gpu, device)
     if where is Where.ray:
-        from sakd_cli.cli.ray_executor import RayExecutor
+        from sakd_cli.sweep.ray_executor import RayExecutor
 
         return RayExecutor(params["jobs"], per_gpu, resources)
-    from sakd_cli.cli.slurm_executor import SlurmExecutor
+    from sakd_cli.sweep.slurm_executor import SlurmExecutor
 
     return SlurmExecutor(params["jobs"], resources, conductor.folder)
 
@@ -223,13 +223,13 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _document(name: str, conductor: Conductor, skipped: Mapping[str, str]) -> dict[str, Any]:
-    from sakd_cli.report.sweep import sweep_document
+    from sakd_cli.report.sweep.results import sweep_document
 
     return sweep_document(name, [_row(entry) for entry in conductor.entries.values()], skipped.items())
 
 
 def _row(entry: Entry) -> Any:
-    from sakd_cli.report.sweep import Entry as Row
+    from sakd_cli.report.sweep.results import Entry as Row
 
     member, config = entry.member, entry.member.config
     words = flat(config.model_dump(mode="json"))
@@ -253,7 +253,7 @@ def _row(entry: Entry) -> Any:
 
 
 def _printed(document: dict[str, Any], *, csv: bool, json: bool, markdown: Path | None) -> None:
-    from sakd_cli.report.sweep_tables import sweep_csv, sweep_markdown, sweep_tables
+    from sakd_cli.report.sweep.tables import sweep_csv, sweep_markdown, sweep_tables
 
     if markdown is not None:
         write_aside(markdown, sweep_markdown(document).encode())

@@ -13,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from sakd_cli.config.words import Words, by_name, chosen_by_name
-from sakd_cli.reading import expanded
+from sakd_cli.config.base import Words, by_name, chosen_by_name
+from sakd_cli.files import expanded
 
 Channels = tuple[float, float, float]
 

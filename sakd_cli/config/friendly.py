@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
+from sakd_cli.config.base import Words
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.words import Words
 
 
 def _several(value: Any) -> Any:

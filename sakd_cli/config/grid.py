@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from sakd_cli.config.layers import Layer, flat, nested, resolve
 from sakd_cli.config.methods import KDConfig
+from sakd_cli.config.resolve import Layer, flat, nested, resolve
 from sakd_cli.config.routers import CLASSICAL, ROUTERS, AdaptiveConfig, RandomMatchedConfig
-from sakd_cli.config.run import RunConfig
 from sakd_cli.config.sweep import SweepConfig, is_path
+from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import UsageError
 
 LEARNED, KD = AdaptiveConfig().name, KDConfig().name

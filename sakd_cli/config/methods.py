@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sakd_cli.config import plugins
-from sakd_cli.config.words import Words, by_name, chosen_by_name
+from sakd_cli.config.base import Words, by_name, chosen_by_name
 
 
 class MethodConfig(Words):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sakd_cli.config.layers import Layer, file_layer
+from sakd_cli.config.resolve import Layer, file_layer
 from sakd_cli.errors import UsageError, unknown
 
 

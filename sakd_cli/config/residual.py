@@ -12,8 +12,8 @@ from pydantic import (
     model_validator,
 )
 
+from sakd_cli.config.base import Words
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.words import Words
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 EXITS = ("rule", "delta", "theta", "budget", "uncertainty")  # words that need no training

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
 
-from sakd_cli.config.words import Words, by_name, chosen_by_name
+from sakd_cli.config.base import Words, by_name, chosen_by_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 

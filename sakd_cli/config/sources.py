@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sakd_cli.config.layers import OPTIONS, Layer, environment_layers, file_layer, nested, option_layers, set_layers
 from sakd_cli.config.presets import preset_layer
+from sakd_cli.config.resolve import OPTIONS, Layer, environment_layers, file_layer, nested, option_layers, set_layers
 
 
 def layers(params: Mapping[str, Any]) -> list[Layer]:

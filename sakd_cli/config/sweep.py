@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic_core import PydanticCustomError
 
+from sakd_cli.config.base import Words
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.config.words import Words
 from sakd_cli.errors import UsageError, unknown
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.errors import DataError
-from sakd_cli.reading import expanded
+from sakd_cli.files import expanded
 
 PATIENCE = 30.0  # seconds without an answer before a download is given up; Python's own default is for ever
 

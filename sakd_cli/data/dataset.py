@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.data.files import Files
-from sakd_cli.data.streams import generator
+from sakd_cli.data.generators import generator
 from sakd_cli.errors import DataError
 
 Channels = tuple[float, float, float]

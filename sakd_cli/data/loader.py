@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sakd_cli import parallel
+from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.streams import generator
+from sakd_cli.data.generators import generator
 
 MOST_BYTES = 2**27  # of an evaluation's batch, as float32: 10,922 images of 32 pixels, 222 of 224
 
@@ -57,8 +57,8 @@ def turns(samples: int, batch_size: int, start: int) -> Iterator[Turn]:
     """The steps of an epoch from `start` on."""
     for first in range(start * batch_size, samples, batch_size):
         whole = min(batch_size, samples - first)
-        rows = parallel.rows_of(whole)
-        yield Turn(slice(first + rows.start, first + rows.stop), whole, parallel.share_of(whole))
+        rows = distributed.rows_of(whole)
+        yield Turn(slice(first + rows.start, first + rows.stop), whole, distributed.share_of(whole))
 
 
 def fitting(batch_size: int, split: Split) -> int:

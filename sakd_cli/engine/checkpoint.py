@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sakd_cli.errors import CheckpointError
-from sakd_cli.reading import check_header, parse_json, read_bytes, read_json
+from sakd_cli.files import check_header, parse_json, read_bytes, read_json
 from sakd_cli.rundir import disk_error, flush_folder, json_bytes, sha256, write_aside, write_json
 
 FORMAT = "sakd.checkpoint/2"

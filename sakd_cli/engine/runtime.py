@@ -17,8 +17,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sakd_cli import __version__, launch, parallel
-from sakd_cli.config.run import Runtime
+from sakd_cli import __version__, distributed, torchrun
+from sakd_cli.config.training import Runtime
 from sakd_cli.errors import MemoryLimitError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -74,9 +74,13 @@ def effective(words: Runtime, device: torch.device) -> Mode:
         pruned=pruned,
         compiled=words.compile,
         gathered=words.gather,
-        graphed=words.graph and cuda and launch.wanted() == 1,
+        graphed=words.graph and cuda and torchrun.wanted() == 1,
         # A group of steps is cut into steps, not into the processes' parts of each.
-        ahead=1 if launch.wanted() > 1 else (AHEAD if cuda else 1) if words.look_ahead == "auto" else words.look_ahead,
+        ahead=1
+        if torchrun.wanted() > 1
+        else (AHEAD if cuda else 1)
+        if words.look_ahead == "auto"
+        else words.look_ahead,
     )
 
 
@@ -149,8 +153,8 @@ def reproducible() -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`. Raises UsageError where it is not to be had."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if cuda and launch.wanted() > 1 and name in ("auto", "cuda"):
-        name = f"cuda:{launch.place()}"  # each process has one of its own
+    if cuda and torchrun.wanted() > 1 and name in ("auto", "cuda"):
+        name = f"cuda:{torchrun.place()}"  # each process has one of its own
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -176,7 +180,7 @@ def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
         "mode": str(mode),
         "chip": chip,
         "threads": torch.get_num_threads(),
-        "processes": parallel.processes(),
+        "processes": distributed.processes(),
         "command": shlex.join(["sakd", *sys.argv[1:]]),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -13,20 +13,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sakd_cli import parallel
+from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
+from sakd_cli.engine.ddp import of_all_processes, spread
 from sakd_cli.engine.evaluate import Scores, evaluate
-from sakd_cli.engine.finite import LOWER, Guard
 from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.meters import Meter, top1
+from sakd_cli.engine.nan_guard import LOWER, Guard
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.reporter import Watcher
 from sakd_cli.engine.task import StepOutput, Task
-from sakd_cli.engine.watch import Watcher
-from sakd_cli.engine.whole import of_all_processes, spread
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
 from sakd_cli.rundir import RunDir, write_aside
 
@@ -111,8 +111,8 @@ class Trainer:
         self.meter = Meter()
         self.guard = Guard(next(task.parameters()).device)
         self._spread = spread(task)
-        self._poll = parallel.Poll()
-        self._statistics = parallel.running_statistics(task)
+        self._poll = distributed.Poll()
+        self._statistics = distributed.running_statistics(task)
         self._advance = self._step if graphs is None else GraphedStep(self._step, graphs, self._rates)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
@@ -173,7 +173,7 @@ class Trainer:
         output: StepOutput = self._spread(batch)
         loss = output.loss if batch.share == 1 else output.loss * batch.share
         self.optimizer.step(loss, partial(self.guard.look, batch, output))
-        parallel.level(self._statistics)
+        distributed.level(self._statistics)
         logits = None if output.logits is None else output.logits.detach()
         return output._replace(loss=output.loss.detach(), logits=logits)
 
@@ -207,9 +207,9 @@ class Trainer:
 
     def _save(self) -> None:
         self.guard.check()
-        if parallel.first():
+        if distributed.first():
             self._write()
-        parallel.meet()
+        distributed.meet()
 
     def _write(self) -> None:
         with self._timed("save"):
@@ -296,7 +296,7 @@ class Trainer:
         }
 
     def _publish(self, facts: dict[str, Any]) -> None:
-        if self.outcome is not None and parallel.first():
+        if self.outcome is not None and distributed.first():
             self.outcome.delivery.publish(self.run, facts)
 
     def _tell(self, record: dict[str, Any]) -> None:

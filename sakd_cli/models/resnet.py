@@ -9,14 +9,7 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import (
-    BEFORE_LAST_ACTIVATION,
-    ActivatedBlock,
-    GlobalPool,
-    conv3x3,
-    init_kaiming,
-    projection,
-)
+from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, ActivatedBlock, GlobalPool, conv3x3, init_kaiming, projection
 from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import (
-    BEFORE_LAST_ACTIVATION,
-    ActivatedBlock,
-    ConvUnit,
-    GlobalPool,
-    shuffle,
-)
+from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, ActivatedBlock, ConvUnit, GlobalPool, shuffle
 from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 STEM = 24

@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from sakd_cli.report.figures import DASH, fixed, large, number, share, whole, word
-from sakd_cli.report.sheet import Column, Sheet
+from sakd_cli.report.render.format import DASH, fixed, large, number, share, whole, word
+from sakd_cli.report.render.sheet import Column, Sheet
 
 
 def bench_tables(found: dict[str, Any]) -> list[RenderableType]:

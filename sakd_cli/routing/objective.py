@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli import parallel
+from sakd_cli import distributed
 from sakd_cli.batch import Batch
 
 
@@ -31,11 +31,11 @@ def router_loss(
     Comparison and count are of the whole batch where several processes share it.
     """
     ce = F.cross_entropy(routed, batch.labels)
-    routed_ce, alone = parallel.mean(ce, batch), parallel.mean(student_ce, batch)
+    routed_ce, alone = distributed.mean(ce, batch), distributed.mean(student_ce, batch)
     raised, lowered = routed_ce > alone, routed_ce < alone
     one = torch.ones_like(ce)
     factor = torch.where(raised, one * gamma, torch.where(lowered, one / gamma, one)).detach()
-    missing = min_teacher_fraction * batch.size - parallel.total(gate[:, -1].sum(), batch)
+    missing = min_teacher_fraction * batch.size - distributed.total(gate[:, -1].sum(), batch)
     active = (missing > 0).detach()
     return RouterLoss(
         factor * ce + F.relu(missing), routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli import parallel
+from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
@@ -165,10 +165,10 @@ class DistillTask(Task):
     ) -> Tensor:
         """A distiller's loss over all its spots; of the whole batch where processes share it and it has to be."""
         asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gathered)
-        if asked and parallel.processes() > 1:
+        if asked and distributed.processes() > 1:
             student, teacher = (_of_all(features, distiller.spots, batch) for features in (student, teacher))
-            weight = parallel.gathered(weight.T, batch).T
-            labels, index = (parallel.gathered(rows, batch) for rows in (batch.labels, batch.index))
+            weight = distributed.gathered(weight.T, batch).T
+            labels, index = (distributed.gathered(rows, batch) for rows in (batch.labels, batch.index))
             batch = Batch(batch.images, labels, index, batch.noise)
         return distiller(student, teacher, weight, batch).sum()
 
@@ -197,5 +197,5 @@ class DistillTask(Task):
 def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:
     """The logits and what the spots need of the stages, of all processes' samples; the other stages as they are."""
     places = {place for spot in spots for place in (spot.student, spot.teacher)}
-    stages = [parallel.gathered(x, batch) if k in places else x for k, x in enumerate(features.stages)]
-    return Features(tuple(stages), parallel.gathered(features.logits, batch))
+    stages = [distributed.gathered(x, batch) if k in places else x for k, x in enumerate(features.stages)]
+    return Features(tuple(stages), distributed.gathered(features.logits, batch))

@@ -4,13 +4,13 @@ import torch
 
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AlwaysConfig, RandomConfig, RandomMatchedConfig
-from sakd_cli.config.run import DistillConfig
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import UsageError
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.tasks.build import assemble
+from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
 ENOUGH = 200  # images for a method to draw from

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.config.methods import DFAConfig
+from sakd_cli.data.alternating import InTurn, halves
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.feeds import train_loader
-from sakd_cli.data.halves import InTurn, halves
+from sakd_cli.data.sources import train_loader
 from sakd_cli.distillers.dfa import Group, Match, connect
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task

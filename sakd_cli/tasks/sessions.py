@@ -5,15 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from sakd_cli.config.run import DistillConfig, PretrainConfig
-from sakd_cli.data.feeds import told
-from sakd_cli.engine.watch import Watcher
+from sakd_cli.config.training import DistillConfig, PretrainConfig
+from sakd_cli.data.sources import told
+from sakd_cli.engine.reporter import Watcher
 from sakd_cli.rundir import Intent, RunDir
-from sakd_cli.tasks import build, run
-from sakd_cli.tasks.companions import companions_of
-from sakd_cli.tasks.intent import twin
-from sakd_cli.tasks.job import Job
-from sakd_cli.tasks.teachers import is_missing
+from sakd_cli.runs import build, launch
+from sakd_cli.runs.extras import companions_of
+from sakd_cli.runs.job import Job
+from sakd_cli.runs.locate import is_missing
+from sakd_cli.runs.resume import twin
 
 Trained = tuple[RunDir, dict[str, Any]]
 
@@ -72,11 +72,13 @@ class Session:
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():
-            return run.carry_out(job, intent, self.watcher, again)
+            return launch.carry_out(job, intent, self.watcher, again)
 
 
 def tried(words: DistillConfig | PretrainConfig) -> dict[str, Any]:
     """The plan of a training and one batch of it, with an untrained teacher where it is yet to be trained."""
     if isinstance(words, PretrainConfig):
-        return run.try_one_batch(build.pretraining(words))
-    return run.try_one_batch(build.distillation(words, build.untrained_teacher(words) if is_missing(words) else None))
+        return launch.try_one_batch(build.pretraining(words))
+    return launch.try_one_batch(
+        build.distillation(words, build.untrained_teacher(words) if is_missing(words) else None)
+    )

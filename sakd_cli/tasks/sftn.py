@@ -22,7 +22,7 @@ from sakd_cli.models.branches import Branches, load_branches, save_branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import sha256
-from sakd_cli.tasks.companion import Companion, Workshop
+from sakd_cli.runs.extra import Companion, Workshop
 
 FILE = Path("branches", "model.safetensors")  # in the run directory
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sakd_cli.config.layers import Layer
+from sakd_cli.config.resolve import Layer
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, newest_run
 

@@ -1,0 +1,101 @@
+"""`sakd eval`: how good a trained network is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sakd_cli.cli import options as o
+from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.config import sources
+from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.errors import UsageError
+from sakd_cli.report.render import plots
+from sakd_cli.tasks.targets import check_teacher, what_to_score
+
+EvalTargets = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="RUN",
+        help="Run directories, folders with a model.safetensors, or such files. Default: newest run.",
+    ),
+]
+EvalBatch = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="Images per forward pass (1000).", rich_help_panel="Run"),
+]
+Adaptive = Annotated[
+    bool, typer.Option("--adaptive", help="Images leave where they may (the default).", rich_help_panel="Ensemble")
+]
+AlwaysOn = Annotated[
+    bool, typer.Option("--always-on", help="Every image goes through all members.", rich_help_panel="Ensemble")
+]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="Also accuracy and cost over all thresholds.", rich_help_panel="Ensemble")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", help="Draw that curve; needs matplotlib.", rich_help_panel="Ensemble"),
+]
+
+
+def evaluate(
+    ctx: typer.Context,
+    targets: EvalTargets = None,
+    adaptive: Adaptive = False,
+    always_on: AlwaysOn = False,
+    sweep: Sweep = False,
+    plot: Plot = None,
+    teacher: o.Teacher = None,
+    dataset: o.Dataset = None,
+    data_root: o.DataRoot = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    runs_dir: o.RunsDir = None,
+    batch_size: EvalBatch = None,
+    device: o.Device = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Judge trained networks on the test images, side by side: accuracy, calibration, classes, speed, their teacher.
+
+    A student with its residual students is scored as one; where its images leave, and the cost/accuracy curve.
+
+    Examples:
+
+        sakd eval runs/20261121-120000-distill-... runs/20261121-130000-distill-... --json
+
+        sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
+    """
+    _check(adaptive and always_on, plot, len(targets or ()))
+    given = sources.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
+    given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
+    runs_dir_ = resolve("eval", given).config.runs_dir
+    found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
+    forced = adaptive or always_on or sweep or plot is not None
+    check_teacher(found, forced=forced, teacher=teacher)
+    from sakd_cli.runs.evaluate_ensemble import evaluations
+
+    kinds = {"forced": forced, "early": not always_on, "curve": sweep or plot is not None}
+    results = evaluations(found, given, Talk(quiet=quiet), compelled=teacher is not None, **kinds)
+    if plot is not None:
+        told = results[0]["ensemble"]
+        label = "thresholds in use" if told["early"] else "all members for every image"
+        plots.write(plots.exit_curve(told, told | {"top1": results[0]["top1"]}, label), plot)
+    if json:
+        emit(results[0] if len(results) == 1 else {"schema": "sakd.evals/1", "evaluations": results})
+        return
+    from sakd_cli.report.evaluation.side_by_side import score_tables
+
+    show(*score_tables(results))
+
+
+def _check(both: bool, plot: Path | None, targets: int) -> None:
+    """Raise UsageError, before hours of work, for options that do not go together and for a picture that cannot be."""
+    if both:
+        raise UsageError("--adaptive and --always-on exclude each other")
+    if plot is not None and targets > 1:
+        raise UsageError("--plot draws the curve of one network")
+    if plot is not None:
+        plots.checked(plot)

@@ -1,0 +1,102 @@
+"""How a sweep goes on, on stderr: a table that is kept up to date on a terminal, one line per change elsewhere"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+
+from sakd_cli.cli.console import Talk
+from sakd_cli.report.render.format import duration, fixed, number, word
+from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.rundir import RunDir
+from sakd_cli.sweep.scheduler import Conductor, Entry, State
+
+SHOWN = 8  # runs that ended last, below those that run
+GLANCE = 2.0  # seconds between two looks at the logs of what runs
+
+
+class Board:
+    """Follows a conductor."""
+
+    def __init__(self, conductor: Conductor, talk: Talk) -> None:
+        self.conductor, self.talk = conductor, talk
+        self.terminal = talk.console.is_terminal and not talk.quiet
+        self.ended: list[Entry] = []
+        self._live: Live | None = None
+        self._looked = 0.0
+        self._begun: dict[str, tuple[int, float]] = {}  # epoch and time at which it was first seen
+        conductor.changed = self._changed
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keep the table on the terminal meanwhile."""
+        if not self.terminal:
+            yield
+            return
+        with Live(self._table(), console=self.talk.console, auto_refresh=False, transient=True) as self._live:
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def glance(self) -> None:
+        """Show how far the runs are; does nothing between two looks."""
+        if self._live is not None and time.monotonic() - self._looked >= GLANCE:
+            self._looked = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _changed(self, entry: Entry) -> None:
+        if entry.state is not State.running and entry.state is not State.waiting:
+            self.ended.append(entry)
+        if self._live is None:
+            counts = self.conductor.counts()
+            over = sum(counts[state] for state in (State.done, State.failed, State.blocked))
+            self.talk.say(f"[{over}/{len(self.conductor.entries)}] {_word(entry)}  {entry.member.key}{_told(entry)}")
+
+    def _table(self) -> RenderableType:
+        names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
+        columns = [Column(name, text=k < 2) for k, name in enumerate(names)]
+        rows = [self._row(entry) for entry in [*self.conductor.locate(), *reversed(self.ended[-SHOWN:])]]
+        counts = ", ".join(f"{count} {state}" for state, count in self.conductor.counts().items() if count)
+        return Group(Sheet("", columns, rows, [f"{counts}. Ctrl-C saves every run; the same command goes on."]))
+
+    def _row(self, entry: Entry) -> list[str]:
+        epoch, step, top1 = progress(entry.run)
+        epochs = entry.member.config.train.epochs
+        left = None
+        if entry.state is State.running and epoch is not None:
+            first, since = self._begun.setdefault(entry.member.key, (epoch, time.monotonic()))
+            if epoch > first:
+                left = (time.monotonic() - since) / (epoch - first) * (epochs - epoch)
+        shown = "" if epoch is None else f"{epoch}/{epochs}"
+        remaining = "" if left is None else duration(left)
+        return [entry.member.key, _word(entry), shown, word(step), fixed(top1, 2), remaining]
+
+
+def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:
+    """Epoch and step of a run's last line of metrics, and the last top-1 on the images that select."""
+    epoch, step, top1 = None, None, None
+    for line in run.lines("metrics.jsonl") if run is not None else ():
+        if isinstance(line, dict) and (known := number(line.get("epoch"))) is not None:
+            epoch = int(known)
+            step = int(number(line.get("step")) or step or 0)
+            top1 = number(line.get("top1")) if line.get("kind") == "eval" else top1
+    return epoch, step, top1
+
+
+def _word(entry: Entry) -> str:
+    if entry.state is State.running and entry.resumed:
+        return "resumed"
+    return entry.state.value
+
+
+def _told(entry: Entry) -> str:
+    if entry.error:
+        return f": {entry.error}"
+    if entry.state is not State.done or entry.run is None:
+        return ""
+    summary = entry.run.read_json("summary.json")
+    top1 = (summary.get("headline") or {}).get("top1")
+    return f"  top-1 {fixed(top1, 2)} %, {duration(summary.get('seconds'))}"

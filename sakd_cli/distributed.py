@@ -1,0 +1,271 @@
+"""Several processes that train one network together: who is who, and numbers of the whole batch.
+
+`torchrun` starts the processes; each gets a part of every batch, and DistributedDataParallel averages their gradients.
+What is linear in the batch needs nothing else: a process's loss counts by its `share`. What is not (a comparison of two
+means, a count, a loss between samples) is computed by every process from the numbers of all, as one process would.
+
+A value of the whole batch is the same function in every process, so its gradient by a process's own rows is known
+there: no collective runs in the backward pass. It is written `processes / share` times as large, because the loss is
+then multiplied by `share` and averaged over the processes. With one process every function gives back what it got.
+"""
+
+import atexit
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from sakd_cli.batch import Batch
+from sakd_cli.errors import LostProcessError
+from sakd_cli.torchrun import wanted
+
+PATIENCE = timedelta(hours=1)  # for the first process, which alone writes; a process that dies ends all at once
+Item = TypeVar("Item")
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    """Whether this is the process that writes and talks."""
+    return rank() == 0
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, if there are to be any; once in a process's life."""
+    if wanted() > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        atexit.register(leave)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, own, count = next(rendezvous("env://", timeout=PATIENCE))
+        # After a restart by torchrun the store still holds the addresses of those that are gone.
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the others, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Turn what an exchange says when another process has gone into a LostProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistError) or "onnection closed" in str(error) or "onnection reset" in str(error)
+        if processes() == 1 or not gone:
+            raise
+        raise LostProcessError(
+            f"process {rank()} of {processes()}: another one has ended", "its own message says why; then --resume auto"
+        ) from None
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if processes() > 1:
+        dist.all_reduce(torch.zeros(1))  # by gloo, whose patience is ours, whatever the device
+
+
+def told(item: Item) -> Item:
+    """What the first process has, in every process; a plain object."""
+    if processes() == 1:
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def sizes(whole: int) -> list[int]:
+    """Rows of a batch of `whole` samples that each process gets; they differ by at most one."""
+    each, more = divmod(whole, processes())
+    return [each + (place < more) for place in range(processes())]
+
+
+def rows_of(whole: int) -> slice:
+    """This process's rows. Where there are fewer samples than processes, one that has none gets the first (share 0)."""
+    parts = sizes(whole)
+    start = sum(parts[: rank()])
+    return slice(start, start + parts[rank()]) if parts[rank()] else slice(0, 1)
+
+
+def share_of(whole: int) -> float:
+    """What this process's mean counts for: processes times its part of the batch."""
+    return sizes(whole)[rank()] * processes() / whole
+
+
+def summed(x: Tensor) -> Tensor:
+    """Sum over the processes, without gradient; a tensor in main memory."""
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def total(x: Tensor, batch: Batch) -> Tensor:
+    """Sum over the processes of a value that each has of its own rows, with its gradient (see above)."""
+    if processes() == 1:
+        return x
+    own = x.detach() * (batch.share > 0)
+    summed = own.clone()
+    dist.all_reduce(summed)
+    return summed + (x - x.detach()) * _factor(batch)
+
+
+def mean(x: Tensor, batch: Batch) -> Tensor:
+    """Mean over the whole batch of something of which `x` is the mean over this process's rows; without gradient."""
+    if processes() == 1:
+        return x.detach()
+    summed = x.detach() * batch.share
+    dist.all_reduce(summed)
+    return summed / processes()
+
+
+def gathered(x: Tensor, batch: Batch) -> Tensor:
+    """Rows [n, ...] of every process, in the order of the whole batch: [whole, ...], with gradient by its own rows."""
+    if processes() == 1:
+        return x
+    parts = sizes(batch.size)
+    own = x.detach()[: parts[rank()]].contiguous()
+    padded = own.new_zeros((max(parts), *own.shape[1:]))
+    padded[: len(own)] = own
+    found = [torch.empty_like(padded) for _ in parts]
+    dist.all_gather(found, padded)
+    rows = [theirs[:count] for theirs, count in zip(found, parts, strict=True)]
+    if x.requires_grad and len(own):
+        rows[rank()] = own + (x - x.detach()) * _factor(batch)
+    return torch.cat(rows)
+
+
+def together(rows: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    """Tensors [n, ...] or [n] of few numbers in rows of every process, in one exchange, without gradient."""
+    flat = [x.detach().double().reshape(len(x), -1) for x in rows]
+    parts = gathered(torch.cat(flat, dim=1), batch).split([x.shape[1] for x in flat], dim=1)
+    return [found.reshape(-1, *x.shape[1:]).to(x.dtype) for found, x in zip(parts, rows, strict=True)]
+
+
+def part(items: Iterable[Item]) -> Iterator[Item]:
+    """Every process's own items: the first takes the first, the second the second, and so on in turn."""
+    return islice(iter(items), rank(), None, processes())
+
+
+def level(buffers: Sequence[Tensor]) -> None:
+    """Put into every process the mean over the processes of what each has, in place."""
+    if processes() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    for buffer, mean_of in zip(buffers, flat.div_(processes()).split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean_of.view_as(buffer))
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Means and variances that BatchNorms of this process record of its own rows alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    own = [m for m in norms if m.track_running_stats and not isinstance(m, SyncedBatchNorm)]
+    return [buffer for m in own for buffer in (m.running_mean, m.running_var) if buffer is not None]
+
+
+class Poll:
+    """Numbers that the processes agree on, a step late: asking costs no waiting."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def __call__(self, mine: int) -> int:
+        """The largest number that any process gave in the call before; with one process, its own of now."""
+        if processes() == 1:
+            return mine
+        answer = 0
+        if self._asked is not None:
+            number, work = self._asked
+            work.wait()
+            answer = int(number)
+        number = torch.tensor(mine)
+        self._asked = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes of different functions of it: the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        found = gradient.clone()
+        dist.all_reduce(found)
+        return found
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose statistics are those of all processes' rows: what one process has with the whole batch.
+
+    Of maps [N, C, H, W] or vectors [N, C]. torch's SyncBatchNorm knows no CPU; this one is slower and knows every
+    device. A process without rows of its own counts the row it was lent.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or processes() == 1:
+            return super().forward(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        dims, shape = [d for d in range(input.dim()) if d != 1], [1, -1, *[1] * (input.dim() - 2)]
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = wide.new_full((1,), wide.numel() / wide.shape[1])
+        found: Tensor = _Sum.apply(torch.cat([wide.sum(dims), count]))
+        center = found[:-1] / found[-1]
+        centred = wide - center.view(shape)
+        variance = _Sum.apply(centred.square().sum(dims)) / found[-1]
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(center.to(self.running_mean.dtype), momentum)
+            unbiased = variance * found[-1] / (found[-1] - 1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
+        return scaled.to(input.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected rows of channels, got {tuple(input.shape)}")
+
+
+def synchronised(module: nn.Module) -> None:
+    """Make every BatchNorm below a module a SyncedBatchNorm with the very same tensors."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncedBatchNorm):
+                synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+                for kind in ("_parameters", "_buffers"):
+                    getattr(synced, kind).update(getattr(child, kind))
+                synced.track_running_stats = child.track_running_stats
+                setattr(parent, name, synced.train(child.training))
+
+
+def _factor(batch: Batch) -> float:
+    return processes() / batch.share if batch.share else 1.0

@@ -1,0 +1,78 @@
+"""How the engine tells what it does, whoever listens."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sakd_cli import distributed
+from sakd_cli.errors import Stopped
+
+
+class Watcher(Protocol):
+    """Listens to a run; the command line draws bars or prints lines, a program may do nothing."""
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        """A run of `steps` training steps starts; `done` of them were done before."""
+
+    def advance(self, step: int) -> None:
+        """Step `step` (counted from 1) is done."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line that also went to `metrics.jsonl`."""
+
+    def end(self) -> None:
+        """The run has ended, well or not."""
+
+    def say(self, text: str) -> None:
+        """One line worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """Something went wrong that the run survives."""
+
+    def stop(self) -> int:
+        """Number of the signal that asked the run to save its state and to end; 0: none did."""
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        return
+
+    def advance(self, step: int) -> None:
+        return
+
+    def record(self, record: dict[str, Any]) -> None:
+        return
+
+    def end(self) -> None:
+        return
+
+    def say(self, text: str) -> None:
+        return
+
+    def warn(self, text: str) -> None:
+        return
+
+    def stop(self) -> int:
+        return 0
+
+
+def heed(watcher: Watcher) -> None:
+    """Raise Stopped if someone wants the run to end."""
+    if signal := watcher.stop():
+        raise Stopped(signal)
+
+
+class Heeding:
+    """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], watcher: Watcher) -> None:
+        self._batches, self._watcher = batches, watcher
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._batches:
+            if distributed.processes() == 1:  # several stop between two steps only, all at the same one
+                heed(self._watcher)
+            yield batch

@@ -1,0 +1,214 @@
+"""Write a trained network for programs that do not have sakd, and check what was written before anyone uses it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.training import EvalConfig
+from sakd_cli.data.sources import eval_loader
+from sakd_cli.engine import checkpoint
+from sakd_cli.engine.reporter import Watcher
+from sakd_cli.errors import CheckpointError, DataError, UsageError
+from sakd_cli.evaluation.speed import speed
+from sakd_cli.export.formats import FORMS, FromPixels, Function
+from sakd_cli.export.model_card import model_card
+from sakd_cli.files import read_json
+from sakd_cli.models import artifact, ensemble
+from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.rundir import RunDir, sha256, whole_folder, write_aside, write_json
+from sakd_cli.runs.build import load_images
+from sakd_cli.tasks.targets import is_ensemble, run_of, words_of
+
+FORMAT = "sakd.export/1"
+TOLERANCE = 1e-4  # largest difference of a logit
+IMAGES = 64
+TOLD = ("epoch", "split", "images", "top1", "top5", "loss", "imported", "friendly")  # of a deployable folder's card
+
+
+class Found(NamedTuple):
+    """What is to be exported: a network of the CPU in evaluation mode, its card, what is known of it, of which run."""
+
+    network: nn.Module
+    card: NetworkCard
+    facts: dict[str, Any]
+    run: RunDir | None
+
+
+class Order(NamedTuple):
+    """How it is to be exported.
+
+    out         the folder to write; None: `export-FORM` in the run, or beside the weights
+    overwrite   an export that is there goes first
+    normalise   whether the file takes pixel values between 0 and 1 and normalises them itself, if its form can
+    opset       of ONNX; None: the exporter's own
+    """
+
+    form: str
+    out: Path | None = None
+    overwrite: bool = False
+    normalise: bool = True
+    opset: int | None = None
+
+
+@final
+class _Opened(nn.Module):
+    """A file that was opened again, as a network that can be timed."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def export(target: Path, order: Order, layers: list[Layer], watcher: Watcher) -> dict[str, Any]:
+    """Write the folder and give the document of `sakd export --json`.
+
+    Raises UsageError where the folder is there, a package is missing, the network does not fit the form, or the file's
+    outputs differ from the network's by more than 1e-4 (then nothing is left).
+    """
+    form = FORMS[order.form]
+    form.check()
+    found = _found(target, watcher)
+    base = found.run.path if found.run else target if target.is_dir() else target.parent
+    folder = order.out or base / f"export-{order.form}"
+    _check_place(folder, order.overwrite)
+    own = Layer("the weights' header", {"data": found.card.dataset})
+    config: EvalConfig = resolve("eval", [own, *words_of(found.run), *layers]).config
+    inside = order.normalise and form.inside
+    images, real = _images(found.card, config, watcher)
+    network = FromPixels(found.network, found.card.mean, found.card.std).eval() if inside else found.network
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (found.card.mean, found.card.std))
+    given = images if inside else (images - mean) / std
+    watcher.say(f"exporting {found.card.architecture} as {order.form}")
+    with whole_folder(folder) as aside:
+        form.write(network, given[:2].clone(), found.card, aside, order.opset)
+        opened = form.opened(found.card, aside)
+        check = _compared(network, opened, given) | {"real": real}
+        document = {
+            "schema": FORMAT,
+            "folder": str(folder),
+            "format": order.form,
+            "file": form.file,
+            "bytes": (aside / form.file).stat().st_size,
+            "sha256": sha256(aside / form.file),
+            "network": found.card.architecture,
+            "dataset": found.card.dataset,
+            "classes": len(found.card.classes),
+            "input": "pixels" if inside else "normalised",
+            "check": check,
+            "latency": _latency(network, opened, found.card, config),
+        }
+        kept = {key: value for key, value in document.items() if key not in ("schema", "folder", "classes")}
+        write_json(aside / "config.json", {"export": FORMAT} | found.card._asdict() | kept | found.facts)
+        write_aside(aside / "README.md", model_card(found.card, found.facts, form, document).encode())
+    return document
+
+
+def _found(target: Path, watcher: Watcher) -> Found:
+    """The network that a path means; of a run that is not finished, its last checkpoint's."""
+    run = run_of(target)
+    unfinished = run is not None and run.path == target and not run.finished
+    if run is not None and unfinished and (saved := _last_checkpoint(run, watcher)) is not None:
+        step = f"epoch {saved.state.get('epoch')}, step {saved.state.get('step')}"
+        watcher.say(f"{target}: is not finished; taking its last checkpoint ({step})")
+        loaded = artifact.load(saved.folder / checkpoint.MODEL)
+        return Found(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
+    weights = (run.ensemble or run.deliverable) if run is not None and run.path == target else target
+    if weights is None:
+        raise UsageError(f"{target}: this run has not saved a network yet")
+    if is_ensemble(weights):
+        whole = ensemble.load(weights if weights.is_dir() else weights.parent)
+        names = "+".join(str(getattr(member, "name", "")) for member in whole.ensemble.members)
+        return Found(whole.ensemble.eval(), whole.card._replace(architecture=names), {}, run)
+    loaded = artifact.load(weights)
+    return Found(loaded.model.eval(), loaded.card, _facts(weights, loaded.sha256), run)
+
+
+def _last_checkpoint(run: RunDir, watcher: Watcher) -> checkpoint.Loaded | None:
+    """The newest whole one, which is only read: another process may be writing the next."""
+    for name in ("last", "last.new", "previous"):
+        folder = run.path / "checkpoints" / name
+        if not folder.is_dir():
+            continue
+        try:
+            saved = checkpoint.read(folder)
+            if saved.model is not None and saved.state.get("run") == run.identity:
+                return saved
+            watcher.warn(f"{folder}: belongs to another run")
+        except CheckpointError as error:
+            watcher.warn(error.message)
+    return None
+
+
+def _facts(weights: Path, digest: str) -> dict[str, Any]:
+    """What the card beside the weights says of them: figures, and the teacher."""
+    card = (weights if weights.is_dir() else weights.parent) / "config.json"
+    try:
+        about = read_json(card) if card.is_file() else {}
+    except (OSError, ValueError):
+        about = {}
+    if not isinstance(about, dict) or about.get("sha256") != digest:
+        return {"weights": digest}
+    facts = {key: about[key] for key in TOLD if key in about}
+    if isinstance(teacher := about.get("teacher"), dict):
+        facts["teacher"] = {key: teacher.get(key) for key in ("network", "sha256", "top1")}
+    return facts | {"weights": digest}
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
+    """Raise UsageError where something is there that is not to be replaced."""
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    try:
+        ours = read_json(folder / "config.json")["export"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UsageError(f"{folder}: is there already and is no export; it is left alone", hint="--out DIR")
+    if not overwrite:
+        raise UsageError(f"{folder}: is there already", hint="--overwrite replaces it; --out DIR")
+
+
+def _images(card: NetworkCard, config: EvalConfig, watcher: Watcher) -> tuple[Tensor, bool]:
+    """[64, 3, side, side] in [0, 1] to check with, and whether they are test images; noise where none are at hand."""
+    words = config.data.model_copy(update={"holdout": 0.0, "download": False})
+    try:
+        dataset = load_images(words).dataset
+        images, _ = next(iter(eval_loader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
+        if images.shape[-1] == card.side:
+            return (images * std + mean).clamp(0, 1), True
+    except DataError as error:
+        watcher.say(f"checked with noise: {error.message}")
+    return torch.rand(IMAGES, 3, card.side, card.side, generator=torch.Generator().manual_seed(0)), False
+
+
+@torch.inference_mode()
+def _compared(network: nn.Module, opened: Function, images: Tensor) -> dict[str, Any]:
+    """Largest difference of a logit, and equal answers in percent; once as one batch, once image by image.
+
+    Raises UsageError above the tolerance.
+    """
+    expected = network(images)
+    singly = torch.cat([opened(image[None]) for image in images[:4]])
+    found = opened(images)
+    difference = max(float((found - expected).abs().max()), float((singly - expected[:4]).abs().max()))
+    if not difference <= TOLERANCE:
+        raise UsageError(f"the file's outputs differ by {difference:.2g} (at most {TOLERANCE:g}); nothing is written")
+    same = 100 * float((found.argmax(1) == expected.argmax(1)).double().mean())
+    return {"images": len(images), "difference": difference, "same_answer": same}
+
+
+def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: EvalConfig) -> dict[str, Any] | None:
+    """Milliseconds for one image on the CPU, of the network in PyTorch and of the file."""
+    if not config.timing_seconds:
+        return None
+    cpu, words = torch.device("cpu"), {"batch": config.timing_batch, "seconds": config.timing_seconds}
+    kinds = {"network": network, "file": _Opened(opened)}
+    times = {name: speed(kind, card.side, cpu, batch=1, seconds=words["seconds"]) for name, kind in kinds.items()}
+    return {"threads": torch.get_num_threads()} | {name: time["latency"] for name, time in times.items()}

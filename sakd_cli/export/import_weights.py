@@ -1,0 +1,53 @@
+"""Bring in weights that another program has trained: read, fill one of our networks, score it, write the folder."""
+
+from pathlib import Path
+from typing import Any
+
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.training import EvalConfig
+from sakd_cli.data.dataset import Dataset
+from sakd_cli.data.table import describe
+from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.runtime import pick_device
+from sakd_cli.errors import DataError, UsageError
+from sakd_cli.models import artifact, foreign
+from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.rundir import sha256, whole_folder
+from sakd_cli.runs.build import load_images
+from sakd_cli.runs.evaluate import test_scores
+
+
+def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, watcher: Watcher) -> dict[str, Any]:
+    """Write the deployable folder `out` (None: `<network>-<data set>` here) from a foreign weights file.
+
+    The network is scored where the data set's files are at hand; nothing is downloaded for it. Raises UsageError where
+    the file is not this network's weights or `out` exists, NonFiniteError where a weight is no number.
+    """
+    name = find_network(model).name
+    device = pick_device(config.device)
+    known = describe(config.data)
+    folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"{folder}: is there already; it is left alone", hint="--out DIR")
+    network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
+    figures: dict[str, Any] = {"top1": None, "top5": None, "loss": None, "images": 0}
+    try:
+        local = config.data.model_copy(update={"holdout": 0.0, "download": False})
+        known = load_images(local).dataset
+        scores = test_scores(network.to(device), known, device, watcher, f"scoring {file}")
+        figures = scores.headline() | {"split": "test", "images": scores.images}
+    except DataError as error:
+        watcher.warn(f"not scored: {error.message}")
+    facts = figures | {"imported": {"file": file.name, "sha256": sha256(file)}}
+    _write(folder, network.cpu(), known, facts)
+    about = {"schema": "sakd.import/1", "folder": str(folder), "network": name, "dataset": known.name}
+    return about | {"classes": len(known.classes)} | facts
+
+
+def _write(folder: Path, network: StagedModel, dataset: Dataset, facts: dict[str, Any]) -> None:
+    """The whole folder or nothing."""
+    side = dataset.train.side
+    card = NetworkCard(network.name, dataset.name, dataset.classes, dataset.mean, dataset.std, side)
+    with whole_folder(folder) as aside:
+        artifact.save_folder(aside, network, card, facts)

@@ -1,0 +1,268 @@
+"""Pictures of reports: plain data in, a matplotlib Figure out, without a display.
+
+matplotlib is the extra `plots`. Every function draws into a figure of its own unless it is given a part of one.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.report.render.format import plain, share, word
+from sakd_cli.report.spots.measured_tables import WHAT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, FigureBase
+
+# Okabe and Ito's colours, which people of all kinds of sight can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7f7f7f")
+MARKS = "os^Dv<>p"
+FORMATS = (".png", ".svg")
+CLASSES_SHOWN = 12  # at each end of the heat map; all where there are no more than three times as many
+PATHS_SHOWN = 12
+BLOCKS_NUMBERED = 12  # beside each other that have room for a number in the picture
+INCHES = (5.2, 3.9)
+
+
+def new_figure(width: float = INCHES[0], height: float = INCHES[1]) -> "Figure":
+    """An empty figure. Raises UsageError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib, which is not installed", "pip install 'sakd[plots]'") from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=100)
+
+
+def available(warn: Callable[[str], None]) -> bool:
+    """Whether pictures can be drawn; if not, `warn` is told what to do."""
+    try:
+        new_figure()
+    except UsageError as error:
+        warn(f"{error.message} ({error.hint})")
+        return False
+    return True
+
+
+def rendered(figure: "Figure", kind: str) -> bytes:
+    """The figure as `png` or `svg`; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "sakd"}):
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def checked(path: Path) -> Path:
+    """A file that a picture can be written to. UsageError for other formats, without its folder or matplotlib."""
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"--plot {path}: a picture's name ends in {' or '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {path}: no such folder")
+    new_figure()
+    return path
+
+
+def write(figure: "Figure", path: Path) -> None:
+    """Save by the ending of the name."""
+    try:
+        path.write_bytes(rendered(figure, path.suffix.lower()[1:]))
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def epoch_lines(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
+    """Share of the samples taught at each spot, by epoch; dotted: the router's mean probability, where it has one."""
+    figure = figure or new_figure()
+    axes = figure.subplots()
+    epochs = [row["epoch"] for row in report["by_epoch"]]
+    for k, spot in enumerate(report["overall"]):
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.8}
+        axes.plot(
+            epochs,
+            _percent(row["share"][k] for row in report["by_epoch"]),
+            marker=MARKS[k % len(MARKS)] if len(epochs) <= 40 else None,
+            markersize=4,
+            label=plain(spot["name"]),
+            **style,
+        )
+        axes.plot(epochs, _percent(row["probability"][k] for row in report["by_epoch"]), linestyle=":", **style)
+    framed(axes, "Use of every spot", "epoch", "samples taught, %")
+    whole_numbers(axes)
+    legend(figure, axes, "dotted: router's mean" if report["overall"][0]["probability"] is not None else "")
+    return figure
+
+
+def class_map(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
+    """Class x spot heat map of the difference from the spot's mean, in points, and that mean below each column.
+
+    Of the trained router where it was measured, else of what was taught in training.
+    """
+    measured = (report["measured"] or {}).get("classes")
+    rows = measured["rows"] if measured else report["by_class"]
+    known = [row for row in rows if all(cell is not None for cell in row["deviation"])]
+    ranked = sorted(known, key=lambda row: -sum(row["deviation"]))
+    few = len(ranked) <= 3 * CLASSES_SHOWN
+    shown = ranked if few else ranked[:CLASSES_SHOWN] + ranked[-CLASSES_SHOWN:]
+    figure = figure or new_figure(INCHES[0], 1.2 + 0.16 * max(len(shown), 12))
+    axes = figure.subplots()
+    axes.set_title(
+        "By class" if few else f"{CLASSES_SHOWN} classes at each end of {len(ranked)}", fontsize=11, loc="left"
+    )
+    if not shown:
+        return figure
+    cells = [_percent(row["deviation"]) for row in shown]
+    most = max(1.0, *(abs(cell) for row in cells for cell in row))
+    image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+    axes.set_yticks(range(len(shown)), [plain(row["name"]) for row in shown], fontsize=7)
+    means = (
+        [spot["mean"] for spot in report["measured"]["spots"]] if measured else [s["share"] for s in report["overall"]]
+    )
+    heads = [f"{plain(s['name'])}\n{100 * mean:.0f} %" for s, mean in zip(report["overall"], means, strict=True)]
+    axes.set_xticks(range(len(heads)), heads, fontsize=9)
+    what = WHAT[report["measured"]["value"]] if measured else "samples taught, %"
+    figure.colorbar(image, ax=axes).set_label(f"{what}: points from the spot's mean", size=8)
+    if not few:
+        axes.axhline(CLASSES_SHOWN - 0.5, color="black", linewidth=1)
+    return figure
+
+
+def difficulty_curves(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
+    """Mean value by tenths of the images: of the student's loss (full) and of the teacher's confidence (dashed)."""
+    figure = figure or new_figure()
+    axes = figure.subplots()
+    measured = report["measured"]
+    for key, line, mark in (("by_student_loss", "-", "o"), ("by_teacher_confidence", "--", "s")):
+        bins = measured["difficulty"][key]
+        for k, spot in enumerate(measured["spots"]):
+            label = plain(spot["name"]) if line == "-" else None
+            heights = _percent(row["mean"][k] for row in bins)
+            colour = COLOURS[k % len(COLOURS)]
+            axes.plot(range(1, len(bins) + 1), heights, line, marker=mark, markersize=4, color=colour, label=label)
+    framed(axes, "By difficulty", "tenth of the images, low to high", WHAT[measured["value"]])
+    axes.set_xticks(range(1, len(bins) + 1))
+    legend(figure, axes, "full: student's loss, dashed: teacher's confidence")
+    return figure
+
+
+def path_bars(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
+    """Expected shares of the most frequent paths."""
+    figure = figure or new_figure()
+    axes = figure.subplots()
+    paths = report["measured"]["paths"]
+    shown = paths[:PATHS_SHOWN][::-1]
+    bars = axes.barh([row["path"] for row in shown], _percent(row["share"] for row in shown), color=COLOURS[0])
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.margins(x=0.12)
+    for label in axes.get_yticklabels():
+        label.set_fontfamily("monospace")
+    names = ", ".join(plain(spot["name"]) for spot in report["measured"]["spots"])
+    framed(
+        axes,
+        f"Paths ({names})",
+        f"images, %{'' if len(shown) == len(paths) else f'; {len(shown)} of {len(paths)}'}",
+        "",
+    )
+    return figure
+
+
+def mixture_map(record: dict[str, Any]) -> "Figure":
+    """Shares of a run's mixtures (`dfa.json`) as a heat map, groups by blocks."""
+    rows = [group["alpha"] for group in record["groups"]]
+    most = max(map(len, rows))
+    figure = new_figure(1.8 + 0.55 * max(most, 4), 1.4 + 0.5 * len(rows))
+    axes = figure.subplots()
+    padded = [[*(100 * value for value in row), *[float("nan")] * (most - len(row))] for row in rows]
+    image = axes.imshow(padded, cmap="Blues", vmin=0, vmax=100 * max(map(max, rows)), aspect="auto")
+    if most <= BLOCKS_NUMBERED:
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                colour = "white" if 100 * value > 0.6 * image.get_clim()[1] else "black"
+                axes.text(x, y, share(value), ha="center", va="center", fontsize=8, color=colour)
+    step = -(-most // BLOCKS_NUMBERED)
+    axes.set_xticks(range(0, most, step), [str(1 + x) for x in range(0, most, step)])
+    axes.set_yticks(range(len(rows)), [word(group.get("name")) for group in record["groups"]])
+    axes.set_xlabel("block")
+    axes.set_title(f"{word(record.get('teacher'))} on {word(record.get('dataset'))}", fontsize=9)
+    figure.colorbar(image, label="share (%)")
+    return figure
+
+
+def exit_curve(told: dict[str, Any], used: dict[str, Any], label: str) -> "Figure":
+    """Top-1 over mean cost of an ensemble: every shared threshold, the upper hull, and what is in use (`used`).
+
+    told  holds the `sweep` (see `ensemble.py`); used  top1, macs and cost of the point named by `label`
+    """
+    known = used["cost"] is not None
+    key, scale = ("cost", 100.0) if known else ("macs", 1e-6)
+    figure = new_figure()
+    axes = figure.subplots()
+    points = [(scale * point[key], point["top1"], point["hull"]) for point in told["sweep"]]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=COLOURS[7], label="shared threshold")
+    best = sorted((x, y) for x, y, on_hull in points if on_hull)
+    axes.plot([x for x, _ in best], [y for _, y in best], "-", color=COLOURS[0], label="upper hull")
+    axes.plot(scale * used[key], used["top1"], "*", markersize=14, color=COLOURS[1], label=label)
+    framed(axes, "Accuracy and cost", f"mean cost, {'% of the teacher' if known else 'million'} MACs", "top-1, %")
+    legend(figure, axes, "")
+    return figure
+
+
+def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda report: bool(report["measured"] and all(report["measured"].get(key) for key in keys))
+
+
+# Name -> how to draw it, and whether a report has what it takes.
+PANELS: dict[str, tuple[Callable[..., "FigureBase"], Callable[[dict[str, Any]], bool]]] = {
+    "epochs": (epoch_lines, lambda report: True),
+    "classes": (class_map, lambda report: bool(report["by_class"] or _has("classes")(report))),
+    "difficulty": (difficulty_curves, _has("difficulty")),
+    "paths": (path_bars, _has("paths")),
+}
+
+
+def panels_of(report: dict[str, Any]) -> list[str]:
+    """Names of the panels that can be drawn of a report."""
+    return [name for name, (_, there) in PANELS.items() if there(report)]
+
+
+def spot_figure(report: dict[str, Any], panel: str | None) -> "Figure":
+    """One panel, or (None) all that there are in one picture. UsageError where the report lacks what it takes."""
+    there = panels_of(report)
+    if panel is not None:
+        if panel not in there:
+            raise UsageError(f"--panel {panel}: this run has kept nothing to draw it from", "--live measures it")
+        figure: Any = PANELS[panel][0](report)
+        return figure
+    whole = new_figure(2 * INCHES[0], (INCHES[1] + 0.4) * -(-len(there) // 2))
+    parts = whole.subfigures(-(-len(there) // 2), min(len(there), 2), squeeze=False).flatten()
+    for name, part in zip(there, parts, strict=False):
+        PANELS[name][0](report, part)
+    return whole
+
+
+def _percent(shares: Any) -> list[float]:
+    return [float("nan") if value is None else 100.0 * value for value in shares]
+
+
+def framed(axes: Any, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, and a light grid."""
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def whole_numbers(axes: Any) -> None:
+    """Epochs have no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def legend(figure: "FigureBase", axes: Any, remark: str) -> None:
+    """Names of the lines below the axes, and a remark on what the kinds of line mean."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower left", ncols=min(len(names), 4), fontsize=9, frameon=False)
+    axes.set_title(remark, fontsize=8, loc="right", color="#57606a")

@@ -1,0 +1,104 @@
+"""A table that fits: rows and columns where the terminal is wide enough, one short list per row where it is not.
+
+rich would cut numbers (`6…`) or drop columns on a narrow terminal; here a figure is always whole. All text is plain:
+nothing in it is read as markup, and control characters are gone, so names from files can be shown as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from sakd_cli.report.render.format import plain
+
+GAP = 2  # columns between two columns
+TEXT_LEAST = 12  # narrower than this, running text in a column is no pleasure to read
+MORE = ("⋮",)  # a row that stands for rows left out
+
+# What a terminal without UTF-8 gets instead; anything else it cannot show becomes a question mark.
+_ASCII = str.maketrans(
+    {"–": "-", "−": "-", "→": "->", "×": "x", "÷": "/", "γ": "gamma", "⋮": ":", "·": "-", "█": "#"}
+    | dict.fromkeys("▏▎▍▌", "") | dict.fromkeys("▋▊▉", "#")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """Figures stand to the right and are never broken; text stands to the left and may be."""
+
+    header: str
+    text: bool = False
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Title, columns, rows and notes below; a rich renderable that ends with an empty line."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default=())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def say(text: str) -> str:
+            clean = plain(text)
+            return clean.translate(_ASCII).encode("ascii", "replace").decode() if options.ascii_only else clean
+
+        headers = [say(column.header) for column in self.columns]
+        rows = [[say(cell) for cell in row] for row in self.rows]
+        widths = self._widths(headers, rows, options.max_width)
+        if self.title:
+            yield Text(say(self.title), style="bold", overflow="fold")
+        if widths is None:
+            yield from self._stacked(headers, rows)
+        elif headers:
+            yield self._table(headers, rows, widths)
+        for note in self.notes:
+            yield Text(say(note), style="dim", overflow="fold")
+        yield Text("")
+
+    def _widths(self, headers: list[str], rows: list[list[str]], available: int) -> list[int] | None:
+        """Width of every column, or None if not even the least ones fit."""
+        widths, least = [], []
+        for index, (column, header) in enumerate(zip(self.columns, headers, strict=True)):
+            cells = max((cell_len(row[index]) for row in rows if index < len(row)), default=0)
+            widths.append(max(cell_len(header), cells, 1))
+            words = max((cell_len(part) for part in header.split()), default=1)
+            least.append(max(words, min(cells, TEXT_LEAST) if column.text else cells))
+        room = available - GAP * (len(widths) - 1)
+        if sum(least) > room:
+            return None
+        while sum(widths) > room:
+            slack = [width - floor for width, floor in zip(widths, least, strict=True)]
+            widths[slack.index(max(slack))] -= 1
+        return widths
+
+    def _table(self, headers: list[str], rows: list[list[str]], widths: list[int]) -> Table:
+        # The divider of this box is one space; with one of padding that makes the gap.
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        for column, header, width in zip(self.columns, headers, widths, strict=True):
+            table.add_column(
+                Text(header),
+                justify="left" if column.text else "right",
+                style=column.style,
+                width=width,
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def _stacked(self, headers: list[str], rows: list[list[str]]) -> Iterator[Text]:
+        """`stage2`, then `  Share: 61.3` and so on; a column without a header only decorates, and is left out."""
+        for row in rows:
+            # A name speaks for itself; a bare number does not.
+            bare = self.columns[0].text or len(row) == 1
+            yield Text(row[0] if bare else f"{headers[0]} {row[0]}", overflow="fold")
+            for header, cell in list(zip(headers, row, strict=False))[1:]:
+                if header:
+                    yield Text(f"  {header}: {cell}", overflow="fold")

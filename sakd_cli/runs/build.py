@@ -1,0 +1,312 @@
+"""From words to objects: the only reader of all tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.methods import DFAConfig, WarmedConfig
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
+from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.data import table as datasets
+from sakd_cli.data.dataset import hold_out, limited
+from sakd_cli.data.generators import generator
+from sakd_cli.data.sources import kept
+from sakd_cli.distillers import table as distillers
+from sakd_cli.distillers.dfa import DFA, mixable
+from sakd_cli.engine.runtime import effective, pick_device
+from sakd_cli.engine.task import Task
+from sakd_cli.errors import UsageError
+from sakd_cli.files import expanded
+from sakd_cli.models.artifact import Artifact
+from sakd_cli.models.branches import Branches
+from sakd_cli.models.cost import cost
+from sakd_cli.models.staged import StagedModel, frozen_view
+from sakd_cli.models.table import create
+from sakd_cli.routing import table as routers
+from sakd_cli.routing.graft import Graft
+from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.runs import initial_weights, mixtures
+from sakd_cli.runs.initial_weights import load_teacher
+from sakd_cli.runs.job import Images, Job
+from sakd_cli.runs.locate import claimed, find_teacher, no_teacher, pretrain_command
+from sakd_cli.runs.teacher_cache import check_use
+from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
+from sakd_cli.tasks.pretrain import PretrainTask
+from sakd_cli.tasks.residual import Logits, ResidualTask
+from sakd_cli.tasks.search import SearchTask, Sought
+from sakd_cli.tasks.sftn import SftnTask, start_from_branches
+from sakd_cli.tasks.warmup import WarmupTask
+
+
+def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
+    """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
+    dataset = limited(datasets.load(config), config.limit, config.split_seed)
+    train, held_out = hold_out(dataset, config.holdout, config.split_seed)
+    calibration = None
+    if residual is not None and residual.students:
+        least = min(residual.calibration_min / len(train), 0.2)
+        share = max(residual.calibration, least)
+        train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
+    there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
+    cut = {name: split for name, split in there.items() if split is not None}
+    placed = dict(zip(cut, kept(list(cut.values()), dataset, config), strict=True))
+    dataset = replace(dataset, test=placed["test"])
+    return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
+
+
+def pretraining(config: PretrainConfig) -> Job:
+    """A network trained with cross-entropy, alone or together with branches of its students."""
+    device = pick_device(config.device)
+    images = load_images(config.data)
+    network = _fresh(config.model, images, config.seed, "network", device)
+    initial_weights.start_from(network, config.init_from, config.head, images.dataset, "init_from")
+    mode, costs = effective(config.runtime, device), cost(network, images.side)
+    lr, decay = _learning_rate(config, config.model), config.train.weight_decay
+    words = config.friendly
+    if words is None:
+        task: Task = PretrainTask(mode.laid_out(network), lr=lr, weight_decay=decay, mode=mode)
+        return Job(config, device, images, task.to(device), network, costs)
+    with _initialised(config.seed, "branches"):
+        branches = Branches(network, words.students, images.side, share=words.share_branches)
+    task = mode.laid_out(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
+    return Job(config, device, images, task.to(device), network, costs)
+
+
+def teacher_config(config: DistillConfig) -> PretrainConfig:
+    """The run that trains the teacher of this run."""
+    words = resolve("pretrain", [Layer("the distillation's config", config.pretraining())]).config
+    assert isinstance(words, PretrainConfig)
+    return words
+
+
+def untrained_teacher(config: DistillConfig) -> Artifact:
+    """A stand-in for a teacher that is yet to be trained, for trying a batch."""
+    job = pretraining(teacher_config(config))
+    return Artifact(job.network, job.card, "untrained")
+
+
+def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
+    """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
+    device = pick_device(config.device)
+    path = claim = None
+    if teacher is None:
+        path = _teacher_path(config).resolve()
+        teacher = load_teacher(config, path)
+        claim = claimed(path, teacher.sha256)
+        config = pinned(config, path, teacher.sha256)
+    images = load_images(config.data, config.residual)
+    train_one = pretrain_command(config, teacher.card.architecture)
+    suit(teacher, images, config.teacher.source, train_one)
+    frozen = teacher.model.to(device).requires_grad_(False).eval()
+    student = _fresh(config.student, images, config.seed, "network", device)
+    initial_weights.start_from(student, config.student_weights, config.head, images.dataset, "student_weights")
+    if config.init_from_branches:
+        start_from_branches(student, path, teacher)
+    task = assemble(config, student, frozen, images.side, images.train.labels)
+    mixtures.adopt(config.method, task.feature_distiller, teacher.model.name)
+    if config.teacher.bank:
+        others = task.distillers.preactivations or task.distillers.warmup is not None
+        check_use(config.method.name, task.spots, teacher, others=others)
+    costs = cost(task.network, images.side), cost(frozen, images.side)
+    whom = teacher, path, claim, costs[1]
+    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, *whom)
+
+
+def assemble(
+    config: DistillConfig,
+    student: StagedModel,
+    teacher: StagedModel,
+    side: int,
+    labels: Tensor | None = None,
+    offset: Logits | None = None,
+) -> DistillTask:
+    """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode.
+
+    labels  class of every training image, for methods that remember images
+    offset  for a residual student: gives the logits of the students before it, frozen and in evaluation mode
+    """
+    mode = effective(config.runtime, next(student.parameters()).device)
+    student, teacher = mode.laid_out(student), mode.laid_out(teacher)
+    with _initialised(config.seed, "distiller"):
+        method = distillers.build(
+            config.method,
+            student,
+            teacher,
+            side,
+            stage_map=config.stage_map,
+            labels=labels,
+            batch_size=config.train.batch_size,
+        )
+    if method.features is not None:
+        method.features.pruned = mode.pruned
+    pair = routers.Pair(
+        spots=len(method.spots),
+        teacher=teacher.infos[-1].channels,
+        student=method.network.infos[-1].channels,
+        one_family=find_network(student.name).kin == find_network(teacher.name).kin,
+        matched=_matched_rates(config, len(method.spots)),
+    )
+    learned = config.router if isinstance(config.router, LearnedConfig) else None
+    with _initialised(config.seed, "router"):
+        router = routers.build(config.router, pair)
+        runs = frozen_view(mode.laid_out(method.network)).run, teacher.run
+        graft = Graft(method.spots, *runs, pruned=mode.pruned) if learned else None
+    published = learned or LearnedConfig(name="none")
+    words = config.method
+    gamma = words.gamma if published.gamma is None else published.gamma
+    lr = _learning_rate(config, config.student)
+    see = method.sight(teacher)
+    task = DistillTask(
+        method.network,
+        PlainPass(see),
+        method,
+        router,
+        graft,
+        Factors(words.ce_weight, words.weight, words.kl_weight, gamma, published.min_teacher_fraction),
+        Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
+        mode,
+        offset,
+    )
+    return mode.laid_out(task)
+
+
+def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
+    """The job of residual student `number` (from 1): a network `name` that learns what the logits of `base` lack.
+
+    It has the schedule of the student, and draws (initial weights, order, augmentation, noise) of its own.
+    """
+    assert isinstance(job.config, DistillConfig)
+    assert job.teacher is not None
+    seed = generator(job.config.seed, f"residual-{number}").initial_seed()
+    config = job.config.model_copy(update={"student": name, "seed": seed})
+    words, side, teacher = config.residual, job.images.side, job.teacher.model
+    network = _fresh(name, job.images, seed, "network", job.device)
+    if words.init == "zero":
+        nn.init.zeros_(network.head.weight)
+        if network.head.bias is not None:
+            nn.init.zeros_(network.head.bias)
+    task: Task
+    if words.loss == "inner":
+        task = assemble(config, network, teacher, side, job.images.train.labels, base)
+    else:
+        lr, decay = _learning_rate(config, name), config.train.weight_decay
+        task = ResidualTask(network, teacher.forward, base, words, lr=lr, weight_decay=decay)
+    spots = task.spots if isinstance(task, DistillTask) else ()
+    return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
+
+
+def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
+    """The stage in front of a distillation and its number of epochs; None for methods without one."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
+        return None
+    warmup, words = job.task.distillers.warmup, job.config.method
+    if warmup is None or job.teacher is None or not isinstance(words, WarmedConfig):
+        return None
+    own, decay = _learning_rate(job.config, job.config.student), job.config.train.weight_decay
+    lr = words.lr_of_warmup(job.teacher.model.name, job.config.student, own)
+    task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=decay, mode=job.mode)
+    return task.to(job.device), words.warmup_epochs
+
+
+def search_of(job: Job) -> SearchTask | None:
+    """The search for a method's mixtures; None for methods without, and where nothing is left to be found."""
+    if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)) or job.teacher is None:
+        return None
+    config, words, mixer = job.config, job.config.method, job.task.feature_distiller
+    if not (isinstance(words, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
+        return None
+    teacher = job.teacher.model
+    sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
+    purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
+    students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
+    with _initialised(config.seed, "search"):
+        return SearchTask(students, teacher.features_with_blocks, sought, words, mixer.take).to(job.device)
+
+
+def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+    """Raise UsageError where a network's classes are not those of the data set, or its images of another size."""
+    initial_weights.check_classes(network, images.dataset, source, hint)
+    if network.card.side != images.side and any(info.size for info in network.model.infos):
+        raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
+
+
+def suit(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+    """Let a trained network see a data set's images as it was trained to. Raises as `check_classes`."""
+    check_classes(network, images, source, hint)
+    data = images.dataset
+    network.model.expects(network.card.mean, network.card.std, given=(data.mean, data.std))
+
+
+def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
+    """The config with every name that may mean something else tomorrow replaced by what it means today.
+
+    Raises UsageError where the teacher is not the one that the config was pinned to before.
+    """
+    if config.teacher.sha256 not in (None, sha256):
+        raise UsageError(f"{teacher}: is not the teacher this run began with (its SHA-256 differs)")
+    chosen = config.teacher.model_copy(update={"weights": teacher, "sha256": sha256})
+    router = config.router
+    if isinstance(router, RandomMatchedConfig) and router.run is None:
+        router = router.model_copy(update={"run": str(_adaptive_run(config).path.resolve())})
+    return config.model_copy(update={"teacher": chosen, "router": router, "method": mixtures.pinned(config.method)})
+
+
+def _teacher_path(config: DistillConfig) -> Path:
+    path = find_teacher(config)
+    if path is None:
+        raise no_teacher(config)
+    return path
+
+
+def _learning_rate(config: RunConfig, network: str) -> float:
+    return find_network(network).lr if config.train.lr is None else config.train.lr
+
+
+def _fresh(name: str, images: Images, seed: int, purpose: str, device: torch.device) -> StagedModel:
+    with _initialised(seed, purpose):
+        return create(name, len(images.dataset.classes), images.side).to(device)
+
+
+@contextmanager
+def _initialised(seed: int, purpose: str) -> Iterator[None]:
+    """Initial weights from a stream of their own, so that a router does not shift the student's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, f"init/{purpose}").initial_seed())
+        yield
+
+
+def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
+    """The shares per epoch and spot that an adaptive run logged; None for every other router."""
+    if not isinstance(config.router, RandomMatchedConfig):
+        return None
+    run = RunDir(expanded(config.router.run)) if config.router.run else _adaptive_run(config)
+    try:
+        rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
+        fits = rates.ndim == 2 and rates.shape[1] == spots and bool(((rates >= 0) & (rates <= 1)).all())
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UsageError(f"router random-matched: {run.path} has no usable record of {spots} spots")
+    return rates
+
+
+def _adaptive_run(config: DistillConfig) -> RunDir:
+    """The newest finished adaptive run of the same networks, method and data set; one of the same seed, if there is."""
+    wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
+    wanted |= config.data.identity() | {"method.name": config.method.name, "router.name": "adaptive"}
+    run = newest_run(config.runs_dir, wanted | {"seed": config.seed}) or newest_run(config.runs_dir, wanted)
+    if run is None:
+        raise UsageError(
+            f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
+            f"with {config.method.name} on {config.data.name} in {config.runs_dir}",
+            hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
+        )
+    return run

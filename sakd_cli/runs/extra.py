@@ -1,0 +1,117 @@
+"""The companion contract: what a run does and delivers beside its main training."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sakd_cli import distributed
+from sakd_cli.config.training import Train
+from sakd_cli.data.alternating import Shuffled
+from sakd_cli.data.sources import train_loader
+from sakd_cli.engine.bilevel import BilevelOptimizer
+from sakd_cli.engine.graphs import Cuda
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.task import Task
+from sakd_cli.engine.trainer import Judge, Loader, Outcome, Trainer
+from sakd_cli.rundir import RunDir
+from sakd_cli.runs.job import Job
+
+
+def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
+    """The optimizer of an ordinary training; without milestones the learning rate stays as it is."""
+    return Optimizer(
+        task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay, nesterov=words.nesterov
+    )
+
+
+def loader_of(job: Job) -> Shuffled:
+    """The training images of a job in batches."""
+    return train_loader(
+        job.images.train,
+        job.images.dataset,
+        batch_size=job.config.train.batch_size,
+        seed=job.config.seed,
+        noise_width=job.task.noise_width,
+        device=job.device,
+    )
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all trainings of one run share, and how one of them is set up."""
+
+    run: RunDir
+    judge: Judge
+    watcher: Watcher
+
+    def trainer(
+        self,
+        job: Job,
+        task: Task,
+        phase: str,
+        epochs: int,
+        *,
+        loader: Loader | None = None,
+        optimizer: Optimizer | BilevelOptimizer | None = None,
+        outcome: Outcome | None = None,
+        recorder: SpotRecorder | None = None,
+    ) -> Trainer:
+        """A trainer of `task`; what is not given is that of the job's ordinary training."""
+        words = job.config
+        if words.runtime.sync_batchnorm and distributed.processes() > 1:
+            distributed.synchronised(task)
+        return Trainer(
+            task,
+            loader or loader_of(job),
+            optimizer or optimizer_of(task, words.train, words.train.decay_epochs()),
+            self.run,
+            self.watcher,
+            epochs=epochs,
+            log_every=words.log_every,
+            save_every=words.save_every,
+            outcome=outcome,
+            recorder=recorder,
+            phase=phase,
+            graphs=Cuda(job.device) if job.mode.graphed and task is job.task else None,
+        )
+
+
+class Companion(ABC):
+    """One such thing; `companions.py` lists the kinds. What a kind has no use for it leaves as it is here."""
+
+    label: str = ""
+    """What it adds to the run's name."""
+    notice: str = ""
+    """What is said of it before the run."""
+
+    @abstractmethod
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Once all is trained: what it adds to the summary; `figures` of each phase."""
+
+    def rehearse(self) -> None:
+        """Raise UsageError, before anything is trained, where it cannot be."""
+        return
+
+    def networks(self) -> list[dict[str, Any]]:
+        """Rows of the networks it brings, for `--dry-run`."""
+        return []
+
+    def plan(self) -> dict[str, Any]:
+        """What else `--dry-run` shows of it."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What the delivered network's card and the summary say of it."""
+        return {}
+
+    def publish(self, run: Path, weights: Path) -> None:
+        """Write what belongs to the delivered network, whose file is `weights`, whenever that is written."""
+        return
+
+    def trainings(self, shop: Workshop) -> Iterator[Trainer]:
+        """What is trained after the main training, each when the one before is done."""
+        return iter(())

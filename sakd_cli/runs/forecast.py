@@ -1,0 +1,128 @@
+"""What a run will cost: the time of a step from a short measurement, and the bytes that it leaves on the disk"""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.bench.steps import RATE
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.runtime import effective, keep_freed_memory, memory_told, pick_device
+from sakd_cli.engine.task import Task
+from sakd_cli.errors import UsageError
+from sakd_cli.runs.build import load_images
+from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.feasible import Workbench
+from sakd_cli.tasks.pretrain import PretrainTask
+
+TRIES = 3  # steps that are timed after one that is not; the fastest counts
+CHECKPOINTS = 3  # last, previous, best
+SURVEY = 64  # bytes that a distillation keeps of every training image, about
+
+
+class Forecast(NamedTuple):
+    """Steps of a run, seconds of one (`measured`, or in proportion to its work), bytes of its directory."""
+
+    steps: int
+    step_seconds: float | None
+    measured: bool
+    run_bytes: int
+
+
+class _Seen(NamedTuple):
+    steps: int
+    work: float
+    seconds: float | None
+    run_bytes: int
+
+
+def forecast(configs: Mapping[str, RunConfig], seconds: float) -> dict[str, Forecast]:
+    """A forecast for each kind of run; after so many seconds no further one is timed, but reckoned from the others.
+
+    Only training steps are timed: on images of noise, with networks of random weights. Raises UsageError where a
+    method cannot be used for its networks, DataError where the images are missing.
+    """
+    keep_freed_memory()
+    until, benches, seen = time.monotonic() + seconds, dict[str, Workbench](), dict[str, _Seen]()
+    for key, config in configs.items():
+        about = config.data.model_dump_json()
+        if about not in benches:
+            images = load_images(config.data.model_copy(update={"download": False}))
+            benches[about] = Workbench(images.side, len(images.dataset.classes), len(images.train))
+        try:
+            seen[key] = _look(config, benches[about], 0.0 if not seen else until)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error.message}", error.hint) from None
+    rate = _rate(seen.values())
+    return {
+        key: Forecast(
+            one.steps,
+            one.seconds if one.seconds is not None or rate is None else rate * one.work,
+            one.seconds is not None,
+            one.run_bytes,
+        )
+        for key, one in seen.items()
+    }
+
+
+def _look(config: RunConfig, bench: Workbench, until: float) -> _Seen:
+    """One kind; it is timed as long as it is not `until` (0: however late it is)."""
+    task, network, work = _task(config, bench)
+    parameters = sum(p.numel() * p.element_size() for p in network.parameters())
+    trained = sum(p.numel() * p.element_size() for group in task.groups() for p in group.parameters)
+    rest = [tensor for name, tensor in task.state_dict().items() if not name.startswith("network.")]
+    state = parameters + trained + sum(tensor.numel() * tensor.element_size() for tensor in rest)
+    survey = SURVEY * bench.images if isinstance(task, DistillTask) else 0
+    steps = config.train.epochs * -(-bench.images // config.train.batch_size)
+    found = _timed(config, task, bench, until) if until == 0 or time.monotonic() < until else None
+    return _Seen(steps, work, found, CHECKPOINTS * state + parameters + survey)
+
+
+def _task(config: RunConfig, bench: Workbench) -> tuple[Task, nn.Module, float]:
+    """The task, what it delivers, and the multiply-accumulates of a step: a pass forward is one, backward two more."""
+    size = config.train.batch_size
+    if isinstance(config, DistillConfig):
+        task = bench.task(config)
+        student, teacher = bench.macs(config.student), bench.macs(find_network(config.teacher.source).name)
+        learned = 2 * (student + teacher) if task.graft is not None else 0
+        return task, task.network, size * (3.0 * student + teacher + learned)
+    assert isinstance(config, PretrainConfig)
+    network = bench.network("alone", config.model, config.device)
+    mode = effective(config.runtime, pick_device(config.device))
+    alone = PretrainTask(mode.laid_out(network.train()), lr=RATE, weight_decay=5e-4, mode=mode)
+    return alone, network, size * 3.0 * bench.macs(config.model)
+
+
+def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> float:
+    """Seconds of a step, the device waited for."""
+    device, size = pick_device(config.device), config.train.batch_size
+    # The learning rates of the words would let random weights run away; the arithmetic is the same.
+    groups = [group._replace(lr=RATE) for group in task.groups()]
+    optimizer, best = Optimizer(groups, momentum=0.9, milestones=(), decay=0.1), float("inf")
+    optimizer.begin_epoch(1)
+    x = torch.randn(size, 3, bench.side, bench.side)
+    index = torch.arange(size) % bench.images
+    noise = torch.rand(size, task.noise_width)
+    labels = index % bench.classes
+    given = Batch(x.to(device), labels.to(device), index.to(device), noise.to(device))
+    with memory_told(size):
+        for attempt in range(1 + TRIES):
+            begun = time.perf_counter()
+            optimizer.step(task(given).loss)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            best = min(best, time.perf_counter() - begun) if attempt else best
+            if attempt and time.monotonic() > until:
+                break
+    return best
+
+
+def _rate(seen: Iterable[_Seen]) -> float | None:
+    """Seconds per multiply-accumulate, from those that were timed."""
+    timed = [(one.seconds, one.work) for one in seen if one.seconds is not None]
+    return sum(s for s, _ in timed) / sum(w for _, w in timed) if timed else None

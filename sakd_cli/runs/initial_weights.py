@@ -1,0 +1,103 @@
+"""What a training starts from: weights of sakd, of another program or a library's own; what becomes of their head."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sakd_cli.config.networks import brought, find_network
+from sakd_cli.config.training import DistillConfig, EvalConfig
+from sakd_cli.data.dataset import Dataset
+from sakd_cli.data.table import describe
+from sakd_cli.errors import UsageError
+from sakd_cli.models import artifact, foreign
+from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.external import library_weights
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.rundir import sha256
+from sakd_cli.runs.locate import weights_at
+
+Head = Literal["keep", "replace"]
+
+
+def start_from(network: StagedModel, source: Path | str | None, head: Head, dataset: Dataset, word: str) -> None:
+    """Put the weights of `source` into a fresh network; None: leave it fresh. `word`: of the config that says `source`.
+
+    source  a run directory, a file of sakd, a file under the names of torchvision or timm, or the word `library`
+    head    replace: the last layer stays fresh; keep: it comes too, and must be for the classes of the data set
+
+    Raises UsageError where the weights are another network's or for other classes.
+    """
+    if source is None:
+        return
+    path = None if source == "library" else weights_at(Path(source), word)
+    if path is None or not artifact.is_ours(path):
+        tensors = _foreign(network, path, word)
+    else:
+        saved = artifact.load(path)
+        if head == "keep":
+            check_classes(saved, dataset, str(source), "--head replace gives it a new last layer")
+        if saved.model.name != network.name:
+            raise UsageError(f"{word}: {source} is a {saved.model.name}, not a {network.name}")
+        tensors = saved.model.state_dict()
+    mine = network.state_dict()
+    last = {name for name in mine if name.startswith("head.")}
+    if head == "replace":
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in last} | {n: mine[n] for n in last}
+    elif tensors["head.weight"].shape != mine["head.weight"].shape:
+        theirs, ours = len(tensors["head.weight"]), network.num_classes
+        raise UsageError(
+            f"{word}: {source} is for {theirs} classes, not for the {ours} of {dataset.name}",
+            hint="--head replace gives it a new last layer",
+        )
+    for name, tensor in mine.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise UsageError(f"{word}: {source} does not fit {network.name} ({name[:60]})")
+    network.load_state_dict({name: tensors[name] for name in mine})
+
+
+def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
+    """The teacher in a file or folder; also one of torchvision or timm, named by `teacher.source`, in a file of theirs.
+
+    Raises UsageError where it is none.
+    """
+    assert config.teacher is not None
+    if brought(config.teacher.source) is None or not path.is_file() or artifact.is_ours(path):
+        return artifact.load(path)
+    known, name = describe(config.data), config.teacher.source
+    side = known.train.side
+    model = foreign.load_foreign(path, name, len(known.classes), side)
+    return Artifact(model, NetworkCard(name, known.name, known.classes, known.mean, known.std, side), sha256(path))
+
+
+def check_classes(network: Artifact, dataset: Dataset, source: str, hint: str | None = None) -> None:
+    """Raise UsageError where a network's classes are not those of the data set."""
+    theirs, ours = network.card.classes, dataset.classes
+    if theirs != ours:
+        raise UsageError(
+            f"{source}: was trained for the {len(theirs)} classes of {network.card.dataset}, "
+            f"not for the {len(ours)} of {dataset.name}",
+            hint,
+        )
+
+
+def _foreign(network: StagedModel, path: Path | None, word: str) -> dict[str, Tensor]:
+    """Tensors under our names, from a file of another program or (None) from the library the network is of."""
+    known = find_network(network.name)
+    if brought(network.name) is None or (path is None and known.family == "factory"):
+        raise UsageError(
+            f"{word}: {path or 'library'} is not a file of sakd, and {network.name} is no network of a library",
+            hint=artifact.IMPORT,
+        )
+    names = network.plain_names()
+    if path is None:
+        theirs = library_weights(network.name, known.arguments["entry"], known.family)
+    else:
+        most = foreign.ROOM + 16 * sum(tensor.nbytes for tensor in network.state_dict().values())
+        theirs = foreign.read_foreign(path, most, set(names.values()))
+        artifact.check_finite(path, theirs)
+    missing = [theirs_ for theirs_ in names.values() if theirs_ not in theirs and not theirs_.endswith(foreign.COUNTER)]
+    if missing:
+        raise UsageError(f"{word}: {path or 'library'} is no {network.name}: {missing[0][:60]} is missing")
+    return {name: theirs.get(plain, torch.zeros((), dtype=torch.int64)) for name, plain in names.items()}

@@ -1,0 +1,91 @@
+"""One run, built and ready: what `build.py` makes of words, and everything above it works on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sakd_cli.config.training import RunConfig
+from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.sources import gather
+from sakd_cli.engine.runtime import Mode, effective
+from sakd_cli.engine.task import Task
+from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.cost import Cost
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.runs.locate import Claim
+from sakd_cli.tasks.distill import DistillTask
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests.
+
+    calibration   where there are residual students: decides when to stop and who leaves early
+    """
+
+    dataset: Dataset
+    train: Split
+    held_out: Split | None
+    calibration: Split | None = None
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.train.side
+
+    def gather(self) -> None:
+        """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
+        gather(self.train, whole=self.dataset.scale is not None)
+        for split in (self.held_out, self.calibration, self.dataset.test):
+            if split is not None:
+                gather(split)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, built and ready: its task, its images and what the reports say of it."""
+
+    config: RunConfig
+    device: torch.device
+    images: Images
+    task: Task
+    network: StagedModel
+    cost: Cost
+    spots: tuple[Spot, ...] = ()
+    teacher: Artifact | None = None
+    teacher_path: Path | None = None
+    teacher_claim: Claim | None = None
+    teacher_cost: Cost | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """How it computes."""
+        return effective(self.config.runtime, self.device)
+
+    @property
+    def card(self) -> NetworkCard:
+        """How the delivered network introduces itself."""
+        data = self.images.dataset
+        return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """What `--dry-run` shows: spots with shapes and adapters, networks, trainable parameters."""
+    networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
+    if job.teacher and job.teacher_cost:
+        networks.insert(0, {"role": "teacher", "name": job.teacher.model.name, **job.teacher_cost._asdict()})
+    trainable = {group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()}
+    graft = job.task.graft if isinstance(job.task, DistillTask) else None
+    spots = []
+    for k, spot in enumerate(job.spots):
+        adapted = graft is not None and spot.kind != "logits"
+        spots.append(
+            {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
+            | {"student_stage": spot.student, "teacher_stage": spot.teacher}
+            | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
+            | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}
+        )
+    return {"networks": networks, "spots": spots, "trainable": trainable, "images": len(job.images.train)}

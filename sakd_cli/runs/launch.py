@@ -1,0 +1,243 @@
+"""Carry out a job: run directory, loaders, trainer, summary."""
+
+import re
+import shlex
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sakd_cli import distributed, torchrun
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.data.sources import eval_loader
+from sakd_cli.engine import checkpoint, tensorboard
+from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.reporter import Heeding, Watcher
+from sakd_cli.engine.runtime import check_compiler, compiled, environment, keep_freed_memory, memory_told, reproducible
+from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
+from sakd_cli.errors import CheckpointError, Stopped
+from sakd_cli.models import artifact
+from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
+from sakd_cli.runs.extra import Companion, Workshop, loader_of
+from sakd_cli.runs.extras import companions_of
+from sakd_cli.runs.job import Job, plan
+from sakd_cli.runs.locate import Claim, compared
+from sakd_cli.runs.phases import training
+
+
+class FolderDelivery:
+    """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
+
+    companions   have what belongs to it written beside it
+    """
+
+    def __init__(self, job: Job, facts: dict[str, Any], companions: Sequence[Companion]) -> None:
+        self.network, self.card, self.facts, self.companions = job.network, job.card, facts, companions
+        self.folder = "student" if job.teacher else "teacher"
+
+    def save_weights(self, path: Path) -> None:
+        artifact.save_weights(path, self.network, self.card)
+
+    def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
+        artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
+        for companion in self.companions:
+            companion.publish(run.path, run.path / self.folder / "model.safetensors")
+
+
+def try_one_batch(job: Job) -> dict[str, Any]:
+    """One real batch forward and backward, nothing written; the plan and the batch's loss."""
+    for companion in (companions := companions_of(job)):
+        companion.rehearse()
+    loader = loader_of(job)
+    job.task.train()
+    job.task.begin_epoch(1)
+    output = job.task(next(loader.epoch(1)))
+    output.loss.backward()
+    parts = {name: float(part) for name, part in output.parts.items()}
+    shown = {"schema": "sakd.plan/1"} | plan(job)
+    for companion in companions:
+        shown |= companion.plan()
+        shown["networks"] += companion.networks()
+    return shown | {"batch": parts, "steps_per_epoch": len(loader), "device": str(job.device)}
+
+
+@distributed.losses_told()  # another process may end at any exchange, the first ones and the last ones too
+def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
+    """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
+
+    again  the command that goes on after a stop; None: that of this very run
+    Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
+    """
+    tensorboard.check(job.config.log)
+    distributed.join(job.device)
+    job.images.gather()
+    companions = companions_of(job)
+    _made_ready(job)
+    judge = _judge(job, watcher)
+    facts = _teacher_facts(job, judge, watcher)
+    run, intent = _opened(job, companions, intent)
+    with run.locked(), tensorboard.following(run, job.config.log):
+        if distributed.first():
+            _begin(job, run, intent)
+        distributed.meet()
+        try:
+            shop = Workshop(run, judge, watcher)
+            for companion in companions:
+                facts |= companion.facts()
+            phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
+            with memory_told(job.config.train.batch_size):
+                figures = {trainer.phase: trainer.fit() for trainer in phases}
+            if distributed.first():
+                _close(job, companions, shop, figures, facts)
+            distributed.meet()
+        except Stopped as stopped:
+            command = "distill" if job.teacher else "pretrain-teacher"
+            hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
+            raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
+        return run, run.read_json("summary.json")
+
+
+def _opened(job: Job, companions: Sequence[Companion], intent: Intent) -> tuple[RunDir, Intent]:
+    """The run directory and what is to become of it: the first process says it, the others read and are silent."""
+    if distributed.first():
+        run = intent.open(job.config.runs_dir, _label(job, companions))
+        distributed.told((str(run.path), intent.resume is not None))
+        return run, intent
+    path, going_on = distributed.told(("", False))
+    run = RunDir(Path(path), silent=True)
+    return run, intent._replace(resume=run if going_on else None)
+
+
+def _begin(job: Job, run: RunDir, intent: Intent) -> None:
+    """Make room for a new run, and write down what it is."""
+    if intent.overwrite:
+        run.clear()
+    if intent.resume is None:
+        write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
+        write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+
+
+def _close(
+    job: Job, companions: Sequence[Companion], shop: Workshop, figures: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Everything is trained: what is left to the companions, and the summary."""
+    summary = _about(job) | figures[MAIN] | facts
+    for companion in companions:
+        summary |= companion.close(shop, figures)
+    write_json(shop.run.path / "summary.json", summary)
+
+
+def _made_ready(job: Job) -> None:
+    """The process and the task, for the way in which the run computes."""
+    if job.device.type == "cpu":
+        keep_freed_memory()
+    if job.config.runtime.deterministic:
+        reproducible()
+    if job.mode.compiled:
+        torchrun.check_alone("--compile")
+        check_compiler(job.device)
+        compiled(job.task, job.device, graphed=job.mode.graphed)
+
+
+def _trainings(job: Job, companions: Sequence[Companion], shop: Workshop, facts: dict[str, Any]) -> Iterator[Trainer]:
+    """The trainings of a run, one after another; each is built when the one before is done."""
+    yield from training(job, MAIN, Outcome(shop.judge, FolderDelivery(job, facts, companions)), shop)
+    for companion in companions:
+        yield from companion.trainings(shop)
+
+
+def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Watcher) -> Iterator[Trainer]:
+    """The same trainers, each taken to its own last checkpoint as long as all before it are complete.
+
+    Lines that were logged after that checkpoint are taken back: they will be written again.
+    """
+    going_on, logs = intent.resume is not None, dict[str, int]()
+    for trainer in phases:
+        complain = watcher.warn if intent.lenient else None
+        point = checkpoint.find(trainer.folder, complain, run.identity) if going_on else None
+        if point is not None:
+            trainer.resume(point)
+            logs = _sizes(point)
+        elif intent.resume is not None and distributed.first():
+            checkpoint.discard(trainer.folder)  # made with another past than the one to come
+        if going_on and not trainer.done:
+            going_on = False
+            run.cut_logs(logs)
+        yield trainer
+    if going_on:
+        run.cut_logs(logs)
+
+
+def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
+    """How long the logs were when the checkpoint was written."""
+    sizes = point.state.get("logs")
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) and size >= 0 for size in sizes.values()):
+        raise CheckpointError(f"{point.folder}: does not say how long the logs were")
+    return sizes
+
+
+def _judge(job: Job, watcher: Watcher) -> Judge:
+    dataset = job.images.dataset
+    test = Heeding(eval_loader(dataset.test, dataset, device=job.device), watcher)
+    held_out = job.images.held_out
+    selection = Heeding(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
+    return Judge("holdout" if held_out else "test", selection, test, len(dataset.classes))
+
+
+def _label(job: Job, companions: Sequence[Companion]) -> str:
+    words = job.config.model_dump()
+    parts = [words["task"], job.network.name, job.images.dataset.name]
+    if job.teacher:
+        parts[1:1] = [job.teacher.model.name]
+        parts += [words["method"]["name"], words["router"]["name"]]
+    parts += filter(None, (companion.label for companion in companions))
+    parts += [f"seed{job.config.seed}"] if job.config.seed else []
+    return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
+
+
+def _about(job: Job) -> dict[str, Any]:
+    share = 100 * job.config.data.holdout
+    chosen = (
+        f"best epoch chosen on {share:g} % of the training images, held out"
+        if job.images.held_out
+        else "best epoch chosen on the test set (the literature's habit: optimistic)"
+    )
+    return {
+        "schema": "sakd.summary/1",
+        "task": job.config.task,
+        "network": job.network.name,
+        "dataset": job.images.dataset.name,
+        "epochs": job.config.train.epochs,
+        "images": len(job.images.train),
+        **({"skipped_images": skipped} if (skipped := job.images.dataset.skipped) else {}),
+        "protocol": f"headline is the last epoch on the test set; {chosen}",
+        "parameters": job.cost.parameters,
+        "macs": job.cost.macs,
+        "device": str(job.device),
+        "torch": torch.__version__,
+    }
+
+
+def _teacher_facts(job: Job, judge: Judge, watcher: Watcher) -> dict[str, Any]:
+    """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
+
+    Raises UsageError where its card says otherwise.
+    """
+    if job.teacher is None or job.teacher_cost is None:
+        return {}
+    scores = evaluate(job.teacher.model, judge.test, judge.classes)
+    if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
+        measured = Claim(job.images.dataset.name, scores.images, scores.top1)
+        allowed = job.config.teacher.allow_mismatch
+        told = compared(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
+        if told is not None:
+            watcher.say(told)
+    facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
+    return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
+
+
+def _yaml(words: dict[str, Any]) -> bytes:
+    return yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode()

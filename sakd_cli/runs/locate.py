@@ -1,0 +1,147 @@
+"""Whom `--teacher` means: a weights file, a run directory, or the newest finished run; and what its card says of it"""
+
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from sakd_cli.config.networks import brought, find_network, find_trainable
+from sakd_cli.config.training import DistillConfig, EvalConfig
+from sakd_cli.errors import UsageError
+from sakd_cli.files import expanded, read_json
+from sakd_cli.rundir import RunDir, newest_run
+
+
+def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
+    """The weights file or folder to load; None where the architecture has no finished run for this data set, or where
+    no teacher is named.
+
+    Raises UsageError where `teacher.source` is neither a path nor the name of a network.
+    """
+    if config.teacher is None:
+        return None
+    if config.teacher.weights is not None:
+        return config.teacher.weights
+    path = expanded(config.teacher.source)
+    if not _is_path(config.teacher.source):
+        name = find_trainable(config.teacher.source).name
+        run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
+        return run.deliverable if run else None
+    return weights_at(path, "teacher")
+
+
+def weights_at(path: Path, word: str) -> Path:
+    """The weights file or folder that a path means: of a run directory its network. `word` of a config that says it."""
+    if (path / "config.yaml").is_file():
+        folder = RunDir(path).deliverable
+        if folder is None:
+            raise UsageError(f"{path}: this run has not saved a network yet")
+        return folder
+    if path.exists():
+        return path
+    raise UsageError(f"{word}: {path}: no such file or directory")
+
+
+def _is_path(source: str) -> bool:
+    """Whether a teacher is meant as a path: the name of a network wins over a folder of that name."""
+    if brought(source) is not None:
+        return False
+    if "/" in source or source.endswith(".safetensors"):
+        return True
+    try:
+        find_network(source)
+    except UsageError:
+        return expanded(source).exists()
+    return False
+
+
+def is_missing(config: DistillConfig) -> bool:
+    """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
+    missing = find_teacher(config) is None
+    if missing and not config.teacher.pretrain:
+        raise no_teacher(config)
+    return missing
+
+
+def pretrain_command(config: DistillConfig, name: str) -> str:
+    """The command line that trains a network as a teacher for this distillation."""
+    words = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
+    default = type(config).model_fields["runs_dir"].default
+    if config.data.root is not None:
+        words += ["--data-root", str(config.data.root)]
+    kind = type(config.data).model_fields
+    for key, value in config.data.identity().items():
+        word = key.removeprefix("data.")
+        if word not in ("name", "root") and value != kind[word].default:
+            words += ["--set", f"{key}={value}"]
+    if config.runs_dir != default:
+        words += ["--runs-dir", str(config.runs_dir)]
+    return shlex.join(words)
+
+
+def no_teacher(config: DistillConfig) -> UsageError:
+    """What to say, and what to do, where there is no teacher."""
+    name = find_network(config.teacher.source).name
+    return UsageError(
+        f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; add --pretrain, or train it first",
+        hint=pretrain_command(config, name),
+    )
+
+
+GAP = 0.2  # percentage points of top-1
+
+
+class Claim(NamedTuple):
+    """How a teacher scored: top-1 in percent on so many test images of a data set; None where a card does not say."""
+
+    dataset: str | None
+    images: int | None
+    top1: float | None
+
+
+def claimed(path: Path, sha256: str) -> Claim | None:
+    """What the card beside a weights file says; None where there is none. `path`: the file or its folder.
+
+    Raises UsageError where the card is damaged, or is of other weights than these, whose SHA-256 is given.
+    """
+    file = path if path.is_dir() else path.parent
+    card = file / "config.json"
+    if (path.is_file() and path.name != "model.safetensors") or not card.is_file():
+        return None
+    try:
+        about = read_json(card)
+        words = about["sha256"], about.get("dataset"), about.get("images"), about.get("top1")
+        claim = Claim(
+            *(None if word is None else kind(word) for kind, word in zip((str, int, float), words[1:], strict=True))
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{card}: the teacher's card is damaged") from None
+    if words[0] != sha256:
+        raise UsageError(
+            f"{card}: is the card of other weights (SHA-256 {str(words[0])[:12]}, the file's is {sha256[:12]})",
+            hint="take the whole folder from where it came, or remove the card",
+        )
+    return claim
+
+
+def compared(path: Path, claim: Claim | None, measured: Claim, *, allowed: bool) -> str | None:
+    """Hold what was measured against the card. What is worth saying of it; None where they agree.
+
+    They agree within 0.2 points, or one image where there are fewer than 500. Raises UsageError where they do not,
+    unless that is allowed.
+    """
+    if claim is None:
+        return f"teacher: no card beside {path}; its accuracy was compared with nothing"
+    if claim.top1 is None or measured.top1 is None:
+        return f"teacher: the card of {path} names no accuracy to compare with"
+    if claim[:2] != measured[:2]:
+        theirs, ours = (f"{words.images} test images of {words.dataset}" for words in (claim, measured))
+        return f"teacher: not compared with its card, which is of {theirs}; here are {ours}"
+    gap = abs(claim.top1 - measured.top1)
+    if gap <= max(GAP, 100 / (measured.images or 1)) + 1e-9:
+        return None
+    text = f"top-1 {measured.top1:.2f} % on {measured.images} test images, its card says {claim.top1:.2f} %"
+    if allowed:
+        return f"teacher: {text}; taken as it is"
+    raise UsageError(
+        f"{path}: {text}", hint="other weights or other images than then; --allow-teacher-mismatch takes it"
+    )

@@ -1,0 +1,155 @@
+"""The mixtures of a run as a file: every run that distils by them writes `dfa.json`, `--dfa-weights FILE` reads it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from sakd_cli import __version__, torchrun
+from sakd_cli.config.methods import DFAConfig, MethodConfig, Mixtures
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.distillers.dfa import DFA
+from sakd_cli.errors import UsageError
+from sakd_cli.rundir import sha256
+from sakd_cli.runs.extra import Companion, Workshop
+from sakd_cli.runs.job import Job
+from sakd_cli.tasks.distill import DistillTask
+
+SCHEMA = "sakd.dfa/1"
+NAME = "dfa.json"
+LARGEST = 1e-4  # how far from 1 the weights of a group may sum
+
+
+def from_file(words: MethodConfig) -> bool:
+    """Whether the mixtures of this method come from a file."""
+    return isinstance(words, DFAConfig) and words.weights not in list(Mixtures)
+
+
+def pinned(words: MethodConfig) -> MethodConfig:
+    """The words with the SHA-256 of the file they name, if they name one."""
+    if not (isinstance(words, DFAConfig) and from_file(words)):
+        return words
+    _read(words)
+    return words.model_copy(update={"weights_sha256": sha256(Path(words.weights))})
+
+
+def adopt(words: MethodConfig, distiller: Any, teacher: str) -> None:
+    """Take the mixtures of the file that the words name, if they name one. UsageError where it does not fit."""
+    if not (isinstance(words, DFAConfig) and isinstance(distiller, DFA) and from_file(words)):
+        return
+    found = _read(words)
+    if found["teacher"] != teacher:
+        raise UsageError(f"{words.weights}: holds mixtures of {found['teacher']}, not of {teacher}")
+    if found["norm"] != words.norm:
+        raise UsageError(
+            f"{words.weights}: was searched with norm {found['norm']}, this run has {words.norm}",
+            hint=f"--set method.norm={found['norm']}",
+        )
+    groups = {group["index"]: group["alpha"] for group in found["groups"]}
+    ours = {group.stage: len(group.places) for group in distiller.groups}
+    theirs = {index: len(alpha) for index, alpha in groups.items()}
+    if theirs != ours:
+        raise UsageError(f"{words.weights}: has {_told(theirs)}; this run mixes {_told(ours)}")
+    for k, group in enumerate(distiller.groups):
+        distiller.take(k, torch.tensor(groups[group.stage]))
+
+
+def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:
+    """Words and distiller of a job that mixes blocks; None for all others."""
+    words = job.config.method if isinstance(job.config, DistillConfig) else None
+    distiller = job.task.feature_distiller if isinstance(job.task, DistillTask) else None
+    return (words, distiller) if isinstance(words, DFAConfig) and isinstance(distiller, DFA) else None
+
+
+def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """What `dfa.json` of a run holds; of mixtures from a file, what that file held. None for methods without any."""
+    if (found := of_job(job)) is None:
+        return None
+    words, distiller = found
+    dataset, seed = job.images.dataset.name, job.config.seed
+    if from_file(words):
+        read = _read(words)
+        if warn is not None and read["dataset"] != dataset:
+            warn(f"{words.weights}: was found on {read['dataset']}, and is used on {dataset}")
+        return read
+    groups = []
+    for k, group in enumerate(distiller.groups):
+        about = {"index": group.stage, "name": group.name, "blocks": len(group.places)}
+        about |= {
+            "positions": [place + 1 for place in group.places],
+            "beta": distiller.betas[k],
+            "alpha": distiller.alpha(k).tolist(),
+        }
+        alpha = distiller.alpha(k).double()
+        about |= {"largest": int(alpha.argmax()) + 1, "entropy": float(torch.special.entr(alpha).sum())}
+        groups.append(about)
+    settings = ("search_", "arch_", "st", "ts", "second_order", "joint")
+    search = {key: value for key, value in words.model_dump().items() if key.startswith(settings)}
+    return {
+        "schema": SCHEMA,
+        "sakd": __version__,
+        "weights": words.weights,
+        "teacher": distiller.groups[0].network,
+        "dataset": dataset,
+        "norm": words.norm,
+        "distance": words.distance,
+        "seed": seed,
+        "search": search if distiller.to_be_found else None,
+        "groups": groups,
+    }
+
+
+@final
+class Mixed(Companion):
+    """The mixtures of a run, in its plan and in its summary."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def rehearse(self) -> None:
+        found = of_job(self.job)
+        if found is not None and found[1].to_be_found:
+            torchrun.check_alone("the search for mixtures")
+
+    def plan(self) -> dict[str, Any]:
+        return {"mixtures": record(self.job)}
+
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return self.plan() | {"search_seconds": figures.get("search", {}).get("seconds")}
+
+
+def _read(words: DFAConfig) -> dict[str, Any]:
+    """The file, checked. UsageError names what is wrong with it."""
+    path = Path(words.weights)
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: no such file", hint=f"--dfa-weights takes one of {', '.join(Mixtures)}, or the {NAME} of a run"
+        )
+    if words.weights_sha256 not in (None, sha256(path)):
+        raise UsageError(f"{path}: is not the file this run began with (its SHA-256 differs)")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] != SCHEMA:
+            raise ValueError
+        for name in ("teacher", "dataset", "norm"):
+            if not isinstance(found[name], str):
+                raise ValueError
+        sound = [_sound(group) for group in found["groups"]]
+        if not sound or not all(sound) or len({group["index"] for group in found["groups"]}) < len(sound):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"{path}: holds no mixtures of blocks, or damaged ones") from None
+    return dict(found)
+
+
+def _sound(group: Any) -> bool:
+    alpha = [float(value) for value in group["alpha"]]
+    whole = len(alpha) == group["blocks"] and isinstance(group["index"], int)
+    return whole and min(alpha) >= 0 and math.isclose(sum(alpha), 1, abs_tol=LARGEST)
+
+
+def _told(blocks: dict[int, int]) -> str:
+    return ", ".join(f"{count} block{'s' * (count != 1)} of stage {index}" for index, count in blocks.items())

@@ -1,0 +1,97 @@
+"""The training of one network, and what its method does in front of it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from sakd_cli import distributed
+from sakd_cli.batch import Known
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.data.sources import views
+from sakd_cli.engine.look_ahead import LookAhead
+from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.runtime import compiled_pass
+from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
+from sakd_cli.rundir import write_json
+from sakd_cli.runs import mixtures
+from sakd_cli.runs.build import search_of, warmup_of
+from sakd_cli.runs.extra import Workshop, loader_of, optimizer_of
+from sakd_cli.runs.job import Job
+from sakd_cli.runs.teacher_cache import open_bank
+from sakd_cli.tasks.distill import DistillTask, PlainPass
+from sakd_cli.tasks.residual import ResidualTask
+from sakd_cli.tasks.search import batches
+
+
+def training(job: Job, phase: str, outcome: Outcome, shop: Workshop) -> Iterator[Trainer]:
+    """The preparations of a job, then its own training as `phase`; each is built when the one before is done."""
+    before = "" if phase == MAIN else f"{phase}-"
+    for prepare in PREPARATIONS:
+        yield from prepare(job, before, shop)
+    recorder = None
+    if job.spots:
+        names = [(spot.name, spot.kind) for spot in job.spots]
+        train = job.images.train
+        recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
+    epochs, loader = job.config.train.epochs, _looking_ahead(job)
+    yield shop.trainer(job, job.task, phase, epochs, loader=loader, outcome=outcome, recorder=recorder)
+
+
+def _looking_ahead(job: Job) -> LookAhead | None:
+    """The batches with what frozen networks make of them, where these look ahead; None: each step asks them itself."""
+    steps, task = job.mode.ahead, job.task
+    from_bank = isinstance(task, DistillTask) and not isinstance(task.teacher_features, PlainPass)
+    if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask):
+        return None
+    look: Callable[[Tensor], Known] = task.foreseen
+    look = compiled_pass(look) if job.mode.compiled else look
+    return LookAhead(loader_of(job), look, steps=steps, device=job.device)
+
+
+def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
+    """Let the teacher's answers come from its bank, if that was asked for."""
+    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
+        assert job.teacher is not None
+        folder = job.config.runs_dir / "banks"
+        bank = open_bank(
+            folder,
+            job.teacher,
+            views(job.images.train, job.images.dataset, job.device),
+            job.mode,
+            job.device,
+            shop.watcher,
+        )
+        job.task.teacher_features = bank
+    yield from ()
+
+
+def _warmed_up(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
+    """A method's own warm-up, at a constant learning rate."""
+    if (stage := warmup_of(job)) is not None:
+        task, epochs = stage
+        optimizer = optimizer_of(task, job.config.train, ())
+        yield shop.trainer(job, task, f"{before}warmup", epochs, optimizer=optimizer)
+        task.warmup.requires_grad_(False)
+
+
+def _searched(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
+    """The search for a method's mixtures, where they are not known, and their file."""
+    if (search := search_of(job)) is not None:
+        config, words, images = job.config, search.words, job.images
+        loader = batches(
+            words,
+            images.dataset,
+            images.train,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            device=job.device,
+        )
+        both = search.optimizer(config.train.momentum)
+        yield shop.trainer(job, search, f"{before}search", words.search_epochs, loader=loader, optimizer=both)
+        search.settle()
+    if (mixed := mixtures.record(job, shop.watcher.warn)) is not None and distributed.first():
+        write_json(shop.run.path / f"{before}{mixtures.NAME}", mixed)
+
+
+PREPARATIONS: tuple[Any, ...] = (_taken_from_bank, _warmed_up, _searched)

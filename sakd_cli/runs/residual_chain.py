@@ -1,0 +1,205 @@
+"""The student and its residual students, one after another: which come, when to stop, and the ensemble they make.
+
+Each is a phase of the run with checkpoints of its own. Nothing else is kept for a resume: what is decided between two
+phases is computed anew from the trained networks, on images that no student was trained on (ResKD spec, section 2).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.data.dataset import Split
+from sakd_cli.data.sources import eval_loader
+from sakd_cli.engine.reporter import Heeding, Watcher
+from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
+from sakd_cli.errors import Stopped, UsageError
+from sakd_cli.models import artifact, ensemble
+from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.models.cost import Cost
+from sakd_cli.models.ensemble import Ensemble, Offset
+from sakd_cli.models.exits import fit
+from sakd_cli.models.lighter import cost_of, lighter
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.rundir import RunDir
+from sakd_cli.runs.build import residual_stage
+from sakd_cli.runs.evaluate_ensemble import figures_of
+from sakd_cli.runs.extra import Companion, Workshop
+from sakd_cli.runs.job import Job
+from sakd_cli.runs.phases import training
+from sakd_cli.tasks.residual import relative_energy
+
+FOLDER = "ensemble"
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class MemberDelivery:
+    """Writes a residual student into its checkpoints; the finished ensemble is written as a whole."""
+
+    def __init__(self, network: StagedModel, card: NetworkCard) -> None:
+        self.network, self.card = network, card
+
+    def save_weights(self, path: Path) -> None:
+        artifact.save_weights(path, self.network, self.card)
+
+    def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
+        return
+
+
+class Verdict(NamedTuple):
+    """Whether the last member is dropped, and why no further one comes (None: one may)."""
+
+    drop: bool
+    stopped: str | None
+
+
+def verdict(energies: Sequence[float], words: ResidualConfig) -> Verdict:
+    """What the relative energies after each stage so far say: enough, or the last stage was not worth its cost."""
+    if len(energies) > 1 and (gain := 1 - energies[-1] / energies[-2]) < words.min_gain:
+        return Verdict(True, f"residual student {len(energies) - 1} lowered the energy by {100 * gain:.1f} % only")
+    if energies[-1] < words.energy:
+        return Verdict(False, f"the energy fell below {words.energy:g}")
+    return Verdict(False, None)
+
+
+def planned(student: str, teacher: Cost, words: ResidualConfig, classes: int, side: int) -> tuple[list[str], str]:
+    """Names of the residual students as far as their number and cost allow, and which of the two ends the list."""
+    names = [student]
+    macs = cost_of(student, classes, side).macs
+    for place in range(words.students):
+        if words.architectures is None:
+            name = lighter(student, names[-1], words.ratio, classes, side)
+        else:
+            name = words.architectures[place]
+        macs += cost_of(name, classes, side).macs
+        if macs > words.max_cost * teacher.macs:
+            text = f"{' + '.join([*names, name])} would cost {100 * macs / teacher.macs:.1f} % of the teacher"
+            return names[1:], f"{text}, more than residual.max_cost ({100 * words.max_cost:g} %)"
+        names.append(name)
+    return names[1:], f"{words.students} were asked for"
+
+
+class _Gap:
+    """What the members so far lack on one split, stage by stage."""
+
+    def __init__(self, split: Split, job: Job, watcher: Watcher) -> None:
+        assert job.teacher is not None
+        self.batches = Heeding(eval_loader(split, job.images.dataset, device=job.device), watcher)
+        self.teacher = _logits(job.teacher.model, self.batches)
+        self.stages: list[Tensor] = []
+        self.energies: list[float] = []
+
+    def add(self, network: nn.Module) -> None:
+        own = _logits(network, self.batches)
+        self.stages.append(self.stages[-1] + own if self.stages else own)
+        self.energies.append(relative_energy(self.teacher, self.stages[-1]))
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, batches: Batches) -> Tensor:
+    """Logits [N, K] of a network in evaluation mode."""
+    with _between_phases():
+        return torch.cat([network(images) for images, _ in batches])
+
+
+@contextmanager
+def _between_phases() -> Iterator[None]:
+    """A stop here loses no step."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(stopped.signal, "all that was trained is saved") from None
+
+
+@final
+class Chain(Companion):
+    """Plans the residual students of a job, hands them out one by one, and closes with an ensemble.
+
+    Raises UsageError where the costs allow none.
+    """
+
+    label = "residual"
+
+    def __init__(self, job: Job) -> None:
+        assert isinstance(job.config, DistillConfig)
+        assert job.teacher_cost is not None
+        self.job, self.words = job, job.config.residual
+        classes, side = len(job.images.dataset.classes), job.images.side
+        self.names, self.stopped = planned(job.network.name, job.teacher_cost, self.words, classes, side)
+        if not self.names:
+            raise UsageError(
+                f"residual students: {self.stopped}",
+                hint="--set residual.max_cost=... , or a lighter student or residual.architectures",
+            )
+        self.costs = [cost_of(name, classes, side) for name in self.names]
+        self.members: list[StagedModel] = []
+        self.dropped = 0
+
+    def rehearse(self) -> None:
+        for number, name in enumerate(self.names, start=1):
+            residual_stage(self.job, name, number, self.job.network.forward)
+
+    def networks(self) -> list[dict[str, Any]]:
+        pairs = zip(self.names, self.costs, strict=True)
+        return [{"role": "residual student", "name": name, **cost._asdict()} for name, cost in pairs]
+
+    def trainings(self, shop: Workshop) -> Iterator[Trainer]:
+        self._begin(shop.watcher)
+        self._join(self.job.network)
+        for number, name in enumerate(self.names, start=1):
+            drop, stopped = verdict(self.held_out.energies, self.words)
+            if stopped is not None:
+                break
+            base = Ensemble(list(self.members)).eval().forward
+            job = residual_stage(self.job, name, number, base)
+            judge = shop.judge._replace(scored=partial(Offset, base=base))
+            yield from training(job, f"residual-{number}", Outcome(judge, MemberDelivery(job.network, job.card)), shop)
+            self._join(job.network)
+        drop, stopped = verdict(self.held_out.energies, self.words)
+        self.stopped = stopped or self.stopped
+        if drop:
+            self.members.pop()
+            self.dropped = 1
+
+    def _begin(self, watcher: Watcher) -> None:
+        train, calibration = self.job.images.train, self.job.images.calibration
+        assert calibration is not None
+        spread = torch.linspace(0, len(train) - 1, min(len(train), len(calibration))).long()
+        self.held_out = _Gap(calibration, self.job, watcher)
+        self.seen = _Gap(train.subset(spread), self.job, watcher)
+        self.labels = calibration.labels.to(self.job.device)
+
+    def _join(self, network: StagedModel) -> None:
+        self.members.append(network.requires_grad_(False).eval())
+        for gap in (self.held_out, self.seen):
+            gap.add(network)
+
+    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Fit the thresholds, write the folder `ensemble/`, and return its figures on the test images."""
+        teacher, cost = self.job.teacher, self.job.teacher_cost
+        assert teacher is not None
+        assert cost is not None
+        whole = Ensemble(self.members).eval()
+        stages = torch.stack(self.held_out.stages[: len(self.members)])
+        macs = [self.job.cost.macs, *(cost.macs for cost in self.costs)][: len(self.members)]
+        exits = fit(self.words, stages, self.labels, macs, cost.macs)
+        facts = {
+            "rule": self.words.exits(),
+            "energies": {"calibration": self.held_out.energies, "train": self.seen.energies},
+            "dropped": self.dropped,
+            "stopped": self.stopped,
+            "teacher": {"architecture": teacher.model.name, "sha256": teacher.sha256, "macs": cost.macs},
+            "calibration_images": len(self.labels),
+        }
+        ensemble.save(shop.run.path / FOLDER, whole, self.job.card, exits, facts)
+        with _between_phases():
+            shown = figures_of(whole, exits, shop.judge.test, len(self.job.images.dataset.classes), macs, cost.macs)
+        phases = [MAIN, *(f"residual-{number}" for number in range(1, len(self.names) + 1))]
+        tops = [figures[phase]["headline"]["top1"] for phase in phases if phase in figures]
+        return {"ensemble": shown | facts | {"stage_top1": tops}}

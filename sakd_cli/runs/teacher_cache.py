@@ -1,0 +1,169 @@
+"""The teacher's answers to every view of every training image, computed once: later runs need no teacher.
+
+Crop with a border of p pixels and flip has V = 2 (2p + 1)^2 views per image, 162 for CIFAR. For methods that look at
+the teacher's pooled vector and logits only, all N V answers are kept in 16 bits (3.7 GB for CIFAR and wrn_40_2) and
+looked up; with the same teacher, images and augmentation every later run finds them on the disk (performance spec,
+section 4.4).
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sakd_cli.batch import Batch
+from sakd_cli.data.loader import Views
+from sakd_cli.engine.reporter import Watcher, heed
+from sakd_cli.engine.runtime import Mode
+from sakd_cli.errors import DiskError, MemoryLimitError, UsageError
+from sakd_cli.models.artifact import Artifact
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Features
+from sakd_cli.rundir import flush_folder, sha256, write_json
+
+FORMAT = "sakd.bank/1"
+ROWS = 2000  # views answered at once
+BYTES = 2  # of a number
+
+
+class Layout(NamedTuple):
+    """How large a bank is: images, views of each, width of the pooled vector, classes."""
+
+    images: int
+    views: int
+    width: int
+    classes: int
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.views
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * (self.width + self.classes) * BYTES
+
+
+@final
+class TeacherBank:
+    """Answers of a teacher, by image and view. Called like its plain pass; what it has not kept is empty.
+
+    pooled [rows, C] and logits [rows, K] in 16 bits, row = image * views + view; stages: how many features it has.
+    """
+
+    def __init__(self, pooled: Tensor, logits: Tensor, views: int, stages: int) -> None:
+        self.pooled, self.logits, self.views = pooled, logits, views
+        self._missing = (pooled.new_empty(0),) * (stages - 1)
+
+    def __call__(self, batch: Batch) -> Features:
+        """[N] images of known view to Features whose last stage is the pooled vector [N, C] and logits [N, K]."""
+        assert batch.view is not None
+        row = batch.index * self.views + batch.view
+        return Features((*self._missing, self.pooled[row]), self.logits[row])
+
+
+def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others: bool) -> None:
+    """Raise UsageError where a method needs more of the teacher than a bank keeps; `others`: it does in another way."""
+    pooled = len(teacher.model.infos) - 1
+    if others or any(spot.teacher < pooled for spot in spots):
+        raise UsageError(f"teacher.bank: method {method} looks at maps, a bank keeps pooled vectors and logits only")
+
+
+def open_bank(
+    folder: Path, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Watcher
+) -> TeacherBank:
+    """The bank of this teacher and these images, from the disk; computed and written first if it is not there yet.
+
+    Raises DiskError or MemoryLimitError, before anything is computed, where it does not fit.
+    """
+    model = teacher.model
+    layout = Layout(len(views), views.count, model.infos[-1].channels, model.num_classes)
+    key = hashlib.sha256(json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.reduced)]).encode()).hexdigest()
+    path = folder / f"{teacher.model.name}-{key[:16]}.safetensors"
+    _must_fit(device, layout)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not _whole(path):
+                _compute(path, layout, teacher, views, mode, device, watcher)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+    tensors = load_file(path)  # mapped, not read, as long as it stays in main memory
+    return TeacherBank(tensors["pooled"].to(device), tensors["logits"].to(device), views.count, len(model.infos))
+
+
+def _must_fit(device: torch.device, layout: Layout) -> None:
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if layout.bytes > free:
+        raise MemoryLimitError(f"teacher.bank: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there as it was written; a damaged one is computed anew."""
+    try:
+        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+        return bool(sha256(path) == known)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _compute(
+    path: Path, layout: Layout, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Watcher
+) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if layout.bytes > free:
+        raise DiskError(f"{path.parent}: a teacher bank needs {_gb(layout.bytes)}, {_gb(free)} are free")
+    aside = path.with_suffix(".new")
+    arrays = _empty_file(aside, layout)
+    watcher.begin(f"teacher bank: {_gb(layout.bytes)} in {path}", layout.rows)
+    try:
+        for start, features in _answers(layout, teacher, views, mode):
+            heed(watcher)
+            for name, answers in zip(arrays, (features.embedding, features.logits), strict=True):
+                arrays[name][start : start + len(answers)] = answers.to(torch.float16).cpu().numpy()
+            watcher.advance(min(start + ROWS, layout.rows))
+    finally:
+        watcher.end()
+    for array in arrays.values():
+        array.flush()
+    write_json(path.with_suffix(".json"), {"format": FORMAT, "teacher": teacher.sha256, "sha256": sha256(aside)})
+    aside.replace(path)
+    flush_folder(path.parent)
+
+
+@torch.inference_mode()
+def _answers(layout: Layout, teacher: Artifact, views: Views, mode: Mode) -> Iterator[tuple[int, Features]]:
+    for start in range(0, layout.rows, ROWS):
+        row = torch.arange(start, min(start + ROWS, layout.rows))
+        images = views.images(row // views.count, row % views.count)
+        with mode.networks(images.device):
+            yield start, teacher.model.features(images)
+
+
+def _empty_file(path: Path, layout: Layout) -> dict[str, Any]:
+    """A safetensors file of the right size whose tensors are written through arrays: it need not fit into memory."""
+    shapes = {"pooled": (layout.rows, layout.width), "logits": (layout.rows, layout.classes)}
+    entries, places, end = {}, {}, 0
+    for name, shape in shapes.items():
+        places[name], end = end, end + shape[0] * shape[1] * BYTES
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [places[name], end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    begin = 8 + len(header)
+    return {name: np.memmap(path, np.float16, "r+", begin + places[name], shapes[name]) for name in shapes}
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2g} GB"
