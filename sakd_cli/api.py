@@ -3,7 +3,7 @@
     pretrain_teacher, distill, evaluate, inspect_spots      the commands of the same names, with the same words
     Distiller, Router, StagedModel                          what to distil, where to, and what a network is
     MethodConfig, Spot, Features, StageInfo, Batch          what these are made of and given (a method in words first)
-    Watcher                                                 who may listen to a training
+    Reporter                                                 who may listen to a training
 
 Nothing is printed, and every mistake is a `SakdError` (`sakd_cli.errors`). The words of a call win over the environment
 (`SAKD_*`), which wins over `config`, then `preset`, then the default, as on the command line; `settings` reaches every
@@ -25,14 +25,14 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report.spots import measure
 from sakd_cli.report.spots.log import spot_report
 from sakd_cli.report.spots.survey import Survey, survey_of
-from sakd_cli.rundir import Intent, RunDir, newest_run
-from sakd_cli.runs.resume import understood
+from sakd_cli.rundir import ResumePlan, RunDir, newest_run
+from sakd_cli.runs.resume import resolve_command
 from sakd_cli.tasks.targets import check_teacher, is_ensemble, what_to_score
 
 if TYPE_CHECKING:
     from sakd_cli.batch import Batch
     from sakd_cli.distillers.distiller import Distiller
-    from sakd_cli.engine.reporter import Watcher
+    from sakd_cli.engine.reporter import Reporter
     from sakd_cli.models.spot import Spot
     from sakd_cli.models.staged import Features, StagedModel, StageInfo
     from sakd_cli.routing.router import Router
@@ -44,13 +44,13 @@ __all__ = [
     "Evaluation",
     "Features",
     "MethodConfig",
+    "Reporter",
     "Router",
     "RunResult",
     "Spot",
     "SpotsDocument",
     "StageInfo",
     "StagedModel",
-    "Watcher",
     "distill",
     "evaluate",
     "inspect_spots",
@@ -64,10 +64,10 @@ _HEAVY = {
     "Distiller": "sakd_cli.distillers.distiller",
     "Router": "sakd_cli.routing.router",
     "StagedModel": "sakd_cli.models.staged",
-    "Watcher": "sakd_cli.engine.reporter",
+    "Reporter": "sakd_cli.engine.reporter",
 }
 Split = Literal["train", "holdout", "test"]
-# Words about images or the machine, which only mean something when the networks are run.
+# Config about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
 
 
@@ -115,20 +115,20 @@ def pretrain_teacher(
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
-    watcher: "Watcher | None" = None,
+    watcher: "Reporter | None" = None,
 ) -> RunResult:
     """Train one network with cross-entropy: a teacher, or a student alone; `sakd pretrain-teacher`.
 
     resume   a run directory, or `"auto"`: the newest run of these words is gone on with, or left alone where finished
     watcher  is told of every step that is logged, and may stop the run; None: nobody
     """
-    words, intent = understood("pretrain", {"set_": (), **_given(locals(), "model")})
+    words, intent = resolve_command("pretrain", {"set_": (), **_given(locals(), "model")})
     if intent.finished:
         return _result(intent)
-    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.tasks.sessions import Session
 
-    run, summary = Session(watcher or Silent()).pretrained(words, intent)
+    run, summary = Session(watcher or NullReporter()).pretrained(words, intent)
     return RunResult(run.path, summary)
 
 
@@ -152,7 +152,7 @@ def distill(
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
-    watcher: "Watcher | None" = None,
+    watcher: "Reporter | None" = None,
 ) -> RunResult:
     """Train a student from a teacher, deciding per sample and step where it learns; `sakd distill`.
 
@@ -161,13 +161,13 @@ def distill(
     resume, watcher   as for `pretrain_teacher`
     """
     own = ("teacher", "student", "method", "router", "pretrain")
-    words, intent = understood("distill", {"set_": (), **_given(locals(), *own)})
+    words, intent = resolve_command("distill", {"set_": (), **_given(locals(), *own)})
     if intent.finished:
         return _result(intent)
-    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.tasks.sessions import Session
 
-    run, summary = Session(watcher or Silent(), resume is not None).distilled(words, intent)
+    run, summary = Session(watcher or NullReporter(), resume is not None).distilled(words, intent)
     return RunResult(run.path, summary)
 
 
@@ -181,7 +181,7 @@ def evaluate(
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
     runs_dir: str | Path | None = None,
-    watcher: "Watcher | None" = None,
+    watcher: "Reporter | None" = None,
 ) -> Evaluation | EnsembleEvaluation:
     """Judge a trained network on the test images, as `sakd eval --json` says it.
 
@@ -191,11 +191,11 @@ def evaluate(
     given = sources.layers(_texts(locals(), "teacher", "dataset", "data_root", "device", "settings", "runs_dir"))
     found = [what_to_score(None if target is None else Path(target), resolve("eval", given).config.runs_dir)]
     check_teacher(found, forced=False, teacher=teacher)
-    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.evaluate_ensemble import evaluations
 
     compelled = teacher is not None
-    (document,) = evaluations(found, given, watcher or Silent(), compelled=compelled, early=early)
+    (document,) = evaluations(found, given, watcher or NullReporter(), compelled=compelled, early=early)
     kind = EnsembleEvaluation if is_ensemble(found[0][0]) else Evaluation
     return kind.model_validate(document)
 
@@ -213,7 +213,7 @@ def inspect_spots(
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
     runs_dir: str | Path | None = None,
-    watcher: "Watcher | None" = None,
+    watcher: "Reporter | None" = None,
 ) -> SpotsDocument:
     """Where knowledge flowed in a distillation, as `sakd inspect-spots --json` says it; needs no torch.
 
@@ -242,7 +242,7 @@ def run_to_look_at(named: Path | None, words: Mapping[str, Any]) -> RunDir:
 
 
 def looked_at(
-    run: RunDir, words: Mapping[str, Any], split: Split, watcher: "Watcher | None", *, seed: int, kept: int
+    run: RunDir, words: Mapping[str, Any], split: Split, watcher: "Reporter | None", *, seed: int, kept: int
 ) -> Survey | None:
     """What the run kept by image, or what its networks say now where the words ask for that."""
     data = run.config.get("data")
@@ -251,10 +251,10 @@ def looked_at(
     if not (another or split != "train" or any(words.get(name) for name in OF_LIVE)):
         return survey_of(run, None)
     spot_report(run)  # whatever is wrong with the record of the run is said before
-    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.survey import live
 
-    return survey_of(run, live(run, sources.layers(words), split, watcher or Silent(), seed=seed, kept=kept))
+    return survey_of(run, live(run, sources.layers(words), split, watcher or NullReporter(), seed=seed, kept=kept))
 
 
 _TRAINING = (
@@ -282,6 +282,6 @@ def _texts(names: Mapping[str, Any], *wanted: str) -> dict[str, Any]:
     return words | {name: Path(words[name]) for name in ("config", "run_dir") if words.get(name) is not None}
 
 
-def _result(intent: Intent) -> RunResult:
+def _result(intent: ResumePlan) -> RunResult:
     assert intent.resume is not None
     return RunResult(intent.resume.path, intent.resume.read_json("summary.json"))

@@ -25,13 +25,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from sakd_cli.batch import Batch
 from sakd_cli.errors import LostProcessError
-from sakd_cli.torchrun import wanted
+from sakd_cli.torchrun import requested_world_size
 
 PATIENCE = timedelta(hours=1)  # for the first process, which alone writes; a process that dies ends all at once
 Item = TypeVar("Item")
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -41,17 +41,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and talks."""
     return rank() == 0
 
 
-def join(device: torch.device) -> None:
+def init_process_group(device: torch.device) -> None:
     """Meet the other processes, if there are to be any; once in a process's life."""
-    if wanted() > 1 and not dist.is_initialized():
+    if requested_world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        atexit.register(leave)
+        atexit.register(destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, own, count = next(rendezvous("env://", timeout=PATIENCE))
         # After a restart by torchrun the store still holds the addresses of those that are gone.
@@ -59,69 +59,69 @@ def join(device: torch.device) -> None:
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Part from the others, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
-def losses_told() -> Iterator[None]:
+def translate_dist_errors() -> Iterator[None]:
     """Turn what an exchange says when another process has gone into a LostProcessError."""
     try:
         yield
     except RuntimeError as error:
         gone = isinstance(error, dist.DistError) or "onnection closed" in str(error) or "onnection reset" in str(error)
-        if processes() == 1 or not gone:
+        if world_size() == 1 or not gone:
             raise
         raise LostProcessError(
-            f"process {rank()} of {processes()}: another one has ended", "its own message says why; then --resume auto"
+            f"process {rank()} of {world_size()}: another one has ended", "its own message says why; then --resume auto"
         ) from None
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every process is here."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(torch.zeros(1))  # by gloo, whose patience is ours, whatever the device
 
 
-def told(item: Item) -> Item:
+def broadcast_object(item: Item) -> Item:
     """What the first process has, in every process; a plain object."""
-    if processes() == 1:
+    if world_size() == 1:
         return item
     box = [item]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
 
 
-def sizes(whole: int) -> list[int]:
+def shard_sizes(whole: int) -> list[int]:
     """Rows of a batch of `whole` samples that each process gets; they differ by at most one."""
-    each, more = divmod(whole, processes())
-    return [each + (place < more) for place in range(processes())]
+    each, more = divmod(whole, world_size())
+    return [each + (place < more) for place in range(world_size())]
 
 
-def rows_of(whole: int) -> slice:
+def shard_rows(whole: int) -> slice:
     """This process's rows. Where there are fewer samples than processes, one that has none gets the first (share 0)."""
-    parts = sizes(whole)
+    parts = shard_sizes(whole)
     start = sum(parts[: rank()])
     return slice(start, start + parts[rank()]) if parts[rank()] else slice(0, 1)
 
 
-def share_of(whole: int) -> float:
+def shard_weight(whole: int) -> float:
     """What this process's mean counts for: processes times its part of the batch."""
-    return sizes(whole)[rank()] * processes() / whole
+    return shard_sizes(whole)[rank()] * world_size() / whole
 
 
-def summed(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the processes, without gradient; a tensor in main memory."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def total(x: Tensor, batch: Batch) -> Tensor:
+def all_reduce_sum_with_grad(x: Tensor, batch: Batch) -> Tensor:
     """Sum over the processes of a value that each has of its own rows, with its gradient (see above)."""
-    if processes() == 1:
+    if world_size() == 1:
         return x
     own = x.detach() * (batch.share > 0)
     summed = own.clone()
@@ -129,20 +129,20 @@ def total(x: Tensor, batch: Batch) -> Tensor:
     return summed + (x - x.detach()) * _factor(batch)
 
 
-def mean(x: Tensor, batch: Batch) -> Tensor:
+def all_reduce_mean(x: Tensor, batch: Batch) -> Tensor:
     """Mean over the whole batch of something of which `x` is the mean over this process's rows; without gradient."""
-    if processes() == 1:
+    if world_size() == 1:
         return x.detach()
     summed = x.detach() * batch.share
     dist.all_reduce(summed)
-    return summed / processes()
+    return summed / world_size()
 
 
-def gathered(x: Tensor, batch: Batch) -> Tensor:
+def all_gather(x: Tensor, batch: Batch) -> Tensor:
     """Rows [n, ...] of every process, in the order of the whole batch: [whole, ...], with gradient by its own rows."""
-    if processes() == 1:
+    if world_size() == 1:
         return x
-    parts = sizes(batch.size)
+    parts = shard_sizes(batch.size)
     own = x.detach()[: parts[rank()]].contiguous()
     padded = own.new_zeros((max(parts), *own.shape[1:]))
     padded[: len(own)] = own
@@ -154,36 +154,36 @@ def gathered(x: Tensor, batch: Batch) -> Tensor:
     return torch.cat(rows)
 
 
-def together(rows: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+def all_gather_packed(rows: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     """Tensors [n, ...] or [n] of few numbers in rows of every process, in one exchange, without gradient."""
     flat = [x.detach().double().reshape(len(x), -1) for x in rows]
-    parts = gathered(torch.cat(flat, dim=1), batch).split([x.shape[1] for x in flat], dim=1)
+    parts = all_gather(torch.cat(flat, dim=1), batch).split([x.shape[1] for x in flat], dim=1)
     return [found.reshape(-1, *x.shape[1:]).to(x.dtype) for found, x in zip(parts, rows, strict=True)]
 
 
-def part(items: Iterable[Item]) -> Iterator[Item]:
+def shard(items: Iterable[Item]) -> Iterator[Item]:
     """Every process's own items: the first takes the first, the second the second, and so on in turn."""
-    return islice(iter(items), rank(), None, processes())
+    return islice(iter(items), rank(), None, world_size())
 
 
-def level(buffers: Sequence[Tensor]) -> None:
+def average_buffers(buffers: Sequence[Tensor]) -> None:
     """Put into every process the mean over the processes of what each has, in place."""
-    if processes() == 1 or not buffers:
+    if world_size() == 1 or not buffers:
         return
     flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
     dist.all_reduce(flat)
-    for buffer, mean_of in zip(buffers, flat.div_(processes()).split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean_of in zip(buffers, flat.div_(world_size()).split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean_of.view_as(buffer))
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
     """Means and variances that BatchNorms of this process record of its own rows alone."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    own = [m for m in norms if m.track_running_stats and not isinstance(m, SyncedBatchNorm)]
+    own = [m for m in norms if m.track_running_stats and not isinstance(m, SyncBatchNorm)]
     return [buffer for m in own for buffer in (m.running_mean, m.running_var) if buffer is not None]
 
 
-class Poll:
+class AsyncMax:
     """Numbers that the processes agree on, a step late: asking costs no waiting."""
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ class Poll:
 
     def __call__(self, mine: int) -> int:
         """The largest number that any process gave in the call before; with one process, its own of now."""
-        if processes() == 1:
+        if world_size() == 1:
             return mine
         answer = 0
         if self._asked is not None:
@@ -219,7 +219,7 @@ class _Sum(torch.autograd.Function):
         return found
 
 
-class SyncedBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose statistics are those of all processes' rows: what one process has with the whole batch.
 
     Of maps [N, C, H, W] or vectors [N, C]. torch's SyncBatchNorm knows no CPU; this one is slower and knows every
@@ -227,7 +227,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or processes() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(input)
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -255,12 +255,12 @@ class SyncedBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"expected rows of channels, got {tuple(input.shape)}")
 
 
-def synchronised(module: nn.Module) -> None:
+def convert_sync_batchnorm(module: nn.Module) -> None:
     """Make every BatchNorm below a module a SyncedBatchNorm with the very same tensors."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncedBatchNorm):
-                synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
+                synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
                 for kind in ("_parameters", "_buffers"):
                     getattr(synced, kind).update(getattr(child, kind))
                 synced.track_running_stats = child.track_running_stats
@@ -268,4 +268,4 @@ def synchronised(module: nn.Module) -> None:
 
 
 def _factor(batch: Batch) -> float:
-    return processes() / batch.share if batch.share else 1.0
+    return world_size() / batch.share if batch.share else 1.0

@@ -261,7 +261,7 @@ class RunDir:
         return content
 
 
-class Intent(NamedTuple):
+class ResumePlan(NamedTuple):
     """What a command means to do: make a new run, go on with one, or replace one. Nothing is replaced unasked.
 
     resume     go on with this run

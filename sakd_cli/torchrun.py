@@ -7,24 +7,26 @@ from sakd_cli.errors import UsageError
 WORDS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # some schedulers set a few of them for other ends
 
 
-def wanted() -> int:
+def requested_world_size() -> int:
     """How many processes whoever started this one has started; 1 where it was started alone."""
     numbers = (os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", ""))
     together = all(os.environ.get(word) for word in WORDS) and all(number.isdecimal() for number in numbers)
     return int(numbers[1]) if together else 1
 
 
-def place() -> int:
+def local_rank() -> int:
     """Which of the processes of this machine this one is, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def speaks() -> bool:
+def is_console_process() -> bool:
     """Whether this process talks: of several only the first one does."""
-    return wanted() == 1 or int(os.environ["RANK"]) == 0
+    return requested_world_size() == 1 or int(os.environ["RANK"]) == 0
 
 
-def check_alone(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise UsageError where several processes were started for something that one does."""
-    if wanted() > 1:
-        raise UsageError(f"{what} works in one process only, {wanted()} were started", hint="start it without torchrun")
+    if requested_world_size() > 1:
+        raise UsageError(
+            f"{what} works in one process only, {requested_world_size()} were started", hint="start it without torchrun"
+        )

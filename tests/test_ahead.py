@@ -19,7 +19,7 @@ from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.look_ahead import LookAhead
-from sakd_cli.engine.reporter import Silent
+from sakd_cli.engine.reporter import NullReporter
 from sakd_cli.engine.trainer import Trainer
 from sakd_cli.errors import Stopped
 from sakd_cli.models.staged import Features
@@ -50,7 +50,7 @@ def test_steps_with_a_teacher_that_looks_ahead_are_those_without(method: str, ro
         plain, ahead = (make(method, router, teacher="resnet8", **words) for _ in range(2))
         made = [*batches(plain, 1, size=3), *batches(plain, 1, size=2, seed=1)]
         expected = fit(plain, made)
-        loader = LookAhead(Given(made), ahead.foreseen, steps=2, device=CPU)
+        loader = LookAhead(Given(made), ahead.precompute, steps=2, device=CPU)
         given = list(loader.epoch(1))
         assert [len(batch.labels) for batch in given] == [3, 2]
         losses = fit(ahead, given)
@@ -71,7 +71,7 @@ HELD = {  # spots 1 to 3 are maps, 4 is the pooled vector: (stages, stages in fr
 
 @pytest.mark.parametrize("method", HELD)
 def test_what_no_step_reads_is_not_held(tmp_path: Path, method: str) -> None:
-    seen = distiller_of(method, "adaptive", tmp_path, 1).task.foreseen(torch.zeros(2, 3, SIDE, SIDE))
+    seen = distiller_of(method, "adaptive", tmp_path, 1).task.precompute(torch.zeros(2, 3, SIDE, SIDE))
     held = [{k for k, x in enumerate(of) if len(x)} for of in (seen.stages, seen.preactivations, seen.blocks)]
     assert tuple(held) == HELD[method]
 
@@ -81,7 +81,7 @@ def loader_of(task: DistillTask, size: int, device: torch.device = CPU) -> Train
 
 
 def looking(task: DistillTask, steps: int, size: int = 3, device: torch.device = CPU) -> LookAhead:
-    return LookAhead(loader_of(task, size, device), task.foreseen, steps=steps, device=device)
+    return LookAhead(loader_of(task, size, device), task.precompute, steps=steps, device=device)
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -105,7 +105,7 @@ def test_an_epoch_is_the_loaders_own_from_any_step_on(tmp_path: Path, steps: int
             assert torch.equal(batch.known.stages[2], whole.stages[2])
 
 
-class Halt(Silent):
+class Halt(NullReporter):
     """Stops a run after so many steps."""
 
     def __init__(self, steps: int) -> None:
@@ -176,7 +176,7 @@ def test_a_residual_student_is_told_its_targets_ahead_too() -> None:
         torch.manual_seed(1)
         task = ResidualTask(create("resnet8", CLASSES), *networks, words, lr=0.05, weight_decay=0.0)
         plain = TrainLoader(DATASET.train, DATASET, batch_size=3, seed=3, noise_width=0, device=CPU)
-        loader = LookAhead(plain, task.foreseen, steps=steps, device=CPU)
+        loader = LookAhead(plain, task.precompute, steps=steps, device=CPU)
         made.append(fit(task, list(loader.epoch(1) if steps > 1 else plain.epoch(1))))
     torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-5)
 
@@ -214,7 +214,7 @@ def test_on_cuda_a_group_is_asked_for_before_the_one_in_front_of_it_is_given(
 
     def seen(images: Tensor) -> Features:
         log.append("teacher")
-        return task.foreseen(images)
+        return task.precompute(images)
 
     ahead = LookAhead(loader_of(task, 3), seen, steps=2, device=torch.device("cuda"))
     for batch in ahead.epoch(1):
@@ -237,7 +237,7 @@ def test_what_is_prepared_on_a_second_stream_is_what_one_stream_gives(tmp_path: 
     for epoch in range(1, 30):
         for batch, other in zip(ahead.epoch(epoch), plain.epoch(epoch), strict=True):
             scratch = torch.full((1 << 20,), 7.0, device=device)  # takes memory that was given up too soon
-            expected = task.foreseen(other.images)
+            expected = task.precompute(other.images)
             torch.testing.assert_close(batch.known.logits, expected.logits, rtol=1e-4, atol=1e-5)
             assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(other), strict=True))
             del scratch

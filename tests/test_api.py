@@ -60,10 +60,10 @@ def test_a_call_makes_the_run_that_the_command_makes(full: Shop, distilled: dict
 
 
 def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
-    from sakd_cli.engine.reporter import Silent
+    from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.errors import Stopped
 
-    class Follower(Silent):
+    class Follower(NullReporter):
         def __init__(self) -> None:
             self.said: list[str] = []
             self.steps = 0
@@ -115,4 +115,4 @@ def test_the_contracts_are_there_and_the_import_is_cheap() -> None:
     for name in api.__all__:
         assert getattr(api, name).__doc__, name
     for call in (api.pretrain_teacher, api.distill, api.evaluate, api.inspect_spots):
-        assert "return" in get_type_hints(call, {**vars(api), "Watcher": api.Watcher})
+        assert "return" in get_type_hints(call, {**vars(api), "Reporter": api.Reporter})

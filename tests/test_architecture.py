@@ -22,29 +22,16 @@ from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS, reusing
 from sakd_cli.config.presets import about, folder, preset_layer, presets
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import ROUTERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sakd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From low to high. The package itself holds the version only; `__main__` is the command line.
-FLOORS = [
-    "",
-    "errors",
-    "launch",
-    "reading",
-    "batch",
-    "parallel",
-    "config",
-    "rundir",
-    "models",
-    "distillers",
-    "routing",
-    "data",
-    "engine",
-]
-FLOORS += ["tasks", "bench", "report", "api", "cli", "__main__"]
+FLOORS = ["", "errors", "torchrun", "batch", "documents", "files", "distributed", "config", "rundir"]
+FLOORS += ["data", "engine", "models", "report", "routing", "distillers", "evaluation", "tasks", "runs"]
+FLOORS += ["api", "bench", "export", "sweep", "cli", "__main__"]
 FORBIDDEN = {
     "distillers": {"routing"},
     "routing": {"distillers"},
@@ -127,8 +114,8 @@ def test_a_module_imports_from_its_own_floor_and_lower_ones_only(path: Path) -> 
 
 
 def test_the_import_checker_sees_the_imports_that_are_there() -> None:
-    assert {"config", "data", "distillers", "engine", "routing"} <= floors_used(PACKAGE / "tasks" / "build.py")
-    assert "report" in floors_used(PACKAGE / "cli" / "train.py"), "imports inside functions count"
+    assert {"config", "data", "distillers", "engine", "routing"} <= floors_used(PACKAGE / "runs" / "build.py")
+    assert "report" in floors_used(PACKAGE / "cli" / "distill.py"), "imports inside functions count"
 
 
 @pytest.mark.parametrize("path", [*MODULES, *sorted(Path(__file__).parent.glob("*.py"))], ids=lambda p: p.stem)
@@ -175,7 +162,7 @@ OURS = [path for path in MODULES if path.parent.name != "bench"]
 
 def test_an_optimizer_makes_one_backward_pass_and_nobody_else_but_the_dry_run() -> None:
     found = [place for path in OURS for place in calls(path, "backward")]
-    assert found == [*(f"{path}:step" for path in OPTIMIZERS), "tasks/run.py:try_one_batch"]
+    assert found == [*(f"{path}:step" for path in OPTIMIZERS), "runs/launch.py:try_one_batch"]
 
 
 def test_there_is_one_training_loop() -> None:
@@ -302,4 +289,4 @@ def test_a_preset_is_a_whole_run_and_says_what_it_is_for(name: str) -> None:
     words = yaml.safe_load(path.read_text(encoding="utf-8"))
     config = resolve(words["task"], [preset_layer(name)]).config
     assert config.task == words["task"]
-    assert resolve(words["task"], [Layer("again", config.model_dump(mode="json"))]).config == config
+    assert resolve(words["task"], [ConfigSource("again", config.model_dump(mode="json"))]).config == config

@@ -21,7 +21,7 @@ from torchvision import transforms
 from sakd_cli.batch import Batch
 from sakd_cli.bench.steps import half_routed
 from sakd_cli.bench.timing import Ratio, interleaved
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.optim import Optimizer
@@ -57,7 +57,7 @@ def step(pair: str, method: str, *, literal: bool = False, **words: Any) -> Call
     if literal:
         words |= {"router.teacher_bias": 0.0, "runtime.channels_last": False}
     labels = torch.arange(IMAGES) % CLASSES
-    config = resolve("distill", [Layer("bench", nested(words))]).config
+    config = resolve("distill", [ConfigSource("bench", nested(words))]).config
     task = assemble(config, student, teacher, 32, labels).train()
     if task.graft is not None:
         nn.init.zeros_(task.router.policy.weight)

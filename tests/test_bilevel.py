@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch, UpperBatch
-from sakd_cli.data.alternating import InTurn, halves
+from sakd_cli.data.alternating import AlternatingLoader, split_in_halves
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.bilevel import BilevelOptimizer, unrolled_gradient
@@ -24,11 +24,11 @@ def dataset() -> Dataset:
     return Dataset("dots", tuple("abcd"), (0.0,) * 3, (1.0,) * 3, padding=0, flip=False, train=split, test=split)
 
 
-def in_turn(share: float, *, ahead: bool = False) -> tuple[InTurn, Split, Split]:
+def in_turn(share: float, *, ahead: bool = False) -> tuple[AlternatingLoader, Split, Split]:
     data = dataset()
-    parts = halves(data, data.train, share, seed=3)
+    parts = split_in_halves(data, data.train, share, seed=3)
     loaders = [TrainLoader(part, data, batch_size=5, seed=1, noise_width=0, device=CPU) for part in parts]
-    return InTurn(*loaders, ahead=ahead), *parts
+    return AlternatingLoader(*loaders, ahead=ahead), *parts
 
 
 def origins(batch: Batch) -> set[int]:

@@ -13,7 +13,7 @@ from torchvision import datasets as torchvision_datasets
 
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data import cifar, table
-from sakd_cli.data.generators import generator
+from sakd_cli.data.generators import seeded_generator
 from sakd_cli.errors import DataError
 
 
@@ -37,7 +37,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A tiny CIFAR-100 of two training images and one test image that torchvision takes for the official one."""
     folder = tmp_path / "data" / "cifar-100-python"
     folder.mkdir(parents=True)
-    pixels = torch.randint(0, 256, (3, 3072), dtype=torch.uint8, generator=generator(0, "tiny")).numpy()
+    pixels = torch.randint(0, 256, (3, 3072), dtype=torch.uint8, generator=seeded_generator(0, "tiny")).numpy()
     contents = {
         "train": {"data": pixels[:2], "fine_labels": [1, 0]},
         "test": {"data": pixels[2:], "fine_labels": [1]},

@@ -1,4 +1,4 @@
-"""Words: which layer wins, who is named as the origin, what a name may look like, and what is refused."""
+"""Config: which layer wins, who is named as the origin, what a name may look like, and what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sakd_cli.config.networks import NETWORKS, find_network
 from sakd_cli.config.presets import preset_layer
 from sakd_cli.config.resolve import (
     OPTIONS,
-    Layer,
+    ConfigSource,
     Resolved,
     environment_layers,
     file_layer,
@@ -28,7 +28,7 @@ from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.training import DistillConfig, PretrainConfig, Train
 from sakd_cli.errors import UsageError, unknown
 
-PAIR = Layer("pair", {"teacher": "resnet20", "student": "resnet8"})
+PAIR = ConfigSource("pair", {"teacher": "resnet20", "student": "resnet8"})
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +37,11 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"SAKD_{name.upper()}", raising=False)
 
 
-def distillation(*layers: Layer) -> Resolved:
+def distillation(*layers: ConfigSource) -> Resolved:
     return resolve("distill", [PAIR, *layers])
 
 
-def refusal(*layers: Layer, task: str = "distill") -> UsageError:
+def refusal(*layers: ConfigSource, task: str = "distill") -> UsageError:
     with pytest.raises(UsageError) as caught:
         resolve(task, [PAIR, *layers] if task == "distill" else layers)
     assert "\n" not in caught.value.message
@@ -98,17 +98,17 @@ def test_one_word_stands_for_a_section() -> None:
     short = {"method": "at", "router": "never", "data": "shapes", "teacher": "wrn40_2"}
     long = {"method": {"name": "at"}, "router": {"name": "never"}, "data": {"name": "shapes"}}
     long["teacher"] = {"source": "wrn40_2"}
-    assert distillation(Layer("a", short)) == distillation(Layer("a", long))
-    assert distillation(Layer("a", short)).origins["method.name"] == "a"
+    assert distillation(ConfigSource("a", short)) == distillation(ConfigSource("a", long))
+    assert distillation(ConfigSource("a", short)).origins["method.name"] == "a"
 
 
 def test_a_word_chooses_the_class_and_with_it_the_published_defaults() -> None:
     for name, kind in METHODS.items():
-        assert distillation(Layer("a", {"method": name})).config.method == kind()
+        assert distillation(ConfigSource("a", {"method": name})).config.method == kind()
     for name, kind in ROUTERS.items():
-        assert distillation(Layer("a", {"router": name})).config.router == kind()
+        assert distillation(ConfigSource("a", {"router": name})).config.router == kind()
     for name, kind in DATASETS.items():
-        assert distillation(Layer("a", {"data": name})).config.data == kind()
+        assert distillation(ConfigSource("a", {"data": name})).config.data == kind()
     assert all(len(summary(kind)) > 10 for kind in [*METHODS.values(), *ROUTERS.values(), *DATASETS.values()])
 
 
@@ -119,20 +119,20 @@ def test_the_defaults_are_those_of_the_issue() -> None:
 
 
 def test_another_name_drops_the_old_names_keys() -> None:
-    below = Layer("below", {"method": {"name": "fitnet", "weight": 7.0, "stage": 3}, "router": {"tau": 2.0}})
+    below = ConfigSource("below", {"method": {"name": "fitnet", "weight": 7.0, "stage": 3}, "router": {"tau": 2.0}})
     assert distillation(below, *set_layers(["method=at"])).config.method == METHODS["at"]()
     assert distillation(below, *set_layers(["method=fitnet"])).config.method.weight == 7.0
     assert distillation(below, *set_layers(["method=at", "method.weight=3"])).config.method.weight == 3.0
 
 
 def test_what_all_data_sets_share_outlives_a_change_of_the_data_set() -> None:
-    below = Layer("below", {"data": {"name": "shapes", "train": 50, "limit": 9, "root": "here", "holdout": 0.2}})
+    below = ConfigSource("below", {"data": {"name": "shapes", "train": 50, "limit": 9, "root": "here", "holdout": 0.2}})
     data = distillation(below, *option_layers({"dataset": "cifar10"})).config.data
     assert (data.name, data.limit, data.root, data.holdout) == ("cifar10", 9, Path("here").absolute(), 0.2)
 
 
 def test_pretraining_outlives_a_change_of_the_teacher() -> None:
-    below = Layer("below", {"teacher": {"source": "resnet20", "pretrain": True, "epochs": 3}})
+    below = ConfigSource("below", {"teacher": {"source": "resnet20", "pretrain": True, "epochs": 3}})
     teacher = distillation(below, *option_layers({"teacher": "resnet32"})).config.teacher
     assert (teacher.source, teacher.pretrain, teacher.epochs) == ("resnet32", True, 3)
 
@@ -156,7 +156,7 @@ def test_pretraining_outlives_a_change_of_the_teacher() -> None:
 )
 def test_a_network_is_found_however_its_name_is_spelled(spelling: str, name: str) -> None:
     assert find_network(spelling).name == name
-    assert resolve("pretrain", [Layer("a", {"model": spelling})]).config.model == name
+    assert resolve("pretrain", [ConfigSource("a", {"model": spelling})]).config.model == name
 
 
 def test_every_network_is_found_by_its_own_name() -> None:
@@ -176,7 +176,7 @@ def test_a_number_may_be_written_in_any_of_the_usual_ways(text: str) -> None:
 
 def test_values_of_set_are_yaml() -> None:
     layers = set_layers(["data.limit=null", "train.milestones=[1, 2]", "runs_dir=a=b", "teacher.pretrain=yes"])
-    config = distillation(Layer("below", {"data": {"limit": 4}}), *layers).config
+    config = distillation(ConfigSource("below", {"data": {"limit": 4}}), *layers).config
     assert (config.data.limit, config.train.milestones, config.runs_dir) == (None, (1, 2), Path("a=b"))
     assert config.teacher.pretrain is True
 
@@ -285,7 +285,7 @@ def test_the_value_that_was_refused_is_shown() -> None:
 )
 def test_a_missing_word_is_told_with_its_option(task: str, words: dict[str, Any], said: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve(task, [Layer("a", words)])
+        resolve(task, [ConfigSource("a", words)])
     assert caught.value.message == said
     assert hint in (caught.value.hint or "")
 
@@ -354,7 +354,7 @@ def test_what_learned_routers_share_outlives_a_change_between_them_only() -> Non
 
 def test_a_config_of_a_distillation_trains_its_teacher() -> None:
     words = resolve("distill", [preset_layer("quickstart")]).config.model_dump(mode="json")
-    config = resolve("pretrain", [Layer("file", words)]).config
+    config = resolve("pretrain", [ConfigSource("file", words)]).config
     assert (config.model, config.train.epochs) == ("resnet20", 5)
 
 
@@ -363,7 +363,7 @@ def test_a_config_of_a_distillation_trains_its_teacher() -> None:
 def test_a_written_config_reads_back_equal(tmp_path: Path, method: str, router: str) -> None:
     settings = ["data.root=/some/where", "train.milestones=[1, 2]", "train.lr=1e-4", "teacher.epochs=3"]
     settings.append("method.ce_weight=1")  # without it `never` is refused where there is none
-    config = distillation(Layer("a", {"method": method, "router": router}), *set_layers(settings)).config
+    config = distillation(ConfigSource("a", {"method": method, "router": router}), *set_layers(settings)).config
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     assert resolve("distill", [file_layer(path, "file")]).config == config
@@ -379,15 +379,17 @@ def test_a_distillation_says_how_to_pretrain_its_teacher() -> None:
 
 
 def test_the_teachers_epochs_are_its_own_where_the_distillation_says_so() -> None:
-    written = Layer("file", {"task": "distill", "teacher": {"source": "wrn40_2", "epochs": 3}, "method": "kd"})
+    written = ConfigSource("file", {"task": "distill", "teacher": {"source": "wrn40_2", "epochs": 3}, "method": "kd"})
     config = resolve("pretrain", [written]).config
     assert (config.model, config.train.epochs) == ("wrn_40_2", 3)
-    again = resolve("pretrain", [Layer("x", distillation(Layer("y", {"train": {"epochs": 7}})).config.pretraining())])
+    again = resolve(
+        "pretrain", [ConfigSource("x", distillation(ConfigSource("y", {"train": {"epochs": 7}})).config.pretraining())]
+    )
     assert (again.config.model, again.config.train.epochs) == ("resnet20", 7)
 
 
 def test_a_pretraining_is_no_distillation() -> None:
-    said = refusal(Layer("file mine.yaml", {"task": "pretrain", "model": "resnet8"})).message
+    said = refusal(ConfigSource("file mine.yaml", {"task": "pretrain", "model": "resnet8"})).message
     assert said == "file mine.yaml is written for 'pretrain', not for 'distill'"
 
 

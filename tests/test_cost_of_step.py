@@ -11,7 +11,7 @@ from torch import nn
 from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import Count, count
 from sakd_cli.bench.steps import half_routed
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -45,7 +45,7 @@ def counted(pair: str, method: str, size: int) -> tuple[Count, Count]:
         "method.name": method,
         "router.teacher_bias": 0.0,
     }
-    config = resolve("distill", [Layer("test", nested(given))]).config
+    config = resolve("distill", [ConfigSource("test", nested(given))]).config
     labels = torch.arange(IMAGES) % CLASSES
     task = assemble(config, student, teacher, 32, labels).train()
     nn.init.zeros_(task.router.policy.weight)  # the noise alone decides

@@ -106,10 +106,10 @@ def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: Shop, feed: str) -> N
     assert lab.sakd(*words, "--run-dir", f"whole-{feed}").code == 0
     run = f"cut-{feed}"
     with pytest.MonkeyPatch.context() as patch:
-        from sakd_cli.cli.console import Talk
+        from sakd_cli.cli.console import ConsoleReporter
 
         asked = iter([0] * 5)
-        patch.setattr(Talk, "stop", lambda self: next(asked, 2))
+        patch.setattr(ConsoleReporter, "stop", lambda self: next(asked, 2))
         assert lab.sakd(*words, "--run-dir", run).code == 130
     assert lab.sakd("distill", "--resume", run, "-q").code == 0
     one, other = student(lab, f"whole-{feed}"), student(lab, run)
@@ -158,9 +158,9 @@ def test_equal_normalisation_changes_no_bit() -> None:
     network = create("resnet8", 3).eval()
     images = torch.randn(2, 3, 16, 16)
     before = network(images)
-    network.expects((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), given=((0.5, 0.4, 0.3), (0.2, 0.2, 0.2)))
+    network.set_input_normalization((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), given=((0.5, 0.4, 0.3), (0.2, 0.2, 0.2)))
     assert torch.equal(network(images), before)
-    network.expects((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), given=((0.0,) * 3, (1.0,) * 3))
+    network.set_input_normalization((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), given=((0.0,) * 3, (1.0,) * 3))
     assert not torch.equal(network(images), before)
     assert network.state_dict().keys() == create("resnet8", 3).state_dict().keys()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
@@ -18,9 +18,9 @@ from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.reporter import Heeding, Silent, Watcher
+from sakd_cli.engine.reporter import InterruptibleBatches, NullReporter, Reporter
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
-from sakd_cli.engine.trainer import Judge, Outcome, Trainer
+from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import NonFiniteError, Stopped
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
@@ -74,7 +74,7 @@ class FileDelivery:
         self.published.append(facts)
 
 
-class Ear(Silent):
+class Ear(NullReporter):
     """Remembers how the run began, every step, and that it ended."""
 
     def __init__(self) -> None:
@@ -88,19 +88,19 @@ class Ear(Silent):
         self.heard.append("end")
 
 
-def trainer_of(task: Task, folder: Path, epochs: int, *, judge: Judge | None = None, **parts: Any) -> Trainer:
+def trainer_of(task: Task, folder: Path, epochs: int, *, judge: EvaluationData | None = None, **parts: Any) -> Trainer:
     folder.mkdir(exist_ok=True)
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
-    judge = judge or Judge("test", test, test, CLASSES)
+    judge = judge or EvaluationData("test", test, test, CLASSES)
     loader = TrainLoader(DATASET.train, DATASET, batch_size=8, seed=3, noise_width=task.noise_width, device=CPU)
     optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(2,), decay=0.1)
-    parts = {"watcher": Silent(), "outcome": Outcome(judge, FileDelivery(task.network))} | parts
+    parts = {"watcher": NullReporter(), "outcome": TrainingOutput(judge, FileDelivery(task.network))} | parts
     return Trainer(task, loader, optimizer, RunDir(folder), epochs=epochs, log_every=2, **parts)
 
 
 def distiller_of(method: str, router: str, folder: Path, epochs: int, seed: int = 0) -> Trainer:
     words = {"teacher": "resnet8", "student": "resnet8", "method": method, "router": router, "seed": seed}
-    config = resolve("distill", [Layer("test", words)]).config
+    config = resolve("distill", [ConfigSource("test", words)]).config
     torch.manual_seed(42)
     teacher = create("resnet8", CLASSES)
     torch.manual_seed(seed)
@@ -234,7 +234,7 @@ class Verdicts:
 def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scored(tmp_path: Path) -> None:
     task = PlainTask()
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
-    judge = Judge("holdout", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
+    judge = EvaluationData("holdout", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
     figures = trainer_of(task, tmp_path, 4, judge=judge).fit()
     assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["headline"]["epoch"]) == (2, "holdout", 4)
     rates = {line["epoch"]: line["lr"] for line in RunDir(tmp_path).lines("metrics.jsonl") if "lr" in line}
@@ -305,11 +305,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_sound_checkp
 def test_weights_that_turn_out_infinite_only_when_judged_stop_the_run_too(tmp_path: Path) -> None:
     broken = [(torch.full((2, 3, SIDE, SIDE), float("nan")), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(NonFiniteError):
-        trainer_of(PlainTask(), tmp_path, 1, judge=Judge("test", broken, broken, CLASSES)).fit()
+        trainer_of(PlainTask(), tmp_path, 1, judge=EvaluationData("test", broken, broken, CLASSES)).fit()
     assert not (tmp_path / "checkpoints").exists()
 
 
-class Impatient(Silent):
+class Impatient(NullReporter):
     """Wants the run to stop when it is asked for the N-th time."""
 
     def __init__(self, patience: int) -> None:
@@ -321,12 +321,14 @@ class Impatient(Silent):
 
 
 def test_a_stop_at_any_moment_of_training_and_evaluation_changes_no_bit(tmp_path: Path) -> None:
-    def trainer(folder: Path, watcher: Watcher) -> Trainer:
+    def trainer(folder: Path, watcher: Reporter) -> Trainer:
         slow = EvalLoader(DATASET.test, DATASET, device=CPU, batch_size=5)
-        judged = Heeding(slow, watcher)
-        return trainer_of(PlainTask(), folder, 2, judge=Judge("test", judged, judged, CLASSES), watcher=watcher)
+        judged = InterruptibleBatches(slow, watcher)
+        return trainer_of(
+            PlainTask(), folder, 2, judge=EvaluationData("test", judged, judged, CLASSES), watcher=watcher
+        )
 
-    whole = trainer(tmp_path / "whole", Silent())
+    whole = trainer(tmp_path / "whole", NullReporter())
     expected = whole.fit()
     moments = 2 * 3 + 3 * 3  # every step, and every batch of three evaluations
     for moment in range(moments):
@@ -334,7 +336,7 @@ def test_a_stop_at_any_moment_of_training_and_evaluation_changes_no_bit(tmp_path
         with pytest.raises(Stopped) as caught:
             stopped.fit()
         assert caught.value.exit_code == 143
-        resumed = trainer(tmp_path / str(moment), Silent())
+        resumed = trainer(tmp_path / str(moment), NullReporter())
         resumed.resume(checkpoint.read(resumed.folder / "last"))
         assert resumed.step == stopped.step
         figures = resumed.fit()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.models import external
 from sakd_cli.models.cost import cost
@@ -127,7 +127,7 @@ def grafted_both_ways(model: StagedModel, other: StagedModel, x: Tensor) -> None
 
 def task_of(student: StagedModel, teacher: StagedModel, side: int, **more: Any) -> Any:
     words = {"teacher.source": teacher.name, "student": student.name, "method.name": "at", **more}
-    config = resolve("distill", [Layer("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
     return assemble(config, student, copy.deepcopy(teacher).requires_grad_(False).eval(), side)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, Shop
 
-from sakd_cli.config.resolve import Layer, option_layers, resolve, set_layers
+from sakd_cli.config.resolve import ConfigSource, option_layers, resolve, set_layers
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.branches import load_branches
@@ -66,7 +66,7 @@ def test_a_student_can_start_with_the_longest_tail(shop: Shop, friendly: dict[st
     words["data"] |= {"train": 200, "test": 100}
     students = []
     for start in (True, False):
-        config = resolve("distill", [Layer("test", words | {"init_from_branches": start})]).config
+        config = resolve("distill", [ConfigSource("test", words | {"init_from_branches": start})]).config
         students.append(build.distillation(config).network.state_dict())
     teacher = artifact.load(shop.path / friendly["run"] / "teacher")
     branches = load_branches(shop.path / friendly["run"] / "branches" / "model.safetensors", teacher)
@@ -122,12 +122,12 @@ def test_a_dry_run_shows_the_branches_and_writes_nothing(shop: Shop) -> None:
 
 
 def test_the_students_are_words_like_all_others() -> None:
-    def students(*layers: Layer) -> tuple[str, ...]:
-        return resolve("pretrain", [Layer("model", {"model": "resnet20"}), *layers]).config.friendly.students
+    def students(*layers: ConfigSource) -> tuple[str, ...]:
+        return resolve("pretrain", [ConfigSource("model", {"model": "resnet20"}), *layers]).config.friendly.students
 
     assert students(*option_layers({"student_friendly": ["wrn40_2", "resnet8"]})) == ("wrn_40_2", "resnet8")
-    assert students(Layer("environment", {"friendly": {"students": "resnet8,vgg8"}})) == ("resnet8", "vgg8")
-    assert students(Layer("file", {"friendly": "WRN-16-2"}), *set_layers(["friendly.tau=2"])) == ("wrn_16_2",)
+    assert students(ConfigSource("environment", {"friendly": {"students": "resnet8,vgg8"}})) == ("resnet8", "vgg8")
+    assert students(ConfigSource("file", {"friendly": "WRN-16-2"}), *set_layers(["friendly.tau=2"])) == ("wrn_16_2",)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,6 @@ def test_the_students_are_words_like_all_others() -> None:
 )
 def test_a_wrong_word_is_told_with_its_key(assignments: list[str], said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve("pretrain", [Layer("model", {"model": "resnet20"}), *set_layers(assignments)])
+        resolve("pretrain", [ConfigSource("model", {"model": "resnet20"}), *set_layers(assignments)])
     assert said in caught.value.message
     assert "\n" not in caught.value.message

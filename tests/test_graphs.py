@@ -10,17 +10,17 @@ import torch
 from test_engine import CLASSES, DATASET, SAMPLES, SIDE, FileDelivery, distiller_of
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.training import Runtime
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine.graphs import WARMUP, Cuda, Device, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.reporter import Silent
-from sakd_cli.engine.runtime import effective
+from sakd_cli.engine.reporter import NullReporter
+from sakd_cli.engine.runtime import resolve_mode
 from sakd_cli.engine.task import StepOutput
-from sakd_cli.engine.trainer import Judge, Outcome, Trainer
+from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
@@ -69,11 +69,11 @@ def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torc
     words |= {"method.negatives": 9} if method == "crd" else {}
     torch.manual_seed(42)
     student, teacher = (create("resnet8", CLASSES).to(device) for _ in range(2))
-    config = resolve("distill", [Layer("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
     labels = DATASET.train.labels
     task = assemble(config, student, teacher.requires_grad_(False).eval(), SIDE, labels).to(device)
     plain = TrainLoader(DATASET.train, DATASET, batch_size=3, seed=3, noise_width=task.noise_width, device=device)
-    loader = LookAhead(plain, task.foreseen, steps=2, device=device)
+    loader = LookAhead(plain, task.precompute, steps=2, device=device)
     test = EvalLoader(DATASET.test, DATASET, device=device)
     folder.mkdir()
     return Trainer(
@@ -81,10 +81,10 @@ def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torc
         loader,
         Optimizer(task.groups(), momentum=0.9, milestones=(2,), decay=0.1),
         RunDir(folder),
-        Silent(),
+        NullReporter(),
         epochs=3,
         log_every=5,
-        outcome=Outcome(Judge("test", test, test, CLASSES), FileDelivery(student)),
+        outcome=TrainingOutput(EvaluationData("test", test, test, CLASSES), FileDelivery(student)),
         recorder=SpotRecorder([(spot.name, spot.kind) for spot in task.spots], CLASSES, SAMPLES, device),
         graphs=graphs,
     )
@@ -140,11 +140,11 @@ def test_what_a_step_gives_holds_no_autograd_graph(tmp_path: Path) -> None:
 
 def test_a_graph_is_for_cuda_and_for_fixed_shapes() -> None:
     words = Runtime(graph=True, precision="bf16")
-    assert str(effective(words, CPU)) == "bf16, channels_last, pruned"
-    assert str(effective(words, torch.device("cuda"))) == "bf16, channels_last, fixed shapes, graph, look-ahead 8"
+    assert str(resolve_mode(words, CPU)) == "bf16, channels_last, pruned"
+    assert str(resolve_mode(words, torch.device("cuda"))) == "bf16, channels_last, fixed shapes, graph, look-ahead 8"
     pruned = nested({"teacher": "resnet8", "student": "resnet8", "runtime.graph": True, "runtime.shapes": "pruned"})
     with pytest.raises(UsageError, match="runtime: a step that is compiled or a graph has fixed shapes"):
-        resolve("distill", [Layer("test", pruned)])
+        resolve("distill", [ConfigSource("test", pruned)])
 
 
 def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from sakd_cli.data.boxes import NUMBERS, boxes, cut
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Unreadable, open_rgb
 from sakd_cli.data.files import Files
-from sakd_cli.data.generators import generator
+from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.data.prefetch import Pool
 from sakd_cli.data.sources import FileTrainLoader, eval_loader, train_loader, views
@@ -154,7 +154,7 @@ def test_hidden_and_other_files_are_no_pictures(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no picture")
     images = loaded(tmp_path)
-    images.gather()
+    images.preload()
     assert (len(images.dataset.classes), len(images.train)) == (3, 6)
 
 
@@ -270,7 +270,7 @@ def _dies(request: int) -> Tensor | Unreadable:
 def test_boxes_are_those_of_torchvision() -> None:
     """The same distribution: mean and spread of each number agree within their errors."""
     for size in ((48, 64), (20, 100)):
-        numbers = torch.rand(4000, NUMBERS, generator=generator(0, "boxes"))
+        numbers = torch.rand(4000, NUMBERS, generator=seeded_generator(0, "boxes"))
         ours = boxes(numbers, torch.tensor([size]).expand(4000, 2), (0.08, 1.0)).double()
         assert ((ours[:, 0] >= 0) & (ours[:, 0] + ours[:, 2] <= size[0])).all()
         assert ((ours[:, 1] >= 0) & (ours[:, 1] + ours[:, 3] <= size[1])).all()
@@ -285,7 +285,7 @@ def test_boxes_are_those_of_torchvision() -> None:
 
 
 def test_a_cut_of_everything_changes_nothing_and_a_mirrored_one_is_mirrored() -> None:
-    whole = torch.randint(256, (2, 3, 12, 12), dtype=torch.uint8, generator=generator(0, "whole"))
+    whole = torch.randint(256, (2, 3, 12, 12), dtype=torch.uint8, generator=seeded_generator(0, "whole"))
     size = torch.tensor([[30, 60], [12, 12]])
     everything = torch.tensor([[0, 0, 30, 60], [0, 0, 12, 12]])
     seen = cut(whole, everything, size, torch.tensor([False, True]), 12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Said, Shop
 
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.models.artifact import load
 from sakd_cli.models.table import create
 from sakd_cli.report.render import plots
@@ -49,7 +49,7 @@ def job_of(shop: Shop, monkeypatch: pytest.MonkeyPatch, **words: Any) -> build.J
     monkeypatch.chdir(shop.path)
     data = {"name": "shapes", "train": 80, "test": 40}
     tree = {"teacher": "deep", "student": "resnet8", "data": data, "method": {"name": "dfa", **words}}
-    return build.distillation(resolve("distill", [Layer("test", tree)]).config)
+    return build.distillation(resolve("distill", [ConfigSource("test", tree)]).config)
 
 
 def test_a_run_leaves_what_it_found_and_says_so(shop: Shop, searched: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def test_a_file_gives_its_mixtures_to_another_run(shop: Shop, searched: dict[str
     assert record_of(shop, "lent") == record_of(shop, "searched")
     assert done.document["search_seconds"] is None
     assert "warning" not in done.err
-    words = resolve("distill", [Layer("lent", build.RunDir(shop.path / "lent").config)]).config.method
+    words = resolve("distill", [ConfigSource("lent", build.RunDir(shop.path / "lent").config)]).config.method
     assert words.weights == str(shop.path / "searched" / "dfa.json")
     other = record_of(shop, "searched") | {"dataset": "cifar100"}
     (shop.path / "cifar.json").write_text(json.dumps(other))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import AdaptiveConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import aligned, mapped
@@ -43,7 +43,7 @@ OTHER_DEPTHS = [("resnet32x4", "vgg8"), ("resnet32x4", "MobileNetV2"), ("ResNet5
 
 def task_of(teacher: str, student: str, method: str, **more: Any) -> DistillTask:
     words = {"teacher.source": teacher, "student": student, "method.name": method, **more}
-    config = resolve("distill", [Layer("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
     with torch.device("cpu" if method == "ofd" else "meta"):  # ofd reads the teacher's BatchNorms when it is built
         theirs = create(teacher, CLASSES).requires_grad_(False).eval()
         return assemble(config, create(student, CLASSES), theirs, SIDE)

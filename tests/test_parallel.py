@@ -15,9 +15,9 @@ from torch import nn
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
-from sakd_cli.config.resolve import Layer, nested, resolve
-from sakd_cli.data.loader import turns
-from sakd_cli.engine.ddp import of_all_processes, spread
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.data.loader import step_slices
+from sakd_cli.engine.ddp import of_all_processes, wrap_ddp
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.task import Task
@@ -70,19 +70,19 @@ def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
     def work() -> Any:
         kept = []
         for size in (9, 2, 1):
-            (turn,) = turns(size, 9, 0)
+            (turn,) = step_slices(size, 9, 0)
             own = torch.arange(size, dtype=torch.float64)[turn.places]
             batch = Batch(own, own, own, own, whole=turn.whole, share=turn.share)
             x = (batch.images * 2).requires_grad_()
-            rows, sums = distributed.gathered(x, batch), distributed.total(x.sum(), batch)
-            mean = distributed.mean(x.mean(), batch).item()
+            rows, sums = distributed.all_gather(x, batch), distributed.all_reduce_sum_with_grad(x.sum(), batch)
+            mean = distributed.all_reduce_mean(x.mean(), batch).item()
             (gradient,) = torch.autograd.grad((rows.square().sum() + sums) * batch.share / 4, x)
             kept.append((rows.tolist(), sums.item(), mean, gradient.tolist(), x.tolist()))
         buffers = [torch.full((2,), float(distributed.rank())), torch.tensor(float(distributed.rank()))]
-        distributed.level(buffers)
-        poll = distributed.Poll()
+        distributed.average_buffers(buffers)
+        poll = distributed.AsyncMax()
         polled = [poll(number if distributed.rank() == 2 else 0) for number in (15, 0, 0)]
-        return kept, [b.tolist() for b in buffers], polled, list(distributed.part(range(6)))
+        return kept, [b.tolist() for b in buffers], polled, list(distributed.shard(range(6)))
 
     found = in_processes(4, tmp_path / "p", work)
     for kept, buffers, polled, _ in found:
@@ -100,15 +100,15 @@ def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
 def steps(task: Task) -> dict[str, Any]:
     """An epoch over 22 images in batches of 8, 8 and 6; the state afterwards and what the log would say."""
     task = task.train()
-    spread_task, said = spread(task), []
+    spread_task, said = wrap_ddp(task), []
     optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
     task.begin_epoch(1)
     optimizer.begin_epoch(1)
-    for turn in turns(IMAGES, BATCH, 0):
+    for turn in step_slices(IMAGES, BATCH, 0):
         batch = batch_of(*turn)
         output = spread_task(batch)
         optimizer.step(output.loss * batch.share)
-        distributed.level(distributed.running_statistics(task))
+        distributed.average_buffers(distributed.running_statistics(task))
         parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
         assert use is not None
         seen = (use.weight, labels, index, *use.events.values())
@@ -119,7 +119,7 @@ def steps(task: Task) -> dict[str, Any]:
 def task_of(method: str, router: str, *, norms: bool = False, dtype: torch.dtype = torch.float64) -> Task:
     given = {"teacher": "resnet14", "student": "resnet8", "method.name": method, "router": router, "train.lr": 0.01}
     given |= {"runtime.gather": True, "train.batch_size": BATCH}
-    config = resolve("distill", [Layer("test", nested(given))]).config
+    config = resolve("distill", [ConfigSource("test", nested(given))]).config
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
@@ -169,7 +169,7 @@ def test_shared_batchnorm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
 
     def work() -> Any:
         task = task_of("fitnet", "adaptive", norms=True, dtype=torch.float32)
-        distributed.synchronised(task)
+        distributed.convert_sync_batchnorm(task)
         return steps(single(task))
 
     for ours in in_processes(2, tmp_path / "p", work):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.config.residual import ResidualConfig
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.documents.evaluation import Evaluations
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
@@ -260,7 +260,7 @@ def test_zero_init_starts_by_changing_nothing() -> None:
 
     for init in ("zero", "default"):
         more = words | {"residual": {"students": 1, "init": init, "max_cost": 3}}
-        config = resolve("distill", [Layer("test", more)]).config
+        config = resolve("distill", [ConfigSource("test", more)]).config
         job = build.distillation(config, build.untrained_teacher(config))
         images = torch.randn(4, 3, 32, 32)
         base = job.network.eval().forward

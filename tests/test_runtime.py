@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import compiled, effective
+from sakd_cli.engine.runtime import compile_task, resolve_mode
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
@@ -31,7 +31,7 @@ def make(method: str, teacher: str = "resnet8", **runtime: Any) -> DistillTask:
     torch.manual_seed(3)
     ours, theirs = create("resnet8", CLASSES), create(teacher, CLASSES)
     theirs.train()(torch.randn(16, 3, 32, 32))
-    config = resolve("distill", [Layer("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
     return assemble(config, ours, theirs.requires_grad_(False).eval(), 32, torch.arange(60) % CLASSES).train()
 
 
@@ -62,13 +62,13 @@ def optimizer(task: DistillTask) -> Optimizer:
     ],
 )
 def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, said: str) -> None:
-    assert str(effective(Runtime(**words), torch.device(device))) == said
+    assert str(resolve_mode(Runtime(**words), torch.device(device))) == said
 
 
 def test_a_compiled_step_cannot_be_pruned() -> None:
     words = nested({"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "pruned"})
     with pytest.raises(UsageError, match="runtime: a step that is compiled"):
-        resolve("distill", [Layer("test", words)])
+        resolve("distill", [ConfigSource("test", words)])
 
 
 @pytest.mark.parametrize("method", ["fitnet", "vid"])
@@ -117,7 +117,7 @@ def same_as_eager(method: str, backend: str, tolerance: float) -> None:
     torch._dynamo.reset()
     counters.clear()
     task, eager = make(method, compile=True), make(method, compile=True)
-    task.compile(fullgraph=True, dynamic=False, backend=backend) if backend else compiled(task, torch.device("cpu"))
+    task.compile(fullgraph=True, dynamic=False, backend=backend) if backend else compile_task(task, torch.device("cpu"))
     ours, theirs = optimizer(task), optimizer(eager)
     for _ in range(2):
         for size in (8, 8, 3):

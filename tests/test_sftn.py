@@ -16,18 +16,18 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.reporter import Silent
+from sakd_cli.engine.reporter import NullReporter
 from sakd_cli.models import artifact
 from sakd_cli.models.adapters import ConvAdapter, Transform
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.branches import Branches, Tail
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.rundir import Intent
+from sakd_cli.rundir import ResumePlan
 from sakd_cli.runs import build, launch
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.sftn import SftnTask, branch_rows, imitation
@@ -95,7 +95,7 @@ def test_fully_detached_branches_leave_the_teachers_gradient_as_it_is() -> None:
 
 def job(tmp_path: Path, task: str = "pretrain", **words: Any) -> build.Job:
     tiny = {"data": {"name": "shapes", "train": 200, "test": 100}, "train": {"epochs": 1}, "runs_dir": str(tmp_path)}
-    config = resolve(task, [Layer("tiny", tiny), Layer("test", words)]).config
+    config = resolve(task, [ConfigSource("tiny", tiny), ConfigSource("test", words)]).config
     return build.pretraining(config) if task == "pretrain" else build.distillation(config)
 
 
@@ -103,7 +103,7 @@ def test_branches_that_weigh_nothing_leave_no_trace_in_the_teacher(tmp_path: Pat
     nothing = {"students": "resnet8", "lambda_kl": 0, "lambda_ce": 0}
     jobs = [job(tmp_path, model="resnet8"), job(tmp_path, model="resnet8", friendly=nothing)]
     for each in jobs:
-        launch.carry_out(each, Intent(), Silent())
+        launch.carry_out(each, ResumePlan(), NullReporter())
     ours, theirs = (each.network.state_dict() for each in jobs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
@@ -253,7 +253,7 @@ def test_the_teacher_is_saved_plain_and_every_method_distils_from_it(tmp_path: P
     assert torch.equal(teacher(images), task.network.eval()(images))
     for method in METHODS:
         words = {"teacher": "resnet14", "student": "resnet8", "method": method}
-        config = resolve("distill", [Layer("test", words)]).config
+        config = resolve("distill", [ConfigSource("test", words)]).config
         labels = torch.arange(CLASSES).repeat(3)
         distillation = build.assemble(config, create("resnet8", CLASSES), teacher, 32, labels)
         noise = torch.full((4, distillation.noise_width), 0.5)
@@ -283,12 +283,12 @@ def test_a_friendly_teacher_is_nearer_to_its_branches_the_more_so_the_more_it_we
 
 def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> None:
     first = job(tmp_path, model="resnet8")
-    where, summary = launch.carry_out(first, Intent(), Silent())
+    where, summary = launch.carry_out(first, ResumePlan(), NullReporter())
     again = job(tmp_path, model="resnet8", init_from=str(where.path), friendly="resnet8", seed=1)
     assert (again.config.train.lr, again.task.groups()[1].lr) == (0.01, 0.01)
     saved, loaded = first.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-    judge = launch._judge(again, Silent())
+    judge = launch._judge(again, NullReporter())
     assert evaluate(again.network, judge.test, judge.classes).headline() == {
         key: summary["headline"][key] for key in ("top1", "top5", "loss")
     }
@@ -298,7 +298,7 @@ def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> Non
 
 def test_fine_tuning_is_short_and_slow_unless_told_otherwise() -> None:
     def train(**words: Any) -> tuple[int, float | None, tuple[int, ...]]:
-        found = resolve("pretrain", [Layer("test", {"model": "resnet8"} | words)]).config.train
+        found = resolve("pretrain", [ConfigSource("test", {"model": "resnet8"} | words)]).config.train
         return found.epochs, found.lr, found.decay_epochs()
 
     assert train(init_from="x") == (60, 0.01, (37, 45, 52))

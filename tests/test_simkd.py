@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.networks import find_network, find_trainable
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
@@ -76,7 +76,7 @@ def test_a_stage_is_declared_signed_where_its_output_can_be_negative(name: str) 
 
 def task_of(student: str, teacher: str, router: str, **words: Any) -> tuple[DistillTask, StagedModel]:
     words |= {"teacher.source": teacher, "student": student, "method.name": "simkd", "router.name": router}
-    config = resolve("distill", [Layer("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
     torch.manual_seed(3)
     theirs = create(teacher, CLASSES)
     with torch.no_grad():

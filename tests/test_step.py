@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import count
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.staged import StagedModel
@@ -36,7 +36,7 @@ def _float64() -> Any:
 def make(method: str, router: str, student: str = "resnet8", teacher: str = "resnet14", **more: Any) -> DistillTask:
     """A task on two freshly drawn networks with BatchNorm statistics that are not the initial ones."""
     words = {"teacher.source": teacher, "student": student, "method.name": method, "router.name": router, **more}
-    config = resolve("distill", [Layer("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
     torch.manual_seed(3)
     ours, theirs = create(student, CLASSES), create(teacher, CLASSES)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def routing_case() -> tuple[DistillTask, Batch, dict[str, Any], dict[str, Tensor
         "method": {"name": case["method"].lower(), "weight": case["beta"], "temperature": case["T"]},
         "router": {"name": "adaptive", "gamma": case["gamma"]},
     }
-    config = resolve("distill", [Layer("test", words)]).config
+    config = resolve("distill", [ConfigSource("test", words)]).config
     salts = case["salts"]
     teacher = fill(create(case["teacher"], case["num_classes"]), salts["teacher"]).requires_grad_(False).eval()
     student = fill(create(case["student"], case["num_classes"]), salts["student"])

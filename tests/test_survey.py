@@ -55,11 +55,11 @@ def test_a_run_keeps_what_its_router_makes_of_every_training_image(shop: Shop, r
 
 def test_the_probabilities_are_those_of_the_policy_on_features_in_evaluation_mode(shop: Shop, routed: Path) -> None:
     kept, words = columns(routed, shop), json.loads((shop.path / routed / "student" / "config.json").read_text())
-    from sakd_cli.config.resolve import Layer, resolve
+    from sakd_cli.config.resolve import ConfigSource, resolve
     from sakd_cli.rundir import RunDir
 
     run = RunDir(shop.path / routed)
-    config = resolve("distill", [Layer("run", run.config)]).config
+    config = resolve("distill", [ConfigSource("run", run.config)]).config
     split = load_images(config.data).train
     mean, std = (torch.tensor(words[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     images = (split.images[:50].float() / 255 - mean) / std

@@ -10,7 +10,7 @@ from sakd_cli.cli.sweep import understood
 from sakd_cli.config.grid import Grid
 from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.documents.sweep import SweepDocument
-from sakd_cli.report.sweep.results import Entry, published, sweep_document
+from sakd_cli.report.sweep.results import SweepEntry, published, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.rundir import RunDir
 
@@ -21,18 +21,18 @@ def grid_of(file: str, **options: Any) -> Grid:
     return understood(file, NONE | {"budget": None} | options)[2]
 
 
-def entry(folder: Path, router: str | None, seed: int, top1: float, **words: Any) -> Entry:
+def entry(folder: Path, router: str | None, seed: int, top1: float, **words: Any) -> SweepEntry:
     run = RunDir(folder / f"{router}-{seed}-{len(list(folder.iterdir()))}")
     run.path.mkdir()
     summary = {"headline": {"top1": top1}, "best": {"top1": top1 + 0.1}, "seconds": 60, "teacher": {"top1": 72.5}}
     (run.path / "summary.json").write_text(json.dumps(summary))
     about = {"role": "student", "teacher": "resnet56", "student": "resnet20", "method": "fitnet", "epochs": 24}
     about |= {"dataset": "cifar100", "whole": True, "state": "done", "resumed": False, "before": False, "error": None}
-    return Entry(**{"key": f"{router} {seed}", "router": router, "seed": seed, "run": run} | about | words)
+    return SweepEntry(**{"key": f"{router} {seed}", "router": router, "seed": seed, "run": run} | about | words)
 
 
 @pytest.fixture
-def entries(tmp_path: Path) -> list[Entry]:
+def entries(tmp_path: Path) -> list[SweepEntry]:
     always, adaptive = (70.0, 70.2, 70.4, 70.1), (70.5, 70.6, 71.0)  # the last seed is not there yet
     made = [entry(tmp_path, "always", seed, top1) for seed, top1 in enumerate(always)]
     made += [entry(tmp_path, "adaptive", seed, top1) for seed, top1 in enumerate(adaptive)]
@@ -40,7 +40,7 @@ def entries(tmp_path: Path) -> list[Entry]:
     return [*made, entry(tmp_path, None, 0, 68.0, **alone)]
 
 
-def test_gains_are_paired_by_seed_and_stand_beside_the_published_ones(entries: list[Entry]) -> None:
+def test_gains_are_paired_by_seed_and_stand_beside_the_published_ones(entries: list[SweepEntry]) -> None:
     document = sweep_document("mine", entries)
     SweepDocument.model_validate(document)
     [gain] = document["gains"]

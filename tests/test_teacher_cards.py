@@ -10,7 +10,7 @@ from conftest import TINY, Shop
 
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import sha256
-from sakd_cli.runs.locate import Claim, claimed, compared
+from sakd_cli.runs.locate import Claim, compare_with_card, read_claim
 
 PAIR = ["distill", "--student", "resnet8", "--method", "kd", *TINY]
 
@@ -84,19 +84,19 @@ def test_two_tenths_of_a_point_or_one_image() -> None:
     for top1, images, fits in ((75.2, 10000, True), (75.21, 10000, False), (74.8, 10000, True), (74.79, 10000, False)):
         measured = Claim("cifar100", images, top1)
         if fits:
-            assert compared(here, claim, measured, allowed=False) is None
+            assert compare_with_card(here, claim, measured, allowed=False) is None
         else:
             with pytest.raises(UsageError, match="its card says 75"):
-                compared(here, claim, measured, allowed=False)
+                compare_with_card(here, claim, measured, allowed=False)
     few = Claim("shapes", 100, 50.0)
-    assert compared(here, few, Claim("shapes", 100, 51.0), allowed=False) is None
+    assert compare_with_card(here, few, Claim("shapes", 100, 51.0), allowed=False) is None
     with pytest.raises(UsageError):
-        compared(here, few, Claim("shapes", 100, 52.0), allowed=False)
-    assert "names no accuracy" in str(compared(here, few._replace(top1=None), few, allowed=False))
+        compare_with_card(here, few, Claim("shapes", 100, 52.0), allowed=False)
+    assert "names no accuracy" in str(compare_with_card(here, few._replace(top1=None), few, allowed=False))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"sha256": "x", "top1": "much"}', "{" * 1000])
 def test_a_damaged_card_is_one_line(copied: Path, text: str) -> None:
     (copied / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match="card is damaged"):
-        claimed(copied, "x")
+        read_claim(copied, "x")

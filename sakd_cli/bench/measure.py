@@ -12,7 +12,7 @@ import torch
 from sakd_cli.bench.phases import phases
 from sakd_cli.bench.steps import OURS, Setup, Step, steps
 from sakd_cli.bench.timing import BUSY, SPREAD, Ratio, Times, interleaved
-from sakd_cli.engine.runtime import effective, environment
+from sakd_cli.engine.runtime import environment, resolve_mode
 
 SCHEMA = "sakd.bench/1"
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -138,7 +138,7 @@ def machine(setup: Setup) -> dict[str, Any]:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = (fields.get("flags") or fields.get("Features") or "").split()
-    return environment(setup.device, effective(setup.config.runtime, setup.device)) | {
+    return environment(setup.device, resolve_mode(setup.config.runtime, setup.device)) | {
         "cpu": fields.get("model name"),
         "cpu_flags": [flag for flag in FLAGS if flag in flags],
         "cores": os.cpu_count(),

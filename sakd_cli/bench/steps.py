@@ -18,7 +18,7 @@ from sakd_cli.distillers.crd import CRD
 from sakd_cli.engine.graphs import Cuda, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import compiled, compiled_pass, effective, pick_device
+from sakd_cli.engine.runtime import compile_forward, compile_task, pick_device, resolve_mode
 from sakd_cli.engine.task import StepOutput, Task
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -129,7 +129,7 @@ class Endless:
 def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
     """One step of a task as the trainer does it; counted before it is compiled or captured, if it is to be."""
     given, optimizer = batch_of(setup, task, spots), optimizer_of(task)
-    mode = effective(setup.config.runtime, setup.device)
+    mode = resolve_mode(setup.config.runtime, setup.device)
     batches: Iterator[Batch] = itertools.repeat(given)
 
     def step(batch: Batch) -> StepOutput:
@@ -147,9 +147,9 @@ def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Ste
         there += task.teacher_features.network.state_dict().values()
     counted = count(call, there)
     if mode.compiled:
-        compiled(task, setup.device, graphed=mode.graphed)
+        compile_task(task, setup.device, graphed=mode.graphed)
     if isinstance(task, DistillTask) and mode.ahead > 1:
-        look = compiled_pass(task.foreseen) if mode.compiled else task.foreseen
+        look = compile_forward(task.precompute) if mode.compiled else task.precompute
         batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
     if mode.graphed:
         advance = GraphedStep(step, Cuda(setup.device), lambda: RATE)
@@ -176,8 +176,8 @@ def plain_distillation(setup: Setup) -> Step:
 def steps(setup: Setup) -> list[Step]:
     """All that are compared, the literal published step last where the method has one."""
     student, _ = calibrated(setup)
-    mode = effective(setup.config.runtime, setup.device)
-    alone = PretrainTask(mode.laid_out(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
+    mode = resolve_mode(setup.config.runtime, setup.device)
+    alone = PretrainTask(mode.to_memory_format(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
     everywhere = built(setup, router=AlwaysConfig())
     made = [
         ours(setup, "plain", "the student alone", alone),

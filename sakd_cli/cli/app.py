@@ -26,7 +26,7 @@ from sakd_cli.cli import (
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.render.format import printable
-from sakd_cli.torchrun import speaks
+from sakd_cli.torchrun import is_console_process
 
 EPILOG = (
     "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
@@ -74,14 +74,14 @@ app.command("compare", rich_help_panel="Look")(compare.compare)
 app.command("report", rich_help_panel="Look")(compare.report)
 app.command("inspect-spots", rich_help_panel="Look")(inspect_spots.inspect_spots)
 app.command("bench", rich_help_panel="Look")(bench.bench)
-app.command("list", rich_help_panel="Words")(show.listing)
+app.command("list", rich_help_panel="Config")(show.listing)
 config_app.command("show")(show.show_config)
 show_app.command("method")(show.show_method)
 show_app.command("schema")(show.show_schema)
 data_app.command("check")(data_check.check)
 app.add_typer(data_app, name="data", rich_help_panel="Look")
-app.add_typer(show_app, name="show", rich_help_panel="Words")
-app.add_typer(config_app, name="config", rich_help_panel="Words")
+app.add_typer(show_app, name="show", rich_help_panel="Config")
+app.add_typer(config_app, name="config", rich_help_panel="Config")
 
 
 def run(arguments: list[str]) -> int:
@@ -93,7 +93,9 @@ def run(arguments: list[str]) -> int:
             complain("interrupted")
         return code
     except SakdError as error:
-        if speaks() or not isinstance(error, UsageError | DataError | CheckpointError):  # every process finds those
+        if is_console_process() or not isinstance(
+            error, UsageError | DataError | CheckpointError
+        ):  # every process finds those
             complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config import sources
-from sakd_cli.config.resolve import Layer, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
 
 DEFAULTS = {"teacher.source": "resnet56", "student": "resnet20"}
 Count = Annotated[int, typer.Option(min=1, help="Times that every step is timed.", rich_help_panel="Run")]
@@ -70,8 +70,10 @@ def bench(
 
         sakd bench --scaling batch --json > result.json
     """
-    words = resolve("distill", [Layer("the bench's default", nested(DEFAULTS)), *sources.layers(ctx.params)]).config
-    talk = Talk(quiet=quiet)
+    words = resolve(
+        "distill", [ConfigSource("the bench's default", nested(DEFAULTS)), *sources.layers(ctx.params)]
+    ).config
+    talk = ConsoleReporter(quiet=quiet)
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
         found = _found(words, talk, rounds, scaling, compare, (peer, peer_entry))
     if json:
@@ -83,7 +85,12 @@ def bench(
 
 
 def _found(
-    words: Any, talk: Talk, rounds: int, axis: str | None, compare: Path | None, peer: tuple[Path | None, str]
+    words: Any,
+    talk: ConsoleReporter,
+    rounds: int,
+    axis: str | None,
+    compare: Path | None,
+    peer: tuple[Path | None, str],
 ) -> dict[str, Any]:
     from sakd_cli.bench import measure
     from sakd_cli.bench.compare import comparison, earlier, must_be_alike

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 
@@ -59,7 +59,7 @@ def report(run: RunArgument, out: Out = None, json: o.Json = False, quiet: o.Qui
     from sakd_cli.report.render import html, plots
     from sakd_cli.report.runs.page import run_page, save_pictures
 
-    where, talk = RunDir(run), Talk(quiet=quiet)
+    where, talk = RunDir(run), ConsoleReporter(quiet=quiet)
     path = out or run / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {path}: a page's name ends in .html")

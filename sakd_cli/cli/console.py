@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sakd_cli.report.render.format import plain, printable
-from sakd_cli.torchrun import speaks
+from sakd_cli.torchrun import is_console_process
 
 SILENCE = 60  # seconds after which a run says how far it is, where there is no bar
 LONGEST, LONGEST_HINT = 192, 400  # characters of a message; commands in a hint must be whole to be of use
@@ -32,7 +32,7 @@ def err() -> Console:
 
 def show(*renderables: RenderableType) -> None:
     """Print tables and text to stdout."""
-    if not speaks():
+    if not is_console_process():
         return
     console = out()
     for renderable in renderables:
@@ -43,7 +43,7 @@ def show(*renderables: RenderableType) -> None:
 
 def emit(document: Any) -> None:
     """Print the one JSON document of `--json`."""
-    if speaks():
+    if is_console_process():
         print(json.dumps(document, indent=2, allow_nan=False))
 
 
@@ -61,11 +61,11 @@ def complain(message: str, hint: str | None = None) -> None:
         console.print(f"[dim]hint:[/] {escape(clean(hint, LONGEST_HINT))}")
 
 
-class Talk:
+class ConsoleReporter:
     """Follows a run on stderr: a bar on a terminal, one line per interval elsewhere, nothing when quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet or not speaks()
+        self.quiet = quiet or not is_console_process()
         self.console = err()
         self.steps = 0
         self._bar: Progress | None = None
@@ -101,7 +101,7 @@ class Talk:
 
     def warn(self, text: str) -> None:
         """One line that is shown even where talk is not."""
-        if not speaks():
+        if not is_console_process():
             return
         self.console.print(f"[bold yellow]warning:[/] {escape(clean(text))}")
 

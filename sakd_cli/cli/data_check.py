@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
-from sakd_cli.config.resolve import Layer, nested, resolve, set_layers
+from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_layers
 from sakd_cli.errors import DataError
 
 What = Annotated[str, typer.Argument(metavar="DIR|NAME", help="A folder of pictures, or a data set by name.")]
@@ -28,11 +28,11 @@ def check(
     """
     named = what in DATASETS
     words = {"data.name": what if named else ImageFolderConfig().name, "data.root": data_root if named else what}
-    config = resolve("eval", [Layer("the command line", nested(words)), *set_layers(set_ or [])]).config.data
+    config = resolve("eval", [ConfigSource("the command line", nested(words)), *set_layers(set_ or [])]).config.data
     from sakd_cli.data.check import check as checked
     from sakd_cli.report.data_check import data_tables
 
-    talk = Talk(quiet=quiet)
+    talk = ConsoleReporter(quiet=quiet)
     try:
         document = checked(config, lambda count: talk.begin(f"reading {count} files", count), talk.advance)
     finally:

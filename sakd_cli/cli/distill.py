@@ -11,11 +11,11 @@ import typer
 
 from sakd_cli.cli import options as o
 from sakd_cli.cli.compare import compared
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config.training import DistillConfig, TeacherConfig
-from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import find_teacher, is_missing
-from sakd_cli.runs.resume import AUTO, understood
+from sakd_cli.runs.resume import AUTO, resolve_command
 from sakd_cli.sweep.series import is_series, series, train_all, train_together
 
 
@@ -31,7 +31,7 @@ def pretrain_teacher(
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
     preset: o.Preset = None,
-    config: o.Config = None,
+    config: o.ConfigFile = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     run_dir: o.RunFolder = None,
@@ -55,7 +55,7 @@ def pretrain_teacher(
 
         sakd pretrain-teacher wrn40_2 --student-friendly wrn16_2
     """
-    words, intent = understood("pretrain", ctx.params)
+    words, intent = resolve_command("pretrain", ctx.params)
     if intent.finished:
         _finish(intent.summary(), dry_run=False, json=json)
         return
@@ -64,7 +64,7 @@ def pretrain_teacher(
     if dry_run:
         _finish(tried(words), dry_run=True, json=json)
         return
-    talk = Talk(quiet=quiet)
+    talk = ConsoleReporter(quiet=quiet)
     where, summary = Session(talk, guard=talk.heeding_signals).pretrained(words, intent)
     _finish({"run": str(where.path)} | summary, dry_run=False, json=json)
 
@@ -79,7 +79,7 @@ def distill(
     router: o.Router = None,
     residual_students: o.ResidualStudents = None,
     pretrain: o.Pretrain = None,
-    teacher_bank: o.TeacherBank = None,
+    teacher_bank: o.TeacherCache = None,
     allow_teacher_mismatch: o.AllowTeacherMismatch = None,
     with_control: o.WithControl = False,
     routers: o.Routers = None,
@@ -93,7 +93,7 @@ def distill(
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
     preset: o.Preset = None,
-    config: o.Config = None,
+    config: o.ConfigFile = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     run_dir: o.RunFolder = None,
@@ -122,8 +122,8 @@ def distill(
 
 
 def _distil(params: Mapping[str, Any], *, json: bool) -> None:
-    talk, dry_run, resume = Talk(quiet=params["quiet"]), params["dry_run"], params["resume"]
-    words, intent = understood("distill", params)
+    talk, dry_run, resume = ConsoleReporter(quiet=params["quiet"]), params["dry_run"], params["resume"]
+    words, intent = resolve_command("distill", params)
     several, many = series(words, params), is_series(params) and not dry_run
     if not many and intent.finished and intent.resume:
         _picture(intent.resume, talk)
@@ -160,13 +160,13 @@ def _this_again(resume: str | None) -> str:
     return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
 
 
-def _distilled(words: DistillConfig, intent: Intent, session: Any, again: str | None = None) -> dict[str, Any]:
+def _distilled(words: DistillConfig, intent: ResumePlan, session: Any, again: str | None = None) -> dict[str, Any]:
     where, summary = session.distilled(words, intent, again)
     _picture(where, session.watcher)
     return {"run": str(where.path)} | summary
 
 
-def _picture(run: RunDir, talk: Talk) -> None:
+def _picture(run: RunDir, talk: ConsoleReporter) -> None:
     """What the run mixed of its teacher's blocks, drawn, where it did."""
     from sakd_cli.report.spots.mixtures import PICTURE, mixture_report
 

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config import sources
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
 from sakd_cli.tasks.targets import check_teacher, what_to_score
@@ -50,7 +50,7 @@ def evaluate(
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
     preset: o.Preset = None,
-    config: o.Config = None,
+    config: o.ConfigFile = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     batch_size: EvalBatch = None,
@@ -70,7 +70,7 @@ def evaluate(
     """
     _check(adaptive and always_on, plot, len(targets or ()))
     given = sources.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
-    given += [] if batch_size is None else [Layer("--batch-size", {"batch_size": batch_size})]
+    given += [] if batch_size is None else [ConfigSource("--batch-size", {"batch_size": batch_size})]
     runs_dir_ = resolve("eval", given).config.runs_dir
     found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
     forced = adaptive or always_on or sweep or plot is not None
@@ -78,7 +78,7 @@ def evaluate(
     from sakd_cli.runs.evaluate_ensemble import evaluations
 
     kinds = {"forced": forced, "early": not always_on, "curve": sweep or plot is not None}
-    results = evaluations(found, given, Talk(quiet=quiet), compelled=teacher is not None, **kinds)
+    results = evaluations(found, given, ConsoleReporter(quiet=quiet), compelled=teacher is not None, **kinds)
     if plot is not None:
         told = results[0]["ensemble"]
         label = "thresholds in use" if told["early"] else "all members for every image"

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config import sources
 from sakd_cli.config.resolve import resolve
 from sakd_cli.tasks.targets import target_or_newest
@@ -78,7 +78,7 @@ def export(
     from sakd_cli.export.export import export as carry_out
 
     order = Order(format.value, out, overwrite, normalise, opset)
-    document = carry_out(where, order, layers, Talk(quiet=quiet))
+    document = carry_out(where, order, layers, ConsoleReporter(quiet=quiet))
     if json:
         emit(document)
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config import sources
 from sakd_cli.config.resolve import resolve
 
@@ -43,7 +43,7 @@ def import_weights(
     """
     words = {key: value for key, value in ctx.params.items() if key != "model"}
     config = resolve("eval", sources.layers(words)).config
-    talk = Talk(quiet=quiet)
+    talk = ConsoleReporter(quiet=quiet)
     from sakd_cli.export.import_weights import import_weights as carry_out
 
     result = carry_out(file, model, config, out, talk)

@@ -11,7 +11,7 @@ import typer
 
 from sakd_cli.api import looked_at, run_to_look_at
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.errors import DiskError, UsageError
 
 
@@ -69,7 +69,7 @@ def inspect_spots(
     seed: DrawSeed = 0,
     dataset: o.Dataset = None,
     data_root: o.DataRoot = None,
-    config: o.Config = None,
+    config: o.ConfigFile = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     device: o.Device = None,
@@ -98,7 +98,7 @@ def inspect_spots(
     from sakd_cli.report.spots import measure
 
     _check(ctx.params)
-    talk = Talk(quiet=quiet)
+    talk = ConsoleReporter(quiet=quiet)
     words = {name: value for name, value in ctx.params.items() if name != "seed"}
     where = run_to_look_at(run, words)
     kept = max(extremes, measure.KEPT)
@@ -129,7 +129,7 @@ def _check(words: dict[str, Any]) -> None:
         plots.checked(words["plot"])
 
 
-def _write_page(report: dict[str, Any], images: dict[int, Any], path: Path, talk: Talk) -> None:
+def _write_page(report: dict[str, Any], images: dict[int, Any], path: Path, talk: ConsoleReporter) -> None:
     from sakd_cli.report.render import html, plots
     from sakd_cli.report.spots.page import spot_page
 

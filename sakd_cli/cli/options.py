@@ -138,7 +138,7 @@ Preset = Annotated[
         rich_help_panel="Configuration",
     ),
 ]
-Config = Annotated[
+ConfigFile = Annotated[
     Path | None, typer.Option(help="A whole run or part of one as YAML.", rich_help_panel="Configuration")
 ]
 Set = Annotated[
@@ -199,7 +199,7 @@ Deterministic = Annotated[
     bool | None,
     typer.Option("--deterministic", help="The same bits from the same seed on a GPU too.", rich_help_panel="Run"),
 ]
-TeacherBank = Annotated[
+TeacherCache = Annotated[
     bool | None,
     typer.Option(
         "--teacher-bank",

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config import datasets, methods, networks, presets, routers
 from sakd_cli.config.base import summary
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
@@ -73,7 +73,7 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
         Kind.routers: routers.ROUTERS,
         Kind.datasets: datasets.DATASETS,
     }
-    found = usable(tables[kind], Talk(quiet=True).warn)
+    found = usable(tables[kind], ConsoleReporter(quiet=True).warn)
     return [{"name": name, "about": summary(config)} | _whose(tables[kind], name) for name, config in found.items()]
 
 
@@ -89,7 +89,7 @@ def _plugged_networks() -> list[dict[str, Any]]:
         try:
             network = networks.find_network(name)
         except UsageError as error:
-            Talk(quiet=True).warn(error.message)
+            ConsoleReporter(quiet=True).warn(error.message)
             continue
         rows.append({"name": name, "family": network.family, "lr": network.lr, "package": first.package})
     return rows
@@ -154,7 +154,7 @@ def show_config(
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
     preset: o.Preset = None,
-    config: o.Config = None,
+    config: o.ConfigFile = None,
     set_: o.Set = None,
     runs_dir: o.RunsDir = None,
     device: o.Device = None,

@@ -12,20 +12,20 @@ import typer
 import yaml
 
 from sakd_cli.cli import options as o
-from sakd_cli.cli.console import Talk, emit, show
-from sakd_cli.cli.sweep_progress import Board
+from sakd_cli.cli.console import ConsoleReporter, emit, show
+from sakd_cli.cli.sweep_progress import ProgressTable
 from sakd_cli.config import presets, sources
 from sakd_cli.config.grid import Grid, grid
-from sakd_cli.config.resolve import Layer, file_layer, flat, resolve
+from sakd_cli.config.resolve import ConfigSource, file_layer, flat, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import SeriesError, Stopped, UsageError
 from sakd_cli.rundir import write_aside
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
-from sakd_cli.sweep.scheduler import Conductor, Entry, State, weights_of
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, weights_of
 from sakd_cli.sweep.subprocesses import worst
-from sakd_cli.torchrun import check_alone
+from sakd_cli.torchrun import require_single_process
 
 SWEEP = "sweep"
 SIDE = 32  # pixels of the images of a data set whose words do not say it
@@ -109,13 +109,13 @@ def sweep(
     """
     if csv and json:
         raise UsageError("--csv and --json are two documents; choose one")
-    check_alone("sakd sweep")
+    require_single_process("sakd sweep")
     from sakd_cli.report.sweep.tables import plan_tables
 
-    talk = Talk(quiet=quiet)
+    talk = ConsoleReporter(quiet=quiet)
     name, words, runs = understood(file, ctx.params)
     folder = runs.members[0].config.runs_dir
-    conductor = Conductor(runs.members, folder, folder / "sweeps" / name)
+    conductor = Scheduler(runs.members, folder, folder / "sweeps" / name)
     skipped = runs.skipped | _impossible(conductor, words)
     if dry_run:
         planned = plan(name, conductor, skipped, measure, talk)
@@ -139,14 +139,14 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
         raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
     part: dict[str, Any] = {key: params[key].split(",") for key in ("methods", "pairs", "routers") if params[key]}
     part |= {"seeds": params["seeds"]} if params["seeds"] else {}
-    words = resolve(SWEEP, [layer, *(Layer(f"--{key}", {key: value}) for key, value in part.items())]).config
+    words = resolve(SWEEP, [layer, *(ConfigSource(f"--{key}", {key: value}) for key, value in part.items())]).config
     assert isinstance(words, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
     layers = sources.layers({**given, "set_": params["set_"]})
     return path.stem, words, grid(words, layers, params["budget"])
 
 
-def _impossible(conductor: Conductor, words: SweepConfig) -> dict[str, str]:
+def _impossible(conductor: Scheduler, words: SweepConfig) -> dict[str, str]:
     """Methods that cannot be used for a pair, left out with the reason. Raises UsageError where they are refused."""
     cells: dict[str, tuple[DistillConfig, list[str]]] = {}
     for key, entry in conductor.entries.items():
@@ -173,7 +173,7 @@ def _impossible(conductor: Conductor, words: SweepConfig) -> dict[str, str]:
     return skipped
 
 
-def _carry_out(conductor: Conductor, params: Mapping[str, Any], talk: Talk) -> None:
+def _carry_out(conductor: Scheduler, params: Mapping[str, Any], talk: ConsoleReporter) -> None:
     """Run what is not finished; nothing is started where all is."""
     if not conductor.unfinished():
         return
@@ -185,10 +185,10 @@ def _carry_out(conductor: Conductor, params: Mapping[str, Any], talk: Talk) -> N
             executor.close()
 
 
-def _conduct(conductor: Conductor, executor: Executor, talk: Talk) -> None:
+def _conduct(conductor: Scheduler, executor: Executor, talk: ConsoleReporter) -> None:
     counts = conductor.counts()
     talk.say(f"{counts[State.waiting]} of {len(conductor.entries)} runs to do, on {executor.about()}")
-    board = Board(conductor, talk)
+    board = ProgressTable(conductor, talk)
     with talk.heeding_signals(), board.shown():
         try:
             conductor.go(executor, talk.stop, board.glance, PAUSE)
@@ -197,7 +197,7 @@ def _conduct(conductor: Conductor, executor: Executor, talk: Talk) -> None:
             raise Stopped(stopped.signal, stopped.saved, f"go on with {again}") from None
 
 
-def _executor(params: Mapping[str, Any], conductor: Conductor) -> Executor:
+def _executor(params: Mapping[str, Any], conductor: Scheduler) -> Executor:
     """Raises UsageError where it is not to be had, or the words are not for it."""
     resources = dict(_assignment(word) for word in params["resource"] or [])
     per_gpu, where = params["jobs_per_gpu"], params["executor"]
@@ -222,14 +222,14 @@ def _assignment(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-def _document(name: str, conductor: Conductor, skipped: Mapping[str, str]) -> dict[str, Any]:
+def _document(name: str, conductor: Scheduler, skipped: Mapping[str, str]) -> dict[str, Any]:
     from sakd_cli.report.sweep.results import sweep_document
 
     return sweep_document(name, [_row(entry) for entry in conductor.entries.values()], skipped.items())
 
 
-def _row(entry: Entry) -> Any:
-    from sakd_cli.report.sweep.results import Entry as Row
+def _row(entry: ScheduledRun) -> Any:
+    from sakd_cli.report.sweep.results import SweepEntry as Row
 
     member, config = entry.member, entry.member.config
     words = flat(config.model_dump(mode="json"))
@@ -265,7 +265,7 @@ def _printed(document: dict[str, Any], *, csv: bool, json: bool, markdown: Path 
         show(*sweep_tables(document))
 
 
-def _complain(conductor: Conductor) -> None:
+def _complain(conductor: Scheduler) -> None:
     """Raise SeriesError where a run failed, once the table of the others is printed."""
     failed = [entry for entry in conductor.entries.values() if entry.state is State.failed]
     if failed:

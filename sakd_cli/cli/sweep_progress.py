@@ -7,23 +7,23 @@ from contextlib import contextmanager
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from sakd_cli.cli.console import Talk
+from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.report.render.format import duration, fixed, number, word
 from sakd_cli.report.render.sheet import Column, Sheet
 from sakd_cli.rundir import RunDir
-from sakd_cli.sweep.scheduler import Conductor, Entry, State
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 SHOWN = 8  # runs that ended last, below those that run
 GLANCE = 2.0  # seconds between two looks at the logs of what runs
 
 
-class Board:
+class ProgressTable:
     """Follows a conductor."""
 
-    def __init__(self, conductor: Conductor, talk: Talk) -> None:
+    def __init__(self, conductor: Scheduler, talk: ConsoleReporter) -> None:
         self.conductor, self.talk = conductor, talk
         self.terminal = talk.console.is_terminal and not talk.quiet
-        self.ended: list[Entry] = []
+        self.ended: list[ScheduledRun] = []
         self._live: Live | None = None
         self._looked = 0.0
         self._begun: dict[str, tuple[int, float]] = {}  # epoch and time at which it was first seen
@@ -47,7 +47,7 @@ class Board:
             self._looked = time.monotonic()
             self._live.update(self._table(), refresh=True)
 
-    def _changed(self, entry: Entry) -> None:
+    def _changed(self, entry: ScheduledRun) -> None:
         if entry.state is not State.running and entry.state is not State.waiting:
             self.ended.append(entry)
         if self._live is None:
@@ -62,7 +62,7 @@ class Board:
         counts = ", ".join(f"{count} {state}" for state, count in self.conductor.counts().items() if count)
         return Group(Sheet("", columns, rows, [f"{counts}. Ctrl-C saves every run; the same command goes on."]))
 
-    def _row(self, entry: Entry) -> list[str]:
+    def _row(self, entry: ScheduledRun) -> list[str]:
         epoch, step, top1 = progress(entry.run)
         epochs = entry.member.config.train.epochs
         left = None
@@ -86,13 +86,13 @@ def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:
     return epoch, step, top1
 
 
-def _word(entry: Entry) -> str:
+def _word(entry: ScheduledRun) -> str:
     if entry.state is State.running and entry.resumed:
         return "resumed"
     return entry.state.value
 
 
-def _told(entry: Entry) -> str:
+def _told(entry: ScheduledRun) -> str:
     if entry.error:
         return f": {entry.error}"
     if entry.state is not State.done or entry.run is None:

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from sakd_cli.errors import unknown
 
 
-class Words(BaseModel):
+class Config(BaseModel):
     """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number, nor are 100 digits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -28,11 +28,11 @@ class Words(BaseModel):
         return value
 
 
-def chosen_by_name(kind: str, table: Mapping[str, type[Words]], default: str) -> BeforeValidator:
+def chosen_by_name(kind: str, table: Mapping[str, type[Config]], default: str) -> BeforeValidator:
     """Turn `fitnet` or `{name: fitnet, weight: 2}` into an object of the class that `table` names."""
 
     def choose(value: Any) -> Any:
-        if isinstance(value, Words):
+        if isinstance(value, Config):
             return value
         words = {"name": value} if isinstance(value, str) else value
         if not isinstance(words, dict) or not isinstance(words.get("name", default), str):
@@ -45,7 +45,7 @@ def chosen_by_name(kind: str, table: Mapping[str, type[Words]], default: str) ->
     return BeforeValidator(choose)
 
 
-def by_name(base: type[Words]) -> dict[str, type[Any]]:
+def by_name(base: type[Config]) -> dict[str, type[Any]]:
     """All classes below `base` that have a name of their own, keyed by it."""
     table: dict[str, type[Any]] = {}
     for kind in base.__subclasses__():
@@ -54,6 +54,6 @@ def by_name(base: type[Words]) -> dict[str, type[Any]]:
     return table
 
 
-def summary(kind: type[Words]) -> str:
+def summary(kind: type[Config]) -> str:
     """First line of a config class's docstring: what `sakd list` prints; nothing where Python left docstrings out."""
     return (kind.__doc__ or "").strip().partition("\n")[0]

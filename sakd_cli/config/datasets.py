@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from sakd_cli.config.base import Words, by_name, chosen_by_name
+from sakd_cli.config.base import Config, by_name, chosen_by_name
 from sakd_cli.files import expanded
 
 Channels = tuple[float, float, float]
@@ -31,7 +31,7 @@ def _shares(values: tuple[float, float]) -> tuple[float, float]:
     return values
 
 
-class DataConfig(Words):
+class DataConfig(Config):
     """Which images, and how many.
 
     root      folder of the data set's files; None: the user's cache folder

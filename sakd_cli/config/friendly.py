@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
-from sakd_cli.config.base import Words
+from sakd_cli.config.base import Config
 from sakd_cli.config.networks import NetworkName
 
 
@@ -22,7 +22,7 @@ Names = Annotated[tuple[NetworkName, ...], Field(min_length=1)]
 Students = Annotated[Names, BeforeValidator(_several), AfterValidator(_each_once)]
 
 
-class FriendlyConfig(Words):
+class FriendlyConfig(Config):
     """Student branches on a teacher in training (Park et al., NeurIPS 2021).
 
     students         networks whose tails hang on the teacher; the losses are averaged over all branches

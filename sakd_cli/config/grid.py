@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from sakd_cli.config.methods import KDConfig
-from sakd_cli.config.resolve import Layer, flat, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import CLASSICAL, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import SweepConfig, is_path
 from sakd_cli.config.training import RunConfig
@@ -60,7 +60,7 @@ class Grid(NamedTuple):
     skipped: dict[str, str]
 
 
-def grid(sweep: SweepConfig, given: Sequence[Layer] = (), budget: str | None = None) -> Grid:
+def grid(sweep: SweepConfig, given: Sequence[ConfigSource] = (), budget: str | None = None) -> Grid:
     """Every run, each behind those that it waits for; seed by seed, so that a first answer comes early.
 
     given   words from the command line and the environment, stronger than those of the file
@@ -76,12 +76,12 @@ def grid(sweep: SweepConfig, given: Sequence[Layer] = (), budget: str | None = N
 
 
 class _Plan:
-    def __init__(self, sweep: SweepConfig, given: Sequence[Layer]) -> None:
+    def __init__(self, sweep: SweepConfig, given: Sequence[ConfigSource]) -> None:
         self.sweep, self.skipped = sweep, dict[str, str]()
-        learned = Layer("default", {"router": {"name": LEARNED}})
-        self.below = [learned, Layer("common", sweep.common), *(g for g in given if set(g.values) <= {*CHOSEN})]
+        learned = ConfigSource("default", {"router": {"name": LEARNED}})
+        self.below = [learned, ConfigSource("common", sweep.common), *(g for g in given if set(g.values) <= {*CHOSEN})]
         self.above = [layer for layer in given if not set(layer.values) <= {*CHOSEN}]
-        first = resolve("distill", [*self.below, Layer("pairs", _pair(sweep.pairs[0])), *self.above]).config
+        first = resolve("distill", [*self.below, ConfigSource("pairs", _pair(sweep.pairs[0])), *self.above]).config
         self.epochs, seed = first.train.epochs, first.seed
         several = sweep.seeds
         self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(set(several))
@@ -94,14 +94,14 @@ class _Plan:
         wanted = {member.teacher for member in made}
         for teacher in dict.fromkeys(teacher for teacher, _ in self.sweep.pairs):
             if (key := f"teacher {teacher}") in wanted:
-                own = Layer("teachers", self.sweep.teachers | {"model": teacher})
+                own = ConfigSource("teachers", self.sweep.teachers | {"model": teacher})
                 yield Member(key, Role.teacher, self._alone(teacher, [own]))
         yield from made
 
     def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
             for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.alone else ():
-                config = self._alone(student, [Layer("the grid", {"model": student, "seed": seed})], last=seed)
+                config = self._alone(student, [ConfigSource("the grid", {"model": student, "seed": seed})], last=seed)
                 yield Member(f"alone {student} seed {seed}", Role.alone, config)
             for pair in self.sweep.pairs:
                 cells = [(method, router) for method in self.sweep.methods for router in self.routers]
@@ -109,21 +109,23 @@ class _Plan:
                     cells = list(dict.fromkeys([(KD, CLASSICAL), *cells]))
                 yield from filter(None, (self._student(pair, method, router, seed) for method, router in cells))
 
-    def _alone(self, name: str, own: list[Layer], last: int | None = None) -> RunConfig:
-        written = [Layer(layer.origin, layer.values | {"task": "distill"}) for layer in [*self.below, *self.above]]
+    def _alone(self, name: str, own: list[ConfigSource], last: int | None = None) -> RunConfig:
+        written = [
+            ConfigSource(layer.origin, layer.values | {"task": "distill"}) for layer in [*self.below, *self.above]
+        ]
         below, above = written[: len(self.below)], written[len(self.below) :]
-        above += [Layer("the grid", {"seed": last})] if last is not None else []
+        above += [ConfigSource("the grid", {"seed": last})] if last is not None else []
         return _resolved(f"{name} alone", "pretrain", [*below, *own, *above])
 
     def _student(self, pair: tuple[str, str], method: str, router: str, seed: int) -> Member | None:
         label = ":".join(pair)
         cell = f"{method} {router} {label}"
-        named = Layer("the grid", _pair(pair) | {"method": {"name": method}, "router": {"name": router}})
+        named = ConfigSource("the grid", _pair(pair) | {"method": {"name": method}, "router": {"name": router}})
         # The more it says whom it is for, the stronger.
         mine = [key for key in self.sweep.per if set(key.split()) <= {label, method, router}]
         ranked = sorted(mine, key=lambda key: len(key.split()))
-        per = [Layer(f"per {key}", self.sweep.per[key]) for key in ranked]
-        last = Layer("the grid", {"seed": seed})
+        per = [ConfigSource(f"per {key}", self.sweep.per[key]) for key in ranked]
+        last = ConfigSource("the grid", {"seed": seed})
         try:
             config = _resolved(cell, "distill", [*self.below, named, *per, *self.above, last])
         except UsageError as error:
@@ -145,7 +147,7 @@ def _pair(pair: tuple[str, str]) -> dict[str, Any]:
     return {"teacher": {"source": pair[0]}, "student": pair[1]}
 
 
-def _resolved(key: str, task: str, layers: list[Layer]) -> Any:
+def _resolved(key: str, task: str, layers: list[ConfigSource]) -> Any:
     try:
         return resolve(task, layers).config
     except UsageError as error:
@@ -174,4 +176,4 @@ def _shortened(config: RunConfig, share: float) -> Any:
     if words["train.milestones"] is not None:
         scaled = sorted({max(1, round(epoch * share)) for epoch in words["train.milestones"]})
         words["train.milestones"] = [epoch for epoch in scaled if epoch < words["train.epochs"]]
-    return resolve(config.task, [Layer("--budget", nested(words))]).config
+    return resolve(config.task, [ConfigSource("--budget", nested(words))]).config

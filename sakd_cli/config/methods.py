@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 from sakd_cli.config import plugins
-from sakd_cli.config.base import Words, by_name, chosen_by_name
+from sakd_cli.config.base import Config, by_name, chosen_by_name
 
 
-class MethodConfig(Words):
+class MethodConfig(Config):
     """What to distil.
 
     weight       factor of the feature loss (beta); the spec's section 3.1 lists them

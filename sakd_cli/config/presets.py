@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sakd_cli.config.resolve import Layer, file_layer
+from sakd_cli.config.resolve import ConfigSource, file_layer
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -18,7 +18,7 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder().glob("*.yaml"))}
 
 
-def preset_layer(name: str) -> Layer:
+def preset_layer(name: str) -> ConfigSource:
     """The preset of that name as a layer."""
     known = presets()
     if name not in known:

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from sakd_cli.config.base import Words
+from sakd_cli.config.base import Config
 from sakd_cli.config.networks import NetworkName
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -25,7 +25,7 @@ def _names(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-class ResidualConfig(Words):
+class ResidualConfig(Config):
     """Lighter networks that are trained one after another on what the student still lacks (sakd spec of ResKD).
 
     students         how many at most; 0: the student alone

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import datasets, friendly, methods, residual, routers, training
-from sakd_cli.config.base import Words
+from sakd_cli.config.base import Config
 from sakd_cli.config.plugins import usable
 from sakd_cli.config.training import STUDENT_WORDS, TASKS
 from sakd_cli.errors import UsageError, unknown
@@ -51,7 +51,7 @@ OPTIONS = {
 }
 # Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
 # (as far as the new choice has them).
-_HEADS = {
+_PRIMARY_KEYS = {
     "method": ("name", set[str]()),
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
@@ -60,15 +60,15 @@ _HEADS = {
 }
 
 
-_TABLES: dict[str, Mapping[str, type[Words]]] = {
+_TABLES: dict[str, Mapping[str, type[Config]]] = {
     "method": methods.METHODS,
     "router": routers.ROUTERS,
     "data": datasets.DATASETS,
 }
 
 
-class Layer(NamedTuple):
-    """Words of one origin, nested as in a config file."""
+class ConfigSource(NamedTuple):
+    """Config of one origin, nested as in a config file."""
 
     origin: str
     values: dict[str, Any]
@@ -104,16 +104,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def option_layers(options: Mapping[str, Any]) -> list[Layer]:
+def option_layers(options: Mapping[str, Any]) -> list[ConfigSource]:
     """One layer per named option that was given."""
     return [
-        Layer(f"--{name.replace('_', '-')}", nested({OPTIONS[name]: value}))
+        ConfigSource(f"--{name.replace('_', '-')}", nested({OPTIONS[name]: value}))
         for name, value in options.items()
         if value is not None
     ]
 
 
-def set_layers(assignments: Iterable[str]) -> list[Layer]:
+def set_layers(assignments: Iterable[str]) -> list[ConfigSource]:
     """One layer per `--set a.b=c`; the value is read as YAML."""
     layers = []
     for assignment in assignments:
@@ -126,17 +126,19 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
             value = parse_yaml(text)
         except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
             raise UsageError(f"--set {key}: {text[:40]!r} is no YAML value") from None
-        layers.append(Layer(f"--set {key}", nested({key: value})))
+        layers.append(ConfigSource(f"--set {key}", nested({key: value})))
     return layers
 
 
-def environment_layers(known: Iterable[str]) -> list[Layer]:
+def environment_layers(known: Iterable[str]) -> list[ConfigSource]:
     """One layer per `SAKD_<OPTION>` that is set and not empty, for the options a command has."""
     values = {name: os.environ.get(f"SAKD_{name.upper()}") for name in known}
-    return [Layer(f"SAKD_{name.upper()}", nested({OPTIONS[name]: value})) for name, value in values.items() if value]
+    return [
+        ConfigSource(f"SAKD_{name.upper()}", nested({OPTIONS[name]: value})) for name, value in values.items() if value
+    ]
 
 
-def file_layer(path: Path, origin: str) -> Layer:
+def file_layer(path: Path, origin: str) -> ConfigSource:
     """A YAML file as a layer. Raises UsageError naming the file and, where YAML says so, the line."""
     try:
         values = parse_yaml(read_bytes(path, MOST_YAML).decode())
@@ -154,13 +156,13 @@ def file_layer(path: Path, origin: str) -> Layer:
         raise UsageError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path}: a config is a mapping of keys to values")
-    return Layer(origin, values)
+    return ConfigSource(origin, values)
 
 
-def _lay_over(below: dict[str, Any], layer: Layer, origins: dict[str, str]) -> dict[str, Any]:
+def _lay_over(below: dict[str, Any], layer: ConfigSource, origins: dict[str, str]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in layer.values.items():
-        head, outlives = _HEADS.get(key, ("", set[str]()))
+        head, outlives = _PRIMARY_KEYS.get(key, ("", set[str]()))
         if head and isinstance(value, str):
             value = {head: value}
         if not isinstance(value, dict):
@@ -179,7 +181,7 @@ def _lay_over(below: dict[str, Any], layer: Layer, origins: dict[str, str]) -> d
     return merged
 
 
-def resolve(task: str, layers: Iterable[Layer]) -> Resolved:
+def resolve(task: str, layers: Iterable[ConfigSource]) -> Resolved:
     """Lay the layers over each other and read the result as the config of `task`.
 
     Raises UsageError: which key, what is wrong with it, the nearest name, and who set it.
@@ -194,14 +196,14 @@ def resolve(task: str, layers: Iterable[Layer]) -> Resolved:
         raise _told(task, error, origins) from None
 
 
-def _for_task(task: str, layer: Layer) -> Layer:
+def _for_task(task: str, layer: ConfigSource) -> ConfigSource:
     """A preset or file written for a distillation also says how to train its teacher."""
     values = {key: value for key, value in layer.values.items() if key != "task"}
     written_for = layer.values.get("task", task)
     if written_for == task:
-        return Layer(layer.origin, values)
+        return ConfigSource(layer.origin, values)
     if task == "eval":
-        return Layer(layer.origin, {key: values[key] for key in TASKS["eval"].model_fields if key in values})
+        return ConfigSource(layer.origin, {key: values[key] for key in TASKS["eval"].model_fields if key in values})
     if (written_for, task) != ("distill", "pretrain"):
         raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
     teacher = values.pop("teacher", {})
@@ -210,7 +212,7 @@ def _for_task(task: str, layer: Layer) -> Layer:
     kept |= {"model": teacher["source"]} if "source" in teacher else {}
     if teacher.get("epochs") is not None and isinstance(kept.get("train", {}), dict):
         kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}
-    return Layer(layer.origin, kept)
+    return ConfigSource(layer.origin, kept)
 
 
 def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> UsageError:
@@ -286,17 +288,17 @@ def _origin_of(key: str, origins: Mapping[str, str]) -> str | None:
 
 def _known_keys(task: str, place: list[str]) -> list[str]:
     """Full names of the keys that could stand where the unknown one stands."""
-    kinds: list[type[Words]] = [TASKS[task]]
+    kinds: list[type[Config]] = [TASKS[task]]
     for part in place[:-1]:
         kinds = [kind for parent in kinds for kind in _classes_below(parent, part)]
     prefix = "".join(f"{part}." for part in place[:-1])
     return [f"{prefix}{name}" for kind in kinds for name in kind.model_fields]
 
 
-def _classes_below(parent: type[Words], name: str) -> list[type[Words]]:
+def _classes_below(parent: type[Config], name: str) -> list[type[Config]]:
     if name not in parent.model_fields:
         return []
-    plain: dict[str, list[type[Words]]] = {
+    plain: dict[str, list[type[Config]]] = {
         "train": [training.Train],
         "teacher": [training.TeacherConfig],
         "friendly": [friendly.FriendlyConfig],

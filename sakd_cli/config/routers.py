@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
 
-from sakd_cli.config.base import Words, by_name, chosen_by_name
+from sakd_cli.config.base import Config, by_name, chosen_by_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class RouterConfig(Words):
+class RouterConfig(Config):
     """Where to distil."""
 
     name: str

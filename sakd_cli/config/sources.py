@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from sakd_cli.config.presets import preset_layer
-from sakd_cli.config.resolve import OPTIONS, Layer, environment_layers, file_layer, nested, option_layers, set_layers
+from sakd_cli.config.resolve import (
+    OPTIONS,
+    ConfigSource,
+    environment_layers,
+    file_layer,
+    nested,
+    option_layers,
+    set_layers,
+)
 
 
-def layers(params: Mapping[str, Any]) -> list[Layer]:
+def layers(params: Mapping[str, Any]) -> list[ConfigSource]:
     """From the weakest to the strongest: preset, file, environment, options, --set; of a program its `settings`."""
     # An option that may be given several times and was not is empty.
     given = {name: None if params[name] in ([], ()) else params[name] for name in OPTIONS if name in params}
@@ -15,5 +23,5 @@ def layers(params: Mapping[str, Any]) -> list[Layer]:
     stack += [file_layer(params["config"], f"file {params['config']}")] if params.get("config") else []
     stack += [*environment_layers(given), *option_layers(given), *set_layers(params.get("set_") or [])]
     return stack + [
-        Layer(f"settings {key}", nested({key: word})) for key, word in (params.get("settings") or {}).items()
+        ConfigSource(f"settings {key}", nested({key: word})) for key, word in (params.get("settings") or {}).items()
     ]

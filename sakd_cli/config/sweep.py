@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic_core import PydanticCustomError
 
-from sakd_cli.config.base import Words
+from sakd_cli.config.base import Config
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
@@ -66,7 +66,7 @@ EMPTY: Section = {}
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class SweepConfig(Words):
+class SweepConfig(Config):
     """Every method under every router for every pair and seed.
 
     common      words of every run, as in the config of a distillation; a teacher is trained with those that it knows

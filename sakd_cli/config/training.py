@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from sakd_cli.config.base import Words
+from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import FitNetConfig, Method
@@ -31,12 +31,12 @@ Folder = Annotated[Path, AfterValidator(expanded)]
 Weights = Literal["library"] | Folder
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
-# Words that may change between two parts of one run: where it works, not what it computes.
+# Config that may change between two parts of one run: where it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.bank", "teacher.allow_mismatch"}
 
 
-class Train(Words):
+class Train(Config):
     """SGD as the field trains CIFAR networks (sakd spec, section 2.7).
 
     epochs, batch_size
@@ -72,7 +72,7 @@ class Train(Words):
         return tuple(sorted({self.epochs * eighth // 8 for eighth in (5, 6, 7)} - {0}))
 
 
-class Runtime(Words):
+class Runtime(Config):
     """How a run computes, not what.
 
     precision      of the networks: fp32, or bf16 for their products and convolutions; all else stays in fp32
@@ -105,7 +105,7 @@ class Runtime(Words):
         return self
 
 
-class RunConfig(Words):
+class RunConfig(Config):
     """What every run has.
 
     seed       of initialisation, order, augmentation and routing noise; each draws from a stream of its own
@@ -156,7 +156,7 @@ def _source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-class TeacherConfig(Words):
+class TeacherConfig(Config):
     """Whom to learn from.
 
     source    an architecture (its newest finished run), a run directory or a weights file
@@ -231,7 +231,7 @@ class DistillConfig(RunConfig):
         }
 
 
-class EvalConfig(Words):
+class EvalConfig(Config):
     """Score a network on the test images of a data set.
 
     residual        for a student with residual students: other words for who leaves early fit the thresholds anew
@@ -251,7 +251,7 @@ class EvalConfig(Words):
     runs_dir: Folder = Path("runs")
 
 
-TASKS: dict[str, type[Words]] = {
+TASKS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "distill": DistillConfig,
     "eval": EvalConfig,

@@ -11,14 +11,14 @@ from sakd_cli.data.sources import FileTrainLoader
 Shuffled = TrainLoader | FileTrainLoader
 
 
-def halves(dataset: Dataset, train: Split, share: float, seed: int) -> tuple[Split, Split]:
+def split_in_halves(dataset: Dataset, train: Split, share: float, seed: int) -> tuple[Split, Split]:
     """Cut `train` in two, disjoint, every class alike: `share` of it for the upper level, the rest for the lower."""
     lower, upper = hold_out(replace(dataset, train=train), share, seed)
     assert upper is not None, "a share of 0 is no share"
     return upper, lower
 
 
-class InTurn:
+class AlternatingLoader:
     """A batch of the upper level, as an UpperBatch, then one of the lower, and so on.
 
     An epoch shows all of the lower level's images once; the upper level's go round and round beside them. Like those

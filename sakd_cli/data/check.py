@@ -6,7 +6,7 @@ from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import table
-from sakd_cli.data.folder import Finding, Found, Part
+from sakd_cli.data.folder import Finding, FolderContents, SplitContents
 from sakd_cli.data.probe import unreadable
 from sakd_cli.errors import DataError
 
@@ -19,7 +19,7 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     """
     if config.name not in table.FOLDERS:
         return _loaded(config)
-    found: Found = table.FOLDERS[config.name](config)
+    found: FolderContents = table.FOLDERS[config.name](config)
     parts = [part for part in (found.train, found.test) if part is not None]
     paths = [path for part in parts for files in part.files.values() for path in files]
     begin(len(paths))
@@ -31,7 +31,7 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     return _document(config, len(found.classes), [_row(part) for part in parts], len(paths), findings)
 
 
-def _row(part: Part) -> dict[str, Any]:
+def _row(part: SplitContents) -> dict[str, Any]:
     sizes = [len(files) for files in part.files.values()]
     return {
         "folder": str(part.folder),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.data.files import Files
-from sakd_cli.data.generators import generator
+from sakd_cli.data.generators import seeded_generator
 from sakd_cli.errors import DataError
 
 Channels = tuple[float, float, float]
@@ -134,7 +134,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int, purpose: str = "holdo
 def _shuffled_ranks(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
     """Per sample [N], on the CPU: its place in its class's drawn order, its class's size, its class's drawn turn."""
     labels = labels.cpu()
-    draw = generator(seed, purpose)
+    draw = seeded_generator(seed, purpose)
     order = torch.randperm(len(labels), generator=draw)
     turns = torch.randperm(classes, generator=draw)
     by_class = order[torch.argsort(labels[order], stable=True)]

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 HINT = "sakd data check names all such files; --set data.on_bad_image=skip leaves them out"
 
 
-class Look(NamedTuple):
+class ImageSpec(NamedTuple):
     """How pictures are made alike.
 
     side     height and width of what a network gets
@@ -38,7 +38,7 @@ class Files:
     keep  few enough to be decoded once and held in memory
     """
 
-    def __init__(self, paths: tuple[str, ...], look: Look, *, keep: bool = False) -> None:
+    def __init__(self, paths: tuple[str, ...], look: ImageSpec, *, keep: bool = False) -> None:
         self.paths, self.look, self.keep = paths, look, keep
         self.shape = torch.Size([len(paths), 3, look.side, look.side])
         self.device = torch.device("cpu")
@@ -119,13 +119,13 @@ def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
             good(fault)
 
 
-def plain(path: str, look: Look) -> Tensor | Unreadable:
+def plain(path: str, look: ImageSpec) -> Tensor | Unreadable:
     """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
     picture = open_rgb(path)
     return picture if isinstance(picture, Unreadable) else _pixels(middle(picture, look))
 
 
-def middle(picture: Image, look: Look) -> Image:
+def middle(picture: Image, look: ImageSpec) -> Image:
     """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already."""
     if min(picture.size) != look.resize:
         picture = v2().resize(picture, [look.resize], antialias=True)

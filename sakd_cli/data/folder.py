@@ -24,7 +24,7 @@ class Finding(NamedTuple):
     text: str
 
 
-class Part(NamedTuple):
+class SplitContents(NamedTuple):
     """Pictures of one purpose: the folders of their classes, by name, and in each the files, both in order of name."""
 
     folder: Path
@@ -39,11 +39,11 @@ class Part(NamedTuple):
         return tuple(path for path, _ in found), [place for _, place in found]
 
 
-class Found(NamedTuple):
+class FolderContents(NamedTuple):
     """The training and the test part (None: one is to be cut from the other), and what is wrong with them."""
 
-    train: Part
-    test: Part | None
+    train: SplitContents
+    test: SplitContents | None
     findings: list[Finding]
 
     @property
@@ -51,7 +51,7 @@ class Found(NamedTuple):
         return tuple(self.train.files)
 
 
-def look_through(root: Path, tests: tuple[str, ...] = TEST) -> Found:
+def look_through(root: Path, tests: tuple[str, ...] = TEST) -> FolderContents:
     """Find `root`/train/CLASS/* and `root`/val/CLASS/* (or test, valid, validation), or `root`/CLASS/* alone.
 
     Where there are both a test and a validation folder, `tests` says which is taken. Raises DataError where `root` is
@@ -75,15 +75,15 @@ def look_through(root: Path, tests: tuple[str, ...] = TEST) -> Found:
                 f"--data-root {train} keeps a share of its images for testing (data.split)",
             )
         one = part_of(root, findings)
-        return Found(one, None, findings + _wrong(one))
+        return FolderContents(one, None, findings + _wrong(one))
     ours, theirs = part_of(train, findings), part_of(test, findings)
-    return Found(ours, theirs, findings + _wrong(ours) + _wrong(theirs) + _differ(ours, theirs))
+    return FolderContents(ours, theirs, findings + _wrong(ours) + _wrong(theirs) + _differ(ours, theirs))
 
 
-def part_of(folder: Path, findings: list[Finding]) -> Part:
+def part_of(folder: Path, findings: list[Finding]) -> SplitContents:
     """The classes of a folder and their files; loops and folders that cannot be read go to the findings."""
     above = (os.path.realpath(folder),)
-    return Part(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in _folders(folder)})
+    return SplitContents(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in _folders(folder)})
 
 
 def _folders(folder: Path) -> list[str]:
@@ -125,7 +125,7 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding]) -> 
             yield one.path
 
 
-def _wrong(part: Part) -> list[Finding]:
+def _wrong(part: SplitContents) -> list[Finding]:
     """Faults of one part alone."""
     where, names = str(part.folder), list(part.files)
     findings = [
@@ -151,7 +151,7 @@ def _wrong(part: Part) -> list[Finding]:
     return findings
 
 
-def _differ(train: Part, test: Part) -> list[Finding]:
+def _differ(train: SplitContents, test: SplitContents) -> list[Finding]:
     """Classes of one part that the other does not have."""
     findings = []
     for here, there in ((train, test), (test, train)):
@@ -163,7 +163,7 @@ def _differ(train: Part, test: Part) -> list[Finding]:
     return findings
 
 
-def sound(found: Found) -> Found:
+def sound(found: FolderContents) -> FolderContents:
     """The same. Raises DataError with the first finding and the number of the others."""
     if found.findings:
         first, more = found.findings[0], len(found.findings) - 1

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
+def seeded_generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
     """A CPU generator that is a pure function of its three arguments.
 
     Its numbers are the same in every process, on every device and after every resume, so no generator state is ever

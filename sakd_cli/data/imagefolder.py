@@ -11,8 +11,8 @@ import torch
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data.cifar import default_root
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
-from sakd_cli.data.files import Files, Look, processors
-from sakd_cli.data.folder import Finding, Found, Part, look_through, sound
+from sakd_cli.data.files import Files, ImageSpec, processors
+from sakd_cli.data.folder import Finding, FolderContents, SplitContents, look_through, sound
 from sakd_cli.data.probe import unreadable
 from sakd_cli.errors import DataError, UsageError
 
@@ -90,7 +90,7 @@ def load_imagefolder(config: ImageFolderConfig) -> Dataset:
     return _dataset(config, found, found.classes, *IMAGENET, share=config.split)
 
 
-def own(config: ImageFolderConfig) -> Found:
+def own(config: ImageFolderConfig) -> FolderContents:
     """What is there of one's own images."""
     if config.root is None:
         raise UsageError("imagefolder: which folder? There is no usual place for it", "--data-root DIR")
@@ -104,7 +104,7 @@ def load_published(config: FilesConfig, known: Known) -> Dataset:
     return _dataset(config, found, names, known.mean, known.std)
 
 
-def published(config: FilesConfig, known: Known) -> Found:
+def published(config: FilesConfig, known: Known) -> FolderContents:
     """What is there of a published set; its findings say also what is missing. DataError where nothing is there."""
     root = _root(config, known)
     lists = root / "val" / "val_annotations.txt"
@@ -132,7 +132,7 @@ def _root(config: FilesConfig, known: Known) -> Path:
     return root / known.folder if (root / known.folder).is_dir() else root
 
 
-def _with_listed(found: Found, lists: Path) -> Found:
+def _with_listed(found: FolderContents, lists: Path) -> FolderContents:
     """Tiny ImageNet has its test images in one folder, and their classes in a list."""
     files: dict[str, list[str]] = {name: [] for name in found.classes}
     test = lists.parent
@@ -147,13 +147,18 @@ def _with_listed(found: Found, lists: Path) -> Found:
             kept.append(
                 Finding("missing", str(path), f"is listed in {lists.name} as {kind[:20]!r}: no such file or class")
             )
-    return found._replace(test=Part(test, files), findings=kept)
+    return found._replace(test=SplitContents(test, files), findings=kept)
 
 
 def _dataset(
-    config: FilesConfig, found: Found, names: tuple[str, ...], mean: Channels, std: Channels, share: float = 0.0
+    config: FilesConfig,
+    found: FolderContents,
+    names: tuple[str, ...],
+    mean: Channels,
+    std: Channels,
+    share: float = 0.0,
 ) -> Dataset:
-    look = Look(config.size, config.resized, min(8, processors()) if config.workers is None else config.workers)
+    look = ImageSpec(config.size, config.resized, min(8, processors()) if config.workers is None else config.workers)
     parts = [_split(part, found.classes, look) for part in (found.train, found.test) if part is not None]
     border = config.size // 8 if config.bordered else 0
     scale = None if config.bordered else config.crop
@@ -168,7 +173,7 @@ def _dataset(
     return plain
 
 
-def _split(part: Part, classes: tuple[str, ...], look: Look) -> Split:
+def _split(part: SplitContents, classes: tuple[str, ...], look: ImageSpec) -> Split:
     paths, labels = part.pairs(classes)
     return Split(Files(paths, look), torch.tensor(labels, dtype=torch.int64))
 

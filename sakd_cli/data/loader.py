@@ -16,7 +16,7 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.generators import generator
+from sakd_cli.data.generators import seeded_generator
 
 MOST_BYTES = 2**27  # of an evaluation's batch, as float32: 10,922 images of 32 pixels, 222 of 224
 
@@ -38,14 +38,14 @@ class Draws(NamedTuple):
 
 def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_width: int) -> Draws:
     """The random numbers of an epoch over `count` samples, on the CPU: a pure function of the arguments."""
-    order = torch.randperm(count, generator=generator(seed, "order", epoch))
-    corner = torch.randint(2 * padding + 1, (2, count), generator=generator(seed, "crop", epoch))
-    coin = torch.rand(count, generator=generator(seed, "flip", epoch))
-    noise = torch.rand(count, noise_width, generator=generator(seed, "noise", epoch))
+    order = torch.randperm(count, generator=seeded_generator(seed, "order", epoch))
+    corner = torch.randint(2 * padding + 1, (2, count), generator=seeded_generator(seed, "crop", epoch))
+    coin = torch.rand(count, generator=seeded_generator(seed, "flip", epoch))
+    noise = torch.rand(count, noise_width, generator=seeded_generator(seed, "noise", epoch))
     return Draws(order, corner, (coin < 0.5) & flip, noise)
 
 
-class Turn(NamedTuple):
+class StepSlice(NamedTuple):
     """A step of an epoch: this process's places in its order, samples of the whole batch, and what they count for."""
 
     places: slice
@@ -53,12 +53,12 @@ class Turn(NamedTuple):
     share: float
 
 
-def turns(samples: int, batch_size: int, start: int) -> Iterator[Turn]:
+def step_slices(samples: int, batch_size: int, start: int) -> Iterator[StepSlice]:
     """The steps of an epoch from `start` on."""
     for first in range(start * batch_size, samples, batch_size):
         whole = min(batch_size, samples - first)
-        rows = distributed.rows_of(whole)
-        yield Turn(slice(first + rows.start, first + rows.stop), whole, distributed.share_of(whole))
+        rows = distributed.shard_rows(whole)
+        yield StepSlice(slice(first + rows.start, first + rows.stop), whole, distributed.shard_weight(whole))
 
 
 def fitting(batch_size: int, split: Split) -> int:
@@ -136,7 +136,7 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         draws = self.draw(epoch)
-        for places, whole, share in turns(len(self.views), self._batch_size, start):
+        for places, whole, share in step_slices(len(self.views), self._batch_size, start):
             index, noise = draws.order[places], draws.noise[places]
             view = self.views.view(draws.corner[:, places], draws.flip[places])
             images, labels = self.views.images(index, view), self.views.labels[index]

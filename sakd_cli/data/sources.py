@@ -14,9 +14,9 @@ from sakd_cli.data.augment import constants, normalise
 from sakd_cli.data.boxes import NUMBERS, Scale, boxes, cut
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Unreadable, open_rgb
-from sakd_cli.data.files import Files, Look, middle, plain, v2
-from sakd_cli.data.generators import generator
-from sakd_cli.data.loader import Draws, EvalLoader, TrainLoader, Views, draws, fitting, turns
+from sakd_cli.data.files import Files, ImageSpec, middle, plain, v2
+from sakd_cli.data.generators import seeded_generator
+from sakd_cli.data.loader import Draws, EvalLoader, TrainLoader, Views, draws, fitting, step_slices
 from sakd_cli.data.prefetch import Pool
 from sakd_cli.errors import UsageError
 
@@ -27,9 +27,9 @@ def train_loader(
     split: Split, dataset: Dataset, *, batch_size: int, seed: int, noise_width: int, device: torch.device
 ) -> "TrainLoader | FileTrainLoader":
     """Shuffled, augmented batches."""
-    if dataset.scale is None and _held(split):
+    if dataset.scale is None and _materialize(split):
         return TrainLoader(
-            held(split), dataset, batch_size=batch_size, seed=seed, noise_width=noise_width, device=device
+            materialize(split), dataset, batch_size=batch_size, seed=seed, noise_width=noise_width, device=device
         )
     return FileTrainLoader(split, dataset, batch_size=batch_size, seed=seed, noise_width=noise_width, device=device)
 
@@ -38,12 +38,12 @@ def eval_loader(
     split: Split, dataset: Dataset, *, device: torch.device, batch_size: int = 1000
 ) -> "EvalLoader | FileEvalLoader":
     """The split in its own order, without augmentation."""
-    if _held(split):
-        return EvalLoader(held(split), dataset, device=device, batch_size=batch_size)
+    if _materialize(split):
+        return EvalLoader(materialize(split), dataset, device=device, batch_size=batch_size)
     return FileEvalLoader(split, dataset, device=device, batch_size=batch_size)
 
 
-def kept(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
+def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
     """The same splits, the training one first, marked whether they are held in memory: as asked for, or by their size.
 
     Splits that are in memory anyway stay as they are.
@@ -57,7 +57,7 @@ def kept(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[
     return [replace(split, images=split.images.kept(keep)) for split in splits if isinstance(split.images, Files)]
 
 
-def gather(split: Split, *, whole: bool = False) -> None:
+def preload(split: Split, *, whole: bool = False) -> None:
     """Decode what is to be held in memory, now. Raises DataError naming a bad file. whole: for random resized crops."""
     if isinstance(split.images, Files) and split.images.keep:
         if whole:
@@ -66,7 +66,7 @@ def gather(split: Split, *, whole: bool = False) -> None:
             split.images.read()
 
 
-def told(split: Split) -> str | None:
+def report_cached(split: Split) -> str | None:
     """How images in files are read, in words; None for others."""
     if not isinstance(split.images, Files):
         return None
@@ -78,25 +78,25 @@ def told(split: Split) -> str | None:
 
 def views(split: Split, dataset: Dataset, device: torch.device) -> Views:
     """Every way in which augmentation can show the images. Raises UsageError where they cannot be counted, or read."""
-    if dataset.scale is not None or not _held(split):
+    if dataset.scale is not None or not _materialize(split):
         raise UsageError(
             f"teacher.bank: {dataset.name} is read from files or cropped at random sizes, a bank needs a set that is "
             "held in memory and cropped by a border",
             "--set teacher.bank=false; or, for small images: --set data.cache=on --set data.augment=border",
         )
-    return Views(held(split), dataset, device)
+    return Views(materialize(split), dataset, device)
 
 
-def _held(split: Split) -> bool:
+def _materialize(split: Split) -> bool:
     return isinstance(split.images, Tensor) or split.images.keep
 
 
-def held(split: Split) -> Split:
+def materialize(split: Split) -> Split:
     """The same split with its pixels in memory; they are decoded once. Raises DataError naming a bad file."""
     return replace(split, images=split.images.read()) if isinstance(split.images, Files) else split
 
 
-class Asked(NamedTuple):
+class BatchRequest(NamedTuple):
     """A batch that is asked for.
 
     where  per picture the 40 numbers of a random resized crop, [B, 40]; or the corner (dy, dx) in its border, [B, 2]
@@ -109,17 +109,17 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Maker:
+class BatchReader:
     """Makes the batch that is asked for, in whatever process: uint8 [B, 3, side, side].
 
     scale    of random resized crops; None: the picture as evaluation shows it, cut anew within a border of `padding`
     """
 
-    look: Look
+    look: ImageSpec
     scale: Scale | None
     padding: int
 
-    def __call__(self, asked: Asked) -> Tensor | Unreadable:
+    def __call__(self, asked: BatchRequest) -> Tensor | Unreadable:
         made: list[Tensor] = []
         for place, path in enumerate(asked.paths):
             one = plain(path, self.look) if asked.where is None else self._cut(path, asked.where[place])
@@ -174,7 +174,7 @@ class FileTrainLoader:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         padding = self._dataset.padding if self._dataset.scale is None else 0
         drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width)
-        steps = list(turns(len(self._labels), self._batch_size, start))
+        steps = list(step_slices(len(self._labels), self._batch_size, start))
         parts = [turn.places for turn in steps]
         made = self._cut(drawn, parts, epoch) if self._files.keep else self._read(drawn, parts, epoch)
         for turn, pictures in zip(steps, made, strict=True):
@@ -189,7 +189,7 @@ class FileTrainLoader:
         count = len(drawn.order[part])
         first, last = part.start // BLOCK, (part.start + max(count, 1) - 1) // BLOCK
         blocks = [
-            torch.rand(BLOCK, NUMBERS, generator=generator(self._seed, f"box/{block}", epoch))
+            torch.rand(BLOCK, NUMBERS, generator=seeded_generator(self._seed, f"box/{block}", epoch))
             for block in range(first, last + 1)
         ]
         start = part.start - first * BLOCK
@@ -198,10 +198,10 @@ class FileTrainLoader:
     def _read(self, drawn: Draws, parts: list[slice], epoch: int) -> Iterator[Tensor]:
         look = self._files.look
         if self._pool is None:
-            maker = Maker(look, self._dataset.scale, self._dataset.padding)
+            maker = BatchReader(look, self._dataset.scale, self._dataset.padding)
             self._pool = Pool(maker, workers=look.workers, staying=True, device=self._device)
         return self._pool(
-            Asked(
+            BatchRequest(
                 [self._files.paths[place] for place in drawn.order[part].tolist()],
                 self._where(drawn, part, epoch).numpy(),
                 drawn.flip[part].numpy(),
@@ -244,7 +244,7 @@ class FileEvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         look, paths = self._files.look, self._files.paths
         parts = [slice(first, first + self.batch_size) for first in range(0, len(paths), self.batch_size)]
-        pool = Pool(Maker(look, None, 0), workers=look.workers, staying=False, device=self._device)
-        for part, pictures in zip(parts, pool(Asked(list(paths[part])) for part in parts), strict=True):
+        pool = Pool(BatchReader(look, None, 0), workers=look.workers, staying=False, device=self._device)
+        for part, pictures in zip(parts, pool(BatchRequest(list(paths[part])) for part in parts), strict=True):
             here = pictures.to(self._device, non_blocking=True)
             yield normalise(here, self._mean, self._std), self._labels[part]

@@ -8,7 +8,7 @@ from typing import Any
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar10, load_cifar100
 from sakd_cli.data.dataset import Dataset, first_classes
-from sakd_cli.data.folder import Found
+from sakd_cli.data.folder import FolderContents
 from sakd_cli.data.imagefolder import CINIC10 as CINIC
 from sakd_cli.data.imagefolder import IMAGENET_1K, Known, load_imagefolder, load_published, own, published
 from sakd_cli.data.imagefolder import TINY_IMAGENET as TINY
@@ -26,7 +26,7 @@ DESCRIBED: dict[str, Dataset] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 PUBLISHED: dict[str, Known] = {"tiny-imagenet": TINY, "cinic10": CINIC, "imagenet": IMAGENET_1K}
 DATASETS |= {name: partial(load_published, known=known) for name, known in PUBLISHED.items()}
 # Those whose folders can be looked through without loading them.
-FOLDERS: dict[str, Callable[[Any], Found]] = {"imagefolder": own}
+FOLDERS: dict[str, Callable[[Any], FolderContents]] = {"imagefolder": own}
 FOLDERS |= {name: partial(published, known=known) for name, known in PUBLISHED.items()}
 
 

@@ -78,7 +78,7 @@ def chosen_map(config: Any, stages: Stages) -> Places:
     return [stages.maps[config.stage - 1]]
 
 
-class Entry(NamedTuple):
+class DistillerRow(NamedTuple):
     """Class of the feature distiller (None: the logits are all there is), where it distils, class at the logit spot.
 
     of_images   the feature distiller remembers every training image: it is built with their labels and the batch size
@@ -99,37 +99,37 @@ class Entry(NamedTuple):
 
 
 _OURS = {
-    "kd": Entry(None, nowhere),
-    "fitnet": Entry(FitNet, chosen_map),
-    "at": Entry(AT, every_map),
-    "sp": Entry(SP, last_map),
-    "nst": Entry(NST, every_map),
-    "rkd": Entry(RKD, pooled),
-    "pkt": Entry(PKT, pooled),
-    "cc": Entry(CC, pooled),
-    "vid": Entry(VID, every_map),
-    "crd": Entry(CRD, pooled, of_images=True),
-    "dkd": Entry(None, nowhere, DKD),
-    "dist": Entry(None, nowhere, DIST),
-    "ls": Entry(None, nowhere, LS),
-    "reviewkd": Entry(ReviewKD, every_map_and_pooled),
-    "ofd": Entry(OFD, every_map, of_norms=True),
-    "kdsvd": Entry(KDSVD, every_map),
-    "simkd": Entry(SimKD, in_front_of_pooling, network=reuse),
-    "dfa": Entry(DFA, every_map, of_blocks=True),
-    "ft": Entry(FT, last_map),
-    "ab": Entry(None, nowhere, warmup=(AB, every_map)),
-    "fsp": Entry(None, nowhere, warmup=(FSP, stem_and_maps)),
+    "kd": DistillerRow(None, nowhere),
+    "fitnet": DistillerRow(FitNet, chosen_map),
+    "at": DistillerRow(AT, every_map),
+    "sp": DistillerRow(SP, last_map),
+    "nst": DistillerRow(NST, every_map),
+    "rkd": DistillerRow(RKD, pooled),
+    "pkt": DistillerRow(PKT, pooled),
+    "cc": DistillerRow(CC, pooled),
+    "vid": DistillerRow(VID, every_map),
+    "crd": DistillerRow(CRD, pooled, of_images=True),
+    "dkd": DistillerRow(None, nowhere, DKD),
+    "dist": DistillerRow(None, nowhere, DIST),
+    "ls": DistillerRow(None, nowhere, LS),
+    "reviewkd": DistillerRow(ReviewKD, every_map_and_pooled),
+    "ofd": DistillerRow(OFD, every_map, of_norms=True),
+    "kdsvd": DistillerRow(KDSVD, every_map),
+    "simkd": DistillerRow(SimKD, in_front_of_pooling, network=reuse),
+    "dfa": DistillerRow(DFA, every_map, of_blocks=True),
+    "ft": DistillerRow(FT, last_map),
+    "ab": DistillerRow(None, nowhere, warmup=(AB, every_map)),
+    "fsp": DistillerRow(None, nowhere, warmup=(FSP, stem_and_maps)),
 }
 
 
-def _plugged(name: str, entry: object) -> Entry:
-    if not isinstance(entry, Entry):
+def _plugged(name: str, entry: object) -> DistillerRow:
+    if not isinstance(entry, DistillerRow):
         raise ValueError("is no Entry of sakd_cli.distillers.table")
     return entry
 
 
-DISTILLERS = plugins.Table[Entry]("method", _OURS, plugins.DISTILLERS, _plugged)
+DISTILLERS = plugins.Table[DistillerRow]("method", _OURS, plugins.DISTILLERS, _plugged)
 
 
 class Distillers(NamedTuple):
@@ -155,7 +155,7 @@ class Distillers(NamedTuple):
         """Whether the teacher's features must hold those of its blocks."""
         return self.features is not None and self.features.blocks
 
-    def sight(self, teacher: StagedModel) -> Callable[[Tensor], Features]:
+    def teacher_forward(self, teacher: StagedModel) -> Callable[[Tensor], Features]:
         """How the teacher must be looked at."""
         if self.blocks:
             return teacher.features_with_blocks

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.engine.optim import Look
+from sakd_cli.engine.optim import LookAheadHook
 from sakd_cli.engine.task import ParamGroup
 
 RADIUS = 0.01  # of the finite difference: length of the step in the space of all lower parameters
@@ -90,7 +90,7 @@ class BilevelOptimizer:
         """Set the lower rate of this epoch, counted from 1."""
         self.sgd.param_groups[0]["lr"] = self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
 
-    def step(self, loss: Tensor, look: Look | None = None) -> None:
+    def step(self, loss: Tensor, look: LookAheadHook | None = None) -> None:
         """One update of the level whose turn it is; the other one gets no gradient. `look` is that of Optimizer."""
         turn = self.levels.upper_turn
         optimizer, group = (self.adam, self.upper) if turn else (self.sgd, self.lower)

@@ -9,13 +9,13 @@ from sakd_cli.batch import Batch
 from sakd_cli.engine.task import SpotUse, Task
 
 
-def spread(task: Task) -> nn.Module:
+def wrap_ddp(task: Task) -> nn.Module:
     """The task; where several processes train it, with gradients that are the mean of theirs.
 
-    Buffers are not sent about: what a step records of its rows is made the same by `distributed.level`, all else is the
-    same in every process.
+    Buffers are not broadcast: what a step records of its own rows is averaged by `distributed.average_buffers`, and
+    everything else is the same in every process.
     """
-    if distributed.processes() == 1:
+    if distributed.world_size() == 1:
         return task
     # Under the name of the argument for it torch 2.15 warns and torch 2.11 knows no other.
     none = [name for name, _ in task.named_buffers()]
@@ -27,12 +27,14 @@ def of_all_processes(
     parts: dict[str, Tensor], use: SpotUse | None, batch: Batch
 ) -> tuple[dict[str, Tensor], SpotUse | None, Tensor, Tensor]:
     """Means, the routing, labels [N] and index [N] of the whole batch, of which each process has its own rows."""
-    if distributed.processes() == 1:
+    if distributed.world_size() == 1:
         return parts, use, batch.labels, batch.index
-    means = distributed.mean(torch.stack([part.detach().double() for part in parts.values()]), batch)
+    means = distributed.all_reduce_mean(torch.stack([part.detach().double() for part in parts.values()]), batch)
     parts = dict(zip(parts, means.unbind(), strict=True))
     if use is None:
         return parts, None, batch.labels, batch.index
     chances = [] if use.probability is None else [use.probability.T]
-    weight, labels, index, *chance = distributed.together([use.weight.T, batch.labels, batch.index, *chances], batch)
+    weight, labels, index, *chance = distributed.all_gather_packed(
+        [use.weight.T, batch.labels, batch.index, *chances], batch
+    )
     return parts, SpotUse(weight.T, chance[0].T if chance else None, use.events), labels, index

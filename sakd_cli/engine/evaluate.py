@@ -35,7 +35,7 @@ def evaluate(
     """
     mode = network.training
     network.eval()
-    own = distributed.part(batches) if together else batches
+    own = distributed.shard(batches) if together else batches
     answers = ((network(images).float(), labels) for images, labels in own)
     scores = score_logits(answers, classes, together=together)
     network.train(mode)
@@ -51,7 +51,7 @@ def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, toge
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums.append(torch.cat([by_class[0], by_class[1], ranked.any(dim=1).sum()[None], loss[None]]))
     own = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2 * classes + 2, dtype=torch.float64)
-    *of_class, right5, loss_sum = (distributed.summed(own) if together else own).tolist()
+    *of_class, right5, loss_sum = (distributed.all_reduce_sum(own) if together else own).tolist()
     hits, counts = of_class[:classes], of_class[classes:]
     images_seen = sum(counts)
     return Scores(

@@ -6,7 +6,7 @@ import torch
 
 from sakd_cli.engine.task import ParamGroup
 
-Look = Callable[[list[torch.Tensor]], torch.Tensor]
+LookAheadHook = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 class Optimizer:
@@ -41,7 +41,7 @@ class Optimizer:
         for settings, group in zip(self.sgd.param_groups, self.groups, strict=True):
             settings["lr"] = group.lr * self.factor(epoch)
 
-    def step(self, loss: torch.Tensor, look: Look | None = None) -> None:
+    def step(self, loss: torch.Tensor, look: LookAheadHook | None = None) -> None:
         """One backward pass and one update of all groups; `look` sees the gradients in between.
 
         It may raise, or give a scalar on the device; on CUDA no update is made where that is 1.

@@ -9,7 +9,7 @@ from sakd_cli import distributed
 from sakd_cli.errors import Stopped
 
 
-class Watcher(Protocol):
+class Reporter(Protocol):
     """Listens to a run; the command line draws bars or prints lines, a program may do nothing."""
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
@@ -34,7 +34,7 @@ class Watcher(Protocol):
         """Number of the signal that asked the run to save its state and to end; 0: none did."""
 
 
-class Silent:
+class NullReporter:
     """A watcher that does nothing."""
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
@@ -59,20 +59,20 @@ class Silent:
         return 0
 
 
-def heed(watcher: Watcher) -> None:
+def raise_if_stopped(watcher: Reporter) -> None:
     """Raise Stopped if someone wants the run to end."""
     if signal := watcher.stop():
         raise Stopped(signal)
 
 
-class Heeding:
+class InterruptibleBatches:
     """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
 
-    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], watcher: Watcher) -> None:
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], watcher: Reporter) -> None:
         self._batches, self._watcher = batches, watcher
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batches:
-            if distributed.processes() == 1:  # several stop between two steps only, all at the same one
-                heed(self._watcher)
+            if distributed.world_size() == 1:  # several stop between two steps only, all at the same one
+                raise_if_stopped(self._watcher)
             yield batch

@@ -54,17 +54,17 @@ class Mode(NamedTuple):
         """Networks, and what is trained to translate between them, run inside of this."""
         return torch.autocast(device.type, self.reduced or torch.bfloat16, enabled=self.reduced is not None)
 
-    def laid_out(self, module: Module) -> Module:
+    def to_memory_format(self, module: Module) -> Module:
         """The same module with its weights in the layout of this mode; who shares them must be made afterwards."""
         return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
 
-def widened(x: Tensor) -> Tensor:
+def to_fp32(x: Tensor) -> Tensor:
     """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def effective(words: Runtime, device: torch.device) -> Mode:
+def resolve_mode(words: Runtime, device: torch.device) -> Mode:
     """What the words mean on this device."""
     cuda = device.type == "cuda"
     pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
@@ -74,10 +74,10 @@ def effective(words: Runtime, device: torch.device) -> Mode:
         pruned=pruned,
         compiled=words.compile,
         gathered=words.gather,
-        graphed=words.graph and cuda and torchrun.wanted() == 1,
+        graphed=words.graph and cuda and torchrun.requested_world_size() == 1,
         # A group of steps is cut into steps, not into the processes' parts of each.
         ahead=1
-        if torchrun.wanted() > 1
+        if torchrun.requested_world_size() > 1
         else (AHEAD if cuda else 1)
         if words.look_ahead == "auto"
         else words.look_ahead,
@@ -99,7 +99,7 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compiled(task: nn.Module, device: torch.device, *, graphed: bool = False) -> None:
+def compile_task(task: nn.Module, device: torch.device, *, graphed: bool = False) -> None:
     """Compile a task in place, whole: what does not fit in one graph is an error.
 
     Every batch size has a graph of its own: the whole batches and the last one of an epoch. `graphed`: the whole step
@@ -109,7 +109,7 @@ def compiled(task: nn.Module, device: torch.device, *, graphed: bool = False) ->
     task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if launches_at_once else None)
 
 
-def compiled_pass(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:
+def compile_forward(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:
     """A pass without gradient, compiled whole; never a CUDA graph, whose results the next call would overwrite."""
     return torch.compile(see, fullgraph=True, dynamic=False)
 
@@ -128,7 +128,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def memory_told(batch_size: int) -> Iterator[None]:
+def translate_oom(batch_size: int) -> Iterator[None]:
     """Turn a device's or the machine's refusal of memory into a MemoryLimitError that names a batch size that fits.
 
     Nearly all that a step holds grows with the batch, so half of it is half of the need: an estimate, on the safe side.
@@ -143,7 +143,7 @@ def memory_told(batch_size: int) -> Iterator[None]:
         raise MemoryLimitError(f"out of memory with batches of {batch_size} images", hint) from None
 
 
-def reproducible() -> None:
+def set_deterministic() -> None:
     """Make CUDA give the same bits from the same seed, in the rest of this process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
     torch.backends.cudnn.benchmark = False
@@ -153,8 +153,8 @@ def reproducible() -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`. Raises UsageError where it is not to be had."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if cuda and torchrun.wanted() > 1 and name in ("auto", "cuda"):
-        name = f"cuda:{torchrun.place()}"  # each process has one of its own
+    if cuda and torchrun.requested_world_size() > 1 and name in ("auto", "cuda"):
+        name = f"cuda:{torchrun.local_rank()}"  # each process has one of its own
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -180,7 +180,7 @@ def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
         "mode": str(mode),
         "chip": chip,
         "threads": torch.get_num_threads(),
-        "processes": distributed.processes(),
+        "processes": distributed.world_size(),
         "command": shlex.join(["sakd", *sys.argv[1:]]),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

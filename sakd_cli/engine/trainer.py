@@ -18,14 +18,14 @@ from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Loaded
-from sakd_cli.engine.ddp import of_all_processes, spread
+from sakd_cli.engine.ddp import of_all_processes, wrap_ddp
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.nan_guard import LOWER, Guard
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import StepOutput, Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
 from sakd_cli.rundir import RunDir, write_aside
@@ -41,7 +41,7 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
 
-class Delivery(Protocol):
+class ModelWriter(Protocol):
     """How the finished network is written: as one file for a checkpoint, as a folder for its users."""
 
     def save_weights(self, path: Path) -> None: ...
@@ -53,7 +53,7 @@ def _alone(network: nn.Module) -> nn.Module:
     return network
 
 
-class Judge(NamedTuple):
+class EvaluationData(NamedTuple):
     """selection: batches that choose the best epoch, and their name; test: the batches of the headline.
 
     scored   what is scored, given the task's network: itself, or others with it
@@ -66,11 +66,11 @@ class Judge(NamedTuple):
     scored: Callable[[nn.Module], nn.Module] = _alone
 
 
-class Outcome(NamedTuple):
+class TrainingOutput(NamedTuple):
     """What a run is for: who judges the network, and who writes it down."""
 
-    judge: Judge
-    delivery: Delivery
+    judge: EvaluationData
+    delivery: ModelWriter
 
 
 class Trainer:
@@ -89,12 +89,12 @@ class Trainer:
         loader: Loader,
         optimizer: Optimizer | BilevelOptimizer,
         run: RunDir,
-        watcher: Watcher,
+        watcher: Reporter,
         *,
         epochs: int,
         log_every: int,
         save_every: int | None = None,
-        outcome: Outcome | None = None,
+        outcome: TrainingOutput | None = None,
         recorder: SpotRecorder | None = None,
         phase: str = MAIN,
         graphs: Device | None = None,
@@ -110,8 +110,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.guard = Guard(next(task.parameters()).device)
-        self._spread = spread(task)
-        self._poll = distributed.Poll()
+        self._spread = wrap_ddp(task)
+        self._poll = distributed.AsyncMax()
         self._statistics = distributed.running_statistics(task)
         self._advance = self._step if graphs is None else GraphedStep(self._step, graphs, self._rates)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
@@ -173,7 +173,7 @@ class Trainer:
         output: StepOutput = self._spread(batch)
         loss = output.loss if batch.share == 1 else output.loss * batch.share
         self.optimizer.step(loss, partial(self.guard.look, batch, output))
-        distributed.level(self._statistics)
+        distributed.average_buffers(self._statistics)
         logits = None if output.logits is None else output.logits.detach()
         return output._replace(loss=output.loss.detach(), logits=logits)
 
@@ -192,7 +192,7 @@ class Trainer:
         means = self.meter.read()
         self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
 
-    def _judge(self, epoch: int, judge: Judge) -> None:
+    def _judge(self, epoch: int, judge: EvaluationData) -> None:
         scores = self._scored(self.task.network, judge, judge.selection)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
@@ -202,14 +202,14 @@ class Trainer:
         if not self.best or scores.top1 > self.best["selection_top1"]:
             self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
 
-    def _scored(self, network: nn.Module, judge: Judge, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
+    def _scored(self, network: nn.Module, judge: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
         return evaluate(judge.scored(network), batches, judge.classes, together=True)
 
     def _save(self) -> None:
         self.guard.check()
-        if distributed.first():
+        if distributed.is_main_process():
             self._write()
-        distributed.meet()
+        distributed.barrier()
 
     def _write(self) -> None:
         with self._timed("save"):
@@ -278,7 +278,7 @@ class Trainer:
         except CheckpointError:
             self.best = {}
 
-    def _final_figures(self, outcome: Outcome) -> dict[str, Any]:
+    def _final_figures(self, outcome: TrainingOutput) -> dict[str, Any]:
         judge = outcome.judge
         best = self.best or {"epoch": self.epochs, "selected_on": judge.selected_on}
         with self._timed("evaluate"):
@@ -296,7 +296,7 @@ class Trainer:
         }
 
     def _publish(self, facts: dict[str, Any]) -> None:
-        if self.outcome is not None and distributed.first():
+        if self.outcome is not None and distributed.is_main_process():
             self.outcome.delivery.publish(self.run, facts)
 
     def _tell(self, record: dict[str, Any]) -> None:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.sources import eval_loader
 from sakd_cli.engine import checkpoint
-from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.evaluation.speed import speed
 from sakd_cli.export.formats import FORMS, FromPixels, Function
@@ -28,7 +28,7 @@ IMAGES = 64
 TOLD = ("epoch", "split", "images", "top1", "top5", "loss", "imported", "friendly")  # of a deployable folder's card
 
 
-class Found(NamedTuple):
+class Exportable(NamedTuple):
     """What is to be exported: a network of the CPU in evaluation mode, its card, what is known of it, of which run."""
 
     network: nn.Module
@@ -65,7 +65,7 @@ class _Opened(nn.Module):
         return self.function(images)
 
 
-def export(target: Path, order: Order, layers: list[Layer], watcher: Watcher) -> dict[str, Any]:
+def export(target: Path, order: Order, layers: list[ConfigSource], watcher: Reporter) -> dict[str, Any]:
     """Write the folder and give the document of `sakd export --json`.
 
     Raises UsageError where the folder is there, a package is missing, the network does not fit the form, or the file's
@@ -77,7 +77,7 @@ def export(target: Path, order: Order, layers: list[Layer], watcher: Watcher) ->
     base = found.run.path if found.run else target if target.is_dir() else target.parent
     folder = order.out or base / f"export-{order.form}"
     _check_place(folder, order.overwrite)
-    own = Layer("the weights' header", {"data": found.card.dataset})
+    own = ConfigSource("the weights' header", {"data": found.card.dataset})
     config: EvalConfig = resolve("eval", [own, *words_of(found.run), *layers]).config
     inside = order.normalise and form.inside
     images, real = _images(found.card, config, watcher)
@@ -109,7 +109,7 @@ def export(target: Path, order: Order, layers: list[Layer], watcher: Watcher) ->
     return document
 
 
-def _found(target: Path, watcher: Watcher) -> Found:
+def _found(target: Path, watcher: Reporter) -> Exportable:
     """The network that a path means; of a run that is not finished, its last checkpoint's."""
     run = run_of(target)
     unfinished = run is not None and run.path == target and not run.finished
@@ -117,19 +117,19 @@ def _found(target: Path, watcher: Watcher) -> Found:
         step = f"epoch {saved.state.get('epoch')}, step {saved.state.get('step')}"
         watcher.say(f"{target}: is not finished; taking its last checkpoint ({step})")
         loaded = artifact.load(saved.folder / checkpoint.MODEL)
-        return Found(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
+        return Exportable(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
     weights = (run.ensemble or run.deliverable) if run is not None and run.path == target else target
     if weights is None:
         raise UsageError(f"{target}: this run has not saved a network yet")
     if is_ensemble(weights):
         whole = ensemble.load(weights if weights.is_dir() else weights.parent)
         names = "+".join(str(getattr(member, "name", "")) for member in whole.ensemble.members)
-        return Found(whole.ensemble.eval(), whole.card._replace(architecture=names), {}, run)
+        return Exportable(whole.ensemble.eval(), whole.card._replace(architecture=names), {}, run)
     loaded = artifact.load(weights)
-    return Found(loaded.model.eval(), loaded.card, _facts(weights, loaded.sha256), run)
+    return Exportable(loaded.model.eval(), loaded.card, _facts(weights, loaded.sha256), run)
 
 
-def _last_checkpoint(run: RunDir, watcher: Watcher) -> checkpoint.Loaded | None:
+def _last_checkpoint(run: RunDir, watcher: Reporter) -> checkpoint.Loaded | None:
     """The newest whole one, which is only read: another process may be writing the next."""
     for name in ("last", "last.new", "previous"):
         folder = run.path / "checkpoints" / name
@@ -174,7 +174,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{folder}: is there already", hint="--overwrite replaces it; --out DIR")
 
 
-def _images(card: NetworkCard, config: EvalConfig, watcher: Watcher) -> tuple[Tensor, bool]:
+def _images(card: NetworkCard, config: EvalConfig, watcher: Reporter) -> tuple[Tensor, bool]:
     """[64, 3, side, side] in [0, 1] to check with, and whether they are test images; noise where none are at hand."""
     words = config.data.model_copy(update={"holdout": 0.0, "download": False})
     try:

@@ -7,7 +7,7 @@ from sakd_cli.config.networks import find_network
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.table import describe
-from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.models import artifact, foreign
@@ -18,7 +18,7 @@ from sakd_cli.runs.build import load_images
 from sakd_cli.runs.evaluate import test_scores
 
 
-def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, watcher: Watcher) -> dict[str, Any]:
+def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, watcher: Reporter) -> dict[str, Any]:
     """Write the deployable folder `out` (None: `<network>-<data set>` here) from a foreign weights file.
 
     The network is scored where the data set's files are at hand; nothing is downloaded for it. Raises UsageError where

@@ -26,7 +26,7 @@ from sakd_cli.models.table import create
 FORMAT = "sakd.branches/1"
 
 
-class Place(NamedTuple):
+class BranchPoint(NamedTuple):
     """Where a branch hangs: behind this stage of the teacher, in the place of this stage of the student.
 
     tail   which of the tails it ends in
@@ -80,7 +80,7 @@ class Branches(nn.Module):
     def __init__(self, teacher: StagedModel, students: Sequence[str], side: int, *, share: bool) -> None:
         super().__init__()
         self.students, self.side, self.share = tuple(students), side, share
-        self.places: list[Place] = []
+        self.places: list[BranchPoint] = []
         self.transforms = nn.ModuleList()
         self.tails = nn.ModuleList()
         for name in students:
@@ -92,7 +92,7 @@ class Branches(nn.Module):
                     self.tails.append(Tail(student, stage + 1))
                 source, target = teacher.infos[stage], student.infos[stage]
                 self.transforms.append(Transform(source.shape(side), target.shape(side), target.layout))
-                self.places.append(Place(name, stage, len(self.tails) - 1))
+                self.places.append(BranchPoint(name, stage, len(self.tails) - 1))
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
         """The teacher's features, one per stage, to the logits of every branch, [branches, N, classes]."""
@@ -118,7 +118,7 @@ class Branches(nn.Module):
         for mine, theirs in zip([*student.stages[place.stage + 1 :], student.head], tail, strict=True):
             mine.load_state_dict(theirs.state_dict())
 
-    def _tail(self, place: Place) -> Tail:
+    def _tail(self, place: BranchPoint) -> Tail:
         return cast(Tail, self.tails[place.tail])
 
     def _alone(self, branch: int) -> list[nn.Module]:

@@ -32,7 +32,7 @@ class CannotCutError(Exception):
     """Why a network cannot be cut, in a few words."""
 
 
-class Place(NamedTuple):
+class CutPoint(NamedTuple):
     """Where the network can be cut, behind a node: what is alive there, its shape (C, H, W), the weights before it."""
 
     node: fx.Node
@@ -245,7 +245,7 @@ def _head(network: nn.Module, graph: fx.Graph, num_classes: int) -> tuple[str, f
     raise CannotCutError("its logits are not what one linear layer gives")
 
 
-def _places(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> Iterator[Place]:
+def _places(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> Iterator[CutPoint]:
     """Every place in front of the pooling where nothing but one map is alive, in order."""
     fixed = _fixed(graph)
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -274,7 +274,7 @@ def _places(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> 
         if value.ndim == 4:
             grid, layout = shape[1:], form.form
         if live == [node] and alive_until <= order[node] and weights:
-            yield Place(node, shape, form, weights)
+            yield CutPoint(node, shape, form, weights)
 
 
 def _fixed(graph: fx.Graph) -> list[fx.Node]:
@@ -323,9 +323,9 @@ def _read(value: Tensor, grid: tuple[int, int] | None, last: str) -> tuple[tuple
     return None
 
 
-def _chosen(places: list[Place], side: int) -> list[Place]:
+def _chosen(places: list[CutPoint], side: int) -> list[CutPoint]:
     """Stem and ends of stages: the last place of each size, falling; equal parts where there is one size only."""
-    groups: list[list[Place]] = []
+    groups: list[list[CutPoint]] = []
     for place in places:
         height = place.shape[1]
         if groups and height > groups[-1][-1].shape[1]:
@@ -344,7 +344,7 @@ def _chosen(places: list[Place], side: int) -> list[Place]:
     return [*[stem] * patched, *(group[-1] for group in groups)]
 
 
-def _blocks(group: list[Place]) -> tuple[Place, list[Place]]:
+def _blocks(group: list[CutPoint]) -> tuple[CutPoint, list[CutPoint]]:
     """Of places of one size: the last in front of the first block, and the end of each block."""
     steps = [after.weights - before.weights for before, after in pairwise(group)]
     some = sorted(step for step in steps if step)

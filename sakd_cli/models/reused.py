@@ -14,7 +14,7 @@ from sakd_cli.models.staged import StagedModel, StageInfo
 
 
 @final
-class Borrowed(nn.Module):
+class FrozenCopy(nn.Module):
     """A stage of another network, copied: never trained, and in evaluation mode whatever is asked for."""
 
     def __init__(self, stage: nn.Module) -> None:
@@ -22,7 +22,7 @@ class Borrowed(nn.Module):
         self.stage = copy.deepcopy(stage).requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> "Borrowed":
+    def train(self, mode: bool = True) -> "FrozenCopy":
         super().train(mode)
         self.stage.eval()
         return self
@@ -58,7 +58,7 @@ def build(name: str, num_classes: int, *, student: StagedModel, teacher: StagedM
     added = projector(student.infos[-2], teacher.infos[-2], factor)
     layout = teacher.infos[-2].layout
     rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(Entered(layout), teacher.stages[-1])
-    pool = teacher.infos[-1], Borrowed(rest)
+    pool = teacher.infos[-1], FrozenCopy(rest)
     model = StagedModel(
         name=name, family="reused", stages=[*kept, added, pool], num_classes=num_classes, preactivation=None
     )

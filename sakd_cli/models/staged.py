@@ -160,7 +160,7 @@ class StagedModel(nn.Module):
         names = self.plain_names()
         return {names[name]: tensor for name, tensor in self.state_dict().items()}
 
-    def expects(self, mean: Channels, std: Channels, *, given: tuple[Channels, Channels]) -> None:
+    def set_input_normalization(self, mean: Channels, std: Channels, *, given: tuple[Channels, Channels]) -> None:
         """Convert images that are normalised by `given` (mean, std) to this network's own mean and std, from now on.
 
         One affine per channel in front of the first stage; nothing at all where both are equal.

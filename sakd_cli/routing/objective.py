@@ -31,11 +31,11 @@ def router_loss(
     Comparison and count are of the whole batch where several processes share it.
     """
     ce = F.cross_entropy(routed, batch.labels)
-    routed_ce, alone = distributed.mean(ce, batch), distributed.mean(student_ce, batch)
+    routed_ce, alone = distributed.all_reduce_mean(ce, batch), distributed.all_reduce_mean(student_ce, batch)
     raised, lowered = routed_ce > alone, routed_ce < alone
     one = torch.ones_like(ce)
     factor = torch.where(raised, one * gamma, torch.where(lowered, one / gamma, one)).detach()
-    missing = min_teacher_fraction * batch.size - distributed.total(gate[:, -1].sum(), batch)
+    missing = min_teacher_fraction * batch.size - distributed.all_reduce_sum_with_grad(gate[:, -1].sum(), batch)
     active = (missing > 0).detach()
     return RouterLoss(
         factor * ce + F.relu(missing), routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))

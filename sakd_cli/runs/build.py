@@ -12,16 +12,16 @@ from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.residual import ResidualConfig
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import hold_out, limited
-from sakd_cli.data.generators import generator
-from sakd_cli.data.sources import kept
+from sakd_cli.data.generators import seeded_generator
+from sakd_cli.data.sources import cache_policy
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable
-from sakd_cli.engine.runtime import effective, pick_device
+from sakd_cli.engine.runtime import pick_device, resolve_mode
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded
@@ -36,7 +36,7 @@ from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs import initial_weights, mixtures
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images, Job
-from sakd_cli.runs.locate import claimed, find_teacher, no_teacher, pretrain_command
+from sakd_cli.runs.locate import find_teacher, no_teacher, pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
@@ -57,7 +57,7 @@ def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> I
         train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
     there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
     cut = {name: split for name, split in there.items() if split is not None}
-    placed = dict(zip(cut, kept(list(cut.values()), dataset, config), strict=True))
+    placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
     dataset = replace(dataset, test=placed["test"])
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
@@ -67,22 +67,22 @@ def pretraining(config: PretrainConfig) -> Job:
     device = pick_device(config.device)
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device)
-    initial_weights.start_from(network, config.init_from, config.head, images.dataset, "init_from")
-    mode, costs = effective(config.runtime, device), cost(network, images.side)
+    initial_weights.load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
+    mode, costs = resolve_mode(config.runtime, device), cost(network, images.side)
     lr, decay = _learning_rate(config, config.model), config.train.weight_decay
     words = config.friendly
     if words is None:
-        task: Task = PretrainTask(mode.laid_out(network), lr=lr, weight_decay=decay, mode=mode)
+        task: Task = PretrainTask(mode.to_memory_format(network), lr=lr, weight_decay=decay, mode=mode)
         return Job(config, device, images, task.to(device), network, costs)
     with _initialised(config.seed, "branches"):
         branches = Branches(network, words.students, images.side, share=words.share_branches)
-    task = mode.laid_out(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
+    task = mode.to_memory_format(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
     return Job(config, device, images, task.to(device), network, costs)
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
     """The run that trains the teacher of this run."""
-    words = resolve("pretrain", [Layer("the distillation's config", config.pretraining())]).config
+    words = resolve("pretrain", [ConfigSource("the distillation's config", config.pretraining())]).config
     assert isinstance(words, PretrainConfig)
     return words
 
@@ -100,18 +100,20 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     if teacher is None:
         path = _teacher_path(config).resolve()
         teacher = load_teacher(config, path)
-        claim = claimed(path, teacher.sha256)
+        claim = read_claim(path, teacher.sha256)
         config = pinned(config, path, teacher.sha256)
     images = load_images(config.data, config.residual)
     train_one = pretrain_command(config, teacher.card.architecture)
-    suit(teacher, images, config.teacher.source, train_one)
+    match_normalization(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)
-    initial_weights.start_from(student, config.student_weights, config.head, images.dataset, "student_weights")
+    initial_weights.load_initial_weights(
+        student, config.student_weights, config.head, images.dataset, "student_weights"
+    )
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
-    mixtures.adopt(config.method, task.feature_distiller, teacher.model.name)
+    mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.bank:
         others = task.distillers.preactivations or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
@@ -133,8 +135,8 @@ def assemble(
     labels  class of every training image, for methods that remember images
     offset  for a residual student: gives the logits of the students before it, frozen and in evaluation mode
     """
-    mode = effective(config.runtime, next(student.parameters()).device)
-    student, teacher = mode.laid_out(student), mode.laid_out(teacher)
+    mode = resolve_mode(config.runtime, next(student.parameters()).device)
+    student, teacher = mode.to_memory_format(student), mode.to_memory_format(teacher)
     with _initialised(config.seed, "distiller"):
         method = distillers.build(
             config.method,
@@ -157,13 +159,13 @@ def assemble(
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
-        runs = frozen_view(mode.laid_out(method.network)).run, teacher.run
+        runs = frozen_view(mode.to_memory_format(method.network)).run, teacher.run
         graft = Graft(method.spots, *runs, pruned=mode.pruned) if learned else None
     published = learned or LearnedConfig(name="none")
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
-    see = method.sight(teacher)
+    see = method.teacher_forward(teacher)
     task = DistillTask(
         method.network,
         PlainPass(see),
@@ -175,7 +177,7 @@ def assemble(
         mode,
         offset,
     )
-    return mode.laid_out(task)
+    return mode.to_memory_format(task)
 
 
 def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
@@ -185,7 +187,7 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     """
     assert isinstance(job.config, DistillConfig)
     assert job.teacher is not None
-    seed = generator(job.config.seed, f"residual-{number}").initial_seed()
+    seed = seeded_generator(job.config.seed, f"residual-{number}").initial_seed()
     config = job.config.model_copy(update={"student": name, "seed": seed})
     words, side, teacher = config.residual, job.images.side, job.teacher.model
     network = _fresh(name, job.images, seed, "network", job.device)
@@ -238,11 +240,11 @@ def check_classes(network: Artifact, images: Images, source: str, hint: str | No
         raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
 
 
-def suit(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+def match_normalization(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
     """Let a trained network see a data set's images as it was trained to. Raises as `check_classes`."""
     check_classes(network, images, source, hint)
     data = images.dataset
-    network.model.expects(network.card.mean, network.card.std, given=(data.mean, data.std))
+    network.model.set_input_normalization(network.card.mean, network.card.std, given=(data.mean, data.std))
 
 
 def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
@@ -279,7 +281,7 @@ def _fresh(name: str, images: Images, seed: int, purpose: str, device: torch.dev
 def _initialised(seed: int, purpose: str) -> Iterator[None]:
     """Initial weights from a stream of their own, so that a router does not shift the student's."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, f"init/{purpose}").initial_seed())
+        torch.manual_seed(seeded_generator(seed, f"init/{purpose}").initial_seed())
         yield
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from sakd_cli.config.datasets import DATASETS, DataConfig
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import FileEvalLoader, eval_loader
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
-from sakd_cli.engine.reporter import Watcher
-from sakd_cli.engine.runtime import effective, pick_device
+from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.runtime import pick_device, resolve_mode
 from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusions
 from sakd_cli.evaluation.speed import speed
@@ -24,7 +24,7 @@ from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.build import load_images, suit
+from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images
 from sakd_cli.runs.locate import find_teacher
@@ -39,11 +39,11 @@ class Target(NamedTuple):
 
     weights: Path
     run: RunDir | None
-    layers: list[Layer]
+    layers: list[ConfigSource]
     compelled: bool = False
 
 
-def scores(targets: Iterable[Target], watcher: Watcher) -> Iterator[dict[str, Any]]:
+def scores(targets: Iterable[Target], watcher: Reporter) -> Iterator[dict[str, Any]]:
     """One document per target, of the schema `report/documents.py` calls Evaluation.
 
     Weights of no run are scored on the data set of their header. Raises UsageError on other classes.
@@ -51,11 +51,11 @@ def scores(targets: Iterable[Target], watcher: Watcher) -> Iterator[dict[str, An
     loaded: dict[DataConfig, Images] = {}
     for target in targets:
         network = artifact.load(target.weights)
-        named = Layer("the weights' header", {"data": seen_in(network.card)})
+        named = ConfigSource("the weights' header", {"data": seen_in(network.card)})
         config: EvalConfig = resolve("eval", [named, *target.layers]).config
         words = config.data.model_copy(update={"holdout": 0.0})
         images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
-        suit(network, images, str(target.weights))
+        match_normalization(network, images, str(target.weights))
         yield _score(target, network, config, images, watcher)
 
 
@@ -65,15 +65,15 @@ def seen_in(card: NetworkCard) -> dict[str, Any]:
     return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
 
 
-def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, watcher: Watcher) -> dict[str, Any]:
+def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, watcher: Reporter) -> dict[str, Any]:
     device, dataset, run = pick_device(config.device), images.dataset, target.run
     teacher = _teacher(target, config, images, watcher)
     branches = branches_of(target.weights, network)
-    mode = effective(Runtime(), device)
-    model = mode.laid_out(network.model.to(device)).eval()
+    mode = resolve_mode(Runtime(), device)
+    model = mode.to_memory_format(network.model.to(device)).eval()
     batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
-    heard = [model] if teacher is None else [model, mode.laid_out(teacher[1].model.to(device)).eval()]
+    heard = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(heard, followed(batches, watcher, f"scoring {target.weights}{unfinished}"))
     pairs, mistaken = confusions(answers[0].logits, labels, dataset.classes)
     figures, rows = _figures(model, answers[0], labels, batches.batch_size, images)
@@ -119,13 +119,13 @@ def class_rows(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
     return [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class]
 
 
-def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Watcher, title: str) -> Scores:
+def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Reporter, title: str) -> Scores:
     """Figures of a network that is on `device`, on all test images."""
     batches = eval_loader(dataset.test, dataset, device=device)
     return evaluate(model, followed(batches, watcher, title), len(dataset.classes))
 
 
-def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Watcher) -> tuple[Path, Artifact] | None:
+def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Reporter) -> tuple[Path, Artifact] | None:
     """The teacher that the words name, and where it lies; None where they name none."""
     if config.teacher is None:
         return None
@@ -137,7 +137,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Watche
         teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
-        suit(teacher, images, str(path))
+        match_normalization(teacher, images, str(path))
     except UsageError as error:
         if target.compelled:
             raise
@@ -172,7 +172,7 @@ def _figures(
     return quality | cost(model, images.side)._asdict(), class_rows(found, classes)
 
 
-def followed(batches: EvalLoader | FileEvalLoader, watcher: Watcher, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def followed(batches: EvalLoader | FileEvalLoader, watcher: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, with the watcher told of each."""
     watcher.begin(title, len(batches))
     try:

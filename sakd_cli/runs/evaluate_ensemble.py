@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.sources import eval_loader
 from sakd_cli.engine.evaluate import Scores, evaluate
-from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
@@ -23,7 +23,7 @@ from sakd_cli.models.ensemble import INDEX, Ensemble, LoadedEnsemble
 from sakd_cli.models.exits import NEVER, RANGES, Exits, fit, leaving, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.build import load_images, suit
+from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.evaluate import Target, class_rows, described, followed, scores, seen_in
 from sakd_cli.tasks.targets import is_ensemble, words_of
 
@@ -139,7 +139,7 @@ def hull(points: Sequence[tuple[float, float]]) -> set[int]:
     return set(kept)
 
 
-def score_ensemble(target: Target, watcher: Watcher, *, early: bool, curve: bool) -> dict[str, Any]:
+def score_ensemble(target: Target, watcher: Reporter, *, early: bool, curve: bool) -> dict[str, Any]:
     """`sakd eval` of an ensemble; a plain network is one without residual students. Keys: `report/ensemble.py`.
 
     early: samples leave where they may; else all go to the end. curve: with the sweep.
@@ -147,13 +147,13 @@ def score_ensemble(target: Target, watcher: Watcher, *, early: bool, curve: bool
     """
     opened = _opened(target.weights)
     rule = opened.about.get("rule", {})
-    named = Layer("the ensemble's words", {"data": seen_in(opened.card), "residual": rule})
+    named = ConfigSource("the ensemble's words", {"data": seen_in(opened.card), "residual": rule})
     config: EvalConfig = resolve("eval", [named, *target.layers]).config
     device = pick_device(config.device)
     images = load_images(config.data.model_copy(update={"holdout": 0.0}))
     for member in opened.ensemble.members:
         assert isinstance(member, StagedModel)
-        suit(Artifact(member, opened.card, opened.sha256), images, str(target.weights))
+        match_normalization(Artifact(member, opened.card, opened.sha256), images, str(target.weights))
     whole, dataset = opened.ensemble.to(device), images.dataset
     costs = [cost(member, images.side) for member in whole.members]
     macs, teacher = [one.macs for one in costs], opened.about.get("teacher") or {}
@@ -213,7 +213,7 @@ def _refitted(
     """Thresholds for other words, from the images that the run kept for this."""
     if run is None:
         raise UsageError("residual: other words for who leaves early need the run of this ensemble", "name the run")
-    own = Layer("the run's config", {key: run.config[key] for key in ("data", "residual") if key in run.config})
+    own = ConfigSource("the run's config", {key: run.config[key] for key in ("data", "residual") if key in run.config})
     trained = resolve("eval", [own]).config
     place = {"root": config.data.root, "download": config.data.download}
     images = load_images(trained.data.model_copy(update=place), trained.residual)
@@ -227,8 +227,8 @@ def _refitted(
 
 def evaluations(
     found: Sequence[tuple[Path, RunDir | None]],
-    layers: Sequence[Layer],
-    watcher: Watcher,
+    layers: Sequence[ConfigSource],
+    watcher: Reporter,
     *,
     compelled: bool = False,
     forced: bool = False,

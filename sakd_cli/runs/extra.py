@@ -14,9 +14,9 @@ from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.reporter import Watcher
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import Task
-from sakd_cli.engine.trainer import Judge, Loader, Outcome, Trainer
+from sakd_cli.engine.trainer import EvaluationData, Loader, Trainer, TrainingOutput
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
 
@@ -41,12 +41,12 @@ def loader_of(job: Job) -> Shuffled:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class TrainerFactory:
     """What all trainings of one run share, and how one of them is set up."""
 
     run: RunDir
-    judge: Judge
-    watcher: Watcher
+    judge: EvaluationData
+    watcher: Reporter
 
     def trainer(
         self,
@@ -57,13 +57,13 @@ class Workshop:
         *,
         loader: Loader | None = None,
         optimizer: Optimizer | BilevelOptimizer | None = None,
-        outcome: Outcome | None = None,
+        outcome: TrainingOutput | None = None,
         recorder: SpotRecorder | None = None,
     ) -> Trainer:
         """A trainer of `task`; what is not given is that of the job's ordinary training."""
         words = job.config
-        if words.runtime.sync_batchnorm and distributed.processes() > 1:
-            distributed.synchronised(task)
+        if words.runtime.sync_batchnorm and distributed.world_size() > 1:
+            distributed.convert_sync_batchnorm(task)
         return Trainer(
             task,
             loader or loader_of(job),
@@ -80,7 +80,7 @@ class Workshop:
         )
 
 
-class Companion(ABC):
+class RunExtension(ABC):
     """One such thing; `companions.py` lists the kinds. What a kind has no use for it leaves as it is here."""
 
     label: str = ""
@@ -89,7 +89,7 @@ class Companion(ABC):
     """What is said of it before the run."""
 
     @abstractmethod
-    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Once all is trained: what it adds to the summary; `figures` of each phase."""
 
     def rehearse(self) -> None:
@@ -112,6 +112,6 @@ class Companion(ABC):
         """Write what belongs to the delivered network, whose file is `weights`, whenever that is written."""
         return
 
-    def trainings(self, shop: Workshop) -> Iterator[Trainer]:
+    def trainings(self, shop: TrainerFactory) -> Iterator[Trainer]:
         """What is trained after the main training, each when the one before is done."""
         return iter(())

@@ -1,7 +1,7 @@
 """The kinds of companions. To add one: a class of `companion.py`'s contract, one line below."""
 
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.runs.extra import Companion
+from sakd_cli.runs.extra import RunExtension
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.residual_chain import Chain
@@ -10,10 +10,10 @@ from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.sftn import SftnTask, StudentBranches
 
 
-def companions_of(job: Job) -> list[Companion]:
+def run_extensions(job: Job) -> list[RunExtension]:
     """What this job has beside its main training. Raises UsageError where something that was asked for cannot be."""
     config, task = job.config, job.task
-    found: list[Companion] = []
+    found: list[RunExtension] = []
     if isinstance(task, SftnTask):
         found.append(StudentBranches(task))
     if isinstance(config, DistillConfig) and config.residual.students > 0:

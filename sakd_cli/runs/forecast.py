@@ -12,7 +12,7 @@ from sakd_cli.bench.steps import RATE
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import effective, keep_freed_memory, memory_told, pick_device
+from sakd_cli.engine.runtime import keep_freed_memory, pick_device, resolve_mode, translate_oom
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.runs.build import load_images
@@ -93,8 +93,8 @@ def _task(config: RunConfig, bench: Workbench) -> tuple[Task, nn.Module, float]:
         return task, task.network, size * (3.0 * student + teacher + learned)
     assert isinstance(config, PretrainConfig)
     network = bench.network("alone", config.model, config.device)
-    mode = effective(config.runtime, pick_device(config.device))
-    alone = PretrainTask(mode.laid_out(network.train()), lr=RATE, weight_decay=5e-4, mode=mode)
+    mode = resolve_mode(config.runtime, pick_device(config.device))
+    alone = PretrainTask(mode.to_memory_format(network.train()), lr=RATE, weight_decay=5e-4, mode=mode)
     return alone, network, size * 3.0 * bench.macs(config.model)
 
 
@@ -110,7 +110,7 @@ def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> flo
     noise = torch.rand(size, task.noise_width)
     labels = index % bench.classes
     given = Batch(x.to(device), labels.to(device), index.to(device), noise.to(device))
-    with memory_told(size):
+    with translate_oom(size):
         for attempt in range(1 + TRIES):
             begun = time.perf_counter()
             optimizer.step(task(given).loss)

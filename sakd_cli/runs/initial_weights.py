@@ -21,7 +21,9 @@ from sakd_cli.runs.locate import weights_at
 Head = Literal["keep", "replace"]
 
 
-def start_from(network: StagedModel, source: Path | str | None, head: Head, dataset: Dataset, word: str) -> None:
+def load_initial_weights(
+    network: StagedModel, source: Path | str | None, head: Head, dataset: Dataset, word: str
+) -> None:
     """Put the weights of `source` into a fresh network; None: leave it fresh. `word`: of the config that says `source`.
 
     source  a run directory, a file of sakd, a file under the names of torchvision or timm, or the word `library`

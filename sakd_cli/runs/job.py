@@ -8,8 +8,8 @@ import torch
 
 from sakd_cli.config.training import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.sources import gather
-from sakd_cli.engine.runtime import Mode, effective
+from sakd_cli.data.sources import preload
+from sakd_cli.engine.runtime import Mode, resolve_mode
 from sakd_cli.engine.task import Task
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import Cost
@@ -36,12 +36,12 @@ class Images:
         """Height and width of the images in pixels."""
         return self.train.side
 
-    def gather(self) -> None:
+    def preload(self) -> None:
         """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
-        gather(self.train, whole=self.dataset.scale is not None)
+        preload(self.train, whole=self.dataset.scale is not None)
         for split in (self.held_out, self.calibration, self.dataset.test):
             if split is not None:
-                gather(split)
+                preload(split)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Job:
     @property
     def mode(self) -> Mode:
         """How it computes."""
-        return effective(self.config.runtime, self.device)
+        return resolve_mode(self.config.runtime, self.device)
 
     @property
     def card(self) -> NetworkCard:

@@ -15,26 +15,33 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.sources import eval_loader
 from sakd_cli.engine import checkpoint, tensorboard
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.reporter import Heeding, Watcher
-from sakd_cli.engine.runtime import check_compiler, compiled, environment, keep_freed_memory, memory_told, reproducible
-from sakd_cli.engine.trainer import MAIN, Judge, Outcome, Trainer
+from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
+from sakd_cli.engine.runtime import (
+    check_compiler,
+    compile_task,
+    environment,
+    keep_freed_memory,
+    set_deterministic,
+    translate_oom,
+)
+from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.models import artifact
-from sakd_cli.rundir import Intent, RunDir, write_aside, write_json
-from sakd_cli.runs.extra import Companion, Workshop, loader_of
-from sakd_cli.runs.extras import companions_of
+from sakd_cli.rundir import ResumePlan, RunDir, write_aside, write_json
+from sakd_cli.runs.extra import RunExtension, TrainerFactory, loader_of
+from sakd_cli.runs.extras import run_extensions
 from sakd_cli.runs.job import Job, plan
-from sakd_cli.runs.locate import Claim, compared
+from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.phases import training
 
 
-class FolderDelivery:
+class FolderWriter:
     """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
 
     companions   have what belongs to it written beside it
     """
 
-    def __init__(self, job: Job, facts: dict[str, Any], companions: Sequence[Companion]) -> None:
+    def __init__(self, job: Job, facts: dict[str, Any], companions: Sequence[RunExtension]) -> None:
         self.network, self.card, self.facts, self.companions = job.network, job.card, facts, companions
         self.folder = "student" if job.teacher else "teacher"
 
@@ -49,7 +56,7 @@ class FolderDelivery:
 
 def try_one_batch(job: Job) -> dict[str, Any]:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
-    for companion in (companions := companions_of(job)):
+    for companion in (companions := run_extensions(job)):
         companion.rehearse()
     loader = loader_of(job)
     job.task.train()
@@ -64,35 +71,37 @@ def try_one_batch(job: Job) -> dict[str, Any]:
     return shown | {"batch": parts, "steps_per_epoch": len(loader), "device": str(job.device)}
 
 
-@distributed.losses_told()  # another process may end at any exchange, the first ones and the last ones too
-def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = None) -> tuple[RunDir, dict[str, Any]]:
+@distributed.translate_dist_errors()  # another process may end at any exchange, the first ones and the last ones too
+def carry_out(
+    job: Job, intent: ResumePlan, watcher: Reporter, again: str | None = None
+) -> tuple[RunDir, dict[str, Any]]:
     """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
 
     again  the command that goes on after a stop; None: that of this very run
     Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
     """
     tensorboard.check(job.config.log)
-    distributed.join(job.device)
-    job.images.gather()
-    companions = companions_of(job)
+    distributed.init_process_group(job.device)
+    job.images.preload()
+    companions = run_extensions(job)
     _made_ready(job)
     judge = _judge(job, watcher)
     facts = _teacher_facts(job, judge, watcher)
     run, intent = _opened(job, companions, intent)
     with run.locked(), tensorboard.following(run, job.config.log):
-        if distributed.first():
+        if distributed.is_main_process():
             _begin(job, run, intent)
-        distributed.meet()
+        distributed.barrier()
         try:
-            shop = Workshop(run, judge, watcher)
+            shop = TrainerFactory(run, judge, watcher)
             for companion in companions:
                 facts |= companion.facts()
             phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
-            with memory_told(job.config.train.batch_size):
+            with translate_oom(job.config.train.batch_size):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
-            if distributed.first():
+            if distributed.is_main_process():
                 _close(job, companions, shop, figures, facts)
-            distributed.meet()
+            distributed.barrier()
         except Stopped as stopped:
             command = "distill" if job.teacher else "pretrain-teacher"
             hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
@@ -100,18 +109,18 @@ def carry_out(job: Job, intent: Intent, watcher: Watcher, again: str | None = No
         return run, run.read_json("summary.json")
 
 
-def _opened(job: Job, companions: Sequence[Companion], intent: Intent) -> tuple[RunDir, Intent]:
+def _opened(job: Job, companions: Sequence[RunExtension], intent: ResumePlan) -> tuple[RunDir, ResumePlan]:
     """The run directory and what is to become of it: the first process says it, the others read and are silent."""
-    if distributed.first():
+    if distributed.is_main_process():
         run = intent.open(job.config.runs_dir, _label(job, companions))
-        distributed.told((str(run.path), intent.resume is not None))
+        distributed.broadcast_object((str(run.path), intent.resume is not None))
         return run, intent
-    path, going_on = distributed.told(("", False))
+    path, resume_config = distributed.broadcast_object(("", False))
     run = RunDir(Path(path), silent=True)
-    return run, intent._replace(resume=run if going_on else None)
+    return run, intent._replace(resume=run if resume_config else None)
 
 
-def _begin(job: Job, run: RunDir, intent: Intent) -> None:
+def _begin(job: Job, run: RunDir, intent: ResumePlan) -> None:
     """Make room for a new run, and write down what it is."""
     if intent.overwrite:
         run.clear()
@@ -121,7 +130,7 @@ def _begin(job: Job, run: RunDir, intent: Intent) -> None:
 
 
 def _close(
-    job: Job, companions: Sequence[Companion], shop: Workshop, figures: dict[str, Any], facts: dict[str, Any]
+    job: Job, companions: Sequence[RunExtension], shop: TrainerFactory, figures: dict[str, Any], facts: dict[str, Any]
 ) -> None:
     """Everything is trained: what is left to the companions, and the summary."""
     summary = _about(job) | figures[MAIN] | facts
@@ -135,39 +144,41 @@ def _made_ready(job: Job) -> None:
     if job.device.type == "cpu":
         keep_freed_memory()
     if job.config.runtime.deterministic:
-        reproducible()
+        set_deterministic()
     if job.mode.compiled:
-        torchrun.check_alone("--compile")
+        torchrun.require_single_process("--compile")
         check_compiler(job.device)
-        compiled(job.task, job.device, graphed=job.mode.graphed)
+        compile_task(job.task, job.device, graphed=job.mode.graphed)
 
 
-def _trainings(job: Job, companions: Sequence[Companion], shop: Workshop, facts: dict[str, Any]) -> Iterator[Trainer]:
+def _trainings(
+    job: Job, companions: Sequence[RunExtension], shop: TrainerFactory, facts: dict[str, Any]
+) -> Iterator[Trainer]:
     """The trainings of a run, one after another; each is built when the one before is done."""
-    yield from training(job, MAIN, Outcome(shop.judge, FolderDelivery(job, facts, companions)), shop)
+    yield from training(job, MAIN, TrainingOutput(shop.judge, FolderWriter(job, facts, companions)), shop)
     for companion in companions:
         yield from companion.trainings(shop)
 
 
-def _resumed(phases: Iterator[Trainer], run: RunDir, intent: Intent, watcher: Watcher) -> Iterator[Trainer]:
+def _resumed(phases: Iterator[Trainer], run: RunDir, intent: ResumePlan, watcher: Reporter) -> Iterator[Trainer]:
     """The same trainers, each taken to its own last checkpoint as long as all before it are complete.
 
     Lines that were logged after that checkpoint are taken back: they will be written again.
     """
-    going_on, logs = intent.resume is not None, dict[str, int]()
+    resume_config, logs = intent.resume is not None, dict[str, int]()
     for trainer in phases:
         complain = watcher.warn if intent.lenient else None
-        point = checkpoint.find(trainer.folder, complain, run.identity) if going_on else None
+        point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
         if point is not None:
             trainer.resume(point)
             logs = _sizes(point)
-        elif intent.resume is not None and distributed.first():
+        elif intent.resume is not None and distributed.is_main_process():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
-        if going_on and not trainer.done:
-            going_on = False
+        if resume_config and not trainer.done:
+            resume_config = False
             run.cut_logs(logs)
         yield trainer
-    if going_on:
+    if resume_config:
         run.cut_logs(logs)
 
 
@@ -179,15 +190,15 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
     return sizes
 
 
-def _judge(job: Job, watcher: Watcher) -> Judge:
+def _judge(job: Job, watcher: Reporter) -> EvaluationData:
     dataset = job.images.dataset
-    test = Heeding(eval_loader(dataset.test, dataset, device=job.device), watcher)
+    test = InterruptibleBatches(eval_loader(dataset.test, dataset, device=job.device), watcher)
     held_out = job.images.held_out
-    selection = Heeding(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
-    return Judge("holdout" if held_out else "test", selection, test, len(dataset.classes))
+    selection = InterruptibleBatches(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
+    return EvaluationData("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 
-def _label(job: Job, companions: Sequence[Companion]) -> str:
+def _label(job: Job, companions: Sequence[RunExtension]) -> str:
     words = job.config.model_dump()
     parts = [words["task"], job.network.name, job.images.dataset.name]
     if job.teacher:
@@ -221,7 +232,7 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _teacher_facts(job: Job, judge: Judge, watcher: Watcher) -> dict[str, Any]:
+def _teacher_facts(job: Job, judge: EvaluationData, watcher: Reporter) -> dict[str, Any]:
     """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
 
     Raises UsageError where its card says otherwise.
@@ -232,7 +243,7 @@ def _teacher_facts(job: Job, judge: Judge, watcher: Watcher) -> dict[str, Any]:
     if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch
-        told = compared(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
+        told = compare_with_card(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
         if told is not None:
             watcher.say(told)
     facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}

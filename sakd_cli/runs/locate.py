@@ -98,7 +98,7 @@ class Claim(NamedTuple):
     top1: float | None
 
 
-def claimed(path: Path, sha256: str) -> Claim | None:
+def read_claim(path: Path, sha256: str) -> Claim | None:
     """What the card beside a weights file says; None where there is none. `path`: the file or its folder.
 
     Raises UsageError where the card is damaged, or is of other weights than these, whose SHA-256 is given.
@@ -123,7 +123,7 @@ def claimed(path: Path, sha256: str) -> Claim | None:
     return claim
 
 
-def compared(path: Path, claim: Claim | None, measured: Claim, *, allowed: bool) -> str | None:
+def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allowed: bool) -> str | None:
     """Hold what was measured against the card. What is worth saying of it; None where they agree.
 
     They agree within 0.2 points, or one image where there are fewer than 500. Raises UsageError where they do not,

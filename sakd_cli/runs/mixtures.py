@@ -14,7 +14,7 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.dfa import DFA
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import sha256
-from sakd_cli.runs.extra import Companion, Workshop
+from sakd_cli.runs.extra import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.tasks.distill import DistillTask
 
@@ -36,7 +36,7 @@ def pinned(words: MethodConfig) -> MethodConfig:
     return words.model_copy(update={"weights_sha256": sha256(Path(words.weights))})
 
 
-def adopt(words: MethodConfig, distiller: Any, teacher: str) -> None:
+def load_mixtures(words: MethodConfig, distiller: Any, teacher: str) -> None:
     """Take the mixtures of the file that the words name, if they name one. UsageError where it does not fit."""
     if not (isinstance(words, DFAConfig) and isinstance(distiller, DFA) and from_file(words)):
         return
@@ -58,7 +58,7 @@ def adopt(words: MethodConfig, distiller: Any, teacher: str) -> None:
 
 
 def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:
-    """Words and distiller of a job that mixes blocks; None for all others."""
+    """Config and distiller of a job that mixes blocks; None for all others."""
     words = job.config.method if isinstance(job.config, DistillConfig) else None
     distiller = job.task.feature_distiller if isinstance(job.task, DistillTask) else None
     return (words, distiller) if isinstance(words, DFAConfig) and isinstance(distiller, DFA) else None
@@ -103,7 +103,7 @@ def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any
 
 
 @final
-class Mixed(Companion):
+class Mixed(RunExtension):
     """The mixtures of a run, in its plan and in its summary."""
 
     def __init__(self, job: Job) -> None:
@@ -112,12 +112,12 @@ class Mixed(Companion):
     def rehearse(self) -> None:
         found = of_job(self.job)
         if found is not None and found[1].to_be_found:
-            torchrun.check_alone("the search for mixtures")
+            torchrun.require_single_process("the search for mixtures")
 
     def plan(self) -> dict[str, Any]:
         return {"mixtures": record(self.job)}
 
-    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return self.plan() | {"search_seconds": figures.get("search", {}).get("seconds")}
 
 

@@ -11,20 +11,20 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.sources import views
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import compiled_pass
-from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
+from sakd_cli.engine.runtime import compile_forward
+from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.rundir import write_json
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
-from sakd_cli.runs.extra import Workshop, loader_of, optimizer_of
+from sakd_cli.runs.extra import TrainerFactory, loader_of, optimizer_of
 from sakd_cli.runs.job import Job
-from sakd_cli.runs.teacher_cache import open_bank
+from sakd_cli.runs.teacher_cache import open_teacher_cache
 from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.residual import ResidualTask
 from sakd_cli.tasks.search import batches
 
 
-def training(job: Job, phase: str, outcome: Outcome, shop: Workshop) -> Iterator[Trainer]:
+def training(job: Job, phase: str, outcome: TrainingOutput, shop: TrainerFactory) -> Iterator[Trainer]:
     """The preparations of a job, then its own training as `phase`; each is built when the one before is done."""
     before = "" if phase == MAIN else f"{phase}-"
     for prepare in PREPARATIONS:
@@ -44,17 +44,17 @@ def _looking_ahead(job: Job) -> LookAhead | None:
     from_bank = isinstance(task, DistillTask) and not isinstance(task.teacher_features, PlainPass)
     if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask):
         return None
-    look: Callable[[Tensor], Known] = task.foreseen
-    look = compiled_pass(look) if job.mode.compiled else look
+    look: Callable[[Tensor], Known] = task.precompute
+    look = compile_forward(look) if job.mode.compiled else look
     return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
 
-def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
+def _taken_from_bank(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
     """Let the teacher's answers come from its bank, if that was asked for."""
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
         assert job.teacher is not None
         folder = job.config.runs_dir / "banks"
-        bank = open_bank(
+        bank = open_teacher_cache(
             folder,
             job.teacher,
             views(job.images.train, job.images.dataset, job.device),
@@ -66,7 +66,7 @@ def _taken_from_bank(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]
     yield from ()
 
 
-def _warmed_up(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
+def _warmed_up(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
     """A method's own warm-up, at a constant learning rate."""
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage
@@ -75,7 +75,7 @@ def _warmed_up(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
         task.warmup.requires_grad_(False)
 
 
-def _searched(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
+def _searched(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
     """The search for a method's mixtures, where they are not known, and their file."""
     if (search := search_of(job)) is not None:
         config, words, images = job.config, search.words, job.images
@@ -90,7 +90,7 @@ def _searched(job: Job, before: str, shop: Workshop) -> Iterator[Trainer]:
         both = search.optimizer(config.train.momentum)
         yield shop.trainer(job, search, f"{before}search", words.search_epochs, loader=loader, optimizer=both)
         search.settle()
-    if (mixed := mixtures.record(job, shop.watcher.warn)) is not None and distributed.first():
+    if (mixed := mixtures.record(job, shop.watcher.warn)) is not None and distributed.is_main_process():
         write_json(shop.run.path / f"{before}{mixtures.NAME}", mixed)
 
 

@@ -17,8 +17,8 @@ from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.sources import eval_loader
-from sakd_cli.engine.reporter import Heeding, Watcher
-from sakd_cli.engine.trainer import MAIN, Outcome, Trainer
+from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
+from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.errors import Stopped, UsageError
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
@@ -30,7 +30,7 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import residual_stage
 from sakd_cli.runs.evaluate_ensemble import figures_of
-from sakd_cli.runs.extra import Companion, Workshop
+from sakd_cli.runs.extra import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.phases import training
 from sakd_cli.tasks.residual import relative_energy
@@ -39,7 +39,7 @@ FOLDER = "ensemble"
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-class MemberDelivery:
+class MemberWriter:
     """Writes a residual student into its checkpoints; the finished ensemble is written as a whole."""
 
     def __init__(self, network: StagedModel, card: NetworkCard) -> None:
@@ -88,9 +88,9 @@ def planned(student: str, teacher: Cost, words: ResidualConfig, classes: int, si
 class _Gap:
     """What the members so far lack on one split, stage by stage."""
 
-    def __init__(self, split: Split, job: Job, watcher: Watcher) -> None:
+    def __init__(self, split: Split, job: Job, watcher: Reporter) -> None:
         assert job.teacher is not None
-        self.batches = Heeding(eval_loader(split, job.images.dataset, device=job.device), watcher)
+        self.batches = InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device), watcher)
         self.teacher = _logits(job.teacher.model, self.batches)
         self.stages: list[Tensor] = []
         self.energies: list[float] = []
@@ -118,7 +118,7 @@ def _between_phases() -> Iterator[None]:
 
 
 @final
-class Chain(Companion):
+class Chain(RunExtension):
     """Plans the residual students of a job, hands them out one by one, and closes with an ensemble.
 
     Raises UsageError where the costs allow none.
@@ -149,7 +149,7 @@ class Chain(Companion):
         pairs = zip(self.names, self.costs, strict=True)
         return [{"role": "residual student", "name": name, **cost._asdict()} for name, cost in pairs]
 
-    def trainings(self, shop: Workshop) -> Iterator[Trainer]:
+    def trainings(self, shop: TrainerFactory) -> Iterator[Trainer]:
         self._begin(shop.watcher)
         self._join(self.job.network)
         for number, name in enumerate(self.names, start=1):
@@ -159,7 +159,9 @@ class Chain(Companion):
             base = Ensemble(list(self.members)).eval().forward
             job = residual_stage(self.job, name, number, base)
             judge = shop.judge._replace(scored=partial(Offset, base=base))
-            yield from training(job, f"residual-{number}", Outcome(judge, MemberDelivery(job.network, job.card)), shop)
+            yield from training(
+                job, f"residual-{number}", TrainingOutput(judge, MemberWriter(job.network, job.card)), shop
+            )
             self._join(job.network)
         drop, stopped = verdict(self.held_out.energies, self.words)
         self.stopped = stopped or self.stopped
@@ -167,7 +169,7 @@ class Chain(Companion):
             self.members.pop()
             self.dropped = 1
 
-    def _begin(self, watcher: Watcher) -> None:
+    def _begin(self, watcher: Reporter) -> None:
         train, calibration = self.job.images.train, self.job.images.calibration
         assert calibration is not None
         spread = torch.linspace(0, len(train) - 1, min(len(train), len(calibration))).long()
@@ -180,7 +182,7 @@ class Chain(Companion):
         for gap in (self.held_out, self.seen):
             gap.add(network)
 
-    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Fit the thresholds, write the folder `ensemble/`, and return its figures on the test images."""
         teacher, cost = self.job.teacher, self.job.teacher_cost
         assert teacher is not None

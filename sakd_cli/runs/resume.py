@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sakd_cli.config import sources
-from sakd_cli.config.resolve import OPTIONS, Layer, flat, nested, resolve
+from sakd_cli.config.resolve import OPTIONS, ConfigSource, flat, nested, resolve
 from sakd_cli.config.training import FREE, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded
-from sakd_cli.rundir import Intent, RunDir, all_runs
+from sakd_cli.rundir import ResumePlan, RunDir, all_runs
 
 AUTO = "auto"
-# Words that a run fills in for itself when it begins (`build.pinned`).
+# Config that a run fills in for itself when it begins (`build.pinned`).
 PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256"}
 # Options of a series: its words must be said.
 SERIES = ("routers", "with_control", "seeds")
@@ -19,12 +19,12 @@ SERIES = ("routers", "with_control", "seeds")
 PLACES = {"device", "runs_dir", "log"}
 
 
-def understood(task: str, params: Mapping[str, Any]) -> tuple[Any, Intent]:
+def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
     """The config that the options of a training command make, and what is to become of it on the disk."""
     given = sources.layers(params)
     folder, overwrite = params["run_dir"], params["overwrite"]
     if params["resume"] is None:
-        intent = Intent(folder=folder, overwrite=overwrite)
+        intent = ResumePlan(folder=folder, overwrite=overwrite)
         intent.check()
         return resolve(task, given).config, intent
     if folder is not None or overwrite:
@@ -35,61 +35,61 @@ def understood(task: str, params: Mapping[str, Any]) -> tuple[Any, Intent]:
     here = _words_of(run, task)
     if told := _differing(here, resolve(task, [here, *given]).config):
         raise UsageError(f"{run.path}: --resume changes no word of a run, but {told}", hint="start a new run instead")
-    return _in_place(here, given, task), Intent(resume=run)
+    return _in_place(here, given, task), ResumePlan(resume=run)
 
 
-def twin(config: RunConfig) -> Intent:
+def find_matching_run(config: RunConfig) -> ResumePlan:
     """Go on with the newest run of exactly these words, or make a new one."""
-    wanted = Layer("these words", config.model_dump(mode="json"))
+    wanted = ConfigSource("these words", config.model_dump(mode="json"))
     for run in all_runs(config.runs_dir):
         try:
             same = _differing(_words_of(run, wanted.values["task"]), config) is None
         except UsageError:
             continue
         if same:
-            return Intent(resume=run, lenient=True)
-    return Intent()
+            return ResumePlan(resume=run, lenient=True)
+    return ResumePlan()
 
 
-def going_on(config: RunConfig) -> tuple[Any, Intent]:
+def resume_config(config: RunConfig) -> tuple[Any, ResumePlan]:
     """The twin's own words (its teacher above all, and no newer one) and the way to go on with it, or a new run."""
-    intent, task = twin(config), config.task
+    intent, task = find_matching_run(config), config.task
     if intent.resume is None:
         return config, intent
     words = flat(config.model_dump(mode="json"))
-    now = Layer("these words", nested({key: words[key] for key in sorted(FREE) if key in words}))
+    now = ConfigSource("these words", nested({key: words[key] for key in sorted(FREE) if key in words}))
     return resolve(task, [_words_of(intent.resume, task), now]).config, intent
 
 
-def _newest(task: str, given: list[Layer], params: Mapping[str, Any]) -> tuple[Any, Intent]:
+def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
     """`--resume auto`: with words, the newest run of these words or a new one; without any, the newest run."""
     spoken = [name for name in (*OPTIONS, "preset", "config", "set_", "settings", *SERIES) if params.get(name)]
     if not set(spoken) <= PLACES:
-        return going_on(resolve(task, given).config)
+        return resume_config(resolve(task, given).config)
     runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir
     for run in all_runs(runs_dir):
         try:
             here = _words_of(run, task)
         except UsageError:
             continue
-        return _in_place(here, given, task), Intent(resume=run, lenient=True)
+        return _in_place(here, given, task), ResumePlan(resume=run, lenient=True)
     raise UsageError(f"--resume auto: no {task} run in {runs_dir}", hint="say what to train, or name a run")
 
 
-def _words_of(run: RunDir, task: str) -> Layer:
+def _words_of(run: RunDir, task: str) -> ConfigSource:
     words = run.config
     if words.get("task") != task:
         raise UsageError(f"{run.path}: is a run of {words.get('task')!r}, not of {task!r}")
-    return Layer(f"{run.path}", words)
+    return ConfigSource(f"{run.path}", words)
 
 
-def _in_place(here: Layer, given: list[Layer], task: str) -> Any:
+def _in_place(here: ConfigSource, given: list[ConfigSource], task: str) -> Any:
     """The run's own words, but on the device and with the intervals that are asked for now."""
     free = [layer for layer in given if flat(layer.values).keys() <= FREE - {"runs_dir"}]
     return resolve(task, [here, *free]).config
 
 
-def _differing(here: Layer, config: RunConfig) -> str | None:
+def _differing(here: ConfigSource, config: RunConfig) -> str | None:
     """The first word that is another one in the run; None where all are the same."""
     old = flat(resolve(here.values["task"], [here]).config.model_dump(mode="json"))
     new = flat(config.model_dump(mode="json"))

@@ -25,17 +25,17 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.generators import generator
+from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.sources import eval_loader
 from sakd_cli.engine import checkpoint
-from sakd_cli.engine.reporter import Heeding, Watcher
+from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.models.staged import Features
 from sakd_cli.rundir import RunDir, write_aside
 from sakd_cli.runs import build
-from sakd_cli.runs.extra import Companion, Workshop
+from sakd_cli.runs.extra import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job, plan
 from sakd_cli.tasks.distill import DistillTask
 
@@ -49,13 +49,13 @@ MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the t
 
 
 @final
-class Surveyed(Companion):
+class Surveyed(RunExtension):
     """The survey of the training images, kept in the run of a router with a policy."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Write it; its time in seconds."""
         job, start = self.job, time.perf_counter()
         try:
@@ -67,15 +67,15 @@ class Surveyed(Companion):
         return {"survey_seconds": time.perf_counter() - start}
 
 
-def live(run: RunDir, layers: Iterable[Layer], part: str, watcher: Watcher, *, seed: int, kept: int) -> bytes:
+def live(run: RunDir, layers: Iterable[ConfigSource], part: str, watcher: Reporter, *, seed: int, kept: int) -> bytes:
     """The survey of a run's last checkpoint on any images, as bytes of the same format.
 
     layers  words about data and device, laid over the run's own
     Raises UsageError on other classes or where there is no such split, CheckpointError where none can be used.
     """
-    own = Layer(str(run.path), run.config)
+    own = ConfigSource(str(run.path), run.config)
     words = resolve("distill", [own]).config
-    asked = resolve("eval", [Layer(own.origin, {"data": words.data.model_dump(mode="json")}), *layers]).config
+    asked = resolve("eval", [ConfigSource(own.origin, {"data": words.data.model_dump(mode="json")}), *layers]).config
     words = words.model_copy(update={"data": asked.data, "device": asked.device, "init_from_branches": False})
     job = build.distillation(words)
     _restore(job, checkpoint.read(run.path / "checkpoints" / "last"))
@@ -100,7 +100,7 @@ def _restore(job: Job, saved: checkpoint.Loaded) -> None:
 
 
 @torch.inference_mode()
-def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT, most: int | None = None) -> bytes:
+def survey(job: Job, part: str, watcher: Reporter, *, seed: int, kept: int = KEPT, most: int | None = None) -> bytes:
     """One pass over a split (train, holdout, test) and, for the routed network, over the test images.
 
     most  route the first so many test images only; None: all
@@ -136,13 +136,13 @@ def survey(job: Job, part: str, watcher: Watcher, *, seed: int, kept: int = KEPT
     return bytes(save(columns, {"sakd": json.dumps(about)}))
 
 
-def _batches(job: Job, split: Split, watcher: Watcher) -> Heeding:
-    return Heeding(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
+def _batches(job: Job, split: Split, watcher: Reporter) -> InterruptibleBatches:
+    return InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
 
 
-def _answers(job: Job, task: DistillTask, split: Split, watcher: Watcher, seed: int) -> tuple[dict[str, Tensor], bool]:
+def _answers(job: Job, task: DistillTask, split: Split, watcher: Reporter, seed: int) -> tuple[dict[str, Tensor], bool]:
     """What both networks and the policy say of every image, on the CPU; whether the losses took the complement."""
-    plain, noise = _plain_teacher(job), generator(seed, "survey")
+    plain, noise = _plain_teacher(job), seeded_generator(seed, "survey")
     complement = torch.zeros((), dtype=torch.bool, device=job.device)
     columns: dict[str, list[Tensor]] = {}
     for images, labels in _batches(job, split, watcher):
@@ -168,12 +168,12 @@ def _plain_teacher(job: Job) -> Callable[[Tensor], Features]:
     return job.teacher.model.features
 
 
-def _paths(job: Job, task: DistillTask, test: Split, watcher: Watcher, seed: int) -> dict[str, Any]:
+def _paths(job: Job, task: DistillTask, test: Split, watcher: Reporter, seed: int) -> dict[str, Any]:
     """Top-1 (percent) and loss on test images: student, teacher, and the routed network along three kinds of path.
 
     sampled  gates drawn from the policy, mean over `DRAWS` draws and, for top-1, their standard deviation
     """
-    draws = [generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
+    draws = [seeded_generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     plain, sums = _plain_teacher(job), torch.zeros((), device=job.device)
     for images, labels in _batches(job, test, watcher):
         teacher, student = plain(images), task.student_features(images)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.data.loader import Views
-from sakd_cli.engine.reporter import Watcher, heed
+from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError, UsageError
 from sakd_cli.models.artifact import Artifact
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 
 
 @final
-class TeacherBank:
+class TeacherCache:
     """Answers of a teacher, by image and view. Called like its plain pass; what it has not kept is empty.
 
     pooled [rows, C] and logits [rows, K] in 16 bits, row = image * views + view; stages: how many features it has.
@@ -76,9 +76,9 @@ def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others
         raise UsageError(f"teacher.bank: method {method} looks at maps, a bank keeps pooled vectors and logits only")
 
 
-def open_bank(
-    folder: Path, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Watcher
-) -> TeacherBank:
+def open_teacher_cache(
+    folder: Path, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Reporter
+) -> TeacherCache:
     """The bank of this teacher and these images, from the disk; computed and written first if it is not there yet.
 
     Raises DiskError or MemoryLimitError, before anything is computed, where it does not fit.
@@ -96,7 +96,7 @@ def open_bank(
     except OSError as error:
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
     tensors = load_file(path)  # mapped, not read, as long as it stays in main memory
-    return TeacherBank(tensors["pooled"].to(device), tensors["logits"].to(device), views.count, len(model.infos))
+    return TeacherCache(tensors["pooled"].to(device), tensors["logits"].to(device), views.count, len(model.infos))
 
 
 def _must_fit(device: torch.device, layout: Layout) -> None:
@@ -117,7 +117,7 @@ def _whole(path: Path) -> bool:
 
 
 def _compute(
-    path: Path, layout: Layout, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Watcher
+    path: Path, layout: Layout, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Reporter
 ) -> None:
     free = shutil.disk_usage(path.parent).free
     if layout.bytes > free:
@@ -127,7 +127,7 @@ def _compute(
     watcher.begin(f"teacher bank: {_gb(layout.bytes)} in {path}", layout.rows)
     try:
         for start, features in _answers(layout, teacher, views, mode):
-            heed(watcher)
+            raise_if_stopped(watcher)
             for name, answers in zip(arrays, (features.embedding, features.logits), strict=True):
                 arrays[name][start : start + len(answers)] = answers.to(torch.float16).cpu().numpy()
             watcher.advance(min(start + ROWS, layout.rows))

@@ -5,20 +5,22 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sakd_cli.cli.console import Talk
+from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.config.grid import Member
 from sakd_cli.config.training import RunConfig
-from sakd_cli.sweep.scheduler import Conductor, Entry, State
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 HOUR = 3600.0
 
 
-def plan(name: str, conductor: Conductor, skipped: Mapping[str, str], seconds: float, talk: Talk) -> dict[str, Any]:
+def plan(
+    name: str, conductor: Scheduler, skipped: Mapping[str, str], seconds: float, talk: ConsoleReporter
+) -> dict[str, Any]:
     """The document `SweepPlan`; steps are timed for about so many seconds."""
     from sakd_cli.engine.runtime import pick_device
     from sakd_cli.runs.forecast import forecast
 
-    kinds: dict[str, list[Entry]] = {}
+    kinds: dict[str, list[ScheduledRun]] = {}
     for entry in conductor.entries.values():
         kinds.setdefault(_kind(entry.member), []).append(entry)
     to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
@@ -60,7 +62,7 @@ def plan(name: str, conductor: Conductor, skipped: Mapping[str, str], seconds: f
     }
 
 
-def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[Entry]]) -> dict[str, RunConfig]:
+def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[ScheduledRun]]) -> dict[str, RunConfig]:
     """Pair after pair in turn, so that each has something timed before the time is up."""
     met = Counter[tuple[str, str] | None]()
     turns = dict[str, int]()

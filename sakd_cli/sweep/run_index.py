@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sakd_cli.config.resolve import Layer, flat, resolve
+from sakd_cli.config.resolve import ConfigSource, flat, resolve
 from sakd_cli.config.training import FREE, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, all_runs
@@ -22,7 +22,7 @@ def identity(config: RunConfig) -> str:
     return json.dumps(known, sort_keys=True, default=str)
 
 
-class Found:
+class RunIndex:
     """The runs of a folder by what they compute; of several that compute the same, a finished one, else the newest."""
 
     def __init__(self, runs_dir: Path) -> None:
@@ -44,7 +44,7 @@ class Found:
 def _identity_at(run: RunDir) -> str | None:
     try:
         words = run.config
-        config = resolve(str(words.get("task")), [Layer(str(run.path), words)]).config
+        config = resolve(str(words.get("task")), [ConfigSource(str(run.path), words)]).config
         return identity(config) if isinstance(config, RunConfig) else None
     except (UsageError, KeyError):
         return None

@@ -16,14 +16,14 @@ from typing import Any
 import yaml
 
 from sakd_cli.config.grid import Member
-from sakd_cli.config.resolve import Layer, flat, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import FREE, DistillConfig, RunConfig
 from sakd_cli.errors import DiskError, RunInUseError, Stopped
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir, sha256, write_aside, write_json
 from sakd_cli.sweep.executor import Executor, Job
-from sakd_cli.sweep.run_index import Found, identity
+from sakd_cli.sweep.run_index import RunIndex, identity
 
 COMMANDS = {"pretrain": "pretrain-teacher", "distill": "distill"}
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
@@ -42,7 +42,7 @@ class State(StrEnum):
 
 
 @dataclass
-class Entry:
+class ScheduledRun:
     """A run of the sweep and what has become of it; `error` of a failed one is one line, `code` its exit code."""
 
     member: Member
@@ -56,7 +56,7 @@ class Entry:
     not_before: float = 0.0
 
 
-class Conductor:
+class Scheduler:
     """Knows every run of a sweep; `look` says how things stand, `go` brings them to an end.
 
     folder   the sweep's own
@@ -64,10 +64,10 @@ class Conductor:
     """
 
     def __init__(self, members: Sequence[Member], runs_dir: Path, folder: Path) -> None:
-        self.entries = {member.key: Entry(member) for member in members}
-        self.folder, self.found = folder, Found(runs_dir)
-        self._running = dict[str, Entry]()
-        self.changed: Callable[[Entry], None] = lambda entry: None
+        self.entries = {member.key: ScheduledRun(member) for member in members}
+        self.folder, self.found = folder, RunIndex(runs_dir)
+        self._running = dict[str, ScheduledRun]()
+        self.changed: Callable[[ScheduledRun], None] = lambda entry: None
         self.look()
         for entry in self.entries.values():
             entry.before = entry.state is State.done
@@ -111,7 +111,7 @@ class Conductor:
             glance()
             time.sleep(pause)
 
-    def config_of(self, entry: Entry) -> RunConfig | None:
+    def config_of(self, entry: ScheduledRun) -> RunConfig | None:
         """The words of the run with the names of those that it waits for; None while they are not finished."""
         member, config = entry.member, entry.member.config
         if any(self.entries[key].state is not State.done for key in member.needs):
@@ -129,7 +129,7 @@ class Conductor:
             config = config.model_copy(update={"router": router})
         return config
 
-    def locate(self) -> list[Entry]:
+    def locate(self) -> list[ScheduledRun]:
         """Those that run, each with its run directory as soon as there is one."""
         running = [entry for entry in self.entries.values() if entry.state is State.running]
         if any(entry.run is None for entry in running):
@@ -139,7 +139,7 @@ class Conductor:
                 entry.run = self.found.of(config)
         return running
 
-    def _settle(self, entry: Entry) -> None:
+    def _settle(self, entry: ScheduledRun) -> None:
         """Find its run, finished or begun."""
         if (config := self.config_of(entry)) is None:
             return
@@ -173,11 +173,11 @@ class Conductor:
         if jobs:
             executor.submit(jobs)
 
-    def _job(self, entry: Entry, config: RunConfig) -> Job:
+    def _job(self, entry: ScheduledRun, config: RunConfig) -> Job:
         words = config.model_dump(mode="json")
         if entry.run is not None:  # its own words, with its own teacher; where it works is ours to say
             now = {key: value for key, value in flat(words).items() if key in FREE}
-            layers = [Layer(f"{entry.run.path}", entry.run.config), Layer("now", nested(now))]
+            layers = [ConfigSource(f"{entry.run.path}", entry.run.config), ConfigSource("now", nested(now))]
             words = resolve(config.task, layers).config.model_dump(mode="json")
         file, log = (self.folder / "jobs" / f"{_slug(entry.member.key)}.{end}" for end in ("yaml", "log"))
         write_aside(file, yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
@@ -216,7 +216,7 @@ class Conductor:
                     entry.error = f"waits for {lost[0]}, which failed"
                     self._into(entry, State.blocked)
 
-    def _into(self, entry: Entry, state: State) -> None:
+    def _into(self, entry: ScheduledRun, state: State) -> None:
         if state is not State.running:
             self._running = {same: other for same, other in self._running.items() if other is not entry}
         if entry.state is not state:
@@ -230,10 +230,10 @@ class Conductor:
         except OSError as error:
             raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
 
-    def _note(self, entry: Entry) -> Path:
+    def _note(self, entry: ScheduledRun) -> Path:
         return self.folder / "failed" / f"{_slug(entry.member.key)}.json"
 
-    def _remember(self, entry: Entry) -> None:
+    def _remember(self, entry: ScheduledRun) -> None:
         """The failure of an earlier call."""
         note = self._note(entry)
         if note.is_file():
@@ -241,7 +241,7 @@ class Conductor:
             entry.error, entry.code = plain(told.get("error")), int(number(told.get("code")) or 1)
             self._into(entry, State.failed)
 
-    def _said(self, entry: Entry, code: int) -> str:
+    def _said(self, entry: ScheduledRun, code: int) -> str:
         """The error of a job in one line."""
         if code < 0:
             return f"killed by signal {-code}, {entry.attempts} times"

@@ -7,20 +7,20 @@ from typing import Any
 
 import yaml
 
-from sakd_cli.cli.console import Talk
-from sakd_cli.config.resolve import Layer, resolve
+from sakd_cli.cli.console import ConsoleReporter
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, TeacherConfig
 from sakd_cli.errors import UsageError, unknown
-from sakd_cli.rundir import Intent, RunDir
-from sakd_cli.runs.resume import AUTO, going_on
+from sakd_cli.rundir import ResumePlan, RunDir
+from sakd_cli.runs.resume import AUTO, resume_config
 from sakd_cli.sweep.subprocesses import Order, run_together
-from sakd_cli.torchrun import check_alone
+from sakd_cli.torchrun import require_single_process
 
 ALL = "all"
 LEARNED = AdaptiveConfig().name
 
-Train = Callable[[DistillConfig, Intent], dict[str, Any]]
+Train = Callable[[DistillConfig, ResumePlan], dict[str, Any]]
 
 
 def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConfig]:
@@ -31,7 +31,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     Raises UsageError for options that do not go together, before anything is trained.
     """
     if params["together"]:
-        check_alone("--together")
+        require_single_process("--together")
     names = _routers(config, params)
     members = [_twin(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
     if params["together"] and not is_series(params):
@@ -69,8 +69,8 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
 
 def _twin(config: DistillConfig, router: str, seed: int) -> DistillConfig:
     """The same words with that router and seed; words of the old router that the new one has not are dropped."""
-    whole = Layer("the series' words", config.model_dump(mode="json"))
-    changed = Layer(
+    whole = ConfigSource("the series' words", config.model_dump(mode="json"))
+    changed = ConfigSource(
         "--routers", {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
     )
     twin: DistillConfig = resolve("distill", [whole, changed]).config
@@ -92,7 +92,7 @@ def train_all(members: list[DistillConfig], train: Train, *, resume: bool) -> li
         if isinstance(words.router, RandomMatchedConfig) and words.seed in adaptive:
             router = words.router.model_copy(update={"run": adaptive[words.seed]})
             words = words.model_copy(update={"router": router})
-        words, intent = going_on(words) if resume else (words, Intent())
+        words, intent = resume_config(words) if resume else (words, ResumePlan())
         summary = intent.summary() if intent.finished else train(words, intent)
         done.append(RunDir(Path(summary["run"])))
         if isinstance(words.router, AdaptiveConfig):
@@ -101,14 +101,14 @@ def train_all(members: list[DistillConfig], train: Train, *, resume: bool) -> li
 
 
 def train_together(
-    members: list[DistillConfig], teacher: TeacherConfig, talk: Talk, *, resume: bool, again: str
+    members: list[DistillConfig], teacher: TeacherConfig, talk: ConsoleReporter, *, resume: bool, again: str
 ) -> list[RunDir]:
     """Run them at once, each as a process, then those that match another's rates. As `train_all` does one by one.
 
     teacher  whom all learn from, unless one of them has begun with another
     again    the command that goes on with all after a stop
     """
-    begun = [words.teacher for words, intent in map(going_on, members) if intent.resume] if resume else []
+    begun = [words.teacher for words, intent in map(resume_config, members) if intent.resume] if resume else []
     options = ["--json", *(["--quiet"] if talk.quiet else []), *(["--resume", AUTO] if resume else [])]
     runs: dict[tuple[str, int], RunDir] = {}
     for matching in (False, True):

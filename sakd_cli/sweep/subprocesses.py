@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
-from sakd_cli.cli.console import Talk
+from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.errors import SakdError, SeriesError, Stopped
 from sakd_cli.sweep.executor import command, surroundings
 
@@ -46,7 +46,7 @@ class Done(NamedTuple):
 class _Child:
     """One command line at work. Its talk is passed on line by line as it comes."""
 
-    def __init__(self, order: Order, talk: Talk, environment: dict[str, str], program: Program) -> None:
+    def __init__(self, order: Order, talk: ConsoleReporter, environment: dict[str, str], program: Program) -> None:
         self.name, self.talk, self.complaint, self.hint = order.name, talk, "", ""
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         # A process group of its own: Ctrl-C at the terminal comes from us alone, and once.
@@ -92,7 +92,7 @@ class _Child:
 
 
 def run_together(
-    orders: Sequence[Order], talk: Talk, *, jobs: int, again: str, program: Program = command
+    orders: Sequence[Order], talk: ConsoleReporter, *, jobs: int, again: str, program: Program = command
 ) -> list[dict[str, Any]]:
     """Run them, `jobs` at once, to the end of the last; their documents, in order.
 

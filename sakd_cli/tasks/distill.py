@@ -15,7 +15,7 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
-from sakd_cli.engine.runtime import Mode, widened
+from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel
@@ -122,7 +122,7 @@ class DistillTask(Task):
         self.router.begin_epoch(epoch)
 
     @torch.no_grad()
-    def foreseen(self, images: Tensor) -> Features:
+    def precompute(self, images: Tensor) -> Features:
         """What a step reads of the teacher's plain pass over these images, for `Batch.known`; nothing else is held."""
         assert isinstance(self.teacher_features, PlainPass)
         compared = {spot.teacher for spot in self.spots[:-1]}
@@ -137,9 +137,9 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
-                teacher = self.teacher_features(batch).each(widened)
-                offset = None if self.offset is None else widened(self.offset(batch.images))
-            student = self.student_features(batch.images).each(widened)
+                teacher = self.teacher_features(batch).each(to_fp32)
+                offset = None if self.offset is None else to_fp32(self.offset(batch.images))
+            student = self.student_features(batch.images).each(to_fp32)
         if offset is not None:
             student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
@@ -165,10 +165,10 @@ class DistillTask(Task):
     ) -> Tensor:
         """A distiller's loss over all its spots; of the whole batch where processes share it and it has to be."""
         asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gathered)
-        if asked and distributed.processes() > 1:
+        if asked and distributed.world_size() > 1:
             student, teacher = (_of_all(features, distiller.spots, batch) for features in (student, teacher))
-            weight = distributed.gathered(weight.T, batch).T
-            labels, index = (distributed.gathered(rows, batch) for rows in (batch.labels, batch.index))
+            weight = distributed.all_gather(weight.T, batch).T
+            labels, index = (distributed.all_gather(rows, batch) for rows in (batch.labels, batch.index))
             batch = Batch(batch.images, labels, index, batch.noise)
         return distiller(student, teacher, weight, batch).sum()
 
@@ -179,7 +179,7 @@ class DistillTask(Task):
         if self.graft is None or decision.gate is None:
             return torch.zeros_like(ce), {}
         with self.mode.networks(batch.images.device):
-            routed = widened(self.graft(batch.images, teacher, decision.gate))
+            routed = to_fp32(self.graft(batch.images, teacher, decision.gate))
         if offset is not None:  # as far as the routed pass ends in the student's head
             routed = routed + (1 - decision.gate[:, -1:]) * offset
         result = router_loss(
@@ -197,5 +197,5 @@ class DistillTask(Task):
 def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:
     """The logits and what the spots need of the stages, of all processes' samples; the other stages as they are."""
     places = {place for spot in spots for place in (spot.student, spot.teacher)}
-    stages = [distributed.gathered(x, batch) if k in places else x for k, x in enumerate(features.stages)]
-    return Features(tuple(stages), distributed.gathered(features.logits, batch))
+    stages = [distributed.all_gather(x, batch) if k in places else x for k, x in enumerate(features.stages)]
+    return Features(tuple(stages), distributed.all_gather(features.logits, batch))

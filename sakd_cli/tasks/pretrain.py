@@ -5,7 +5,7 @@ from typing import final
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.engine.runtime import Mode, widened
+from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import StagedModel
 
@@ -26,6 +26,6 @@ class PretrainTask(Task):
 
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
-            logits = widened(self.network(batch.images))
+            logits = to_fp32(self.network(batch.images))
         loss = F.cross_entropy(logits, batch.labels)
         return StepOutput(loss, logits, {"loss": loss.detach()})

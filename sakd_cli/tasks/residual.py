@@ -91,13 +91,13 @@ class ResidualTask(Task):
         return [ParamGroup("student", list(self.network.parameters()), self.lr, self.weight_decay)]
 
     @torch.no_grad()
-    def foreseen(self, images: Tensor) -> Targets:
+    def precompute(self, images: Tensor) -> Targets:
         """What a step reads of the frozen networks, for `Batch.known`."""
         return Targets(self.teacher(images), self.base(images))
 
     def forward(self, batch: Batch) -> StepOutput:
         known = batch.known
-        teacher, base = known if isinstance(known, Targets) else self.foreseen(batch.images)
+        teacher, base = known if isinstance(known, Targets) else self.precompute(batch.images)
         sides = Sides(teacher, base, self.network(batch.images), batch.labels)
         loss = LOSSES[self.words.loss](sides, self.words)
         return StepOutput(loss, base + sides.own, {"loss": loss.detach()})

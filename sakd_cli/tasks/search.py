@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.config.methods import DFAConfig
-from sakd_cli.data.alternating import InTurn, halves
+from sakd_cli.data.alternating import AlternatingLoader, split_in_halves
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.sources import train_loader
 from sakd_cli.distillers.dfa import Group, Match, connect
@@ -38,13 +38,13 @@ class Losses(NamedTuple):
 
 def batches(
     words: DFAConfig, dataset: Dataset, train: Split, *, batch_size: int, seed: int, device: torch.device
-) -> InTurn:
+) -> AlternatingLoader:
     """Those of the two levels in turn, from two parts of the training images."""
     loaders = [
         train_loader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device)
-        for half in halves(dataset, train, words.search_split, seed)
+        for half in split_in_halves(dataset, train, words.search_split, seed)
     ]
-    return InTurn(*loaders, ahead=words.second_order)
+    return AlternatingLoader(*loaders, ahead=words.second_order)
 
 
 @final

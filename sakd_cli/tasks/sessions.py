@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sakd_cli.config.training import DistillConfig, PretrainConfig
-from sakd_cli.data.sources import told
-from sakd_cli.engine.reporter import Watcher
-from sakd_cli.rundir import Intent, RunDir
+from sakd_cli.data.sources import report_cached
+from sakd_cli.engine.reporter import Reporter
+from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs import build, launch
-from sakd_cli.runs.extras import companions_of
+from sakd_cli.runs.extras import run_extensions
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.locate import is_missing
-from sakd_cli.runs.resume import twin
+from sakd_cli.runs.resume import find_matching_run
 
 Trained = tuple[RunDir, dict[str, Any]]
 
@@ -27,16 +27,16 @@ class Session:
     guard   what surrounds a training, such as the heeding of signals
     """
 
-    watcher: Watcher
+    watcher: Reporter
     resume: bool = False
     again: str | None = None
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def pretrained(self, words: PretrainConfig, intent: Intent) -> Trained:
+    def pretrained(self, words: PretrainConfig, intent: ResumePlan) -> Trained:
         """One network, trained with cross-entropy: its run and the summary."""
         return self._trained(build.pretraining(words), intent, None)
 
-    def distilled(self, words: DistillConfig, intent: Intent, again: str | None = None) -> Trained:
+    def distilled(self, words: DistillConfig, intent: ResumePlan, again: str | None = None) -> Trained:
         """One distillation, after its teacher's training where that is still to be done.
 
         again   the command that goes on after a stop, where it is not that of the run itself
@@ -49,14 +49,14 @@ class Session:
         if not is_missing(words):
             return
         # Whatever is wrong with the student's side is said before hours go into a teacher.
-        for companion in companions_of(build.distillation(words, build.untrained_teacher(words))):
+        for companion in run_extensions(build.distillation(words, build.untrained_teacher(words))):
             companion.rehearse()
         self.watcher.say(f"no finished {words.teacher.source} yet: training it first")
         first = build.teacher_config(words)
-        self._trained(build.pretraining(first), twin(first) if self.resume else Intent(), self.again)
+        self._trained(build.pretraining(first), find_matching_run(first) if self.resume else ResumePlan(), self.again)
 
-    def _trained(self, job: Job, intent: Intent, again: str | None) -> Trained:
-        companions = companions_of(job)
+    def _trained(self, job: Job, intent: ResumePlan, again: str | None) -> Trained:
+        companions = run_extensions(job)
         for companion in companions:
             companion.rehearse()
         config, say = job.config, self.watcher.say
@@ -65,7 +65,7 @@ class Session:
             f"epoch{'s' * (config.train.epochs > 1)} of batches of {config.train.batch_size}, "
             f"lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} ({job.mode})"
         )
-        for notice in filter(None, (told(job.images.train), *(companion.notice for companion in companions))):
+        for notice in filter(None, (report_cached(job.images.train), *(companion.notice for companion in companions))):
             say(notice)
         if skipped := job.images.dataset.skipped:
             self.watcher.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.runtime import Mode, widened
+from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
@@ -22,7 +22,7 @@ from sakd_cli.models.branches import Branches, load_branches, save_branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import sha256
-from sakd_cli.runs.extra import Companion, Workshop
+from sakd_cli.runs.extra import RunExtension, TrainerFactory
 
 FILE = Path("branches", "model.safetensors")  # in the run directory
 
@@ -77,8 +77,8 @@ class SftnTask(Task):
         with self.mode.networks(batch.images.device):
             features = self.network.features(batch.images)
             stages = [stage.detach() for stage in features.stages] if words.detach_features else features.stages
-            branches = widened(self.branches(stages))
-        features = features.each(widened)
+            branches = to_fp32(self.branches(stages))
+        features = features.each(to_fp32)
         target = features.logits.detach() if words.detach_target else features.logits
         parts = {
             "ce": F.cross_entropy(features.logits, batch.labels),
@@ -93,7 +93,7 @@ class SftnTask(Task):
 
 
 @final
-class StudentBranches(Companion):
+class StudentBranches(RunExtension):
     """What a student-friendly teacher has beside itself: its branches on the disk, and what is said of them."""
 
     def __init__(self, task: SftnTask) -> None:
@@ -121,7 +121,7 @@ class StudentBranches(Companion):
         (run / FILE).parent.mkdir(exist_ok=True)
         save_branches(run / FILE, self.branches, sha256(weights))
 
-    def close(self, shop: Workshop, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The facts with each branch's figures on the test images."""
         rows = branch_rows(self.network, self.branches, shop.judge.test)
         return {"friendly": self.facts()["friendly"] | {"branches": rows}}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sakd_cli.config.resolve import Layer
+from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, newest_run
 
@@ -41,11 +41,11 @@ def run_of(target: Path) -> RunDir | None:
     return above[0] if above else None
 
 
-def words_of(run: RunDir | None) -> list[Layer]:
+def words_of(run: RunDir | None) -> list[ConfigSource]:
     """On what the run was trained, by whom, and who leaves its ensemble early."""
     words = run.config if run else {}
     told = {key: words[key] for key in ("data", "teacher", "residual") if words.get(key)}
-    return [Layer("the run's config", told)] if told else []
+    return [ConfigSource("the run's config", told)] if told else []
 
 
 def is_ensemble(path: Path) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.warmup import Warmup
-from sakd_cli.engine.runtime import Mode, widened
+from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import StagedModel
 
@@ -45,7 +45,7 @@ class WarmupTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
-                teacher = self.teacher_features(batch.images).each(widened)
-            student = self.student_features(batch.images).each(widened) if self.warmup.trains_student else None
+                teacher = self.teacher_features(batch.images).each(to_fp32)
+            student = self.student_features(batch.images).each(to_fp32) if self.warmup.trains_student else None
         loss = self.warmup(student, teacher).sum()
         return StepOutput(loss, None, {"loss": loss.detach()})

@@ -155,7 +155,7 @@ def _groups(members: list[list[_Run]]) -> list[_Group]:
     for runs in members:
         first = runs[0]
         parts = [first.network if several else None, first.word("method.name") or "alone", first.word("router.name")]
-        # Words of a method or a router follow from its name, unless the name is the same.
+        # Config of a method or a router follow from its name, unless the name is the same.
         kin = [run for run in firsts if [run.word(key) for key in told] == [first.word(key) for key in told]]
         own = [key for key in extra if len({str(run.word(key)) for run in kin}) > 1]
         parts += [f"{key}={first.word(key)}"[:40] for key in own]

@@ -75,7 +75,7 @@ def _runs(document: dict[str, Any]) -> Sheet:
 
 
 def _words(document: dict[str, Any]) -> Sheet:
-    """Words that differ, by group where all its runs agree on them; the seed stands elsewhere."""
+    """Config that differ, by group where all its runs agree on them; the seed stands elsewhere."""
     groups = document["groups"]
     firsts = [next(n for n, row in enumerate(document["runs"]) if row["group"] == k) for k in range(len(groups))]
     rows = [
@@ -84,7 +84,7 @@ def _words(document: dict[str, Any]) -> Sheet:
         if entry["key"] != "seed"
     ]
     columns = [Column("Word", text=True), *(Column(word(group["label"]), text=True) for group in groups)]
-    return Sheet("Words that differ", columns, rows if len(groups) <= MOST else [])
+    return Sheet("Config that differ", columns, rows if len(groups) <= MOST else [])
 
 
 def _curves(document: dict[str, Any]) -> Sheet:

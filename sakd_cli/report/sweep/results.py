@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sakd_cli.config.routers import CLASSICAL, AdaptiveConfig
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.report.runs.statistics import LEVEL, paired, spread, verdict_of
-from sakd_cli.report.sweep.results import published
+from sakd_cli.report.sweep import published
 from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.sweep/1"
@@ -19,7 +19,7 @@ LEARNED = AdaptiveConfig().name
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepEntry:
     """One run as the sweep knows it; `whole`: on the whole data set, so that published figures may stand beside it."""
 
     key: str
@@ -48,7 +48,7 @@ class _Place(NamedTuple):
         return f"{self.teacher}:{self.student}"
 
 
-def sweep_document(name: str, entries: Sequence[Entry], skipped: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+def sweep_document(name: str, entries: Sequence[SweepEntry], skipped: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     """See above."""
     runs = [_row(entry) for entry in entries]
     places = list(dict.fromkeys(_Place(e.teacher, e.student) for e in entries if e.role == "student" and e.teacher))
@@ -73,7 +73,7 @@ def sweep_document(name: str, entries: Sequence[Entry], skipped: Iterable[tuple[
     }
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: SweepEntry) -> dict[str, Any]:
     summary = entry.run.read_json("summary.json") if entry.run is not None and entry.run.finished else {}
     headline, best, teacher = (summary.get(key) or {} for key in ("headline", "best", "teacher"))
     names = ("key", "role", "teacher", "student", "method", "router", "seed", "epochs", "state", "before", "resumed")

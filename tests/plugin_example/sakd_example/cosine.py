@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.api import Batch, Distiller, Features, Spot
-from sakd_cli.distillers.table import Entry, pooled
+from sakd_cli.distillers.table import DistillerRow, pooled
 from sakd_example.words import CosineConfig
 
 
@@ -27,4 +27,4 @@ class Cosine(Distiller):
         return torch.stack(losses)
 
 
-COSINE = Entry(Cosine, pooled)
+COSINE = DistillerRow(Cosine, pooled)
