@@ -12,7 +12,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import pytest
-from nursery import Nursery
+from fork_server import ForkServer
 
 from sakd_cli.cli.app import run
 from sakd_cli.documents.evaluation import DOCUMENTS
@@ -26,8 +26,8 @@ PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
 
 
 @dataclass(frozen=True)
-class Said:
-    """Exit code and what was said."""
+class Result:
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -44,12 +44,12 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Shop:
+class CliRunner:
     """A folder with a `runs` folder in it, in which commands are run."""
 
     path: Path
 
-    def sakd(self, *arguments: str, **environment: str) -> Said:
+    def sakd(self, *arguments: str, **environment: str) -> Result:
         out, err = io.StringIO(), io.StringIO()
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SAKD_", "FORCE_COLOR"))}
         with (
@@ -59,7 +59,7 @@ class Shop:
             contextlib.redirect_stderr(err),
         ):
             code = run(list(arguments))
-        return Said(code, out.getvalue(), err.getvalue())
+        return Result(code, out.getvalue(), err.getvalue())
 
     def tree(self) -> dict[str, tuple[int, int]]:
         return {
@@ -67,56 +67,56 @@ class Shop:
             for path in self.path.rglob("*")
         }
 
-    def refuses(self, words: list[str], code: int, text: str) -> Said:
+    def assert_rejects(self, words: list[str], code: int, text: str) -> Result:
         """One line of error, at most one of hint, the exit code, and nothing written."""
         before = self.tree()
-        said = self.sakd(*words)
-        lines = said.err.splitlines()
-        assert (said.code, said.out) == (code, ""), said.err
+        result = self.sakd(*words)
+        lines = result.err.splitlines()
+        assert (result.code, result.out) == (code, ""), result.err
         assert lines[0].startswith("error: ")
         assert [line.partition(":")[0] for line in lines[1:]] in ([], ["hint"])
         assert text in lines[0]
         assert self.tree() == before
-        return said
+        return result
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """The process that forks commands, for all tests; `warm.at(folder)` runs them there."""
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """The process that forks commands, for all tests; `fork_server.at(folder)` runs them there."""
+    fork_server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("shop"))
+def cli(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
+    return CliRunner(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")
-def taught(shop: Shop) -> Said:
-    """What was said while a teacher was trained for one epoch."""
-    said = shop.sakd("pretrain-teacher", "resnet8", *TINY)
-    assert said.code == 0, said.err
-    return said
+def pretrained(cli: CliRunner) -> Result:
+    """The output of a command that trained a teacher for one epoch."""
+    result = cli.sakd("pretrain-teacher", "resnet8", *TINY)
+    assert result.code == 0, result.err
+    return result
 
 
 @pytest.fixture(scope="module")
-def teacher(shop: Shop, taught: Said) -> Path:
+def teacher(cli: CliRunner, pretrained: Result) -> Path:
     """Its run directory."""
-    return shop.path / taught.out.strip().splitlines()[-1].removeprefix("run: ")
+    return cli.path / pretrained.out.strip().splitlines()[-1].removeprefix("run: ")
 
 
 @pytest.fixture(scope="module")
-def distilled(shop: Shop, taught: Said) -> dict[str, Any]:
+def distilled(cli: CliRunner, pretrained: Result) -> dict[str, Any]:
     """The summary of a distillation from that teacher."""
-    return shop.sakd(*PAIR, "--method", "fitnet", *TINY, "--json").document
+    return cli.sakd(*PAIR, "--method", "fitnet", *TINY, "--json").document
 
 
 @pytest.fixture(scope="module")
-def full(shop: Shop, distilled: dict[str, Any]) -> Shop:
-    """The shop with these two runs."""
-    return shop
+def trained_cli(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
+    """The folder with these two runs."""
+    return cli
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import PAIR, TINY, Shop
+from conftest import PAIR, TINY, CliRunner
 from test_engine import CLASSES, DATASET, SIDE, distiller_of
 from test_step import batches, fit, make
 from torch import Tensor
@@ -155,16 +155,16 @@ def test_a_compiled_step_has_one_graph_per_batch_size_wherever_a_slice_begins(tm
     assert not counters["recompile_limit"]
 
 
-def test_a_run_says_how_far_its_teacher_looks_ahead(full: Shop, teacher: Path, tmp_path: Path) -> None:
+def test_a_run_says_how_far_its_teacher_looks_ahead(trained_cli: CliRunner, teacher: Path, tmp_path: Path) -> None:
     """Also a residual student's; a bank needs no look."""
     words = [*PAIR, *TINY, "--method", "kd", "--teacher", str(teacher), "--runs-dir", str(tmp_path)]
     ahead, chain = ["--set", "runtime.look_ahead=3"], shlex.split("--residual-students 1 --set residual.max_cost=9")
     inner = shlex.split("--set residual.loss=inner --set residual.architectures=[resnet8]")
-    plain, ours = full.sakd(*words, "--json").document, full.sakd(*words, *ahead, "--json")
+    plain, ours = trained_cli.sakd(*words, "--json").document, trained_cli.sakd(*words, *ahead, "--json")
     assert "look-ahead 3)" in ours.err
     assert ours.document["headline"]["loss"] == pytest.approx(plain["headline"]["loss"], rel=1e-3)
-    assert full.sakd(*words, *ahead, *chain, *inner, "--set", "data.train=40").code == 0
-    assert full.sakd(*words, *ahead, "--teacher-bank", "--set", "data.train=10").code == 0
+    assert trained_cli.sakd(*words, *ahead, *chain, *inner, "--set", "data.train=40").code == 0
+    assert trained_cli.sakd(*words, *ahead, "--teacher-bank", "--set", "data.train=10").code == 0
 
 
 def test_a_residual_student_is_told_its_targets_ahead_too() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from conftest import Shop
+from conftest import CliRunner
 
 from sakd_cli import api
 from sakd_cli.errors import UsageError
@@ -19,8 +19,8 @@ FEW = {"data.train": 200, "data.test": 100}
 
 
 @pytest.fixture(autouse=True)
-def here(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(shop.path)
+def here(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cli.path)
 
 
 def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
@@ -30,13 +30,15 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
     with contextlib.chdir(tmp_path), contextlib.redirect_stdout(out):
         names: dict[str, Any] = {}
         exec(example, names)
-    said = out.getvalue().splitlines()
-    assert len(said) == 3, said
-    assert said[0].startswith(str(names["run"].path))
-    assert [name for name, _ in eval(said[2])] == ["stage2", "logits"]
+    result = out.getvalue().splitlines()
+    assert len(result) == 3, result
+    assert result[0].startswith(str(names["run"].path))
+    assert [name for name, _ in eval(result[2])] == ["stage2", "logits"]
 
 
-def test_a_call_makes_the_run_that_the_command_makes(full: Shop, distilled: dict[str, Any], teacher: Path) -> None:
+def test_a_call_makes_the_run_that_the_command_makes(
+    trained_cli: CliRunner, distilled: dict[str, Any], teacher: Path
+) -> None:
     words: dict[str, Any] = {"dataset": "shapes", "epochs": 1, "settings": FEW}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -45,7 +47,7 @@ def test_a_call_makes_the_run_that_the_command_makes(full: Shop, distilled: dict
     assert out.getvalue() == ""
     assert run.summary["headline"] == distilled["headline"] == again.summary["headline"]
     assert run.path == Path("by-call") == again.path
-    theirs = full.path / distilled["run"] / "student" / "model.safetensors"
+    theirs = trained_cli.path / distilled["run"] / "student" / "model.safetensors"
     assert (run.network / "model.safetensors").read_bytes() == theirs.read_bytes()
     judged = api.evaluate(run.path, settings={"timing_seconds": 0})
     assert isinstance(judged, api.Evaluation)
@@ -65,11 +67,11 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
 
     class Follower(NullReporter):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.messages: list[str] = []
             self.steps = 0
 
         def say(self, text: str) -> None:
-            self.said.append(text)
+            self.messages.append(text)
 
         def advance(self, step: int) -> None:
             self.steps = step
@@ -87,7 +89,7 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
     }
     with pytest.raises(Stopped):
         api.distill(run_dir="stopped", watcher=follower, **words)
-    assert any("resnet8 on shapes" in line for line in follower.said)
+    assert any("resnet8 on shapes" in line for line in follower.messages)
     assert api.distill(resume="stopped", **words).summary["epochs"] == 1
 
 

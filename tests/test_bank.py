@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Shop
+from conftest import CliRunner
 from safetensors.torch import load_file
 
 from sakd_cli.data.dataset import Dataset, Split
@@ -43,18 +43,18 @@ def test_a_views_number_says_how_the_loader_showed_the_image(padding: int, flip:
     assert other.digest() != loader.views.digest() == Views(split, dataset, CPU).digest()
 
 
-def losses(shop: Shop, run: str) -> list[float]:
-    lines = (shop.path / run / "metrics.jsonl").read_text().splitlines()
+def losses(cli: CliRunner, run: str) -> list[float]:
+    lines = (cli.path / run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.fixture(scope="module")
-def banked(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def banked(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     """A folder with a teacher and a run of kd that made its bank."""
-    shop = Shop(tmp_path_factory.mktemp("bank"))
-    assert shop.sakd("pretrain-teacher", "resnet8", *FEW, "--epochs", "1", "--run-dir", "teacher").code == 0
-    assert shop.sakd(*distil("kd"), "--run-dir", "with").code == 0
-    return shop
+    cli = CliRunner(tmp_path_factory.mktemp("bank"))
+    assert cli.sakd("pretrain-teacher", "resnet8", *FEW, "--epochs", "1", "--run-dir", "teacher").code == 0
+    assert cli.sakd(*distil("kd"), "--run-dir", "with").code == 0
+    return cli
 
 
 def distil(method: str) -> list[str]:
@@ -62,7 +62,7 @@ def distil(method: str) -> list[str]:
     return [*words, *FEW, "--set", "log_every=1", "--teacher-bank"]
 
 
-def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: Shop) -> None:
+def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: CliRunner) -> None:
     words = [word for word in distil("kd") if word != "--teacher-bank"]
     assert banked.sakd(*words, "--run-dir", "without").code == 0
     assert losses(banked, "with") == pytest.approx(losses(banked, "without"), rel=2e-3)
@@ -77,7 +77,7 @@ def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: Shop) 
 
 
 @pytest.mark.parametrize("method", ["crd", "rkd", "dkd"])
-def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Shop, method: str) -> None:
+def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: CliRunner, method: str) -> None:
     (bank,) = (banked.path / "runs" / "banks").glob("*.safetensors")
     before, content = bank.stat().st_mtime_ns, bank.read_bytes()
     assert banked.sakd(*distil(method), "--set", "router.lr=0.01").code == 0
@@ -89,14 +89,16 @@ def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Sh
 
 
 @pytest.mark.parametrize("method", ["fitnet", "reviewkd", "ab"])
-def test_a_method_that_needs_maps_is_refused(banked: Shop, method: str) -> None:
-    banked.refuses(distil(method), 2, f"teacher.bank: method {method} looks at maps")
+def test_a_method_that_needs_maps_is_refused(banked: CliRunner, method: str) -> None:
+    banked.assert_rejects(distil(method), 2, f"teacher.bank: method {method} looks at maps")
 
 
-def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(banked: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(
+    banked: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(banked.path / "elsewhere")
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    said = banked.sakd(*distil("kd"), "--runs-dir", str(folder))
-    assert (said.code, "needs 0.00054 GB, 1e-06 GB are free" in said.err) == (5, True), said.err
+    result = banked.sakd(*distil("kd"), "--runs-dir", str(folder))
+    assert (result.code, "needs 0.00054 GB, 1e-06 GB are free" in result.err) == (5, True), result.err
     assert not list(folder.rglob("*.safetensors"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Shop
+from conftest import CliRunner
 from rich.console import Console
 
 from sakd_cli.bench.compare import comparison
@@ -31,11 +31,11 @@ STEP |= {"synchronisations", "saved_bytes", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")
-def found(shop: Shop) -> dict[str, Any]:
-    (shop.path / "theirs").mkdir()
-    (shop.path / "theirs" / "sakd_peer.py").write_text(PEER)
+def found(cli: CliRunner) -> dict[str, Any]:
+    (cli.path / "theirs").mkdir()
+    (cli.path / "theirs" / "sakd_peer.py").write_text(PEER)
     more = ["--peer", "theirs", "--scaling", "runs", "--method", "at", "--device", "cpu", "--json"]
-    return shop.sakd(*SMALL, *more).document
+    return cli.sakd(*SMALL, *more).document
 
 
 def test_the_document_has_its_schema(found: dict[str, Any]) -> None:
@@ -71,12 +71,12 @@ def test_the_tables_have_a_line_for_everything(found: dict[str, Any]) -> None:
 
 def test_a_headline_needs_quiet_rounds_on_a_quiet_machine() -> None:
     steady = Ratio(2.0, 1.9, 2.1, 7, 1.1)
-    said = [_headline({"plain": steady, "kd": steady, "literal": r}) for r in (steady, steady._replace(high=2.5))]
-    said.append(_headline({"plain": steady, "kd": steady._replace(busy=3.0)}))
-    assert said[0] == {"above": "literal", "median": 2.0, "refused": None}
-    assert said[1]["refused"] == "the rounds spread by 30 %, above 25 %"
-    assert (said[2]["above"], said[2]["median"]) == ("kd", None)
-    assert "busy" in said[2]["refused"]
+    result = [_headline({"plain": steady, "kd": steady, "literal": r}) for r in (steady, steady._replace(high=2.5))]
+    result.append(_headline({"plain": steady, "kd": steady._replace(busy=3.0)}))
+    assert result[0] == {"above": "literal", "median": 2.0, "refused": None}
+    assert result[1]["refused"] == "the rounds spread by 30 %, above 25 %"
+    assert (result[2]["above"], result[2]["median"]) == ("kd", None)
+    assert "busy" in result[2]["refused"]
 
 
 def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
@@ -118,19 +118,19 @@ def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
-    shop: Shop, found: dict[str, Any], words: str, text: str
+    cli: CliRunner, found: dict[str, Any], words: str, text: str
 ) -> None:
     elsewhere = found["environment"] | {"cpu": "another"}
     known = found | {"environment": found["environment"], "setup": found["setup"] | {"method": "fitnet"}}
     documents = {"other": [], "strange": {"schema": "sakd.bench/1"}, "elsewhere": found | {"environment": elsewhere}}
     for name, document in (documents | {"known": known}).items():
-        (shop.path / f"{name}.json").write_text(json.dumps(document))
-    (shop.path / "text.json").write_text("text")
-    shop.refuses([*SMALL, "--device", "cpu", *words.split()], 2, text)
+        (cli.path / f"{name}.json").write_text(json.dumps(document))
+    (cli.path / "text.json").write_text("text")
+    cli.assert_rejects([*SMALL, "--device", "cpu", *words.split()], 2, text)
 
 
-def test_a_peer_that_breaks_is_told(shop: Shop, tmp_path: Path) -> None:
+def test_a_peer_that_breaks_is_told(cli: CliRunner, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def step(words):\n    raise KeyError('model')\n")
     words = [*SMALL, "--peer", str(tmp_path), "--peer-entry", "broken:step"]
-    said = shop.refuses(words, 2, "broken:step does not load (KeyError: 'model')")
-    assert "gives a callable" in said.err
+    result = cli.assert_rejects(words, 2, "broken:step does not load (KeyError: 'model')")
+    assert "gives a callable" in result.err

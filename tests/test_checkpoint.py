@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Shop
+from conftest import CliRunner
 from safetensors.torch import save_file
 
 from sakd_cli.engine import checkpoint
@@ -71,11 +71,11 @@ def found_out(folder: Path) -> bool:
 
 @pytest.mark.parametrize("scale", [1, pytest.param(20, marks=pytest.mark.battery)])
 def test_a_real_checkpoint_shows_every_damage(
-    full: Shop, teacher: Path, distilled: dict[str, Any], tmp_path: Path, scale: int
+    trained_cli: CliRunner, teacher: Path, distilled: dict[str, Any], tmp_path: Path, scale: int
 ) -> None:
     """200 flipped bits, 50 cuts, every mixture with another run's files, files missing, empty, odd: times `scale`."""
     draw, last = random.Random(scale), tmp_path / "last"
-    shutil.copytree(full.path / distilled["run"] / "checkpoints" / "last", last)
+    shutil.copytree(trained_cli.path / distilled["run"] / "checkpoints" / "last", last)
     sound = {name: (last / name).read_bytes() for name in FILES}
     other = {name: (teacher / "checkpoints" / "last" / name).read_bytes() for name in FILES}
     spoilt: list[dict[str, bytes]] = []
@@ -154,14 +154,14 @@ def state_of(folder: Path) -> Any:
         return None
 
 
-def test_checkpoints_inside_an_epoch_leave_the_best_one_as_it_was(shop: Shop, tmp_path: Path) -> None:
+def test_checkpoints_inside_an_epoch_leave_the_best_one_as_it_was(cli: CliRunner, tmp_path: Path) -> None:
     words = (
         "pretrain-teacher resnet8 --dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 -q --json"
     )
     sums = set()
     for name, often in (("seldom", []), ("often", ["--set", "save_every=2"])):
         run = tmp_path / name
-        summary = shop.sakd(*words.split(), "--json", "--epochs", "4", *often, "--run-dir", str(run)).document
+        summary = cli.sakd(*words.split(), "--json", "--epochs", "4", *often, "--run-dir", str(run)).document
         assert summary["best"]["epoch"] < 4, "an epoch after the best one, for the test to mean something"
         sums.add((run / "checkpoints" / "best" / "model.safetensors").read_bytes())
     assert len(sums) == 1

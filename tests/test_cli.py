@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from conftest import PAIR, TINY, Said, Shop
+from conftest import PAIR, TINY, CliRunner, Result
 
 from sakd_cli import __version__
 from sakd_cli.cli import show
@@ -23,24 +23,24 @@ CIFAR = ROOT.parent / "shared" / "data"
 CLASSES = 20
 
 
-def test_talk_goes_to_stderr_line_by_line_without_control_characters(taught: Said) -> None:
-    assert [line.split()[0] for line in taught.err.splitlines()] == ["resnet8", "train:", "step", "epoch"]
-    assert not {"\r", "\x1b"} & set(taught.err + taught.out)
+def test_talk_goes_to_stderr_line_by_line_without_control_characters(pretrained: Result) -> None:
+    assert [line.split()[0] for line in pretrained.err.splitlines()] == ["resnet8", "train:", "step", "epoch"]
+    assert not {"\r", "\x1b"} & set(pretrained.err + pretrained.out)
 
 
-def test_without_a_held_out_part_the_summary_says_so(shop: Shop, tmp_path: Path) -> None:
+def test_without_a_held_out_part_the_summary_says_so(cli: CliRunner, tmp_path: Path) -> None:
     words = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.holdout=0", "--runs-dir", str(tmp_path)]
-    summary = shop.sakd(*words, "--json").document
+    summary = cli.sakd(*words, "--json").document
     assert (summary["images"], summary["best"]["selected_on"]) == (200, "test")
     assert "test set" in summary["protocol"].partition(";")[2]
 
 
 @pytest.mark.parametrize(("router", "method"), [("always", "at"), ("never", "sp"), ("anti", "kd"), ("random", "sp")])
-def test_every_router_leaves_the_record_it_promises(full: Shop, router: str, method: str) -> None:
+def test_every_router_leaves_the_record_it_promises(trained_cli: CliRunner, router: str, method: str) -> None:
     words = [*PAIR, *TINY, "--method", method, "--router", router, "--quiet", "--json"]
     words += ["--set", "router.rate=0.25"] if router == "random" else []
-    summary = full.sakd(*words).document
-    report = full.sakd("inspect-spots", summary["run"], "--json").document
+    summary = trained_cli.sakd(*words).document
+    report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
     shares = [spot["share"] for spot in report["overall"]]
     expected = {"always": (1, 1), "never": (0, 0), "anti": (0, 0.1), "random": (0.1, 0.4)}[router]
     assert all(expected[0] <= share <= expected[1] for share in shares)
@@ -49,13 +49,13 @@ def test_every_router_leaves_the_record_it_promises(full: Shop, router: str, met
     assert len(report["by_class"]) == CLASSES
 
 
-def test_coins_are_matched_to_the_newest_adaptive_run(full: Shop, distilled: dict[str, Any]) -> None:
+def test_coins_are_matched_to_the_newest_adaptive_run(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
     words = [*PAIR, *TINY, "--router", "random-matched", "--quiet", "--json"]
-    with_default = full.sakd(*words).document
-    named = full.sakd(*words, "--set", f"router.run={distilled['run']}").document
+    with_default = trained_cli.sakd(*words).document
+    named = trained_cli.sakd(*words, "--set", f"router.run={distilled['run']}").document
     for summary in (with_default, named):
-        report = full.sakd("inspect-spots", summary["run"], "--json").document
-        source = full.sakd("inspect-spots", distilled["run"], "--json").document
+        report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
+        source = trained_cli.sakd("inspect-spots", distilled["run"], "--json").document
         for ours, theirs in zip(report["overall"], source["overall"], strict=True):
             assert ours["share"] == pytest.approx(theirs["share"], abs=0.1)
 
@@ -63,15 +63,15 @@ def test_coins_are_matched_to_the_newest_adaptive_run(full: Shop, distilled: dic
 @pytest.mark.parametrize(
     "record", ["", "3\n", '{"epoch": 1, "spots": 3}\n', '{"epoch": 1, "spots": [{"share": null}]}\n']
 )
-def test_coins_cannot_be_matched_to_a_damaged_record(full: Shop, tmp_path: Path, record: str) -> None:
+def test_coins_cannot_be_matched_to_a_damaged_record(trained_cli: CliRunner, tmp_path: Path, record: str) -> None:
     (tmp_path / "config.yaml").write_text("task: distill\n")
     (tmp_path / "spots.jsonl").write_text(record)
     words = ["--router", "random-matched", "--set", f"router.run={tmp_path}", "--method", "kd"]
-    full.refuses([*PAIR, *TINY, *words], 2, "random-matched")
+    trained_cli.assert_rejects([*PAIR, *TINY, *words], 2, "random-matched")
 
 
-def test_a_network_is_scored_as_its_summary_says(full: Shop, teacher: Path) -> None:
-    result = full.sakd("eval", str(teacher), "--json", "--quiet")
+def test_a_network_is_scored_as_its_summary_says(trained_cli: CliRunner, teacher: Path) -> None:
+    result = trained_cli.sakd("eval", str(teacher), "--json", "--quiet")
     assert result.err == ""
     scores, summary = result.document, json.loads((teacher / "summary.json").read_text())
     assert {key: scores[key] for key in ("top1", "top5", "loss")} == {
@@ -80,36 +80,38 @@ def test_a_network_is_scored_as_its_summary_says(full: Shop, teacher: Path) -> N
     assert (scores["parameters"], scores["macs"]) == (summary["parameters"], summary["macs"])
     assert sum(row["images"] for row in scores["classes"]) == scores["images"] == 100
     assert sum(row["images"] * row["top1"] for row in scores["classes"]) == pytest.approx(100 * scores["top1"])
-    table = full.sakd("eval", str(teacher)).out
+    table = trained_cli.sakd("eval", str(teacher)).out
     assert all(word in table for word in ("Top-1", "Top-5", "Loss", "Parameters", "MACs", "By class"))
 
 
-def test_the_newest_run_is_scored_and_inspected_unless_one_is_named(full: Shop) -> None:
-    newest = full.sakd(*PAIR, *TINY, "--method", "at", "--quiet", "--json").document["run"]
-    assert full.sakd("eval", "--json").document["weights"].startswith(newest)
-    assert full.sakd("inspect-spots", "--json").document["run"] == newest
+def test_the_newest_run_is_scored_and_inspected_unless_one_is_named(trained_cli: CliRunner) -> None:
+    newest = trained_cli.sakd(*PAIR, *TINY, "--method", "at", "--quiet", "--json").document["run"]
+    assert trained_cli.sakd("eval", "--json").document["weights"].startswith(newest)
+    assert trained_cli.sakd("inspect-spots", "--json").document["run"] == newest
     weights = f"{newest}/student/model.safetensors"
-    assert full.sakd("eval", weights, "--json").document["images"] == 100, "its run's data, found beside it"
+    assert trained_cli.sakd("eval", weights, "--json").document["images"] == 100, "its run's data, found beside it"
 
 
-def test_the_spot_tables_show_every_spot_overall_by_epoch_and_by_class(full: Shop, distilled: dict[str, Any]) -> None:
-    said = full.sakd("inspect-spots", distilled["run"])
-    assert (said.code, said.err) == (0, "")
-    assert all(word in said.out for word in ("stage2", "logits", "By epoch", "By class", "fitnet", "adaptive"))
-    report = full.sakd("inspect-spots", distilled["run"], "--json").document
+def test_the_spot_tables_show_every_spot_overall_by_epoch_and_by_class(
+    trained_cli: CliRunner, distilled: dict[str, Any]
+) -> None:
+    result = trained_cli.sakd("inspect-spots", distilled["run"])
+    assert (result.code, result.err) == (0, "")
+    assert all(word in result.out for word in ("stage2", "logits", "By epoch", "By class", "fitnet", "adaptive"))
+    report = trained_cli.sakd("inspect-spots", distilled["run"], "--json").document
     assert [spot["name"] for spot in report["overall"]] == ["stage2", "logits"]
     assert (report["epochs"], report["samples"], len(report["by_class"])) == (1, 180, CLASSES)
 
 
 @pytest.mark.parametrize("damage", ["config.yaml", "{}"])
-def test_a_damaged_run_hides_no_other(full: Shop, tmp_path: Path, damage: str) -> None:
-    for run_directory in (full.path / "runs").iterdir():
+def test_a_damaged_run_hides_no_other(trained_cli: CliRunner, tmp_path: Path, damage: str) -> None:
+    for run_directory in (trained_cli.path / "runs").iterdir():
         (tmp_path / run_directory.name).symlink_to(run_directory)
     broken = tmp_path / "broken"
     (broken / "student").mkdir(parents=True)
     (broken / "config.yaml").write_text("a: [" if damage == "config.yaml" else damage)
-    said = full.sakd("inspect-spots", "--runs-dir", str(tmp_path), "--json")
-    assert (said.document["schema"], said.err) == ("sakd.spots/1", "")
+    result = trained_cli.sakd("inspect-spots", "--runs-dir", str(tmp_path), "--json")
+    assert (result.document["schema"], result.err) == ("sakd.spots/1", "")
 
 
 KINDS = {"models": networks.NETWORKS, "methods": methods.METHODS, "datasets": datasets.DATASETS}
@@ -117,17 +119,17 @@ KINDS |= {"routers": routers.ROUTERS, "presets": presets.presets()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_that_is_registered_is_listed(shop: Shop, kind: str) -> None:
-    assert {row["name"] for row in shop.sakd("list", kind, "--json").document} == set(KINDS[kind])
-    table = shop.sakd("list", kind)
+def test_everything_that_is_registered_is_listed(cli: CliRunner, kind: str) -> None:
+    assert {row["name"] for row in cli.sakd("list", kind, "--json").document} == set(KINDS[kind])
+    table = cli.sakd("list", kind)
     assert (table.code, table.err) == (0, "")
     assert all(name in table.out for name in KINDS[kind])
 
 
-def test_the_origin_of_every_setting_is_shown(shop: Shop) -> None:
-    (shop.path / "mine.yaml").write_text("train: {batch_size: 32}\nseed: 1\n")
+def test_the_origin_of_every_setting_is_shown(cli: CliRunner) -> None:
+    (cli.path / "mine.yaml").write_text("train: {batch_size: 32}\nseed: 1\n")
     arguments = shlex.split("config show --preset quickstart --config mine.yaml --epochs 2 --set method.weight=1e-4")
-    rows = shop.sakd(*arguments, "--origin", "--json", SAKD_SEED="3", SAKD_EPOCHS="9").document
+    rows = cli.sakd(*arguments, "--origin", "--json", SAKD_SEED="3", SAKD_EPOCHS="9").document
     found = {row["key"]: (row["value"], row["origin"]) for row in rows}
     assert found["student"] == ("resnet8", "preset quickstart")
     assert found["train.batch_size"] == (32, "file mine.yaml")
@@ -135,10 +137,10 @@ def test_the_origin_of_every_setting_is_shown(shop: Shop) -> None:
     assert found["train.epochs"] == (2, "--epochs")
     assert found["method.weight"] == (1e-4, "--set method.weight")
     assert found["device"] == ("auto", "default")
-    table = shop.sakd(*arguments, "--origin", SAKD_SEED="3").out
+    table = cli.sakd(*arguments, "--origin", SAKD_SEED="3").out
     assert all(origin in table for _, origin in found.values())
-    plain = shop.sakd(*arguments)
-    assert yaml.safe_load(plain.out) == shop.sakd(*arguments, "--json").document
+    plain = cli.sakd(*arguments)
+    assert yaml.safe_load(plain.out) == cli.sakd(*arguments, "--json").document
 
 
 @pytest.mark.parametrize(
@@ -150,11 +152,11 @@ def test_the_origin_of_every_setting_is_shown(shop: Shop) -> None:
     ],
     ids=["pretrain", "distill", "with a teacher to come"],
 )
-def test_a_dry_run_tries_a_batch_and_writes_nothing(full: Shop, words: tuple[str, ...]) -> None:
-    before = full.tree()
-    plan = full.sakd(*words, "--dry-run", "--json").document
-    assert "nothing written" in full.sakd(*words, "--dry-run").out
-    assert full.tree() == before
+def test_a_dry_run_tries_a_batch_and_writes_nothing(trained_cli: CliRunner, words: tuple[str, ...]) -> None:
+    before = trained_cli.tree()
+    plan = trained_cli.sakd(*words, "--dry-run", "--json").document
+    assert "nothing written" in trained_cli.sakd(*words, "--dry-run").out
+    assert trained_cli.tree() == before
     assert (plan["images"], plan["steps_per_epoch"]) == (180, 3)
     assert all(network["parameters"] > 0 < network["macs"] for network in plan["networks"])
     assert plan["batch"]["loss"] > 0
@@ -162,62 +164,64 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(full: Shop, words: tuple[str
     assert spots[-1:] == ([] if words[0] == "pretrain-teacher" else [([CLASSES], [CLASSES])])
 
 
-def test_a_teacher_is_found_by_name_run_folder_or_file(full: Shop, teacher: Path) -> None:
+def test_a_teacher_is_found_by_name_run_folder_or_file(trained_cli: CliRunner, teacher: Path) -> None:
     sources = ["ResNet-8", "resnet_8", teacher, teacher / "teacher", teacher / "teacher" / "model.safetensors"]
     for source in sources:
-        plan = full.sakd("distill", "--teacher", str(source), "--student", "resnet14", *TINY, "--dry-run", "--json")
+        plan = trained_cli.sakd(
+            "distill", "--teacher", str(source), "--student", "resnet14", *TINY, "--dry-run", "--json"
+        )
         assert plan.document["networks"][0]["name"] == "resnet8"
 
 
-def test_a_missing_teacher_is_told_with_the_command_that_trains_it(full: Shop, tmp_path: Path) -> None:
+def test_a_missing_teacher_is_told_with_the_command_that_trains_it(trained_cli: CliRunner, tmp_path: Path) -> None:
     runs = ["--runs-dir", str(tmp_path / "other runs")]
     words = ["distill", "--teacher", "resnet-8", "--student", "resnet8", *TINY, *runs]
-    said = full.refuses(words, 2, "no finished resnet8 on shapes")
-    command = said.err.splitlines()[1].removeprefix("hint: ").partition(" (or add --pretrain)")[0]
+    result = trained_cli.assert_rejects(words, 2, "no finished resnet8 on shapes")
+    command = result.err.splitlines()[1].removeprefix("hint: ").partition(" (or add --pretrain)")[0]
     assert shlex.split(command) == ["sakd", "pretrain-teacher", "resnet8", "--dataset", "shapes", *runs]
-    assert full.sakd(*shlex.split(command)[1:], *TINY[2:], "--quiet").code == 0
-    assert full.sakd(*words, "--dry-run").code == 0
+    assert trained_cli.sakd(*shlex.split(command)[1:], *TINY[2:], "--quiet").code == 0
+    assert trained_cli.sakd(*words, "--dry-run").code == 0
 
 
-def test_a_preset_trains_its_teacher_first_and_only_once(full: Shop, tmp_path: Path) -> None:
+def test_a_preset_trains_its_teacher_first_and_only_once(trained_cli: CliRunner, tmp_path: Path) -> None:
     words = ["distill", "--preset", "quickstart", *TINY, "--runs-dir", str(tmp_path), "--quiet"]
-    first = full.sakd(*words)
+    first = trained_cli.sakd(*words)
     assert (first.code, first.err) == (0, "")
     assert all(word in first.out for word in ("Teacher", "Student", "Top-1", "stage2"))
-    assert full.sakd(*words).code == 0
+    assert trained_cli.sakd(*words).code == 0
     assert sorted(path.name.split("-")[2] for path in tmp_path.iterdir()) == ["distill", "distill", "pretrain"]
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("oh [b]no[/b]"), 1)])
 def test_an_interrupt_and_a_bug_have_exit_codes_of_their_own(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
     monkeypatch.setattr(show, "_rows", mock.Mock(side_effect=error))
-    said = shop.sakd("list", "methods")
-    assert (said.code, said.out) == (code, "")
-    assert ("Traceback" in said.err) == (code == 1)
-    assert "error: " + ("interrupted" if code == 130 else "a bug in sakd: RuntimeError: oh [b]no[/b]") in said.err
+    result = cli.sakd("list", "methods")
+    assert (result.code, result.out) == (code, "")
+    assert ("Traceback" in result.err) == (code == 1)
+    assert "error: " + ("interrupted" if code == 130 else "a bug in sakd: RuntimeError: oh [b]no[/b]") in result.err
 
 
-def test_without_a_command_the_help_is_shown_and_nothing_is_called_an_error(shop: Shop) -> None:
+def test_without_a_command_the_help_is_shown_and_nothing_is_called_an_error(cli: CliRunner) -> None:
     for arguments in ([], ["config"]):
-        said = shop.sakd(*arguments)
-        assert "Usage: sakd" in said.out
-        assert said.err == ""
+        result = cli.sakd(*arguments)
+        assert "Usage: sakd" in result.out
+        assert result.err == ""
 
 
 @pytest.mark.parametrize(
     "command", ["pretrain-teacher", "distill", "sweep", "eval", "inspect-spots", "list", "config show", "show method"]
 )
-def test_every_help_has_two_examples(shop: Shop, command: str) -> None:
-    said = shop.sakd(*command.split(), "--help", COLUMNS="120")
-    assert (said.code, said.err) == (0, "")
-    assert said.out.partition("Examples:")[2].count(f"sakd {command}") == 2
+def test_every_help_has_two_examples(cli: CliRunner, command: str) -> None:
+    result = cli.sakd(*command.split(), "--help", COLUMNS="120")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.partition("Examples:")[2].count(f"sakd {command}") == 2
 
 
-def test_colour_is_used_where_it_is_forced_and_not_where_it_is_unwanted(shop: Shop) -> None:
-    assert "\x1b[" in shop.sakd("distill", "--epochs", "ten", FORCE_COLOR="1").err
-    assert "\x1b[" not in shop.sakd("list", "methods", NO_COLOR="1").out
+def test_colour_is_used_where_it_is_forced_and_not_where_it_is_unwanted(cli: CliRunner) -> None:
+    assert "\x1b[" in cli.sakd("distill", "--epochs", "ten", FORCE_COLOR="1").err
+    assert "\x1b[" not in cli.sakd("list", "methods", NO_COLOR="1").out
 
 
 LIGHT = """
@@ -232,47 +236,49 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def process(shop: Shop, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(cli: CliRunner, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
     clean |= {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, *arguments], cwd=shop.path, env=clean, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=cli.path, env=clean, capture_output=True, text=True)
 
 
-def test_help_lists_and_reports_do_without_torch(full: Shop, distilled: dict[str, Any]) -> None:
+def test_help_lists_and_reports_do_without_torch(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
     lines = ["--help", "--version", "distill --help", "list models", "list presets"]
     lines += ["config show --preset quickstart --origin", f"inspect-spots {distilled['run']}", "inspect-spots --json"]
     lines += [f"inspect-spots {distilled['run']} --plot all.svg --html page.html --samples all.csv -q"]
-    done = process(full, "-c", LIGHT, json.dumps([line.split() for line in lines]))
+    done = process(trained_cli, "-c", LIGHT, json.dumps([line.split() for line in lines]))
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_completion_knows_the_names_and_does_without_torch(shop: Shop) -> None:
+def test_completion_knows_the_names_and_does_without_torch(cli: CliRunner) -> None:
     program = LIGHT.replace("    if code or heavy", "    if heavy")
     words = {"COMP_WORDS": "sakd distill --method fi", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
-    done = process(shop, "-c", program, "[[]]", **words)
+    done = process(cli, "-c", program, "[[]]", **words)
     assert (done.stdout.split(), done.stderr) == (["fitnet"], "")
 
 
 @pytest.mark.parametrize("refusal", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: you tried")])
-def test_too_little_memory_names_a_batch_size_that_fits(full: Shop, refusal: Exception) -> None:
+def test_too_little_memory_names_a_batch_size_that_fits(trained_cli: CliRunner, refusal: Exception) -> None:
     with mock.patch("sakd_cli.tasks.distill.DistillTask.forward", side_effect=refusal):
-        said = full.sakd(*PAIR, *TINY, "--batch-size", "96", "-q")
-    assert (said.code, said.out) == (6, "")
-    error, hint = said.err.splitlines()
+        result = trained_cli.sakd(*PAIR, *TINY, "--batch-size", "96", "-q")
+    assert (result.code, result.out) == (6, "")
+    error, hint = result.err.splitlines()
     assert error == "error: out of memory with batches of 96 images"
     assert hint.startswith("hint: --batch-size 48 should fit")
 
 
-def test_a_missing_compiler_costs_one_line(full: Shop) -> None:
+def test_a_missing_compiler_costs_one_line(trained_cli: CliRunner) -> None:
     with mock.patch.dict(os.environ, {"CXX": "/nowhere/g++"}):
-        full.refuses([*PAIR, *TINY, "--compile", "-q"], 2, "--compile: no C++ compiler '/nowhere/g++' here")
+        trained_cli.assert_rejects(
+            [*PAIR, *TINY, "--compile", "-q"], 2, "--compile: no C++ compiler '/nowhere/g++' here"
+        )
 
 
-def test_the_module_is_the_command_and_leaves_with_its_exit_code(shop: Shop) -> None:
-    done = process(shop, "-m", "sakd_cli", "--version")
+def test_the_module_is_the_command_and_leaves_with_its_exit_code(cli: CliRunner) -> None:
+    done = process(cli, "-m", "sakd_cli", "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"sakd {__version__}\n", "")
     failed = process(
-        shop, "-m", "sakd_cli", "distill", "--method", "atx", "--teacher", "resnet8", "--student", "resnet8"
+        cli, "-m", "sakd_cli", "distill", "--method", "atx", "--teacher", "resnet8", "--student", "resnet8"
     )
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: method: unknown method 'atx'")
@@ -282,9 +288,9 @@ def test_the_module_is_the_command_and_leaves_with_its_exit_code(shop: Shop) -> 
     not (CIFAR / "cifar-100-python" / "train").is_file(), reason="no CIFAR-100 files beside the checkout"
 )
 def test_photographs_take_the_same_way(tmp_path: Path) -> None:
-    shop = Shop(tmp_path)
+    cli = CliRunner(tmp_path)
     words = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--pretrain", "--dry-run", "--json"]
     settings = ["--data-root", str(CIFAR), "--set", "data.limit=300", "--set", "data.download=false"]
-    plan = shop.sakd(*words, *settings).document
+    plan = cli.sakd(*words, *settings).document
     assert (plan["images"], plan["spots"][-1]["student_shape"]) == (270, [100])
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Shop
+from conftest import CliRunner
 from rich.console import Console
 
 from sakd_cli.documents.evaluation import Comparison
@@ -185,21 +185,21 @@ def test_tables_hold_runs_of_every_kind(tmp_path: Path, width: int) -> None:
     assert max(len(line) for line in text.splitlines()) <= width
 
 
-def test_what_is_no_run_is_refused(shop: Shop, tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused(cli: CliRunner, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to compare"):
         compare([])
-    shop.refuses(["compare", str(tmp_path)], 2, "not a run directory")
+    cli.assert_rejects(["compare", str(tmp_path)], 2, "not a run directory")
     run = make(tmp_path, "always", 0, 40.0)
-    shop.refuses(["compare", str(run.path), "--csv", "--json"], 2, "choose one")
-    assert shop.sakd("compare", str(run.path), "--csv").out.startswith("run,group,")
-    Comparison.model_validate(shop.sakd("compare", str(run.path), "--json").document)
+    cli.assert_rejects(["compare", str(run.path), "--csv", "--json"], 2, "choose one")
+    assert cli.sakd("compare", str(run.path), "--csv").out.startswith("run,group,")
+    Comparison.model_validate(cli.sakd("compare", str(run.path), "--json").document)
 
 
 @pytest.mark.parametrize("command", ["compare", "report", "show schema"])
-def test_every_help_has_two_examples(shop: Shop, command: str) -> None:
-    said = shop.sakd(*command.split(), "--help", COLUMNS="120")
-    assert (said.code, said.err) == (0, "")
-    assert said.out.partition("Examples:")[2].count(f"sakd {command}") == 2
+def test_every_help_has_two_examples(cli: CliRunner, command: str) -> None:
+    result = cli.sakd(*command.split(), "--help", COLUMNS="120")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.partition("Examples:")[2].count(f"sakd {command}") == 2
 
 
 def test_runs_are_compared_without_torch(tmp_path: Path) -> None:

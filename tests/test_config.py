@@ -199,7 +199,7 @@ def test_dotted_and_nested_say_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
         ("train.epoch=3", "unknown key 'train.epoch'; did you mean 'train.epochs'? (from --set train.epoch)"),
         ("sed=3", "unknown key 'sed'; did you mean 'seed'? (from --set sed)"),
@@ -215,13 +215,13 @@ def test_dotted_and_nested_say_the_same() -> None:
         ("student=wrn_41_2", "(from --set student)"),
     ],
 )
-def test_an_unknown_word_is_told_with_the_nearest_one_and_its_origin(assignment: str, said: str) -> None:
-    assert said in assigned(assignment)
+def test_an_unknown_word_is_told_with_the_nearest_one_and_its_origin(assignment: str, message: str) -> None:
+    assert message in assigned(assignment)
 
 
 def test_a_name_that_is_near_to_nothing_is_told_with_all_names() -> None:
-    said = assigned("method=zzzzzz")
-    assert all(name in said for name in METHODS)
+    message = assigned("method=zzzzzz")
+    assert all(name in message for name in METHODS)
     assert unknown("colour", "mauve", ["red", "blue"]) == "unknown colour 'mauve'; known: blue, red"
 
 
@@ -264,9 +264,9 @@ def test_a_name_that_is_near_to_nothing_is_told_with_all_names() -> None:
     ],
 )
 def test_a_value_that_cannot_be_is_told_with_its_key_and_origin(assignment: str, key: str) -> None:
-    said = assigned(assignment)
-    assert said.startswith(f"{key}: ")
-    assert said.endswith(f"(from --set {assignment.partition('=')[0]})")
+    message = assigned(assignment)
+    assert message.startswith(f"{key}: ")
+    assert message.endswith(f"(from --set {assignment.partition('=')[0]})")
 
 
 def test_the_value_that_was_refused_is_shown() -> None:
@@ -276,17 +276,17 @@ def test_the_value_that_was_refused_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "words", "said", "hint"),
+    ("task", "words", "message", "hint"),
     [
         ("pretrain", {}, "model: missing", "the name of a network"),
         ("distill", {"student": "resnet8"}, "teacher: missing", "--teacher"),
         ("distill", {"teacher": "resnet8"}, "student: missing", "--student"),
     ],
 )
-def test_a_missing_word_is_told_with_its_option(task: str, words: dict[str, Any], said: str, hint: str) -> None:
+def test_a_missing_word_is_told_with_its_option(task: str, words: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve(task, [ConfigSource("a", words)])
-    assert caught.value.message == said
+    assert caught.value.message == message
     assert hint in (caught.value.hint or "")
 
 
@@ -296,7 +296,7 @@ def test_an_unknown_preset_is_told_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"a: [", "line 2: not valid YAML"),
         (b"- 1\n- 2\n", "a mapping of keys"),
@@ -306,10 +306,10 @@ def test_an_unknown_preset_is_told_with_the_nearest() -> None:
         (b"seed: !!python/object:os.system x\n", "not valid YAML"),
     ],
 )
-def test_a_config_file_that_is_none_is_refused_with_its_name(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_config_file_that_is_none_is_refused_with_its_name(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\n" * content.startswith(b"a: [") + content)
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         file_layer(path, "file")
     assert str(path) in caught.value.message
 
@@ -340,8 +340,8 @@ def test_the_published_recipe_can_be_shortened_and_keeps_its_proportions() -> No
 
 
 def test_a_milestone_that_never_comes_is_refused_with_the_reason() -> None:
-    said = refusal(*set_layers(["train.milestones=[210]"]), *option_layers({"epochs": "100"})).message
-    assert "milestone 210 must come before the last epoch (100)" in said
+    message = refusal(*set_layers(["train.milestones=[210]"]), *option_layers({"epochs": "100"})).message
+    assert "milestone 210 must come before the last epoch (100)" in message
 
 
 def test_what_learned_routers_share_outlives_a_change_between_them_only() -> None:
@@ -389,8 +389,8 @@ def test_the_teachers_epochs_are_its_own_where_the_distillation_says_so() -> Non
 
 
 def test_a_pretraining_is_no_distillation() -> None:
-    said = refusal(ConfigSource("file mine.yaml", {"task": "pretrain", "model": "resnet8"})).message
-    assert said == "file mine.yaml is written for 'pretrain', not for 'distill'"
+    message = refusal(ConfigSource("file mine.yaml", {"task": "pretrain", "model": "resnet8"})).message
+    assert message == "file mine.yaml is written for 'pretrain', not for 'distill'"
 
 
 def test_a_config_cannot_be_changed_after_it_was_read() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Shop
+from conftest import CliRunner
 from safetensors.torch import load_file
 from test_imagefolder import cut_short, folder, picture
 
@@ -20,22 +20,22 @@ RUN = "--dataset imagefolder --data-root photos --set data.size=16 --set data.wo
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     """A folder with pictures and a teacher for them."""
-    shop = Shop(tmp_path_factory.mktemp("lab"))
-    folder(shop.path / "photos", {"train": 10, "val": 4})
-    said = shop.sakd("pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.mean=[0.4,0.5,0.6]")
-    assert said.code == 0, said.err
-    return shop
+    cli = CliRunner(tmp_path_factory.mktemp("lab"))
+    folder(cli.path / "photos", {"train": 10, "val": 4})
+    result = cli.sakd("pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.mean=[0.4,0.5,0.6]")
+    assert result.code == 0, result.err
+    return cli
 
 
-def test_nothing_is_wrong_with_a_sound_folder(lab: Shop) -> None:
+def test_nothing_is_wrong_with_a_sound_folder(lab: CliRunner) -> None:
     document = lab.sakd("data", "check", "photos", "--json", "-q").document
     DataCheck.model_validate(document)
     assert (document["findings"], document["read"], document["classes"]) == ([], 42, 3)
     assert [part["images"] for part in document["parts"]] == [30, 12]
-    said = lab.sakd("data", "check", "photos")
-    assert (said.code, "nothing is wrong" in said.out) == (0, True)
+    result = lab.sakd("data", "check", "photos")
+    assert (result.code, "nothing is wrong" in result.out) == (0, True)
 
 
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
@@ -47,9 +47,9 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     (val / "cat/0.png").write_bytes(b"")
     (val / "cat/[red].png").write_text("no picture")
     (val / "ant/loop").symlink_to(val)
-    said = Shop(tmp_path).sakd("data", "check", "photos", "--json", "-q")
-    assert (said.code, said.err) == (3, "")
-    document = json.loads(said.out)
+    result = CliRunner(tmp_path).sakd("data", "check", "photos", "--json", "-q")
+    assert (result.code, result.err) == (3, "")
+    document = json.loads(result.out)
     DataCheck.model_validate(document)
     found = {(one["kind"], Path(one["path"]).name): one["text"] for one in document["findings"]}
     assert found.keys() == {
@@ -64,19 +64,19 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     }
     assert found["unreadable", "0.png"] == "is empty"
     assert found["classes-differ", "train"] == "lacks Bee, which val has"
-    table = Shop(tmp_path).sakd("data", "check", "photos", COLUMNS="200")
+    table = CliRunner(tmp_path).sakd("data", "check", "photos", COLUMNS="200")
     assert (table.code, "unreadable 3" in table.out, "[red].png" in table.out) == (3, True, True)
 
 
 def test_a_named_set_is_checked_too(tmp_path: Path) -> None:
-    shop = Shop(tmp_path)
-    assert shop.sakd("data", "check", "shapes", "--set", "data.train=40", "--set", "data.test=20", "--json").code == 0
-    said = shop.sakd("data", "check", "cifar100", "--data-root", "nowhere", "--json")
-    assert (said.code, json.loads(said.out)["findings"][0]["kind"]) == (3, "missing")
-    shop.refuses(["data", "check", "nowhere"], 3, "nowhere: no such folder")
+    cli = CliRunner(tmp_path)
+    assert cli.sakd("data", "check", "shapes", "--set", "data.train=40", "--set", "data.test=20", "--json").code == 0
+    result = cli.sakd("data", "check", "cifar100", "--data-root", "nowhere", "--json")
+    assert (result.code, json.loads(result.out)["findings"][0]["kind"]) == (3, "missing")
+    cli.assert_rejects(["data", "check", "nowhere"], 3, "nowhere: no such folder")
     folder(tmp_path, {"train": 2, "test": 1})
-    said = shop.sakd("data", "check", "cinic10", "--data-root", ".", "--json", "-q")
-    texts = [one["text"] for one in json.loads(said.out)["findings"]]
+    result = cli.sakd("data", "check", "cinic10", "--data-root", ".", "--json", "-q")
+    texts = [one["text"] for one in json.loads(result.out)["findings"]]
     assert [text.split("; ")[0] for text in texts] == [
         "cinic10 has 10 classes, here are 3",
         "cinic10 has 90,000 training images, here are 6",
@@ -95,12 +95,12 @@ def test_many_files_are_read_by_several_processes(tmp_path: Path) -> None:
 # --- runs
 
 
-def student(lab: Shop, run: str) -> dict[str, torch.Tensor]:
+def student(lab: CliRunner, run: str) -> dict[str, torch.Tensor]:
     return load_file(lab.path / run / "student" / "model.safetensors")
 
 
 @pytest.mark.parametrize("feed", ["on", "off"])
-def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: Shop, feed: str) -> None:
+def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: CliRunner, feed: str) -> None:
     words = shlex.split(f"distill --teacher resnet8 --student resnet8 {RUN} --set data.cache={feed}")
     words += shlex.split("--set data.augment=crop --set save_every=2 --set data.holdout=0.2")
     assert lab.sakd(*words, "--run-dir", f"whole-{feed}").code == 0
@@ -118,19 +118,19 @@ def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: Shop, feed: str) -> N
     assert (about["side"], about["classes"], about["dataset"]) == (16, ["ant", "bee", "cat"], "imagefolder")
 
 
-def test_a_bad_picture_is_refused_before_anything_is_written(lab: Shop, tmp_path: Path) -> None:
+def test_a_bad_picture_is_refused_before_anything_is_written(lab: CliRunner, tmp_path: Path) -> None:
     bad = folder(tmp_path / "photos", {"train": 4, "val": 1})
     cut_short(bad / "train/bee/1.jpg")
     words = ["pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.holdout=0"]
-    shop = Shop(tmp_path)
-    said = shop.refuses(words, 3, "train/bee/1.jpg (class bee): is damaged")
-    assert "sakd data check" in said.err
-    left = shop.sakd(*words, "--set", "data.on_bad_image=skip", "--json")
+    cli = CliRunner(tmp_path)
+    result = cli.assert_rejects(words, 3, "train/bee/1.jpg (class bee): is damaged")
+    assert "sakd data check" in result.err
+    left = cli.sakd(*words, "--set", "data.on_bad_image=skip", "--json")
     assert left.document["skipped_images"] == 1
     assert "1 files could not be read" in left.err
 
 
-def test_the_teacher_sees_images_by_its_own_normalisation(lab: Shop) -> None:
+def test_the_teacher_sees_images_by_its_own_normalisation(lab: CliRunner) -> None:
     (run,) = (lab.path / "runs").glob("*pretrain*")
     words = {"data": {"name": "imagefolder", "root": lab.path / "photos", "size": 16}, "student": "resnet8"}
     job = build.distillation(DistillConfig.model_validate(words | {"teacher": str(run)}))
@@ -165,7 +165,7 @@ def test_equal_normalisation_changes_no_bit() -> None:
     assert network.state_dict().keys() == create("resnet8", 3).state_dict().keys()
 
 
-def test_an_evaluation_converts_too(lab: Shop) -> None:
+def test_an_evaluation_converts_too(lab: CliRunner) -> None:
     (run,) = (lab.path / "runs").glob("*pretrain*")
     own = lab.sakd("eval", str(run), "--json", "-q", "--set", "timing_seconds=0").document
     other = lab.sakd(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from nursery import ROOT, Nursery, Trouble, fingerprint
+from fork_server import ROOT, Faults, ForkServer, fingerprint
 
 from sakd_cli.engine import checkpoint
 from sakd_cli.rundir import RunDir
@@ -19,9 +19,9 @@ WORDS = shlex.split(f"distill --teacher teacher --student resnet8 --method at {S
 
 
 @pytest.fixture(scope="module")
-def desk(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+def desk(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
     """A folder with a teacher's run and a distillation that nothing befell."""
-    here = warm.at(tmp_path_factory.mktemp("disk"))
+    here = fork_server.at(tmp_path_factory.mktemp("disk"))
     for words in (
         shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher"),
         [*WORDS, "--run-dir", "sound"],
@@ -31,7 +31,7 @@ def desk(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
     return here
 
 
-def goes_on(desk: Nursery, run: Path) -> None:
+def goes_on(desk: ForkServer, run: Path) -> None:
     """The newest checkpoint is whole, and the run ends in the bits of the undisturbed one."""
     if any((run / "checkpoints" / name).is_dir() for name in ("last", "previous")):
         assert checkpoint.find(run / "checkpoints", None, RunDir(run).identity)
@@ -42,12 +42,12 @@ def goes_on(desk: Nursery, run: Path) -> None:
 
 
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.battery)], ids=["some", "all"])
-def test_a_disk_that_fills_up_at_any_write_costs_nothing(desk: Nursery, stride: int) -> None:
+def test_a_disk_that_fills_up_at_any_write_costs_nothing(desk: ForkServer, stride: int) -> None:
     kinds = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
     for touch in range(stride, 999, stride):
         number = errno.ENOSPC if stride > 1 else kinds[touch % 5]
         run = desk.cwd / f"full{stride}-{touch}"
-        failed = desk.sakd(*WORDS, "--run-dir", str(run), trouble=Trouble(fail=(touch, number)))
+        failed = desk.sakd(*WORDS, "--run-dir", str(run), faults=Faults(fail=(touch, number)))
         if failed.code == 0:
             break
         assert failed.code == 5, f"at touch {touch}: {failed.err}"
@@ -62,9 +62,9 @@ def test_a_disk_that_fills_up_at_any_write_costs_nothing(desk: Nursery, stride: 
 
 
 @pytest.mark.parametrize("most", [100, 2_000, 100_000])
-def test_files_that_may_not_grow_cost_nothing(desk: Nursery, most: int) -> None:
+def test_files_that_may_not_grow_cost_nothing(desk: ForkServer, most: int) -> None:
     run = desk.cwd / f"small{most}"
-    failed = desk.sakd(*WORDS, "--run-dir", run.name, trouble=Trouble(file_size=most))  # the message is a file too
+    failed = desk.sakd(*WORDS, "--run-dir", run.name, faults=Faults(file_size=most))  # the message is a file too
     assert failed.code == 5, failed.err
     assert failed.err.splitlines()[0].endswith("cannot be written: File too large")
     goes_on(desk, run)
@@ -78,7 +78,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_names_are_names(desk: Nursery, name: str) -> None:
+def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
     assert desk.sakd(*WORDS, f"--run-dir={name}").code == 0
     run = f"./{name}"
     assert fingerprint(desk.cwd / name) == fingerprint(desk.cwd / "sound")
@@ -87,13 +87,13 @@ def test_odd_names_are_names(desk: Nursery, name: str) -> None:
         ["inspect-spots", run, "--json"],
         ["distill", "--resume", run, "--json"],
     ):
-        said = desk.sakd(*words)
-        assert said.code == 0, said.err
-        assert json.loads(said.out)
-    taught = desk.sakd(
+        result = desk.sakd(*words)
+        assert result.code == 0, result.err
+        assert json.loads(result.out)
+    pretrained = desk.sakd(
         *WORDS, "--set", f"teacher.source={json.dumps(run, ensure_ascii=False)}", "--epochs", "1", "--dry-run", "--json"
     )
-    assert taught.code == 0, taught.err
+    assert pretrained.code == 0, pretrained.err
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,17 @@ def test_odd_names_are_names(desk: Nursery, name: str) -> None:
         (["--run-dir", "a" * 256], "File name too long"),
     ],
 )
-def test_homes_and_names_that_cannot_be(desk: Nursery, words: list[str], text: str) -> None:
-    desk.refuses([*WORDS, *words], 2, text)
+def test_homes_and_names_that_cannot_be(desk: ForkServer, words: list[str], text: str) -> None:
+    desk.assert_rejects([*WORDS, *words], 2, text)
 
 
 READERS = ["list models", "list models --json", "inspect-spots sound", "inspect-spots sound --json", "show method sp"]
 
 
 @pytest.mark.parametrize("words", READERS)
-def test_a_reader_that_has_gone_is_no_error(desk: Nursery, words: str) -> None:
-    said = desk.sakd(*words.split(), trouble=Trouble(reader="gone"))
-    assert (said.code, said.err) == (141, "")
+def test_a_reader_that_has_gone_is_no_error(desk: ForkServer, words: str) -> None:
+    result = desk.sakd(*words.split(), faults=Faults(stdout="closed"))
+    assert (result.code, result.err) == (141, "")
 
 
 NARROW: dict[str, str | None] = {"COLUMNS": "20", "TERM": "dumb", "HOME": None, "NO_COLOR": "1"}
@@ -124,8 +124,8 @@ NARROW: dict[str, str | None] = {"COLUMNS": "20", "TERM": "dumb", "HOME": None, 
 @pytest.mark.parametrize(
     "words", ["eval sound -q", "inspect-spots sound", "list methods", "config show --preset quickstart"]
 )
-def test_a_narrow_plain_terminal_without_a_home_shows_every_figure(desk: Nursery, words: str) -> None:
-    here, there = (desk.sakd(*words.split(), trouble=Trouble(words=odd)) for odd in ({}, NARROW))
+def test_a_narrow_plain_terminal_without_a_home_shows_every_figure(desk: ForkServer, words: str) -> None:
+    here, there = (desk.sakd(*words.split(), faults=Faults(environment=odd)) for odd in ({}, NARROW))
     assert (here.code, there.code, there.err) == (0, 0, "")
     assert "\x1b" not in there.out
     assert {part for part in there.out.split() if "%" in part} >= {part for part in here.out.split() if "%" in part}
@@ -144,7 +144,7 @@ PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": 
         pytest.param(PLAIN | {"LC_ALL": "tr_TR.UTF-8"}, "ALL --run-dir größe", marks=pytest.mark.battery),
     ],
 )
-def test_odd_interpreters(desk: Nursery, odd: dict[str, str], words: str) -> None:
+def test_odd_interpreters(desk: ForkServer, odd: dict[str, str], words: str) -> None:
     line = [part for word in words.split() for part in (WORDS if word == "ALL" else [word])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | odd
     done = subprocess.run([sys.executable, "-m", "sakd_cli", *line], cwd=desk.cwd, env=environment, capture_output=True)

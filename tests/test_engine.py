@@ -74,7 +74,7 @@ class FileDelivery:
         self.published.append(facts)
 
 
-class Ear(NullReporter):
+class RecordingReporter(NullReporter):
     """Remembers how the run began, every step, and that it ended."""
 
     def __init__(self) -> None:
@@ -190,10 +190,10 @@ def test_a_network_is_scored_in_evaluation_mode_and_left_as_it_was() -> None:
 
 
 def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
-    ear = Ear()
-    trainer = trainer_of(PlainTask(), tmp_path, 2, watcher=ear)
+    recorder = RecordingReporter()
+    trainer = trainer_of(PlainTask(), tmp_path, 2, watcher=recorder)
     figures = trainer.fit()
-    assert ear.heard == [6, 1, 2, 3, 4, 5, 6, "end"]
+    assert recorder.heard == [6, 1, 2, 3, 4, 5, 6, "end"]
     lines = list(trainer.run.lines("metrics.jsonl"))
     assert [(line["kind"], line["epoch"], line.get("step")) for line in lines] == [
         *(("train", 1, 2), ("train", 1, 3), ("eval", 1, None)),
@@ -291,11 +291,11 @@ def test_the_state_of_torchs_own_generator_is_put_back(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_sound_checkpoint(tmp_path: Path) -> None:
-    ear = Ear()
+    recorder = RecordingReporter()
     with pytest.raises(NonFiniteError, match="step 4: loss is not finite, with training images") as caught:
-        trainer_of(PlainTask(nan_in=(2, 3)), tmp_path, 3, watcher=ear).fit()
+        trainer_of(PlainTask(nan_in=(2, 3)), tmp_path, 3, watcher=recorder).fit()
     assert caught.value.exit_code == 7
-    assert ear.heard[-1] == "end"
+    assert recorder.heard[-1] == "end"
     saved = checkpoint.read(tmp_path / "checkpoints" / "last")
     assert saved.state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in saved.model.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Shop
+from conftest import TINY, CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,16 +67,16 @@ def run_alone(folders: list[Path]) -> list[dict[str, Any]]:
     ("kinds", "loaded"), [([("safetensors", False), ("pt2", True)], ["torch"]), ([("onnx", True), ("onnx", False)], [])]
 )
 def test_a_program_without_sakd_opens_it_with_the_cards_lines(
-    full: Shop, distilled: dict[str, Any], tmp_path: Path, kinds: list[tuple[str, bool]], loaded: list[str]
+    trained_cli: CliRunner, distilled: dict[str, Any], tmp_path: Path, kinds: list[tuple[str, bool]], loaded: list[str]
 ) -> None:
     if missing := [name for form, _ in kinds for name in FORMS[form].needs if find_spec(name) is None]:
         pytest.skip(f"not installed: {missing}")
-    student = json.loads((full.path / distilled["run"] / "student" / "config.json").read_text())
+    student = json.loads((trained_cli.path / distilled["run"] / "student" / "config.json").read_text())
     folders = []
     for form, inside in kinds:
         option = [] if inside else ["--without-normalisation"]
         out = ["--out", str(tmp_path / f"a {form} {inside}"), *option, "--json", "--set", "timing_seconds=0.01"]
-        document = full.sakd("export", distilled["run"], "--format", form, *out).document
+        document = trained_cli.sakd("export", distilled["run"], "--format", form, *out).document
         Export.model_validate(document)
         check = document["check"]
         assert check["difference"] <= 1e-4
@@ -88,7 +88,7 @@ def test_a_program_without_sakd_opens_it_with_the_cards_lines(
         assert (told["classes"], told["top1"]) == (student["classes"], student["top1"])
         assert told["teacher"]["sha256"] == distilled["teacher"]["sha256"]
         assert told["teacher"]["sha256"] in (folder / "README.md").read_text()
-    network = student_of(full, distilled)
+    network = student_of(trained_cli, distilled)
     for (_, inside), kept in zip(kinds, run_alone(folders), strict=True):
         assert kept["loaded"] == loaded
         expected = FromPixels(network, student["mean"], student["std"]).eval() if inside else network
@@ -97,8 +97,8 @@ def test_a_program_without_sakd_opens_it_with_the_cards_lines(
             torch.testing.assert_close(found, torch.tensor(kept["logits"]), rtol=0, atol=1e-4)
 
 
-def student_of(shop: Shop, distilled: dict[str, Any]) -> nn.Module:
-    return artifact.load(shop.path / distilled["run"] / "student").model.eval()
+def student_of(cli: CliRunner, distilled: dict[str, Any]) -> nn.Module:
+    return artifact.load(cli.path / distilled["run"] / "student").model.eval()
 
 
 @pytest.mark.parametrize("side", [32, 64])
@@ -156,69 +156,75 @@ def test_the_architecture_of_a_library_needs_no_source(tmp_path: Path, name: str
         assert torch.equal(FORMS["safetensors"].opened(card, tmp_path)(images), network(images))
 
 
-def test_an_interrupted_run_gives_its_last_checkpoint(full: Shop, distilled: dict[str, Any], tmp_path: Path) -> None:
-    run = Path(shutil.copytree(full.path / distilled["run"], tmp_path / "run"))
+def test_an_interrupted_run_gives_its_last_checkpoint(
+    trained_cli: CliRunner, distilled: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained_cli.path / distilled["run"], tmp_path / "run"))
     (run / "summary.json").unlink()
     shutil.rmtree(run / "student")
-    said = full.sakd("export", str(run), *QUICK, "--json")
-    assert "is not finished; taking its last checkpoint (epoch 1, " in said.err
+    result = trained_cli.sakd("export", str(run), *QUICK, "--json")
+    assert "is not finished; taking its last checkpoint (epoch 1, " in result.err
     folder = run / "export-safetensors"
     assert "not finished" in (folder / "README.md").read_text()
     with torch.inference_mode():
         images = torch.rand(2, 3, 32, 32)
-        opened = FORMS["safetensors"].opened(artifact.load(full.path / distilled["run"] / "student").card, folder)
-        assert torch.equal(opened(images), student_of(full, distilled)(images))
+        opened = FORMS["safetensors"].opened(
+            artifact.load(trained_cli.path / distilled["run"] / "student").card, folder
+        )
+        assert torch.equal(opened(images), student_of(trained_cli, distilled)(images))
 
 
 def test_nothing_is_replaced_unasked_and_nothing_is_left_half(
-    full: Shop, distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_cli: CliRunner, distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["export", distilled["run"], "-q", *QUICK, "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
-    full.refuses(words, 2, "is no export; it is left alone")
+    trained_cli.assert_rejects(words, 2, "is no export; it is left alone")
     (tmp_path / "out").rmdir()
-    assert full.sakd(*words).code == 0
-    full.refuses(words, 2, "is there already")
+    assert trained_cli.sakd(*words).code == 0
+    trained_cli.assert_rejects(words, 2, "is there already")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
-    full.refuses([*words, "--overwrite"], 2, "the file's outputs differ by")
+    trained_cli.assert_rejects([*words, "--overwrite"], 2, "the file's outputs differ by")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.undo()
-    assert full.sakd(*words, "--overwrite").code == 0
+    assert trained_cli.sakd(*words, "--overwrite").code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
-def test_a_missing_extra_is_one_line(full: Shop, distilled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_one_line(
+    trained_cli: CliRunner, distilled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
-    said = full.refuses(["export", distilled["run"], "--format", "onnx"], 2, "needs onnx, onnxscript, onnxruntime")
-    assert "pip install 'sakd[onnx]'" in said.err
+    result = trained_cli.assert_rejects(
+        ["export", distilled["run"], "--format", "onnx"], 2, "needs onnx, onnxscript, onnxruntime"
+    )
+    assert "pip install 'sakd[onnx]'" in result.err
 
 
-def test_without_the_data_set_noise_does(tmp_path: Path, shop: Shop) -> None:
+def test_without_the_data_set_noise_does(tmp_path: Path, cli: CliRunner) -> None:
     card = NetworkCard("resnet8", "cifar10", tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 32)
     artifact.save_weights(tmp_path / "net.safetensors", create("resnet8", 10), card)
     words = ["export", str(tmp_path / "net.safetensors"), "--format", "pt2", "--data-root", str(tmp_path), *QUICK]
-    document = shop.sakd(*words, "--json").document
+    document = cli.sakd(*words, "--json").document
     assert (document["check"]["real"], document["folder"]) == (False, str(tmp_path / "export-pt2"))
     assert "64 images of noise" in (tmp_path / "export-pt2" / "README.md").read_text()
 
 
-def test_an_ensemble_is_exported_as_its_sum(tmp_path: Path, shop: Shop, full: Shop) -> None:
+def test_an_ensemble_is_exported_as_its_sum(tmp_path: Path, cli: CliRunner, trained_cli: CliRunner) -> None:
     words = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--method", "kd", *TINY]
     words += ["--residual-students", "1", "--set", "residual.architectures=[resnet8]", "--set", "residual.max_cost=9"]
-    run = shop.sakd(*words, "--set", "residual.min_gain=-9e9", "--json").document["run"]
-    document = shop.sakd("export", run, *QUICK, "--json").document
+    run = cli.sakd(*words, "--set", "residual.min_gain=-9e9", "--json").document["run"]
+    document = cli.sakd("export", run, *QUICK, "--json").document
     assert document["network"] == "resnet8+resnet8"
-    members = [artifact.load(shop.path / run / "ensemble" / f"member-{n}.safetensors").model.eval() for n in (0, 1)]
-    opened = FORMS["safetensors"].opened(
-        artifact.load(shop.path / run / "student").card, shop.path / document["folder"]
-    )
+    members = [artifact.load(cli.path / run / "ensemble" / f"member-{n}.safetensors").model.eval() for n in (0, 1)]
+    opened = FORMS["safetensors"].opened(artifact.load(cli.path / run / "student").card, cli.path / document["folder"])
     images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(opened(images), members[0](images) + members[1](images), rtol=0, atol=1e-4)
 
 
-def test_a_damaged_file_is_one_line(tmp_path: Path, shop: Shop) -> None:
+def test_a_damaged_file_is_one_line(tmp_path: Path, cli: CliRunner) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "net.safetensors")
-    shop.refuses(["export", str(tmp_path / "net.safetensors")], 2, "not a network saved by sakd")
-    shop.refuses(["export", str(tmp_path / "nowhere")], 2, "no such file")
+    cli.assert_rejects(["export", str(tmp_path / "net.safetensors")], 2, "not a network saved by sakd")
+    cli.assert_rejects(["export", str(tmp_path / "nowhere")], 2, "no such file")

@@ -119,10 +119,10 @@ def grafted_both_ways(model: StagedModel, other: StagedModel, x: Tensor) -> None
         graft = Graft(spots, frozen_view(student).run, frozen_view(teacher).run).eval()
         with torch.no_grad():
             features = teacher.features(x)
-            alone, taught = (graft(x, features, torch.full((len(x), len(spots)), gate)) for gate in (0.0, 1.0))
+            alone, pretrained = (graft(x, features, torch.full((len(x), len(spots)), gate)) for gate in (0.0, 1.0))
             near = {"rtol": 1e-5, "atol": 1e-6 * float(teacher(x).abs().max()) + 1e-6}
             torch.testing.assert_close(alone, student(x), **near)
-            torch.testing.assert_close(taught, features.logits, **near)
+            torch.testing.assert_close(pretrained, features.logits, **near)
 
 
 def task_of(student: StagedModel, teacher: StagedModel, side: int, **more: Any) -> Any:

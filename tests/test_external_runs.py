@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import TINY, Shop
+from conftest import TINY, CliRunner
 
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import load
@@ -22,24 +22,24 @@ TEACHER = ["--teacher", "torchvision/shufflenet_v2_x0_5", "--teacher-weights", "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def place(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     """A folder with a module of networks, and weights as torchvision saves them: for 20 classes and for 7."""
     path = tmp_path_factory.mktemp("external")
     (path / "sakd_test_nets.py").write_text(SMALL, encoding="utf-8")
     for name, classes in (("library.pth", 20), ("seven.pth", 7)):
         network = torchvision.models.shufflenet_v2_x0_5(num_classes=classes)
         torch.save(network.state_dict(), path / name)
-    return Shop(path)
+    return CliRunner(path)
 
 
 @pytest.fixture(scope="module")
-def run(place: Shop) -> Path:
+def run(place: CliRunner) -> Path:
     """A distillation from torchvision's file to a network of one's own."""
     words = ["distill", *TEACHER, "--student", "sakd_test_nets:small", *TINY, "--json"]
     return place.path / place.sakd(*words).document["run"]
 
 
-def test_a_run_is_saved_and_scored_where_its_code_is_trusted(place: Shop, run: Path) -> None:
+def test_a_run_is_saved_and_scored_where_its_code_is_trusted(place: CliRunner, run: Path) -> None:
     assert "torchvision.shufflenet_v2_x0_5-sakd_test_nets.small" in run.name
     with pytest.raises(UsageError, match="would run code that you have not named"):
         load(run / "student")
@@ -49,20 +49,20 @@ def test_a_run_is_saved_and_scored_where_its_code_is_trusted(place: Shop, run: P
     assert 0 <= scored["top1"] <= 100
 
 
-def test_it_goes_on_and_can_be_looked_at(place: Shop, run: Path) -> None:
+def test_it_goes_on_and_can_be_looked_at(place: CliRunner, run: Path) -> None:
     assert place.sakd("distill", "--resume", str(run), "--json").document["run"]
     assert len(place.sakd("inspect-spots", str(run), "--json").document["overall"]) == 2
 
 
-def test_a_dry_run_shows_the_spots_of_a_library(place: Shop) -> None:
+def test_a_dry_run_shows_the_spots_of_a_library(place: CliRunner) -> None:
     words = ["distill", *TEACHER, "--student", "torchvision/mobilenet_v3_small", *TINY, "--dry-run", "--json"]
     plan = place.sakd(*words, "--set", "stage_map=[[2,1],[4,3]]", "--set", "method.stage=2").document
     assert [(spot["student_stage"], spot["teacher_stage"]) for spot in plan["spots"]] == [(4, 3), (6, 5)]
 
 
-def test_a_head_is_replaced_only_where_that_is_asked_for(place: Shop) -> None:
+def test_a_head_is_replaced_only_where_that_is_asked_for(place: CliRunner) -> None:
     words = ["pretrain-teacher", "torchvision/shufflenet_v2_x0_5", "--set", "init_from=seven.pth", *TINY]
-    place.refuses(words, 2, "init_from: seven.pth is for 7 classes, not for the 20 of shapes")
+    place.assert_rejects(words, 2, "init_from: seven.pth is for 7 classes, not for the 20 of shapes")
     made = place.sakd(*words, "--head", "replace", "--json").document
     folder = place.path / made["run"]
     again = ["distill", "--teacher", str(folder), "--student", "resnet8", *TINY, "--dry-run", "--json"]
@@ -80,6 +80,6 @@ def test_a_head_is_replaced_only_where_that_is_asked_for(place: Shop) -> None:
         ("student_weights=nowhere.pth", "student_weights: nowhere.pth: no such file or directory"),
     ],
 )
-def test_weights_of_another_network_are_refused(place: Shop, word: str, told: str) -> None:
+def test_weights_of_another_network_are_refused(place: CliRunner, word: str, told: str) -> None:
     words = ["distill", *TEACHER, "--student", "resnet8", *TINY, "--set", word]
     assert told in place.sakd(*words).err

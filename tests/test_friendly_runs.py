@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Shop
+from conftest import TINY, CliRunner
 
 from sakd_cli.config.resolve import ConfigSource, option_layers, resolve, set_layers
 from sakd_cli.errors import UsageError
@@ -19,13 +19,13 @@ from sakd_cli.runs import build
 
 
 @pytest.fixture(scope="module")
-def friendly(shop: Shop) -> dict[str, Any]:
+def friendly(cli: CliRunner) -> dict[str, Any]:
     """The summary of such a teacher."""
     words = ["--student-friendly", "resnet8", "--student-friendly", "wrn16_1", "--set", "friendly.share_branches=true"]
-    return shop.sakd("pretrain-teacher", "resnet8", *words, *TINY, "--json").document
+    return cli.sakd("pretrain-teacher", "resnet8", *words, *TINY, "--json").document
 
 
-def test_the_summary_the_card_and_the_table_say_for_whom_it_is(shop: Shop, friendly: dict[str, Any]) -> None:
+def test_the_summary_the_card_and_the_table_say_for_whom_it_is(cli: CliRunner, friendly: dict[str, Any]) -> None:
     rows = friendly["friendly"]["branches"]
     places = [("resnet8", "stage1"), ("resnet8", "stage2"), ("wrn_16_1", "stage1"), ("wrn_16_1", "stage2")]
     assert [(row["student"], row["behind"]) for row in rows] == places
@@ -33,50 +33,50 @@ def test_the_summary_the_card_and_the_table_say_for_whom_it_is(shop: Shop, frien
     assert friendly["friendly"]["training_macs"] == sum(row["macs"] for row in rows) > 0
     assert friendly["macs"] == cost(create("resnet8", 20), 32).macs, "its own use costs what it did"
     assert friendly["run"].endswith("resnet8-shapes-friendly-resnet8-wrn_16_1")
-    folder = shop.path / friendly["run"] / "teacher"
+    folder = cli.path / friendly["run"] / "teacher"
     card = json.loads((folder / "config.json").read_text())
     assert (card["architecture"], card["friendly"]["students"]) == ("resnet8", ["resnet8", "wrn_16_1"])
     assert "branches of resnet8, wrn_16_1" in (folder / "README.md").read_text()
 
 
-def test_eval_scores_the_branches_too_as_the_summary_does(shop: Shop, friendly: dict[str, Any]) -> None:
-    said = shop.sakd("eval", friendly["run"], "--json", "--quiet").document
-    for ours, theirs in zip(said["branches"], friendly["friendly"]["branches"], strict=True):
+def test_eval_scores_the_branches_too_as_the_summary_does(cli: CliRunner, friendly: dict[str, Any]) -> None:
+    result = cli.sakd("eval", friendly["run"], "--json", "--quiet").document
+    for ours, theirs in zip(result["branches"], friendly["friendly"]["branches"], strict=True):
         assert ours == theirs
-    assert all(0 <= row["top1"] <= row["top5"] <= 100 for row in said["branches"])
-    table = shop.sakd("eval", friendly["run"]).out
+    assert all(0 <= row["top1"] <= row["top5"] <= 100 for row in result["branches"])
+    table = cli.sakd("eval", friendly["run"]).out
     assert all(word in table for word in ("Student branches", "wrn_16_1", "stage2", "conv 1x1"))
 
 
-def test_eval_of_other_weights_shows_no_branches(shop: Shop, friendly: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copytree(shop.path / friendly["run"], tmp_path / "run")
+def test_eval_of_other_weights_shows_no_branches(cli: CliRunner, friendly: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(cli.path / friendly["run"], tmp_path / "run")
     teacher = artifact.load(tmp_path / "run" / "teacher")
     assert load_branches(tmp_path / "run" / "branches" / "model.safetensors", teacher) is not None
     artifact.save_weights(tmp_path / "run" / "teacher" / "model.safetensors", create("resnet8", 20), teacher.card)
-    assert "branches" not in shop.sakd("eval", str(tmp_path / "run"), "--json").document
+    assert "branches" not in cli.sakd("eval", str(tmp_path / "run"), "--json").document
     (tmp_path / "run" / "teacher" / "config.json").unlink()  # which would be the card of other weights
-    shop.refuses(["distill", "--teacher", str(tmp_path / "run"), *STUDENT], 2, "has no student branches")
+    cli.assert_rejects(["distill", "--teacher", str(tmp_path / "run"), *STUDENT], 2, "has no student branches")
 
 
 STUDENT = ["--student", "resnet8", *TINY, "--set", "init_from_branches=true"]
 
 
-def test_a_student_can_start_with_the_longest_tail(shop: Shop, friendly: dict[str, Any]) -> None:
-    words = {"teacher": str(shop.path / friendly["run"]), "student": "resnet8", "data": {"name": "shapes"}}
+def test_a_student_can_start_with_the_longest_tail(cli: CliRunner, friendly: dict[str, Any]) -> None:
+    words = {"teacher": str(cli.path / friendly["run"]), "student": "resnet8", "data": {"name": "shapes"}}
     words["data"] |= {"train": 200, "test": 100}
     students = []
     for start in (True, False):
         config = resolve("distill", [ConfigSource("test", words | {"init_from_branches": start})]).config
         students.append(build.distillation(config).network.state_dict())
-    teacher = artifact.load(shop.path / friendly["run"] / "teacher")
-    branches = load_branches(shop.path / friendly["run"] / "branches" / "model.safetensors", teacher)
+    teacher = artifact.load(cli.path / friendly["run"] / "teacher")
+    branches = load_branches(cli.path / friendly["run"] / "branches" / "model.safetensors", teacher)
     tail = branches.tails[0].state_dict()
     copied = {name.replace(f"stages.{k}.", f"stages.{k + 2}.") for k in range(2) for name in tail if f"s.{k}." in name}
     copied |= {"head.weight", "head.bias"}
     assert {name for name in students[0] if not torch.equal(students[0][name], students[1][name])} <= copied
     assert torch.equal(students[0]["head.weight"], tail["head.weight"])
     assert all(torch.equal(students[0][f"stages.{k + 2}.{rest}"], tensor) for k, rest, tensor in tail_parts(tail))
-    summary = shop.sakd("distill", "--teacher", friendly["run"], *STUDENT, "--method", "kd", "--json").document
+    summary = cli.sakd("distill", "--teacher", friendly["run"], *STUDENT, "--method", "kd", "--json").document
     assert summary["teacher"]["network"] == "resnet8"
 
 
@@ -85,40 +85,48 @@ def tail_parts(tail: dict[str, torch.Tensor]) -> list[tuple[int, str, torch.Tens
     return [(int(k), rest, tail[f"{stages}.{k}.{rest}"]) for stages, k, rest in names]
 
 
-def test_who_has_no_branches_says_so(shop: Shop, teacher: Path, friendly: dict[str, Any]) -> None:
-    said = shop.refuses(["distill", "--teacher", str(teacher), *STUDENT], 2, "has no student branches beside it")
-    assert "--student-friendly resnet8" in said.err
+def test_who_has_no_branches_says_so(cli: CliRunner, teacher: Path, friendly: dict[str, Any]) -> None:
+    result = cli.assert_rejects(
+        ["distill", "--teacher", str(teacher), *STUDENT], 2, "has no student branches beside it"
+    )
+    assert "--student-friendly resnet8" in result.err
     words = ["distill", "--teacher", "resnet20", "--pretrain", *STUDENT]
-    shop.refuses(words, 2, "a teacher that is yet to be trained has no student branches")
+    cli.assert_rejects(words, 2, "a teacher that is yet to be trained has no student branches")
     other = ["resnet14" if word == "resnet8" else word for word in STUDENT]
-    shop.refuses(["distill", "--teacher", friendly["run"], *other], 2, "are of resnet8, wrn_16_1, not of resnet14")
-    shop.refuses(["pretrain-teacher", "resnet14", *TINY, "--set", f"init_from={teacher}"], 2, "is a resnet8, not a")
-    shop.refuses(["pretrain-teacher", "resnet8", *TINY, "--set", "init_from=none"], 2, "init_from: none: no such file")
+    cli.assert_rejects(
+        ["distill", "--teacher", friendly["run"], *other], 2, "are of resnet8, wrn_16_1, not of resnet14"
+    )
+    cli.assert_rejects(
+        ["pretrain-teacher", "resnet14", *TINY, "--set", f"init_from={teacher}"], 2, "is a resnet8, not a"
+    )
+    cli.assert_rejects(
+        ["pretrain-teacher", "resnet8", *TINY, "--set", "init_from=none"], 2, "init_from: none: no such file"
+    )
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
 def test_a_flipped_bit_in_the_branches_is_found(
-    shop: Shop, friendly: dict[str, Any], tmp_path: Path, place: float
+    cli: CliRunner, friendly: dict[str, Any], tmp_path: Path, place: float
 ) -> None:
-    shutil.copytree(shop.path / friendly["run"], tmp_path / "run")
+    shutil.copytree(cli.path / friendly["run"], tmp_path / "run")
     file = tmp_path / "run" / "branches" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[int(place * len(content))] ^= 4
     file.write_bytes(content)
-    shop.refuses(["eval", str(tmp_path / "run"), "--quiet"], 2, "/branches/model")
-    said = shop.sakd("distill", "--teacher", str(tmp_path / "run"), *STUDENT[:-2], "--dry-run", "--json")
-    assert said.code == 0, "a distillation that does not ask for branches does not look at them"
+    cli.assert_rejects(["eval", str(tmp_path / "run"), "--quiet"], 2, "/branches/model")
+    result = cli.sakd("distill", "--teacher", str(tmp_path / "run"), *STUDENT[:-2], "--dry-run", "--json")
+    assert result.code == 0, "a distillation that does not ask for branches does not look at them"
 
 
-def test_a_dry_run_shows_the_branches_and_writes_nothing(shop: Shop) -> None:
-    before = shop.tree()
+def test_a_dry_run_shows_the_branches_and_writes_nothing(cli: CliRunner) -> None:
+    before = cli.tree()
     words = ["pretrain-teacher", "vgg8", "--student-friendly", "resnet8", *TINY, "--dry-run"]
-    plan = shop.sakd(*words, "--json").document
+    plan = cli.sakd(*words, "--json").document
     assert [row["role"] for row in plan["networks"]] == ["network", "branch at stage1", "branch at stage2"]
     assert set(plan["batch"]) == {"ce", "branch_kl", "branch_ce", "loss"}
     assert set(plan["trainable"]) == {"network", "branches"}
-    assert "branch at stage2" in shop.sakd(*words).out
-    assert shop.tree() == before
+    assert "branch at stage2" in cli.sakd(*words).out
+    assert cli.tree() == before
 
 
 def test_the_students_are_words_like_all_others() -> None:
@@ -131,7 +139,7 @@ def test_the_students_are_words_like_all_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignments", "said"),
+    ("assignments", "message"),
     [
         (["friendly.tau=2"], "friendly.students: missing"),
         (["friendly=resnt8"], "unknown model 'resnt8'; did you mean 'resnet8'?"),
@@ -143,8 +151,8 @@ def test_the_students_are_words_like_all_others() -> None:
         (["friendly=resnet8", "friendly.lambda_kl=-1"], "friendly.lambda_kl: "),
     ],
 )
-def test_a_wrong_word_is_told_with_its_key(assignments: list[str], said: str) -> None:
+def test_a_wrong_word_is_told_with_its_key(assignments: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve("pretrain", [ConfigSource("model", {"model": "resnet20"}), *set_layers(assignments)])
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert "\n" not in caught.value.message

@@ -184,11 +184,11 @@ def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.
     assert device.capture(step)() is output
     assert log == ["in a capture on side", "step", "out", "replay"]
 
-    def refuses() -> StepOutput:
+    def assert_rejects() -> StepOutput:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     with pytest.raises(UsageError, match=r"runtime.graph: .* cannot be captured \(operation not permitted when stream"):
-        device.capture(refuses)
+        device.capture(assert_rejects)
 
 
 @pytest.mark.gpu

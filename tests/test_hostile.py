@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from nursery import Child, Nursery, Trouble
+from fork_server import Child, Faults, ForkServer
 from safetensors.torch import save
 
 from sakd_cli.config.datasets import CIFAR100Config
@@ -247,9 +247,9 @@ def spoil(run: Path, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def den(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+def den(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
     """A folder with all of it."""
-    here = warm.at(tmp_path_factory.mktemp("den"))
+    here = fork_server.at(tmp_path_factory.mktemp("den"))
     for name, make in FILES.items():
         (here.cwd / name).write_bytes(make())
     os.mkfifo(here.cwd / "pipe")
@@ -265,17 +265,17 @@ def den(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
 
 def harmless(child: Child) -> None:
     """Nothing on the terminal but text; neither slow nor large."""
-    for said in (child.out, child.err):
-        assert all(c == "\n" or c.isprintable() for c in said), repr(said)
-    assert child.effort < MOST_SECONDS
+    for result in (child.out, child.err):
+        assert all(c == "\n" or c.isprintable() for c in result), repr(result)
+    assert child.cpu_seconds < MOST_SECONDS
     assert child.peak < MOST_MEMORY
 
 
 @pytest.mark.parametrize("case", ATTACKS.strip().splitlines(), ids=lambda case: case.partition("|")[2].strip())
-def test_an_attack_ends_in_one_line(den: Nursery, case: str) -> None:
+def test_an_attack_ends_in_one_line(den: ForkServer, case: str) -> None:
     code, _, line = case.partition("|")
     words = [part for word in line.split() for part in (TINY if word == "TINY" else [word])]
-    harmless(den.refuses(words, int(code), "", Trouble(memory=6 * 2**30)))
+    harmless(den.assert_rejects(words, int(code), "", Faults(memory=6 * 2**30)))
     assert not (den.cwd / "sang").exists()
 
 
@@ -285,7 +285,7 @@ def test_the_canary_would_sing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "sang").exists()
 
 
-def test_names_from_files_and_words_are_printed_without_their_escapes(den: Nursery) -> None:
+def test_names_from_files_and_words_are_printed_without_their_escapes(den: ForkServer) -> None:
     folder = den.cwd / f"run{ESCAPES}"
     shutil.copytree(den.cwd / "sound", folder)
     spots = {"epoch": 1, "spots": [{"name": ESCAPES, "kind": ESCAPES, "share": 0.5}], "classes": [ESCAPES]}

@@ -322,8 +322,8 @@ def test_tiny_imagenet_as_its_archive_has_it(tmp_path: Path, monkeypatch: pytest
     (home / "val/images/val_0.JPEG").unlink()
     with pytest.raises(DataError, match=r"val_0\.JPEG: is listed in val_annotations\.txt as 'n03': no such file"):
         load_images(config)
-    said = [one.text for one in imagefolder.published(config, imagefolder.TINY_IMAGENET).findings]
-    assert any("has 200 classes, here are 3; from: tiny-imagenet-200.zip" in text for text in said)
+    result = [one.text for one in imagefolder.published(config, imagefolder.TINY_IMAGENET).findings]
+    assert any("has 200 classes, here are 3; from: tiny-imagenet-200.zip" in text for text in result)
 
 
 @pytest.mark.parametrize("name", sorted(table.PUBLISHED))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Nursery
+from fork_server import ForkServer
 from oracles import fill
 from safetensors.torch import save_file
 from torch import Tensor
@@ -166,22 +166,24 @@ MISFITS: dict[str, tuple[int, str, Callable[[dict[str, Tensor]], Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def bench(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+def bench(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
     """A folder with a file of every misfit."""
-    nursery = warm.at(tmp_path_factory.mktemp("import"))
+    fork_server = fork_server.at(tmp_path_factory.mktemp("import"))
     sound, _ = foreign("resnet20")
-    torch.save(sound, nursery.cwd / "sound.pth")
+    torch.save(sound, fork_server.cwd / "sound.pth")
     for name, (_, _, change) in MISFITS.items():
-        torch.save(change(sound), nursery.cwd / f"{name.replace(' ', '-')}.pth")
-    return nursery
+        torch.save(change(sound), fork_server.cwd / f"{name.replace(' ', '-')}.pth")
+    return fork_server
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_misfit_is_told_in_one_line(bench: Nursery, name: str) -> None:
+def test_a_misfit_is_told_in_one_line(bench: ForkServer, name: str) -> None:
     code, text, _ = MISFITS[name]
-    said = bench.refuses(["import-weights", f"{name.replace(' ', '-')}.pth", "--model", "resnet20"], code, text)
+    result = bench.assert_rejects(
+        ["import-weights", f"{name.replace(' ', '-')}.pth", "--model", "resnet20"], code, text
+    )
     if name in ("another network", "other classes"):
-        assert "these are the weights of a resnet" in said.err.splitlines()[1]
+        assert "these are the weights of a resnet" in result.err.splitlines()[1]
 
 
 @pytest.mark.parametrize(
@@ -195,18 +197,18 @@ def test_a_misfit_is_told_in_one_line(bench: Nursery, name: str) -> None:
         (5, "cannot be made", "sound.pth --model resnet20 --out sound.pth/a --set data.root=."),
     ],
 )
-def test_mistakes_of_the_command(bench: Nursery, code: int, text: str, words: str) -> None:
-    said = bench.sakd("import-weights", *words.split(), "-q", "--set", "data.root=nowhere")
-    assert (said.code, said.out) == (code, ""), said.err
-    assert text in said.err
-    assert "Traceback" not in said.err
+def test_mistakes_of_the_command(bench: ForkServer, code: int, text: str, words: str) -> None:
+    result = bench.sakd("import-weights", *words.split(), "-q", "--set", "data.root=nowhere")
+    assert (result.code, result.out) == (code, ""), result.err
+    assert text in result.err
+    assert "Traceback" not in result.err
 
 
-def test_without_the_images_the_network_comes_in_unscored(bench: Nursery) -> None:
-    said = bench.sakd("import-weights", "sound.pth", "--model", "resnet20", "--data-root", "nowhere", "--json")
-    assert said.code == 0, said.err
-    assert said.err.startswith("warning: not scored: cifar100: files not found")
-    result = json.loads(said.out)
+def test_without_the_images_the_network_comes_in_unscored(bench: ForkServer) -> None:
+    result = bench.sakd("import-weights", "sound.pth", "--model", "resnet20", "--data-root", "nowhere", "--json")
+    assert result.code == 0, result.err
+    assert result.err.startswith("warning: not scored: cifar100: files not found")
+    result = json.loads(result.out)
     Imported.model_validate(result)
     assert (result["top1"], result["folder"], result["classes"]) == (None, "resnet20-cifar100", 100)
     found = artifact.load(bench.cwd / "resnet20-cifar100")
@@ -214,22 +216,22 @@ def test_without_the_images_the_network_comes_in_unscored(bench: Nursery) -> Non
     assert not list(bench.cwd.glob(".*"))
 
 
-def test_an_imported_network_is_scored_and_teaches(warm: Nursery, tmp_path: Path) -> None:
+def test_an_imported_network_is_scored_and_teaches(fork_server: ForkServer, tmp_path: Path) -> None:
     tensors, _ = foreign("resnet20", 20)
     torch.save({"net": tensors}, tmp_path / "a.pth")
-    here = warm.at(tmp_path)
+    here = fork_server.at(tmp_path)
     words = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40"]
-    said = here.sakd("import-weights", "a.pth", "--model", "resnet20", "--out", "deep/er", *words)
-    assert said.code == 0, said.err
+    result = here.sakd("import-weights", "a.pth", "--model", "resnet20", "--out", "deep/er", *words)
+    assert result.code == 0, result.err
     about = json.loads((tmp_path / "deep" / "er" / "config.json").read_text())
-    assert f"top-1 {about['top1']:.2f} % on 40 test images" in said.out
+    assert f"top-1 {about['top1']:.2f} % on 40 test images" in result.out
     assert about["imported"]["file"] == "a.pth"
     assert "imported by sakd" in (tmp_path / "deep" / "er" / "README.md").read_text()
     again = here.sakd("eval", "deep/er", *words, "--json", "-q")
     assert json.loads(again.out)["top1"] == about["top1"]
-    taught = here.sakd("distill", "--teacher", "deep/er", "--student", "resnet8", *words, "--epochs", "1", "--json")
-    assert taught.code == 0, taught.err
-    assert json.loads(taught.out)["teacher"]["top1"] == about["top1"]
+    pretrained = here.sakd("distill", "--teacher", "deep/er", "--student", "resnet8", *words, "--epochs", "1", "--json")
+    assert pretrained.code == 0, pretrained.err
+    assert json.loads(pretrained.out)["teacher"]["top1"] == about["top1"]
 
 
 def test_weights_of_our_own_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

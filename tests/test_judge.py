@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Said, Shop
+from conftest import CliRunner, Result
 from torch import nn
 
 from sakd_cli.documents.evaluation import Evaluation, Evaluations
@@ -31,8 +31,8 @@ def test_calibration_of_four_images_by_hand() -> None:
 
 
 def test_confusions_are_ranked_and_each_class_has_its_own() -> None:
-    said, truth = [1, 1, 0, 2, 2, 0, 2], [0, 0, 0, 1, 1, 1, 2]
-    logits = torch.eye(3)[said]
+    result, truth = [1, 1, 0, 2, 2, 0, 2], [0, 0, 0, 1, 1, 1, 2]
+    logits = torch.eye(3)[result]
     pairs, mistaken = confusions(logits, torch.tensor(truth), ["cat", "dog", "owl"])
     assert pairs == [
         {"class": "cat", "taken_for": "dog", "images": 2, "share": pytest.approx(2 / 3)},
@@ -46,7 +46,7 @@ def test_agreement_counts_whose_errors_they_are() -> None:
     truth = torch.tensor([0, 0, 0, 0, 0, 0])
     teacher, student = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 1, 2, 0, 0])
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    heard = [Answers(torch.eye(3)[said] * 3, features) for said in (student, teacher)]
+    heard = [Answers(torch.eye(3)[result] * 3, features) for result in (student, teacher)]
     found = agreement(*heard, truth)
     assert {key: found[key] for key in ("inherited", "same_answer", "corrected", "new")} == {
         "inherited": 2,
@@ -55,7 +55,7 @@ def test_agreement_counts_whose_errors_they_are() -> None:
         "new": 1,
     }
     assert found["top1"] == pytest.approx(100 * 2 / 6)
-    p, q = (said.logits.softmax(dim=1) for said in (heard[1], heard[0]))
+    p, q = (result.logits.softmax(dim=1) for result in (heard[1], heard[0]))
     assert found["kl"] == pytest.approx(float((p * (p / q).log()).sum(dim=1).mean()), rel=1e-5)
     assert found["cka"] == pytest.approx(1.0)
 
@@ -95,10 +95,10 @@ def test_speed_gives_median_and_quartiles() -> None:
     assert found["memory"] is None
 
 
-def test_a_student_is_judged_beside_the_teacher_of_its_run(full: Shop, distilled: dict[str, Any]) -> None:
-    said = full.sakd("eval", distilled["run"], "--json", "--quiet", "--set", "timing_seconds=0.01")
-    assert said.err == ""
-    document = said.document
+def test_a_student_is_judged_beside_the_teacher_of_its_run(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
+    result = trained_cli.sakd("eval", distilled["run"], "--json", "--quiet", "--set", "timing_seconds=0.01")
+    assert result.err == ""
+    document = result.document
     Evaluation.model_validate(document)
     assert {key: document["teacher"][key] for key in ("sha256", "top1", "top5", "loss", "parameters", "macs")} == {
         key: distilled["teacher"][key] for key in ("sha256", "top1", "top5", "loss", "parameters", "macs")
@@ -109,24 +109,24 @@ def test_a_student_is_judged_beside_the_teacher_of_its_run(full: Shop, distilled
     taught_wrong = document["images"] * (1 - document["teacher"]["top1"] / 100)
     assert share["inherited"] + share["corrected"] == pytest.approx(taught_wrong)
     assert all(row["teacher_top1"] is not None for row in document["classes"])
-    table = full.sakd("eval", distilled["run"], *FAST).out
+    table = trained_cli.sakd("eval", distilled["run"], *FAST).out
     assert all(text in table for text in ("Same answer as teacher", "Linear CKA", "Errors inherited", "confusions"))
 
 
-def test_several_networks_stand_in_one_table(full: Shop, distilled: dict[str, Any], teacher: Path) -> None:
-    document = full.sakd("eval", distilled["run"], str(teacher), *FAST, "--batch-size", "30", "--json").document
+def test_several_networks_stand_in_one_table(trained_cli: CliRunner, distilled: dict[str, Any], teacher: Path) -> None:
+    document = trained_cli.sakd("eval", distilled["run"], str(teacher), *FAST, "--batch-size", "30", "--json").document
     Evaluations.model_validate(document)
     student, alone = document["evaluations"]
     assert (alone["teacher"], alone["speed"], alone["memory"]["batch"]) == (None, None, 30)
     assert student["teacher"]["top1"] == alone["top1"], "the student's teacher is this very network"
-    table = full.sakd("eval", distilled["run"], str(teacher), *FAST).out
+    table = trained_cli.sakd("eval", distilled["run"], str(teacher), *FAST).out
     assert table.count("Evaluation") == 1
     assert "By class" not in table
     assert f"B: {teacher}" in table.replace("\n", "")
 
 
-def test_a_network_agrees_with_itself(full: Shop, teacher: Path) -> None:
-    document = full.sakd("eval", str(teacher), "--teacher", str(teacher), *FAST, "--json").document
+def test_a_network_agrees_with_itself(trained_cli: CliRunner, teacher: Path) -> None:
+    document = trained_cli.sakd("eval", str(teacher), "--teacher", str(teacher), *FAST, "--json").document
     found = document["teacher"]["agreement"]
     assert (found["top1"], found["corrected"], found["new"]) == (100.0, 0, 0)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
@@ -134,19 +134,19 @@ def test_a_network_agrees_with_itself(full: Shop, teacher: Path) -> None:
 
 
 def test_a_teacher_that_is_gone_costs_the_comparison_only(
-    full: Shop, distilled: dict[str, Any], tmp_path: Path
+    trained_cli: CliRunner, distilled: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(full.path / distilled["run"], run)
+    shutil.copytree(trained_cli.path / distilled["run"], run)
     words = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(words.replace(distilled["teacher"]["sha256"], "f" * 64))
-    said = full.sakd("eval", str(run), *FAST, "--json")
-    assert said.document["teacher"] is None
-    assert "not compared with its teacher" in said.err
-    assert "its SHA-256 differs" in said.err
-    full.refuses(["eval", str(run), "--teacher", str(tmp_path / "nowhere"), *FAST], 2, "no such file")
+    result = trained_cli.sakd("eval", str(run), *FAST, "--json")
+    assert result.document["teacher"] is None
+    assert "not compared with its teacher" in result.err
+    assert "its SHA-256 differs" in result.err
+    trained_cli.assert_rejects(["eval", str(run), "--teacher", str(tmp_path / "nowhere"), *FAST], 2, "no such file")
 
 
-def test_a_document_without_figures_is_shown_with_dashes(taught: Said) -> None:
+def test_a_document_without_figures_is_shown_with_dashes(pretrained: Result) -> None:
     assert len(score_tables([{}, {}])) == 1
     assert len(score_tables([{}])) == 2

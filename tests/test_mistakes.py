@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIR, TINY, Shop
-from nursery import Nursery
+from conftest import PAIR, TINY, CliRunner
+from fork_server import ForkServer
 from safetensors.torch import save_file
 
 from sakd_cli.engine import checkpoint
@@ -21,39 +21,39 @@ CLASSES = 20
 
 
 @pytest.fixture(scope="module")
-def messy(shop: Shop, distilled: dict[str, Any]) -> Shop:
-    """The shop with two runs and with files to stumble over."""
+def messy(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
+    """The folder with two runs and with files to stumble over."""
     cifar10 = NetworkCard("resnet8", "cifar10", tuple("abcdefghij"), (0.5,) * 3, (0.3,) * 3, 32)
-    save_weights(shop.path / "cifar10.safetensors", create("resnet8", 10), cifar10)
-    sound = (shop.path / "cifar10.safetensors").read_bytes()
-    (shop.path / "cut.safetensors").write_bytes(sound[:-100])
-    (shop.path / "text.safetensors").write_text("no weights at all")
-    save_file({"a": torch.zeros(2)}, shop.path / "foreign.safetensors")
-    (shop.path / "flipped").mkdir()
-    student = shop.path / distilled["run"] / "student"
-    (shop.path / "flipped" / "config.json").write_bytes((student / "config.json").read_bytes())
+    save_weights(cli.path / "cifar10.safetensors", create("resnet8", 10), cifar10)
+    sound = (cli.path / "cifar10.safetensors").read_bytes()
+    (cli.path / "cut.safetensors").write_bytes(sound[:-100])
+    (cli.path / "text.safetensors").write_text("no weights at all")
+    save_file({"a": torch.zeros(2)}, cli.path / "foreign.safetensors")
+    (cli.path / "flipped").mkdir()
+    student = cli.path / distilled["run"] / "student"
+    (cli.path / "flipped" / "config.json").write_bytes((student / "config.json").read_bytes())
     weights = (student / "model.safetensors").read_bytes()
-    (shop.path / "flipped" / "model.safetensors").write_bytes(weights[:-5] + bytes([weights[-5] ^ 1]) + weights[-4:])
-    shutil.copytree(student, shop.path / "odd" / "student")
-    (shop.path / "odd" / "config.yaml").write_text("{}")
-    (shop.path / "empty").mkdir()
-    (shop.path / "broken.yaml").write_text("train: [")
-    (shop.path / "nothing.yaml").touch()
-    (shop.path / "list.yaml").write_text("- train\n- data\n")
-    (shop.path / "binary.yaml").write_bytes(sound[:999])
-    (shop.path / "future.yaml").write_text("task: dream\nstudent: resnet8\n")
-    os.mkfifo(shop.path / "pipe")
-    run = shop.path / distilled["run"]
-    shutil.copytree(run, shop.path / "future", ignore=shutil.ignore_patterns("summary.json", "best", "previous"))
-    last = shop.path / "future" / "checkpoints" / "last"
+    (cli.path / "flipped" / "model.safetensors").write_bytes(weights[:-5] + bytes([weights[-5] ^ 1]) + weights[-4:])
+    shutil.copytree(student, cli.path / "odd" / "student")
+    (cli.path / "odd" / "config.yaml").write_text("{}")
+    (cli.path / "empty").mkdir()
+    (cli.path / "broken.yaml").write_text("train: [")
+    (cli.path / "nothing.yaml").touch()
+    (cli.path / "list.yaml").write_text("- train\n- data\n")
+    (cli.path / "binary.yaml").write_bytes(sound[:999])
+    (cli.path / "future.yaml").write_text("task: dream\nstudent: resnet8\n")
+    os.mkfifo(cli.path / "pipe")
+    run = cli.path / distilled["run"]
+    shutil.copytree(run, cli.path / "future", ignore=shutil.ignore_patterns("summary.json", "best", "previous"))
+    last = cli.path / "future" / "checkpoints" / "last"
     (last / "state.json").write_text((last / "state.json").read_text().replace(checkpoint.FORMAT, "sakd.checkpoint/99"))
     (last / "manifest.json").write_bytes(
         json_bytes({name: sha256(last / name) for name in ("model.safetensors", "state.json", "training.safetensors")})
     )
-    (shop.path / "cifar" / "cifar-100-python").mkdir(parents=True)
+    (cli.path / "cifar" / "cifar-100-python").mkdir(parents=True)
     for name in ("train", "test", "meta"):
-        (shop.path / "cifar" / "cifar-100-python" / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    return shop
+        (cli.path / "cifar" / "cifar-100-python" / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    return cli
 
 
 BAD = f"""
@@ -148,7 +148,9 @@ BAD = f"""
 
 
 @pytest.mark.parametrize("case", BAD.strip().splitlines(), ids=lambda case: case.split("|")[2].strip())
-def test_a_mistake_costs_one_line_and_writes_nothing(warm: Nursery, messy: Shop, teacher: Path, case: str) -> None:
+def test_a_mistake_costs_one_line_and_writes_nothing(
+    fork_server: ForkServer, messy: CliRunner, teacher: Path, case: str
+) -> None:
     code, text, line = (part.strip() for part in case.split("|"))
     known = {
         "PAIR": PAIR,
@@ -158,11 +160,11 @@ def test_a_mistake_costs_one_line_and_writes_nothing(warm: Nursery, messy: Shop,
         "LONG": ["a" * 300],
     }
     words = [part for word in shlex.split(line) for part in known.get(word, [word])]
-    warm.at(messy.path).refuses(words, int(code), text)
+    fork_server.at(messy.path).assert_rejects(words, int(code), text)
 
 
 @pytest.mark.parametrize("size", ["64", "200"], ids=["seen in training", "seen when judged"])
-def test_numbers_that_explode_end_the_run_with_their_own_exit_code(messy: Shop, size: str) -> None:
-    said = messy.sakd(*PAIR, *TINY, "--set", "train.lr=1e30", "--batch-size", size, "--quiet")
-    assert said.code == 7
-    assert [line.partition(":")[0] for line in said.err.splitlines()] == ["error", "hint"]
+def test_numbers_that_explode_end_the_run_with_their_own_exit_code(messy: CliRunner, size: str) -> None:
+    result = messy.sakd(*PAIR, *TINY, "--set", "train.lr=1e30", "--batch-size", size, "--quiet")
+    assert result.code == 7
+    assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error", "hint"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Said, Shop
+from conftest import CliRunner, Result
 
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.models.artifact import load
@@ -22,38 +22,38 @@ DISTIL = f"distill --teacher deep --student resnet8 --method dfa {SIZE} --set me
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def cli(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     """With a teacher of two blocks per stage."""
-    shop = Shop(tmp_path_factory.mktemp("mixtures"))
-    said(shop, f"pretrain-teacher resnet14 {SIZE} --run-dir deep")
-    return shop
+    cli = CliRunner(tmp_path_factory.mktemp("mixtures"))
+    result(cli, f"pretrain-teacher resnet14 {SIZE} --run-dir deep")
+    return cli
 
 
 @pytest.fixture(scope="module")
-def searched(shop: Shop) -> dict[str, Any]:
+def searched(cli: CliRunner) -> dict[str, Any]:
     """The summary of a run with a search."""
-    return said(shop, f"{DISTIL} --run-dir searched --json").document
+    return result(cli, f"{DISTIL} --run-dir searched --json").document
 
 
-def said(shop: Shop, line: str) -> Said:
-    done = shop.sakd(*shlex.split(line))
+def result(cli: CliRunner, line: str) -> Result:
+    done = cli.sakd(*shlex.split(line))
     assert done.code == 0, done.err
     return done
 
 
-def record_of(shop: Shop, run: str) -> dict[str, Any]:
-    return json.loads((shop.path / run / "dfa.json").read_text(encoding="utf-8"))
+def record_of(cli: CliRunner, run: str) -> dict[str, Any]:
+    return json.loads((cli.path / run / "dfa.json").read_text(encoding="utf-8"))
 
 
-def job_of(shop: Shop, monkeypatch: pytest.MonkeyPatch, **words: Any) -> build.Job:
-    monkeypatch.chdir(shop.path)
+def job_of(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, **words: Any) -> build.Job:
+    monkeypatch.chdir(cli.path)
     data = {"name": "shapes", "train": 80, "test": 40}
     tree = {"teacher": "deep", "student": "resnet8", "data": data, "method": {"name": "dfa", **words}}
     return build.distillation(resolve("distill", [ConfigSource("test", tree)]).config)
 
 
-def test_a_run_leaves_what_it_found_and_says_so(shop: Shop, searched: dict[str, Any]) -> None:
-    record = record_of(shop, "searched")
+def test_a_run_leaves_what_it_found_and_says_so(cli: CliRunner, searched: dict[str, Any]) -> None:
+    record = record_of(cli, "searched")
     assert searched["mixtures"] == record
     assert searched["search_seconds"] > 0
     assert (record["teacher"], record["dataset"], record["norm"]) == ("resnet14", "shapes", "rms")
@@ -67,16 +67,16 @@ def test_a_run_leaves_what_it_found_and_says_so(shop: Shop, searched: dict[str, 
         )
         assert torch.tensor(group["beta"]).softmax(0).tolist() == pytest.approx(group["alpha"], abs=1e-6)
         assert group["alpha"][group["largest"] - 1] == max(group["alpha"]) != min(group["alpha"])
-    kinds = [json.loads(line)["kind"] for line in (shop.path / "searched" / "metrics.jsonl").read_text().splitlines()]
+    kinds = [json.loads(line)["kind"] for line in (cli.path / "searched" / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["search", "train", "eval"]
-    shown = said(shop, "inspect-spots searched").out
+    shown = result(cli, "inspect-spots searched").out
     assert "Mixtures of the teacher's blocks" in shown
     assert f"{100 * record['groups'][2]['alpha'][1]:.1f}" in shown
-    assert said(shop, "inspect-spots searched --json").document["mixtures"] == record
+    assert result(cli, "inspect-spots searched --json").document["mixtures"] == record
 
 
-def test_what_is_delivered_is_the_plain_student(shop: Shop, searched: dict[str, Any]) -> None:
-    network = load(shop.path / "searched" / "student").model
+def test_what_is_delivered_is_the_plain_student(cli: CliRunner, searched: dict[str, Any]) -> None:
+    network = load(cli.path / "searched" / "student").model
     plain = create("resnet8", 20)
     assert list(network.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(network.state_dict())
@@ -85,9 +85,9 @@ def test_what_is_delivered_is_the_plain_student(shop: Shop, searched: dict[str, 
 
 
 def test_the_search_has_students_of_its_own_and_its_mixtures_stay_as_they_are(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_of(shop, monkeypatch)
+    job = job_of(cli, monkeypatch)
     search = build.search_of(job)
     assert search is not None
     students = [*search.network, job.network]
@@ -95,38 +95,38 @@ def test_the_search_has_students_of_its_own_and_its_mixtures_stay_as_they_are(
     assert not any(torch.equal(a, b) for k, a in enumerate(weights) for b in weights[:k])
     assert not any(name.endswith(("alpha0", "alpha1", "alpha2")) for name, _ in job.task.named_parameters())
     assert not any(p.requires_grad for p in job.teacher.model.parameters())
-    again = build.search_of(job_of(shop, monkeypatch))
+    again = build.search_of(job_of(cli, monkeypatch))
     assert all(torch.equal(a, b) for a, b in zip(search.parameters(), again.parameters(), strict=True))
 
 
-def test_a_file_gives_its_mixtures_to_another_run(shop: Shop, searched: dict[str, Any]) -> None:
-    done = said(shop, f"{DISTIL} --dfa-weights searched/dfa.json --run-dir lent --json --seed 1")
-    assert record_of(shop, "lent") == record_of(shop, "searched")
+def test_a_file_gives_its_mixtures_to_another_run(cli: CliRunner, searched: dict[str, Any]) -> None:
+    done = result(cli, f"{DISTIL} --dfa-weights searched/dfa.json --run-dir lent --json --seed 1")
+    assert record_of(cli, "lent") == record_of(cli, "searched")
     assert done.document["search_seconds"] is None
     assert "warning" not in done.err
-    words = resolve("distill", [ConfigSource("lent", build.RunDir(shop.path / "lent").config)]).config.method
-    assert words.weights == str(shop.path / "searched" / "dfa.json")
-    other = record_of(shop, "searched") | {"dataset": "cifar100"}
-    (shop.path / "cifar.json").write_text(json.dumps(other))
-    warned = said(shop, f"{DISTIL} --dfa-weights cifar.json --run-dir transferred -q")
+    words = resolve("distill", [ConfigSource("lent", build.RunDir(cli.path / "lent").config)]).config.method
+    assert words.weights == str(cli.path / "searched" / "dfa.json")
+    other = record_of(cli, "searched") | {"dataset": "cifar100"}
+    (cli.path / "cifar.json").write_text(json.dumps(other))
+    warned = result(cli, f"{DISTIL} --dfa-weights cifar.json --run-dir transferred -q")
     (line,) = warned.err.splitlines()
     assert line.endswith("cifar.json: was found on cifar100, and is used on shapes")
-    assert record_of(shop, "transferred") == other
+    assert record_of(cli, "transferred") == other
 
 
-def test_the_same_seed_finds_the_same_mixtures(shop: Shop, searched: dict[str, Any]) -> None:
-    said(shop, f"{DISTIL} --router never --run-dir again -q")
-    assert record_of(shop, "again")["groups"] == record_of(shop, "searched")["groups"]
+def test_the_same_seed_finds_the_same_mixtures(cli: CliRunner, searched: dict[str, Any]) -> None:
+    result(cli, f"{DISTIL} --router never --run-dir again -q")
+    assert record_of(cli, "again")["groups"] == record_of(cli, "searched")["groups"]
 
 
 @pytest.mark.parametrize("word", ["uniform", "last", "random"])
-def test_what_is_made_costs_no_search(shop: Shop, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    job = job_of(shop, monkeypatch, weights=word)
+def test_what_is_made_costs_no_search(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    job = job_of(cli, monkeypatch, weights=word)
     assert build.search_of(job) is None
-    plan = said(shop, f"{DISTIL} --dfa-weights {word} --dry-run --json").document
+    plan = result(cli, f"{DISTIL} --dfa-weights {word} --dry-run --json").document
     assert [group["blocks"] for group in plan["mixtures"]["groups"]] == [2, 2, 2]
     assert (plan["mixtures"]["weights"], plan["mixtures"]["search"]) == (word, None)
-    assert "stage3" in said(shop, f"{DISTIL} --dfa-weights {word} --dry-run").out.partition("Mixtures")[2]
+    assert "stage3" in result(cli, f"{DISTIL} --dfa-weights {word} --dry-run").out.partition("Mixtures")[2]
 
 
 def changed(**change: Any) -> Any:
@@ -150,35 +150,35 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_file_that_does_not_fit_costs_one_line(shop: Shop, searched: dict[str, Any], text: str) -> None:
-    (shop.path / "w.json").write_text(json.dumps(WRONG[text](record_of(shop, "searched"))))
-    shop.refuses(shlex.split(f"{DISTIL} --dfa-weights w.json"), 2, text)
+def test_a_file_that_does_not_fit_costs_one_line(cli: CliRunner, searched: dict[str, Any], text: str) -> None:
+    (cli.path / "w.json").write_text(json.dumps(WRONG[text](record_of(cli, "searched"))))
+    cli.assert_rejects(shlex.split(f"{DISTIL} --dfa-weights w.json"), 2, text)
 
 
-def test_a_run_goes_on_with_the_file_it_began_with_only(shop: Shop, searched: dict[str, Any]) -> None:
-    (shop.path / "moving.json").write_text(json.dumps(record_of(shop, "searched")))
-    said(shop, f"{DISTIL} --dfa-weights moving.json --run-dir begun -q")
-    (shop.path / "begun" / "summary.json").unlink()
-    (shop.path / "moving.json").write_text(json.dumps(record_of(shop, "searched") | {"seed": 9}))
-    shop.refuses(["distill", "--resume", "begun", "-q"], 2, "is not the file this run began with")
+def test_a_run_goes_on_with_the_file_it_began_with_only(cli: CliRunner, searched: dict[str, Any]) -> None:
+    (cli.path / "moving.json").write_text(json.dumps(record_of(cli, "searched")))
+    result(cli, f"{DISTIL} --dfa-weights moving.json --run-dir begun -q")
+    (cli.path / "begun" / "summary.json").unlink()
+    (cli.path / "moving.json").write_text(json.dumps(record_of(cli, "searched") | {"seed": 9}))
+    cli.assert_rejects(["distill", "--resume", "begun", "-q"], 2, "is not the file this run began with")
 
 
 def test_the_picture_is_drawn_or_one_line_says_what_is_missing(
-    shop: Shop, searched: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: CliRunner, searched: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    picture = shop.path / "searched" / "dfa.png"
+    picture = cli.path / "searched" / "dfa.png"
     picture.unlink(missing_ok=True)
-    again = said(shop, "distill --resume searched")
+    again = result(cli, "distill --resume searched")
     assert again.err.splitlines() == [
         "no dfa.png: pictures need matplotlib, which is not installed (pip install 'sakd[plots]')"
     ]
     assert not picture.exists()
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    said(shop, "distill --resume searched --json")
+    result(cli, "distill --resume searched --json")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    page = shop.sakd("report", "searched", "--json").document
+    page = cli.sakd("report", "searched", "--json").document
     assert "Mixtures of the teacher's blocks" in page["sections"]
     assert "searched/report-mixtures.png" in page["written"]
     groups = [{"name": "a", "alpha": [1 / 36] * 36}, {"name": "b", "alpha": [1.0]}]

@@ -100,7 +100,7 @@ def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
 def steps(task: Task) -> dict[str, Any]:
     """An epoch over 22 images in batches of 8, 8 and 6; the state afterwards and what the log would say."""
     task = task.train()
-    spread_task, said = wrap_ddp(task), []
+    spread_task, result = wrap_ddp(task), []
     optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
     task.begin_epoch(1)
     optimizer.begin_epoch(1)
@@ -112,8 +112,8 @@ def steps(task: Task) -> dict[str, Any]:
         parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
         assert use is not None
         seen = (use.weight, labels, index, *use.events.values())
-        said.append([part.double() for part in parts.values()] + [tensor.double() for tensor in seen])
-    return {"state": copy.deepcopy(task.state_dict()), "said": said}
+        result.append([part.double() for part in parts.values()] + [tensor.double() for tensor in seen])
+    return {"state": copy.deepcopy(task.state_dict()), "result": result}
 
 
 def task_of(method: str, router: str, *, norms: bool = False, dtype: torch.dtype = torch.float64) -> Task:
@@ -144,7 +144,7 @@ def alike(ours: dict[str, Any], whole: dict[str, Any], tolerance: float) -> None
     for name, tensor in whole["state"].items():
         scale = max(1.0, float(tensor.double().abs().max()))
         assert float((ours["state"][name].double() - tensor.double()).abs().max()) <= tolerance * scale, name
-    for here, there in zip(ours["said"], whole["said"], strict=True):
+    for here, there in zip(ours["result"], whole["result"], strict=True):
         for one, other in zip(here, there, strict=True):
             assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Shop
+from conftest import TINY, CliRunner
 
 from sakd_cli.config import plugins
 from sakd_cli.distillers.table import DISTILLERS
@@ -41,7 +41,7 @@ def commands(folder: Path, site: Path, *several: list[str]) -> list[str]:
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [code for code, _ in answers] == [0] * len(several), done.stderr
-    return [said for _, said in answers]
+    return [result for _, result in answers]
 
 
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling, which builds the package, is not installed")
@@ -52,7 +52,7 @@ def test_a_package_of_ones_own_is_built_installed_and_used(tmp_path: Path) -> No
     done = subprocess.run([*pip, "--target", str(site), str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = ["--run-dir", "first", *TINY, "--json", "-q"]
-    said = commands(
+    result = commands(
         tmp_path,
         site,
         ["list", "methods", "--json"],
@@ -66,7 +66,7 @@ def test_a_package_of_ones_own_is_built_installed_and_used(tmp_path: Path) -> No
         ["export", "first", "--json", "-q", "--set", "timing_seconds=0"],
         ["distill", "--teacher", "first", "--student", "tinynet", "--method", "at", "--run-dir", "second", *TINY, "-q"],
     )
-    methods, models, shown, _, distilled, _, resumed, scored, exported, _ = said
+    methods, models, shown, _, distilled, _, resumed, scored, exported, _ = result
     assert {"name": "tinynet", "package": "sakd-example"}.items() <= json.loads(models)[-1].items()
     assert json.loads(methods)[-1]["package"] == "sakd-example"
     assert not any("package" in row for row in json.loads(methods)[:-1])
@@ -120,38 +120,42 @@ class Own(MethodConfig):
     ],
 )
 def test_a_broken_plugin_is_one_line_and_spoils_nothing_else(
-    shop: Shop, packages: Any, module: str, what: str, told: str
+    cli: CliRunner, packages: Any, module: str, what: str, told: str
 ) -> None:
     packages("broken_one", POINT.format(name="mine", module="broken_one", what=what), module)
-    assert shop.sakd("--help").code == 0
-    listed = shop.sakd("list", "methods", "--json")
+    assert cli.sakd("--help").code == 0
+    listed = cli.sakd("list", "methods", "--json")
     assert "kd" in [row["name"] for row in listed.document]
     assert "mine" not in [row["name"] for row in listed.document]
     assert listed.err.count("warning: plug-in broken_one: ") == 1
-    said = shop.refuses(["config", "show", "--teacher", "a", "--student", "resnet8", "--method", "mine"], 2, told)
-    assert "plug-in broken_one" in said.err
-    shop.refuses(
+    result = cli.assert_rejects(
+        ["config", "show", "--teacher", "a", "--student", "resnet8", "--method", "mine"], 2, told
+    )
+    assert "plug-in broken_one" in result.err
+    cli.assert_rejects(
         ["config", "show", "--teacher", "a", "--student", "resnet8", "--set", "method.wait=3"], 2, "unknown key"
     )
-    assert shop.sakd("config", "show", "--teacher", "a", "--student", "resnet8", "--method", "at").code == 0
+    assert cli.sakd("config", "show", "--teacher", "a", "--student", "resnet8", "--method", "at").code == 0
 
 
-def test_a_name_that_is_taken_is_refused(shop: Shop, packages: Any) -> None:
+def test_a_name_that_is_taken_is_refused(cli: CliRunner, packages: Any) -> None:
     packages("thief", POINT.format(name="at", module="thief", what="Own"), WORDS.format(name="at"))
     words = ["config", "show", "--teacher", "a", "--student", "resnet8", "--method"]
-    shop.refuses([*words, "at"], 2, "method 'at': wanted by sakd and by thief")
-    assert shop.sakd(*words, "sp").code == 0
+    cli.assert_rejects([*words, "at"], 2, "method 'at': wanted by sakd and by thief")
+    assert cli.sakd(*words, "sp").code == 0
     packages("one", POINT.format(name="same", module="one", what="Own"), WORDS.format(name="same"))
     packages("two", POINT.format(name="same", module="two", what="Own"), WORDS.format(name="same"))
-    shop.refuses([*words, "same"], 2, "method 'same': wanted by ")
+    cli.assert_rejects([*words, "same"], 2, "method 'same': wanted by ")
 
 
-def test_a_method_without_a_distiller_and_a_network_that_is_none(shop: Shop, taught: object, packages: Any) -> None:
+def test_a_method_without_a_distiller_and_a_network_that_is_none(
+    cli: CliRunner, pretrained: object, packages: Any
+) -> None:
     packages("half", POINT.format(name="half", module="half", what="Own"), WORDS.format(name="half"))
-    shop.refuses(["show", "method", "half"], 2, "no package has an entry point 'sakd.distillers'")
+    cli.assert_rejects(["show", "method", "half"], 2, "no package has an entry point 'sakd.distillers'")
     packages("nets", "[sakd.networks]\nmynet = nets:build\nResNet8 = nets:build\n", "def build(name, classes): ...\n")
     words = ["distill", "--teacher", "resnet8", "--method", "kd", *TINY, "--student"]
-    shop.refuses([*words, "mynet"], 2, "mynet is no StagedModel of that name for 20 classes")
-    shop.refuses([*words, "ResNet8"], 2, "network 'ResNet8': wanted by sakd and by nets")
-    assert "did you mean 'mynet'" in shop.refuses([*words, "mynett"], 2, "unknown model").err
+    cli.assert_rejects([*words, "mynet"], 2, "mynet is no StagedModel of that name for 20 classes")
+    cli.assert_rejects([*words, "ResNet8"], 2, "network 'ResNet8': wanted by sakd and by nets")
+    assert "did you mean 'mynet'" in cli.assert_rejects([*words, "mynett"], 2, "unknown model").err
     assert set(DISTILLERS.own) == set(DISTILLERS)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import PAIR, TINY, Shop
+from conftest import PAIR, TINY, CliRunner
 from safetensors.torch import load_file
 from test_step import batches, fit, make
 from torch import Tensor
@@ -233,13 +233,13 @@ def test_an_ensemble_comes_back_from_its_folder_and_damage_is_told(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def chained(full: Shop) -> dict[str, Any]:
+def chained(trained_cli: CliRunner) -> dict[str, Any]:
     """The summary of a distillation with one residual student, which starts by changing nothing."""
-    return full.sakd(*PAIR, *TINY, *MORE, "--set", "residual.init=zero").document
+    return trained_cli.sakd(*PAIR, *TINY, *MORE, "--set", "residual.init=zero").document
 
 
-def test_a_run_leaves_an_ensemble_beside_its_student(full: Shop, chained: dict[str, Any]) -> None:
-    run, told = full.path / chained["run"], chained["ensemble"]
+def test_a_run_leaves_an_ensemble_beside_its_student(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
+    run, told = trained_cli.path / chained["run"], chained["ensemble"]
     index = json.loads((run / "ensemble" / "ensemble.json").read_text())
     assert [member["architecture"] for member in index["members"]] == told["members"] == ["resnet8", "resnet8"]
     student = (run / "student" / "model.safetensors").read_bytes()
@@ -270,45 +270,47 @@ def test_zero_init_starts_by_changing_nothing() -> None:
         assert same == (init == "zero")
 
 
-def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(full: Shop, chained: dict[str, Any]) -> None:
+def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     run, told = chained["run"], chained["ensemble"]
-    early = full.sakd("eval", run, "--json").document
-    assert early == full.sakd("eval", run, "--adaptive", "--json").document
+    early = trained_cli.sakd("eval", run, "--json").document
+    assert early == trained_cli.sakd("eval", run, "--adaptive", "--json").document
     assert (early["top1"], early["ensemble"]["cost"]) == (told["early"]["top1"], told["early"]["cost"])
-    whole = full.sakd("eval", run, "--always-on", "--sweep", "--json").document
+    whole = trained_cli.sakd("eval", run, "--always-on", "--sweep", "--json").document
     assert (whole["top1"], whole["ensemble"]["exits"]) == (pytest.approx(told["all"]["top1"]), [0, 100])
     assert whole["ensemble"]["sweep"][0]["top1"] == pytest.approx(whole["top1"])
-    shutil.copytree(full.path / run / "ensemble", full.path / "exported")
-    assert full.sakd("eval", "exported", "--dataset", "shapes", "--json").document["ensemble"]["exits"]
+    shutil.copytree(trained_cli.path / run / "ensemble", trained_cli.path / "exported")
+    assert trained_cli.sakd("eval", "exported", "--dataset", "shapes", "--json").document["ensemble"]["exits"]
     Evaluations.model_validate(
-        both := full.sakd("eval", run, f"{run}/student", "--json", "--set", "timing_seconds=0").document
+        both := trained_cli.sakd("eval", run, f"{run}/student", "--json", "--set", "timing_seconds=0").document
     )
     assert [one["schema"] for one in both["evaluations"]] == ["sakd.ensemble/1", "sakd.eval/2"]
-    alone = full.sakd("eval", f"{run}/student", "--adaptive", "--json").document
+    alone = trained_cli.sakd("eval", f"{run}/student", "--adaptive", "--json").document
     assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["headline"]["top1"], [100])
     assert alone["ensemble"]["cost"] == 1.0, "as large as its teacher"
-    tables = full.sakd("eval", run, "--sweep").out
+    tables = trained_cli.sakd("eval", run, "--sweep").out
     assert all(word in tables for word in ("Student and residual students", "Agree %", "Hull", "rule agreement"))
 
 
-def test_thresholds_are_fitted_anew_for_other_words(full: Shop, chained: dict[str, Any]) -> None:
+def test_thresholds_are_fitted_anew_for_other_words(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     given = ["--set", "residual.delta=1", "--json"]
-    loose = full.sakd("eval", chained["run"], *given).document
+    loose = trained_cli.sakd("eval", chained["run"], *given).document
     told = loose["ensemble"]
     assert (told["delta"], loose["top1"]) == (1, pytest.approx(told["exits"][0] and loose["top1"]))
     assert told["exits"][0] > 50
-    fixed = full.sakd("eval", chained["run"], "--set", "residual.rule=fixed", "--set", "residual.theta=1", "--json")
+    fixed = trained_cli.sakd(
+        "eval", chained["run"], "--set", "residual.rule=fixed", "--set", "residual.theta=1", "--json"
+    )
     assert fixed.document["top1"] == chained["headline"]["top1"]
     assert fixed.document["ensemble"]["exits"] == [100, 0]
 
 
-def test_mistakes_cost_one_line_and_nothing_is_written(full: Shop, chained: dict[str, Any]) -> None:
+def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     run = chained["run"]
     words = [*PAIR, *TINY, "--residual-students", "1"]
-    full.refuses([*words], 2, "resnet8 + ")
-    full.refuses([*words, "--set", "residual.rule=agreemnt"], 2, "residual.rule")
-    full.refuses([*words, "--set", "residual.student=2"], 2, "did you mean 'residual.students'?")
-    full.refuses([*words, "--set", "residual.architectures=resnt8"], 2, "did you mean 'resnet8'?")
+    trained_cli.assert_rejects([*words], 2, "resnet8 + ")
+    trained_cli.assert_rejects([*words, "--set", "residual.rule=agreemnt"], 2, "residual.rule")
+    trained_cli.assert_rejects([*words, "--set", "residual.student=2"], 2, "did you mean 'residual.students'?")
+    trained_cli.assert_rejects([*words, "--set", "residual.architectures=resnt8"], 2, "did you mean 'resnet8'?")
     big = [
         "--set",
         "residual.max_cost=9",
@@ -317,33 +319,35 @@ def test_mistakes_cost_one_line_and_nothing_is_written(full: Shop, chained: dict
         "--set",
         "residual.architectures=MobileNetV2",
     ]
-    full.refuses([*words, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2")
-    full.refuses(["eval", run, "--adaptive", "--always-on"], 2, "exclude each other")
-    full.refuses(["eval", run, run, "--plot", "curve.png"], 2, "of one network")
-    full.refuses(["eval", run, "--teacher", "resnet8"], 2, "beside the teacher that it was trained with")
-    full.refuses(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")
-    full.refuses(["eval", run, "--plot", "nowhere/curve.png"], 2, "no such folder")
+    trained_cli.assert_rejects(
+        [*words, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2"
+    )
+    trained_cli.assert_rejects(["eval", run, "--adaptive", "--always-on"], 2, "exclude each other")
+    trained_cli.assert_rejects(["eval", run, run, "--plot", "curve.png"], 2, "of one network")
+    trained_cli.assert_rejects(["eval", run, "--teacher", "resnet8"], 2, "beside the teacher that it was trained with")
+    trained_cli.assert_rejects(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")
+    trained_cli.assert_rejects(["eval", run, "--plot", "nowhere/curve.png"], 2, "no such folder")
     with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
-        full.refuses(["eval", run, "--plot", "curve.png"], 2, "pictures need matplotlib")
+        trained_cli.assert_rejects(["eval", run, "--plot", "curve.png"], 2, "pictures need matplotlib")
 
 
-def test_the_curve_is_drawn(full: Shop, chained: dict[str, Any]) -> None:
+def test_the_curve_is_drawn(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    said = full.sakd("eval", chained["run"], "--plot", "curve.png", "--json")
-    assert said.document["ensemble"]["sweep"]
-    assert (full.path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    page = full.sakd("report", chained["run"], "--json").document
+    result = trained_cli.sakd("eval", chained["run"], "--plot", "curve.png", "--json")
+    assert result.document["ensemble"]["sweep"]
+    assert (trained_cli.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    page = trained_cli.sakd("report", chained["run"], "--json").document
     assert "Residual students" in page["sections"]
     assert f"{chained['run']}/report-exits.png" in page["written"]
 
 
-def test_a_dry_run_shows_the_residual_students(full: Shop) -> None:
-    plan = full.sakd(*PAIR, *TINY, *MORE, "--dry-run").document
+def test_a_dry_run_shows_the_residual_students(trained_cli: CliRunner) -> None:
+    plan = trained_cli.sakd(*PAIR, *TINY, *MORE, "--dry-run").document
     assert [entry["role"] for entry in plan["networks"]] == ["teacher", "student", "residual student"]
 
 
-def test_members_are_as_they_were_saved(full: Shop, chained: dict[str, Any]) -> None:
-    run = full.path / chained["run"]
+def test_members_are_as_they_were_saved(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
+    run = trained_cli.path / chained["run"]
     trained = load_file(run / "checkpoints" / "residual-1" / "last" / "model.safetensors")
     saved = load_file(run / "ensemble" / "member-1.safetensors")
     assert all(torch.equal(trained[name], tensor) for name, tensor in saved.items())

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from nursery import Child, Nursery, Trouble, fingerprint
+from fork_server import Child, Faults, ForkServer, fingerprint
 
 SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
@@ -28,24 +28,24 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def nursery(warm: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+def fork_server(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
     """Forks commands in a folder that holds a teacher's run."""
-    nursery = warm.at(tmp_path_factory.mktemp("kills"))
+    fork_server = fork_server.at(tmp_path_factory.mktemp("kills"))
     for words in ("resnet8 --run-dir teacher", "resnet14 --run-dir deeper"):  # a resnet8 has no two blocks to mix
-        child = nursery.sakd(*shlex.split(f"pretrain-teacher {words} {SHORT} --epochs 1 -q"))
+        child = fork_server.sakd(*shlex.split(f"pretrain-teacher {words} {SHORT} --epochs 1 -q"))
         assert child.code == 0, child.err
-    return nursery
+    return fork_server
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery) -> dict[str, dict[str, str]]:
+def whole(fork_server: ForkServer) -> dict[str, dict[str, str]]:
     """What each method's uninterrupted run leaves."""
     prints = {}
     for name, words in METHODS.items():
-        child = nursery.sakd(*shlex.split(f"{DISTIL} {words} --run-dir whole-{name}"))
+        child = fork_server.sakd(*shlex.split(f"{DISTIL} {words} --run-dir whole-{name}"))
         assert child.code == 0, child.err
-        prints[name] = fingerprint(nursery.cwd / f"whole-{name}")
-        folder = nursery.cwd / f"whole-{name}" / "checkpoints"
+        prints[name] = fingerprint(fork_server.cwd / f"whole-{name}")
+        folder = fork_server.cwd / f"whole-{name}" / "checkpoints"
         best, last = (json.loads((folder / each / "state.json").read_text()) for each in ("best", "last"))
         steps = last["step"] // last["epoch"]
         assert best["step"] == steps * best["best"]["epoch"], "the weights that were judged, at the end of an epoch"
@@ -72,19 +72,19 @@ def kill_somewhere(child: Child, run: Path, draw: random.Random) -> int:
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
-    nursery: Nursery, whole: dict[str, dict[str, str]], pytestconfig: pytest.Config
+    fork_server: ForkServer, whole: dict[str, dict[str, str]], pytestconfig: pytest.Config
 ) -> None:
     kills, draw, attempt = 0, random.Random(5), 0
     while kills < pytestconfig.getoption("--kills"):
         name = list(METHODS)[attempt % len(METHODS)]
         attempt += 1
-        run = nursery.cwd / f"killed-{name}-{attempt}"
-        child = nursery.start(*shlex.split(f"{DISTIL} {METHODS[name]} --run-dir {run}"))
+        run = fork_server.cwd / f"killed-{name}-{attempt}"
+        child = fork_server.start(*shlex.split(f"{DISTIL} {METHODS[name]} --run-dir {run}"))
         while kill_somewhere(child, run, draw) != 0:
             kills += 1
             begun = (run / "config.yaml").is_file()
             words = f"distill --resume {run}" if begun else f"{DISTIL} {METHODS[name]} --run-dir {run}"
-            child = nursery.start(*shlex.split(words), "-q")
+            child = fork_server.start(*shlex.split(words), "-q")
         assert fingerprint(run) == whole[name]
 
 
@@ -93,92 +93,94 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
     ("method", "moment"), [("ft", "warmup: "), ("ft", "train: "), ("dfa", "search: "), ("residual", "residual-1: ")]
 )
 def test_a_signal_saves_and_names_the_command_that_goes_on(
-    nursery: Nursery, whole: dict[str, dict[str, str]], number: signal.Signals, method: str, moment: str
+    fork_server: ForkServer, whole: dict[str, dict[str, str]], number: signal.Signals, method: str, moment: str
 ) -> None:
-    run = nursery.cwd / f"stopped-{number.name}-{moment[:2]}"
+    run = fork_server.cwd / f"stopped-{number.name}-{moment[:2]}"
     words = shlex.split(f"{DISTIL} {METHODS[method]} --run-dir {run}")
     words.remove("-q")
-    stopped = nursery.start(*words)
+    stopped = fork_server.start(*words)
     stopped.signal_when(moment, number)
     assert stopped.wait() == 128 + number
     *_, error, hint = stopped.err.splitlines()
     assert error.startswith(f"error: {'interrupted' if number == signal.SIGINT else 'terminated'}; step ")
     assert "Traceback" not in stopped.err
     command = shlex.split(hint.removeprefix("hint: go on with "))
-    assert nursery.sakd(*command[1:]).code == 0
+    assert fork_server.sakd(*command[1:]).code == 0
     assert fingerprint(run) == whole[method]
 
 
 def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(
-    nursery: Nursery, whole: dict[str, dict[str, str]]
+    fork_server: ForkServer, whole: dict[str, dict[str, str]]
 ) -> None:
-    run = nursery.cwd / "impatient"
+    run = fork_server.cwd / "impatient"
     words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --run-dir {run}")
     words.remove("-q")
-    stopped = nursery.start(*words)
+    stopped = fork_server.start(*words)
     stopped.signal_when("step 4/", signal.SIGTERM)
     os.kill(stopped.pid, signal.SIGTERM)
     assert stopped.wait() == 143
-    assert nursery.sakd("distill", "--resume", str(run), "-q").code == 0
+    assert fork_server.sakd("distill", "--resume", str(run), "-q").code == 0
     assert fingerprint(run) == whole["fitnet"]
 
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.battery)], ids=["some", "all"])
-def test_a_crash_at_any_touch_of_the_disk_costs_nothing(nursery: Nursery, stride: int) -> None:
+def test_a_crash_at_any_touch_of_the_disk_costs_nothing(fork_server: ForkServer, stride: int) -> None:
     words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --set save_every=7 --epochs 1")
-    assert nursery.sakd(*words, "--run-dir", f"untouched{stride}").code == 0
-    wanted = fingerprint(nursery.cwd / f"untouched{stride}")
+    assert fork_server.sakd(*words, "--run-dir", f"untouched{stride}").code == 0
+    wanted = fingerprint(fork_server.cwd / f"untouched{stride}")
     for touch in range(stride, 999, stride):
-        run = nursery.cwd / f"crash{stride}-{touch}"
-        crashed = nursery.sakd(*words, "--run-dir", str(run), trouble=Trouble(crash=touch))
+        run = fork_server.cwd / f"crash{stride}-{touch}"
+        crashed = fork_server.sakd(*words, "--run-dir", str(run), faults=Faults(crash=touch))
         if crashed.code == 0:
             break
         assert crashed.code == 9, crashed.err
         begun = (run / "config.yaml").is_file()
-        again = nursery.sakd(*(["distill", "--resume", str(run), "-q"] if begun else [*words, "--run-dir", str(run)]))
+        again = fork_server.sakd(
+            *(["distill", "--resume", str(run), "-q"] if begun else [*words, "--run-dir", str(run)])
+        )
         assert again.code == 0, f"after touch {touch}: {again.err}"
         assert fingerprint(run) == wanted, f"after touch {touch}"
     assert touch > 40
 
 
-def finished(nursery: Nursery) -> Path:
+def finished(fork_server: ForkServer) -> Path:
     """A run of two epochs, made once."""
-    run = nursery.cwd / "finished"
+    run = fork_server.cwd / "finished"
     if not run.exists():
-        assert nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {run}")).code == 0
+        assert fork_server.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {run}")).code == 0
     return run
 
 
-def test_a_finished_run_prints_its_summary_and_runs_no_step(nursery: Nursery) -> None:
-    run = finished(nursery)
+def test_a_finished_run_prints_its_summary_and_runs_no_step(fork_server: ForkServer) -> None:
+    run = finished(fork_server)
     before = fingerprint(run)
-    again = nursery.sakd("distill", "--resume", str(run), "--json")
+    again = fork_server.sakd("distill", "--resume", str(run), "--json")
     assert again.code == 0
     assert json.loads(again.out) == {"run": str(run)} | json.loads((run / "summary.json").read_text())
     assert fingerprint(run) == before
 
 
-def unfinished(nursery: Nursery, name: str) -> Path:
+def unfinished(fork_server: ForkServer, name: str) -> Path:
     """A copy of that run which died in front of its summary, with a damaged last checkpoint."""
-    run = nursery.cwd / name / "run"  # a folder of its own, so that it is the newest there
-    shutil.copytree(finished(nursery), run)
+    run = fork_server.cwd / name / "run"  # a folder of its own, so that it is the newest there
+    shutil.copytree(finished(fork_server), run)
     (run / "summary.json").unlink()
     return run
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "swapped", "of the future", "of a twin"])
-def test_a_damaged_checkpoint_is_never_used(nursery: Nursery, damage: str) -> None:
-    run = unfinished(nursery, f"damaged-{damage.replace(' ', '-')}")
+def test_a_damaged_checkpoint_is_never_used(fork_server: ForkServer, damage: str) -> None:
+    run = unfinished(fork_server, f"damaged-{damage.replace(' ', '-')}")
     last = run / "checkpoints" / "last"
     file = last / "training.safetensors"
     sound = file.read_bytes()
     if damage == "missing":
         file.unlink()
     elif damage == "swapped":
-        shutil.copy(nursery.cwd / "teacher" / "checkpoints" / "last" / file.name, file)
+        shutil.copy(fork_server.cwd / "teacher" / "checkpoints" / "last" / file.name, file)
     elif damage == "of a twin":  # a run of the same words
-        twin = nursery.cwd / "whole-twin"
-        assert nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {twin}")).code == 0
+        twin = fork_server.cwd / "whole-twin"
+        assert fork_server.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {twin}")).code == 0
         shutil.rmtree(last)
         shutil.copytree(twin / "checkpoints" / "last", last)
     elif damage == "of the future":
@@ -191,29 +193,33 @@ def test_a_damaged_checkpoint_is_never_used(nursery: Nursery, damage: str) -> No
         middle = len(sound) // 2
         flipped = sound[:middle] + bytes([sound[middle] ^ 4]) + sound[middle + 1 :]
         file.write_bytes({"flipped": flipped, "cut": sound[:-1], "empty": b""}[damage])
-    refused = nursery.sakd("distill", "--resume", str(run), "-q")
+    refused = fork_server.sakd("distill", "--resume", str(run), "-q")
     assert refused.code == 4
     assert refused.err.splitlines()[0].startswith(f"error: {last}")
-    taken = nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --runs-dir {run.parent} --resume auto"))
+    taken = fork_server.sakd(
+        *shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --runs-dir {run.parent} --resume auto")
+    )
     assert taken.code == 0, taken.err
     assert taken.err.startswith(f"warning: {last}")
-    assert fingerprint(run) == fingerprint(finished(nursery))
+    assert fingerprint(run) == fingerprint(finished(fork_server))
 
 
-def test_one_directory_has_one_process(nursery: Nursery) -> None:
-    run = nursery.cwd / "shared"
+def test_one_directory_has_one_process(fork_server: ForkServer) -> None:
+    run = fork_server.cwd / "shared"
     words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 200 --run-dir {run}")
     words.remove("-q")
-    first = nursery.start(*words)
+    first = fork_server.start(*words)
     first.signal_when("step 2/", 0)
-    second = nursery.sakd("distill", "--resume", str(run))
+    second = fork_server.sakd("distill", "--resume", str(run))
     assert second.code == 8
     assert f"in use by process {first.pid} on {platform.node()}" in second.err
-    third = nursery.sakd(*words, "--overwrite")
+    third = fork_server.sakd(*words, "--overwrite")
     assert third.code == 8
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert nursery.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 1 --run-dir {run} --overwrite")).code == 0
+    assert (
+        fork_server.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 1 --run-dir {run} --overwrite")).code == 0
+    )
     assert json.loads((run / "summary.json").read_text())["epochs"] == 1
 
 
@@ -231,24 +237,24 @@ no distill run in empty                                                 | distil
 
 
 @pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda case: case.split("|")[1].strip())
-def test_a_wrong_intent_touches_nothing(nursery: Nursery, case: str) -> None:
+def test_a_wrong_intent_touches_nothing(fork_server: ForkServer, case: str) -> None:
     text, words = (part.strip() for part in case.split("|"))
-    before = fingerprint(finished(nursery))
-    refused = nursery.sakd(*shlex.split(words.replace("WORDS", f"{DISTIL.removeprefix('distill ')}")))
+    before = fingerprint(finished(fork_server))
+    refused = fork_server.sakd(*shlex.split(words.replace("WORDS", f"{DISTIL.removeprefix('distill ')}")))
     assert refused.code == 2
     assert text in refused.err.splitlines()[0]
     assert len(refused.err.splitlines()) <= 2
-    assert fingerprint(finished(nursery)) == before
+    assert fingerprint(finished(fork_server)) == before
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(
-    nursery: Nursery, whole: dict[str, dict[str, str]]
+    fork_server: ForkServer, whole: dict[str, dict[str, str]]
 ) -> None:
     prints = []
     for seed in (0, 1):
         words = f"{DISTIL} {METHODS['crd']} --seed {seed} --run-dir seed{seed}"
-        assert nursery.sakd(*shlex.split(words)).code == 0
-        prints.append(fingerprint(nursery.cwd / f"seed{seed}"))
+        assert fork_server.sakd(*shlex.split(words)).code == 0
+        prints.append(fingerprint(fork_server.cwd / f"seed{seed}"))
     assert prints[0] == whole["crd"]
     weights = [{digest for file, digest in each.items() if file.endswith("model.safetensors")} for each in prints]
     assert not weights[0] & weights[1]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Shop
+from conftest import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -217,8 +217,10 @@ def test_a_pretraining_leaves_what_the_house_plan_says(teacher: Path) -> None:
     assert files_below(teacher / "checkpoints" / "last") == OF_A_CHECKPOINT
 
 
-def test_a_distillation_leaves_what_the_house_plan_says_and_no_pickle(shop: Shop, distilled: dict[str, Any]) -> None:
-    folder = shop.path / distilled["run"]
+def test_a_distillation_leaves_what_the_house_plan_says_and_no_pickle(
+    cli: CliRunner, distilled: dict[str, Any]
+) -> None:
+    folder = cli.path / distilled["run"]
     assert files_below(folder) == OF_A_DISTILLATION
     assert files_below(folder / "student") == OF_A_NETWORK
     assert all(files_below(folder / "checkpoints" / name) == OF_A_CHECKPOINT for name in ("last", "best"))
@@ -235,8 +237,8 @@ def test_a_distillation_leaves_what_the_house_plan_says_and_no_pickle(shop: Shop
 
 
 @pytest.mark.parametrize("place", ["student", "checkpoints/last", "checkpoints/best"])
-def test_weights_open_alone_and_say_what_they_are(shop: Shop, distilled: dict[str, Any], place: str) -> None:
-    weights = shop.path / distilled["run"] / place / "model.safetensors"
+def test_weights_open_alone_and_say_what_they_are(cli: CliRunner, distilled: dict[str, Any], place: str) -> None:
+    weights = cli.path / distilled["run"] / place / "model.safetensors"
     with safe_open(weights, "pt") as opened:
         header = json.loads(opened.metadata()["sakd"])
     card = json.loads(header["card"])
@@ -246,9 +248,9 @@ def test_weights_open_alone_and_say_what_they_are(shop: Shop, distilled: dict[st
 
 
 def test_the_summary_has_the_figures_of_both_networks_and_names_the_teacher(
-    shop: Shop, teacher: Path, distilled: dict[str, Any]
+    cli: CliRunner, teacher: Path, distilled: dict[str, Any]
 ) -> None:
-    folder = shop.path / distilled["run"]
+    folder = cli.path / distilled["run"]
     assert json.loads((folder / "summary.json").read_text()) == {k: v for k, v in distilled.items() if k != "run"}
     assert (distilled["headline"]["epoch"], distilled["headline"]["split"]) == (1, "test")
     assert (distilled["best"]["selected_on"], distilled["images"]) == ("holdout", 180)
@@ -257,11 +259,11 @@ def test_the_summary_has_the_figures_of_both_networks_and_names_the_teacher(
     assert distilled["teacher"]["top1"] == json.loads((teacher / "summary.json").read_text())["headline"]["top1"]
 
 
-def test_a_run_is_repeated_bit_for_bit_from_its_config(shop: Shop, distilled: dict[str, Any]) -> None:
-    again = shop.sakd("distill", "--config", f"{distilled['run']}/config.yaml", "--quiet", "--json")
+def test_a_run_is_repeated_bit_for_bit_from_its_config(cli: CliRunner, distilled: dict[str, Any]) -> None:
+    again = cli.sakd("distill", "--config", f"{distilled['run']}/config.yaml", "--quiet", "--json")
     assert again.err == ""
     assert again.document["run"] != distilled["run"]
-    first, second = (shop.path / summary["run"] for summary in (distilled, again.document))
+    first, second = (cli.path / summary["run"] for summary in (distilled, again.document))
     for name in ("config.yaml", "spots.jsonl", "metrics.jsonl", "samples.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (first, second))

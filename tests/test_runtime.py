@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIR, TINY, Shop
+from conftest import PAIR, TINY, CliRunner
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -51,7 +51,7 @@ def optimizer(task: DistillTask) -> Optimizer:
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "said"),
+    ("words", "device", "message"),
     [
         ({}, "cpu", "fp32, channels_last, pruned"),
         ({}, "cuda", "fp32, channels_last, fixed shapes, look-ahead 8"),
@@ -61,8 +61,8 @@ def optimizer(task: DistillTask) -> Optimizer:
         ({"look_ahead": 3}, "cpu", "fp32, channels_last, pruned, look-ahead 3"),
     ],
 )
-def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, said: str) -> None:
-    assert str(resolve_mode(Runtime(**words), torch.device(device))) == said
+def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, message: str) -> None:
+    assert str(resolve_mode(Runtime(**words), torch.device(device))) == message
 
 
 def test_a_compiled_step_cannot_be_pruned() -> None:
@@ -141,9 +141,9 @@ def test_a_step_compiled_for_this_machine_has_eager_numbers(method: str) -> None
     same_as_eager(method, "", 1e-3)
 
 
-def test_a_run_says_how_it_computes(shop: Shop, taught: Any) -> None:
+def test_a_run_says_how_it_computes(cli: CliRunner, pretrained: Any) -> None:
     few = shlex.split("--set data.train=64 --set runtime.channels_last=off --precision bf16")
-    said = shop.sakd(*PAIR, "--method", "kd", *TINY, *few)
-    assert "(bf16, contiguous, pruned)" in said.err
-    run = shop.path / said.out.strip().splitlines()[-1].removeprefix("run: ")
+    result = cli.sakd(*PAIR, "--method", "kd", *TINY, *few)
+    assert "(bf16, contiguous, pruned)" in result.err
+    run = cli.path / result.out.strip().splitlines()[-1].removeprefix("run: ")
     assert json.loads((run / "env.json").read_text())["mode"] == "bf16, contiguous, pruned"

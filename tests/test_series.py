@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PAIR, TINY, Shop
+from conftest import PAIR, TINY, CliRunner
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import ROUTERS
@@ -18,8 +18,8 @@ from sakd_cli.documents.evaluation import DOCUMENTS, Comparison, Report
 WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
 
 
-def words_of(run: str, shop: Shop) -> dict[str, Any]:
-    return flat(yaml.safe_load((shop.path / run / "config.yaml").read_text()))
+def words_of(run: str, cli: CliRunner) -> dict[str, Any]:
+    return flat(yaml.safe_load((cli.path / run / "config.yaml").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +28,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def named(full: Shop, teacher: Path) -> list[str]:
+def named(trained_cli: CliRunner, teacher: Path) -> list[str]:
     return [*WORDS, "--teacher", str(teacher)]
 
 
 @pytest.fixture(scope="module")
-def controlled(full: Shop, named: list[str], runs: list[str]) -> dict[str, Any]:
+def controlled(trained_cli: CliRunner, named: list[str], runs: list[str]) -> dict[str, Any]:
     """What two seeds of a run and its controls print."""
-    said = full.sakd(*named, *runs, "--with-control", "--seeds", "2", "--json")
-    assert said.err == ""
-    return said.document
+    result = trained_cli.sakd(*named, *runs, "--with-control", "--seeds", "2", "--json")
+    assert result.err == ""
+    return result.document
 
 
-def test_twins_differ_in_router_and_seed_only(full: Shop, controlled: dict[str, Any]) -> None:
+def test_twins_differ_in_router_and_seed_only(trained_cli: CliRunner, controlled: dict[str, Any]) -> None:
     Comparison.model_validate(controlled)
     rows = [(row["router"], row["seed"]) for row in controlled["runs"]]
     assert rows == [(router, seed) for seed in (0, 1) for router in ("adaptive", "always", "never")]
-    words = [words_of(row["run"], full) for row in controlled["runs"]]
+    words = [words_of(row["run"], trained_cli) for row in controlled["runs"]]
     differing = {key for one in words for key in one | words[0] if one.get(key) != words[0].get(key)}
     assert {key.partition(".")[0] for key in differing} == {"router", "seed"}
     assert all(len(group["seeds"]) == 2 for group in controlled["groups"])
@@ -52,17 +52,17 @@ def test_twins_differ_in_router_and_seed_only(full: Shop, controlled: dict[str, 
 
 
 def test_a_twin_is_the_run_that_one_would_start_by_hand(
-    full: Shop, named: list[str], controlled: dict[str, Any], tmp_path: Path
+    trained_cli: CliRunner, named: list[str], controlled: dict[str, Any], tmp_path: Path
 ) -> None:
     twin = next(row for row in controlled["runs"] if (row["router"], row["seed"]) == ("always", 1))
     words = [*named, "--router", "always", "--seed", "1", "--run-dir", str(tmp_path / "by hand")]
-    assert full.sakd(*words).code == 0
-    both = [path / "student" / "model.safetensors" for path in (full.path / twin["run"], tmp_path / "by hand")]
+    assert trained_cli.sakd(*words).code == 0
+    both = [path / "student" / "model.safetensors" for path in (trained_cli.path / twin["run"], tmp_path / "by hand")]
     assert both[0].read_bytes() == both[1].read_bytes()
 
 
 def test_a_resumed_series_leaves_alone_what_is_finished_and_makes_what_is_missing(
-    full: Shop, named: list[str], runs: list[str], controlled: dict[str, Any]
+    trained_cli: CliRunner, named: list[str], runs: list[str], controlled: dict[str, Any]
 ) -> None:
     whole = [row["run"] for row in controlled["runs"]]
     stopped, missing = Path(whole[1]), Path(whole[2])
@@ -74,7 +74,7 @@ def test_a_resumed_series_leaves_alone_what_is_finished_and_makes_what_is_missin
         run: (Path(run) / "summary.json").stat().st_mtime_ns for run in whole if Path(run) not in (stopped, missing)
     }
     words = [*named, *runs, "--with-control", "--seeds", "2", "--resume", "auto", "--json"]
-    again = full.sakd(*words).document
+    again = trained_cli.sakd(*words).document
     assert [row["run"] == old for row, old in zip(again["runs"], whole, strict=True)] == [
         True,
         True,
@@ -90,37 +90,37 @@ def test_a_resumed_series_leaves_alone_what_is_finished_and_makes_what_is_missin
 
 
 def test_a_series_goes_on_with_the_teacher_it_began_with(
-    full: Shop, runs: list[str], controlled: dict[str, Any], teacher: Path
+    trained_cli: CliRunner, runs: list[str], controlled: dict[str, Any], teacher: Path
 ) -> None:
     """And so does a single run: `--resume auto` by the name of an architecture that has a newer run now."""
     folder = Path(runs[1])
     older = folder / "20200101-000000-pretrain-older"
     shutil.copytree(teacher, older)
     words = [*PAIR, *TINY, *runs, "--method", "at", "--quiet", "--json"]
-    first = full.sakd(*words).document
+    first = trained_cli.sakd(*words).document
     assert first["teacher"]["path"].startswith(str(older))
     (Path(first["run"]) / "summary.json").unlink()
     shutil.copytree(teacher, folder / "20300101-000000-pretrain-newer")
-    again = full.sakd(*words, "--resume", "auto").document
+    again = trained_cli.sakd(*words, "--resume", "auto").document
     assert (again["run"], again["teacher"]["path"]) == (first["run"], first["teacher"]["path"])
 
 
 def test_all_routers_are_one_word_and_coins_are_matched_within_a_seed(
-    full: Shop, named: list[str], tmp_path: Path
+    trained_cli: CliRunner, named: list[str], tmp_path: Path
 ) -> None:
     words = [*named, "--runs-dir", str(tmp_path)]
-    document = full.sakd(*words, "--routers", "random-matched,adaptive", "--seeds", "2", "--json").document
+    document = trained_cli.sakd(*words, "--routers", "random-matched,adaptive", "--seeds", "2", "--json").document
     rows = document["runs"]
     assert [(row["router"], row["seed"]) for row in rows] == [
         (r, s) for s in (0, 1) for r in ("adaptive", "random-matched")
     ]
     for adaptive, matched in ((rows[0], rows[1]), (rows[2], rows[3])):
-        assert words_of(matched["run"], full)["router.run"] == str(Path(adaptive["run"]).resolve())
-    before = full.tree()
-    table = full.sakd(*words, "--routers", "random-matched,adaptive", "--seeds", "2", "--resume", "auto").out
-    assert full.tree() == before
+        assert words_of(matched["run"], trained_cli)["router.run"] == str(Path(adaptive["run"]).resolve())
+    before = trained_cli.tree()
+    table = trained_cli.sakd(*words, "--routers", "random-matched,adaptive", "--seeds", "2", "--resume", "auto").out
+    assert trained_cli.tree() == before
     assert all(text in table for text in ("kd random-matched", "±", "Runs"))
-    plan = full.sakd(*words, "--routers", "all", "--dry-run", "--json").document
+    plan = trained_cli.sakd(*words, "--routers", "all", "--dry-run", "--json").document
     assert plan["schema"] == "sakd.plan/1"
 
 
@@ -138,14 +138,14 @@ MISTAKES = {
 
 @pytest.mark.parametrize("text", MISTAKES)
 def test_options_that_do_not_go_together_are_told_before_anything_is_trained(
-    full: Shop, named: list[str], distilled: dict[str, Any], text: str
+    trained_cli: CliRunner, named: list[str], distilled: dict[str, Any], text: str
 ) -> None:
     options = [distilled["run"] if word == "RUN" else word for word in MISTAKES[text]]
     words = ["distill"] if "ALONE" in options else ["distill"] if distilled["run"] in options else named
-    full.refuses([*words, *(word for word in options if word != "ALONE")], 2, text)
+    trained_cli.assert_rejects([*words, *(word for word in options if word != "ALONE")], 2, text)
 
 
-def test_every_router_has_a_place_in_the_series(full: Shop, named: list[str]) -> None:
+def test_every_router_has_a_place_in_the_series(trained_cli: CliRunner, named: list[str]) -> None:
     from sakd_cli.config.training import DistillConfig
     from sakd_cli.sweep.series import series
 
@@ -157,32 +157,32 @@ def test_every_router_has_a_place_in_the_series(full: Shop, named: list[str]) ->
     assert [member.seed for member in members] == [0] * 6 + [1] * 6
 
 
-def test_the_figures_of_a_run_go_to_tensorboard_too(full: Shop, named: list[str], tmp_path: Path) -> None:
+def test_the_figures_of_a_run_go_to_tensorboard_too(trained_cli: CliRunner, named: list[str], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    summary = full.sakd(*named, "--run-dir", str(tmp_path / "run"), "--log", "tensorboard", "--json").document
+    summary = trained_cli.sakd(*named, "--run-dir", str(tmp_path / "run"), "--log", "tensorboard", "--json").document
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
     assert tags >= {"train/loss", "train/lr", "train/router", "eval/top1", "spots/logits/share"}
     [point] = events.Scalars("eval/top1")
     record = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert (point.step, point.value) == (summary["epochs"], pytest.approx(record["top1"]))
-    full.refuses([*named, "--log", "wandb"], 2, "log: ")
+    trained_cli.assert_rejects([*named, "--log", "wandb"], 2, "log: ")
 
 
 @pytest.mark.parametrize("name", sorted(DOCUMENTS))
-def test_the_schema_of_a_document_is_printed(shop: Shop, name: str) -> None:
-    schema = shop.sakd("show", "schema", name, "--json").document
+def test_the_schema_of_a_document_is_printed(cli: CliRunner, name: str) -> None:
+    schema = cli.sakd("show", "schema", name, "--json").document
     assert schema["additionalProperties"] is False
-    assert yaml.safe_load(shop.sakd("show", "schema", name).out) == schema
-    shop.refuses(["show", "schema", "evil"], 2, "did you mean 'eval'?")
+    assert yaml.safe_load(cli.sakd("show", "schema", name).out) == schema
+    cli.assert_rejects(["show", "schema", "evil"], 2, "did you mean 'eval'?")
 
 
 def test_the_whole_of_a_run_is_one_page_that_needs_nothing_else(
-    full: Shop, distilled: dict[str, Any], teacher: Path, tmp_path: Path
+    trained_cli: CliRunner, distilled: dict[str, Any], teacher: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "page.html"
-    document = full.sakd("report", distilled["run"], "--out", str(out), "--json").document
+    document = trained_cli.sakd("report", distilled["run"], "--out", str(out), "--json").document
     Report.model_validate(document)
     assert document["written"] == [str(tmp_path / name) for name in ("page.html", "page-curves.png", "page-spots.png")]
     page = out.read_text(encoding="utf-8")
@@ -192,7 +192,7 @@ def test_the_whole_of_a_run_is_one_page_that_needs_nothing_else(
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page), "nothing is fetched"
     assert (tmp_path / "page-curves.png").read_bytes().startswith(b"\x89PNG")
     assert "router.teacher_bias" in page
-    alone = full.sakd("report", str(teacher), "--json").document
+    alone = trained_cli.sakd("report", str(teacher), "--json").document
     assert alone["written"][0] == str(teacher / "report.html")
     assert alone["sections"] == ["Result", "Curves", "Environment", "Settings"]
     for name in alone["written"]:
@@ -200,24 +200,24 @@ def test_the_whole_of_a_run_is_one_page_that_needs_nothing_else(
 
 
 def test_a_page_of_a_run_that_has_only_begun_and_one_without_matplotlib(
-    full: Shop, distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_cli: CliRunner, distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.yaml").write_text('task: distill\nstudent: "<b>resnet8"\n')
-    sections = full.sakd("report", str(tmp_path), "--json").document["sections"]
+    sections = trained_cli.sakd("report", str(tmp_path), "--json").document["sections"]
     assert sections == ["Settings"]
     assert "&lt;b&gt;resnet8" in (tmp_path / "report.html").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = str(tmp_path / "plain.html")
-    said = full.sakd("report", distilled["run"], "--out", out, "--json")
-    assert "matplotlib, which is not installed" in said.err
-    assert said.document["written"] == [out]
-    full.refuses(["report", distilled["run"], "--out", "page.pdf"], 2, "ends in .html")
-    full.refuses(["compare", distilled["run"], "--plot", "x.png"], 2, "matplotlib")
+    result = trained_cli.sakd("report", distilled["run"], "--out", out, "--json")
+    assert "matplotlib, which is not installed" in result.err
+    assert result.document["written"] == [out]
+    trained_cli.assert_rejects(["report", distilled["run"], "--out", "page.pdf"], 2, "ends in .html")
+    trained_cli.assert_rejects(["compare", distilled["run"], "--plot", "x.png"], 2, "matplotlib")
 
 
-def test_curves_of_a_comparison_are_drawn(full: Shop, controlled: dict[str, Any], tmp_path: Path) -> None:
+def test_curves_of_a_comparison_are_drawn(trained_cli: CliRunner, controlled: dict[str, Any], tmp_path: Path) -> None:
     runs = [row["run"] for row in controlled["runs"] if Path(row["run"]).exists()]
     for name in ("curves.png", "curves.svg"):
-        assert full.sakd("compare", *runs, "--plot", str(tmp_path / name)).code == 0
+        assert trained_cli.sakd("compare", *runs, "--plot", str(tmp_path / name)).code == 0
         assert (tmp_path / name).stat().st_size > 5000
-    full.refuses(["compare", *runs, "--plot", "curves.gif"], 2, ".png")
+    trained_cli.assert_rejects(["compare", *runs, "--plot", "curves.gif"], 2, ".png")

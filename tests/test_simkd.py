@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIR, TINY, Shop
+from conftest import PAIR, TINY, CliRunner
 from oracles import close, fill
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,25 +169,25 @@ def test_with_the_teachers_map_it_is_the_teacher() -> None:
 
 
 @pytest.fixture(scope="module")
-def summary(shop: Shop, taught: Any) -> dict[str, Any]:
+def summary(cli: CliRunner, pretrained: Any) -> dict[str, Any]:
     """Of a run on the command line."""
-    return shop.sakd(*PAIR, "--method", "simkd", *TINY, "--json").document
+    return cli.sakd(*PAIR, "--method", "simkd", *TINY, "--json").document
 
 
-def test_what_is_delivered_scores_the_same_and_is_looked_at(shop: Shop, summary: dict[str, Any]) -> None:
+def test_what_is_delivered_scores_the_same_and_is_looked_at(cli: CliRunner, summary: dict[str, Any]) -> None:
     run = summary["run"]
     sizes = [word for word in TINY if word not in ("--epochs", "1")]
-    scored = shop.sakd("eval", f"{run}/student", *sizes, "--json").document
+    scored = cli.sakd("eval", f"{run}/student", *sizes, "--json").document
     assert scored["network"] == summary["network"] == "simkd2-resnet8-resnet8"
     for key in ("top1", "loss"):
         assert scored[key] == summary["headline"][key]
     assert (scored["parameters"], scored["macs"]) == (summary["parameters"], summary["macs"])
-    spots = shop.sakd("inspect-spots", run, "--json").document["overall"]
+    spots = cli.sakd("inspect-spots", run, "--json").document["overall"]
     assert [(spot["name"], spot["kind"]) for spot in spots] == [("projector", "map"), ("logits", "logits")]
 
 
-def test_what_is_delivered_can_teach(shop: Shop, summary: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_delivered_can_teach(cli: CliRunner, summary: dict[str, Any], tmp_path: Path) -> None:
     for method in ("fitnet", "simkd"):
         words = ["distill", "--teacher", summary["run"], "--student", "resnet8", "--method", method, *TINY]
-        plan = shop.sakd(*words, "--dry-run", "--json").document
+        plan = cli.sakd(*words, "--dry-run", "--json").document
         assert plan["networks"][0]["name"] == "simkd2-resnet8-resnet8"

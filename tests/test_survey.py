@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAIR, TINY, Said, Shop
+from conftest import PAIR, TINY, CliRunner, Result
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
@@ -22,30 +22,30 @@ SETTINGS = ["--set", "router.teacher_bias=0", "--set", "router.lr=0.002"]
 
 
 @pytest.fixture(scope="module")
-def routed(shop: Shop, taught: Said) -> Path:
+def routed(cli: CliRunner, pretrained: Result) -> Path:
     """A run with four spots under a router that has not settled."""
-    said = shop.sakd(*PAIR, "--method", "at", *TINY, *SETTINGS, "--set", "router.gamma=2", "-q", "--json")
-    return Path(said.document["run"])
+    result = cli.sakd(*PAIR, "--method", "at", *TINY, *SETTINGS, "--set", "router.gamma=2", "-q", "--json")
+    return Path(result.document["run"])
 
 
-def inspected(shop: Shop, *words: Any) -> Any:
+def inspected(cli: CliRunner, *words: Any) -> Any:
     """The document, after it was held against its schema."""
-    document = shop.sakd("inspect-spots", *map(str, words), "--json", "-q").document
+    document = cli.sakd("inspect-spots", *map(str, words), "--json", "-q").document
     SpotsDocument.model_validate(document)
     return document
 
 
-def columns(run: Path, shop: Shop) -> Any:
-    return load_file(shop.path / run / "survey.safetensors")
+def columns(run: Path, cli: CliRunner) -> Any:
+    return load_file(cli.path / run / "survey.safetensors")
 
 
-def test_a_run_keeps_what_its_router_makes_of_every_training_image(shop: Shop, routed: Path) -> None:
-    kept = columns(routed, shop)
-    summary = json.loads((shop.path / routed / "summary.json").read_text())
+def test_a_run_keeps_what_its_router_makes_of_every_training_image(cli: CliRunner, routed: Path) -> None:
+    kept = columns(routed, cli)
+    summary = json.loads((cli.path / routed / "summary.json").read_text())
     assert summary["survey_seconds"] > 0
     assert kept["probability"].shape == (summary["images"], 4)
-    assert np.array_equal(kept["index"], load_file(shop.path / routed / "samples.safetensors")["index"])
-    measured = inspected(shop, routed)["measured"]
+    assert np.array_equal(kept["index"], load_file(cli.path / routed / "samples.safetensors")["index"])
+    measured = inspected(cli, routed)["measured"]
     assert (measured["source"], measured["value"], measured["split"]) == ("survey", "probability", "train")
     assert [spot["mean"] for spot in measured["spots"]] == pytest.approx(kept["probability"].mean(axis=0))
     assert measured["spots"][1] | {"mean": 0} == measured["spots"][1] | {
@@ -53,12 +53,12 @@ def test_a_run_keeps_what_its_router_makes_of_every_training_image(shop: Shop, r
     }  # fmt: skip
 
 
-def test_the_probabilities_are_those_of_the_policy_on_features_in_evaluation_mode(shop: Shop, routed: Path) -> None:
-    kept, words = columns(routed, shop), json.loads((shop.path / routed / "student" / "config.json").read_text())
+def test_the_probabilities_are_those_of_the_policy_on_features_in_evaluation_mode(cli: CliRunner, routed: Path) -> None:
+    kept, words = columns(routed, cli), json.loads((cli.path / routed / "student" / "config.json").read_text())
     from sakd_cli.config.resolve import ConfigSource, resolve
     from sakd_cli.rundir import RunDir
 
-    run = RunDir(shop.path / routed)
+    run = RunDir(cli.path / routed)
     config = resolve("distill", [ConfigSource("run", run.config)]).config
     split = load_images(config.data).train
     mean, std = (torch.tensor(words[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -78,18 +78,18 @@ def test_the_probabilities_are_those_of_the_policy_on_features_in_evaluation_mod
 
 
 def test_the_fixed_paths_are_the_networks_alone_and_their_figures_those_of_the_summary(
-    shop: Shop, routed: Path
+    cli: CliRunner, routed: Path
 ) -> None:
-    figures = inspected(shop, routed)["measured"]["routed"]
-    summary = json.loads((shop.path / routed / "summary.json").read_text())
+    figures = inspected(cli, routed)["measured"]["routed"]
+    summary = json.loads((cli.path / routed / "summary.json").read_text())
     for network, path, known in (("student", "all_student", "headline"), ("teacher", "all_teacher", "teacher")):
         assert figures[path] == pytest.approx(figures[network], rel=1e-6)
         assert figures[network]["top1"] == pytest.approx(summary[known]["top1"])
     assert (figures["images"], figures["sampled"]["draws"]) == (100, 3)
 
 
-def test_live_on_the_same_images_says_the_same(shop: Shop, routed: Path) -> None:
-    kept, live = (inspected(shop, routed, *words)["measured"] for words in ([], ["--live"]))
+def test_live_on_the_same_images_says_the_same(cli: CliRunner, routed: Path) -> None:
+    kept, live = (inspected(cli, routed, *words)["measured"] for words in ([], ["--live"]))
     assert (live.pop("source"), kept.pop("source")) == ("live", "survey")
     assert live == kept
 
@@ -104,16 +104,16 @@ def test_live_on_the_same_images_says_the_same(shop: Shop, routed: Path) -> None
     ],
 )
 def test_other_images_are_measured_by_the_networks(
-    shop: Shop, routed: Path, words: list[str], split: str, images: int
+    cli: CliRunner, routed: Path, words: list[str], split: str, images: int
 ) -> None:
-    measured = inspected(shop, routed, *words)["measured"]
+    measured = inspected(cli, routed, *words)["measured"]
     assert (measured["source"], measured["split"], measured["images"]) == ("live", split, images)
     assert sum(path["share"] for path in measured["paths"]) == pytest.approx(1)
     assert sum(row["images"] for row in measured["difficulty"]["by_student_loss"]) == images
 
 
-def test_a_draw_depends_on_its_seed_alone(shop: Shop, routed: Path) -> None:
-    one, again, other = (inspected(shop, routed, "--sample", "--seed", seed)["measured"] for seed in (1, 1, 2))
+def test_a_draw_depends_on_its_seed_alone(cli: CliRunner, routed: Path) -> None:
+    one, again, other = (inspected(cli, routed, "--sample", "--seed", seed)["measured"] for seed in (1, 1, 2))
     assert one == again
     assert one["value"] == "draw"
     assert [spot["mean"] for spot in one["spots"]] == [spot["drawn"] for spot in one["spots"]]
@@ -123,46 +123,46 @@ def test_a_draw_depends_on_its_seed_alone(shop: Shop, routed: Path) -> None:
 
 @pytest.mark.parametrize(("router", "share"), [("always", 1.0), ("never", 0.0), ("random", 0.5)])
 def test_without_a_policy_the_rates_of_the_training_stand_in(
-    shop: Shop, taught_by: Any, router: str, share: float
+    cli: CliRunner, taught_by: Any, router: str, share: float
 ) -> None:
     run = taught_by(router)
-    assert not (shop.path / run / "survey.safetensors").exists()
-    measured = inspected(shop, run)["measured"]
+    assert not (cli.path / run / "survey.safetensors").exists()
+    measured = inspected(cli, run)["measured"]
     assert (measured["source"], measured["value"], measured["classes"]) == ("samples", "rate", None)
     assert measured["spots"][0]["mean"] == pytest.approx(share, abs=0.15)
-    assert "stands in" in shop.sakd("inspect-spots", run).out.replace("\n", " ")
-    live = inspected(shop, run, "--live")["measured"]
+    assert "stands in" in cli.sakd("inspect-spots", run).out.replace("\n", " ")
+    live = inspected(cli, run, "--live")["measured"]
     assert (live["source"], live["value"], live["paths"]) == ("live", "rate", None)
     assert live["spots"][0]["mean"] == measured["spots"][0]["mean"]
     assert live["routed"]["sampled"] is None
-    test = inspected(shop, run, "--split", "test")["measured"]
+    test = inspected(cli, run, "--split", "test")["measured"]
     assert (test["value"], test["spots"], test["classes"]) == (None, [], None)
-    assert "no value is known" in shop.sakd("inspect-spots", run, "--split", "test", "-q").out
+    assert "no value is known" in cli.sakd("inspect-spots", run, "--split", "test", "-q").out
 
 
-def test_anti_says_that_it_taught_the_others(shop: Shop, taught_by: Any) -> None:
-    measured = inspected(shop, taught_by("anti"))["measured"]
+def test_anti_says_that_it_taught_the_others(cli: CliRunner, taught_by: Any) -> None:
+    measured = inspected(cli, taught_by("anti"))["measured"]
     assert (measured["complement"], measured["value"]) == (True, "probability")
     assert any("taught the others" in note for note in measured["notes"])
 
 
 @pytest.fixture(scope="module")
-def taught_by(shop: Shop, taught: Said) -> Any:
+def taught_by(cli: CliRunner, pretrained: Result) -> Any:
     """The run of a router."""
 
     def run(router: str) -> str:
         words = ["--set", "router.teacher_bias=0"] if router == "anti" else []
-        said = shop.sakd(*PAIR, "--method", "kd", *TINY, "--router", router, *words, "-q", "--json")
-        return str(said.document["run"])
+        result = cli.sakd(*PAIR, "--method", "kd", *TINY, "--router", router, *words, "-q", "--json")
+        return str(result.document["run"])
 
     return run
 
 
-def test_csv_holds_every_figure_of_the_document(shop: Shop, routed: Path) -> None:
-    document = inspected(shop, routed)
-    said = shop.sakd("inspect-spots", str(routed), "--csv", "-q")
-    header, *rows = csv.reader(io.StringIO(said.out))
-    assert (tuple(header), said.err) == (CSV_HEADER, "")
+def test_csv_holds_every_figure_of_the_document(cli: CliRunner, routed: Path) -> None:
+    document = inspected(cli, routed)
+    result = cli.sakd("inspect-spots", str(routed), "--csv", "-q")
+    header, *rows = csv.reader(io.StringIO(result.out))
+    assert (tuple(header), result.err) == (CSV_HEADER, "")
     known = {tuple(row[:4]): row[4] for row in rows}
     assert len(known) == len(rows), "no figure stands twice"
     measured = document["measured"]
@@ -179,33 +179,33 @@ def test_csv_holds_every_figure_of_the_document(shop: Shop, routed: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_one_record_per_image_on_request(shop: Shop, routed: Path, tmp_path: Path, kind: str) -> None:
+def test_one_record_per_image_on_request(cli: CliRunner, routed: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / f"records.{kind}"
-    assert shop.sakd("inspect-spots", str(routed), "--samples", str(file), "-q").out == ""
+    assert cli.sakd("inspect-spots", str(routed), "--samples", str(file), "-q").out == ""
     text = file.read_text()
     records = (
         [json.loads(line) for line in text.splitlines()] if kind == "jsonl" else list(csv.DictReader(io.StringIO(text)))
     )
-    kept = columns(routed, shop)
+    kept = columns(routed, cli)
     assert len(records) == len(kept["index"])
     assert float(records[7]["p_logits"]) == pytest.approx(float(kept["probability"][7, 3]))
     assert int(records[7]["index"]) == kept["index"][7]
 
 
-def test_a_damaged_survey_is_told_and_never_shown(shop: Shop, routed: Path) -> None:
-    run = shop.path / "hurt"
-    shutil.copytree(shop.path / routed, run)
+def test_a_damaged_survey_is_told_and_never_shown(cli: CliRunner, routed: Path) -> None:
+    run = cli.path / "hurt"
+    shutil.copytree(cli.path / routed, run)
     sound = (run / "survey.safetensors").read_bytes()
     for damage in (b"", b"{}", sound[:-9], sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]):
         (run / "survey.safetensors").write_bytes(damage)
-        shop.refuses(["inspect-spots", str(run)], 2, "damaged")
-    assert inspected(shop, run, "--live")["measured"]["source"] == "live"
+        cli.assert_rejects(["inspect-spots", str(run)], 2, "damaged")
+    assert inspected(cli, run, "--live")["measured"]["source"] == "live"
     (run / "survey.safetensors").unlink()
-    assert inspected(shop, run)["measured"]["source"] == "samples"
+    assert inspected(cli, run)["measured"]["source"] == "samples"
     (run / "samples.safetensors").write_bytes(b"no tensors")
-    assert inspected(shop, run)["measured"] is None
+    assert inspected(cli, run)["measured"] is None
     shutil.rmtree(run / "checkpoints")
-    shop.refuses(["inspect-spots", str(run), "--live", "-q"], 4, "manifest is missing")
+    cli.assert_rejects(["inspect-spots", str(run), "--live", "-q"], 4, "manifest is missing")
 
 
 WRONG = """
@@ -220,11 +220,11 @@ WRONG = """
 
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())
-def test_a_mistake_costs_one_line(shop: Shop, routed: Path, case: str) -> None:
+def test_a_mistake_costs_one_line(cli: CliRunner, routed: Path, case: str) -> None:
     words, text = (part.strip() for part in case.split("|"))
-    shop.refuses(["inspect-spots", str(routed), *words.split()], 2, text)
+    cli.assert_rejects(["inspect-spots", str(routed), *words.split()], 2, text)
 
 
-def test_the_images_of_other_classes_are_refused(shop: Shop, routed: Path) -> None:
+def test_the_images_of_other_classes_are_refused(cli: CliRunner, routed: Path) -> None:
     words = ["--dataset", "cifar10", "--set", "data.download=false", "--data-root", "nowhere", "-q"]
-    shop.refuses(["inspect-spots", str(routed), *words], 3, "cifar10: files not found")
+    cli.assert_rejects(["inspect-spots", str(routed), *words], 3, "cifar10: files not found")

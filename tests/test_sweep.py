@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 import yaml
-from conftest import Said, Shop
-from nursery import Child, Nursery
+from conftest import CliRunner, Result
+from fork_server import Child, ForkServer
 
 from sakd_cli.cli import sweep
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
@@ -31,14 +31,14 @@ GRID: dict[str, Any] = {
 
 
 @final
-class Warm(Executor):
-    """Carries out jobs one by one in forks of a warm process, which spares them torch's import."""
+class ForkExecutor(Executor):
+    """Carries out jobs one by one in forks of a loaded process, which spares them torch's import."""
 
-    def __init__(self, warm: Nursery) -> None:
-        self.warm, self.waiting, self.made = warm, list[Job](), list[str]()
+    def __init__(self, fork_server: ForkServer) -> None:
+        self.fork_server, self.waiting, self.made = fork_server, list[Job](), list[str]()
 
     def about(self) -> str:
-        return "a nursery"
+        return "forks"
 
     def room(self) -> int:
         return 1 - len(self.waiting)
@@ -50,7 +50,7 @@ class Warm(Executor):
     def ended(self) -> list[Ended]:
         over = []
         for job in self.waiting:
-            child: Child = self.warm.sakd(*job.words)
+            child: Child = self.fork_server.sakd(*job.words)
             job.log.write_text(child.err)
             over.append(Ended(job.key, child.code or 0))
         self.waiting = []
@@ -63,7 +63,7 @@ class Warm(Executor):
         assert not self.waiting
 
 
-Run = Callable[..., tuple[Said, list[str]]]
+Run = Callable[..., tuple[Result, list[str]]]
 
 
 @contextmanager
@@ -72,34 +72,36 @@ def by(executor: Executor) -> Iterator[None]:
         yield
 
 
-def runner(shop: Shop, warm: Nursery) -> Run:
+def runner(cli: CliRunner, fork_server: ForkServer) -> Run:
     """Writes a file, sweeps it, and tells what was said and which runs were made."""
 
-    def sweep_it(words: dict[str, Any], *options: str) -> tuple[Said, list[str]]:
-        (shop.path / "mine.yaml").write_text(yaml.safe_dump(words))
-        executor = Warm(warm.at(shop.path))
+    def sweep_it(words: dict[str, Any], *options: str) -> tuple[Result, list[str]]:
+        (cli.path / "mine.yaml").write_text(yaml.safe_dump(words))
+        executor = ForkExecutor(fork_server.at(cli.path))
         with by(executor):
-            return shop.sakd("sweep", "mine.yaml", *options), executor.made
+            return cli.sakd("sweep", "mine.yaml", *options), executor.made
 
     return sweep_it
 
 
 @pytest.fixture(scope="module")
-def swept(full: Shop, teacher: Path, distilled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """A shop of its own that has the teacher and the adaptive run of the others, made by hand, and no more."""
-    shop = Shop(tmp_path_factory.mktemp("swept"))
-    for run in (teacher, full.path / distilled["run"]):
-        shutil.copytree(run, shop.path / "runs" / run.name)
-    return shop
+def swept(
+    trained_cli: CliRunner, teacher: Path, distilled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> CliRunner:
+    """A folder of its own that has the teacher and the adaptive run of the others, made by hand, and no more."""
+    cli = CliRunner(tmp_path_factory.mktemp("swept"))
+    for run in (teacher, trained_cli.path / distilled["run"]):
+        shutil.copytree(run, cli.path / "runs" / run.name)
+    return cli
 
 
 def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
-    swept: Shop, warm: Nursery, distilled: dict[str, Any], teacher: Path
+    swept: CliRunner, fork_server: ForkServer, distilled: dict[str, Any], teacher: Path
 ) -> None:
-    run = runner(swept, warm)
-    said, made = run(GRID | {"alone": True}, "--json", "--markdown", "table.md")
+    run = runner(swept, fork_server)
+    result, made = run(GRID | {"alone": True}, "--json", "--markdown", "table.md")
     assert [key.split(" resnet8:")[0] for key in made] == ["fitnet always", "fitnet random-matched"]
-    document = said.document
+    document = result.document
     SweepDocument.model_validate(document)
     runs = {row["key"]: row for row in document["runs"]}
     assert {row["state"] for row in runs.values()} == {"done"}
@@ -112,9 +114,9 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     assert document["published"] is None, "figures of CIFAR-100 do not stand beside shapes"
     assert "| fitnet | always |" in (swept.path / "table.md").read_text()
     before = swept.tree()
-    said, made = run(GRID | {"alone": True})
-    assert (said.code, made, said.err) == (0, [], "")
-    assert "nothing is claimed" in said.out
+    result, made = run(GRID | {"alone": True})
+    assert (result.code, made, result.err) == (0, [], "")
+    assert "nothing is claimed" in result.out
     assert {k: v for k, v in swept.tree().items() if k != "mine.yaml"} == {
         k: v for k, v in before.items() if k != "mine.yaml"
     }
@@ -126,8 +128,8 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     ]
 
 
-def test_a_dry_run_counts_times_and_writes_nothing(swept: Shop, warm: Nursery) -> None:
-    run = runner(swept, warm)
+def test_a_dry_run_counts_times_and_writes_nothing(swept: CliRunner, fork_server: ForkServer) -> None:
+    run = runner(swept, fork_server)
     words = GRID | {"methods": ["kd", "at"], "routers": ["always", "adaptive"], "seeds": 2}
     (swept.path / "mine.yaml").write_text(yaml.safe_dump(words))
     before = swept.tree()
@@ -148,13 +150,15 @@ def test_a_dry_run_counts_times_and_writes_nothing(swept: Shop, warm: Nursery) -
     assert all(text in table for text in ("nothing written", "9 runs: 1 finished", "GB of disk", "hours of cpu"))
 
 
-def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(swept: Shop, warm: Nursery) -> None:
-    run = runner(swept, warm)
+def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(
+    swept: CliRunner, fork_server: ForkServer
+) -> None:
+    run = runner(swept, fork_server)
     # The limit is not met by the words alone: the method finds it out with the number of images.
     words = GRID | {"methods": ["crd"], "per": {"adaptive crd": {"method": {"weight": 1e38}}}}
-    said, made = run(words, "--runs-dir", "others", "--json")
-    assert said.code == 7
-    document = json.loads(said.out)
+    result, made = run(words, "--runs-dir", "others", "--json")
+    assert result.code == 7
+    document = json.loads(result.out)
     states = {row["key"].split(" resnet8")[0]: row["state"] for row in document["runs"]}
     assert states == {
         "teacher": "done",
@@ -164,36 +168,40 @@ def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(swept: 
     }
     [failed] = [row["error"] for row in document["runs"] if row["state"] == "failed"]
     assert "exit code 7" in failed
-    assert "1 of 4 runs failed, 1 that wait for them were not made; crd adaptive" in said.err
-    said, made = run(words, "--runs-dir", "others")
-    assert (said.code, made) == (7, [])
-    assert "Failed" in said.out
-    said, made = run(words, "--runs-dir", "others", "--retry-failed", "--quiet")
-    assert (said.code, made) == (7, ["crd adaptive resnet8:resnet8 seed 0"])
+    assert "1 of 4 runs failed, 1 that wait for them were not made; crd adaptive" in result.err
+    result, made = run(words, "--runs-dir", "others")
+    assert (result.code, made) == (7, [])
+    assert "Failed" in result.out
+    result, made = run(words, "--runs-dir", "others", "--retry-failed", "--quiet")
+    assert (result.code, made) == (7, ["crd adaptive resnet8:resnet8 seed 0"])
 
 
-def test_a_run_that_a_signal_keeps_ending_is_tried_three_times_and_not_remembered(swept: Shop, warm: Nursery) -> None:
+def test_a_run_that_a_signal_keeps_ending_is_tried_three_times_and_not_remembered(
+    swept: CliRunner, fork_server: ForkServer
+) -> None:
     (swept.path / "mine.yaml").write_text(yaml.safe_dump(GRID | {"methods": ["pkt"], "routers": ["always"]}))
-    executor = Warm(warm)
+    executor = ForkExecutor(fork_server)
     with (
-        mock.patch.object(warm, "sakd", return_value=mock.Mock(code=-9, err="")),
+        mock.patch.object(fork_server, "sakd", return_value=mock.Mock(code=-9, err="")),
         by(executor),
     ):
-        said = swept.sakd("sweep", "mine.yaml", "--quiet")
-    assert (said.code, len(executor.made)) == (137, 3)
-    assert "killed by signal 9" in said.err
+        result = swept.sakd("sweep", "mine.yaml", "--quiet")
+    assert (result.code, len(executor.made)) == (137, 3)
+    assert "killed by signal 9" in result.err
     assert not list((swept.path / "runs" / "sweeps" / "mine" / "failed").iterdir())
 
 
-def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(swept: Shop, warm: Nursery, tmp_path: Path) -> None:
+def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
+    swept: CliRunner, fork_server: ForkServer, tmp_path: Path
+) -> None:
     """With real child processes."""
-    shop = Shop(tmp_path)
+    cli = CliRunner(tmp_path)
     shutil.copytree(swept.path / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("sweeps"))
     common = GRID["common"] | {"train": {"epochs": 10}, "log_every": 1}
     words = GRID | {"methods": ["kd"], "routers": ["always"], "common": common, "teachers": {"train": {"epochs": 1}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(words))
     begun = {path.name for path in (tmp_path / "runs").iterdir()}
-    child = warm.at(tmp_path).start("sweep", "mine.yaml")
+    child = fork_server.at(tmp_path).start("sweep", "mine.yaml")
     child.signal_when("running  kd always", 0)
     while not [new for new in set((tmp_path / "runs").glob("*/metrics.jsonl")) if new.parent.name not in begun]:
         assert child.err.count("error") == 0
@@ -203,9 +211,9 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(swept: Shop, warm: 
     [path] = {path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if path.parent.name not in begun}
     assert (path / "checkpoints" / "last" / "manifest.json").is_file()
     words["common"]["train"] = {"epochs": 10}
-    executor = Warm(warm.at(tmp_path))
+    executor = ForkExecutor(fork_server.at(tmp_path))
     with by(executor):
-        document = shop.sakd("sweep", "mine.yaml", "--json").document
+        document = cli.sakd("sweep", "mine.yaml", "--json").document
     [row] = [row for row in document["runs"] if row["role"] == "student"]
     assert (row["run"], row["resumed"], row["state"]) == (f"runs/{path.name}", True, "done")
 
@@ -226,9 +234,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_what_cannot_be_is_told_before_anything_starts(swept: Shop, text: str) -> None:
+def test_what_cannot_be_is_told_before_anything_starts(swept: CliRunner, text: str) -> None:
     (swept.path / "wrong.yaml").write_text(yaml.safe_dump(GRID | REFUSED[text]))
-    swept.refuses(["sweep", "wrong.yaml"], 2, text)
+    swept.assert_rejects(["sweep", "wrong.yaml"], 2, text)
 
 
 OPTIONS = {
@@ -241,14 +249,16 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("text", OPTIONS)
-def test_options_that_cannot_be_are_told_too(swept: Shop, text: str) -> None:
+def test_options_that_cannot_be_are_told_too(swept: CliRunner, text: str) -> None:
     (swept.path / "wrong.yaml").write_text(yaml.safe_dump(GRID | {"methods": ["nst"]}))
-    swept.refuses(["sweep", "wrong.yaml", *OPTIONS[text]], 2, text)
+    swept.assert_rejects(["sweep", "wrong.yaml", *OPTIONS[text]], 2, text)
 
 
-def test_what_cannot_be_is_skipped_with_its_reason_where_the_file_says_so(swept: Shop, warm: Nursery) -> None:
+def test_what_cannot_be_is_skipped_with_its_reason_where_the_file_says_so(
+    swept: CliRunner, fork_server: ForkServer
+) -> None:
     words = GRID | {"methods": ["fitnet", "fsp"], "pairs": ["resnet8x4:resnet8"], "impossible": "skip"}
-    plan = runner(swept, warm)(words, "--dry-run", "--measure", "0", "--json", "--quiet")[0].document
+    plan = runner(swept, fork_server)(words, "--dry-run", "--measure", "0", "--json", "--quiet")[0].document
     assert [row["what"] for row in plan["skipped"]] == ["fsp resnet8x4:resnet8"]
     assert not [row for row in plan["rows"] if row["what"].startswith("fsp")]
 

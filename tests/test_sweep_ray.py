@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nursery import ROOT, fingerprint
+from fork_server import ROOT, fingerprint
 
 pytestmark = pytest.mark.ray
 PORT = "26379"

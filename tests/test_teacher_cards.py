@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Shop
+from conftest import TINY, CliRunner
 
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import sha256
@@ -21,7 +21,7 @@ def card(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def copied(shop: Shop, teacher: Path, tmp_path: Path) -> Path:
+def copied(cli: CliRunner, teacher: Path, tmp_path: Path) -> Path:
     """The teacher's folder, to be spoilt."""
     return Path(shutil.copytree(teacher / "teacher", tmp_path / "teacher"))
 
@@ -40,42 +40,42 @@ def test_a_teacher_carries_its_accuracy_and_the_hash_of_its_weights(teacher: Pat
     assert f"Top-1 on 100 test images after the last epoch: {words['top1']:.2f} %" in told
 
 
-def test_the_students_card_names_its_teacher(full: Shop, teacher: Path, distilled: dict[str, Any]) -> None:
-    folder, theirs = full.path / distilled["run"] / "student", card(teacher / "teacher")
+def test_the_students_card_names_its_teacher(trained_cli: CliRunner, teacher: Path, distilled: dict[str, Any]) -> None:
+    folder, theirs = trained_cli.path / distilled["run"] / "student", card(teacher / "teacher")
     taught_by = card(folder)["teacher"]
     assert (taught_by["sha256"], taught_by["top1"]) == (theirs["sha256"], pytest.approx(theirs["top1"]))
     assert f"top-1 {theirs['top1']:.2f} %, SHA-256 `{theirs['sha256']}`" in (folder / "README.md").read_text()
 
 
-def test_a_gap_is_refused_unless_it_is_allowed(shop: Shop, copied: Path) -> None:
+def test_a_gap_is_refused_unless_it_is_allowed(cli: CliRunner, copied: Path) -> None:
     measured = card(copied)["top1"]
     claims(copied, top1=measured + 2)
     words = [*PAIR, "--teacher", str(copied)]
-    said = shop.refuses(
+    result = cli.assert_rejects(
         [*words, "-q"], 2, f"top-1 {measured:.2f} % on 100 test images, its card says {measured + 2:.2f} %"
     )
-    assert "--allow-teacher-mismatch" in said.err
+    assert "--allow-teacher-mismatch" in result.err
     runs_dir = ["--runs-dir", str(copied / "runs")]
-    said = shop.sakd(*words, *runs_dir, "--allow-teacher-mismatch", "--json")
-    assert said.document["teacher"]["top1"] == measured
-    assert said.err.count("taken as it is") == 1
-    run = said.document["run"]
-    assert shop.sakd("distill", "--resume", run).code == 0
+    result = cli.sakd(*words, *runs_dir, "--allow-teacher-mismatch", "--json")
+    assert result.document["teacher"]["top1"] == measured
+    assert result.err.count("taken as it is") == 1
+    run = result.document["run"]
+    assert cli.sakd("distill", "--resume", run).code == 0
 
 
-def test_a_card_of_other_weights_is_refused_before_anything_is_tried(shop: Shop, copied: Path) -> None:
+def test_a_card_of_other_weights_is_refused_before_anything_is_tried(cli: CliRunner, copied: Path) -> None:
     claims(copied, sha256="0" * 64)
-    shop.refuses([*PAIR, "--teacher", str(copied), "--dry-run"], 2, "is the card of other weights")
-    shop.refuses([*PAIR, "--teacher", str(copied), "--allow-teacher-mismatch"], 2, "is the card of other weights")
+    cli.assert_rejects([*PAIR, "--teacher", str(copied), "--dry-run"], 2, "is the card of other weights")
+    cli.assert_rejects([*PAIR, "--teacher", str(copied), "--allow-teacher-mismatch"], 2, "is the card of other weights")
 
 
-def test_what_cannot_be_compared_is_said_once(shop: Shop, copied: Path) -> None:
+def test_what_cannot_be_compared_is_said_once(cli: CliRunner, copied: Path) -> None:
     elsewhere = ["--runs-dir", str(copied / "runs")]
-    said = shop.sakd(*PAIR, "--teacher", str(copied), *elsewhere, "--set", "data.test=60")
-    assert said.err.count("which is of 100 test images of shapes; here are 60 test images of shapes") == 1, said.err
+    result = cli.sakd(*PAIR, "--teacher", str(copied), *elsewhere, "--set", "data.test=60")
+    assert result.err.count("which is of 100 test images of shapes; here are 60 test images of shapes") == 1, result.err
     (copied / "config.json").unlink()
-    said = shop.sakd(*PAIR, "--teacher", str(copied / "model.safetensors"), *elsewhere)
-    assert (said.code, said.err.count("no card beside")) == (0, 1), said.err
+    result = cli.sakd(*PAIR, "--teacher", str(copied / "model.safetensors"), *elsewhere)
+    assert (result.code, result.err.count("no card beside")) == (0, 1), result.err
 
 
 def test_two_tenths_of_a_point_or_one_image() -> None:

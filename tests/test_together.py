@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIR, TINY, Shop
-from nursery import Nursery
+from conftest import PAIR, TINY, CliRunner
+from fork_server import ForkServer
 from safetensors.torch import load_file
 
 from sakd_cli.config.resolve import flat
@@ -20,15 +20,15 @@ from sakd_cli.rundir import RunDir, all_runs
 from sakd_cli.sweep.subprocesses import Order, run_together
 
 
-class Ear:
-    """Hears what is said; asks for nothing."""
+class RecordingReporter:
+    """Records messages and warnings; never asks a run to stop."""
 
     quiet = False
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.warned: list[str] = []
-        self.say, self.warn = self.said.append, self.warned.append
+        self.say, self.warn = self.messages.append, self.warned.append
 
 
 PYTHON = [sys.executable, "-c"]
@@ -45,17 +45,17 @@ sys.exit(130)
 """
 
 
-def together(programs: list[str], ear: Ear, jobs: int = 9) -> list[dict[str, Any]]:
+def together(programs: list[str], recorder: RecordingReporter, jobs: int = 9) -> list[dict[str, Any]]:
     orders = [Order(f"run {place}", [program]) for place, program in enumerate(programs)]
-    return run_together(orders, ear, jobs=jobs, again="sakd ...", program=lambda words: [*PYTHON, *words])
+    return run_together(orders, recorder, jobs=jobs, again="sakd ...", program=lambda words: [*PYTHON, *words])
 
 
 def test_documents_come_in_order_and_talk_with_a_name() -> None:
-    ear = Ear()
+    recorder = RecordingReporter()
     programs = [f"import time; time.sleep({0.2 * (3 - k)}); print('{{\"k\": {k}}}')" for k in range(3)]
     programs[1] += "; import sys; print('epoch 1\\nwarning: odd', file=sys.stderr)"
-    assert together(programs, ear) == [{"k": 0}, {"k": 1}, {"k": 2}]
-    assert (ear.said, ear.warned) == (["run 1: epoch 1"], ["run 1: odd"])
+    assert together(programs, recorder) == [{"k": 0}, {"k": 1}, {"k": 2}]
+    assert (recorder.messages, recorder.warned) == (["run 1: epoch 1"], ["run 1: odd"])
 
 
 def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(monkeypat
     monkeypatch.delenv("OMP_NUM_THREADS")
     program = "import json, os, time; a = time.time(); time.sleep(0.2); print(json.dumps({'time': [a, time.time()],"
     program += "'threads': os.environ['OMP_NUM_THREADS'], 'words': [k for k in os.environ if k.startswith('SAKD_')]}))"
-    found = together([program] * 4, Ear(), jobs=2)
+    found = together([program] * 4, RecordingReporter(), jobs=2)
     for one in found:
         assert sum(other["time"][0] <= one["time"][0] < other["time"][1] for other in found) <= 2
     assert {one["threads"] for one in found} == {"4"}
@@ -72,35 +72,37 @@ def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(monkeypat
 
 
 def test_one_that_fails_stops_no_other_and_its_words_and_code_are_told() -> None:
-    ear = Ear()
+    recorder = RecordingReporter()
     fails = "import sys; print('error: no room\\nhint: tidy up', file=sys.stderr); sys.exit(5)"
     ends = "import time; time.sleep(0.3); import sys; print('finished', file=sys.stderr); print('{}')"
     with pytest.raises(SeriesError, match="2 of 3 runs failed; run 0: no room") as caught:
-        together([fails, ends, "import sys; sys.exit(3)"], ear)
+        together([fails, ends, "import sys; sys.exit(3)"], recorder)
     assert caught.value.exit_code == 5
-    assert "run 1: finished" in ear.said
-    assert set(ear.warned) == {"run 0: no room", "run 2: left with exit code 3"}
+    assert "run 1: finished" in recorder.messages
+    assert set(recorder.warned) == {"run 0: no room", "run 2: left with exit code 3"}
     with pytest.raises(SeriesError) as caught:
-        together([fails, "import sys; sys.exit(1)"], ear)
+        together([fails, "import sys; sys.exit(1)"], recorder)
     assert caught.value.exit_code == 1, "a bug is worse than any mistake"
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_reaches_all_as_often_as_it_comes_and_starts_no_other(times: int) -> None:
-    ear = Ear()
+    recorder = RecordingReporter()
 
     def send() -> None:
         for _ in range(times):
-            while len(ear.said) < 2:
+            while len(recorder.messages) < 2:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
 
     threading.Thread(target=send).start()
     with pytest.raises(Stopped) as caught:
-        together([NOTES_SIGNALS.replace("WANTED", str(times))] * 3, ear, jobs=2)
+        together([NOTES_SIGNALS.replace("WANTED", str(times))] * 3, recorder, jobs=2)
     assert (caught.value.exit_code, caught.value.hint) == (143, "go on with sakd ...")
-    assert sorted(line for line in ear.said if "got" in line) == [f"run {k}: got {[15] * times}" for k in (0, 1)]
+    assert sorted(line for line in recorder.messages if "got" in line) == [
+        f"run {k}: got {[15] * times}" for k in (0, 1)
+    ]
 
 
 def contents(run: Path) -> dict[str, Any]:
@@ -115,13 +117,13 @@ def contents(run: Path) -> dict[str, Any]:
 
 
 def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
-    full: Shop, teacher: Path, tmp_path: Path, warm: Nursery
+    trained_cli: CliRunner, teacher: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     words = [*PAIR, *TINY, "--method", "kd", "--epochs", "3", "--set", "save_every=1", "--set", "data.train=100"]
     words += ["--set", "data.test=40", "--teacher", str(teacher), "--seeds", "2"]
-    alone = full.sakd(*words, "--runs-dir", str(tmp_path / "alone"), "--quiet", "--json").document
+    alone = trained_cli.sakd(*words, "--runs-dir", str(tmp_path / "alone"), "--quiet", "--json").document
     here = ["--runs-dir", str(tmp_path / "at once")]
-    child = warm.at(full.path).start(*words, *here, "--together")
+    child = fork_server.at(trained_cli.path).start(*words, *here, "--together")
     for seed in (0, 1):
         child.signal_when(f"adaptive, seed {seed}: epoch 1", 0)
     os.kill(child.pid, signal.SIGINT)
@@ -132,7 +134,7 @@ def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
     assert all((run.path / "checkpoints" / "last").is_dir() for run in begun)
     assert not all(run.finished for run in begun)
     again = [*words, *here, "--resume", "auto", "--quiet", "--json"]
-    document = full.sakd(*again).document
+    document = trained_cli.sakd(*again).document
     assert len(all_runs(tmp_path / "at once")) == 2
     for ours, theirs in zip(document["runs"], alone["runs"], strict=True):
         one, other = contents(Path(ours["run"])), contents(Path(theirs["run"]))
@@ -141,5 +143,5 @@ def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
             assert torch.equal(part, other[name]) if isinstance(part, torch.Tensor) else part == other[name], name
         configs = [flat(RunDir(Path(row["run"])).config) for row in (ours, theirs)]
         assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"runs_dir"}
-    finished = full.sakd(*again, "--together").document
+    finished = trained_cli.sakd(*again, "--together").document
     assert finished["runs"] == document["runs"], "each process finds its own run and has nothing left to do"

@@ -1,7 +1,7 @@
-"""A warm process that forks one child per command, so that real processes can be killed without paying torch's import.
+"""A process with torch loaded forks one child per command, so that real processes can be killed and still start fast.
 
 {"sakd": [...], "cwd": PATH, ...}   ->  pid of a child that runs `sakd WORDS`; with its stdout and stderr in the files
-                                        `NAME.out` and `NAME.err`; `Trouble` says what else may befall it
+                                        `NAME.out` and `NAME.err`; `Faults` says what else happens to it
 {"wait": PID}                       ->  its exit code (-N where signal N ended it), peak memory in kB, seconds of a core
 """
 
@@ -26,29 +26,29 @@ TOUCHES = ((os, "fsync"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree")
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """What befalls a command.
+class Faults:
+    """Faults that are injected into a command.
 
-    crash      it dies at the N-th touch of the disk
-    fail       (N, errno): the N-th touch that needs room, and every one after it, fails with this error
-    file_size  no file may grow larger than this (RLIMIT_FSIZE)
-    memory     it may not reserve more than this (RLIMIT_AS)
-    reader     "gone": nobody reads its stdout; "file": stdout is a file
-    words      environment variables; None removes one
+    crash        it dies at the N-th touch of the disk
+    fail         (N, errno): the N-th touch that needs room, and every one after it, fails with this error
+    file_size    no file may grow larger than this (RLIMIT_FSIZE)
+    memory       it may not reserve more than this (RLIMIT_AS)
+    stdout       "closed": nobody reads it any more; "file": it goes to a file
+    environment  environment variables; None removes one
     """
 
     crash: int = 0
     fail: tuple[int, int] | None = None
     file_size: int | None = None
     memory: int | None = None
-    reader: str = "file"
-    words: dict[str, str | None] = field(default_factory=dict)
+    stdout: str = "file"
+    environment: dict[str, str | None] = field(default_factory=dict)
 
 
-class Nursery:
+class ForkServer:
     """The test's end of it; `at` another folder it is the same process."""
 
-    def __init__(self, cwd: Path, shared: "Nursery | None" = None) -> None:
+    def __init__(self, cwd: Path, shared: "ForkServer | None" = None) -> None:
         self.cwd = cwd
         if shared is not None:
             self.process, self.logs = shared.process, shared.logs
@@ -60,16 +60,16 @@ class Nursery:
         )
         self.logs = Path(tempfile.mkdtemp())
 
-    def at(self, cwd: Path) -> "Nursery":
-        return Nursery(cwd, self)
+    def at(self, cwd: Path) -> "ForkServer":
+        return ForkServer(cwd, self)
 
-    def start(self, *words: str, trouble: Trouble | None = None) -> "Child":
+    def start(self, *words: str, faults: Faults | None = None) -> "Child":
         name = str(self.logs / f"{time.monotonic_ns()}")
-        order = {"sakd": words, "cwd": str(self.cwd), "name": name} | asdict(trouble or Trouble())
+        order = {"sakd": words, "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
         return Child(self, int(self.ask(order)), name)
 
-    def sakd(self, *words: str, trouble: Trouble | None = None) -> "Child":
-        child = self.start(*words, trouble=trouble)
+    def sakd(self, *words: str, faults: Faults | None = None) -> "Child":
+        child = self.start(*words, faults=faults)
         child.wait()
         return child
 
@@ -92,10 +92,10 @@ class Nursery:
             for of in [path.lstat()]
         }
 
-    def refuses(self, words: list[str], code: int, text: str, trouble: Trouble | None = None) -> "Child":
+    def assert_rejects(self, words: list[str], code: int, text: str, faults: Faults | None = None) -> "Child":
         """One line of error, at most one of hint, the exit code, and nothing written."""
         before = self.tree()
-        child = self.sakd(*words, trouble=trouble)
+        child = self.sakd(*words, faults=faults)
         lines = child.err.splitlines()
         assert (child.code, child.out) == (code, ""), child.err
         assert [line.partition(":")[0] for line in lines] in (["error"], ["error", "hint"]), child.err
@@ -108,10 +108,10 @@ class Nursery:
 class Child:
     """One command."""
 
-    def __init__(self, nursery: Nursery, pid: int, name: str) -> None:
-        self.nursery, self.pid, self._name = nursery, pid, name
+    def __init__(self, fork_server: ForkServer, pid: int, name: str) -> None:
+        self.fork_server, self.pid, self._name = fork_server, pid, name
         self.code: int | None = None
-        self.peak, self.effort = 0, 0.0  # bytes; seconds of a core
+        self.peak, self.cpu_seconds = 0, 0.0  # bytes; seconds of a core
 
     @property
     def out(self) -> str:
@@ -122,7 +122,7 @@ class Child:
         return Path(self._name + ".err").read_text(encoding="utf-8")
 
     def wait(self) -> int:
-        self.code, kilobytes, self.effort = self.nursery.ask({"wait": self.pid})
+        self.code, kilobytes, self.cpu_seconds = self.fork_server.ask({"wait": self.pid})
         self.peak = 1024 * kilobytes
         return int(self.code)
 
@@ -144,7 +144,7 @@ def fingerprint(run: Path) -> dict[str, str]:
     return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(kept)}
 
 
-def _troubled(place: Any, name: str, countdown: list[int], fail: int | None) -> None:
+def _inject_at(place: Any, name: str, countdown: list[int], fail: int | None) -> None:
     """Let the N-th touch fail, or let the process die instead of it; bytes not flushed by then are lost with it."""
     original: Callable[..., Any] = getattr(place, name)
 
@@ -161,21 +161,21 @@ def _troubled(place: Any, name: str, countdown: list[int], fail: int | None) -> 
     setattr(place, name, touched)
 
 
-def _befall(order: dict[str, Any]) -> None:
-    """Make the trouble that was ordered."""
+def _inject(order: dict[str, Any]) -> None:
+    """Inject the faults of an order."""
     fail = order["fail"]
     if order["crash"] or fail:
         countdown = [fail[0] if fail else order["crash"]]
         for place, name in TOUCHES:
             if not fail or name not in ("rmtree", "truncate"):  # a full disk lets one delete
-                _troubled(place, name, countdown, fail[1] if fail else None)
+                _inject_at(place, name, countdown, fail[1] if fail else None)
     for kind, most in ((resource.RLIMIT_FSIZE, order["file_size"]), (resource.RLIMIT_AS, order["memory"])):
         if most is not None:
             resource.setrlimit(kind, (most, most))
-    for name, word in order["words"].items():
+    for name, value in order["environment"].items():
         os.environ.pop(name, None)
-        if word is not None:
-            os.environ[name] = word
+        if value is not None:
+            os.environ[name] = value
 
 
 def _run(order: dict[str, Any]) -> None:
@@ -184,11 +184,11 @@ def _run(order: dict[str, Any]) -> None:
     os.chdir(order["cwd"])
     for number, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{order['name']}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if order["reader"] == "gone":
+    if order["stdout"] == "closed":
         nobody, ours = os.pipe()
         os.close(nobody)
         os.dup2(ours, 1)
-    _befall(order)
+    _inject(order)
     sys.argv = ["sakd", *order["sakd"]]
     try:
         app.main()
@@ -201,7 +201,14 @@ def _run(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import torch
 
-    for module in ("cli.app", "tasks.run", "tasks.importing", "tasks.score", "report.spots", "report.tables"):
+    for module in (
+        "cli.app",
+        "runs.launch",
+        "export.import_weights",
+        "runs.evaluate",
+        "report.spots.log",
+        "report.runs.tables",
+    ):
         importlib.import_module(f"sakd_cli.{module}")
     assert torch.get_num_threads() == 1, "a process with threads must not be forked"
     for line in sys.stdin:
