@@ -115,12 +115,12 @@ def pretrain_teacher(
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
-    watcher: "Reporter | None" = None,
+    reporter: "Reporter | None" = None,
 ) -> RunResult:
     """Train one network with cross-entropy: a teacher, or a student alone; `sakd pretrain-teacher`.
 
     resume   a run directory, or `"auto"`: the newest run of these words is gone on with, or left alone where finished
-    watcher  is told of every step that is logged, and may stop the run; None: nobody
+    reporter  is told of every step that is logged, and may stop the run; None: nobody
     """
     words, intent = resolve_command("pretrain", {"set_": (), **_given(locals(), "model")})
     if intent.finished:
@@ -128,7 +128,7 @@ def pretrain_teacher(
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.tasks.sessions import Session
 
-    run, summary = Session(watcher or NullReporter()).pretrained(words, intent)
+    run, summary = Session(reporter or NullReporter()).pretrained(words, intent)
     return RunResult(run.path, summary)
 
 
@@ -152,13 +152,13 @@ def distill(
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
-    watcher: "Reporter | None" = None,
+    reporter: "Reporter | None" = None,
 ) -> RunResult:
     """Train a student from a teacher, deciding per sample and step where it learns; `sakd distill`.
 
     teacher   an architecture (its newest finished run), a run directory, or a weights file or folder
     pretrain  train the teacher first where no finished run of it is there
-    resume, watcher   as for `pretrain_teacher`
+    resume, reporter   as for `pretrain_teacher`
     """
     own = ("teacher", "student", "method", "router", "pretrain")
     words, intent = resolve_command("distill", {"set_": (), **_given(locals(), *own)})
@@ -167,7 +167,7 @@ def distill(
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.tasks.sessions import Session
 
-    run, summary = Session(watcher or NullReporter(), resume is not None).distilled(words, intent)
+    run, summary = Session(reporter or NullReporter(), resume is not None).distilled(words, intent)
     return RunResult(run.path, summary)
 
 
@@ -181,7 +181,7 @@ def evaluate(
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
     runs_dir: str | Path | None = None,
-    watcher: "Reporter | None" = None,
+    reporter: "Reporter | None" = None,
 ) -> Evaluation | EnsembleEvaluation:
     """Judge a trained network on the test images, as `sakd eval --json` says it.
 
@@ -195,7 +195,7 @@ def evaluate(
     from sakd_cli.runs.evaluate_ensemble import evaluations
 
     compelled = teacher is not None
-    (document,) = evaluations(found, given, watcher or NullReporter(), compelled=compelled, early=early)
+    (document,) = evaluations(found, given, reporter or NullReporter(), compelled=compelled, early=early)
     kind = EnsembleEvaluation if is_ensemble(found[0][0]) else Evaluation
     return kind.model_validate(document)
 
@@ -213,7 +213,7 @@ def inspect_spots(
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
     runs_dir: str | Path | None = None,
-    watcher: "Reporter | None" = None,
+    reporter: "Reporter | None" = None,
 ) -> SpotsDocument:
     """Where knowledge flowed in a distillation, as `sakd inspect-spots --json` says it; needs no torch.
 
@@ -224,7 +224,7 @@ def inspect_spots(
     """
     words = _texts(locals(), "dataset", "data_root", "device", "settings", "runs_dir") | {"live": live}
     where = run_to_look_at(None if run is None else Path(run), words)
-    survey = looked_at(where, words, split, watcher, seed=seed, kept=extremes)
+    survey = looked_at(where, words, split, reporter, seed=seed, kept=extremes)
     document = measure.spot_document(where, survey, sample=sample, seed=seed, extremes=extremes)
     return SpotsDocument.model_validate(document)
 
@@ -242,7 +242,7 @@ def run_to_look_at(named: Path | None, words: Mapping[str, Any]) -> RunDir:
 
 
 def looked_at(
-    run: RunDir, words: Mapping[str, Any], split: Split, watcher: "Reporter | None", *, seed: int, kept: int
+    run: RunDir, words: Mapping[str, Any], split: Split, reporter: "Reporter | None", *, seed: int, kept: int
 ) -> Survey | None:
     """What the run kept by image, or what its networks say now where the words ask for that."""
     data = run.config.get("data")
@@ -254,7 +254,7 @@ def looked_at(
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.survey import live
 
-    return survey_of(run, live(run, sources.layers(words), split, watcher or NullReporter(), seed=seed, kept=kept))
+    return survey_of(run, live(run, sources.layers(words), split, reporter or NullReporter(), seed=seed, kept=kept))
 
 
 _TRAINING = (

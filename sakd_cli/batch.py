@@ -7,10 +7,10 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 
-class Known(Protocol):
+class Precomputed(Protocol):
     """Tensors [B, ...] that were computed of a batch's images before its step; the task knows what they are."""
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed."""
 
 
@@ -36,20 +36,20 @@ class Batch:
     index: Tensor
     noise: Tensor
     view: Tensor | None = None
-    known: Known | None = None
-    whole: int | None = None
-    share: float = 1.0
+    precomputed: Precomputed | None = None
+    global_size: int | None = None
+    shard_weight: float = 1.0
 
     @property
     def size(self) -> int:
         """Samples of the whole batch."""
-        return len(self.labels) if self.whole is None else self.whole
+        return len(self.labels) if self.global_size is None else self.global_size
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor [B, ...] changed."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
-        return replace(self, **changed, known=None if self.known is None else self.known.each(change))
+        return replace(self, **changed, precomputed=None if self.precomputed is None else self.precomputed.map(change))
 
 
 @dataclass(frozen=True, slots=True)

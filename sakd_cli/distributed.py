@@ -123,7 +123,7 @@ def all_reduce_sum_with_grad(x: Tensor, batch: Batch) -> Tensor:
     """Sum over the processes of a value that each has of its own rows, with its gradient (see above)."""
     if world_size() == 1:
         return x
-    own = x.detach() * (batch.share > 0)
+    own = x.detach() * (batch.shard_weight > 0)
     summed = own.clone()
     dist.all_reduce(summed)
     return summed + (x - x.detach()) * _factor(batch)
@@ -133,7 +133,7 @@ def all_reduce_mean(x: Tensor, batch: Batch) -> Tensor:
     """Mean over the whole batch of something of which `x` is the mean over this process's rows; without gradient."""
     if world_size() == 1:
         return x.detach()
-    summed = x.detach() * batch.share
+    summed = x.detach() * batch.shard_weight
     dist.all_reduce(summed)
     return summed / world_size()
 
@@ -268,4 +268,4 @@ def convert_sync_batchnorm(module: nn.Module) -> None:
 
 
 def _factor(batch: Batch) -> float:
-    return world_size() / batch.share if batch.share else 1.0
+    return world_size() / batch.shard_weight if batch.shard_weight else 1.0

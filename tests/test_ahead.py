@@ -94,15 +94,15 @@ def test_an_epoch_is_the_loaders_own_from_any_step_on(tmp_path: Path, steps: int
     task = distiller_of("fitnet", "adaptive", tmp_path, 1).task
     plain, ahead = loader_of(task, 3), looking(task, steps)
     assert ahead.steps_per_epoch == plain.steps_per_epoch == 7
-    known = [batch.known for batch in ahead.epoch(2)]
+    known = [batch.precomputed for batch in ahead.epoch(2)]
     for start in range(8):
         found, expected = list(ahead.epoch(2, start)), list(plain.epoch(2, start))
         assert len(found) == len(expected) == 7 - start
         for batch, other in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(other), strict=True))
         for batch, whole in zip(found, known[start:], strict=True):
-            assert torch.equal(batch.known.logits, whole.logits), "the very bits, wherever the epoch is taken up"
-            assert torch.equal(batch.known.stages[2], whole.stages[2])
+            assert torch.equal(batch.precomputed.logits, whole.logits), "the very bits, wherever the epoch is taken up"
+            assert torch.equal(batch.precomputed.stages[2], whole.stages[2])
 
 
 class Halt(NullReporter):
@@ -129,7 +129,7 @@ def trainer_that_looks_ahead(folder: Path, seed: int = 0) -> Trainer:
 def test_a_run_stopped_inside_of_a_group_goes_on_bit_for_bit(tmp_path: Path, stop: int) -> None:
     whole, halted = (trainer_that_looks_ahead(tmp_path / name) for name in ("whole", "halted"))
     whole.fit()
-    halted.watcher = Halt(stop)
+    halted.reporter = Halt(stop)
     with pytest.raises(Stopped):
         halted.fit()
     again = trainer_that_looks_ahead(tmp_path / "halted", seed=1)
@@ -146,7 +146,7 @@ def test_a_compiled_step_has_one_graph_per_batch_size_wherever_a_slice_begins(tm
     torch._dynamo.reset()
     counters.clear()
     trainer = distiller_of("fitnet", "always", tmp_path, 1)
-    trainer.task.feature_distiller.pruned = False
+    trainer.task.feature_distiller.dynamic_shapes = False
     trainer.task.train().compile(fullgraph=True, dynamic=False, backend="eager")
     for epoch in (1, 2):
         for batch in looking(trainer.task, 3).epoch(epoch):
@@ -219,7 +219,7 @@ def test_on_cuda_a_group_is_asked_for_before_the_one_in_front_of_it_is_given(
     ahead = LookAhead(loader_of(task, 3), seen, steps=2, device=torch.device("cuda"))
     for batch in ahead.epoch(1):
         log.append(f"step of {len(batch.labels)}")
-        held = {tensor.untyped_storage().data_ptr() for tensor in (batch.known.logits, batch.images)}
+        held = {tensor.untyped_storage().data_ptr() for tensor in (batch.precomputed.logits, batch.images)}
         assert held <= {place for place, name in used if name == "main"}
     given = ["main waits for the note", "step of 3", "step of 3"]
     asked = ["teacher", "side notes"]
@@ -238,6 +238,6 @@ def test_what_is_prepared_on_a_second_stream_is_what_one_stream_gives(tmp_path: 
         for batch, other in zip(ahead.epoch(epoch), plain.epoch(epoch), strict=True):
             scratch = torch.full((1 << 20,), 7.0, device=device)  # takes memory that was given up too soon
             expected = task.precompute(other.images)
-            torch.testing.assert_close(batch.known.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(batch.precomputed.logits, expected.logits, rtol=1e-4, atol=1e-5)
             assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(other), strict=True))
             del scratch

@@ -88,7 +88,7 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
         "settings": FEW,
     }
     with pytest.raises(Stopped):
-        api.distill(run_dir="stopped", watcher=follower, **words)
+        api.distill(run_dir="stopped", reporter=follower, **words)
     assert any("resnet8 on shapes" in line for line in follower.messages)
     assert api.distill(resume="stopped", **words).summary["epochs"] == 1
 

@@ -197,9 +197,9 @@ def test_nothing_chosen_gives_exact_zeros_and_not_nothing(name: str) -> None:
 @pytest.mark.parametrize("word", ["none", "one", "three"])
 def test_leaving_rows_out_changes_nothing(name: str, word: str) -> None:
     found = []
-    for pruned in (False, True):
+    for dynamic_shapes in (False, True):
         case = trial(name)
-        case.distiller.pruned = pruned
+        case.distiller.dynamic_shapes = dynamic_shapes
         losses = case.losses(selection(word, len(case.distiller.spots)).double())
         found.append([losses, *torch.autograd.grad(losses.sum(), case.leaves)])
     assert all(close(ours, fixed, 1e-10, 1e-13) for fixed, ours in zip(*found, strict=True))

@@ -88,13 +88,15 @@ class RecordingReporter(NullReporter):
         self.heard.append("end")
 
 
-def trainer_of(task: Task, folder: Path, epochs: int, *, judge: EvaluationData | None = None, **parts: Any) -> Trainer:
+def trainer_of(
+    task: Task, folder: Path, epochs: int, *, evaluation: EvaluationData | None = None, **parts: Any
+) -> Trainer:
     folder.mkdir(exist_ok=True)
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
-    judge = judge or EvaluationData("test", test, test, CLASSES)
+    evaluation = evaluation or EvaluationData("test", test, test, CLASSES)
     loader = TrainLoader(DATASET.train, DATASET, batch_size=8, seed=3, noise_width=task.noise_width, device=CPU)
     optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(2,), decay=0.1)
-    parts = {"watcher": NullReporter(), "outcome": TrainingOutput(judge, FileDelivery(task.network))} | parts
+    parts = {"reporter": NullReporter(), "output": TrainingOutput(evaluation, FileDelivery(task.network))} | parts
     return Trainer(task, loader, optimizer, RunDir(folder), epochs=epochs, log_every=2, **parts)
 
 
@@ -191,7 +193,7 @@ def test_a_network_is_scored_in_evaluation_mode_and_left_as_it_was() -> None:
 
 def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
     recorder = RecordingReporter()
-    trainer = trainer_of(PlainTask(), tmp_path, 2, watcher=recorder)
+    trainer = trainer_of(PlainTask(), tmp_path, 2, reporter=recorder)
     figures = trainer.fit()
     assert recorder.heard == [6, 1, 2, 3, 4, 5, 6, "end"]
     lines = list(trainer.run.lines("metrics.jsonl"))
@@ -201,7 +203,7 @@ def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
     ]
     assert figures["headline"]["loss"] == lines[-1]["loss"]
     assert sum(figures["phases"].values()) == pytest.approx(1.0)
-    assert trainer.outcome.delivery.published[-1]["top1"] == figures["headline"]["top1"]
+    assert trainer.output.writer.published[-1]["top1"] == figures["headline"]["top1"]
     saved = checkpoint.read(tmp_path / "checkpoints" / "last")
     assert (saved.state["epoch"], saved.state["step"]) == (2, 6)
     assert all(torch.equal(saved.model[name], tensor) for name, tensor in trainer.task.network.state_dict().items())
@@ -210,7 +212,7 @@ def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
 def test_a_stage_without_an_outcome_only_trains(tmp_path: Path) -> None:
     task = PlainTask()
     before = task.network[1].weight.clone()
-    figures = trainer_of(task, tmp_path, 1, outcome=None, phase="warm-up").fit()
+    figures = trainer_of(task, tmp_path, 1, output=None, phase="warm-up").fit()
     assert figures.keys() == {"seconds", "phases"}
     assert [line["kind"] for line in RunDir(tmp_path).lines("metrics.jsonl")] == ["warm-up"] * 2
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["warm-up"]
@@ -234,8 +236,8 @@ class Verdicts:
 def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scored(tmp_path: Path) -> None:
     task = PlainTask()
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
-    judge = EvaluationData("holdout", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
-    figures = trainer_of(task, tmp_path, 4, judge=judge).fit()
+    evaluation = EvaluationData("holdout", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
+    figures = trainer_of(task, tmp_path, 4, evaluation=evaluation).fit()
     assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["headline"]["epoch"]) == (2, "holdout", 4)
     rates = {line["epoch"]: line["lr"] for line in RunDir(tmp_path).lines("metrics.jsonl") if "lr" in line}
     assert rates == pytest.approx({1: 0.01, 2: 0.01, 3: 0.001, 4: 0.001})
@@ -293,7 +295,7 @@ def test_the_state_of_torchs_own_generator_is_put_back(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_sound_checkpoint(tmp_path: Path) -> None:
     recorder = RecordingReporter()
     with pytest.raises(NonFiniteError, match="step 4: loss is not finite, with training images") as caught:
-        trainer_of(PlainTask(nan_in=(2, 3)), tmp_path, 3, watcher=recorder).fit()
+        trainer_of(PlainTask(nan_in=(2, 3)), tmp_path, 3, reporter=recorder).fit()
     assert caught.value.exit_code == 7
     assert recorder.heard[-1] == "end"
     saved = checkpoint.read(tmp_path / "checkpoints" / "last")
@@ -305,7 +307,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_sound_checkp
 def test_weights_that_turn_out_infinite_only_when_judged_stop_the_run_too(tmp_path: Path) -> None:
     broken = [(torch.full((2, 3, SIDE, SIDE), float("nan")), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(NonFiniteError):
-        trainer_of(PlainTask(), tmp_path, 1, judge=EvaluationData("test", broken, broken, CLASSES)).fit()
+        trainer_of(PlainTask(), tmp_path, 1, evaluation=EvaluationData("test", broken, broken, CLASSES)).fit()
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -321,11 +323,11 @@ class Impatient(NullReporter):
 
 
 def test_a_stop_at_any_moment_of_training_and_evaluation_changes_no_bit(tmp_path: Path) -> None:
-    def trainer(folder: Path, watcher: Reporter) -> Trainer:
+    def trainer(folder: Path, reporter: Reporter) -> Trainer:
         slow = EvalLoader(DATASET.test, DATASET, device=CPU, batch_size=5)
-        judged = InterruptibleBatches(slow, watcher)
+        judged = InterruptibleBatches(slow, reporter)
         return trainer_of(
-            PlainTask(), folder, 2, judge=EvaluationData("test", judged, judged, CLASSES), watcher=watcher
+            PlainTask(), folder, 2, evaluation=EvaluationData("test", judged, judged, CLASSES), reporter=reporter
         )
 
     whole = trainer(tmp_path / "whole", NullReporter())

@@ -97,7 +97,7 @@ def the_pieces_are_the_whole(model: StagedModel, whole: nn.Module, x: Tensor, ma
         assert torch.equal(model(x), logits)
         features = model.features(x)
         assert torch.equal(features.logits, logits)
-        ends = [x, *(features.carried or features.stages), logits]
+        ends = [x, *(features.raw or features.stages), logits]
         for k in range(len(model.stages) + 1):
             assert torch.equal(model.run(ends[k], k, k + 1), ends[k + 1])
     side = x.shape[-1]
@@ -272,8 +272,8 @@ def test_views_of_a_cut_network_share_what_they_should(vit: StagedModel) -> None
 @pytest.mark.parametrize("layout", [Layout(), Layout("pixels"), Layout("tokens"), Layout("tokens", 2)])
 def test_a_layout_gives_the_map_that_entered(layout: Layout) -> None:
     x = torch.randn(2, 3, 4, 5)
-    entered = layout.entered(x)
-    assert torch.equal(layout.seen(entered, (3, 4, 5)), x)
+    entered = layout.from_map(x)
+    assert torch.equal(layout.to_map(entered, (3, 4, 5)), x)
     if layout.prefix:
         assert torch.equal(entered[:, : layout.prefix], x.mean((2, 3))[:, None].expand(-1, layout.prefix, -1))
 

@@ -65,7 +65,7 @@ class StandIn:
 
 def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torch.device = CPU) -> Trainer:
     """Six whole batches of 3 and one of 2 in each of 3 epochs; the rate falls after the second."""
-    words = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "runtime.shapes": "fixed"}
+    words = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "runtime.shapes": "static"}
     words |= {"method.negatives": 9} if method == "crd" else {}
     torch.manual_seed(42)
     student, teacher = (create("resnet8", CLASSES).to(device) for _ in range(2))
@@ -84,7 +84,7 @@ def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torc
         NullReporter(),
         epochs=3,
         log_every=5,
-        outcome=TrainingOutput(EvaluationData("test", test, test, CLASSES), FileDelivery(student)),
+        output=TrainingOutput(EvaluationData("test", test, test, CLASSES), FileDelivery(student)),
         recorder=SpotRecorder([(spot.name, spot.kind) for spot in task.spots], CLASSES, SAMPLES, device),
         graphs=graphs,
     )
@@ -140,11 +140,11 @@ def test_what_a_step_gives_holds_no_autograd_graph(tmp_path: Path) -> None:
 
 def test_a_graph_is_for_cuda_and_for_fixed_shapes() -> None:
     words = Runtime(graph=True, precision="bf16")
-    assert str(resolve_mode(words, CPU)) == "bf16, channels_last, pruned"
-    assert str(resolve_mode(words, torch.device("cuda"))) == "bf16, channels_last, fixed shapes, graph, look-ahead 8"
-    pruned = nested({"teacher": "resnet8", "student": "resnet8", "runtime.graph": True, "runtime.shapes": "pruned"})
-    with pytest.raises(UsageError, match="runtime: a step that is compiled or a graph has fixed shapes"):
-        resolve("distill", [ConfigSource("test", pruned)])
+    assert str(resolve_mode(words, CPU)) == "bf16, channels_last, dynamic shapes"
+    assert str(resolve_mode(words, torch.device("cuda"))) == "bf16, channels_last, static shapes, graph, look-ahead 8"
+    dynamic = nested({"teacher": "resnet8", "student": "resnet8", "runtime.graph": True, "runtime.shapes": "dynamic"})
+    with pytest.raises(UsageError, match="runtime: a compiled or captured step needs static shapes"):
+        resolve("distill", [ConfigSource("test", dynamic)])
 
 
 def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.MonkeyPatch) -> None:

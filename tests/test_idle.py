@@ -37,10 +37,10 @@ def heard() -> Iterator[list[str]]:
         yield names
 
 
-def trainer_of_many_steps(folder: Path, log_every: int, shapes: str = "fixed") -> Trainer:
+def trainer_of_many_steps(folder: Path, log_every: int, shapes: str = "static") -> Trainer:
     """20 steps in an epoch."""
     trainer = distiller_of("at", "adaptive", folder, 1)
-    trainer.task.graft.pruned = shapes == "pruned"
+    trainer.task.graft.dynamic_shapes = shapes == "dynamic"
     old = trainer.loader
     trainer.loader = TrainLoader(
         old.views.dataset.train,
@@ -75,7 +75,7 @@ def resident() -> int:
 
 def growth(folder: Path, steps: int) -> int:
     """Bytes by which the process grows from the second tenth of so many steps to the last; its size is printed."""
-    trainer = trainer_of_many_steps(folder, 10, "pruned")
+    trainer = trainer_of_many_steps(folder, 10, "dynamic")
     levels = []
     for _ in range(steps // SAMPLES):
         trainer.step = 0

@@ -134,7 +134,7 @@ def test_what_is_wrong_is_named(name: str, tmp_path: Path) -> None:
     damage, text = FAULTS[name]
     damage(folder(tmp_path, {"train": 2, "val": 1}))
     with pytest.raises(DataError, match=text):
-        loaded(tmp_path).gather()
+        loaded(tmp_path).preload()
 
 
 def test_a_single_class_and_an_empty_folder_are_refused(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def batch_of(places: slice, whole: int, share: float) -> Batch:
     noise = torch.rand(IMAGES, 16, generator=draw)
     labels, index = torch.arange(IMAGES) % CLASSES, torch.arange(IMAGES)
     rows = (tensor[places] for tensor in (images, labels, index, noise))
-    return Batch(*rows, whole=whole, share=share)
+    return Batch(*rows, global_size=whole, shard_weight=share)
 
 
 def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
@@ -72,11 +72,11 @@ def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
         for size in (9, 2, 1):
             (turn,) = step_slices(size, 9, 0)
             own = torch.arange(size, dtype=torch.float64)[turn.places]
-            batch = Batch(own, own, own, own, whole=turn.whole, share=turn.share)
+            batch = Batch(own, own, own, own, global_size=turn.global_size, shard_weight=turn.shard_weight)
             x = (batch.images * 2).requires_grad_()
             rows, sums = distributed.all_gather(x, batch), distributed.all_reduce_sum_with_grad(x.sum(), batch)
             mean = distributed.all_reduce_mean(x.mean(), batch).item()
-            (gradient,) = torch.autograd.grad((rows.square().sum() + sums) * batch.share / 4, x)
+            (gradient,) = torch.autograd.grad((rows.square().sum() + sums) * batch.shard_weight / 4, x)
             kept.append((rows.tolist(), sums.item(), mean, gradient.tolist(), x.tolist()))
         buffers = [torch.full((2,), float(distributed.rank())), torch.tensor(float(distributed.rank()))]
         distributed.average_buffers(buffers)
@@ -107,7 +107,7 @@ def steps(task: Task) -> dict[str, Any]:
     for turn in step_slices(IMAGES, BATCH, 0):
         batch = batch_of(*turn)
         output = spread_task(batch)
-        optimizer.step(output.loss * batch.share)
+        optimizer.step(output.loss * batch.shard_weight)
         distributed.average_buffers(distributed.running_statistics(task))
         parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
         assert use is not None
@@ -182,7 +182,7 @@ def single(task: Task) -> Task:
     def narrow(x: torch.Tensor) -> torch.Tensor:
         return x.float() if x.is_floating_point() else x
 
-    task.register_forward_pre_hook(lambda _, given: (given[0].each(narrow),))
+    task.register_forward_pre_hook(lambda _, given: (given[0].map(narrow),))
     return task
 
 

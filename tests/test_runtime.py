@@ -53,12 +53,12 @@ def optimizer(task: DistillTask) -> Optimizer:
 @pytest.mark.parametrize(
     ("words", "device", "message"),
     [
-        ({}, "cpu", "fp32, channels_last, pruned"),
-        ({}, "cuda", "fp32, channels_last, fixed shapes, look-ahead 8"),
-        ({}, "mps", "fp32, contiguous, fixed shapes"),
-        ({"compile": True, "precision": "bf16"}, "cpu", "bf16, channels_last, fixed shapes, compiled"),
-        ({"channels_last": False, "shapes": "pruned", "look_ahead": 1}, "cuda", "fp32, contiguous, pruned"),
-        ({"look_ahead": 3}, "cpu", "fp32, channels_last, pruned, look-ahead 3"),
+        ({}, "cpu", "fp32, channels_last, dynamic shapes"),
+        ({}, "cuda", "fp32, channels_last, static shapes, look-ahead 8"),
+        ({}, "mps", "fp32, contiguous, static shapes"),
+        ({"compile": True, "precision": "bf16"}, "cpu", "bf16, channels_last, static shapes, compiled"),
+        ({"channels_last": False, "shapes": "dynamic", "look_ahead": 1}, "cuda", "fp32, contiguous, dynamic shapes"),
+        ({"look_ahead": 3}, "cpu", "fp32, channels_last, dynamic shapes, look-ahead 3"),
     ],
 )
 def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, message: str) -> None:
@@ -66,8 +66,8 @@ def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device
 
 
 def test_a_compiled_step_cannot_be_pruned() -> None:
-    words = nested({"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "pruned"})
-    with pytest.raises(UsageError, match="runtime: a step that is compiled"):
+    words = nested({"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "dynamic"})
+    with pytest.raises(UsageError, match="runtime: a compiled or captured step"):
         resolve("distill", [ConfigSource("test", words)])
 
 
@@ -144,6 +144,6 @@ def test_a_step_compiled_for_this_machine_has_eager_numbers(method: str) -> None
 def test_a_run_says_how_it_computes(cli: CliRunner, pretrained: Any) -> None:
     few = shlex.split("--set data.train=64 --set runtime.channels_last=off --precision bf16")
     result = cli.sakd(*PAIR, "--method", "kd", *TINY, *few)
-    assert "(bf16, contiguous, pruned)" in result.err
+    assert "(bf16, contiguous, dynamic shapes)" in result.err
     run = cli.path / result.out.strip().splitlines()[-1].removeprefix("run: ")
-    assert json.loads((run / "env.json").read_text())["mode"] == "bf16, contiguous, pruned"
+    assert json.loads((run / "env.json").read_text())["mode"] == "bf16, contiguous, dynamic shapes"

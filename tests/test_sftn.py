@@ -288,11 +288,11 @@ def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> Non
     assert (again.config.train.lr, again.task.groups()[1].lr) == (0.01, 0.01)
     saved, loaded = first.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-    judge = launch._judge(again, NullReporter())
-    assert evaluate(again.network, judge.test, judge.classes).headline() == {
+    evaluation = launch.evaluation_data(again, NullReporter())
+    assert evaluate(again.network, evaluation.test, evaluation.classes).headline() == {
         key: summary["headline"][key] for key in ("top1", "top5", "loss")
     }
-    trainer_of(again.task, tmp_path / "none", 0, outcome=None).fit()
+    trainer_of(again.task, tmp_path / "none", 0, output=None).fit()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in again.network.state_dict().items())
 
 

@@ -73,7 +73,9 @@ def fit(task: Any, made: list[Batch]) -> list[Tensor]:
 
 
 # Biases by which about half of the samples, all and none are sent to the teacher.
-@pytest.mark.parametrize(("shapes", "bias"), [("fixed", 0.0), ("pruned", 0.0), ("pruned", 10.0), ("pruned", -300.0)])
+@pytest.mark.parametrize(
+    ("shapes", "bias"), [("static", 0.0), ("dynamic", 0.0), ("dynamic", 10.0), ("dynamic", -300.0)]
+)
 @pytest.mark.parametrize("method", ["kd", "fitnet", "at", "nst", "vid", "sp", "pkt", "rkd", "cc", "ft", "crd"])
 def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, bias: float) -> None:
     words = {"router.teacher_bias": bias, "train.lr": 0.05, "runtime.shapes": shapes}
@@ -278,13 +280,13 @@ def test_all_teacher_and_all_student_paths_are_the_networks_themselves(method: s
 def test_no_step_of_fixed_shapes_reads_the_device(method: str, router: str) -> None:
     if router == "random-matched":
         pytest.skip("is `random` with other rates")
-    task = make(method, router, **{"runtime.shapes": "fixed"}).train()
+    task = make(method, router, **{"runtime.shapes": "static"}).train()
     batch = batches(task, 1)[0]
     assert count(lambda: task(batch).loss.backward(), []).reads == 0
 
 
 def test_a_pruned_step_reads_the_device_once_per_way() -> None:
-    task = make("at", "adaptive", **{"runtime.shapes": "pruned"}).train()
+    task = make("at", "adaptive", **{"runtime.shapes": "dynamic"}).train()
     batch = batches(task, 1)[0]
     assert count(lambda: task(batch).loss.backward(), []).reads == 3
 

@@ -92,7 +92,7 @@ def batch_of(setup: Setup, task: Task, spots: int) -> Batch:
     learned = isinstance(task, DistillTask) and task.graft is not None
     noise = half_routed(spots, size) if learned else torch.rand(size, task.noise_width, generator=draw)
     index = torch.arange(size) % setup.images
-    return Batch(x, index % setup.classes, index, noise).each(lambda tensor: tensor.to(setup.device))
+    return Batch(x, index % setup.classes, index, noise).map(lambda tensor: tensor.to(setup.device))
 
 
 def built(setup: Setup, **words: Any) -> DistillTask:

@@ -143,7 +143,7 @@ def _several(members: list[DistillConfig], session: Any, again: str, *, together
     """A series, one after another or at once."""
     if together:
         chosen = _pinned_teacher(members[0], session)
-        return train_together(members, chosen, session.watcher, resume=session.resume, again=again)
+        return train_together(members, chosen, session.reporter, resume=session.resume, again=again)
     return train_all(members, partial(_distilled, session=session, again=again), resume=session.resume)
 
 
@@ -162,7 +162,7 @@ def _this_again(resume: str | None) -> str:
 
 def _distilled(words: DistillConfig, intent: ResumePlan, session: Any, again: str | None = None) -> dict[str, Any]:
     where, summary = session.distilled(words, intent, again)
-    _picture(where, session.watcher)
+    _picture(where, session.reporter)
     return {"run": str(where.path)} | summary
 
 

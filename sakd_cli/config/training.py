@@ -76,8 +76,8 @@ class Runtime(Config):
     """How a run computes, not what.
 
     precision      of the networks: fp32, or bf16 for their products and convolutions; all else stays in fp32
-    shapes         pruned: the routed pass leaves out what would be multiplied by 0 (exact, but the host must read
-                   the gates); fixed: it does not; auto: pruned on a CPU unless compiled
+    shapes         dynamic: the routed pass leaves out what would be multiplied by 0 (exact, but the host must read
+                   the gates); static: it does not; auto: dynamic on a CPU unless compiled
     channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
     compile        the step as one compiled graph, and on CUDA as one launch
     deterministic  the same bits from the same seed on a GPU too, for some speed; a CPU gives them anyway
@@ -89,7 +89,7 @@ class Runtime(Config):
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    shapes: Literal["auto", "fixed", "pruned"] = "auto"
+    shapes: Literal["auto", "static", "dynamic"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
     deterministic: bool = False
@@ -100,8 +100,8 @@ class Runtime(Config):
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":
-        if (self.compile or self.graph) and self.shapes == "pruned":
-            raise ValueError("a step that is compiled or a graph has fixed shapes, not pruned ones")
+        if (self.compile or self.graph) and self.shapes == "dynamic":
+            raise ValueError("a compiled or captured step needs static shapes, not dynamic ones")
         return self
 
 

@@ -35,12 +35,12 @@ class ImageSpec(NamedTuple):
 class Files:
     """Pictures in files, used like a tensor [N, 3, side, side] of uint8 that is not there yet.
 
-    keep  few enough to be decoded once and held in memory
+    cached  few enough to be decoded once and held in memory
     """
 
-    def __init__(self, paths: tuple[str, ...], look: ImageSpec, *, keep: bool = False) -> None:
-        self.paths, self.look, self.keep = paths, look, keep
-        self.shape = torch.Size([len(paths), 3, look.side, look.side])
+    def __init__(self, paths: tuple[str, ...], spec: ImageSpec, *, cached: bool = False) -> None:
+        self.paths, self.spec, self.cached = paths, spec, cached
+        self.shape = torch.Size([len(paths), 3, spec.side, spec.side])
         self.device = torch.device("cpu")
         self._plain: Tensor | None = None
         self._whole: tuple[Tensor, Tensor] | None = None
@@ -51,15 +51,15 @@ class Files:
     def __getitem__(self, index: Tensor | slice) -> "Files":
         """Those at `index` [n], in that order; nothing is read."""
         places = torch.arange(len(self))[index].tolist()
-        return Files(tuple(self.paths[place] for place in places), self.look, keep=self.keep)
+        return Files(tuple(self.paths[place] for place in places), self.spec, cached=self.cached)
 
     def to(self, device: torch.device) -> "Files":
         """The same: files are on no device."""
         return self
 
-    def kept(self, keep: bool) -> "Files":
+    def with_cache(self, cached: bool) -> "Files":
         """The same, to be held in memory or not."""
-        return Files(self.paths, self.look, keep=keep)
+        return Files(self.paths, self.spec, cached=cached)
 
     def read(self) -> Tensor:
         """All of them as evaluation shows them, uint8 [N, 3, side, side]. Raises DataError naming a bad file."""
@@ -67,16 +67,16 @@ class Files:
             return self._plain
         with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
             seen = torch.empty(self.shape, dtype=torch.uint8)
-            _fill(seen, lambda place: plain(self.paths[place], self.look))
-        if self.keep:
+            _fill(seen, lambda place: plain(self.paths[place], self.spec))
+        if self.cached:
             self._plain = seen
         return seen
 
-    def whole(self) -> tuple[Tensor, Tensor]:
+    def full_images(self) -> tuple[Tensor, Tensor]:
         """All of each picture squeezed to a square, uint8 [N, 3, resize, resize]; height and width before, [N, 2]."""
         if self._whole is not None:
             return self._whole
-        side = self.look.resize
+        side = self.spec.resize
         pixels = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
         sizes = torch.empty(len(self), 2, dtype=torch.int64)
 
@@ -119,17 +119,17 @@ def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
             good(fault)
 
 
-def plain(path: str, look: ImageSpec) -> Tensor | Unreadable:
+def plain(path: str, spec: ImageSpec) -> Tensor | Unreadable:
     """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
     picture = open_rgb(path)
-    return picture if isinstance(picture, Unreadable) else _pixels(middle(picture, look))
+    return picture if isinstance(picture, Unreadable) else _pixels(middle(picture, spec))
 
 
-def middle(picture: Image, look: ImageSpec) -> Image:
+def middle(picture: Image, spec: ImageSpec) -> Image:
     """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already."""
-    if min(picture.size) != look.resize:
-        picture = v2().resize(picture, [look.resize], antialias=True)
-    square: Image = v2().center_crop(picture, [look.side, look.side])
+    if min(picture.size) != spec.resize:
+        picture = v2().resize(picture, [spec.resize], antialias=True)
+    square: Image = v2().center_crop(picture, [spec.side, spec.side])
     return square
 
 

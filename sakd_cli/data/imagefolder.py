@@ -158,8 +158,8 @@ def _dataset(
     std: Channels,
     share: float = 0.0,
 ) -> Dataset:
-    look = ImageSpec(config.size, config.resized, min(8, processors()) if config.workers is None else config.workers)
-    parts = [_split(part, found.classes, look) for part in (found.train, found.test) if part is not None]
+    spec = ImageSpec(config.size, config.resized, min(8, processors()) if config.workers is None else config.workers)
+    parts = [_split(part, found.classes, spec) for part in (found.train, found.test) if part is not None]
     border = config.size // 8 if config.bordered else 0
     scale = None if config.bordered else config.crop
     plain = Dataset(config.name, names, mean, std, border, config.flip, parts[0], parts[-1], scale)
@@ -173,9 +173,9 @@ def _dataset(
     return plain
 
 
-def _split(part: SplitContents, classes: tuple[str, ...], look: ImageSpec) -> Split:
+def _split(part: SplitContents, classes: tuple[str, ...], spec: ImageSpec) -> Split:
     paths, labels = part.pairs(classes)
-    return Split(Files(paths, look), torch.tensor(labels, dtype=torch.int64))
+    return Split(Files(paths, spec), torch.tensor(labels, dtype=torch.int64))
 
 
 def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:

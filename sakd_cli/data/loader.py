@@ -49,8 +49,8 @@ class StepSlice(NamedTuple):
     """A step of an epoch: this process's places in its order, samples of the whole batch, and what they count for."""
 
     places: slice
-    whole: int
-    share: float
+    global_size: int
+    shard_weight: float
 
 
 def step_slices(samples: int, batch_size: int, start: int) -> Iterator[StepSlice]:
@@ -140,7 +140,7 @@ class TrainLoader:
             index, noise = draws.order[places], draws.noise[places]
             view = self.views.view(draws.corner[:, places], draws.flip[places])
             images, labels = self.views.images(index, view), self.views.labels[index]
-            yield Batch(images, labels, index, noise, view, whole=whole, share=share)
+            yield Batch(images, labels, index, noise, view, global_size=whole, shard_weight=share)
 
 
 class EvalLoader:

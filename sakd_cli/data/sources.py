@@ -53,27 +53,29 @@ def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) 
     need = 3 * sum(len(split) * split.side**2 for split in splits)
     if dataset.scale is not None:
         need += 3 * len(splits[0]) * config.resized**2  # of the training images, all that crops are cut from
-    keep = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
-    return [replace(split, images=split.images.kept(keep)) for split in splits if isinstance(split.images, Files)]
+    cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
+    return [
+        replace(split, images=split.images.with_cache(cached)) for split in splits if isinstance(split.images, Files)
+    ]
 
 
-def preload(split: Split, *, whole: bool = False) -> None:
-    """Decode what is to be held in memory, now. Raises DataError naming a bad file. whole: for random resized crops."""
-    if isinstance(split.images, Files) and split.images.keep:
-        if whole:
-            split.images.whole()
+def preload(split: Split, *, full: bool = False) -> None:
+    """Decode what is to be held in memory, now. Raises DataError naming a bad file. full: for random resized crops."""
+    if isinstance(split.images, Files) and split.images.cached:
+        if full:
+            split.images.full_images()
         else:
             split.images.read()
 
 
-def report_cached(split: Split) -> str | None:
+def describe_reading(split: Split) -> str | None:
     """How images in files are read, in words; None for others."""
     if not isinstance(split.images, Files):
         return None
-    look = split.images.look
-    if split.images.keep:
-        return f"images: all decoded before the first step and held in memory, {look.side}x{look.side}"
-    return f"images: read from files by {look.workers or 1} process{'es' * (look.workers > 1)}, {look.side}x{look.side}"
+    spec = split.images.spec
+    if split.images.cached:
+        return f"images: all decoded before the first step and held in memory, {spec.side}x{spec.side}"
+    return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {spec.side}x{spec.side}"
 
 
 def views(split: Split, dataset: Dataset, device: torch.device) -> Views:
@@ -88,7 +90,7 @@ def views(split: Split, dataset: Dataset, device: torch.device) -> Views:
 
 
 def _materialize(split: Split) -> bool:
-    return isinstance(split.images, Tensor) or split.images.keep
+    return isinstance(split.images, Tensor) or split.images.cached
 
 
 def materialize(split: Split) -> Split:
@@ -115,14 +117,14 @@ class BatchReader:
     scale    of random resized crops; None: the picture as evaluation shows it, cut anew within a border of `padding`
     """
 
-    look: ImageSpec
+    spec: ImageSpec
     scale: Scale | None
     padding: int
 
     def __call__(self, asked: BatchRequest) -> Tensor | Unreadable:
         made: list[Tensor] = []
         for place, path in enumerate(asked.paths):
-            one = plain(path, self.look) if asked.where is None else self._cut(path, asked.where[place])
+            one = plain(path, self.spec) if asked.where is None else self._cut(path, asked.where[place])
             if isinstance(one, Unreadable):
                 return one
             made.append(one.flip(2) if asked.flip is not None and asked.flip[place] else one)
@@ -132,10 +134,10 @@ class BatchReader:
         picture = open_rgb(path)
         if isinstance(picture, Unreadable):
             return picture
-        side = [self.look.side, self.look.side]
+        side = [self.spec.side, self.spec.side]
         if self.scale is None:
             top, left = map(int, where)
-            shown = v2().crop(v2().pad(middle(picture, self.look), [self.padding]), top, left, *side)
+            shown = v2().crop(v2().pad(middle(picture, self.spec), [self.padding]), top, left, *side)
         else:
             size = torch.tensor([[picture.height, picture.width]])
             box = boxes(torch.from_numpy(where)[None], size, self.scale)[0].tolist()
@@ -176,12 +178,14 @@ class FileTrainLoader:
         drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width)
         steps = list(step_slices(len(self._labels), self._batch_size, start))
         parts = [turn.places for turn in steps]
-        made = self._cut(drawn, parts, epoch) if self._files.keep else self._read(drawn, parts, epoch)
+        made = self._cut(drawn, parts, epoch) if self._files.cached else self._read(drawn, parts, epoch)
         for turn, pictures in zip(steps, made, strict=True):
             index = drawn.order[turn.places].to(self._device)
             here = pictures.to(self._device, non_blocking=True)
             images, noise = normalise(here, self._mean, self._std), drawn.noise[turn.places].to(self._device)
-            yield Batch(images, self._labels[index], index, noise, whole=turn.whole, share=turn.share)
+            yield Batch(
+                images, self._labels[index], index, noise, global_size=turn.global_size, shard_weight=turn.shard_weight
+            )
 
     def _where(self, drawn: Draws, part: slice, epoch: int) -> Tensor:
         if self._dataset.scale is None:
@@ -196,10 +200,10 @@ class FileTrainLoader:
         return torch.cat(blocks)[start : start + count]
 
     def _read(self, drawn: Draws, parts: list[slice], epoch: int) -> Iterator[Tensor]:
-        look = self._files.look
+        spec = self._files.spec
         if self._pool is None:
-            maker = BatchReader(look, self._dataset.scale, self._dataset.padding)
-            self._pool = Pool(maker, workers=look.workers, staying=True, device=self._device)
+            maker = BatchReader(spec, self._dataset.scale, self._dataset.padding)
+            self._pool = Pool(maker, workers=spec.workers, staying=True, device=self._device)
         return self._pool(
             BatchRequest(
                 [self._files.paths[place] for place in drawn.order[part].tolist()],
@@ -212,7 +216,7 @@ class FileTrainLoader:
     def _cut(self, drawn: Draws, parts: list[slice], epoch: int) -> Iterator[Tensor]:
         assert self._dataset.scale is not None
         if self._whole is None:
-            pixels, sizes = self._files.whole()
+            pixels, sizes = self._files.full_images()
             self._whole = pixels.to(self._device), sizes
         pixels, sizes = self._whole
         for part in parts:
@@ -221,7 +225,7 @@ class FileTrainLoader:
             box = boxes(self._where(drawn, part, epoch), size, self._dataset.scale)
             whole = pixels[index.to(self._device)]
             box, size, flip = (numbers.to(self._device) for numbers in (box, size, drawn.flip[part]))
-            yield cut(whole, box, size, flip, self._files.look.side)
+            yield cut(whole, box, size, flip, self._files.spec.side)
 
 
 @final
@@ -242,9 +246,9 @@ class FileEvalLoader:
         return -(-len(self._labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        look, paths = self._files.look, self._files.paths
+        spec, paths = self._files.spec, self._files.paths
         parts = [slice(first, first + self.batch_size) for first in range(0, len(paths), self.batch_size)]
-        pool = Pool(BatchReader(look, None, 0), workers=look.workers, staying=False, device=self._device)
+        pool = Pool(BatchReader(spec, None, 0), workers=spec.workers, staying=False, device=self._device)
         for part, pictures in zip(parts, pool(BatchRequest(list(paths[part])) for part in parts), strict=True):
             here = pictures.to(self._device, non_blocking=True)
             yield normalise(here, self._mean, self._std), self._labels[part]

@@ -2,7 +2,7 @@
 
 A distiller compares features at its spots and multiplies by a weight per spot and sample, never choosing rows by index:
 shapes stay fixed, nothing is read back from the device, and one graph serves every selection. There is one exception,
-for losses that are dear: `Distiller.chosen`, which does nothing unless the distiller is `pruned`.
+for losses that are dear: `Distiller.chosen`, which does nothing unless the distiller is allowed `dynamic_shapes`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +19,12 @@ from sakd_cli.models.staged import Features
 class Distiller(nn.Module, ABC):
     """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source.
 
-    pruned  shapes may depend on the selection, which the host must read: right for a CPU, wrong for a GPU (`Mode`)
-    scope   what a sample's loss depends on beside the sample: nothing, the other samples of the batch, or what was kept
-            of earlier batches. Where several processes share a batch the last one must see all of it in every process
+    dynamic_shapes  shapes may depend on the selection, which the host must read: good on a CPU, bad on a GPU (`Mode`)
+    scope           what a sample's loss depends on beside the sample: nothing, the other samples of the batch, or a
+                    memory of earlier batches, which must see the whole batch in every process
     """
 
-    pruned = False
+    dynamic_shapes = False
     scope: Literal["sample", "batch", "memory"] = "sample"
 
     def __init__(
@@ -68,7 +68,7 @@ class Distiller(nn.Module, ABC):
         The mean over what is left of weight times loss is the mean over the batch. Where no sample counts one stays,
         with weight 0, so that gradients are 0 and not missing.
         """
-        if not self.pruned:
+        if not self.dynamic_shapes:
             return weight, *features
         rows = weight.nonzero()[:, 0]
         if len(rows) == len(weight):

@@ -96,7 +96,7 @@ class GraphedStep:
             self._seen += 1
             return self._device.aside(lambda: self._step(batch))
         if self._replay is None or self._given is None:
-            self._given = given = batch.each(torch.clone)
+            self._given = given = batch.map(torch.clone)
             self._replay = self._device.capture(lambda: self._step(given))
         else:
             for ours, new in zip(_tensors(self._given), _tensors(batch), strict=True):
@@ -111,5 +111,5 @@ def _tensors(batch: Batch) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    batch.each(noted)
+    batch.map(noted)
     return found

@@ -12,13 +12,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sakd_cli.batch import Batch, Known
+from sakd_cli.batch import Batch, Precomputed
 from sakd_cli.engine.trainer import Loader
 
 
 @final
 class LookAhead:
-    """The batches of a loader, each with what `look` makes of its images in `Batch.known`.
+    """The batches of a loader, each with what `look` makes of its images in `Batch.precomputed`.
 
     look   images [B, 3, H, W] to tensors [B, ...], each row from its own image alone: a network in evaluation mode
     steps  batches whose images it sees at once
@@ -31,7 +31,9 @@ class LookAhead:
     On CUDA a group is prepared on a stream of its own while the steps of the group before run: two groups are held.
     """
 
-    def __init__(self, loader: Loader, look: Callable[[Tensor], Known], *, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, loader: Loader, look: Callable[[Tensor], Precomputed], *, steps: int, device: torch.device
+    ) -> None:
         self.loader, self.look, self.steps = loader, look, steps
         self.steps_per_epoch = loader.steps_per_epoch
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -56,7 +58,7 @@ class LookAhead:
             coming = self._prepared(batches, self._side)
             here = torch.cuda.current_stream(self._side.device)
             here.wait_event(ready)
-            yield [batch.each(lambda tensor, here=here: _used_on(tensor, here)) for batch in group]  # type: ignore[misc]
+            yield [batch.map(lambda tensor, here=here: _used_on(tensor, here)) for batch in group]  # type: ignore[misc]
             group, ready = coming
 
     def _prepared(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[list[Batch], torch.cuda.Event]:
@@ -72,8 +74,8 @@ class LookAhead:
         known = self.look(torch.cat([batch.images for batch in group]))
         ends = list(accumulate(len(batch.images) for batch in group))
         rows = [slice(end - len(batch.images), end) for batch, end in zip(group, ends, strict=True)]
-        parts = [known.each(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]
-        return [replace(batch, known=part) for batch, part in zip(group, parts, strict=True)]
+        parts = [known.map(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]
+        return [replace(batch, precomputed=part) for batch, part in zip(group, parts, strict=True)]
 
 
 def _used_on(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:

@@ -35,7 +35,7 @@ class Reporter(Protocol):
 
 
 class NullReporter:
-    """A watcher that does nothing."""
+    """A reporter that does nothing."""
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         return
@@ -59,20 +59,20 @@ class NullReporter:
         return 0
 
 
-def raise_if_stopped(watcher: Reporter) -> None:
+def raise_if_stopped(reporter: Reporter) -> None:
     """Raise Stopped if someone wants the run to end."""
-    if signal := watcher.stop():
+    if signal := reporter.stop():
         raise Stopped(signal)
 
 
 class InterruptibleBatches:
     """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
 
-    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], watcher: Reporter) -> None:
-        self._batches, self._watcher = batches, watcher
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], reporter: Reporter) -> None:
+        self._batches, self._reporter = batches, reporter
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batches:
             if distributed.world_size() == 1:  # several stop between two steps only, all at the same one
-                raise_if_stopped(self._watcher)
+                raise_if_stopped(self._reporter)
             yield batch

@@ -36,23 +36,25 @@ class Mode(NamedTuple):
     gathered  losses between samples see those of all processes
     """
 
-    reduced: torch.dtype | None = None
+    autocast_dtype: torch.dtype | None = None
     channels_last: bool = False
-    pruned: bool = False
+    dynamic_shapes: bool = False
     compiled: bool = False
-    gathered: bool = False
+    gather_batch: bool = False
     graphed: bool = False
     ahead: int = 1
 
     def __str__(self) -> str:
-        words = ["bf16" if self.reduced else "fp32", "channels_last" if self.channels_last else "contiguous"]
-        words += ["pruned" if self.pruned else "fixed shapes", *["compiled"] * self.compiled]
+        words = ["bf16" if self.autocast_dtype else "fp32", "channels_last" if self.channels_last else "contiguous"]
+        words += ["dynamic shapes" if self.dynamic_shapes else "static shapes", *["compiled"] * self.compiled]
         words += ["graph"] * self.graphed
         return ", ".join([*words, *[f"look-ahead {self.ahead}"] * (self.ahead > 1)])
 
     def networks(self, device: torch.device) -> torch.autocast:
         """Networks, and what is trained to translate between them, run inside of this."""
-        return torch.autocast(device.type, self.reduced or torch.bfloat16, enabled=self.reduced is not None)
+        return torch.autocast(
+            device.type, self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
+        )
 
     def to_memory_format(self, module: Module) -> Module:
         """The same module with its weights in the layout of this mode; who shares them must be made afterwards."""
@@ -67,13 +69,13 @@ def to_fp32(x: Tensor) -> Tensor:
 def resolve_mode(words: Runtime, device: torch.device) -> Mode:
     """What the words mean on this device."""
     cuda = device.type == "cuda"
-    pruned = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "pruned"
+    dynamic_shapes = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "dynamic"
     return Mode(
-        reduced=torch.bfloat16 if words.precision == "bf16" else None,
+        autocast_dtype=torch.bfloat16 if words.precision == "bf16" else None,
         channels_last=device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last,
-        pruned=pruned,
+        dynamic_shapes=dynamic_shapes,
         compiled=words.compile,
-        gathered=words.gather,
+        gather_batch=words.gather,
         graphed=words.graph and cuda and torchrun.requested_world_size() == 1,
         # A group of steps is cut into steps, not into the processes' parts of each.
         ahead=1

@@ -21,7 +21,7 @@ def check(kind: str | None) -> None:
 
 
 @contextmanager
-def following(run: RunDir, kind: str | None) -> Iterator[None]:
+def log_to_tensorboard(run: RunDir, kind: str | None) -> Iterator[None]:
     """While this is open, every number that goes to a log of the run goes to its TensorBoard folder as well.
 
     Training figures stand over the step, evaluations and the use of spots over the epoch. A resumed run repeats the

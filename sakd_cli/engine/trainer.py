@@ -56,21 +56,21 @@ def _alone(network: nn.Module) -> nn.Module:
 class EvaluationData(NamedTuple):
     """selection: batches that choose the best epoch, and their name; test: the batches of the headline.
 
-    scored   what is scored, given the task's network: itself, or others with it
+    wrap   what is evaluated, given the task's network: itself, or others with it
     """
 
     selected_on: str
-    selection: Iterable[tuple[Tensor, Tensor]]
+    validation: Iterable[tuple[Tensor, Tensor]]
     test: Iterable[tuple[Tensor, Tensor]]
     classes: int
-    scored: Callable[[nn.Module], nn.Module] = _alone
+    wrap: Callable[[nn.Module], nn.Module] = _alone
 
 
 class TrainingOutput(NamedTuple):
     """What a run is for: who judges the network, and who writes it down."""
 
-    judge: EvaluationData
-    delivery: ModelWriter
+    evaluation: EvaluationData
+    writer: ModelWriter
 
 
 class Trainer:
@@ -78,7 +78,7 @@ class Trainer:
 
     With an `outcome` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
     task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the
-    watcher asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called; any but
+    reporter asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called; any but
     the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`. With `graphs` its steps are
     captured there and replayed.
     """
@@ -89,18 +89,18 @@ class Trainer:
         loader: Loader,
         optimizer: Optimizer | BilevelOptimizer,
         run: RunDir,
-        watcher: Reporter,
+        reporter: Reporter,
         *,
         epochs: int,
         log_every: int,
         save_every: int | None = None,
-        outcome: TrainingOutput | None = None,
+        output: TrainingOutput | None = None,
         recorder: SpotRecorder | None = None,
         phase: str = MAIN,
         graphs: Device | None = None,
     ) -> None:
         self.task, self.loader, self.optimizer = task, loader, optimizer
-        self.run, self.watcher, self.outcome, self.recorder = run, watcher, outcome, recorder
+        self.run, self.reporter, self.output, self.recorder = run, reporter, output, recorder
         self.epochs, self.log_every, self.save_every, self.phase = epochs, log_every, save_every, phase
         self.folder = run.path / "checkpoints" / ("" if phase == MAIN else phase)
         self.suffix = "" if phase == MAIN else f"-{phase}"
@@ -120,21 +120,21 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns how the time was spent and, with an outcome, the figures of last and best epoch.
 
-        Raises Stopped where the watcher asked for it; the state is saved then.
+        Raises Stopped where the reporter asked for it; the state is saved then.
         """
         figures: dict[str, Any] = {}
-        self.watcher.begin(f"{self.phase}: {self.run.path.name}", self.steps, self.step)
+        self.reporter.begin(f"{self.phase}: {self.run.path.name}", self.steps, self.step)
         self._since = time.perf_counter()
         try:
             while not self.done:
                 self._one_epoch(self.epoch + 1)
-            if self.outcome is not None:
-                figures = self._final_figures(self.outcome)
+            if self.output is not None:
+                figures = self._final_figures(self.output)
         except Stopped as stopped:
             self._save()
             raise Stopped(stopped.signal, f"step {self.step} of {self.steps} is saved") from None
         finally:
-            self.watcher.end()
+            self.reporter.end()
         self._switch("other")
         total = sum(self.seconds.values())
         return figures | {"seconds": total, "phases": {name: part / total for name, part in self.seconds.items()}}
@@ -142,9 +142,9 @@ class Trainer:
     def _one_epoch(self, epoch: int) -> None:
         with self._timed("train"):
             self._train(epoch)
-        if self.outcome is not None:
+        if self.output is not None:
             with self._timed("evaluate"):
-                self._judge(epoch, self.outcome.judge)
+                self._evaluate_epoch(epoch, self.output.evaluation)
         if self.recorder is not None:
             self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch))
         self.epoch = epoch
@@ -158,20 +158,20 @@ class Trainer:
         first = (epoch - 1) * self.loader.steps_per_epoch
         last = first + self.loader.steps_per_epoch
         for batch in self.loader.epoch(epoch, start=self.step - first):
-            if signal := self._poll(self.watcher.stop()):
+            if signal := self._poll(self.reporter.stop()):
                 raise Stopped(signal)
             self._count(self._advance(batch), batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:
                 self._log(epoch)
-            self.watcher.advance(self.step)
+            self.reporter.advance(self.step)
             if self.save_every and self.step % self.save_every == 0 and self.step != last:
                 self._save()
 
     def _step(self, batch: Batch) -> StepOutput:
         """Forward, backward, update; the output without its autograd graph."""
         output: StepOutput = self._spread(batch)
-        loss = output.loss if batch.share == 1 else output.loss * batch.share
+        loss = output.loss if batch.shard_weight == 1 else output.loss * batch.shard_weight
         self.optimizer.step(loss, partial(self.guard.look, batch, output))
         distributed.average_buffers(self._statistics)
         logits = None if output.logits is None else output.logits.detach()
@@ -192,18 +192,20 @@ class Trainer:
         means = self.meter.read()
         self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
 
-    def _judge(self, epoch: int, judge: EvaluationData) -> None:
-        scores = self._scored(self.task.network, judge, judge.selection)
+    def _evaluate_epoch(self, epoch: int, evaluation: EvaluationData) -> None:
+        scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
         self._tell(
-            {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": judge.selected_on} | scores.headline()
+            {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": evaluation.selected_on} | scores.headline()
         )
-        if not self.best or scores.top1 > self.best["selection_top1"]:
-            self.best = {"epoch": epoch, "selected_on": judge.selected_on, "selection_top1": scores.top1}
+        if not self.best or scores.top1 > self.best["validation_top1"]:
+            self.best = {"epoch": epoch, "selected_on": evaluation.selected_on, "validation_top1": scores.top1}
 
-    def _scored(self, network: nn.Module, judge: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
-        return evaluate(judge.scored(network), batches, judge.classes, together=True)
+    def _evaluate(
+        self, network: nn.Module, evaluation: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]
+    ) -> Scores:
+        return evaluate(evaluation.wrap(network), batches, evaluation.classes, together=True)
 
     def _save(self) -> None:
         self.guard.check()
@@ -223,7 +225,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "logs": self.run.log_sizes(),
             }
-            save_model = self.outcome.delivery.save_weights if self.outcome else None
+            save_model = self.output.writer.save_weights if self.output else None
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if self.recorder is not None:
                 write_aside(self.run.path / f"samples{self.suffix}.safetensors", save(self.recorder.by_sample()))
@@ -234,7 +236,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a step depends on or changes, but for what the delivery writes: the network has its own file."""
-        own = "network." if self.outcome is not None else None
+        own = "network." if self.output is not None else None
         state = self.task.state_dict().items()
         tensors = {f"task/{name}": tensor for name, tensor in state if own is None or not name.startswith(own)}
         tensors |= {f"momentum/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
@@ -278,16 +280,16 @@ class Trainer:
         except CheckpointError:
             self.best = {}
 
-    def _final_figures(self, outcome: TrainingOutput) -> dict[str, Any]:
-        judge = outcome.judge
-        best = self.best or {"epoch": self.epochs, "selected_on": judge.selected_on}
+    def _final_figures(self, output: TrainingOutput) -> dict[str, Any]:
+        evaluation = output.evaluation
+        best = self.best or {"epoch": self.epochs, "selected_on": evaluation.selected_on}
         with self._timed("evaluate"):
-            last_scores = best_scores = self._scored(self.task.network, judge, judge.test)
+            last_scores = best_scores = self._evaluate(self.task.network, evaluation, evaluation.test)
             if best["epoch"] != self.epochs:
                 saved = checkpoint.read(self.folder / "best")
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
-                best, best_scores = saved.state["best"], self._scored(network, judge, judge.test)
+                best, best_scores = saved.state["best"], self._evaluate(network, evaluation, evaluation.test)
         measured = {"split": "test", "images": last_scores.images} | last_scores.headline()
         self._publish({"epoch": self.epochs} | measured)
         return {
@@ -296,12 +298,12 @@ class Trainer:
         }
 
     def _publish(self, facts: dict[str, Any]) -> None:
-        if self.outcome is not None and distributed.is_main_process():
-            self.outcome.delivery.publish(self.run, facts)
+        if self.output is not None and distributed.is_main_process():
+            self.output.writer.publish(self.run, facts)
 
     def _tell(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)
-        self.watcher.record(record)
+        self.reporter.record(record)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

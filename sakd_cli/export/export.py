@@ -65,7 +65,7 @@ class _Opened(nn.Module):
         return self.function(images)
 
 
-def export(target: Path, order: Order, layers: list[ConfigSource], watcher: Reporter) -> dict[str, Any]:
+def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Reporter) -> dict[str, Any]:
     """Write the folder and give the document of `sakd export --json`.
 
     Raises UsageError where the folder is there, a package is missing, the network does not fit the form, or the file's
@@ -73,18 +73,18 @@ def export(target: Path, order: Order, layers: list[ConfigSource], watcher: Repo
     """
     form = FORMS[order.form]
     form.check()
-    found = _found(target, watcher)
+    found = _found(target, reporter)
     base = found.run.path if found.run else target if target.is_dir() else target.parent
     folder = order.out or base / f"export-{order.form}"
     _check_place(folder, order.overwrite)
     own = ConfigSource("the weights' header", {"data": found.card.dataset})
     config: EvalConfig = resolve("eval", [own, *words_of(found.run), *layers]).config
     inside = order.normalise and form.inside
-    images, real = _images(found.card, config, watcher)
+    images, real = _images(found.card, config, reporter)
     network = FromPixels(found.network, found.card.mean, found.card.std).eval() if inside else found.network
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (found.card.mean, found.card.std))
     given = images if inside else (images - mean) / std
-    watcher.say(f"exporting {found.card.architecture} as {order.form}")
+    reporter.say(f"exporting {found.card.architecture} as {order.form}")
     with whole_folder(folder) as aside:
         form.write(network, given[:2].clone(), found.card, aside, order.opset)
         opened = form.opened(found.card, aside)
@@ -109,13 +109,13 @@ def export(target: Path, order: Order, layers: list[ConfigSource], watcher: Repo
     return document
 
 
-def _found(target: Path, watcher: Reporter) -> Exportable:
+def _found(target: Path, reporter: Reporter) -> Exportable:
     """The network that a path means; of a run that is not finished, its last checkpoint's."""
     run = run_of(target)
     unfinished = run is not None and run.path == target and not run.finished
-    if run is not None and unfinished and (saved := _last_checkpoint(run, watcher)) is not None:
+    if run is not None and unfinished and (saved := _last_checkpoint(run, reporter)) is not None:
         step = f"epoch {saved.state.get('epoch')}, step {saved.state.get('step')}"
-        watcher.say(f"{target}: is not finished; taking its last checkpoint ({step})")
+        reporter.say(f"{target}: is not finished; taking its last checkpoint ({step})")
         loaded = artifact.load(saved.folder / checkpoint.MODEL)
         return Exportable(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
     weights = (run.ensemble or run.deliverable) if run is not None and run.path == target else target
@@ -129,7 +129,7 @@ def _found(target: Path, watcher: Reporter) -> Exportable:
     return Exportable(loaded.model.eval(), loaded.card, _facts(weights, loaded.sha256), run)
 
 
-def _last_checkpoint(run: RunDir, watcher: Reporter) -> checkpoint.Loaded | None:
+def _last_checkpoint(run: RunDir, reporter: Reporter) -> checkpoint.Loaded | None:
     """The newest whole one, which is only read: another process may be writing the next."""
     for name in ("last", "last.new", "previous"):
         folder = run.path / "checkpoints" / name
@@ -139,9 +139,9 @@ def _last_checkpoint(run: RunDir, watcher: Reporter) -> checkpoint.Loaded | None
             saved = checkpoint.read(folder)
             if saved.model is not None and saved.state.get("run") == run.identity:
                 return saved
-            watcher.warn(f"{folder}: belongs to another run")
+            reporter.warn(f"{folder}: belongs to another run")
         except CheckpointError as error:
-            watcher.warn(error.message)
+            reporter.warn(error.message)
     return None
 
 
@@ -174,7 +174,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{folder}: is there already", hint="--overwrite replaces it; --out DIR")
 
 
-def _images(card: NetworkCard, config: EvalConfig, watcher: Reporter) -> tuple[Tensor, bool]:
+def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[Tensor, bool]:
     """[64, 3, side, side] in [0, 1] to check with, and whether they are test images; noise where none are at hand."""
     words = config.data.model_copy(update={"holdout": 0.0, "download": False})
     try:
@@ -184,7 +184,7 @@ def _images(card: NetworkCard, config: EvalConfig, watcher: Reporter) -> tuple[T
         if images.shape[-1] == card.side:
             return (images * std + mean).clamp(0, 1), True
     except DataError as error:
-        watcher.say(f"checked with noise: {error.message}")
+        reporter.say(f"checked with noise: {error.message}")
     return torch.rand(IMAGES, 3, card.side, card.side, generator=torch.Generator().manual_seed(0)), False
 
 

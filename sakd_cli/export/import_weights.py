@@ -18,7 +18,7 @@ from sakd_cli.runs.build import load_images
 from sakd_cli.runs.evaluate import test_scores
 
 
-def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, watcher: Reporter) -> dict[str, Any]:
+def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, reporter: Reporter) -> dict[str, Any]:
     """Write the deployable folder `out` (None: `<network>-<data set>` here) from a foreign weights file.
 
     The network is scored where the data set's files are at hand; nothing is downloaded for it. Raises UsageError where
@@ -35,10 +35,10 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     try:
         local = config.data.model_copy(update={"holdout": 0.0, "download": False})
         known = load_images(local).dataset
-        scores = test_scores(network.to(device), known, device, watcher, f"scoring {file}")
+        scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
         figures = scores.headline() | {"split": "test", "images": scores.images}
     except DataError as error:
-        watcher.warn(f"not scored: {error.message}")
+        reporter.warn(f"not scored: {error.message}")
     facts = figures | {"imported": {"file": file.name, "sha256": sha256(file)}}
     _write(folder, network.cpu(), known, facts)
     about = {"schema": "sakd.import/1", "folder": str(folder), "network": name, "dataset": known.name}

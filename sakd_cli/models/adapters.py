@@ -90,4 +90,4 @@ class Transform(nn.Module):
         self.geometry = " ".join(["mean"] * pooled + [step.geometry for step in steps])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layout.entered(self.steps(x))
+        return self.layout.from_map(self.steps(x))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import Artifact, load_module, save_module
-from sakd_cli.models.layout import Seen
+from sakd_cli.models.layout import ToMap
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
@@ -105,7 +105,7 @@ class Branches(nn.Module):
         """A classifier of images: the teacher up to a branch, then this branch. Shares their weights."""
         last = self.places[branch].stage
         info = teacher.infos[last]
-        before = [*list(teacher.stages)[: last + 1], Seen(info.layout, info.shape(self.side))]
+        before = [*list(teacher.stages)[: last + 1], ToMap(info.layout, info.shape(self.side))]
         return nn.Sequential(*before, *self._alone(branch)).train(teacher.training)
 
     def start(self, student: StagedModel) -> None:

@@ -16,7 +16,7 @@ class Layout(NamedTuple):
     form: Literal["planes", "pixels", "tokens"] = "planes"
     prefix: int = 0
 
-    def seen(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def to_map(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """What a spot sees of the value: the map [N, C, H, W]; `shape` is (C, H, W). A view, no copy."""
         if self.form == "pixels":
             return x.permute(0, 3, 1, 2)
@@ -24,7 +24,7 @@ class Layout(NamedTuple):
             return x[:, self.prefix :].transpose(1, 2).unflatten(2, shape[1:])
         return x
 
-    def entered(self, x: Tensor) -> Tensor:
+    def from_map(self, x: Tensor) -> Tensor:
         """A map [N, C, H, W] of another network as the value that this one goes on with.
 
         Its prefix tokens are the mean of its own: nothing of the network it enters is used, so that all of what the
@@ -43,24 +43,24 @@ PLANES = Layout()
 
 
 @final
-class Seen(nn.Module):
-    """`Layout.seen` as a module, for chains of them."""
+class ToMap(nn.Module):
+    """`Layout.to_map` as a module, for chains of them."""
 
     def __init__(self, layout: Layout, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.layout, self.shape = layout, shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layout.seen(x, self.shape)
+        return self.layout.to_map(x, self.shape)
 
 
 @final
-class Entered(nn.Module):
-    """`Layout.entered` as a module."""
+class FromMap(nn.Module):
+    """`Layout.from_map` as a module."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layout.entered(x)
+        return self.layout.from_map(x)

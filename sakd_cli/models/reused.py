@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor, nn
 
 from sakd_cli.models.layers import ConvUnit
-from sakd_cli.models.layout import PLANES, Entered, Seen
+from sakd_cli.models.layout import PLANES, FromMap, ToMap
 from sakd_cli.models.staged import StagedModel, StageInfo
 
 
@@ -48,7 +48,7 @@ def projector(student: StageInfo, teacher: StageInfo, factor: int) -> tuple[Stag
         ConvUnit(inner, inner, 3),
         ConvUnit(inner, teacher.channels, 1, relu=not teacher.signed),
     ]
-    before: list[nn.Module] = [] if student.layout == PLANES else [Seen(student.layout, student.shape(0))]
+    before: list[nn.Module] = [] if student.layout == PLANES else [ToMap(student.layout, student.shape(0))]
     return info, nn.Sequential(*before, *([nn.AvgPool2d(ratio)] if ratio > 1 else []), *convolutions)
 
 
@@ -57,7 +57,7 @@ def build(name: str, num_classes: int, *, student: StagedModel, teacher: StagedM
     *kept, _ = zip(student.infos, student.stages, strict=True)
     added = projector(student.infos[-2], teacher.infos[-2], factor)
     layout = teacher.infos[-2].layout
-    rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(Entered(layout), teacher.stages[-1])
+    rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(FromMap(layout), teacher.stages[-1])
     pool = teacher.infos[-1], FrozenCopy(rest)
     model = StagedModel(
         name=name, family="reused", stages=[*kept, added, pool], num_classes=num_classes, preactivation=None

@@ -60,21 +60,21 @@ class Features(NamedTuple):
     preactivations   empty unless asked for: per stage its output in front of the last activation, where the family has
                      such a version of it; elsewhere (stem, pooled vector) the output itself. Shapes as in `stages`
     blocks           empty unless asked for: per stage the outputs of its blocks, as `StageInfo.blocks` declares them
-    carried          per stage the value that the next stage gets; empty where these are the maps themselves
+    raw              per stage the value that the next stage gets; empty where these are the maps themselves
     """
 
     stages: tuple[Tensor, ...]
     logits: Tensor
     preactivations: tuple[Tensor, ...] = ()
     blocks: tuple[tuple[Tensor, ...], ...] = ()
-    carried: tuple[Tensor, ...] = ()
+    raw: tuple[Tensor, ...] = ()
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
         """The same with every tensor changed."""
         blocks = tuple(tuple(map(change, maps)) for maps in self.blocks)
         before = tuple(map(change, self.preactivations))
-        carried = tuple(map(change, self.carried))
-        return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks, carried)
+        raw = tuple(map(change, self.raw))
+        return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks, raw)
 
     def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
         """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
@@ -172,7 +172,7 @@ class StagedModel(nn.Module):
         self.gain = None if equal else (theirs[1] / ours[1]).to(place)
         self.shift = None if equal else ((theirs[0] - ours[0]) / ours[1]).to(place)
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def _normalize_input(self, images: Tensor) -> Tensor:
         return images if self.gain is None or self.shift is None else images * self.gain + self.shift
 
     @property
@@ -186,29 +186,29 @@ class StagedModel(nn.Module):
 
     def features(self, x: Tensor) -> Features:
         """Images [N, 3, H, W] to the output of every stage and the logits."""
-        outputs, x = [], self._seen(x)
+        outputs, x = [], self._normalize_input(x)
         for stage in self.stages:
             x = stage(x)
             outputs.append(x)
         if not self._carries:
             return Features(tuple(outputs), self.head(x))
-        maps = tuple(self.seen(output, k) for k, output in enumerate(outputs))
-        return Features(maps, self.head(x), carried=tuple(outputs))
+        maps = tuple(self.to_map(output, k) for k, output in enumerate(outputs))
+        return Features(maps, self.head(x), raw=tuple(outputs))
 
-    def seen(self, x: Tensor, stage: int) -> Tensor:
+    def to_map(self, x: Tensor, stage: int) -> Tensor:
         """Of what a stage hands on, what a spot sees: the map [N, C, H, W], or the pooled vector."""
         info = self.infos[stage]
-        return info.layout.seen(x, (info.channels, *(info.size or ())))
+        return info.layout.to_map(x, (info.channels, *(info.size or ())))
 
-    def entered(self, x: Tensor, stage: int) -> Tensor:
+    def from_map(self, x: Tensor, stage: int) -> Tensor:
         """A map like that of a stage as what `run(..., stage + 1, ...)` goes on with."""
-        return self.infos[stage].layout.entered(x)
+        return self.infos[stage].layout.from_map(x)
 
     def features_with_blocks(self, x: Tensor) -> Features:
         """As `features`, with `Features.blocks` filled. A stage that declares blocks is a sequence of just these."""
         if self._carries:
             return self.features(x)
-        outputs, inside, x = [], [], self._seen(x)
+        outputs, inside, x = [], [], self._normalize_input(x)
         for info, stage in zip(self.infos, self.stages, strict=True):
             seen = []
             for part in cast(nn.Sequential, stage) if info.blocks else (stage,):
@@ -231,21 +231,21 @@ class StagedModel(nn.Module):
 
     def features_with_preactivations(self, x: Tensor) -> Features:
         """As `features`, with `Features.preactivations` filled. UsageError where the family has none."""
-        outputs, before = self._seen_before_activation().run(self.stages, self._seen(x))
+        outputs, before = self._require_preactivation().run(self.stages, self._normalize_input(x))
         return Features(tuple(outputs), self.head(outputs[-1]), tuple(before))
 
     def affine_before_activation(self, stage: int) -> Affine:
         """Weight and bias of the BatchNorm in front of the activation of one of `map_stages`; else as above."""
-        return self._seen_before_activation().affines(self.stages)[self.map_stages.index(stage)]
+        return self._require_preactivation().affines(self.stages)[self.map_stages.index(stage)]
 
-    def _seen_before_activation(self) -> Preactivation:
+    def _require_preactivation(self) -> Preactivation:
         if self._preactivation is None:
             raise UsageError(f"{self.name} has no pre-activation features", hint="choose another network or method")
         return self._preactivation
 
     def run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Run stages start .. stop-1; `x` is the output of stage start-1 (the images for start 0)."""
-        x = x if start else self._seen(x)
+        x = x if start else self._normalize_input(x)
         for stage in self.stages[start:stop]:
             x = stage(x)
         return self.head(x) if start <= len(self.stages) < stop else x

@@ -45,18 +45,20 @@ class Graft(nn.Module):
     here. Adapters are trained, in training mode and on the whole batch. The networks are not submodules: they belong to
     others and are given as functions `run(x, start, stop)` in evaluation mode without weight gradients.
 
-    pruned  behind the last feature spot either network is differentiated for those samples alone whose logits are its
-            own, and the teacher is not run for others that followed it so far: their logits are its plain ones. Exact,
-            since what is left out would be multiplied by 0. The shapes depend on the gates, which the host must read:
-            right for a CPU, wrong for a GPU and for a compiler.
+    dynamic_shapes  behind the last feature spot either network is differentiated for those samples alone whose logits
+            are its own, and the teacher is not run for others that followed it so far: their logits are its plain ones.
+            Exact, since what is left out would be multiplied by 0. The shapes depend on the gates, which the host must
+            read: good on a CPU, bad on a GPU and for a compiler.
     """
 
-    def __init__(self, spots: Sequence[Spot], run_student: Run, run_teacher: Run, *, pruned: bool = False) -> None:
+    def __init__(
+        self, spots: Sequence[Spot], run_student: Run, run_teacher: Run, *, dynamic_shapes: bool = False
+    ) -> None:
         super().__init__()
         self.spots = tuple(spots)
         self.run_student = run_student
         self.run_teacher = run_teacher
-        self.pruned = pruned
+        self.dynamic_shapes = dynamic_shapes
         self.lifts = nn.ModuleList([adapter(spot.student_shape, spot.teacher_shape) for spot in self.spots[:-1]])
         self.drops = nn.ModuleList([adapter(spot.teacher_shape, spot.student_shape) for spot in self.spots[:-1]])
 
@@ -66,8 +68,8 @@ class Graft(nn.Module):
             with torch.no_grad():
                 alone = self.run_student(images, 0, self.spots[-1].student + 1)
             return mixed(gate[:, -1], alone, teacher.logits)
-        to_s, to_t = self._to_last_part(images, (teacher.carried or teacher.stages)[self.spots[0].teacher], gate)
-        if not self.pruned:
+        to_s, to_t = self._to_last_part(images, (teacher.raw or teacher.stages)[self.spots[0].teacher], gate)
+        if not self.dynamic_shapes:
             return mixed(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
         taught, left, known = ways(gate.detach())
         ls, lt = self._student_end(to_s[torch.cat([left, known])]), self._teacher_end(to_t[taught])
@@ -91,8 +93,8 @@ class Graft(nn.Module):
                 q = self.run_teacher(to_t, at_t, spot.teacher + 1)
             at_s, at_t = spot.student + 1, spot.teacher + 1
             ours, theirs = spot.student_layout, spot.teacher_layout
-            lifted = theirs.entered(lift(ours.seen(p, spot.student_shape)))
-            dropped = ours.entered(drop(theirs.seen(q, spot.teacher_shape)))
+            lifted = theirs.from_map(lift(ours.to_map(p, spot.student_shape)))
+            dropped = ours.from_map(drop(theirs.to_map(q, spot.teacher_shape)))
             to_t, to_s = mixed(gate[:, k], lifted, q), mixed(gate[:, k], p, dropped)
         return to_s, to_t
 

@@ -148,7 +148,7 @@ def assemble(
             batch_size=config.train.batch_size,
         )
     if method.features is not None:
-        method.features.pruned = mode.pruned
+        method.features.dynamic_shapes = mode.dynamic_shapes
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
@@ -160,7 +160,7 @@ def assemble(
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
         runs = frozen_view(mode.to_memory_format(method.network)).run, teacher.run
-        graft = Graft(method.spots, *runs, pruned=mode.pruned) if learned else None
+        graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
     published = learned or LearnedConfig(name="none")
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma

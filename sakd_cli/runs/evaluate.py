@@ -43,7 +43,7 @@ class Target(NamedTuple):
     compelled: bool = False
 
 
-def scores(targets: Iterable[Target], watcher: Reporter) -> Iterator[dict[str, Any]]:
+def scores(targets: Iterable[Target], reporter: Reporter) -> Iterator[dict[str, Any]]:
     """One document per target, of the schema `report/documents.py` calls Evaluation.
 
     Weights of no run are scored on the data set of their header. Raises UsageError on other classes.
@@ -56,7 +56,7 @@ def scores(targets: Iterable[Target], watcher: Reporter) -> Iterator[dict[str, A
         words = config.data.model_copy(update={"holdout": 0.0})
         images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
         match_normalization(network, images, str(target.weights))
-        yield _score(target, network, config, images, watcher)
+        yield _score(target, network, config, images, reporter)
 
 
 def seen_in(card: NetworkCard) -> dict[str, Any]:
@@ -65,16 +65,16 @@ def seen_in(card: NetworkCard) -> dict[str, Any]:
     return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
 
 
-def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, watcher: Reporter) -> dict[str, Any]:
+def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, reporter: Reporter) -> dict[str, Any]:
     device, dataset, run = pick_device(config.device), images.dataset, target.run
-    teacher = _teacher(target, config, images, watcher)
+    teacher = _teacher(target, config, images, reporter)
     branches = branches_of(target.weights, network)
     mode = resolve_mode(Runtime(), device)
     model = mode.to_memory_format(network.model.to(device)).eval()
     batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     heard = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
-    *answers, labels = _answers(heard, followed(batches, watcher, f"scoring {target.weights}{unfinished}"))
+    *answers, labels = _answers(heard, followed(batches, reporter, f"scoring {target.weights}{unfinished}"))
     pairs, mistaken = confusions(answers[0].logits, labels, dataset.classes)
     figures, rows = _figures(model, answers[0], labels, batches.batch_size, images)
     about = None
@@ -119,13 +119,13 @@ def class_rows(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
     return [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class]
 
 
-def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, watcher: Reporter, title: str) -> Scores:
+def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
     """Figures of a network that is on `device`, on all test images."""
     batches = eval_loader(dataset.test, dataset, device=device)
-    return evaluate(model, followed(batches, watcher, title), len(dataset.classes))
+    return evaluate(model, followed(batches, reporter, title), len(dataset.classes))
 
 
-def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Reporter) -> tuple[Path, Artifact] | None:
+def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Reporter) -> tuple[Path, Artifact] | None:
     """The teacher that the words name, and where it lies; None where they name none."""
     if config.teacher is None:
         return None
@@ -141,7 +141,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, watcher: Report
     except UsageError as error:
         if target.compelled:
             raise
-        watcher.warn(f"not compared with its teacher: {error.message}")
+        reporter.warn(f"not compared with its teacher: {error.message}")
         return None
     return path, teacher
 
@@ -172,12 +172,12 @@ def _figures(
     return quality | cost(model, images.side)._asdict(), class_rows(found, classes)
 
 
-def followed(batches: EvalLoader | FileEvalLoader, watcher: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches, with the watcher told of each."""
-    watcher.begin(title, len(batches))
+def followed(batches: EvalLoader | FileEvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches, with the reporter told of each."""
+    reporter.begin(title, len(batches))
     try:
         for step, batch in enumerate(batches, start=1):
             yield batch
-            watcher.advance(step)
+            reporter.advance(step)
     finally:
-        watcher.end()
+        reporter.end()

@@ -139,7 +139,7 @@ def hull(points: Sequence[tuple[float, float]]) -> set[int]:
     return set(kept)
 
 
-def score_ensemble(target: Target, watcher: Reporter, *, early: bool, curve: bool) -> dict[str, Any]:
+def score_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bool) -> dict[str, Any]:
     """`sakd eval` of an ensemble; a plain network is one without residual students. Keys: `report/ensemble.py`.
 
     early: samples leave where they may; else all go to the end. curve: with the sweep.
@@ -163,7 +163,7 @@ def score_ensemble(target: Target, watcher: Reporter, *, early: bool, curve: boo
         exits = _refitted(whole, target.run, config, macs, teacher_macs, device)
     batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     chosen, title = exits if early else never(exits), f"scoring {target.weights}"
-    scores, left = passed(whole, chosen, followed(batches, watcher, title), len(dataset.classes))
+    scores, left = passed(whole, chosen, followed(batches, reporter, title), len(dataset.classes))
     shown = costs_of(left, macs, teacher_macs)
     names = [str(member.name) for member in whole.members]
     about = {"weights": str(target.weights), "sha256": opened.sha256, "network": " + ".join(names)}
@@ -228,7 +228,7 @@ def _refitted(
 def evaluations(
     found: Sequence[tuple[Path, RunDir | None]],
     layers: Sequence[ConfigSource],
-    watcher: Reporter,
+    reporter: Reporter,
     *,
     compelled: bool = False,
     forced: bool = False,
@@ -244,8 +244,8 @@ def evaluations(
     for weights, run in found:
         target = Target(weights, run, [*words_of(run), *layers], compelled)
         pairs.append((target, forced or is_ensemble(weights)))
-    alone = scores((target for target, ensemble in pairs if not ensemble), watcher)
+    alone = scores((target for target, ensemble in pairs if not ensemble), reporter)
     return [
-        score_ensemble(target, watcher, early=early, curve=curve) if ensemble else next(alone)
+        score_ensemble(target, reporter, early=early, curve=curve) if ensemble else next(alone)
         for target, ensemble in pairs
     ]

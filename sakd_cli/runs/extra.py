@@ -45,8 +45,8 @@ class TrainerFactory:
     """What all trainings of one run share, and how one of them is set up."""
 
     run: RunDir
-    judge: EvaluationData
-    watcher: Reporter
+    evaluation: EvaluationData
+    reporter: Reporter
 
     def trainer(
         self,
@@ -57,7 +57,7 @@ class TrainerFactory:
         *,
         loader: Loader | None = None,
         optimizer: Optimizer | BilevelOptimizer | None = None,
-        outcome: TrainingOutput | None = None,
+        output: TrainingOutput | None = None,
         recorder: SpotRecorder | None = None,
     ) -> Trainer:
         """A trainer of `task`; what is not given is that of the job's ordinary training."""
@@ -69,11 +69,11 @@ class TrainerFactory:
             loader or loader_of(job),
             optimizer or optimizer_of(task, words.train, words.train.decay_epochs()),
             self.run,
-            self.watcher,
+            self.reporter,
             epochs=epochs,
             log_every=words.log_every,
             save_every=words.save_every,
-            outcome=outcome,
+            output=output,
             recorder=recorder,
             phase=phase,
             graphs=Cuda(job.device) if job.mode.graphed and task is job.task else None,

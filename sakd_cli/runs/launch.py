@@ -73,30 +73,30 @@ def try_one_batch(job: Job) -> dict[str, Any]:
 
 @distributed.translate_dist_errors()  # another process may end at any exchange, the first ones and the last ones too
 def carry_out(
-    job: Job, intent: ResumePlan, watcher: Reporter, again: str | None = None
+    job: Job, intent: ResumePlan, reporter: Reporter, again: str | None = None
 ) -> tuple[RunDir, dict[str, Any]]:
     """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
 
     again  the command that goes on after a stop; None: that of this very run
-    Raises Stopped, with the state saved, where the watcher asks for it; RunInUseError where another process is in.
+    Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
     """
     tensorboard.check(job.config.log)
     distributed.init_process_group(job.device)
     job.images.preload()
     companions = run_extensions(job)
     _made_ready(job)
-    judge = _judge(job, watcher)
-    facts = _teacher_facts(job, judge, watcher)
+    evaluation = evaluation_data(job, reporter)
+    facts = _teacher_facts(job, evaluation, reporter)
     run, intent = _opened(job, companions, intent)
-    with run.locked(), tensorboard.following(run, job.config.log):
+    with run.locked(), tensorboard.log_to_tensorboard(run, job.config.log):
         if distributed.is_main_process():
             _begin(job, run, intent)
         distributed.barrier()
         try:
-            shop = TrainerFactory(run, judge, watcher)
+            shop = TrainerFactory(run, evaluation, reporter)
             for companion in companions:
                 facts |= companion.facts()
-            phases = _resumed(_trainings(job, companions, shop, facts), run, intent, watcher)
+            phases = _resumed(_trainings(job, companions, shop, facts), run, intent, reporter)
             with translate_oom(job.config.train.batch_size):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
             if distributed.is_main_process():
@@ -155,19 +155,19 @@ def _trainings(
     job: Job, companions: Sequence[RunExtension], shop: TrainerFactory, facts: dict[str, Any]
 ) -> Iterator[Trainer]:
     """The trainings of a run, one after another; each is built when the one before is done."""
-    yield from training(job, MAIN, TrainingOutput(shop.judge, FolderWriter(job, facts, companions)), shop)
+    yield from training(job, MAIN, TrainingOutput(shop.evaluation, FolderWriter(job, facts, companions)), shop)
     for companion in companions:
         yield from companion.trainings(shop)
 
 
-def _resumed(phases: Iterator[Trainer], run: RunDir, intent: ResumePlan, watcher: Reporter) -> Iterator[Trainer]:
+def _resumed(phases: Iterator[Trainer], run: RunDir, intent: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:
     """The same trainers, each taken to its own last checkpoint as long as all before it are complete.
 
     Lines that were logged after that checkpoint are taken back: they will be written again.
     """
     resume_config, logs = intent.resume is not None, dict[str, int]()
     for trainer in phases:
-        complain = watcher.warn if intent.lenient else None
+        complain = reporter.warn if intent.lenient else None
         point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
         if point is not None:
             trainer.resume(point)
@@ -190,11 +190,11 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
     return sizes
 
 
-def _judge(job: Job, watcher: Reporter) -> EvaluationData:
+def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     dataset = job.images.dataset
-    test = InterruptibleBatches(eval_loader(dataset.test, dataset, device=job.device), watcher)
+    test = InterruptibleBatches(eval_loader(dataset.test, dataset, device=job.device), reporter)
     held_out = job.images.held_out
-    selection = InterruptibleBatches(eval_loader(held_out, dataset, device=job.device), watcher) if held_out else test
+    selection = InterruptibleBatches(eval_loader(held_out, dataset, device=job.device), reporter) if held_out else test
     return EvaluationData("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 
@@ -232,20 +232,20 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _teacher_facts(job: Job, judge: EvaluationData, watcher: Reporter) -> dict[str, Any]:
+def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> dict[str, Any]:
     """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
 
     Raises UsageError where its card says otherwise.
     """
     if job.teacher is None or job.teacher_cost is None:
         return {}
-    scores = evaluate(job.teacher.model, judge.test, judge.classes)
+    scores = evaluate(job.teacher.model, evaluation.test, evaluation.classes)
     if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch
         told = compare_with_card(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
         if told is not None:
-            watcher.say(told)
+            reporter.say(told)
     facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
     return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from sakd_cli import distributed
-from sakd_cli.batch import Known
+from sakd_cli.batch import Precomputed
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.sources import views
 from sakd_cli.engine.look_ahead import LookAhead
@@ -24,7 +24,7 @@ from sakd_cli.tasks.residual import ResidualTask
 from sakd_cli.tasks.search import batches
 
 
-def training(job: Job, phase: str, outcome: TrainingOutput, shop: TrainerFactory) -> Iterator[Trainer]:
+def training(job: Job, phase: str, output: TrainingOutput, shop: TrainerFactory) -> Iterator[Trainer]:
     """The preparations of a job, then its own training as `phase`; each is built when the one before is done."""
     before = "" if phase == MAIN else f"{phase}-"
     for prepare in PREPARATIONS:
@@ -35,7 +35,7 @@ def training(job: Job, phase: str, outcome: TrainingOutput, shop: TrainerFactory
         train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
     epochs, loader = job.config.train.epochs, _looking_ahead(job)
-    yield shop.trainer(job, job.task, phase, epochs, loader=loader, outcome=outcome, recorder=recorder)
+    yield shop.trainer(job, job.task, phase, epochs, loader=loader, output=output, recorder=recorder)
 
 
 def _looking_ahead(job: Job) -> LookAhead | None:
@@ -44,7 +44,7 @@ def _looking_ahead(job: Job) -> LookAhead | None:
     from_bank = isinstance(task, DistillTask) and not isinstance(task.teacher_features, PlainPass)
     if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask):
         return None
-    look: Callable[[Tensor], Known] = task.precompute
+    look: Callable[[Tensor], Precomputed] = task.precompute
     look = compile_forward(look) if job.mode.compiled else look
     return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
@@ -60,7 +60,7 @@ def _taken_from_bank(job: Job, before: str, shop: TrainerFactory) -> Iterator[Tr
             views(job.images.train, job.images.dataset, job.device),
             job.mode,
             job.device,
-            shop.watcher,
+            shop.reporter,
         )
         job.task.teacher_features = bank
     yield from ()
@@ -90,7 +90,7 @@ def _searched(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
         both = search.optimizer(config.train.momentum)
         yield shop.trainer(job, search, f"{before}search", words.search_epochs, loader=loader, optimizer=both)
         search.settle()
-    if (mixed := mixtures.record(job, shop.watcher.warn)) is not None and distributed.is_main_process():
+    if (mixed := mixtures.record(job, shop.reporter.warn)) is not None and distributed.is_main_process():
         write_json(shop.run.path / f"{before}{mixtures.NAME}", mixed)
 
 

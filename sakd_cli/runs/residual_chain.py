@@ -88,9 +88,9 @@ def planned(student: str, teacher: Cost, words: ResidualConfig, classes: int, si
 class _Gap:
     """What the members so far lack on one split, stage by stage."""
 
-    def __init__(self, split: Split, job: Job, watcher: Reporter) -> None:
+    def __init__(self, split: Split, job: Job, reporter: Reporter) -> None:
         assert job.teacher is not None
-        self.batches = InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device), watcher)
+        self.batches = InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device), reporter)
         self.teacher = _logits(job.teacher.model, self.batches)
         self.stages: list[Tensor] = []
         self.energies: list[float] = []
@@ -150,7 +150,7 @@ class Chain(RunExtension):
         return [{"role": "residual student", "name": name, **cost._asdict()} for name, cost in pairs]
 
     def trainings(self, shop: TrainerFactory) -> Iterator[Trainer]:
-        self._begin(shop.watcher)
+        self._begin(shop.reporter)
         self._join(self.job.network)
         for number, name in enumerate(self.names, start=1):
             drop, stopped = verdict(self.held_out.energies, self.words)
@@ -158,9 +158,9 @@ class Chain(RunExtension):
                 break
             base = Ensemble(list(self.members)).eval().forward
             job = residual_stage(self.job, name, number, base)
-            judge = shop.judge._replace(scored=partial(Offset, base=base))
+            evaluation = shop.evaluation._replace(wrap=partial(Offset, base=base))
             yield from training(
-                job, f"residual-{number}", TrainingOutput(judge, MemberWriter(job.network, job.card)), shop
+                job, f"residual-{number}", TrainingOutput(evaluation, MemberWriter(job.network, job.card)), shop
             )
             self._join(job.network)
         drop, stopped = verdict(self.held_out.energies, self.words)
@@ -169,12 +169,12 @@ class Chain(RunExtension):
             self.members.pop()
             self.dropped = 1
 
-    def _begin(self, watcher: Reporter) -> None:
+    def _begin(self, reporter: Reporter) -> None:
         train, calibration = self.job.images.train, self.job.images.calibration
         assert calibration is not None
         spread = torch.linspace(0, len(train) - 1, min(len(train), len(calibration))).long()
-        self.held_out = _Gap(calibration, self.job, watcher)
-        self.seen = _Gap(train.subset(spread), self.job, watcher)
+        self.held_out = _Gap(calibration, self.job, reporter)
+        self.seen = _Gap(train.subset(spread), self.job, reporter)
         self.labels = calibration.labels.to(self.job.device)
 
     def _join(self, network: StagedModel) -> None:
@@ -201,7 +201,9 @@ class Chain(RunExtension):
         }
         ensemble.save(shop.run.path / FOLDER, whole, self.job.card, exits, facts)
         with _between_phases():
-            shown = figures_of(whole, exits, shop.judge.test, len(self.job.images.dataset.classes), macs, cost.macs)
+            shown = figures_of(
+                whole, exits, shop.evaluation.test, len(self.job.images.dataset.classes), macs, cost.macs
+            )
         phases = [MAIN, *(f"residual-{number}" for number in range(1, len(self.names) + 1))]
         tops = [figures[phase]["headline"]["top1"] for phase in phases if phase in figures]
         return {"ensemble": shown | facts | {"stage_top1": tops}}

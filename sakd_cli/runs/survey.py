@@ -61,13 +61,13 @@ class Surveyed(RunExtension):
         try:
             # All test images would cost a short run more than an epoch; a long one has shown so many that it has all.
             most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
-            write_aside(shop.run.path / FILE, survey(job, "train", shop.watcher, seed=job.config.seed, most=most))
+            write_aside(shop.run.path / FILE, survey(job, "train", shop.reporter, seed=job.config.seed, most=most))
         except Stopped as stopped:
             raise Stopped(stopped.signal, "all of the training is saved") from None
         return {"survey_seconds": time.perf_counter() - start}
 
 
-def live(run: RunDir, layers: Iterable[ConfigSource], part: str, watcher: Reporter, *, seed: int, kept: int) -> bytes:
+def live(run: RunDir, layers: Iterable[ConfigSource], part: str, reporter: Reporter, *, seed: int, kept: int) -> bytes:
     """The survey of a run's last checkpoint on any images, as bytes of the same format.
 
     layers  words about data and device, laid over the run's own
@@ -79,11 +79,11 @@ def live(run: RunDir, layers: Iterable[ConfigSource], part: str, watcher: Report
     words = words.model_copy(update={"data": asked.data, "device": asked.device, "init_from_branches": False})
     job = build.distillation(words)
     _restore(job, checkpoint.read(run.path / "checkpoints" / "last"))
-    watcher.begin(f"looking at {run.path.name} on {job.images.dataset.name}, {part} images", 1)
+    reporter.begin(f"looking at {run.path.name} on {job.images.dataset.name}, {part} images", 1)
     try:
-        return survey(job, part, watcher, seed=seed, kept=kept)
+        return survey(job, part, reporter, seed=seed, kept=kept)
     finally:
-        watcher.end()
+        reporter.end()
 
 
 def _restore(job: Job, saved: checkpoint.Loaded) -> None:
@@ -100,7 +100,7 @@ def _restore(job: Job, saved: checkpoint.Loaded) -> None:
 
 
 @torch.inference_mode()
-def survey(job: Job, part: str, watcher: Reporter, *, seed: int, kept: int = KEPT, most: int | None = None) -> bytes:
+def survey(job: Job, part: str, reporter: Reporter, *, seed: int, kept: int = KEPT, most: int | None = None) -> bytes:
     """One pass over a split (train, holdout, test) and, for the routed network, over the test images.
 
     most  route the first so many test images only; None: all
@@ -113,9 +113,9 @@ def survey(job: Job, part: str, watcher: Reporter, *, seed: int, kept: int = KEP
     mode = task.training
     task.eval()
     try:
-        columns, complement = _answers(job, task, split, watcher, seed)
+        columns, complement = _answers(job, task, split, reporter, seed)
         test = job.images.dataset.test
-        routed = _paths(job, task, test.subset(torch.arange(len(test))[:most]), watcher, seed)
+        routed = _paths(job, task, test.subset(torch.arange(len(test))[:most]), reporter, seed)
     finally:
         task.train(mode)
     columns |= {"label": split.labels.cpu(), "index": split.origins()}
@@ -136,16 +136,18 @@ def survey(job: Job, part: str, watcher: Reporter, *, seed: int, kept: int = KEP
     return bytes(save(columns, {"sakd": json.dumps(about)}))
 
 
-def _batches(job: Job, split: Split, watcher: Reporter) -> InterruptibleBatches:
-    return InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), watcher)
+def _batches(job: Job, split: Split, reporter: Reporter) -> InterruptibleBatches:
+    return InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), reporter)
 
 
-def _answers(job: Job, task: DistillTask, split: Split, watcher: Reporter, seed: int) -> tuple[dict[str, Tensor], bool]:
+def _answers(
+    job: Job, task: DistillTask, split: Split, reporter: Reporter, seed: int
+) -> tuple[dict[str, Tensor], bool]:
     """What both networks and the policy say of every image, on the CPU; whether the losses took the complement."""
     plain, noise = _plain_teacher(job), seeded_generator(seed, "survey")
     complement = torch.zeros((), dtype=torch.bool, device=job.device)
     columns: dict[str, list[Tensor]] = {}
-    for images, labels in _batches(job, split, watcher):
+    for images, labels in _batches(job, split, reporter):
         teacher, student = plain(images), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
         decision = task.router(teacher.embedding, student.embedding, uniform)
@@ -168,14 +170,14 @@ def _plain_teacher(job: Job) -> Callable[[Tensor], Features]:
     return job.teacher.model.features
 
 
-def _paths(job: Job, task: DistillTask, test: Split, watcher: Reporter, seed: int) -> dict[str, Any]:
+def _paths(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: int) -> dict[str, Any]:
     """Top-1 (percent) and loss on test images: student, teacher, and the routed network along three kinds of path.
 
     sampled  gates drawn from the policy, mean over `DRAWS` draws and, for top-1, their standard deviation
     """
     draws = [seeded_generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     plain, sums = _plain_teacher(job), torch.zeros((), device=job.device)
-    for images, labels in _batches(job, test, watcher):
+    for images, labels in _batches(job, test, reporter):
         teacher, student = plain(images), task.student_features(images)
         outputs = [student.logits, teacher.logits]
         if task.graft is not None:

@@ -77,7 +77,7 @@ def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others
 
 
 def open_teacher_cache(
-    folder: Path, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Reporter
+    folder: Path, teacher: Artifact, views: Views, mode: Mode, device: torch.device, reporter: Reporter
 ) -> TeacherCache:
     """The bank of this teacher and these images, from the disk; computed and written first if it is not there yet.
 
@@ -85,14 +85,16 @@ def open_teacher_cache(
     """
     model = teacher.model
     layout = Layout(len(views), views.count, model.infos[-1].channels, model.num_classes)
-    key = hashlib.sha256(json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.reduced)]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.autocast_dtype)]).encode()
+    ).hexdigest()
     path = folder / f"{teacher.model.name}-{key[:16]}.safetensors"
     _must_fit(device, layout)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not _whole(path):
-                _compute(path, layout, teacher, views, mode, device, watcher)
+                _compute(path, layout, teacher, views, mode, device, reporter)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
     tensors = load_file(path)  # mapped, not read, as long as it stays in main memory
@@ -117,22 +119,22 @@ def _whole(path: Path) -> bool:
 
 
 def _compute(
-    path: Path, layout: Layout, teacher: Artifact, views: Views, mode: Mode, device: torch.device, watcher: Reporter
+    path: Path, layout: Layout, teacher: Artifact, views: Views, mode: Mode, device: torch.device, reporter: Reporter
 ) -> None:
     free = shutil.disk_usage(path.parent).free
     if layout.bytes > free:
         raise DiskError(f"{path.parent}: a teacher bank needs {_gb(layout.bytes)}, {_gb(free)} are free")
     aside = path.with_suffix(".new")
     arrays = _empty_file(aside, layout)
-    watcher.begin(f"teacher bank: {_gb(layout.bytes)} in {path}", layout.rows)
+    reporter.begin(f"teacher bank: {_gb(layout.bytes)} in {path}", layout.rows)
     try:
         for start, features in _answers(layout, teacher, views, mode):
-            raise_if_stopped(watcher)
+            raise_if_stopped(reporter)
             for name, answers in zip(arrays, (features.embedding, features.logits), strict=True):
                 arrays[name][start : start + len(answers)] = answers.to(torch.float16).cpu().numpy()
-            watcher.advance(min(start + ROWS, layout.rows))
+            reporter.advance(min(start + ROWS, layout.rows))
     finally:
-        watcher.end()
+        reporter.end()
     for array in arrays.values():
         array.flush()
     write_json(path.with_suffix(".json"), {"format": FORMAT, "teacher": teacher.sha256, "sha256": sha256(aside)})

@@ -51,10 +51,10 @@ class PlainPass:
 
     def __call__(self, batch: Batch) -> Features:
         """Features of a batch's images, or what of them came with the batch."""
-        if batch.known is None:
+        if batch.precomputed is None:
             return self.see(batch.images)
-        assert isinstance(batch.known, Features)
-        return batch.known
+        assert isinstance(batch.precomputed, Features)
+        return batch.precomputed
 
     @property
     def network(self) -> StagedModel:
@@ -123,7 +123,7 @@ class DistillTask(Task):
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Features:
-        """What a step reads of the teacher's plain pass over these images, for `Batch.known`; nothing else is held."""
+        """What a step reads of the teacher's plain pass over these images, for `Batch.precomputed`, and no more."""
         assert isinstance(self.teacher_features, PlainPass)
         compared = {spot.teacher for spot in self.spots[:-1]}
         before, blocks = self.distillers.preactivations, self.distillers.blocks
@@ -137,9 +137,9 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
-                teacher = self.teacher_features(batch).each(to_fp32)
+                teacher = self.teacher_features(batch).map(to_fp32)
                 offset = None if self.offset is None else to_fp32(self.offset(batch.images))
-            student = self.student_features(batch.images).each(to_fp32)
+            student = self.student_features(batch.images).map(to_fp32)
         if offset is not None:
             student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
@@ -164,7 +164,7 @@ class DistillTask(Task):
         self, distiller: Distiller, student: Features, teacher: Features, weight: Tensor, batch: Batch
     ) -> Tensor:
         """A distiller's loss over all its spots; of the whole batch where processes share it and it has to be."""
-        asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gathered)
+        asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gather_batch)
         if asked and distributed.world_size() > 1:
             student, teacher = (_of_all(features, distiller.spots, batch) for features in (student, teacher))
             weight = distributed.all_gather(weight.T, batch).T

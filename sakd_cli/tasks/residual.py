@@ -37,7 +37,7 @@ class Targets(NamedTuple):
     teacher: Tensor
     base: Tensor
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         """The same with every tensor changed."""
         return Targets(change(self.teacher), change(self.base))
 
@@ -92,11 +92,11 @@ class ResidualTask(Task):
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Targets:
-        """What a step reads of the frozen networks, for `Batch.known`."""
+        """What a step reads of the frozen networks, for `Batch.precomputed`."""
         return Targets(self.teacher(images), self.base(images))
 
     def forward(self, batch: Batch) -> StepOutput:
-        known = batch.known
+        known = batch.precomputed
         teacher, base = known if isinstance(known, Targets) else self.precompute(batch.images)
         sides = Sides(teacher, base, self.network(batch.images), batch.labels)
         loss = LOSSES[self.words.loss](sides, self.words)

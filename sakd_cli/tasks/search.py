@@ -138,7 +138,7 @@ class SearchTask(Task):
             mixed = match.mixture(theirs[one.spot.teacher], alpha)
             st.append(match(ours[student].stages[stage], mixed, alpha).mean())
             tail = self._tails[student]
-            passed = tail.run(tail.entered(drop(mixed), stage), stage + 1, len(ours[student].stages) + 1)
+            passed = tail.run(tail.from_map(drop(mixed), stage), stage + 1, len(ours[student].stages) + 1)
             ts.append(F.cross_entropy(passed, batch.labels))
         rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.words.arch_decay
         return Losses(ce, torch.stack(st).sum(), torch.stack(ts).sum(), rest)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sakd_cli.config.training import DistillConfig, PretrainConfig
-from sakd_cli.data.sources import report_cached
+from sakd_cli.data.sources import describe_reading
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs import build, launch
@@ -27,7 +27,7 @@ class Session:
     guard   what surrounds a training, such as the heeding of signals
     """
 
-    watcher: Reporter
+    reporter: Reporter
     resume: bool = False
     again: str | None = None
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -51,7 +51,7 @@ class Session:
         # Whatever is wrong with the student's side is said before hours go into a teacher.
         for companion in run_extensions(build.distillation(words, build.untrained_teacher(words))):
             companion.rehearse()
-        self.watcher.say(f"no finished {words.teacher.source} yet: training it first")
+        self.reporter.say(f"no finished {words.teacher.source} yet: training it first")
         first = build.teacher_config(words)
         self._trained(build.pretraining(first), find_matching_run(first) if self.resume else ResumePlan(), self.again)
 
@@ -59,20 +59,22 @@ class Session:
         companions = run_extensions(job)
         for companion in companions:
             companion.rehearse()
-        config, say = job.config, self.watcher.say
+        config, say = job.config, self.reporter.say
         say(
             f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} "
             f"epoch{'s' * (config.train.epochs > 1)} of batches of {config.train.batch_size}, "
             f"lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} ({job.mode})"
         )
-        for notice in filter(None, (report_cached(job.images.train), *(companion.notice for companion in companions))):
+        for notice in filter(
+            None, (describe_reading(job.images.train), *(companion.notice for companion in companions))
+        ):
             say(notice)
         if skipped := job.images.dataset.skipped:
-            self.watcher.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
+            self.reporter.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():
-            return launch.carry_out(job, intent, self.watcher, again)
+            return launch.carry_out(job, intent, self.reporter, again)
 
 
 def tried(words: DistillConfig | PretrainConfig) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class SftnTask(Task):
             features = self.network.features(batch.images)
             stages = [stage.detach() for stage in features.stages] if words.detach_features else features.stages
             branches = to_fp32(self.branches(stages))
-        features = features.each(to_fp32)
+        features = features.map(to_fp32)
         target = features.logits.detach() if words.detach_target else features.logits
         parts = {
             "ce": F.cross_entropy(features.logits, batch.labels),
@@ -123,7 +123,7 @@ class StudentBranches(RunExtension):
 
     def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The facts with each branch's figures on the test images."""
-        rows = branch_rows(self.network, self.branches, shop.judge.test)
+        rows = branch_rows(self.network, self.branches, shop.evaluation.test)
         return {"friendly": self.facts()["friendly"] | {"branches": rows}}
 
 

@@ -45,7 +45,7 @@ class WarmupTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             with torch.no_grad():
-                teacher = self.teacher_features(batch.images).each(to_fp32)
-            student = self.student_features(batch.images).each(to_fp32) if self.warmup.trains_student else None
+                teacher = self.teacher_features(batch.images).map(to_fp32)
+            student = self.student_features(batch.images).map(to_fp32) if self.warmup.trains_student else None
         loss = self.warmup(student, teacher).sum()
         return StepOutput(loss, None, {"loss": loss.detach()})
