@@ -37,9 +37,9 @@ FORBIDDEN = {
     "routing": {"distillers"},
     "data": {"models", "distillers", "routing"},
     "engine": {"models", "distillers", "routing", "data"},
-    "report": set(FLOORS) - {"", "errors", "config", "rundir", "report"},
+    "report": set(FLOORS) - {"", "errors", "documents", "files", "config", "rundir", "report"},
 }
-LIGHT = ("errors", "reading", "config", "rundir", "report", "api", "cli")
+LIGHT = ("errors", "torchrun", "documents", "files", "config", "rundir", "report", "api", "cli")
 HEAVY = ("torch", "torchvision", "safetensors", "numpy")
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60
 NOTHING = {"return", "return []", "return {}", "return iter(())"}  # the body of a hook
