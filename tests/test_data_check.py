@@ -146,8 +146,8 @@ def test_the_teacher_sees_images_by_its_own_normalisation(lab: CliRunner) -> Non
     plain.load_state_dict(job.teacher.model.state_dict())
     expected = plain.features(normal((0.4, 0.5, 0.6)))
     teacher = job.teacher.model.cpu()
-    seen = [teacher.features(normal(mean)), teacher.features_with_blocks(normal(mean))]
-    seen.append(teacher.features_with_preactivations(normal(mean)))
+    seen = [teacher.features(normal(mean)), teacher.features(normal(mean), want="blocks")]
+    seen.append(teacher.features(normal(mean), want="preactivations"))
     for features in seen:
         assert torch.allclose(features.logits, expected.logits, atol=1e-5)
     halfway = teacher.run(teacher.run(normal(mean), 0, 2), 2, len(teacher.stages) + 1)

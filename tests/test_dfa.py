@@ -1,6 +1,7 @@
 """Feature aggregation: the mixtures, the two terms of the search and what each of them wants (dfa spec, section 7)."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def search_of(teacher: StagedModel, **words: Any) -> SearchTask:
     sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     students = [network("resnet8", 10 + k) for k in range(1 if config.joint else len(sought))]
     torch.manual_seed(8)
-    return SearchTask(students, teacher.features_with_blocks, sought, config, mixer.take).train()
+    return SearchTask(students, partial(teacher.features, want="blocks"), sought, config, mixer.take).train()
 
 
 def batch_of(size: int = 6, seed: int = 0, upper: bool = False) -> Batch:
@@ -71,7 +72,7 @@ def batch_of(size: int = 6, seed: int = 0, upper: bool = False) -> Batch:
 
 def features(model: StagedModel, batch: Batch) -> Features:
     with torch.no_grad():
-        return model.features_with_blocks(batch.images)
+        return model.features(batch.images, want="blocks")
 
 
 def test_weights_lie_on_the_simplex_and_begin_in_its_middle() -> None:
@@ -199,7 +200,7 @@ def test_preact_takes_what_the_next_norm_makes_of_every_block() -> None:
         assert close(mixture(seen.blocks[2], torch.eye(3)[k]), norm(seen.blocks[2][k]), 1e-12)
     last = Mixture(mixable(teacher, 3), "preact")
     with torch.no_grad():
-        before = teacher.features_with_preactivations(batch.images).preactivations[3]
+        before = teacher.features(batch.images, want="preactivations").preactivations[3]
     assert close(last(seen.blocks[3], torch.eye(3)[2]), before, 1e-12)
     with pytest.raises(UsageError, match="preact needs a teacher of pre-activation blocks; resnet14 is none"):
         mixer_of(teacher_of("resnet14"), norm="preact")
@@ -313,7 +314,11 @@ def test_searched_by_one_term_alone_the_mass_goes_to_its_end_of_the_group(traine
     ]
     found: dict[int, Tensor] = {}
     search = SearchTask(
-        students, trained.features_with_blocks, sought, words, lambda k, alpha, beta: found.update({k: alpha})
+        students,
+        partial(trained.features, want="blocks"),
+        sought,
+        words,
+        lambda k, alpha, beta: found.update({k: alpha}),
     ).train()
     optim = search.optimizer(0.9)
     optim.begin_epoch(1)

@@ -65,9 +65,11 @@ class Trial(NamedTuple):
         spot = self.distiller.spots[k]
         if spot.kind == "logits":
             return self.student.logits, self.teacher.logits
-        if self.distiller.blocks:  # the teacher's side: all of them, [N, blocks, C, H, W]
+        if self.distiller.want == "blocks":  # the teacher's side: all of them, [N, blocks, C, H, W]
             return self.student.stages[spot.student], torch.stack(self.teacher.blocks[spot.teacher], dim=1)
-        ours, theirs = (f.preactivations if self.distiller.preactivations else f.stages for f in self.features)
+        ours, theirs = (
+            f.preactivations if self.distiller.want == "preactivations" else f.stages for f in self.features
+        )
         return ours[spot.student], theirs[spot.teacher]
 
     @property
@@ -101,9 +103,9 @@ def leaves_of(features: Features, change: Callable[[Tensor], Tensor]) -> Feature
 
 def seen_all(network: StagedModel, images: Tensor) -> Features:
     """Everything that any method may ask for."""
-    blocks = network.features_with_blocks(images).blocks
-    see = network.features_with_preactivations if network.has_preactivations else network.features
-    return see(images)._replace(blocks=blocks)
+    blocks = network.features(images, want="blocks").blocks
+    want = "preactivations" if network.has_preactivations else "stages"
+    return network.features(images, want)._replace(blocks=blocks)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.cc import CC
 from sakd_cli.distillers.crd import CRD
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.distiller import Distiller, Warmup
 from sakd_cli.distillers.dkd import DKD
 from sakd_cli.distillers.fitnet import FitNet
 from sakd_cli.distillers.fsp import FSP
@@ -51,7 +51,6 @@ from sakd_cli.distillers.reviewkd import ReviewKD
 from sakd_cli.distillers.rkd import RKD
 from sakd_cli.distillers.sp import SP
 from sakd_cli.distillers.vid import VID
-from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 

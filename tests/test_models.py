@@ -80,7 +80,7 @@ def figures(model: StagedModel, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         features = (
-            model.eval().features_with_preactivations(x) if model.has_preactivations else model.eval().features(x)
+            model.eval().features(x, want="preactivations") if model.has_preactivations else model.eval().features(x)
         )
     # Without such a version the oracle repeats the ordinary features.
     before = features.preactivations or features.stages
@@ -173,7 +173,7 @@ def test_groups_of_blocks_are_sequences_and_their_widths_as_declared(name: str) 
     assert model.family in FAMILIES
     assert all(isinstance(model.stages[k], nn.Sequential) for k in model.map_stages)
     with torch.no_grad():
-        features = model.features_with_blocks(torch.empty(2, 3, 32, 32, device="meta"))
+        features = model.features(torch.empty(2, 3, 32, 32, device="meta"), want="blocks")
     assert [bool(info.blocks) for info in model.infos] == [k in model.map_stages for k in range(len(model.infos))]
     for info, blocks, output in zip(model.infos, features.blocks, features.stages, strict=True):
         assert tuple(block.shape[1] for block in blocks) == info.blocks
@@ -192,7 +192,7 @@ def test_every_cut_gives_the_same_numbers(name: str) -> None:
             for stop in range(start, len(ends)):
                 assert torch.equal(model.run(begin, start, stop), ends[stop]), (start, stop)
         assert torch.equal(model(x), features.logits)
-        for seen in (features.stages, model.features_with_blocks(x).stages):
+        for seen in (features.stages, model.features(x, want="blocks").stages):
             assert all(torch.equal(a, b) for a, b in zip(seen, ends[1:-1], strict=True))
 
 
@@ -213,7 +213,7 @@ def test_seeing_preactivations_changes_nothing_else(name: str) -> None:
     """In training mode too: every BatchNorm runs once, so the running statistics stay the same."""
     plain, seen = fill(create(name, 5), 2).train(), fill(create(name, 5), 2).train()
     x = image((2, 3, 32, 32), 2).float()
-    ordinary, both = plain.features(x), seen.features_with_preactivations(x)
+    ordinary, both = plain.features(x), seen.features(x, want="preactivations")
     assert ordinary.preactivations == ()
     assert all(torch.equal(a, b) for a, b in zip(ordinary.stages, both.stages, strict=True))
     assert torch.equal(ordinary.logits, both.logits)
@@ -227,7 +227,7 @@ def test_seeing_preactivations_changes_nothing_else(name: str) -> None:
 
 def test_no_preactivations_where_the_family_has_none() -> None:
     with pytest.raises(UsageError, match="MobileNetV2_half has no pre-activation"):
-        ghost("MobileNetV2_half").features_with_preactivations(torch.empty(1, 3, 32, 32, device="meta"))
+        ghost("MobileNetV2_half").features(torch.empty(1, 3, 32, 32, device="meta"), want="preactivations")
 
 
 def test_initial_weights_follow_the_generator() -> None:

@@ -61,7 +61,7 @@ def test_the_declared_batchnorm_is_a_term_of_the_preactivation(name: str) -> Non
     for stage in model.map_stages:
         weight, bias = (numbers.detach() for numbers in model.affine_before_activation(stage))
         with torch.no_grad():
-            before = model.features_with_preactivations(x).preactivations[stage]
+            before = model.features(x, want="preactivations").preactivations[stage]
         assert weight.shape == bias.shape == before.shape[1:2]
         there = weight != 0
         found = [out for norm, out in met if torch.equal(norm.weight, weight[there])]
@@ -72,7 +72,7 @@ def test_the_declared_batchnorm_is_a_term_of_the_preactivation(name: str) -> Non
         assert not bias[~there].any()
         with torch.no_grad():
             own.bias.add_(1.0)
-            moved = model.features_with_preactivations(x).preactivations[stage]
+            moved = model.features(x, want="preactivations").preactivations[stage]
             own.bias.sub_(1.0)
         assert close(moved[:, there] - rest, found[0] + 1, 1e-4)
         assert torch.equal(moved[:, ~there], before[:, ~there])
@@ -105,7 +105,7 @@ def test_margins_of_every_family_are_finite_and_not_positive(name: str) -> None:
     student, teacher = network("resnet8"), network(name)
     distiller = build(METHODS["ofd"](), student, teacher, 32).features
     assert distiller is not None
-    assert distiller.preactivations
+    assert distiller.want == "preactivations"
     found = dict(distiller.named_buffers())
     for k, spot in enumerate(distiller.spots):
         margin = found[f"margin{k}"]

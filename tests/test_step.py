@@ -16,7 +16,6 @@ from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.routing.policies import Anti
 from sakd_cli.runs.build import assemble
@@ -103,13 +102,11 @@ def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, b
     assert all(close(a, b, 1e-10, 1e-13) for a, b in tensors)
 
 
-def sights(task: DistillTask) -> tuple[Any, Any]:
-    """How student and teacher are to be looked at."""
+def wants(task: DistillTask) -> tuple[Any, Any]:
+    """What the features of student and teacher must hold."""
     distiller = task.feature_distiller
-    if distiller is not None and distiller.preactivations:
-        return (StagedModel.features_with_preactivations,) * 2
-    blocks = distiller is not None and distiller.blocks
-    return StagedModel.features, StagedModel.features_with_blocks if blocks else StagedModel.features
+    want = "stages" if distiller is None else distiller.want
+    return "preactivations" if want == "preactivations" else "stages", want
 
 
 def routing_case() -> tuple[DistillTask, Batch, dict[str, Any], dict[str, Tensor]]:
@@ -196,17 +193,17 @@ def test_anti_agrees_with_the_oracle() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
     task = make(method, "always")
-    student, teacher = copy.deepcopy(task.network), task.teacher_features.see.__self__
+    student, teacher = copy.deepcopy(task.network), task.teacher_features.network
     distiller = copy.deepcopy(task.feature_distiller)
-    ours_by, theirs_by = sights(task)
+    ours_want, theirs_want = wants(task)
     made = batches(task, 3)
     modules = nn.ModuleList([student] + ([distiller] if distiller else []))
     plain = torch.optim.SGD(modules.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     student.train()
     for batch in made:
         with torch.no_grad():
-            theirs = theirs_by(teacher, batch.images)
-        ours = ours_by(student, batch.images)
+            theirs = teacher.features(batch.images, theirs_want)
+        ours = student.features(batch.images, ours_want)
         ones = torch.ones(len(task.spots), len(batch.labels))
         loss = task.factors.ce * F.cross_entropy(ours.logits, batch.labels)
         loss = loss + task.factors.logit * task.logit_distiller(ours, theirs, ones[-1:], batch).sum()
@@ -223,9 +220,9 @@ def test_always_is_ordinary_distillation_bit_for_bit(method: str) -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_only_what_compares_preactivations_or_blocks_asks_for_them(method: str) -> None:
     task = make(method, "always")
-    assert (task.student_features.__func__, task.teacher_features.see.__func__) == sights(task)
-    assert task.student_features.__self__ is task.network
-    assert copy.deepcopy(task).student_features.__self__ is not task.network
+    assert (task.student_features.keywords["want"], task.teacher_features.want) == wants(task)
+    assert task.student_features.func.__self__ is task.network
+    assert copy.deepcopy(task).student_features.func.__self__ is not task.network
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -254,7 +251,7 @@ def test_each_group_gets_the_gradient_of_its_own_loss_only() -> None:
 
 def test_teacher_is_untouched_and_the_student_normalised_once_per_step() -> None:
     task = make("fitnet", "adaptive")
-    teacher = task.teacher_features.see.__self__
+    teacher = task.teacher_features.network
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     tracked = next(module for module in task.network.modules() if isinstance(module, nn.BatchNorm2d))
     seen = int(tracked.num_batches_tracked)
@@ -267,7 +264,7 @@ def test_teacher_is_untouched_and_the_student_normalised_once_per_step() -> None
 def test_all_teacher_and_all_student_paths_are_the_networks_themselves(method: str) -> None:
     task = make(method, "adaptive")
     assert task.graft is not None
-    teacher = task.teacher_features.see.__self__
+    teacher = task.teacher_features.network
     x = batches(task, 1)[0].images
     with torch.no_grad():
         theirs = teacher.features(x)

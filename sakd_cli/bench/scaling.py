@@ -33,7 +33,7 @@ def _images(setup: Setup) -> Points:
 
 
 def _bank(setup: Setup) -> Points:
-    if not DISTILLERS[setup.config.method.name].of_images:
+    if not DISTILLERS[setup.config.method.name].needs_labels:
         raise UsageError(f"--scaling bank: method {setup.config.method.name} keeps no bank of images; crd does")
     return [(n, setup._replace(images=n)) for n in (10_000, 50_000, 100_000)]
 

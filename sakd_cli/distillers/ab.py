@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.methods import ABConfig
-from sakd_cli.distillers.warmup import Warmup
+from sakd_cli.distillers.distiller import Warmup
 from sakd_cli.models.adapters import ConvAdapter
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
@@ -27,7 +27,7 @@ class AB(Warmup):
     """
 
     def __init__(self, spots: tuple[Spot, ...], config: ABConfig) -> None:
-        super().__init__(spots, trains_student=True, preactivations=True)
+        super().__init__(spots, trains_student=True, want="preactivations")
         self.margin = config.margin
         shapes = [(spot.student_shape, spot.teacher_shape) for spot in spots]
         self.connectors = nn.ModuleList(

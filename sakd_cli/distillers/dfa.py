@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import DFAConfig, Mixtures
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.distiller import Distiller, weighted_mean
 from sakd_cli.distillers.ofd import connector, margins, partial_distance
-from sakd_cli.distillers.pairwise import weighted_mean
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import ConvAdapter
 from sakd_cli.models.spot import Spot
@@ -158,7 +157,7 @@ class DFA(Distiller):
 
     def __init__(self, spots: tuple[Spot, ...], config: DFAConfig, groups: Sequence[Group]) -> None:
         """groups  of the teacher, one for each spot."""
-        super().__init__(spots, blocks=True)
+        super().__init__(spots, want="blocks")
         self._matches = [Match(spot, group, config) for spot, group in zip(spots, groups, strict=True)]
         self.matches = nn.ModuleList(self._matches)
         self.groups = tuple(group._replace(norms=None) for group in groups)

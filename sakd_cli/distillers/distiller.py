@@ -9,11 +9,33 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
+from sakd_cli.models.staged import Features, Want
+
+
+class Warmup(nn.Module, ABC):
+    """Training in front of the distillation proper; afterwards the module's parameters are frozen.
+
+    A method either learns a module of its own from the teacher first (FT's paraphraser) or initialises the student's
+    stages by a loss that the main stage does not have (AB, FSP). The loop is the engine's; this is only the loss.
+
+    trains_student   the student is trained too, with the module's parameters; otherwise only the latter are, and the
+                     student need not be run
+    want             what else both networks' features must hold (`StagedModel.features`)
+    """
+
+    def __init__(self, spots: tuple[Spot, ...], *, trains_student: bool, want: Want = "stages") -> None:
+        super().__init__()
+        self.spots = spots
+        self.trains_student = trains_student
+        self.want = want
+
+    @abstractmethod
+    def forward(self, student: Features | None, teacher: Features) -> Tensor:
+        """The terms of the loss, [terms]; their sum is minimised. `student` is None where it is not trained."""
 
 
 class Distiller(nn.Module, ABC):
@@ -27,25 +49,17 @@ class Distiller(nn.Module, ABC):
     dynamic_shapes = False
     scope: Literal["sample", "batch", "memory"] = "sample"
 
-    def __init__(
-        self,
-        spots: tuple[Spot, ...],
-        warmup: Warmup | None = None,
-        *,
-        preactivations: bool = False,
-        blocks: bool = False,
-    ) -> None:
-        """What every distiller knows.
+    def __init__(self, spots: tuple[Spot, ...], warmup: Warmup | None = None, want: Want = "stages") -> None:
+        """What every distiller has.
 
-        warmup          what must have been trained, and then frozen, before this distils
-        preactivations  the features must hold them (`StagedModel.features_with_preactivations`), and are compared there
-        blocks          the teacher's features must hold those of its blocks (`StagedModel.features_with_blocks`)
+        warmup  what must have been trained, and then frozen, before this distils
+        want    what else the features must hold (`StagedModel.features`): "preactivations" of both networks, which are
+                compared there; "blocks" of the teacher
         """
         super().__init__()
         self.spots = spots
         self.warmup = warmup
-        self.preactivations = preactivations
-        self.blocks = blocks
+        self.want = want
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
@@ -58,7 +72,7 @@ class Distiller(nn.Module, ABC):
 
     def pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
         """(student feature, teacher feature without gradient) at every spot."""
-        ours, theirs = (f.preactivations if self.preactivations else f.stages for f in (student, teacher))
+        ours, theirs = (f.preactivations if self.want == "preactivations" else f.stages for f in (student, teacher))
         return [(ours[spot.student], theirs[spot.teacher].detach()) for spot in self.spots]
 
     def chosen(self, weight: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
@@ -77,3 +91,18 @@ class Distiller(nn.Module, ABC):
             rows = rows.new_zeros(1)
         weight = weight[rows] * (len(rows) / len(weight))
         return weight, *(feature.index_select(0, rows) for feature in features)
+
+
+def weighted_mean(per_sample: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the batch of weight times loss, both [N]: the loss of the chosen samples times n/N."""
+    return (per_sample * weight).mean()
+
+
+def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the larger map to the smaller one's height; [N, C, H, W] each."""
+    ours, theirs = student.shape[2], teacher.shape[2]
+    if ours > theirs:
+        return F.adaptive_avg_pool2d(student, (theirs, theirs)), teacher
+    if ours < theirs:
+        return student, F.adaptive_avg_pool2d(teacher, (ours, ours))
+    return student, teacher

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.config.methods import FSPConfig
-from sakd_cli.distillers.pairwise import pooled_to_smaller
-from sakd_cli.distillers.warmup import Warmup
+from sakd_cli.distillers.distiller import Warmup, pooled_to_smaller
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features

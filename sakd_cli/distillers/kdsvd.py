@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import KDSVDConfig
-from sakd_cli.distillers.distiller import Distiller
-from sakd_cli.distillers.pairwise import weighted_mean
+from sakd_cli.distillers.distiller import Distiller, weighted_mean
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features

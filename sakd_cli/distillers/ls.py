@@ -7,9 +7,8 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import LSConfig
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.distiller import Distiller, weighted_mean
 from sakd_cli.distillers.kd import softened_kl
-from sakd_cli.distillers.pairwise import weighted_mean
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import OFDConfig
-from sakd_cli.distillers.distiller import Distiller
-from sakd_cli.distillers.pairwise import pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Affine, Features
 
@@ -64,7 +63,7 @@ class OFD(Distiller):
 
     def __init__(self, spots: tuple[Spot, ...], config: OFDConfig, norms: list[Affine]) -> None:
         """norms  of the teacher, in front of its activation at each spot."""
-        super().__init__(spots, preactivations=True)
+        super().__init__(spots, want="preactivations")
         self.connectors = nn.ModuleList([connector(spot.student_shape[0], spot.teacher_shape[0]) for spot in spots])
         for k, norm in enumerate(norms):
             self.register_buffer(f"margin{k}", margins(norm), persistent=False)  # the teacher's, not the run's

@@ -8,8 +8,7 @@ from torch import Tensor
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import SimKDConfig
 from sakd_cli.config.networks import reusing
-from sakd_cli.distillers.distiller import Distiller
-from sakd_cli.distillers.pairwise import pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models import reused
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel

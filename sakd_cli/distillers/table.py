@@ -13,7 +13,7 @@ from sakd_cli.distillers.cc import CC
 from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.dfa import DFA, mixable
 from sakd_cli.distillers.dist import DIST
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.distiller import Distiller, Warmup
 from sakd_cli.distillers.dkd import DKD
 from sakd_cli.distillers.fitnet import FitNet
 from sakd_cli.distillers.fsp import FSP
@@ -29,50 +29,49 @@ from sakd_cli.distillers.rkd import RKD
 from sakd_cli.distillers.simkd import SimKD, reuse
 from sakd_cli.distillers.sp import SP
 from sakd_cli.distillers.vid import VID
-from sakd_cli.distillers.warmup import Warmup
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot, mapped, spots_at
-from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.models.staged import StagedModel, Want
 
-Places = list[tuple[int, int]]
+StagePairs = list[tuple[int, int]]
 
 
 class Stages(NamedTuple):
     """(student stage, teacher stage): the maps that belong together, in order of depth, and the pooled vectors."""
 
-    maps: Places
+    maps: StagePairs
     pooled: tuple[int, int]
 
 
-def nowhere(config: Any, stages: Stages) -> Places:
+def nowhere(config: Any, stages: Stages) -> StagePairs:
     return []
 
 
-def stem_and_maps(config: Any, stages: Stages) -> Places:
+def stem_and_maps(config: Any, stages: Stages) -> StagePairs:
     return [(0, 0), *stages.maps]
 
 
-def every_map(config: Any, stages: Stages) -> Places:
+def every_map(config: Any, stages: Stages) -> StagePairs:
     return stages.maps
 
 
-def last_map(config: Any, stages: Stages) -> Places:
+def last_map(config: Any, stages: Stages) -> StagePairs:
     return stages.maps[-1:]
 
 
-def in_front_of_pooling(config: Any, stages: Stages) -> Places:
+def in_front_of_pooling(config: Any, stages: Stages) -> StagePairs:
     return [(stages.pooled[0] - 1, stages.pooled[1] - 1)]
 
 
-def every_map_and_pooled(config: Any, stages: Stages) -> Places:
+def every_map_and_pooled(config: Any, stages: Stages) -> StagePairs:
     return [*stages.maps, stages.pooled]
 
 
-def pooled(config: Any, stages: Stages) -> Places:
+def pooled(config: Any, stages: Stages) -> StagePairs:
     return [stages.pooled]
 
 
-def chosen_map(config: Any, stages: Stages) -> Places:
+def chosen_map(config: Any, stages: Stages) -> StagePairs:
     if config.stage > len(stages.maps):
         raise UsageError(f"method.stage: {config.stage} is beyond the last of {len(stages.maps)} stages of this pair")
     return [stages.maps[config.stage - 1]]
@@ -81,24 +80,24 @@ def chosen_map(config: Any, stages: Stages) -> Places:
 class DistillerRow(NamedTuple):
     """Class of the feature distiller (None: the logits are all there is), where it distils, class at the logit spot.
 
-    of_images   the feature distiller remembers every training image: it is built with their labels and the batch size
-    of_norms    it is built with the BatchNorms in front of the teacher's activations
-    of_blocks   it is built with the teacher's blocks at every place
+    needs_labels  the feature distiller remembers every training image: it is built with their labels and batch size
+    needs_norms   it is built with the BatchNorms in front of the teacher's activations
+    needs_blocks   it is built with the teacher's blocks at every place
     warmup      a stage of the student's in front of the distillation proper, and its places
     network     what is trained and delivered, made of the config, the student and the teacher; None: the student
     """
 
     features: Callable[..., Distiller] | None
-    places: Callable[[Any, Stages], Places]
+    places: Callable[[Any, Stages], StagePairs]
     logits: Callable[..., Distiller] = KD
-    of_images: bool = False
-    of_norms: bool = False
-    of_blocks: bool = False
-    warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], Places]] | None = None
+    needs_labels: bool = False
+    needs_norms: bool = False
+    needs_blocks: bool = False
+    warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], StagePairs]] | None = None
     network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
 
-_OURS = {
+_BUILTIN = {
     "kd": DistillerRow(None, nowhere),
     "fitnet": DistillerRow(FitNet, chosen_map),
     "at": DistillerRow(AT, every_map),
@@ -108,28 +107,28 @@ _OURS = {
     "pkt": DistillerRow(PKT, pooled),
     "cc": DistillerRow(CC, pooled),
     "vid": DistillerRow(VID, every_map),
-    "crd": DistillerRow(CRD, pooled, of_images=True),
+    "crd": DistillerRow(CRD, pooled, needs_labels=True),
     "dkd": DistillerRow(None, nowhere, DKD),
     "dist": DistillerRow(None, nowhere, DIST),
     "ls": DistillerRow(None, nowhere, LS),
     "reviewkd": DistillerRow(ReviewKD, every_map_and_pooled),
-    "ofd": DistillerRow(OFD, every_map, of_norms=True),
+    "ofd": DistillerRow(OFD, every_map, needs_norms=True),
     "kdsvd": DistillerRow(KDSVD, every_map),
     "simkd": DistillerRow(SimKD, in_front_of_pooling, network=reuse),
-    "dfa": DistillerRow(DFA, every_map, of_blocks=True),
+    "dfa": DistillerRow(DFA, every_map, needs_blocks=True),
     "ft": DistillerRow(FT, last_map),
     "ab": DistillerRow(None, nowhere, warmup=(AB, every_map)),
     "fsp": DistillerRow(None, nowhere, warmup=(FSP, stem_and_maps)),
 }
 
 
-def _plugged(name: str, entry: object) -> DistillerRow:
-    if not isinstance(entry, DistillerRow):
-        raise ValueError("is no Entry of sakd_cli.distillers.table")
-    return entry
+def _plugged(name: str, row: object) -> DistillerRow:
+    if not isinstance(row, DistillerRow):
+        raise ValueError("is no DistillerRow of sakd_cli.distillers.table")
+    return row
 
 
-DISTILLERS = plugins.Table[DistillerRow]("method", _OURS, plugins.DISTILLERS, _plugged)
+DISTILLERS = plugins.Table[DistillerRow]("method", _BUILTIN, plugins.DISTILLERS, _plugged)
 
 
 class Distillers(NamedTuple):
@@ -146,20 +145,13 @@ class Distillers(NamedTuple):
     warmup: Warmup | None = None
 
     @property
-    def preactivations(self) -> bool:
-        """Whether both networks' features must hold their versions in front of an activation."""
-        return self.features is not None and self.features.preactivations
+    def want(self) -> Want:
+        """What else the teacher's features must hold; the student's, too, where these are pre-activations."""
+        return "stages" if self.features is None else self.features.want
 
     @property
-    def blocks(self) -> bool:
-        """Whether the teacher's features must hold those of its blocks."""
-        return self.features is not None and self.features.blocks
-
-    def teacher_forward(self, teacher: StagedModel) -> Callable[[Tensor], Features]:
-        """How the teacher must be looked at."""
-        if self.blocks:
-            return teacher.features_with_blocks
-        return teacher.features_with_preactivations if self.preactivations else teacher.features
+    def student_want(self) -> Want:
+        return "preactivations" if self.want == "preactivations" else "stages"
 
 
 def build(
@@ -177,30 +169,30 @@ def build(
     stage_map   pairs of maps that belong together; None: `aligned`
     labels      class of every training image, in the order of `Batch.index`; for methods that remember images
     """
-    entry = DISTILLERS.row(config.name)
-    student = student if entry.network is None else entry.network(config, student, teacher)
+    row = DISTILLERS.row(config.name)
+    student = student if row.network is None else row.network(config, student, teacher)
     stages = Stages(mapped(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
-    spots = tuple(spots_at(student, teacher, entry.places(config, stages), side))
+    spots = tuple(spots_at(student, teacher, row.places(config, stages), side))
     given: tuple[Any, ...] = ()
-    if entry.of_images:
+    if row.needs_labels:
         if labels is None:
             raise UsageError(f"method {config.name} needs the labels of the training images")
         given = labels, batch_size
-    if entry.of_norms:
+    if row.needs_norms:
         _need_preactivations(config, student, teacher)
         given = ([teacher.affine_before_activation(spot.teacher) for spot in spots[:-1]],)
-    if entry.of_blocks:
+    if row.needs_blocks:
         given = ([mixable(teacher, spot.teacher) for spot in spots[:-1]],)
-    features = None if entry.features is None else entry.features(spots[:-1], config, *given)
+    features = None if row.features is None else row.features(spots[:-1], config, *given)
     warmup = features.warmup if features is not None else None
-    if entry.warmup is not None:
-        kind, places = entry.warmup
+    if row.warmup is not None:
+        kind, places = row.warmup
         warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side)[:-1]), config)
     if warmup is not None:
         warmup.requires_grad_(False)  # but for its own stage
-    if any(part is not None and part.preactivations for part in (features, warmup)):
+    if any(part is not None and part.want == "preactivations" for part in (features, warmup)):
         _need_preactivations(config, student, teacher)
-    return Distillers(student, spots, features, entry.logits(spots[-1:], config), warmup)
+    return Distillers(student, spots, features, row.logits(spots[-1:], config), warmup)
 
 
 def _need_preactivations(config: MethodConfig, student: StagedModel, teacher: StagedModel) -> None:

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import VIDConfig
-from sakd_cli.distillers.distiller import Distiller
-from sakd_cli.distillers.pairwise import pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 

@@ -16,6 +16,7 @@ from sakd_cli.models.layout import PLANES, Layout
 
 Shape = tuple[int, ...]
 Channels = tuple[float, ...]
+Want = Literal["stages", "blocks", "preactivations"]
 
 
 class StageInfo(NamedTuple):
@@ -142,7 +143,7 @@ class StagedModel(nn.Module):
         self._preactivation = preactivation
         self.head = nn.Linear(self.infos[-1].channels, num_classes) if head is None else head
         self.head_name = head_name
-        self._carries = any(info.layout != PLANES for info in self.infos)
+        self._has_raw_values = any(info.layout != PLANES for info in self.infos)
         # Not saved: they belong to the images that it is given, not to the network.
         self.register_buffer("gain", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
@@ -184,16 +185,27 @@ class StagedModel(nn.Module):
         """Images [N, 3, H, W] to logits [N, classes]."""
         return self.run(x, 0, len(self.stages) + 1)
 
-    def features(self, x: Tensor) -> Features:
-        """Images [N, 3, H, W] to the output of every stage and the logits."""
-        outputs, x = [], self._normalize_input(x)
-        for stage in self.stages:
-            x = stage(x)
+    def features(self, x: Tensor, want: Want = "stages") -> Features:
+        """Images [N, 3, H, W] to the output of every stage and the logits; `want` says what else is filled in.
+
+        A stage that declares blocks is a sequence of just these. UsageError where the family has no pre-activations.
+        """
+        x = self._normalize_input(x)
+        if want == "preactivations":
+            stages, before = self._require_preactivation().run(self.stages, x)
+            return Features(tuple(stages), self.head(stages[-1]), tuple(before))
+        outputs: list[Tensor] = []
+        blocks: list[tuple[Tensor, ...]] = []
+        for info, stage in zip(self.infos, self.stages, strict=True):
+            inside: list[Tensor] = []
+            for part in cast(nn.Sequential, stage) if want == "blocks" and info.blocks else (stage,):
+                x = part(x)
+                inside.append(x)
             outputs.append(x)
-        if not self._carries:
-            return Features(tuple(outputs), self.head(x))
-        maps = tuple(self.to_map(output, k) for k, output in enumerate(outputs))
-        return Features(maps, self.head(x), raw=tuple(outputs))
+            blocks.append(tuple(inside) if info.blocks else ())
+        if self._has_raw_values:
+            return Features(tuple(map(self.to_map, outputs, range(len(outputs)))), self.head(x), raw=tuple(outputs))
+        return Features(tuple(outputs), self.head(x), blocks=tuple(blocks) if want == "blocks" else ())
 
     def to_map(self, x: Tensor, stage: int) -> Tensor:
         """Of what a stage hands on, what a spot sees: the map [N, C, H, W], or the pooled vector."""
@@ -204,20 +216,6 @@ class StagedModel(nn.Module):
         """A map like that of a stage as what `run(..., stage + 1, ...)` goes on with."""
         return self.infos[stage].layout.from_map(x)
 
-    def features_with_blocks(self, x: Tensor) -> Features:
-        """As `features`, with `Features.blocks` filled. A stage that declares blocks is a sequence of just these."""
-        if self._carries:
-            return self.features(x)
-        outputs, inside, x = [], [], self._normalize_input(x)
-        for info, stage in zip(self.infos, self.stages, strict=True):
-            seen = []
-            for part in cast(nn.Sequential, stage) if info.blocks else (stage,):
-                x = part(x)
-                seen.append(x)
-            outputs.append(x)
-            inside.append(tuple(seen) if info.blocks else ())
-        return Features(tuple(outputs), self.head(x), blocks=tuple(inside))
-
     def norms_behind_blocks(self, stage: int) -> list[nn.BatchNorm2d] | None:
         """The BatchNorm that reads each block's output, of one of `map_stages`; None where blocks do not begin so."""
         if self._preactivation is None or self._preactivation.behind is None:
@@ -226,13 +224,8 @@ class StagedModel(nn.Module):
 
     @property
     def has_preactivations(self) -> bool:
-        """Whether `features_with_preactivations` can be asked for."""
+        """Whether `features` can give pre-activations."""
         return self._preactivation is not None
-
-    def features_with_preactivations(self, x: Tensor) -> Features:
-        """As `features`, with `Features.preactivations` filled. UsageError where the family has none."""
-        outputs, before = self._require_preactivation().run(self.stages, self._normalize_input(x))
-        return Features(tuple(outputs), self.head(outputs[-1]), tuple(before))
 
     def affine_before_activation(self, stage: int) -> Affine:
         """Weight and bias of the BatchNorm in front of the activation of one of `map_stages`; else as above."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     task = assemble(config, student, frozen, images.side, images.train.labels)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.bank:
-        others = task.distillers.preactivations or task.distillers.warmup is not None
+        others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)
     whom = teacher, path, claim, costs[1]
@@ -165,10 +166,9 @@ def assemble(
     words = config.method
     gamma = words.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
-    see = method.teacher_forward(teacher)
     task = DistillTask(
         method.network,
-        PlainPass(see),
+        PlainPass(teacher, method.want),
         method,
         router,
         graft,
@@ -230,7 +230,7 @@ def search_of(job: Job) -> SearchTask | None:
     purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
     students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
     with _initialised(config.seed, "search"):
-        return SearchTask(students, teacher.features_with_blocks, sought, words, mixer.take).to(job.device)
+        return SearchTask(students, partial(teacher.features, want="blocks"), sought, words, mixer.take).to(job.device)
 
 
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:

@@ -5,6 +5,7 @@ Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -18,7 +19,7 @@ from sakd_cli.distillers.table import Distillers
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.graft import Graft
 from sakd_cli.routing.objective import router_loss
 from sakd_cli.routing.router import Decision, Router
@@ -45,22 +46,17 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class PlainPass:
-    """A teacher's plain pass; `see`: its `features` or `features_with_preactivations`."""
+    """A teacher's plain pass, in evaluation mode and without gradient; `want` is that of `StagedModel.features`."""
 
-    see: Callable[[Tensor], Features]
+    network: StagedModel
+    want: Want = "stages"
 
     def __call__(self, batch: Batch) -> Features:
         """Features of a batch's images, or what of them came with the batch."""
         if batch.precomputed is None:
-            return self.see(batch.images)
+            return self.network.features(batch.images, self.want)
         assert isinstance(batch.precomputed, Features)
         return batch.precomputed
-
-    @property
-    def network(self) -> StagedModel:
-        """The teacher."""
-        found: StagedModel = self.see.__self__  # type: ignore[attr-defined]
-        return found
 
 
 @final
@@ -97,7 +93,7 @@ class DistillTask(Task):
         self.distillers = distillers
         self.spots = distillers.spots
         self.teacher_features = teacher_features
-        self.student_features = network.features_with_preactivations if distillers.preactivations else network.features
+        self.student_features: Callable[[Tensor], Features] = partial(network.features, want=distillers.student_want)
         self.feature_distiller = distillers.features
         self.logit_distiller = distillers.logits
         self.router = router
@@ -126,13 +122,13 @@ class DistillTask(Task):
         """What a step reads of the teacher's plain pass over these images, for `Batch.precomputed`, and no more."""
         assert isinstance(self.teacher_features, PlainPass)
         compared = {spot.teacher for spot in self.spots[:-1]}
-        before, blocks = self.distillers.preactivations, self.distillers.blocks
+        want = self.distillers.want
         stages = compared
-        if before or blocks:
+        if want != "stages":
             stages = {self.spots[0].teacher} if self.graft is not None else set()
         with self.mode.networks(images.device):
-            whole = self.teacher_features.see(images)
-        return whole.only(stages, compared if before else (), compared if blocks else ())
+            whole = self.teacher_features.network.features(images, want)
+        return whole.only(stages, compared if want == "preactivations" else (), compared if want == "blocks" else ())
 
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):

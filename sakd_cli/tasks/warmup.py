@@ -1,11 +1,12 @@
 """The stage in front of a distillation: a method's own warm-up, in the one training loop."""
 
+from functools import partial
 from typing import final
 
 import torch
 
 from sakd_cli.batch import Batch
-from sakd_cli.distillers.warmup import Warmup
+from sakd_cli.distillers.distiller import Warmup
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import StagedModel
@@ -30,8 +31,8 @@ class WarmupTask(Task):
         super().__init__()
         self.network = network
         self.warmup = warmup.requires_grad_(True)
-        self.student_features = network.features_with_preactivations if warmup.preactivations else network.features
-        self.teacher_features = teacher.features_with_preactivations if warmup.preactivations else teacher.features
+        self.student_features = partial(network.features, want=warmup.want)
+        self.teacher_features = partial(teacher.features, want=warmup.want)
         self.lr = lr
         self.weight_decay = weight_decay
         self.mode = mode or Mode()
