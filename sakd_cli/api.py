@@ -26,8 +26,8 @@ from sakd_cli.report.spots import measure
 from sakd_cli.report.spots.log import spot_report
 from sakd_cli.report.spots.survey import Survey, survey_of
 from sakd_cli.rundir import ResumePlan, RunDir, newest_run
+from sakd_cli.runs.locate import check_teacher, is_ensemble, what_to_score
 from sakd_cli.runs.resume import resolve_command
-from sakd_cli.tasks.targets import check_teacher, is_ensemble, what_to_score
 
 if TYPE_CHECKING:
     from sakd_cli.batch import Batch
@@ -126,7 +126,7 @@ def pretrain_teacher(
     if intent.finished:
         return _result(intent)
     from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.tasks.sessions import Session
+    from sakd_cli.runs.launch import Session
 
     run, summary = Session(reporter or NullReporter()).pretrained(words, intent)
     return RunResult(run.path, summary)
@@ -165,7 +165,7 @@ def distill(
     if intent.finished:
         return _result(intent)
     from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.tasks.sessions import Session
+    from sakd_cli.runs.launch import Session
 
     run, summary = Session(reporter or NullReporter(), resume is not None).distilled(words, intent)
     return RunResult(run.path, summary)

@@ -13,8 +13,6 @@ ensemble/          a student with its residual students, once all are trained: e
 summary.json       final figures; its presence means the run is finished
 """
 
-import errno
-import hashlib
 import json
 import os
 import platform
@@ -30,75 +28,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sakd_cli.errors import DiskError, RunInUseError, UsageError
-from sakd_cli.files import MOST_JSON, MOST_YAML, parse_json, parse_yaml, read_bytes, read_json
+from sakd_cli.files import MOST_JSON, MOST_YAML, disk_error, parse_json, parse_yaml, read_bytes, read_json, write_json
 
 DELIVERABLES = ("student", "teacher")
 BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: aside, flushed to the disk, then renamed over the old one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise disk_error(path, error, len(content)) from None
-
-
-def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
-    """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(f"{path}: cannot be written: {error.strerror}")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(there).free))
-    return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write one JSON document, atomically."""
-    write_aside(path, json_bytes(content))
-
-
-def json_bytes(content: Any) -> bytes:
-    """The one way in which a JSON document is written, so that a changed byte can be told."""
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot."""
-    aside = folder.with_name(f".{folder.name}.new")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class RunDir:

@@ -29,8 +29,8 @@ from sakd_cli.config.datasets import CIFAR100Config
 from sakd_cli.data import cifar
 from sakd_cli.engine import checkpoint
 from sakd_cli.errors import DataError
+from sakd_cli.files import json_bytes, sha256
 from sakd_cli.models import artifact
-from sakd_cli.rundir import json_bytes, sha256
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e"
 MOST_SECONDS, MOST_MEMORY = 10, 1.5e9

@@ -13,9 +13,9 @@ from fork_server import ForkServer
 from safetensors.torch import save_file
 
 from sakd_cli.engine import checkpoint
+from sakd_cli.files import json_bytes, sha256
 from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
-from sakd_cli.rundir import json_bytes, sha256
 
 CLASSES = 20
 

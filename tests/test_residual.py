@@ -26,10 +26,9 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.ensemble import Ensemble, Offset
 from sakd_cli.models.exits import Exits
-from sakd_cli.models.lighter import lighter
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.runs.residual_chain import planned, verdict
+from sakd_cli.runs.residual_chain import lighter, planned, verdict
 from sakd_cli.tasks.residual import ResidualTask, Sides, centred, kl, mse, relative_energy
 
 MORE = ["--residual-students", "1", "--set", "residual.max_cost=2", "--set", "residual.min_gain=-9"]

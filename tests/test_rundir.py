@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.models.artifact import FORMAT, load, save_weights
-from sakd_cli.rundir import RunDir, all_runs, newest_run, sha256, write_aside, write_json
+from sakd_cli.rundir import RunDir, all_runs, newest_run
 
 OF_A_RUN = {"config.yaml", "env.json", "metrics.jsonl", "summary.json", ".lock"}
 OF_A_DISTILLATION = OF_A_RUN | {"spots.jsonl", "samples.safetensors", "survey.safetensors"}

@@ -59,7 +59,7 @@ def pretrain_teacher(
     if intent.finished:
         _finish(intent.summary(), dry_run=False, json=json)
         return
-    from sakd_cli.tasks.sessions import Session, tried
+    from sakd_cli.runs.launch import Session, tried
 
     if dry_run:
         _finish(tried(words), dry_run=True, json=json)
@@ -130,7 +130,7 @@ def _distil(params: Mapping[str, Any], *, json: bool) -> None:
         _finish(intent.summary(), dry_run=False, json=json)
         return
     is_missing(words)  # said before torch is loaded
-    from sakd_cli.tasks.sessions import Session, tried
+    from sakd_cli.runs.launch import Session, tried
 
     session = Session(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
     if many:

@@ -11,7 +11,7 @@ from sakd_cli.config import sources
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
-from sakd_cli.tasks.targets import check_teacher, what_to_score
+from sakd_cli.runs.locate import check_teacher, what_to_score
 
 EvalTargets = Annotated[
     list[Path] | None,

@@ -10,7 +10,7 @@ from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.config import sources
 from sakd_cli.config.resolve import resolve
-from sakd_cli.tasks.targets import target_or_newest
+from sakd_cli.runs.locate import target_or_newest
 
 
 class Form(StrEnum):

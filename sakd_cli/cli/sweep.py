@@ -20,7 +20,7 @@ from sakd_cli.config.resolve import ConfigSource, file_layer, flat, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import SeriesError, Stopped, UsageError
-from sakd_cli.rundir import write_aside
+from sakd_cli.files import write_aside
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, weights_of
@@ -159,7 +159,7 @@ def _impossible(conductor: Scheduler, words: SweepConfig) -> dict[str, str]:
             raise UsageError(f"pairs: {member.pair[0]}: no such file or directory, or a run without a network")
     if not cells:
         return {}
-    from sakd_cli.tasks.feasible import Workbench
+    from sakd_cli.runs.forecast import Workbench
 
     benches, skipped = dict[int, Workbench](), dict[str, str]()
     for cell, (config, keys) in cells.items():

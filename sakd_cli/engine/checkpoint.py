@@ -20,8 +20,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sakd_cli.errors import CheckpointError
-from sakd_cli.files import check_header, parse_json, read_bytes, read_json
-from sakd_cli.rundir import disk_error, flush_folder, json_bytes, sha256, write_aside, write_json
+from sakd_cli.files import (
+    check_header,
+    disk_error,
+    flush_folder,
+    json_bytes,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256,
+    write_aside,
+    write_json,
+)
 
 FORMAT = "sakd.checkpoint/2"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"

@@ -28,7 +28,8 @@ from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import StepOutput, Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
-from sakd_cli.rundir import RunDir, write_aside
+from sakd_cli.files import write_aside
+from sakd_cli.rundir import RunDir
 
 MAIN = "train"  # the phase that a run is for
 

@@ -15,12 +15,12 @@ from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.evaluation.speed import speed
 from sakd_cli.export.formats import FORMS, FromPixels, Function
 from sakd_cli.export.model_card import model_card
-from sakd_cli.files import read_json
+from sakd_cli.files import read_json, sha256, whole_folder, write_aside, write_json
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.rundir import RunDir, sha256, whole_folder, write_aside, write_json
+from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images
-from sakd_cli.tasks.targets import is_ensemble, run_of, words_of
+from sakd_cli.runs.locate import is_ensemble, run_of, words_of
 
 FORMAT = "sakd.export/1"
 TOLERANCE = 1e-4  # largest difference of a logit

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
 from sakd_cli.export.source import executed, source
+from sakd_cli.files import write_aside
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import write_aside
 
 Function = Callable[[Tensor], Tensor]
 WEIGHTS, SOURCE = "model.safetensors", "network.py"

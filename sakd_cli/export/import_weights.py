@@ -10,10 +10,10 @@ from sakd_cli.data.table import describe
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import DataError, UsageError
+from sakd_cli.files import sha256, whole_folder
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import sha256, whole_folder
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.evaluate import test_scores
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from sakd_cli.config.networks import TRUST, factories
 from sakd_cli.errors import NonFiniteError, UsageError
-from sakd_cli.files import check_header, parse_json
+from sakd_cli.files import check_header, disk_error, parse_json, sha256, write_aside, write_json
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.rundir import disk_error, sha256, write_aside, write_json
 
 FORMAT = "sakd.network/1"
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"

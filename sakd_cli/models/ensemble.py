@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
+from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import cost
 from sakd_cli.models.exits import Exits
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import sha256, write_aside, write_json
 
 FORMAT, INDEX = "sakd.ensemble/1", "ensemble.json"
 

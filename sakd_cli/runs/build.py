@@ -35,6 +35,7 @@ from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs import initial_weights, mixtures
+from sakd_cli.runs.branches import start_from_branches
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images, Job
 from sakd_cli.runs.locate import find_teacher, no_teacher, pretrain_command, read_claim
@@ -43,7 +44,7 @@ from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
-from sakd_cli.tasks.sftn import SftnTask, start_from_branches
+from sakd_cli.tasks.sftn import SftnTask
 from sakd_cli.tasks.warmup import WarmupTask
 
 

@@ -24,11 +24,11 @@ from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs.branches import branch_rows, branches_of
 from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images
 from sakd_cli.runs.locate import find_teacher
-from sakd_cli.tasks.sftn import branch_rows, branches_of
 
 
 class Target(NamedTuple):

@@ -25,7 +25,7 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.evaluate import Target, class_rows, described, followed, scores, seen_in
-from sakd_cli.tasks.targets import is_ensemble, words_of
+from sakd_cli.runs.locate import is_ensemble, words_of
 
 POINTS = 21  # of a sweep
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -11,11 +11,11 @@ from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.table import describe
 from sakd_cli.errors import UsageError
+from sakd_cli.files import sha256
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.external import library_weights
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import sha256
 from sakd_cli.runs.locate import weights_at
 
 Head = Literal["keep", "replace"]

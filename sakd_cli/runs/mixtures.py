@@ -13,8 +13,8 @@ from sakd_cli.config.methods import DFAConfig, MethodConfig, Mixtures
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.dfa import DFA
 from sakd_cli.errors import UsageError
-from sakd_cli.rundir import sha256
-from sakd_cli.runs.extra import RunExtension, TrainerFactory
+from sakd_cli.files import sha256
+from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.tasks.distill import DistillTask
 

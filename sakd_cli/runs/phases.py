@@ -13,10 +13,10 @@ from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import compile_forward
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
-from sakd_cli.rundir import write_json
+from sakd_cli.files import write_json
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
-from sakd_cli.runs.extra import TrainerFactory, loader_of, optimizer_of
+from sakd_cli.runs.extension import TrainerFactory, loader_of, optimizer_of
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.teacher_cache import open_teacher_cache
 from sakd_cli.tasks.distill import DistillTask, PlainPass

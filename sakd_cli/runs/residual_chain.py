@@ -6,13 +6,14 @@ phases is computed anew from the trained networks, on images that no student was
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.networks import NETWORKS, find_network
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Split
@@ -22,15 +23,15 @@ from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.errors import Stopped, UsageError
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.cost import Cost
+from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.ensemble import Ensemble, Offset
 from sakd_cli.models.exits import fit
-from sakd_cli.models.lighter import cost_of, lighter
 from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import residual_stage
 from sakd_cli.runs.evaluate_ensemble import figures_of
-from sakd_cli.runs.extra import RunExtension, TrainerFactory
+from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.phases import training
 from sakd_cli.tasks.residual import relative_energy
@@ -66,6 +67,29 @@ def verdict(energies: Sequence[float], words: ResidualConfig) -> Verdict:
     if energies[-1] < words.energy:
         return Verdict(False, f"the energy fell below {words.energy:g}")
     return Verdict(False, None)
+
+
+@cache
+def cost_of(name: str, classes: int, side: int) -> Cost:
+    """What a network of that name costs; nothing is allocated and no random number drawn."""
+    with torch.device("meta"):
+        return cost(create(name, classes, side), side)
+
+
+def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> str:
+    """The largest network of the family of `first` with at most `ratio` of the MACs of `before`.
+
+    Where there is none, the family's cheapest; but where `first` is that itself, all families are looked through.
+    """
+    family = [name for name, network in NETWORKS.items() if network.family == find_network(first).family]
+    family = family or list(NETWORKS)  # a plug-in's network has none of its kind here
+    cheapest = min(cost_of(name, classes, side).macs for name in family)
+    if cost_of(first, classes, side).macs <= cheapest:
+        family = list(NETWORKS)
+    macs = {name: cost_of(name, classes, side).macs for name in family}
+    limit = ratio * cost_of(before, classes, side).macs
+    fitting = {name: count for name, count in macs.items() if count <= limit}
+    return max(fitting, key=lambda name: fitting[name]) if fitting else min(macs, key=lambda name: macs[name])
 
 
 def planned(student: str, teacher: Cost, words: ResidualConfig, classes: int, side: int) -> tuple[list[str], str]:

@@ -32,10 +32,11 @@ from sakd_cli.data.sources import eval_loader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
+from sakd_cli.files import write_aside
 from sakd_cli.models.staged import Features
-from sakd_cli.rundir import RunDir, write_aside
+from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
-from sakd_cli.runs.extra import RunExtension, TrainerFactory
+from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job, plan
 from sakd_cli.tasks.distill import DistillTask
 

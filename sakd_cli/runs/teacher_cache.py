@@ -24,10 +24,10 @@ from sakd_cli.data.loader import Views
 from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError, UsageError
+from sakd_cli.files import flush_folder, sha256, write_json
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
-from sakd_cli.rundir import flush_folder, sha256, write_json
 
 FORMAT = "sakd.bank/1"
 ROWS = 2000  # views answered at once

@@ -20,8 +20,9 @@ from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import FREE, DistillConfig, RunConfig
 from sakd_cli.errors import DiskError, RunInUseError, Stopped
+from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.report.render.format import number, plain
-from sakd_cli.rundir import RunDir, sha256, write_aside, write_json
+from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.executor import Executor, Job
 from sakd_cli.sweep.run_index import RunIndex, identity
 

@@ -4,27 +4,17 @@ Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Know
 spec, sections 1 and 2). What is delivered is the teacher alone; any distillation takes it like any other.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.friendly import FriendlyConfig
-from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
-from sakd_cli.errors import UsageError
-from sakd_cli.models.artifact import Artifact
-from sakd_cli.models.branches import Branches, load_branches, save_branches
-from sakd_cli.models.cost import cost
+from sakd_cli.models.branches import Branches
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.rundir import sha256
-from sakd_cli.runs.extra import RunExtension, TrainerFactory
-
-FILE = Path("branches", "model.safetensors")  # in the run directory
 
 
 def imitation(teacher: Tensor, branches: Tensor, tau: float, *, reverse: bool) -> Tensor:
@@ -90,75 +80,3 @@ class SftnTask(Task):
         )
         parts["loss"] = loss
         return StepOutput(loss, features.logits, {name: part.detach() for name, part in parts.items()})
-
-
-@final
-class StudentBranches(RunExtension):
-    """What a student-friendly teacher has beside itself: its branches on the disk, and what is said of them."""
-
-    def __init__(self, task: SftnTask) -> None:
-        self.network, self.branches, self.words = task.network, task.branches, task.words
-        students = self.words.students
-        self.label = f"friendly-{'-'.join(students)}"
-        self.notice = f"student-friendly: together with branches of {', '.join(students)}"
-        self.rows = branch_rows(self.network, self.branches)
-
-    def networks(self) -> list[dict[str, Any]]:
-        return [
-            {"role": f"branch at {row['behind']}", "name": row["student"]}
-            | {key: row[key] for key in ("parameters", "macs")}
-            for row in self.rows
-        ]
-
-    def facts(self) -> dict[str, Any]:
-        """For whom the teacher is made, how, and what each branch costs; as in the summary and beside the weights."""
-        weights = self.words.model_dump(mode="json", exclude={"students"})
-        extra = sum(row["macs"] for row in self.rows)
-        about = {"students": list(self.words.students)} | weights | {"training_macs": extra, "branches": self.rows}
-        return {"friendly": about}
-
-    def publish(self, run: Path, weights: Path) -> None:
-        (run / FILE).parent.mkdir(exist_ok=True)
-        save_branches(run / FILE, self.branches, sha256(weights))
-
-    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The facts with each branch's figures on the test images."""
-        rows = branch_rows(self.network, self.branches, shop.evaluation.test)
-        return {"friendly": self.facts()["friendly"] | {"branches": rows}}
-
-
-def branch_rows(
-    teacher: StagedModel, branches: Branches, batches: Iterable[tuple[Tensor, Tensor]] | None = None
-) -> list[dict[str, Any]]:
-    """Of each branch where it hangs and what it adds to one image's forward pass; with batches its figures on them."""
-    rows = []
-    for k, place in enumerate(branches.places):
-        through = branches.through(teacher, k)
-        macs = cost(through, branches.side).macs - cost(through[: place.stage + 1], branches.side).macs
-        row = {
-            "student": place.student,
-            "behind": teacher.infos[place.stage].name,
-            "transform": branches.transforms[k].geometry,
-            "parameters": branches.parameters_of(k),
-            "macs": macs,
-        }
-        rows.append(row | (evaluate(through, batches, teacher.num_classes).headline() if batches is not None else {}))
-    return rows
-
-
-def branches_of(weights: Path, teacher: Artifact) -> Branches | None:
-    """The branches in the run directory that this weights file (or folder) lies in; None where it has none."""
-    folder = weights.resolve() if weights.is_dir() else weights.resolve().parent
-    in_a_run = (folder.parent / "config.yaml").is_file() and (folder.parent / FILE).is_file()
-    return load_branches(folder.parent / FILE, teacher) if in_a_run else None
-
-
-def start_from_branches(student: StagedModel, weights: Path | None, teacher: Artifact) -> None:
-    """Copy the longest tail of the student's branches into it. Raises UsageError where the teacher has none."""
-    branches = None if weights is None else branches_of(weights, teacher)
-    if branches is None:
-        raise UsageError(
-            f"init_from_branches: {weights or 'a teacher that is yet to be trained'} has no student branches beside it",
-            hint=f"sakd pretrain-teacher {teacher.card.architecture} --student-friendly {student.name}",
-        )
-    branches.start(student)

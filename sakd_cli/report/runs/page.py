@@ -12,6 +12,7 @@ from rich.console import Group
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.errors import UsageError
+from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import ensemble_summary, exit_table
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.format import fixed, word
@@ -25,7 +26,7 @@ from sakd_cli.report.spots.measure import spot_document
 from sakd_cli.report.spots.mixtures import mixture_report, mixture_table
 from sakd_cli.report.spots.page import spot_sections
 from sakd_cli.report.spots.survey import survey_of
-from sakd_cli.rundir import RunDir, write_aside
+from sakd_cli.rundir import RunDir
 
 
 class Part(NamedTuple):

@@ -1,13 +1,14 @@
 """The kinds of companions. To add one: a class of `companion.py`'s contract, one line below."""
 
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.runs.extra import RunExtension
+from sakd_cli.runs.branches import StudentBranches
+from sakd_cli.runs.extension import RunExtension
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.residual_chain import Chain
 from sakd_cli.runs.survey import Surveyed
 from sakd_cli.tasks.distill import DistillTask
-from sakd_cli.tasks.sftn import SftnTask, StudentBranches
+from sakd_cli.tasks.sftn import SftnTask
 
 
 def run_extensions(job: Job) -> list[RunExtension]:
