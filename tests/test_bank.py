@@ -9,7 +9,8 @@ from conftest import CliRunner
 from safetensors.torch import load_file
 
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.loader import TrainLoader, Views
+from sakd_cli.data.loader import TrainLoader
+from sakd_cli.data.sources import Views
 
 CPU = torch.device("cpu")
 FEW = [

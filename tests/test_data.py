@@ -12,7 +12,7 @@ from torchvision.transforms import functional as pil
 from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data import table
-from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
+from sakd_cli.data.augment import channel_tensor, crop_and_flip, normalise, pad
 from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limited
 from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.loader import EvalLoader, TrainLoader
@@ -75,7 +75,7 @@ def test_images_need_not_be_square() -> None:
 
 def test_normalise_leaves_its_input_alone() -> None:
     images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    normal = normalise(images, constants(MEAN, CPU), constants(STD, CPU))
+    normal = normalise(images, channel_tensor(MEAN, CPU), channel_tensor(STD, CPU))
     assert normal.dtype == torch.float32
     assert images.eq(255).all()
     assert normal[0, :, 0, 0].tolist() == pytest.approx([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], abs=1e-6)
@@ -165,7 +165,7 @@ def test_noise_of_width_zero_changes_nothing_else(dataset: Dataset) -> None:
 def test_no_mirroring_and_no_cropping_where_the_data_set_says_so() -> None:
     plain = made(torch.zeros(12, dtype=torch.int64), flip=False, padding=0)
     batch = next(loader(plain).epoch(0))
-    expected = normalise(plain.train.images[batch.index], constants(MEAN, CPU), constants(STD, CPU))
+    expected = normalise(plain.train.images[batch.index], channel_tensor(MEAN, CPU), channel_tensor(STD, CPU))
     assert torch.equal(batch.images, expected)
 
 
@@ -177,7 +177,7 @@ def test_evaluation_is_in_order_and_repeatable(dataset: Dataset) -> None:
     images, labels = (torch.cat(parts) for parts in zip(*loop, strict=True))
     assert len(loop) == 3
     assert torch.equal(labels, dataset.train.labels)
-    assert torch.equal(images, normalise(dataset.train.images, constants(MEAN, CPU), constants(STD, CPU)))
+    assert torch.equal(images, normalise(dataset.train.images, channel_tensor(MEAN, CPU), channel_tensor(STD, CPU)))
     assert [len(part) for part, _ in loop] == [90, 90, 20]
 
 

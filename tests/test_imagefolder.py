@@ -14,15 +14,14 @@ from torchvision.transforms import v2
 from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data import imagefolder, table
-from sakd_cli.data.augment import constants, normalise
-from sakd_cli.data.boxes import NUMBERS, boxes, cut
+from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Unreadable, open_rgb
 from sakd_cli.data.files import Files
 from sakd_cli.data.generators import seeded_generator
-from sakd_cli.data.loader import TrainLoader
+from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.data.prefetch import Pool
-from sakd_cli.data.sources import FileTrainLoader, eval_loader, train_loader, views
+from sakd_cli.data.sources import views
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.job import Images
@@ -57,9 +56,9 @@ def loaded(root: Path, **words: Any) -> Images:
     return load_images(ImageFolderConfig(root=root, **({"size": 16, "holdout": 0.0, "workers": 0} | words)))
 
 
-def train(images: Images, *, batch_size: int = 8, seed: int = 0) -> TrainLoader | FileTrainLoader:
+def train(images: Images, *, batch_size: int = 8, seed: int = 0) -> TrainLoader:
     data, split = images.dataset, images.train
-    return train_loader(split, data, batch_size=batch_size, seed=seed, noise_width=3, device=CPU)
+    return TrainLoader(split, data, batch_size=batch_size, seed=seed, noise_width=3, device=CPU)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -184,10 +183,10 @@ def test_evaluation_is_torchvisions_resize_and_center_crop(root: Path) -> None:
         assert isinstance(data.test.images, Files)
         expected = torch.stack([standard(Image.open(path).convert("RGB")) for path in data.test.images.paths])
         assert torch.equal(data.test.pixels, expected)
-        seen = eval_loader(data.test, data, device=CPU, batch_size=5)
+        seen = EvalLoader(data.test, data, device=CPU, batch_size=5)
         images, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
         assert len(seen) == 3
-        assert torch.equal(images, normalise(expected, constants(data.mean, CPU), constants(data.std, CPU)))
+        assert torch.equal(images, normalise(expected, channel_tensor(data.mean, CPU), channel_tensor(data.std, CPU)))
         assert torch.equal(labels, data.test.labels)
 
 
@@ -224,8 +223,8 @@ def test_the_number_of_workers_changes_nothing(augment: str, root: Path) -> None
 
 def test_a_border_crop_is_the_same_from_memory_and_from_files(root: Path) -> None:
     memory, files = (train(loaded(root, cache=cache, augment="border")) for cache in (True, False))
-    assert isinstance(memory, TrainLoader)
-    assert isinstance(files, FileTrainLoader)
+    assert memory.views is not None
+    assert files.views is None
     assert all(same(one, other) for one, other in zip(memory.epoch(1), files.epoch(1), strict=True))
 
 
@@ -241,8 +240,8 @@ def test_a_resized_crop_from_memory_shows_the_same_part_as_from_files(root: Path
 
 
 def test_small_sets_are_held_in_memory_and_large_ones_are_not(root: Path) -> None:
-    kinds = {limit: type(train(loaded(root, cache_limit=limit, augment="border"))) for limit in (4.0, 1e-5)}
-    assert kinds == {4.0: TrainLoader, 1e-5: FileTrainLoader}
+    held = {limit: train(loaded(root, cache_limit=limit, augment="border")).views is not None for limit in (4.0, 1e-5)}
+    assert held == {4.0: True, 1e-5: False}
     for words in ({"augment": "crop"}, {"cache": False}):
         images = loaded(root, **words)
         with pytest.raises(UsageError, match=r"teacher\.bank: imagefolder is read from files"):
@@ -253,7 +252,7 @@ def test_small_sets_are_held_in_memory_and_large_ones_are_not(root: Path) -> Non
 
 def test_a_process_that_is_killed_is_one_line() -> None:
     with pytest.raises(MemoryLimitError, match="was killed"):
-        list(Pool(_dies, workers=1, staying=True, device=CPU)([1, 2, 3]))
+        list(Pool(_dies, workers=1, persistent=True, device=CPU)([1, 2, 3]))
 
 
 def _dies(request: int) -> Tensor | Unreadable:
@@ -271,7 +270,7 @@ def test_boxes_are_those_of_torchvision() -> None:
     """The same distribution: mean and spread of each number agree within their errors."""
     for size in ((48, 64), (20, 100)):
         numbers = torch.rand(4000, NUMBERS, generator=seeded_generator(0, "boxes"))
-        ours = boxes(numbers, torch.tensor([size]).expand(4000, 2), (0.08, 1.0)).double()
+        ours = random_boxes(numbers, torch.tensor([size]).expand(4000, 2), (0.08, 1.0)).double()
         assert ((ours[:, 0] >= 0) & (ours[:, 0] + ours[:, 2] <= size[0])).all()
         assert ((ours[:, 1] >= 0) & (ours[:, 1] + ours[:, 3] <= size[1])).all()
         crop, blank = v2.RandomResizedCrop(8), torch.zeros(1, *size)
@@ -288,10 +287,10 @@ def test_a_cut_of_everything_changes_nothing_and_a_mirrored_one_is_mirrored() ->
     whole = torch.randint(256, (2, 3, 12, 12), dtype=torch.uint8, generator=seeded_generator(0, "whole"))
     size = torch.tensor([[30, 60], [12, 12]])
     everything = torch.tensor([[0, 0, 30, 60], [0, 0, 12, 12]])
-    seen = cut(whole, everything, size, torch.tensor([False, True]), 12)
+    seen = crop_boxes(whole, everything, size, torch.tensor([False, True]), 12)
     assert torch.equal(seen, torch.stack([whole[0], whole[1].flip(2)]))
     corner = torch.tensor([[15, 0, 15, 30], [6, 6, 6, 6]])
-    quarters = cut(whole, corner, size, torch.tensor([False, False]), 6)
+    quarters = crop_boxes(whole, corner, size, torch.tensor([False, False]), 6)
     assert torch.equal(quarters, torch.stack([whole[0, :, 6:, :6], whole[1, :, 6:, 6:]]))
 
 
@@ -322,7 +321,7 @@ def test_tiny_imagenet_as_its_archive_has_it(tmp_path: Path, monkeypatch: pytest
     (home / "val/images/val_0.JPEG").unlink()
     with pytest.raises(DataError, match=r"val_0\.JPEG: is listed in val_annotations\.txt as 'n03': no such file"):
         load_images(config)
-    result = [one.text for one in imagefolder.published(config, imagefolder.TINY_IMAGENET).findings]
+    result = [one.text for one in imagefolder.scan_published(config, imagefolder.TINY_IMAGENET).findings]
     assert any("has 200 classes, here are 3; from: tiny-imagenet-200.zip" in text for text in result)
 
 

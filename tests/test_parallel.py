@@ -71,7 +71,7 @@ def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
         kept = []
         for size in (9, 2, 1):
             (turn,) = step_slices(size, 9, 0)
-            own = torch.arange(size, dtype=torch.float64)[turn.places]
+            own = torch.arange(size, dtype=torch.float64)[turn.rows]
             batch = Batch(own, own, own, own, global_size=turn.global_size, shard_weight=turn.shard_weight)
             x = (batch.images * 2).requires_grad_()
             rows, sums = distributed.all_gather(x, batch), distributed.all_reduce_sum_with_grad(x.sum(), batch)

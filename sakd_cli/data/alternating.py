@@ -1,4 +1,4 @@
-"""Two parts of the training images for a search in two levels, and their batches in turn."""
+"""Two parts of the training images for a bilevel search, and their batches in turn."""
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -6,9 +6,6 @@ from dataclasses import fields, replace
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.data.dataset import Dataset, Split, hold_out
 from sakd_cli.data.loader import TrainLoader
-from sakd_cli.data.sources import FileTrainLoader
-
-Shuffled = TrainLoader | FileTrainLoader
 
 
 def split_in_halves(dataset: Dataset, train: Split, share: float, seed: int) -> tuple[Split, Split]:
@@ -27,7 +24,7 @@ class AlternatingLoader:
     ahead  the upper level's batches bring the lower level's next one along
     """
 
-    def __init__(self, upper: Shuffled, lower: Shuffled, *, ahead: bool) -> None:
+    def __init__(self, upper: TrainLoader, lower: TrainLoader, *, ahead: bool) -> None:
         self.upper, self.lower, self.ahead = upper, lower, ahead
         self.steps_per_epoch = 2 * len(lower)
 
@@ -45,7 +42,7 @@ class AlternatingLoader:
             yield UpperBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)}, lower=coming)
 
 
-def _endless(loader: Shuffled, first: int) -> Iterator[Batch]:
+def _endless(loader: TrainLoader, first: int) -> Iterator[Batch]:
     """Batches `first`, `first` + 1, ... of epoch after epoch."""
     epoch, start = divmod(first, len(loader))
     while True:

@@ -1,8 +1,16 @@
-"""Augmentation of a whole batch at once, where the images live; every shape is fixed, nothing is read by the host."""
+"""Augmentation of a whole batch at once, on the images' device; shapes are static, nothing is read by the host."""
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+TRIES = 10  # of which the first that fits is taken, as torchvision does
+NUMBERS = 4 * TRIES  # that one box takes
+RATIO = (3 / 4, 4 / 3)  # width over height
+
+Scale = tuple[float, float]
 
 
 def pad(images: Tensor, padding: int) -> Tensor:
@@ -31,7 +39,7 @@ def crop_and_flip(padded: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
     return padded.view(-1).index_select(0, address.view(-1)).view(address.shape)
 
 
-def constants(values: tuple[float, float, float], device: torch.device) -> Tensor:
+def channel_tensor(values: tuple[float, float, float], device: torch.device) -> Tensor:
     """One number per channel as [3, 1, 1] on the device, for `normalise`; of torch's default type, as weights are."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
@@ -42,3 +50,59 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     The operations of torchvision's ToTensor and Normalize in their order: in float32 bit for bit the same.
     """
     return images.to(mean.dtype).div_(255).sub_(mean).div_(std)
+
+
+def random_boxes(draws: Tensor, size: Tensor, scale: Scale) -> Tensor:
+    """Top, left, height and width in pixels, [B, 4] int64, of a part of each picture.
+
+    draws  [B, 40] uniform in [0, 1)
+    size   [B, 2]  height and width of the picture in pixels
+    scale  smallest and largest fraction of the picture's area
+
+    The rule of torchvision's RandomResizedCrop: area uniform, logarithm of width/height uniform in 3/4 .. 4/3, then the
+    place uniform; ten tries for one that fits, and else the largest part in the middle that keeps to the ratios. Only
+    the source of the random numbers is ours.
+    """
+    area, ratio, down, right = draws.double().view(-1, TRIES, 4).unbind(dim=2)
+    high, wide = size.double().split(1, dim=1)
+    area = high * wide * (scale[0] + area * (scale[1] - scale[0]))
+    low, top = (math.log(edge) for edge in RATIO)
+    ratio = torch.exp(low + ratio * (top - low))
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= wide) & (h > 0) & (h <= high)
+    tried = torch.stack([(down * (high - h + 1)).floor(), (right * (wide - w + 1)).floor(), h, w], dim=2)
+    first = fits.int().argmax(dim=1)
+    found = tried[torch.arange(len(tried)), first]
+    return torch.where(fits.any(dim=1)[:, None], found, _largest_centred(high[:, 0], wide[:, 0])).long()
+
+
+def _largest_centred(high: Tensor, wide: Tensor) -> Tensor:
+    """The largest part in the middle whose ratio is allowed, [B, 4]."""
+    h = torch.minimum(high, (wide / RATIO[0]).round())
+    w = torch.minimum(wide, (high * RATIO[1]).round())
+    return torch.stack([((high - h) / 2).floor(), ((wide - w) / 2).floor(), h, w], dim=1)
+
+
+def crop_boxes(images: Tensor, box: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:
+    """Parts of pictures as squares of `side` pixels, for a whole batch at once: uint8 [B, 3, side, side].
+
+    images [B, 3, T, T]  uint8, each picture squeezed to one size
+    box    [B, 4]        as from `random_boxes`, in pixels of the picture as it was
+    size   [B, 2]        height and width of the picture as it was
+    flip   [B]           bool, left and right exchanged
+
+    Linear between the four nearest pixels. A part is at most T/side times larger than what is made of it: with T/side
+    = 8/7, as is usual, leaving out the low-pass changes little.
+    """
+    part = box.float() / torch.cat([size, size], dim=1)
+    centre = 2 * part[:, :2] + part[:, 2:] - 1  # of -1 .. 1
+    half = part[:, 2:]
+    nothing = torch.zeros_like(half[:, 0])
+    across = torch.where(flip, -half[:, 1], half[:, 1])
+    theta = torch.stack(
+        [torch.stack([across, nothing, centre[:, 1]], dim=1), torch.stack([nothing, half[:, 0], centre[:, 0]], dim=1)],
+        dim=1,
+    )
+    grid = functional.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
+    cropped = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return cropped.round_().clamp_(0, 255).to(torch.uint8)

@@ -6,15 +6,15 @@ from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import table
+from sakd_cli.data.decode import find_unreadable
 from sakd_cli.data.folder import Finding, FolderContents, SplitContents
-from sakd_cli.data.probe import unreadable
 from sakd_cli.errors import DataError
 
 
 def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[int], None]) -> dict[str, Any]:
     """The document of `sakd data check --json` (schema: report/documents.py); nothing is downloaded.
 
-    begin, advance  told how many files will be decoded, and after each how many were
+    begin, advance  called with the number of files to decode, and after each file with the number done
     Raises DataError where there is no folder to look at.
     """
     if config.name not in table.FOLDERS:
@@ -24,7 +24,7 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     paths = [path for part in parts for files in part.files.values() for path in files]
     begin(len(paths))
     findings = list(found.findings)
-    for number, fault in enumerate(unreadable(paths), start=1):
+    for number, fault in enumerate(find_unreadable(paths), start=1):
         if fault is not None:
             findings.append(Finding("unreadable", fault.path, fault.reason))
         advance(number)

@@ -1,4 +1,4 @@
-"""Pictures that lie in files: read when they are asked for, or decoded once where they are few."""
+"""Images in files: read on demand, or decoded once and cached where they fit into memory."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ HINT = "sakd data check names all such files; --set data.on_bad_image=skip leave
 
 
 class ImageSpec(NamedTuple):
-    """How pictures are made alike.
+    """How images are brought to one size.
 
     side     height and width of what a network gets
     resize   shorter side before that square is cut from the middle
@@ -35,7 +35,7 @@ class ImageSpec(NamedTuple):
 class Files:
     """Pictures in files, used like a tensor [N, 3, side, side] of uint8 that is not there yet.
 
-    cached  few enough to be decoded once and held in memory
+    cached  to be decoded once and held in memory
     """
 
     def __init__(self, paths: tuple[str, ...], spec: ImageSpec, *, cached: bool = False) -> None:
@@ -43,7 +43,7 @@ class Files:
         self.shape = torch.Size([len(paths), 3, spec.side, spec.side])
         self.device = torch.device("cpu")
         self._plain: Tensor | None = None
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self._full: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -58,7 +58,7 @@ class Files:
         return self
 
     def with_cache(self, cached: bool) -> "Files":
-        """The same, to be held in memory or not."""
+        """The same, to be cached in memory or not."""
         return Files(self.paths, self.spec, cached=cached)
 
     def read(self) -> Tensor:
@@ -67,15 +67,15 @@ class Files:
             return self._plain
         with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
             seen = torch.empty(self.shape, dtype=torch.uint8)
-            _fill(seen, lambda place: plain(self.paths[place], self.spec))
+            _fill(seen, lambda place: load_eval_image(self.paths[place], self.spec))
         if self.cached:
             self._plain = seen
         return seen
 
     def full_images(self) -> tuple[Tensor, Tensor]:
         """All of each picture squeezed to a square, uint8 [N, 3, resize, resize]; height and width before, [N, 2]."""
-        if self._whole is not None:
-            return self._whole
+        if self._full is not None:
+            return self._full
         side = self.spec.resize
         pixels = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
         sizes = torch.empty(len(self), 2, dtype=torch.int64)
@@ -88,8 +88,8 @@ class Files:
             return _pixels(v2().resize(picture, [side, side], antialias=True))
 
         _fill(pixels, squeezed)
-        self._whole = pixels, sizes
-        return self._whole
+        self._full = pixels, sizes
+        return self._full
 
 
 @functools.cache
@@ -98,34 +98,34 @@ def v2() -> Any:
     return importlib.import_module("torchvision.transforms.v2.functional")
 
 
-def processors() -> int:
-    """How many this process may use."""
+def cpu_count() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
-    """Put what is made for every row into it, several at a time: PIL decodes without holding Python's lock."""
+    """Fill every row, several at a time: PIL decodes without holding the GIL."""
 
-    def one(place: int) -> Unreadable | None:
-        found = make(place)
-        if isinstance(found, Unreadable):
-            return found
-        stack[place] = found
+    def store(row: int) -> Unreadable | None:
+        image = make(row)
+        if isinstance(image, Unreadable):
+            return image
+        stack[row] = image
         return None
 
-    v2()  # an import is not for several threads
-    with ThreadPoolExecutor(min(32, processors())) as pool:
-        for fault in pool.map(one, range(len(stack))):
-            good(fault)
+    v2()  # imported before the threads start
+    with ThreadPoolExecutor(min(32, cpu_count())) as pool:
+        for error in pool.map(store, range(len(stack))):
+            raise_if_unreadable(error)
 
 
-def plain(path: str, spec: ImageSpec) -> Tensor | Unreadable:
+def load_eval_image(path: str, spec: ImageSpec) -> Tensor | Unreadable:
     """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
     picture = open_rgb(path)
-    return picture if isinstance(picture, Unreadable) else _pixels(middle(picture, spec))
+    return picture if isinstance(picture, Unreadable) else _pixels(resize_and_center_crop(picture, spec))
 
 
-def middle(picture: Image, spec: ImageSpec) -> Image:
+def resize_and_center_crop(picture: Image, spec: ImageSpec) -> Image:
     """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already."""
     if min(picture.size) != spec.resize:
         picture = v2().resize(picture, [spec.resize], antialias=True)
@@ -138,7 +138,7 @@ def _pixels(picture: Image) -> Tensor:
     return pixels
 
 
-def good(found: Result | Unreadable) -> Result:
+def raise_if_unreadable(found: Result | Unreadable) -> Result:
     """The same. Raises DataError, naming the file and the class, where it is none."""
     if isinstance(found, Unreadable):
         folder = os.path.basename(os.path.dirname(found.path))

@@ -51,7 +51,7 @@ class FolderContents(NamedTuple):
         return tuple(self.train.files)
 
 
-def look_through(root: Path, tests: tuple[str, ...] = TEST) -> FolderContents:
+def scan_folder(root: Path, tests: tuple[str, ...] = TEST) -> FolderContents:
     """Find `root`/train/CLASS/* and `root`/val/CLASS/* (or test, valid, validation), or `root`/CLASS/* alone.
 
     Where there are both a test and a validation folder, `tests` says which is taken. Raises DataError where `root` is
@@ -74,13 +74,13 @@ def look_through(root: Path, tests: tuple[str, ...] = TEST) -> FolderContents:
                 f"{root}: has a folder {train.name} but none of {', '.join(tests)}",
                 f"--data-root {train} keeps a share of its images for testing (data.split)",
             )
-        one = part_of(root, findings)
+        one = scan_split(root, findings)
         return FolderContents(one, None, findings + _wrong(one))
-    ours, theirs = part_of(train, findings), part_of(test, findings)
+    ours, theirs = scan_split(train, findings), scan_split(test, findings)
     return FolderContents(ours, theirs, findings + _wrong(ours) + _wrong(theirs) + _differ(ours, theirs))
 
 
-def part_of(folder: Path, findings: list[Finding]) -> SplitContents:
+def scan_split(folder: Path, findings: list[Finding]) -> SplitContents:
     """The classes of a folder and their files; loops and folders that cannot be read go to the findings."""
     above = (os.path.realpath(folder),)
     return SplitContents(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in _folders(folder)})
@@ -163,7 +163,7 @@ def _differ(train: SplitContents, test: SplitContents) -> list[Finding]:
     return findings
 
 
-def sound(found: FolderContents) -> FolderContents:
+def raise_on_findings(found: FolderContents) -> FolderContents:
     """The same. Raises DataError with the first finding and the number of the others."""
     if found.findings:
         first, more = found.findings[0], len(found.findings) - 1

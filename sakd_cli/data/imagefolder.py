@@ -11,15 +11,15 @@ import torch
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data.cifar import default_root
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
-from sakd_cli.data.files import Files, ImageSpec, processors
-from sakd_cli.data.folder import Finding, FolderContents, SplitContents, look_through, sound
-from sakd_cli.data.probe import unreadable
+from sakd_cli.data.decode import find_unreadable
+from sakd_cli.data.files import Files, ImageSpec, cpu_count
+from sakd_cli.data.folder import Finding, FolderContents, SplitContents, raise_on_findings, scan_folder
 from sakd_cli.errors import DataError, UsageError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Known(NamedTuple):
+class PublishedSet(NamedTuple):
     """What is known of a published set.
 
     folder  that its archive makes; source: where that is to be had
@@ -39,14 +39,14 @@ class Known(NamedTuple):
     names: Callable[[Path, tuple[str, ...]], tuple[str, ...]] | None = None
 
 
-def _words(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+def _wordnet_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """The first word of each folder's line in words.txt; the folder's own name where it has none, or one of another."""
     try:
         lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return folders
-    said = {line.partition("\t")[0]: line.partition("\t")[2].split(",")[0].strip() for line in lines}
-    named = [said.get(folder) or folder for folder in folders]
+    meaning = {line.partition("\t")[0]: line.partition("\t")[2].split(",")[0].strip() for line in lines}
+    named = [meaning.get(folder) or folder for folder in folders]
     return tuple(
         f"{name} ({folder})" if named.count(name) > 1 else name for name, folder in zip(named, folders, strict=True)
     )
@@ -58,23 +58,23 @@ def _torchvisions(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names) if len(set(names)) == len(names) == len(folders) else folders
 
 
-TINY_IMAGENET = Known(
+TINY_IMAGENET = PublishedSet(
     "tiny-imagenet-200",
     "tiny-imagenet-200.zip of Stanford's course CS231n",
     *(200, 100_000, 10_000),
     *((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     tests=("val",),
-    names=_words,
+    names=_wordnet_names,
 )
 # Mean and standard deviation as its authors give them.
-CINIC10 = Known(
+CINIC10 = PublishedSet(
     "CINIC-10",
     "CINIC-10.tar.gz of the University of Edinburgh (DataShare)",
     *(10, 90_000, 90_000),
     *((0.47889522, 0.47227842, 0.43047404), (0.24205776, 0.23828046, 0.25874835)),
     tests=("test",),
 )
-IMAGENET_1K = Known(
+IMAGENET_1K = PublishedSet(
     "imagenet",
     "ILSVRC 2012 from image-net.org, its validation images sorted into folders as torchvision does",
     *(1000, 1_281_167, 50_000),
@@ -86,30 +86,30 @@ IMAGENET_1K = Known(
 
 def load_imagefolder(config: ImageFolderConfig) -> Dataset:
     """Folders train and val, or one folder of classes cut in two. DataError names what is wrong with them."""
-    found = sound(own(config))
+    found = raise_on_findings(scan_imagefolder(config))
     return _dataset(config, found, found.classes, *IMAGENET, share=config.split)
 
 
-def own(config: ImageFolderConfig) -> FolderContents:
+def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:
     """What is there of one's own images."""
     if config.root is None:
         raise UsageError("imagefolder: which folder? There is no usual place for it", "--data-root DIR")
-    return look_through(config.root)
+    return scan_folder(config.root)
 
 
-def load_published(config: FilesConfig, known: Known) -> Dataset:
+def load_published(config: FilesConfig, known: PublishedSet) -> Dataset:
     """A published set, whole; DataError where something is missing."""
-    found = sound(published(config, known))
+    found = raise_on_findings(scan_published(config, known))
     names = found.classes if known.names is None else known.names(_root(config, known), found.classes)
     return _dataset(config, found, names, known.mean, known.std)
 
 
-def published(config: FilesConfig, known: Known) -> FolderContents:
+def scan_published(config: FilesConfig, known: PublishedSet) -> FolderContents:
     """What is there of a published set; its findings say also what is missing. DataError where nothing is there."""
     root = _root(config, known)
     lists = root / "val" / "val_annotations.txt"
     try:
-        found = look_through(root, known.tests)
+        found = scan_folder(root, known.tests)
     except DataError as error:
         raise DataError(
             f"{config.name}: {error.message}", f"unpack {known.source}; name its folder: --data-root"
@@ -126,7 +126,7 @@ def published(config: FilesConfig, known: Known) -> FolderContents:
     return found._replace(findings=findings)
 
 
-def _root(config: FilesConfig, known: Known) -> Path:
+def _root(config: FilesConfig, known: PublishedSet) -> Path:
     """The folder with train in it: the one that is named, or that of the archive in it."""
     root = config.root or default_root()
     return root / known.folder if (root / known.folder).is_dir() else root
@@ -158,7 +158,7 @@ def _dataset(
     std: Channels,
     share: float = 0.0,
 ) -> Dataset:
-    spec = ImageSpec(config.size, config.resized, min(8, processors()) if config.workers is None else config.workers)
+    spec = ImageSpec(config.size, config.resized, min(8, cpu_count()) if config.workers is None else config.workers)
     parts = [_split(part, found.classes, spec) for part in (found.train, found.test) if part is not None]
     border = config.size // 8 if config.bordered else 0
     scale = None if config.bordered else config.crop
@@ -183,7 +183,7 @@ def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:
     splits, skipped = [], 0
     for split in (dataset.train,) if one_part else (dataset.train, dataset.test):
         assert isinstance(split.images, Files)
-        good = torch.tensor([fault is None for fault in unreadable(split.images.paths)], dtype=torch.bool)
+        good = torch.tensor([error is None for error in find_unreadable(split.images.paths)], dtype=torch.bool)
         skipped += len(good) - int(good.sum())
         whole = split.subset(good.nonzero().squeeze(1))
         counts = torch.bincount(whole.labels, minlength=len(dataset.classes))

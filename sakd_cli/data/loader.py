@@ -1,11 +1,10 @@
-"""Batches for training and for evaluation, made on the device without a worker process.
+"""Batches for training and for evaluation, wherever the images are.
 
-The whole split lies on the device as uint8 (CIFAR: 154 MB, 240 MB with its border). Every random number of an epoch
-is drawn before its first batch, on the CPU, from generators that depend on (seed, purpose, epoch) alone: the numbers
-are the same on every device, and an epoch taken up in its middle goes on exactly as it would have gone on.
+Every random number of an epoch is drawn before its first batch, on the CPU, from generators that depend on (seed,
+purpose, epoch) alone: the numbers are the same on every device and in every process, whoever reads the images and
+however the epoch is cut into batches, and an epoch that is resumed in its middle goes on exactly as it would have.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,11 +13,15 @@ from torch import Tensor
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
-from sakd_cli.data.augment import constants, crop_and_flip, normalise, pad
+from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.files import Files
 from sakd_cli.data.generators import seeded_generator
+from sakd_cli.data.prefetch import Pool
+from sakd_cli.data.sources import BatchReader, BatchRequest, Views, in_memory, materialize
 
-MOST_BYTES = 2**27  # of an evaluation's batch, as float32: 10,922 images of 32 pixels, 222 of 224
+MAX_BYTES = 2**27  # of an evaluation batch, as float32: 10,922 images of 32 pixels, 222 of 224
+BLOCK = 64  # places of an epoch whose crop boxes are drawn together, whatever the batches are
 
 
 class Draws(NamedTuple):
@@ -46,9 +49,9 @@ def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_wid
 
 
 class StepSlice(NamedTuple):
-    """A step of an epoch: this process's places in its order, samples of the whole batch, and what they count for."""
+    """A step of an epoch: this process's rows of its order; `global_size` and `shard_weight` are those of `Batch`."""
 
-    places: slice
+    rows: slice
     global_size: int
     shard_weight: float
 
@@ -61,66 +64,27 @@ def step_slices(samples: int, batch_size: int, start: int) -> Iterator[StepSlice
         yield StepSlice(slice(first + rows.start, first + rows.stop), whole, distributed.shard_weight(whole))
 
 
-def fitting(batch_size: int, split: Split) -> int:
-    """As many images as are asked for, but no more than make `MOST_BYTES`."""
-    _, channels, height, width = split.images.shape
-    return max(1, min(batch_size, MOST_BYTES // (4 * channels * height * width)))
-
-
-class Views:
-    """All images of a split on a device, and every way in which augmentation can show them.
-
-    There are `count` views of an image: view = ((dy (2 padding + 1)) + dx) 2 + flip, without the 2 and the flip where
-    the data set is not mirrored.
-    """
-
-    def __init__(self, split: Split, dataset: Dataset, device: torch.device) -> None:
-        here = split.to(device)
-        self.labels = here.labels
-        self.device = device
-        self.dataset = dataset
-        self._padded = pad(here.pixels, dataset.padding)
-        self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
-        self._sides, self._mirrored = 2 * dataset.padding + 1, 1 + dataset.flip
-        self.count = self._sides**2 * self._mirrored
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, index: Tensor, view: Tensor) -> Tensor:
-        """Views [B] of the images at `index` [B], normalised: [B, 3, H, W]."""
-        index, view = index.to(self.device), view.to(self.device)
-        corner, flip = view // self._mirrored, view % self._mirrored == 1
-        dy, dx = corner // self._sides, corner % self._sides
-        images = crop_and_flip(self._padded, index, dy, dx, flip, padding=self.dataset.padding)
-        return normalise(images, self._mean, self._std)
-
-    def view(self, corner: Tensor, flip: Tensor) -> Tensor:
-        """Number [B] of the view with upper left corner (dy, dx) [2, B], mirrored where `flip` [B]."""
-        return (corner[0] * self._sides + corner[1]) * self._mirrored + flip * (self._mirrored - 1)
-
-    def digest(self) -> str:
-        """SHA-256 of all that the views are made of."""
-        words = [self.dataset.mean, self.dataset.std, self.dataset.padding, self.dataset.flip, *self._padded.shape]
-        content = hashlib.sha256(repr(words).encode())
-        content.update(self._padded.cpu().numpy().data)
-        return content.hexdigest()
-
-
 class TrainLoader:
-    """Shuffled, augmented batches of a split that lives on the device.
+    """Shuffled, augmented batches of a split; the last batch of an epoch may be smaller than `batch_size`.
 
-    An epoch shows every sample once; the last batch of an epoch may be smaller than `batch_size`.
+    Images in memory are on the device as uint8 (CIFAR: 154 MB, 240 MB with its border) and are cropped from a border
+    there. Images in files are read by worker processes. Random resized crops of cached images are cut on the device
+    from the picture at `resize` pixels.
+
+    views   every way in which augmentation can show the images; None for files and for random resized crops
     """
 
     def __init__(
         self, split: Split, dataset: Dataset, *, batch_size: int, seed: int, noise_width: int, device: torch.device
     ) -> None:
-        self.views = Views(split, dataset, device)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._noise_width = noise_width
-        self._device = device
+        cropped = dataset.scale is None and in_memory(split)
+        self.views = Views(materialize(split), dataset, device) if cropped else None
+        self._images, self._dataset, self._device = split.images, dataset, device
+        self._labels = split.labels.to(device)
+        self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
+        self._batch_size, self._seed, self._noise_width = batch_size, seed, noise_width
+        self._pool: Pool | None = None
+        self._full_images: tuple[Tensor, Tensor] | None = None
         self.steps_per_epoch = -(-len(split) // batch_size)
 
     def __len__(self) -> int:
@@ -128,39 +92,101 @@ class TrainLoader:
         return self.steps_per_epoch
 
     def draw(self, epoch: int) -> Draws:
-        """The epoch's random numbers, on the device: a pure function of the loader's seed and `epoch`."""
-        data = self.views.dataset
-        drawn = draws(len(self.views), data.padding, data.flip, self._seed, epoch, self._noise_width)
-        return Draws(*(numbers.to(self._device) for numbers in drawn))
+        """The epoch's random numbers: a pure function of the loader's seed and `epoch`."""
+        padding = self._dataset.padding if self._dataset.scale is None else 0
+        drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width)
+        return drawn if self.views is None else Draws(*(numbers.to(self._device) for numbers in drawn))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
-        draws = self.draw(epoch)
-        for places, whole, share in step_slices(len(self.views), self._batch_size, start):
-            index, noise = draws.order[places], draws.noise[places]
-            view = self.views.view(draws.corner[:, places], draws.flip[places])
-            images, labels = self.views.images(index, view), self.views.labels[index]
-            yield Batch(images, labels, index, noise, view, global_size=whole, shard_weight=share)
+        drawn = self.draw(epoch)
+        steps = list(step_slices(len(self._labels), self._batch_size, start))
+        rows = [step.rows for step in steps]
+        if self.views is not None:
+            images = _crop_views(self.views, drawn, rows)
+        else:
+            assert isinstance(self._images, Files)
+            source = self._crop_cached if self._images.cached else self._read
+            images = ((self._normalise(pixels), None) for pixels in source(self._images, drawn, rows, epoch))
+        for step, (x, view) in zip(steps, images, strict=True):
+            index, noise = (numbers[step.rows].to(self._device) for numbers in (drawn.order, drawn.noise))
+            yield Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels.to(self._device, non_blocking=True), self._mean, self._std)
+
+    def _where(self, drawn: Draws, rows: slice, epoch: int) -> Tensor:
+        """`BatchRequest.where` of these rows."""
+        if self._dataset.scale is None:
+            return drawn.corner[:, rows].T
+        count = len(drawn.order[rows])
+        first, last = rows.start // BLOCK, (rows.start + max(count, 1) - 1) // BLOCK
+        blocks = [
+            torch.rand(BLOCK, NUMBERS, generator=seeded_generator(self._seed, f"box/{block}", epoch))
+            for block in range(first, last + 1)
+        ]
+        start = rows.start - first * BLOCK
+        return torch.cat(blocks)[start : start + count]
+
+    def _read(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Tensor]:
+        if self._pool is None:
+            reader = BatchReader(files.spec, self._dataset.scale, self._dataset.padding)
+            self._pool = Pool(reader, workers=files.spec.workers, persistent=True, device=self._device)
+        return self._pool(
+            BatchRequest(
+                [files.paths[place] for place in drawn.order[rows].tolist()],
+                self._where(drawn, rows, epoch).numpy(),
+                drawn.flip[rows].numpy(),
+            )
+            for rows in steps
+        )
+
+    def _crop_cached(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Tensor]:
+        assert self._dataset.scale is not None
+        if self._full_images is None:
+            pixels, sizes = files.full_images()
+            self._full_images = pixels.to(self._device), sizes
+        pixels, sizes = self._full_images
+        for rows in steps:
+            index = drawn.order[rows]
+            box = random_boxes(self._where(drawn, rows, epoch), sizes[index], self._dataset.scale)
+            box, size, flip = (numbers.to(self._device) for numbers in (box, sizes[index], drawn.flip[rows]))
+            yield crop_boxes(pixels[index.to(self._device)], box, size, flip, files.spec.side)
+
+
+def _crop_views(views: Views, drawn: Draws, steps: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for rows in steps:
+        view = views.view(drawn.corner[:, rows], drawn.flip[rows])
+        yield views.images(drawn.order[rows], view), view
 
 
 class EvalLoader:
-    """The split in its own order, without augmentation; iterate it as often as wanted.
+    """The split in its own order, without augmentation; can be iterated any number of times.
 
     Yields (images [B, 3, H, W] float32 normalised, labels [B] int64), both on the device; the last batch may be
     smaller. The batch size changes speed and memory only, so it is large by default, and smaller for large images.
     """
 
     def __init__(self, split: Split, dataset: Dataset, *, device: torch.device, batch_size: int = 1000) -> None:
-        here = split.to(device)
-        self._images, self._labels = here.pixels, here.labels
-        self._mean, self._std = constants(dataset.mean, device), constants(dataset.std, device)
-        self.batch_size = fitting(batch_size, split)
+        self._images = materialize(split).images.to(device) if in_memory(split) else split.images
+        self._labels, self._device = split.labels.to(device), device
+        self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
+        _, channels, height, width = split.images.shape
+        self.batch_size = max(1, min(batch_size, MAX_BYTES // (4 * channels * height * width)))
 
     def __len__(self) -> int:
         """Number of batches."""
         return -(-len(self._labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(self._labels), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            yield normalise(self._images[part], self._mean, self._std), self._labels[part]
+        rows = [slice(first, first + self.batch_size) for first in range(0, len(self._labels), self.batch_size)]
+        for part, pixels in zip(rows, self._pixels(self._images, rows), strict=True):
+            yield normalise(pixels.to(self._device, non_blocking=True), self._mean, self._std), self._labels[part]
+
+    def _pixels(self, images: Tensor | Files, rows: list[slice]) -> Iterator[Tensor]:
+        if isinstance(images, Tensor):
+            return (images[part] for part in rows)
+        pool = Pool(
+            BatchReader(images.spec, None, 0), workers=images.spec.workers, persistent=False, device=self._device
+        )
+        return pool(BatchRequest(list(images.paths[part])) for part in rows)

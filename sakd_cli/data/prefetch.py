@@ -1,4 +1,4 @@
-"""Batches of pictures read by several processes, in the order in which they are asked for."""
+"""Batches of images read by several processes, in the order in which they are requested."""
 
 import multiprocessing
 import signal
@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sakd_cli.data.decode import Unreadable
-from sakd_cli.data.files import good
+from sakd_cli.data.files import raise_if_unreadable
 from sakd_cli.errors import MemoryLimitError
 
-AHEAD = 2  # batches that each process makes before they are needed
-PATIENCE = 10
+PREFETCH = 2  # batches that each process makes before they are needed
+GRACE_SECONDS = 10
 
 
 Answer = Callable[[Any], Tensor | Unreadable]
 
 
 class _Requests:
-    """What the present pass asks for."""
+    """The requests of the current pass."""
 
     def __init__(self) -> None:
         self.now: Iterable[Any] = ()
@@ -32,7 +32,7 @@ class _Requests:
         return iter(self.now)
 
 
-class _Asked(Dataset[Any]):
+class _RequestDataset(Dataset[Any]):
     """Answers a request with a batch."""
 
     def __init__(self, answer: Answer) -> None:
@@ -48,24 +48,24 @@ class Pool:
 
     answer   makes a batch of a request, which is small and can be pickled; an unreadable file is an answer, too
     workers  processes; 0: this one does it
-    staying  the processes wait for the next requests, and do not end with these
+    persistent  the processes wait for the next requests, and do not end with these
     """
 
-    def __init__(self, answer: Answer, *, workers: int, staying: bool, device: torch.device) -> None:
-        self._answer, self._workers, self._staying, self._device = answer, workers, staying, device
+    def __init__(self, answer: Answer, *, workers: int, persistent: bool, device: torch.device) -> None:
+        self._answer, self._workers, self._persistent, self._device = answer, workers, persistent, device
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = None
 
     def __call__(self, requests: Iterable[Any]) -> Iterator[Tensor]:
         """The answers in their order. DataError on an unreadable file, MemoryLimitError where a process was killed."""
         self._requests.now = requests
-        loader = self._made() if self._loader is None else self._loader
+        loader = self._make_loader() if self._loader is None else self._loader
         self._loader = None
         try:
-            with _quiet():
+            with _no_warnings():
                 answers = iter(loader)
             for answer in answers:
-                yield good(answer)
+                yield raise_if_unreadable(answer)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -74,41 +74,41 @@ class Pool:
                 "fewer of them: --set data.workers=1; or 0",
             ) from None
         # Not after a pass that was given up: its processes end with the loader, at once, and before anything is saved.
-        self._loader = loader if self._staying else None
+        self._loader = loader if self._persistent else None
 
-    def _made(self) -> DataLoader[Any]:
+    def _make_loader(self) -> DataLoader[Any]:
         fork = self._workers > 0 and sys.platform == "linux"
-        with _quiet():
+        with _no_warnings():
             return DataLoader(
-                _Asked(self._answer),
+                _RequestDataset(self._answer),
                 sampler=self._requests,
                 batch_size=None,
                 num_workers=self._workers,
-                collate_fn=_as_it_is,
+                collate_fn=_identity,
                 pin_memory=self._device.type == "cuda",
-                prefetch_factor=AHEAD if self._workers else None,
-                persistent_workers=self._staying and self._workers > 0,
-                worker_init_fn=_patient,
+                prefetch_factor=PREFETCH if self._workers else None,
+                persistent_workers=self._persistent and self._workers > 0,
+                worker_init_fn=_defer_signals,
                 generator=torch.Generator(),  # else it would draw from the one that belongs to all
                 multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
             )
 
 
-def _as_it_is(answer: Any) -> Any:
+def _identity(answer: Any) -> Any:
     return answer
 
 
-def _patient(worker: int) -> None:
+def _defer_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM go to the whole group of processes: the main one answers, and ends the others when it likes.
 
-    It has `PATIENCE` seconds for that: who leaves without a word must not wait for ever for a process that is deaf.
+    It has `GRACE_SECONDS` for that: a main process that is gone must not leave workers behind that ignore signals.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(PATIENCE))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
-def _quiet() -> "warnings.catch_warnings[None]":
+def _no_warnings() -> "warnings.catch_warnings[None]":
     """Python warns of forks beside threads, torch of more processes than processors: both are meant."""
     return warnings.catch_warnings(action="ignore")

@@ -10,7 +10,14 @@ from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar10, load_cifar100
 from sakd_cli.data.dataset import Dataset, first_classes
 from sakd_cli.data.folder import FolderContents
 from sakd_cli.data.imagefolder import CINIC10 as CINIC
-from sakd_cli.data.imagefolder import IMAGENET_1K, Known, load_imagefolder, load_published, own, published
+from sakd_cli.data.imagefolder import (
+    IMAGENET_1K,
+    PublishedSet,
+    load_imagefolder,
+    load_published,
+    scan_imagefolder,
+    scan_published,
+)
 from sakd_cli.data.imagefolder import TINY_IMAGENET as TINY
 from sakd_cli.data.shapes import load_shapes
 
@@ -23,23 +30,23 @@ DATASETS: dict[str, Callable[[Any], Dataset]] = {
 # What is known of those that are files, without the files.
 DESCRIBED: dict[str, Dataset] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # Published sets that are folders of pictures.
-PUBLISHED: dict[str, Known] = {"tiny-imagenet": TINY, "cinic10": CINIC, "imagenet": IMAGENET_1K}
+PUBLISHED: dict[str, PublishedSet] = {"tiny-imagenet": TINY, "cinic10": CINIC, "imagenet": IMAGENET_1K}
 DATASETS |= {name: partial(load_published, known=known) for name, known in PUBLISHED.items()}
 # Those whose folders can be looked through without loading them.
-FOLDERS: dict[str, Callable[[Any], FolderContents]] = {"imagefolder": own}
-FOLDERS |= {name: partial(published, known=known) for name, known in PUBLISHED.items()}
+FOLDERS: dict[str, Callable[[Any], FolderContents]] = {"imagefolder": scan_imagefolder}
+FOLDERS |= {name: partial(scan_published, known=known) for name, known in PUBLISHED.items()}
 
 
 def describe(config: DataConfig) -> Dataset:
     """Classes, normalisation and size of images of the data set; its splits may be empty."""
-    return _as_asked(DESCRIBED[config.name], config) if config.name in DESCRIBED else load(config)
+    return _apply_overrides(DESCRIBED[config.name], config) if config.name in DESCRIBED else load(config)
 
 
 def load(config: DataConfig) -> Dataset:
     """The data set that `config` names, with the classes it asks for: limit and hold-out are the caller's."""
-    return _as_asked(DATASETS[config.name](config), config)
+    return _apply_overrides(DATASETS[config.name](config), config)
 
 
-def _as_asked(dataset: Dataset, config: DataConfig) -> Dataset:
+def _apply_overrides(dataset: Dataset, config: DataConfig) -> Dataset:
     few = first_classes(dataset, config.classes)
     return replace(few, mean=config.mean or few.mean, std=config.std or few.std)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
-from sakd_cli.data.sources import eval_loader
+from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import CheckpointError, DataError, UsageError
@@ -179,7 +179,7 @@ def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[
     words = config.data.model_copy(update={"holdout": 0.0, "download": False})
     try:
         dataset = load_images(words).dataset
-        images, _ = next(iter(eval_loader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
+        images, _ = next(iter(EvalLoader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
         if images.shape[-1] == card.side:
             return (images * std + mean).clamp(0, 1), True

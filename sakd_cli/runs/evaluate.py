@@ -12,7 +12,6 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader
-from sakd_cli.data.sources import FileEvalLoader, eval_loader
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode
@@ -71,7 +70,7 @@ def _score(target: Target, network: Artifact, config: EvalConfig, images: Images
     branches = branches_of(target.weights, network)
     mode = resolve_mode(Runtime(), device)
     model = mode.to_memory_format(network.model.to(device)).eval()
-    batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     heard = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(heard, followed(batches, reporter, f"scoring {target.weights}{unfinished}"))
@@ -121,7 +120,7 @@ def class_rows(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
     """Figures of a network that is on `device`, on all test images."""
-    batches = eval_loader(dataset.test, dataset, device=device)
+    batches = EvalLoader(dataset.test, dataset, device=device)
     return evaluate(model, followed(batches, reporter, title), len(dataset.classes))
 
 
@@ -172,7 +171,7 @@ def _figures(
     return quality | cost(model, images.side)._asdict(), class_rows(found, classes)
 
 
-def followed(batches: EvalLoader | FileEvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def followed(batches: EvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, with the reporter told of each."""
     reporter.begin(title, len(batches))
     try:

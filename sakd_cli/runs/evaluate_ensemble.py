@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
-from sakd_cli.data.sources import eval_loader
+from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
@@ -161,7 +161,7 @@ def score_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bo
     exits = opened.exits
     if exits.thresholds and config.residual.exits() != rule:
         exits = _refitted(whole, target.run, config, macs, teacher_macs, device)
-    batches = eval_loader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     chosen, title = exits if early else never(exits), f"scoring {target.weights}"
     scores, left = passed(whole, chosen, followed(batches, reporter, title), len(dataset.classes))
     shown = costs_of(left, macs, teacher_macs)
@@ -219,7 +219,7 @@ def _refitted(
     images = load_images(trained.data.model_copy(update=place), trained.residual)
     if images.calibration is None:
         raise UsageError(f"{run.path}: kept no images to fit thresholds on")
-    batches = eval_loader(images.calibration, images.dataset, device=device)
+    batches = EvalLoader(images.calibration, images.dataset, device=device)
     with torch.inference_mode():
         stages = torch.cat([ensemble.stages(x) for x, _ in batches], dim=1)
     return fit(config.residual, stages, images.calibration.labels.to(device), macs, teacher_macs)

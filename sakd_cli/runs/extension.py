@@ -8,8 +8,7 @@ from typing import Any
 
 from sakd_cli import distributed
 from sakd_cli.config.training import Train
-from sakd_cli.data.alternating import Shuffled
-from sakd_cli.data.sources import train_loader
+from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import Optimizer
@@ -28,9 +27,9 @@ def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optim
     )
 
 
-def loader_of(job: Job) -> Shuffled:
+def loader_of(job: Job) -> TrainLoader:
     """The training images of a job in batches."""
-    return train_loader(
+    return TrainLoader(
         job.images.train,
         job.images.dataset,
         batch_size=job.config.train.batch_size,

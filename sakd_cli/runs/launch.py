@@ -14,7 +14,8 @@ import yaml
 
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.training import DistillConfig, PretrainConfig
-from sakd_cli.data.sources import describe_reading, eval_loader
+from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.sources import describe_reading
 from sakd_cli.engine import checkpoint, tensorboard
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
@@ -197,9 +198,9 @@ def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
 
 def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     dataset = job.images.dataset
-    test = InterruptibleBatches(eval_loader(dataset.test, dataset, device=job.device), reporter)
+    test = InterruptibleBatches(EvalLoader(dataset.test, dataset, device=job.device), reporter)
     held_out = job.images.held_out
-    selection = InterruptibleBatches(eval_loader(held_out, dataset, device=job.device), reporter) if held_out else test
+    selection = InterruptibleBatches(EvalLoader(held_out, dataset, device=job.device), reporter) if held_out else test
     return EvaluationData("holdout" if held_out else "test", selection, test, len(dataset.classes))
 
 

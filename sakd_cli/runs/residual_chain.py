@@ -17,7 +17,7 @@ from sakd_cli.config.networks import NETWORKS, find_network
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.sources import eval_loader
+from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.errors import Stopped, UsageError
@@ -114,7 +114,7 @@ class _Gap:
 
     def __init__(self, split: Split, job: Job, reporter: Reporter) -> None:
         assert job.teacher is not None
-        self.batches = InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device), reporter)
+        self.batches = InterruptibleBatches(EvalLoader(split, job.images.dataset, device=job.device), reporter)
         self.teacher = _logits(job.teacher.model, self.batches)
         self.stages: list[Tensor] = []
         self.energies: list[float] = []

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.generators import seeded_generator
-from sakd_cli.data.sources import eval_loader
+from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
@@ -138,7 +138,7 @@ def survey(job: Job, part: str, reporter: Reporter, *, seed: int, kept: int = KE
 
 
 def _batches(job: Job, split: Split, reporter: Reporter) -> InterruptibleBatches:
-    return InterruptibleBatches(eval_loader(split, job.images.dataset, device=job.device, batch_size=BATCH), reporter)
+    return InterruptibleBatches(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), reporter)
 
 
 def _answers(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sakd_cli.batch import Batch
-from sakd_cli.data.loader import Views
+from sakd_cli.data.sources import Views
 from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError, UsageError

@@ -11,7 +11,7 @@ from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.config.methods import DFAConfig
 from sakd_cli.data.alternating import AlternatingLoader, split_in_halves
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.sources import train_loader
+from sakd_cli.data.loader import TrainLoader
 from sakd_cli.distillers.dfa import Group, Match, connect
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
@@ -41,7 +41,7 @@ def batches(
 ) -> AlternatingLoader:
     """Those of the two levels in turn, from two parts of the training images."""
     loaders = [
-        train_loader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device)
+        TrainLoader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device)
         for half in split_in_halves(dataset, train, words.search_split, seed)
     ]
     return AlternatingLoader(*loaders, ahead=words.second_order)
