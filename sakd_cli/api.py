@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sakd_cli.config import sources
 from sakd_cli.config.methods import MethodConfig
-from sakd_cli.config.resolve import resolve
+from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.errors import UsageError
@@ -66,7 +65,7 @@ _HEAVY = {
     "StagedModel": "sakd_cli.models.staged",
     "Reporter": "sakd_cli.engine.reporter",
 }
-Split = Literal["train", "holdout", "test"]
+Split = Literal["train", "validation", "test"]
 # Config about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
 
@@ -188,7 +187,7 @@ def evaluate(
     target  a run, a folder of a network or its file; None: the newest run
     early   whether images leave an ensemble of residual students early
     """
-    given = sources.layers(_texts(locals(), "teacher", "dataset", "data_root", "device", "settings", "runs_dir"))
+    given = config_sources(_texts(locals(), "teacher", "dataset", "data_root", "device", "settings", "runs_dir"))
     found = [what_to_score(None if target is None else Path(target), resolve("eval", given).config.runs_dir)]
     check_teacher(found, forced=False, teacher=teacher)
     from sakd_cli.engine.reporter import NullReporter
@@ -234,7 +233,7 @@ def run_to_look_at(named: Path | None, words: Mapping[str, Any]) -> RunDir:
     if named:
         return RunDir(named)
     places = {name: words[name] for name in ("dataset", "runs_dir")}
-    runs = resolve("eval", sources.layers(places)).config.runs_dir
+    runs = resolve("eval", config_sources(places)).config.runs_dir
     wanted = {"task": "distill"} | ({"data.name": words["dataset"]} if words["dataset"] else {})
     if (found := newest_run(runs, wanted, finished=False)) is None:
         raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
@@ -254,7 +253,7 @@ def looked_at(
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.survey import live
 
-    return survey_of(run, live(run, sources.layers(words), split, reporter or NullReporter(), seed=seed, kept=kept))
+    return survey_of(run, live(run, config_sources(words), split, reporter or NullReporter(), seed=seed, kept=kept))
 
 
 _TRAINING = (

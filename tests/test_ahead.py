@@ -164,7 +164,7 @@ def test_a_run_says_how_far_its_teacher_looks_ahead(trained_cli: CliRunner, teac
     assert "look-ahead 3)" in ours.err
     assert ours.document["headline"]["loss"] == pytest.approx(plain["headline"]["loss"], rel=1e-3)
     assert trained_cli.sakd(*words, *ahead, *chain, *inner, "--set", "data.train=40").code == 0
-    assert trained_cli.sakd(*words, *ahead, "--teacher-bank", "--set", "data.train=10").code == 0
+    assert trained_cli.sakd(*words, *ahead, "--cache-teacher", "--set", "data.train=10").code == 0
 
 
 def test_a_residual_student_is_told_its_targets_ahead_too() -> None:

@@ -21,8 +21,7 @@ import sakd_cli
 from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS, reusing
-from sakd_cli.config.presets import about, folder, preset_layer, presets
-from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.resolve import ConfigSource, preset_folder, preset_source, preset_summary, presets, resolve
 from sakd_cli.config.routers import ROUTERS
 
 ROOT = Path(__file__).parents[1]
@@ -277,7 +276,7 @@ def test_the_console_script_is_there() -> None:
 
 
 def test_the_presets_of_the_issue_are_there() -> None:
-    assert folder() == ROOT / "presets"
+    assert preset_folder() == ROOT / "presets"
     assert set(presets()) >= {"quickstart", "cifar100-sakd", "dfa-cifar100"}
 
 
@@ -285,8 +284,8 @@ def test_the_presets_of_the_issue_are_there() -> None:
 def test_a_preset_is_a_whole_run_and_says_what_it_is_for(name: str) -> None:
     path = ROOT / "presets" / f"{name}.yaml"
     assert path.read_text(encoding="utf-8").startswith("# ")
-    assert len(about(path)) > 10
+    assert len(preset_summary(path)) > 10
     words = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config = resolve(words["task"], [preset_layer(name)]).config
+    config = resolve(words["task"], [preset_source(name)]).config
     assert config.task == words["task"]
     assert resolve(words["task"], [ConfigSource("again", config.model_dump(mode="json"))]).config == config

@@ -23,7 +23,7 @@ FEW = [
     "--batch-size",
     "6",
     "--set",
-    "data.holdout=0",
+    "data.validation=0",
     "-q",
 ]
 
@@ -60,11 +60,11 @@ def banked(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
 
 def distil(method: str) -> list[str]:
     words = ["distill", "--teacher", "teacher", "--student", "resnet8", "--method", method, "--epochs", "1"]
-    return [*words, *FEW, "--set", "log_every=1", "--teacher-bank"]
+    return [*words, *FEW, "--set", "log_every=1", "--cache-teacher"]
 
 
 def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: CliRunner) -> None:
-    words = [word for word in distil("kd") if word != "--teacher-bank"]
+    words = [word for word in distil("kd") if word != "--cache-teacher"]
     assert banked.sakd(*words, "--run-dir", "without").code == 0
     assert losses(banked, "with") == pytest.approx(losses(banked, "without"), rel=2e-3)
     assert losses(banked, "with") != losses(banked, "without")
@@ -91,7 +91,7 @@ def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Cl
 
 @pytest.mark.parametrize("method", ["fitnet", "reviewkd", "ab"])
 def test_a_method_that_needs_maps_is_refused(banked: CliRunner, method: str) -> None:
-    banked.assert_rejects(distil(method), 2, f"teacher.bank: method {method} looks at maps")
+    banked.assert_rejects(distil(method), 2, f"teacher.cache: method {method} looks at maps")
 
 
 def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(

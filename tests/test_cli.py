@@ -16,7 +16,8 @@ from conftest import PAIR, TINY, CliRunner, Result
 
 from sakd_cli import __version__
 from sakd_cli.cli import show
-from sakd_cli.config import datasets, methods, networks, presets, routers
+from sakd_cli.config import datasets, methods, networks, routers
+from sakd_cli.config.resolve import presets
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data"
@@ -29,7 +30,7 @@ def test_talk_goes_to_stderr_line_by_line_without_control_characters(pretrained:
 
 
 def test_without_a_held_out_part_the_summary_says_so(cli: CliRunner, tmp_path: Path) -> None:
-    words = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.holdout=0", "--runs-dir", str(tmp_path)]
+    words = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.validation=0", "--runs-dir", str(tmp_path)]
     summary = cli.sakd(*words, "--json").document
     assert (summary["images"], summary["best"]["selected_on"]) == (200, "test")
     assert "test set" in summary["protocol"].partition(";")[2]
@@ -115,7 +116,7 @@ def test_a_damaged_run_hides_no_other(trained_cli: CliRunner, tmp_path: Path, da
 
 
 KINDS = {"models": networks.NETWORKS, "methods": methods.METHODS, "datasets": datasets.DATASETS}
-KINDS |= {"routers": routers.ROUTERS, "presets": presets.presets()}
+KINDS |= {"routers": routers.ROUTERS, "presets": presets()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,7 +48,7 @@ def make(folder: Path, router: str | None, seed: int, top1: float | None, **word
                 }
             )
         lines.append(
-            {"kind": "eval", "epoch": epoch, "split": "holdout", "top1": 20.0 + epoch, "top5": 50.0, "loss": 3.0}
+            {"kind": "eval", "epoch": epoch, "split": "validation", "top1": 20.0 + epoch, "top5": 50.0, "loss": 3.0}
         )
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, 3, {"kind": "train"}]))
     if top1 is not None:
@@ -163,7 +163,7 @@ def test_curves_are_means_over_the_steps_of_an_epoch(tmp_path: Path) -> None:
         "epoch": 2,
         "train_loss": pytest.approx((10 * 4.0 + 5 * 1.0) / 15),
         "train_top1": 10.0,
-        "selected_on": "holdout",
+        "selected_on": "validation",
         "top1": 22.0,
         "loss": 3.0,
     }
@@ -171,7 +171,7 @@ def test_curves_are_means_over_the_steps_of_an_epoch(tmp_path: Path) -> None:
 
 def test_the_table_for_programs_has_every_epoch_and_the_final_figures(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(comparison_csv(judged(series(tmp_path, "always", [40.0, 41.0]))))))
-    assert [row["split"] for row in rows] == ["train", "holdout", "train", "holdout", "test"] * 2
+    assert [row["split"] for row in rows] == ["train", "validation", "train", "validation", "test"] * 2
     assert [row["top1"] for row in rows if row["split"] == "test"] == ["40.0", "41.0"]
     assert {row["group"] for row in rows} == {"at always"}
 

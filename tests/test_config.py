@@ -6,28 +6,29 @@ from typing import Any
 import pytest
 import yaml
 
-from sakd_cli.config import presets
+from sakd_cli.config import resolve as resolving
 from sakd_cli.config.base import summary
 from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.methods import METHODS, FitNetConfig
 from sakd_cli.config.networks import NETWORKS, find_network
-from sakd_cli.config.presets import preset_layer
+from sakd_cli.config.options import OPTIONS as TABLE
 from sakd_cli.config.resolve import (
-    OPTIONS,
     ConfigSource,
     Resolved,
-    environment_layers,
-    file_layer,
+    environment_sources,
+    file_source,
     flat,
     nested,
-    option_layers,
+    option_sources,
+    preset_source,
     resolve,
-    set_layers,
+    set_sources,
 )
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.training import DistillConfig, PretrainConfig, Train
 from sakd_cli.errors import UsageError, unknown
 
+OPTIONS = {name: row.key for name, row in TABLE.items() if row.key}
 PAIR = ConfigSource("pair", {"teacher": "resnet20", "student": "resnet8"})
 
 
@@ -50,11 +51,11 @@ def refusal(*layers: ConfigSource, task: str = "distill") -> UsageError:
 
 
 def assigned(*assignments: str) -> str:
-    return refusal(*set_layers(assignments)).message
+    return refusal(*set_sources(assignments)).message
 
 
 def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "folder", lambda: tmp_path)
+    monkeypatch.setattr(resolving, "preset_folder", lambda: tmp_path)
     below = (
         "# A preset\ntask: distill\ntrain: {epochs: 1, batch_size: 1, lr: 0.1, momentum: 0.1}\nseed: 1\nlog_every: 1\n"
     )
@@ -63,11 +64,11 @@ def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, mo
     for name, value in {"BATCH_SIZE": "3", "EPOCHS": "3", "SEED": "3", "DEVICE": ""}.items():
         monkeypatch.setenv(f"SAKD_{name}", value)
     config, origins = distillation(
-        preset_layer("mine"),
-        file_layer(tmp_path / "file.yaml", "file file.yaml"),
-        *environment_layers(OPTIONS),
-        *option_layers({"epochs": "4", "seed": "4", "device": None}),
-        *set_layers(["seed=5"]),
+        preset_source("mine"),
+        file_source(tmp_path / "file.yaml", "file file.yaml"),
+        *environment_sources(OPTIONS),
+        *option_sources({"epochs": "4", "seed": "4", "device": None}),
+        *set_sources(["seed=5"]),
     )
     found = {key: (value, origins.get(key)) for key, value in flat(config.model_dump()).items()}
     assert found["log_every"] == (1, "preset mine")
@@ -80,18 +81,18 @@ def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, mo
 
 def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
-    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "holdout": "0.5", "precision": "bf16"}
-    words |= {"log": "tensorboard", "head": "replace"}
+    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
+    words |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
     del words["model"], words["student_friendly"]
     for name, value in words.items():
         monkeypatch.setenv(f"SAKD_{name.upper()}", value)
-    config, origins = resolve("distill", environment_layers(words))
+    config, origins = resolve("distill", environment_sources(words))
     assert set(origins) == {OPTIONS[name] for name in words}
     assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
     assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "shapes")
     assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
     assert config.method.weights == str(Path("1").absolute())
-    assert (config.train.epochs, config.seed, config.data.holdout) == (1, 1, 0.5)
+    assert (config.train.epochs, config.seed, config.data.validation) == (1, 1, 0.5)
 
 
 def test_one_word_stands_for_a_section() -> None:
@@ -115,25 +116,27 @@ def test_a_word_chooses_the_class_and_with_it_the_published_defaults() -> None:
 def test_the_defaults_are_those_of_the_issue() -> None:
     config = distillation().config
     assert (config.data.name, config.router.name, config.method) == ("cifar100", "adaptive", FitNetConfig())
-    assert (config.data.holdout, config.train.epochs, config.train.batch_size) == (0.1, 240, 64)
+    assert (config.data.validation, config.train.epochs, config.train.batch_size) == (0.1, 240, 64)
 
 
 def test_another_name_drops_the_old_names_keys() -> None:
     below = ConfigSource("below", {"method": {"name": "fitnet", "weight": 7.0, "stage": 3}, "router": {"tau": 2.0}})
-    assert distillation(below, *set_layers(["method=at"])).config.method == METHODS["at"]()
-    assert distillation(below, *set_layers(["method=fitnet"])).config.method.weight == 7.0
-    assert distillation(below, *set_layers(["method=at", "method.weight=3"])).config.method.weight == 3.0
+    assert distillation(below, *set_sources(["method=at"])).config.method == METHODS["at"]()
+    assert distillation(below, *set_sources(["method=fitnet"])).config.method.weight == 7.0
+    assert distillation(below, *set_sources(["method=at", "method.weight=3"])).config.method.weight == 3.0
 
 
 def test_what_all_data_sets_share_outlives_a_change_of_the_data_set() -> None:
-    below = ConfigSource("below", {"data": {"name": "shapes", "train": 50, "limit": 9, "root": "here", "holdout": 0.2}})
-    data = distillation(below, *option_layers({"dataset": "cifar10"})).config.data
-    assert (data.name, data.limit, data.root, data.holdout) == ("cifar10", 9, Path("here").absolute(), 0.2)
+    below = ConfigSource(
+        "below", {"data": {"name": "shapes", "train": 5, "limit": 9, "root": "here", "validation": 0.2}}
+    )
+    data = distillation(below, *option_sources({"dataset": "cifar10"})).config.data
+    assert (data.name, data.limit, data.root, data.validation) == ("cifar10", 9, Path("here").absolute(), 0.2)
 
 
 def test_pretraining_outlives_a_change_of_the_teacher() -> None:
     below = ConfigSource("below", {"teacher": {"source": "resnet20", "pretrain": True, "epochs": 3}})
-    teacher = distillation(below, *option_layers({"teacher": "resnet32"})).config.teacher
+    teacher = distillation(below, *option_sources({"teacher": "resnet32"})).config.teacher
     assert (teacher.source, teacher.pretrain, teacher.epochs) == ("resnet32", True, 3)
 
 
@@ -171,11 +174,11 @@ def test_a_wide_resnet_of_no_possible_depth_is_refused(spelling: str) -> None:
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".0001", "0.0001", "+1e-4"])
 def test_a_number_may_be_written_in_any_of_the_usual_ways(text: str) -> None:
-    assert distillation(*set_layers([f"train.weight_decay={text}"])).config.train.weight_decay == 1e-4
+    assert distillation(*set_sources([f"train.weight_decay={text}"])).config.train.weight_decay == 1e-4
 
 
 def test_values_of_set_are_yaml() -> None:
-    layers = set_layers(["data.limit=null", "train.milestones=[1, 2]", "runs_dir=a=b", "teacher.pretrain=yes"])
+    layers = set_sources(["data.limit=null", "train.milestones=[1, 2]", "runs_dir=a=b", "teacher.pretrain=yes"])
     config = distillation(ConfigSource("below", {"data": {"limit": 4}}), *layers).config
     assert (config.data.limit, config.train.milestones, config.runs_dir) == (None, (1, 2), Path("a=b"))
     assert config.teacher.pretrain is True
@@ -184,13 +187,13 @@ def test_values_of_set_are_yaml() -> None:
 @pytest.mark.parametrize("text", ["nonsense", "=3", "a..b=3", ".a=3", "a.=3"])
 def test_an_assignment_without_a_key_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="key=value") as caught:
-        set_layers([text])
+        set_sources([text])
     assert text in caught.value.message
 
 
 def test_a_value_that_is_no_yaml_is_refused() -> None:
     with pytest.raises(UsageError, match="--set seed"):
-        set_layers(["seed={"])
+        set_sources(["seed={"])
 
 
 def test_dotted_and_nested_say_the_same() -> None:
@@ -247,8 +250,8 @@ def test_a_name_that_is_near_to_nothing_is_told_with_all_names() -> None:
         ("train.milestones=[0]", "train.milestones.0"),
         ("train.milestones=[240]", "train"),
         ("train=3", "train"),
-        ("data.holdout=1", "data.holdout"),
-        ("data.holdout=-0.1", "data.holdout"),
+        ("data.validation=1", "data.validation"),
+        ("data.validation=-0.1", "data.validation"),
         ("data.limit=0", "data.limit"),
         ("data=3", "data"),
         ("data.name=[shapes]", "data"),
@@ -292,7 +295,7 @@ def test_a_missing_word_is_told_with_its_option(task: str, words: dict[str, Any]
 
 def test_an_unknown_preset_is_told_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown preset 'quikstart'; did you mean 'quickstart'"):
-        preset_layer("quikstart")
+        preset_source("quikstart")
 
 
 @pytest.mark.parametrize(
@@ -310,14 +313,14 @@ def test_a_config_file_that_is_none_is_refused_with_its_name(tmp_path: Path, con
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\n" * content.startswith(b"a: [") + content)
     with pytest.raises(UsageError, match=message) as caught:
-        file_layer(path, "file")
+        file_source(path, "file")
     assert str(path) in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
 def test_a_config_file_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"no such file|is a directory"):
-        file_layer(tmp_path / name, "file")
+        file_source(tmp_path / name, "file")
 
 
 @pytest.mark.parametrize(
@@ -333,27 +336,27 @@ def test_milestones_of_ones_own_are_taken_as_they_are() -> None:
 
 
 def test_the_published_recipe_can_be_shortened_and_keeps_its_proportions() -> None:
-    recipe = resolve("distill", [preset_layer("cifar100-sakd")]).config
+    recipe = resolve("distill", [preset_source("cifar100-sakd")]).config
     assert (recipe.train.epochs, recipe.train.decay_epochs()) == (240, (150, 180, 210))
-    short = resolve("distill", [preset_layer("cifar100-sakd"), *option_layers({"epochs": "80"})]).config
+    short = resolve("distill", [preset_source("cifar100-sakd"), *option_sources({"epochs": "80"})]).config
     assert short.train.decay_epochs() == (50, 60, 70)
 
 
 def test_a_milestone_that_never_comes_is_refused_with_the_reason() -> None:
-    message = refusal(*set_layers(["train.milestones=[210]"]), *option_layers({"epochs": "100"})).message
+    message = refusal(*set_sources(["train.milestones=[210]"]), *option_sources({"epochs": "100"})).message
     assert "milestone 210 must come before the last epoch (100)" in message
 
 
 def test_what_learned_routers_share_outlives_a_change_between_them_only() -> None:
-    below = preset_layer("quickstart")
-    anti = resolve("distill", [below, *option_layers({"router": "anti"})])
+    below = preset_source("quickstart")
+    anti = resolve("distill", [below, *option_sources({"router": "anti"})])
     assert (anti.config.router.name, anti.config.router.lr, anti.config.router.teacher_bias) == ("anti", 2e-4, 0)
-    always = resolve("distill", [below, *option_layers({"router": "always"})])
+    always = resolve("distill", [below, *option_sources({"router": "always"})])
     assert [key for key in always.origins if key.startswith("router.")] == ["router.name"]
 
 
 def test_a_config_of_a_distillation_trains_its_teacher() -> None:
-    words = resolve("distill", [preset_layer("quickstart")]).config.model_dump(mode="json")
+    words = resolve("distill", [preset_source("quickstart")]).config.model_dump(mode="json")
     config = resolve("pretrain", [ConfigSource("file", words)]).config
     assert (config.model, config.train.epochs) == ("resnet20", 5)
 
@@ -363,16 +366,16 @@ def test_a_config_of_a_distillation_trains_its_teacher() -> None:
 def test_a_written_config_reads_back_equal(tmp_path: Path, method: str, router: str) -> None:
     settings = ["data.root=/some/where", "train.milestones=[1, 2]", "train.lr=1e-4", "teacher.epochs=3"]
     settings.append("method.ce_weight=1")  # without it `never` is refused where there is none
-    config = distillation(ConfigSource("a", {"method": method, "router": router}), *set_layers(settings)).config
+    config = distillation(ConfigSource("a", {"method": method, "router": router}), *set_sources(settings)).config
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    assert resolve("distill", [file_layer(path, "file")]).config == config
+    assert resolve("distill", [file_source(path, "file")]).config == config
 
 
 def test_a_distillation_says_how_to_pretrain_its_teacher() -> None:
-    config, origins = resolve("pretrain", [preset_layer("quickstart"), *option_layers({"seed": "4"})])
+    config, origins = resolve("pretrain", [preset_source("quickstart"), *option_sources({"seed": "4"})])
     assert isinstance(config, PretrainConfig)
-    preset = resolve("distill", [preset_layer("quickstart")]).config
+    preset = resolve("distill", [preset_source("quickstart")]).config
     assert isinstance(preset, DistillConfig)
     assert (config.model, config.data, config.train) == (preset.teacher.source, preset.data, preset.train)
     assert (config.seed, origins["model"]) == (4, "preset quickstart")

@@ -102,7 +102,7 @@ def student(lab: CliRunner, run: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("feed", ["on", "off"])
 def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: CliRunner, feed: str) -> None:
     words = shlex.split(f"distill --teacher resnet8 --student resnet8 {RUN} --set data.cache={feed}")
-    words += shlex.split("--set data.augment=crop --set save_every=2 --set data.holdout=0.2")
+    words += shlex.split("--set data.augment=crop --set save_every=2 --set data.validation=0.2")
     assert lab.sakd(*words, "--run-dir", f"whole-{feed}").code == 0
     run = f"cut-{feed}"
     with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +121,7 @@ def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: CliRunner, feed: str)
 def test_a_bad_picture_is_refused_before_anything_is_written(lab: CliRunner, tmp_path: Path) -> None:
     bad = folder(tmp_path / "photos", {"train": 4, "val": 1})
     cut_short(bad / "train/bee/1.jpg")
-    words = ["pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.holdout=0"]
+    words = ["pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.validation=0"]
     cli = CliRunner(tmp_path)
     result = cli.assert_rejects(words, 3, "train/bee/1.jpg (class bee): is damaged")
     assert "sakd data check" in result.err

@@ -236,9 +236,13 @@ class Verdicts:
 def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scored(tmp_path: Path) -> None:
     task = PlainTask()
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
-    evaluation = EvaluationData("holdout", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
+    evaluation = EvaluationData("validation", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
     figures = trainer_of(task, tmp_path, 4, evaluation=evaluation).fit()
-    assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["headline"]["epoch"]) == (2, "holdout", 4)
+    assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["headline"]["epoch"]) == (
+        2,
+        "validation",
+        4,
+    )
     rates = {line["epoch"]: line["lr"] for line in RunDir(tmp_path).lines("metrics.jsonl") if "lr" in line}
     assert rates == pytest.approx({1: 0.01, 2: 0.01, 3: 0.001, 4: 0.001})
     best = PlainTask().network

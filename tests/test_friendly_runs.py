@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, CliRunner
 
-from sakd_cli.config.resolve import ConfigSource, option_layers, resolve, set_layers
+from sakd_cli.config.resolve import ConfigSource, option_sources, resolve, set_sources
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.branches import load_branches
@@ -133,9 +133,9 @@ def test_the_students_are_words_like_all_others() -> None:
     def students(*layers: ConfigSource) -> tuple[str, ...]:
         return resolve("pretrain", [ConfigSource("model", {"model": "resnet20"}), *layers]).config.friendly.students
 
-    assert students(*option_layers({"student_friendly": ["wrn40_2", "resnet8"]})) == ("wrn_40_2", "resnet8")
+    assert students(*option_sources({"student_friendly": ["wrn40_2", "resnet8"]})) == ("wrn_40_2", "resnet8")
     assert students(ConfigSource("environment", {"friendly": {"students": "resnet8,vgg8"}})) == ("resnet8", "vgg8")
-    assert students(ConfigSource("file", {"friendly": "WRN-16-2"}), *set_layers(["friendly.tau=2"])) == ("wrn_16_2",)
+    assert students(ConfigSource("file", {"friendly": "WRN-16-2"}), *set_sources(["friendly.tau=2"])) == ("wrn_16_2",)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,6 @@ def test_the_students_are_words_like_all_others() -> None:
 )
 def test_a_wrong_word_is_told_with_its_key(assignments: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve("pretrain", [ConfigSource("model", {"model": "resnet20"}), *set_layers(assignments)])
+        resolve("pretrain", [ConfigSource("model", {"model": "resnet20"}), *set_sources(assignments)])
     assert message in caught.value.message
     assert "\n" not in caught.value.message

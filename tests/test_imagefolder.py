@@ -53,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(root: Path, **words: Any) -> Images:
-    return load_images(ImageFolderConfig(root=root, **({"size": 16, "holdout": 0.0, "workers": 0} | words)))
+    return load_images(ImageFolderConfig(root=root, **({"size": 16, "validation": 0.0, "workers": 0} | words)))
 
 
 def train(images: Images, *, batch_size: int = 8, seed: int = 0) -> TrainLoader:
@@ -81,7 +81,7 @@ def test_a_folder_becomes_a_data_set(root: Path) -> None:
     assert images.dataset.classes == ("ant", "bee", "cat")
     assert (len(images.train), len(images.dataset.test), images.side) == (30, 12, 16)
     assert images.train.labels.bincount().tolist() == [10, 10, 10]
-    few = loaded(root, classes=2, limit=6, holdout=0.5)
+    few = loaded(root, classes=2, limit=6, validation=0.5)
     assert (len(few.train), len(few.held_out or ()), len(few.dataset.test)) == (3, 3, 8)
     assert set(few.train.origins().tolist()) < set(range(20))
 
@@ -300,7 +300,7 @@ def test_a_cut_of_everything_changes_nothing_and_a_mirrored_one_is_mirrored() ->
 def small(name: str, monkeypatch: pytest.MonkeyPatch, **counts: int) -> FilesConfig:
     known = table.PUBLISHED[name]._replace(**counts)
     monkeypatch.setitem(table.DATASETS, name, lambda config: imagefolder.load_published(config, known))
-    return CONFIGS[name](holdout=0.0, workers=0)
+    return CONFIGS[name](validation=0.0, workers=0)
 
 
 def test_tiny_imagenet_as_its_archive_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ BAD = f"""
 2 | method.weight: Input should be greater than or equal to 0 | PAIR --method fitnet --set method.weight=-1
 2 | milestone 30 must come before the last epoch (1)        | PAIR TINY --set train.milestones=[30]
 2 | milestones [3, 2] must rise                             | PAIR --set train.milestones=[3,2]
-2 | data.holdout: Input should be less than 1               | PAIR --holdout 1
+2 | data.validation: Input should be less than 1               | PAIR --validation 1
 2 | seed: must be a whole number                            | PAIR --seed one
 2 | seed: must be a whole number                            | PAIR --set seed=1.5
 2 | --set 'train.epochs' is not of the form key=value       | PAIR --set train.epochs
@@ -104,7 +104,7 @@ BAD = f"""
 2 | there is a run already                                  | PAIR TINY --run-dir TEACHER
 2 | --resume changes no word of a run, but train.epochs     | distill --resume future --epochs 9
 4 | written by another version of sakd ('sakd.checkpoint/99') | distill --resume future -q
-3 | leaves no training image                                | pretrain-teacher resnet8 TINY --holdout 0.999
+3 | leaves no training image                                | pretrain-teacher resnet8 TINY --validation 0.999
 2 | student: missing                                        | distill --teacher resnet8
 2 | model: missing                                          | pretrain-teacher
 2 | device: unknown device 'gpu'                            | pretrain-teacher resnet8 --device gpu

@@ -118,7 +118,7 @@ def steps(task: Task) -> dict[str, Any]:
 
 def task_of(method: str, router: str, *, norms: bool = False, dtype: torch.dtype = torch.float64) -> Task:
     given = {"teacher": "resnet14", "student": "resnet8", "method.name": method, "router": router, "train.lr": 0.01}
-    given |= {"runtime.gather": True, "train.batch_size": BATCH}
+    given |= {"runtime.global_batch": True, "train.batch_size": BATCH}
     config = resolve("distill", [ConfigSource("test", nested(given))]).config
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)

@@ -81,7 +81,7 @@ def test_a_stop_is_everybodys_and_any_number_of_processes_goes_on(fork_server: F
 def test_a_process_that_is_killed_ends_all(fork_server: ForkServer) -> None:
     words = [word for word in DISTIL if word != "-q"]
     children = started(fork_server, 2, *words, "--run-dir", "killed", "--set", "train.epochs=400")
-    children[0].signal_when("epoch 2  holdout", 0)
+    children[0].signal_when("epoch 2  validation", 0)
     children[1].signal_when("", signal.SIGKILL)
     begun = time.monotonic()
     assert ended(children) == [9, -9]
@@ -95,7 +95,7 @@ def test_the_step_of_two_levels_is_for_one_process(fork_server: ForkServer) -> N
     fork_server.assert_rejects(words, 2, "the search for mixtures works in one process only, 2 were started", first)
 
 
-@pytest.mark.parametrize("words", ["sweep sweep-small", "distill --preset ablation --routers all --together"])
+@pytest.mark.parametrize("words", ["sweep sweep-small", "distill --preset ablation --routers all --parallel"])
 def test_what_starts_processes_of_its_own_is_for_one_process(fork_server: ForkServer, words: str) -> None:
     fork_server.assert_rejects(
         shlex.split(words), 2, "works in one process only, 2 were started", Faults(environment=FIRST)

@@ -272,9 +272,9 @@ def test_zero_init_starts_by_changing_nothing() -> None:
 def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     run, told = chained["run"], chained["ensemble"]
     early = trained_cli.sakd("eval", run, "--json").document
-    assert early == trained_cli.sakd("eval", run, "--adaptive", "--json").document
+    assert early == trained_cli.sakd("eval", run, "--early-exit", "--json").document
     assert (early["top1"], early["ensemble"]["cost"]) == (told["early"]["top1"], told["early"]["cost"])
-    whole = trained_cli.sakd("eval", run, "--always-on", "--sweep", "--json").document
+    whole = trained_cli.sakd("eval", run, "--always-on", "--curve", "--json").document
     assert (whole["top1"], whole["ensemble"]["exits"]) == (pytest.approx(told["all"]["top1"]), [0, 100])
     assert whole["ensemble"]["sweep"][0]["top1"] == pytest.approx(whole["top1"])
     shutil.copytree(trained_cli.path / run / "ensemble", trained_cli.path / "exported")
@@ -283,10 +283,10 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunn
         both := trained_cli.sakd("eval", run, f"{run}/student", "--json", "--set", "timing_seconds=0").document
     )
     assert [one["schema"] for one in both["evaluations"]] == ["sakd.ensemble/1", "sakd.eval/2"]
-    alone = trained_cli.sakd("eval", f"{run}/student", "--adaptive", "--json").document
+    alone = trained_cli.sakd("eval", f"{run}/student", "--early-exit", "--json").document
     assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["headline"]["top1"], [100])
     assert alone["ensemble"]["cost"] == 1.0, "as large as its teacher"
-    tables = trained_cli.sakd("eval", run, "--sweep").out
+    tables = trained_cli.sakd("eval", run, "--curve").out
     assert all(word in tables for word in ("Student and residual students", "Agree %", "Hull", "rule agreement"))
 
 
@@ -321,7 +321,7 @@ def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, c
     trained_cli.assert_rejects(
         [*words, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2"
     )
-    trained_cli.assert_rejects(["eval", run, "--adaptive", "--always-on"], 2, "exclude each other")
+    trained_cli.assert_rejects(["eval", run, "--early-exit", "--always-on"], 2, "exclude each other")
     trained_cli.assert_rejects(["eval", run, run, "--plot", "curve.png"], 2, "of one network")
     trained_cli.assert_rejects(["eval", run, "--teacher", "resnet8"], 2, "beside the teacher that it was trained with")
     trained_cli.assert_rejects(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")

@@ -131,7 +131,7 @@ MISTAKES = {
     "matches the rates of adaptive, which must be among": ["--routers", "always,random-matched"],
     "a series makes several": ["--with-control", "--run-dir", "one"],
     "a series needs --resume auto": ["--seeds", "2", "--resume", "RUN"],
-    "--together runs a series at once": ["--together", "--seeds", "1"],
+    "--parallel runs a series at once": ["--parallel", "--seeds", "1"],
     "teacher: missing": ["--resume", "auto", "--with-control", "ALONE"],
 }
 
@@ -151,7 +151,7 @@ def test_every_router_has_a_place_in_the_series(trained_cli: CliRunner, named: l
 
     config = DistillConfig(teacher="resnet8", student="resnet8")
     options = {"routers": "all", "router": None, "with_control": False, "seeds": 2, "run_dir": None}
-    members = series(config, options | {"overwrite": False, "resume": None, "together": False})
+    members = series(config, options | {"overwrite": False, "resume": None, "parallel": False})
     names = [member.router.name for member in members]
     assert (set(names), names[0], names[5]) == (set(ROUTERS), "adaptive", "random-matched")
     assert [member.seed for member in members] == [0] * 6 + [1] * 6

@@ -98,7 +98,7 @@ def test_live_on_the_same_images_says_the_same(cli: CliRunner, routed: Path) -> 
     ("words", "split", "images"),
     [
         (["--split", "test"], "test", 100),
-        (["--split", "holdout"], "holdout", 20),
+        (["--split", "validation"], "validation", 20),
         (["--set", "data.seed=5", "--set", "data.test=30", "--split", "test"], "test", 30),
         (["--device", "cpu"], "train", 180),
     ],

@@ -99,7 +99,7 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     swept: CliRunner, fork_server: ForkServer, distilled: dict[str, Any], teacher: Path
 ) -> None:
     run = runner(swept, fork_server)
-    result, made = run(GRID | {"alone": True}, "--json", "--markdown", "table.md")
+    result, made = run(GRID | {"baseline": True}, "--json", "--markdown", "table.md")
     assert [key.split(" resnet8:")[0] for key in made] == ["fitnet always", "fitnet random-matched"]
     document = result.document
     SweepDocument.model_validate(document)
@@ -114,7 +114,7 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     assert document["published"] is None, "figures of CIFAR-100 do not stand beside shapes"
     assert "| fitnet | always |" in (swept.path / "table.md").read_text()
     before = swept.tree()
-    result, made = run(GRID | {"alone": True})
+    result, made = run(GRID | {"baseline": True})
     assert (result.code, made, result.err) == (0, [], "")
     assert "nothing is claimed" in result.out
     assert {k: v for k, v in swept.tree().items() if k != "mine.yaml"} == {
@@ -155,7 +155,7 @@ def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(
 ) -> None:
     run = runner(swept, fork_server)
     # The limit is not met by the words alone: the method finds it out with the number of images.
-    words = GRID | {"methods": ["crd"], "per": {"adaptive crd": {"method": {"weight": 1e38}}}}
+    words = GRID | {"methods": ["crd"], "overrides": {"adaptive crd": {"method": {"weight": 1e38}}}}
     result, made = run(words, "--runs-dir", "others", "--json")
     assert result.code == 7
     document = json.loads(result.out)
@@ -227,7 +227,7 @@ REFUSED = {
     "random-matched matches the rates of adaptive": {"routers": ["random-matched"]},
     "simkd never resnet8:resnet8: router: never leaves": {"methods": ["simkd"], "routers": ["never"]},
     "fsp resnet8x4:resnet8": {"methods": ["fsp"], "pairs": ["resnet8x4:resnet8"]},
-    "unknown method, router or pair 'fitnett'": {"per": {"fitnett": {}}},
+    "unknown method, router or pair 'fitnett'": {"overrides": {"fitnett": {}}},
     "unknown key 'epochs'": {"common": {"epochs": 3}},
     "is no sweep": {"task": "distill"},
 }
@@ -257,7 +257,7 @@ def test_options_that_cannot_be_are_told_too(swept: CliRunner, text: str) -> Non
 def test_what_cannot_be_is_skipped_with_its_reason_where_the_file_says_so(
     swept: CliRunner, fork_server: ForkServer
 ) -> None:
-    words = GRID | {"methods": ["fitnet", "fsp"], "pairs": ["resnet8x4:resnet8"], "impossible": "skip"}
+    words = GRID | {"methods": ["fitnet", "fsp"], "pairs": ["resnet8x4:resnet8"], "infeasible": "skip"}
     plan = runner(swept, fork_server)(words, "--dry-run", "--measure", "0", "--json", "--quiet")[0].document
     assert [row["what"] for row in plan["skipped"]] == ["fsp resnet8x4:resnet8"]
     assert not [row for row in plan["rows"] if row["what"].startswith("fsp")]

@@ -23,7 +23,7 @@ task: sweep
 pairs: ["resnet8:resnet8"]
 methods: [kd]
 routers: [always, adaptive]
-alone: true
+baseline: true
 common: {data: {name: shapes, train: 200, test: 100}, train: {epochs: 12}, save_every: 1, device: cpu}
 teachers: {train: {epochs: 1}}
 """

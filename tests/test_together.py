@@ -123,12 +123,12 @@ def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
     words += ["--set", "data.test=40", "--teacher", str(teacher), "--seeds", "2"]
     alone = trained_cli.sakd(*words, "--runs-dir", str(tmp_path / "alone"), "--quiet", "--json").document
     here = ["--runs-dir", str(tmp_path / "at once")]
-    child = fork_server.at(trained_cli.path).start(*words, *here, "--together")
+    child = fork_server.at(trained_cli.path).start(*words, *here, "--parallel")
     for seed in (0, 1):
         child.signal_when(f"adaptive, seed {seed}: epoch 1", 0)
     os.kill(child.pid, signal.SIGINT)
     assert child.wait() == 130, child.err
-    assert "--together" in child.err.splitlines()[-1]
+    assert "--parallel" in child.err.splitlines()[-1]
     begun = all_runs(tmp_path / "at once")
     assert len(begun) == 2
     assert all((run.path / "checkpoints" / "last").is_dir() for run in begun)
@@ -143,5 +143,5 @@ def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
             assert torch.equal(part, other[name]) if isinstance(part, torch.Tensor) else part == other[name], name
         configs = [flat(RunDir(Path(row["run"])).config) for row in (ours, theirs)]
         assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"runs_dir"}
-    finished = trained_cli.sakd(*again, "--together").document
+    finished = trained_cli.sakd(*again, "--parallel").document
     assert finished["runs"] == document["runs"], "each process finds its own run and has nothing left to do"

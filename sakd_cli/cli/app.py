@@ -6,20 +6,24 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperOption
 
 from sakd_cli import __version__
 from sakd_cli.cli import (
     bench,
     compare,
+    config,
     data_check,
     distill,
     evaluate,
     export,
     import_weights,
     inspect_spots,
+    pretrain_teacher,
+    report,
     show,
     sweep,
 )
@@ -29,9 +33,8 @@ from sakd_cli.report.render.format import printable
 from sakd_cli.torchrun import is_console_process
 
 EPILOG = (
-    "Settings: option > environment (SAKD_EPOCHS, SAKD_DATA_ROOT ...) > --config file > --preset > default. "
-    "Exit codes: 0 ok, 1 a bug in sakd, 2 usage, config or input file, 3 data set, 4 checkpoint, 5 disk, 6 memory, "
-    "7 non-finite number, 8 run directory in use, 9 another process is gone, 130 Ctrl-C, 143 SIGTERM."
+    "Precedence of settings: option > environment (SAKD_EPOCHS ...) > --config file > --preset > default. "
+    "Exit codes: `sakd guide exit-codes`."
 )
 app = typer.Typer(
     name="sakd",
@@ -43,14 +46,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
-config_app = typer.Typer(help="Show where settings come from.", no_args_is_help=True, rich_markup_mode="markdown")
+config_app = typer.Typer(
+    help="Show the settings of a run and where they come from.", no_args_is_help=True, rich_markup_mode="markdown"
+)
 
-data_app = typer.Typer(help="Look after data sets.", no_args_is_help=True, rich_markup_mode="markdown")
-show_app = typer.Typer(help="Explain one thing.", no_args_is_help=True, rich_markup_mode="markdown")
+data_app = typer.Typer(help="Check data sets.", no_args_is_help=True, rich_markup_mode="markdown")
+show_app = typer.Typer(
+    help="Explain a method, a settings key or a JSON schema.", no_args_is_help=True, rich_markup_mode="markdown"
+)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _hide_type_of_flags() -> None:
+    """A flag has no value, hence no type in the help; typer 0.29 would show `<bool>` behind it."""
+    original: Any = getattr(TyperOption, "display_type_rich", None)
+    if original is not None:
+        setattr(TyperOption, "display_type_rich", lambda own, ctx: "" if own.is_flag else original(own, ctx))  # noqa: B010
+
+
+_hide_type_of_flags()
+
+
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"sakd {__version__}")
         raise typer.Exit
 
@@ -58,30 +75,30 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     return
 
 
-app.command("pretrain-teacher", rich_help_panel="Train")(distill.pretrain_teacher)
+app.command("pretrain-teacher", rich_help_panel="Train")(pretrain_teacher.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(distill.distill)
 app.command("sweep", rich_help_panel="Train")(sweep.sweep)
 app.command("import-weights", rich_help_panel="Train")(import_weights.import_weights)
 app.command("export", rich_help_panel="Train")(export.export)
-app.command("eval", rich_help_panel="Look")(evaluate.evaluate)
-app.command("compare", rich_help_panel="Look")(compare.compare)
-app.command("report", rich_help_panel="Look")(compare.report)
-app.command("inspect-spots", rich_help_panel="Look")(inspect_spots.inspect_spots)
-app.command("bench", rich_help_panel="Look")(bench.bench)
-app.command("list", rich_help_panel="Config")(show.listing)
-config_app.command("show")(show.show_config)
+app.command("eval", rich_help_panel="Evaluate")(evaluate.evaluate)
+app.command("compare", rich_help_panel="Evaluate")(compare.compare)
+app.command("report", rich_help_panel="Evaluate")(report.report)
+app.command("inspect-spots", rich_help_panel="Evaluate")(inspect_spots.inspect_spots)
+app.command("bench", rich_help_panel="Evaluate")(bench.bench)
+app.command("list", rich_help_panel="Reference")(show.listing)
+config_app.command("show")(config.show_config)
 show_app.command("method")(show.show_method)
 show_app.command("schema")(show.show_schema)
 data_app.command("check")(data_check.check)
-app.add_typer(data_app, name="data", rich_help_panel="Look")
-app.add_typer(show_app, name="show", rich_help_panel="Config")
-app.add_typer(config_app, name="config", rich_help_panel="Config")
+app.add_typer(data_app, name="data", rich_help_panel="Evaluate")
+app.add_typer(show_app, name="show", rich_help_panel="Reference")
+app.add_typer(config_app, name="config", rich_help_panel="Reference")
 
 
 def run(arguments: list[str]) -> int:

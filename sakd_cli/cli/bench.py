@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.config import sources
-from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.resolve import ConfigSource, config_sources, nested, resolve
 
 DEFAULTS = {"teacher.source": "resnet56", "student": "resnet20"}
 Count = Annotated[int, typer.Option(min=1, help="Times that every step is timed.", rich_help_panel="Run")]
@@ -44,23 +43,16 @@ Entry = Annotated[
 ]
 
 
+@with_options("bench")
 def bench(
-    ctx: typer.Context,
-    teacher: o.Teacher = None,
-    student: o.Student = None,
-    method: o.Method = None,
-    batch_size: o.BatchSize = None,
-    set_: o.Set = None,
+    options: Values,
+    json: bool,
+    quiet: bool,
     rounds: Count = 7,
     scaling: Axis = None,
     compare: Earlier = None,
     peer: Peer = None,
     peer_entry: Entry = "sakd_peer:step",
-    device: o.Device = None,
-    precision: o.Precision = None,
-    compile: o.Compile = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
 ) -> None:
     """Time a training step: student alone, plain distillation, the method with and without routing, as published.
 
@@ -70,9 +62,7 @@ def bench(
 
         sakd bench --scaling batch --json > result.json
     """
-    words = resolve(
-        "distill", [ConfigSource("the bench's default", nested(DEFAULTS)), *sources.layers(ctx.params)]
-    ).config
+    words = resolve("distill", [ConfigSource("the bench's default", nested(DEFAULTS)), *config_sources(options)]).config
     talk = ConsoleReporter(quiet=quiet)
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
         found = _found(words, talk, rounds, scaling, compare, (peer, peer_entry))

@@ -1,4 +1,4 @@
-"""`sakd compare` and `sakd report`: runs against each other, and the whole of one run, from their directories"""
+"""`sakd compare`: runs against each other, from their directories"""
 
 import sys
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sakd_cli.cli import options as o
-from sakd_cli.cli.console import ConsoleReporter, emit, show
+from sakd_cli.cli.console import emit, show
+from sakd_cli.cli.options import Values, with_options
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 
@@ -22,14 +22,10 @@ Plot = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Curves as .png or .svg (the extra plots).", rich_help_panel="Output"),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.html", help="Where to write the page (RUN/report.html).", rich_help_panel="Output"),
-]
 
 
-def compare(runs: Runs, plot: Plot = None, csv: Csv = False, json: o.Json = False) -> None:
+@with_options("compare")
+def compare(options: Values, json: bool, runs: Runs, plot: Plot = None, csv: Csv = False) -> None:
     """Compare runs: words that differ, curves, final figures, seeds, and whether a difference is more than noise.
 
     Examples:
@@ -45,33 +41,6 @@ def compare(runs: Runs, plot: Plot = None, csv: Csv = False, json: o.Json = Fals
 
         plots.checked(plot)
     compared([RunDir(run) for run in runs], json=json, csv=csv, plot=plot)
-
-
-def report(run: RunArgument, out: Out = None, json: o.Json = False, quiet: o.Quiet = False) -> None:
-    """Write the whole of a run as one web page that needs nothing else, and its charts as PNG beside it.
-
-    Examples:
-
-        sakd report runs/20261121-120000-distill-...
-
-        sakd report runs/20261121-120000-distill-... --out result.html
-    """
-    from sakd_cli.report.render import html, plots
-    from sakd_cli.report.runs.page import run_page, save_pictures
-
-    where, talk = RunDir(run), ConsoleReporter(quiet=quiet)
-    path = out or run / "report.html"
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out {path}: a page's name ends in .html")
-    drawn = plots.available(talk.warn)
-    page, pictures, sections = run_page(where, drawn=drawn)
-    html.write(page, path)
-    written = [path, *save_pictures(pictures, path)]
-    if json:
-        emit({"schema": "sakd.report/1", "run": str(run), "written": [str(p) for p in written], "sections": sections})
-        return
-    for each in written:
-        show(f"written: {each}")
 
 
 def compared(runs: Iterable[RunDir], *, json: bool, csv: bool = False, plot: Path | None = None) -> None:

@@ -1,21 +1,22 @@
 """`sakd data check`: every fault of a data set, before a run meets it"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.base import own_name
 from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
-from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_layers
+from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_sources
 from sakd_cli.errors import DataError
 
 What = Annotated[str, typer.Argument(metavar="DIR|NAME", help="A folder of pictures, or a data set by name.")]
 
 
-def check(
-    what: What, data_root: o.DataRoot = None, set_: o.Set = None, json: o.Json = False, quiet: o.Quiet = False
-) -> None:
+@with_options("data-check")
+def check(options: Values, json: bool, quiet: bool, what: What) -> None:
     """Name every file that cannot be read, empty classes, class lists that differ; exit code 3 if anything is wrong.
 
     Every picture is decoded as a whole, by several processes. Nothing is changed or downloaded.
@@ -26,9 +27,11 @@ def check(
 
         sakd data check tiny-imagenet --data-root DIR --json
     """
-    named = what in DATASETS
-    words = {"data.name": what if named else ImageFolderConfig().name, "data.root": data_root if named else what}
-    config = resolve("eval", [ConfigSource("the command line", nested(words)), *set_layers(set_ or [])]).config.data
+    name = what if what in DATASETS else None if Path(what).exists() else own_name(what, DATASETS)
+    words = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"] if name else what}
+    config = resolve(
+        "eval", [ConfigSource("the command line", nested(words)), *set_sources(options["set_"] or [])]
+    ).config.data
     from sakd_cli.data.check import check as checked
     from sakd_cli.report.data_check import data_tables
 

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.config import sources
-from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
 from sakd_cli.runs.locate import check_teacher, what_to_score
@@ -24,14 +23,15 @@ EvalBatch = Annotated[
     int | None,
     typer.Option("--batch-size", metavar="N", help="Images per forward pass (1000).", rich_help_panel="Run"),
 ]
-Adaptive = Annotated[
-    bool, typer.Option("--adaptive", help="Images leave where they may (the default).", rich_help_panel="Ensemble")
+EarlyExit = Annotated[
+    bool,
+    typer.Option("--early-exit", help="Images exit early where they may (the default).", rich_help_panel="Ensemble"),
 ]
 AlwaysOn = Annotated[
     bool, typer.Option("--always-on", help="Every image goes through all members.", rich_help_panel="Ensemble")
 ]
-Sweep = Annotated[
-    bool, typer.Option("--sweep", help="Also accuracy and cost over all thresholds.", rich_help_panel="Ensemble")
+Curve = Annotated[
+    bool, typer.Option("--curve", help="Also report accuracy and cost over all thresholds.", rich_help_panel="Ensemble")
 ]
 Plot = Annotated[
     Path | None,
@@ -39,24 +39,17 @@ Plot = Annotated[
 ]
 
 
+@with_options("eval")
 def evaluate(
-    ctx: typer.Context,
+    options: Values,
+    json: bool,
+    quiet: bool,
     targets: EvalTargets = None,
-    adaptive: Adaptive = False,
+    early_exit: EarlyExit = False,
     always_on: AlwaysOn = False,
-    sweep: Sweep = False,
+    curve: Curve = False,
     plot: Plot = None,
-    teacher: o.Teacher = None,
-    dataset: o.Dataset = None,
-    data_root: o.DataRoot = None,
-    preset: o.Preset = None,
-    config: o.ConfigFile = None,
-    set_: o.Set = None,
-    runs_dir: o.RunsDir = None,
     batch_size: EvalBatch = None,
-    device: o.Device = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
 ) -> None:
     """Judge trained networks on the test images, side by side: accuracy, calibration, classes, speed, their teacher.
 
@@ -66,18 +59,19 @@ def evaluate(
 
         sakd eval runs/20261121-120000-distill-... runs/20261121-130000-distill-... --json
 
-        sakd eval runs/20261121-130000-distill-...-residual --adaptive --sweep --plot curve.png
+        sakd eval runs/20261121-130000-distill-...-residual --early-exit --curve --plot curve.png
     """
-    _check(adaptive and always_on, plot, len(targets or ()))
-    given = sources.layers({name: value for name, value in ctx.params.items() if name != "batch_size"})
+    _check(early_exit and always_on, plot, len(targets or ()))
+    given = config_sources({name: value for name, value in options.items() if name != "batch_size"})
     given += [] if batch_size is None else [ConfigSource("--batch-size", {"batch_size": batch_size})]
     runs_dir_ = resolve("eval", given).config.runs_dir
     found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
-    forced = adaptive or always_on or sweep or plot is not None
+    forced = early_exit or always_on or curve or plot is not None
+    teacher = options["teacher"]
     check_teacher(found, forced=forced, teacher=teacher)
     from sakd_cli.runs.evaluate_ensemble import evaluations
 
-    kinds = {"forced": forced, "early": not always_on, "curve": sweep or plot is not None}
+    kinds = {"forced": forced, "early": not always_on, "curve": curve or plot is not None}
     results = evaluations(found, given, ConsoleReporter(quiet=quiet), compelled=teacher is not None, **kinds)
     if plot is not None:
         told = results[0]["ensemble"]
@@ -94,7 +88,7 @@ def evaluate(
 def _check(both: bool, plot: Path | None, targets: int) -> None:
     """Raise UsageError, before hours of work, for options that do not go together and for a picture that cannot be."""
     if both:
-        raise UsageError("--adaptive and --always-on exclude each other")
+        raise UsageError("--early-exit and --always-on exclude each other")
     if plot is not None and targets > 1:
         raise UsageError("--plot draws the curve of one network")
     if plot is not None:

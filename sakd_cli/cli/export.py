@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.config import sources
-from sakd_cli.config.resolve import resolve
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.runs.locate import target_or_newest
 
 
@@ -48,19 +47,17 @@ Opset = Annotated[
 ]
 
 
+@with_options("export")
 def export(
-    ctx: typer.Context,
+    options: Values,
+    json: bool,
+    quiet: bool,
     target: Target = None,
     format: Format = Form.SAFETENSORS,
     out: Out = None,
     overwrite: Overwrite = False,
     normalise: Normalise = True,
     opset: Opset = None,
-    data_root: o.DataRoot = None,
-    set_: o.Set = None,
-    runs_dir: o.RunsDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
 ) -> None:
     """Write the network alone for other programs, check its outputs, and say how to load it there.
 
@@ -72,7 +69,7 @@ def export(
 
         sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
     """
-    layers = sources.layers(ctx.params)
+    layers = config_sources(options)
     where = target_or_newest(target, resolve("eval", layers).config.runs_dir)
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out

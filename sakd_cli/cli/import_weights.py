@@ -5,32 +5,21 @@ from typing import Annotated
 
 import typer
 
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.config import sources
-from sakd_cli.config.resolve import resolve
+from sakd_cli.cli.options import Values, completion, with_options
+from sakd_cli.config.resolve import config_sources, resolve
 
 FileArgument = Annotated[Path, typer.Argument(help="PyTorch (.pth, .pt) or .safetensors file of a state dict.")]
 Model = Annotated[
-    str, typer.Option(help="Network that the weights are of.", autocompletion=o.complete_networks, show_default=False)
+    str, typer.Option(help="Network that the weights are of.", autocompletion=completion("models"), show_default=False)
 ]
 Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder to write (MODEL-DATASET, here).", rich_help_panel="Output")
 ]
 
 
-def import_weights(
-    ctx: typer.Context,
-    file: FileArgument,
-    model: Model,
-    dataset: o.Dataset = None,
-    data_root: o.DataRoot = None,
-    out: Out = None,
-    set_: o.Set = None,
-    device: o.Device = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
+@with_options("import-weights")
+def import_weights(options: Values, json: bool, quiet: bool, file: FileArgument, model: Model, out: Out = None) -> None:
     """Make a folder for --teacher from weights of another program (RepDistiller, mdistiller), and score them.
 
     The file is read as plain tensors or not at all; every tensor of the network is filled exactly once.
@@ -41,8 +30,8 @@ def import_weights(
 
         sakd distill --teacher resnet32x4-cifar100 --student resnet8x4
     """
-    words = {key: value for key, value in ctx.params.items() if key != "model"}
-    config = resolve("eval", sources.layers(words)).config
+    words = {key: value for key, value in options.items() if key != "model"}
+    config = resolve("eval", config_sources(words)).config
     talk = ConsoleReporter(quiet=quiet)
     from sakd_cli.export.import_weights import import_weights as carry_out
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from sakd_cli.api import looked_at, run_to_look_at
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
+from sakd_cli.cli.options import Values, with_options
 from sakd_cli.errors import DiskError, UsageError
 
 
@@ -19,7 +19,7 @@ class Part(StrEnum):
     """A split of the data set."""
 
     TRAIN = "train"
-    HOLDOUT = "holdout"
+    VALIDATION = "validation"
     TEST = "test"
 
 
@@ -60,19 +60,16 @@ Samples = Annotated[
 Csv = Annotated[bool, typer.Option("--csv", help="One long table of all figures on stdout.", rich_help_panel="Output")]
 
 
+@with_options("inspect-spots")
 def inspect_spots(
-    ctx: typer.Context,
+    options: Values,
+    json: bool,
+    quiet: bool,
     run: RunArgument = None,
     live: Live = False,
     split: SplitOption = Part.TRAIN,
     sample: Sample = False,
     seed: DrawSeed = 0,
-    dataset: o.Dataset = None,
-    data_root: o.DataRoot = None,
-    config: o.ConfigFile = None,
-    set_: o.Set = None,
-    runs_dir: o.RunsDir = None,
-    device: o.Device = None,
     top: Top = 10,
     extremes: Ends = 3,
     plot: Plot = None,
@@ -80,8 +77,6 @@ def inspect_spots(
     html: Html = None,
     samples: Samples = None,
     csv: Csv = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
 ) -> None:
     """Show where knowledge flowed: by spot, epoch, class, difficulty and path, with the extreme images.
 
@@ -97,9 +92,9 @@ def inspect_spots(
     from sakd_cli.report.render import plots
     from sakd_cli.report.spots import measure
 
-    _check(ctx.params)
+    _check(options)
     talk = ConsoleReporter(quiet=quiet)
-    words = {name: value for name, value in ctx.params.items() if name != "seed"}
+    words = {name: value for name, value in options.items() if name != "seed"}
     where = run_to_look_at(run, words)
     kept = max(extremes, measure.KEPT)
     survey = looked_at(where, words, split.value, talk, seed=seed, kept=kept)
@@ -115,7 +110,7 @@ def inspect_spots(
     _say(report, json=json, csv=csv, tables=not (plot or html or samples), top=top, extremes=extremes)
 
 
-def _check(words: dict[str, Any]) -> None:
+def _check(words: Values) -> None:
     """What can be told before anything is read. Raises UsageError."""
     if words["json"] and words["csv"]:
         raise UsageError("--json and --csv both write to stdout; choose one")

@@ -1,261 +1,78 @@
-"""The options that commands share, and how they become a config. No torch."""
+"""The rows of the table of options as parameters of a command. No torch."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from functools import wraps
+from typing import Annotated, Any, get_origin
 
 import typer
 
-from sakd_cli.config import datasets, methods, networks, presets, routers, sources
-from sakd_cli.config.resolve import Resolved, resolve
+from sakd_cli.config import datasets, methods, networks, routers
+from sakd_cli.config.keys import default_of
+from sakd_cli.config.options import FLAG, OPTIONS, Option, options_of
+from sakd_cli.config.resolve import presets
+
+Values = Mapping[str, Any]
+NAMES: dict[str, Callable[[], Any]] = {
+    "models": networks.all_names,
+    "methods": lambda: methods.METHODS,
+    "routers": lambda: routers.ROUTERS,
+    "datasets": lambda: datasets.DATASETS,
+    "presets": presets,
+}
 
 
-def names(table: Callable[[], Mapping[str, Any]]) -> Callable[[str], list[str]]:
-    """Shell completion from a table of names."""
-    return lambda incomplete: [name for name in table() if name.startswith(incomplete)]
+def completion(kind: str) -> Callable[[str], list[str]] | None:
+    """Shell completion from the names of a kind of `sakd list`."""
+    if not kind:
+        return None
+    return lambda incomplete: [name for name in NAMES[kind]() if name.startswith(incomplete)]
 
 
-complete_networks = names(lambda: dict.fromkeys(networks.all_names()))
+def with_options(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command function the options of `command`, and pass it all their values as its first argument.
 
-ModelArgument = Annotated[
-    str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=complete_networks)
-]
-Teacher = Annotated[
-    str | None,
-    typer.Option(
-        help="Architecture (its newest finished run), run directory or weights file. [env: SAKD_TEACHER]",
-        autocompletion=complete_networks,
-        rich_help_panel="Distillation",
-    ),
-]
-TeacherWeights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Its weights: sakd's, or (with --teacher torchvision/... or timm/...) that library's. "
-        "[env: SAKD_TEACHER_WEIGHTS]",
-        rich_help_panel="Distillation",
-    ),
-]
-Head = Annotated[
-    str | None,
-    typer.Option(
-        metavar="keep|replace",
-        help="Last layer of weights that training starts from; replace: a fresh one. [env: SAKD_HEAD]",
-        rich_help_panel="Training",
-    ),
-]
-Student = Annotated[
-    str | None,
-    typer.Option(
-        help="Network to train. [env: SAKD_STUDENT]",
-        autocompletion=complete_networks,
-        rich_help_panel="Distillation",
-    ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="What to distil, as in `sakd list methods`. [env: SAKD_METHOD]",
-        autocompletion=names(lambda: methods.METHODS),
-        rich_help_panel="Distillation",
-    ),
-]
-DfaWeights = Annotated[
-    str | None,
-    typer.Option(
-        "--dfa-weights",
-        metavar="FILE|WORD",
-        help="Of --method dfa: search, uniform, last, random, or an earlier run's dfa.json. [env: SAKD_DFA_WEIGHTS]",
-        rich_help_panel="Distillation",
-    ),
-]
-Router = Annotated[
-    str | None,
-    typer.Option(
-        help="Where to distil: adaptive, always, random, random-matched, anti, never. [env: SAKD_ROUTER]",
-        autocompletion=names(lambda: routers.ROUTERS),
-        rich_help_panel="Distillation",
-    ),
-]
-ResidualStudents = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N",
-        help="Then train N lighter ones on what is still missing (0). [env: SAKD_RESIDUAL_STUDENTS]",
-        rich_help_panel="Distillation",
-    ),
-]
-Pretrain = Annotated[
-    bool | None,
-    typer.Option(
-        "--pretrain", help="Train the teacher first if no finished run is there.", rich_help_panel="Distillation"
-    ),
-]
-WithControl = Annotated[
-    bool,
-    typer.Option(
-        "--with-control",
-        help="Also run the always-on and the undistilled twin (routers always, never) and compare the three.",
-        rich_help_panel="Series",
-    ),
-]
-Routers = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME,...|all",
-        help="Run each of these routers under one budget and compare them.",
-        rich_help_panel="Series",
-    ),
-]
-Seeds = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Run N seeds, from --seed on, and show mean and spread.",
-        rich_help_panel="Series",
-    ),
-]
-Together = Annotated[
-    bool,
-    typer.Option("--together", help="Run all of a series at once, each as a process.", rich_help_panel="Series"),
-]
-StudentFriendly = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="Train together with branches of this student; may be given again. [env: SAKD_STUDENT_FRIENDLY]",
-        autocompletion=complete_networks,
-        rich_help_panel="Distillation",
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="A whole run by name, as in `sakd list presets`.",
-        autocompletion=names(presets.presets),
-        rich_help_panel="Configuration",
-    ),
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option(help="A whole run or part of one as YAML.", rich_help_panel="Configuration")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any key, such as data.limit=1000.", rich_help_panel="Configuration"
-    ),
-]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        help="Images to learn from, as in `sakd list datasets`. [env: SAKD_DATASET]",
-        autocompletion=names(lambda: datasets.DATASETS),
-        rich_help_panel="Data",
-    ),
-]
-DataRoot = Annotated[
-    str | None, typer.Option(help="Folder of the data set's files. [env: SAKD_DATA_ROOT]", rich_help_panel="Data")
-]
-RunsDir = Annotated[
-    str | None, typer.Option(help="Folder of the run directories (runs). [env: SAKD_RUNS_DIR]", rich_help_panel="Run")
-]
-RunFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-dir", metavar="DIR", help="Make the run exactly here, not in a new folder.", rich_help_panel="Run"
-    ),
-]
-Resume = Annotated[
-    str | None,
-    typer.Option(
-        metavar="auto|RUN",
-        help="Go on with a run, bit for bit. auto: the newest with these words, or a new one.",
-        rich_help_panel="Run",
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="With --run-dir: replace the run that is there.", rich_help_panel="Run")
-]
-Epochs = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="Passes over the images (240). [env: SAKD_EPOCHS]", rich_help_panel="Training"),
-]
-BatchSize = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="Images per step (64). [env: SAKD_BATCH_SIZE]", rich_help_panel="Training"),
-]
-Seed = Annotated[
-    str | None, typer.Option(metavar="N", help="Of all random draws (0). [env: SAKD_SEED]", rich_help_panel="Training")
-]
-Device = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. [env: SAKD_DEVICE]", rich_help_panel="Run")
-]
-Precision = Annotated[
-    str | None, typer.Option(help="Of the networks: fp32, bf16. [env: SAKD_PRECISION]", rich_help_panel="Run")
-]
-Deterministic = Annotated[
-    bool | None,
-    typer.Option("--deterministic", help="The same bits from the same seed on a GPU too.", rich_help_panel="Run"),
-]
-TeacherCache = Annotated[
-    bool | None,
-    typer.Option(
-        "--teacher-bank",
-        help="Keep the teacher's answers on the disk: no teacher pass, now and in later runs (kd, crd, rkd ...).",
-        rich_help_panel="Distillation",
-    ),
-]
-AllowTeacherMismatch = Annotated[
-    bool | None,
-    typer.Option(
-        "--allow-teacher-mismatch",
-        help="Take the teacher also where it scores otherwise than its card says.",
-        rich_help_panel="Distillation",
-    ),
-]
-Compile = Annotated[
-    bool | None, typer.Option("--compile", help="Compile the step into one graph.", rich_help_panel="Run")
-]
-SyncBatchNorm = Annotated[
-    bool | None,
-    typer.Option(
-        "--sync-batchnorm", help="Under torchrun: BatchNorm sees all processes' images.", rich_help_panel="Run"
-    ),
-]
-Gather = Annotated[
-    bool | None,
-    typer.Option(
-        "--gather", help="Under torchrun: losses between samples compare all processes'.", rich_help_panel="Run"
-    ),
-]
-Log = Annotated[
-    str | None,
-    typer.Option(
-        metavar="tensorboard",
-        help="Write the figures for TensorBoard too, into the run directory. [env: SAKD_LOG]",
-        rich_help_panel="Run",
-    ),
-]
-Holdout = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Training images kept for choosing the best epoch (0.1); 0: the test set chooses. [env: SAKD_HOLDOUT]",
-        rich_help_panel="Data",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Exactly one JSON document on stdout.", rich_help_panel="Output")]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="No talk and no progress on stderr, only errors.", rich_help_panel="Output"),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Build everything, try one real batch, write nothing.", rich_help_panel="Run")
-]
+    A parameter that the function has besides gets the value of the option of its name; one with an annotation of
+    typer's is an argument or option of that command alone.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+        special = {one.name: one for one in own if get_origin(one.annotation) is Annotated}
+        rows = [_parameter(row) for name, row in options_of(command).items() if name not in special]
+        parameters = [*(one.replace(kind=one.KEYWORD_ONLY) for one in special.values()), *rows]
+
+        @wraps(function)
+        def run(**values: Any) -> None:
+            function(values, **{one.name: values[one.name] for one in own})
+
+        # This is where typer looks for the options of a command.
+        run.__dict__["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
 
 
-def resolved(task: str, params: Mapping[str, Any]) -> Resolved:
-    """The config that the options of a command make."""
-    return resolve(task, sources.layers(params))
+def _parameter(row: Option) -> inspect.Parameter:
+    flags = [row.flag, *(["-q"] if row.name == "quiet" else [])]
+    option = typer.Option(
+        *flags,
+        metavar=row.metavar,
+        min=row.least,
+        help=row.help + _default(row) + (f" [env: {row.variable}]" if row.key else ""),
+        rich_help_panel=row.panel,
+        autocompletion=completion(row.complete),
+    )
+    default = False if row.type is FLAG else None
+    return inspect.Parameter(
+        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[row.type, option]
+    )
+
+
+def _default(row: Option) -> str:
+    value = default_of(row.key) if row.key and "(default" not in row.help else None
+    return "" if value is None or value is False else f" (default {value})"
+
+
+Json = Annotated[bool, typer.Option("--json", help=OPTIONS["json"].help, rich_help_panel="Output")]

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from sakd_cli.cli import options as o
 from sakd_cli.cli.console import ConsoleReporter, emit, show
+from sakd_cli.cli.options import Values, with_options
 from sakd_cli.cli.sweep_progress import ProgressTable
-from sakd_cli.config import presets, sources
 from sakd_cli.config.grid import Grid, grid
-from sakd_cli.config.resolve import ConfigSource, file_layer, flat, resolve
+from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, flat, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import SeriesError, Stopped, UsageError
@@ -74,19 +73,17 @@ Markdown = Annotated[Path | None, _option("Output", metavar="FILE", about="Write
 DryRun = Annotated[bool, _option("Run", "--dry-run", about="Count the runs, their hours and bytes; write nothing.")]
 
 
+@with_options("sweep")
 def sweep(
-    ctx: typer.Context,
+    options: Values,
+    json: bool,
+    quiet: bool,
     file: FileOrPreset,
     methods: Methods = None,
     pairs: Pairs = None,
     routers: SomeRouters = None,
     seeds: HowMany = None,
     budget: Budget = None,
-    data_root: o.DataRoot = None,
-    set_: o.Set = None,
-    runs_dir: o.RunsDir = None,
-    device: o.Device = None,
-    precision: o.Precision = None,
     jobs: Jobs = None,
     jobs_per_gpu: JobsPerGpu = 1,
     executor: ExecutorOption = Where.local,
@@ -96,8 +93,6 @@ def sweep(
     measure: Measure = 60.0,
     csv: Csv = False,
     markdown: Markdown = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
 ) -> None:
     """Train a whole grid: methods x pairs x routers x seeds. What is finished is left alone, what is not goes on.
 
@@ -113,7 +108,7 @@ def sweep(
     from sakd_cli.report.sweep.tables import plan_tables
 
     talk = ConsoleReporter(quiet=quiet)
-    name, words, runs = understood(file, ctx.params)
+    name, words, runs = understood(file, options)
     folder = runs.members[0].config.runs_dir
     conductor = Scheduler(runs.members, folder, folder / "sweeps" / name)
     skipped = runs.skipped | _impossible(conductor, words)
@@ -123,7 +118,7 @@ def sweep(
         return
     if retry_failed:
         conductor.look(forgive=True)
-    _carry_out(conductor, ctx.params, talk)
+    _carry_out(conductor, options, talk)
     document = _document(name, conductor, skipped)
     _printed(document, csv=csv, json=json, markdown=markdown)
     _complain(conductor)
@@ -132,9 +127,9 @@ def sweep(
 def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, Grid]:
     """Name of the sweep, its words and its runs. Raises UsageError where they do not go together."""
     path = Path(file).expanduser()
-    if not path.exists() and path.stem in presets.presets():
-        path = presets.presets()[path.stem]
-    layer = file_layer(path, str(file))
+    if not path.exists() and path.stem in presets():
+        path = presets()[path.stem]
+    layer = file_source(path, str(file))
     if layer.values.get("task") != SWEEP:
         raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
     part: dict[str, Any] = {key: params[key].split(",") for key in ("methods", "pairs", "routers") if params[key]}
@@ -142,7 +137,7 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
     words = resolve(SWEEP, [layer, *(ConfigSource(f"--{key}", {key: value}) for key, value in part.items())]).config
     assert isinstance(words, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
-    layers = sources.layers({**given, "set_": params["set_"]})
+    layers = config_sources({**given, "set_": params["set_"]})
     return path.stem, words, grid(words, layers, params["budget"])
 
 
@@ -166,8 +161,8 @@ def _impossible(conductor: Scheduler, words: SweepConfig) -> dict[str, str]:
         side = config.data.model_dump().get("size", SIDE)
         if (reason := benches.setdefault(side, Workbench(side)).refusal(config)) is None:
             continue
-        if words.impossible == "refuse":
-            raise UsageError(f"{cell}: {reason}", "leave it out, or say impossible: skip")
+        if words.infeasible == "refuse":
+            raise UsageError(f"{cell}: {reason}", "leave it out, or say infeasible: skip")
         skipped[cell] = reason
         conductor.leave_out(keys)
     return skipped

@@ -1,12 +1,16 @@
-"""The base of every config class, and how one word chooses one of several classes."""
+"""The base of every config class, and how a name chooses one of several classes."""
 
-from collections.abc import Mapping
-from typing import Any, get_args
+import re
+from collections.abc import Iterable, Mapping
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+from yaml import YAMLError
 
 from sakd_cli.errors import unknown
+from sakd_cli.files import parse_yaml
 
 
 class Config(BaseModel):
@@ -17,7 +21,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` and `on` are easily meant as something else; pydantic alone would read them as 1."""
+        """YAML's `yes` and `on` are easily meant as something else; a list may be written as `1,2` and as `[1, 2]`."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("no_bool", "is true or false where another value belongs")
@@ -25,7 +29,31 @@ class Config(BaseModel):
             raise PydanticCustomError("too_large", "is a number of more than 63 bits")
         if isinstance(value, str) and "\0" in value:
             raise PydanticCustomError("no_text", "holds a character that no name may have")
-        return value
+        return _listed(value, annotation) if isinstance(value, str) else value
+
+
+def _listed(text: str, annotation: Any) -> Any:
+    """A text as the list that it stands for, where the key takes a list."""
+    kinds = [annotation] if get_origin(annotation) is tuple else [k for k in get_args(annotation) if k is not NoneType]
+    lists = [kind for kind in kinds if tuple in (get_origin(kind), get_origin(getattr(kind, "__origin__", None)))]
+    if not lists or (len(lists) < len(kinds) and "," not in text and not text.startswith("[")):
+        return text
+    try:
+        return parse_yaml(text) if text.startswith("[") else [part.strip() for part in text.split(",")]
+    except (YAMLError, ValueError):
+        return text
+
+
+def own_name(name: str, table: Iterable[str]) -> str | None:
+    """The name in the table that `name` spells, in any case and with `-` or `_`; None where there is none."""
+    names = list(table)
+    if name in names:
+        return name
+    return next((known for known in names if _squashed(known) == _squashed(name)), None)
+
+
+def _squashed(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
 
 
 def chosen_by_name(kind: str, table: Mapping[str, type[Config]], default: str) -> BeforeValidator:
@@ -34,13 +62,13 @@ def chosen_by_name(kind: str, table: Mapping[str, type[Config]], default: str) -
     def choose(value: Any) -> Any:
         if isinstance(value, Config):
             return value
-        words = {"name": value} if isinstance(value, str) else value
-        if not isinstance(words, dict) or not isinstance(words.get("name", default), str):
+        settings = {"name": value} if isinstance(value, str) else value
+        if not isinstance(settings, dict) or not isinstance(settings.get("name", default), str):
             raise PydanticCustomError("no_name", "needs a name, one of: {known}", {"known": ", ".join(sorted(table))})
-        words = {"name": default} | words
-        if words["name"] not in table:
-            raise PydanticCustomError("unknown_name", "{text}", {"text": unknown(kind, words["name"], table)})
-        return table[words["name"]].model_validate(words)
+        settings = {"name": default} | settings
+        if (name := own_name(settings["name"], table)) is None:
+            raise PydanticCustomError("unknown_name", "{text}", {"text": unknown(kind, settings["name"], table)})
+        return table[name].model_validate(settings | {"name": name})
 
     return BeforeValidator(choose)
 

@@ -37,8 +37,8 @@ class DataConfig(Config):
     root      folder of the data set's files; None: the user's cache folder
     classes   only the first so many classes, for training and for testing; None: all of them
     limit     train on this many images only, the same number of each class as far as it goes
-    holdout   share of the training images kept for choosing the best epoch; 0: the test set does, as in the literature
-    split_seed  draws what limit and holdout keep, whatever the run's seed is, so that no other run trains on it
+    validation  fraction of the training images that selects the best epoch; 0: the test set does, as in the literature
+    split_seed  draws what limit and validation keep, whatever the run's seed is, so that no other run trains on it
     download  fetch missing files when a network is there
     mean, std  per channel, of pixels between 0 and 1, by which images are normalised; None: those of the data set
     """
@@ -48,7 +48,7 @@ class DataConfig(Config):
     root: Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     limit: PositiveInt | None = None
-    holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     split_seed: NonNegativeInt = 0
     download: bool = True
     mean: Channels | None = None

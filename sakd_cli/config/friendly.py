@@ -1,15 +1,11 @@
 """Student-friendly teachers in words: whose branches are trained with a network, and how much they weigh."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
 
 from sakd_cli.config.base import Config
 from sakd_cli.config.networks import NetworkName
-
-
-def _several(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
 
 
 def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -19,7 +15,7 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Names = Annotated[tuple[NetworkName, ...], Field(min_length=1)]
-Students = Annotated[Names, BeforeValidator(_several), AfterValidator(_each_once)]
+Students = Annotated[Names, AfterValidator(_each_once)]
 
 
 class FriendlyConfig(Config):

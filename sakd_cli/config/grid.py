@@ -100,7 +100,7 @@ class _Plan:
 
     def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
-            for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.alone else ():
+            for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ():
                 config = self._alone(student, [ConfigSource("the grid", {"model": student, "seed": seed})], last=seed)
                 yield Member(f"alone {student} seed {seed}", Role.alone, config)
             for pair in self.sweep.pairs:
@@ -122,14 +122,14 @@ class _Plan:
         cell = f"{method} {router} {label}"
         named = ConfigSource("the grid", _pair(pair) | {"method": {"name": method}, "router": {"name": router}})
         # The more it says whom it is for, the stronger.
-        mine = [key for key in self.sweep.per if set(key.split()) <= {label, method, router}]
+        mine = [key for key in self.sweep.overrides if set(key.split()) <= {label, method, router}]
         ranked = sorted(mine, key=lambda key: len(key.split()))
-        per = [ConfigSource(f"per {key}", self.sweep.per[key]) for key in ranked]
+        per = [ConfigSource(f"overrides {key}", self.sweep.overrides[key]) for key in ranked]
         last = ConfigSource("the grid", {"seed": seed})
         try:
             config = _resolved(cell, "distill", [*self.below, named, *per, *self.above, last])
         except UsageError as error:
-            if self.sweep.impossible == "refuse":
+            if self.sweep.infeasible == "refuse":
                 raise
             self.skipped[cell] = error.message.removeprefix(f"{cell}: ")
             return None

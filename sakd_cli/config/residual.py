@@ -20,9 +20,7 @@ EXITS = ("rule", "delta", "theta", "budget", "uncertainty")  # words that need n
 
 
 def _names(value: Any) -> Any:
-    if value == "auto":
-        return None
-    return value.split(",") if isinstance(value, str) else value
+    return None if value in ("auto", ["auto"]) else value
 
 
 class ResidualConfig(Config):

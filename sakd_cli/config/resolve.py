@@ -1,7 +1,7 @@
-"""Where each word of a config comes from: option > environment (SAKD_*) > file > preset > default.
+"""How a config is made of its sources: option > environment (SAKD_*) > file > preset > default.
 
-A layer is a nested dict with the name of its origin. Layers are laid over each other from the weakest to the
-strongest; every leaf remembers who set it, so that an error and `sakd config show --origin` can say so.
+A source is a nested dict with the name of its origin. Sources are merged from the weakest to the strongest; every
+key remembers who set it, so that an error and `sakd config show --origin` can name the origin.
 """
 
 import os
@@ -12,58 +12,22 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, friendly, methods, residual, routers, training
-from sakd_cli.config.base import Config
-from sakd_cli.config.plugins import usable
-from sakd_cli.config.training import STUDENT_WORDS, TASKS
+from sakd_cli.config import datasets, friendly, routers
+from sakd_cli.config.base import own_name
+from sakd_cli.config.keys import TABLES, usage_error
+from sakd_cli.config.options import OPTIONS
+from sakd_cli.config.training import STUDENT_KEYS, TASKS
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
 
-# Named options of the command line and the key each one sets. The environment variable is SAKD_ + the name.
-OPTIONS = {
-    "teacher": "teacher.source",
-    "teacher_weights": "teacher.weights",
-    "student": "student",
-    "model": "model",
-    "head": "head",
-    "student_friendly": "friendly.students",
-    "method": "method.name",
-    "dfa_weights": "method.weights",
-    "router": "router.name",
-    "residual_students": "residual.students",
-    "pretrain": "teacher.pretrain",
-    "dataset": "data.name",
-    "data_root": "data.root",
-    "holdout": "data.holdout",
-    "runs_dir": "runs_dir",
-    "epochs": "train.epochs",
-    "batch_size": "train.batch_size",
-    "seed": "seed",
-    "device": "device",
-    "precision": "runtime.precision",
-    "compile": "runtime.compile",
-    "sync_batchnorm": "runtime.sync_batchnorm",
-    "gather": "runtime.gather",
-    "deterministic": "runtime.deterministic",
-    "teacher_bank": "teacher.bank",
-    "allow_teacher_mismatch": "teacher.allow_mismatch",
-    "log": "log",
-}
-# Sections that may be written as one word, the key that word stands for, and the keys that outlive a change of it
-# (as far as the new choice has them).
+# Sections that may be written as one value, the key which that value stands for, and the keys that survive a change of
+# it (as far as the new choice has them).
 _PRIMARY_KEYS = {
     "method": ("name", set[str]()),
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
-    "teacher": ("source", {"pretrain", "epochs", "bank", "allow_mismatch"}),
+    "teacher": ("source", {"pretrain", "epochs", "cache", "allow_mismatch"}),
     "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
-}
-
-
-_TABLES: dict[str, Mapping[str, type[Config]]] = {
-    "method": methods.METHODS,
-    "router": routers.ROUTERS,
-    "data": datasets.DATASETS,
 }
 
 
@@ -75,7 +39,7 @@ class ConfigSource(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """The config (of the class that `TASKS` names), and the origin of each dotted key that some layer set."""
+    """The config (of the class that `TASKS` names), and the origin of each dotted key that some source set."""
 
     config: Any
     origins: dict[str, str]
@@ -104,18 +68,65 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def option_layers(options: Mapping[str, Any]) -> list[ConfigSource]:
-    """One layer per named option that was given."""
+def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
+    """The sources that a command's options name, from the weakest to the strongest; a program's `settings` are last."""
+    # An option that may be repeated and was not given is empty.
+    given = {
+        name: None if params[name] in ([], ()) else params[name]
+        for name, row in OPTIONS.items()
+        if row.key and name in params
+    }
+    found = [preset_source(params["preset"])] if params.get("preset") else []
+    found += [file_source(params["config"], f"file {params['config']}")] if params.get("config") else []
+    found += [*environment_sources(given), *option_sources(given), *set_sources(params.get("set_") or [])]
+    settings = params.get("settings") or {}
+    return found + [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
+
+
+def preset_folder() -> Path:
+    """`sakd_cli/presets` in an installed wheel, `presets` at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    shipped = package / "presets"
+    return shipped if shipped.is_dir() else package.parent / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.yaml"))}
+
+
+def preset_source(name: str) -> ConfigSource:
+    """The preset of that name. Raises UsageError with the nearest name."""
+    known = presets()
+    if (own := own_name(name, known)) is None:
+        raise UsageError(unknown("preset", name, known), hint="a file of your own: --config FILE")
+    return file_source(known[own], f"preset {own}")
+
+
+def preset_summary(path: Path) -> str:
+    """The first comment line of a preset: what it is for."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
+def option_sources(options: Mapping[str, Any]) -> list[ConfigSource]:
+    """One source per option that was given."""
     return [
-        ConfigSource(f"--{name.replace('_', '-')}", nested({OPTIONS[name]: value}))
+        ConfigSource(OPTIONS[name].flag, nested({OPTIONS[name].key: value}))
         for name, value in options.items()
         if value is not None
     ]
 
 
-def set_layers(assignments: Iterable[str]) -> list[ConfigSource]:
-    """One layer per `--set a.b=c`; the value is read as YAML."""
-    layers = []
+def environment_sources(known: Iterable[str]) -> list[ConfigSource]:
+    """One source per `SAKD_<OPTION>` that is set and not empty, for the options a command has."""
+    rows = [(OPTIONS[name], os.environ.get(OPTIONS[name].variable)) for name in known]
+    return [ConfigSource(row.variable, nested({row.key: value})) for row, value in rows if value]
+
+
+def set_sources(assignments: Iterable[str]) -> list[ConfigSource]:
+    """One source per `--set a.b=c`; the value is read as YAML."""
+    found = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
@@ -126,20 +137,12 @@ def set_layers(assignments: Iterable[str]) -> list[ConfigSource]:
             value = parse_yaml(text)
         except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
             raise UsageError(f"--set {key}: {text[:40]!r} is no YAML value") from None
-        layers.append(ConfigSource(f"--set {key}", nested({key: value})))
-    return layers
+        found.append(ConfigSource(f"--set {key}", nested({key: value})))
+    return found
 
 
-def environment_layers(known: Iterable[str]) -> list[ConfigSource]:
-    """One layer per `SAKD_<OPTION>` that is set and not empty, for the options a command has."""
-    values = {name: os.environ.get(f"SAKD_{name.upper()}") for name in known}
-    return [
-        ConfigSource(f"SAKD_{name.upper()}", nested({OPTIONS[name]: value})) for name, value in values.items() if value
-    ]
-
-
-def file_layer(path: Path, origin: str) -> ConfigSource:
-    """A YAML file as a layer. Raises UsageError naming the file and, where YAML says so, the line."""
+def file_source(path: Path, origin: str) -> ConfigSource:
+    """A YAML file as a source. Raises UsageError naming the file and, where YAML says so, the line."""
     try:
         values = parse_yaml(read_bytes(path, MOST_YAML).decode())
     except OSError as error:
@@ -159,150 +162,59 @@ def file_layer(path: Path, origin: str) -> ConfigSource:
     return ConfigSource(origin, values)
 
 
-def _lay_over(below: dict[str, Any], layer: ConfigSource, origins: dict[str, str]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str]) -> dict[str, Any]:
     merged = dict(below)
-    for key, value in layer.values.items():
-        head, outlives = _PRIMARY_KEYS.get(key, ("", set[str]()))
-        if head and isinstance(value, str):
-            value = {head: value}
+    for key, value in source.values.items():
+        primary, surviving = _PRIMARY_KEYS.get(key, ("", set[str]()))
+        if primary and isinstance(value, str):
+            value = {primary: value}
         if not isinstance(value, dict):
             merged[key] = value
-            origins[key] = layer.origin
+            origins[key] = source.origin
             continue
         section = dict(merged[key]) if isinstance(merged.get(key), dict) else {}
-        if head in value and head in section and value[head] != section[head]:
-            kind = _TABLES.get(key, {}).get(str(value[head]))
-            dropped = section.keys() - (outlives & kind.model_fields.keys() if kind else outlives)
-            section = {name: kept for name, kept in section.items() if name not in dropped}
+        if key in TABLES and isinstance(value.get(primary), str):
+            value = value | {primary: own_name(value[primary], TABLES[key]) or value[primary]}
+        if primary in value and primary in section and value[primary] != section[primary]:
+            kind = TABLES.get(key, {}).get(str(value[primary]))
+            dropped = section.keys() - (surviving & kind.model_fields.keys() if kind else surviving)
+            section = {name: old for name, old in section.items() if name not in dropped}
             for name in dropped:
                 origins.pop(f"{key}.{name}", None)
         merged[key] = section | value
-        origins |= {f"{key}.{leaf}": layer.origin for leaf in flat(value)}
+        origins |= {f"{key}.{leaf}": source.origin for leaf in flat(value)}
     return merged
 
 
-def resolve(task: str, layers: Iterable[ConfigSource]) -> Resolved:
-    """Lay the layers over each other and read the result as the config of `task`.
+def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
+    """Merge the sources, the strongest last, and read the result as the config of `task`.
 
     Raises UsageError: which key, what is wrong with it, the nearest name, and who set it.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for layer in layers:
-        values = _lay_over(values, _for_task(task, layer), origins)
+    for source in sources:
+        values = _merge(values, _for_task(task, source), origins)
     try:
         return Resolved(TASKS[task].model_validate(values), origins)
     except ValidationError as error:
-        raise _told(task, error, origins) from None
+        raise usage_error(task, error, values, origins) from None
 
 
-def _for_task(task: str, layer: ConfigSource) -> ConfigSource:
+def _for_task(task: str, source: ConfigSource) -> ConfigSource:
     """A preset or file written for a distillation also says how to train its teacher."""
-    values = {key: value for key, value in layer.values.items() if key != "task"}
-    written_for = layer.values.get("task", task)
+    values = {key: value for key, value in source.values.items() if key != "task"}
+    written_for = source.values.get("task", task)
     if written_for == task:
-        return ConfigSource(layer.origin, values)
+        return ConfigSource(source.origin, values)
     if task == "eval":
-        return ConfigSource(layer.origin, {key: values[key] for key in TASKS["eval"].model_fields if key in values})
+        return ConfigSource(source.origin, {key: values[key] for key in TASKS["eval"].model_fields if key in values})
     if (written_for, task) != ("distill", "pretrain"):
-        raise UsageError(f"{layer.origin} is written for {written_for!r}, not for {task!r}")
+        raise UsageError(f"{source.origin} is written for {written_for!r}, not for {task!r}")
     teacher = values.pop("teacher", {})
     teacher = teacher if isinstance(teacher, dict) else {"source": teacher}
-    kept = {key: value for key, value in values.items() if key not in STUDENT_WORDS}
-    kept |= {"model": teacher["source"]} if "source" in teacher else {}
-    if teacher.get("epochs") is not None and isinstance(kept.get("train", {}), dict):
-        kept["train"] = {**kept.get("train", {}), "epochs": teacher["epochs"]}
-    return ConfigSource(layer.origin, kept)
-
-
-def _told(task: str, error: ValidationError, origins: Mapping[str, str]) -> UsageError:
-    """The first of pydantic's complaints in one line of ours."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
-    origin = _origin_of(key, origins)
-    where = f" (from {origin})" if origin else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(task, place)
-        text = f"{key}: belongs to another {place[0]}" if key in known else unknown("key", key, known)
-        if len(place) == 1 and (below := [full for full in _below(task) if full.endswith(f".{key}")]):
-            text = f"unknown key {key!r}; did you mean {below[0]!r}?"
-    elif first["type"] == "missing":
-        option = next(
-            (f"--{name.replace('_', '-')}" for name, path in OPTIONS.items() if key in (path, path.split(".")[0])), None
-        )
-        if key == "model":
-            option = "the name of a network"
-        return UsageError(f"{key}: missing", hint=f"give {option}, or a preset that has it: sakd list presets")
-    else:
-        text = f"{key}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}"
-        text += (
-            f", got {_short(first['input'])}"
-            if isinstance(first["input"], str | int | float) and "unknown" not in text
-            else ""
-        )
-    return UsageError(text + where + more)
-
-
-def _below(task: str) -> list[str]:
-    """Full names of all keys in the sections of a config."""
-    sections = TASKS[task].model_fields
-    return [
-        f"{name}.{leaf}"
-        for name in sections
-        for kind in _classes_below(TASKS[task], name)
-        for leaf in kind.model_fields
-    ]
-
-
-# Pydantic's complaints in our words.
-_PLAIN = {
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_parsing": "must be a number",
-    "bool_parsing": "must be true or false",
-}
-
-
-def _short(value: str | float) -> str:
-    """A value as it is shown in a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = hex(int(value))
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def _origin_of(key: str, origins: Mapping[str, str]) -> str | None:
-    """Who set this key, a key below it (the last one), or the nearest one above it."""
-    for known in (key, f"{key}.name", f"{key}.source"):
-        if known in origins:
-            return origins[known]
-    below = [origin for known, origin in origins.items() if known.startswith(f"{key}.")]
-    if below:
-        return below[-1]
-    parent = key.rpartition(".")[0]
-    return origins.get(parent)
-
-
-def _known_keys(task: str, place: list[str]) -> list[str]:
-    """Full names of the keys that could stand where the unknown one stands."""
-    kinds: list[type[Config]] = [TASKS[task]]
-    for part in place[:-1]:
-        kinds = [kind for parent in kinds for kind in _classes_below(parent, part)]
-    prefix = "".join(f"{part}." for part in place[:-1])
-    return [f"{prefix}{name}" for kind in kinds for name in kind.model_fields]
-
-
-def _classes_below(parent: type[Config], name: str) -> list[type[Config]]:
-    if name not in parent.model_fields:
-        return []
-    plain: dict[str, list[type[Config]]] = {
-        "train": [training.Train],
-        "teacher": [training.TeacherConfig],
-        "friendly": [friendly.FriendlyConfig],
-        "residual": [residual.ResidualConfig],
-        "runtime": [training.Runtime],
-    }
-    return plain.get(name) or list(usable(_TABLES.get(name, {})).values())
+    shared = {key: value for key, value in values.items() if key not in STUDENT_KEYS}
+    shared |= {"model": teacher["source"]} if "source" in teacher else {}
+    if teacher.get("epochs") is not None and isinstance(shared.get("train", {}), dict):
+        shared["train"] = {**shared.get("train", {}), "epochs": teacher["epochs"]}
+    return ConfigSource(source.origin, shared)

@@ -43,10 +43,10 @@ def _teacher(name: str) -> str:
         raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
 
 
-def _named(per: dict[str, Any]) -> dict[str, Any]:
-    """Keys of `per` are made of methods, routers and pairs, and stand under their own names."""
+def _named(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `overrides` are made of methods, routers and pairs, and stand under their own names."""
     try:
-        return {" ".join(_own_name(name) for name in key.split()): words for key, words in per.items()}
+        return {" ".join(_own_name(name) for name in key.split()): words for key, words in overrides.items()}
     except UsageError as error:
         raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
 
@@ -88,7 +88,7 @@ class SweepConfig(Config):
     methods: Annotated[Names, _of("method", METHODS)]
     routers: Annotated[Names, _of("router", ROUTERS)] = ("always", "adaptive")
     seeds: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = 1
-    alone: bool = False
+    baseline: bool = False
     kd: bool = False
-    per: Annotated[dict[str, Section], AfterValidator(_named)] = EMPTY
-    impossible: Literal["refuse", "skip"] = "refuse"
+    overrides: Annotated[dict[str, Section], AfterValidator(_named)] = EMPTY
+    infeasible: Literal["refuse", "skip"] = "refuse"

@@ -33,7 +33,7 @@ Weights = Literal["library"] | Folder
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Config that may change between two parts of one run: where it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
-FREE |= {"teacher.pretrain", "teacher.bank", "teacher.allow_mismatch"}
+FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 
 
 class Train(Config):
@@ -94,7 +94,7 @@ class Runtime(Config):
     compile: bool = False
     deterministic: bool = False
     sync_batchnorm: bool = False
-    gather: bool = False
+    global_batch: bool = False
     look_ahead: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     graph: bool = False
 
@@ -173,7 +173,7 @@ class TeacherConfig(Config):
     epochs: PositiveInt | None = None
     weights: Folder | None = None
     sha256: str | None = None
-    bank: bool = False
+    cache: bool = False
     allow_mismatch: bool = False
 
     @model_validator(mode="before")
@@ -185,7 +185,7 @@ class TeacherConfig(Config):
 
 
 # What a distillation says of its student, and a pretraining does not know.
-STUDENT_WORDS = (
+STUDENT_KEYS = (
     *("student", "method", "router", "stage_map", "init_from_branches", "residual"),
     *("student_weights", "head"),
 )
@@ -224,7 +224,7 @@ class DistillConfig(RunConfig):
 
     def pretraining(self) -> dict[str, Any]:
         """The words of the run that trains this run's teacher."""
-        words = self.model_dump(mode="json", exclude={"task", "teacher", *STUDENT_WORDS})
+        words = self.model_dump(mode="json", exclude={"task", "teacher", *STUDENT_KEYS})
         return words | {
             "model": self.teacher.source,
             "train": words["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),

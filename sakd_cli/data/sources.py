@@ -96,9 +96,9 @@ def views(split: Split, dataset: Dataset, device: torch.device) -> Views:
     """Every way in which augmentation can show the images. Raises UsageError where they cannot be counted, or read."""
     if dataset.scale is not None or not in_memory(split):
         raise UsageError(
-            f"teacher.bank: {dataset.name} is read from files or cropped at random sizes, a bank needs a set that is "
-            "held in memory and cropped by a border",
-            "--set teacher.bank=false; or, for small images: --set data.cache=on --set data.augment=border",
+            f"teacher.cache: {dataset.name} is read from files or cropped at random sizes, a teacher cache needs one "
+            "in memory and cropped by a border",
+            "--set teacher.cache=false; or, for small images: --set data.cache=on --set data.augment=border",
         )
     return Views(materialize(split), dataset, device)
 

@@ -197,7 +197,7 @@ class Measured(Part):
     source: Literal["survey", "live", "samples"]
     value: Literal["probability", "draw", "rate"] | None
     seed: int
-    split: Literal["train", "holdout", "test"]
+    split: Literal["train", "validation", "test"]
     dataset: str | None
     images: int
     complement: bool

@@ -75,7 +75,7 @@ def resolve_mode(words: Runtime, device: torch.device) -> Mode:
         channels_last=device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last,
         dynamic_shapes=dynamic_shapes,
         compiled=words.compile,
-        gather_batch=words.gather,
+        gather_batch=words.global_batch,
         graphed=words.graph and cuda and torchrun.requested_world_size() == 1,
         # A group of steps is cut into steps, not into the processes' parts of each.
         ahead=1

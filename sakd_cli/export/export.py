@@ -176,7 +176,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 
 def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[Tensor, bool]:
     """[64, 3, side, side] in [0, 1] to check with, and whether they are test images; noise where none are at hand."""
-    words = config.data.model_copy(update={"holdout": 0.0, "download": False})
+    words = config.data.model_copy(update={"validation": 0.0, "download": False})
     try:
         dataset = load_images(words).dataset
         images, _ = next(iter(EvalLoader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))

@@ -33,7 +33,7 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
     figures: dict[str, Any] = {"top1": None, "top5": None, "loss": None, "images": 0}
     try:
-        local = config.data.model_copy(update={"holdout": 0.0, "download": False})
+        local = config.data.model_copy(update={"validation": 0.0, "download": False})
         known = load_images(local).dataset
         scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
         figures = scores.headline() | {"split": "test", "images": scores.images}

@@ -51,7 +51,7 @@ from sakd_cli.tasks.warmup import WarmupTask
 def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
     """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
     dataset = limited(datasets.load(config), config.limit, config.split_seed)
-    train, held_out = hold_out(dataset, config.holdout, config.split_seed)
+    train, held_out = hold_out(dataset, config.validation, config.split_seed)
     calibration = None
     if residual is not None and residual.students:
         least = min(residual.calibration_min / len(train), 0.2)
@@ -116,7 +116,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
-    if config.teacher.bank:
+    if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)

@@ -52,7 +52,7 @@ def scores(targets: Iterable[Target], reporter: Reporter) -> Iterator[dict[str, 
         network = artifact.load(target.weights)
         named = ConfigSource("the weights' header", {"data": seen_in(network.card)})
         config: EvalConfig = resolve("eval", [named, *target.layers]).config
-        words = config.data.model_copy(update={"holdout": 0.0})
+        words = config.data.model_copy(update={"validation": 0.0})
         images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
         match_normalization(network, images, str(target.weights))
         yield _score(target, network, config, images, reporter)

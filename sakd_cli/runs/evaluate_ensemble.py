@@ -150,7 +150,7 @@ def score_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bo
     named = ConfigSource("the ensemble's words", {"data": seen_in(opened.card), "residual": rule})
     config: EvalConfig = resolve("eval", [named, *target.layers]).config
     device = pick_device(config.device)
-    images = load_images(config.data.model_copy(update={"holdout": 0.0}))
+    images = load_images(config.data.model_copy(update={"validation": 0.0}))
     for member in opened.ensemble.members:
         assert isinstance(member, StagedModel)
         match_normalization(Artifact(member, opened.card, opened.sha256), images, str(target.weights))

@@ -201,7 +201,7 @@ def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     test = InterruptibleBatches(EvalLoader(dataset.test, dataset, device=job.device), reporter)
     held_out = job.images.held_out
     selection = InterruptibleBatches(EvalLoader(held_out, dataset, device=job.device), reporter) if held_out else test
-    return EvaluationData("holdout" if held_out else "test", selection, test, len(dataset.classes))
+    return EvaluationData("validation" if held_out else "test", selection, test, len(dataset.classes))
 
 
 def _label(job: Job, companions: Sequence[RunExtension]) -> str:
@@ -216,7 +216,7 @@ def _label(job: Job, companions: Sequence[RunExtension]) -> str:
 
 
 def _about(job: Job) -> dict[str, Any]:
-    share = 100 * job.config.data.holdout
+    share = 100 * job.config.data.validation
     chosen = (
         f"best epoch chosen on {share:g} % of the training images, held out"
         if job.images.held_out

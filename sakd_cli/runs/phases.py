@@ -51,7 +51,7 @@ def _looking_ahead(job: Job) -> LookAhead | None:
 
 def _taken_from_bank(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
     """Let the teacher's answers come from its bank, if that was asked for."""
-    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.bank:
+    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.cache:
         assert job.teacher is not None
         folder = job.config.runs_dir / "banks"
         bank = open_teacher_cache(

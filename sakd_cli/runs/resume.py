@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sakd_cli.config import sources
-from sakd_cli.config.resolve import OPTIONS, ConfigSource, flat, nested, resolve
+from sakd_cli.config.options import OPTIONS
+from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.training import FREE, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded
@@ -21,7 +21,7 @@ PLACES = {"device", "runs_dir", "log"}
 
 def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
     """The config that the options of a training command make, and what is to become of it on the disk."""
-    given = sources.layers(params)
+    given = config_sources(params)
     folder, overwrite = params["run_dir"], params["overwrite"]
     if params["resume"] is None:
         intent = ResumePlan(folder=folder, overwrite=overwrite)
@@ -63,7 +63,8 @@ def resume_config(config: RunConfig) -> tuple[Any, ResumePlan]:
 
 def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
     """`--resume auto`: with words, the newest run of these words or a new one; without any, the newest run."""
-    spoken = [name for name in (*OPTIONS, "preset", "config", "set_", "settings", *SERIES) if params.get(name)]
+    settings = [name for name, row in OPTIONS.items() if row.key]
+    spoken = [name for name in (*settings, "preset", "config", "set_", "settings", *SERIES) if params.get(name)]
     if not set(spoken) <= PLACES:
         return resume_config(resolve(task, given).config)
     runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir

@@ -102,15 +102,15 @@ def _restore(job: Job, saved: checkpoint.Loaded) -> None:
 
 @torch.inference_mode()
 def survey(job: Job, part: str, reporter: Reporter, *, seed: int, kept: int = KEPT, most: int | None = None) -> bytes:
-    """One pass over a split (train, holdout, test) and, for the routed network, over the test images.
+    """One pass over a split (train, validation, test) and, for the routed network, over the test images.
 
     most  route the first so many test images only; None: all
     """
     task = job.task
     assert isinstance(task, DistillTask)
-    split = {"train": job.images.train, "holdout": job.images.held_out, "test": job.images.dataset.test}[part]
+    split = {"train": job.images.train, "validation": job.images.held_out, "test": job.images.dataset.test}[part]
     if split is None:
-        raise UsageError("no image is held out in this run (data.holdout is 0)", hint="--split train, or --split test")
+        raise UsageError("this run has no validation set (data.validation is 0)", hint="--split train, or --split test")
     mode = task.training
     task.eval()
     try:

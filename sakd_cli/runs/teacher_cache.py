@@ -73,7 +73,7 @@ def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others
     """Raise UsageError where a method needs more of the teacher than a bank keeps; `others`: it does in another way."""
     pooled = len(teacher.model.infos) - 1
     if others or any(spot.teacher < pooled for spot in spots):
-        raise UsageError(f"teacher.bank: method {method} looks at maps, a bank keeps pooled vectors and logits only")
+        raise UsageError(f"teacher.cache: method {method} looks at maps, a bank keeps pooled vectors and logits only")
 
 
 def open_teacher_cache(
@@ -106,7 +106,7 @@ def _must_fit(device: torch.device, layout: Layout) -> None:
         return
     free, _ = torch.cuda.mem_get_info(device)
     if layout.bytes > free:
-        raise MemoryLimitError(f"teacher.bank: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
+        raise MemoryLimitError(f"teacher.cache: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
 
 
 def _whole(path: Path) -> bool:

@@ -30,12 +30,12 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
 
     Raises UsageError for options that do not go together, before anything is trained.
     """
-    if params["together"]:
-        require_single_process("--together")
+    if params["parallel"]:
+        require_single_process("--parallel")
     names = _routers(config, params)
     members = [_twin(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
-    if params["together"] and not is_series(params):
-        raise UsageError("--together runs a series at once: it goes with --seeds, --with-control or --routers")
+    if params["parallel"] and not is_series(params):
+        raise UsageError("--parallel runs a series at once: it goes with --seeds, --with-control or --routers")
     if len(members) > 1:
         if params["run_dir"] is not None or params["overwrite"]:
             raise UsageError("--run-dir and --overwrite name one run; a series makes several", hint="--runs-dir DIR")

@@ -1,0 +1,58 @@
+"""`sakd config show`: the configuration that options make, and where each setting comes from."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+import yaml
+
+from sakd_cli.cli.console import emit, show
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.options import OPTIONS, options_of
+from sakd_cli.config.resolve import config_sources, flat, resolve
+from sakd_cli.errors import UsageError
+
+
+class Which(StrEnum):
+    """Commands that have a config."""
+
+    distill = "distill"
+    pretrain = "pretrain"
+
+
+Task = Annotated[Which, typer.Option(help="Command whose configuration to show.", rich_help_panel="Configuration")]
+Origin = Annotated[bool, typer.Option("--origin", help="Show who set each key.", rich_help_panel="Output")]
+
+
+@with_options("config-show")
+def show_config(options: Values, json: bool, task: Task = Which.distill, origin: Origin = False) -> None:
+    """Print the complete configuration that these options make, and with --origin who set each key.
+
+    Precedence: option, then environment (SAKD_*), then --config file, then --preset, then default.
+
+    Examples:
+
+        sakd config show --preset quickstart
+
+        SAKD_SEED=3 sakd config show --preset quickstart --epochs 2 --origin
+    """
+    command = "distill" if task is Which.distill else "pretrain-teacher"
+    has = {*options_of(command)}
+    for name in OPTIONS.keys() & options.keys() - has:
+        if OPTIONS[name].key and options[name]:
+            raise UsageError(f"{OPTIONS[name].flag}: is no option of sakd {command}")
+    resolved = resolve(task.value, config_sources({name: value for name, value in options.items() if name in has}))
+    settings = resolved.config.model_dump(mode="json")
+    if not origin:
+        emit(settings) if json else show(yaml.safe_dump(settings, sort_keys=False).rstrip())
+        return
+    rows = [
+        {"key": key, "value": value, "origin": resolved.origins.get(key, "default")}
+        for key, value in flat(settings).items()
+    ]
+    if json:
+        emit(rows)
+        return
+    from sakd_cli.report.runs.tables import listing_table
+
+    show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))

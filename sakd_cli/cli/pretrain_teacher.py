@@ -1,0 +1,39 @@
+"""`sakd pretrain-teacher`."""
+
+from typing import Annotated
+
+import typer
+
+from sakd_cli.cli.console import ConsoleReporter
+from sakd_cli.cli.distill import print_result
+from sakd_cli.cli.options import Values, completion, with_options
+from sakd_cli.runs.resume import resolve_command
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=completion("models")),
+]
+
+
+@with_options("pretrain-teacher")
+def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, model: Model = None) -> None:
+    """Train one network with cross-entropy: a teacher, or a student alone.
+
+    Examples:
+
+        sakd pretrain-teacher wrn40_2 --dataset cifar100
+
+        sakd pretrain-teacher wrn40_2 --student-friendly wrn16_2
+    """
+    words, intent = resolve_command("pretrain", options)
+    if intent.finished:
+        print_result(intent.summary(), dry_run=False, json=json)
+        return
+    from sakd_cli.runs.launch import Session, tried
+
+    if dry_run:
+        print_result(tried(words), dry_run=True, json=json)
+        return
+    talk = ConsoleReporter(quiet=quiet)
+    where, summary = Session(talk, guard=talk.heeding_signals).pretrained(words, intent)
+    print_result({"run": str(where.path)} | summary, dry_run=False, json=json)

@@ -1,0 +1,217 @@
+"""The keys of all configs: which there are, their defaults and descriptions, and what to say of a key that is wrong."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from sakd_cli.config.base import Config, own_name
+from sakd_cli.config.datasets import DATASETS, DataConfig
+from sakd_cli.config.methods import METHODS, MethodConfig
+from sakd_cli.config.options import OPTIONS
+from sakd_cli.config.plugins import usable
+from sakd_cli.config.routers import ROUTERS, RouterConfig
+from sakd_cli.config.training import TASKS
+from sakd_cli.errors import UsageError
+
+# Sections whose class is chosen by a name.
+TABLES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "router": ROUTERS, "data": DATASETS}
+_BY_NAME: dict[type, Mapping[str, type[Any]]] = {MethodConfig: METHODS, RouterConfig: ROUTERS, DataConfig: DATASETS}
+
+# What other programs call our keys: RepDistiller, mdistiller (section and name, or the name alone), torchvision, timm.
+FOREIGN = {
+    "alpha": "method.kl_weight",
+    "a": "method.kl_weight",
+    "kd_weight": "method.kl_weight",
+    "beta": "method.weight",
+    "b": "method.weight",
+    "feat_weight": "method.weight",
+    "r": "method.ce_weight",
+    "gamma": "method.ce_weight",
+    "loss.ce_weight": "method.ce_weight",
+    "kd_t": "method.temperature",
+    "temp": "method.temperature",
+    "t": "method.temperature",
+    "dkd.alpha": "method.target",
+    "dkd.beta": "method.others",
+    "rkd.distance_weight": "method.distance",
+    "rkd.angle_weight": "method.angle",
+    "hint_layer": "method.stage",
+    "at.p": "method.power",
+    "feat_dim": "method.width",
+    "nce_k": "method.negatives",
+    "nce.k": "method.negatives",
+    "nce_m": "method.momentum",
+    "nce.momentum": "method.momentum",
+    "nce_t": "method.contrast_temperature",
+    "nce.temperature": "method.contrast_temperature",
+    "init_epochs": "method.warmup_epochs",
+    "distill": "method.name",
+    "distiller.type": "method.name",
+    "model_s": "student",
+    "distiller.student": "student",
+    "distiller.teacher": "teacher.source",
+    "path_t": "teacher.source",
+    "model_t": "teacher.source",
+    "trial": "seed",
+    "learning_rate": "train.lr",
+    "solver.lr": "train.lr",
+    "wd": "train.weight_decay",
+    "lr_decay_epochs": "train.milestones",
+    "lr_decay_stages": "train.milestones",
+    "lr_milestones": "train.milestones",
+    "decay_milestones": "train.milestones",
+    "lr_step_size": "train.milestones",
+    "lr_decay_rate": "train.lr_decay",
+    "lr_gamma": "train.lr_decay",
+    "decay_rate": "train.lr_decay",
+    "solver.epochs": "train.epochs",
+    "solver.batch_size": "train.batch_size",
+    "max_epochs": "train.epochs",
+    "solver.weight_decay": "train.weight_decay",
+    "solver.momentum": "train.momentum",
+    "dataset.type": "data.name",
+    "data_path": "data.root",
+    "num_workers": "data.workers",
+    "amp": "runtime.precision",
+    "print_freq": "log_every",
+    "save_freq": "save_every",
+    "output_dir": "runs_dir",
+}
+# Pydantic's messages in plain words.
+_PLAIN = {
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+}
+
+
+def classes_of(parent: type[Config], name: str) -> list[type[Config]]:
+    """The config classes that a section may have; none for a plain key or an unknown one."""
+    if name not in parent.model_fields:
+        return []
+    annotation = parent.model_fields[name].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    found = [kind for kind in kinds if issubclass(kind, Config)]
+    return [kind for base in found for kind in (usable(_BY_NAME[base]).values() if base in _BY_NAME else [base])]
+
+
+def places_of(key: str, task: str | None = None) -> Iterator[tuple[str, type[Config]]]:
+    """The task and class of every place where a dotted key stands."""
+    *sections, leaf = key.split(".")
+    for name in [task] if task else TASKS:
+        kinds: list[type[Config]] = [TASKS[name]]
+        for section in sections:
+            kinds = [kind for parent in kinds for kind in classes_of(parent, section)]
+        yield from ((name, kind) for kind in kinds if leaf in kind.model_fields)
+
+
+def default_of(key: str) -> Any:
+    """Its default, of a section its name; None where it has none or not one."""
+    for _, kind in places_of(key):
+        value = kind.model_fields[key.rpartition(".")[2]].get_default(call_default_factory=True)
+        if key.endswith(".name"):
+            section = key.partition(".")[0]
+            return next(t.model_fields[section].default.name for t in TASKS.values() if section in t.model_fields)
+        return None if repr(value) == "PydanticUndefined" else value
+    return None
+
+
+def keys_of(task: str) -> list[str]:
+    """Full names of all keys of a task's config."""
+    config = TASKS[task]
+    below = {
+        name: [leaf for kind in classes_of(config, name) for leaf in kind.model_fields] for name in config.model_fields
+    }
+    return list(dict.fromkeys(key for name in below for key in [name, *(f"{name}.{leaf}" for leaf in below[name])]))
+
+
+def ours(word: str, method: str = "") -> str | None:
+    """The key that another program calls `word`, where this method has it."""
+    parts = word.strip("-").lower().replace("-", "_").split(".")
+    candidates = [f"{method}.{parts[-1]}", ".".join(parts), ".".join(parts[-2:]), parts[-1]]
+    key = next((FOREIGN[name] for name in candidates if name in FOREIGN), None)
+    section, _, leaf = (key or "").partition(".")
+    if section == "method" and method in METHODS and leaf not in METHODS[method].model_fields:
+        return None
+    return key
+
+
+def option_hint(flag: str, command: str) -> str | None:
+    """What to write for an option that a command does not have, where that is known."""
+    key = ours(flag) or next((key for key in keys_of("distill") if key.rpartition(".")[2] == flag.strip("-")), None)
+    row = next((row for row in OPTIONS.values() if key and row.key == key and command in row.commands.split()), None)
+    return None if key is None else row.flag if row else f"--set {key}=..."
+
+
+def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
+    """The first of pydantic's complaints in one line of ours."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "missing":
+        flags = [row.flag for row in OPTIONS.values() if row.key and key in (row.key, row.key.split(".")[0])]
+        what = "the name of a network" if key == "model" else flags[0] if flags else f"--set {key}=..."
+        return UsageError(f"{key}: missing", hint=f"give {what}, or a preset that has it: sakd list presets")
+    if first["type"] == "extra_forbidden":
+        text = _unknown_key(task, place, values)
+    else:
+        text = f"{key}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}"
+        if isinstance(first["input"], str | int | float) and "unknown" not in text:
+            text += f", got {_short(first['input'])}"
+    origin = _origin_of(key, origins)
+    where = f" (from {origin})" if origin else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return UsageError(text + where + more)
+
+
+def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
+    # Inside a section that is chosen by name, pydantic's place begins with the section.
+    key, leaf, known = ".".join(place), place[-1], keys_of(task)
+    if key in known and len(place) > 1:
+        others = [kind.model_fields["name"].default for _, kind in places_of(key, task) if "name" in kind.model_fields]
+        return f"{key}: belongs to another {place[0]}: {', '.join(map(str, others))}"
+    chosen = values.get("method")
+    method = chosen.get("name") if isinstance(chosen, dict) else chosen
+    full = ".".join(values_path) if (values_path := _deepest(values, place)) else key
+    if foreign := ours(full, own_name(str(method), METHODS) or ""):
+        return f"unknown key {full!r}; here it is {foreign!r}"
+    section = key.rpartition(".")[0]
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    if near := difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6):
+        return f"unknown key {key!r}; did you mean {siblings[near[0]]!r}?"
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    if same:
+        return f"unknown key {key!r}; did you mean {same[0]!r}?"
+    return f"unknown key {key!r}"
+
+
+def _deepest(values: Mapping[str, Any], place: list[str]) -> list[str]:
+    """The way from an unknown section to its first key: `SOLVER` as `SOLVER.LR`."""
+    path, value = list(place), values
+    for part in place:
+        value = value.get(part, {}) if isinstance(value, Mapping) else {}
+    while isinstance(value, Mapping) and value:
+        name = next(iter(value))
+        path, value = [*path, str(name)], value[name]
+    return path
+
+
+def _short(value: str | float) -> str:
+    """A value as it is shown in a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = hex(int(value))
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _origin_of(key: str, origins: Mapping[str, str]) -> str | None:
+    """Who set this key, a key below it (the last one), or the nearest one above it."""
+    for known in (key, f"{key}.name", f"{key}.source"):
+        if known in origins:
+            return origins[known]
+    below = [origin for known, origin in origins.items() if known.startswith(f"{key}.")]
+    return below[-1] if below else origins.get(key.rpartition(".")[0])
