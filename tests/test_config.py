@@ -79,22 +79,6 @@ def test_a_stronger_layer_wins_and_every_key_knows_its_origin(tmp_path: Path, mo
     assert found["device"] == ("auto", None), "an empty variable and an option not given say nothing"
 
 
-def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
-    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
-    words |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
-    del words["model"], words["student_friendly"]
-    for name, value in words.items():
-        monkeypatch.setenv(f"SAKD_{name.upper()}", value)
-    config, origins = resolve("distill", environment_sources(words))
-    assert set(origins) == {OPTIONS[name] for name in words}
-    assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
-    assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "shapes")
-    assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
-    assert config.method.weights == str(Path("1").absolute())
-    assert (config.train.epochs, config.seed, config.data.validation) == (1, 1, 0.5)
-
-
 def test_one_word_stands_for_a_section() -> None:
     short = {"method": "at", "router": "never", "data": "shapes", "teacher": "wrn40_2"}
     long = {"method": {"name": "at"}, "router": {"name": "never"}, "data": {"name": "shapes"}}

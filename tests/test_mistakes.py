@@ -65,7 +65,7 @@ BAD = f"""
 2 | unknown data set 'shaps'; did you mean 'shapes'?        | PAIR --dataset shaps
 2 | unknown preset 'quikstart'; did you mean 'quickstart'?  | distill --preset quikstart
 2 | unknown key 'train.epoch'; did you mean 'train.epochs'? | PAIR --set train.epoch=3
-2 | method.weights: belongs to another method (from --dfa-weights) | PAIR --dfa-weights uniform
+2 | method.weights: belongs to another method: dfa (from --dfa-weights) | PAIR --dfa-weights uniform
 2 | serch: no such file                                     | PAIR TINY --method dfa --dfa-weights serch
 2 | holds no mixtures of blocks, or damaged ones            | PAIR TINY --method dfa --dfa-weights flipped/config.json
 2 | preact needs a teacher of pre-activation blocks; resnet8 is none | PAIR TINY --method dfa --set method.norm=preact

@@ -28,6 +28,7 @@ from sakd_cli.cli import (
     sweep,
 )
 from sakd_cli.cli.console import complain
+from sakd_cli.config.keys import option_hint
 from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.render.format import printable
 from sakd_cli.torchrun import is_console_process
@@ -134,7 +135,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors
             if error.format_message():  # it is empty where the help was shown instead
-                complain(error.format_message().replace("Value error, ", ""), hint=f"{_called(error)} --help")
+                complain(error.format_message().replace("Value error, ", ""), hint=_what_instead(error))
             return int(error.exit_code)
         # torch's, which must not be imported here; on the CPU it raises a plain RuntimeError.
         if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
@@ -164,9 +165,12 @@ def _resume_alone(arguments: list[str]) -> list[str]:
     return words
 
 
-def _called(error: Exception) -> str:
+def _what_instead(error: Exception) -> str:
+    """For an option that there is not: ours for it, where another program has it; else the command's help."""
     context = getattr(error, "ctx", None)
-    return str(context.command_path) if context is not None else "sakd"
+    path = str(context.command_path) if context is not None else "sakd"
+    command = path.partition(" ")[2].replace(" ", "-")
+    return option_hint(getattr(error, "option_name", ""), command) or f"{path} --help"
 
 
 class Terminated(BaseException):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from sakd_cli.config.base import Config, own_name
 from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.methods import METHODS, MethodConfig
-from sakd_cli.config.options import OPTIONS
+from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.plugins import usable
 from sakd_cli.config.routers import ROUTERS, RouterConfig
 from sakd_cli.config.training import TASKS
@@ -141,9 +141,10 @@ def ours(word: str, method: str = "") -> str | None:
 
 def option_hint(flag: str, command: str) -> str | None:
     """What to write for an option that a command does not have, where that is known."""
-    key = ours(flag) or next((key for key in keys_of("distill") if key.rpartition(".")[2] == flag.strip("-")), None)
-    row = next((row for row in OPTIONS.values() if key and row.key == key and command in row.commands.split()), None)
-    return None if key is None else row.flag if row else f"--set {key}=..."
+    if (key := ours(flag)) is None or not (rows := options_of(command)):
+        return None
+    row = next((row for row in rows.values() if row.key == key), None)
+    return row.flag if row else f"--set {key}=..." if "set_" in rows else None
 
 
 def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:

@@ -1,0 +1,113 @@
+"""The table of options: what each row makes, how a value may be written, and what a foreign word is answered with."""
+
+from pathlib import Path
+
+import pytest
+from conftest import CliRunner
+
+from sakd_cli.config.keys import FOREIGN, ours, places_of
+from sakd_cli.config.options import OPTIONS as TABLE
+from sakd_cli.config.resolve import ConfigSource, environment_sources, option_sources, resolve, set_sources
+from sakd_cli.errors import UsageError
+
+OPTIONS = {name: row.key for name, row in TABLE.items() if row.key}
+PAIR = ConfigSource("pair", {"teacher": "resnet20", "student": "resnet8"})
+
+
+def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
+    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
+    words |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
+    del words["model"], words["student_friendly"]
+    for name, value in words.items():
+        monkeypatch.setenv(f"SAKD_{name.upper()}", value)
+    config, origins = resolve("distill", environment_sources(words))
+    assert set(origins) == {OPTIONS[name] for name in words}
+    assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
+    assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "shapes")
+    assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
+    assert config.method.weights == str(Path("1").absolute())
+    assert (config.train.epochs, config.seed, config.data.validation) == (1, 1, 0.5)
+
+
+def test_every_row_sets_a_key_that_there_is_and_says_what_it_is() -> None:
+    for row in TABLE.values():
+        assert len(row.help) > 10
+        assert not row.key or list(places_of(row.key))
+        assert row.help[0].isupper()
+
+
+@pytest.mark.parametrize("text", ["150,180,210", "[150,180,210]", "[150, 180, 210]", "150, 180, 210"])
+def test_a_list_may_be_written_with_and_without_brackets(text: str) -> None:
+    for sources in (option_sources({"milestones": text}), set_sources([f"train.milestones={text}"])):
+        assert resolve("distill", [PAIR, *sources]).config.train.milestones == (150, 180, 210)
+    assert resolve("distill", [PAIR, *option_sources({"milestones": "7"})]).config.train.milestones == (7,)
+
+
+def test_a_name_may_be_written_in_any_case_and_with_hyphens_or_underscores() -> None:
+    given = {"method": "FitNet", "router": "Random_Matched", "dataset": "CIFAR-10"}
+    config = resolve("distill", [PAIR, *option_sources(given)]).config
+    assert (config.method.name, config.router.name, config.data.name) == ("fitnet", "random-matched", "cifar10")
+    below = ConfigSource("file", {"method": {"name": "at", "power": 3}})
+    assert resolve("distill", [PAIR, below, *set_sources(["method=AT"])]).config.method.power == 3, "the same method"
+
+
+def test_the_options_that_everybody_looks_for_set_their_keys() -> None:
+    given = {"lr": "0.1", "temperature": "2", "loss_weight": "3", "milestones": "5,6"}
+    config = resolve("distill", [PAIR, *option_sources(given)]).config
+    assert (config.train.lr, config.train.milestones) == (0.1, (5, 6))
+    assert (config.method.temperature, config.method.weight) == (2, 3)
+
+
+def test_a_word_of_another_program_leads_to_a_key_that_there_is() -> None:
+    assert all(list(places_of(key)) for key in FOREIGN.values())
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("alpha=0.9", "method.kl_weight"),
+        ("method.beta=50", "method.weight"),
+        ("kd_T=4", "method.temperature"),
+        ("method.hint_layer=2", "method.stage"),
+        ("r=1", "method.ce_weight"),
+        ("KD.TEMPERATURE=4", "method.temperature"),
+        ("KD.LOSS.KD_WEIGHT=0.9", "method.kl_weight"),
+        ("SOLVER.LR=0.05", "train.lr"),
+        ("SOLVER.LR_DECAY_STAGES=[150]", "train.milestones"),
+        ("train.lr_milestones=[150]", "train.milestones"),
+    ],
+)
+def test_a_key_of_another_program_is_answered_with_ours(assignment: str, key: str) -> None:
+    with pytest.raises(UsageError, match=f"here it is '{key}'"):
+        resolve("distill", [PAIR, *set_sources([assignment])])
+
+
+def test_a_hint_is_right_or_there_is_none() -> None:
+    assert (ours("alpha", "dkd"), ours("DKD.ALPHA", "dkd"), ours("hint_layer", "at")) == ("method.target",) * 2 + (
+        None,
+    )
+    with pytest.raises(UsageError) as caught:
+        resolve("distill", [PAIR, *set_sources(["method.quux=3"])])
+    assert caught.value.message == "unknown key 'method.quux' (from --set method.quux)"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("distill --alpha 0.9", "--set method.kl_weight=..."),
+        ("distill --kd_T 4", "--temperature"),
+        ("distill --lr-decay-epochs 150,180", "--milestones"),
+        ("distill -r 1", "--set method.ce_weight=..."),
+        ("eval --bogus", "sakd eval --help"),
+    ],
+)
+def test_an_option_of_another_program_is_answered_with_ours(cli: CliRunner, words: str, hint: str) -> None:
+    result = cli.sakd(*words.split())
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[1] == f"hint: {hint}"
+
+
+def test_no_type_stands_behind_a_flag(cli: CliRunner) -> None:
+    assert "<bool>" not in cli.sakd("distill", "--help").out + cli.sakd("--help").out
+    assert "Random seed (default 0)" in cli.sakd("distill", "--help", COLUMNS="200").out
