@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,19 +20,6 @@ FEW = {"data.train": 200, "data.test": 100}
 @pytest.fixture(autouse=True)
 def here(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(cli.path)
-
-
-def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import api" in block]
-    out = io.StringIO()
-    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(out):
-        names: dict[str, Any] = {}
-        exec(example, names)
-    result = out.getvalue().splitlines()
-    assert len(result) == 3, result
-    assert result[0].startswith(str(names["run"].path))
-    assert [name for name, _ in eval(result[2])] == ["stage2", "logits"]
 
 
 def test_a_call_makes_the_run_that_the_command_makes(

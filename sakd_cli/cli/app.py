@@ -20,6 +20,7 @@ from sakd_cli.cli import (
     distill,
     evaluate,
     export,
+    guide,
     import_weights,
     inspect_spots,
     pretrain_teacher,
@@ -94,6 +95,7 @@ app.command("inspect-spots", rich_help_panel="Evaluate")(inspect_spots.inspect_s
 app.command("bench", rich_help_panel="Evaluate")(bench.bench)
 app.command("list", rich_help_panel="Reference")(show.listing)
 config_app.command("show")(config.show_config)
+app.command("guide", rich_help_panel="Reference")(guide.guide)
 show_app.command("method")(show.show_method)
 show_app.command("schema")(show.show_schema)
 data_app.command("check")(data_check.check)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sakd_cli.api import Batch, Distiller, Features, Spot
 from sakd_cli.distillers.table import DistillerRow, pooled
-from sakd_example.words import CosineConfig
+from sakd_example.settings import CosineConfig
 
 
 @final
@@ -17,12 +17,12 @@ class Cosine(Distiller):
 
     def __init__(self, spots: tuple[Spot, ...], config: CosineConfig) -> None:
         super().__init__(spots)
-        self.lifts = nn.ModuleList([nn.Linear(s.student_shape[0], s.teacher_shape[0]) for s in spots])
+        self.adapters = nn.ModuleList([nn.Linear(s.student_shape[0], s.teacher_shape[0]) for s in spots])
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = [
-            (w * (1 - F.cosine_similarity(lift(ours), theirs))).mean()
-            for lift, (ours, theirs), w in zip(self.lifts, self.pairs(student, teacher), weight, strict=True)
+            (w * (1 - F.cosine_similarity(adapter(ours), theirs))).mean()
+            for adapter, (ours, theirs), w in zip(self.adapters, self.pairs(student, teacher), weight, strict=True)
         ]
         return torch.stack(losses)
 

@@ -1,4 +1,4 @@
-"""The method in words. No torch: `sakd list` reads it."""
+"""Settings of the method. No torch here: `sakd list` reads it."""
 
 from typing import Literal
 
