@@ -49,16 +49,8 @@ OTHERS = {
     "python -m pytest": {"--kills", "--dist"},
     "torchrun": {"--nproc-per-node", "--max-restarts"},
     "ruff check": {"--fix"},
-    "RepDistiller": {
-        "--distill",
-        "--path_t",
-        "--model_s",
-        "--learning_rate",
-        "--lr_decay_epochs",
-        "--weight_decay",
-        "--kd_T",
-        "--hint_layer",
-    },
+    "RepDistiller": {"--distill", "--path_t", "--model_s", "--kd_T", "--hint_layer"},
+    "its schedule": {"--learning_rate", "--lr_decay_epochs", "--weight_decay"},
 }
 
 
