@@ -25,7 +25,7 @@ from sakd_cli.report.spots import measure
 from sakd_cli.report.spots.log import spot_report
 from sakd_cli.report.spots.survey import Survey, survey_of
 from sakd_cli.rundir import ResumePlan, RunDir, newest_run
-from sakd_cli.runs.locate import check_teacher, is_ensemble, what_to_score
+from sakd_cli.runs.locate import check_teacher, is_ensemble, locate_inputs, what_to_score
 from sakd_cli.runs.resume import resolve_command
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def pretrain_teacher(
     if intent.finished:
         return _result(intent)
     from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.launch import Session
+    from sakd_cli.runs.launch import Launcher
 
-    run, summary = Session(reporter or NullReporter()).pretrained(words, intent)
+    run, summary = Launcher(reporter or NullReporter()).train(words, intent)
     return RunResult(run.path, summary)
 
 
@@ -164,9 +164,9 @@ def distill(
     if intent.finished:
         return _result(intent)
     from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.launch import Session
+    from sakd_cli.runs.launch import Launcher
 
-    run, summary = Session(reporter or NullReporter(), resume is not None).distilled(words, intent)
+    run, summary = Launcher(reporter or NullReporter(), resume is not None).train(locate_inputs(words), intent)
     return RunResult(run.path, summary)
 
 

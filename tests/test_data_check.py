@@ -15,6 +15,7 @@ from sakd_cli.data.decode import find_unreadable
 from sakd_cli.documents.evaluation import DataCheck
 from sakd_cli.models.table import create
 from sakd_cli.runs import build
+from sakd_cli.runs.locate import locate_inputs
 
 RUN = "--dataset imagefolder --data-root photos --set data.size=16 --set data.workers=0 --batch-size 10 --epochs 2 -q"
 
@@ -133,7 +134,7 @@ def test_a_bad_picture_is_refused_before_anything_is_written(lab: CliRunner, tmp
 def test_the_teacher_sees_images_by_its_own_normalisation(lab: CliRunner) -> None:
     (run,) = (lab.path / "runs").glob("*pretrain*")
     words = {"data": {"name": "imagefolder", "root": lab.path / "photos", "size": 16}, "student": "resnet8"}
-    job = build.distillation(DistillConfig.model_validate(words | {"teacher": str(run)}))
+    job = build.distillation(locate_inputs(DistillConfig.model_validate(words | {"teacher": str(run)})))
     assert job.teacher is not None
     mean, std = job.images.dataset.mean, job.images.dataset.std
     assert job.teacher.card.mean == (0.4, 0.5, 0.6) != mean == job.card.mean

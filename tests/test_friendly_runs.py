@@ -16,6 +16,7 @@ from sakd_cli.models.branches import load_branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.table import create
 from sakd_cli.runs import build
+from sakd_cli.runs.locate import locate_inputs
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_student_can_start_with_the_longest_tail(cli: CliRunner, friendly: dic
     students = []
     for start in (True, False):
         config = resolve("distill", [ConfigSource("test", words | {"init_from_branches": start})]).config
-        students.append(build.distillation(config).network.state_dict())
+        students.append(build.distillation(locate_inputs(config)).network.state_dict())
     teacher = artifact.load(cli.path / friendly["run"] / "teacher")
     branches = load_branches(cli.path / friendly["run"] / "branches" / "model.safetensors", teacher)
     tail = branches.tails[0].state_dict()

@@ -16,6 +16,7 @@ from sakd_cli.models.table import create
 from sakd_cli.report.render import plots
 from sakd_cli.report.spots.mixtures import mixture_table
 from sakd_cli.runs import build
+from sakd_cli.runs.locate import locate_inputs
 
 SIZE = "--dataset shapes --set data.train=80 --set data.test=40 --batch-size 16 --epochs 1"
 DISTIL = f"distill --teacher deep --student resnet8 --method dfa {SIZE} --set method.search_epochs=1"
@@ -49,7 +50,7 @@ def job_of(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, **words: Any) -> bui
     monkeypatch.chdir(cli.path)
     data = {"name": "shapes", "train": 80, "test": 40}
     tree = {"teacher": "deep", "student": "resnet8", "data": data, "method": {"name": "dfa", **words}}
-    return build.distillation(resolve("distill", [ConfigSource("test", tree)]).config)
+    return build.distillation(locate_inputs(resolve("distill", [ConfigSource("test", tree)]).config))
 
 
 def test_a_run_leaves_what_it_found_and_says_so(cli: CliRunner, searched: dict[str, Any]) -> None:

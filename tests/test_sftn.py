@@ -30,6 +30,8 @@ from sakd_cli.models.table import create
 from sakd_cli.rundir import ResumePlan
 from sakd_cli.runs import build, launch
 from sakd_cli.runs.branches import branch_rows
+from sakd_cli.runs.extensions import run_extensions
+from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.sftn import SftnTask, imitation
 
@@ -97,14 +99,14 @@ def test_fully_detached_branches_leave_the_teachers_gradient_as_it_is() -> None:
 def job(tmp_path: Path, task: str = "pretrain", **words: Any) -> build.Job:
     tiny = {"data": {"name": "shapes", "train": 200, "test": 100}, "train": {"epochs": 1}, "runs_dir": str(tmp_path)}
     config = resolve(task, [ConfigSource("tiny", tiny), ConfigSource("test", words)]).config
-    return build.pretraining(config) if task == "pretrain" else build.distillation(config)
+    return build.pretraining(config) if task == "pretrain" else build.distillation(locate_inputs(config))
 
 
 def test_branches_that_weigh_nothing_leave_no_trace_in_the_teacher(tmp_path: Path) -> None:
     nothing = {"students": "resnet8", "lambda_kl": 0, "lambda_ce": 0}
     jobs = [job(tmp_path, model="resnet8"), job(tmp_path, model="resnet8", friendly=nothing)]
     for each in jobs:
-        launch.carry_out(each, ResumePlan(), NullReporter())
+        launch.launch(each, run_extensions(each), ResumePlan(), NullReporter())
     ours, theirs = (each.network.state_dict() for each in jobs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
@@ -284,7 +286,7 @@ def test_a_friendly_teacher_is_nearer_to_its_branches_the_more_so_the_more_it_we
 
 def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> None:
     first = job(tmp_path, model="resnet8")
-    where, summary = launch.carry_out(first, ResumePlan(), NullReporter())
+    where, summary = launch.launch(first, run_extensions(first), ResumePlan(), NullReporter())
     again = job(tmp_path, model="resnet8", init_from=str(where.path), friendly="resnet8", seed=1)
     assert (again.config.train.lr, again.task.groups()[1].lr) == (0.01, 0.01)
     saved, loaded = first.network.state_dict(), again.network.state_dict()

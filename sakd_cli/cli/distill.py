@@ -9,9 +9,9 @@ from typing import Any
 from sakd_cli.cli.compare import compared
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.training import DistillConfig, TeacherConfig
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.rundir import ResumePlan, RunDir
-from sakd_cli.runs.locate import find_teacher, is_missing
+from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.runs.resume import AUTO, resolve_command
 from sakd_cli.sweep.series import is_series, series, train_all, train_together
 
@@ -33,30 +33,25 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
         _picture(intent.resume, talk)
         print_result(intent.summary(), dry_run=False, json=json)
         return
-    is_missing(words)  # said before torch is loaded
-    from sakd_cli.runs.launch import Session, tried
+    words = locate_inputs(words)  # whatever is missing is reported before torch is loaded
+    from sakd_cli.runs import launch
 
-    session = Session(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
+    launcher = launch.Launcher(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
     if many:
-        compared(_several(several, session, again, parallel=options["parallel"]), json=json)
+        compared(_several(several, launcher, again, parallel=options["parallel"]), json=json)
     else:
-        print_result(tried(words) if dry_run else _distilled(words, intent, session), dry_run=dry_run, json=json)
+        result = launch.dry_run(words) if dry_run else _distilled(words, intent, launcher)
+        print_result(result, dry_run=dry_run, json=json)
 
 
-def _several(members: list[DistillConfig], session: Any, again: str, *, parallel: bool) -> list[RunDir]:
+def _several(members: list[DistillConfig], launcher: Any, again: str, *, parallel: bool) -> list[RunDir]:
     """A series, one after another or at once."""
     if parallel:
-        chosen = _pinned_teacher(members[0], session)
-        return train_together(members, chosen, session.reporter, resume=session.resume, again=again)
-    return train_all(members, partial(_distilled, session=session, again=again), resume=session.resume)
-
-
-def _pinned_teacher(words: DistillConfig, session: Any) -> TeacherConfig:
-    """The teacher as it is now, trained first where that is asked for: several processes must mean the same one."""
-    session.with_teacher(words)
-    path = find_teacher(words)
-    assert path is not None
-    return words.teacher.model_copy(update={"weights": path.resolve()})
+        first = locate_inputs(members[0])
+        teacher = first.teacher if first.teacher.weights else launcher.pretrain(first)[0].teacher
+        return train_together(members, teacher, launcher.reporter, resume=launcher.resume, again=again)
+    train = partial(_distilled, launcher=launcher, again=again)
+    return train_all(members, lambda words, plan: train(locate_inputs(words), plan), resume=launcher.resume)
 
 
 def _this_again(resume: str | None) -> str:
@@ -64,9 +59,9 @@ def _this_again(resume: str | None) -> str:
     return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
 
 
-def _distilled(words: DistillConfig, intent: ResumePlan, session: Any, again: str | None = None) -> dict[str, Any]:
-    where, summary = session.distilled(words, intent, again)
-    _picture(where, session.reporter)
+def _distilled(words: DistillConfig, intent: ResumePlan, launcher: Any, again: str | None = None) -> dict[str, Any]:
+    where, summary = launcher.train(words, intent, again)
+    _picture(where, launcher.reporter)
     return {"run": str(where.path)} | summary
 
 

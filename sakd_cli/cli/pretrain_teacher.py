@@ -29,11 +29,11 @@ def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, mo
     if intent.finished:
         print_result(intent.summary(), dry_run=False, json=json)
         return
-    from sakd_cli.runs.launch import Session, tried
+    from sakd_cli.runs import launch
 
     if dry_run:
-        print_result(tried(words), dry_run=True, json=json)
+        print_result(launch.dry_run(words), dry_run=True, json=json)
         return
     talk = ConsoleReporter(quiet=quiet)
-    where, summary = Session(talk, guard=talk.heeding_signals).pretrained(words, intent)
+    where, summary = launch.Launcher(talk, guard=talk.heeding_signals).train(words, intent)
     print_result({"run": str(where.path)} | summary, dry_run=False, json=json)

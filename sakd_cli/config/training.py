@@ -1,7 +1,7 @@
 """One whole run in words: what `config.yaml` of a run directory holds and what the command line makes."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -251,9 +251,23 @@ class EvalConfig(Config):
     runs_dir: Folder = Path("runs")
 
 
-TASKS: dict[str, type[Config]] = {
-    "pretrain": PretrainConfig,
-    "distill": DistillConfig,
-    "eval": EvalConfig,
-    "sweep": SweepConfig,
+class Procedure(NamedTuple):
+    """A kind of training.
+
+    command  of the command line
+    config   its settings; the field `task` has the procedure's name
+    builder  "module:function" that makes a `runs.job.Job` of such a config; loaded when a run is built
+    """
+
+    command: str
+    config: type[RunConfig]
+    builder: str
+
+
+# To add a kind of training: its config class above, the file of its builder, one line here.
+PROCEDURES = {
+    "pretrain": Procedure("pretrain-teacher", PretrainConfig, "sakd_cli.runs.build:pretraining"),
+    "distill": Procedure("distill", DistillConfig, "sakd_cli.runs.build:distillation"),
 }
+TASKS: dict[str, type[Config]] = {name: procedure.config for name, procedure in PROCEDURES.items()}
+TASKS |= {"eval": EvalConfig, "sweep": SweepConfig}

@@ -24,8 +24,8 @@ class StudentBranches(RunExtension):
     """What a student-friendly teacher has beside itself: its branches on the disk, and what is said of them."""
 
     def __init__(self, task: SftnTask) -> None:
-        self.network, self.branches, self.words = task.network, task.branches, task.words
-        students = self.words.students
+        self.network, self.branches, self.settings = task.network, task.branches, task.settings
+        students = self.settings.students
         self.label = f"friendly-{'-'.join(students)}"
         self.notice = f"student-friendly: together with branches of {', '.join(students)}"
         self.rows = branch_rows(self.network, self.branches)
@@ -37,21 +37,21 @@ class StudentBranches(RunExtension):
             for row in self.rows
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """For whom the teacher is made, how, and what each branch costs; as in the summary and beside the weights."""
-        weights = self.words.model_dump(mode="json", exclude={"students"})
+        weights = self.settings.model_dump(mode="json", exclude={"students"})
         extra = sum(row["macs"] for row in self.rows)
-        about = {"students": list(self.words.students)} | weights | {"training_macs": extra, "branches": self.rows}
+        about = {"students": list(self.settings.students)} | weights | {"training_macs": extra, "branches": self.rows}
         return {"friendly": about}
 
     def publish(self, run: Path, weights: Path) -> None:
         (run / FILE).parent.mkdir(exist_ok=True)
         save_branches(run / FILE, self.branches, sha256(weights))
 
-    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The facts with each branch's figures on the test images."""
-        rows = branch_rows(self.network, self.branches, shop.evaluation.test)
-        return {"friendly": self.facts()["friendly"] | {"branches": rows}}
+        rows = branch_rows(self.network, self.branches, factory.evaluation.test)
+        return {"friendly": self.metadata()["friendly"] | {"branches": rows}}
 
 
 def branch_rows(

@@ -1,7 +1,9 @@
-"""From words to objects: the only reader of all tables."""
+"""From settings to objects: the only reader of all tables."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +17,14 @@ from sakd_cli.config.networks import find_network
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
-from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import hold_out, limited
 from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.sources import cache_policy
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable
-from sakd_cli.engine.runtime import pick_device, resolve_mode
+from sakd_cli.engine.runtime import Mode, pick_device, resolve_mode
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded
@@ -33,12 +35,12 @@ from sakd_cli.models.staged import StagedModel, frozen_view
 from sakd_cli.models.table import create
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
-from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.rundir import RunDir
 from sakd_cli.runs import initial_weights, mixtures
 from sakd_cli.runs.branches import start_from_branches
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images, Job
-from sakd_cli.runs.locate import find_teacher, no_teacher, pretrain_command, read_claim
+from sakd_cli.runs.locate import pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask
@@ -64,6 +66,13 @@ def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> I
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
 
+def build(config: RunConfig) -> Job:
+    """The job of a config whose inputs are located, by the table of training procedures."""
+    module, _, function = PROCEDURES[config.task].builder.partition(":")
+    job: Job = getattr(importlib.import_module(module), function)(config)
+    return job
+
+
 def pretraining(config: PretrainConfig) -> Job:
     """A network trained with cross-entropy, alone or together with branches of its students."""
     device = pick_device(config.device)
@@ -72,39 +81,44 @@ def pretraining(config: PretrainConfig) -> Job:
     initial_weights.load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device), cost(network, images.side)
     lr, decay = _learning_rate(config, config.model), config.train.weight_decay
-    words = config.friendly
-    if words is None:
+    settings = config.friendly
+    if settings is None:
         task: Task = PretrainTask(mode.to_memory_format(network), lr=lr, weight_decay=decay, mode=mode)
-        return Job(config, device, images, task.to(device), network, costs)
+        return Job(config, device, mode, images, task.to(device), network, costs)
     with _initialised(config.seed, "branches"):
-        branches = Branches(network, words.students, images.side, share=words.share_branches)
-    task = mode.to_memory_format(SftnTask(network, branches, words, lr=lr, weight_decay=decay, mode=mode))
-    return Job(config, device, images, task.to(device), network, costs)
+        branches = Branches(network, settings.students, images.side, share=settings.share_branches)
+    task = mode.to_memory_format(SftnTask(network, branches, settings, lr=lr, weight_decay=decay, mode=mode))
+    return Job(config, device, mode, images, task.to(device), network, costs)
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
     """The run that trains the teacher of this run."""
-    words = resolve("pretrain", [ConfigSource("the distillation's config", config.pretraining())]).config
-    assert isinstance(words, PretrainConfig)
-    return words
+    settings = resolve("pretrain", [ConfigSource("the distillation's config", config.pretraining())]).config
+    assert isinstance(settings, PretrainConfig)
+    return settings
 
 
-def untrained_teacher(config: DistillConfig) -> Artifact:
-    """A stand-in for a teacher that is yet to be trained, for trying a batch."""
-    job = pretraining(teacher_config(config))
-    return Artifact(job.network, job.card, "untrained")
+def untrained_teacher(job: Job) -> Artifact:
+    """A copy of a network that is yet to be trained, in its place for trying a batch."""
+    return Artifact(deepcopy(job.network), job.card, "untrained")
 
 
-def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
-    """A student, its teacher (found by the config unless given), the distillers, the router and the graft."""
+def distillation(config: DistillConfig, teacher: Artifact | None = None, images: Images | None = None) -> Job:
+    """A student, its teacher, the distillers, the router and the graft.
+
+    teacher  None: that in `teacher.weights`, which `locate.locate_inputs` fills in
+    images   None: they are loaded
+    """
     device = pick_device(config.device)
     path = claim = None
     if teacher is None:
-        path = _teacher_path(config).resolve()
+        assert config.teacher.weights is not None, "the config's inputs are located first"
+        path = config.teacher.weights.resolve()
         teacher = load_teacher(config, path)
         claim = read_claim(path, teacher.sha256)
-        config = pinned(config, path, teacher.sha256)
-    images = load_images(config.data, config.residual)
+        config = pin_inputs(config, path, teacher.sha256)
+    images = images or load_images(config.data, config.residual)
+    mode = resolve_mode(config.runtime, device)
     train_one = pretrain_command(config, teacher.card.architecture)
     match_normalization(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
@@ -114,14 +128,14 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None) -> Job:
     )
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
-    task = assemble(config, student, frozen, images.side, images.train.labels)
+    task = assemble(config, student, frozen, images.side, images.train.labels, mode=mode)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.side)
     whom = teacher, path, claim, costs[1]
-    return Job(config, device, images, task.to(device), task.network, costs[0], task.spots, *whom)
+    return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom)
 
 
 def assemble(
@@ -131,13 +145,15 @@ def assemble(
     side: int,
     labels: Tensor | None = None,
     offset: Logits | None = None,
+    mode: Mode | None = None,
 ) -> DistillTask:
     """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode.
 
     labels  class of every training image, for methods that remember images
     offset  for a residual student: gives the logits of the students before it, frozen and in evaluation mode
+    mode    how it computes; None: as the config says on the student's device
     """
-    mode = resolve_mode(config.runtime, next(student.parameters()).device)
+    mode = mode or resolve_mode(config.runtime, next(student.parameters()).device)
     student, teacher = mode.to_memory_format(student), mode.to_memory_format(teacher)
     with _initialised(config.seed, "distiller"):
         method = distillers.build(
@@ -164,8 +180,8 @@ def assemble(
         runs = frozen_view(mode.to_memory_format(method.network)).run, teacher.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
     published = learned or LearnedConfig(name="none")
-    words = config.method
-    gamma = words.gamma if published.gamma is None else published.gamma
+    settings = config.method
+    gamma = settings.gamma if published.gamma is None else published.gamma
     lr = _learning_rate(config, config.student)
     task = DistillTask(
         method.network,
@@ -173,7 +189,7 @@ def assemble(
         method,
         router,
         graft,
-        Factors(words.ce_weight, words.weight, words.kl_weight, gamma, published.min_teacher_fraction),
+        Factors(settings.ce_weight, settings.weight, settings.kl_weight, gamma, published.min_teacher_fraction),
         Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
         mode,
         offset,
@@ -190,18 +206,18 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     assert job.teacher is not None
     seed = seeded_generator(job.config.seed, f"residual-{number}").initial_seed()
     config = job.config.model_copy(update={"student": name, "seed": seed})
-    words, side, teacher = config.residual, job.images.side, job.teacher.model
+    settings, side, teacher = config.residual, job.images.side, job.teacher.model
     network = _fresh(name, job.images, seed, "network", job.device)
-    if words.init == "zero":
+    if settings.init == "zero":
         nn.init.zeros_(network.head.weight)
         if network.head.bias is not None:
             nn.init.zeros_(network.head.bias)
     task: Task
-    if words.loss == "inner":
-        task = assemble(config, network, teacher, side, job.images.train.labels, base)
+    if settings.loss == "inner":
+        task = assemble(config, network, teacher, side, job.images.train.labels, base, job.mode)
     else:
         lr, decay = _learning_rate(config, name), config.train.weight_decay
-        task = ResidualTask(network, teacher.forward, base, words, lr=lr, weight_decay=decay)
+        task = ResidualTask(network, teacher.forward, base, settings, lr=lr, weight_decay=decay)
     spots = task.spots if isinstance(task, DistillTask) else ()
     return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
 
@@ -210,28 +226,30 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     """The stage in front of a distillation and its number of epochs; None for methods without one."""
     if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
         return None
-    warmup, words = job.task.distillers.warmup, job.config.method
-    if warmup is None or job.teacher is None or not isinstance(words, WarmedConfig):
+    warmup, settings = job.task.distillers.warmup, job.config.method
+    if warmup is None or job.teacher is None or not isinstance(settings, WarmedConfig):
         return None
     own, decay = _learning_rate(job.config, job.config.student), job.config.train.weight_decay
-    lr = words.lr_of_warmup(job.teacher.model.name, job.config.student, own)
+    lr = settings.lr_of_warmup(job.teacher.model.name, job.config.student, own)
     task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=decay, mode=job.mode)
-    return task.to(job.device), words.warmup_epochs
+    return task.to(job.device), settings.warmup_epochs
 
 
 def search_of(job: Job) -> SearchTask | None:
     """The search for a method's mixtures; None for methods without, and where nothing is left to be found."""
     if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)) or job.teacher is None:
         return None
-    config, words, mixer = job.config, job.config.method, job.task.feature_distiller
-    if not (isinstance(words, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
+    config, settings, mixer = job.config, job.config.method, job.task.feature_distiller
+    if not (isinstance(settings, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
         return None
     teacher = job.teacher.model
     sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
-    purposes = [f"search/{one.place}" for one in sought][: 1 if words.joint else None]
+    purposes = [f"search/{one.place}" for one in sought][: 1 if settings.joint else None]
     students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
     with _initialised(config.seed, "search"):
-        return SearchTask(students, partial(teacher.features, want="blocks"), sought, words, mixer.take).to(job.device)
+        return SearchTask(students, partial(teacher.features, want="blocks"), sought, settings, mixer.take).to(
+            job.device
+        )
 
 
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
@@ -248,25 +266,15 @@ def match_normalization(network: Artifact, images: Images, source: str, hint: st
     network.model.set_input_normalization(network.card.mean, network.card.std, given=(data.mean, data.std))
 
 
-def pinned(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
-    """The config with every name that may mean something else tomorrow replaced by what it means today.
+def pin_inputs(config: DistillConfig, teacher: Path, sha256: str) -> DistillConfig:
+    """The config with the place and the digest of its teacher and of its file of mixtures.
 
     Raises UsageError where the teacher is not the one that the config was pinned to before.
     """
     if config.teacher.sha256 not in (None, sha256):
         raise UsageError(f"{teacher}: is not the teacher this run began with (its SHA-256 differs)")
     chosen = config.teacher.model_copy(update={"weights": teacher, "sha256": sha256})
-    router = config.router
-    if isinstance(router, RandomMatchedConfig) and router.run is None:
-        router = router.model_copy(update={"run": str(_adaptive_run(config).path.resolve())})
-    return config.model_copy(update={"teacher": chosen, "router": router, "method": mixtures.pinned(config.method)})
-
-
-def _teacher_path(config: DistillConfig) -> Path:
-    path = find_teacher(config)
-    if path is None:
-        raise no_teacher(config)
-    return path
+    return config.model_copy(update={"teacher": chosen, "method": mixtures.pinned(config.method)})
 
 
 def _learning_rate(config: RunConfig, network: str) -> float:
@@ -290,7 +298,8 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     """The shares per epoch and spot that an adaptive run logged; None for every other router."""
     if not isinstance(config.router, RandomMatchedConfig):
         return None
-    run = RunDir(expanded(config.router.run)) if config.router.run else _adaptive_run(config)
+    assert config.router.run is not None, "the config's inputs are located first"
+    run = RunDir(expanded(config.router.run))
     try:
         rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
         fits = rates.ndim == 2 and rates.shape[1] == spots and bool(((rates >= 0) & (rates <= 1)).all())
@@ -299,17 +308,3 @@ def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
     if not fits:
         raise UsageError(f"router random-matched: {run.path} has no usable record of {spots} spots")
     return rates
-
-
-def _adaptive_run(config: DistillConfig) -> RunDir:
-    """The newest finished adaptive run of the same networks, method and data set; one of the same seed, if there is."""
-    wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
-    wanted |= config.data.identity() | {"method.name": config.method.name, "router.name": "adaptive"}
-    run = newest_run(config.runs_dir, wanted | {"seed": config.seed}) or newest_run(config.runs_dir, wanted)
-    if run is None:
-        raise UsageError(
-            f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
-            f"with {config.method.name} on {config.data.name} in {config.runs_dir}",
-            hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
-        )
-    return run

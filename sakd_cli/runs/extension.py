@@ -1,4 +1,4 @@
-"""The companion contract: what a run does and delivers beside its main training."""
+"""The extension contract: what a run does and delivers beside its main training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,10 +20,14 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
 
 
-def optimizer_of(task: Task, words: Train, milestones: tuple[int, ...]) -> Optimizer:
+def optimizer_of(task: Task, settings: Train, milestones: tuple[int, ...]) -> Optimizer:
     """The optimizer of an ordinary training; without milestones the learning rate stays as it is."""
     return Optimizer(
-        task.groups(), momentum=words.momentum, milestones=milestones, decay=words.lr_decay, nesterov=words.nesterov
+        task.groups(),
+        momentum=settings.momentum,
+        milestones=milestones,
+        decay=settings.lr_decay,
+        nesterov=settings.nesterov,
     )
 
 
@@ -60,18 +64,18 @@ class TrainerFactory:
         recorder: SpotRecorder | None = None,
     ) -> Trainer:
         """A trainer of `task`; what is not given is that of the job's ordinary training."""
-        words = job.config
-        if words.runtime.sync_batchnorm and distributed.world_size() > 1:
+        settings = job.config
+        if settings.runtime.sync_batchnorm and distributed.world_size() > 1:
             distributed.convert_sync_batchnorm(task)
         return Trainer(
             task,
             loader or loader_of(job),
-            optimizer or optimizer_of(task, words.train, words.train.decay_epochs()),
+            optimizer or optimizer_of(task, settings.train, settings.train.decay_epochs()),
             self.run,
             self.reporter,
             epochs=epochs,
-            log_every=words.log_every,
-            save_every=words.save_every,
+            log_every=settings.log_every,
+            save_every=settings.save_every,
             output=output,
             recorder=recorder,
             phase=phase,
@@ -80,7 +84,7 @@ class TrainerFactory:
 
 
 class RunExtension(ABC):
-    """One such thing; `companions.py` lists the kinds. What a kind has no use for it leaves as it is here."""
+    """One such thing; `extensions.py` lists the kinds. What a kind has no use for it leaves as it is here."""
 
     label: str = ""
     """What it adds to the run's name."""
@@ -88,10 +92,10 @@ class RunExtension(ABC):
     """What is said of it before the run."""
 
     @abstractmethod
-    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Once all is trained: what it adds to the summary; `figures` of each phase."""
 
-    def rehearse(self) -> None:
+    def validate(self) -> None:
         """Raise UsageError, before anything is trained, where it cannot be."""
         return
 
@@ -103,7 +107,7 @@ class RunExtension(ABC):
         """What else `--dry-run` shows of it."""
         return {}
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the delivered network's card and the summary say of it."""
         return {}
 
@@ -111,6 +115,6 @@ class RunExtension(ABC):
         """Write what belongs to the delivered network, whose file is `weights`, whenever that is written."""
         return
 
-    def trainings(self, shop: TrainerFactory) -> Iterator[Trainer]:
+    def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:
         """What is trained after the main training, each when the one before is done."""
         return iter(())

@@ -1,4 +1,4 @@
-"""The kinds of companions. To add one: a class of `companion.py`'s contract, one line below."""
+"""The kinds of run extensions. To add one: a class of `extension.py`'s contract, one line below."""
 
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.runs.branches import StudentBranches
@@ -12,7 +12,7 @@ from sakd_cli.tasks.sftn import SftnTask
 
 
 def run_extensions(job: Job) -> list[RunExtension]:
-    """What this job has beside its main training. Raises UsageError where something that was asked for cannot be."""
+    """What this job has beside its main training, validated. Raises UsageError where something cannot be."""
     config, task = job.config, job.task
     found: list[RunExtension] = []
     if isinstance(task, SftnTask):
@@ -23,4 +23,6 @@ def run_extensions(job: Job) -> list[RunExtension]:
         found.append(Surveyed(job))
     if of_job(job):
         found.append(Mixed(job))
+    for extension in found:
+        extension.validate()
     return found

@@ -38,7 +38,7 @@ class Workbench:
         self._macs: dict[str, int] = {}
 
     def refusal(self, config: DistillConfig) -> str | None:
-        """Why these words cannot be; None where they can."""
+        """Why these settings cannot be; None where they can."""
         try:
             self.task(config.model_copy(update={"router": AlwaysConfig(), "device": "cpu"}))
         except UsageError as error:
@@ -145,7 +145,7 @@ def _task(config: RunConfig, bench: Workbench) -> tuple[Task, nn.Module, float]:
 def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> float:
     """Seconds of a step, the device waited for."""
     device, size = pick_device(config.device), config.train.batch_size
-    # The learning rates of the words would let random weights run away; the arithmetic is the same.
+    # The learning rates of the settings would let random weights run away; the arithmetic is the same.
     groups = [group._replace(lr=RATE) for group in task.groups()]
     optimizer, best = Optimizer(groups, momentum=0.9, milestones=(), decay=0.1), float("inf")
     optimizer.begin_epoch(1)

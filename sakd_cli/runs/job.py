@@ -1,4 +1,4 @@
-"""One run, built and ready: what `build.py` makes of words, and everything above it works on."""
+"""One run, built and ready: what `build.py` makes of settings, and everything above it works on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from sakd_cli.config.training import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.sources import preload
-from sakd_cli.engine.runtime import Mode, resolve_mode
+from sakd_cli.engine.runtime import Mode
 from sakd_cli.engine.task import Task
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import Cost
@@ -50,6 +50,7 @@ class Job:
 
     config: RunConfig
     device: torch.device
+    mode: Mode
     images: Images
     task: Task
     network: StagedModel
@@ -61,18 +62,13 @@ class Job:
     teacher_cost: Cost | None = None
 
     @property
-    def mode(self) -> Mode:
-        """How it computes."""
-        return resolve_mode(self.config.runtime, self.device)
-
-    @property
     def card(self) -> NetworkCard:
         """How the delivered network introduces itself."""
         data = self.images.dataset
         return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
 
 
-def plan(job: Job) -> dict[str, Any]:
+def describe(job: Job) -> dict[str, Any]:
     """What `--dry-run` shows: spots with shapes and adapters, networks, trainable parameters."""
     networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
     if job.teacher and job.teacher_cost:

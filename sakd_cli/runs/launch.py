@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from sakd_cli import distributed, torchrun
-from sakd_cli.config.training import DistillConfig, PretrainConfig
+from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
 from sakd_cli.engine import checkpoint, tensorboard
@@ -35,8 +35,8 @@ from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.extensions import run_extensions
-from sakd_cli.runs.job import Job, plan
-from sakd_cli.runs.locate import Claim, compare_with_card, is_missing
+from sakd_cli.runs.job import Images, Job, describe
+from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.resume import find_matching_run
 
@@ -44,11 +44,11 @@ from sakd_cli.runs.resume import find_matching_run
 class FolderWriter:
     """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
 
-    companions   have what belongs to it written beside it
+    extensions   have what belongs to it written beside it
     """
 
-    def __init__(self, job: Job, facts: dict[str, Any], companions: Sequence[RunExtension]) -> None:
-        self.network, self.card, self.facts, self.companions = job.network, job.card, facts, companions
+    def __init__(self, job: Job, facts: dict[str, Any], extensions: Sequence[RunExtension]) -> None:
+        self.network, self.card, self.facts, self.extensions = job.network, job.card, facts, extensions
         self.folder = "student" if job.teacher else "teacher"
 
     def save_weights(self, path: Path) -> None:
@@ -56,93 +56,99 @@ class FolderWriter:
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
         artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
-        for companion in self.companions:
-            companion.publish(run.path, run.path / self.folder / "model.safetensors")
+        for extension in self.extensions:
+            extension.publish(run.path, run.path / self.folder / "model.safetensors")
 
 
 def try_one_batch(job: Job) -> dict[str, Any]:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
-    for companion in (companions := run_extensions(job)):
-        companion.rehearse()
+    extensions = run_extensions(job)
     loader = loader_of(job)
     job.task.train()
     job.task.begin_epoch(1)
     output = job.task(next(loader.epoch(1)))
     output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
-    shown = {"schema": "sakd.plan/1"} | plan(job)
-    for companion in companions:
-        shown |= companion.plan()
-        shown["networks"] += companion.networks()
+    shown = {"schema": "sakd.plan/1"} | describe(job)
+    for extension in extensions:
+        shown |= extension.plan()
+        shown["networks"] += extension.networks()
     return shown | {"batch": parts, "steps_per_epoch": len(loader), "device": str(job.device)}
 
 
 @distributed.translate_dist_errors()  # another process may end at any exchange, the first ones and the last ones too
-def carry_out(
-    job: Job, intent: ResumePlan, reporter: Reporter, again: str | None = None
+def launch(
+    job: Job,
+    extensions: Sequence[RunExtension],
+    plan: ResumePlan,
+    reporter: Reporter,
+    resume_command: str | None = None,
 ) -> tuple[RunDir, dict[str, Any]]:
     """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
 
-    again  the command that goes on after a stop; None: that of this very run
+    resume_command  what to type after a stop; None: the command of this very run
     Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
     """
     tensorboard.check(job.config.log)
     distributed.init_process_group(job.device)
     job.images.preload()
-    companions = run_extensions(job)
     _made_ready(job)
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
-    run, intent = _opened(job, companions, intent)
+    run, plan = _opened(job, extensions, plan)
     with run.locked(), tensorboard.log_to_tensorboard(run, job.config.log):
         if distributed.is_main_process():
-            _begin(job, run, intent)
+            _begin(job, run, plan)
         distributed.barrier()
         try:
-            shop = TrainerFactory(run, evaluation, reporter)
-            for companion in companions:
-                facts |= companion.facts()
-            phases = _resumed(_trainings(job, companions, shop, facts), run, intent, reporter)
+            factory = TrainerFactory(run, evaluation, reporter)
+            for extension in extensions:
+                facts |= extension.metadata()
+            phases = _resumed(_trainings(job, extensions, factory, facts), run, plan, reporter)
             with translate_oom(job.config.train.batch_size):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
             if distributed.is_main_process():
-                _close(job, companions, shop, figures, facts)
+                _close(job, extensions, factory, figures, facts)
             distributed.barrier()
         except Stopped as stopped:
-            command = "distill" if job.teacher else "pretrain-teacher"
-            hint = again or shlex.join(["sakd", command, "--resume", str(run.path)])
+            command = PROCEDURES[job.config.task].command
+            hint = resume_command or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
         return run, run.read_json("summary.json")
 
 
-def _opened(job: Job, companions: Sequence[RunExtension], intent: ResumePlan) -> tuple[RunDir, ResumePlan]:
+def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
     """The run directory and what is to become of it: the first process says it, the others read and are silent."""
     if distributed.is_main_process():
-        run = intent.open(job.config.runs_dir, _label(job, companions))
-        distributed.broadcast_object((str(run.path), intent.resume is not None))
-        return run, intent
+        run = plan.open(job.config.runs_dir, _label(job, extensions))
+        distributed.broadcast_object((str(run.path), plan.resume is not None))
+        return run, plan
     path, resume_config = distributed.broadcast_object(("", False))
     run = RunDir(Path(path), silent=True)
-    return run, intent._replace(resume=run if resume_config else None)
+    return run, plan._replace(resume=run if resume_config else None)
 
 
-def _begin(job: Job, run: RunDir, intent: ResumePlan) -> None:
+def _begin(job: Job, run: RunDir, plan: ResumePlan) -> None:
     """Make room for a new run, and write down what it is."""
-    if intent.overwrite:
+    if plan.overwrite:
         run.clear()
-    if intent.resume is None:
+    if plan.resume is None:
         write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
         write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
 
 
 def _close(
-    job: Job, companions: Sequence[RunExtension], shop: TrainerFactory, figures: dict[str, Any], facts: dict[str, Any]
+    job: Job,
+    extensions: Sequence[RunExtension],
+    factory: TrainerFactory,
+    figures: dict[str, Any],
+    facts: dict[str, Any],
 ) -> None:
-    """Everything is trained: what is left to the companions, and the summary."""
+    """Everything is trained: what is left to the extensions, and the summary."""
     summary = _about(job) | figures[MAIN] | facts
-    for companion in companions:
-        summary |= companion.close(shop, figures)
-    write_json(shop.run.path / "summary.json", summary)
+    for extension in extensions:
+        summary |= extension.finalize(factory, figures)
+    write_json(factory.run.path / "summary.json", summary)
 
 
 def _made_ready(job: Job) -> None:
@@ -158,27 +164,27 @@ def _made_ready(job: Job) -> None:
 
 
 def _trainings(
-    job: Job, companions: Sequence[RunExtension], shop: TrainerFactory, facts: dict[str, Any]
+    job: Job, extensions: Sequence[RunExtension], factory: TrainerFactory, facts: dict[str, Any]
 ) -> Iterator[Trainer]:
     """The trainings of a run, one after another; each is built when the one before is done."""
-    yield from training(job, MAIN, TrainingOutput(shop.evaluation, FolderWriter(job, facts, companions)), shop)
-    for companion in companions:
-        yield from companion.trainings(shop)
+    yield from training(job, MAIN, TrainingOutput(factory.evaluation, FolderWriter(job, facts, extensions)), factory)
+    for extension in extensions:
+        yield from extension.trainings(factory)
 
 
-def _resumed(phases: Iterator[Trainer], run: RunDir, intent: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:
+def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:
     """The same trainers, each taken to its own last checkpoint as long as all before it are complete.
 
     Lines that were logged after that checkpoint are taken back: they will be written again.
     """
-    resume_config, logs = intent.resume is not None, dict[str, int]()
+    resume_config, logs = plan.resume is not None, dict[str, int]()
     for trainer in phases:
-        complain = reporter.warn if intent.lenient else None
+        complain = reporter.warn if plan.lenient else None
         point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
         if point is not None:
             trainer.resume(point)
             logs = _sizes(point)
-        elif intent.resume is not None and distributed.is_main_process():
+        elif plan.resume is not None and distributed.is_main_process():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if resume_config and not trainer.done:
             resume_config = False
@@ -204,13 +210,13 @@ def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     return EvaluationData("validation" if held_out else "test", selection, test, len(dataset.classes))
 
 
-def _label(job: Job, companions: Sequence[RunExtension]) -> str:
-    words = job.config.model_dump()
-    parts = [words["task"], job.network.name, job.images.dataset.name]
+def _label(job: Job, extensions: Sequence[RunExtension]) -> str:
+    settings = job.config.model_dump()
+    parts = [settings["task"], job.network.name, job.images.dataset.name]
     if job.teacher:
         parts[1:1] = [job.teacher.model.name]
-        parts += [words["method"]["name"], words["router"]["name"]]
-    parts += filter(None, (companion.label for companion in companions))
+        parts += [settings["method"]["name"], settings["router"]["name"]]
+    parts += filter(None, (extension.label for extension in extensions))
     parts += [f"seed{job.config.seed}"] if job.config.seed else []
     return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
@@ -256,74 +262,71 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
     return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
 
 
-def _yaml(words: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode()
-
-
-Trained = tuple[RunDir, dict[str, Any]]
+def _yaml(settings: dict[str, Any]) -> bytes:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
 
 
 @dataclass(frozen=True)
-class Session:
-    """Who follows, and how to go on after a stop.
+class Launcher:
+    """Trains what configs say, one after another.
 
-    resume  the teacher's training goes on where an earlier one of the same words stopped
-    again   the command that goes on with all of it, said where the teacher's training is stopped
-    guard   what surrounds a training, such as the heeding of signals
+    resume          a teacher's training continues where an earlier one of the same config was stopped
+    resume_command  what to type after a stop of all of it; None: the command of the run that was stopped
+    guard           a context around each training, such as that of the signal handlers
     """
 
     reporter: Reporter
     resume: bool = False
-    again: str | None = None
+    resume_command: str | None = None
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def pretrained(self, words: PretrainConfig, intent: ResumePlan) -> Trained:
-        """One network, trained with cross-entropy: its run and the summary."""
-        return self._trained(build.pretraining(words), intent, None)
+    def train(
+        self, config: RunConfig, plan: ResumePlan, resume_command: str | None = None
+    ) -> tuple[RunDir, dict[str, Any]]:
+        """Train a config whose inputs are located, after its teacher where that is missing; the run and its summary."""
+        if isinstance(config, DistillConfig) and config.teacher.weights is None:
+            with_teacher, images = self.pretrain(config)
+            return self._launch(build.distillation(with_teacher, images=images), plan, resume_command)
+        return self._launch(build.build(config), plan, resume_command)
 
-    def distilled(self, words: DistillConfig, intent: ResumePlan, again: str | None = None) -> Trained:
-        """One distillation, after its teacher's training where that is still to be done.
+    def pretrain(self, config: DistillConfig) -> tuple[DistillConfig, Images]:
+        """Train the teacher of a distillation; the config with its weights, and the images of the distillation."""
+        first, trial = _untrained(config)
+        run_extensions(trial)  # whatever is wrong with the student's side is reported before hours go into a teacher
+        self.reporter.say(f"no finished {config.teacher.source} yet: training it first")
+        plan = find_matching_run(first.config) if self.resume else ResumePlan()
+        run, _ = self._launch(first, plan, self.resume_command)
+        teacher = config.teacher.model_copy(update={"weights": run.deliverable})
+        return config.model_copy(update={"teacher": teacher}), trial.images
 
-        again   the command that goes on after a stop, where it is not that of the run itself
-        """
-        self.with_teacher(words)
-        return self._trained(build.distillation(words), intent, again)
-
-    def with_teacher(self, words: DistillConfig) -> None:
-        """Train the teacher first where that is asked for."""
-        if not is_missing(words):
-            return
-        # Whatever is wrong with the student's side is said before hours go into a teacher.
-        for companion in run_extensions(build.distillation(words, build.untrained_teacher(words))):
-            companion.rehearse()
-        self.reporter.say(f"no finished {words.teacher.source} yet: training it first")
-        first = build.teacher_config(words)
-        self._trained(build.pretraining(first), find_matching_run(first) if self.resume else ResumePlan(), self.again)
-
-    def _trained(self, job: Job, intent: ResumePlan, again: str | None) -> Trained:
-        companions = run_extensions(job)
-        for companion in companions:
-            companion.rehearse()
+    def _launch(self, job: Job, plan: ResumePlan, resume_command: str | None) -> tuple[RunDir, dict[str, Any]]:
+        extensions = run_extensions(job)
         config, say = job.config, self.reporter.say
         say(
             f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} "
             f"epoch{'s' * (config.train.epochs > 1)} of batches of {config.train.batch_size}, "
             f"lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} ({job.mode})"
         )
-        for notice in filter(
-            None, (describe_reading(job.images.train), *(companion.notice for companion in companions))
-        ):
+        notices = [describe_reading(job.images.train), *(extension.notice for extension in extensions)]
+        for notice in filter(None, notices):
             say(notice)
         if skipped := job.images.dataset.skipped:
             self.reporter.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():
-            return carry_out(job, intent, self.reporter, again)
+            return launch(job, extensions, plan, self.reporter, resume_command)
 
 
-def tried(words: DistillConfig | PretrainConfig) -> dict[str, Any]:
+def _untrained(config: DistillConfig) -> tuple[Job, Job]:
+    """The jobs of a teacher that is yet to be trained and, with it as it is, of its student; they share the images."""
+    first = build.pretraining(build.teacher_config(config))
+    images = None if config.residual.students else first.images  # a part of them is set aside for calibration
+    return first, build.distillation(config, build.untrained_teacher(first), images)
+
+
+def dry_run(config: RunConfig) -> dict[str, Any]:
     """The plan of a training and one batch of it, with an untrained teacher where it is yet to be trained."""
-    if isinstance(words, PretrainConfig):
-        return try_one_batch(build.pretraining(words))
-    return try_one_batch(build.distillation(words, build.untrained_teacher(words) if is_missing(words) else None))
+    if isinstance(config, DistillConfig) and config.teacher.weights is None:
+        return try_one_batch(_untrained(config)[1])
+    return try_one_batch(build.build(config))

@@ -3,10 +3,11 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sakd_cli.config.networks import brought, find_network, find_trainable
 from sakd_cli.config.resolve import ConfigSource
+from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded, read_json
@@ -56,28 +57,50 @@ def _is_path(source: str) -> bool:
     return False
 
 
-def is_missing(config: DistillConfig) -> bool:
-    """Whether the teacher is yet to be trained; raises UsageError where nobody asked for that."""
-    missing = find_teacher(config) is None
-    if missing and not config.teacher.pretrain:
+def locate_inputs(config: Any) -> Any:
+    """The config with every name that may mean something else tomorrow replaced by the path it means today.
+
+    These are the teacher (left open where `teacher.pretrain` will train it) and the run whose rates a router repeats.
+    Raises UsageError where there is none.
+    """
+    if not isinstance(config, DistillConfig):
+        return config
+    path, router = find_teacher(config), config.router
+    if path is None and not config.teacher.pretrain:
         raise no_teacher(config)
-    return missing
+    if isinstance(router, RandomMatchedConfig) and router.run is None:
+        router = router.model_copy(update={"run": str(find_adaptive_run(config).path.resolve())})
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": path}), "router": router})
+
+
+def find_adaptive_run(config: DistillConfig) -> RunDir:
+    """The newest finished adaptive run of the same networks, method and data set; one of the same seed, if there is."""
+    wanted = {"task": "distill", "teacher.source": config.teacher.source, "student": config.student}
+    wanted |= config.data.identity() | {"method.name": config.method.name, "router.name": "adaptive"}
+    run = newest_run(config.runs_dir, wanted | {"seed": config.seed}) or newest_run(config.runs_dir, wanted)
+    if run is None:
+        raise UsageError(
+            f"router random-matched: no finished adaptive run of {config.teacher.source} to {config.student} "
+            f"with {config.method.name} on {config.data.name} in {config.runs_dir}",
+            hint="distil with --router adaptive first, or name its run: --set router.run=DIR",
+        )
+    return run
 
 
 def pretrain_command(config: DistillConfig, name: str) -> str:
     """The command line that trains a network as a teacher for this distillation."""
-    words = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
+    settings = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
     default = type(config).model_fields["runs_dir"].default
     if config.data.root is not None:
-        words += ["--data-root", str(config.data.root)]
+        settings += ["--data-root", str(config.data.root)]
     kind = type(config.data).model_fields
     for key, value in config.data.identity().items():
         word = key.removeprefix("data.")
         if word not in ("name", "root") and value != kind[word].default:
-            words += ["--set", f"{key}={value}"]
+            settings += ["--set", f"{key}={value}"]
     if config.runs_dir != default:
-        words += ["--runs-dir", str(config.runs_dir)]
-    return shlex.join(words)
+        settings += ["--runs-dir", str(config.runs_dir)]
+    return shlex.join(settings)
 
 
 def no_teacher(config: DistillConfig) -> UsageError:
@@ -111,15 +134,15 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
         return None
     try:
         about = read_json(card)
-        words = about["sha256"], about.get("dataset"), about.get("images"), about.get("top1")
+        settings = about["sha256"], about.get("dataset"), about.get("images"), about.get("top1")
         claim = Claim(
-            *(None if word is None else kind(word) for kind, word in zip((str, int, float), words[1:], strict=True))
+            *(None if word is None else kind(word) for kind, word in zip((str, int, float), settings[1:], strict=True))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{card}: the teacher's card is damaged") from None
-    if words[0] != sha256:
+    if settings[0] != sha256:
         raise UsageError(
-            f"{card}: is the card of other weights (SHA-256 {str(words[0])[:12]}, the file's is {sha256[:12]})",
+            f"{card}: is the card of other weights (SHA-256 {str(settings[0])[:12]}, the file's is {sha256[:12]})",
             hint="take the whole folder from where it came, or remove the card",
         )
     return claim
@@ -136,7 +159,7 @@ def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allow
     if claim.top1 is None or measured.top1 is None:
         return f"teacher: the card of {path} names no accuracy to compare with"
     if claim[:2] != measured[:2]:
-        theirs, ours = (f"{words.images} test images of {words.dataset}" for words in (claim, measured))
+        theirs, ours = (f"{settings.images} test images of {settings.dataset}" for settings in (claim, measured))
         return f"teacher: not compared with its card, which is of {theirs}; here are {ours}"
     gap = abs(claim.top1 - measured.top1)
     if gap <= max(GAP, 100 / (measured.images or 1)) + 1e-9:
@@ -184,8 +207,8 @@ def run_of(target: Path) -> RunDir | None:
 
 def words_of(run: RunDir | None) -> list[ConfigSource]:
     """On what the run was trained, by whom, and who leaves its ensemble early."""
-    words = run.config if run else {}
-    told = {key: words[key] for key in ("data", "teacher", "residual") if words.get(key)}
+    settings = run.config if run else {}
+    told = {key: settings[key] for key in ("data", "teacher", "residual") if settings.get(key)}
     return [ConfigSource("the run's config", told)] if told else []
 
 

@@ -23,57 +23,57 @@ NAME = "dfa.json"
 LARGEST = 1e-4  # how far from 1 the weights of a group may sum
 
 
-def from_file(words: MethodConfig) -> bool:
+def from_file(settings: MethodConfig) -> bool:
     """Whether the mixtures of this method come from a file."""
-    return isinstance(words, DFAConfig) and words.weights not in list(Mixtures)
+    return isinstance(settings, DFAConfig) and settings.weights not in list(Mixtures)
 
 
-def pinned(words: MethodConfig) -> MethodConfig:
-    """The words with the SHA-256 of the file they name, if they name one."""
-    if not (isinstance(words, DFAConfig) and from_file(words)):
-        return words
-    _read(words)
-    return words.model_copy(update={"weights_sha256": sha256(Path(words.weights))})
+def pinned(settings: MethodConfig) -> MethodConfig:
+    """The settings with the SHA-256 of the file they name, if they name one."""
+    if not (isinstance(settings, DFAConfig) and from_file(settings)):
+        return settings
+    _read(settings)
+    return settings.model_copy(update={"weights_sha256": sha256(Path(settings.weights))})
 
 
-def load_mixtures(words: MethodConfig, distiller: Any, teacher: str) -> None:
-    """Take the mixtures of the file that the words name, if they name one. UsageError where it does not fit."""
-    if not (isinstance(words, DFAConfig) and isinstance(distiller, DFA) and from_file(words)):
+def load_mixtures(settings: MethodConfig, distiller: Any, teacher: str) -> None:
+    """Take the mixtures of the file that the settings name, if they name one. UsageError where it does not fit."""
+    if not (isinstance(settings, DFAConfig) and isinstance(distiller, DFA) and from_file(settings)):
         return
-    found = _read(words)
+    found = _read(settings)
     if found["teacher"] != teacher:
-        raise UsageError(f"{words.weights}: holds mixtures of {found['teacher']}, not of {teacher}")
-    if found["norm"] != words.norm:
+        raise UsageError(f"{settings.weights}: holds mixtures of {found['teacher']}, not of {teacher}")
+    if found["norm"] != settings.norm:
         raise UsageError(
-            f"{words.weights}: was searched with norm {found['norm']}, this run has {words.norm}",
+            f"{settings.weights}: was searched with norm {found['norm']}, this run has {settings.norm}",
             hint=f"--set method.norm={found['norm']}",
         )
     groups = {group["index"]: group["alpha"] for group in found["groups"]}
     ours = {group.stage: len(group.places) for group in distiller.groups}
     theirs = {index: len(alpha) for index, alpha in groups.items()}
     if theirs != ours:
-        raise UsageError(f"{words.weights}: has {_told(theirs)}; this run mixes {_told(ours)}")
+        raise UsageError(f"{settings.weights}: has {_told(theirs)}; this run mixes {_told(ours)}")
     for k, group in enumerate(distiller.groups):
         distiller.take(k, torch.tensor(groups[group.stage]))
 
 
 def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:
     """Config and distiller of a job that mixes blocks; None for all others."""
-    words = job.config.method if isinstance(job.config, DistillConfig) else None
+    settings = job.config.method if isinstance(job.config, DistillConfig) else None
     distiller = job.task.feature_distiller if isinstance(job.task, DistillTask) else None
-    return (words, distiller) if isinstance(words, DFAConfig) and isinstance(distiller, DFA) else None
+    return (settings, distiller) if isinstance(settings, DFAConfig) and isinstance(distiller, DFA) else None
 
 
 def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
     """What `dfa.json` of a run holds; of mixtures from a file, what that file held. None for methods without any."""
     if (found := of_job(job)) is None:
         return None
-    words, distiller = found
+    settings, distiller = found
     dataset, seed = job.images.dataset.name, job.config.seed
-    if from_file(words):
-        read = _read(words)
+    if from_file(settings):
+        read = _read(settings)
         if warn is not None and read["dataset"] != dataset:
-            warn(f"{words.weights}: was found on {read['dataset']}, and is used on {dataset}")
+            warn(f"{settings.weights}: was found on {read['dataset']}, and is used on {dataset}")
         return read
     groups = []
     for k, group in enumerate(distiller.groups):
@@ -86,16 +86,16 @@ def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any
         alpha = distiller.alpha(k).double()
         about |= {"largest": int(alpha.argmax()) + 1, "entropy": float(torch.special.entr(alpha).sum())}
         groups.append(about)
-    settings = ("search_", "arch_", "st", "ts", "second_order", "joint")
-    search = {key: value for key, value in words.model_dump().items() if key.startswith(settings)}
+    prefixes = ("search_", "arch_", "st", "ts", "second_order", "joint")
+    search = {key: value for key, value in settings.model_dump().items() if key.startswith(prefixes)}
     return {
         "schema": SCHEMA,
         "sakd": __version__,
-        "weights": words.weights,
+        "weights": settings.weights,
         "teacher": distiller.groups[0].network,
         "dataset": dataset,
-        "norm": words.norm,
-        "distance": words.distance,
+        "norm": settings.norm,
+        "distance": settings.distance,
         "seed": seed,
         "search": search if distiller.to_be_found else None,
         "groups": groups,
@@ -109,7 +109,7 @@ class Mixed(RunExtension):
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def rehearse(self) -> None:
+    def validate(self) -> None:
         found = of_job(self.job)
         if found is not None and found[1].to_be_found:
             torchrun.require_single_process("the search for mixtures")
@@ -117,18 +117,18 @@ class Mixed(RunExtension):
     def plan(self) -> dict[str, Any]:
         return {"mixtures": record(self.job)}
 
-    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return self.plan() | {"search_seconds": figures.get("search", {}).get("seconds")}
 
 
-def _read(words: DFAConfig) -> dict[str, Any]:
+def _read(settings: DFAConfig) -> dict[str, Any]:
     """The file, checked. UsageError names what is wrong with it."""
-    path = Path(words.weights)
+    path = Path(settings.weights)
     if not path.is_file():
         raise UsageError(
             f"{path}: no such file", hint=f"--dfa-weights takes one of {', '.join(Mixtures)}, or the {NAME} of a run"
         )
-    if words.weights_sha256 not in (None, sha256(path)):
+    if settings.weights_sha256 not in (None, sha256(path)):
         raise UsageError(f"{path}: is not the file this run began with (its SHA-256 differs)")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

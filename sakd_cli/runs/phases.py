@@ -24,18 +24,18 @@ from sakd_cli.tasks.residual import ResidualTask
 from sakd_cli.tasks.search import batches
 
 
-def training(job: Job, phase: str, output: TrainingOutput, shop: TrainerFactory) -> Iterator[Trainer]:
+def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFactory) -> Iterator[Trainer]:
     """The preparations of a job, then its own training as `phase`; each is built when the one before is done."""
     before = "" if phase == MAIN else f"{phase}-"
     for prepare in PREPARATIONS:
-        yield from prepare(job, before, shop)
+        yield from prepare(job, before, factory)
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
         train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
     epochs, loader = job.config.train.epochs, _looking_ahead(job)
-    yield shop.trainer(job, job.task, phase, epochs, loader=loader, output=output, recorder=recorder)
+    yield factory.trainer(job, job.task, phase, epochs, loader=loader, output=output, recorder=recorder)
 
 
 def _looking_ahead(job: Job) -> LookAhead | None:
@@ -49,7 +49,7 @@ def _looking_ahead(job: Job) -> LookAhead | None:
     return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
 
-def _taken_from_bank(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
+def _taken_from_bank(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
     """Let the teacher's answers come from its bank, if that was asked for."""
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.cache:
         assert job.teacher is not None
@@ -60,27 +60,27 @@ def _taken_from_bank(job: Job, before: str, shop: TrainerFactory) -> Iterator[Tr
             views(job.images.train, job.images.dataset, job.device),
             job.mode,
             job.device,
-            shop.reporter,
+            factory.reporter,
         )
         job.task.teacher_features = bank
     yield from ()
 
 
-def _warmed_up(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
+def _warmed_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
     """A method's own warm-up, at a constant learning rate."""
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage
         optimizer = optimizer_of(task, job.config.train, ())
-        yield shop.trainer(job, task, f"{before}warmup", epochs, optimizer=optimizer)
+        yield factory.trainer(job, task, f"{before}warmup", epochs, optimizer=optimizer)
         task.warmup.requires_grad_(False)
 
 
-def _searched(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
+def _searched(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
     """The search for a method's mixtures, where they are not known, and their file."""
     if (search := search_of(job)) is not None:
-        config, words, images = job.config, search.words, job.images
+        config, settings, images = job.config, search.settings, job.images
         loader = batches(
-            words,
+            settings,
             images.dataset,
             images.train,
             batch_size=config.train.batch_size,
@@ -88,10 +88,10 @@ def _searched(job: Job, before: str, shop: TrainerFactory) -> Iterator[Trainer]:
             device=job.device,
         )
         both = search.optimizer(config.train.momentum)
-        yield shop.trainer(job, search, f"{before}search", words.search_epochs, loader=loader, optimizer=both)
+        yield factory.trainer(job, search, f"{before}search", settings.search_epochs, loader=loader, optimizer=both)
         search.settle()
-    if (mixed := mixtures.record(job, shop.reporter.warn)) is not None and distributed.is_main_process():
-        write_json(shop.run.path / f"{before}{mixtures.NAME}", mixed)
+    if (mixed := mixtures.record(job, factory.reporter.warn)) is not None and distributed.is_main_process():
+        write_json(factory.run.path / f"{before}{mixtures.NAME}", mixed)
 
 
 PREPARATIONS: tuple[Any, ...] = (_taken_from_bank, _warmed_up, _searched)

@@ -60,12 +60,12 @@ class Verdict(NamedTuple):
     stopped: str | None
 
 
-def verdict(energies: Sequence[float], words: ResidualConfig) -> Verdict:
+def verdict(energies: Sequence[float], settings: ResidualConfig) -> Verdict:
     """What the relative energies after each stage so far say: enough, or the last stage was not worth its cost."""
-    if len(energies) > 1 and (gain := 1 - energies[-1] / energies[-2]) < words.min_gain:
+    if len(energies) > 1 and (gain := 1 - energies[-1] / energies[-2]) < settings.min_gain:
         return Verdict(True, f"residual student {len(energies) - 1} lowered the energy by {100 * gain:.1f} % only")
-    if energies[-1] < words.energy:
-        return Verdict(False, f"the energy fell below {words.energy:g}")
+    if energies[-1] < settings.energy:
+        return Verdict(False, f"the energy fell below {settings.energy:g}")
     return Verdict(False, None)
 
 
@@ -92,21 +92,21 @@ def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> s
     return max(fitting, key=lambda name: fitting[name]) if fitting else min(macs, key=lambda name: macs[name])
 
 
-def planned(student: str, teacher: Cost, words: ResidualConfig, classes: int, side: int) -> tuple[list[str], str]:
+def planned(student: str, teacher: Cost, settings: ResidualConfig, classes: int, side: int) -> tuple[list[str], str]:
     """Names of the residual students as far as their number and cost allow, and which of the two ends the list."""
     names = [student]
     macs = cost_of(student, classes, side).macs
-    for place in range(words.students):
-        if words.architectures is None:
-            name = lighter(student, names[-1], words.ratio, classes, side)
+    for place in range(settings.students):
+        if settings.architectures is None:
+            name = lighter(student, names[-1], settings.ratio, classes, side)
         else:
-            name = words.architectures[place]
+            name = settings.architectures[place]
         macs += cost_of(name, classes, side).macs
-        if macs > words.max_cost * teacher.macs:
+        if macs > settings.max_cost * teacher.macs:
             text = f"{' + '.join([*names, name])} would cost {100 * macs / teacher.macs:.1f} % of the teacher"
-            return names[1:], f"{text}, more than residual.max_cost ({100 * words.max_cost:g} %)"
+            return names[1:], f"{text}, more than residual.max_cost ({100 * settings.max_cost:g} %)"
         names.append(name)
-    return names[1:], f"{words.students} were asked for"
+    return names[1:], f"{settings.students} were asked for"
 
 
 class _Gap:
@@ -141,6 +141,17 @@ def _between_phases() -> Iterator[None]:
         raise Stopped(stopped.signal, "all that was trained is saved") from None
 
 
+class _Base:
+    """Logits [N, K] of the members before a stage; which they are is known when the stage begins."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
 @final
 class Chain(RunExtension):
     """Plans the residual students of a job, hands them out one by one, and closes with an ensemble.
@@ -153,9 +164,9 @@ class Chain(RunExtension):
     def __init__(self, job: Job) -> None:
         assert isinstance(job.config, DistillConfig)
         assert job.teacher_cost is not None
-        self.job, self.words = job, job.config.residual
+        self.job, self.settings = job, job.config.residual
         classes, side = len(job.images.dataset.classes), job.images.side
-        self.names, self.stopped = planned(job.network.name, job.teacher_cost, self.words, classes, side)
+        self.names, self.stopped = planned(job.network.name, job.teacher_cost, self.settings, classes, side)
         if not self.names:
             raise UsageError(
                 f"residual students: {self.stopped}",
@@ -165,29 +176,28 @@ class Chain(RunExtension):
         self.members: list[StagedModel] = []
         self.dropped = 0
 
-    def rehearse(self) -> None:
-        for number, name in enumerate(self.names, start=1):
-            residual_stage(self.job, name, number, self.job.network.forward)
+    def validate(self) -> None:
+        self.base = _Base(self.job.network)
+        self.stages = [residual_stage(self.job, name, k, self.base) for k, name in enumerate(self.names, start=1)]
 
     def networks(self) -> list[dict[str, Any]]:
         pairs = zip(self.names, self.costs, strict=True)
         return [{"role": "residual student", "name": name, **cost._asdict()} for name, cost in pairs]
 
-    def trainings(self, shop: TrainerFactory) -> Iterator[Trainer]:
-        self._begin(shop.reporter)
+    def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:
+        self._begin(factory.reporter)
         self._join(self.job.network)
-        for number, name in enumerate(self.names, start=1):
-            drop, stopped = verdict(self.held_out.energies, self.words)
+        for number, job in enumerate(self.stages, start=1):
+            drop, stopped = verdict(self.held_out.energies, self.settings)
             if stopped is not None:
                 break
-            base = Ensemble(list(self.members)).eval().forward
-            job = residual_stage(self.job, name, number, base)
-            evaluation = shop.evaluation._replace(wrap=partial(Offset, base=base))
+            self.base.network = Ensemble(list(self.members)).eval()
+            evaluation = factory.evaluation._replace(wrap=partial(Offset, base=self.base))
             yield from training(
-                job, f"residual-{number}", TrainingOutput(evaluation, MemberWriter(job.network, job.card)), shop
+                job, f"residual-{number}", TrainingOutput(evaluation, MemberWriter(job.network, job.card)), factory
             )
             self._join(job.network)
-        drop, stopped = verdict(self.held_out.energies, self.words)
+        drop, stopped = verdict(self.held_out.energies, self.settings)
         self.stopped = stopped or self.stopped
         if drop:
             self.members.pop()
@@ -206,7 +216,7 @@ class Chain(RunExtension):
         for gap in (self.held_out, self.seen):
             gap.add(network)
 
-    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Fit the thresholds, write the folder `ensemble/`, and return its figures on the test images."""
         teacher, cost = self.job.teacher, self.job.teacher_cost
         assert teacher is not None
@@ -214,19 +224,19 @@ class Chain(RunExtension):
         whole = Ensemble(self.members).eval()
         stages = torch.stack(self.held_out.stages[: len(self.members)])
         macs = [self.job.cost.macs, *(cost.macs for cost in self.costs)][: len(self.members)]
-        exits = fit(self.words, stages, self.labels, macs, cost.macs)
+        exits = fit(self.settings, stages, self.labels, macs, cost.macs)
         facts = {
-            "rule": self.words.exits(),
+            "rule": self.settings.exits(),
             "energies": {"calibration": self.held_out.energies, "train": self.seen.energies},
             "dropped": self.dropped,
             "stopped": self.stopped,
             "teacher": {"architecture": teacher.model.name, "sha256": teacher.sha256, "macs": cost.macs},
             "calibration_images": len(self.labels),
         }
-        ensemble.save(shop.run.path / FOLDER, whole, self.job.card, exits, facts)
+        ensemble.save(factory.run.path / FOLDER, whole, self.job.card, exits, facts)
         with _between_phases():
             shown = figures_of(
-                whole, exits, shop.evaluation.test, len(self.job.images.dataset.classes), macs, cost.macs
+                whole, exits, factory.evaluation.test, len(self.job.images.dataset.classes), macs, cost.macs
             )
         phases = [MAIN, *(f"residual-{number}" for number in range(1, len(self.names) + 1))]
         tops = [figures[phase]["headline"]["top1"] for phase in phases if phase in figures]

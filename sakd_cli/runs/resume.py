@@ -13,7 +13,7 @@ from sakd_cli.rundir import ResumePlan, RunDir, all_runs
 AUTO = "auto"
 # Config that a run fills in for itself when it begins (`build.pinned`).
 PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256"}
-# Options of a series: its words must be said.
+# Options of a series: its settings must be said.
 SERIES = ("routers", "with_control", "seeds")
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir", "log"}
@@ -24,9 +24,9 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
     given = config_sources(params)
     folder, overwrite = params["run_dir"], params["overwrite"]
     if params["resume"] is None:
-        intent = ResumePlan(folder=folder, overwrite=overwrite)
-        intent.check()
-        return resolve(task, given).config, intent
+        plan = ResumePlan(folder=folder, overwrite=overwrite)
+        plan.check()
+        return resolve(task, given).config, plan
     if folder is not None or overwrite:
         raise UsageError("--resume goes on with a run that is there; it goes with neither --run-dir nor --overwrite")
     if params["resume"] == AUTO:
@@ -39,8 +39,8 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
 
 
 def find_matching_run(config: RunConfig) -> ResumePlan:
-    """Go on with the newest run of exactly these words, or make a new one."""
-    wanted = ConfigSource("these words", config.model_dump(mode="json"))
+    """Go on with the newest run of exactly these settings, or make a new one."""
+    wanted = ConfigSource("these settings", config.model_dump(mode="json"))
     for run in all_runs(config.runs_dir):
         try:
             same = _differing(_words_of(run, wanted.values["task"]), config) is None
@@ -52,19 +52,19 @@ def find_matching_run(config: RunConfig) -> ResumePlan:
 
 
 def resume_config(config: RunConfig) -> tuple[Any, ResumePlan]:
-    """The twin's own words (its teacher above all, and no newer one) and the way to go on with it, or a new run."""
-    intent, task = find_matching_run(config), config.task
-    if intent.resume is None:
-        return config, intent
-    words = flat(config.model_dump(mode="json"))
-    now = ConfigSource("these words", nested({key: words[key] for key in sorted(FREE) if key in words}))
-    return resolve(task, [_words_of(intent.resume, task), now]).config, intent
+    """The twin's own settings (its teacher above all, and no newer one) and the way to go on with it, or a new run."""
+    plan, task = find_matching_run(config), config.task
+    if plan.resume is None:
+        return config, plan
+    settings = flat(config.model_dump(mode="json"))
+    now = ConfigSource("these settings", nested({key: settings[key] for key in sorted(FREE) if key in settings}))
+    return resolve(task, [_words_of(plan.resume, task), now]).config, plan
 
 
 def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
-    """`--resume auto`: with words, the newest run of these words or a new one; without any, the newest run."""
-    settings = [name for name, row in OPTIONS.items() if row.key]
-    spoken = [name for name in (*settings, "preset", "config", "set_", "settings", *SERIES) if params.get(name)]
+    """`--resume auto`: with settings, the newest run of these settings or a new one; without any, the newest run."""
+    named = [name for name, row in OPTIONS.items() if row.key]
+    spoken = [name for name in (*named, "preset", "config", "set_", "settings", *SERIES) if params.get(name)]
     if not set(spoken) <= PLACES:
         return resume_config(resolve(task, given).config)
     runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir
@@ -78,14 +78,14 @@ def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> 
 
 
 def _words_of(run: RunDir, task: str) -> ConfigSource:
-    words = run.config
-    if words.get("task") != task:
-        raise UsageError(f"{run.path}: is a run of {words.get('task')!r}, not of {task!r}")
-    return ConfigSource(f"{run.path}", words)
+    settings = run.config
+    if settings.get("task") != task:
+        raise UsageError(f"{run.path}: is a run of {settings.get('task')!r}, not of {task!r}")
+    return ConfigSource(f"{run.path}", settings)
 
 
 def _in_place(here: ConfigSource, given: list[ConfigSource], task: str) -> Any:
-    """The run's own words, but on the device and with the intervals that are asked for now."""
+    """The run's own settings, but on the device and with the intervals that are asked for now."""
     free = [layer for layer in given if flat(layer.values).keys() <= FREE - {"runs_dir"}]
     return resolve(task, [here, *free]).config
 

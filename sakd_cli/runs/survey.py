@@ -37,7 +37,7 @@ from sakd_cli.models.staged import Features
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
-from sakd_cli.runs.job import Job, plan
+from sakd_cli.runs.job import Job, describe
 from sakd_cli.tasks.distill import DistillTask
 
 FORMAT = "sakd.survey/1"
@@ -56,13 +56,15 @@ class Surveyed(RunExtension):
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def close(self, shop: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Write it; its time in seconds."""
         job, start = self.job, time.perf_counter()
         try:
             # All test images would cost a short run more than an epoch; a long one has shown so many that it has all.
             most = max(LEAST, len(job.images.train) * job.config.train.epochs // 50)
-            write_aside(shop.run.path / FILE, survey(job, "train", shop.reporter, seed=job.config.seed, most=most))
+            write_aside(
+                factory.run.path / FILE, survey(job, "train", factory.reporter, seed=job.config.seed, most=most)
+            )
         except Stopped as stopped:
             raise Stopped(stopped.signal, "all of the training is saved") from None
         return {"survey_seconds": time.perf_counter() - start}
@@ -212,7 +214,7 @@ def _extremes(probability: Tensor, kept: int) -> Tensor:
 def _spots(job: Job) -> list[dict[str, Any]]:
     """The spots as `--dry-run` shows them, with the names of the stages."""
     teacher = job.teacher.model if job.teacher else job.network
-    rows = plan(job)["spots"]
+    rows = describe(job)["spots"]
     for row, spot in zip(rows, job.spots, strict=True):
         for side, network, place in (("student", job.network, spot.student), ("teacher", teacher, spot.teacher)):
             row[f"{side}_stage"] = network.infos[place].name if place < len(network.infos) else "head"

@@ -51,14 +51,14 @@ class Sides(NamedTuple):
     labels: Tensor
 
 
-def kl(sides: Sides, words: ResidualConfig) -> Tensor:
+def kl(sides: Sides, settings: ResidualConfig) -> Tensor:
     """(1 - alpha) CE(z, y) + alpha T^2 KL(softmax(t/T) || softmax(z/T)) of the summed logits z."""
     summed = sides.base + sides.own
-    missing = softened_kl(summed, sides.teacher, words.temperature).mean()
-    return (1 - words.alpha) * F.cross_entropy(summed, sides.labels) + words.alpha * missing
+    missing = softened_kl(summed, sides.teacher, settings.temperature).mean()
+    return (1 - settings.alpha) * F.cross_entropy(summed, sides.labels) + settings.alpha * missing
 
 
-def mse(sides: Sides, words: ResidualConfig) -> Tensor:
+def mse(sides: Sides, settings: ResidualConfig) -> Tensor:
     """Mean square of c(t) - c(z) - c(r), c centred: the residual itself as the target."""
     return (centred(sides.teacher) - centred(sides.base) - centred(sides.own)).square().mean()
 
@@ -77,14 +77,14 @@ class ResidualTask(Task):
         network: StagedModel,
         teacher: Logits,
         base: Logits,
-        words: ResidualConfig,
+        settings: ResidualConfig,
         *,
         lr: float,
         weight_decay: float,
     ) -> None:
         super().__init__()
         self.network = network
-        self.teacher, self.base, self.words = teacher, base, words
+        self.teacher, self.base, self.settings = teacher, base, settings
         self.lr, self.weight_decay = lr, weight_decay
 
     def groups(self) -> list[ParamGroup]:
@@ -99,5 +99,5 @@ class ResidualTask(Task):
         known = batch.precomputed
         teacher, base = known if isinstance(known, Targets) else self.precompute(batch.images)
         sides = Sides(teacher, base, self.network(batch.images), batch.labels)
-        loss = LOSSES[self.words.loss](sides, self.words)
+        loss = LOSSES[self.settings.loss](sides, self.settings)
         return StepOutput(loss, base + sides.own, {"loss": loss.detach()})

@@ -37,14 +37,14 @@ class Losses(NamedTuple):
 
 
 def batches(
-    words: DFAConfig, dataset: Dataset, train: Split, *, batch_size: int, seed: int, device: torch.device
+    settings: DFAConfig, dataset: Dataset, train: Split, *, batch_size: int, seed: int, device: torch.device
 ) -> AlternatingLoader:
     """Those of the two levels in turn, from two parts of the training images."""
     loaders = [
         TrainLoader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device)
-        for half in split_in_halves(dataset, train, words.search_split, seed)
+        for half in split_in_halves(dataset, train, settings.search_split, seed)
     ]
-    return AlternatingLoader(*loaders, ahead=words.second_order)
+    return AlternatingLoader(*loaders, ahead=settings.second_order)
 
 
 @final
@@ -68,7 +68,7 @@ class SearchTask(Task):
         students: Sequence[StagedModel],
         teacher_features: Callable[[Tensor], Features],
         sought: Sequence[Sought],
-        words: DFAConfig,
+        settings: DFAConfig,
         hand_over: Callable[[int, Tensor, Tensor], None],
     ) -> None:
         """What is searched with.
@@ -80,9 +80,9 @@ class SearchTask(Task):
         self.network = nn.ModuleList(students)
         self.teacher_features = teacher_features
         self.sought = tuple(sought)
-        self.words = words
+        self.settings = settings
         self._hand_over = hand_over
-        matches = [Match(spot, group, words) for _, spot, group in sought]
+        matches = [Match(spot, group, settings) for _, spot, group in sought]
         drops = [connect(match.shape, one.spot.student_shape) for match, one in zip(matches, sought, strict=True)]
         self.matches, self.drops = nn.ModuleList(matches), nn.ModuleList(drops)
         self.beta = nn.ParameterList([nn.Parameter(torch.zeros(len(group.places))) for _, _, group in sought])
@@ -92,12 +92,12 @@ class SearchTask(Task):
         self._at_hand: Batch | None = None
 
     def groups(self) -> list[ParamGroup]:
-        words = self.words
+        settings = self.settings
         weights = [p for part in (self.network, self.matches, self.drops) for p in part.parameters()]
-        decay = words.arch_decay if words.arch_reg == "l2" else 0.0
+        decay = settings.arch_decay if settings.arch_reg == "l2" else 0.0
         return [
-            ParamGroup("mixtures", list(self.beta), words.arch_lr, decay),
-            ParamGroup("weights", weights, words.search_lr, words.search_weight_decay),
+            ParamGroup("mixtures", list(self.beta), settings.arch_lr, decay),
+            ParamGroup("weights", weights, settings.search_lr, settings.search_weight_decay),
         ]
 
     def alphas(self) -> list[Tensor]:
@@ -106,9 +106,9 @@ class SearchTask(Task):
 
     def optimizer(self, momentum: float) -> BilevelOptimizer:
         """What trains both levels."""
-        words = self.words
+        settings = self.settings
         return BilevelOptimizer(
-            self, *self.groups(), momentum=momentum, epochs=words.search_epochs, second_order=words.second_order
+            self, *self.groups(), momentum=momentum, epochs=settings.search_epochs, second_order=settings.second_order
         )
 
     def settle(self) -> None:
@@ -140,7 +140,7 @@ class SearchTask(Task):
             tail = self._tails[student]
             passed = tail.run(tail.from_map(drop(mixed), stage), stage + 1, len(ours[student].stages) + 1)
             ts.append(F.cross_entropy(passed, batch.labels))
-        rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.words.arch_decay
+        rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.settings.arch_decay
         return Losses(ce, torch.stack(st).sum(), torch.stack(ts).sum(), rest)
 
     @property
@@ -161,11 +161,11 @@ class SearchTask(Task):
         return self._bridge(losses) + self._labels(losses)
 
     def _bridge(self, losses: Losses) -> Tensor:
-        bridge = self.words.st * losses.st + self.words.ts * losses.ts
-        return bridge + losses.rest if self.words.arch_reg == "entropy" else bridge
+        bridge = self.settings.st * losses.st + self.settings.ts * losses.ts
+        return bridge + losses.rest if self.settings.arch_reg == "entropy" else bridge
 
     def _labels(self, losses: Losses) -> Tensor:
-        return losses.ce * float(self.words.search_ce)
+        return losses.ce * float(self.settings.search_ce)
 
 
 def _entropy(alpha: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class SftnTask(Task):
         self,
         network: StagedModel,
         branches: Branches,
-        words: FriendlyConfig,
+        settings: FriendlyConfig,
         *,
         lr: float,
         weight_decay: float,
@@ -52,7 +52,7 @@ class SftnTask(Task):
         self.mode = mode or Mode()
         self.network = network
         self.branches = branches
-        self.words = words
+        self.settings = settings
         self.lr = lr
         self.weight_decay = weight_decay
 
@@ -63,20 +63,22 @@ class SftnTask(Task):
         ]
 
     def forward(self, batch: Batch) -> StepOutput:
-        words = self.words
+        settings = self.settings
         with self.mode.networks(batch.images.device):
             features = self.network.features(batch.images)
-            stages = [stage.detach() for stage in features.stages] if words.detach_features else features.stages
+            stages = [stage.detach() for stage in features.stages] if settings.detach_features else features.stages
             branches = to_fp32(self.branches(stages))
         features = features.map(to_fp32)
-        target = features.logits.detach() if words.detach_target else features.logits
+        target = features.logits.detach() if settings.detach_target else features.logits
         parts = {
             "ce": F.cross_entropy(features.logits, batch.labels),
-            "branch_kl": imitation(target, branches, words.tau, reverse=words.kl == "reverse"),
+            "branch_kl": imitation(target, branches, settings.tau, reverse=settings.kl == "reverse"),
             "branch_ce": F.cross_entropy(branches.flatten(0, 1), batch.labels.repeat(len(branches))),
         }
         loss = (
-            words.lambda_t * parts["ce"] + words.lambda_kl * parts["branch_kl"] + words.lambda_ce * parts["branch_ce"]
+            settings.lambda_t * parts["ce"]
+            + settings.lambda_kl * parts["branch_kl"]
+            + settings.lambda_ce * parts["branch_ce"]
         )
         parts["loss"] = loss
         return StepOutput(loss, features.logits, {name: part.detach() for name, part in parts.items()})
