@@ -28,7 +28,7 @@ ALONE = "where you trust the file, save its weights alone: torch.save(model.stat
 
 def translated(name: str, rules: Rules) -> str:
     """What others call our tensor."""
-    return next(re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name))
+    return next((re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name)), name)
 
 
 def load_foreign(file: Path, architecture: str, classes: int, side: int = 32) -> StagedModel:
@@ -131,7 +131,7 @@ def _advice(theirs: dict[str, Tensor]) -> str | None:
     """Which of our networks the tensors would fit, whatever the number of classes."""
     there = {name: tuple(tensor.shape) for name, tensor in theirs.items() if not name.endswith(COUNTER)}
     for network in NETWORKS.values():
-        if not any(translated("head.weight", rules) in theirs for rules in DIALECTS[network.family]):
+        if not any(translated("head.weight", rules) in theirs for rules in DIALECTS.get(network.family, ((),))):
             continue
         every = shapes_of(ghost(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
