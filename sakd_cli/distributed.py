@@ -1,12 +1,13 @@
-"""Several processes that train one network together: who is who, and numbers of the whole batch.
+"""Collectives of several processes that train one network together: ranks, shards, and values of the global batch.
 
-`torchrun` starts the processes; each gets a part of every batch, and DistributedDataParallel averages their gradients.
-What is linear in the batch needs nothing else: a process's loss counts by its `share`. What is not (a comparison of two
-means, a count, a loss between samples) is computed by every process from the numbers of all, as one process would.
+`torchrun` starts the processes; each gets a shard of every batch, and DistributedDataParallel averages their gradients.
+What is linear in the batch needs nothing else: a process's loss is multiplied by its `shard_weight`. What is not (a
+comparison of two means, a count, a loss between samples) is computed by every process from the rows of all.
 
-A value of the whole batch is the same function in every process, so its gradient by a process's own rows is known
-there: no collective runs in the backward pass. It is written `processes / share` times as large, because the loss is
-then multiplied by `share` and averaged over the processes. With one process every function gives back what it got.
+A value of the global batch is the same function in every process, so its gradient by a process's own rows is known
+there: no collective runs in the backward pass. It is written `processes / shard_weight` times as large, because the
+loss is then multiplied by `shard_weight` and averaged over the processes. With one process every function returns its
+argument.
 """
 
 import atexit
@@ -27,7 +28,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.errors import LostProcessError
 from sakd_cli.torchrun import requested_world_size
 
-PATIENCE = timedelta(hours=1)  # for the first process, which alone writes; a process that dies ends all at once
+TIMEOUT = timedelta(hours=1)  # others wait while the main process writes; one that dies ends all at once
 Item = TypeVar("Item")
 
 
@@ -42,25 +43,25 @@ def rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and talks."""
+    """Whether this is the process that writes files and logs."""
     return rank() == 0
 
 
 def init_process_group(device: torch.device) -> None:
-    """Meet the other processes, if there are to be any; once in a process's life."""
+    """Join the process group, if torchrun has started one; once per process."""
     if requested_world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         atexit.register(destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, own, count = next(rendezvous("env://", timeout=PATIENCE))
+        store, own, count = next(rendezvous("env://", timeout=TIMEOUT))
         # After a restart by torchrun the store still holds the addresses of those that are gone.
         store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=TIMEOUT)
 
 
 def destroy_process_group() -> None:
-    """Part from the others, if there are any."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -82,7 +83,7 @@ def translate_dist_errors() -> Iterator[None]:
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # by gloo, whose patience is ours, whatever the device
+        dist.all_reduce(torch.zeros(1))  # by gloo, whose timeout is ours, whatever the device
 
 
 def broadcast_object(item: Item) -> Item:
@@ -94,22 +95,22 @@ def broadcast_object(item: Item) -> Item:
     return box[0]
 
 
-def shard_sizes(whole: int) -> list[int]:
-    """Rows of a batch of `whole` samples that each process gets; they differ by at most one."""
-    each, more = divmod(whole, world_size())
+def shard_sizes(global_size: int) -> list[int]:
+    """Rows of a batch of `global_size` samples that each process gets; they differ by at most one."""
+    each, more = divmod(global_size, world_size())
     return [each + (place < more) for place in range(world_size())]
 
 
-def shard_rows(whole: int) -> slice:
+def shard_rows(global_size: int) -> slice:
     """This process's rows. Where there are fewer samples than processes, one that has none gets the first (share 0)."""
-    parts = shard_sizes(whole)
+    parts = shard_sizes(global_size)
     start = sum(parts[: rank()])
     return slice(start, start + parts[rank()]) if parts[rank()] else slice(0, 1)
 
 
-def shard_weight(whole: int) -> float:
+def shard_weight(global_size: int) -> float:
     """What this process's mean counts for: processes times its part of the batch."""
-    return shard_sizes(whole)[rank()] * world_size() / whole
+    return shard_sizes(global_size)[rank()] * world_size() / global_size
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def all_reduce_sum_with_grad(x: Tensor, batch: Batch) -> Tensor:
     own = x.detach() * (batch.shard_weight > 0)
     summed = own.clone()
     dist.all_reduce(summed)
-    return summed + (x - x.detach()) * _factor(batch)
+    return summed + (x - x.detach()) * _gradient_scale(batch)
 
 
 def all_reduce_mean(x: Tensor, batch: Batch) -> Tensor:
@@ -150,7 +151,7 @@ def all_gather(x: Tensor, batch: Batch) -> Tensor:
     dist.all_gather(found, padded)
     rows = [theirs[:count] for theirs, count in zip(found, parts, strict=True)]
     if x.requires_grad and len(own):
-        rows[rank()] = own + (x - x.detach()) * _factor(batch)
+        rows[rank()] = own + (x - x.detach()) * _gradient_scale(batch)
     return torch.cat(rows)
 
 
@@ -184,22 +185,22 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
 
 
 class AsyncMax:
-    """Numbers that the processes agree on, a step late: asking costs no waiting."""
+    """The maximum over the processes of a number, one call late, so that nobody waits for it."""
 
     def __init__(self) -> None:
-        self._asked: tuple[Tensor, Any] | None = None
+        self._pending: tuple[Tensor, Any] | None = None
 
     def __call__(self, mine: int) -> int:
         """The largest number that any process gave in the call before; with one process, its own of now."""
         if world_size() == 1:
             return mine
         answer = 0
-        if self._asked is not None:
-            number, work = self._asked
+        if self._pending is not None:
+            number, work = self._pending
             work.wait()
             answer = int(number)
         number = torch.tensor(mine)
-        self._asked = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+        self._pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
         return answer
 
 
@@ -256,7 +257,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def convert_sync_batchnorm(module: nn.Module) -> None:
-    """Make every BatchNorm below a module a SyncedBatchNorm with the very same tensors."""
+    """Make every BatchNorm below a module a SyncBatchNorm with the very same tensors."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
@@ -267,5 +268,5 @@ def convert_sync_batchnorm(module: nn.Module) -> None:
                 setattr(parent, name, synced.train(child.training))
 
 
-def _factor(batch: Batch) -> float:
+def _gradient_scale(batch: Batch) -> float:
     return world_size() / batch.shard_weight if batch.shard_weight else 1.0

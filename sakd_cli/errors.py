@@ -1,7 +1,7 @@
 """Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code.
 
-SakdError                 1   a bug of ours, if ever raised directly
-├── UsageError            2   a wrong word on the command line, in a preset, a config or an input file
+SakdError                 1   an internal error, if ever raised directly
+├── UsageError            2   a wrong argument, setting, preset or input file
 ├── DataError             3   a data set that is missing or damaged
 ├── CheckpointError       4   a run's own checkpoint that is missing or damaged
 ├── DiskError             5   the disk is full or not writable
@@ -30,7 +30,7 @@ class SakdError(Exception):
 
 
 class UsageError(SakdError):
-    """A word of the user's that is wrong; nothing was written."""
+    """A wrong argument, setting or input file; nothing was written."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class CheckpointError(SakdError):
 
 
 class DiskError(SakdError):
-    """The disk refused."""
+    """The disk is full or not writable."""
 
     exit_code = 5
 
@@ -72,7 +72,7 @@ class RunInUseError(SakdError):
 
 
 class LostProcessError(SakdError):
-    """The others cannot go on without it."""
+    """A process of a distributed training has ended; the others cannot continue."""
 
     exit_code = 9
 
@@ -86,7 +86,7 @@ class SeriesError(SakdError):
 
 
 class Stopped(BaseException):
-    """A signal asked the run to end; no `except Exception` swallows it. `saved` says what can be gone on from."""
+    """A signal asked the run to end; no `except Exception` swallows it. `saved` says what can be resumed."""
 
     def __init__(self, signal: int, saved: str = "nothing to save yet", hint: str | None = None) -> None:
         super().__init__(saved)

@@ -4,13 +4,13 @@ import os
 
 from sakd_cli.errors import UsageError
 
-WORDS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # some schedulers set a few of them for other ends
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # some schedulers set a few of them for other purposes
 
 
 def requested_world_size() -> int:
-    """How many processes whoever started this one has started; 1 where it was started alone."""
+    """How many processes were started together; 1 where this one was started alone."""
     numbers = (os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", ""))
-    together = all(os.environ.get(word) for word in WORDS) and all(number.isdecimal() for number in numbers)
+    together = all(os.environ.get(name) for name in VARIABLES) and all(number.isdecimal() for number in numbers)
     return int(numbers[1]) if together else 1
 
 
@@ -20,7 +20,7 @@ def local_rank() -> int:
 
 
 def is_console_process() -> bool:
-    """Whether this process talks: of several only the first one does."""
+    """Whether this process writes to the console: of several, only the first one does."""
     return requested_world_size() == 1 or int(os.environ["RANK"]) == 0
 
 

@@ -9,7 +9,7 @@ from oracles import close, fill, oracle, samples, tensors_of
 from torch import Tensor, nn
 
 from sakd_cli.models.adapters import ConvAdapter, LinearAdapter, adapter
-from sakd_cli.models.spot import aligned, spots_at
+from sakd_cli.models.spot import align_stages, spots_at
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
@@ -103,7 +103,7 @@ def test_relu_can_be_left_out() -> None:
 @pytest.mark.parametrize("pair", [("resnet20", "resnet56"), ("MobileNetV2", "vgg13"), ("ShuffleNetV1", "wrn_40_2")])
 def test_equally_many_stages_are_paired_in_order(pair: tuple[str, str]) -> None:
     student, teacher = map(ghost, pair)
-    assert aligned(student, teacher) == [(k, k) for k in student.map_stages]
+    assert align_stages(student, teacher) == [(k, k) for k in student.map_stages]
 
 
 def test_spots_carry_the_shapes_of_one_sample() -> None:
@@ -129,12 +129,12 @@ def test_spots_carry_the_shapes_of_one_sample() -> None:
 def test_different_numbers_of_stages_are_paired_by_stride(
     student: str, teacher: str, pairs: list[tuple[int, int]]
 ) -> None:
-    assert aligned(ghost(student), ghost(teacher)) == pairs
+    assert align_stages(ghost(student), ghost(teacher)) == pairs
 
 
 def test_lifting_from_vgg_to_mobilenet_depends_on_the_side() -> None:
     """At 64x64 the last group of VGG pools, so that all four maps are of one size."""
     student, teacher = ghost("MobileNetV2"), ghost("vgg13")
     for side, last in ((32, "up-conv 4x4 x2"), (64, "conv 1x1")):
-        spots = spots_at(student, teacher, aligned(student, teacher), side)[:-1]
+        spots = spots_at(student, teacher, align_stages(student, teacher), side)[:-1]
         assert [adapter(s.student_shape, s.teacher_shape).geometry for s in spots] == ["conv 1x1"] * 3 + [last]

@@ -13,7 +13,7 @@ from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data import table
 from sakd_cli.data.augment import channel_tensor, crop_and_flip, normalise, pad
-from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limited
+from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limit_train
 from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.errors import DataError
@@ -130,7 +130,7 @@ def test_epochs_do_not_depend_on_what_was_iterated_before(dataset: Dataset) -> N
 def test_the_global_generator_is_left_alone(dataset: Dataset) -> None:
     before = torch.get_rng_state()
     list(loader(dataset).epoch(0))
-    limited(dataset, 10, seed=0)
+    limit_train(dataset, 10, seed=0)
     hold_out(dataset, 0.1, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -186,7 +186,7 @@ def test_evaluation_is_in_order_and_repeatable(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 10, 199, 200])
 def test_limit_is_balanced(dataset: Dataset, limit: int) -> None:
-    train = limited(dataset, limit, seed=0).train
+    train = limit_train(dataset, limit, seed=0).train
     numbers = train.labels.bincount(minlength=4)
     assert len(train) == len(train.images) == limit
     assert numbers.max() - numbers.min() <= 1
@@ -194,14 +194,14 @@ def test_limit_is_balanced(dataset: Dataset, limit: int) -> None:
 
 def test_limit_takes_what_there_is() -> None:
     lopsided = made(torch.tensor([0] * 20 + [1] * 2 + [2] * 20 + [3] * 20))
-    assert limited(lopsided, 20, seed=0).train.labels.bincount().tolist() == [6, 2, 6, 6]
-    assert limited(lopsided, 1000, seed=0) is lopsided
-    assert limited(lopsided, None, seed=0) is lopsided
+    assert limit_train(lopsided, 20, seed=0).train.labels.bincount().tolist() == [6, 2, 6, 6]
+    assert limit_train(lopsided, 1000, seed=0) is lopsided
+    assert limit_train(lopsided, None, seed=0) is lopsided
 
 
 def test_limit_is_drawn_from_the_seed(dataset: Dataset) -> None:
     def taken(limit: int, seed: int) -> set[bytes]:
-        return {image.numpy().tobytes() for image in limited(dataset, limit, seed).train.images}
+        return {image.numpy().tobytes() for image in limit_train(dataset, limit, seed).train.images}
 
     assert taken(40, 0) == taken(40, 0)
     assert taken(40, 0) != taken(40, 1)
@@ -214,7 +214,7 @@ def test_the_first_classes_are_a_data_set_of_their_own(dataset: Dataset) -> None
     for split, whole in ((few.train, dataset.train), (few.test, dataset.test)):
         assert split.labels.tolist() == [label for label in whole.labels.tolist() if label < 3]
         assert torch.equal(split.images, whole.images[split.origins()])
-    assert limited(few, 10, seed=0).train.labels.bincount().tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+    assert limit_train(few, 10, seed=0).train.labels.bincount().tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
     assert first_classes(dataset, None) is first_classes(dataset, 4) is dataset
     with pytest.raises(DataError, match="made: has 4 classes, not 5"):
         first_classes(dataset, 5)
@@ -274,7 +274,7 @@ def test_load_looks_the_name_up() -> None:
 
 
 def test_a_part_of_a_part_still_knows_where_its_images_come_from(dataset: Dataset) -> None:
-    train, held = hold_out(limited(dataset, 50, 3), 0.2, 3)
+    train, held = hold_out(limit_train(dataset, 50, 3), 0.2, 3)
     assert held is not None
     for part in (train, held):
         assert torch.equal(dataset.train.images[part.origins()], part.images)

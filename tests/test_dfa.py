@@ -1,4 +1,4 @@
-"""Feature aggregation: the mixtures, the two terms of the search and what each of them wants (dfa spec, section 7)."""
+"""Feature aggregation: the mixtures, the two terms of the search and what each of them wants."""
 
 import copy
 from functools import partial
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.config.methods import DFAConfig
-from sakd_cli.distillers.dfa import DFA, Group, Match, Mixture, connect, mixable
+from sakd_cli.distillers.dfa import DFA, BlockGroup, Match, Mixture, connect, mixable_blocks
 from sakd_cli.distillers.ofd import margins, partial_distance
 from sakd_cli.distillers.table import build
 from sakd_cli.errors import UsageError
@@ -57,7 +57,7 @@ def mixer_of(teacher: StagedModel, student: str = "resnet8", **words: Any) -> DF
 def search_of(teacher: StagedModel, **words: Any) -> SearchTask:
     config = DFAConfig(**words)
     mixer = mixer_of(teacher, **words)
-    sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
+    sought = [Sought(k, mixer.spots[k], mixable_blocks(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     students = [network("resnet8", 10 + k) for k in range(1 if config.joint else len(sought))]
     torch.manual_seed(8)
     return SearchTask(students, partial(teacher.features, want="blocks"), sought, config, mixer.take).train()
@@ -181,7 +181,7 @@ def test_a_level_changes_nothing_of_the_other_and_foreign_features_are_not_recor
 
 def test_no_scale_of_a_teachers_block_matters_unless_maps_are_taken_raw() -> None:
     teacher, batch = teacher_of(), batch_of()
-    group = mixable(teacher, 2)
+    group = mixable_blocks(teacher, 2)
     blocks = features(teacher, batch).blocks[2]
     louder = [blocks[0] * 100, *blocks[1:]]
     alpha = torch.tensor([0.5, 0.3, 0.2])
@@ -193,12 +193,12 @@ def test_no_scale_of_a_teachers_block_matters_unless_maps_are_taken_raw() -> Non
 
 def test_preact_takes_what_the_next_norm_makes_of_every_block() -> None:
     teacher, batch = teacher_of(), batch_of()
-    mixture = Mixture(mixable(teacher, 2), "preact")
+    mixture = Mixture(mixable_blocks(teacher, 2), "preact")
     seen = features(teacher, batch)
     norms = [teacher.stages[2][1].bn1, teacher.stages[2][2].bn1, teacher.stages[3][0].bn1]
     for k, norm in enumerate(norms):
         assert close(mixture(seen.blocks[2], torch.eye(3)[k]), norm(seen.blocks[2][k]), 1e-12)
-    last = Mixture(mixable(teacher, 3), "preact")
+    last = Mixture(mixable_blocks(teacher, 3), "preact")
     with torch.no_grad():
         before = teacher.features(batch.images, want="preactivations").preactivations[3]
     assert close(last(seen.blocks[3], torch.eye(3)[2]), before, 1e-12)
@@ -220,7 +220,7 @@ def test_the_partial_distance_is_that_of_ofd_with_mixed_margins() -> None:
 
 def test_of_several_widths_the_commonest_is_mixed_and_where_none_is_the_network_is_refused() -> None:
     teacher = create("MobileNetV2", CLASSES)
-    groups = [mixable(teacher, stage) for stage in teacher.map_stages]
+    groups = [mixable_blocks(teacher, stage) for stage in teacher.map_stages]
     assert [(group.places, group.width) for group in groups] == [
         ((1, 2), 24),
         ((0, 1, 2), 32),
@@ -231,18 +231,20 @@ def test_of_several_widths_the_commonest_is_mixed_and_where_none_is_the_network_
     infos[2] = infos[2]._replace(blocks=(32, 40, 40, 32))
     teacher.infos = tuple(infos)
     with pytest.raises(UsageError, match="MobileNetV2 cannot be mixed at stage2: widths of its blocks: 32, 40, 40, 32"):
-        mixable(teacher, 2)
+        mixable_blocks(teacher, 2)
 
 
 def test_the_terms_want_opposite_things() -> None:
-    """The spec's recipe: block 1 is a fixed linear map of the student's own map, block 2 says the class alone."""
+    """The recipe: block 1 is a fixed linear map of the student's own map, block 2 says the class alone."""
     torch.manual_seed(0)
     size, classes = 512, 4
     x, labels = torch.randn(size, 4, 2, 2), torch.randint(classes, (size,))
     first = torch.einsum("ij,bjhw->bihw", torch.randn(6, 4), x)
     second = torch.randn(classes, 6)[labels][:, :, None, None].expand(-1, -1, 2, 2).contiguous()
     beta = torch.zeros(2, requires_grad=True)
-    match = Match(Spot("toy", "map", 1, 1, (4, 2, 2), (6, 2, 2)), Group(1, "toy", "toy", (0, 1), 6, None), DFAConfig())
+    match = Match(
+        Spot("toy", "map", 1, 1, (4, 2, 2), (6, 2, 2)), BlockGroup(1, "toy", "toy", (0, 1), 6, None), DFAConfig()
+    )
     drop, head = connect((6, 2, 2), (4, 2, 2)), nn.Linear(4, classes)
 
     def terms() -> tuple[Tensor, Tensor]:
@@ -310,7 +312,8 @@ def test_searched_by_one_term_alone_the_mass_goes_to_its_end_of_the_group(traine
     students = [tiny(1, 6) for _ in (1, 2)]
     shapes = [(info.shape(8), other.shape(8)) for info, other in zip(students[0].infos, trained.infos, strict=True)]
     sought = [
-        Sought(k - 1, Spot(f"stage{k}", "map", k, k, *shapes[k]), mixable(trained, k)) for k in trained.map_stages
+        Sought(k - 1, Spot(f"stage{k}", "map", k, k, *shapes[k]), mixable_blocks(trained, k))
+        for k in trained.map_stages
     ]
     found: dict[int, Tensor] = {}
     search = SearchTask(

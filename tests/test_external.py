@@ -16,7 +16,7 @@ from sakd_cli.models import external
 from sakd_cli.models.cost import cost
 from sakd_cli.models.cutting import cut
 from sakd_cli.models.layout import Layout
-from sakd_cli.models.spot import aligned, spots_at
+from sakd_cli.models.spot import align_stages, spots_at
 from sakd_cli.models.staged import StagedModel, frozen_view, unrecorded_view
 from sakd_cli.models.table import create
 from sakd_cli.routing.graft import Graft
@@ -115,7 +115,7 @@ def the_pieces_are_the_whole(model: StagedModel, whole: nn.Module, x: Tensor, ma
 
 def grafted_both_ways(model: StagedModel, other: StagedModel, x: Tensor) -> None:
     for student, teacher in ((model, other), (other, model)):
-        spots = spots_at(student, teacher, aligned(student, teacher), x.shape[-1])
+        spots = spots_at(student, teacher, align_stages(student, teacher), x.shape[-1])
         graft = Graft(spots, frozen_view(student).run, frozen_view(teacher).run).eval()
         with torch.no_grad():
             features = teacher.features(x)
@@ -243,7 +243,7 @@ def test_what_it_may_not_do() -> None:
 
 def test_a_sample_that_changes_over_does_not_touch_one_that_does_not(vit: StagedModel) -> None:
     x, other = torch.randn(3, 3, 32, 32), create("resnet8", CLASSES).eval()
-    spots = spots_at(vit.eval(), other, aligned(vit, other), 32)
+    spots = spots_at(vit.eval(), other, align_stages(vit, other), 32)
     graft = Graft(spots, frozen_view(vit).run, other.run).eval()
     gate = torch.zeros(3, len(spots))
     gate[0, 0] = 1
@@ -279,5 +279,5 @@ def test_a_layout_gives_the_map_that_entered(layout: Layout) -> None:
 
 
 def test_stages_of_one_stride_are_paired_by_depth(vit: StagedModel) -> None:
-    assert aligned(create("resnet8", CLASSES), vit) == [(1, 1), (2, 3), (3, 4)]
-    assert aligned(vit, create("resnet8", CLASSES)) == [(1, 1), (3, 2), (4, 3)]
+    assert align_stages(create("resnet8", CLASSES), vit) == [(1, 1), (2, 3), (3, 4)]
+    assert align_stages(vit, create("resnet8", CLASSES)) == [(1, 1), (3, 2), (4, 3)]

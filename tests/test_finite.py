@@ -39,15 +39,15 @@ def step(spoilt: str, value: float = float("nan"), rows: int = 3) -> tuple[Batch
 def test_the_first_bad_term_its_step_and_its_images_are_named(spoilt: str, value: float) -> None:
     images = "50;" if spoilt in ("input", "logits") else "40, 50, 60;"
     guard = Guard(CPU)
-    assert guard.look(*step("")) == 0
+    assert guard.inspect(*step("")) == 0
     with pytest.raises(NonFiniteError, match=f"step 2: {spoilt} is not finite, with training images {images}"):
-        guard.look(*step(spoilt, value))
+        guard.inspect(*step(spoilt, value))
 
 
 def test_where_reading_is_dear_the_flag_stays_up_and_the_first_step_is_remembered() -> None:
     guard = Guard(CPU)
     guard._cheap = False
-    found = [guard.look(*step(spoilt, rows=rows)).item() for spoilt, rows in SEEN]
+    found = [guard.inspect(*step(spoilt, rows=rows)).item() for spoilt, rows in SEEN]
     assert found == [0, 1, 1, 1]
     with pytest.raises(NonFiniteError, match="step 2: kd is not finite, with training images 40, 50, 60;"):
         guard.check()

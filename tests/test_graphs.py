@@ -36,7 +36,7 @@ class StandIn:
     def __init__(self) -> None:
         self.warmed = self.captured = self.replayed = 0
 
-    def aside(self, call: Call) -> StepOutput:
+    def warm_up(self, call: Call) -> StepOutput:
         self.warmed += 1
         return call()
 
@@ -178,7 +178,7 @@ def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.
         log.append("step")
         return output
 
-    assert device.aside(step) is output
+    assert device.warm_up(step) is output
     assert log == ["side waits for main", "in side", "step", "out", "main waits for side"]
     log.clear()
     assert device.capture(step)() is output

@@ -18,7 +18,7 @@ from sakd_cli.documents.training import Imported
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS
-from sakd_cli.models.foreign import KEYS, load_foreign, read_foreign, translated
+from sakd_cli.models.foreign import KEYS, load_foreign, read_foreign, translate_name
 from sakd_cli.models.table import create
 
 
@@ -114,7 +114,7 @@ def test_every_family_comes_in_bit_for_bit(tmp_path: Path, name: str) -> None:
 def test_no_two_tensors_have_one_foreign_name(name: str) -> None:
     ours = artifact.shapes_of(artifact.ghost(name, 7, 32))
     for rules in DIALECTS[NETWORKS[name].family]:
-        assert len({translated(tensor, rules) for tensor in ours}) == len(ours)
+        assert len({translate_name(tensor, rules) for tensor in ours}) == len(ours)
 
 
 def test_where_the_weights_may_stand_in_a_file(tmp_path: Path) -> None:

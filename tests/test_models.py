@@ -20,7 +20,7 @@ from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel, frozen_view
 from sakd_cli.models.table import FAMILIES, create
 
-# sakd spec, section 4.2: parameters and MMACs for 100 classes at 32x32, width of the pooled vector, maps as "CxH".
+# Parameters and MMACs for 100 classes at 32x32, width of the pooled vector, maps as "CxH".
 RESNET, X4 = "16x32 16x32 32x16 64x8", "32x32 64x32 128x16 256x8"
 WRN2, VGG = "16x32 32x32 64x16 128x8", "64x32 128x16 256x8 512x4 512x4"
 BASIC, WIDE = "64x32 64x32 128x16 256x8 512x4", "64x32 256x32 512x16 1024x8 2048x4"

@@ -10,7 +10,7 @@ from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import AdaptiveConfig
 from sakd_cli.errors import UsageError
-from sakd_cli.models.spot import aligned, mapped
+from sakd_cli.models.spot import align_stages, resolve_stage_map
 from sakd_cli.models.table import create
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.policies import Fixed
@@ -59,7 +59,7 @@ def test_policy_and_adapters_have_the_published_sizes(pair: tuple[str, str]) -> 
     for method, expected in zip(("at", "fitnet", "sp", "rkd"), sizes, strict=True):
         task = task_of(*pair, method)
         assert task.graft is not None
-        assert (size(task.graft.lifts), size(task.graft.drops)) == expected
+        assert (size(task.graft.to_teacher), size(task.graft.to_student)) == expected
         assert task.router.policy.in_features == width
         assert task.router.policy.out_features == 2 * len(task.spots)
 
@@ -113,19 +113,19 @@ def test_every_method_is_built_on_every_pair_or_says_why_not(pair: tuple[str, st
 def test_stages_of_networks_of_other_depths_are_paired_by_stride_and_rise(pair: tuple[str, str]) -> None:
     with torch.device("meta"):
         teacher, student = (create(name, CLASSES) for name in pair)
-    pairs = aligned(student, teacher)
+    pairs = align_stages(student, teacher)
     assert len(pairs) == min(len(student.map_stages), len(teacher.map_stages))
     for column in zip(*pairs, strict=True):
         assert list(column) == sorted(set(column))
-    assert aligned(teacher, student) == [(t, s) for s, t in pairs]
+    assert align_stages(teacher, student) == [(t, s) for s, t in pairs]
 
 
 def test_a_stage_map_is_the_users_and_is_checked() -> None:
     with torch.device("meta"):
         teacher, student = create("vgg13", CLASSES), create("wrn_16_2", CLASSES)
-    assert mapped(student, teacher, [(1, 2), (3, 4)]) == [(1, 2), (3, 4)]
+    assert resolve_stage_map(student, teacher, [(1, 2), (3, 4)]) == [(1, 2), (3, 4)]
     for wrong in ([(1, 2), (3, 2)], [(0, 1)], [(4, 1)], [(1, 5)], []):
         with pytest.raises(UsageError, match="must rise and lie in"):
-            mapped(student, teacher, wrong)
+            resolve_stage_map(student, teacher, wrong)
     task = task_of("vgg13", "wrn_16_2", "at", stage_map=[[1, 2], [3, 4]])
     assert [(spot.student, spot.teacher) for spot in task.spots[:-1]] == [(1, 2), (3, 4)]

@@ -149,7 +149,7 @@ def test_adapters_learn_only_from_the_samples_that_use_them_and_networks_not_at_
     graft = Graft(spots_at(student, teacher, [(2, 2)], 32), frozen_view(student).run, teacher.run)
     x = torch.randn(4, 3, 32, 32)
     features = teacher.features(x)
-    for gate, unused in ((torch.ones(4, 2), graft.lifts), (torch.zeros(4, 2), graft.drops)):
+    for gate, unused in ((torch.ones(4, 2), graft.to_teacher), (torch.zeros(4, 2), graft.to_student)):
         graft.zero_grad()
         graft(x, features, gate.requires_grad_()).square().sum().backward()
         assert all(parameter.grad.abs().sum() == 0 for parameter in unused.parameters())

@@ -90,7 +90,10 @@ def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, b
         for name, value in told.items():
             assert float(output.parts[name]) == pytest.approx(value, rel=1e-10)
     modules = [(task.network, slow.student)]
-    modules += [*zip(task.graft.lifts, slow.lifts, strict=True), *zip(task.graft.drops, slow.drops, strict=True)]
+    modules += [
+        *zip(task.graft.to_teacher, slow.to_teacher, strict=True),
+        *zip(task.graft.to_student, slow.to_student, strict=True),
+    ]
     tensors = [pair for a, b in modules for pair in zip(a.buffers(), b.buffers(), strict=True)]
     sgds = zip(task.groups(), (slow.student_sgd, slow.router_sgd), strict=True)
     for group, sgd in sgds:
@@ -125,8 +128,8 @@ def routing_case() -> tuple[DistillTask, Batch, dict[str, Any], dict[str, Tensor
     student = fill(create(case["student"], case["num_classes"]), salts["student"])
     task = assemble(config, student, teacher, 32)
     fill(task.router, salts["policy"])
-    fill(task.graft.lifts, salts["hint"])
-    fill(task.graft.drops, salts["anti_hint"])
+    fill(task.graft.to_teacher, salts["hint"])
+    fill(task.graft.to_student, salts["anti_hint"])
     n = case["batch"]
     batch = Batch(
         images=image((n, 3, 32, 32), salts["input"]),
@@ -154,7 +157,7 @@ def test_routed_step_agrees_with_the_oracle() -> None:
     assert close(policy.weight.grad, f64["grad_policy_weight"], 1e-8)
     assert close(policy.bias.grad, f64["grad_policy_bias"], 1e-8)
     compared = 0
-    for kind, modules in (("hint", task.graft.lifts), ("anti_hint", task.graft.drops)):
+    for kind, modules in (("hint", task.graft.to_teacher), ("anti_hint", task.graft.to_student)):
         for k, module in enumerate(modules):
             norm = torch.cat([parameter.grad.flatten() for parameter in module.parameters()]).norm()
             assert close(norm, f64[f"grad_{kind}_{k}_l2"], 1e-8)

@@ -1,4 +1,4 @@
-"""The published training step, plain and slow: the yardstick of the fast one (sakd spec, section 2.3).
+"""The published training step, plain and slow: the baseline of the fast one (guide `methods`).
 
 Own code, written from the description in its order: rows are chosen by index, both networks run twice from the image,
 two losses are propagated backwards by two optimizers, and every gradient is zero-filled, as it was when the method was
@@ -137,17 +137,23 @@ class LiteralRouting:
         student: StagedModel,
         teacher: StagedModel,
         policy: nn.Linear,
-        lifts: list[nn.Module],
-        drops: list[nn.Module],
+        to_teacher: list[nn.Module],
+        to_student: list[nn.Module],
         places: list[tuple[int, int]],
         compared: list[nn.Module],
         numbers: Numbers,
     ) -> None:
-        self.student, self.teacher, self.policy, self.lifts, self.drops = student, teacher, policy, lifts, drops
+        self.student, self.teacher, self.policy, self.to_teacher, self.to_student = (
+            student,
+            teacher,
+            policy,
+            to_teacher,
+            to_student,
+        )
         self.places, self.compared, self.numbers = places, nn.ModuleList(compared).train(), numbers
         student_side = nn.ModuleList([student, *compared])
         self.student_parameters = [p for p in student_side.parameters() if p.requires_grad]
-        self.router_parameters = [p for module in (policy, *lifts, *drops) for p in module.parameters()]
+        self.router_parameters = [p for module in (policy, *to_teacher, *to_student) for p in module.parameters()]
         self.student_sgd = torch.optim.SGD(self.student_parameters, lr=numbers.lr, momentum=0.9, weight_decay=5e-4)
         self.router_sgd = torch.optim.SGD(self.router_parameters, lr=numbers.lr / 2, momentum=0.9, weight_decay=1e-3)
 
@@ -163,8 +169,8 @@ class LiteralRouting:
             p = self.student.run(u_s, done_s, s + 1)
             q = self.teacher.run(u_t, done_t, t + 1)
             a = gate[:, k].reshape(-1, *[1] * (p.dim() - 1))
-            u_t = (1 - a) * self.lifts[k](p) + a * q
-            u_s = (1 - a) * p + a * self.drops[k](q)
+            u_t = (1 - a) * self.to_teacher[k](p) + a * q
+            u_s = (1 - a) * p + a * self.to_student[k](q)
             done_s, done_t = s + 1, t + 1
         a = gate[:, -1:]
         return (1 - a) * self.student.run(u_s, done_s, end) + a * self.teacher.run(u_t, done_t, end_t)
@@ -231,8 +237,8 @@ def literal(task: DistillTask, teacher: StagedModel, compared: list[nn.Module] |
         copy.deepcopy(task.network),
         teacher,
         copy.deepcopy(router.policy),
-        [copy.deepcopy(module) for module in task.graft.lifts],
-        [copy.deepcopy(module) for module in task.graft.drops],
+        [copy.deepcopy(module) for module in task.graft.to_teacher],
+        [copy.deepcopy(module) for module in task.graft.to_student],
         [(spot.student, spot.teacher) for spot in task.spots[:-1]],
         compared,
         Numbers(

@@ -116,7 +116,7 @@ def _line(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> dict
 
 
 def _ratio(name: str, ratio: Ratio) -> dict[str, Any]:
-    return {"above": name, "below": OURS} | ratio._asdict() | {"firm": ratio.firm}
+    return {"above": name, "below": OURS} | ratio._asdict() | {"firm": ratio.stable}
 
 
 def _headline(ratios: dict[str, Ratio]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _headline(ratios: dict[str, Ratio]) -> dict[str, Any]:
     ratio, refused = ratios[name], None
     if ratio.busy > BUSY:
         refused = f"wall time is {ratio.busy:.1f} times CPU time: the machine was busy"
-    elif not ratio.firm:
+    elif not ratio.stable:
         refused = (
             f"the rounds spread by {100 * (ratio.high - ratio.low) / ratio.median:.0f} %, above {100 * SPREAD:g} %"
         )

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from sakd_cli.bench.measure import Rounds, timed
-from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated, plain_distillation
+from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, plain_distillation
 from sakd_cli.config.networks import find_network
 from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.errors import UsageError, unknown
-from sakd_cli.models.spot import aligned
+from sakd_cli.models.spot import align_stages
 
 DEPTHS = (8, 11, 13, 14, 16, 18, 19, 20, 22, 28, 32, 34, 40, 44, 50, 56, 101, 110, 152)
 Points = list[tuple[Any, Setup]]
@@ -39,7 +39,7 @@ def _bank(setup: Setup) -> Points:
 
 
 def _spots(setup: Setup) -> Points:
-    maps = aligned(*calibrated(setup))
+    maps = align_stages(*calibrated_networks(setup))
     entry = DISTILLERS[setup.config.method.name]
     if entry.places not in _SPOT_PER_MAP:
         raise UsageError(f"--scaling spots: method {setup.config.method.name} has spots of a fixed number; at has not")
@@ -79,8 +79,8 @@ AXES: dict[str, Callable[[Setup], Points]] = {
 _SPOT_PER_MAP = {entry.places for entry in DISTILLERS.own.values() if entry.places.__name__.startswith("every_map")}
 
 
-def _with(setup: Setup, **words: Any) -> Setup:
-    return setup._replace(config=setup.config.model_copy(update=words))
+def _with(setup: Setup, **settings: Any) -> Setup:
+    return setup._replace(config=setup.config.model_copy(update=settings))
 
 
 def points_of(axis: str, setup: Setup) -> Points:
@@ -101,7 +101,7 @@ def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -
         times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], how)
         ratio = times.ratio("adaptive", "kd")
         line = {"value": value, "ms": times.milliseconds("adaptive"), "kd_ms": times.milliseconds("kd")}
-        found.append(line | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "firm": ratio.firm})
+        found.append(line | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "firm": ratio.stable})
     return {"axis": axis, "points": found}
 
 

@@ -26,12 +26,12 @@ from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import PretrainTask
 
-OURS = "adaptive"  # the step that all others are held against
+OURS = "adaptive"  # the step that all others are compared with
 RATE = 1e-9  # learning rate: the arithmetic of every step is that of the first
 
 
 class Setup(NamedTuple):
-    """What is timed: a distillation in words, images of `side` pixels, how many there are, of how many classes."""
+    """What is timed: a distillation, on so many images of `side` pixels and so many classes."""
 
     config: DistillConfig
     side: int = 32
@@ -65,7 +65,7 @@ def half_routed(spots: int, size: int) -> Tensor:
     return torch.where(both, 1 - 1e-6, 1e-6).flatten(1)
 
 
-def calibrated(setup: Setup) -> tuple[StagedModel, StagedModel]:
+def calibrated_networks(setup: Setup) -> tuple[StagedModel, StagedModel]:
     """Student, and teacher in evaluation mode, whose BatchNorms know the images: activations of ordinary size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -95,11 +95,11 @@ def batch_of(setup: Setup, task: Task, spots: int) -> Batch:
     return Batch(x, index % setup.classes, index, noise).map(lambda tensor: tensor.to(setup.device))
 
 
-def built(setup: Setup, **words: Any) -> DistillTask:
-    """The task of a setup with other words, its policy without weights: the noise alone decides."""
-    student, teacher = calibrated(setup)
+def build_task(setup: Setup, **settings: Any) -> DistillTask:
+    """The task of a setup with other settings, its policy without weights: the noise alone decides."""
+    student, teacher = calibrated_networks(setup)
     train = setup.config.train.model_copy(update={"lr": RATE})
-    config = setup.config.model_copy(update={"train": train} | words)
+    config = setup.config.model_copy(update={"train": train} | settings)
     labels = torch.arange(setup.images) % setup.classes
     task = assemble(config, student, teacher, setup.side, labels).to(setup.device).train()
     if task.graft is not None:
@@ -126,7 +126,7 @@ class Endless:
         return itertools.repeat(self.given)
 
 
-def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
+def make_step(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
     """One step of a task as the trainer does it; counted before it is compiled or captured, if it is to be."""
     given, optimizer = batch_of(setup, task, spots), optimizer_of(task)
     mode = resolve_mode(setup.config.runtime, setup.device)
@@ -158,31 +158,31 @@ def ours(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Ste
 
 def adaptive_task(setup: Setup) -> DistillTask:
     """The task of the paper's step."""
-    return built(setup, router=AdaptiveConfig(teacher_bias=0.0))
+    return build_task(setup, router=AdaptiveConfig(teacher_bias=0.0))
 
 
 def adaptive(setup: Setup) -> Step:
     """The step of the paper, ours."""
     task = adaptive_task(setup)
-    return ours(setup, OURS, f"{setup.config.method.name}, adaptive router", task, len(task.spots))
+    return make_step(setup, OURS, f"{setup.config.method.name}, adaptive router", task, len(task.spots))
 
 
 def plain_distillation(setup: Setup) -> Step:
     """Ordinary distillation of the logits."""
-    task = built(setup, method=KDConfig(), router=AlwaysConfig())
-    return ours(setup, "kd", "kd, every sample", task, len(task.spots))
+    task = build_task(setup, method=KDConfig(), router=AlwaysConfig())
+    return make_step(setup, "kd", "kd, every sample", task, len(task.spots))
 
 
 def steps(setup: Setup) -> list[Step]:
     """All that are compared, the literal published step last where the method has one."""
-    student, _ = calibrated(setup)
+    student, _ = calibrated_networks(setup)
     mode = resolve_mode(setup.config.runtime, setup.device)
     alone = PretrainTask(mode.to_memory_format(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
-    everywhere = built(setup, router=AlwaysConfig())
+    everywhere = build_task(setup, router=AlwaysConfig())
     made = [
-        ours(setup, "plain", "the student alone", alone),
+        make_step(setup, "plain", "the student alone", alone),
         plain_distillation(setup),
-        ours(setup, "always", f"{setup.config.method.name}, every sample", everywhere, len(everywhere.spots)),
+        make_step(setup, "always", f"{setup.config.method.name}, every sample", everywhere, len(everywhere.spots)),
         adaptive(setup),
     ]
     slow = _literal(setup)
@@ -192,7 +192,7 @@ def steps(setup: Setup) -> list[Step]:
 def _literal(setup: Setup) -> Step | None:
     """The published step in fp32; None for methods that it is not written for."""
     runtime = setup.config.runtime.model_copy(update={"precision": "fp32", "channels_last": False, "compile": False})
-    task = built(setup, router=AdaptiveConfig(teacher_bias=0.0), runtime=runtime)
+    task = build_task(setup, router=AdaptiveConfig(teacher_bias=0.0), runtime=runtime)
     features = task.feature_distiller
     if features is not None and type(features) not in PUBLISHED:
         return None

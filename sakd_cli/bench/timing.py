@@ -1,4 +1,4 @@
-"""Timing that can be believed: variants in turn, ratios within a round, and no headline where they scatter."""
+"""Reliable timing: variants in turn, ratios within a round, and no headline where they scatter."""
 
 import statistics
 import time
@@ -19,12 +19,12 @@ class Ratio(NamedTuple):
     busy: float
 
     @property
-    def firm(self) -> bool:
+    def stable(self) -> bool:
         """Whether it may stand as a headline."""
         return (self.high - self.low) <= SPREAD * self.median and self.busy <= BUSY
 
     def __str__(self) -> str:
-        refused = "" if self.firm else ", too noisy for a headline"
+        refused = "" if self.stable else ", too noisy for a headline"
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, n={self.rounds}{refused})"
 
 

@@ -84,7 +84,7 @@ def _found(
 ) -> dict[str, Any]:
     from sakd_cli.bench import measure
     from sakd_cli.bench.compare import comparison, earlier, must_be_alike
-    from sakd_cli.bench.peer import made
+    from sakd_cli.bench.peer import load_peer_step
     from sakd_cli.bench.scaling import points_of, scaled
     from sakd_cli.bench.steps import Setup
 
@@ -96,7 +96,7 @@ def _found(
         if before is not None:
             must_be_alike(before, measure.machine(setup), measure.described(setup, how))
         path, entry = peer
-        peers = [made(path, entry, setup)] if path else []
+        peers = [load_peer_step(path, entry, setup)] if path else []
         found = measure.measured(setup, how, peers, talk.say)
         found["scaling"] = scaled(str(axis), points, how, talk.say) if points else None
     if before is not None:

@@ -203,7 +203,7 @@ class FTConfig(WarmedConfig):
     """Translated factors of the last map (Kim et al., NeurIPS 2018)
 
     power       of the difference; `factor_power` of the map
-    warmup_lr   None: 0.01, and 0.05 for ResNet50 to vgg8 (sakd spec, section 2.10, number 12)
+    warmup_lr   None: 0.01, and 0.05 for ResNet50 to vgg8 (guide `methods`)
     """
 
     name: Literal["ft"] = "ft"

@@ -24,7 +24,7 @@ def _names(value: Any) -> Any:
 
 
 class ResidualConfig(Config):
-    """Lighter networks that are trained one after another on what the student still lacks (sakd spec of ResKD).
+    """Lighter networks that are trained one after another on what the student still lacks (Li et al., ResKD).
 
     students         how many at most; 0: the student alone
     architectures    one name per student; None (or auto): each the largest network of the student's family with at most

@@ -16,7 +16,7 @@ class RouterConfig(Config):
 
 
 class LearnedConfig(RouterConfig):
-    """What the two learned routers share (sakd spec, sections 1.2, 2.2 and 2.7); None means the published value.
+    """What the two learned routers share; None means the published value.
 
     tau                   Gumbel-Softmax temperature; shapes the gradient, not the sampling rate
     gamma                 scale of the routed cross-entropy; None: the method's

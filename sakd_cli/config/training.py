@@ -29,7 +29,7 @@ from sakd_cli.files import expanded
 Folder = Annotated[Path, AfterValidator(expanded)]
 # `library`: what torchvision or timm has trained; a folder of that name is ./library.
 Weights = Literal["library"] | Folder
-# A trained network to start from: a quarter of the epochs, at a fifth of the rate (SFTN spec, section 2).
+# A trained network to start from: a quarter of the epochs, at a fifth of the rate (as Park et al., NeurIPS 2021).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Config that may change between two parts of one run: where it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
@@ -37,7 +37,7 @@ FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 
 
 class Train(Config):
-    """SGD as the field trains CIFAR networks (sakd spec, section 2.7).
+    """SGD as the field trains CIFAR networks.
 
     epochs, batch_size
     lr            None: 0.05, or the network's own (0.01 for MobileNetV2 and ShuffleNet)

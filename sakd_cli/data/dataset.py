@@ -89,7 +89,7 @@ def first_classes(dataset: Dataset, count: int | None) -> Dataset:
     return replace(dataset, classes=dataset.classes[:count], train=train, test=test)
 
 
-def limited(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+def limit_train(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
     """The data set with its training split cut to `limit` images, in their old order; None: all of them.
 
     The numbers per class differ by at most one, as far as each class has images. A smaller limit with the same seed

@@ -24,7 +24,7 @@ class AT(Distiller):
 
     loss_k = mean over samples and positions of (a(s) - a(t))^2,  a(f) = normalised mean over channels of f^p
 
-    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, p = 2 unless told, with the
+    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, p = 2 by default, with the
     mean of squares of the CRD benchmark in place of the norm. Maps of two sizes are pooled to the smaller.
     """
 

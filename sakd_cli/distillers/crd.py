@@ -16,17 +16,17 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 EPSILON = 1e-7  # beside probabilities, as published
-WORD = 0xFFFFFFFF
+MASK32 = 0xFFFFFFFF
 
 
-def mixed(x: Tensor) -> Tensor:
+def scramble(x: Tensor) -> Tensor:
     """A fixed scrambling of 32-bit numbers held in int64: multiply and xor-shift, the same on every device.
 
     One-to-one. Factors below 2^31 keep every product below 2^63.
     """
-    x = x & WORD
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & WORD
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & WORD
+    x = x & MASK32
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK32
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & MASK32
     return x ^ (x >> 15)
 
 
@@ -40,7 +40,7 @@ def memory_need(samples: int, batch: int, width: int, negatives: int) -> int:
 
 @final
 class CRD(Distiller):
-    """A sample's embedding by one network is told from other classes' embeddings by the other network.
+    """A sample's embedding by one network is contrasted with other classes' embeddings by the other network.
 
     loss = -mean_i (ln P_i0 / (P_i0 + c + e) + sum_j ln c / (P_ij + c + e)), once per network as the anchor
     P_ij = exp(<e_i, m_j> / T) / Z;  m_0 = the sample's own row in the other network's bank, m_j = `negatives` rows of
@@ -110,10 +110,10 @@ class CRD(Distiller):
 
     def draw(self, index: Tensor, labels: Tensor) -> Tensor:
         """Rows of the banks for each sample: its own first, then its negatives. [N] each to [N, 1 + negatives]."""
-        size, key = len(self.classes), mixed(self.seed + mixed(self.calls))
-        shuffled = mixed(torch.arange(size, device=index.device) ^ key).argsort()
-        of_sample = mixed(index ^ mixed(key + 1))
-        start, stride = mixed(of_sample + 1), self.strides[of_sample % len(self.strides)]
+        size, key = len(self.classes), scramble(self.seed + scramble(self.calls))
+        shuffled = scramble(torch.arange(size, device=index.device) ^ key).argsort()
+        of_sample = scramble(index ^ scramble(key + 1))
+        start, stride = scramble(of_sample + 1), self.strides[of_sample % len(self.strides)]
         places = (start[:, None] + stride[:, None] * torch.arange(self.steps, device=index.device)) % size
         met = shuffled[places]
         other = self.classes[met] != labels[:, None]

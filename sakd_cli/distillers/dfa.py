@@ -19,7 +19,7 @@ from sakd_cli.models.staged import Features, Shape, StagedModel
 LEAST = 1e-12  # mean square of a map that is divided by its root
 
 
-class Group(NamedTuple):
+class BlockGroup(NamedTuple):
     """Blocks of one stage of the teacher that can be mixed: those of the width that most of them have.
 
     stage, name, network   which stage of which network
@@ -36,7 +36,7 @@ class Group(NamedTuple):
     norms: tuple[nn.BatchNorm2d, ...] | None
 
 
-def mixable(teacher: StagedModel, stage: int) -> Group:
+def mixable_blocks(teacher: StagedModel, stage: int) -> BlockGroup:
     """The group of a stage. Raises UsageError where no width is the commonest."""
     info = teacher.infos[stage]
     ranked = Counter(info.blocks).most_common(2)
@@ -47,7 +47,7 @@ def mixable(teacher: StagedModel, stage: int) -> Group:
     places = tuple(place for place, channels in enumerate(info.blocks) if channels == width)
     norms = teacher.norms_behind_blocks(stage)
     chosen = None if norms is None else tuple(norms[place] for place in places)
-    return Group(stage, info.name, teacher.name, places, width, chosen)
+    return BlockGroup(stage, info.name, teacher.name, places, width, chosen)
 
 
 @final
@@ -58,7 +58,7 @@ class Mixture(nn.Module):
     (preact; statistics of the frozen teacher).
     """
 
-    def __init__(self, group: Group, norm: str) -> None:
+    def __init__(self, group: BlockGroup, norm: str) -> None:
         super().__init__()
         self.places = group.places
         self.rms = norm == "rms"
@@ -112,7 +112,7 @@ def connect(source: Shape, target: Shape) -> nn.Module:
 class Match(nn.Module):
     """D(A, P(s)) per sample at one spot: the mixture A, and the student's map through a connector P."""
 
-    def __init__(self, spot: Spot, group: Group, config: DFAConfig) -> None:
+    def __init__(self, spot: Spot, group: BlockGroup, config: DFAConfig) -> None:
         super().__init__()
         self.shape = (group.width, *spot.teacher_shape[1:])
         self.mixture = Mixture(group, config.norm)
@@ -155,7 +155,7 @@ class DFA(Distiller):
     see the whole batch, so that their BatchNorm does not depend on the selection.
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: DFAConfig, groups: Sequence[Group]) -> None:
+    def __init__(self, spots: tuple[Spot, ...], config: DFAConfig, groups: Sequence[BlockGroup]) -> None:
         """groups  of the teacher, one for each spot."""
         super().__init__(spots, want="blocks")
         self._matches = [Match(spot, group, config) for spot, group in zip(spots, groups, strict=True)]

@@ -17,7 +17,7 @@ SLOPE = 0.1  # of every LeakyReLU here
 
 @final
 class Paraphraser(Warmup):
-    """Learns to tell the teacher's map in fewer channels, from which the map can be told again.
+    """Learns to encode the teacher's map in fewer channels, from which it can be decoded again.
 
     loss = mean over all elements of (decode(encode(t)) - t)^2;  encode: [N, C, H, W] to the factor [N, rate C, H, W]
     """
@@ -74,7 +74,7 @@ class FT(Distiller):
         assert isinstance(self.warmup, Paraphraser)
         w, translated, t = self.chosen(weight[0], self.translate(s), t)
         with torch.no_grad():
-            told = self.warmup.encode(t)
-        ours, theirs = pooled_to_smaller(translated, told)
+            encoded = self.warmup.encode(t)
+        ours, theirs = pooled_to_smaller(translated, encoded)
         difference = factor(ours, self.factor_power) - factor(theirs, self.factor_power)
         return torch.stack([weighted_mean(difference.abs().pow(self.power).mean(dim=1), w)])

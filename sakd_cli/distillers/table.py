@@ -11,7 +11,7 @@ from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.cc import CC
 from sakd_cli.distillers.crd import CRD
-from sakd_cli.distillers.dfa import DFA, mixable
+from sakd_cli.distillers.dfa import DFA, mixable_blocks
 from sakd_cli.distillers.dist import DIST
 from sakd_cli.distillers.distiller import Distiller, Warmup
 from sakd_cli.distillers.dkd import DKD
@@ -30,7 +30,7 @@ from sakd_cli.distillers.simkd import SimKD, reuse
 from sakd_cli.distillers.sp import SP
 from sakd_cli.distillers.vid import VID
 from sakd_cli.errors import UsageError
-from sakd_cli.models.spot import Spot, mapped, spots_at
+from sakd_cli.models.spot import Spot, resolve_stage_map, spots_at
 from sakd_cli.models.staged import StagedModel, Want
 
 StagePairs = list[tuple[int, int]]
@@ -166,12 +166,12 @@ def build(
 ) -> Distillers:
     """The distillers of a method for this pair of networks and images of `side` pixels; the spots are of `network`.
 
-    stage_map   pairs of maps that belong together; None: `aligned`
+    stage_map   pairs of maps that belong together; None: `align_stages`
     labels      class of every training image, in the order of `Batch.index`; for methods that remember images
     """
     row = DISTILLERS.row(config.name)
     student = student if row.network is None else row.network(config, student, teacher)
-    stages = Stages(mapped(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
+    stages = Stages(resolve_stage_map(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
     spots = tuple(spots_at(student, teacher, row.places(config, stages), side))
     given: tuple[Any, ...] = ()
     if row.needs_labels:
@@ -182,7 +182,7 @@ def build(
         _need_preactivations(config, student, teacher)
         given = ([teacher.affine_before_activation(spot.teacher) for spot in spots[:-1]],)
     if row.needs_blocks:
-        given = ([mixable(teacher, spot.teacher) for spot in spots[:-1]],)
+        given = ([mixable_blocks(teacher, spot.teacher) for spot in spots[:-1]],)
     features = None if row.features is None else row.features(spots[:-1], config, *given)
     warmup = features.warmup if features is not None else None
     if row.warmup is not None:

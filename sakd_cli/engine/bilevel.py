@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.engine.optim import LookAheadHook
+from sakd_cli.engine.optim import GradientHook
 from sakd_cli.engine.task import ParamGroup
 
 RADIUS = 0.01  # of the finite difference: length of the step in the space of all lower parameters
@@ -90,8 +90,8 @@ class BilevelOptimizer:
         """Set the lower rate of this epoch, counted from 1."""
         self.sgd.param_groups[0]["lr"] = self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
 
-    def step(self, loss: Tensor, look: LookAheadHook | None = None) -> None:
-        """One update of the level whose turn it is; the other one gets no gradient. `look` is that of Optimizer."""
+    def step(self, loss: Tensor, gradient_hook: GradientHook | None = None) -> None:
+        """One update of the level whose turn it is; the other one gets no gradient. The hook is that of Optimizer."""
         turn = self.levels.upper_turn
         optimizer, group = (self.adam, self.upper) if turn else (self.sgd, self.lower)
         optimizer.zero_grad(set_to_none=True)
@@ -99,8 +99,8 @@ class BilevelOptimizer:
             self._look_ahead()
         else:
             loss.backward(inputs=group.parameters)
-        if look is not None:
-            look([parameter.grad for parameter in group.parameters if parameter.grad is not None])
+        if gradient_hook is not None:
+            gradient_hook([parameter.grad for parameter in group.parameters if parameter.grad is not None])
         optimizer.step()
 
     def _look_ahead(self) -> None:

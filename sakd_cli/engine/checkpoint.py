@@ -5,7 +5,7 @@
     state.json            step, epoch and figures
     manifest.json         SHA-256 of the others, written last
 
-A checkpoint is written aside as `NAME.new` and flushed; then `NAME` becomes `previous` and `NAME.new` becomes `NAME`.
+A checkpoint is staged as `NAME.new` and flushed; then `NAME` becomes `previous` and `NAME.new` becomes `NAME`.
 At every instant one of the three is whole. safetensors has no checksum, so the manifest is checked before use.
 """
 
@@ -36,10 +36,10 @@ from sakd_cli.files import (
 FORMAT = "sakd.checkpoint/2"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 
-MOST_MANIFEST = 4096  # bytes
+MAX_MANIFEST_BYTES = 4096  # bytes
 
 
-class Loaded(NamedTuple):
+class Checkpoint(NamedTuple):
     """What a checkpoint holds; `model` is None where the stage delivers no network."""
 
     folder: Path
@@ -57,33 +57,33 @@ def write(
     keep: bool,
 ) -> None:
     """Write checkpoint `folder`; `save_model` writes the network's file. `keep`: the old one becomes `previous`."""
-    aside = folder.with_name(f"{folder.name}.new")
+    staging = folder.with_name(f"{folder.name}.new")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         if save_model is not None:
-            save_model(aside / MODEL)
+            save_model(staging / MODEL)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in training.items()}
-        write_aside(aside / TRAINING, save(tensors))
-        write_json(aside / STATE, {"format": FORMAT} | state)
-        files = sorted(path.name for path in aside.iterdir())
-        write_json(aside / MANIFEST, {name: sha256(aside / name) for name in files})
-        flush_folder(aside)
+        write_aside(staging / TRAINING, save(tensors))
+        write_json(staging / STATE, {"format": FORMAT} | state)
+        files = sorted(path.name for path in staging.iterdir())
+        write_json(staging / MANIFEST, {name: sha256(staging / name) for name in files})
+        flush_folder(staging)
         if folder.exists():
             previous = folder.with_name("previous")
             shutil.rmtree(previous if keep else folder, ignore_errors=True)
             if keep:
                 folder.replace(previous)
-        aside.replace(folder)
+        staging.replace(folder)
         flush_folder(folder.parent)
     except OSError as error:
         raise disk_error(folder, error, sum(tensor.nbytes for tensor in training.values())) from None
 
 
-def read(folder: Path) -> Loaded:
+def read(folder: Path) -> Checkpoint:
     """Check every file against the manifest, then load. Raises CheckpointError naming what is missing or damaged."""
     try:
-        written = read_bytes(folder / MANIFEST, MOST_MANIFEST)
+        written = read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
         expected: dict[str, str] = parse_json(written)
         if json_bytes(expected) != written or not {TRAINING, STATE} <= expected.keys() <= {MODEL, TRAINING, STATE}:
             raise ValueError
@@ -106,44 +106,44 @@ def read(folder: Path) -> Loaded:
         for name in expected.keys() - {STATE}:
             check_header(folder / name)
         model = load_file(folder / MODEL) if MODEL in expected else None
-        return Loaded(folder, model, load_file(folder / TRAINING), state)
+        return Checkpoint(folder, model, load_file(folder / TRAINING), state)
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
 
 
-def find(folder: Path, complain: Callable[[str], None] | None, run: str | None = None) -> Loaded | None:
+def find(folder: Path, warn: Callable[[str], None] | None, run: str | None = None) -> Checkpoint | None:
     """The newest checkpoint of `last`, `last.new` and `previous` in `folder`; None where nothing was saved yet.
 
     One that was made by another run than `run` counts as damaged.
 
     A process that died between two renames leaves a whole `last.new`, which becomes `last`. Where `last` is damaged,
-    `complain` is told and an older one is taken; without `complain` that is a CheckpointError, as it is when none is
+    `warn` is called and an older one is used; without `warn` that is a CheckpointError, as it is when none is
     whole.
     """
-    last, aside, previous = (folder / name for name in ("last", "last.new", "previous"))
-    if not last.exists() and aside.exists():
+    last, staging, previous = (folder / name for name in ("last", "last.new", "previous"))
+    if not last.exists() and staging.exists():
         try:
-            _made_by(run, read(aside))
-            aside.replace(last)
+            _require_run(run, read(staging))
+            staging.replace(last)
         except CheckpointError:
             pass  # a half-written one is no damage: it never was a checkpoint
     if last.exists():
         try:
-            return _made_by(run, read(last))
+            return _require_run(run, read(last))
         except CheckpointError as damage:
-            if complain is None:
+            if warn is None:
                 raise CheckpointError(
                     damage.message, hint="--resume auto goes on from an older checkpoint, if one is whole"
                 ) from None
-            complain(damage.message)
+            warn(damage.message)
     if previous.exists():
-        return _made_by(run, read(previous))
+        return _require_run(run, read(previous))
     if last.exists():
         raise CheckpointError(f"{folder}: no whole checkpoint is left", hint="start anew: --overwrite, or another run")
     return None
 
 
-def _made_by(run: str | None, loaded: Loaded) -> Loaded:
+def _require_run(run: str | None, loaded: Checkpoint) -> Checkpoint:
     if loaded.state.get("run") != run:
         raise CheckpointError(f"{loaded.folder}: belongs to another run")
     return loaded

@@ -20,7 +20,7 @@ def wrap_ddp(task: Task) -> nn.Module:
     # Under the name of the argument for it torch 2.15 warns and torch 2.11 knows no other.
     none = [name for name, _ in task.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, none)
-    return DistributedDataParallel(task, find_unused_parameters=task.idle_parameters)
+    return DistributedDataParallel(task, find_unused_parameters=task.has_unused_parameters)
 
 
 def of_all_processes(

@@ -1,7 +1,7 @@
 """A training step as one launch: captured once as a CUDA graph, replayed for every further batch of its size.
 
 After torch's notes on CUDA graphs (whole-network capture): some steps on a side stream first, then the capture, then
-inputs are copied into the tensors that the graph reads. Not tried on a GPU yet; tests/test_graphs.py has the test.
+inputs are copied into the tensors that the graph reads. Not tested on a GPU yet; tests/test_graphs.py has the test.
 """
 
 from collections.abc import Callable, Hashable
@@ -22,8 +22,8 @@ Step = Callable[[Batch], StepOutput]
 class Device(Protocol):
     """Where steps are captured."""
 
-    def aside(self, call: Callable[[], StepOutput]) -> StepOutput:
-        """Do it as a capture would, but really."""
+    def warm_up(self, call: Callable[[], StepOutput]) -> StepOutput:
+        """Run it on the stream of the captures."""
 
     def capture(self, call: Callable[[], StepOutput]) -> Callable[[], StepOutput]:
         """Note what it asks of the device, without doing it; the function that does it, ever into the same tensors."""
@@ -36,7 +36,7 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
-    def aside(self, call: Callable[[], StepOutput]) -> StepOutput:
+    def warm_up(self, call: Callable[[], StepOutput]) -> StepOutput:
         here = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -68,7 +68,7 @@ class Cuda:
 class GraphedStep:
     """Called like `step`, with the same numbers: full batches are replayed, the smaller last one of an epoch is not.
 
-    Nor is a part of a batch that several processes share: they talk to each other within the step.
+    Nor is a part of a batch that several processes share: they communicate within the step.
 
     step  forward, backward and update in fixed shapes. It may change tensors in place only, must read nothing back, and
           its output must hold no autograd graph, whose nodes would remember the stream of the capture
@@ -94,7 +94,7 @@ class GraphedStep:
             return self._step(batch)
         if self._seen < WARMUP:
             self._seen += 1
-            return self._device.aside(lambda: self._step(batch))
+            return self._device.warm_up(lambda: self._step(batch))
         if self._replay is None or self._given is None:
             self._given = given = batch.map(torch.clone)
             self._replay = self._device.capture(lambda: self._step(given))

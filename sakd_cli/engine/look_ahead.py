@@ -1,7 +1,7 @@
 """What a frozen network makes of the next few batches, computed for all of them at once, in front of their steps.
 
 At batch 64 a GPU waits for launches: one pass over the images of k steps needs a k-th of them, and nothing in it
-depends on those steps (performance spec, section 4.4).
+depends on those steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from sakd_cli.engine.trainer import Loader
 
 @final
 class LookAhead:
-    """The batches of a loader, each with what `look` makes of its images in `Batch.precomputed`.
+    """The batches of a loader, each with what `forward` makes of its images in `Batch.precomputed`.
 
-    look   images [B, 3, H, W] to tensors [B, ...], each row from its own image alone: a network in evaluation mode
-    steps  batches whose images it sees at once
+    forward  images [B, 3, H, W] to tensors [B, ...], each row from its own image alone: a network in evaluation mode
+    steps    batches whose images it sees at once
 
     Groups of steps begin at the epoch's first step. An epoch that is taken up inside of a group computes all of that
     group, so a resumed run sees the very bits of one that was never stopped. Against one pass per step the numbers
@@ -32,9 +32,9 @@ class LookAhead:
     """
 
     def __init__(
-        self, loader: Loader, look: Callable[[Tensor], Precomputed], *, steps: int, device: torch.device
+        self, loader: Loader, forward: Callable[[Tensor], Precomputed], *, steps: int, device: torch.device
     ) -> None:
-        self.loader, self.look, self.steps = loader, look, steps
+        self.loader, self.forward, self.steps = loader, forward, steps
         self.steps_per_epoch = loader.steps_per_epoch
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -48,37 +48,37 @@ class LookAhead:
 
     def _groups(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         if self._side is None:
-            while group := self._seen(batches):
+            while group := self._compute(batches):
                 yield group
             return
         # What the loader draws from was put there by the stream that trains.
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        group, ready = self._prepared(batches, self._side)
+        group, ready = self._enqueue(batches, self._side)
         while group:
-            coming = self._prepared(batches, self._side)
+            coming = self._enqueue(batches, self._side)
             here = torch.cuda.current_stream(self._side.device)
             here.wait_event(ready)
-            yield [batch.map(lambda tensor, here=here: _used_on(tensor, here)) for batch in group]  # type: ignore[misc]
+            yield [batch.map(lambda tensor, here=here: _record_stream(tensor, here)) for batch in group]  # type: ignore[misc]
             group, ready = coming
 
-    def _prepared(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[list[Batch], torch.cuda.Event]:
+    def _enqueue(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[list[Batch], torch.cuda.Event]:
         """The next group, asked of the device but not waited for, and the event after which it is there."""
         with torch.cuda.stream(side):
-            return self._seen(batches), side.record_event()
+            return self._compute(batches), side.record_event()
 
-    def _seen(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _compute(self, batches: Iterator[Batch]) -> list[Batch]:
         """The next group; empty at the epoch's end."""
         group = list(islice(batches, self.steps))
         if not group:
             return []
-        known = self.look(torch.cat([batch.images for batch in group]))
+        precomputed = self.forward(torch.cat([batch.images for batch in group]))
         ends = list(accumulate(len(batch.images) for batch in group))
         rows = [slice(end - len(batch.images), end) for batch, end in zip(group, ends, strict=True)]
-        parts = [known.map(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]
+        parts = [precomputed.map(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]
         return [replace(batch, precomputed=part) for batch, part in zip(group, parts, strict=True)]
 
 
-def _used_on(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+def _record_stream(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
     """The same tensor; its memory is not given away before `stream` has done what it was asked until it is dropped."""
     tensor.record_stream(stream)
     return tensor

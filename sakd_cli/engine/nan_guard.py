@@ -33,7 +33,7 @@ class Guard:
         """So many steps were done before the next."""
         self._steps.fill_(step)
 
-    def look(self, batch: Batch, output: StepOutput, gradients: Sequence[Tensor]) -> Tensor:
+    def inspect(self, batch: Batch, output: StepOutput, gradients: Sequence[Tensor]) -> Tensor:
         """A step is about to change the weights; 1 if it must not. Raises NonFiniteError here if that is cheap.
 
         All that is remembered is changed in place: a CUDA graph replays this.

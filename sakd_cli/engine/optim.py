@@ -6,7 +6,7 @@ import torch
 
 from sakd_cli.engine.task import ParamGroup
 
-LookAheadHook = Callable[[list[torch.Tensor]], torch.Tensor]
+GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 class Optimizer:
@@ -41,15 +41,15 @@ class Optimizer:
         for settings, group in zip(self.sgd.param_groups, self.groups, strict=True):
             settings["lr"] = group.lr * self.factor(epoch)
 
-    def step(self, loss: torch.Tensor, look: LookAheadHook | None = None) -> None:
-        """One backward pass and one update of all groups; `look` sees the gradients in between.
+    def step(self, loss: torch.Tensor, gradient_hook: GradientHook | None = None) -> None:
+        """One backward pass and one update of all groups; `gradient_hook` sees the gradients in between.
 
         It may raise, or give a scalar on the device; on CUDA no update is made where that is 1.
         """
         self.sgd.zero_grad(set_to_none=True)
         loss.backward()
-        if look is not None:
-            skip = look([p.grad for group in self.groups for p in group.parameters if p.grad is not None])
+        if gradient_hook is not None:
+            skip = gradient_hook([p.grad for group in self.groups for p in group.parameters if p.grad is not None])
             if self._fused:
                 setattr(self.sgd, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
         self.sgd.step()

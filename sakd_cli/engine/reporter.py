@@ -1,4 +1,4 @@
-"""How the engine tells what it does, whoever listens."""
+"""How the engine reports what it does."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from sakd_cli.errors import Stopped
 
 
 class Reporter(Protocol):
-    """Listens to a run; the command line draws bars or prints lines, a program may do nothing."""
+    """Receives what a run reports; the command line draws progress bars or prints lines, a program may ignore it."""
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         """A run of `steps` training steps starts; `done` of them were done before."""
@@ -25,17 +25,17 @@ class Reporter(Protocol):
         """The run has ended, well or not."""
 
     def say(self, text: str) -> None:
-        """One line worth knowing."""
+        """A message, one line."""
 
     def warn(self, text: str) -> None:
-        """Something went wrong that the run survives."""
+        """A warning: something went wrong that the run survives."""
 
     def stop(self) -> int:
         """Number of the signal that asked the run to save its state and to end; 0: none did."""
 
 
 class NullReporter:
-    """A reporter that does nothing."""
+    """A reporter that ignores everything."""
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         return

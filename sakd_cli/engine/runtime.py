@@ -23,14 +23,14 @@ from sakd_cli.errors import MemoryLimitError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
 Seen = TypeVar("Seen")
-AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. A guess of the performance spec, not measured
+AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. An estimate, not measured
 
 
 class Mode(NamedTuple):
     """How a run computes on its device. The only place that decides on number types and memory layout.
 
     reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
-             optimizer and BatchNorm's statistics are outside of it, and get what the networks give as `widened` has it
+             optimizer and BatchNorm's statistics are outside of it, and get what the networks give by `to_fp32`
     graphed  a step is captured and replayed as one CUDA graph
     ahead    steps whose images the teacher sees in one pass; 1: no look-ahead
     gathered  losses between samples see those of all processes
@@ -45,10 +45,10 @@ class Mode(NamedTuple):
     ahead: int = 1
 
     def __str__(self) -> str:
-        words = ["bf16" if self.autocast_dtype else "fp32", "channels_last" if self.channels_last else "contiguous"]
-        words += ["dynamic shapes" if self.dynamic_shapes else "static shapes", *["compiled"] * self.compiled]
-        words += ["graph"] * self.graphed
-        return ", ".join([*words, *[f"look-ahead {self.ahead}"] * (self.ahead > 1)])
+        parts = ["bf16" if self.autocast_dtype else "fp32", "channels_last" if self.channels_last else "contiguous"]
+        parts += ["dynamic shapes" if self.dynamic_shapes else "static shapes", *["compiled"] * self.compiled]
+        parts += ["graph"] * self.graphed
+        return ", ".join([*parts, *[f"look-ahead {self.ahead}"] * (self.ahead > 1)])
 
     def networks(self, device: torch.device) -> torch.autocast:
         """Networks, and what is trained to translate between them, run inside of this."""
@@ -66,30 +66,20 @@ def to_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def resolve_mode(words: Runtime, device: torch.device) -> Mode:
-    """What the words mean on this device."""
-    cuda = device.type == "cuda"
-    dynamic_shapes = device.type == "cpu" and not words.compile if words.shapes == "auto" else words.shapes == "dynamic"
+def resolve_mode(config: Runtime, device: torch.device) -> Mode:
+    """What the settings mean on this device."""
+    cuda, distributed_run = device.type == "cuda", torchrun.requested_world_size() > 1
+    look_ahead = (AHEAD if cuda else 1) if config.look_ahead == "auto" else config.look_ahead
+    auto_shapes = "dynamic" if device.type == "cpu" and not config.compile else "static"
     return Mode(
-        autocast_dtype=torch.bfloat16 if words.precision == "bf16" else None,
-        channels_last=device.type in ("cpu", "cuda") if words.channels_last == "auto" else words.channels_last,
-        dynamic_shapes=dynamic_shapes,
-        compiled=words.compile,
-        gather_batch=words.global_batch,
-        graphed=words.graph and cuda and torchrun.requested_world_size() == 1,
-        # A group of steps is cut into steps, not into the processes' parts of each.
-        ahead=1
-        if torchrun.requested_world_size() > 1
-        else (AHEAD if cuda else 1)
-        if words.look_ahead == "auto"
-        else words.look_ahead,
+        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        channels_last=device.type in ("cpu", "cuda") if config.channels_last == "auto" else config.channels_last,
+        dynamic_shapes=(auto_shapes if config.shapes == "auto" else config.shapes) == "dynamic",
+        compiled=config.compile,
+        gather_batch=config.global_batch,
+        graphed=config.graph and cuda and not distributed_run,
+        ahead=1 if distributed_run else look_ahead,  # a group is cut into steps, not into the shards of each
     )
-
-
-def _ahead(words: Runtime, *, cuda: bool) -> int:
-    if words.look_ahead == "auto":
-        return AHEAD if cuda else 1
-    return words.look_ahead
 
 
 def check_compiler(device: torch.device) -> None:

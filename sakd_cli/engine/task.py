@@ -48,7 +48,7 @@ class Task(nn.Module, ABC):
 
     network: nn.Module
     """What the task delivers."""
-    idle_parameters: bool = False
+    has_unused_parameters: bool = False
     """Whether some parameters of its groups get no gradient."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.bilevel import BilevelOptimizer
-from sakd_cli.engine.checkpoint import Loaded
+from sakd_cli.engine.checkpoint import Checkpoint
 from sakd_cli.engine.ddp import of_all_processes, wrap_ddp
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.graphs import Device, GraphedStep
@@ -50,7 +50,7 @@ class ModelWriter(Protocol):
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None: ...
 
 
-def _alone(network: nn.Module) -> nn.Module:
+def _unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
@@ -64,7 +64,7 @@ class EvaluationData(NamedTuple):
     validation: Iterable[tuple[Tensor, Tensor]]
     test: Iterable[tuple[Tensor, Tensor]]
     classes: int
-    wrap: Callable[[nn.Module], nn.Module] = _alone
+    wrap: Callable[[nn.Module], nn.Module] = _unwrapped
 
 
 class TrainingOutput(NamedTuple):
@@ -111,8 +111,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.guard = Guard(next(task.parameters()).device)
-        self._spread = wrap_ddp(task)
-        self._poll = distributed.AsyncMax()
+        self._ddp = wrap_ddp(task)
+        self._stop_signal = distributed.AsyncMax()
         self._statistics = distributed.running_statistics(task)
         self._advance = self._step if graphs is None else GraphedStep(self._step, graphs, self._rates)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
@@ -130,7 +130,7 @@ class Trainer:
             while not self.done:
                 self._one_epoch(self.epoch + 1)
             if self.output is not None:
-                figures = self._final_figures(self.output)
+                figures = self._final_metrics(self.output)
         except Stopped as stopped:
             self._save()
             raise Stopped(stopped.signal, f"step {self.step} of {self.steps} is saved") from None
@@ -159,7 +159,7 @@ class Trainer:
         first = (epoch - 1) * self.loader.steps_per_epoch
         last = first + self.loader.steps_per_epoch
         for batch in self.loader.epoch(epoch, start=self.step - first):
-            if signal := self._poll(self.reporter.stop()):
+            if signal := self._stop_signal(self.reporter.stop()):
                 raise Stopped(signal)
             self._count(self._advance(batch), batch)
             self.step += 1
@@ -171,9 +171,9 @@ class Trainer:
 
     def _step(self, batch: Batch) -> StepOutput:
         """Forward, backward, update; the output without its autograd graph."""
-        output: StepOutput = self._spread(batch)
+        output: StepOutput = self._ddp(batch)
         loss = output.loss if batch.shard_weight == 1 else output.loss * batch.shard_weight
-        self.optimizer.step(loss, partial(self.guard.look, batch, output))
+        self.optimizer.step(loss, partial(self.guard.inspect, batch, output))
         distributed.average_buffers(self._statistics)
         logits = None if output.logits is None else output.logits.detach()
         return output._replace(loss=output.loss.detach(), logits=logits)
@@ -191,13 +191,13 @@ class Trainer:
     def _log(self, epoch: int) -> None:
         self.guard.check()
         means = self.meter.read()
-        self._tell({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
+        self._log_record({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
 
     def _evaluate_epoch(self, epoch: int, evaluation: EvaluationData) -> None:
         scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
-        self._tell(
+        self._log_record(
             {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": evaluation.selected_on} | scores.headline()
         )
         if not self.best or scores.top1 > self.best["validation_top1"]:
@@ -246,7 +246,7 @@ class Trainer:
             tensors |= {f"samples/{name}": tensor for name, tensor in self.recorder.tensors().items()}
         return tensors | checkpoint.random_state()
 
-    def resume(self, loaded: Loaded) -> None:
+    def resume(self, loaded: Checkpoint) -> None:
         """Go on from a checkpoint of the same run. Raises CheckpointError where it is that of another one."""
         kinds = ("task", "momentum", "meter", "samples")
         parts = {kind: _below(loaded.training, kind) for kind in kinds}
@@ -281,7 +281,7 @@ class Trainer:
         except CheckpointError:
             self.best = {}
 
-    def _final_figures(self, output: TrainingOutput) -> dict[str, Any]:
+    def _final_metrics(self, output: TrainingOutput) -> dict[str, Any]:
         evaluation = output.evaluation
         best = self.best or {"epoch": self.epochs, "selected_on": evaluation.selected_on}
         with self._timed("evaluate"):
@@ -302,7 +302,7 @@ class Trainer:
         if self.output is not None and distributed.is_main_process():
             self.output.writer.publish(self.run, facts)
 
-    def _tell(self, record: dict[str, Any]) -> None:
+    def _log_record(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)
         self.reporter.record(record)
 

@@ -129,7 +129,7 @@ def _found(target: Path, reporter: Reporter) -> Exportable:
     return Exportable(loaded.model.eval(), loaded.card, _facts(weights, loaded.sha256), run)
 
 
-def _last_checkpoint(run: RunDir, reporter: Reporter) -> checkpoint.Loaded | None:
+def _last_checkpoint(run: RunDir, reporter: Reporter) -> checkpoint.Checkpoint | None:
     """The newest whole one, which is only read: another process may be writing the next."""
     for name in ("last", "last.new", "previous"):
         folder = run.path / "checkpoints" / name

@@ -1,4 +1,4 @@
-"""Modules that translate one network's feature into the shape of the other's (sakd spec, section 3.2)."""
+"""Modules that translate one network's feature into the shape of the other's (guide `methods`)."""
 
 from itertools import pairwise
 from typing import final
@@ -11,7 +11,7 @@ from sakd_cli.models.staged import Shape
 
 @final
 class ConvAdapter(nn.Module):
-    """One convolution with bias, BatchNorm and, unless told otherwise, ReLU: [N, C1, H1, W1] to [N, C2, H2, W2].
+    """One convolution with bias, BatchNorm and, by default, ReLU: [N, C1, H1, W1] to [N, C2, H2, W2].
 
     Geometry by the heights, tested in this order: half -> 3x3 stride 2; double -> transposed 4x4 stride 2; smaller or
     equal -> kernel (1 + H1 - H2), 1x1 where equal; larger -> transposed with stride floor(H2 / H1). Where we differ:
@@ -69,7 +69,7 @@ def adapter(source: Shape, target: Shape) -> ConvAdapter | LinearAdapter:
 
 @final
 class Transform(nn.Module):
-    """What a student branch makes of its teacher's map (SFTN spec, section 2): [N, C1, H1, H1] to [N, C2, H2, H2].
+    """A teacher's map as the input of a student branch (Park et al., NeurIPS 2021): [N, C1, H1, H1] to [N, C2, H2, H2].
 
     A `ConvAdapter` where one side is as long as the other or twice as long. Between sides 4, 8, ... times as long a
     chain of them, the width reached in the first; between all others mean pooling to H2, then 1x1. `layout`: of the

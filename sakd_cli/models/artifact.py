@@ -59,13 +59,13 @@ def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
     save_module(path, FORMAT, model, json.dumps(card._asdict()))
 
 
-def save_module(path: Path, form: str, module: nn.Module, words: str) -> None:
-    """Write a module with `words` about it (JSON) and the digest of its numbers in the header, atomically.
+def save_module(path: Path, form: str, module: nn.Module, card: str) -> None:
+    """Write a module with its `card` (JSON) and the digest of its numbers in the header, atomically.
 
     Tensors are made contiguous first: safetensors refuses others. It has no checksum of its own, hence the digest.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
-    header = {"format": form, "card": words, "digest": _digest(words, tensors)}
+    header = {"format": form, "card": card, "digest": _digest(card, tensors)}
     # One entry: safetensors writes several in a random order, and the same network must be the same file.
     write_aside(path, save(tensors, {"sakd": json.dumps(header)}))
 
@@ -103,13 +103,13 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _network(words: str) -> tuple[StagedModel, NetworkCard]:
-    card = _CARD.validate_json(words)
+def _network(header: str) -> tuple[StagedModel, NetworkCard]:
+    card = _CARD.validate_json(header)
     trusted = os.environ.get(TRUST, "").split(",")
-    if untold := [part for part in factories(card.architecture) if part not in trusted]:
+    if untrusted := [part for part in factories(card.architecture) if part not in trusted]:
         raise UsageError(
-            f"these are the weights of {untold[0]}, which would run code that you have not named",
-            hint=f"where you trust it: {TRUST}={untold[0]} sakd ...",
+            f"these are the weights of {untrusted[0]}, which would run code that you have not named",
+            hint=f"where you trust it: {TRUST}={untrusted[0]} sakd ...",
         )
     return create(card.architecture, len(card.classes), card.side), card
 
@@ -119,7 +119,7 @@ def load_module(
 ) -> tuple[Module, Card, str]:
     """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
 
-    `build` makes module and card of the words in the header; on the meta device, since a file may name what fills the
+    `build` makes module and card from the JSON in the header; on the meta device, since a file may name what fills the
     memory. Raises UsageError where the file is damaged or not `kind`, NonFiniteError where a weight is no number.
     """
     entries, tensors = read_tensors(file)
@@ -134,7 +134,7 @@ def load_module(
     try:
         with torch.device("meta"):
             module, card = build(header["card"])
-        module = filled(module, tensors)
+        module = fill_weights(module, tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
     check_finite(file, tensors)
@@ -162,7 +162,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def filled(module: Module, tensors: dict[str, Tensor]) -> Module:
+def fill_weights(module: Module, tensors: dict[str, Tensor]) -> Module:
     """The module, which is on the meta device or (of another library) on the CPU, with these weights on the CPU.
 
     Raises ValueError where a tensor is missing, odd or misshapen.

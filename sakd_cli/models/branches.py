@@ -1,7 +1,7 @@
 """Student branches: tails of students that hang on a teacher in training, and on the disk beside it.
 
-Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge Distillation", NeurIPS 2021
-(SFTN spec, sections 1 and 2). Branch i leaves the teacher behind stage i, is transformed to the shape that the student
+Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge Distillation", NeurIPS 2021,
+section 3. Branch i leaves the teacher behind stage i, is transformed to the shape that the student
 has behind its stage i, and ends in the student's own stages i + 1, ... and head. There is one behind every stage of
 maps that both networks have, but the last. Stages are paired in order, also where the networks have different numbers
 of them (spots are then paired by stride); where two differ in stride, the transform makes up for it.
@@ -142,8 +142,8 @@ def load_branches(path: Path, teacher: Artifact) -> Branches | None:
     Raises UsageError where the file is damaged or not one of branches.
     """
 
-    def build(words: str) -> tuple[Branches, BranchCard]:
-        card = _CARD.validate_json(words)
+    def build(header: str) -> tuple[Branches, BranchCard]:
+        card = _CARD.validate_json(header)
         return Branches(teacher.model, card.students, card.side, share=card.share), card
 
     branches, card, _ = load_module(path, FORMAT, "student branches", build)

@@ -29,7 +29,7 @@ MOST_PREFIX = 16  # tokens of no place; more are an axis that is misread
 
 
 class CannotCutError(Exception):
-    """Why a network cannot be cut, in a few words."""
+    """Why a network cannot be cut, in one line."""
 
 
 class CutPoint(NamedTuple):
@@ -57,7 +57,7 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self.opened
 
 
-class _Watch(fx.Interpreter):
+class _Recorder(fx.Interpreter):
     """Runs a graph and keeps what its nodes give."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -113,18 +113,18 @@ def _in_place(network: nn.Module, *, allowed: bool) -> None:
 def _assembled(network: nn.Module, name: str, family: str, num_classes: int, side: int, probe: Tensor) -> StagedModel:
     graph = _traced(network, num_classes)
     head, pooled = _head(network, graph, num_classes)
-    watch = _Watch(fx.GraphModule(network, graph))
-    watch.run(probe)
-    if watch.values[pooled].ndim != 2:
+    recorder = _Recorder(fx.GraphModule(network, graph))
+    recorder.run(probe)
+    if recorder.values[pooled].ndim != 2:
         raise CannotCutError("its last linear layer gets more than one vector per image")
-    places = _chosen(list(_places(network, graph, watch.values)), side)
+    places = _chosen(list(_places(network, graph, recorder.values)), side)
     if len(places) < 2:
         raise CannotCutError("no two places were found where a single map is alive")
     stages: list[tuple[StageInfo, nn.Module]] = []
     before: fx.Node | None = None
     for number, place in enumerate(places):
         c, h, w = place.shape
-        signed = bool((watch.values[place.node] < 0).any())
+        signed = bool((recorder.values[place.node] < 0).any())
         info = StageInfo(
             f"stage{number}" if number else "stem",
             c,
@@ -135,7 +135,7 @@ def _assembled(network: nn.Module, name: str, family: str, num_classes: int, sid
         )
         stages.append((info, _piece(network, graph, before, place.node)))
         before = place.node
-    stages.append((StageInfo("pool", watch.values[pooled].shape[1], 0), _piece(network, graph, before, pooled)))
+    stages.append((StageInfo("pool", recorder.values[pooled].shape[1], 0), _piece(network, graph, before, pooled)))
     linear = cast(nn.Linear, network.get_submodule(head))
     return StagedModel(
         name=name,
@@ -184,7 +184,7 @@ def _traced(network: nn.Module, num_classes: int) -> fx.Graph:
 
 
 def _graph(network: nn.Module, opened: set[str]) -> fx.Graph | str:
-    """The network's graph; or in words why it has none that holds for training too."""
+    """The network's graph; or the reason why it has none that holds for training too."""
     training = network.training
     graphs = []
     try:
@@ -204,7 +204,7 @@ def _graph(network: nn.Module, opened: set[str]) -> fx.Graph | str:
 
 
 def _dropouts_as_modules(network: nn.Module, graph: fx.Graph) -> None:
-    """A dropout that was called as a function was told whether it is trained; as a module it knows."""
+    """A dropout function gets the mode as an argument when it is traced; a dropout module has it."""
     found = [node for node in graph.nodes if node.op == "call_function" and node.target is F.dropout]
     for number, node in enumerate(found):
         p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
@@ -301,7 +301,7 @@ def _pools(network: nn.Module, node: fx.Node) -> bool:
     """Whether the map ends here in one vector."""
     if node.op == "call_module":
         kind = type(network.get_submodule(str(node.target))).__name__
-        return any(word in kind for word in POOLS)
+        return any(name in kind for name in POOLS)
     called = getattr(node.target, "__name__", str(node.target))
     return node.op in ("call_function", "call_method") and called in MEANS
 

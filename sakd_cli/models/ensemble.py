@@ -85,7 +85,7 @@ class Offset(nn.Module):
 
 
 class LoadedEnsemble(NamedTuple):
-    """What was read back: networks on the CPU and in evaluation mode, the card, the exits, all words of the index."""
+    """What was read back: networks on the CPU and in evaluation mode, the card, the exits, all of the index."""
 
     ensemble: Ensemble
     card: NetworkCard
@@ -97,7 +97,7 @@ class LoadedEnsemble(NamedTuple):
 def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, facts: dict[str, Any]) -> None:
     """Write the deployable folder; ensemble.json, its last file, makes it one.
 
-    facts   its further entries; among them `rule`, words of ResidualConfig, and `teacher` with its MACs
+    facts   its further entries; among them `rule`, settings of ResidualConfig, and `teacher` with its MACs
     """
     folder.mkdir(exist_ok=True)
     members = []
@@ -110,8 +110,8 @@ def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, fact
     for stale in set(folder.glob("member-*.safetensors")) - {folder / str(entry["file"]) for entry in members}:
         stale.unlink()
     write_aside(folder / "README.md", _readme(card, members).encode())
-    words = {key: value for key, value in card._asdict().items() if key != "architecture"}
-    index = {"format": FORMAT, **words, "members": members, "exits": exits._asdict()}
+    entries = {key: value for key, value in card._asdict().items() if key != "architecture"}
+    index = {"format": FORMAT, **entries, "members": members, "exits": exits._asdict()}
     write_json(folder / INDEX, index | facts)
 
 
@@ -122,22 +122,22 @@ def load(folder: Path) -> LoadedEnsemble:
         about = json.loads(file.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise UsageError(f"{file}: not an ensemble of this sakd (format {about['format']!r}, expected {FORMAT!r})")
-        words = about["exits"]
-        low, high = words["scale"]
-        thresholds = tuple(float(limit) for limit in words["thresholds"])
-        exits = Exits(str(words["uncertainty"]), (float(low), float(high)), thresholds)
+        saved = about["exits"]
+        low, high = saved["scale"]
+        thresholds = tuple(float(limit) for limit in saved["thresholds"])
+        exits = Exits(str(saved["uncertainty"]), (float(low), float(high)), thresholds)
         exits.doubt(torch.zeros(1, 2))  # an unknown uncertainty has no function
         teacher_macs, rule = int(about["teacher"]["macs"]), dict(about["rule"])
-        entries = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
-        if len(entries) != len(thresholds) + 1:
-            raise ValueError(f"{len(entries)} members and {len(thresholds)} thresholds")
+        files = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
+        if len(files) != len(thresholds) + 1:
+            raise ValueError(f"{len(files)} members and {len(thresholds)} thresholds")
         about |= {"rule": rule, "teacher": about["teacher"] | {"macs": teacher_macs}}
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: damaged or not an ensemble ({error})") from None
     members = []
-    for path, digest in entries:
+    for path, digest in files:
         members.append(artifact.load(path))
         if members[-1].sha256 != digest:
             raise UsageError(f"{path}: is not the member that {INDEX} names (its SHA-256 differs)")

@@ -1,4 +1,4 @@
-"""Who may leave an ensemble early: how unsure logits are, and thresholds fitted on held-out images (ResKD spec, 2.5).
+"""Who may leave an ensemble early: how unsure logits are, and thresholds fitted on held-out images (Li et al., ResKD).
 
 A sample leaves at the first stage n whose uncertainty is at most thresholds[n]; after the last stage all leave.
 """
@@ -72,27 +72,27 @@ def leaving(doubts: Tensor, thresholds: Sequence[float]) -> Tensor:
     return torch.cat([*early, at_last]).argmax(dim=0)  # the first of the largest
 
 
-def fit(words: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[int], teacher_macs: int | None) -> Exits:
-    """Thresholds by `words.rule` from the logits after each stage, [M+1, N, K], of images that nobody was trained on.
+def fit(config: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[int], teacher_macs: int | None) -> Exits:
+    """Thresholds by `config.rule` from the logits after each stage, [M+1, N, K], of images that nobody was trained on.
 
     macs: of each member; teacher_macs: what a budget is a share of (None: of all members together).
     """
-    scale = RANGES.get(words.uncertainty)
+    scale = RANGES.get(config.uncertainty)
     if scale is None:
-        seen = MEASURES[words.uncertainty](stages.float())
+        seen = MEASURES[config.uncertainty](stages.float())
         scale = float(seen.min()), float(seen.max())
-    exits = Exits(words.uncertainty, scale, ())
+    exits = Exits(config.uncertainty, scale, ())
     doubts = exits.doubt(stages[:-1])
-    match words.rule:
+    match config.rule:
         case "agreement":
-            found = _stage_by_stage(doubts, _disagreement(stages), words.delta)
+            found = _stage_by_stage(doubts, _disagreement(stages), config.delta)
         case "accuracy":
             right = (stages.argmax(dim=-1) == labels).double()
-            found = _stage_by_stage(doubts, right[-1:] - right[:-1], words.delta)
+            found = _stage_by_stage(doubts, right[-1:] - right[:-1], config.delta)
         case "fixed":
-            found = [words.theta] * len(doubts)
+            found = [config.theta] * len(doubts)
         case "budget":
-            found = [_within(words.budget * (teacher_macs or sum(macs)), doubts, macs)] * len(doubts)
+            found = [_within(config.budget * (teacher_macs or sum(macs)), doubts, macs)] * len(doubts)
     return exits._replace(thresholds=tuple(found))
 
 

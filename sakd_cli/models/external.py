@@ -23,20 +23,20 @@ NO_TIMM = "timm is not installed"
 
 
 class Call(NamedTuple):
-    """How a library builds a network: `module.function(entry, word=value, ...)`."""
+    """How a library builds a network: `module.function(entry, name=value, ...)`."""
 
     module: str
     function: str
     entry: str
-    words: dict[str, Any]
+    arguments: dict[str, Any]
 
     def __call__(self) -> nn.Module:
-        network: nn.Module = getattr(importlib.import_module(self.module), self.function)(self.entry, **self.words)
+        network: nn.Module = getattr(importlib.import_module(self.module), self.function)(self.entry, **self.arguments)
         return network
 
     def __str__(self) -> str:
-        words = "".join(f", {word}={value!r}" for word, value in self.words.items())
-        return f"{self.module}.{self.function}({self.entry!r}{words})"
+        arguments = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
+        return f"{self.module}.{self.function}({self.entry!r}{arguments})"
 
 
 def torchvision(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
@@ -115,7 +115,7 @@ def _of_torchvision(entry: str, num_classes: int, side: int) -> list[Call]:
     fixed = {"weights": None, "num_classes": num_classes}
     sizes: list[dict[str, Any]] = [{"image_size": side}, {"input_size": (side, side)}]
     more = [*sizes, {"aux_logits": False, "init_weights": True}, {}]
-    return [Call("torchvision.models", "get_model", entry, fixed | words) for words in more]
+    return [Call("torchvision.models", "get_model", entry, fixed | arguments) for arguments in more]
 
 
 def _of_timm(entry: str, num_classes: int, side: int) -> list[Call]:
@@ -126,20 +126,20 @@ def _of_timm(entry: str, num_classes: int, side: int) -> list[Call]:
     if not library.is_model(entry):
         raise UsageError(unknown("timm classifier", entry, library.list_models()))
     fixed = {"pretrained": False, "num_classes": num_classes}
-    return [Call("timm", "create_model", entry, fixed | words) for words in ({"img_size": side}, {})]
+    return [Call("timm", "create_model", entry, fixed | arguments) for arguments in ({"img_size": side}, {})]
 
 
 _CALLS: dict[str, Callable[[str, int, int], list[Call]]] = {"torchvision": _of_torchvision, "timm": _of_timm}
 
 
 def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]:
-    """The network, built by the first of these calls whose words its builder knows, and that call."""
+    """The network, built by the first of these calls whose arguments its builder knows, and that call."""
     *first, last = calls
     for one in first:
         try:
             return one(), one
         except TypeError as error:
-            if not any(word in str(error) for word in one.words):
+            if not any(name in str(error) for name in one.arguments):
                 raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
         except Exception as error:
             raise UsageError(f"{name}: cannot be built for these images ({first_line(error)})") from None

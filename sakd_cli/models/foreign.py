@@ -1,7 +1,7 @@
 """Weights of other programs, tensor by tensor into one of our networks; the only reader of pickled weights.
 
-A PyTorch file is read with `weights_only=True` and in no other way,
-whatever fails: an attacker would only have to make the safe way fail.
+A PyTorch file is read with `weights_only=True` and in no other way, whatever fails: an attacker would only have to make
+the safe way fail.
 """
 
 import re
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS, brought, find_network
 from sakd_cli.errors import UsageError
-from sakd_cli.models.artifact import check_finite, filled, ghost, read_tensors, shapes_of
+from sakd_cli.models.artifact import check_finite, fill_weights, ghost, read_tensors, shapes_of
 from sakd_cli.models.dialects import DIALECTS, Rules
 from sakd_cli.models.staged import StagedModel
 
@@ -26,8 +26,8 @@ ROOM = 64 * 1024**2  # bytes beside the weights: a memory bank of CRD has 50 MB
 ALONE = "where you trust the file, save its weights alone: torch.save(model.state_dict(), FILE)"
 
 
-def translated(name: str, rules: Rules) -> str:
-    """What others call our tensor."""
+def translate_name(name: str, rules: Rules) -> str:
+    """What others call our tensor; our own name where no rule fits."""
     return next((re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name)), name)
 
 
@@ -63,14 +63,14 @@ def load_foreign(file: Path, architecture: str, classes: int, side: int = 32) ->
         tensor = theirs.get(names[name], torch.zeros(()))  # a missing counter
         there = tuple(tensor.shape)
         if there != shape:
-            told = f"{names[name]} has shape {_cross(there)}, {architecture} needs {_cross(shape)}"
+            reason = f"{names[name]} has shape {_cross(there)}, {architecture} needs {_cross(shape)}"
             if name.startswith("head.") and there[1:] == shape[1:]:
-                told = f"is for {there[0]} classes, not for {classes}"
-            raise UsageError(f"{file}: {told}", hint=_advice(theirs))
+                reason = f"is for {there[0]} classes, not for {classes}"
+            raise UsageError(f"{file}: {reason}", hint=_advice(theirs))
         kind = kinds[names[name]] if names[name] in whole else torch.float32
         tensors[name] = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
     check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
-    return filled(network, tensors)
+    return fill_weights(network, tensors)
 
 
 def read_foreign(file: Path, most: int, whole: Collection[str] = ()) -> dict[str, Tensor]:
@@ -122,16 +122,21 @@ def _unpickled(file: Path) -> Any:
 
 def _closest(architecture: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, Tensor]) -> dict[str, str]:
     """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
-    dialects = DIALECTS.get(find_network(architecture).family, ((),))  # a plug-in's names are its own
-    tables = [{name: translated(name, rules) for name in ours} for rules in dialects]
+    dialects = _dialects(find_network(architecture).family)
+    tables = [{name: translate_name(name, rules) for name in ours} for rules in dialects]
     return min(tables, key=lambda names: len(set(names.values()) ^ theirs.keys()))
+
+
+def _dialects(family: str) -> tuple[Rules, ...]:
+    """The naming rules of a family; one without any (a plug-in, a new family) is known under its own names only."""
+    return DIALECTS.get(family, ((),))
 
 
 def _advice(theirs: dict[str, Tensor]) -> str | None:
     """Which of our networks the tensors would fit, whatever the number of classes."""
     there = {name: tuple(tensor.shape) for name, tensor in theirs.items() if not name.endswith(COUNTER)}
     for network in NETWORKS.values():
-        if not any(translated("head.weight", rules) in theirs for rules in DIALECTS.get(network.family, ((),))):
+        if not any(translate_name("head.weight", rules) in theirs for rules in _dialects(network.family)):
             continue
         every = shapes_of(ghost(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}

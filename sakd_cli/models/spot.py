@@ -24,7 +24,7 @@ class Spot(NamedTuple):
     teacher_layout: Layout = PLANES
 
 
-def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]:
+def align_stages(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]:
     """Pairs (student stage, teacher stage) of maps that belong together.
 
     Networks with equally many stages are paired in order, as published. Otherwise each stage of the shorter one takes
@@ -35,7 +35,7 @@ def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]
     if len(ours) == len(theirs):
         return list(zip(ours, theirs, strict=True))
     if len(ours) > len(theirs):
-        return [(s, t) for t, s in aligned(teacher, student)]
+        return [(s, t) for t, s in align_stages(teacher, student)]
     pairs: list[tuple[int, int]] = []
     limit = len(teacher.infos) - 1
     for place in reversed(range(len(ours))):
@@ -51,12 +51,12 @@ def aligned(student: StagedModel, teacher: StagedModel) -> list[tuple[int, int]]
     return pairs
 
 
-def mapped(
+def resolve_stage_map(
     student: StagedModel, teacher: StagedModel, wanted: Sequence[tuple[int, int]] | None
 ) -> list[tuple[int, int]]:
     """The pairs of maps that the user wants, checked; `aligned` ones where there is no wish. Raises UsageError."""
     if wanted is None:
-        return aligned(student, teacher)
+        return align_stages(student, teacher)
     for side, network, stages in (
         ("student", student, [pair[0] for pair in wanted]),
         ("teacher", teacher, [pair[1] for pair in wanted]),
@@ -65,7 +65,7 @@ def mapped(
         if not stages or any(stage not in known for stage in stages) or stages != sorted(set(stages)):
             raise UsageError(
                 f"stage_map: {list(map(list, wanted))}: the {side}'s stages must rise and lie in {list(known)}",
-                hint=f"the default for this pair is {list(map(list, aligned(student, teacher)))}",
+                hint=f"the default for this pair is {list(map(list, align_stages(student, teacher)))}",
             )
     return list(wanted)
 

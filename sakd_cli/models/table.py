@@ -1,4 +1,4 @@
-"""Family -> the function that builds it. The variants of each family are words, in `config/networks.py`."""
+"""Family -> the function that builds it. The variants of each family are in `config/networks.py`."""
 
 from collections.abc import Callable
 

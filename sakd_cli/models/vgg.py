@@ -15,7 +15,7 @@ from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 WIDTHS = (64, 128, 256, 512, 512)
 # Below this height the last group does not pool its input; it stands behind three poolings.
-LEAST_HEIGHT = 8
+MIN_HEIGHT = 8
 
 
 @final
@@ -23,7 +23,7 @@ class PoolIfHigh(nn.Module):
     """2x2 max-pooling of maps at least LEAST_HEIGHT high; smaller ones pass as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 2) if x.shape[2] >= LEAST_HEIGHT else x
+        return F.max_pool2d(x, 2) if x.shape[2] >= MIN_HEIGHT else x
 
 
 @final
@@ -52,7 +52,7 @@ def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int
     stem, *groups = (WIDTHS[group : group + 1] * count for group, count in enumerate(convolutions))
     infos = [StageInfo("stem", stem[0], 1)]
     infos += [StageInfo(f"stage{k}", blocks[0], 1 << k, blocks=blocks) for k, blocks in enumerate(groups[:3], start=1)]
-    infos.append(StageInfo("stage4", WIDTHS[4], 8, halved_from=8 * LEAST_HEIGHT, blocks=groups[3]))
+    infos.append(StageInfo("stage4", WIDTHS[4], 8, halved_from=8 * MIN_HEIGHT, blocks=groups[3]))
     pools: list[nn.Module] = [nn.Identity(), *(nn.MaxPool2d(2) for _ in range(3)), PoolIfHigh()]
     stages: list[tuple[StageInfo, nn.Module]] = []
     inputs = 3

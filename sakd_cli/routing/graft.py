@@ -13,13 +13,13 @@ from sakd_cli.models.staged import Features
 Run = Callable[[Tensor, int, int], Tensor]
 
 
-def mixed(gate: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def mix(gate: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     """(1 - a) student + a teacher, per sample: gate [N], the others [N, ...]."""
     a = gate.to(student.dtype).view(-1, *[1] * (student.dim() - 1))
     return (1 - a) * student + a * teacher.to(student.dtype)
 
 
-def ways(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_by_path(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Samples by the way they go, from gates [N, S] of 0 and 1. The host reads how many there are.
 
     Those whose logits are the teacher's; of the others, those that were with the student at some spot, and those that
@@ -32,7 +32,7 @@ def ways(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @final
 class Graft(nn.Module):
-    """Routed logits o from images and gates a (sakd spec, section 1.3).
+    """Routed logits o from images and gates a (Song et al., IEEE TIP 2022, multi-path routing network).
 
     p, q = student's and teacher's activation at spot k
     u_t = (1 - a_k) lift(p) + a_k q,   u_s = (1 - a_k) p + a_k drop(q)
@@ -40,7 +40,7 @@ class Graft(nn.Module):
     (`Layout`), so that a sample that stays in its network stays exact.
     o   = (1 - a_K) student's logits + a_K teacher's logits
 
-    Same values and router gradients as published, less work (sakd spec, section 7.2): the teacher up to the first spot
+    Same values and router gradients as published, less work: the teacher up to the first spot
     is taken from its plain pass, the student up to there needs no graph, and neither network's weights get a gradient
     here. Adapters are trained, in training mode and on the whole batch. The networks are not submodules: they belong to
     others and are given as functions `run(x, start, stop)` in evaluation mode without weight gradients.
@@ -59,32 +59,32 @@ class Graft(nn.Module):
         self.run_student = run_student
         self.run_teacher = run_teacher
         self.dynamic_shapes = dynamic_shapes
-        self.lifts = nn.ModuleList([adapter(spot.student_shape, spot.teacher_shape) for spot in self.spots[:-1]])
-        self.drops = nn.ModuleList([adapter(spot.teacher_shape, spot.student_shape) for spot in self.spots[:-1]])
+        self.to_teacher = nn.ModuleList([adapter(spot.student_shape, spot.teacher_shape) for spot in self.spots[:-1]])
+        self.to_student = nn.ModuleList([adapter(spot.teacher_shape, spot.student_shape) for spot in self.spots[:-1]])
 
     def forward(self, images: Tensor, teacher: Features, gate: Tensor) -> Tensor:
         """images [N, 3, H, W], the teacher's plain features, gate [N, S] to routed logits [N, classes]."""
-        if not self.lifts:
+        if not self.to_teacher:
             with torch.no_grad():
                 alone = self.run_student(images, 0, self.spots[-1].student + 1)
-            return mixed(gate[:, -1], alone, teacher.logits)
+            return mix(gate[:, -1], alone, teacher.logits)
         to_s, to_t = self._to_last_part(images, (teacher.raw or teacher.stages)[self.spots[0].teacher], gate)
         if not self.dynamic_shapes:
-            return mixed(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
-        taught, left, known = ways(gate.detach())
+            return mix(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
+        taught, left, known = split_by_path(gate.detach())
         ls, lt = self._student_end(to_s[torch.cat([left, known])]), self._teacher_end(to_t[taught])
         with torch.no_grad():
             ls_of_taught, lt_of_left = self._student_end(to_s[taught]), self._teacher_end(to_t[left])
         lt = torch.cat([lt, lt_of_left, teacher.logits[known].to(lt.dtype)])
         order = torch.cat([taught, left, known])
-        routed = mixed(gate[order, -1], torch.cat([ls_of_taught, ls]), lt)
+        routed = mix(gate[order, -1], torch.cat([ls_of_taught, ls]), lt)
         return torch.empty_like(routed).index_copy(0, order, routed)
 
     def _to_last_part(self, images: Tensor, q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """What the last parts of student and teacher get; q: the teacher's plain activation at the first spot."""
         to_s = to_t = images
         at_s = at_t = 0
-        for k, (spot, lift, drop) in enumerate(zip(self.spots[:-1], self.lifts, self.drops, strict=True)):
+        for k, (spot, up, down) in enumerate(zip(self.spots[:-1], self.to_teacher, self.to_student, strict=True)):
             if k == 0:
                 with torch.no_grad():
                     p = self.run_student(to_s, 0, spot.student + 1)
@@ -93,9 +93,9 @@ class Graft(nn.Module):
                 q = self.run_teacher(to_t, at_t, spot.teacher + 1)
             at_s, at_t = spot.student + 1, spot.teacher + 1
             ours, theirs = spot.student_layout, spot.teacher_layout
-            lifted = theirs.from_map(lift(ours.to_map(p, spot.student_shape)))
-            dropped = ours.from_map(drop(theirs.to_map(q, spot.teacher_shape)))
-            to_t, to_s = mixed(gate[:, k], lifted, q), mixed(gate[:, k], p, dropped)
+            lifted = theirs.from_map(up(ours.to_map(p, spot.student_shape)))
+            dropped = ours.from_map(down(theirs.to_map(q, spot.teacher_shape)))
+            to_t, to_s = mix(gate[:, k], lifted, q), mix(gate[:, k], p, dropped)
         return to_s, to_t
 
     def _student_end(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the router is trained for (sakd spec, section 2.2)."""
+"""What the router is trained for (Song et al., IEEE TIP 2022, router objective)."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""The routing policies. To add one: a class here, a small config class, one line in `routing/table.py`."""
+"""The routing policies, and Gumbel-Softmax with the exact straight-through estimator.
+
+To add a policy: a class here, a small config class, one line in `routing/table.py`.
+"""
 
 from typing import final
 
@@ -87,7 +90,7 @@ class Random(Router):
     """An independent coin per sample and spot, with a rate per epoch and spot; after the last row, the last row.
 
     rates  [epochs, S] chance of distilling. The published control reuses the last feature spot's coin for the logits
-           and scales the cross-entropy by gamma; ours does neither (sakd spec, section 2.10, number 17).
+           and scales the cross-entropy by gamma; ours does neither (guide `methods`, deviations).
     """
 
     rates: Tensor

@@ -24,7 +24,7 @@ class Pair(NamedTuple):
     matched: Tensor | None = None
 
 
-SAME_FAMILY_BIAS = 10.0  # sakd spec, section 2.7
+SAME_FAMILY_BIAS = 10.0  # of the published runs (guide `methods`)
 
 
 def _adaptive(config: Any, pair: Pair) -> Router:

@@ -19,11 +19,11 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.data import table as datasets
-from sakd_cli.data.dataset import hold_out, limited
+from sakd_cli.data.dataset import hold_out, limit_train
 from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.sources import cache_policy
 from sakd_cli.distillers import table as distillers
-from sakd_cli.distillers.dfa import DFA, mixable
+from sakd_cli.distillers.dfa import DFA, mixable_blocks
 from sakd_cli.engine.runtime import Mode, pick_device, resolve_mode
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
@@ -52,7 +52,7 @@ from sakd_cli.tasks.warmup import WarmupTask
 
 def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
     """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
-    dataset = limited(datasets.load(config), config.limit, config.split_seed)
+    dataset = limit_train(datasets.load(config), config.limit, config.split_seed)
     train, held_out = hold_out(dataset, config.validation, config.split_seed)
     calibration = None
     if residual is not None and residual.students:
@@ -243,7 +243,7 @@ def search_of(job: Job) -> SearchTask | None:
     if not (isinstance(settings, DFAConfig) and isinstance(mixer, DFA) and mixer.to_be_found):
         return None
     teacher = job.teacher.model
-    sought = [Sought(k, mixer.spots[k], mixable(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
+    sought = [Sought(k, mixer.spots[k], mixable_blocks(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     purposes = [f"search/{one.place}" for one in sought][: 1 if settings.joint else None]
     students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
     with _initialised(config.seed, "search"):

@@ -81,7 +81,7 @@ def describe(job: Job) -> dict[str, Any]:
         spots.append(
             {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
             | {"student_stage": spot.student, "teacher_stage": spot.teacher}
-            | {"lift": str(graft.lifts[k].geometry) if graft and adapted else None}
-            | {"drop": str(graft.drops[k].geometry) if graft and adapted else None}
+            | {"lift": str(graft.to_teacher[k].geometry) if graft and adapted else None}
+            | {"drop": str(graft.to_student[k].geometry) if graft and adapted else None}
         )
     return {"networks": networks, "spots": spots, "trainable": trainable, "images": len(job.images.train)}

@@ -194,7 +194,7 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
         run.cut_logs(logs)
 
 
-def _sizes(point: checkpoint.Loaded) -> dict[str, int]:
+def _sizes(point: checkpoint.Checkpoint) -> dict[str, int]:
     """How long the logs were when the checkpoint was written."""
     sizes = point.state.get("logs")
     if not isinstance(sizes, dict) or not all(isinstance(size, int) and size >= 0 for size in sizes.values()):

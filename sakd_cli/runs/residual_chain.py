@@ -1,7 +1,7 @@
 """The student and its residual students, one after another: which come, when to stop, and the ensemble they make.
 
 Each is a phase of the run with checkpoints of its own. Nothing else is kept for a resume: what is decided between two
-phases is computed anew from the trained networks, on images that no student was trained on (ResKD spec, section 2).
+phases is computed anew from the trained networks, on images that no student was trained on (Li et al., ResKD).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

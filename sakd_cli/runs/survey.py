@@ -11,7 +11,7 @@
 
 and in its header one entry, "sakd", as JSON: the spots with their stages and adapters, the classes, which split, and
 the routed network's figures on the test images. Both networks and the adapters are in evaluation mode, images are not
-augmented. The bytes depend on the weights and the seed only (sakd spec, section 6.3).
+augmented. The bytes depend on the weights and the seed only.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def live(run: RunDir, layers: Iterable[ConfigSource], part: str, reporter: Repor
         reporter.end()
 
 
-def _restore(job: Job, saved: checkpoint.Loaded) -> None:
+def _restore(job: Job, saved: checkpoint.Checkpoint) -> None:
     """The trained student, router and adapters; what only the losses need stays as it was built."""
     tensors = {name.removeprefix("task/"): tensor for name, tensor in saved.training.items()}
     tensors |= {f"network.{name}": tensor for name, tensor in (saved.model or {}).items()}

@@ -1,6 +1,6 @@
 """Distillation with a router that decides per sample and spot: the method of the paper, and its controls.
 
-Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022 (sakd spec, section 2).
+Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
 from collections.abc import Callable

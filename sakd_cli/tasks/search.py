@@ -12,7 +12,7 @@ from sakd_cli.config.methods import DFAConfig
 from sakd_cli.data.alternating import AlternatingLoader, split_in_halves
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
-from sakd_cli.distillers.dfa import Group, Match, connect
+from sakd_cli.distillers.dfa import BlockGroup, Match, connect
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.spot import Spot
@@ -24,7 +24,7 @@ class Sought(NamedTuple):
 
     place: int
     spot: Spot
-    group: Group
+    group: BlockGroup
 
 
 class Losses(NamedTuple):

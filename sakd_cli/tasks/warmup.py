@@ -16,7 +16,7 @@ from sakd_cli.models.staged import StagedModel
 class WarmupTask(Task):
     """loss = sum of the warm-up's terms on the teacher's features and, where it is trained too, the student's."""
 
-    idle_parameters = True
+    has_unused_parameters = True
 
     def __init__(
         self,
