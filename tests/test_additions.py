@@ -10,26 +10,42 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from conftest import SCHEMAS
 from generated_guides import GUIDES, ROOT
 
 # Files of the package that each kind of addition touches, as the guide's own table says.
-TOUCHES = {"A distiller": 3, "A router": 3, "A family of networks": 3, "A data set": 3, "An option": 1}
+TOUCHES = {
+    "A distiller": 3,
+    "A router": 3,
+    "A family of networks": 3,
+    "A data set": 3,
+    "An option": 1,
+    "A training procedure": 2,
+}
 PLACE = r"(?:(New file) `([^`]+)`|In `([^`]+)`, (before|behind|instead of) `([^\n]+)`|At the (end) of `([^`]+)`):"
 STEP = re.compile(PLACE + r"\n\n```\w+\n(.*?)```\n", re.DOTALL)
 PROGRAM = """
 import contextlib, io, json, pathlib, sys
+from unittest import mock
 from sakd_cli.cli.app import run
 
 for words in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = pathlib.Path(words[1]).unlink() or 0 if words[0] == 'rm' else run(words)
+        if words[0] == 'rm':
+            code = pathlib.Path(words[1]).unlink() or 0
+        elif words[0] == 'stopped':
+            with mock.patch('sakd_cli.cli.console.ConsoleReporter.stop', lambda self: 2):
+                code = run(words[1:])
+        else:
+            code = run(words)
     print(json.dumps([code, out.getvalue(), err.getvalue()]))
 """
 FEW = ["--dataset", "stripes", "--set", "data.train=120", "--set", "data.test=40", "--batch-size", "40", "--json", "-q"]
 WEIGHTS = "teacher/teacher/model.safetensors"
 DISTILL = ["distill", "--teacher", "teacher", "--student", "plain3", "--method", "huber"]
 DISTILL += ["--router", "first-epochs", "--epochs", "2", "--set", "router.epochs=1", "--run-dir", "first"]
+SMOOTH = ["pretrain-smooth", "plain3", "--set", "smoothing=0.2", "--run-dir", "smooth"]
 COMMANDS = {
     "methods": ["list", "methods", "--json"],
     "routers": ["list", "routers", "--json"],
@@ -43,6 +59,9 @@ COMMANDS = {
     "removed": ["rm", "first/summary.json"],
     "resumed": ["distill", "--resume", "first", "--json", "-q"],
     "evaluated": ["eval", "first", "--json", "-q", "--set", "timing_seconds=0"],
+    "smoothed": ["stopped", *SMOOTH, "--epochs", "1", *FEW],
+    "smoothed on": ["pretrain-smooth", "--resume", "smooth", "--json", "-q"],
+    "help": ["pretrain-smooth", "--help"],
     "imported": ["import-weights", WEIGHTS, "--model", "plain3", "--out", "in", *FEW[:6], "--json", "-q"],
     "not imported": ["import-weights", WEIGHTS, "--model", "resnet8", "--out", "no", *FEW[:6], "-q"],
 }
@@ -178,6 +197,16 @@ def test_a_network_of_an_added_family_is_imported_or_says_why_not(done: Any) -> 
 def test_an_added_option_sets_its_key(done: Any) -> None:
     shown = document(done, "option")
     assert "0.002" in json.dumps(shown)
+
+
+def test_an_added_procedure_has_a_command_a_stop_hint_and_a_document_that_fits_its_schema(done: Any) -> None:
+    code, _, err = done["smoothed"]
+    assert (code, "sakd pretrain-smooth --resume smooth" in err) == (130, True)
+    summary = document(done, "smoothed on")
+    assert (summary["task"], summary["network"], summary["epochs"]) == ("smooth", "plain3", 1)
+    SCHEMAS[summary["schema"]].model_validate(summary)
+    assert "smoothed labels" in done["help"][1]
+    assert "--student-friendly" not in done["help"][1]
 
 
 def test_the_plug_in_of_the_guide_is_the_one_that_is_tested() -> None:

@@ -30,6 +30,7 @@ from sakd_cli.cli import (
 )
 from sakd_cli.cli.console import complain
 from sakd_cli.config.keys import option_hint
+from sakd_cli.config.training import PROCEDURES
 from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
 from sakd_cli.report.render.format import printable
 from sakd_cli.torchrun import is_console_process
@@ -85,6 +86,9 @@ def _root(
 
 app.command("pretrain-teacher", rich_help_panel="Train")(pretrain_teacher.pretrain_teacher)
 app.command("distill", rich_help_panel="Train")(distill.distill)
+for task, procedure in PROCEDURES.items():
+    if task not in ("pretrain", "distill"):
+        app.command(procedure.command, rich_help_panel="Train")(pretrain_teacher.command_of(task))
 app.command("sweep", rich_help_panel="Train")(sweep.sweep)
 app.command("import-weights", rich_help_panel="Train")(import_weights.import_weights)
 app.command("export", rich_help_panel="Train")(export.export)

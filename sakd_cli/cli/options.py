@@ -1,7 +1,7 @@
 """The rows of the table of options as parameters of a command. No torch."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Annotated, Any, get_origin
 
@@ -29,8 +29,12 @@ def completion(kind: str) -> Callable[[str], list[str]] | None:
     return lambda incomplete: [name for name in NAMES[kind]() if name.startswith(incomplete)]
 
 
-def with_options(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    command: str, keys: Collection[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command function the options of `command`, and pass it all their values as its first argument.
+
+    keys  of the config; options that set another one are left out. None: none is.
 
     A parameter that the function has besides gets the value of the option of its name; one with an annotation of
     typer's is an argument or option of that command alone.
@@ -39,7 +43,8 @@ def with_options(command: str) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
         special = {one.name: one for one in own if get_origin(one.annotation) is Annotated}
-        rows = [_parameter(row) for name, row in options_of(command).items() if name not in special]
+        fitting = [row for row in options_of(command).values() if keys is None or not row.key or row.key in keys]
+        rows = [_parameter(row) for row in fitting if row.name not in special]
         parameters = [*(one.replace(kind=one.KEYWORD_ONLY) for one in special.values()), *rows]
 
         @wraps(function)

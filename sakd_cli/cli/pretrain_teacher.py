@@ -1,5 +1,6 @@
-"""`sakd pretrain-teacher`."""
+"""`sakd pretrain-teacher`, and the command of any further training procedure."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -7,6 +8,9 @@ import typer
 from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.cli.distill import print_result
 from sakd_cli.cli.options import Values, completion, with_options
+from sakd_cli.config.base import summary
+from sakd_cli.config.keys import keys_of
+from sakd_cli.config.training import PROCEDURES
 from sakd_cli.runs.resume import resolve_command
 
 Model = Annotated[
@@ -25,7 +29,22 @@ def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, mo
 
         sakd pretrain-teacher wrn40_2 --student-friendly wrn16_2
     """
-    words, intent = resolve_command("pretrain", options)
+    _train("pretrain", options, dry_run=dry_run, json=json, quiet=quiet)
+
+
+def command_of(task: str) -> Callable[..., None]:
+    """The command of a training procedure that has none of its own: the options of the keys that its config has."""
+
+    @with_options("pretrain-teacher", keys_of(task))
+    def command(options: Values, dry_run: bool, json: bool, quiet: bool, model: Model = None) -> None:
+        _train(task, options, dry_run=dry_run, json=json, quiet=quiet)
+
+    command.__doc__ = summary(PROCEDURES[task].config)
+    return command
+
+
+def _train(task: str, options: Values, *, dry_run: bool, json: bool, quiet: bool) -> None:
+    words, intent = resolve_command(task, options)
     if intent.finished:
         print_result(intent.summary(), dry_run=False, json=json)
         return
@@ -35,5 +54,5 @@ def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, mo
         print_result(launch.dry_run(words), dry_run=True, json=json)
         return
     talk = ConsoleReporter(quiet=quiet)
-    where, summary = launch.Launcher(talk, guard=talk.heeding_signals).train(words, intent)
-    print_result({"run": str(where.path)} | summary, dry_run=False, json=json)
+    where, document = launch.Launcher(talk, guard=talk.heeding_signals).train(words, intent)
+    print_result({"run": str(where.path)} | document, dry_run=False, json=json)

@@ -44,7 +44,7 @@ class Summary(Part):
 
     schema_: Literal["sakd.summary/1"] = Field(alias="schema")
     run: str | None = None
-    task: Literal["pretrain", "distill"]
+    task: str
     network: str
     dataset: str
     epochs: int
