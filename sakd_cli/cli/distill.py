@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import locate_inputs
-from sakd_cli.runs.resume import AUTO, resolve_command
-from sakd_cli.sweep.series import is_series, series, train_all, train_together
+from sakd_cli.runs.resume import AUTO, resolve_command, resume_config
+from sakd_cli.sweep.series import is_series, series, train_here, train_in_processes, train_series
 
 
 @with_options("distill")
@@ -46,12 +45,19 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
 
 def _several(members: list[DistillConfig], launcher: Any, again: str, *, parallel: bool) -> list[RunDir]:
     """A series, one after another or at once."""
-    if parallel:
-        first = locate_inputs(members[0])
-        teacher = first.teacher if first.teacher.weights else launcher.pretrain(first)[0].teacher
-        return train_together(members, teacher, launcher.reporter, resume=launcher.resume, again=again)
-    train = partial(_distilled, launcher=launcher, again=again)
-    return train_all(members, lambda words, plan: train(locate_inputs(words), plan), resume=launcher.resume)
+    if not parallel:
+
+        def train(config: DistillConfig, plan: ResumePlan) -> dict[str, Any]:
+            return _distilled(locate_inputs(config), plan, launcher, again)
+
+        return train_series(members, train_here(train, resume=launcher.resume))
+    # Several processes must mean the same teacher: the one that a run of theirs has begun with, or that of today.
+    begun = [config.teacher for config, plan in map(resume_config, members) if plan.resume] if launcher.resume else []
+    first = locate_inputs(members[0])
+    teacher = first.teacher if first.teacher.weights else launcher.pretrain(first)[0].teacher
+    quiet = launcher.reporter.quiet
+    at_once = train_in_processes(launcher.reporter, quiet=quiet, resume=launcher.resume, resume_command=again)
+    return train_series(members, at_once, parallel=True, teacher=[*begun, teacher][0])
 
 
 def _this_again(resume: str | None) -> str:

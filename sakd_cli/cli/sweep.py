@@ -110,18 +110,18 @@ def sweep(
     talk = ConsoleReporter(quiet=quiet)
     name, words, runs = understood(file, options)
     folder = runs.members[0].config.runs_dir
-    conductor = Scheduler(runs.members, folder, folder / "sweeps" / name)
-    skipped = runs.skipped | _impossible(conductor, words)
+    scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
+    skipped = runs.skipped | _impossible(scheduler, words)
     if dry_run:
-        planned = plan(name, conductor, skipped, measure, talk)
+        planned = plan(name, scheduler, skipped, measure, talk)
         emit(planned) if json else show(*plan_tables(planned))
         return
     if retry_failed:
-        conductor.look(forgive=True)
-    _carry_out(conductor, options, talk)
-    document = _document(name, conductor, skipped)
+        scheduler.look(forgive=True)
+    _carry_out(scheduler, options, talk)
+    document = _document(name, scheduler, skipped)
     _printed(document, csv=csv, json=json, markdown=markdown)
-    _complain(conductor)
+    _complain(scheduler)
 
 
 def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, Grid]:
@@ -141,10 +141,10 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
     return path.stem, words, grid(words, layers, params["budget"])
 
 
-def _impossible(conductor: Scheduler, words: SweepConfig) -> dict[str, str]:
+def _impossible(scheduler: Scheduler, words: SweepConfig) -> dict[str, str]:
     """Methods that cannot be used for a pair, left out with the reason. Raises UsageError where they are refused."""
     cells: dict[str, tuple[DistillConfig, list[str]]] = {}
-    for key, entry in conductor.entries.items():
+    for key, entry in scheduler.entries.items():
         member = entry.member
         if entry.state is State.done or member.pair is None or not isinstance(member.config, DistillConfig):
             continue
@@ -164,42 +164,42 @@ def _impossible(conductor: Scheduler, words: SweepConfig) -> dict[str, str]:
         if words.infeasible == "refuse":
             raise UsageError(f"{cell}: {reason}", "leave it out, or say infeasible: skip")
         skipped[cell] = reason
-        conductor.leave_out(keys)
+        scheduler.leave_out(keys)
     return skipped
 
 
-def _carry_out(conductor: Scheduler, params: Mapping[str, Any], talk: ConsoleReporter) -> None:
+def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], talk: ConsoleReporter) -> None:
     """Run what is not finished; nothing is started where all is."""
-    if not conductor.unfinished():
+    if not scheduler.unfinished():
         return
     with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may talk; stdout is for the data
-        executor = _executor(params, conductor)
+        executor = _executor(params, scheduler)
         try:
-            _conduct(conductor, executor, talk)
+            _run(scheduler, executor, talk)
         finally:
             executor.close()
 
 
-def _conduct(conductor: Scheduler, executor: Executor, talk: ConsoleReporter) -> None:
-    counts = conductor.counts()
-    talk.say(f"{counts[State.waiting]} of {len(conductor.entries)} runs to do, on {executor.about()}")
-    board = ProgressTable(conductor, talk)
-    with talk.heeding_signals(), board.shown():
+def _run(scheduler: Scheduler, executor: Executor, talk: ConsoleReporter) -> None:
+    counts = scheduler.counts()
+    talk.say(f"{counts[State.waiting]} of {len(scheduler.entries)} runs to do, on {executor.about()}")
+    table = ProgressTable(scheduler, talk)
+    with talk.heeding_signals(), table.shown():
         try:
-            conductor.go(executor, talk.stop, board.glance, PAUSE)
+            scheduler.run(executor, talk.stop, table.refresh, PAUSE)
         except Stopped as stopped:
             again = shlex.join(["sakd", *sys.argv[1:]])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {again}") from None
 
 
-def _executor(params: Mapping[str, Any], conductor: Scheduler) -> Executor:
+def _executor(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
     """Raises UsageError where it is not to be had, or the words are not for it."""
     resources = dict(_assignment(word) for word in params["resource"] or [])
     per_gpu, where = params["jobs_per_gpu"], params["executor"]
     if where is Where.local:
         if resources:
             raise UsageError("--resource is for --executor ray or slurm; here it is --jobs and --jobs-per-gpu")
-        device = next(iter(conductor.entries.values())).member.config.device
+        device = next(iter(scheduler.entries.values())).member.config.device
         return LocalExecutor(params["jobs"], per_gpu, device)
     if where is Where.ray:
         from sakd_cli.sweep.ray_executor import RayExecutor
@@ -207,7 +207,7 @@ def _executor(params: Mapping[str, Any], conductor: Scheduler) -> Executor:
         return RayExecutor(params["jobs"], per_gpu, resources)
     from sakd_cli.sweep.slurm_executor import SlurmExecutor
 
-    return SlurmExecutor(params["jobs"], resources, conductor.folder)
+    return SlurmExecutor(params["jobs"], resources, scheduler.folder)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -217,10 +217,10 @@ def _assignment(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-def _document(name: str, conductor: Scheduler, skipped: Mapping[str, str]) -> dict[str, Any]:
+def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> dict[str, Any]:
     from sakd_cli.report.sweep.results import sweep_document
 
-    return sweep_document(name, [_row(entry) for entry in conductor.entries.values()], skipped.items())
+    return sweep_document(name, [_row(entry) for entry in scheduler.entries.values()], skipped.items())
 
 
 def _row(entry: ScheduledRun) -> Any:
@@ -260,15 +260,15 @@ def _printed(document: dict[str, Any], *, csv: bool, json: bool, markdown: Path 
         show(*sweep_tables(document))
 
 
-def _complain(conductor: Scheduler) -> None:
+def _complain(scheduler: Scheduler) -> None:
     """Raise SeriesError where a run failed, once the table of the others is printed."""
-    failed = [entry for entry in conductor.entries.values() if entry.state is State.failed]
+    failed = [entry for entry in scheduler.entries.values() if entry.state is State.failed]
     if failed:
-        blocked = conductor.counts()[State.blocked]
+        blocked = scheduler.counts()[State.blocked]
         waiting = f", {blocked} that wait for them were not made" if blocked else ""
         first = failed[0]
         raise SeriesError(
-            f"{len(failed)} of {len(conductor.entries)} runs failed{waiting}; {first.member.key}: {first.error}",
-            f"--retry-failed tries them again; what they said: {conductor.folder / 'jobs'}",
+            f"{len(failed)} of {len(scheduler.entries)} runs failed{waiting}; {first.member.key}: {first.error}",
+            f"--retry-failed tries them again; what they said: {scheduler.folder / 'jobs'}",
             worst([entry.code for entry in failed]),
         )

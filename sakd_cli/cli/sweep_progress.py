@@ -14,20 +14,20 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 SHOWN = 8  # runs that ended last, below those that run
-GLANCE = 2.0  # seconds between two looks at the logs of what runs
+INTERVAL = 2.0  # seconds between two looks at the logs of what runs
 
 
 class ProgressTable:
-    """Follows a conductor."""
+    """Follows a scheduler."""
 
-    def __init__(self, conductor: Scheduler, talk: ConsoleReporter) -> None:
-        self.conductor, self.talk = conductor, talk
+    def __init__(self, scheduler: Scheduler, talk: ConsoleReporter) -> None:
+        self.scheduler, self.talk = scheduler, talk
         self.terminal = talk.console.is_terminal and not talk.quiet
         self.ended: list[ScheduledRun] = []
         self._live: Live | None = None
         self._looked = 0.0
         self._begun: dict[str, tuple[int, float]] = {}  # epoch and time at which it was first seen
-        conductor.changed = self._changed
+        scheduler.changed = self._changed
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -41,9 +41,9 @@ class ProgressTable:
             finally:
                 self._live = None
 
-    def glance(self) -> None:
+    def refresh(self) -> None:
         """Show how far the runs are; does nothing between two looks."""
-        if self._live is not None and time.monotonic() - self._looked >= GLANCE:
+        if self._live is not None and time.monotonic() - self._looked >= INTERVAL:
             self._looked = time.monotonic()
             self._live.update(self._table(), refresh=True)
 
@@ -51,15 +51,15 @@ class ProgressTable:
         if entry.state is not State.running and entry.state is not State.waiting:
             self.ended.append(entry)
         if self._live is None:
-            counts = self.conductor.counts()
+            counts = self.scheduler.counts()
             over = sum(counts[state] for state in (State.done, State.failed, State.blocked))
-            self.talk.say(f"[{over}/{len(self.conductor.entries)}] {_word(entry)}  {entry.member.key}{_told(entry)}")
+            self.talk.say(f"[{over}/{len(self.scheduler.entries)}] {_word(entry)}  {entry.member.key}{_told(entry)}")
 
     def _table(self) -> RenderableType:
         names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
         columns = [Column(name, text=k < 2) for k, name in enumerate(names)]
-        rows = [self._row(entry) for entry in [*self.conductor.locate(), *reversed(self.ended[-SHOWN:])]]
-        counts = ", ".join(f"{count} {state}" for state, count in self.conductor.counts().items() if count)
+        rows = [self._row(entry) for entry in [*self.scheduler.locate(), *reversed(self.ended[-SHOWN:])]]
+        counts = ", ".join(f"{count} {state}" for state, count in self.scheduler.counts().items() if count)
         return Group(Sheet("", columns, rows, [f"{counts}. Ctrl-C saves every run; the same command goes on."]))
 
     def _row(self, entry: ScheduledRun) -> list[str]:

@@ -3,29 +3,31 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.config.grid import Member
 from sakd_cli.config.training import RunConfig
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
+
+if TYPE_CHECKING:
+    from sakd_cli.engine.reporter import Reporter
 
 HOUR = 3600.0
 
 
 def plan(
-    name: str, conductor: Scheduler, skipped: Mapping[str, str], seconds: float, talk: ConsoleReporter
+    name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: float, reporter: "Reporter"
 ) -> dict[str, Any]:
     """The document `SweepPlan`; steps are timed for about so many seconds."""
     from sakd_cli.engine.runtime import pick_device
     from sakd_cli.runs.forecast import forecast
 
     kinds: dict[str, list[ScheduledRun]] = {}
-    for entry in conductor.entries.values():
+    for entry in scheduler.entries.values():
         kinds.setdefault(_kind(entry.member), []).append(entry)
     to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
     configs = {kind: same[0].member.config for kind, same in to_do.items() if same}
-    talk.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
+    reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
     found = forecast(_spread_out(configs, to_do), seconds)
     rows = list[dict[str, Any]]()
     for kind, same in kinds.items():
@@ -43,8 +45,8 @@ def plan(
                 "run_bytes": one.run_bytes if one else 0,
             }
         )
-    entries = list(conductor.entries.values())
-    there = next(path for path in [conductor.folder, *conductor.folder.absolute().parents] if path.exists())
+    entries = list(scheduler.entries.values())
+    there = next(path for path in [scheduler.folder, *scheduler.folder.absolute().parents] if path.exists())
     unknown = any(row["hours"] is None for row in rows)
     return {
         "schema": "sakd.sweep-plan/1",

@@ -18,7 +18,7 @@ import yaml
 from sakd_cli.config.grid import Member
 from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
-from sakd_cli.config.training import FREE, DistillConfig, RunConfig
+from sakd_cli.config.training import FREE, PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.errors import DiskError, RunInUseError, Stopped
 from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.report.render.format import number, plain
@@ -26,7 +26,6 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.executor import Executor, Job
 from sakd_cli.sweep.run_index import RunIndex, identity
 
-COMMANDS = {"pretrain": "pretrain-teacher", "distill": "distill"}
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
 IN_USE = RunInUseError.exit_code
@@ -58,7 +57,7 @@ class ScheduledRun:
 
 
 class Scheduler:
-    """Knows every run of a sweep; `look` says how things stand, `go` brings them to an end.
+    """Knows every run of a sweep; `look` says how things stand, `run` brings them to an end.
 
     folder   the sweep's own
     changed  is told every entry whose state has changed; may be set to listen
@@ -96,8 +95,8 @@ class Scheduler:
         states = [entry.state for entry in self.entries.values()]
         return {state.value: states.count(state) for state in State}
 
-    def go(self, executor: Executor, stopping: Callable[[], int], glance: Callable[[], None], pause: float) -> None:
-        """Carry out what is not finished. `glance` is called after every round.
+    def run(self, executor: Executor, stopping: Callable[[], int], refresh: Callable[[], None], pause: float) -> None:
+        """Carry out what is not finished. `refresh` is called after every round.
 
         Raises Stopped where `stopping` gives a signal, when all that runs has saved its state.
         """
@@ -109,7 +108,7 @@ class Scheduler:
                 raise Stopped(signum, "every run has saved its state")
             self._start(executor)
             self._collect(executor)
-            glance()
+            refresh()
             time.sleep(pause)
 
     def config_of(self, entry: ScheduledRun) -> RunConfig | None:
@@ -183,7 +182,15 @@ class Scheduler:
         file, log = (self.folder / "jobs" / f"{_slug(entry.member.key)}.{end}" for end in ("yaml", "log"))
         write_aside(file, yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
         log.unlink(missing_ok=True)
-        command = (COMMANDS[config.task], "--config", str(file.resolve()), "--resume", "auto", "--json", "--quiet")
+        command = (
+            PROCEDURES[config.task].command,
+            "--config",
+            str(file.resolve()),
+            "--resume",
+            "auto",
+            "--json",
+            "--quiet",
+        )
         return Job(entry.member.key, command, log.resolve(), Path.cwd())
 
     def _collect(self, executor: Executor, *, interrupted: bool = False) -> int:

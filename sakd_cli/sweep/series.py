@@ -3,11 +3,10 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, TeacherConfig
@@ -16,6 +15,9 @@ from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.resume import AUTO, resume_config
 from sakd_cli.sweep.subprocesses import Order, run_together
 from sakd_cli.torchrun import require_single_process
+
+if TYPE_CHECKING:
+    from sakd_cli.engine.reporter import Reporter
 
 ALL = "all"
 LEARNED = AdaptiveConfig().name
@@ -77,54 +79,70 @@ def _twin(config: DistillConfig, router: str, seed: int) -> DistillConfig:
     return twin
 
 
-def train_all(members: list[DistillConfig], train: Train, *, resume: bool) -> list[RunDir]:
-    """Run them in order; with `resume` each goes on where it was, or is left alone when it is finished.
-
-    All learn from the teacher of the first, and a router that matches rates matches those of its own seed.
-    """
-    done: list[RunDir] = []
-    adaptive: dict[int, str] = {}
-    for config in members:
-        words = config
-        if done:
-            teacher = TeacherConfig.model_validate(done[0].config["teacher"])
-            words = words.model_copy(update={"teacher": teacher})
-        if isinstance(words.router, RandomMatchedConfig) and words.seed in adaptive:
-            router = words.router.model_copy(update={"run": adaptive[words.seed]})
-            words = words.model_copy(update={"router": router})
-        words, intent = resume_config(words) if resume else (words, ResumePlan())
-        summary = intent.summary() if intent.finished else train(words, intent)
-        done.append(RunDir(Path(summary["run"])))
-        if isinstance(words.router, AdaptiveConfig):
-            adaptive[words.seed] = str(done[-1].path.resolve())
-    return done
-
-
-def train_together(
-    members: list[DistillConfig], teacher: TeacherConfig, talk: ConsoleReporter, *, resume: bool, again: str
+def train_series(
+    members: list[DistillConfig],
+    train: Callable[[list[DistillConfig]], list[RunDir]],
+    *,
+    parallel: bool = False,
+    teacher: TeacherConfig | None = None,
 ) -> list[RunDir]:
-    """Run them at once, each as a process, then those that match another's rates. As `train_all` does one by one.
+    """Train the members, one after another or (`parallel`) at once, those that match another's rates last.
 
-    teacher  whom all learn from, unless one of them has begun with another
-    again    the command that goes on with all after a stop
+    train    makes the runs of some configs, in order
+    teacher  that of all of them; None: the one with which the first began
+
+    A router that matches rates matches those of its own seed.
     """
-    begun = [words.teacher for words, intent in map(resume_config, members) if intent.resume] if resume else []
-    options = ["--json", *(["--quiet"] if talk.quiet else []), *(["--resume", AUTO] if resume else [])]
+    matching = [isinstance(config.router, RandomMatchedConfig) for config in members]
+    batches = [[config] for config in members]
+    if parallel:
+        pairs = list(zip(members, matching, strict=True))
+        batches = [[config for config, last in pairs if last is wanted] for wanted in (False, True)]
     runs: dict[tuple[str, int], RunDir] = {}
-    for matching in (False, True):
-        wave = [words for words in members if isinstance(words.router, RandomMatchedConfig) is matching]
+    for batch in filter(None, batches):
+        found = train([_pinned(config, teacher, runs.get((LEARNED, config.seed))) for config in batch])
+        runs |= {(config.router.name, config.seed): run for config, run in zip(batch, found, strict=True)}
+        teacher = teacher or TeacherConfig.model_validate(found[0].config["teacher"])
+    return [runs[config.router.name, config.seed] for config in members]
+
+
+def _pinned(config: DistillConfig, teacher: TeacherConfig | None, adaptive: RunDir | None) -> DistillConfig:
+    """The config with the teacher of the series and, where its router matches rates, the run that has them."""
+    update: dict[str, Any] = {"teacher": teacher} if teacher else {}
+    if adaptive is not None and isinstance(config.router, RandomMatchedConfig):
+        update["router"] = config.router.model_copy(update={"run": str(adaptive.path.resolve())})
+    return config.model_copy(update=update)
+
+
+def train_here(train: Train, *, resume: bool) -> Callable[[list[DistillConfig]], list[RunDir]]:
+    """Trains in this process; with `resume` each continues where it was stopped; a finished one is skipped."""
+
+    def one_after_another(configs: list[DistillConfig]) -> list[RunDir]:
+        runs = []
+        for config in configs:
+            config, plan = resume_config(config) if resume else (config, ResumePlan())
+            summary = plan.summary() if plan.finished else train(config, plan)
+            runs.append(RunDir(Path(summary["run"])))
+        return runs
+
+    return one_after_another
+
+
+def train_in_processes(
+    reporter: "Reporter", *, quiet: bool, resume: bool, resume_command: str
+) -> Callable[[list[DistillConfig]], list[RunDir]]:
+    """Trains each config in a process of its own, all at once. `resume_command`: what to type after a stop of all."""
+    options = ["--json", *(["--quiet"] if quiet else []), *(["--resume", AUTO] if resume else [])]
+
+    def at_once(configs: list[DistillConfig]) -> list[RunDir]:
         with tempfile.TemporaryDirectory() as folder:
             orders = []
-            for place, config in enumerate(wave):
-                words = config.model_copy(update={"teacher": [*begun, teacher][0]})
-                if matching and (run := runs.get((LEARNED, words.seed))):
-                    router = words.router.model_copy(update={"run": str(run.path.resolve())})
-                    words = words.model_copy(update={"router": router})
+            for place, config in enumerate(configs):
                 file = Path(folder) / f"{place}.yaml"
-                file.write_text(yaml.safe_dump(words.model_dump(mode="json")), encoding="utf-8")
-                name = f"{words.router.name}, seed {words.seed}"
+                file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+                name = f"{config.router.name}, seed {config.seed}"
                 orders.append(Order(name, ["distill", "--config", str(file), *options]))
-            documents = run_together(orders, talk, jobs=len(orders), again=again)
-        for words, document in zip(wave, documents, strict=True):
-            runs[words.router.name, words.seed] = RunDir(Path(document["run"]))
-    return [runs[words.router.name, words.seed] for words in members]
+            documents = run_together(orders, reporter, jobs=len(orders), again=resume_command)
+        return [RunDir(Path(document["run"])) for document in documents]
+
+    return at_once

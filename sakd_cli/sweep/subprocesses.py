@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.errors import SakdError, SeriesError, Stopped
 from sakd_cli.sweep.executor import command, surroundings
+
+if TYPE_CHECKING:
+    from sakd_cli.engine.reporter import Reporter
 
 Program = Callable[[Sequence[str]], list[str]]
 PAUSE = 0.05  # seconds between two looks at the processes
@@ -28,7 +30,7 @@ BUG = 1
 
 
 class Order(NamedTuple):
-    """A command line of `sakd`, without `sakd`, that prints one JSON document; `name` stands in front of its talk."""
+    """A command line of `sakd`, without `sakd`, that prints one JSON document; `name` precedes its messages."""
 
     name: str
     words: list[str]
@@ -44,10 +46,10 @@ class Done(NamedTuple):
 
 
 class _Child:
-    """One command line at work. Its talk is passed on line by line as it comes."""
+    """One command line at work. Its reporter is passed on line by line as it comes."""
 
-    def __init__(self, order: Order, talk: ConsoleReporter, environment: dict[str, str], program: Program) -> None:
-        self.name, self.talk, self.complaint, self.hint = order.name, talk, "", ""
+    def __init__(self, order: Order, reporter: "Reporter", environment: dict[str, str], program: Program) -> None:
+        self.name, self.reporter, self.complaint, self.hint = order.name, reporter, "", ""
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         # A process group of its own: Ctrl-C at the terminal comes from us alone, and once.
         self.process = subprocess.Popen(
@@ -74,9 +76,9 @@ class _Child:
             if kind == "error":
                 self.complaint = text
             elif kind == "warning":
-                self.talk.warn(f"{self.name}: {text}")
+                self.reporter.warn(f"{self.name}: {text}")
             elif kind != "hint":
-                self.talk.say(f"{self.name}: {line.rstrip()}")
+                self.reporter.say(f"{self.name}: {line.rstrip()}")
 
     def done(self) -> Done | None:
         """How it ended; None while it is at work."""
@@ -92,7 +94,7 @@ class _Child:
 
 
 def run_together(
-    orders: Sequence[Order], talk: ConsoleReporter, *, jobs: int, again: str, program: Program = command
+    orders: Sequence[Order], reporter: "Reporter", *, jobs: int, again: str, program: Program = command
 ) -> list[dict[str, Any]]:
     """Run them, `jobs` at once, to the end of the last; their documents, in order.
 
@@ -108,11 +110,11 @@ def run_together(
         told = 0
         while working or (waiting and not came):
             while waiting and len(working) < jobs and not came:
-                working.append(_Child(waiting.pop(0), talk, environment, program))
+                working.append(_Child(waiting.pop(0), reporter, environment, program))
             for number in came[told:]:
                 told += 1
                 if told == 1:
-                    talk.say("stopping: every run finishes its step and saves; once more to leave at once")
+                    reporter.say("stopping: every run finishes its step and saves; once more to leave at once")
                 for child in working:
                     child.process.send_signal(number)
             time.sleep(PAUSE)
@@ -121,7 +123,7 @@ def run_together(
                     working.remove(child)
                     ended[done.name] = done
                     if done.code and not came:
-                        talk.warn(f"{done.name}: {done.complaint}")
+                        reporter.warn(f"{done.name}: {done.complaint}")
     if came:
         raise Stopped(came[0], f"{len(orders)} runs, all that was trained is saved", f"go on with {again}")
     failed = [ended[order.name] for order in orders if ended[order.name].code]
