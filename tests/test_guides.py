@@ -275,6 +275,7 @@ def test_the_index_lists_every_guide_in_one_line(cli: CliRunner) -> None:
     listed = cli.sakd("guide")
     assert (listed.code, listed.err) == (0, "")
     assert all(f"  {topic} " in listed.out for topic in guide.topics())
+    assert max(map(len, listed.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("topic", guide.topics())
