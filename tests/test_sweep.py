@@ -50,7 +50,7 @@ class ForkExecutor(Executor):
     def ended(self) -> list[Ended]:
         over = []
         for job in self.waiting:
-            child: Child = self.fork_server.sakd(*job.words)
+            child: Child = self.fork_server.sakd(*job.arguments)
             job.log.write_text(child.err)
             over.append(Ended(job.key, child.code or 0))
         self.waiting = []

@@ -117,7 +117,7 @@ def sweep(
         emit(planned) if json else show(*plan_tables(planned))
         return
     if retry_failed:
-        scheduler.look(forgive=True)
+        scheduler.refresh(forgive=True)
     _carry_out(scheduler, options, talk)
     document = _document(name, scheduler, skipped)
     _printed(document, csv=csv, json=json, markdown=markdown)

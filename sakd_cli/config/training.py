@@ -34,6 +34,8 @@ FINE_TUNING = {"epochs": 60, "lr": 0.01}
 # Config that may change between two parts of one run: where it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
+# These and how the teacher is named: two runs are the same wherever it lies, for it is known by its SHA-256.
+LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
 
 
 class Train(Config):

@@ -16,14 +16,14 @@ from sakd_cli.errors import UsageError
 
 
 class Job(NamedTuple):
-    """A command of sakd to carry out: what it is called, its words, where its stderr goes, and the folder it runs in.
+    """A command of sakd to carry out: its name, its arguments, where its stderr goes, and the folder it runs in.
 
     The command goes on with what an earlier attempt left, so it may be carried out more than once, but not twice
     at a time.
     """
 
     key: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     log: Path
     folder: Path
 
@@ -40,7 +40,7 @@ class Executor(ABC):
 
     @abstractmethod
     def about(self) -> str:
-        """Where, in a few words."""
+        """Where it runs, in short."""
 
     @abstractmethod
     def room(self) -> int:
@@ -60,18 +60,18 @@ class Executor(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of whatever was needed; nothing runs any more, or an error has come up and what runs must end."""
+        """Release all resources. Nothing runs any more, or an error has come up and what runs must end."""
 
 
-def command(words: Sequence[str]) -> list[str]:
-    """The process of some words; `child` sees to it that it does not outlive the one that started it."""
-    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *words]
+def command(arguments: Sequence[str]) -> list[str]:
+    """The process of a command line; `child` sees to it that it does not outlive the one that started it."""
+    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *arguments]
 
 
 def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dict[str, str]:
-    """Environment of a job: no word of ours, since its config is whole, this very package, and its part of the cores.
+    """Environment of a job: no SAKD_* variable (its config is complete), this very package, its share of the cores.
 
-    several   as many run at a time; how many threads each has may be said outside: OMP_NUM_THREADS
+    several   as many run at a time; OMP_NUM_THREADS from outside wins
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // several))} if several > 1 else {}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_") or name == TRUST}
@@ -81,7 +81,7 @@ def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dic
 
 
 def gpus() -> list[str]:
-    """Names of the GPUs that a process may use, as CUDA_VISIBLE_DEVICES has them; asked of no torch."""
+    """Names of the GPUs that a process may use, as CUDA_VISIBLE_DEVICES has them; without torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
@@ -127,7 +127,7 @@ class LocalExecutor(Executor):
             with job.log.open("ab") as log:
                 # A session of its own: Ctrl-C reaches this process alone, which passes it on.
                 child = subprocess.Popen(
-                    command(job.words),
+                    command(job.arguments),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=log,
@@ -162,7 +162,7 @@ def carried_out(job: Job) -> int:
     with (
         job.log.open("ab") as log,
         subprocess.Popen(
-            command(job.words), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
+            command(job.arguments), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
         ) as child,
     ):
         try:

@@ -31,19 +31,19 @@ class RayExecutor(Executor):
             import ray
         except ImportError:
             raise UsageError("--executor ray: Ray is not installed", "pip install 'sakd[ray]'") from None
-        words = dict(resources)
-        address = words.pop("address", None)
+        options = dict(resources)
+        address = options.pop("address", None)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            told = str(error).partition("\n")[0]
-            raise UsageError(f"--executor ray: {told}", "start a cluster with ray start --head") from None
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--executor ray: {reason}", "start a cluster with ray start --head") from None
         self.ray, self.tasks = ray, dict[Any, str]()
-        words.setdefault("num_cpus", max(1, cores() // jobs) if jobs else 1)
-        words.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
-        words.setdefault("max_retries", RETRIES)
+        options.setdefault("num_cpus", max(1, cores() // jobs) if jobs else 1)
+        options.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
+        options.setdefault("max_retries", RETRIES)
         try:
-            self.remote = ray.remote(carried_out).options(**words)
+            self.remote = ray.remote(carried_out).options(**options)
         except (TypeError, ValueError) as error:
             raise UsageError(f"--resource: {str(error).partition(chr(10))[0]}", "as ray.remote takes them") from None
 

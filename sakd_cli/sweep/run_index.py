@@ -1,16 +1,14 @@
-"""Which runs on the disk have the words of a run that is wanted, whoever made them and wherever its files lie"""
+"""Which runs on the disk have the settings of a run that is wanted, whoever made them and wherever its files lie"""
 
 import json
 from pathlib import Path
 
 from sakd_cli.config.resolve import ConfigSource, flat, resolve
-from sakd_cli.config.training import FREE, RunConfig
+from sakd_cli.config.training import LOCATIONS, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, all_runs
 
-# Where something lies, or how it is named: a teacher is known by the SHA-256 of its weights.
-PLACES = FREE | {"teacher.weights", "teacher.source", "teacher.epochs", "method.weights_sha256"}
-PLACES |= {"data.root", "data.download"}
+PLACES = LOCATIONS | {"method.weights_sha256", "data.root", "data.download"}
 
 
 def identity(config: RunConfig) -> str:
@@ -29,13 +27,13 @@ class RunIndex:
         self.runs_dir = runs_dir
         self._seen: dict[Path, str | None] = {}
 
-    def look(self) -> None:
-        """Read what was not there at the last look."""
+    def refresh(self) -> None:
+        """Read what was not there at the last call."""
         for path in {run.path for run in all_runs(self.runs_dir)} - self._seen.keys():
             self._seen[path] = _identity_at(RunDir(path))
 
     def of(self, config: RunConfig) -> RunDir | None:
-        """The run of these words."""
+        """The run of these settings."""
         wanted = identity(config)
         same = [RunDir(path) for path, known in self._seen.items() if known == wanted and path.is_dir()]
         return max(same, key=lambda run: (run.finished, run.path.name), default=None)
@@ -43,8 +41,8 @@ class RunIndex:
 
 def _identity_at(run: RunDir) -> str | None:
     try:
-        words = run.config
-        config = resolve(str(words.get("task")), [ConfigSource(str(run.path), words)]).config
+        settings = run.config
+        config = resolve(str(settings.get("task")), [ConfigSource(str(run.path), settings)]).config
         return identity(config) if isinstance(config, RunConfig) else None
     except (UsageError, KeyError):
         return None

@@ -57,7 +57,7 @@ class ScheduledRun:
 
 
 class Scheduler:
-    """Knows every run of a sweep; `look` says how things stand, `run` brings them to an end.
+    """Knows every run of a sweep; `refresh` reads how things stand, `run` brings them to an end.
 
     folder   the sweep's own
     changed  is told every entry whose state has changed; may be set to listen
@@ -65,16 +65,16 @@ class Scheduler:
 
     def __init__(self, members: Sequence[Member], runs_dir: Path, folder: Path) -> None:
         self.entries = {member.key: ScheduledRun(member) for member in members}
-        self.folder, self.found = folder, RunIndex(runs_dir)
+        self.folder, self.index = folder, RunIndex(runs_dir)
         self._running = dict[str, ScheduledRun]()
         self.changed: Callable[[ScheduledRun], None] = lambda entry: None
-        self.look()
+        self.refresh()
         for entry in self.entries.values():
             entry.before = entry.state is State.done
 
-    def look(self, *, forgive: bool = False) -> None:
+    def refresh(self, *, forgive: bool = False) -> None:
         """Read from the disk how each run stands; with `forgive` those that failed are to be tried again."""
-        self.found.look()
+        self.index.refresh()
         for entry in self.entries.values():
             if forgive and entry.state in (State.failed, State.blocked):
                 entry.state, entry.error, entry.attempts = State.waiting, None, 0
@@ -112,7 +112,7 @@ class Scheduler:
             time.sleep(pause)
 
     def config_of(self, entry: ScheduledRun) -> RunConfig | None:
-        """The words of the run with the names of those that it waits for; None while they are not finished."""
+        """The settings of the run with the names of those that it waits for; None while they are not finished."""
         member, config = entry.member, entry.member.config
         if any(self.entries[key].state is not State.done for key in member.needs):
             return None
@@ -121,7 +121,7 @@ class Scheduler:
         if member.teacher is not None:
             config = _pinned(config, self.entries[member.teacher].run)
         elif (weights := weights_of(config)) is not None:
-            config = _told(config, weights)
+            config = _with_weights(config, weights)
         if member.matched is not None and isinstance(config.router, RandomMatchedConfig):
             rates = self.entries[member.matched].run
             assert rates is not None
@@ -133,17 +133,17 @@ class Scheduler:
         """Those that run, each with its run directory as soon as there is one."""
         running = [entry for entry in self.entries.values() if entry.state is State.running]
         if any(entry.run is None for entry in running):
-            self.found.look()
+            self.index.refresh()
         for entry in running:
             if entry.run is None and (config := self.config_of(entry)) is not None:
-                entry.run = self.found.of(config)
+                entry.run = self.index.of(config)
         return running
 
     def _settle(self, entry: ScheduledRun) -> None:
         """Find its run, finished or begun."""
         if (config := self.config_of(entry)) is None:
             return
-        entry.run = self.found.of(config)
+        entry.run = self.index.of(config)
         if entry.run is not None and entry.run.finished:
             self._into(entry, State.done)
             self._note(entry).unlink(missing_ok=True)
@@ -162,7 +162,7 @@ class Scheduler:
         jobs = list[Job]()
         for entry, config in ready:
             self._settle(entry)
-            # Two of the same words (a teacher and a student alone) are one run.
+            # Two of the same settings (a teacher and a student alone) are one run.
             same = identity(config)
             if entry.state is State.done or same in self._running or len(jobs) == executor.room():
                 continue
@@ -174,13 +174,13 @@ class Scheduler:
             executor.submit(jobs)
 
     def _job(self, entry: ScheduledRun, config: RunConfig) -> Job:
-        words = config.model_dump(mode="json")
-        if entry.run is not None:  # its own words, with its own teacher; where it works is ours to say
-            now = {key: value for key, value in flat(words).items() if key in FREE}
+        settings = config.model_dump(mode="json")
+        if entry.run is not None:  # its own settings, with its own teacher; where it works is ours to say
+            now = {key: value for key, value in flat(settings).items() if key in FREE}
             layers = [ConfigSource(f"{entry.run.path}", entry.run.config), ConfigSource("now", nested(now))]
-            words = resolve(config.task, layers).config.model_dump(mode="json")
+            settings = resolve(config.task, layers).config.model_dump(mode="json")
         file, log = (self.folder / "jobs" / f"{_slug(entry.member.key)}.{end}" for end in ("yaml", "log"))
-        write_aside(file, yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
+        write_aside(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         log.unlink(missing_ok=True)
         command = (
             PROCEDURES[config.task].command,
@@ -197,7 +197,7 @@ class Scheduler:
         """Take note of what has ended."""
         ended = executor.ended()
         if ended:
-            self.found.look()
+            self.index.refresh()
         for one in ended:
             entry = self.entries[one.key]
             self._settle(entry)
@@ -245,8 +245,8 @@ class Scheduler:
         """The failure of an earlier call."""
         note = self._note(entry)
         if note.is_file():
-            told: dict[str, Any] = RunDir(note.parent).read_json(note.name)
-            entry.error, entry.code = plain(told.get("error")), int(number(told.get("code")) or 1)
+            failure: dict[str, Any] = RunDir(note.parent).read_json(note.name)
+            entry.error, entry.code = plain(failure.get("error")), int(number(failure.get("code")) or 1)
             self._into(entry, State.failed)
 
     def _said(self, entry: ScheduledRun, code: int) -> str:
@@ -259,8 +259,8 @@ class Scheduler:
         except OSError:
             lines = []
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        told = errors[-1] if errors else next((line for line in reversed(lines) if line), "nothing was said")
-        return f"{told[:200]} (exit code {code})" if code else "ended well, but left no finished run"
+        message = errors[-1] if errors else next((line for line in reversed(lines) if line), "no message")
+        return f"{message[:200]} (exit code {code})" if code else "ended well, but left no finished run"
 
 
 def _slug(key: str) -> str:
@@ -270,14 +270,14 @@ def _slug(key: str) -> str:
 def _pinned(config: DistillConfig, teacher: RunDir | None) -> DistillConfig:
     assert teacher is not None
     folder = teacher.deliverable
-    return config if folder is None else _told(config, folder)
+    return config if folder is None else _with_weights(config, folder)
 
 
-def _told(config: DistillConfig, weights: Path) -> DistillConfig:
+def _with_weights(config: DistillConfig, weights: Path) -> DistillConfig:
     """The same with its teacher's weights named, in place and content."""
     file = weights / "model.safetensors" if weights.is_dir() else weights
-    words = {"weights": weights.resolve(), "sha256": _digest(file, file.stat().st_mtime_ns)}
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update=words)})
+    settings = {"weights": weights.resolve(), "sha256": _digest(file, file.stat().st_mtime_ns)}
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=settings)})
 
 
 @cache

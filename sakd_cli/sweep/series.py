@@ -26,7 +26,7 @@ Train = Callable[[DistillConfig, ResumePlan], dict[str, Any]]
 
 
 def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConfig]:
-    """What `--routers`, `--with-control` and `--seeds` make of a config: twins that share all but router and seed.
+    """What `--routers`, `--with-control` and `--seeds` make of a config: members that share all but router and seed.
 
     Seed by seed, and of each seed the learned router first, whose rates another may match.
 
@@ -35,7 +35,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     if params["parallel"]:
         require_single_process("--parallel")
     names = _routers(config, params)
-    members = [_twin(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
+    members = [_member(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
     if params["parallel"] and not is_series(params):
         raise UsageError("--parallel runs a series at once: it goes with --seeds, --with-control or --routers")
     if len(members) > 1:
@@ -69,14 +69,14 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
     return ranked
 
 
-def _twin(config: DistillConfig, router: str, seed: int) -> DistillConfig:
-    """The same words with that router and seed; words of the old router that the new one has not are dropped."""
-    whole = ConfigSource("the series' words", config.model_dump(mode="json"))
+def _member(config: DistillConfig, router: str, seed: int) -> DistillConfig:
+    """The same settings with that router and seed; settings of the old router that the new one has not are dropped."""
+    whole = ConfigSource("the series' settings", config.model_dump(mode="json"))
     changed = ConfigSource(
         "--routers", {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
     )
-    twin: DistillConfig = resolve("distill", [whole, changed]).config
-    return twin
+    member: DistillConfig = resolve("distill", [whole, changed]).config
+    return member
 
 
 def train_series(

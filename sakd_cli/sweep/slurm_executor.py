@@ -45,15 +45,15 @@ class SlurmExecutor(Executor):
             import submitit
         except ImportError:
             raise UsageError("--executor slurm: submitit is not installed", "pip install 'sakd[slurm]'") from None
-        words = dict(resources)
-        cluster = words.pop("cluster", "slurm")
+        options = dict(resources)
+        cluster = options.pop("cluster", "slurm")
         try:
             self.executor = submitit.AutoExecutor(folder=folder.absolute() / "slurm", cluster=cluster)
             limit = {"slurm_array_parallelism": jobs} if jobs else {}
-            self.executor.update_parameters(**({"timeout_min": MINUTES, "name": "sakd"} | limit | words))
+            self.executor.update_parameters(**({"timeout_min": MINUTES, "name": "sakd"} | limit | options))
         except (RuntimeError, ValueError, NameError, TypeError) as error:
-            told = str(error).partition("\n")[0]
-            raise UsageError(f"--executor slurm: {told}", "--resource takes submitit's parameters") from None
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--executor slurm: {reason}", "--resource takes submitit's parameters") from None
         self.cluster, self.tasks = cluster, dict[str, Any]()
 
     def about(self) -> str:

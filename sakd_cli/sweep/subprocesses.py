@@ -33,7 +33,7 @@ class Order(NamedTuple):
     """A command line of `sakd`, without `sakd`, that prints one JSON document; `name` precedes its messages."""
 
     name: str
-    words: list[str]
+    arguments: list[str]
 
 
 class Done(NamedTuple):
@@ -53,7 +53,7 @@ class _Child:
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         # A process group of its own: Ctrl-C at the terminal comes from us alone, and once.
         self.process = subprocess.Popen(
-            program(order.words),
+            program(order.arguments),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._out,
@@ -101,7 +101,7 @@ def run_together(
     Ctrl-C and SIGTERM go to every one of them, a second one too; none is started after that.
 
     again    the command that goes on with what a stop or a failure has left
-    program  the process of an order's words
+    program  the process of an order's arguments
     Raises Stopped where a signal came, else SeriesError where one failed: the others are run to their end nevertheless.
     """
     waiting, working, ended = list(orders), list[_Child](), dict[str, Done]()

@@ -13,7 +13,7 @@ from typing import Any
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import CLASSICAL, PLAIN
-from sakd_cli.config.training import FREE
+from sakd_cli.config.training import LOCATIONS
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render.format import fixed, number, plain, points
 from sakd_cli.report.runs.statistics import LEVEL, paired, spread, verdict_of
@@ -21,7 +21,7 @@ from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.compare/1"
 # Where something lies; the teacher itself is known by its SHA-256, the matched run is another one for every seed.
-PLACES = FREE | {"teacher.weights", "teacher.source", "teacher.epochs", "router.run"}
+PLACES = LOCATIONS | {"router.run"}
 LEARNING = ("task", "method", "router", "teacher", "student", "model", "stage_map", "residual")
 DISTILLATION = (*LEARNING, "init_from", "init_from_branches", "friendly")
 
