@@ -13,7 +13,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import align_stages, resolve_stage_map
 from sakd_cli.models.table import create
 from sakd_cli.routing import table as routers
-from sakd_cli.routing.policies import Fixed
+from sakd_cli.routing.table import Fixed
 from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 

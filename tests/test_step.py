@@ -17,7 +17,7 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.table import create
-from sakd_cli.routing.policies import Anti
+from sakd_cli.routing.table import Anti
 from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import PretrainTask

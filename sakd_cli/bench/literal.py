@@ -19,7 +19,7 @@ from sakd_cli.distillers.fitnet import FitNet
 from sakd_cli.distillers.kd import KD
 from sakd_cli.distillers.sp import SP
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.routing.policies import Adaptive
+from sakd_cli.routing.table import Adaptive
 from sakd_cli.tasks.distill import DistillTask
 
 

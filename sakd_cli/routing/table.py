@@ -1,14 +1,114 @@
-"""Router -> how to build it. The only place where a router's name meets an object."""
+"""The routing policies (with Gumbel-Softmax), and the only place where a router's name meets one of them.
+
+To add a policy: its class and its row of `ROUTERS` here, and a config class in `config/routers.py`.
+"""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sakd_cli.config.routers import RouterConfig
-from sakd_cli.routing.policies import Adaptive, Anti, Fixed, Random
-from sakd_cli.routing.router import Router
+from sakd_cli.routing.router import Decision, Router
+
+EPSILON = 1e-20  # keeps both logarithms finite for u = 0 and u = 1
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise from numbers uniform in [0, 1), same shape."""
+    return -torch.log(-torch.log(uniform + EPSILON) + EPSILON)
+
+
+def straight_through(scores: Tensor, uniform: Tensor, tau: float) -> Tensor:
+    """Draw teacher (1) or student (0): scores and noise [N, S, 2], teacher's score first, to gates [N, S].
+
+    Forward exactly 0 or 1, and 1 with probability sigmoid(teacher - student) whatever tau is; backward the gradient of
+    softmax((scores + noise) / tau). Jang et al., ICLR 2017; the published code computes (hard - y) + y, which can be
+    off by one rounding unit, ours is hard + (y - y).
+    """
+    noisy = scores + gumbel(uniform)
+    soft = torch.softmax(noisy / tau, dim=-1)[..., 0]
+    hard = (noisy[..., 0] >= noisy[..., 1]).to(soft.dtype)  # a tie goes to the teacher, as argmax would have it
+    return hard + (soft - soft.detach())
+
+
+@final
+class Adaptive(Router):
+    """One linear layer on both pooled vectors scores teacher against student at every spot, and a coin is drawn.
+
+    scores = W [teacher; student] + b, reshaped to [N, S, 2] with the teacher's score first
+    P(teacher) = sigmoid(teacher score - student score)
+
+    Song et al., "Spot-adaptive Knowledge Distillation", IEEE TIP 2022. `teacher_bias` is added once to every teacher's
+    score (10 for two networks of one family: such a run starts by distilling everywhere and relaxes).
+    """
+
+    def __init__(self, spots: int, teacher: int, student: int, *, tau: float, teacher_bias: float) -> None:
+        super().__init__()
+        self.noise_width = 2 * spots
+        self.tau = tau
+        self.policy = nn.Linear(teacher + student, 2 * spots)
+        with torch.no_grad():
+            self.policy.bias[0::2] += teacher_bias
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        scores = self.policy(torch.cat([teacher, student], dim=1)).unflatten(1, (-1, 2))
+        uniform = noise[:, : self.noise_width].unflatten(1, (-1, 2))
+        gate = straight_through(scores, uniform, self.tau)
+        probability = torch.sigmoid(scores[..., 0] - scores[..., 1]).detach()
+        return Decision(gate.detach().T, gate, probability.T)
+
+
+@final
+class Anti(Router):
+    """Routes like the router it wraps and distils exactly where that one would not."""
+
+    def __init__(self, inner: Router) -> None:
+        super().__init__()
+        self.noise_width = inner.noise_width
+        self.inner = inner
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        decision = self.inner(teacher, student, noise)
+        return decision._replace(weight=1.0 - decision.weight)
+
+
+@final
+class Fixed(Router):
+    """The same weight for every sample at every spot: 1 is ordinary distillation, 0 plain training."""
+
+    def __init__(self, spots: int, weight: float) -> None:
+        super().__init__()
+        self.spots = spots
+        self.weight = weight
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        return Decision(student.new_full((self.spots, len(student)), self.weight))
+
+
+@final
+class Random(Router):
+    """An independent coin per sample and spot, with a rate per epoch and spot; after the last row, the last row.
+
+    rates  [epochs, S] chance of distilling. The published control reuses the last feature spot's coin for the logits
+           and scales the cross-entropy by gamma; ours does neither (guide `methods`, deviations).
+    """
+
+    rates: Tensor
+    now: Tensor
+
+    def __init__(self, rates: Tensor) -> None:
+        super().__init__()
+        self.noise_width = rates.shape[1]
+        self.register_buffer("rates", rates)
+        self.register_buffer("now", rates[0].clone())
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.now.copy_(self.rates[min(epoch, len(self.rates)) - 1])
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        return Decision((noise[:, : self.noise_width] < self.now).to(student.dtype).T)
 
 
 class Pair(NamedTuple):
