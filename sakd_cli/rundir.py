@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 
+from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.errors import DiskError, RunInUseError, UsageError
 from sakd_cli.files import MOST_JSON, MOST_YAML, disk_error, parse_json, parse_yaml, read_bytes, read_json, write_json
 
@@ -111,7 +112,7 @@ class RunDir:
             words = None
         if not isinstance(words, dict) or not words:
             raise UsageError(f"{self.path}: not a run directory, its config.yaml is missing or damaged")
-        return words
+        return {key: value for key, value in words.items() if key != EFFECTIVE}
 
     @property
     def identity(self) -> str | None:

@@ -111,3 +111,33 @@ def test_an_option_of_another_program_is_answered_with_ours(cli: CliRunner, word
 def test_no_type_stands_behind_a_flag(cli: CliRunner) -> None:
     assert "<bool>" not in cli.sakd("distill", "--help").out + cli.sakd("--help").out
     assert "Random seed (default 0)" in cli.sakd("distill", "--help", COLUMNS="200").out
+
+
+def test_the_published_recipe_can_be_verified_before_a_minute_is_trained(cli: CliRunner) -> None:
+    effective = cli.sakd("config", "show", "--preset", "cifar100-sakd", "--json").document["effective"]
+    assert (effective["train.lr"], effective["train.milestones"], effective["router.lr"]) == (
+        0.05,
+        [150, 180, 210],
+        0.025,
+    )
+    assert (effective["router.teacher_bias"], effective["router.gamma"], effective["steps_per_epoch"]) == (
+        10.0,
+        1.0,
+        704,
+    )
+    assert (effective["training_images"], effective["validation_images"]) == (45000, 5000)
+
+
+def test_what_is_computed_beforehand_is_what_a_run_has(cli: CliRunner) -> None:
+    given = ["--dataset", "shapes", "--set", "data.train=201", "--set", "data.test=20", "--validation", "0.15"]
+    pair = ["--teacher", "resnet8", "--student", "MobileNetV2", *given, "--batch-size", "16"]
+    before = cli.sakd("config", "show", *pair, "--json").document["effective"]
+    assert (before["train.lr"], before["router.teacher_bias"], before["validation_images"]) == (0.01, 0.0, 30)
+    plan = cli.sakd("distill", *pair, "--pretrain", "--dry-run", "--json").document
+    assert (plan["effective"], plan["steps_per_epoch"]) == (before, before["steps_per_epoch"])
+
+
+def test_a_written_config_is_read_without_its_effective_values() -> None:
+    config = resolve("distill", [PAIR]).config
+    written = ConfigSource("file", config.model_dump(mode="json") | {"effective": {"train.lr": 7}})
+    assert resolve("distill", [written]).config == config

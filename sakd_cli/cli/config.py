@@ -8,6 +8,8 @@ import yaml
 
 from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.base import EFFECTIVE
+from sakd_cli.config.effective import effective
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.resolve import config_sources, flat, resolve
 from sakd_cli.errors import UsageError
@@ -44,6 +46,7 @@ def show_config(options: Values, json: bool, task: Task = Which.distill, origin:
     resolved = resolve(task.value, config_sources({name: value for name, value in options.items() if name in has}))
     settings = resolved.config.model_dump(mode="json")
     if not origin:
+        settings |= {EFFECTIVE: effective(resolved.config)}
         emit(settings) if json else show(yaml.safe_dump(settings, sort_keys=False).rstrip())
         return
     rows = [

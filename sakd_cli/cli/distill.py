@@ -93,7 +93,9 @@ def print_result(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
 
     if dry_run:
         losses = ", ".join(f"{name} {value:.4g}" for name, value in result["batch"].items())
-        show(spot_plan_table(result), f"dry run: one batch tried on {result['device']} ({losses}), nothing written")
+        values = "".join(f"\n  {key}: {value}" for key, value in result["effective"].items())
+        show(spot_plan_table(result), f"Effective settings:{values}\n")
+        show(f"dry run: one batch tried on {result['device']} ({losses}), nothing written")
         return
     show(summary_table(result))
     if result["task"] == "distill":

@@ -12,11 +12,16 @@ from yaml import YAMLError
 from sakd_cli.errors import unknown
 from sakd_cli.files import parse_yaml
 
+EFFECTIVE = "effective"  # section of a written config that says what open settings came to; it is not read
+
 
 class Config(BaseModel):
     """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number, nor are 100 digits."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    # A key's description is the docstring below it.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -32,27 +32,35 @@ def _shares(values: tuple[float, float]) -> tuple[float, float]:
 
 
 class DataConfig(Config):
-    """Which images, and how many.
-
-    root      folder of the data set's files; None: the user's cache folder
-    classes   only the first so many classes, for training and for testing; None: all of them
-    limit     train on this many images only, the same number of each class as far as it goes
-    validation  fraction of the training images that selects the best epoch; 0: the test set does, as in the literature
-    split_seed  draws what limit and validation keep, whatever the run's seed is, so that no other run trains on it
-    download  fetch missing files when a network is there
-    mean, std  per channel, of pixels between 0 and 1, by which images are normalised; None: those of the data set
-    """
+    """Which images, and how many."""
 
     own: ClassVar[set[str]] = {"name", "classes"}
+    published: ClassVar[tuple[int, int] | None] = None  # training images and classes, where every class has as many
     name: str
+    """Data set, as in `sakd list datasets`."""
     root: Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())] | None = None
+    """Folder of the data set's files; None: the user's cache folder."""
     classes: Annotated[int, Field(ge=2)] | None = None
+    """Use only the first so many classes, for training and for testing; None: all of them."""
     limit: PositiveInt | None = None
+    """Train on this many images only, equally many of each class as far as possible; None: all of them."""
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Fraction of the training images that selects the best epoch; 0: the test set does, as in the literature."""
     split_seed: NonNegativeInt = 0
+    """Random seed of limit and validation, whatever the run's seed is, so that all runs keep out the same."""
     download: bool = True
+    """Download missing files."""
     mean: Channels | None = None
+    """Mean per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
     std: Annotated[Channels, AfterValidator(_positive)] | None = None
+    """Standard deviation per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
+
+    def training_images(self) -> int | None:
+        """Training images before limit and validation; None where only the files say it."""
+        if self.published is None:
+            return None
+        images, classes = self.published
+        return images * min(self.classes or classes, classes) // classes
 
     def identity(self) -> dict[str, Any]:
         """The words, with dotted keys, in which two runs agree that can be teacher and student."""
@@ -63,54 +71,54 @@ class DataConfig(Config):
 class CIFAR10Config(DataConfig):
     """50,000 + 10,000 photographs, 32x32, 10 classes (Krizhevsky 2009)"""
 
+    published: ClassVar[tuple[int, int] | None] = (50000, 10)
     name: Literal["cifar10"] = "cifar10"
 
 
 class CIFAR100Config(DataConfig):
     """50,000 + 10,000 photographs, 32x32, 100 classes (Krizhevsky 2009)"""
 
+    published: ClassVar[tuple[int, int] | None] = (50000, 100)
     name: Literal["cifar100"] = "cifar100"
 
 
 class ShapesConfig(DataConfig):
-    """Drawn shapes, 32x32, 20 classes, nothing to download
-
-    train, test  number of images drawn for each split
-    seed         of the drawing, apart from the run's seed: the same images in every run
-    """
+    """Drawn shapes, 32x32, 20 classes, nothing to download"""
 
     name: Literal["shapes"] = "shapes"
     train: PositiveInt = 10000
+    """Number of training images to draw."""
     test: PositiveInt = 2000
+    """Number of test images to draw."""
     seed: NonNegativeInt = 0
+    """Random seed of the drawing, apart from the run's seed: the same images in every run."""
+
+    def training_images(self) -> int | None:
+        return self.train if self.classes is None else None
 
 
 class FilesConfig(DataConfig):
-    """Pictures in files, of any size and kind.
-
-    size          side in pixels of what a network gets
-    resize        shorter side before that square is cut from the middle; None: 8/7 of size (256 for 224), or size
-                  where augmentation is by border
-    augment       crop: the standard random resized crop; border: a crop of the size from within a border of size/8;
-                  auto: border up to 64 pixels
-    crop          share of a picture's area that a random resized crop takes, from and to
-    flip          whether a mirrored image keeps its class
-    cache         decode all pictures once and hold them in memory, on the device; auto: where that takes no more than
-    cache_limit   so many GB
-    workers       processes that read pictures where they are not held; None: one per processor, 8 at most
-    on_bad_image  fail: a file that cannot be read ends the run; skip: all files are read once before, and such left out
-    """
+    """Pictures in files, of any size and kind."""
 
     own: ClassVar[set[str]] = {"name", "classes", "size"}
     size: Annotated[int, Field(ge=8, le=4096)] = 224
+    """Side in pixels of what a network gets."""
     resize: PositiveInt | None = None
+    """Shorter side in pixels before that square is cut from the middle; None: 8/7 of size, or size for border."""
     augment: Literal["auto", "crop", "border"] = "auto"
+    """crop: random resized crop; border: crop from within a border of size/8; auto: border up to 64 pixels."""
     crop: Annotated[tuple[float, float], AfterValidator(_shares)] = (0.08, 1.0)
+    """Fraction of a picture's area that a random resized crop covers, from and to; torchvision's defaults."""
     flip: bool = True
+    """Whether training images are mirrored at random."""
     cache: Literal["auto"] | bool = "auto"
+    """Decode all pictures once and hold them in memory, on the device; auto: where that needs at most cache_limit."""
     cache_limit: NonNegativeFloat = 4.0
+    """Largest size in GB of the images in memory with cache auto."""
     workers: NonNegativeInt | None = None
+    """Processes that read pictures which are not in memory; None: one per processor, 8 at most."""
     on_bad_image: Literal["fail", "skip"] = "fail"
+    """fail: an unreadable file ends the run; skip: all files are checked first and unreadable ones left out."""
 
     @model_validator(mode="after")
     def _the_square_fits(self) -> "FilesConfig":
@@ -130,14 +138,12 @@ class FilesConfig(DataConfig):
 
 
 class ImageFolderConfig(FilesConfig):
-    """Your own images: --data-root DIR with train/CLASS/* and val/CLASS/*, or with CLASS/* alone
-
-    split  share of the images kept for testing, of every class alike, where DIR has no folders train and val
-    """
+    """Your own images: --data-root DIR with train/CLASS/* and val/CLASS/*, or with CLASS/* alone"""
 
     own: ClassVar[set[str]] = {"name", "classes", "size", "root"}
     name: Literal["imagefolder"] = "imagefolder"
     split: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Fraction of each class kept for testing where the folder has no train and val."""
 
 
 class TinyImageNetConfig(FilesConfig):

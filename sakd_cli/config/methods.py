@@ -24,21 +24,20 @@ from sakd_cli.config.base import Config, by_name, chosen_by_name
 
 
 class MethodConfig(Config):
-    """What to distil.
-
-    weight       factor of the feature loss (beta); the spec's section 3.1 lists them
-    kl_weight    factor of the logit loss (alpha)
-    ce_weight    factor of the cross-entropy
-    temperature  softmax temperature of the logit loss
-    gamma        scale of the router's cross-entropy (section 2.2), used unless `router.gamma` is set
-    """
+    """What to distill. The defaults of each method are those of its paper, or of RepDistiller where that differs."""
 
     name: str
+    """Distillation method, as in `sakd list methods`."""
     weight: NonNegativeFloat = 1.0
+    """Weight of the feature loss (beta)."""
     kl_weight: NonNegativeFloat = 1.0
+    """Weight of the logit loss (alpha)."""
     ce_weight: NonNegativeFloat = 1.0
+    """Weight of the cross-entropy."""
     temperature: PositiveFloat = 4.0
+    """Softmax temperature of the logit loss."""
     gamma: PositiveFloat = 1.0
+    """Scale of the router's cross-entropy, used unless router.gamma is set."""
 
 
 class KDConfig(MethodConfig):
@@ -52,6 +51,7 @@ class FitNetConfig(MethodConfig):
 
     name: Literal["fitnet"] = "fitnet"
     stage: Annotated[int, Field(ge=1)] = 2
+    """Stage whose map is the hint layer, counted from 1."""
 
 
 class ATConfig(MethodConfig):
@@ -61,6 +61,7 @@ class ATConfig(MethodConfig):
     weight: NonNegativeFloat = 1000.0
     gamma: PositiveFloat = 2.0
     power: Annotated[int, Field(ge=1)] = 2
+    """Exponent of the attention maps."""
 
 
 class SPConfig(MethodConfig):
@@ -83,7 +84,9 @@ class RKDConfig(MethodConfig):
     name: Literal["rkd"] = "rkd"
     gamma: PositiveFloat = 2.0
     distance: NonNegativeFloat = 25.0
+    """Weight of the distance loss."""
     angle: NonNegativeFloat = 50.0
+    """Weight of the angle loss."""
 
 
 class PKTConfig(MethodConfig):
@@ -99,6 +102,7 @@ class CCConfig(MethodConfig):
     name: Literal["cc"] = "cc"
     weight: NonNegativeFloat = 0.02
     width: PositiveInt = 128
+    """Dimensions of the embedding."""
 
 
 class VIDConfig(MethodConfig):
@@ -114,10 +118,15 @@ class CRDConfig(MethodConfig):
     name: Literal["crd"] = "crd"
     weight: NonNegativeFloat = 0.8
     width: PositiveInt = 128
+    """Dimensions of the embedding."""
     negatives: PositiveInt = 16384
+    """Negative samples per image."""
     contrast_temperature: PositiveFloat = 0.07
+    """Temperature of the contrastive loss."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    memory_limit: PositiveFloat = 8.0  # GiB, of banks and one step; ImageNet at batch 64 needs 3.7
+    """Momentum of the memory banks."""
+    memory_limit: PositiveFloat = 8.0
+    """Largest memory in GiB of banks and one step; ImageNet at batch 64 needs 3.7."""
 
 
 class DKDConfig(MethodConfig):
@@ -125,7 +134,9 @@ class DKDConfig(MethodConfig):
 
     name: Literal["dkd"] = "dkd"
     target: NonNegativeFloat = 1.0
+    """Weight of the target-class term (alpha in the paper)."""
     others: NonNegativeFloat = 8.0
+    """Weight of the non-target term (beta in the paper)."""
 
 
 class DISTConfig(MethodConfig):
@@ -134,7 +145,9 @@ class DISTConfig(MethodConfig):
     name: Literal["dist"] = "dist"
     temperature: PositiveFloat = 1.0
     inter: NonNegativeFloat = 1.0
+    """Weight of the correlation between classes of one sample."""
     intra: NonNegativeFloat = 1.0
+    """Weight of the correlation between samples of one class."""
 
 
 class LSConfig(MethodConfig):
@@ -149,7 +162,8 @@ class ReviewKDConfig(MethodConfig):
     """Fused maps of every stage and the pooled vector (Chen et al., CVPR 2021)"""
 
     name: Literal["reviewkd"] = "reviewkd"
-    width: PositiveInt = 512  # of the fusion, at most the student's pooled vector's
+    width: PositiveInt = 512
+    """Channels of the fusion, at most those of the student's pooled vector."""
 
 
 class OFDConfig(MethodConfig):
@@ -160,36 +174,32 @@ class OFDConfig(MethodConfig):
 
 
 class KDSVDConfig(MethodConfig):
-    """Changes of the main directions from stage to stage (Lee et al., ECCV 2018)
-
-    directions   singular vectors of the teacher per map; `extra` more of the student to match them with
-    """
+    """Changes of the main directions from stage to stage (Lee et al., ECCV 2018)"""
 
     name: Literal["kdsvd"] = "kdsvd"
     directions: PositiveInt = 1
+    """Singular vectors of the teacher per map."""
     extra: NonNegativeInt = 3
+    """Further singular vectors of the student to match them with."""
 
 
 class SimKDConfig(MethodConfig):
-    """The teacher's pooling and classifier reused behind a projector (Chen et al., CVPR 2022)
-
-    factor   by which the projector's inner width is less than the teacher's
-    """
+    """The teacher's pooling and classifier reused behind a projector (Chen et al., CVPR 2022)"""
 
     name: Literal["simkd"] = "simkd"
     kl_weight: NonNegativeFloat = 0.0
     ce_weight: NonNegativeFloat = 0.0
     factor: PositiveInt = 2
+    """Factor by which the projector's inner width is less than the teacher's."""
 
 
 class WarmedConfig(MethodConfig):
-    """What methods share that train something before the distillation proper.
-
-    warmup_epochs, warmup_lr   of that stage; lr None: the published one for the pair, or the student's
-    """
+    """What methods share that train something before the distillation proper."""
 
     warmup_epochs: PositiveInt = 30
+    """Epochs of that stage."""
     warmup_lr: PositiveFloat | None = None
+    """Its learning rate; None: the published one for the pair, or the student's."""
 
     published_lr: ClassVar[float | None] = None
     published_lr_of: ClassVar[Mapping[tuple[str, str], float]] = {}  # (teacher, student), where it is another one
@@ -200,17 +210,16 @@ class WarmedConfig(MethodConfig):
 
 
 class FTConfig(WarmedConfig):
-    """Translated factors of the last map (Kim et al., NeurIPS 2018)
-
-    power       of the difference; `factor_power` of the map
-    warmup_lr   None: 0.01, and 0.05 for ResNet50 to vgg8 (guide `methods`)
-    """
+    """Translated factors of the last map (Kim et al., NeurIPS 2018)"""
 
     name: Literal["ft"] = "ft"
     weight: NonNegativeFloat = 200.0
     rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Width of the factors, as a fraction of the map's channels."""
     factor_power: PositiveInt = 2
+    """Exponent of the factor's norm."""
     power: PositiveInt = 1
+    """Exponent of the difference."""
 
     published_lr: ClassVar[float | None] = 0.01
     published_lr_of: ClassVar[Mapping[tuple[str, str], float]] = {("ResNet50", "vgg8"): 0.05}
@@ -228,6 +237,7 @@ class ABConfig(WarmedConfig):
 
     name: Literal["ab"] = "ab"
     margin: PositiveFloat = 1.0
+    """Margin of the activation boundary."""
 
 
 class Mixtures(StrEnum):
@@ -246,38 +256,42 @@ def _word_or_path(weights: str) -> str:
 
 
 class DFAConfig(MethodConfig):
-    """Mixtures of the teacher's block outputs, found by a search (Guan et al., ECCV 2020)
-
-    weights        search; uniform, last, random (no search); or the `dfa.json` of an earlier run
-    weights_sha256 of that file, as it was when the run began
-    norm           rms (each map over its root mean square), none (maps as they are), preact (behind the next BatchNorm)
-    distance       l2, or partial_l2: no error where neither side would be heard behind a ReLU
-    search_*       that stage: epochs, share of the images that the mixtures learn from, SGD of the search's students
-    arch_*         the mixtures' Adam, and what holds them back: l2 (weight decay), entropy or none, times arch_decay
-    st, ts         weights of the two terms: the student's map to the mixture, the mixture through the student
-    search_ce      the search's students learn the labels too
-    second_order   each step of the mixtures looks one step of the students ahead
-    joint          one student for all groups instead of one for each
-    """
+    """Mixtures of the teacher's block outputs, found by a search (Guan et al., ECCV 2020)"""
 
     name: Literal["dfa"] = "dfa"
     weight: NonNegativeFloat = 10.0
     weights: Annotated[str, AfterValidator(_word_or_path)] = Mixtures.SEARCH.value
+    """search; uniform, last or random (no search); or the dfa.json of an earlier run."""
     weights_sha256: str | None = None
+    """SHA-256 of that file when the run began."""
     norm: Literal["rms", "none", "preact"] = "rms"
+    """Normalisation of maps: rms (divide by the root mean square), none, preact (behind the next BatchNorm)."""
     distance: Literal["l2", "partial_l2"] = "l2"
+    """l2, or partial_l2: no error where neither side would pass a ReLU."""
     search_epochs: PositiveInt = 20
+    """Epochs of the search."""
     search_split: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Fraction of the training images that the mixtures learn from."""
     search_lr: PositiveFloat = 0.1
+    """Learning rate of the search's students; not published, this project's choice."""
     search_weight_decay: NonNegativeFloat = 5e-4
+    """Weight decay of the search's students."""
     arch_lr: PositiveFloat = 0.01
+    """Learning rate of the mixtures' Adam; not published, this project's choice."""
     arch_reg: Literal["l2", "entropy", "none"] = "l2"
+    """Regularisation of the mixtures: l2 (weight decay), entropy or none."""
     arch_decay: NonNegativeFloat = 1e-3
+    """Strength of that regularisation."""
     st: NonNegativeFloat = 1.0
+    """Weight of the term from the student's map to the mixture."""
     ts: NonNegativeFloat = 1.0
+    """Weight of the term of the mixture through the student."""
     search_ce: bool = True
+    """Whether the search's students also learn the labels."""
     second_order: bool = False
+    """Whether each step of the mixtures looks one step of the students ahead."""
     joint: bool = False
+    """One student for all groups instead of one for each."""
 
 
 def _plugged(name: str, kind: object) -> type[MethodConfig]:

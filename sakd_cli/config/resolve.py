@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import datasets, friendly, routers
-from sakd_cli.config.base import own_name
+from sakd_cli.config.base import EFFECTIVE, own_name
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.training import STUDENT_KEYS, TASKS
@@ -203,7 +203,7 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
 
 def _for_task(task: str, source: ConfigSource) -> ConfigSource:
     """A preset or file written for a distillation also says how to train its teacher."""
-    values = {key: value for key, value in source.values.items() if key != "task"}
+    values = {key: value for key, value in source.values.items() if key not in ("task", EFFECTIVE)}
     written_for = source.values.get("task", task)
     if written_for == task:
         return ConfigSource(source.origin, values)

@@ -10,27 +10,27 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class RouterConfig(Config):
-    """Where to distil."""
+    """Where to distill."""
 
     name: str
+    """Router, as in `sakd list routers`."""
 
 
 class LearnedConfig(RouterConfig):
-    """What the two learned routers share; None means the published value.
-
-    tau                   Gumbel-Softmax temperature; shapes the gradient, not the sampling rate
-    gamma                 scale of the routed cross-entropy; None: the method's
-    teacher_bias          added once to every teacher score; None: 10 for two networks of one family, else 0
-    min_teacher_fraction  share of the batch below which the count term pushes the logit spot; 0 switches it off
-    lr, weight_decay      of the router's parameter group; lr None: half the student's
-    """
+    """What the two learned routers share (Song et al., IEEE TIP 2022); the defaults are the published ones."""
 
     tau: PositiveFloat = 5.0
+    """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
     gamma: PositiveFloat | None = None
+    """Scale of the routed cross-entropy; None: the method's."""
     teacher_bias: float | None = None
+    """Added once to every teacher score; None: 10 for two networks of one family, else 0."""
     min_teacher_fraction: Fraction = 0.5
+    """Fraction of the batch below which the count penalty pushes the logit spot; 0 switches it off."""
     lr: PositiveFloat | None = None
+    """Learning rate of the router; None: half the student's."""
     weight_decay: NonNegativeFloat = 1e-3
+    """Weight decay of the router."""
 
 
 class AdaptiveConfig(LearnedConfig):
@@ -62,6 +62,7 @@ class RandomConfig(RouterConfig):
 
     name: Literal["random"] = "random"
     rate: Fraction = 0.5
+    """Probability of distilling a sample at a spot."""
 
 
 class RandomMatchedConfig(RouterConfig):
@@ -69,6 +70,7 @@ class RandomMatchedConfig(RouterConfig):
 
     name: Literal["random-matched"] = "random-matched"
     run: str | None = None
+    """Adaptive run whose rates per spot and epoch are used; None: the newest with these settings."""
 
 
 ROUTERS = by_name(RouterConfig)

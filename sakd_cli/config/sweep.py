@@ -67,28 +67,27 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class SweepConfig(Config):
-    """Every method under every router for every pair and seed.
-
-    common      words of every run, as in the config of a distillation; a teacher is trained with those that it knows
-    teachers    words of the teachers' runs that differ from `common`
-    pairs       [teacher, student] or `teacher:student`. A network is trained once, unless a finished run has its very
-                words; a run directory or a weights file (with a slash in it) is taken as it is, and so is a network
-                whose `teacher.weights` are said
-    seeds       how many, counted from the seed of `common`; or a list of them
-    alone       also train every student without a teacher
-    kd          also distil every pair by plain logits, always-on
-    per         more words for a method, a router or a pair, by its name; for what is all of several: `nst vgg13:vgg8`
-    impossible  what becomes of a method that cannot be used for a pair: refuse the sweep, or skip it and say so
-    """
+    """Every method under every router for every pair and seed."""
 
     task: Literal["sweep"] = "sweep"
+    """Always sweep."""
     common: Section = EMPTY
+    """Settings of every run, as in the config of a distillation; a teacher is trained with those that it has."""
     teachers: Section = EMPTY
+    """Settings of the teachers' runs that differ from common."""
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    """[teacher, student] or teacher:student; a teacher is trained once, unless it is a path or has teacher.weights."""
     methods: Annotated[Names, _of("method", METHODS)]
+    """Methods, as in `sakd list methods`."""
     routers: Annotated[Names, _of("router", ROUTERS)] = ("always", "adaptive")
+    """Routers, as in `sakd list routers`."""
     seeds: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = 1
+    """Number of seeds, counted from the seed of common; or a list of seeds."""
     baseline: bool = False
+    """Also train every student from scratch, without a teacher."""
     kd: bool = False
+    """Also distill every pair by plain logits, with router always."""
     overrides: Annotated[dict[str, Section], AfterValidator(_named)] = EMPTY
+    """Further settings of a method, a router or a pair, by its name, or of a combination: `nst vgg13:vgg8`."""
     infeasible: Literal["refuse", "skip"] = "refuse"
+    """What to do about a method that cannot be used for a pair: refuse the sweep, or skip it and report."""

@@ -39,22 +39,24 @@ LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
 
 
 class Train(Config):
-    """SGD as the field trains CIFAR networks.
-
-    epochs, batch_size
-    lr            None: 0.05, or the network's own (0.01 for MobileNetV2 and ShuffleNet)
-    momentum, weight_decay; nesterov: the momentum's look ahead
-    milestones    epochs after which lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)
-    """
+    """SGD as the field trains CIFAR networks: the recipe of RepDistiller (Tian et al., ICLR 2020)."""
 
     epochs: PositiveInt = 240
+    """Passes over the training images; 240 is the published recipe."""
     batch_size: PositiveInt = 64
+    """Images per optimizer step, of all processes; 64 is the published recipe."""
     lr: PositiveFloat | None = None
+    """Initial learning rate; None: the network's published one, 0.05, or 0.01 for MobileNetV2 and ShuffleNet."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of SGD; 0.9 is the published recipe."""
     weight_decay: NonNegativeFloat = 5e-4
+    """Weight decay of SGD; 5e-4 is the published recipe."""
     nesterov: bool = False
+    """Whether SGD uses Nesterov momentum; not in the published recipe."""
     milestones: tuple[PositiveInt, ...] | None = None
+    """Epochs at whose end lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)."""
     lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Factor of the learning rate at each milestone; 0.1 is the published recipe."""
 
     @model_validator(mode="after")
     def _milestones_fit(self) -> "Train":
@@ -75,30 +77,26 @@ class Train(Config):
 
 
 class Runtime(Config):
-    """How a run computes, not what.
-
-    precision      of the networks: fp32, or bf16 for their products and convolutions; all else stays in fp32
-    shapes         dynamic: the routed pass leaves out what would be multiplied by 0 (exact, but the host must read
-                   the gates); static: it does not; auto: dynamic on a CPU unless compiled
-    channels_last  whether maps have their channels innermost; auto: on a CPU and on CUDA
-    compile        the step as one compiled graph, and on CUDA as one launch
-    deterministic  the same bits from the same seed on a GPU too, for some speed; a CPU gives them anyway
-    sync_batchnorm, gather   where several processes share a batch: BatchNorm's statistics are of all of it; losses
-                   between samples (sp, rkd, pkt, cc, dist) compare all of it, not each process's part
-    look_ahead     steps whose images the teacher sees in one pass in front of them (exact, but for a convolution's last
-                   bits); 1: each step its own; auto: 8 on CUDA, else 1
-    graph          on CUDA: a step's forward, backward and update as one launch, without a compiler; nothing elsewhere
-    """
+    """How a run computes; none of it changes what is computed, beyond rounding."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Number type of products and convolutions, fp32 or bf16; all else is fp32, as published."""
     shapes: Literal["auto", "static", "dynamic"] = "auto"
+    """dynamic: the routed pass skips what would be multiplied by 0 (exact); static: it does not; auto: by device."""
     channels_last: Literal["auto"] | bool = "auto"
+    """Memory format of maps, channels innermost or not; auto: on a CPU and on CUDA."""
     compile: bool = False
+    """Compile the step into one graph (torch.compile), on CUDA launched as one; off, since it takes minutes."""
     deterministic: bool = False
+    """Same bits from the same seed on a GPU too, at some cost of speed; a CPU is deterministic anyway."""
     sync_batchnorm: bool = False
+    """Under torchrun: BatchNorm statistics are those of the global batch; off as in PyTorch's DDP."""
     global_batch: bool = False
+    """Under torchrun: losses between samples (sp, rkd, pkt, cc, dist) compare the global batch, not each process's."""
     look_ahead: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Steps whose images the teacher sees in one pass in advance; auto: 8 on CUDA (measured), else 1."""
     graph: bool = False
+    """On CUDA: capture forward, backward and update in one CUDA graph, without a compiler; no effect elsewhere."""
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":
@@ -108,42 +106,42 @@ class Runtime(Config):
 
 
 class RunConfig(Config):
-    """What every run has.
-
-    seed       of initialisation, order, augmentation and routing noise; each draws from a stream of its own
-    device     auto, cpu, cuda, cuda:1, mps
-    runs_dir   folder in which run directories are made
-    log        tensorboard: the same figures for TensorBoard, in the run directory; None: only the run's own logs
-    log_every  steps between two lines of metrics
-    save_every steps between two checkpoints inside an epoch; None: only at its end
-    """
+    """What every run has."""
 
     task: str
+    """What the run does: pretrain or distill; set by the command."""
     data: Data = CIFAR100Config()
+    """Data set: its name, or a mapping with its settings."""
     train: Train = Train()
+    """Optimizer and schedule."""
     seed: NonNegativeInt = 0
+    """Random seed of initialisation, order, augmentation and routing noise, each with a generator of its own."""
     device: str = "auto"
+    """Where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps."""
     runs_dir: Folder = Path("runs")
+    """Folder in which run directories are made."""
     log: Literal["tensorboard"] | None = None
+    """tensorboard: also write the metrics for TensorBoard into the run directory; None: only the run's own logs."""
     log_every: PositiveInt = 50
+    """Optimizer steps between two lines of metrics."""
     save_every: PositiveInt | None = None
+    """Optimizer steps between two checkpoints inside an epoch; None: a checkpoint at each epoch's end only."""
     runtime: Runtime = Runtime()
+    """How the run computes, not what."""
 
 
 class PretrainConfig(RunConfig):
-    """Train one network with cross-entropy: a teacher, or a student alone.
-
-    friendly   students for whom it is made easy to learn from; None: for nobody
-    init_from  run directory or weights file to start from, or `library`: fine-tuning, 60 epochs with lr 0.01 unless
-               these are set
-    head       what becomes of the last layer that comes with it: keep, or replace by a fresh one
-    """
+    """Train one network with cross-entropy: a teacher, or a student without one."""
 
     task: Literal["pretrain"] = "pretrain"
     model: NetworkName
+    """Network to train."""
     friendly: FriendlyConfig | None = None
+    """Students whose branches are trained with the network (SFTN); None: plain training."""
     init_from: Weights | None = None
+    """Run directory or weights file to fine-tune, or `library` (torchvision, timm): 60 epochs at lr 0.01 unless set."""
     head: Literal["keep", "replace"] = "keep"
+    """Last layer that comes with init_from: keep it, or replace it by a fresh one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -159,24 +157,22 @@ def _source(value: Any) -> Any:
 
 
 class TeacherConfig(Config):
-    """Whom to learn from.
-
-    source    an architecture (its newest finished run), a run directory or a weights file
-    pretrain  train it first if no finished run is there
-    epochs    of that training; None: as many as the student's
-    weights   where `source` led when the run began, or which file to take, and its SHA-256; a resumed or repeated run
-    sha256    takes these and no newer ones. For a network of torchvision or timm also a file under their names
-    bank      keep its answers to every view of every image on the disk, for this run and later ones
-    allow_mismatch  take it also where it scores otherwise than its card says
-    """
+    """The network to learn from."""
 
     source: Annotated[str, Field(min_length=1)]
+    """An architecture (its newest finished run), a run directory or a weights file."""
     pretrain: bool = False
+    """Train the teacher first if it has no finished run."""
     epochs: PositiveInt | None = None
+    """Epochs of that training; None: as many as the student's."""
     weights: Folder | None = None
+    """Weights file that source stood for when the run began, or the file to use, also torchvision's or timm's."""
     sha256: str | None = None
+    """SHA-256 of that file; a resumed or repeated run uses these weights and no newer ones."""
     cache: bool = False
+    """Cache the teacher's outputs for every view of every image on disk, for this run and later ones."""
     allow_mismatch: bool = False
+    """Accept a teacher whose accuracy differs from the one on its teacher card."""
 
     @model_validator(mode="before")
     @classmethod
@@ -194,24 +190,27 @@ STUDENT_KEYS = (
 
 
 class DistillConfig(RunConfig):
-    """Train a student from a frozen teacher.
-
-    stage_map  pairs [student stage, teacher stage] of maps that belong together; None: by order, or by stride where the
-               networks have different numbers of stages
-    student_weights  what the student starts with, as `init_from` of a pretraining, and `head` as there
-    init_from_branches  the student starts with the longest tail that its student-friendly teacher was trained with
-    """
+    """Train a student from a frozen teacher."""
 
     task: Literal["distill"] = "distill"
     teacher: Annotated[TeacherConfig, BeforeValidator(_source)]
+    """Teacher: a name, a path, or a mapping with its settings."""
     student: NetworkName
+    """Network to train."""
     method: Method = FitNetConfig()
+    """Distillation method: its name, or a mapping with its settings."""
     router: Router = AdaptiveConfig()
+    """Where to distill: the router's name, or a mapping with its settings."""
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    """Pairs [student stage, teacher stage] to match; None: by order, or by stride where the stage counts differ."""
     student_weights: Weights | None = None
+    """Weights that the student starts with, as init_from of a pretraining; None: random."""
     head: Literal["keep", "replace"] = "keep"
+    """Last layer that comes with student_weights: keep it, or replace it by a fresh one."""
     init_from_branches: bool = False
+    """Start the student with the longest branch that its student-friendly teacher was trained with."""
     residual: ResidualConfig = ResidualConfig()
+    """Lighter students trained afterwards on the remaining error (ResKD)."""
 
     @field_validator("router")
     @classmethod
@@ -234,23 +233,24 @@ class DistillConfig(RunConfig):
 
 
 class EvalConfig(Config):
-    """Score a network on the test images of a data set.
-
-    residual        for a student with residual students: other words for who leaves early fit the thresholds anew
-    teacher         with whom it is compared; None: with nobody
-    batch_size      images per forward pass
-    timing_seconds  how long latency and throughput are measured, each; 0: they are not
-    timing_batch    images per forward pass for the throughput
-    """
+    """Score a network on the test images of a data set."""
 
     data: Data = CIFAR100Config()
+    """Data set: its name, or a mapping with its settings."""
     residual: ResidualConfig = ResidualConfig()
+    """Early-exit settings of an ensemble; other ones than the run's fit the thresholds anew."""
     teacher: Annotated[TeacherConfig | None, BeforeValidator(_source)] = None
+    """Network to compare with; None: none."""
     batch_size: PositiveInt = 1000
+    """Images per forward pass."""
     timing_seconds: NonNegativeFloat = 1.0
+    """Seconds for which latency and throughput are measured, each; 0: not at all."""
     timing_batch: PositiveInt = 128
+    """Images per forward pass for the throughput."""
     device: str = "auto"
+    """Where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps."""
     runs_dir: Folder = Path("runs")
+    """Folder of the run directories."""
 
 
 class Procedure(NamedTuple):

@@ -101,6 +101,7 @@ class Plan(Part):
     images: int
     batch: dict[str, float]
     steps_per_epoch: int
+    effective: dict[str, Any]
     device: str
     mixtures: dict[str, Any] | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.effective import teacher_bias
 from sakd_cli.config.routers import RouterConfig
 from sakd_cli.routing.router import Decision, Router
 
@@ -124,12 +125,8 @@ class Pair(NamedTuple):
     matched: Tensor | None = None
 
 
-SAME_FAMILY_BIAS = 10.0  # of the published runs (guide `methods`)
-
-
 def _adaptive(config: Any, pair: Pair) -> Router:
-    published = SAME_FAMILY_BIAS if pair.one_family else 0.0
-    bias = published if config.teacher_bias is None else config.teacher_bias
+    bias = teacher_bias(config, one_family=pair.one_family)
     return Adaptive(pair.spots, pair.teacher, pair.student, tau=config.tau, teacher_bias=bias)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_lr
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.residual import ResidualConfig
@@ -56,8 +57,7 @@ def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> I
     train, held_out = hold_out(dataset, config.validation, config.split_seed)
     calibration = None
     if residual is not None and residual.students:
-        least = min(residual.calibration_min / len(train), 0.2)
-        share = max(residual.calibration, least)
+        share = calibration_fraction(residual, len(train))
         train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
     there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
     cut = {name: split for name, split in there.items() if split is not None}
@@ -80,7 +80,7 @@ def pretraining(config: PretrainConfig) -> Job:
     network = _fresh(config.model, images, config.seed, "network", device)
     initial_weights.load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device), cost(network, images.side)
-    lr, decay = _learning_rate(config, config.model), config.train.weight_decay
+    lr, decay = initial_lr(config, config.model), config.train.weight_decay
     settings = config.friendly
     if settings is None:
         task: Task = PretrainTask(mode.to_memory_format(network), lr=lr, weight_decay=decay, mode=mode)
@@ -181,8 +181,8 @@ def assemble(
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
     published = learned or LearnedConfig(name="none")
     settings = config.method
-    gamma = settings.gamma if published.gamma is None else published.gamma
-    lr = _learning_rate(config, config.student)
+    gamma = router_gamma(learned, config)
+    lr = initial_lr(config, config.student)
     task = DistillTask(
         method.network,
         PlainPass(teacher, method.want),
@@ -190,7 +190,7 @@ def assemble(
         router,
         graft,
         Factors(settings.ce_weight, settings.weight, settings.kl_weight, gamma, published.min_teacher_fraction),
-        Rates(lr, config.train.weight_decay, published.lr or lr / 2, published.weight_decay),
+        Rates(lr, config.train.weight_decay, router_lr(published, lr), published.weight_decay),
         mode,
         offset,
     )
@@ -216,7 +216,7 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     if settings.loss == "inner":
         task = assemble(config, network, teacher, side, job.images.train.labels, base, job.mode)
     else:
-        lr, decay = _learning_rate(config, name), config.train.weight_decay
+        lr, decay = initial_lr(config, name), config.train.weight_decay
         task = ResidualTask(network, teacher.forward, base, settings, lr=lr, weight_decay=decay)
     spots = task.spots if isinstance(task, DistillTask) else ()
     return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
@@ -229,7 +229,7 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     warmup, settings = job.task.distillers.warmup, job.config.method
     if warmup is None or job.teacher is None or not isinstance(settings, WarmedConfig):
         return None
-    own, decay = _learning_rate(job.config, job.config.student), job.config.train.weight_decay
+    own, decay = initial_lr(job.config, job.config.student), job.config.train.weight_decay
     lr = settings.lr_of_warmup(job.teacher.model.name, job.config.student, own)
     task = WarmupTask(job.network, job.teacher.model, warmup, lr=lr, weight_decay=decay, mode=job.mode)
     return task.to(job.device), settings.warmup_epochs
@@ -275,10 +275,6 @@ def pin_inputs(config: DistillConfig, teacher: Path, sha256: str) -> DistillConf
         raise UsageError(f"{teacher}: is not the teacher this run began with (its SHA-256 differs)")
     chosen = config.teacher.model_copy(update={"weights": teacher, "sha256": sha256})
     return config.model_copy(update={"teacher": chosen, "method": mixtures.pinned(config.method)})
-
-
-def _learning_rate(config: RunConfig, network: str) -> float:
-    return find_network(network).lr if config.train.lr is None else config.train.lr
 
 
 def _fresh(name: str, images: Images, seed: int, purpose: str, device: torch.device) -> StagedModel:

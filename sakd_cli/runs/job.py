@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sakd_cli.config.effective import effective
 from sakd_cli.config.training import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.sources import preload
@@ -68,6 +69,12 @@ class Job:
         return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
 
 
+def effective_values(job: Job) -> dict[str, Any]:
+    """What the settings that the config leaves open came to."""
+    teacher = job.teacher.model.name if job.teacher else None
+    return effective(job.config, teacher=teacher, counts=(len(job.images.train), len(job.images.held_out or ())))
+
+
 def describe(job: Job) -> dict[str, Any]:
     """What `--dry-run` shows: spots with shapes and adapters, networks, trainable parameters."""
     networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
@@ -84,4 +91,5 @@ def describe(job: Job) -> dict[str, Any]:
             | {"lift": str(graft.to_teacher[k].geometry) if graft and adapted else None}
             | {"drop": str(graft.to_student[k].geometry) if graft and adapted else None}
         )
-    return {"networks": networks, "spots": spots, "trainable": trainable, "images": len(job.images.train)}
+    known = {"images": len(job.images.train), "effective": effective_values(job)}
+    return {"networks": networks, "spots": spots, "trainable": trainable} | known

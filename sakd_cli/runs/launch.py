@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from sakd_cli import distributed, torchrun
+from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
@@ -35,7 +36,7 @@ from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.extensions import run_extensions
-from sakd_cli.runs.job import Images, Job, describe
+from sakd_cli.runs.job import Images, Job, describe, effective_values
 from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.resume import find_matching_run
@@ -134,7 +135,8 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan) -> None:
         run.clear()
     if plan.resume is None:
         write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
-        write_aside(run.path / "config.yaml", _yaml(job.config.model_dump(mode="json")))
+        settings = job.config.model_dump(mode="json") | {EFFECTIVE: effective_values(job)}
+        write_aside(run.path / "config.yaml", _yaml(settings))
 
 
 def _close(

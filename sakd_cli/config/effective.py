@@ -1,0 +1,80 @@
+"""The effective values of a config: what the settings that are left open (None) come to, before anything is trained."""
+
+from typing import Any
+
+from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.networks import find_network
+from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.routers import LearnedConfig
+from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.errors import UsageError
+
+SAME_FAMILY_BIAS = 10.0  # Song et al. (IEEE TIP 2022), and 0 for networks of two families
+
+
+def initial_lr(config: RunConfig, network: str) -> float:
+    """Learning rate of a network that this run trains."""
+    return find_network(network).lr if config.train.lr is None else config.train.lr
+
+
+def router_lr(router: LearnedConfig, lr: float) -> float:
+    """Learning rate of a learned router beside a student's."""
+    return router.lr or lr / 2
+
+
+def router_gamma(router: LearnedConfig | None, config: DistillConfig) -> float:
+    """Scale of the routed cross-entropy."""
+    return config.method.gamma if router is None or router.gamma is None else router.gamma
+
+
+def teacher_bias(router: LearnedConfig, *, one_family: bool) -> float:
+    """What is added once to every teacher score."""
+    return (SAME_FAMILY_BIAS if one_family else 0.0) if router.teacher_bias is None else router.teacher_bias
+
+
+def calibration_fraction(residual: ResidualConfig, images: int) -> float:
+    """Fraction of the training images that calibrates residual students."""
+    return max(residual.calibration, min(residual.calibration_min / images, 0.2))
+
+
+def image_counts(config: DataConfig, residual: ResidualConfig | None = None) -> tuple[int, int] | None:
+    """Number of training and of validation images; None where only the files say it."""
+    if (total := config.training_images()) is None:
+        return None
+    total = min(total, config.limit or total)
+    validation = round(config.validation * total)
+    train = total - validation
+    if residual is not None and residual.students:
+        train -= round(calibration_fraction(residual, train) * train)
+    return train, validation
+
+
+def effective(
+    config: RunConfig, *, teacher: str | None = None, counts: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The values by dotted key; None for one that is only known when files are read.
+
+    teacher  the teacher's network, where `teacher.source` is a path; counts: training and validation images, if read
+    """
+    student = config.student if isinstance(config, DistillConfig) else None
+    network = student or (config.model if isinstance(config, PretrainConfig) else "")
+    lr = initial_lr(config, network)
+    values: dict[str, Any] = {"train.lr": lr, "train.milestones": list(config.train.decay_epochs())}
+    if isinstance(config, DistillConfig) and isinstance(config.router, LearnedConfig):
+        bias = config.router.teacher_bias
+        if bias is None and (one_family := _one_family(teacher or config.teacher.source, config.student)) is not None:
+            bias = teacher_bias(config.router, one_family=one_family)
+        values |= {"router.lr": router_lr(config.router, lr), "router.teacher_bias": bias}
+        values |= {"router.gamma": router_gamma(config.router, config)}
+    residual = config.residual if isinstance(config, DistillConfig) else None
+    train, validation = counts or image_counts(config.data, residual) or (None, None)
+    values |= {"training_images": train, "validation_images": validation}
+    return values | {"steps_per_epoch": None if train is None else -(-train // config.train.batch_size)}
+
+
+def _one_family(teacher: str, student: str) -> bool | None:
+    """Whether two networks are of one family; None where the teacher is a path."""
+    try:
+        return find_network(teacher).kin == find_network(student).kin
+    except UsageError:
+        return None
