@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from conftest import CliRunner
 
-from sakd_cli.config.keys import FOREIGN, ours, places_of
+from sakd_cli.config.base import description
+from sakd_cli.config.keys import FOREIGN, keys_of, ours, places_of
 from sakd_cli.config.options import OPTIONS as TABLE
 from sakd_cli.config.resolve import ConfigSource, environment_sources, option_sources, resolve, set_sources
+from sakd_cli.config.training import TASKS
 from sakd_cli.errors import UsageError
 
 OPTIONS = {name: row.key for name, row in TABLE.items() if row.key}
@@ -141,3 +143,22 @@ def test_a_written_config_is_read_without_its_effective_values() -> None:
     config = resolve("distill", [PAIR]).config
     written = ConfigSource("file", config.model_dump(mode="json") | {"effective": {"train.lr": 7}})
     assert resolve("distill", [written]).config == config
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_key_says_in_a_sentence_what_it_is(task: str) -> None:
+    for key in keys_of(task):
+        for _, kind in places_of(key, task):
+            text = description(kind, key.rpartition(".")[2])
+            ours = kind.__module__.startswith("sakd_cli")
+            assert not ours or (len(text) > 10 and text[-1] in ".)"), f"{kind.__name__}.{key}: {text!r}"
+
+
+def test_a_key_is_explained(cli: CliRunner) -> None:
+    text = cli.sakd("show", "key", "train.lr").out
+    assert "Initial learning rate; None: the network's published one" in " ".join(text.split())
+    rows = {row["of"]: row for row in cli.sakd("show", "key", "method.weight", "--json").document}
+    assert (rows["at"]["default"], rows["kd"]["default"]) == ("1000.0", "1.0")
+    assert "ICLR 2017" in rows["at"]["source"]
+    cli.assert_rejects(["show", "key", "kd_T"], 2, "unknown key 'kd_T'")
+    cli.assert_rejects(["show", "key", "train.lrr"], 2, "unknown key 'train.lrr'")

@@ -12,6 +12,7 @@ from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Json, completion
 from sakd_cli.config import datasets, methods, networks, routers
 from sakd_cli.config.base import summary
+from sakd_cli.config.keys import explain
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
 from sakd_cli.errors import UsageError, unknown
@@ -118,6 +119,29 @@ def show_method(
         f"Spots: {about['spots']}\n",
         listing_table("Defaults", rows),
     )
+
+
+def show_key(
+    key: Annotated[str, typer.Argument(help="A key of the configuration, such as train.lr.")], json: Json = False
+) -> None:
+    """Say what a setting means: type, default, where the default comes from, and which methods have it.
+
+    Examples:
+
+        sakd show key train.lr
+
+        sakd show key method.weight --json
+    """
+    rows = explain(key)
+    if json:
+        emit([row | {"default": str(row["default"])} for row in rows])
+        return
+    from sakd_cli.report.runs.tables import listing_table
+
+    for text in dict.fromkeys(str(row["description"]) for row in rows):
+        show(f"{key}: {text}\n")
+    columns = ("of", "type", "default", "source")
+    show(listing_table(key, [{name: str(row[name]) for name in columns} for row in rows]))
 
 
 def show_schema(

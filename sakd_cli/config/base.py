@@ -87,6 +87,13 @@ def by_name(base: type[Config]) -> dict[str, type[Any]]:
     return table
 
 
+def description(kind: type[BaseModel], key: str) -> str:
+    """What a key means: its own description, or that of the class in which it was first said."""
+    bases = [base for base in kind.__mro__ if issubclass(base, BaseModel) and key in base.model_fields]
+    fields = [base.model_fields[key] for base in bases]
+    return next((field.description for field in fields if field.description), "")
+
+
 def summary(kind: type[Config]) -> str:
     """First line of a config class's docstring: what `sakd list` prints; nothing where Python left docstrings out."""
     return (kind.__doc__ or "").strip().partition("\n")[0]

@@ -1,12 +1,13 @@
 """The keys of all configs: which there are, their defaults and descriptions, and what to say of a key that is wrong."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from sakd_cli.config.base import Config, own_name
+from sakd_cli.config.base import Config, description, own_name, summary
 from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.methods import METHODS, MethodConfig
 from sakd_cli.config.options import OPTIONS, options_of
@@ -94,6 +95,38 @@ def default_of(key: str) -> Any:
             return next(t.model_fields[section].default.name for t in TASKS.values() if section in t.model_fields)
         return None if repr(value) == "PydanticUndefined" else value
     return None
+
+
+def explain(key: str) -> list[dict[str, Any]]:
+    """What a key means wherever it stands: class, type, default and description. Raises UsageError if unknown."""
+    places: dict[type[Config], list[str]] = {}
+    for task, kind in places_of(key):
+        places.setdefault(kind, []).append(task)
+    if not places:
+        known = sorted({name for task in TASKS for name in keys_of(task)})
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        theirs = ours(key)
+        hint = f"did you mean {near[0]!r}?" if near else "sakd guide settings"
+        raise UsageError(f"unknown key {key!r}", hint=f"here it is {theirs!r}" if theirs else hint)
+    rows = []
+    for kind, tasks in places.items():
+        field, name = kind.model_fields[leaf := key.rpartition(".")[2]], kind.model_fields.get("name")
+        default = None if field.is_required() else field.default
+        rows.append(
+            {
+                "of": str(name.default) if name and isinstance(name.default, str) else ", ".join(tasks),
+                "type": _type_name(field.annotation),
+                "default": "required" if field.is_required() else getattr(default, "name", default),
+                "description": description(kind, leaf),
+                "source": summary(kind),
+            }
+        )
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    text = str(annotation) if get_args(annotation) else str(getattr(annotation, "__name__", annotation))
+    return re.sub(r"Annotated\[(\w+),[^\[\]]*\]", r"\1", text.replace("typing.", ""))
 
 
 def keys_of(task: str) -> list[str]:
