@@ -21,7 +21,7 @@ from sakd_cli.documents.evaluation import DOCUMENTS
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SCHEMAS = {get_args(kind.model_fields["schema_"].annotation)[0]: kind for kind in DOCUMENTS.values()}
-TINY = shlex.split("--dataset shapes --set data.train=200 --set data.test=100 --epochs 1")
+TINY = shlex.split("--dataset shapes --set data.train=100 --set data.test=60 --epochs 1")
 PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
 
 

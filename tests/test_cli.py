@@ -32,7 +32,7 @@ def test_talk_goes_to_stderr_line_by_line_without_control_characters(pretrained:
 def test_without_a_held_out_part_the_summary_says_so(cli: CliRunner, tmp_path: Path) -> None:
     words = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.validation=0", "--runs-dir", str(tmp_path)]
     summary = cli.sakd(*words, "--json").document
-    assert (summary["images"], summary["best"]["selected_on"]) == (200, "test")
+    assert (summary["images"], summary["best"]["selected_on"]) == (100, "test")
     assert "test set" in summary["protocol"].partition(";")[2]
 
 
@@ -79,8 +79,8 @@ def test_a_network_is_scored_as_its_summary_says(trained_cli: CliRunner, teacher
         key: summary["headline"][key] for key in ("top1", "top5", "loss")
     }
     assert (scores["parameters"], scores["macs"]) == (summary["parameters"], summary["macs"])
-    assert sum(row["images"] for row in scores["classes"]) == scores["images"] == 100
-    assert sum(row["images"] * row["top1"] for row in scores["classes"]) == pytest.approx(100 * scores["top1"])
+    assert sum(row["images"] for row in scores["classes"]) == scores["images"] == 60
+    assert sum(row["images"] * row["top1"] for row in scores["classes"]) == pytest.approx(60 * scores["top1"])
     table = trained_cli.sakd("eval", str(teacher)).out
     assert all(word in table for word in ("Top-1", "Top-5", "Loss", "Parameters", "MACs", "By class"))
 
@@ -90,7 +90,7 @@ def test_the_newest_run_is_scored_and_inspected_unless_one_is_named(trained_cli:
     assert trained_cli.sakd("eval", "--json").document["weights"].startswith(newest)
     assert trained_cli.sakd("inspect-spots", "--json").document["run"] == newest
     weights = f"{newest}/student/model.safetensors"
-    assert trained_cli.sakd("eval", weights, "--json").document["images"] == 100, "its run's data, found beside it"
+    assert trained_cli.sakd("eval", weights, "--json").document["images"] == 60, "its run's data, found beside it"
 
 
 def test_the_spot_tables_show_every_spot_overall_by_epoch_and_by_class(
@@ -101,7 +101,7 @@ def test_the_spot_tables_show_every_spot_overall_by_epoch_and_by_class(
     assert all(word in result.out for word in ("stage2", "logits", "By epoch", "By class", "fitnet", "adaptive"))
     report = trained_cli.sakd("inspect-spots", distilled["run"], "--json").document
     assert [spot["name"] for spot in report["overall"]] == ["stage2", "logits"]
-    assert (report["epochs"], report["samples"], len(report["by_class"])) == (1, 180, CLASSES)
+    assert (report["epochs"], report["samples"], len(report["by_class"])) == (1, 90, CLASSES)
 
 
 @pytest.mark.parametrize("damage", ["config.yaml", "{}"])
@@ -158,7 +158,7 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(trained_cli: CliRunner, word
     plan = trained_cli.sakd(*words, "--dry-run", "--json").document
     assert "nothing written" in trained_cli.sakd(*words, "--dry-run").out
     assert trained_cli.tree() == before
-    assert (plan["images"], plan["steps_per_epoch"]) == (180, 3)
+    assert (plan["images"], plan["steps_per_epoch"]) == (90, 2)
     assert all(network["parameters"] > 0 < network["macs"] for network in plan["networks"])
     assert plan["batch"]["loss"] > 0
     spots = [(spot["student_shape"], spot["teacher_shape"]) for spot in plan["spots"]]

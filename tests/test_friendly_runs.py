@@ -64,7 +64,7 @@ STUDENT = ["--student", "resnet8", *TINY, "--set", "init_from_branches=true"]
 
 def test_a_student_can_start_with_the_longest_tail(cli: CliRunner, friendly: dict[str, Any]) -> None:
     words = {"teacher": str(cli.path / friendly["run"]), "student": "resnet8", "data": {"name": "shapes"}}
-    words["data"] |= {"train": 200, "test": 100}
+    words["data"] |= {"train": 100, "test": 60}
     students = []
     for start in (True, False):
         config = resolve("distill", [ConfigSource("test", words | {"init_from_branches": start})]).config

@@ -130,7 +130,7 @@ def test_a_network_agrees_with_itself(trained_cli: CliRunner, teacher: Path) -> 
     found = document["teacher"]["agreement"]
     assert (found["top1"], found["corrected"], found["new"]) == (100.0, 0, 0)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
-    assert found["inherited"] == found["same_answer"] == document["images"] - round(document["top1"])
+    assert found["inherited"] == found["same_answer"] == round(document["images"] * (1 - document["top1"] / 100))
 
 
 def test_a_teacher_that_is_gone_costs_the_comparison_only(

@@ -248,7 +248,7 @@ def test_a_run_leaves_an_ensemble_beside_its_student(trained_cli: CliRunner, cha
     assert told["all"]["top1"] == pytest.approx(told["stage_top1"][1])
     assert told["member_macs"][0] <= told["early"]["macs"] <= told["all"]["macs"] == sum(told["member_macs"])
     assert all(len(values) == 2 for values in told["energies"].values())
-    assert chained["images"] + told["calibration_images"] == 180, "kept away from every student"
+    assert chained["images"] + told["calibration_images"] == 90, "kept away from every student"
     kinds = {line["kind"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
     assert kinds == {"train", "residual-1", "eval"}
 
@@ -275,7 +275,7 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunn
     assert early == trained_cli.sakd("eval", run, "--early-exit", "--json").document
     assert (early["top1"], early["ensemble"]["cost"]) == (told["early"]["top1"], told["early"]["cost"])
     whole = trained_cli.sakd("eval", run, "--always-on", "--curve", "--json").document
-    assert (whole["top1"], whole["ensemble"]["exits"]) == (pytest.approx(told["all"]["top1"]), [0, 100])
+    assert (whole["top1"], whole["ensemble"]["exits"]) == (pytest.approx(told["all"]["top1"]), [0, 60])
     assert whole["ensemble"]["sweep"][0]["top1"] == pytest.approx(whole["top1"])
     shutil.copytree(trained_cli.path / run / "ensemble", trained_cli.path / "exported")
     assert trained_cli.sakd("eval", "exported", "--dataset", "shapes", "--json").document["ensemble"]["exits"]
@@ -300,7 +300,7 @@ def test_thresholds_are_fitted_anew_for_other_words(trained_cli: CliRunner, chai
         "eval", chained["run"], "--set", "residual.rule=fixed", "--set", "residual.theta=1", "--json"
     )
     assert fixed.document["top1"] == chained["headline"]["top1"]
-    assert fixed.document["ensemble"]["exits"] == [100, 0]
+    assert fixed.document["ensemble"]["exits"] == [60, 0]
 
 
 def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
