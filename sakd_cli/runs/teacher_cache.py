@@ -2,8 +2,7 @@
 
 Crop with a border of p pixels and flip has V = 2 (2p + 1)^2 views per image, 162 for CIFAR. For methods that look at
 the teacher's pooled vector and logits only, all N V answers are kept in 16 bits (3.7 GB for CIFAR and wrn_40_2) and
-looked up; with the same teacher, images and augmentation every later run finds them on the disk (performance spec,
-section 4.4).
+looked up; with the same teacher, images and augmentation every later run finds them on the disk.
 """
 
 import hashlib

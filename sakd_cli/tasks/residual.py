@@ -1,7 +1,7 @@
 """A residual student learns what the sum of earlier students lacks: residual-guided distillation (ResKD).
 
 Li, Li, Omar, Wu, Li, "ResKD: Residual-Guided Knowledge Distillation", IEEE TIP 30, 2021. The paper's recipe is not
-public; ours is the ResKD spec's: logits are summed, earlier members are frozen (its sections 2.2 and 6).
+public; in ours logits are summed and earlier members are frozen.
 """
 
 from collections.abc import Callable

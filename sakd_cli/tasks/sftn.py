@@ -1,7 +1,7 @@
 """Student-friendly teachers: a teacher that learns its task together with branches of its students.
 
-Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge Distillation", NeurIPS 2021 (SFTN
-section 3). What is delivered is the teacher alone; any distillation takes it like any other.
+Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge Distillation", NeurIPS 2021,
+section 3. What is delivered is the teacher alone; any distillation takes it like any other.
 """
 
 from typing import final
