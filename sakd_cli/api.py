@@ -20,12 +20,13 @@ from sakd_cli.config.methods import MethodConfig
 from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.spots import SpotsDocument
+from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.spots import measure
 from sakd_cli.report.spots.log import spot_report
 from sakd_cli.report.spots.survey import Survey, survey_of
-from sakd_cli.rundir import ResumePlan, RunDir, newest_run
-from sakd_cli.runs.locate import check_teacher, is_ensemble, locate_inputs, what_to_score
+from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.runs.locate import check_teacher, locate_inputs, what_to_score
 from sakd_cli.runs.resume import resolve_command
 
 if TYPE_CHECKING:
@@ -79,15 +80,15 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its directory, and its summary as `summary.json` holds it."""
+    """A finished run: its directory, and its summary."""
 
     path: Path
-    summary: Mapping[str, Any]
+    summary: Summary
 
     @property
     def top1(self) -> float:
         """Percent of the test images, after the last epoch."""
-        return float(self.summary["headline"]["top1"])
+        return self.summary.last.top1
 
     @property
     def network(self) -> Path:
@@ -123,12 +124,11 @@ def pretrain_teacher(
     """
     words, intent = resolve_command("pretrain", {"set_": (), **_given(locals(), "model")})
     if intent.finished:
-        return _result(intent)
+        return _result(intent.summary)
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.launch import Launcher
 
-    run, summary = Launcher(reporter or NullReporter()).train(words, intent)
-    return RunResult(run.path, summary)
+    return _result(Launcher(reporter or NullReporter()).train(words, intent))
 
 
 def distill(
@@ -162,12 +162,11 @@ def distill(
     own = ("teacher", "student", "method", "router", "pretrain")
     words, intent = resolve_command("distill", {"set_": (), **_given(locals(), *own)})
     if intent.finished:
-        return _result(intent)
+        return _result(intent.summary)
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.launch import Launcher
 
-    run, summary = Launcher(reporter or NullReporter(), resume is not None).train(locate_inputs(words), intent)
-    return RunResult(run.path, summary)
+    return _result(Launcher(reporter or NullReporter(), resume is not None).train(locate_inputs(words), intent))
 
 
 def evaluate(
@@ -191,12 +190,11 @@ def evaluate(
     found = [what_to_score(None if target is None else Path(target), resolve("eval", given).config.runs_dir)]
     check_teacher(found, forced=False, teacher=teacher)
     from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.evaluate_ensemble import evaluations
+    from sakd_cli.runs.evaluate_ensemble import evaluate_all
 
     compelled = teacher is not None
-    (document,) = evaluations(found, given, reporter or NullReporter(), compelled=compelled, early=early)
-    kind = EnsembleEvaluation if is_ensemble(found[0][0]) else Evaluation
-    return kind.model_validate(document)
+    (document,) = evaluate_all(found, given, reporter or NullReporter(), teacher_required=compelled, early=early)
+    return document
 
 
 def inspect_spots(
@@ -281,6 +279,5 @@ def _texts(names: Mapping[str, Any], *wanted: str) -> dict[str, Any]:
     return words | {name: Path(words[name]) for name in ("config", "run_dir") if words.get(name) is not None}
 
 
-def _result(intent: ResumePlan) -> RunResult:
-    assert intent.resume is not None
-    return RunResult(intent.resume.path, intent.resume.read_json("summary.json"))
+def _result(summary: Summary) -> RunResult:
+    return RunResult(Path(str(summary.run)), summary)

@@ -9,11 +9,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from sakd_cli.documents.base import Document
 from sakd_cli.errors import DiskError, UsageError
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 MOST_YAML = 64 * 1024  # bytes; a whole config has 2 kB, and PyYAML reads 100 kB a second
 MOST_JSON = 64 * 1024**2  # bytes
@@ -77,6 +80,14 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path, MOST_JSON))
 
 
+def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
+    """One of our own documents from a file. Raises UsageError where it is missing, damaged or of another kind."""
+    try:
+        return kind.model_validate_json(read_bytes(path, MOST_JSON), strict=True)
+    except (OSError, ValueError):
+        raise UsageError(f"{path}: missing or damaged") from None
+
+
 def check_header(path: Path) -> None:
     """Raise ValueError where the header of a safetensors file is longer than any of ours; OSError as `read_bytes`."""
     if not path.is_file():
@@ -122,6 +133,11 @@ def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
 def write_json(path: Path, content: Any) -> None:
     """Write one JSON document, atomically."""
     write_aside(path, json_bytes(content))
+
+
+def write_document(path: Path, document: Document) -> None:
+    """Write what a run or a command leaves, atomically."""
+    write_aside(path, f"{document.text}\n".encode())
 
 
 def json_bytes(content: Any) -> bytes:

@@ -28,10 +28,22 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sakd_cli.config.base import EFFECTIVE
+from sakd_cli.documents.training import Summary
 from sakd_cli.errors import DiskError, RunInUseError, UsageError
-from sakd_cli.files import MOST_JSON, MOST_YAML, disk_error, parse_json, parse_yaml, read_bytes, read_json, write_json
+from sakd_cli.files import (
+    MOST_JSON,
+    MOST_YAML,
+    disk_error,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_document,
+    read_json,
+    write_json,
+)
 
 DELIVERABLES = ("student", "teacher")
+SUMMARY = "summary.json"
 BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml
 
 
@@ -126,7 +138,12 @@ class RunDir:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return (self.path / "summary.json").is_file()
+        return (self.path / SUMMARY).is_file()
+
+    @property
+    def summary(self) -> Summary:
+        """What the finished run ended with. Raises UsageError where it is missing or damaged."""
+        return read_document(self.path / SUMMARY, Summary).model_copy(update={"run": str(self.path)})
 
     @property
     def deliverable(self) -> Path | None:
@@ -214,10 +231,11 @@ class ResumePlan(NamedTuple):
         """Whether there is nothing left to do."""
         return self.resume is not None and self.resume.finished
 
-    def summary(self) -> dict[str, Any]:
-        """Figures of the finished run."""
+    @property
+    def summary(self) -> Summary:
+        """Of the finished run."""
         assert self.resume is not None
-        return {"run": str(self.resume.path)} | self.resume.read_json("summary.json")
+        return self.resume.summary
 
     def check(self) -> None:
         """Raise UsageError where a new run would stand on something."""

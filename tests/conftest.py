@@ -15,7 +15,7 @@ import pytest
 from fork_server import ForkServer
 
 from sakd_cli.cli.app import run
-from sakd_cli.documents.evaluation import DOCUMENTS
+from sakd_cli.documents.table import DOCUMENTS
 
 # Set before torch is imported. On small tensors a second thread wins nothing; on a busy machine waiting for it costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

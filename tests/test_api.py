@@ -31,7 +31,7 @@ def test_a_call_makes_the_run_that_the_command_makes(
         run = api.distill(teacher=teacher, student="resnet8", method="fitnet", run_dir="by-call", **words)
         again = api.distill(teacher=teacher, student="resnet8", method="fitnet", resume="by-call", **words)
     assert out.getvalue() == ""
-    assert run.summary["headline"] == distilled["headline"] == again.summary["headline"]
+    assert run.summary.last.plain() == distilled["last"] == again.summary.last.plain()
     assert run.path == Path("by-call") == again.path
     theirs = trained_cli.path / distilled["run"] / "student" / "model.safetensors"
     assert (run.network / "model.safetensors").read_bytes() == theirs.read_bytes()
@@ -39,7 +39,7 @@ def test_a_call_makes_the_run_that_the_command_makes(
     assert isinstance(judged, api.Evaluation)
     assert judged.top1 == run.top1
     assert judged.teacher is not None
-    assert judged.teacher.sha256 == run.summary["teacher"]["sha256"]
+    assert judged.teacher.sha256 == run.summary.teacher.sha256
     spots = api.inspect_spots(run.path)
     assert [spot.name for spot in spots.overall] == ["stage2", "logits"]
     live = api.inspect_spots(run.path, split="test", extremes=1)
@@ -76,7 +76,7 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
     with pytest.raises(Stopped):
         api.distill(run_dir="stopped", reporter=follower, **words)
     assert any("resnet8 on shapes" in line for line in follower.messages)
-    assert api.distill(resume="stopped", **words).summary["epochs"] == 1
+    assert api.distill(resume="stopped", **words).summary.epochs == 1
 
 
 def test_mistakes_are_errors_of_ours(teacher: Path) -> None:

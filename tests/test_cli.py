@@ -76,7 +76,7 @@ def test_a_network_is_scored_as_its_summary_says(trained_cli: CliRunner, teacher
     assert result.err == ""
     scores, summary = result.document, json.loads((teacher / "summary.json").read_text())
     assert {key: scores[key] for key in ("top1", "top5", "loss")} == {
-        key: summary["headline"][key] for key in ("top1", "top5", "loss")
+        key: summary["last"][key] for key in ("top1", "top5", "loss")
     }
     assert (scores["parameters"], scores["macs"]) == (summary["parameters"], summary["macs"])
     assert sum(row["images"] for row in scores["classes"]) == scores["images"] == 60

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from conftest import CliRunner
 from rich.console import Console
+from sample_documents import sample
 
-from sakd_cli.documents.evaluation import Comparison
+from sakd_cli.documents.table import Comparison
+from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
@@ -52,9 +54,9 @@ def make(folder: Path, router: str | None, seed: int, top1: float | None, **word
         )
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, 3, {"kind": "train"}]))
     if top1 is not None:
-        figures = {"epoch": 2, "top1": top1, "top5": 70.0, "loss": 2.0}
-        summary = {"headline": figures, "best": figures | {"epoch": 1}, "seconds": 5.0, "teacher": {"top1": 60.0}}
-        (path / "summary.json").write_text(json.dumps(summary))
+        last = {"epoch": 2, "top1": top1, "top5": 70.0, "loss": 2.0}
+        summary = sample(Summary, last=last, best=last | {"epoch": 1}, seconds=5.0, teacher={"top1": 60.0})
+        (path / "summary.json").write_text(summary.text)
     return RunDir(path)
 
 

@@ -12,7 +12,7 @@ from test_imagefolder import cut_short, folder, picture
 
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.decode import find_unreadable
-from sakd_cli.documents.evaluation import DataCheck
+from sakd_cli.documents.table import DataCheck
 from sakd_cli.models.table import create
 from sakd_cli.runs import build
 from sakd_cli.runs.locate import locate_inputs

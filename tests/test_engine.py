@@ -201,9 +201,9 @@ def test_a_run_logs_judges_saves_and_ends(tmp_path: Path) -> None:
         *(("train", 1, 2), ("train", 1, 3), ("eval", 1, None)),
         *(("train", 2, 4), ("train", 2, 6), ("eval", 2, None)),
     ]
-    assert figures["headline"]["loss"] == lines[-1]["loss"]
+    assert figures["last"]["loss"] == lines[-1]["loss"]
     assert sum(figures["phases"].values()) == pytest.approx(1.0)
-    assert trainer.output.writer.published[-1]["top1"] == figures["headline"]["top1"]
+    assert trainer.output.writer.published[-1]["top1"] == figures["last"]["top1"]
     saved = checkpoint.read(tmp_path / "checkpoints" / "last")
     assert (saved.state["epoch"], saved.state["step"]) == (2, 6)
     assert all(torch.equal(saved.model[name], tensor) for name, tensor in trainer.task.network.state_dict().items())
@@ -238,7 +238,7 @@ def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scor
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
     evaluation = EvaluationData("validation", Verdicts(task.network, [1, 3, 3, 2]), test, CLASSES)
     figures = trainer_of(task, tmp_path, 4, evaluation=evaluation).fit()
-    assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["headline"]["epoch"]) == (
+    assert (figures["best"]["epoch"], figures["best"]["selected_on"], figures["last"]["epoch"]) == (
         2,
         "validation",
         4,
@@ -247,7 +247,7 @@ def test_the_best_epoch_is_the_first_of_the_highest_and_its_own_weights_are_scor
     assert rates == pytest.approx({1: 0.01, 2: 0.01, 3: 0.001, 4: 0.001})
     best = PlainTask().network
     best.load_state_dict(load_file(tmp_path / "checkpoints" / "best" / "model.safetensors"))
-    assert figures["best"]["loss"] == evaluate(best, test, CLASSES).loss != figures["headline"]["loss"]
+    assert figures["best"]["loss"] == evaluate(best, test, CLASSES).loss != figures["last"]["loss"]
 
 
 PAIRS = [("fitnet", "adaptive"), ("at", "anti"), ("sp", "random"), ("kd", "always"), ("simkd", "adaptive")]
@@ -263,7 +263,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path: Path, method: 
     resumed.resume(checkpoint.read(tmp_path / "halves" / "checkpoints" / "last"))
     assert resumed.epoch == 2
     figures = resumed.fit()
-    assert (figures["headline"], figures["best"]) == (expected["headline"], expected["best"])
+    assert (figures["last"], figures["best"]) == (expected["last"], expected["best"])
     tables = [
         (run.task.state_dict(), run.optimizer.tensors(), load_file(run.run.path / "samples.safetensors"))
         for run in (resumed, whole)
@@ -346,7 +346,7 @@ def test_a_stop_at_any_moment_of_training_and_evaluation_changes_no_bit(tmp_path
         resumed.resume(checkpoint.read(resumed.folder / "last"))
         assert resumed.step == stopped.step
         figures = resumed.fit()
-        assert (figures["headline"], figures["best"]) == (expected["headline"], expected["best"])
+        assert (figures["last"], figures["best"]) == (expected["last"], expected["best"])
         assert list(resumed.run.lines("metrics.jsonl")) == list(whole.run.lines("metrics.jsonl"))
         assert torch.equal(resumed.task.network[1].weight, whole.task.network[1].weight)
     trainer(tmp_path / "patient", Impatient(moments)).fit()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.evaluation.early_exit import evaluate_batches, exit_curve, never, pareto
 from sakd_cli.models.ensemble import Ensemble
 from sakd_cli.models.exits import MEASURES, NEVER, RANGES, Exits, fit, leaving, mean_macs
-from sakd_cli.runs.evaluate_ensemble import hull, never, passed, sweep
 
 MACS = [50, 30, 10, 5]
 
@@ -144,7 +144,7 @@ def test_what_is_skipped_is_not_computed_and_batches_do_not_matter(thresholds: t
         for member in ensemble.members:
             member.seen.clear()
         pieces = list(zip(images.split(size), labels.split(size), strict=True))
-        assert torch.equal(passed(ensemble, chosen, pieces, 6).left, left)
+        assert torch.equal(evaluate_batches(ensemble, chosen, pieces, 6).left, left)
         for place, member in enumerate(ensemble.members):
             alive = images[left >= place]
             assert torch.equal(torch.cat([*member.seen, images[:0]]), alive)
@@ -167,30 +167,30 @@ def test_the_logits_are_the_sum_and_every_prefix_of_it() -> None:
         assert torch.allclose(backwards(images), ensemble(images), atol=1e-6)
 
 
-def test_a_sweep_goes_from_all_members_to_the_first_alone() -> None:
+def test_a_curve_goes_from_all_members_to_the_first_alone() -> None:
     ensemble, images, labels = made(3, samples=200)
-    points = sweep(ensemble, exits(0.5, 0.5), [(images, labels)], MACS[:3], 100)
+    points = exit_curve(ensemble, exits(0.5, 0.5), [(images, labels)], MACS[:3], 100)
     first, last = points[0], points[-1]
-    assert (first["theta"], first["exits"], first["agreement"], first["cost"]) == (None, [0, 0, 200], 100.0, 0.9)
-    assert (last["exits"], last["cost"]) == ([200, 0, 0], 0.5)
-    assert [point["macs"] for point in points] == sorted((point["macs"] for point in points), reverse=True)
-    everyone = passed(ensemble, never(exits(0.5, 0.5)), [(images, labels)], 6).scores
-    assert first["top1"] == pytest.approx(everyone.top1)
-    on_hull = [(point["macs"], point["top1"]) for point in points if point["hull"]]
-    rising = sorted(on_hull)
+    assert (first.theta, first.exits, first.agreement, first.cost) == (None, [0, 0, 200], 100.0, 0.9)
+    assert (last.exits, last.cost) == ([200, 0, 0], 0.5)
+    assert [point.macs for point in points] == sorted((point.macs for point in points), reverse=True)
+    all_members = evaluate_batches(ensemble, never(exits(0.5, 0.5)), [(images, labels)], 6).scores
+    assert first.top1 == pytest.approx(all_members.top1)
+    on_front = [(point.macs, point.top1) for point in points if point.pareto]
+    rising = sorted(on_front)
     assert [top1 for _, top1 in rising] == sorted(top1 for _, top1 in rising)
-    best = max(points, key=lambda point: point["top1"])
-    assert best["top1"] == rising[-1][1]
+    best = max(points, key=lambda point: point.top1)
+    assert best.top1 == rising[-1][1]
 
 
-def test_the_upper_hull_of_known_points() -> None:
+def test_the_pareto_front_of_known_points() -> None:
     points = [(1.0, 10.0), (2.0, 30.0), (3.0, 31.0), (4.0, 50.0), (5.0, 40.0), (2.0, 20.0)]
-    assert hull(points) == {0, 1, 3}
-    assert hull([(1.0, 5.0)]) == {0}
+    assert pareto(points) == {0, 1, 3}
+    assert pareto([(1.0, 5.0)]) == {0}
 
 
 def test_a_student_alone_is_an_ensemble_without_residual_students() -> None:
     ensemble, images, labels = made(1)
-    scores, left = passed(ensemble, exits(), [(images, labels)], 6)
+    scores, left = evaluate_batches(ensemble, exits(), [(images, labels)], 6)
     assert (scores.images, left.tolist()) == (40, [0] * 40)
-    assert len(sweep(ensemble, exits(), [(images, labels)], MACS[:1], None)) == 1
+    assert len(exit_curve(ensemble, exits(), [(images, labels)], MACS[:1], None)) == 1

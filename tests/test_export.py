@@ -16,7 +16,7 @@ from conftest import TINY, CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sakd_cli.documents.evaluation import Export
+from sakd_cli.documents.table import Export
 from sakd_cli.errors import UsageError
 from sakd_cli.export import export, formats
 from sakd_cli.export.formats import FORMS, FromPixels

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.data.cifar import CIFAR100
-from sakd_cli.documents.training import Imported
+from sakd_cli.documents.table import Imported
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS

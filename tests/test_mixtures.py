@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import CliRunner, Result
+from sample_documents import sample
 
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.documents.mixtures import Mixtures
 from sakd_cli.models.artifact import load
 from sakd_cli.models.table import create
 from sakd_cli.report.render import plots
@@ -183,12 +185,12 @@ def test_the_picture_is_drawn_or_one_line_says_what_is_missing(
     assert "Mixtures of the teacher's blocks" in page["sections"]
     assert "searched/report-mixtures.png" in page["written"]
     groups = [{"name": "a", "alpha": [1 / 36] * 36}, {"name": "b", "alpha": [1.0]}]
-    plots.write(plots.mixture_map({"groups": groups}), tmp_path / "long.png")
+    plots.write(plots.mixture_map(sample(Mixtures, groups=groups)), tmp_path / "long.png")
     assert (tmp_path / "long.png").stat().st_size > 1000
 
 
 def test_blocks_that_were_left_out_are_named() -> None:
     groups = [{"name": "stage1", "alpha": [0.25, 0.75], "positions": [2, 3], "largest": 2, "entropy": 0.56}]
-    sheet = mixture_table({"groups": groups, "teacher": "MobileNetV2"})
+    sheet = mixture_table(sample(Mixtures, groups=groups, teacher="MobileNetV2"))
     assert sheet.rows == [["stage1", "2", " 25.0  75.0", "2", "0.56"]]
     assert sheet.notes[-1] == "stage1: blocks 2, 3; others differ in width"

@@ -62,7 +62,7 @@ def test_one_talks_and_the_numbers_are_those_of_one_process(fork_server: ForkSer
     spots = [(fork_server.cwd / run / "spots.jsonl").read_text().splitlines() for run in ("two", "alone")]
     assert len(spots[0]) == len(spots[1]) == 3
     assert json.loads(spots[0][0])["samples"] == json.loads(spots[1][0])["samples"] == 135
-    assert summary["headline"]["epoch"] == 3
+    assert summary["last"]["epoch"] == 3
 
 
 def test_a_stop_is_everybodys_and_any_number_of_processes_goes_on(fork_server: ForkServer) -> None:

@@ -73,8 +73,8 @@ def test_a_package_of_ones_own_is_built_installed_and_used(tmp_path: Path) -> No
     assert json.loads(shown)["defaults"]["weight"] == 5.0
     summary = json.loads(distilled)
     assert (summary["network"], summary["epochs"]) == ("tinynet", 1)
-    assert json.loads(resumed)["headline"] == summary["headline"]
-    assert json.loads(scored)["top1"] == pytest.approx(summary["headline"]["top1"])
+    assert json.loads(resumed)["last"] == summary["last"]
+    assert json.loads(scored)["top1"] == pytest.approx(summary["last"]["top1"])
     assert json.loads(exported)["check"]["difference"] <= 1e-4
 
 

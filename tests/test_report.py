@@ -12,12 +12,18 @@ import pytest
 import yaml
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
+from sample_documents import sample
 
+from sakd_cli.documents.evaluation import Evaluation
+from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.errors import UsageError
+from sakd_cli.report.evaluation.tables import evaluation_tables
 from sakd_cli.report.render import format
+from sakd_cli.report.render.listing import listing_table
 from sakd_cli.report.render.sheet import Column, Sheet
-from sakd_cli.report.runs.tables import evaluation_tables, listing_table, spot_plan_table, spot_tables, summary_table
+from sakd_cli.report.runs.tables import plan_table, summary_table
 from sakd_cli.report.spots.log import SCHEMA, spot_report
+from sakd_cli.report.spots.log_tables import spot_tables
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]
@@ -192,10 +198,11 @@ def test_names_from_files_are_shown_as_plain_text(tmp_path: Path) -> None:
     report = spot_report(make_run(tmp_path / "run", [record], config=config, classes=[HOSTILE]))
     assert report["overall"][0]["name"] == report["overall"][0]["kind"] == report["teacher"] == HARMLESS
     assert report["by_class"][0]["name"] == HARMLESS
-    evaluation = {"network": HOSTILE, "classes": [{"name": HOSTILE, "images": 1, "top1": 5.0}]}
-    plan = {"spots": [{"name": HOSTILE, "lift": HOSTILE}], "trainable": {HOSTILE: 3}}
-    summary = {"network": HOSTILE, "protocol": HOSTILE, "phases": {HOSTILE: 1.0}, "seconds": 1.0}
-    tables = [*spot_tables(report), *evaluation_tables(evaluation), summary_table(summary), spot_plan_table(plan)]
+    name = HOSTILE.replace("\ud800", "")  # no JSON file holds half a character
+    evaluation = sample(Evaluation, network=name, classes=[{"name": name, "images": 1, "top1": 5.0}])
+    plan = sample(Plan, spots=[{"name": name, "student_to_teacher": name}], trainable={name: 3})
+    summary = sample(Summary, network=name, protocol=name, device=name, dataset=name, seconds=1.0)
+    tables = [*spot_tables(report), *evaluation_tables(evaluation), summary_table(summary), plan_table(plan)]
     text = text_of([*tables, listing_table(HOSTILE, [{HOSTILE: HOSTILE}])], width=300)
     assert text.count(HARMLESS) >= 12
     assert all(char.isprintable() or char == "\n" for char in text)
@@ -215,35 +222,36 @@ def long_run(folder: Path, features: int, epochs: int = 240, classes: int = 100)
 
 
 # fmt: off
-EVALUATION = {
+EVALUATION = sample(Evaluation, {
     "network": "resnet8", "dataset": "cifar100", "split": "test", "images": 10_000, "top1": 41.2345, "top5": 70.1,
     "loss": 2.2034, "parameters": 83_892, "macs": 12_507_392,
     "classes": [{"name": f"name_{label:02d}", "images": 100, "top1": float(label)} for label in range(100)],
-}
-SUMMARY = {
+})
+SUMMARY = sample(Summary, {
     "task": "distill", "network": "resnet8", "dataset": "cifar100", "epochs": 3,
-    "headline": {"epoch": 3, "split": "test", "top1": 41.2, "top5": 70.1, "loss": 2.2},
+    "last": {"epoch": 3, "split": "test", "top1": 41.2, "top5": 70.1, "loss": 2.2},
     "best": {"epoch": 2, "selected_on": "validation", "top1": 40.9, "top5": 70.4, "loss": 2.19},
-    "protocol": "last epoch is the headline; best epoch chosen on 10 % of the training images held out",
+    "protocol": "the reported result is the last epoch; best epoch chosen on 10 % of the training images held out",
     "parameters": 83_892, "macs": 12_507_392, "seconds": 83.1, "phases": {"train": 0.93, "evaluate": 0.07},
     "teacher": {"network": "resnet20", "top1": 45.1, "parameters": 278_324, "macs": 40_800_000, "sha256": "ab" * 32},
-}
-PLAN = {
+})
+PLAN = sample(Plan, {
     "spots": [
-        {"name": "stage2", "kind": "map", "student_stage": "stage2", "teacher_stage": "stage2",
-         "student_shape": [32, 16, 16], "teacher_shape": [128, 16, 16], "lift": "conv 1x1", "drop": "conv 1x1"},
-        {"name": "logits", "kind": "logits", "student_shape": [100], "teacher_shape": [100], "lift": None},
+        {"name": "stage2", "kind": "map", "student_stage": 1, "teacher_stage": 1,
+         "student_shape": [32, 16, 16], "teacher_shape": [128, 16, 16],
+         "student_to_teacher": "conv 1x1", "teacher_to_student": "conv 1x1"},
+        {"name": "logits", "kind": "logits", "student_shape": [100], "teacher_shape": [100]},
     ],
     "networks": [{"role": "teacher", "name": "resnet20", "parameters": 278_324, "macs": 40_800_000}],
     "trainable": {"router": 772, "adapters": 8448, "distiller": 0},
-}
+})
 # fmt: on
 ABOUT = "three groups of one block each, and more that does not fit on one line"
 LISTING = [{"name": "resnet8", "parameters": 83_892, "macs": 12_507_392, "about": ABOUT}]
 
 
 def everything(report: Tree) -> list[RenderableType]:
-    tables = [*spot_tables(report), *evaluation_tables(EVALUATION), summary_table(SUMMARY), spot_plan_table(PLAN)]
+    tables = [*spot_tables(report), *evaluation_tables(EVALUATION), summary_table(SUMMARY), plan_table(PLAN)]
     return [*tables, listing_table("Networks", LISTING)]
 
 
@@ -319,12 +327,12 @@ def test_evaluation_shows_best_and_worst() -> None:
 
 
 def test_evaluation_of_few_classes_shows_all() -> None:
-    classes = [{"name": f"name_{label:02d}", "images": 4, "top1": 4.0 * label} for label in range(25)]
-    classes[3] |= {"images": 0, "top1": None}
-    text = text_of(evaluation_tables(EVALUATION | {"classes": classes}))
+    rows = [{"name": f"name_{label:02d}", "images": 4, "top1": 4.0 * label} for label in range(25)]
+    rows[3] |= {"images": 0, "top1": None}
+    text = text_of(evaluation_tables(sample(Evaluation, classes=rows)))
     assert text.count("name_") == 24
     assert ("1 of 25 classes have no image here" in text, "--json" in text) == (True, False)
-    assert len(evaluation_tables({**EVALUATION, "classes": []})) == 1
+    assert len(evaluation_tables(sample(Evaluation))) == 1
 
 
 def test_summary_with_and_without_teacher() -> None:
@@ -333,19 +341,19 @@ def test_summary_with_and_without_teacher() -> None:
     row = next(line for line in both.splitlines() if line.startswith("Top-1"))
     assert row.split() == ["Top-1", "41.20", "%", "40.90", "%", "45.10", "%"]
     against = "−3.90 points top-1, 30 % of the parameters, 31 % of the MACs."
-    for part in (against, "Protocol: last epoch is the headline;", "1 min 23 s for 3 epochs: train 93 %"):
+    for part in (against, "Protocol: the reported result is the last epoch;", "1 min 23 s for 3 epochs: train 93 %"):
         assert part in both
-    alone = text_of([summary_table({key: value for key, value in SUMMARY.items() if key != "teacher"})], 200)
+    alone = text_of([summary_table(SUMMARY.model_copy(update={"teacher": None}))], 200)
     assert not any(part in alone for part in ("Teacher", "against"))
 
 
 def test_missing_figures_are_dashes() -> None:
-    text = text_of([summary_table({}), *evaluation_tables({}), spot_plan_table({}), listing_table("Empty", [])])
+    text = text_of([summary_table(sample(Summary)), plan_table(sample(Plan)), listing_table("Empty", [])])
     assert [part in text for part in (format.DASH, "none", "None")] == [True, True, False]
 
 
 def test_plan_lists_what_is_trained() -> None:
-    text = text_of([spot_plan_table(PLAN)])
+    text = text_of([plan_table(PLAN)])
     assert "Trained parameters: router 772, adapters 8.45 k.\n" in text
     assert "128×16×16" in text
 
@@ -379,7 +387,7 @@ def test_large(value: Any, expected: str) -> None:
 
 
 def test_small_figures() -> None:
-    assert format.share(0.613) == "61.3"
+    assert format.fraction(0.613) == "61.3"
     assert format.fixed(61.3, 1, " %") == "61.3 %"
     deviations = [format.deviation(value) for value in (0.042, -0.042, 0.0, -1e-9, None)]
     assert deviations == ["+4.2", "−4.2", "0.0", "0.0", "–"]

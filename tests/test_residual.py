@@ -244,7 +244,7 @@ def test_a_run_leaves_an_ensemble_beside_its_student(trained_cli: CliRunner, cha
     student = (run / "student" / "model.safetensors").read_bytes()
     assert (run / "ensemble" / "member-0.safetensors").read_bytes() == student, "frozen since its own phase"
     assert (run / "checkpoints" / "residual-1" / "last" / "model.safetensors").is_file()
-    assert told["stage_top1"][0] == chained["headline"]["top1"]
+    assert told["stage_top1"][0] == chained["last"]["top1"]
     assert told["all"]["top1"] == pytest.approx(told["stage_top1"][1])
     assert told["member_macs"][0] <= told["early"]["macs"] <= told["all"]["macs"] == sum(told["member_macs"])
     assert all(len(values) == 2 for values in told["energies"].values())
@@ -276,18 +276,18 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunn
     assert (early["top1"], early["ensemble"]["cost"]) == (told["early"]["top1"], told["early"]["cost"])
     whole = trained_cli.sakd("eval", run, "--always-on", "--curve", "--json").document
     assert (whole["top1"], whole["ensemble"]["exits"]) == (pytest.approx(told["all"]["top1"]), [0, 60])
-    assert whole["ensemble"]["sweep"][0]["top1"] == pytest.approx(whole["top1"])
+    assert whole["ensemble"]["curve"][0]["top1"] == pytest.approx(whole["top1"])
     shutil.copytree(trained_cli.path / run / "ensemble", trained_cli.path / "exported")
     assert trained_cli.sakd("eval", "exported", "--dataset", "shapes", "--json").document["ensemble"]["exits"]
     Evaluations.model_validate(
         both := trained_cli.sakd("eval", run, f"{run}/student", "--json", "--set", "timing_seconds=0").document
     )
-    assert [one["schema"] for one in both["evaluations"]] == ["sakd.ensemble/1", "sakd.eval/2"]
+    assert [one["schema"] for one in both["evaluations"]] == ["sakd.ensemble/2", "sakd.eval/3"]
     alone = trained_cli.sakd("eval", f"{run}/student", "--early-exit", "--json").document
-    assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["headline"]["top1"], [60])
+    assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["last"]["top1"], [60])
     assert alone["ensemble"]["cost"] == 1.0, "as large as its teacher"
     tables = trained_cli.sakd("eval", run, "--curve").out
-    assert all(word in tables for word in ("Student and residual students", "Agree %", "Hull", "rule agreement"))
+    assert all(word in tables for word in ("Student and residual students", "Agree %", "Pareto", "rule agreement"))
 
 
 def test_thresholds_are_fitted_anew_for_other_words(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
@@ -299,7 +299,7 @@ def test_thresholds_are_fitted_anew_for_other_words(trained_cli: CliRunner, chai
     fixed = trained_cli.sakd(
         "eval", chained["run"], "--set", "residual.rule=fixed", "--set", "residual.theta=1", "--json"
     )
-    assert fixed.document["top1"] == chained["headline"]["top1"]
+    assert fixed.document["top1"] == chained["last"]["top1"]
     assert fixed.document["ensemble"]["exits"] == [60, 0]
 
 
@@ -333,7 +333,7 @@ def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, c
 def test_the_curve_is_drawn(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
     result = trained_cli.sakd("eval", chained["run"], "--plot", "curve.png", "--json")
-    assert result.document["ensemble"]["sweep"]
+    assert result.document["ensemble"]["curve"]
     assert (trained_cli.path / "curve.png").read_bytes().startswith(b"\x89PNG")
     page = trained_cli.sakd("report", chained["run"], "--json").document
     assert "Residual students" in page["sections"]

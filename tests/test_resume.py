@@ -156,7 +156,7 @@ def test_a_finished_run_prints_its_summary_and_runs_no_step(fork_server: ForkSer
     before = fingerprint(run)
     again = fork_server.sakd("distill", "--resume", str(run), "--json")
     assert again.code == 0
-    assert json.loads(again.out) == {"run": str(run)} | json.loads((run / "summary.json").read_text())
+    assert json.loads(again.out) == json.loads((run / "summary.json").read_text()) | {"run": str(run)}
     assert fingerprint(run) == before
 
 

@@ -13,7 +13,7 @@ from conftest import PAIR, TINY, CliRunner
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.documents.evaluation import DOCUMENTS, Comparison, Report
+from sakd_cli.documents.table import DOCUMENTS, Comparison, Report
 
 WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
 
@@ -84,7 +84,7 @@ def test_a_resumed_series_leaves_alone_what_is_finished_and_makes_what_is_missin
         True,
     ]
     assert untouched == {run: (Path(run) / "summary.json").stat().st_mtime_ns for run in untouched}
-    assert json.loads((stopped / "summary.json").read_text())["headline"] == summary["headline"]
+    assert json.loads((stopped / "summary.json").read_text())["last"] == summary["last"]
     assert (Path(again["runs"][2]["run"]) / "student" / "model.safetensors").read_bytes() == weights
     assert again["groups"] == controlled["groups"]
 
@@ -121,7 +121,7 @@ def test_all_routers_are_one_word_and_coins_are_matched_within_a_seed(
     assert trained_cli.tree() == before
     assert all(text in table for text in ("kd random-matched", "±", "Runs"))
     plan = trained_cli.sakd(*words, "--routers", "all", "--dry-run", "--json").document
-    assert plan["schema"] == "sakd.plan/1"
+    assert plan["schema"] == "sakd.plan/2"
 
 
 MISTAKES = {

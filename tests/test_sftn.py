@@ -17,6 +17,7 @@ from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.documents.base import rounded
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
@@ -131,7 +132,7 @@ def test_a_branch_is_scored_without_changing_the_teachers_mode() -> None:
     with torch.no_grad():
         logits = task.branches(network.features(images).stages)
     losses = [F.cross_entropy(each, batch_of(6).labels).item() for each in logits]
-    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row.loss for row in rows] == pytest.approx(losses, rel=1e-5)
 
 
 @functools.cache
@@ -286,15 +287,14 @@ def test_a_friendly_teacher_is_nearer_to_its_branches_the_more_so_the_more_it_we
 
 def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> None:
     first = job(tmp_path, model="resnet8")
-    where, summary = launch.launch(first, run_extensions(first), ResumePlan(), NullReporter())
-    again = job(tmp_path, model="resnet8", init_from=str(where.path), friendly="resnet8", seed=1)
+    summary = launch.launch(first, run_extensions(first), ResumePlan(), NullReporter())
+    again = job(tmp_path, model="resnet8", init_from=str(summary.run), friendly="resnet8", seed=1)
     assert (again.config.train.lr, again.task.groups()[1].lr) == (0.01, 0.01)
     saved, loaded = first.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     evaluation = launch.evaluation_data(again, NullReporter())
-    assert evaluate(again.network, evaluation.test, evaluation.classes).headline() == {
-        key: summary["headline"][key] for key in ("top1", "top5", "loss")
-    }
+    scores = evaluate(again.network, evaluation.test, evaluation.classes)
+    assert rounded(scores.metrics()) == {key: getattr(summary.last, key) for key in ("top1", "top5", "loss")}
     trainer_of(again.task, tmp_path / "none", 0, output=None).fit()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in again.network.state_dict().items())
 

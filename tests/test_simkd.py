@@ -180,7 +180,7 @@ def test_what_is_delivered_scores_the_same_and_is_looked_at(cli: CliRunner, summ
     scored = cli.sakd("eval", f"{run}/student", *sizes, "--json").document
     assert scored["network"] == summary["network"] == "simkd2-resnet8-resnet8"
     for key in ("top1", "loss"):
-        assert scored[key] == summary["headline"][key]
+        assert scored[key] == summary["last"][key]
     assert (scored["parameters"], scored["macs"]) == (summary["parameters"], summary["macs"])
     spots = cli.sakd("inspect-spots", run, "--json").document["overall"]
     assert [(spot["name"], spot["kind"]) for spot in spots] == [("projector", "map"), ("logits", "logits")]

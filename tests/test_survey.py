@@ -49,7 +49,8 @@ def test_a_run_keeps_what_its_router_makes_of_every_training_image(cli: CliRunne
     assert (measured["source"], measured["value"], measured["split"]) == ("survey", "probability", "train")
     assert [spot["mean"] for spot in measured["spots"]] == pytest.approx(kept["probability"].mean(axis=0))
     assert measured["spots"][1] | {"mean": 0} == measured["spots"][1] | {
-        "mean": 0, "name": "stage2", "student_stage": "stage2", "student_shape": [32, 16, 16], "lift": "conv 1x1",
+        "mean": 0, "name": "stage2", "student_stage": "stage2", "student_shape": [32, 16, 16],
+        "student_to_teacher": "conv 1x1",
     }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_the_fixed_paths_are_the_networks_alone_and_their_figures_those_of_the_s
 ) -> None:
     figures = inspected(cli, routed)["measured"]["routed"]
     summary = json.loads((cli.path / routed / "summary.json").read_text())
-    for network, path, known in (("student", "all_student", "headline"), ("teacher", "all_teacher", "teacher")):
+    for network, path, known in (("student", "all_student", "last"), ("teacher", "all_teacher", "teacher")):
         assert figures[path] == pytest.approx(figures[network], rel=1e-6)
         assert figures[network]["top1"] == pytest.approx(summary[known]["top1"])
     assert (figures["images"], figures["sampled"]["draws"]) == (60, 3)

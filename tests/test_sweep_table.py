@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_documents import sample
 
 from sakd_cli.cli.sweep import understood
 from sakd_cli.config.grid import Grid
 from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.documents.sweep import SweepDocument
+from sakd_cli.documents.training import Summary
 from sakd_cli.report.sweep.results import SweepEntry, published, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.rundir import RunDir
@@ -24,8 +26,9 @@ def grid_of(file: str, **options: Any) -> Grid:
 def entry(folder: Path, router: str | None, seed: int, top1: float, **words: Any) -> SweepEntry:
     run = RunDir(folder / f"{router}-{seed}-{len(list(folder.iterdir()))}")
     run.path.mkdir()
-    summary = {"headline": {"top1": top1}, "best": {"top1": top1 + 0.1}, "seconds": 60, "teacher": {"top1": 72.5}}
-    (run.path / "summary.json").write_text(json.dumps(summary))
+    teacher = {"top1": 72.5}
+    summary = sample(Summary, last={"top1": top1}, best={"top1": top1 + 0.1}, seconds=60, teacher=teacher)
+    (run.path / "summary.json").write_text(summary.text)
     about = {"role": "student", "teacher": "resnet56", "student": "resnet20", "method": "fitnet", "epochs": 24}
     about |= {"dataset": "cifar100", "whole": True, "state": "done", "resumed": False, "before": False, "error": None}
     return SweepEntry(**{"key": f"{router} {seed}", "router": router, "seed": seed, "run": run} | about | words)

@@ -31,7 +31,7 @@ def claims(folder: Path, **words: Any) -> None:
 
 
 def test_a_teacher_carries_its_accuracy_and_the_hash_of_its_weights(teacher: Path) -> None:
-    words, headline = card(teacher / "teacher"), json.loads((teacher / "summary.json").read_text())["headline"]
+    words, headline = card(teacher / "teacher"), json.loads((teacher / "summary.json").read_text())["last"]
     assert words["sha256"] == sha256(teacher / "teacher" / "model.safetensors")
     assert (words["dataset"], words["split"], words["images"], words["epoch"]) == ("shapes", "test", 60, 1)
     assert words["top1"] == headline["top1"]

@@ -56,6 +56,6 @@ def show_config(options: Values, json: bool, task: Task = Which.distill, origin:
     if json:
         emit(rows)
         return
-    from sakd_cli.report.runs.tables import listing_table
+    from sakd_cli.report.render.listing import listing_table
 
     show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sakd_cli.documents.base import Document, Part
 from sakd_cli.report.render.format import plain, printable
 from sakd_cli.torchrun import is_console_process
 
@@ -44,7 +45,7 @@ def show(*renderables: RenderableType) -> None:
 def emit(document: Any) -> None:
     """Print the one JSON document of `--json`."""
     if is_console_process():
-        print(json.dumps(document, indent=2, allow_nan=False))
+        print(document.text if isinstance(document, Document) else json.dumps(document, indent=2, default=Part.plain))
 
 
 def clean(text: str, most: int = LONGEST) -> str:

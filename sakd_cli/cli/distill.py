@@ -9,6 +9,7 @@ from sakd_cli.cli.compare import compared
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.training import DistillConfig
+from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.runs.resume import AUTO, resolve_command, resume_config
@@ -30,7 +31,7 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
     several, many = series(words, options), is_series(options) and not dry_run
     if not many and intent.finished and intent.resume:
         _picture(intent.resume, talk)
-        print_result(intent.summary(), dry_run=False, json=json)
+        print_result(intent.summary, json=json)
         return
     words = locate_inputs(words)  # whatever is missing is reported before torch is loaded
     from sakd_cli.runs import launch
@@ -40,14 +41,14 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
         compared(_several(several, launcher, again, parallel=options["parallel"]), json=json)
     else:
         result = launch.dry_run(words) if dry_run else _distilled(words, intent, launcher)
-        print_result(result, dry_run=dry_run, json=json)
+        print_result(result, json=json)
 
 
 def _several(members: list[DistillConfig], launcher: Any, again: str, *, parallel: bool) -> list[RunDir]:
     """A series, one after another or at once."""
     if not parallel:
 
-        def train(config: DistillConfig, plan: ResumePlan) -> dict[str, Any]:
+        def train(config: DistillConfig, plan: ResumePlan) -> Summary:
             return _distilled(locate_inputs(config), plan, launcher, again)
 
         return train_series(members, train_here(train, resume=launcher.resume))
@@ -65,17 +66,17 @@ def _this_again(resume: str | None) -> str:
     return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
 
 
-def _distilled(words: DistillConfig, intent: ResumePlan, launcher: Any, again: str | None = None) -> dict[str, Any]:
-    where, summary = launcher.train(words, intent, again)
-    _picture(where, launcher.reporter)
-    return {"run": str(where.path)} | summary
+def _distilled(words: DistillConfig, intent: ResumePlan, launcher: Any, again: str | None = None) -> Summary:
+    summary: Summary = launcher.train(words, intent, again)
+    _picture(RunDir(Path(str(summary.run))), launcher.reporter)
+    return summary
 
 
 def _picture(run: RunDir, talk: ConsoleReporter) -> None:
     """What the run mixed of its teacher's blocks, drawn, where it did."""
-    from sakd_cli.report.spots.mixtures import PICTURE, mixture_report
+    from sakd_cli.report.spots.mixtures import PICTURE, read_mixtures
 
-    if (record := mixture_report(run)) is None:
+    if (record := read_mixtures(run)) is None:
         return
     from sakd_cli.report.render import plots
 
@@ -83,23 +84,24 @@ def _picture(run: RunDir, talk: ConsoleReporter) -> None:
         plots.write(plots.mixture_map(record), run.path / PICTURE)
 
 
-def print_result(result: dict[str, Any], *, dry_run: bool, json: bool) -> None:
+def print_result(result: Summary | Plan, *, json: bool) -> None:
     if json:
         emit(result)
         return
     from sakd_cli.report.evaluation.ensemble import ensemble_summary
-    from sakd_cli.report.runs.tables import spot_plan_table, spot_tables, summary_table
+    from sakd_cli.report.runs.tables import plan_table, summary_table
     from sakd_cli.report.spots.log import spot_report
+    from sakd_cli.report.spots.log_tables import spot_tables
 
-    if dry_run:
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in result["batch"].items())
-        values = "".join(f"\n  {key}: {value}" for key, value in result["effective"].items())
-        show(spot_plan_table(result), f"Effective settings:{values}\n")
-        show(f"dry run: one batch tried on {result['device']} ({losses}), nothing written")
+    if isinstance(result, Plan):
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in result.batch.items())
+        values = "".join(f"\n  {key}: {value}" for key, value in result.effective.items())
+        show(plan_table(result), f"Effective settings:{values}\n")
+        show(f"dry run: one batch tried on {result.device} ({losses}), nothing written")
         return
     show(summary_table(result))
-    if result["task"] == "distill":
-        show(*spot_tables(spot_report(RunDir(Path(result["run"]))), top=3))
-    if told := result.get("ensemble"):
-        show(ensemble_summary(told))
-    show(f"run: {result['run']}")
+    if result.teacher:
+        show(*spot_tables(spot_report(RunDir(Path(str(result.run)))), top=3))
+    if result.ensemble:
+        show(ensemble_summary(result.ensemble))
+    show(f"run: {result.run}")

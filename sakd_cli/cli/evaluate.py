@@ -8,6 +8,7 @@ import typer
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluations
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
 from sakd_cli.runs.locate import check_teacher, what_to_score
@@ -69,16 +70,17 @@ def evaluate(
     forced = early_exit or always_on or curve or plot is not None
     teacher = options["teacher"]
     check_teacher(found, forced=forced, teacher=teacher)
-    from sakd_cli.runs.evaluate_ensemble import evaluations
+    from sakd_cli.runs.evaluate_ensemble import evaluate_all
 
-    kinds = {"forced": forced, "early": not always_on, "curve": curve or plot is not None}
-    results = evaluations(found, given, ConsoleReporter(quiet=quiet), compelled=teacher is not None, **kinds)
+    kinds = {"as_ensembles": forced, "early": not always_on, "curve": curve or plot is not None}
+    results = evaluate_all(found, given, ConsoleReporter(quiet=quiet), teacher_required=teacher is not None, **kinds)
     if plot is not None:
-        told = results[0]["ensemble"]
-        label = "thresholds in use" if told["early"] else "all members for every image"
-        plots.write(plots.exit_curve(told, told | {"top1": results[0]["top1"]}, label), plot)
+        result = results[0]
+        assert isinstance(result, EnsembleEvaluation)
+        label = "thresholds in use" if result.ensemble.early_exit else "all members for every image"
+        plots.write(plots.exit_curve(result.ensemble.curve or [], result.ensemble, result.top1, label), plot)
     if json:
-        emit(results[0] if len(results) == 1 else {"schema": "sakd.evals/1", "evaluations": results})
+        emit(results[0] if len(results) == 1 else Evaluations(evaluations=results))
         return
     from sakd_cli.report.evaluation.side_by_side import score_tables
 

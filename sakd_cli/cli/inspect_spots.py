@@ -157,7 +157,7 @@ def _say(report: dict[str, Any], *, json: bool, csv: bool, tables: bool, top: in
         return
     if not tables:
         return
-    from sakd_cli.report.runs.tables import spot_tables
+    from sakd_cli.report.spots.log_tables import spot_tables
     from sakd_cli.report.spots.measured_tables import survey_tables
 
     measured = report["measured"]

@@ -46,13 +46,12 @@ def command_of(task: str) -> Callable[..., None]:
 def _train(task: str, options: Values, *, dry_run: bool, json: bool, quiet: bool) -> None:
     words, intent = resolve_command(task, options)
     if intent.finished:
-        print_result(intent.summary(), dry_run=False, json=json)
+        print_result(intent.summary, json=json)
         return
     from sakd_cli.runs import launch
 
     if dry_run:
-        print_result(launch.dry_run(words), dry_run=True, json=json)
+        print_result(launch.dry_run(words), json=json)
         return
     talk = ConsoleReporter(quiet=quiet)
-    where, document = launch.Launcher(talk, guard=talk.heeding_signals).train(words, intent)
-    print_result({"run": str(where.path)} | document, dry_run=False, json=json)
+    print_result(launch.Launcher(talk, guard=talk.heeding_signals).train(words, intent), json=json)

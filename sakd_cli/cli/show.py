@@ -41,7 +41,7 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: J
     if json:
         emit(rows)
         return
-    from sakd_cli.report.runs.tables import listing_table
+    from sakd_cli.report.render.listing import listing_table
 
     show(listing_table(kind.value, rows))
     if kind is Kind.models:
@@ -110,7 +110,7 @@ def show_method(
     if json:
         emit(about)
         return
-    from sakd_cli.report.runs.tables import listing_table
+    from sakd_cli.report.render.listing import listing_table
 
     rows = [{"key": f"method.{key}", "default": value} for key, value in about["defaults"].items()]
     show(
@@ -162,7 +162,7 @@ def show_schema(
 
         sakd show schema compare --json
     """
-    from sakd_cli.documents.evaluation import DOCUMENTS
+    from sakd_cli.documents.table import DOCUMENTS
 
     if name not in DOCUMENTS:
         raise UsageError(unknown("document", name, DOCUMENTS))

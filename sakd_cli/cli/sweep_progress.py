@@ -97,6 +97,5 @@ def _told(entry: ScheduledRun) -> str:
         return f": {entry.error}"
     if entry.state is not State.done or entry.run is None:
         return ""
-    summary = entry.run.read_json("summary.json")
-    top1 = (summary.get("headline") or {}).get("top1")
-    return f"  top-1 {fixed(top1, 2)} %, {duration(summary.get('seconds'))}"
+    summary = entry.run.summary
+    return f"  top-1 {fixed(summary.last.top1, 2)} %, {duration(summary.seconds)}"

@@ -1,28 +1,29 @@
-"""The documents of `sakd eval`, `compare`, `report`, `export` with `--json` as closed classes; see `sakd show schema`
+"""What `sakd eval --json` prints: of one network, of an ensemble, of several
 
-Accuracies (top1, top5) and shares called so are in percent, losses are mean cross-entropies in nats (the negative
-log-likelihood), what is not known is null.
+Accuracies (top1, top5) are in percent, fractions in [0, 1], losses are mean cross-entropies in nats (the negative
+log-likelihood), macs are multiply-accumulates for one image; what is not known is null.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, Field
-
-from sakd_cli.documents.spots import Figure, Mean, Part, SpotsDocument
-from sakd_cli.documents.sweep import SweepDocument, SweepPlan
-from sakd_cli.documents.training import Bench, Imported, Plan, Summary
+from sakd_cli.documents.base import Document, Number, Part
 
 
-class Quality(Part):
-    """A network's own figures on the test images.
-
-    brier: mean squared distance of the probabilities from the one-hot label, 0 to 2; ece: expected calibration error in
-    15 bins, 0 to 1; macs: multiply-accumulates for one image.
-    """
+class Metrics(Part):
+    """The three metrics that every network has."""
 
     top1: float
     top5: float
     loss: float
+
+
+class Quality(Metrics):
+    """A network's own metrics on the test images.
+
+    brier: mean squared distance of the probabilities from the one-hot label, 0 to 2; ece: expected calibration error in
+    15 bins, 0 to 1.
+    """
+
     brier: float
     ece: float
     parameters: int
@@ -33,21 +34,20 @@ class Agreement(Part):
     """Student and teacher on the same images.
 
     top1: % with the same first answer; kl: KL(teacher || student) in nats; cka: linear CKA of the pooled vectors, 0 to
-    1; counts of images: inherited (both wrong; of these same_answer with the same wrong class), corrected (only the
-    teacher is wrong), new (only the student is wrong).
+    1; counts of images: both_wrong, of these same_wrong_answer; teacher_only_wrong, student_only_wrong.
     """
 
     top1: float
     kl: float
-    cka: Figure
-    inherited: int
-    same_answer: int
-    corrected: int
-    new: int
+    cka: Number
+    both_wrong: int
+    same_wrong_answer: int
+    teacher_only_wrong: int
+    student_only_wrong: int
 
 
-class Teacher(Quality):
-    """The teacher's own figures, measured in the same pass."""
+class TeacherQuality(Quality):
+    """The teacher's own metrics, measured in the same pass."""
 
     network: str
     path: str
@@ -55,7 +55,7 @@ class Teacher(Quality):
     agreement: Agreement
 
 
-class Spread(Part):
+class Quartiles(Part):
     """`runs` timed forward passes of `batch` images: median and quartiles."""
 
     batch: int
@@ -70,8 +70,8 @@ class Speed(Part):
 
     device: str
     threads: int
-    latency: Spread
-    throughput: Spread
+    latency: Quartiles
+    throughput: Quartiles
     memory: int | None
 
 
@@ -83,313 +83,141 @@ class Memory(Part):
 
 
 class Branch(Part):
-    """A student branch that a student-friendly teacher was trained with."""
+    """A student branch that a student-friendly teacher was trained with; its metrics are null in a plan."""
 
     student: str
     behind: str
     transform: str
     parameters: int
     macs: int
-    top1: float
-    top5: float
-    loss: float
+    top1: Number = None
+    top5: Number = None
+    loss: Number = None
 
 
-class Mistake(Part):
-    """How many images of a class were taken for another; share of the class's images, 0 to 1."""
+class Confusion(Part):
+    """How many images of a class were predicted as another; fraction of the class's images."""
 
-    class_: str = Field(alias="class")
-    taken_for: str
+    class_: str
+    predicted_as: str
     images: int
-    share: float
+    fraction: float
 
 
-class ClassRow(Part):
-    """One class: null where it has no image; mistaken_for: its most frequent wrong answer."""
+class ClassMetrics(Part):
+    """One class: top1 is null where it has no image; confused_with: its most frequent wrong answer."""
 
     name: str
     images: int
-    top1: Figure
-    teacher_top1: Figure = None
-    mistaken_for: Mistake | None
+    top1: Number
+    teacher_top1: Number = None
+    confused_with: Confusion | None
 
 
-class Evaluation(Quality):
-    """`sakd eval RUN --json`; loss is the negative log-likelihood. teacher: null where none is known or to be found."""
+class EvaluationBase(Document):
+    """What was evaluated: run and finished are null for weights of no run."""
 
-    schema_: Literal["sakd.eval/2"] = Field(alias="schema")
     weights: str
     run: str | None
     finished: bool | None
     sha256: str
     network: str
     dataset: str
-    split: str
+    split: str = "test"
     images: int
     device: str
+
+
+class Evaluation(Quality, EvaluationBase):
+    """`sakd eval RUN --json`. teacher: null where none is known or to be found; branches: of a student-friendly one."""
+
+    schema_: Literal["sakd.eval/3"] = "sakd.eval/3"
     memory: Memory
     speed: Speed | None
-    teacher: Teacher | None
-    branches: list[Branch] | None = None
-    confusions: list[Mistake]
-    classes: list[ClassRow]
+    teacher: TeacherQuality | None
+    branches: list[Branch] | None
+    confusions: list[Confusion]
+    classes: list[ClassMetrics]
 
 
-class EnsembleClass(Part):
-    """One class; macs: mean per image."""
+class ExitCosts(Part):
+    """exits: images that left after each stage; macs: mean per image; cost: that as a fraction of the teacher's."""
 
-    name: str
-    images: int
-    top1: Figure
-    macs: Figure
+    exits: list[int]
+    macs: float
+    cost: Number
 
 
-class EnsembleTeacher(Part):
-    """Whose cost that of an ensemble is a share of; null where it is not known."""
+class ExitPoint(ExitCosts):
+    """Metrics and cost under one threshold for all stages (null: no image leaves early).
+
+    agreement: % of the images with the answer of all members; pareto: no other points, or mixtures of two, are better
+    and as cheap.
+    """
+
+    theta: Number
+    top1: float
+    agreement: float
+    pareto: bool
+
+
+class ExitMetrics(Metrics, ExitCosts):
+    """An ensemble on the test images, with or without early exits."""
+
+
+class ExitTeacher(Part):
+    """Whose cost that of an ensemble is a fraction of; null where it is not known."""
 
     network: str | None
     macs: int | None
 
 
-class SweepPoint(Part):
-    """Accuracy and cost under one threshold for all stages (null: nobody leaves early); agreement: % as of all."""
+class ExitRule(Part):
+    """How the thresholds were fitted, as `residual.*`."""
 
-    theta: Figure
-    top1: float
-    agreement: float
-    exits: list[int]
-    macs: float
-    cost: Figure
-    hull: bool
-
-
-class EnsembleFacts(Part):
-    """A student with its residual students: who they are, who leaves where (-1: nobody), at what mean cost."""
-
-    early: bool
-    members: list[str]
-    member_macs: list[int]
-    teacher: EnsembleTeacher
     rule: str
     delta: float
     theta: float
     budget: float
     uncertainty: str
+
+
+class EnsembleExits(ExitRule, ExitCosts):
+    """A student with its residual students: who they are, and which images leave where.
+
+    early_exit: whether images could leave early; thresholds: one per stage but the last, -1: no image leaves there;
+    curve: the dearest point first, null where it was not computed.
+    """
+
+    early_exit: bool
+    members: list[str]
+    member_macs: list[int]
+    teacher: ExitTeacher
     thresholds: list[float]
-    exits: list[int]
-    macs: float
-    cost: Figure
-    sweep: list[SweepPoint] | None
+    curve: list[ExitPoint] | None
 
 
-class EnsembleEvaluation(Part):
-    """`sakd eval --json` of an ensemble, or with --adaptive, --always-on, --sweep or --plot. macs: mean per image."""
+class EnsembleClassMetrics(Part):
+    """One class; macs: mean per image."""
 
-    schema_: Literal["sakd.ensemble/1"] = Field(alias="schema")
-    weights: str
-    run: str | None
-    finished: bool | None
-    sha256: str
-    network: str
-    dataset: str
-    split: str
+    name: str
     images: int
-    device: str
-    top1: float
-    top5: float
-    loss: float
+    top1: Number
+    macs: Number
+
+
+class EnsembleEvaluation(Metrics, EvaluationBase):
+    """`sakd eval --json` of an ensemble, or with one of its options. parameters: of all members; macs: mean."""
+
+    schema_: Literal["sakd.ensemble/2"] = "sakd.ensemble/2"
     parameters: int
     macs: float
-    ensemble: EnsembleFacts
-    classes: list[EnsembleClass]
+    ensemble: EnsembleExits
+    classes: list[EnsembleClassMetrics]
 
 
-class Evaluations(Part):
+class Evaluations(Document):
     """`sakd eval RUN RUN ... --json`."""
 
-    schema_: Literal["sakd.evals/1"] = Field(alias="schema")
+    schema_: Literal["sakd.evals/2"] = "sakd.evals/2"
     evaluations: list[Evaluation | EnsembleEvaluation]
-
-
-class Best(Part):
-    """The epoch that the selection images chose, and its top-1 on the test images."""
-
-    epoch: Figure
-    top1: Figure
-
-
-class Point(Part):
-    """One epoch: means over the training images as augmented (loss: cross-entropy); top1, loss: on selection."""
-
-    epoch: int
-    train_loss: Figure
-    train_top1: Figure
-    selected_on: str | None
-    top1: Figure
-    loss: Figure
-
-
-class RunRow(Part):
-    """One run; top1, top5, loss: last epoch on the test images, null while it is not finished; group: an index."""
-
-    run: str
-    finished: bool
-    task: str | None
-    network: str | None
-    dataset: str | None
-    method: str | None
-    router: str | None
-    seed: int | None
-    epochs: int | None
-    top1: Figure
-    top5: Figure
-    loss: Figure
-    best: Best
-    seconds: Figure
-    teacher_top1: Figure
-    curve: list[Point]
-    group: int
-
-
-class Difference(Part):
-    """A word of the config that is not the same everywhere; one value per run."""
-
-    key: str
-    values: list[Any]
-
-
-class Group(Part):
-    """Runs that differ in the seed only; distilled: whether anything was."""
-
-    label: str
-    distilled: bool
-    seeds: list[int]
-    top1: Mean | None
-    top5: Mean | None
-    loss: Mean | None
-
-
-class Versus(Part):
-    """Group `group` less group `against` in top-1 points, paired by seed: mean, its interval, p of a paired t-test.
-
-    few seeds: below three, or all differences equal. unequal: words beside the distillation that differ.
-    """
-
-    group: int
-    against: int
-    seeds: list[int]
-    difference: Figure
-    low: Figure
-    high: Figure
-    p: Figure
-    verdict: Literal["better", "worse", "noise", "few seeds", "unknown"]
-    unequal: list[str]
-    text: str
-
-
-class Comparison(Part):
-    """`sakd compare RUN... --json`, and what `sakd distill --with-control`, `--routers` or `--seeds` prints."""
-
-    schema_: Literal["sakd.compare/1"] = Field(alias="schema")
-    level: float
-    runs: list[RunRow]
-    differences: list[Difference]
-    groups: list[Group]
-    comparisons: list[Versus]
-
-
-class Report(Part):
-    """`sakd report RUN --json`: the files that were written, the page first, and the titles of its sections."""
-
-    schema_: Literal["sakd.report/1"] = Field(alias="schema")
-    run: str
-    written: list[str]
-    sections: list[str]
-
-
-class Check(Part):
-    """The file's outputs held against the network's: largest difference of a logit, equal answers in percent.
-
-    real: on test images of its data set; otherwise on noise, as the data set was not at hand
-    """
-
-    images: int
-    difference: float
-    same_answer: float
-    real: bool
-
-
-class Latency(Part):
-    """Milliseconds for one image on the CPU: of the network in PyTorch and of the file."""
-
-    threads: int
-    network: Spread
-    file: Spread
-
-
-class Export(Part):
-    """`sakd export RUN --json`. input: pixels (between 0 and 1) or normalised (by mean and std)."""
-
-    schema_: Literal["sakd.export/1"] = Field(alias="schema")
-    folder: str
-    format: str
-    file: str
-    bytes: int
-    sha256: str
-    network: str
-    dataset: str
-    classes: int
-    input: Literal["pixels", "normalised"]
-    check: Check
-    latency: Latency | None
-
-
-class DataPart(Part):
-    """Training or test images; least, most: images of a class."""
-
-    folder: str
-    images: int
-    classes: int
-    least: int
-    most: int
-
-
-class DataFinding(Part):
-    """One thing that is wrong with a data set, and where.
-
-    kind: missing, empty-class, single-class, case, classes-differ, loop, count, unreadable
-    """
-
-    kind: str
-    path: str
-    text: str
-
-
-class DataCheck(Part):
-    """`sakd data check DIR --json`; read: files that were decoded. Nothing is wrong where `findings` is empty."""
-
-    schema_: Literal["sakd.data-check/1"] = Field(alias="schema")
-    dataset: str
-    root: str | None
-    classes: int
-    parts: list[DataPart]
-    read: int
-    findings: list[DataFinding]
-
-
-DOCUMENTS: dict[str, type[BaseModel]] = {
-    "summary": Summary,
-    "plan": Plan,
-    "eval": Evaluation,
-    "ensemble": EnsembleEvaluation,
-    "evals": Evaluations,
-    "compare": Comparison,
-    "report": Report,
-    "export": Export,
-    "spots": SpotsDocument,
-    "data": DataCheck,
-    "sweep": SweepDocument,
-    "sweep-plan": SweepPlan,
-    "bench": Bench,
-    "import": Imported,
-}

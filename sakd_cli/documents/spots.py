@@ -8,25 +8,13 @@ percent, losses are mean cross-entropies in nats, entropies in bits. Lists with 
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sakd_cli.documents.base import Part
+from sakd_cli.documents.mixtures import Mixtures
 
 Share = float | None
 Figure = float | None
-
-
-class Part(BaseModel):
-    """No key but the ones below."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Mean(Part):
-    """Over seeds: mean, standard deviation of the sample, 95 % interval of the mean (Student's t)."""
-
-    mean: float
-    std: Figure
-    low: Figure
-    high: Figure
 
 
 class Overall(Part):
@@ -74,8 +62,8 @@ class SpotRow(Part):
     teacher_stage: str | None
     student_shape: list[int] | None
     teacher_shape: list[int] | None
-    lift: str | None
-    drop: str | None
+    student_to_teacher: str | None
+    teacher_to_student: str | None
     mean: float
     drawn: float
     above_half: float
@@ -229,7 +217,7 @@ class SpotsDocument(Part):
     overall: list[Overall]
     by_epoch: list[Epoch]
     by_class: list[TaughtClass]
-    mixtures: dict[str, Any] | None
+    mixtures: Mixtures | None
     measured: Measured | None
 
 

@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from sakd_cli.documents.spots import Figure, Mean, Part
+from sakd_cli.documents.base import Number as Figure
+from sakd_cli.documents.base import Part
+from sakd_cli.documents.base import SeedStatistics as Mean
 
 
 class SweepRun(Part):

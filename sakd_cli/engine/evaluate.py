@@ -20,8 +20,8 @@ class Scores(NamedTuple):
     images_of_class: tuple[int, ...]
     top1_of_class: tuple[float | None, ...]
 
-    def headline(self) -> dict[str, Any]:
-        """The three figures that the logs hold."""
+    def metrics(self) -> dict[str, Any]:
+        """The three metrics that the logs hold."""
         return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
 
 

@@ -55,7 +55,7 @@ def _unwrapped(network: nn.Module) -> nn.Module:
 
 
 class EvaluationData(NamedTuple):
-    """selection: batches that choose the best epoch, and their name; test: the batches of the headline.
+    """selection: batches that choose the best epoch, and their name; test: the batches of the reported result.
 
     wrap   what is evaluated, given the task's network: itself, or others with it
     """
@@ -198,7 +198,7 @@ class Trainer:
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
         self._log_record(
-            {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": evaluation.selected_on} | scores.headline()
+            {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": evaluation.selected_on} | scores.metrics()
         )
         if not self.best or scores.top1 > self.best["validation_top1"]:
             self.best = {"epoch": epoch, "selected_on": evaluation.selected_on, "validation_top1": scores.top1}
@@ -291,11 +291,11 @@ class Trainer:
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
                 best, best_scores = saved.state["best"], self._evaluate(network, evaluation, evaluation.test)
-        measured = {"split": "test", "images": last_scores.images} | last_scores.headline()
+        measured = {"split": "test", "images": last_scores.images} | last_scores.metrics()
         self._publish({"epoch": self.epochs} | measured)
         return {
-            "headline": {"epoch": self.epochs, "split": "test"} | last_scores.headline(),
-            "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.headline(),
+            "last": {"epoch": self.epochs, "split": "test"} | last_scores.metrics(),
+            "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.metrics(),
         }
 
     def _publish(self, facts: dict[str, Any]) -> None:

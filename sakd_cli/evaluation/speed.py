@@ -2,33 +2,32 @@
 
 import statistics
 import time
-from typing import Any
 
 import torch
 from torch import nn
 
+from sakd_cli.documents.evaluation import Quartiles, Speed
+
 WARM_UP, LEAST = 2, 3  # passes before the clock starts, passes that are timed at least
 
 
-def speed(network: nn.Module, side: int, device: torch.device, *, batch: int, seconds: float) -> dict[str, Any]:
+def speed(network: nn.Module, side: int, device: torch.device, *, batch: int, seconds: float) -> Speed:
     """Forward passes in fp32, without gradients, after a warm-up; `seconds` are spent on each of the two.
 
-    latency     milliseconds for one image        median, and the quartiles as low and high
-    throughput  images per second in batches      likewise
-    memory      bytes that the device's allocator held at most in the second; None on a CPU, which does not say
+    The latency is that of one image, the throughput that of batches; the memory is not known on a CPU.
     """
     single = _times(network, side, device, 1, seconds)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     many = _times(network, side, device, batch, seconds)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "latency": {"batch": 1, "runs": len(single)} | _spread([1e3 * time for time in single]),
-        "throughput": {"batch": batch, "runs": len(many)} | _spread([batch / time for time in many]),
-        "memory": memory,
-    }
+    return Speed(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        threads=torch.get_num_threads(),
+        latency=_quartiles(1, [1e3 * seconds for seconds in single]),
+        throughput=_quartiles(batch, [batch / seconds for seconds in many]),
+        memory=memory,
+    )
 
 
 @torch.inference_mode()
@@ -49,6 +48,6 @@ def _times(network: nn.Module, side: int, device: torch.device, batch: int, seco
     return times[WARM_UP:]
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def _quartiles(batch: int, values: list[float]) -> Quartiles:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
-    return {"median": median, "low": low, "high": high}
+    return Quartiles(batch=batch, runs=len(values), median=median, low=low, high=high)

@@ -211,4 +211,4 @@ def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: Ev
     cpu, words = torch.device("cpu"), {"batch": config.timing_batch, "seconds": config.timing_seconds}
     kinds = {"network": network, "file": _Opened(opened)}
     times = {name: speed(kind, card.side, cpu, batch=1, seconds=words["seconds"]) for name, kind in kinds.items()}
-    return {"threads": torch.get_num_threads()} | {name: time["latency"] for name, time in times.items()}
+    return {"threads": torch.get_num_threads()} | {name: time.latency.plain() for name, time in times.items()}

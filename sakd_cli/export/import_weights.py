@@ -36,7 +36,7 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
         local = config.data.model_copy(update={"validation": 0.0, "download": False})
         known = load_images(local).dataset
         scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
-        figures = scores.headline() | {"split": "test", "images": scores.images}
+        figures = scores.metrics() | {"split": "test", "images": scores.images}
     except DataError as error:
         reporter.warn(f"not scored: {error.message}")
     facts = figures | {"imported": {"file": file.name, "sha256": sha256(file)}}

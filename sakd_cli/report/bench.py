@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from sakd_cli.report.render.format import DASH, fixed, large, number, share, whole, word
+from sakd_cli.report.render.format import DASH, fixed, fraction, large, number, whole, word
 from sakd_cli.report.render.sheet import Column, Sheet
 
 
@@ -47,7 +47,7 @@ def _bytes(value: Any) -> str:
 
 
 def _phases(found: dict[str, Any]) -> Sheet:
-    rows = [[word(line["name"]), fixed(line["ms"], 1), share(line["share"])] for line in found["phases"]]
+    rows = [[word(line["name"]), fixed(line["ms"], 1), fraction(line["share"])] for line in found["phases"]]
     return Sheet("Our step by phase", [Column("Phase", text=True), Column("ms"), Column("%")], rows)
 
 

@@ -6,6 +6,8 @@ from typing import Any, final
 
 from torch import Tensor
 
+from sakd_cli.documents.evaluation import Branch
+from sakd_cli.documents.training import FriendlyTraining, PlannedNetwork
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.errors import UsageError
 from sakd_cli.files import sha256
@@ -30,46 +32,48 @@ class StudentBranches(RunExtension):
         self.notice = f"student-friendly: together with branches of {', '.join(students)}"
         self.rows = branch_rows(self.network, self.branches)
 
-    def networks(self) -> list[dict[str, Any]]:
+    def networks(self) -> list[PlannedNetwork]:
         return [
-            {"role": f"branch at {row['behind']}", "name": row["student"]}
-            | {key: row[key] for key in ("parameters", "macs")}
+            PlannedNetwork(role=f"branch at {row.behind}", name=row.student, parameters=row.parameters, macs=row.macs)
             for row in self.rows
         ]
 
     def metadata(self) -> dict[str, Any]:
         """For whom the teacher is made, how, and what each branch costs; as in the summary and beside the weights."""
-        weights = self.settings.model_dump(mode="json", exclude={"students"})
-        extra = sum(row["macs"] for row in self.rows)
-        about = {"students": list(self.settings.students)} | weights | {"training_macs": extra, "branches": self.rows}
-        return {"friendly": about}
+        return {"friendly": self._described(self.rows)}
+
+    def _described(self, rows: list[Branch]) -> FriendlyTraining:
+        settings = self.settings.model_dump(mode="json")
+        return FriendlyTraining(**settings, training_macs=sum(row.macs for row in rows), branches=rows)
 
     def publish(self, run: Path, weights: Path) -> None:
         (run / FILE).parent.mkdir(exist_ok=True)
         save_branches(run / FILE, self.branches, sha256(weights))
 
     def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The facts with each branch's figures on the test images."""
-        rows = branch_rows(self.network, self.branches, factory.evaluation.test)
-        return {"friendly": self.metadata()["friendly"] | {"branches": rows}}
+        """The same with each branch's metrics on the test images."""
+        return {"friendly": self._described(branch_rows(self.network, self.branches, factory.evaluation.test))}
 
 
 def branch_rows(
     teacher: StagedModel, branches: Branches, batches: Iterable[tuple[Tensor, Tensor]] | None = None
-) -> list[dict[str, Any]]:
-    """Of each branch where it hangs and what it adds to one image's forward pass; with batches its figures on them."""
+) -> list[Branch]:
+    """Of each branch where it hangs and what it adds to one image's forward pass; with batches its metrics on them."""
     rows = []
     for k, place in enumerate(branches.places):
         through = branches.through(teacher, k)
         macs = cost(through, branches.side).macs - cost(through[: place.stage + 1], branches.side).macs
-        row = {
-            "student": place.student,
-            "behind": teacher.infos[place.stage].name,
-            "transform": branches.transforms[k].geometry,
-            "parameters": branches.parameters_of(k),
-            "macs": macs,
-        }
-        rows.append(row | (evaluate(through, batches, teacher.num_classes).headline() if batches is not None else {}))
+        scores = None if batches is None else evaluate(through, batches, teacher.num_classes)
+        rows.append(
+            Branch(
+                student=place.student,
+                behind=teacher.infos[place.stage].name,
+                transform=str(branches.transforms[k].geometry),
+                parameters=branches.parameters_of(k),
+                macs=macs,
+                **({} if scores is None else scores.metrics()),
+            )
+        )
     return rows
 
 

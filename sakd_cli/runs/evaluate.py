@@ -1,4 +1,4 @@
-"""Score saved networks on the test images, by more than one number"""
+"""Evaluate saved networks on the test images, by more than one number"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader
+from sakd_cli.documents.evaluation import ClassMetrics, Evaluation, Memory, Quality, TeacherQuality
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode
@@ -31,21 +32,21 @@ from sakd_cli.runs.locate import find_teacher
 
 
 class Target(NamedTuple):
-    """What to score: a weights file or folder, the run that it comes from (if any), and the words about it.
+    """What to evaluate: a weights file or folder, the run that it comes from (if any), and its settings.
 
-    compelled  a teacher was asked for, so that it is an error if there is none
+    teacher_required  it is an error where the teacher is not to be found
     """
 
     weights: Path
     run: RunDir | None
     layers: list[ConfigSource]
-    compelled: bool = False
+    teacher_required: bool = False
 
 
-def scores(targets: Iterable[Target], reporter: Reporter) -> Iterator[dict[str, Any]]:
-    """One document per target, of the schema `report/documents.py` calls Evaluation.
+def evaluate_networks(targets: Iterable[Target], reporter: Reporter) -> Iterator[Evaluation]:
+    """One document per target.
 
-    Weights of no run are scored on the data set of their header. Raises UsageError on other classes.
+    Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
     """
     loaded: dict[DataConfig, Images] = {}
     for target in targets:
@@ -55,7 +56,7 @@ def scores(targets: Iterable[Target], reporter: Reporter) -> Iterator[dict[str, 
         words = config.data.model_copy(update={"validation": 0.0})
         images = loaded.setdefault(words, load_images(words)) if words not in loaded else loaded[words]
         match_normalization(network, images, str(target.weights))
-        yield _score(target, network, config, images, reporter)
+        yield _evaluate(target, network, config, images, reporter)
 
 
 def seen_in(card: NetworkCard) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def seen_in(card: NetworkCard) -> dict[str, Any]:
     return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
 
 
-def _score(target: Target, network: Artifact, config: EvalConfig, images: Images, reporter: Reporter) -> dict[str, Any]:
+def _evaluate(target: Target, network: Artifact, config: EvalConfig, images: Images, reporter: Reporter) -> Evaluation:
     device, dataset, run = pick_device(config.device), images.dataset, target.run
     teacher = _teacher(target, config, images, reporter)
     branches = branches_of(target.weights, network)
@@ -72,50 +73,44 @@ def _score(target: Target, network: Artifact, config: EvalConfig, images: Images
     model = mode.to_memory_format(network.model.to(device)).eval()
     batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
-    heard = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
-    *answers, labels = _answers(heard, followed(batches, reporter, f"scoring {target.weights}{unfinished}"))
-    pairs, mistaken = confusions(answers[0].logits, labels, dataset.classes)
-    figures, rows = _figures(model, answers[0], labels, batches.batch_size, images)
-    about = None
+    networks = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
+    *answers, labels = _answers(networks, followed(batches, reporter, f"evaluating {target.weights}{unfinished}"))
+    pairs, mistakes = confusions(answers[0].logits, labels, dataset.classes)
+    own, scores = _quality(model, answers[0], labels, batches.batch_size, images)
+    quality: TeacherQuality | None = None
+    of_teacher: Sequence[float | None] = [None] * len(dataset.classes)
     if teacher is not None:
-        theirs, taught = _figures(teacher[1].model, answers[1], labels, batches.batch_size, images)
-        about = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256} | theirs
-        about["agreement"] = agreement(answers[0], answers[1], labels)
-        rows = [row | {"teacher_top1": row_of["top1"]} for row, row_of in zip(rows, taught, strict=True)]
+        theirs, teacher_scores = _quality(teacher[1].model, answers[1], labels, batches.batch_size, images)
+        of_teacher = teacher_scores.top1_of_class
+        quality = TeacherQuality(
+            **dict(theirs),
+            network=teacher[1].model.name,
+            path=str(teacher[0]),
+            sha256=teacher[1].sha256,
+            agreement=agreement(answers[0], answers[1], labels),
+        )
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
-    named = {"weights": str(target.weights), "sha256": network.sha256, "network": model.name, "dataset": dataset.name}
-    rows = [row | {"mistaken_for": wrong} for row, wrong in zip(rows, mistaken, strict=True)]
-    known = described(named, run, len(labels), figures | {"device": str(device)}, rows)
-    return {
-        "schema": "sakd.eval/2",
-        **known,
-        "memory": {"batch": batch, "bytes": peak_memory(model, images.side, batch)},
-        "speed": speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
-        "teacher": about,
-        **({"branches": branch_rows(model, branches.to(device), batches)} if branches is not None else {}),
-        "confusions": pairs,
-    }
-
-
-def described(
-    named: dict[str, Any], run: RunDir | None, images: int, figures: dict[str, Any], classes: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What every document of `sakd eval --json` has. named: weights, sha256, network, dataset."""
-    return {
-        "run": str(run.path) if run else None,
-        "finished": run.finished if run else None,
-        **named,
-        "split": "test",
-        "images": images,
-        **figures,
-        "classes": classes,
-    }
-
-
-def class_rows(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Images and top-1 of each class, by name."""
-    per_class = zip(classes, scores.images_of_class, scores.top1_of_class, strict=True)
-    return [{"name": name, "images": count, "top1": top1} for name, count, top1 in per_class]
+    rows = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, of_teacher, mistakes, strict=True)
+    return Evaluation(
+        **dict(own),
+        weights=str(target.weights),
+        run=str(run.path) if run else None,
+        finished=run.finished if run else None,
+        sha256=network.sha256,
+        network=model.name,
+        dataset=dataset.name,
+        images=len(labels),
+        device=str(device),
+        memory=Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
+        speed=speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
+        teacher=quality,
+        branches=None if branches is None else branch_rows(model, branches.to(device), batches),
+        confusions=pairs,
+        classes=[
+            ClassMetrics(name=name, images=count, top1=top1, teacher_top1=teacher_top1, confused_with=mistake)
+            for name, count, top1, teacher_top1, mistake in rows
+        ],
+    )
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
@@ -138,7 +133,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Repor
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
         match_normalization(teacher, images, str(path))
     except UsageError as error:
-        if target.compelled:
+        if target.teacher_required:
             raise
         reporter.warn(f"not compared with its teacher: {error.message}")
         return None
@@ -148,27 +143,34 @@ def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Repor
 @torch.inference_mode()
 def _answers(networks: list[StagedModel], batches: Iterable[tuple[Tensor, Tensor]]) -> list[Any]:
     """Each network's Answers to all images, then the labels [N]; everything stays on the device."""
-    heard: list[list[Answers]] = [[] for _ in networks]
+    found: list[list[Answers]] = [[] for _ in networks]
     labels = []
     for images, truth in batches:
-        for network, answers in zip(networks, heard, strict=True):
+        for network, answers in zip(networks, found, strict=True):
             embedding = network.run(images, 0, len(network.stages))
             answers.append(Answers(network.head(embedding).float(), embedding.float()))
         labels.append(truth)
-    whole = [Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True))) for answers in heard]
+    whole = [Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True))) for answers in found]
     return [*whole, torch.cat(labels)]
 
 
-def _figures(
+def _quality(
     model: StagedModel, answers: Answers, labels: Tensor, batch_size: int, images: Images
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A network's own figures, overall and by class."""
-    classes = images.dataset.classes
-    # In the batches of an evaluation in training: sums are rounded alike, and the figures are equal to the last bit.
+) -> tuple[Quality, Scores]:
+    """A network's own metrics, and its scores by class."""
+    # In the batches of an evaluation in training: sums are rounded alike, and the metrics are equal to the last bit.
     parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
-    found = score_logits(parts, len(classes))
-    quality = found.headline() | calibration(answers.logits, labels)
-    return quality | cost(model, images.side)._asdict(), class_rows(found, classes)
+    scores = score_logits(parts, len(images.dataset.classes))
+    (brier, ece), costs = calibration(answers.logits, labels), cost(model, images.side)
+    return Quality(
+        top1=scores.top1,
+        top5=scores.top5,
+        loss=scores.loss,
+        brier=brier,
+        ece=ece,
+        parameters=costs.parameters,
+        macs=costs.macs,
+    ), scores
 
 
 def followed(batches: EvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 from sakd_cli import distributed
 from sakd_cli.config.training import Train
 from sakd_cli.data.loader import TrainLoader
+from sakd_cli.documents.training import PlannedNetwork
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import Optimizer
@@ -93,13 +94,13 @@ class RunExtension(ABC):
 
     @abstractmethod
     def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Once all is trained: what it adds to the summary; `figures` of each phase."""
+        """Once all is trained: what it adds to the summary, by field; `figures` of each phase."""
 
     def validate(self) -> None:
         """Raise UsageError, before anything is trained, where it cannot be."""
         return
 
-    def networks(self) -> list[dict[str, Any]]:
+    def networks(self) -> list[PlannedNetwork]:
         """Rows of the networks it brings, for `--dry-run`."""
         return []
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from sakd_cli.config.effective import effective
 from sakd_cli.config.training import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.sources import preload
+from sakd_cli.documents.training import PlannedNetwork, PlannedSpot
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.engine.task import Task
 from sakd_cli.models.artifact import Artifact, NetworkCard
@@ -75,21 +75,32 @@ def effective_values(job: Job) -> dict[str, Any]:
     return effective(job.config, teacher=teacher, counts=(len(job.images.train), len(job.images.held_out or ())))
 
 
-def describe(job: Job) -> dict[str, Any]:
-    """What `--dry-run` shows: spots with shapes and adapters, networks, trainable parameters."""
-    networks = [{"role": "student" if job.teacher else "network", "name": job.network.name, **job.cost._asdict()}]
+def planned_networks(job: Job) -> list[PlannedNetwork]:
+    """The networks of the main training, the teacher first."""
+    costs = [("student" if job.teacher else "network", job.network.name, job.cost)]
     if job.teacher and job.teacher_cost:
-        networks.insert(0, {"role": "teacher", "name": job.teacher.model.name, **job.teacher_cost._asdict()})
-    trainable = {group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()}
+        costs.insert(0, ("teacher", job.teacher.model.name, job.teacher_cost))
+    return [
+        PlannedNetwork(role=role, name=name, parameters=cost.parameters, macs=cost.macs) for role, name, cost in costs
+    ]
+
+
+def planned_spots(job: Job) -> list[PlannedSpot]:
+    """The spots with their stages, shapes and adapters."""
     graft = job.task.graft if isinstance(job.task, DistillTask) else None
     spots = []
     for k, spot in enumerate(job.spots):
-        adapted = graft is not None and spot.kind != "logits"
+        adapted = graft if spot.kind != "logits" else None
         spots.append(
-            {key: value for key, value in spot._asdict().items() if not key.endswith("_layout")}
-            | {"student_stage": spot.student, "teacher_stage": spot.teacher}
-            | {"lift": str(graft.to_teacher[k].geometry) if graft and adapted else None}
-            | {"drop": str(graft.to_student[k].geometry) if graft and adapted else None}
+            PlannedSpot(
+                name=spot.name,
+                kind=spot.kind,
+                student_shape=list(spot.student_shape),
+                teacher_shape=list(spot.teacher_shape),
+                student_stage=spot.student,
+                teacher_stage=spot.teacher,
+                student_to_teacher=str(adapted.to_teacher[k].geometry) if adapted else None,
+                teacher_to_student=str(adapted.to_student[k].geometry) if adapted else None,
+            )
         )
-    known = {"images": len(job.images.train), "effective": effective_values(job)}
-    return {"networks": networks, "spots": spots, "trainable": trainable} | known
+    return spots

@@ -17,6 +17,7 @@ from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
+from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
 from sakd_cli.engine import checkpoint, tensorboard
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
@@ -30,13 +31,13 @@ from sakd_cli.engine.runtime import (
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
-from sakd_cli.files import write_aside, write_json
+from sakd_cli.files import write_aside, write_document, write_json
 from sakd_cli.models import artifact
-from sakd_cli.rundir import ResumePlan, RunDir
+from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.extensions import run_extensions
-from sakd_cli.runs.job import Images, Job, describe, effective_values
+from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, planned_spots
 from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.resume import find_matching_run
@@ -49,7 +50,8 @@ class FolderWriter:
     """
 
     def __init__(self, job: Job, facts: dict[str, Any], extensions: Sequence[RunExtension]) -> None:
-        self.network, self.card, self.facts, self.extensions = job.network, job.card, facts, extensions
+        self.network, self.card, self.extensions = job.network, job.card, extensions
+        self.facts = {name: part.plain() for name, part in facts.items()}
         self.folder = "student" if job.teacher else "teacher"
 
     def save_weights(self, path: Path) -> None:
@@ -61,7 +63,7 @@ class FolderWriter:
             extension.publish(run.path, run.path / self.folder / "model.safetensors")
 
 
-def try_one_batch(job: Job) -> dict[str, Any]:
+def try_one_batch(job: Job) -> Plan:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
     extensions = run_extensions(job)
     loader = loader_of(job)
@@ -69,12 +71,19 @@ def try_one_batch(job: Job) -> dict[str, Any]:
     job.task.begin_epoch(1)
     output = job.task(next(loader.epoch(1)))
     output.loss.backward()
-    parts = {name: float(part) for name, part in output.parts.items()}
-    shown = {"schema": "sakd.plan/1"} | describe(job)
-    for extension in extensions:
-        shown |= extension.plan()
-        shown["networks"] += extension.networks()
-    return shown | {"batch": parts, "steps_per_epoch": len(loader), "device": str(job.device)}
+    networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
+    extra = {key: part for extension in extensions for key, part in extension.plan().items()}
+    return Plan(
+        networks=networks,
+        spots=planned_spots(job),
+        trainable={group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()},
+        images=len(job.images.train),
+        batch={name: float(part) for name, part in output.parts.items()},
+        steps_per_epoch=len(loader),
+        device=str(job.device),
+        effective=effective_values(job),
+        **extra,
+    )
 
 
 @distributed.translate_dist_errors()  # another process may end at any exchange, the first ones and the last ones too
@@ -84,8 +93,8 @@ def launch(
     plan: ResumePlan,
     reporter: Reporter,
     resume_command: str | None = None,
-) -> tuple[RunDir, dict[str, Any]]:
-    """Train to the end, from the start or from where an earlier process stopped; the run directory and its summary.
+) -> Summary:
+    """Train to the end, from the start or from where an earlier process stopped; the summary names the run.
 
     resume_command  what to type after a stop; None: the command of this very run
     Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
@@ -115,7 +124,7 @@ def launch(
             command = PROCEDURES[job.config.task].command
             hint = resume_command or shlex.join(["sakd", command, "--resume", str(run.path)])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
-        return run, run.read_json("summary.json")
+        return run.summary
 
 
 def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
@@ -147,10 +156,9 @@ def _close(
     facts: dict[str, Any],
 ) -> None:
     """Everything is trained: what is left to the extensions, and the summary."""
-    summary = _about(job) | figures[MAIN] | facts
     for extension in extensions:
-        summary |= extension.finalize(factory, figures)
-    write_json(factory.run.path / "summary.json", summary)
+        facts |= extension.finalize(factory, figures)
+    write_document(factory.run.path / SUMMARY, _summary(job, figures[MAIN], facts))
 
 
 def _made_ready(job: Job) -> None:
@@ -223,27 +231,31 @@ def _label(job: Job, extensions: Sequence[RunExtension]) -> str:
     return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
-def _about(job: Job) -> dict[str, Any]:
-    share = 100 * job.config.data.validation
+def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
+    """main: what the main training returned; parts: what the teacher and the extensions add."""
     chosen = (
-        f"best epoch chosen on {share:g} % of the training images, held out"
+        f"best epoch chosen on {100 * job.config.data.validation:g} % of the training images, held out"
         if job.images.held_out
         else "best epoch chosen on the test set (the literature's habit: optimistic)"
     )
-    return {
-        "schema": "sakd.summary/1",
-        "task": job.config.task,
-        "network": job.network.name,
-        "dataset": job.images.dataset.name,
-        "epochs": job.config.train.epochs,
-        "images": len(job.images.train),
-        **({"skipped_images": skipped} if (skipped := job.images.dataset.skipped) else {}),
-        "protocol": f"headline is the last epoch on the test set; {chosen}",
-        "parameters": job.cost.parameters,
-        "macs": job.cost.macs,
-        "device": str(job.device),
-        "torch": torch.__version__,
-    }
+    return Summary(
+        task=job.config.task,
+        network=job.network.name,
+        dataset=job.images.dataset.name,
+        epochs=job.config.train.epochs,
+        images=len(job.images.train),
+        skipped_images=job.images.dataset.skipped,
+        protocol=f"the reported result is the last epoch on the test set; {chosen}",
+        parameters=job.cost.parameters,
+        macs=job.cost.macs,
+        device=str(job.device),
+        torch=torch.__version__,
+        last=EpochMetrics(**main["last"]),
+        best=EpochMetrics(**main["best"]),
+        seconds=main["seconds"],
+        phases=main["phases"],
+        **parts,
+    )
 
 
 def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> dict[str, Any]:
@@ -260,8 +272,15 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
         told = compare_with_card(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
         if told is not None:
             reporter.say(told)
-    facts = {"network": job.teacher.model.name, "path": str(job.teacher_path), "sha256": job.teacher.sha256}
-    return {"teacher": facts | scores.headline() | job.teacher_cost._asdict()}
+    teacher = TrainingTeacher(
+        network=job.teacher.model.name,
+        path=str(job.teacher_path),
+        sha256=job.teacher.sha256,
+        parameters=job.teacher_cost.parameters,
+        macs=job.teacher_cost.macs,
+        **scores.metrics(),
+    )
+    return {"teacher": teacher}
 
 
 def _yaml(settings: dict[str, Any]) -> bytes:
@@ -282,10 +301,8 @@ class Launcher:
     resume_command: str | None = None
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def train(
-        self, config: RunConfig, plan: ResumePlan, resume_command: str | None = None
-    ) -> tuple[RunDir, dict[str, Any]]:
-        """Train a config whose inputs are located, after its teacher where that is missing; the run and its summary."""
+    def train(self, config: RunConfig, plan: ResumePlan, resume_command: str | None = None) -> Summary:
+        """Train a config whose inputs are located, after its teacher where that is missing; its summary."""
         if isinstance(config, DistillConfig) and config.teacher.weights is None:
             with_teacher, images = self.pretrain(config)
             return self._launch(build.distillation(with_teacher, images=images), plan, resume_command)
@@ -297,11 +314,11 @@ class Launcher:
         run_extensions(trial)  # whatever is wrong with the student's side is reported before hours go into a teacher
         self.reporter.say(f"no finished {config.teacher.source} yet: training it first")
         plan = find_matching_run(first.config) if self.resume else ResumePlan()
-        run, _ = self._launch(first, plan, self.resume_command)
+        run = RunDir(Path(str(self._launch(first, plan, self.resume_command).run)))
         teacher = config.teacher.model_copy(update={"weights": run.deliverable})
         return config.model_copy(update={"teacher": teacher}), trial.images
 
-    def _launch(self, job: Job, plan: ResumePlan, resume_command: str | None) -> tuple[RunDir, dict[str, Any]]:
+    def _launch(self, job: Job, plan: ResumePlan, resume_command: str | None) -> Summary:
         extensions = run_extensions(job)
         config, say = job.config, self.reporter.say
         say(
@@ -327,7 +344,7 @@ def _untrained(config: DistillConfig) -> tuple[Job, Job]:
     return first, build.distillation(config, build.untrained_teacher(first), images)
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
+def dry_run(config: RunConfig) -> Plan:
     """The plan of a training and one batch of it, with an untrained teacher where it is yet to be trained."""
     if isinstance(config, DistillConfig) and config.teacher.weights is None:
         return try_one_batch(_untrained(config)[1])

@@ -1,6 +1,5 @@
 """The mixtures of a run as a file: every run that distils by them writes `dfa.json`, `--dfa-weights FILE` reads it."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,23 +8,24 @@ from typing import Any, final
 import torch
 
 from sakd_cli import __version__, torchrun
-from sakd_cli.config.methods import DFAConfig, MethodConfig, Mixtures
+from sakd_cli.config.methods import DFAConfig, MethodConfig
+from sakd_cli.config.methods import Mixtures as Names
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.dfa import DFA
+from sakd_cli.documents.mixtures import MixtureGroup, Mixtures
 from sakd_cli.errors import UsageError
-from sakd_cli.files import sha256
+from sakd_cli.files import read_document, sha256
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.tasks.distill import DistillTask
 
-SCHEMA = "sakd.dfa/1"
 NAME = "dfa.json"
 LARGEST = 1e-4  # how far from 1 the weights of a group may sum
 
 
 def from_file(settings: MethodConfig) -> bool:
     """Whether the mixtures of this method come from a file."""
-    return isinstance(settings, DFAConfig) and settings.weights not in list(Mixtures)
+    return isinstance(settings, DFAConfig) and settings.weights not in list(Names)
 
 
 def pinned(settings: MethodConfig) -> MethodConfig:
@@ -41,14 +41,14 @@ def load_mixtures(settings: MethodConfig, distiller: Any, teacher: str) -> None:
     if not (isinstance(settings, DFAConfig) and isinstance(distiller, DFA) and from_file(settings)):
         return
     found = _read(settings)
-    if found["teacher"] != teacher:
-        raise UsageError(f"{settings.weights}: holds mixtures of {found['teacher']}, not of {teacher}")
-    if found["norm"] != settings.norm:
+    if found.teacher != teacher:
+        raise UsageError(f"{settings.weights}: holds mixtures of {found.teacher}, not of {teacher}")
+    if found.norm != settings.norm:
         raise UsageError(
-            f"{settings.weights}: was searched with norm {found['norm']}, this run has {settings.norm}",
-            hint=f"--set method.norm={found['norm']}",
+            f"{settings.weights}: was searched with norm {found.norm}, this run has {settings.norm}",
+            hint=f"--set method.norm={found.norm}",
         )
-    groups = {group["index"]: group["alpha"] for group in found["groups"]}
+    groups = {group.index: group.alpha for group in found.groups}
     ours = {group.stage: len(group.places) for group in distiller.groups}
     theirs = {index: len(alpha) for index, alpha in groups.items()}
     if theirs != ours:
@@ -64,7 +64,7 @@ def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:
     return (settings, distiller) if isinstance(settings, DFAConfig) and isinstance(distiller, DFA) else None
 
 
-def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+def record(job: Job, warn: Callable[[str], None] | None = None) -> Mixtures | None:
     """What `dfa.json` of a run holds; of mixtures from a file, what that file held. None for methods without any."""
     if (found := of_job(job)) is None:
         return None
@@ -72,34 +72,37 @@ def record(job: Job, warn: Callable[[str], None] | None = None) -> dict[str, Any
     dataset, seed = job.images.dataset.name, job.config.seed
     if from_file(settings):
         read = _read(settings)
-        if warn is not None and read["dataset"] != dataset:
-            warn(f"{settings.weights}: was found on {read['dataset']}, and is used on {dataset}")
+        if warn is not None and read.dataset != dataset:
+            warn(f"{settings.weights}: was found on {read.dataset}, and is used on {dataset}")
         return read
     groups = []
     for k, group in enumerate(distiller.groups):
-        about = {"index": group.stage, "name": group.name, "blocks": len(group.places)}
-        about |= {
-            "positions": [place + 1 for place in group.places],
-            "beta": distiller.betas[k],
-            "alpha": distiller.alpha(k).tolist(),
-        }
-        alpha = distiller.alpha(k).double()
-        about |= {"largest": int(alpha.argmax()) + 1, "entropy": float(torch.special.entr(alpha).sum())}
-        groups.append(about)
+        alpha = distiller.alpha(k)
+        groups.append(
+            MixtureGroup(
+                index=group.stage,
+                name=group.name,
+                blocks=len(group.places),
+                positions=[place + 1 for place in group.places],
+                beta=distiller.betas[k],
+                alpha=alpha.tolist(),
+                largest=int(alpha.argmax()) + 1,
+                entropy=float(torch.special.entr(alpha.double()).sum()),
+            )
+        )
     prefixes = ("search_", "arch_", "st", "ts", "second_order", "joint")
-    search = {key: value for key, value in settings.model_dump().items() if key.startswith(prefixes)}
-    return {
-        "schema": SCHEMA,
-        "sakd": __version__,
-        "weights": settings.weights,
-        "teacher": distiller.groups[0].network,
-        "dataset": dataset,
-        "norm": settings.norm,
-        "distance": settings.distance,
-        "seed": seed,
-        "search": search if distiller.to_be_found else None,
-        "groups": groups,
-    }
+    search = {key: value for key, value in settings.model_dump(mode="json").items() if key.startswith(prefixes)}
+    return Mixtures(
+        sakd=__version__,
+        weights=settings.weights,
+        teacher=distiller.groups[0].network,
+        dataset=dataset,
+        norm=settings.norm,
+        distance=settings.distance,
+        seed=seed,
+        search=search if distiller.to_be_found else None,
+        groups=groups,
+    )
 
 
 @final
@@ -121,34 +124,32 @@ class Mixed(RunExtension):
         return self.plan() | {"search_seconds": figures.get("search", {}).get("seconds")}
 
 
-def _read(settings: DFAConfig) -> dict[str, Any]:
+def _read(settings: DFAConfig) -> Mixtures:
     """The file, checked. UsageError names what is wrong with it."""
     path = Path(settings.weights)
     if not path.is_file():
         raise UsageError(
-            f"{path}: no such file", hint=f"--dfa-weights takes one of {', '.join(Mixtures)}, or the {NAME} of a run"
+            f"{path}: no such file", hint=f"--dfa-weights takes one of {', '.join(Names)}, or the {NAME} of a run"
         )
     if settings.weights_sha256 not in (None, sha256(path)):
         raise UsageError(f"{path}: is not the file this run began with (its SHA-256 differs)")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] != SCHEMA:
-            raise ValueError
-        for name in ("teacher", "dataset", "norm"):
-            if not isinstance(found[name], str):
-                raise ValueError
-        sound = [_sound(group) for group in found["groups"]]
-        if not sound or not all(sound) or len({group["index"] for group in found["groups"]}) < len(sound):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(f"{path}: holds no mixtures of blocks, or damaged ones") from None
-    return dict(found)
+        found = read_document(path, Mixtures)
+    except UsageError:
+        found = None
+    if found is None or not found.groups or not all(map(_is_sound, found.groups)):
+        raise UsageError(f"{path}: holds no mixtures of blocks, or damaged ones")
+    if len({group.index for group in found.groups}) < len(found.groups):
+        raise UsageError(f"{path}: holds no mixtures of blocks, or damaged ones")
+    return found
 
 
-def _sound(group: Any) -> bool:
-    alpha = [float(value) for value in group["alpha"]]
-    whole = len(alpha) == group["blocks"] and isinstance(group["index"], int)
-    return whole and min(alpha) >= 0 and math.isclose(sum(alpha), 1, abs_tol=LARGEST)
+def _is_sound(group: MixtureGroup) -> bool:
+    return (
+        len(group.alpha) == group.blocks
+        and min(group.alpha, default=-1) >= 0
+        and math.isclose(sum(group.alpha), 1, abs_tol=LARGEST)
+    )
 
 
 def _told(blocks: dict[int, int]) -> str:

@@ -13,7 +13,7 @@ from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import compile_forward
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
-from sakd_cli.files import write_json
+from sakd_cli.files import write_document
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
 from sakd_cli.runs.extension import TrainerFactory, loader_of, optimizer_of
@@ -91,7 +91,7 @@ def _searched(job: Job, before: str, factory: TrainerFactory) -> Iterator[Traine
         yield factory.trainer(job, search, f"{before}search", settings.search_epochs, loader=loader, optimizer=both)
         search.settle()
     if (mixed := mixtures.record(job, factory.reporter.warn)) is not None and distributed.is_main_process():
-        write_json(factory.run.path / f"{before}{mixtures.NAME}", mixed)
+        write_document(factory.run.path / f"{before}{mixtures.NAME}", mixed)
 
 
 PREPARATIONS: tuple[Any, ...] = (_taken_from_bank, _warmed_up, _searched)

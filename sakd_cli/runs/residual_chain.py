@@ -18,9 +18,13 @@ from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.loader import EvalLoader
+from sakd_cli.documents.base import Part
+from sakd_cli.documents.evaluation import ExitRule
+from sakd_cli.documents.training import Energies, EnsembleTeacher, EnsembleTraining, PlannedNetwork
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.errors import Stopped, UsageError
+from sakd_cli.evaluation.early_exit import exit_curve, exit_metrics, never
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import Cost, cost
@@ -30,7 +34,6 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import residual_stage
-from sakd_cli.runs.evaluate_ensemble import figures_of
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.phases import training
@@ -180,9 +183,12 @@ class Chain(RunExtension):
         self.base = _Base(self.job.network)
         self.stages = [residual_stage(self.job, name, k, self.base) for k, name in enumerate(self.names, start=1)]
 
-    def networks(self) -> list[dict[str, Any]]:
+    def networks(self) -> list[PlannedNetwork]:
         pairs = zip(self.names, self.costs, strict=True)
-        return [{"role": "residual student", "name": name, **cost._asdict()} for name, cost in pairs]
+        return [
+            PlannedNetwork(role="residual student", name=name, parameters=cost.parameters, macs=cost.macs)
+            for name, cost in pairs
+        ]
 
     def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:
         self._begin(factory.reporter)
@@ -225,19 +231,27 @@ class Chain(RunExtension):
         stages = torch.stack(self.held_out.stages[: len(self.members)])
         macs = [self.job.cost.macs, *(cost.macs for cost in self.costs)][: len(self.members)]
         exits = fit(self.settings, stages, self.labels, macs, cost.macs)
-        facts = {
-            "rule": self.settings.exits(),
-            "energies": {"calibration": self.held_out.energies, "train": self.seen.energies},
+        about: dict[str, Any] = {
+            "rule": ExitRule(**self.settings.exits()),
+            "energies": Energies(calibration=self.held_out.energies, train=self.seen.energies),
             "dropped": self.dropped,
             "stopped": self.stopped,
-            "teacher": {"architecture": teacher.model.name, "sha256": teacher.sha256, "macs": cost.macs},
+            "teacher": EnsembleTeacher(architecture=teacher.model.name, sha256=teacher.sha256, macs=cost.macs),
             "calibration_images": len(self.labels),
         }
+        facts = {key: part.plain() if isinstance(part, Part) else part for key, part in about.items()}
         ensemble.save(factory.run.path / FOLDER, whole, self.job.card, exits, facts)
-        with _between_phases():
-            shown = figures_of(
-                whole, exits, factory.evaluation.test, len(self.job.images.dataset.classes), macs, cost.macs
-            )
+        test, classes = factory.evaluation.test, len(self.job.images.dataset.classes)
         phases = [MAIN, *(f"residual-{number}" for number in range(1, len(self.names) + 1))]
-        tops = [figures[phase]["headline"]["top1"] for phase in phases if phase in figures]
-        return {"ensemble": shown | facts | {"stage_top1": tops}}
+        with _between_phases():
+            trained = EnsembleTraining(
+                **about,
+                members=[str(getattr(member, "name", "")) for member in self.members],
+                member_macs=macs,
+                thresholds=list(exits.thresholds),
+                early=exit_metrics(whole, exits, test, classes, macs, cost.macs),
+                all=exit_metrics(whole, never(exits), test, classes, macs, cost.macs),
+                curve=exit_curve(whole, exits, test, macs, cost.macs),
+                stage_top1=[figures[phase]["last"]["top1"] for phase in phases if phase in figures],
+            )
+        return {"ensemble": trained}

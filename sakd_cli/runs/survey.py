@@ -37,7 +37,7 @@ from sakd_cli.models.staged import Features
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
-from sakd_cli.runs.job import Job, describe
+from sakd_cli.runs.job import Job, planned_spots
 from sakd_cli.tasks.distill import DistillTask
 
 FORMAT = "sakd.survey/1"
@@ -214,12 +214,12 @@ def _extremes(probability: Tensor, kept: int) -> Tensor:
 def _spots(job: Job) -> list[dict[str, Any]]:
     """The spots as `--dry-run` shows them, with the names of the stages."""
     teacher = job.teacher.model if job.teacher else job.network
-    rows = describe(job)["spots"]
-    for row, spot in zip(rows, job.spots, strict=True):
+    rows = []
+    for row, spot in zip(planned_spots(job), job.spots, strict=True):
+        rows.append(row.plain())
         for side, network, place in (("student", job.network, spot.student), ("teacher", teacher, spot.teacher)):
-            row[f"{side}_stage"] = network.infos[place].name if place < len(network.infos) else "head"
-    keys = ("name", "kind", "student_stage", "teacher_stage", "student_shape", "teacher_shape", "lift", "drop")
-    return [{key: row[key] for key in keys} for row in rows]
+            rows[-1][f"{side}_stage"] = network.infos[place].name if place < len(network.infos) else "head"
+    return rows
 
 
 def _digest(columns: dict[str, Tensor]) -> str:

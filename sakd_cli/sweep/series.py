@@ -10,6 +10,7 @@ import yaml
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, TeacherConfig
+from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.resume import AUTO, resume_config
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 ALL = "all"
 LEARNED = AdaptiveConfig().name
 
-Train = Callable[[DistillConfig, ResumePlan], dict[str, Any]]
+Train = Callable[[DistillConfig, ResumePlan], Summary]
 
 
 def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConfig]:
@@ -121,8 +122,8 @@ def train_here(train: Train, *, resume: bool) -> Callable[[list[DistillConfig]],
         runs = []
         for config in configs:
             config, plan = resume_config(config) if resume else (config, ResumePlan())
-            summary = plan.summary() if plan.finished else train(config, plan)
-            runs.append(RunDir(Path(summary["run"])))
+            summary = plan.summary if plan.finished else train(config, plan)
+            runs.append(RunDir(Path(str(summary.run))))
         return runs
 
     return one_after_another

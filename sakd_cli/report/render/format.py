@@ -7,6 +7,12 @@ from typing import Any
 DASH = "–"
 MINUS = "−"
 EIGHTHS = " ▏▎▍▌▋▊▉"
+WHAT = {
+    "probability": "chance of the teacher, %",
+    "draw": "one draw of the teacher, %",
+    "rate": "how often taught in training, %",
+    None: "no value is known",
+}
 
 # Whole terminal sequences go, not only their first byte: "\x1b[31mred" must not leave "[31mred" behind.
 # OSC (title, hyperlink) up to BEL or ST, CSI (colour, cursor), then any two-character escape.
@@ -48,8 +54,8 @@ def fixed(value: Any, digits: int, unit: str = "") -> str:
     return DASH if known is None else f"{known:.{digits}f}{unit}".replace("-", MINUS)
 
 
-def share(value: Any) -> str:
-    """A share in [0, 1] as a percentage without its sign, for columns that say so in their title: `61.3`."""
+def fraction(value: Any) -> str:
+    """A fraction in [0, 1] as a percentage without its sign, for columns that say so in their title: `61.3`."""
     known = number(value)
     return DASH if known is None else fixed(100 * known, 1)
 

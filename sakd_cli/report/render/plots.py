@@ -4,13 +4,14 @@ matplotlib is the extra `plots`. Every function draws into a figure of its own u
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sakd_cli.documents.evaluation import ExitCosts, ExitPoint
+from sakd_cli.documents.mixtures import Mixtures
 from sakd_cli.errors import DiskError, UsageError
-from sakd_cli.report.render.format import plain, share, word
-from sakd_cli.report.spots.measured_tables import WHAT
+from sakd_cli.report.render.format import WHAT, fraction, plain, word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
@@ -167,9 +168,9 @@ def path_bars(report: dict[str, Any], figure: "FigureBase | None" = None) -> "Fi
     return figure
 
 
-def mixture_map(record: dict[str, Any]) -> "Figure":
-    """Shares of a run's mixtures (`dfa.json`) as a heat map, groups by blocks."""
-    rows = [group["alpha"] for group in record["groups"]]
+def mixture_map(record: Mixtures) -> "Figure":
+    """Weights of a run's mixtures (`dfa.json`) as a heat map, groups by blocks."""
+    rows = [group.alpha for group in record.groups]
     most = max(map(len, rows))
     figure = new_figure(1.8 + 0.55 * max(most, 4), 1.4 + 0.5 * len(rows))
     axes = figure.subplots()
@@ -179,30 +180,30 @@ def mixture_map(record: dict[str, Any]) -> "Figure":
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 colour = "white" if 100 * value > 0.6 * image.get_clim()[1] else "black"
-                axes.text(x, y, share(value), ha="center", va="center", fontsize=8, color=colour)
+                axes.text(x, y, fraction(value), ha="center", va="center", fontsize=8, color=colour)
     step = -(-most // BLOCKS_NUMBERED)
     axes.set_xticks(range(0, most, step), [str(1 + x) for x in range(0, most, step)])
-    axes.set_yticks(range(len(rows)), [word(group.get("name")) for group in record["groups"]])
+    axes.set_yticks(range(len(rows)), [word(group.name) for group in record.groups])
     axes.set_xlabel("block")
-    axes.set_title(f"{word(record.get('teacher'))} on {word(record.get('dataset'))}", fontsize=9)
-    figure.colorbar(image, label="share (%)")
+    axes.set_title(f"{word(record.teacher)} on {word(record.dataset)}", fontsize=9)
+    figure.colorbar(image, label="weight (%)")
     return figure
 
 
-def exit_curve(told: dict[str, Any], used: dict[str, Any], label: str) -> "Figure":
-    """Top-1 over mean cost of an ensemble: every shared threshold, the upper hull, and what is in use (`used`).
+def exit_curve(curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: str) -> "Figure":
+    """Top-1 over mean cost of an ensemble: every shared threshold, the Pareto front, and what is in use (`used`)."""
+    known = used.cost is not None
 
-    told  holds the `sweep` (see `ensemble.py`); used  top1, macs and cost of the point named by `label`
-    """
-    known = used["cost"] is not None
-    key, scale = ("cost", 100.0) if known else ("macs", 1e-6)
+    def cost(point: ExitCosts) -> float:
+        return 100 * point.cost if point.cost is not None else 1e-6 * point.macs
+
     figure = new_figure()
     axes = figure.subplots()
-    points = [(scale * point[key], point["top1"], point["hull"]) for point in told["sweep"]]
+    points = [(cost(point), point.top1, point.pareto) for point in curve]
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=COLOURS[7], label="shared threshold")
-    best = sorted((x, y) for x, y, on_hull in points if on_hull)
-    axes.plot([x for x, _ in best], [y for _, y in best], "-", color=COLOURS[0], label="upper hull")
-    axes.plot(scale * used[key], used["top1"], "*", markersize=14, color=COLOURS[1], label=label)
+    best = sorted((x, y) for x, y, on_front in points if on_front)
+    axes.plot([x for x, _ in best], [y for _, y in best], "-", color=COLOURS[0], label="Pareto front")
+    axes.plot(cost(used), top1, "*", markersize=14, color=COLOURS[1], label=label)
     framed(axes, "Accuracy and cost", f"mean cost, {'% of the teacher' if known else 'million'} MACs", "top-1, %")
     legend(figure, axes, "")
     return figure

@@ -6,6 +6,7 @@ nothing in it is read as markup, and control characters are gone, so names from 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rich import box
 from rich.cells import cell_len
@@ -15,9 +16,11 @@ from rich.text import Text
 
 from sakd_cli.report.render.format import plain
 
+Row = TypeVar("Row")
 GAP = 2  # columns between two columns
 TEXT_LEAST = 12  # narrower than this, running text in a column is no pleasure to read
 MORE = ("⋮",)  # a row that stands for rows left out
+BAR = 10  # characters of a bar
 
 # What a terminal without UTF-8 gets instead; anything else it cannot show becomes a question mark.
 _ASCII = str.maketrans(
@@ -102,3 +105,17 @@ class Sheet:
             for header, cell in list(zip(headers, row, strict=False))[1:]:
                 if header:
                     yield Text(f"  {header}: {cell}", overflow="fold")
+
+
+def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(step * (len(rows) - 1) / (most - 1))] for step in range(most)]
+
+
+def both_ends(rows: list[list[str]], top: int | None) -> tuple[list[Sequence[str]], bool]:
+    """The first and the last `top` rows (None: all), with a mark between them where rows are left out."""
+    if top is None or len(rows) <= 2 * top:
+        return list(rows), False
+    return [*rows[:top], MORE, *rows[-top:]], True

@@ -54,7 +54,7 @@ class _Run:
         return self.word("router.name") in (None, PLAIN)
 
     def figure(self, key: str) -> float | None:
-        return number((self.summary.get("headline") or {}).get(key))
+        return number((self.summary.get("last") or {}).get(key))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _read(run: RunDir) -> _Run:
     words = flat(run.config)
     if words.get("teacher.sha256") is None:  # a run that did not come so far as to find it
         words["teacher.sha256"] = words.get("teacher.source")
-    summary = run.read_json("summary.json") if run.finished else {}
+    summary = run.summary.plain() if run.finished else {}
     return _Run(plain(run.path), words, run.finished, summary, _curve(run.lines("metrics.jsonl")))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from sakd_cli.report.render.format import DASH, duration, fixed, word
-from sakd_cli.report.render.sheet import Column, Sheet
-from sakd_cli.report.runs.tables import thinned
+from sakd_cli.report.render.sheet import Column, Sheet, thinned
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
 FIELDS = ["run", "group", "method", "router", "seed", "epoch", "split", "top1", "top5", "loss"]

@@ -13,7 +13,7 @@ from rich.console import Group
 from sakd_cli.config.resolve import flat
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.report.evaluation.ensemble import ensemble_summary, exit_table
+from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.format import fixed, word
 from sakd_cli.report.render.html import Block, Picture, Section, page
@@ -23,7 +23,7 @@ from sakd_cli.report.runs.curves import curve_figure
 from sakd_cli.report.runs.tables import summary_table
 from sakd_cli.report.spots.log import RECORD
 from sakd_cli.report.spots.measure import spot_document
-from sakd_cli.report.spots.mixtures import mixture_report, mixture_table
+from sakd_cli.report.spots.mixtures import mixture_table, read_mixtures
 from sakd_cli.report.spots.page import spot_sections
 from sakd_cli.report.spots.survey import survey_of
 from sakd_cli.rundir import RunDir
@@ -60,7 +60,7 @@ def save_pictures(pictures: dict[str, bytes], out: Path) -> list[Path]:
 def _result(run: RunDir, drawn: bool) -> Part:
     if not run.finished:
         return Part([], {})
-    table: Any = summary_table(run.read_json("summary.json"))
+    table: Any = summary_table(run.summary)
     blocks: list[Any] = list(table.renderables) if isinstance(table, Group) else [table]
     return Part([Section("Result", blocks)], {})
 
@@ -96,7 +96,7 @@ def _spots(run: RunDir, drawn: bool) -> Part:
 
 def _mixtures(run: RunDir, drawn: bool) -> Part:
     try:
-        record = mixture_report(run)
+        record = read_mixtures(run)
     except UsageError:  # damaged: `inspect-spots` says how
         record = None
     if record is None:
@@ -108,14 +108,13 @@ def _mixtures(run: RunDir, drawn: bool) -> Part:
 
 
 def _residual(run: RunDir, drawn: bool) -> Part:
-    told = run.read_json("summary.json").get("ensemble") if run.finished else None
-    if not told:
+    found = run.summary.ensemble if run.finished else None
+    if not found:
         return Part([], {})
-    curve: Any = exit_table(told)
-    tables: list[Any] = [ensemble_summary(told), *([curve] if curve else [])]
-    if not (drawn and curve):
+    tables: list[Any] = [ensemble_summary(found), curve_table(found.curve)]
+    if not drawn:
         return Part([Section("Residual students", tables)], {})
-    figure = plots.exit_curve(told, told["early"], "thresholds in use")
+    figure = plots.exit_curve(found.curve, found.early, found.early.top1, "thresholds in use")
     return _charted("Residual students", figure, "Curve: accuracy by mean cost", "exits", tables)
 
 

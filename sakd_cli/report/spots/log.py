@@ -40,7 +40,7 @@ from typing import Any
 
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render.format import number, plain
-from sakd_cli.report.spots.mixtures import mixture_report
+from sakd_cli.report.spots.mixtures import read_mixtures
 from sakd_cli.rundir import RunDir
 
 SCHEMA = "sakd.spots/1"
@@ -98,7 +98,7 @@ def spot_report(run: RunDir) -> dict[str, Any]:
         "overall": overall,
         "by_epoch": [_row(epoch) for epoch in epochs],
         "by_class": _by_class(epochs, [spot["share"] for spot in overall], _class_names(run)),
-        "mixtures": mixture_report(run),
+        "mixtures": read_mixtures(run),
     }
 
 

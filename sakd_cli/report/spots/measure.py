@@ -98,7 +98,14 @@ def _spots(used: "Column", drawn: "Column", spots: list[dict[str, Any]]) -> list
     clipped = np.clip(used, 1e-12, 1 - 1e-12)
     entropy = -(clipped * np.log2(clipped) + (1 - clipped) * np.log2(1 - clipped)).mean(axis=0)
     low, middle, high = np.quantile(used, (0.05, 0.5, 0.95), axis=0)
-    stages = ("student_stage", "teacher_stage", "student_shape", "teacher_shape", "lift", "drop")
+    stages = (
+        "student_stage",
+        "teacher_stage",
+        "student_shape",
+        "teacher_shape",
+        "student_to_teacher",
+        "teacher_to_student",
+    )
     return [
         {"name": spot["name"], "kind": spot["kind"]}
         | {key: spot.get(key) for key in stages}

@@ -3,17 +3,10 @@
 from typing import Any
 
 from sakd_cli.documents.spots import cell_name
-from sakd_cli.report.render.format import DASH, bar, deviation, fixed, share, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet
-from sakd_cli.report.runs.tables import BAR, both_ends
+from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, whole, word
+from sakd_cli.report.render.sheet import BAR, Column, Sheet, both_ends
 
 PATHS = 10
-WHAT = {
-    "probability": "chance of the teacher, %",
-    "draw": "one draw of the teacher, %",
-    "rate": "how often taught in training, %",
-    None: "no value is known",
-}
 NETWORKS = {
     "student": "student alone",
     "teacher": "teacher alone",
@@ -49,9 +42,9 @@ def _spots(measured: dict[str, Any]) -> Sheet:
     columns += [Column(header) for header in headers]
     rows = [
         [word(spot["name"]), word(spot["student_stage"]), word(spot["teacher_stage"])]
-        + [share(spot[key]) for key in ("mean", "drawn", "above_half")]
+        + [fraction(spot[key]) for key in ("mean", "drawn", "above_half")]
         + [fixed(spot["entropy"], 2)]
-        + [share(spot[key]) for key in ("p05", "p50", "p95")]
+        + [fraction(spot[key]) for key in ("p05", "p50", "p95")]
         for spot in measured["spots"]
     ]
     images = f"{whole(measured['images'])} {measured['split']} images"
@@ -61,7 +54,7 @@ def _spots(measured: dict[str, Any]) -> Sheet:
 
 
 def _means(row: dict[str, Any]) -> list[str]:
-    return [share(mean) for mean in row["mean"]]
+    return [fraction(mean) for mean in row["mean"]]
 
 
 def _classes(classes: dict[str, Any], spots: list[str], top: int | None) -> Sheet:
@@ -71,7 +64,7 @@ def _classes(classes: dict[str, Any], spots: list[str], top: int | None) -> Shee
     columns += [Column(word(name)) for name in spots]
     cells = [
         [str(rank), word(row["name"]), whole(row["images"]), fixed(row["student_top1"], 1)]
-        + [f"{share(m)} {deviation(d):>6}" for m, d in zip(row["mean"], row["deviation"], strict=True)]
+        + [f"{fraction(m)} {deviation(d):>6}" for m, d in zip(row["mean"], row["deviation"], strict=True)]
         for rank, row in enumerate(ranked, start=1)
     ]
     shown, left_out = both_ends(cells, top)
@@ -104,7 +97,7 @@ def _right_wrong(cells: list[dict[str, Any]], spots: list[str]) -> Sheet:
 
 def _paths(paths: list[dict[str, Any]], spots: list[str], top: int | None) -> Sheet:
     shown = paths if top is None else paths[:PATHS]
-    rows = [[row["path"], share(row["share"]), bar(row["share"], BAR)] for row in shown]
+    rows = [[row["path"], fraction(row["share"]), bar(row["share"], BAR)] for row in shown]
     notes = [f"A letter per spot ({', '.join(word(name) for name in spots)}): T the teacher's part, S the student's."]
     notes += [f"{len(shown)} of {len(paths)} paths are shown; all of them: --json"] if len(shown) < len(paths) else []
     return Sheet("Paths (%)", [Column("Path", text=True), Column("Share"), Column("", True, "cyan")], rows, notes)
@@ -115,9 +108,9 @@ def _extremes(spot: dict[str, Any], most: int | None) -> Sheet:
     columns += [Column(header, text=True) for header in ("Class", "Student says", "Teacher says")]
     columns += [Column("Student loss"), Column("Teacher sure of")]
     rows = [
-        [share(row["value"]), str(row["index"])]
+        [fraction(row["value"]), str(row["index"])]
         + [word(row[key]) for key in ("label", "student_prediction", "teacher_prediction")]
-        + [fixed(row["student_loss"], 2), share(row["teacher_confidence"])]
+        + [fixed(row["student_loss"], 2), fraction(row["teacher_confidence"])]
         for row in extremes_of(spot, most)
     ]
     notes = ["Highest first, then lowest. Image: its place in the data set; student loss in nats."]

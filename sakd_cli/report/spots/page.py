@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from sakd_cli.report.render import plots
-from sakd_cli.report.render.format import fixed, share, word
+from sakd_cli.report.render.format import WHAT, fixed, fraction, word
 from sakd_cli.report.render.html import Block, Gallery, Picture, Section, Tile, page, png
-from sakd_cli.report.runs.tables import spot_tables
-from sakd_cli.report.spots.measured_tables import WHAT, survey_tables
+from sakd_cli.report.spots.log_tables import spot_tables
+from sakd_cli.report.spots.measured_tables import survey_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,7 +71,7 @@ def _tiles(rows: list[dict[str, Any]], images: "dict[int, NDArray[Any]]") -> lis
     for row in rows:
         if (pixels := images.get(row["index"])) is None:
             continue
-        lines = [f"{share(row['value'])} %", word(row["label"])]
+        lines = [f"{fraction(row['value'])} %", word(row["label"])]
         lines += [f"S: {word(row['student_prediction'])}", f"T: {word(row['teacher_prediction'])}"]
         lines += [f"loss {fixed(row['student_loss'], 2)}"]
         tiles.append(Tile(Picture(png(pixels), "png", f"image {row['index']}: {word(row['label'])}"), lines))

@@ -74,8 +74,8 @@ def sweep_document(name: str, entries: Sequence[SweepEntry], skipped: Iterable[t
 
 
 def _row(entry: SweepEntry) -> dict[str, Any]:
-    summary = entry.run.read_json("summary.json") if entry.run is not None and entry.run.finished else {}
-    headline, best, teacher = (summary.get(key) or {} for key in ("headline", "best", "teacher"))
+    summary = entry.run.summary.plain() if entry.run is not None and entry.run.finished else {}
+    headline, best, teacher = (summary.get(key) or {} for key in ("last", "best", "teacher"))
     names = ("key", "role", "teacher", "student", "method", "router", "seed", "epochs", "state", "before", "resumed")
     return {name: getattr(entry, name) for name in names} | {
         "error": entry.error,

@@ -1,0 +1,63 @@
+"""The base of every JSON document: a class that its maker constructs, closed, frozen, and without float noise."""
+
+import json
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+DIGITS = 9  # significant digits of a number: all that a float32 can hold; 45.800000000000004 becomes 45.8
+Number = float | None
+
+
+def rounded(value: Any) -> Any:
+    """The same with every float in it rounded to `DIGITS` significant digits; counts and texts stay."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, list | tuple):
+        return type(value)(map(rounded, value))
+    return {key: rounded(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+class Part(BaseModel):
+    """A part of a document. A field that Python has a keyword for ends in `_`; its JSON key does not.
+
+    exact   fields that hold settings or files of others, which are passed on as they are
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        alias_generator=lambda name: name.removesuffix("_"),
+    )
+    exact: ClassVar[frozenset[str]] = frozenset()
+
+    @field_validator("*")
+    @classmethod
+    def _rounded(cls, value: Any, info: Any) -> Any:
+        return value if info.field_name in cls.exact else rounded(value)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class Document(Part):
+    """What a command prints with `--json`, or a run keeps in a file."""
+
+    schema_: str
+
+    @property
+    def text(self) -> str:
+        """The document as it is printed and written."""
+        return json.dumps(self.plain(), indent=2, allow_nan=False)
+
+
+class SeedStatistics(Part):
+    """Over seeds: mean, standard deviation of the sample, 95 % interval of the mean (Student's t)."""
+
+    mean: float
+    std: Number
+    low: Number
+    high: Number

@@ -1,0 +1,122 @@
+"""An ensemble whose images leave early or all go to the end: its metrics, its cost, and the curve between the two."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sakd_cli.documents.evaluation import ExitCosts, ExitMetrics, ExitPoint
+from sakd_cli.engine.evaluate import Scores, evaluate
+from sakd_cli.models.ensemble import Ensemble
+from sakd_cli.models.exits import NEVER, Exits, leaving, mean_macs
+
+POINTS = 21  # of a curve
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@final
+class EarlyExit(nn.Module):
+    """An ensemble as a network whose images leave at different stages; `left` remembers where, batch by batch."""
+
+    def __init__(self, ensemble: Ensemble, exits: Exits) -> None:
+        super().__init__()
+        self.ensemble, self.exits = ensemble, exits
+        self.left: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to logits [N, K]."""
+        logits, left = self.ensemble.adaptive(images, self.exits)
+        self.left.append(left)
+        return logits
+
+
+class ExitScores(NamedTuple):
+    """Scores, and the stage [N] at which each image left."""
+
+    scores: Scores
+    left: Tensor
+
+
+def evaluate_batches(ensemble: Ensemble, exits: Exits, batches: Batches, classes: int) -> ExitScores:
+    """Run an ensemble in evaluation mode over batches; what is skipped is not computed."""
+    early = EarlyExit(ensemble, exits).eval()
+    scores = evaluate(early, batches, classes)
+    return ExitScores(scores, torch.cat(early.left).cpu())
+
+
+def never(exits: Exits) -> Exits:
+    """The same, with all images going to the end."""
+    return exits._replace(thresholds=(NEVER,) * len(exits.thresholds))
+
+
+def exit_costs(left: Tensor, macs: Sequence[int], teacher_macs: int | None) -> ExitCosts:
+    """What the images cost, given the stage [N] at which each left and the cost of each member."""
+    mean = mean_macs(left, macs)
+    exits = torch.bincount(left, minlength=len(macs)).tolist()
+    return ExitCosts(exits=exits, macs=mean, cost=mean / teacher_macs if teacher_macs else None)
+
+
+def exit_metrics(
+    ensemble: Ensemble,
+    exits: Exits,
+    batches: Batches,
+    classes: int,
+    macs: Sequence[int],
+    teacher_macs: int | None,
+) -> ExitMetrics:
+    """Metrics and cost of an ensemble under given exits."""
+    scores, left = evaluate_batches(ensemble, exits, batches, classes)
+    costs = exit_costs(left, macs, teacher_macs)
+    return ExitMetrics(top1=scores.top1, top5=scores.top5, loss=scores.loss, **dict(costs))
+
+
+@torch.inference_mode()
+def exit_curve(
+    ensemble: Ensemble, exits: Exits, batches: Batches, macs: Sequence[int], teacher_macs: int | None
+) -> list[ExitPoint]:
+    """Accuracy and cost over a shared threshold, from all members for every image to the first member alone.
+
+    The thresholds are quantiles of the uncertainties on these images; no label chooses them.
+    """
+    pairs = [(ensemble.stages(images), labels) for images, labels in batches]
+    stages, labels = torch.cat([logits for logits, _ in pairs], dim=1), torch.cat([labels for _, labels in pairs])
+    doubts, predictions = exits.doubt(stages[:-1]), stages.argmax(dim=-1)
+    grid = [NEVER]
+    if len(doubts):
+        ranked = doubts.flatten().sort().values
+        places = torch.linspace(0, len(ranked) - 1, POINTS - 1).long().tolist()
+        grid += sorted({float(ranked[place]) for place in places})
+    found = []
+    for theta in grid:
+        left = leaving(doubts, [theta] * len(doubts))
+        answers = predictions.gather(0, left[None])[0]
+        top1, agreement = (100 * float((answers == right).double().mean()) for right in (labels, predictions[-1]))
+        found.append((theta, top1, agreement, exit_costs(left.cpu(), macs, teacher_macs)))
+    best = pareto([(costs.macs, top1) for _, top1, _, costs in found])
+    return [
+        ExitPoint(
+            theta=None if theta == NEVER else theta,
+            top1=top1,
+            agreement=agreement,
+            pareto=place in best,
+            **dict(costs),
+        )
+        for place, (theta, top1, agreement, costs) in enumerate(found)
+    ]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Places of the points on the upper left hull of (cost, accuracy): each dearer one is better, gains falling."""
+    front: list[int] = []
+    for place in sorted(range(len(points)), key=lambda place: (points[place][0], -points[place][1])):
+        cost, accuracy = points[place]
+        if front and accuracy <= points[front[-1]][1]:
+            continue
+        while len(front) > 1:
+            (x0, y0), (x1, y1) = points[front[-2]], points[front[-1]]
+            if (y1 - y0) * (cost - x0) > (accuracy - y0) * (x1 - x0):
+                break
+            front.pop()
+        front.append(place)
+    return set(front)
