@@ -136,7 +136,7 @@ def show_key(
     if json:
         emit([row | {"default": str(row["default"])} for row in rows])
         return
-    from sakd_cli.report.runs.tables import listing_table
+    from sakd_cli.report.render.listing import listing_table
 
     for text in dict.fromkeys(str(row["description"]) for row in rows):
         show(f"{key}: {text}\n")
