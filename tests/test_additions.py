@@ -150,8 +150,11 @@ def test_an_addition_touches_as_few_files_as_promised(title: str) -> None:
 
 
 def test_what_was_added_passes_the_tests_of_what_is_registered(copy: Path) -> None:
-    files = [f"tests/test_{name}.py" for name in ("architecture", "distillers", "routing", "models", "data", "config")]
-    chosen = "huber or first-epochs or plain3 or agree or meets_code or fulfils or overridden or published_defaults"
+    files = [
+        f"tests/test_{name}.py"
+        for name in ("architecture", "distillers", "routing", "models", "data", "config", "options")
+    ]
+    chosen = "huber or first-epochs or plain3 or agree or meets_code or fulfils or overridden or published_defaults or description"
     answer = run(copy, "-m", "pytest", *files, "-n", "0", "-p", "no:cacheprovider", "-k", chosen, cwd=copy)
     assert answer.returncode == 0, answer.stdout[-4000:]
     count = re.search(r"(\d+) passed", answer.stdout)

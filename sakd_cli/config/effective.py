@@ -6,7 +6,7 @@ from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import LearnedConfig
-from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.errors import UsageError
 
 SAME_FAMILY_BIAS = 10.0  # Song et al. (IEEE TIP 2022), and 0 for networks of two families
@@ -56,8 +56,7 @@ def effective(
 
     teacher  the teacher's network, where `teacher.source` is a path; counts: training and validation images, if read
     """
-    student = config.student if isinstance(config, DistillConfig) else None
-    network = student or (config.model if isinstance(config, PretrainConfig) else "")
+    network = config.student if isinstance(config, DistillConfig) else getattr(config, "model", "")
     lr = initial_lr(config, network)
     values: dict[str, Any] = {"train.lr": lr, "train.milestones": list(config.train.decay_epochs())}
     if isinstance(config, DistillConfig) and isinstance(config.router, LearnedConfig):
