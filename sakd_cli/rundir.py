@@ -1,6 +1,6 @@
 """A run on disk: where things lie, how they are written, how runs are found. No torch.
 
-config.yaml        every word of the run; can be run again with --config
+config.yaml        all settings of the run; can be run again with --config
 env.json           versions, device, command, start
 metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
 spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
@@ -117,18 +117,18 @@ class RunDir:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every word of the run, as a plain tree."""
+        """All settings of the run, as a plain tree."""
         try:
-            words = parse_yaml(read_bytes(self.path / "config.yaml", MOST_YAML).decode())
+            settings = parse_yaml(read_bytes(self.path / "config.yaml", MOST_YAML).decode())
         except (OSError, ValueError, yaml.YAMLError):
-            words = None
-        if not isinstance(words, dict) or not words:
+            settings = None
+        if not isinstance(settings, dict) or not settings:
             raise UsageError(f"{self.path}: not a run directory, its config.yaml is missing or damaged")
-        return {key: value for key, value in words.items() if key != EFFECTIVE}
+        return {key: value for key, value in settings.items() if key != EFFECTIVE}
 
     @property
     def identity(self) -> str | None:
-        """What tells this run from every other, also of the same words; None for a folder that never was one."""
+        """What tells this run from every other, also of the same settings; None for a folder that never was one."""
         try:
             name = json.loads((self.path / "env.json").read_bytes())["id"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -27,7 +27,7 @@ from sakd_cli.sweep.subprocesses import worst
 from sakd_cli.torchrun import require_single_process
 
 SWEEP = "sweep"
-SIDE = 32  # pixels of the images of a data set whose words do not say it
+SIDE = 32  # pixels of the images of a data set whose settings do not say it
 PAUSE = 0.5  # seconds between two looks at what has ended
 
 
@@ -43,7 +43,7 @@ def _option(panel: str, *names: str, metavar: str | None = None, least: int | No
     return typer.Option(*names, metavar=metavar, min=least, help=about, rich_help_panel=panel)
 
 
-FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's words, or the name of such a preset.")]
+FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's settings, or the name of such a preset.")]
 Methods = Annotated[str | None, _option("Part", metavar="NAME,...", about="These methods only.")]
 Pairs = Annotated[str | None, _option("Part", metavar="TEACHER:STUDENT,...", about="These pairs only.")]
 SomeRouters = Annotated[str | None, _option("Part", metavar="NAME,...", about="These routers only.")]
@@ -107,25 +107,25 @@ def sweep(
     require_single_process("sakd sweep")
     from sakd_cli.report.sweep.tables import plan_tables
 
-    talk = ConsoleReporter(quiet=quiet)
-    name, words, runs = understood(file, options)
+    reporter = ConsoleReporter(quiet=quiet)
+    name, settings, runs = understood(file, options)
     folder = runs.members[0].config.runs_dir
     scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
-    skipped = runs.skipped | _impossible(scheduler, words)
+    skipped = runs.skipped | _impossible(scheduler, settings)
     if dry_run:
-        planned = plan(name, scheduler, skipped, measure, talk)
+        planned = plan(name, scheduler, skipped, measure, reporter)
         emit(planned) if json else show(*plan_tables(planned))
         return
     if retry_failed:
         scheduler.refresh(forgive=True)
-    _carry_out(scheduler, options, talk)
+    _carry_out(scheduler, options, reporter)
     document = _document(name, scheduler, skipped)
     _printed(document, csv=csv, json=json, markdown=markdown)
     _complain(scheduler)
 
 
 def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, Grid]:
-    """Name of the sweep, its words and its runs. Raises UsageError where they do not go together."""
+    """Name of the sweep, its settings and its runs. Raises UsageError where they do not go together."""
     path = Path(file).expanduser()
     if not path.exists() and path.stem in presets():
         path = presets()[path.stem]
@@ -134,14 +134,14 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
         raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
     part: dict[str, Any] = {key: params[key].split(",") for key in ("methods", "pairs", "routers") if params[key]}
     part |= {"seeds": params["seeds"]} if params["seeds"] else {}
-    words = resolve(SWEEP, [layer, *(ConfigSource(f"--{key}", {key: value}) for key, value in part.items())]).config
-    assert isinstance(words, SweepConfig)
+    settings = resolve(SWEEP, [layer, *(ConfigSource(f"--{key}", {key: value}) for key, value in part.items())]).config
+    assert isinstance(settings, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
     layers = config_sources({**given, "set_": params["set_"]})
-    return path.stem, words, grid(words, layers, params["budget"])
+    return path.stem, settings, grid(settings, layers, params["budget"])
 
 
-def _impossible(scheduler: Scheduler, words: SweepConfig) -> dict[str, str]:
+def _impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
     """Methods that cannot be used for a pair, left out with the reason. Raises UsageError where they are refused."""
     cells: dict[str, tuple[DistillConfig, list[str]]] = {}
     for key, entry in scheduler.entries.items():
@@ -161,39 +161,39 @@ def _impossible(scheduler: Scheduler, words: SweepConfig) -> dict[str, str]:
         side = config.data.model_dump().get("size", SIDE)
         if (reason := benches.setdefault(side, Workbench(side)).refusal(config)) is None:
             continue
-        if words.infeasible == "refuse":
+        if settings.infeasible == "refuse":
             raise UsageError(f"{cell}: {reason}", "leave it out, or say infeasible: skip")
         skipped[cell] = reason
         scheduler.leave_out(keys)
     return skipped
 
 
-def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], talk: ConsoleReporter) -> None:
+def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: ConsoleReporter) -> None:
     """Run what is not finished; nothing is started where all is."""
     if not scheduler.unfinished():
         return
-    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may talk; stdout is for the data
+    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may reporter; stdout is for the data
         executor = _executor(params, scheduler)
         try:
-            _run(scheduler, executor, talk)
+            _run(scheduler, executor, reporter)
         finally:
             executor.close()
 
 
-def _run(scheduler: Scheduler, executor: Executor, talk: ConsoleReporter) -> None:
+def _run(scheduler: Scheduler, executor: Executor, reporter: ConsoleReporter) -> None:
     counts = scheduler.counts()
-    talk.say(f"{counts[State.waiting]} of {len(scheduler.entries)} runs to do, on {executor.about()}")
-    table = ProgressTable(scheduler, talk)
-    with talk.heeding_signals(), table.shown():
+    reporter.say(f"{counts[State.waiting]} of {len(scheduler.entries)} runs to do, on {executor.about()}")
+    table = ProgressTable(scheduler, reporter)
+    with reporter.heeding_signals(), table.shown():
         try:
-            scheduler.run(executor, talk.stop, table.refresh, PAUSE)
+            scheduler.run(executor, reporter.stop, table.refresh, PAUSE)
         except Stopped as stopped:
             again = shlex.join(["sakd", *sys.argv[1:]])
             raise Stopped(stopped.signal, stopped.saved, f"go on with {again}") from None
 
 
 def _executor(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
-    """Raises UsageError where it is not to be had, or the words are not for it."""
+    """Raises UsageError where it is not to be had, or the settings are not for it."""
     resources = dict(_assignment(word) for word in params["resource"] or [])
     per_gpu, where = params["jobs_per_gpu"], params["executor"]
     if where is Where.local:
@@ -227,14 +227,14 @@ def _row(entry: ScheduledRun) -> Any:
     from sakd_cli.report.sweep.results import SweepEntry as Row
 
     member, config = entry.member, entry.member.config
-    words = flat(config.model_dump(mode="json"))
+    settings = flat(config.model_dump(mode="json"))
     return Row(
         key=member.key,
         role=member.role.value,
         teacher=member.pair[0] if member.pair else None,
-        student=words.get("student") or words["model"],
-        method=words.get("method.name"),
-        router=words.get("router.name"),
+        student=settings.get("student") or settings["model"],
+        method=settings.get("method.name"),
+        router=settings.get("router.name"),
         seed=config.seed,
         epochs=config.train.epochs,
         dataset=config.data.name,

@@ -20,9 +20,9 @@ INTERVAL = 2.0  # seconds between two looks at the logs of what runs
 class ProgressTable:
     """Follows a scheduler."""
 
-    def __init__(self, scheduler: Scheduler, talk: ConsoleReporter) -> None:
-        self.scheduler, self.talk = scheduler, talk
-        self.terminal = talk.console.is_terminal and not talk.quiet
+    def __init__(self, scheduler: Scheduler, reporter: ConsoleReporter) -> None:
+        self.scheduler, self.reporter = scheduler, reporter
+        self.terminal = reporter.console.is_terminal and not reporter.quiet
         self.ended: list[ScheduledRun] = []
         self._live: Live | None = None
         self._looked = 0.0
@@ -35,7 +35,7 @@ class ProgressTable:
         if not self.terminal:
             yield
             return
-        with Live(self._table(), console=self.talk.console, auto_refresh=False, transient=True) as self._live:
+        with Live(self._table(), console=self.reporter.console, auto_refresh=False, transient=True) as self._live:
             try:
                 yield
             finally:
@@ -53,7 +53,9 @@ class ProgressTable:
         if self._live is None:
             counts = self.scheduler.counts()
             over = sum(counts[state] for state in (State.done, State.failed, State.blocked))
-            self.talk.say(f"[{over}/{len(self.scheduler.entries)}] {_word(entry)}  {entry.member.key}{_told(entry)}")
+            self.reporter.say(
+                f"[{over}/{len(self.scheduler.entries)}] {_state(entry)}  {entry.member.key}{_detail(entry)}"
+            )
 
     def _table(self) -> RenderableType:
         names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
@@ -72,7 +74,7 @@ class ProgressTable:
                 left = (time.monotonic() - since) / (epoch - first) * (epochs - epoch)
         shown = "" if epoch is None else f"{epoch}/{epochs}"
         remaining = "" if left is None else duration(left)
-        return [entry.member.key, _word(entry), shown, word(step), fixed(top1, 2), remaining]
+        return [entry.member.key, _state(entry), shown, word(step), fixed(top1, 2), remaining]
 
 
 def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:
@@ -86,13 +88,13 @@ def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:
     return epoch, step, top1
 
 
-def _word(entry: ScheduledRun) -> str:
+def _state(entry: ScheduledRun) -> str:
     if entry.state is State.running and entry.resumed:
         return "resumed"
     return entry.state.value
 
 
-def _told(entry: ScheduledRun) -> str:
+def _detail(entry: ScheduledRun) -> str:
     if entry.error:
         return f": {entry.error}"
     if entry.state is not State.done or entry.run is None:
