@@ -162,3 +162,8 @@ def test_a_key_is_explained(cli: CliRunner) -> None:
     assert "ICLR 2017" in rows["at"]["source"]
     cli.assert_rejects(["show", "key", "kd_T"], 2, "unknown key 'kd_T'")
     cli.assert_rejects(["show", "key", "train.lrr"], 2, "unknown key 'train.lrr'")
+
+
+def test_a_config_is_shown_with_what_each_key_means(cli: CliRunner) -> None:
+    rows = cli.sakd("config", "show", "--preset", "quickstart", "--describe", "--json").document
+    assert all(len(row["description"]) > 10 for row in rows)

@@ -19,7 +19,8 @@ WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
 
 
 def words_of(run: str, cli: CliRunner) -> dict[str, Any]:
-    return flat(yaml.safe_load((cli.path / run / "config.yaml").read_text()))
+    settings = yaml.safe_load((cli.path / run / "config.yaml").read_text())
+    return flat({key: value for key, value in settings.items() if key != "effective"})
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.effective import effective
+from sakd_cli.config.keys import described
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.resolve import config_sources, flat, resolve
 from sakd_cli.errors import UsageError
@@ -23,11 +24,14 @@ class Which(StrEnum):
 
 
 Task = Annotated[Which, typer.Option(help="Command whose configuration to show.", rich_help_panel="Configuration")]
+Describe = Annotated[bool, typer.Option("--describe", help="Show what each key means.", rich_help_panel="Output")]
 Origin = Annotated[bool, typer.Option("--origin", help="Show who set each key.", rich_help_panel="Output")]
 
 
 @with_options("config-show")
-def show_config(options: Values, json: bool, task: Task = Which.distill, origin: Origin = False) -> None:
+def show_config(
+    options: Values, json: bool, task: Task = Which.distill, origin: Origin = False, describe: Describe = False
+) -> None:
     """Print the complete configuration that these options make, and with --origin who set each key.
 
     Precedence: option, then environment (SAKD_*), then --config file, then --preset, then default.
@@ -45,7 +49,7 @@ def show_config(options: Values, json: bool, task: Task = Which.distill, origin:
             raise UsageError(f"{OPTIONS[name].flag}: is no option of sakd {command}")
     resolved = resolve(task.value, config_sources({name: value for name, value in options.items() if name in has}))
     settings = resolved.config.model_dump(mode="json")
-    if not origin:
+    if not (origin or describe):
         settings |= {EFFECTIVE: effective(resolved.config)}
         emit(settings) if json else show(yaml.safe_dump(settings, sort_keys=False).rstrip())
         return
@@ -53,6 +57,8 @@ def show_config(options: Values, json: bool, task: Task = Which.distill, origin:
         {"key": key, "value": value, "origin": resolved.origins.get(key, "default")}
         for key, value in flat(settings).items()
     ]
+    if describe:
+        rows = [row | {"description": described(resolved.config, row["key"])} for row in rows]
     if json:
         emit(rows)
         return

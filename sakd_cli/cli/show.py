@@ -11,7 +11,7 @@ import yaml
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Json, completion
 from sakd_cli.config import datasets, methods, networks, routers
-from sakd_cli.config.base import summary
+from sakd_cli.config.base import own_name, summary
 from sakd_cli.config.keys import explain
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
@@ -93,8 +93,9 @@ def show_method(
 
         sakd show method sp --json
     """
-    if name not in methods.METHODS:
+    if (own := own_name(name, methods.METHODS)) is None:
         raise UsageError(unknown("method", name, methods.METHODS), hint="sakd list methods")
+    name = own
     from sakd_cli.distillers.table import DISTILLERS
 
     entry = DISTILLERS.row(name)

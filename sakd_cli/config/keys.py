@@ -97,6 +97,15 @@ def default_of(key: str) -> Any:
     return None
 
 
+def described(config: Config, key: str) -> str:
+    """What a key of this config means."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        if not isinstance(config := getattr(config, section), Config):
+            return ""
+    return description(type(config), leaf)
+
+
 def explain(key: str) -> list[dict[str, Any]]:
     """What a key means wherever it stands: class, type, default and description. Raises UsageError if unknown."""
     places: dict[type[Config], list[str]] = {}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic_core import PydanticCustomError
 
-from sakd_cli.config.base import Config
+from sakd_cli.config.base import Config, own_name
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
@@ -15,10 +15,11 @@ from sakd_cli.errors import UsageError, unknown
 
 def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
     def known(names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in table:
+        found = {name: own_name(name, table) for name in names}
+        for name, own in found.items():
+            if own is None:
                 raise PydanticCustomError("unknown_name", "{text}", {"text": unknown(kind, name, table)})
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(own for own in found.values() if own))
 
     return AfterValidator(known)
 
@@ -55,9 +56,9 @@ def _own_name(name: str) -> str:
     teacher, colon, student = name.rpartition(":")
     if colon:
         return f"{teacher if is_path(teacher) else find_trainable(teacher).name}:{find_trainable(student).name}"
-    if name not in METHODS and name not in ROUTERS:
+    if (own := own_name(name, [*METHODS, *ROUTERS])) is None:
         raise UsageError(unknown("method, router or pair", name, [*METHODS, *ROUTERS]))
-    return name
+    return own
 
 
 Pair = Annotated[tuple[Annotated[str, AfterValidator(_teacher)], NetworkName], BeforeValidator(_split)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sakd_cli.config.base import own_name
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, TeacherConfig
@@ -58,7 +59,11 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
         return list(dict.fromkeys([own, CLASSICAL, PLAIN])) if params["with_control"] else [own]
     if params["router"] is not None or params["with_control"]:
         raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
-    names = list(ROUTERS) if asked == ALL else list(dict.fromkeys(asked.split(",")))
+    names = (
+        list(ROUTERS)
+        if asked == ALL
+        else list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked.split(",")))
+    )
     for name in names:
         if name not in ROUTERS:
             raise UsageError(f"--routers: {unknown('router', name, [*ROUTERS, ALL])}")
