@@ -21,6 +21,7 @@ TOUCHES = {
     "A data set": 3,
     "An option": 1,
     "A training procedure": 2,
+    "A column of a report": 2,
 }
 PLACE = r"(?:(New file) `([^`]+)`|In `([^`]+)`, (before|behind|instead of) `([^\n]+)`|At the (end) of `([^`]+)`):"
 STEP = re.compile(PLACE + r"\n\n```\w+\n(.*?)```\n", re.DOTALL)
@@ -59,6 +60,7 @@ COMMANDS = {
     "removed": ["rm", "first/summary.json"],
     "resumed": ["distill", "--resume", "first", "--json", "-q"],
     "evaluated": ["eval", "first", "--json", "-q", "--set", "timing_seconds=0"],
+    "table": ["eval", "first", "-q", "--set", "timing_seconds=0"],
     "smoothed": ["stopped", *SMOOTH, "--epochs", "1", *FEW],
     "smoothed on": ["pretrain-smooth", "--resume", "smooth", "--json", "-q"],
     "help": ["pretrain-smooth", "--help"],
@@ -150,11 +152,10 @@ def test_an_addition_touches_as_few_files_as_promised(title: str) -> None:
 
 
 def test_what_was_added_passes_the_tests_of_what_is_registered(copy: Path) -> None:
-    files = [
-        f"tests/test_{name}.py"
-        for name in ("architecture", "distillers", "routing", "models", "data", "config", "options")
-    ]
-    chosen = "huber or first-epochs or plain3 or agree or meets_code or fulfils or overridden or published_defaults or description"
+    about = ("architecture", "distillers", "routing", "models", "data", "config", "options")
+    files = [f"tests/test_{name}.py" for name in about]
+    chosen = "huber or first-epochs or plain3 or agree or meets_code or fulfils or overridden or published_defaults "
+    chosen += "or says_in_a_sentence or sets_a_key"
     answer = run(copy, "-m", "pytest", *files, "-n", "0", "-p", "no:cacheprovider", "-k", chosen, cwd=copy)
     assert answer.returncode == 0, answer.stdout[-4000:]
     count = re.search(r"(\d+) passed", answer.stdout)
@@ -200,6 +201,13 @@ def test_a_network_of_an_added_family_is_imported_or_says_why_not(done: Any) -> 
 def test_an_added_option_sets_its_key(done: Any) -> None:
     shown = document(done, "option")
     assert "0.002" in json.dumps(shown)
+
+
+def test_an_added_column_is_in_the_table(done: Any) -> None:
+    code, out, err = done["table"]
+    assert code == 0, err
+    error = 100 - document(done, "evaluated")["top1"]
+    assert re.search(rf"Error % +{error:.2f}\b", out), out
 
 
 def test_an_added_procedure_has_a_command_a_stop_hint_and_a_document_that_fits_its_schema(done: Any) -> None:
