@@ -20,7 +20,7 @@ def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytes
     words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
     words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
     words |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
-    del words["model"], words["student_friendly"]
+    del words["model"], words["student_friendly"], words["eval_batch_size"]  # of other commands
     for name, value in words.items():
         monkeypatch.setenv(f"SAKD_{name.upper()}", value)
     config, origins = resolve("distill", environment_sources(words))

@@ -243,7 +243,7 @@ OPTIONS = {
     "--budget '2'": ["--budget", "2"],
     "is not of the form key=value": ["--executor", "ray", "--resource", "num_cpus"],
     "--resource is for --executor": ["--resource", "num_cpus=1"],
-    "two documents": ["--csv", "--json"],
+    "both write to stdout": ["--csv", "--json"],
     "unknown method": ["--methods", "nix"],
 }
 

@@ -9,6 +9,7 @@ from sample_documents import sample
 
 from sakd_cli.cli.sweep import understood
 from sakd_cli.config.grid import Grid
+from sakd_cli.config.options import options_of
 from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.documents.sweep import SweepDocument
 from sakd_cli.documents.training import Summary
@@ -16,11 +17,11 @@ from sakd_cli.report.sweep.results import SweepEntry, published, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.rundir import RunDir
 
-NONE = dict.fromkeys(("methods", "pairs", "routers", "seeds", "data_root", "runs_dir", "device", "precision", "set_"))
+NONE = dict.fromkeys(row for row in options_of("sweep"))
 
 
 def grid_of(file: str, **options: Any) -> Grid:
-    return understood(file, NONE | {"budget": None} | options)[2]
+    return understood(file, NONE | options)[2]
 
 
 def entry(folder: Path, router: str | None, seed: int, top1: float, **words: Any) -> SweepEntry:
@@ -112,7 +113,7 @@ def test_teachers_that_are_there_are_not_trained_and_two_rules_beat_one(tmp_path
 
 
 def test_a_part_of_a_grid_under_a_budget() -> None:
-    part = {"methods": "ft", "pairs": "vgg13:vgg8", "routers": "always", "seeds": 2}
+    part = {"methods": "ft", "pairs": "vgg13:vgg8", "some_routers": "always", "seed_count": 2}
     grid = grid_of("table-same-family", **part, budget="10%", set_=["train.lr=0.1"])
     assert [member.key for member in grid.members] == [
         "teacher vgg13",

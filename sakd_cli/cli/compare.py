@@ -9,24 +9,14 @@ import typer
 
 from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")]
-Csv = Annotated[
-    bool, typer.Option("--csv", help="Every epoch and the final figures as CSV on stdout.", rich_help_panel="Output")
-]
-
-
-Plot = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Curves as .png or .svg (the extra plots).", rich_help_panel="Output"),
-]
 
 
 @with_options("compare")
-def compare(options: Values, json: bool, runs: Runs, plot: Plot = None, csv: Csv = False) -> None:
-    """Compare runs: words that differ, curves, final figures, seeds, and whether a difference is more than noise.
+def compare(options: Values, json: bool, csv: bool, plot: Path | None, runs: Runs) -> None:
+    """Compare runs: settings that differ, curves, final figures, seeds, and whether a difference is more than noise.
 
     Examples:
 
@@ -34,8 +24,6 @@ def compare(options: Values, json: bool, runs: Runs, plot: Plot = None, csv: Csv
 
         sakd compare runs/A runs/B --plot curves.png --csv > curves.csv
     """
-    if csv and json:
-        raise UsageError("--csv and --json are two documents; choose one")
     if plot:
         from sakd_cli.report.render import plots
 

@@ -7,36 +7,18 @@ import typer
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
+from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluations
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
 from sakd_cli.runs.locate import check_teacher, what_to_score
 
-EvalTargets = Annotated[
+Targets = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="RUN",
         help="Run directories, folders with a model.safetensors, or such files. Default: newest run.",
     ),
-]
-EvalBatch = Annotated[
-    int | None,
-    typer.Option("--batch-size", metavar="N", help="Images per forward pass (1000).", rich_help_panel="Run"),
-]
-EarlyExit = Annotated[
-    bool,
-    typer.Option("--early-exit", help="Images exit early where they may (the default).", rich_help_panel="Ensemble"),
-]
-AlwaysOn = Annotated[
-    bool, typer.Option("--always-on", help="Every image goes through all members.", rich_help_panel="Ensemble")
-]
-Curve = Annotated[
-    bool, typer.Option("--curve", help="Also report accuracy and cost over all thresholds.", rich_help_panel="Ensemble")
-]
-Plot = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.png", help="Draw that curve; needs matplotlib.", rich_help_panel="Ensemble"),
 ]
 
 
@@ -45,16 +27,15 @@ def evaluate(
     options: Values,
     json: bool,
     quiet: bool,
-    targets: EvalTargets = None,
-    early_exit: EarlyExit = False,
-    always_on: AlwaysOn = False,
-    curve: Curve = False,
-    plot: Plot = None,
-    batch_size: EvalBatch = None,
+    early_exit: bool,
+    always_on: bool,
+    curve: bool,
+    plot: Path | None,
+    targets: Targets = None,
 ) -> None:
-    """Judge trained networks on the test images, side by side: accuracy, calibration, classes, speed, their teacher.
+    """Evaluate trained networks on the test images: accuracy, calibration, classes, speed, their teacher.
 
-    A student with its residual students is scored as one; where its images leave, and the cost/accuracy curve.
+    A student with residual students is evaluated as an ensemble, with exits and the cost/accuracy curve.
 
     Examples:
 
@@ -63,10 +44,9 @@ def evaluate(
         sakd eval runs/20261121-130000-distill-...-residual --early-exit --curve --plot curve.png
     """
     _check(early_exit and always_on, plot, len(targets or ()))
-    given = config_sources({name: value for name, value in options.items() if name != "batch_size"})
-    given += [] if batch_size is None else [ConfigSource("--batch-size", {"batch_size": batch_size})]
-    runs_dir_ = resolve("eval", given).config.runs_dir
-    found = [what_to_score(target, runs_dir_) for target in targets or (None,)]
+    given = config_sources(options)
+    runs_dir = resolve("eval", given).config.runs_dir
+    found = [what_to_score(target, runs_dir) for target in targets or (None,)]
     forced = early_exit or always_on or curve or plot is not None
     teacher = options["teacher"]
     check_teacher(found, forced=forced, teacher=teacher)
@@ -88,7 +68,7 @@ def evaluate(
 
 
 def _check(both: bool, plot: Path | None, targets: int) -> None:
-    """Raise UsageError, before hours of work, for options that do not go together and for a picture that cannot be."""
+    """Raise UsageError, before hours of work, for options that exclude each other or a plot that cannot be made."""
     if both:
         raise UsageError("--early-exit and --always-on exclude each other")
     if plot is not None and targets > 1:

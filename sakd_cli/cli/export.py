@@ -1,6 +1,5 @@
 """`sakd export`: a trained network for programs that do not have sakd."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,57 +10,17 @@ from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.runs.locate import target_or_newest
 
-
-class Form(StrEnum):
-    """A kind of file."""
-
-    SAFETENSORS = "safetensors"
-    ONNX = "onnx"
-    PT2 = "pt2"
-
-
 Target = Annotated[
     Path | None,
     typer.Argument(metavar="RUN", help="Run directory, folder of a network, or its file. Default: newest run."),
 ]
-Format = Annotated[
-    Form,
-    typer.Option("--format", help="safetensors with plain source, onnx, or torch's pt2.", rich_help_panel="Output"),
-]
-Out = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder to write (RUN/export-FORMAT).", rich_help_panel="Output")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an export that is there.", rich_help_panel="Output")
-]
-Normalise = Annotated[
-    bool,
-    typer.Option(
-        "--with-normalisation/--without-normalisation",
-        help="onnx and pt2 take pixel values between 0 and 1, or normalised ones.",
-        rich_help_panel="Output",
-    ),
-]
-Opset = Annotated[
-    int | None, typer.Option(metavar="N", min=18, help="Of onnx (the exporter's own).", rich_help_panel="Output")
-]
 
 
 @with_options("export")
-def export(
-    options: Values,
-    json: bool,
-    quiet: bool,
-    target: Target = None,
-    format: Format = Form.SAFETENSORS,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    normalise: Normalise = True,
-    opset: Opset = None,
-) -> None:
+def export(options: Values, json: bool, quiet: bool, target: Target = None) -> None:
     """Write the network alone for other programs, check its outputs, and say how to load it there.
 
-    Of a run that is not finished, the network of its last checkpoint.
+    Of a run that is not finished, the network of its last checkpoint is exported.
 
     Examples:
 
@@ -69,13 +28,13 @@ def export(
 
         sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
     """
-    layers = config_sources(options)
-    where = target_or_newest(target, resolve("eval", layers).config.runs_dir)
+    sources = config_sources(options)
+    where = target_or_newest(target, resolve("eval", sources).config.runs_dir)
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out
 
-    order = Order(format.value, out, overwrite, normalise, opset)
-    document = carry_out(where, order, layers, ConsoleReporter(quiet=quiet))
+    order = Order(*(options[name] for name in ("format", "export_dir", "replace", "normalisation", "opset")))
+    document = carry_out(where, order, sources, ConsoleReporter(quiet=quiet))
     if json:
         emit(document)
         return

@@ -6,23 +6,21 @@ from typing import Annotated
 import typer
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.cli.options import Values, completion, with_options
+from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import config_sources, resolve
 
-FileArgument = Annotated[Path, typer.Argument(help="PyTorch (.pth, .pt) or .safetensors file of a state dict.")]
-Model = Annotated[
-    str, typer.Option(help="Network that the weights are of.", autocompletion=completion("models"), show_default=False)
-]
-Out = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder to write (MODEL-DATASET, here).", rich_help_panel="Output")
+FileArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", help="PyTorch (.pth, .pt) or .safetensors file of a state dict.")
 ]
 
 
 @with_options("import-weights")
-def import_weights(options: Values, json: bool, quiet: bool, file: FileArgument, model: Model, out: Out = None) -> None:
-    """Make a folder for --teacher from weights of another program (RepDistiller, mdistiller), and score them.
+def import_weights(
+    options: Values, json: bool, quiet: bool, network: str, import_dir: Path | None, file: FileArgument
+) -> None:
+    """Make a folder for --teacher from weights of another program (RepDistiller, mdistiller), and evaluate them.
 
-    The file is read as plain tensors or not at all; every tensor of the network is filled exactly once.
+    The file is read as plain tensors only; every tensor of the network is filled exactly once.
 
     Examples:
 
@@ -30,12 +28,10 @@ def import_weights(options: Values, json: bool, quiet: bool, file: FileArgument,
 
         sakd distill --teacher resnet32x4-cifar100 --student resnet8x4
     """
-    words = {key: value for key, value in options.items() if key != "model"}
-    config = resolve("eval", config_sources(words)).config
-    talk = ConsoleReporter(quiet=quiet)
+    config = resolve("eval", config_sources(options)).config
     from sakd_cli.export.import_weights import import_weights as carry_out
 
-    result = carry_out(file, model, config, out, talk)
+    result = carry_out(file, network, config, import_dir, ConsoleReporter(quiet=quiet))
     if json:
         emit(result)
         return

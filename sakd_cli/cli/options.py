@@ -11,6 +11,7 @@ from sakd_cli.config import datasets, methods, networks, routers
 from sakd_cli.config.keys import default_of
 from sakd_cli.config.options import FLAG, OPTIONS, Option, options_of
 from sakd_cli.config.resolve import presets
+from sakd_cli.errors import UsageError
 
 Values = Mapping[str, Any]
 NAMES: dict[str, Callable[[], Any]] = {
@@ -37,7 +38,7 @@ def with_options(
     keys  of the config; options that set another one are left out. None: none is.
 
     A parameter that the function has besides gets the value of the option of its name; one with an annotation of
-    typer's is an argument or option of that command alone.
+    typer's is an argument of that command.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -49,6 +50,8 @@ def with_options(
 
         @wraps(function)
         def run(**values: Any) -> None:
+            if values.get("json") and values.get("csv"):
+                raise UsageError("--json and --csv both write to stdout; choose one")
             function(values, **{one.name: values[one.name] for one in own})
 
         # This is where typer looks for the options of a command.
@@ -60,24 +63,25 @@ def with_options(
 
 
 def _parameter(row: Option) -> inspect.Parameter:
-    flags = [row.flag, *(["-q"] if row.name == "quiet" else [])]
     option = typer.Option(
-        *flags,
+        *(row.flags or row.flag).split(),
         metavar=row.metavar,
         min=row.least,
         help=row.help + _default(row) + (f" [env: {row.variable}]" if row.key else ""),
         rich_help_panel=row.panel,
         autocompletion=completion(row.complete),
+        show_default=False,
     )
-    default = False if row.type is FLAG else None
+    value = inspect.Parameter.empty if row.default is ... else row.default
+    value = False if row.type is FLAG and value is None else value
     return inspect.Parameter(
-        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[row.type, option]
+        row.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=Annotated[row.type, option]
     )
 
 
 def _default(row: Option) -> str:
-    value = default_of(row.key) if row.key and "(default" not in row.help else None
-    return "" if value is None or value is False else f" (default {value})"
+    value = default_of(row.key) if row.key and "(default" not in row.help else row.default
+    return "" if value is None or value is ... or isinstance(value, bool) else f" (default {value})"
 
 
 Json = Annotated[bool, typer.Option("--json", help=OPTIONS["json"].help, rich_help_panel="Output")]

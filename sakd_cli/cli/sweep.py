@@ -4,7 +4,6 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,69 +30,11 @@ SIDE = 32  # pixels of the images of a data set whose settings do not say it
 PAUSE = 0.5  # seconds between two looks at what has ended
 
 
-class Where(StrEnum):
-    """Who carries out the runs."""
-
-    local = "local"
-    ray = "ray"
-    slurm = "slurm"
-
-
-def _option(panel: str, *names: str, metavar: str | None = None, least: int | None = None, about: str) -> Any:
-    return typer.Option(*names, metavar=metavar, min=least, help=about, rich_help_panel=panel)
-
-
 FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's settings, or the name of such a preset.")]
-Methods = Annotated[str | None, _option("Part", metavar="NAME,...", about="These methods only.")]
-Pairs = Annotated[str | None, _option("Part", metavar="TEACHER:STUDENT,...", about="These pairs only.")]
-SomeRouters = Annotated[str | None, _option("Part", metavar="NAME,...", about="These routers only.")]
-HowMany = Annotated[int | None, _option("Part", metavar="N", least=1, about="That many seeds.")]
-Budget = Annotated[
-    str | None,
-    _option("Part", metavar="SHARE|EPOCHS", about="Shorten every schedule in proportion: 0.1, 10% or 24 (epochs)."),
-]
-Jobs = Annotated[int | None, _option("Run", metavar="N", least=1, about="Runs at a time (one; or one per GPU).")]
-JobsPerGpu = Annotated[int, _option("Run", metavar="N", least=1, about="Runs that share a GPU (1).")]
-ExecutorOption = Annotated[
-    Where, _option("Run", "--executor", about="This machine, a Ray cluster (sakd[ray]) or Slurm arrays (sakd[slurm]).")
-]
-Resource = Annotated[
-    list[str] | None,
-    _option(
-        "Run",
-        "--resource",
-        metavar="KEY=VALUE",
-        about="Ray: address, num_cpus, num_gpus, max_retries; submitit: slurm_partition, timeout_min ...",
-    ),
-]
-RetryFailed = Annotated[bool, _option("Run", "--retry-failed", about="Try again what failed in an earlier call.")]
-Measure = Annotated[float, _option("Run", metavar="SECONDS", about="With --dry-run: time steps for so long (60).")]
-Csv = Annotated[bool, _option("Output", "--csv", about="The cells of the table as CSV on stdout.")]
-Markdown = Annotated[Path | None, _option("Output", metavar="FILE", about="Write the table as Markdown, too.")]
-DryRun = Annotated[bool, _option("Run", "--dry-run", about="Count the runs, their hours and bytes; write nothing.")]
 
 
 @with_options("sweep")
-def sweep(
-    options: Values,
-    json: bool,
-    quiet: bool,
-    file: FileOrPreset,
-    methods: Methods = None,
-    pairs: Pairs = None,
-    routers: SomeRouters = None,
-    seeds: HowMany = None,
-    budget: Budget = None,
-    jobs: Jobs = None,
-    jobs_per_gpu: JobsPerGpu = 1,
-    executor: ExecutorOption = Where.local,
-    resource: Resource = None,
-    retry_failed: RetryFailed = False,
-    dry_run: DryRun = False,
-    measure: Measure = 60.0,
-    csv: Csv = False,
-    markdown: Markdown = None,
-) -> None:
+def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | None, file: FileOrPreset) -> None:
     """Train a whole grid: methods x pairs x routers x seeds. What is finished is left alone, what is not goes on.
 
     Examples:
@@ -102,8 +43,6 @@ def sweep(
 
         sakd sweep mine.yaml --jobs 2 --markdown table.md
     """
-    if csv and json:
-        raise UsageError("--csv and --json are two documents; choose one")
     require_single_process("sakd sweep")
     from sakd_cli.report.sweep.tables import plan_tables
 
@@ -112,11 +51,11 @@ def sweep(
     folder = runs.members[0].config.runs_dir
     scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
     skipped = runs.skipped | _impossible(scheduler, settings)
-    if dry_run:
-        planned = plan(name, scheduler, skipped, measure, reporter)
+    if options["estimate"]:
+        planned = plan(name, scheduler, skipped, options["measure"], reporter)
         emit(planned) if json else show(*plan_tables(planned))
         return
-    if retry_failed:
+    if options["retry_failed"]:
         scheduler.refresh(forgive=True)
     _carry_out(scheduler, options, reporter)
     document = _document(name, scheduler, skipped)
@@ -132,9 +71,9 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
     layer = file_source(path, str(file))
     if layer.values.get("task") != SWEEP:
         raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
-    part: dict[str, Any] = {key: params[key].split(",") for key in ("methods", "pairs", "routers") if params[key]}
-    part |= {"seeds": params["seeds"]} if params["seeds"] else {}
-    settings = resolve(SWEEP, [layer, *(ConfigSource(f"--{key}", {key: value}) for key, value in part.items())]).config
+    part = {"methods": "methods", "pairs": "pairs", "routers": "some_routers", "seeds": "seed_count"}
+    chosen = [ConfigSource(f"--{key}", {key: params[name]}) for key, name in part.items() if params[name]]
+    settings = resolve(SWEEP, [layer, *chosen]).config
     assert isinstance(settings, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
     layers = config_sources({**given, "set_": params["set_"]})
@@ -196,12 +135,12 @@ def _executor(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
     """Raises UsageError where it is not to be had, or the settings are not for it."""
     resources = dict(_assignment(word) for word in params["resource"] or [])
     per_gpu, where = params["jobs_per_gpu"], params["executor"]
-    if where is Where.local:
+    if where == "local":
         if resources:
             raise UsageError("--resource is for --executor ray or slurm; here it is --jobs and --jobs-per-gpu")
         device = next(iter(scheduler.entries.values())).member.config.device
         return LocalExecutor(params["jobs"], per_gpu, device)
-    if where is Where.ray:
+    if where == "ray":
         from sakd_cli.sweep.ray_executor import RayExecutor
 
         return RayExecutor(params["jobs"], per_gpu, resources)

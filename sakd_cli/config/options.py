@@ -1,11 +1,11 @@
 """The table of options: each row serves the commands, the environment, `sakd config show`, the API and completion.
 
 To add an option, add a row. A row with a `key` sets that key of the config, and `SAKD_` + its name does so from the
-environment; a row without one is an order to the command alone.
+environment; a row without one is an argument of the command alone.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 TRAIN = "pretrain-teacher distill"
 NETWORKS = "distill eval bench"
@@ -19,27 +19,30 @@ DOCUMENTS = f"{SETTINGS} bench data-check list show-method show-key show-schema 
 class Option(NamedTuple):
     """One option.
 
-    name      of the parameter; the option is `--` + the name with hyphens
+    name      of the parameter; the option is `--` + the name with hyphens, unless `flags` says otherwise
     key       of the config that it sets; empty: none
     commands  that have it, with blanks between them
     type      of the value that the command gets; text is read by the config
     complete  kind of `sakd list` whose names the shell completes
+    default   of an option without a key; `...`: the option is required
     """
 
     name: str
     key: str
     help: str
-    panel: str
     commands: str
     metavar: str | None = None
     type: Any = str | None
     complete: str = ""
     least: int | None = None
+    default: Any = None
+    flags: str = ""
+    panel: str = ""
 
     @property
     def flag(self) -> str:
         """As it is given on the command line."""
-        return f"--{self.name.rstrip('_').replace('_', '-')}"
+        return self.flags.partition(" ")[0] or f"--{self.name.rstrip('_').replace('_', '-')}"
 
     @property
     def variable(self) -> str:
@@ -47,84 +50,159 @@ class Option(NamedTuple):
         return f"SAKD_{self.name.upper()}"
 
 
-SWITCH, FLAG, TEXTS = bool | None, bool, list[str] | None
+SWITCH, FLAG, TEXTS, FILE = bool | None, bool, list[str] | None, Path | None
 # fmt: off
-_ROWS = [
-    Option("teacher", "teacher.source", "Teacher: architecture (its newest finished run), run directory or file",
-           "Distillation", NETWORKS, "TEACHER", complete="models"),
-    Option("teacher_weights", "teacher.weights", "Weights file of the teacher: sakd's, or its library's (timm/...)",
-           "Distillation", "distill", "FILE"),
-    Option("student", "student", "Network to train", "Distillation", "distill bench", "NAME", complete="models"),
-    Option("model", "model", "Network to pretrain", "Distillation", "pretrain-teacher", "NAME", complete="models"),
-    Option("method", "method.name", "Distillation method, as in `sakd list methods`",
-           "Distillation", "distill bench", "NAME", complete="methods"),
-    Option("temperature", "method.temperature", "Softmax temperature of the logit loss (default: the method's)",
-           "Distillation", "distill", "T"),
-    Option("loss_weight", "method.weight", "Weight of the feature loss (default: the method's)",
-           "Distillation", "distill", "WEIGHT"),
-    Option("dfa_weights", "method.weights", "Mixtures of method dfa: search, uniform, last, random or a dfa.json",
-           "Distillation", "distill", "FILE|NAME"),
-    Option("router", "router.name", "Where to distill, as in `sakd list routers`",
-           "Distillation", "distill", "NAME", complete="routers"),
-    Option("residual_students", "residual.students", "Lighter networks to train afterwards on the remaining error",
-           "Distillation", "distill", "N"),
-    Option("pretrain", "teacher.pretrain", "Train the teacher first if it has no finished run",
-           "Distillation", "distill", type=SWITCH),
-    Option("cache_teacher", "teacher.cache", "Cache the teacher's outputs on disk for later runs (kd, crd, rkd ...)",
-           "Distillation", "distill", type=SWITCH),
-    Option("allow_teacher_mismatch", "teacher.allow_mismatch", "Accept a teacher whose accuracy differs from its card",
-           "Distillation", "distill", type=SWITCH),
-    Option("student_friendly", "friendly.students", "Train jointly with branches of this student; may be repeated",
-           "Distillation", "pretrain-teacher", "NAME", TEXTS, "models"),
-    Option("with_control", "", "Also run the controls (routers always and never) and compare the three",
-           "Series", "distill", type=FLAG),
-    Option("routers", "", "Run each of these routers under one budget and compare them",
-           "Series", "distill", "NAME,...|all"),
-    Option("seeds", "", "Run N seeds, starting at --seed, and report mean and standard deviation",
-           "Series", "distill", "N", int | None, least=1),
-    Option("parallel", "", "Run all members of a series at once, each in its own process",
-           "Series", "distill", type=FLAG),
-    Option("epochs", "train.epochs", "Passes over the training images", "Training", TRAIN, "N"),
-    Option("batch_size", "train.batch_size", "Images per step", "Training", f"{TRAIN} bench", "N"),
-    Option("lr", "train.lr", "Initial learning rate (default: the network's, 0.05 or 0.01)", "Training", TRAIN, "RATE"),
-    Option("milestones", "train.milestones", "Epochs at whose end the rate decays (default: 5/8, 6/8 and 7/8 of all)",
-           "Training", TRAIN, "N,..."),
-    Option("seed", "seed", "Random seed", "Training", TRAIN, "N"),
-    Option("head", "head", "Last layer of pretrained initial weights: keep it, or replace it by a fresh one",
-           "Training", TRAIN, "keep|replace"),
-    Option("dataset", "data.name", "Data set, as in `sakd list datasets`", "Data", IMAGES, "NAME", complete="datasets"),
-    Option("data_root", "data.root", "Folder of the data set's files", "Data", f"{SETTINGS} data-check", "DIR"),
-    Option("validation", "data.validation", "Fraction of the training images that validates; 0: the test set does",
-           "Data", TRAIN, "FRACTION"),
-    Option("preset", "", "Complete configuration by name, as in `sakd list presets`",
-           "Configuration", f"{TRAIN} eval config-show", "NAME", complete="presets"),
-    Option("config", "", "YAML file with a complete or partial configuration",
-           "Configuration", f"{TRAIN} eval inspect-spots config-show", "FILE", Path | None),
-    Option("set_", "", "Set any key of the configuration, such as data.limit=1000; may be repeated",
-           "Configuration", f"{SETTINGS} bench data-check config-show", "KEY=VALUE", TEXTS),
-    Option("runs_dir", "runs_dir", "Folder of the run directories", "Run", PLACES, "DIR"),
-    Option("run_dir", "", "Write the run to exactly this directory", "Run", TRAIN, "DIR", Path | None),
-    Option("resume", "", "Resume a run, bit for bit; auto: the newest with these settings, or a new one",
-           "Run", TRAIN, "auto|RUN"),
-    Option("overwrite", "", "With --run-dir: replace the run that is there", "Run", TRAIN, type=FLAG),
-    Option("device", "device", "Device: auto, cpu, cuda, cuda:1 or mps", "Run", MACHINE, "DEVICE"),
-    Option("precision", "runtime.precision", "Precision of the networks", "Run", f"{TRAIN} sweep bench",
-           "fp32|bf16"),
-    Option("compile", "runtime.compile", "Compile the step into one graph", "Run", f"{TRAIN} bench", type=SWITCH),
-    Option("deterministic", "runtime.deterministic", "Bit-identical results from the same seed on a GPU as well",
-           "Run", TRAIN, type=SWITCH),
-    Option("sync_batchnorm", "runtime.sync_batchnorm", "Under torchrun: synchronize BatchNorm across processes",
-           "Run", TRAIN, type=SWITCH),
-    Option("global_batch", "runtime.global_batch", "Under torchrun: losses between samples compare the global batch",
-           "Run", "distill", type=SWITCH),
-    Option("log", "log", "Also log to TensorBoard, in the run directory", "Run", TRAIN, "tensorboard"),
-    Option("dry_run", "", "Build everything and try one real batch; write nothing", "Run", TRAIN, type=FLAG),
-    Option("json", "", "Print exactly one JSON document to stdout", "Output", DOCUMENTS, type=FLAG),
-    Option("quiet", "", "Print no log messages and no progress to stderr, only errors",
-           "Output", f"{SETTINGS} bench data-check report", type=FLAG),
-]
+_PANELS = {
+    "Distillation": [
+        Option("teacher", "teacher.source", "Teacher: architecture (its newest finished run), run directory or file",
+               NETWORKS, "TEACHER", complete="models"),
+        Option("teacher_weights", "teacher.weights", "Weights file of the teacher: sakd's, or its library's (timm/...)",
+               "distill", "FILE"),
+        Option("student", "student", "Network to train", "distill bench", "NAME", complete="models"),
+        Option("model", "model", "Network to pretrain", "pretrain-teacher", "NAME", complete="models"),
+        Option("method", "method.name", "Distillation method, as in `sakd list methods`",
+               "distill bench", "NAME", complete="methods"),
+        Option("temperature", "method.temperature", "Softmax temperature of the logit loss (default: the method's)",
+               "distill", "T"),
+        Option("loss_weight", "method.weight", "Weight of the feature loss (default: the method's)",
+               "distill", "WEIGHT"),
+        Option("dfa_weights", "method.weights", "Mixtures of method dfa: search, uniform, last, random or a dfa.json",
+               "distill", "FILE|NAME"),
+        Option("router", "router.name", "Where to distill, as in `sakd list routers`",
+               "distill", "NAME", complete="routers"),
+        Option("residual_students", "residual.students", "Lighter networks to train afterwards on the remaining error",
+               "distill", "N"),
+        Option("pretrain", "teacher.pretrain", "Train the teacher first if it has no finished run",
+               "distill", type=SWITCH),
+        Option("cache_teacher", "teacher.cache", "Cache the teacher's outputs on disk for later runs (kd, crd, rkd...)",
+               "distill", type=SWITCH),
+        Option("allow_teacher_mismatch", "teacher.allow_mismatch",
+               "Accept a teacher whose accuracy differs from its card", "distill", type=SWITCH),
+        Option("student_friendly", "friendly.students", "Train jointly with branches of this student; may be repeated",
+               "pretrain-teacher", "NAME", TEXTS, "models"),
+        Option("network", "", "Network that the weights belong to", "import-weights", "NAME", str, "models",
+               default=..., flags="--model"),
+    ],
+    "Series": [
+        Option("with_control", "", "Also run the controls (routers always and never) and compare the three",
+               "distill", type=FLAG),
+        Option("routers", "", "Run each of these routers under one budget and compare them", "distill", "NAME,...|all"),
+        Option("seeds", "", "Run N seeds, starting at --seed, and report mean and standard deviation",
+               "distill", "N", int | None, least=1),
+        Option("parallel", "", "Run all members of a series at once, each in its own process", "distill", type=FLAG),
+    ],
+    "Selection": [
+        Option("methods", "", "Only these methods", "sweep", "NAME,..."),
+        Option("pairs", "", "Only these pairs", "sweep", "TEACHER:STUDENT,..."),
+        Option("some_routers", "", "Only these routers", "sweep", "NAME,...", flags="--routers"),
+        Option("seed_count", "", "Number of seeds", "sweep", "N", int | None, least=1, flags="--seeds"),
+        Option("budget", "", "Shorten every schedule in proportion: 0.1, 10% or 24 (epochs)",
+               "sweep", "FRACTION|EPOCHS"),
+    ],
+    "Training": [
+        Option("epochs", "train.epochs", "Passes over the training images", TRAIN, "N"),
+        Option("batch_size", "train.batch_size", "Images per step", f"{TRAIN} bench", "N"),
+        Option("lr", "train.lr", "Initial learning rate (default: the network's, 0.05 or 0.01)", TRAIN, "RATE"),
+        Option("milestones", "train.milestones", "Epochs at whose end the rate decays (default: 5/8, 6/8, 7/8 of all)",
+               TRAIN, "N,..."),
+        Option("seed", "seed", "Random seed", TRAIN, "N"),
+        Option("head", "head", "Last layer of pretrained initial weights: keep it, or replace it by a fresh one",
+               TRAIN, "keep|replace"),
+    ],
+    "Data": [
+        Option("dataset", "data.name", "Data set, as in `sakd list datasets`", IMAGES, "NAME", complete="datasets"),
+        Option("data_root", "data.root", "Folder of the data set's files", f"{SETTINGS} data-check", "DIR"),
+        Option("validation", "data.validation", "Fraction of the training images to validate on; 0: use the test set",
+               TRAIN, "FRACTION"),
+    ],
+    "Images": [
+        Option("live", "", "Measure now, with the networks of the last checkpoint", "inspect-spots", type=FLAG),
+        Option("split", "", "Images to measure; other images than the run's own imply --live", "inspect-spots",
+               type=Literal["train", "validation", "test"], default="train"),
+        Option("sample", "", "Sample the decisions once instead of using probabilities", "inspect-spots", type=FLAG),
+        Option("sample_seed", "", "Random seed of --sample", "inspect-spots", "N", int, least=0, default=0,
+               flags="--seed"),
+    ],
+    "Ensemble": [
+        Option("early_exit", "", "Let images exit early where the thresholds allow it, as by default",
+               "eval", type=FLAG),
+        Option("always_on", "", "Pass every image through all members", "eval", type=FLAG),
+        Option("curve", "", "Also report accuracy and cost over all thresholds", "eval", type=FLAG),
+    ],
+    "Configuration": [
+        Option("preset", "", "Complete configuration by name, as in `sakd list presets`",
+               f"{TRAIN} eval config-show", "NAME", complete="presets"),
+        Option("config", "", "YAML file with a complete or partial configuration",
+               f"{TRAIN} eval inspect-spots config-show", "FILE", FILE),
+        Option("set_", "", "Set any key of the configuration, such as data.limit=1000; may be repeated",
+               f"{SETTINGS} bench data-check config-show", "KEY=VALUE", TEXTS),
+    ],
+    "Run": [
+        Option("runs_dir", "runs_dir", "Folder of the run directories", PLACES, "DIR"),
+        Option("run_dir", "", "Write the run to exactly this directory", TRAIN, "DIR", FILE),
+        Option("resume", "", "Resume a run, bit for bit; auto: the newest with these settings, or a new one",
+               TRAIN, "auto|RUN"),
+        Option("overwrite", "", "With --run-dir: replace an existing run", TRAIN, type=FLAG),
+        Option("device", "device", "Device: auto, cpu, cuda, cuda:1 or mps", MACHINE, "DEVICE"),
+        Option("precision", "runtime.precision", "Precision of the networks", f"{TRAIN} sweep bench", "fp32|bf16"),
+        Option("compile", "runtime.compile", "Compile the step into one graph", f"{TRAIN} bench", type=SWITCH),
+        Option("deterministic", "runtime.deterministic", "Bit-identical results from the same seed on a GPU as well",
+               TRAIN, type=SWITCH),
+        Option("sync_batchnorm", "runtime.sync_batchnorm", "Under torchrun: synchronize BatchNorm across processes",
+               TRAIN, type=SWITCH),
+        Option("global_batch", "runtime.global_batch", "Under torchrun: losses between samples use the global batch",
+               "distill", type=SWITCH),
+        Option("log", "log", "Also log to TensorBoard, in the run directory", TRAIN, "tensorboard"),
+        Option("dry_run", "", "Build everything and try one real batch; write nothing", TRAIN, type=FLAG),
+        Option("eval_batch_size", "batch_size", "Images per forward pass", "eval", "N", flags="--batch-size"),
+        Option("rounds", "", "Number of timings of each step", "bench", "N", int, least=1, default=7),
+        Option("scaling", "", "Also time along one axis: batch, side, spots, images, bank, depth or runs",
+               "bench", "AXIS"),
+        Option("jobs", "", "Runs at a time (default: 1, or one per GPU)", "sweep", "N", int | None, least=1),
+        Option("jobs_per_gpu", "", "Runs that share a GPU", "sweep", "N", int, least=1, default=1),
+        Option("executor", "", "Where to run: this machine, a Ray cluster (sakd[ray]) or Slurm arrays (sakd[slurm])",
+               "sweep", type=Literal["local", "ray", "slurm"], default="local"),
+        Option("resource", "", "Ray: address, num_cpus, num_gpus, max_retries; Slurm: slurm_partition, timeout_min ...",
+               "sweep", "KEY=VALUE", TEXTS),
+        Option("retry_failed", "", "Retry runs that failed in an earlier call", "sweep", type=FLAG),
+        Option("estimate", "", "Estimate runs, hours and bytes; write nothing", "sweep", type=FLAG, flags="--dry-run"),
+        Option("measure", "", "With --dry-run: seconds to time steps for", "sweep", "SECONDS", float, default=60.0),
+    ],
+    "Comparison": [
+        Option("compare", "", "Compare with an earlier --json of this machine", "bench", "FILE", FILE),
+        Option("peer", "", "Time the step of another checkout beside ours; runs its code", "bench", "DIR", FILE),
+        Option("peer_entry", "", "Function that builds the peer's step (see `sakd guide speed`)", "bench",
+               "MODULE:FUNCTION", str, default="sakd_peer:step"),
+    ],
+    "Output": [
+        Option("format", "", "Format: safetensors with plain source, onnx, or torch's pt2", "export", "FORMAT",
+               type=Literal["safetensors", "onnx", "pt2"], default="safetensors"),
+        Option("export_dir", "", "Folder to write (default: RUN/export-FORMAT)", "export", "DIR", FILE, flags="--out"),
+        Option("replace", "", "Replace an existing export", "export", type=FLAG, flags="--overwrite"),
+        Option("normalisation", "", "For onnx and pt2: take pixel values between 0 and 1, or normalised ones", "export",
+               type=FLAG, default=True, flags="--with-normalisation/--without-normalisation"),
+        Option("opset", "", "Opset of onnx (default: the exporter's)", "export", "N", int | None, least=18),
+        Option("import_dir", "", "Folder to write (default: MODEL-DATASET, here)", "import-weights", "DIR", FILE,
+               flags="--out"),
+        Option("page", "", "HTML file to write (default: RUN/report.html)", "report", "FILE", FILE, flags="--out"),
+        Option("top", "", "Classes to show at each end", "inspect-spots", "N", int, least=1, default=10),
+        Option("extremes", "", "Images to show at each end of each spot", "inspect-spots", "N", int, least=0,
+               default=3),
+        Option("plot", "", "Write the plots to this .png or .svg file; needs matplotlib",
+               "eval compare inspect-spots", "FILE", FILE),
+        Option("panel", "", "Only this panel of --plot", "inspect-spots",
+               type=Literal["epochs", "classes", "difficulty", "paths"] | None),
+        Option("html", "", "Write everything to one HTML file", "inspect-spots", "FILE", FILE),
+        Option("samples", "", "Write one record per image, .jsonl or .csv", "inspect-spots", "FILE", FILE),
+        Option("csv", "", "Print the results as CSV to stdout", "compare sweep inspect-spots", type=FLAG),
+        Option("markdown", "", "Also write the table as Markdown", "sweep", "FILE", FILE),
+        Option("json", "", "Print exactly one JSON document to stdout", DOCUMENTS, type=FLAG),
+        Option("quiet", "", "Print no log messages and no progress to stderr, only errors",
+               f"{SETTINGS} bench data-check report", type=FLAG, flags="--quiet -q"),
+    ],
+}
 # fmt: on
-OPTIONS = {row.name: row for row in _ROWS}
+OPTIONS = {row.name: row._replace(panel=panel) for panel, rows in _PANELS.items() for row in rows}
 
 
 def options_of(command: str) -> dict[str, Option]:
