@@ -1,4 +1,4 @@
-"""`sakd compare`: groups, figures over seeds, verdicts and words, from made-up run directories, without torch."""
+"""`sakd compare`: groups, figures over seeds, verdicts and settings, from made-up run directories, without torch."""
 
 import csv
 import io
@@ -14,18 +14,19 @@ from conftest import CliRunner
 from rich.console import Console
 from sample_documents import sample
 
+from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import Comparison
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
-from sakd_cli.report.runs.statistics import critical, paired, spread, two_sided
+from sakd_cli.report.runs.statistics import critical, paired_test, seed_statistics, two_sided
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]
 
 
-def make(folder: Path, router: str | None, seed: int, top1: float | None, **words: Any) -> RunDir:
+def make(folder: Path, router: str | None, seed: int, top1: float | None, **settings: Any) -> RunDir:
     """A run; without `router` the network alone, without `top1` not finished."""
     config: Tree = {"task": "distill", "student": "resnet8", "seed": seed, "device": "cpu", "train": {"epochs": 2}}
     config |= {"data": {"name": "cifar100"}, "method": {"name": "at"}, "router": {"name": router}}
@@ -35,7 +36,7 @@ def make(folder: Path, router: str | None, seed: int, top1: float | None, **word
         config |= {"task": "pretrain", "model": "resnet8"}
     path = folder / f"{router}-{seed}-{len(list(folder.iterdir()))}"
     path.mkdir()
-    (path / "config.yaml").write_text(yaml.safe_dump(config | words))
+    (path / "config.yaml").write_text(yaml.safe_dump(config | settings))
     lines: list[Any] = []
     for epoch in (1, 2):
         for step, loss in ((10, 4.0), (15, 1.0)):
@@ -60,20 +61,20 @@ def make(folder: Path, router: str | None, seed: int, top1: float | None, **word
     return RunDir(path)
 
 
-def series(folder: Path, router: str | None, figures: list[float], **words: Any) -> list[RunDir]:
-    return [make(folder, router, seed, top1, **words) for seed, top1 in enumerate(figures)]
+def series(folder: Path, router: str | None, figures: list[float], **settings: Any) -> list[RunDir]:
+    return [make(folder, router, seed, top1, **settings) for seed, top1 in enumerate(figures)]
 
 
-def judged(runs: list[RunDir]) -> Tree:
+def compared(runs: list[RunDir]) -> Tree:
     document = compare(runs)
-    Comparison.model_validate(document)
-    assert json.loads(json.dumps(document, allow_nan=False)) == document
-    return document
+    found: Tree = json.loads(document.text)
+    assert Comparison.model_validate(found) == document
+    return found
 
 
 def text_of(document: Tree, width: int = 150) -> str:
     console = Console(file=io.StringIO(), width=width)
-    for table in comparison_tables(document):
+    for table in comparison_tables(Comparison.model_validate(document)):
         console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -87,21 +88,29 @@ def test_the_t_distribution_is_that_of_the_tables(freedom: int, t: float) -> Non
     assert (two_sided(0.0, freedom), two_sided(1e6, freedom) < 1e-5) == (1.0, True)
 
 
-def test_spread_and_paired_test_of_three_seeds() -> None:
-    found = spread([1.0, 2.0, 4.0])
+def paired(differences: list[float]) -> PairedTest:
+    return paired_test(dict(enumerate(differences)), dict.fromkeys(range(3), 0.0))
+
+
+def test_statistics_and_paired_test_of_three_seeds() -> None:
+    found = seed_statistics([1.0, 2.0, 4.0])
     assert found is not None
-    assert found["mean"] == pytest.approx(7 / 3)
-    assert found["std"] == pytest.approx((7 / 3) ** 0.5)
-    assert found["high"] - found["mean"] == pytest.approx(4.30265273 * (7 / 9) ** 0.5)
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.std == pytest.approx((7 / 3) ** 0.5)
+    assert found.high is not None
+    assert found.high - found.mean == pytest.approx(4.30265273 * (7 / 9) ** 0.5)
     # t = 2.6458 with two degrees of freedom, in closed form p = 1 - t / sqrt(t^2 + 2).
-    assert paired([1.0, 2.0, 4.0])["p"] == pytest.approx(1 - (7 / 9) ** 0.5, rel=1e-6)
-    assert [paired(few)["p"] for few in ([], [1.0], [1.0, 2.0], [1.0, 1.0, 1.0])] == [None] * 4
-    assert (spread([]), spread([2.0])) == (None, {"mean": 2.0, "std": None, "low": None, "high": None})
+    assert paired([1.0, 2.0, 4.0]).p == pytest.approx(1 - (7 / 9) ** 0.5, rel=1e-6)
+    assert [paired(few).p for few in ([], [1.0], [1.0, 2.0], [1.0, 1.0, 1.0])] == [None] * 4
+    assert seed_statistics([]) is None
+    one = seed_statistics([2.0])
+    assert one is not None
+    assert one.plain() == {"mean": 2.0, "std": None, "low": None, "high": None}
 
 
 def test_a_loss_that_is_more_than_noise_is_said_plainly(tmp_path: Path) -> None:
     runs = series(tmp_path, "adaptive", [40.0, 41.0, 42.0]) + series(tmp_path, "never", [43.0, 44.1, 44.9])
-    document = judged(runs)
+    document = compared(runs)
     assert [group["seeds"] for group in document["groups"]] == [[0, 1, 2], [0, 1, 2]]
     assert [group["distilled"] for group in document["groups"]] == [True, False]
     [versus] = document["comparisons"]
@@ -114,10 +123,10 @@ def test_a_loss_that_is_more_than_noise_is_said_plainly(tmp_path: Path) -> None:
 
 def test_noise_is_called_noise_and_few_seeds_decide_nothing(tmp_path: Path) -> None:
     runs = series(tmp_path, "adaptive", [40.0, 44.0, 42.0]) + series(tmp_path, "always", [41.0, 42.0, 41.0])
-    [noise] = judged(runs)["comparisons"]
+    [noise] = compared(runs)["comparisons"]
     assert (noise["verdict"], "the difference is noise" in noise["text"]) == ("noise", True)
     runs = series(tmp_path, "anti", [40.0]) + series(tmp_path, "never", [41.0])
-    [few] = judged(runs)["comparisons"]
+    [few] = compared(runs)["comparisons"]
     assert (few["verdict"], few["p"]) == ("few seeds", None)
     assert few["text"].endswith("with 1 seed, too few to tell it from noise.")
 
@@ -126,12 +135,12 @@ def test_each_router_meets_plain_training_and_its_classical_twin(tmp_path: Path)
     routers = ["adaptive", "always", "never", "random-matched"]
     runs = [make(tmp_path, router, 0, 40.0) for router in routers]
     runs.append(make(tmp_path, None, 0, 39.0))
-    document = judged(runs)
+    document = compared(runs)
     labels = [group["label"] for group in document["groups"]]
-    assert labels == ["at adaptive", "at always", "at never", "at random-matched", "alone"]
+    assert labels == ["at adaptive", "at always", "at never", "at random-matched", "from scratch"]
     pairs = {(labels[row["group"]], labels[row["against"]]) for row in document["comparisons"]}
     distilled = ["at adaptive", "at always", "at random-matched"]
-    expected = {(one, other) for one in distilled for other in ("at never", "alone")}
+    expected = {(one, other) for one in distilled for other in ("at never", "from scratch")}
     assert pairs == expected | {("at adaptive", "at always"), ("at random-matched", "at always")}
     assert all(not row["unequal"] for row in document["comparisons"])
 
@@ -139,7 +148,7 @@ def test_each_router_meets_plain_training_and_its_classical_twin(tmp_path: Path)
 def test_what_does_not_change_the_result_makes_no_group_and_a_seed_counts_once(tmp_path: Path) -> None:
     runs = series(tmp_path, "always", [40.0, 42.0])
     runs.append(make(tmp_path, "always", 1, 42.0, device="cuda", log_every=7))
-    document = judged(runs)
+    document = compared(runs)
     [group] = document["groups"]
     assert (group["seeds"], group["top1"]["mean"]) == ([0, 1], 41.0)
     assert [row["key"] for row in document["differences"]] == ["seed"]
@@ -148,18 +157,18 @@ def test_what_does_not_change_the_result_makes_no_group_and_a_seed_counts_once(t
 
 def test_another_budget_is_named(tmp_path: Path) -> None:
     runs = [make(tmp_path, "adaptive", 0, 40.0), make(tmp_path, "never", 0, 41.0, train={"epochs": 9})]
-    [versus] = judged(runs)["comparisons"]
+    [versus] = compared(runs)["comparisons"]
     assert versus["unequal"] == ["train.epochs"]
     assert versus["text"].endswith("Not under one budget: train.epochs.")
     runs = [make(tmp_path, "always", 0, 40.0), make(tmp_path, "always", 0, 41.0, train={"epochs": 9})]
-    assert [group["label"] for group in judged(runs)["groups"]] == [
+    assert [group["label"] for group in compared(runs)["groups"]] == [
         "at always train.epochs=2",
         "at always train.epochs=9",
     ]
 
 
 def test_curves_are_means_over_the_steps_of_an_epoch(tmp_path: Path) -> None:
-    [row] = judged([make(tmp_path, "always", 0, None)])["runs"]
+    [row] = compared([make(tmp_path, "always", 0, None)])["runs"]
     assert (row["finished"], row["top1"]) == (False, None)
     assert row["curve"][1] == {
         "epoch": 2,
@@ -171,8 +180,8 @@ def test_curves_are_means_over_the_steps_of_an_epoch(tmp_path: Path) -> None:
     }
 
 
-def test_the_table_for_programs_has_every_epoch_and_the_final_figures(tmp_path: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(comparison_csv(judged(series(tmp_path, "always", [40.0, 41.0]))))))
+def test_the_table_for_programs_has_every_epoch_and_the_results(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(compare(series(tmp_path, "always", [40.0, 41.0]))))))
     assert [row["split"] for row in rows] == ["train", "validation", "train", "validation", "test"] * 2
     assert [row["top1"] for row in rows if row["split"] == "test"] == ["40.0", "41.0"]
     assert {row["group"] for row in rows} == {"at always"}
@@ -182,7 +191,7 @@ def test_the_table_for_programs_has_every_epoch_and_the_final_figures(tmp_path: 
 def test_tables_hold_runs_of_every_kind(tmp_path: Path, width: int) -> None:
     runs = [*series(tmp_path, "always", [40.0, 41.0]), make(tmp_path, "never", 0, None), make(tmp_path, None, 0, 30.0)]
     runs.append(make(tmp_path, "adaptive", 0, 3.0, student="\x1b[31mred"))
-    text = text_of(judged(runs), width)
+    text = text_of(compared(runs), width)
     assert "\x1b" not in text
     assert max(len(line) for line in text.splitlines()) <= width
 

@@ -80,7 +80,7 @@ def test_a_program_without_sakd_opens_it_with_the_cards_lines(
         Export.model_validate(document)
         check = document["check"]
         assert check["difference"] <= 1e-4
-        assert (check["same_answer"], check["images"], check["real"]) == (100, 60, True)
+        assert (check["agreement"], check["images"], check["real"]) == (100, 60, True)
         assert document["latency"]["file"]["median"] > 0
         folders.append(folder := Path(document["folder"]))
         assert document["bytes"] == (folder / document["file"]).stat().st_size
@@ -179,10 +179,10 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_half(
 ) -> None:
     words = ["export", distilled["run"], "-q", *QUICK, "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
-    trained_cli.assert_rejects(words, 2, "is no export; it is left alone")
+    trained_cli.assert_rejects(words, 2, "is no export; it is not replaced")
     (tmp_path / "out").rmdir()
     assert trained_cli.sakd(*words).code == 0
-    trained_cli.assert_rejects(words, 2, "is there already")
+    trained_cli.assert_rejects(words, 2, "exists already")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     trained_cli.assert_rejects([*words, "--overwrite"], 2, "the file's outputs differ by")

@@ -192,7 +192,7 @@ def test_a_misfit_is_told_in_one_line(bench: ForkServer, name: str) -> None:
         (2, "unknown model 'resnt'", "sound.pth --model resnt"),
         (2, "Missing option", "sound.pth"),
         (2, "nowhere.pth: no such file", "nowhere.pth --model resnet20"),
-        (2, "sound.pth: is there already", "sound.pth --model resnet20 --out sound.pth"),
+        (2, "sound.pth: exists already", "sound.pth --model resnet20 --out sound.pth"),
         (2, "is no resnet32; ", "sound.pth --model resnet32"),
         (5, "cannot be made", "sound.pth --model resnet20 --out sound.pth/a --set data.root=."),
     ],

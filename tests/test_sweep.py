@@ -105,7 +105,9 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     SweepDocument.model_validate(document)
     runs = {row["key"]: row for row in document["runs"]}
     assert {row["state"] for row in runs.values()} == {"done"}
-    assert Path(runs["teacher resnet8"]["run"]).name == teacher.name == Path(runs["alone resnet8 seed 0"]["run"]).name
+    assert (
+        Path(runs["teacher resnet8"]["run"]).name == teacher.name == Path(runs["baseline resnet8 seed 0"]["run"]).name
+    )
     assert Path(runs["fitnet adaptive resnet8:resnet8 seed 0"]["run"]).name == Path(distilled["run"]).name
     matched = yaml.safe_load((swept.path / runs[made[1]]["run"] / "config.yaml").read_text())["router"]["run"]
     assert Path(matched).name == Path(distilled["run"]).name, "the rates of its own seed"

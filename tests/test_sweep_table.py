@@ -11,11 +11,10 @@ from sakd_cli.cli.sweep import understood
 from sakd_cli.config.grid import Grid
 from sakd_cli.config.options import options_of
 from sakd_cli.config.training import DistillConfig, PretrainConfig
-from sakd_cli.documents.sweep import SweepDocument
-from sakd_cli.documents.training import Summary
-from sakd_cli.report.sweep.results import SweepEntry, published, sweep_document
+from sakd_cli.documents.sweep import PublishedPair, SweepRun
+from sakd_cli.report.sweep.published import published_cell
+from sakd_cli.report.sweep.results import sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
-from sakd_cli.rundir import RunDir
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))
 
@@ -24,47 +23,43 @@ def grid_of(file: str, **options: Any) -> Grid:
     return understood(file, NONE | options)[2]
 
 
-def entry(folder: Path, router: str | None, seed: int, top1: float, **words: Any) -> SweepEntry:
-    run = RunDir(folder / f"{router}-{seed}-{len(list(folder.iterdir()))}")
-    run.path.mkdir()
-    teacher = {"top1": 72.5}
-    summary = sample(Summary, last={"top1": top1}, best={"top1": top1 + 0.1}, seconds=60, teacher=teacher)
-    (run.path / "summary.json").write_text(summary.text)
+def finished(router: str | None, seed: int, top1: float, **fields: Any) -> SweepRun:
     about = {"role": "student", "teacher": "resnet56", "student": "resnet20", "method": "fitnet", "epochs": 24}
-    about |= {"dataset": "cifar100", "whole": True, "state": "done", "resumed": False, "before": False, "error": None}
-    return SweepEntry(**{"key": f"{router} {seed}", "router": router, "seed": seed, "run": run} | about | words)
+    about |= {"key": f"{router} {seed}", "router": router, "seed": seed, "state": "done"}
+    return sample(SweepRun, about | {"top1": top1, "best_top1": top1 + 0.1, "teacher_top1": 72.5} | fields)
 
 
 @pytest.fixture
-def entries(tmp_path: Path) -> list[SweepEntry]:
+def runs() -> list[SweepRun]:
     always, adaptive = (70.0, 70.2, 70.4, 70.1), (70.5, 70.6, 71.0)  # the last seed is not there yet
-    made = [entry(tmp_path, "always", seed, top1) for seed, top1 in enumerate(always)]
-    made += [entry(tmp_path, "adaptive", seed, top1) for seed, top1 in enumerate(adaptive)]
-    alone = {"role": "alone", "teacher": None, "method": None}
-    return [*made, entry(tmp_path, None, 0, 68.0, **alone)]
+    made = [finished("always", seed, top1) for seed, top1 in enumerate(always)]
+    made += [finished("adaptive", seed, top1) for seed, top1 in enumerate(adaptive)]
+    return [*made, finished(None, 0, 68.0, role="baseline", teacher=None, method=None)]
 
 
-def test_gains_are_paired_by_seed_and_stand_beside_the_published_ones(entries: list[SweepEntry]) -> None:
-    document = sweep_document("mine", entries)
-    SweepDocument.model_validate(document)
-    [gain] = document["gains"]
-    assert (gain["seeds"], gain["published"], gain["verdict"]) == ([0, 1, 2], 0.29, "better")
-    assert gain["difference"] == pytest.approx((0.5 + 0.4 + 0.6) / 3)
+def test_gains_are_paired_by_seed_and_stand_beside_the_published_ones(runs: list[SweepRun]) -> None:
+    document = sweep_document("mine", runs, {}, "cifar100")
+    [gain] = document.gains
+    assert (gain.seeds, gain.published, gain.verdict) == ([0, 1, 2], 0.29, "better")
+    assert gain.difference == pytest.approx((0.5 + 0.4 + 0.6) / 3)
     # t = 0.5 / (0.1 / sqrt 3) with two degrees of freedom
-    assert gain["p"] == pytest.approx(0.01307, abs=1e-4)
-    always = next(cell for cell in document["cells"] if cell["router"] == "always")
-    assert (always["top1"]["mean"], always["published"]) == (pytest.approx(70.175), 71.05)
-    assert document["pairs"][0]["published"] == {"teacher": 72.34, "alone": 69.06}
-    assert (document["pairs"][0]["teacher_top1"], document["pairs"][0]["alone"]["mean"]) == (72.5, 68.0)
+    assert gain.p == pytest.approx(0.01307, abs=1e-4)
+    always = next(cell for cell in document.cells if cell.router == "always")
+    assert always.top1 is not None
+    assert (always.top1.mean, always.published) == (pytest.approx(70.175), 71.05)
+    [pair] = document.pairs
+    assert pair.published == PublishedPair(teacher=72.34, baseline=69.06)
+    assert pair.baseline is not None
+    assert (pair.teacher_top1, pair.baseline.mean) == (72.5, 68.0)
     text = sweep_markdown(document)
     for line in ("| fitnet | always | 70.17 ± 0.17 (4) |", "|  | adaptive − always | +0.50, p 0.013 |"):
         assert line in text
-    assert all(words in text for words in ("Ours trained 24 epochs: not comparable", "not corrected for being 1"))
+    assert all(part in text for part in ("Ours trained 24 epochs: not comparable", "not corrected for being 1"))
 
 
-def test_a_part_of_the_data_has_no_published_figures(tmp_path: Path) -> None:
-    document = sweep_document("mine", [entry(tmp_path, "always", 0, 50.0, whole=False)])
-    assert (document["published"], document["cells"][0]["published"]) == (None, None)
+def test_a_part_of_the_data_has_no_published_figures() -> None:
+    document = sweep_document("mine", [finished("always", 0, 50.0)], {}, None)
+    assert (document.published, document.cells[0].published) == (None, None)
 
 
 @pytest.mark.parametrize(("name", "runs"), [("table-same-family", 115), ("table-cross-family", 113)])
@@ -73,7 +68,7 @@ def test_the_published_tables_are_shipped_with_their_figures(name: str, runs: in
     assert (len(grid.members), grid.skipped) == (runs, {})
     students = [member for member in grid.members if member.pair]
     assert {member.config.train.epochs for member in students} == {240}
-    missing = {m.key for m in students if published.cell("cifar100", ":".join(m.pair or ()), *named(m.config)) is None}
+    missing = {m.key for m in students if published_cell("cifar100", ":".join(m.pair or ()), *named(m.config)) is None}
     # Without a figure: NST for this pair, which was not reported.
     expected = {f"nst {router} ResNet50:vgg8 seed 0" for router in ("always", "adaptive")}
     assert missing == (expected if "cross" in name else set())
@@ -117,10 +112,10 @@ def test_a_part_of_a_grid_under_a_budget() -> None:
     grid = grid_of("table-same-family", **part, budget="10%", set_=["train.lr=0.1"])
     assert [member.key for member in grid.members] == [
         "teacher vgg13",
-        "alone vgg8 seed 0",
+        "baseline vgg8 seed 0",
         "kd always vgg13:vgg8 seed 0",
         "ft always vgg13:vgg8 seed 0",
-        "alone vgg8 seed 1",
+        "baseline vgg8 seed 1",
         "kd always vgg13:vgg8 seed 1",
         "ft always vgg13:vgg8 seed 1",
     ]

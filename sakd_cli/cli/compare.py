@@ -28,18 +28,17 @@ def compare(options: Values, json: bool, csv: bool, plot: Path | None, runs: Run
         from sakd_cli.report.render import plots
 
         plots.checked(plot)
-    compared([RunDir(run) for run in runs], json=json, csv=csv, plot=plot)
+    print_comparison([RunDir(run) for run in runs], json=json, csv=csv, plot=plot)
 
 
-def compared(runs: Iterable[RunDir], *, json: bool, csv: bool = False, plot: Path | None = None) -> None:
-    """Print how these runs stand against each other."""
-    from sakd_cli.report.runs.compare import compare as judged
-    from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
+def print_comparison(runs: Iterable[RunDir], *, json: bool, csv: bool = False, plot: Path | None = None) -> None:
+    """Compare these runs."""
+    from sakd_cli.report.runs.compare import compare as compare_runs
+    from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables, curve_figure
 
-    document = judged(runs)
+    document = compare_runs(runs)
     if plot:
         from sakd_cli.report.render import plots
-        from sakd_cli.report.runs.curves import curve_figure
 
         plots.write(curve_figure(document), plot)
     if json:

@@ -40,9 +40,6 @@ def check(options: Values, json: bool, quiet: bool, what: What) -> None:
         document = checked(config, lambda count: talk.begin(f"reading {count} files", count), talk.advance)
     finally:
         talk.end()
-    if json:
-        emit(document)
-    else:
-        show(*data_tables(document))
-    if document["findings"]:
+    emit(document) if json else show(*data_tables(document))
+    if document.findings:
         raise typer.Exit(DataError.exit_code)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sakd_cli.cli.compare import compared
+from sakd_cli.cli.compare import print_comparison
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.training import DistillConfig
@@ -38,7 +38,7 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
 
     launcher = launch.Launcher(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
     if many:
-        compared(_several(several, launcher, again, parallel=options["parallel"]), json=json)
+        print_comparison(_several(several, launcher, again, parallel=options["parallel"]), json=json)
     else:
         result = launch.dry_run(words) if dry_run else _distilled(words, intent, launcher)
         print_result(result, json=json)

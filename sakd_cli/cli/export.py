@@ -38,12 +38,12 @@ def export(options: Values, json: bool, quiet: bool, target: Target = None) -> N
     if json:
         emit(document)
         return
-    check, latency = document["check"], document["latency"]
+    check, latency = document.check, document.latency
     show(
-        f"{document['network']} as {document['format']}: {document['bytes'] / 1e6:.2f} MB, logits within "
-        f"{check['difference']:.1g} on {check['images']} images{'' if check['real'] else ' of noise'}"
+        f"{document.network} as {document.format}: {document.bytes / 1e6:.2f} MB, logits within "
+        f"{check.difference:.1g} on {check.images} images{'' if check.real else ' of noise'}"
     )
     if latency is not None:
-        file, network = latency["file"]["median"], latency["network"]["median"]
+        file, network = latency.file.median, latency.network.median
         show(f"one image on this CPU: {file:.2f} ms, in PyTorch {network:.2f} ms")
-    show(f"folder: {document['folder']} (README.md says how to load it)")
+    show(f"folder: {document.folder} (README.md says how to load it)")

@@ -35,7 +35,6 @@ def import_weights(
     if json:
         emit(result)
         return
-    top1 = result["top1"]
-    scored = "not scored" if top1 is None else f"top-1 {top1:.2f} % on {result['images']} test images"
-    show(f"{result['network']} for the {result['classes']} classes of {result['dataset']}: {scored}")
-    show(f"folder: {result['folder']}")
+    scored = "not scored" if result.top1 is None else f"top-1 {result.top1:.2f} % on {result.images} test images"
+    show(f"{result.network} for the {result.classes} classes of {result.dataset}: {scored}")
+    show(f"folder: {result.folder}")

@@ -23,19 +23,11 @@ def report(options: Values, json: bool, quiet: bool, page: Path | None, run: Run
 
         sakd report runs/20261121-120000-distill-... --out result.html
     """
-    from sakd_cli.report.render import html, plots
-    from sakd_cli.report.runs.page import run_page, save_pictures
+    from sakd_cli.report.render import plots
+    from sakd_cli.report.runs.page import RunPage
 
-    where = RunDir(run)
     path = page or run / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {path}: the name of an HTML file ends in .html")
-    drawn = plots.available(ConsoleReporter(quiet=quiet).warn)
-    text, pictures, sections = run_page(where, drawn=drawn)
-    html.write(text, path)
-    written = [path, *save_pictures(pictures, path)]
-    if json:
-        emit({"schema": "sakd.report/1", "run": str(run), "written": [str(p) for p in written], "sections": sections})
-        return
-    for each in written:
-        show(f"written: {each}")
+    written = RunPage(RunDir(run), plotted=plots.available(ConsoleReporter(quiet=quiet).warn)).write(path)
+    emit(written) if json else show(*(f"written: {name}" for name in written.written))

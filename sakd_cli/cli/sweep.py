@@ -13,12 +13,14 @@ import yaml
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.cli.sweep_progress import ProgressTable
-from sakd_cli.config.grid import Grid, grid
-from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, flat, presets, resolve
+from sakd_cli.config.grid import Grid, Role, grid
+from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
+from sakd_cli.documents.sweep import SweepDocument, SweepRun
 from sakd_cli.errors import SeriesError, Stopped, UsageError
 from sakd_cli.files import write_aside
+from sakd_cli.report.render.format import plain
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, weights_of
@@ -156,37 +158,41 @@ def _assignment(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> dict[str, Any]:
+def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> SweepDocument:
     from sakd_cli.report.sweep.results import sweep_document
 
-    return sweep_document(name, [_row(entry) for entry in scheduler.entries.values()], skipped.items())
+    entries = list(scheduler.entries.values())
+    data = [entry.member.config.data for entry in entries if entry.member.role is Role.student]
+    names = {one.name if one.classes is None and one.limit is None else None for one in data}  # None: a part of it
+    return sweep_document(name, list(map(sweep_run, entries)), skipped, names.pop() if len(names) == 1 else None)
 
 
-def _row(entry: ScheduledRun) -> Any:
-    from sakd_cli.report.sweep.results import SweepEntry as Row
-
+def sweep_run(entry: ScheduledRun) -> SweepRun:
+    """A run of a sweep as the document has it."""
     member, config = entry.member, entry.member.config
-    settings = flat(config.model_dump(mode="json"))
-    return Row(
+    results: dict[str, Any] = {} if entry.run is None else {"run": plain(entry.run.path)}
+    if entry.run is not None and entry.run.finished:
+        summary = entry.run.summary
+        results |= {"top1": summary.last.top1, "loss": summary.last.loss, "best_top1": summary.best.top1}
+        results |= {"seconds": summary.seconds, "teacher_top1": summary.teacher and summary.teacher.top1}
+    return SweepRun(
         key=member.key,
         role=member.role.value,
         teacher=member.pair[0] if member.pair else None,
-        student=settings.get("student") or settings["model"],
-        method=settings.get("method.name"),
-        router=settings.get("router.name"),
+        student=config.student if isinstance(config, DistillConfig) else config.model_dump()["model"],
+        method=member.method,
+        router=member.router,
         seed=config.seed,
         epochs=config.train.epochs,
-        dataset=config.data.name,
-        whole=config.data.classes is None and config.data.limit is None,
         state=entry.state.value,
+        already_done=entry.already_done,
         resumed=entry.resumed,
-        before=entry.before,
         error=entry.error,
-        run=entry.run,
+        **results,
     )
 
 
-def _printed(document: dict[str, Any], *, csv: bool, json: bool, markdown: Path | None) -> None:
+def _printed(document: SweepDocument, *, csv: bool, json: bool, markdown: Path | None) -> None:
     from sakd_cli.report.sweep.tables import sweep_csv, sweep_markdown, sweep_tables
 
     if markdown is not None:

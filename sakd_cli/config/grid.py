@@ -19,7 +19,7 @@ class Role(StrEnum):
     """What a run is for."""
 
     teacher = "teacher"
-    alone = "alone"
+    baseline = "baseline"
     student = "student"
 
 
@@ -95,27 +95,29 @@ class _Plan:
         for teacher in dict.fromkeys(teacher for teacher, _ in self.sweep.pairs):
             if (key := f"teacher {teacher}") in wanted:
                 own = ConfigSource("teachers", self.sweep.teachers | {"model": teacher})
-                yield Member(key, Role.teacher, self._alone(teacher, [own]))
+                yield Member(key, Role.teacher, self._from_scratch(teacher, [own]))
         yield from made
 
     def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
             for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ():
-                config = self._alone(student, [ConfigSource("the grid", {"model": student, "seed": seed})], last=seed)
-                yield Member(f"alone {student} seed {seed}", Role.alone, config)
+                config = self._from_scratch(
+                    student, [ConfigSource("the grid", {"model": student, "seed": seed})], last=seed
+                )
+                yield Member(f"baseline {student} seed {seed}", Role.baseline, config)
             for pair in self.sweep.pairs:
                 cells = [(method, router) for method in self.sweep.methods for router in self.routers]
                 if self.sweep.kd:
                     cells = list(dict.fromkeys([(KD, CLASSICAL), *cells]))
                 yield from filter(None, (self._student(pair, method, router, seed) for method, router in cells))
 
-    def _alone(self, name: str, own: list[ConfigSource], last: int | None = None) -> RunConfig:
+    def _from_scratch(self, name: str, own: list[ConfigSource], last: int | None = None) -> RunConfig:
         written = [
             ConfigSource(layer.origin, layer.values | {"task": "distill"}) for layer in [*self.below, *self.above]
         ]
         below, above = written[: len(self.below)], written[len(self.below) :]
         above += [ConfigSource("the grid", {"seed": last})] if last is not None else []
-        return _resolved(f"{name} alone", "pretrain", [*below, *own, *above])
+        return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above])
 
     def _student(self, pair: tuple[str, str], method: str, router: str, seed: int) -> Member | None:
         label = ":".join(pair)

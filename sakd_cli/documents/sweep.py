@@ -1,87 +1,76 @@
-"""The documents of `sakd sweep` with `--json` as closed classes"""
+"""The documents of `sakd sweep` with `--json`"""
 
 from typing import Literal
 
-from pydantic import Field
+from sakd_cli.documents.base import Document, Number, PairedTest, Part, SeedStatistics
 
-from sakd_cli.documents.base import Number as Figure
-from sakd_cli.documents.base import Part
-from sakd_cli.documents.base import SeedStatistics as Mean
+RunState = Literal["done", "running", "waiting", "failed", "blocked"]
 
 
 class SweepRun(Part):
-    """One run. before: was finished when the command began; resumed: went on from a checkpoint; top1: last epoch."""
+    """One run. already_done: finished when the command began; resumed: from a checkpoint; top1, loss: last epoch."""
 
     key: str
-    role: Literal["teacher", "alone", "student"]
+    role: Literal["teacher", "baseline", "student"]
     teacher: str | None
     student: str
     method: str | None
     router: str | None
     seed: int
     epochs: int
-    state: Literal["waiting", "running", "done", "failed", "blocked"]
-    before: bool
+    state: RunState
+    already_done: bool
     resumed: bool
-    error: str | None
-    run: str | None
-    top1: Figure
-    best_top1: Figure
-    loss: Figure
-    seconds: Figure
-    teacher_top1: Figure
+    error: str | None = None
+    run: str | None = None
+    top1: Number = None
+    best_top1: Number = None
+    loss: Number = None
+    seconds: Number = None
+    teacher_top1: Number = None
 
 
 class PublishedPair(Part):
     """Published top-1 of the pair's networks without distillation."""
 
-    teacher: Figure
-    alone: Figure
+    teacher: Number
+    baseline: Number
 
 
 class SweepPair(Part):
-    """A pair: the teacher's top-1 and the student's without a teacher, over its seeds."""
+    """A pair: top-1 of the teacher, and of the student from scratch (baseline) over its seeds."""
 
     teacher: str
     student: str
-    teacher_top1: Figure
-    alone_seeds: list[int]
-    alone: Mean | None
+    teacher_top1: Number
+    baseline_seeds: list[int]
+    baseline: SeedStatistics | None
     published: PublishedPair | None
 
 
 class SweepCell(Part):
-    """A method under a router for pair number `pair`; best: of the epoch that the selection images chose."""
+    """A method under a router for pair number `pair`; best: of the epoch that the validation set chose."""
 
     pair: int
     method: str
     router: str
     seeds: list[int]
-    top1: Mean | None
-    best: Mean | None
-    published: Figure
+    top1: SeedStatistics | None
+    best: SeedStatistics | None
+    published: Number
 
 
-class Gain(Part):
-    """Points of `router` over `against`, paired by seed: mean, its 95 % interval, p of a paired t-test.
-
-    few seeds: below three, or all differences equal; then nothing is claimed.
-    """
+class Gain(PairedTest):
+    """Cell of `router` less that of `against`, of the same pair and method."""
 
     pair: int
     method: str
     router: str
     against: str
-    seeds: list[int]
-    difference: Figure
-    low: Figure
-    high: Figure
-    p: Figure
-    verdict: Literal["better", "worse", "noise", "few seeds", "unknown"]
-    published: Figure
+    published: Number
 
 
-class Overall(Part):
+class MeanGain(Part):
     """Gains of a router over another in all cells that have both: how many are above 0 and below, and their mean."""
 
     router: str
@@ -92,62 +81,62 @@ class Overall(Part):
     mean: float
 
 
-class Source(Part):
-    """Whose the published figures are, and how far they can be trusted."""
+class Provenance(Part):
+    """Where the published figures come from, and how far they can be trusted."""
 
     source: str
-    sure: str
+    provenance: str
     notes: list[str]
 
 
 class Skipped(Part):
-    """A part of the grid that cannot be."""
+    """A part of the grid that is left out, and why."""
 
     what: str
     reason: str
 
 
-class SweepDocument(Part):
+class SweepDocument(Document):
     """`sakd sweep FILE --json`."""
 
-    schema_: Literal["sakd.sweep/1"] = Field(alias="schema")
+    schema_: Literal["sakd.sweep/2"] = "sakd.sweep/2"
     name: str
     level: float
-    counts: dict[str, int]
+    counts: dict[RunState, int]
     pairs: list[SweepPair]
     cells: list[SweepCell]
     gains: list[Gain]
-    overall: list[Overall]
+    mean_gains: list[MeanGain]
     skipped: list[Skipped]
-    published: Source | None
+    published: Provenance | None
     runs: list[SweepRun]
 
 
-class PlanRow(Part):
+class PlannedRuns(Part):
     """Runs of one kind: how many are to do of how many, seconds of a step (measured, or by multiply-accumulates)."""
 
     what: str
     runs: int
     to_do: int
     steps: int
-    step_seconds: Figure
+    step_seconds: Number
     measured: bool
-    hours: Figure
+    hours: Number
     run_bytes: int
 
 
-class SweepPlan(Part):
+class SweepPlan(Document):
     """`sakd sweep FILE --dry-run --json`: what is to be done; hours of the device are those of the training steps."""
 
-    schema_: Literal["sakd.sweep-plan/1"] = Field(alias="schema")
+    schema_: Literal["sakd.sweep-plan/2"] = "sakd.sweep-plan/2"
     name: str
     device: str
     runs: int
     finished: int
-    begun: int
+    in_progress: int
     failed: int
-    hours: Figure
+    hours: Number
     bytes: int
     free_bytes: int
     skipped: list[Skipped]
-    rows: list[PlanRow]
+    rows: list[PlannedRuns]

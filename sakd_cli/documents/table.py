@@ -1,40 +1,38 @@
-"""The documents of `sakd eval`, `compare`, `report`, `export` with `--json` as closed classes; see `sakd show schema`
+"""The documents of `sakd compare`, `report`, `export`, `import-weights`, `data check`, and all that there are
 
-Accuracies (top1, top5) and shares called so are in percent, losses are mean cross-entropies in nats (the negative
-log-likelihood), what is not known is null.
+Accuracies (top1, top5) are in percent, losses are mean cross-entropies in nats (the negative log-likelihood), what is
+not known is null.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
-
-from sakd_cli.documents.base import Number as Figure
-from sakd_cli.documents.base import Part
-from sakd_cli.documents.base import SeedStatistics as Mean
+from sakd_cli.documents.base import Document, Number, PairedTest, Part, SeedStatistics
 from sakd_cli.documents.bench import Bench
-from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations
-from sakd_cli.documents.evaluation import Quartiles as Spread
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Quartiles
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
 from sakd_cli.documents.training import Plan, Summary
 
 
-class Best(Part):
-    """The epoch that the selection images chose, and its top-1 on the test images."""
+class BestEpoch(Part):
+    """The epoch that the validation set chose, and its top-1 on the test images."""
 
-    epoch: Figure
-    top1: Figure
+    epoch: int | None = None
+    top1: Number = None
 
 
 class Point(Part):
-    """One epoch: means over the training images as augmented (loss: cross-entropy); top1, loss: on selection."""
+    """One epoch: means over the training images as augmented (loss: cross-entropy); top1, loss: on the validation set.
+
+    selected_on: what that set is, the test images where there is no other.
+    """
 
     epoch: int
-    train_loss: Figure
-    train_top1: Figure
-    selected_on: str | None
-    top1: Figure
-    loss: Figure
+    train_loss: Number = None
+    train_top1: Number = None
+    selected_on: str | None = None
+    top1: Number = None
+    loss: Number = None
 
 
 class RunRow(Part):
@@ -49,81 +47,73 @@ class RunRow(Part):
     router: str | None
     seed: int | None
     epochs: int | None
-    top1: Figure
-    top5: Figure
-    loss: Figure
-    best: Best
-    seconds: Figure
-    teacher_top1: Figure
+    top1: Number = None
+    top5: Number = None
+    loss: Number = None
+    best: BestEpoch = BestEpoch()
+    seconds: Number = None
+    teacher_top1: Number = None
     curve: list[Point]
     group: int
 
 
 class Difference(Part):
-    """A word of the config that is not the same everywhere; one value per run."""
+    """A setting that is not the same everywhere; one value per run."""
 
+    exact: ClassVar[frozenset[str]] = frozenset({"values"})
     key: str
     values: list[Any]
 
 
-class Group(Part):
+class SeedGroup(Part):
     """Runs that differ in the seed only; distilled: whether anything was."""
 
     label: str
     distilled: bool
     seeds: list[int]
-    top1: Mean | None
-    top5: Mean | None
-    loss: Mean | None
+    top1: SeedStatistics | None
+    top5: SeedStatistics | None
+    loss: SeedStatistics | None
 
 
-class Versus(Part):
-    """Group `group` less group `against` in top-1 points, paired by seed: mean, its interval, p of a paired t-test.
-
-    few seeds: below three, or all differences equal. unequal: words beside the distillation that differ.
-    """
+class Versus(PairedTest):
+    """Group `group` less group `against`. unequal: settings beside the distillation that differ."""
 
     group: int
     against: int
-    seeds: list[int]
-    difference: Figure
-    low: Figure
-    high: Figure
-    p: Figure
-    verdict: Literal["better", "worse", "noise", "few seeds", "unknown"]
     unequal: list[str]
     text: str
 
 
-class Comparison(Part):
+class Comparison(Document):
     """`sakd compare RUN... --json`, and what `sakd distill --with-control`, `--routers` or `--seeds` prints."""
 
-    schema_: Literal["sakd.compare/1"] = Field(alias="schema")
+    schema_: Literal["sakd.compare/2"] = "sakd.compare/2"
     level: float
     runs: list[RunRow]
     differences: list[Difference]
-    groups: list[Group]
+    groups: list[SeedGroup]
     comparisons: list[Versus]
 
 
-class Report(Part):
+class Report(Document):
     """`sakd report RUN --json`: the files that were written, the page first, and the titles of its sections."""
 
-    schema_: Literal["sakd.report/1"] = Field(alias="schema")
+    schema_: Literal["sakd.report/1"] = "sakd.report/1"
     run: str
     written: list[str]
     sections: list[str]
 
 
 class Check(Part):
-    """The file's outputs held against the network's: largest difference of a logit, equal answers in percent.
+    """The file's outputs beside the network's. difference: largest of a logit; agreement: % of the same answers.
 
     real: on test images of its data set; otherwise on noise, as the data set was not at hand
     """
 
     images: int
     difference: float
-    same_answer: float
+    agreement: float
     real: bool
 
 
@@ -131,14 +121,14 @@ class Latency(Part):
     """Milliseconds for one image on the CPU: of the network in PyTorch and of the file."""
 
     threads: int
-    network: Spread
-    file: Spread
+    network: Quartiles
+    file: Quartiles
 
 
-class Export(Part):
+class Export(Document):
     """`sakd export RUN --json`. input: pixels (between 0 and 1) or normalised (by mean and std)."""
 
-    schema_: Literal["sakd.export/1"] = Field(alias="schema")
+    schema_: Literal["sakd.export/2"] = "sakd.export/2"
     folder: str
     format: str
     file: str
@@ -153,13 +143,13 @@ class Export(Part):
 
 
 class DataPart(Part):
-    """Training or test images; least, most: images of a class."""
+    """Training or test images; min, max: images of a class."""
 
     folder: str
     images: int
     classes: int
-    least: int
-    most: int
+    min: int
+    max: int
 
 
 class DataFinding(Part):
@@ -173,10 +163,10 @@ class DataFinding(Part):
     text: str
 
 
-class DataCheck(Part):
+class DataCheck(Document):
     """`sakd data check DIR --json`; read: files that were decoded. Nothing is wrong where `findings` is empty."""
 
-    schema_: Literal["sakd.data-check/1"] = Field(alias="schema")
+    schema_: Literal["sakd.data-check/2"] = "sakd.data-check/2"
     dataset: str
     root: str | None
     classes: int
@@ -185,30 +175,30 @@ class DataCheck(Part):
     findings: list[DataFinding]
 
 
-class Source(Part):
+class WeightsFile(Part):
     """The file that weights were read from."""
 
     file: str
     sha256: str
 
 
-class Imported(Part):
-    """`sakd import-weights --json`; figures are null where the data set's files were not at hand."""
+class Imported(Document):
+    """`sakd import-weights --json`; metrics are null where the data set's files were not at hand."""
 
-    schema_: Literal["sakd.import/1"] = Field(alias="schema")
+    schema_: Literal["sakd.import/1"] = "sakd.import/1"
     folder: str
     network: str
     dataset: str
     classes: int
-    top1: Figure
-    top5: Figure
-    loss: Figure
-    images: int
+    top1: Number = None
+    top5: Number = None
+    loss: Number = None
+    images: int = 0
     split: str | None = None
-    imported: Source
+    imported: WeightsFile
 
 
-DOCUMENTS: dict[str, type[BaseModel]] = {
+DOCUMENTS: dict[str, type[Part]] = {
     "summary": Summary,
     "plan": Plan,
     "eval": Evaluation,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.loader import EvalLoader
+from sakd_cli.documents.table import Check, Export, Latency
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import CheckpointError, DataError, UsageError
@@ -22,7 +23,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.locate import is_ensemble, run_of, words_of
 
-FORMAT = "sakd.export/1"
+FORMAT = Export.model_fields["schema_"].default
 TOLERANCE = 1e-4  # largest difference of a logit
 IMAGES = 64
 TOLD = ("epoch", "split", "images", "top1", "top5", "loss", "imported", "friendly")  # of a deployable folder's card
@@ -65,11 +66,11 @@ class _Opened(nn.Module):
         return self.function(images)
 
 
-def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Reporter) -> dict[str, Any]:
-    """Write the folder and give the document of `sakd export --json`.
+def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Reporter) -> Export:
+    """Write the folder.
 
-    Raises UsageError where the folder is there, a package is missing, the network does not fit the form, or the file's
-    outputs differ from the network's by more than 1e-4 (then nothing is left).
+    Raises UsageError where it exists, a package is missing, the network does not fit the form, or the file's outputs
+    differ from the network's by more than 1e-4 (then nothing is left).
     """
     form = FORMS[order.form]
     form.check()
@@ -88,23 +89,21 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
     with whole_folder(folder) as aside:
         form.write(network, given[:2].clone(), found.card, aside, order.opset)
         opened = form.opened(found.card, aside)
-        check = _compared(network, opened, given) | {"real": real}
-        document = {
-            "schema": FORMAT,
-            "folder": str(folder),
-            "format": order.form,
-            "file": form.file,
-            "bytes": (aside / form.file).stat().st_size,
-            "sha256": sha256(aside / form.file),
-            "network": found.card.architecture,
-            "dataset": found.card.dataset,
-            "classes": len(found.card.classes),
-            "input": "pixels" if inside else "normalised",
-            "check": check,
-            "latency": _latency(network, opened, found.card, config),
-        }
-        kept = {key: value for key, value in document.items() if key not in ("schema", "folder", "classes")}
-        write_json(aside / "config.json", {"export": FORMAT} | found.card._asdict() | kept | found.facts)
+        document = Export(
+            folder=str(folder),
+            format=order.form,
+            file=form.file,
+            bytes=(aside / form.file).stat().st_size,
+            sha256=sha256(aside / form.file),
+            network=found.card.architecture,
+            dataset=found.card.dataset,
+            classes=len(found.card.classes),
+            input="pixels" if inside else "normalised",
+            check=_check(network, opened, given, real=real),
+            latency=_latency(network, opened, found.card, config),
+        )
+        about = document.model_dump(exclude={"schema_", "folder", "classes"})
+        write_json(aside / "config.json", {"export": FORMAT} | found.card._asdict() | about | found.facts)
         write_aside(aside / "README.md", model_card(found.card, found.facts, form, document).encode())
     return document
 
@@ -169,9 +168,9 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UsageError(f"{folder}: is there already and is no export; it is left alone", hint="--out DIR")
+        raise UsageError(f"{folder}: exists and is no export; it is not replaced", hint="--out DIR")
     if not overwrite:
-        raise UsageError(f"{folder}: is there already", hint="--overwrite replaces it; --out DIR")
+        raise UsageError(f"{folder}: exists already", hint="--overwrite replaces it; --out DIR")
 
 
 def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[Tensor, bool]:
@@ -189,11 +188,8 @@ def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[
 
 
 @torch.inference_mode()
-def _compared(network: nn.Module, opened: Function, images: Tensor) -> dict[str, Any]:
-    """Largest difference of a logit, and equal answers in percent; once as one batch, once image by image.
-
-    Raises UsageError above the tolerance.
-    """
+def _check(network: nn.Module, opened: Function, images: Tensor, *, real: bool) -> Check:
+    """Of all images as one batch, and of four one by one. Raises UsageError above the tolerance."""
     expected = network(images)
     singly = torch.cat([opened(image[None]) for image in images[:4]])
     found = opened(images)
@@ -201,14 +197,14 @@ def _compared(network: nn.Module, opened: Function, images: Tensor) -> dict[str,
     if not difference <= TOLERANCE:
         raise UsageError(f"the file's outputs differ by {difference:.2g} (at most {TOLERANCE:g}); nothing is written")
     same = 100 * float((found.argmax(1) == expected.argmax(1)).double().mean())
-    return {"images": len(images), "difference": difference, "same_answer": same}
+    return Check(images=len(images), difference=difference, agreement=same, real=real)
 
 
-def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: EvalConfig) -> dict[str, Any] | None:
-    """Milliseconds for one image on the CPU, of the network in PyTorch and of the file."""
+def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: EvalConfig) -> Latency | None:
     if not config.timing_seconds:
         return None
-    cpu, words = torch.device("cpu"), {"batch": config.timing_batch, "seconds": config.timing_seconds}
-    kinds = {"network": network, "file": _Opened(opened)}
-    times = {name: speed(kind, card.side, cpu, batch=1, seconds=words["seconds"]) for name, kind in kinds.items()}
-    return {"threads": torch.get_num_threads()} | {name: time.latency.plain() for name, time in times.items()}
+    own, file = (
+        speed(kind, card.side, torch.device("cpu"), batch=1, seconds=config.timing_seconds).latency
+        for kind in (network, _Opened(opened))
+    )
+    return Latency(threads=torch.get_num_threads(), network=own, file=file)

@@ -5,20 +5,19 @@ from typing import Any
 
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.training import EvalConfig
-from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.table import describe
+from sakd_cli.documents.table import Imported, WeightsFile
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import sha256, whole_folder
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.evaluate import test_scores
 
 
-def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, reporter: Reporter) -> dict[str, Any]:
+def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, reporter: Reporter) -> Imported:
     """Write the deployable folder `out` (None: `<network>-<data set>` here) from a foreign weights file.
 
     The network is scored where the data set's files are at hand; nothing is downloaded for it. Raises UsageError where
@@ -29,25 +28,25 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     known = describe(config.data)
     folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
     if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder}: is there already; it is left alone", hint="--out DIR")
+        raise UsageError(f"{folder}: exists already and is not overwritten", hint="--out DIR")
     network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
-    figures: dict[str, Any] = {"top1": None, "top5": None, "loss": None, "images": 0}
+    metrics: dict[str, Any] = {}
     try:
-        local = config.data.model_copy(update={"validation": 0.0, "download": False})
-        known = load_images(local).dataset
+        known = load_images(config.data.model_copy(update={"validation": 0.0, "download": False})).dataset
         scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
-        figures = scores.metrics() | {"split": "test", "images": scores.images}
+        metrics = scores.metrics() | {"split": "test", "images": scores.images}
     except DataError as error:
         reporter.warn(f"not scored: {error.message}")
-    facts = figures | {"imported": {"file": file.name, "sha256": sha256(file)}}
-    _write(folder, network.cpu(), known, facts)
-    about = {"schema": "sakd.import/1", "folder": str(folder), "network": name, "dataset": known.name}
-    return about | {"classes": len(known.classes)} | facts
-
-
-def _write(folder: Path, network: StagedModel, dataset: Dataset, facts: dict[str, Any]) -> None:
-    """The whole folder or nothing."""
-    side = dataset.train.side
-    card = NetworkCard(network.name, dataset.name, dataset.classes, dataset.mean, dataset.std, side)
+    document = Imported(
+        folder=str(folder),
+        network=name,
+        dataset=known.name,
+        classes=len(known.classes),
+        imported=WeightsFile(file=file.name, sha256=sha256(file)),
+        **metrics,
+    )
+    card = NetworkCard(name, known.name, known.classes, known.mean, known.std, known.train.side)
+    facts = document.model_dump(include={"top1", "top5", "loss", "images", "split", "imported"})
     with whole_folder(folder) as aside:
-        artifact.save_folder(aside, network, card, facts)
+        artifact.save_folder(aside, network.cpu(), card, facts)
+    return document

@@ -2,21 +2,22 @@
 
 from typing import Any
 
+from sakd_cli.documents.table import Export
 from sakd_cli.export.formats import Form
 from sakd_cli.models.artifact import NetworkCard
 
 
-def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: dict[str, Any]) -> str:
+def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: Export) -> str:
     """README.md of an export: what it is, the lines that load it, and what was checked.
 
-    facts     figures and teacher, as `config.json` has them; document: of `sakd export --json`
+    facts  metrics and teacher, as `config.json` has them
     """
-    check = document["check"]
-    side, teacher, latency = card.side, facts.get("teacher"), document["latency"]
-    inside = document["input"] == "pixels"
-    kind = "images of its test set" if check["real"] else "images of noise"
+    check = document.check
+    side, teacher, latency = card.side, facts.get("teacher"), document.latency
+    inside = document.input == "pixels"
+    kind = "images of its test set" if check.real else "images of noise"
     rows = [
-        f"# {card.architecture} on {card.dataset}, {document['format']}",
+        f"# {card.architecture} on {card.dataset}, {document.format}",
         "",
         f"An image classifier for {len(card.classes)} classes of RGB images of {side}x{side} pixels.",
     ]
@@ -35,12 +36,14 @@ def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: d
         form.lines(card, inside),
         "```",
         "",
-        f"- {document['bytes']} bytes, SHA-256 `{document['sha256']}`",
-        f"- checked on {check['images']} {kind}: logits within {check['difference']:.1g} of the trained network,",
-        f"  the same answer for {check['same_answer']:g} %",
+        f"- {document.bytes} bytes, SHA-256 `{document.sha256}`",
+        f"- checked on {check.images} {kind}: logits within {check.difference:.1g} of the trained network,",
+        f"  the same answer for {check.agreement:g} %",
     ]
     if latency is not None:
-        theirs, ours = (f"{latency[key]['median']:.2f} ms" for key in ("file", "network"))
-        quartiles = f"{latency['file']['low']:.2f} to {latency['file']['high']:.2f}"
-        rows.append(f"- one image on the CPU that wrote it: {theirs} (quartiles {quartiles}), in PyTorch {ours}")
+        own, file = latency.network, latency.file
+        quartiles = f"quartiles {file.low:.2f} to {file.high:.2f}"
+        rows.append(
+            f"- one image on the CPU that wrote it: {file.median:.2f} ms ({quartiles}), in PyTorch {own.median:.2f} ms"
+        )
     return "\n".join(rows) + "\n"

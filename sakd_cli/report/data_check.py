@@ -1,25 +1,26 @@
 """What `sakd data check` found, as tables"""
 
 from collections import Counter
-from typing import Any
 
+from sakd_cli.documents.table import DataCheck
 from sakd_cli.report.render.format import whole, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Sheet, table
 
 
-def data_tables(document: dict[str, Any]) -> list[Sheet]:
+def data_tables(document: DataCheck) -> list[Sheet]:
     """The parts of a data set, then everything that is wrong with it."""
-    columns = [Column("Part", text=True), *map(Column, ("Images", "Classes", "Least", "Most"))]
-    rows = [
-        [word(part["folder"]), *(whole(part[key]) for key in ("images", "classes", "least", "most"))]
-        for part in document["parts"]
-    ]
-    findings = document["findings"]
-    note = f"{whole(document['read'])} images read; least, most: images of a class."
-    sheets = [Sheet(f"Data set {word(document['dataset'])}", columns, rows, [note])] if rows else []
-    if not findings:
-        return [*sheets, Sheet("Findings", [Column("", text=True)], [["nothing is wrong"]])]
-    kinds = Counter(finding["kind"] for finding in findings)
-    told = [Column("Kind", text=True), Column("Where", text=True), Column("What", text=True)]
-    cells = [[word(finding["kind"]), word(finding["path"]), word(finding["text"])] for finding in findings]
-    return [*sheets, Sheet("Findings", told, cells, [" · ".join(f"{name} {kinds[name]}" for name in sorted(kinds))])]
+    columns = {
+        "Part": lambda part: word(part.folder),
+        "Images": lambda part: whole(part.images),
+        "Classes": lambda part: whole(part.classes),
+        "Min": lambda part: whole(part.min),
+        "Max": lambda part: whole(part.max),
+    }
+    note = f"{whole(document.read)} images read; min, max: images of a class."
+    parts = [table(f"Data set {word(document.dataset)}", document.parts, columns, [note])] if document.parts else []
+    if not document.findings:
+        return [*parts, Sheet.of_cells("Findings", ("",), [["nothing is wrong"]])]
+    rows = [[word(one.kind), word(one.path), word(one.text)] for one in document.findings]
+    kinds = sorted(Counter(one.kind for one in document.findings).items())
+    note = " · ".join(f"{kind} {count}" for kind, count in kinds)
+    return [*parts, Sheet.of_cells("Findings", ("Kind", "Where", "What"), rows, [note], text=3)]

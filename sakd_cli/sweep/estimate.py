@@ -3,22 +3,24 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sakd_cli.config.grid import Member
 from sakd_cli.config.training import RunConfig
+from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepPlan
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 if TYPE_CHECKING:
     from sakd_cli.engine.reporter import Reporter
+    from sakd_cli.runs.forecast import Forecast
 
 HOUR = 3600.0
 
 
 def plan(
     name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: float, reporter: "Reporter"
-) -> dict[str, Any]:
-    """The document `SweepPlan`; steps are timed for about so many seconds."""
+) -> SweepPlan:
+    """Steps are timed for about so many seconds."""
     from sakd_cli.engine.runtime import pick_device
     from sakd_cli.runs.forecast import forecast
 
@@ -29,39 +31,32 @@ def plan(
     configs = {kind: same[0].member.config for kind, same in to_do.items() if same}
     reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
     found = forecast(_spread_out(configs, to_do), seconds)
-    rows = list[dict[str, Any]]()
-    for kind, same in kinds.items():
-        one, left = found.get(kind), len(to_do[kind])
-        hours = one.step_seconds * one.steps * left / HOUR if one and one.step_seconds is not None else None
-        rows.append(
-            {
-                "what": kind,
-                "runs": len(same),
-                "to_do": left,
-                "steps": one.steps if one else 0,
-                "step_seconds": one.step_seconds if one else None,
-                "measured": bool(one and one.measured),
-                "hours": hours if left else 0.0,
-                "run_bytes": one.run_bytes if one else 0,
-            }
-        )
+    rows = [_planned(kind, len(same), len(to_do[kind]), found.get(kind)) for kind, same in kinds.items()]
     entries = list(scheduler.entries.values())
     there = next(path for path in [scheduler.folder, *scheduler.folder.absolute().parents] if path.exists())
-    unknown = any(row["hours"] is None for row in rows)
-    return {
-        "schema": "sakd.sweep-plan/1",
-        "name": name,
-        "device": str(pick_device(entries[0].member.config.device)),
-        "runs": len(entries),
-        "finished": sum(entry.state is State.done for entry in entries),
-        "begun": sum(entry.state is not State.done and entry.run is not None for entry in entries),
-        "failed": sum(entry.state is State.failed for entry in entries),
-        "hours": None if unknown else sum(row["hours"] or 0.0 for row in rows),
-        "bytes": sum(row["run_bytes"] * row["to_do"] for row in rows),
-        "free_bytes": shutil.disk_usage(there).free,
-        "skipped": [{"what": what, "reason": reason} for what, reason in skipped.items()],
-        "rows": rows,
-    }
+    hours = [row.hours for row in rows]
+    return SweepPlan(
+        name=name,
+        device=str(pick_device(entries[0].member.config.device)),
+        runs=len(entries),
+        finished=sum(entry.state is State.done for entry in entries),
+        in_progress=sum(entry.state is not State.done and entry.run is not None for entry in entries),
+        failed=sum(entry.state is State.failed for entry in entries),
+        hours=None if None in hours else sum(filter(None, hours)),
+        bytes=sum(row.run_bytes * row.to_do for row in rows),
+        free_bytes=shutil.disk_usage(there).free,
+        skipped=[Skipped(what=what, reason=reason) for what, reason in skipped.items()],
+        rows=rows,
+    )
+
+
+def _planned(kind: str, runs: int, to_do: int, one: "Forecast | None") -> PlannedRuns:
+    if one is None:  # all of them are done
+        return PlannedRuns(
+            what=kind, runs=runs, to_do=0, steps=0, step_seconds=None, measured=False, hours=0.0, run_bytes=0
+        )
+    hours = None if one.step_seconds is None else one.step_seconds * one.steps * to_do / HOUR
+    return PlannedRuns(what=kind, runs=runs, to_do=to_do, hours=hours, **one._asdict())
 
 
 def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[ScheduledRun]]) -> dict[str, RunConfig]:

@@ -52,7 +52,7 @@ class ScheduledRun:
     code: int = 0
     attempts: int = 0
     resumed: bool = False
-    before: bool = False  # whether it was finished when the sweep began
+    already_done: bool = False  # whether it was finished when the sweep began
     not_before: float = 0.0
 
 
@@ -70,7 +70,7 @@ class Scheduler:
         self.changed: Callable[[ScheduledRun], None] = lambda entry: None
         self.refresh()
         for entry in self.entries.values():
-            entry.before = entry.state is State.done
+            entry.already_done = entry.state is State.done
 
     def refresh(self, *, forgive: bool = False) -> None:
         """Read from the disk how each run stands; with `forgive` those that failed are to be tried again."""

@@ -4,6 +4,8 @@ import math
 import re
 from typing import Any
 
+from sakd_cli.documents.base import SeedStatistics
+
 DASH = "–"
 MINUS = "−"
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -70,6 +72,13 @@ def points(value: float, digits: int) -> str:
     """Signed percentage points; what rounds to nothing has no sign."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+
+
+def mean_std(found: SeedStatistics | None, digits: int = 2) -> str:
+    """`71.05 ± 0.24` over seeds; the value alone of one seed."""
+    if found is None:
+        return DASH
+    return fixed(found.mean, digits) + ("" if found.std is None else f" ± {fixed(found.std, digits)}")
 
 
 def whole(value: Any) -> str:

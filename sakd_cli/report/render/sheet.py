@@ -4,9 +4,9 @@ rich would cut numbers (`6…`) or drop columns on a narrow terminal; here a fig
 nothing in it is read as markup, and control characters are gone, so names from files can be shown as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import box
 from rich.cells import cell_len
@@ -46,6 +46,19 @@ class Sheet:
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = field(default=())
+
+    @classmethod
+    def of_cells(
+        cls,
+        title: str,
+        headers: Iterable[str],
+        rows: Sequence[Sequence[str]],
+        notes: Sequence[str] = (),
+        *,
+        text: int = 1,
+    ) -> "Sheet":
+        """A table whose first `text` columns hold text, the others figures."""
+        return cls(title, [Column(header, text=k < text) for k, header in enumerate(headers)], rows, notes)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         def say(text: str) -> str:
@@ -105,6 +118,18 @@ class Sheet:
             for header, cell in list(zip(headers, row, strict=False))[1:]:
                 if header:
                     yield Text(f"  {header}: {cell}", overflow="fold")
+
+
+def table(
+    title: str,
+    rows: Iterable[Any],
+    columns: Mapping[str, Callable[[Any], str]],
+    notes: Sequence[str] = (),
+    *,
+    text: int = 1,
+) -> Sheet:
+    """A table of one line per row; `columns` gives by header how a row's cell is written, the first `text` are text."""
+    return Sheet.of_cells(title, columns, [[cell(row) for cell in columns.values()] for row in rows], notes, text=text)
 
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:

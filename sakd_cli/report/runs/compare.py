@@ -1,233 +1,209 @@
-"""Runs against each other, from their directories alone: words, curves, final figures, seeds, and a plain verdict
+"""Compare runs from their directories alone: settings, curves, results, seeds, and a plain verdict
 
-The document is described by `Comparison` in `documents.py`. Runs that differ in nothing but the seed (and in words that
-change no result) form a group; a seed counts once in it, since the same seed gives the same bits. A group is compared,
-seed by seed, with plain training of the same network (router never, or a pretraining) and with the classical
-distillation that differs from it in the router only; where there is neither, with the first group.
+Runs that differ in nothing but the seed (and in settings that change no result) form a group. A group is compared, seed
+by seed, with plain training of the same network (router never, or a pretraining) and with the classical distillation
+that differs from it in the router only; where there is neither, with the first group.
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import CLASSICAL, PLAIN
 from sakd_cli.config.training import LOCATIONS
+from sakd_cli.documents.base import PairedTest
+from sakd_cli.documents.table import BestEpoch, Comparison, Difference, Point, RunRow, SeedGroup, Versus
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render.format import fixed, number, plain, points
-from sakd_cli.report.runs.statistics import LEVEL, paired, spread, verdict_of
+from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
 from sakd_cli.rundir import RunDir
 
-SCHEMA = "sakd.compare/1"
 # Where something lies; the teacher itself is known by its SHA-256, the matched run is another one for every seed.
 PLACES = LOCATIONS | {"router.run"}
 LEARNING = ("task", "method", "router", "teacher", "student", "model", "stage_map", "residual")
 DISTILLATION = (*LEARNING, "init_from", "init_from_branches", "friendly")
+NAMES = ("task", "student", "model", "method.name", "router.name")  # what a label is made of
 
 
-@dataclass(frozen=True)
-class _Run:
-    path: str
-    words: dict[str, Any]
-    finished: bool
-    summary: dict[str, Any]
-    curve: list[dict[str, Any]]
+class _Settings(dict[str, Any]):
+    """The settings of a run by their keys; None for a key that it does not have."""
 
-    def word(self, key: str) -> Any:
-        return self.words.get(key)
+    def __missing__(self, key: str) -> None:
+        return None
+
+    @classmethod
+    def of(cls, run: RunDir) -> "_Settings":
+        settings = cls(flat(run.config))
+        if settings["teacher.sha256"] is None:  # a run that has not yet found its teacher
+            settings["teacher.sha256"] = settings["teacher.source"]
+        return settings
 
     @property
     def network(self) -> Any:
-        return self.word("student") or self.word("model")
-
-    @property
-    def identity(self) -> str:
-        """What all runs of a group share."""
-        return json.dumps(
-            {key: value for key, value in self.words.items() if key not in PLACES | {"seed"}}, default=str
-        )
+        return self["student"] or self["model"]
 
     @property
     def control(self) -> bool:
         """Whether nothing was distilled."""
-        return self.word("router.name") in (None, PLAIN)
+        return self["router.name"] in (None, PLAIN)
 
-    def figure(self, key: str) -> float | None:
-        return number((self.summary.get("last") or {}).get(key))
+    @property
+    def identity(self) -> str:
+        """What all runs of a group share."""
+        return json.dumps({key: self[key] for key in self if key not in PLACES | {"seed"}}, default=str)
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
+    number: int
     label: str
-    first: _Run
-    by_seed: dict[Any, _Run]
-
-    def values(self, key: str) -> dict[Any, float]:
-        return {seed: value for seed, run in self.by_seed.items() if (value := run.figure(key)) is not None}
+    settings: _Settings  # of its first run
+    runs: list[RunRow]
 
 
-def compare(runs: Iterable[RunDir]) -> dict[str, Any]:
+def compare(runs: Iterable[RunDir]) -> Comparison:
     """See above. Raises UsageError where a path is no run."""
-    read = [_read(run) for run in runs]
-    if not read:
+    given = list(runs)
+    if not given:
         raise UsageError("nothing to compare", hint="name runs: sakd compare runs/*")
-    identities = list(dict.fromkeys(run.identity for run in read))
-    groups = _groups([[run for run in read if run.identity == identity] for identity in identities])
-    rows = [_row(run) | {"group": identities.index(run.identity)} for run in read]
-    return {
-        "schema": SCHEMA,
-        "level": LEVEL,
-        "runs": rows,
-        "differences": _differences(read),
-        "groups": [_about(group) for group in groups],
-        "comparisons": [_against(groups, mine, other) for mine, other in _pairs(groups)],
-    }
+    settings = [_Settings.of(run) for run in given]
+    identities = list(dict.fromkeys(one.identity for one in settings))
+    rows = [_row(run, one, identities.index(one.identity)) for run, one in zip(given, settings, strict=True)]
+    groups = _groups(settings, rows)
+    return Comparison(
+        level=LEVEL,
+        runs=rows,
+        differences=_differences(settings),
+        groups=[_statistics(group) for group in groups],
+        comparisons=[_versus(ours, theirs) for ours, theirs in _pairs(groups)],
+    )
 
 
-def _read(run: RunDir) -> _Run:
-    words = flat(run.config)
-    if words.get("teacher.sha256") is None:  # a run that did not come so far as to find it
-        words["teacher.sha256"] = words.get("teacher.source")
-    summary = run.summary.plain() if run.finished else {}
-    return _Run(plain(run.path), words, run.finished, summary, _curve(run.lines("metrics.jsonl")))
-
-
-def _curve(lines: Iterable[Any]) -> list[dict[str, Any]]:
-    """One row per epoch: means of the training images as they were augmented, figures of the images that select."""
+def run_curve(run: RunDir) -> list[Point]:
+    """One point per epoch of its metrics.jsonl."""
     epochs: dict[int, dict[str, Any]] = {}
-    steps, before = dict[int, float](), 0.0
-    for line in lines:
+    steps, last = dict[int, float](), 0.0
+    for line in run.lines("metrics.jsonl"):
         if not isinstance(line, dict) or line.get("kind") not in ("train", "eval") or not number(line.get("epoch")):
             continue
         epoch = int(line["epoch"])
-        row = epochs.setdefault(epoch, dict.fromkeys(("train_loss", "train_top1", "selected_on", "top1", "loss")))
+        row = epochs.setdefault(epoch, {"epoch": epoch})
         if line["kind"] == "eval":
-            row |= {"selected_on": plain(line.get("split")), "top1": number(line.get("top1"))}
-            row["loss"] = number(line.get("loss"))
+            row |= {"selected_on": plain(line.get("split"))} | {key: number(line.get(key)) for key in ("top1", "loss")}
             continue
         step = number(line.get("step")) or 0.0
-        weight, known = max(step - before, 0.0), steps.get(epoch, 0.0)
-        before, steps[epoch] = step, known + weight
+        weight, known = max(step - last, 0.0), steps.get(epoch, 0.0)
+        last, steps[epoch] = step, known + weight
         # What methods share: the cross-entropy, where it is logged apart from a method's own terms.
-        for key, logged in (("loss", "ce" if "ce" in line else "loss"), ("top1", "top1")):
-            value, mean = number(line.get(logged)), row[f"train_{key}"]
-            if value is not None and weight:
-                row[f"train_{key}"] = value if mean is None else (mean * known + value * weight) / (known + weight)
-    return [{"epoch": epoch} | epochs[epoch] for epoch in sorted(epochs)]
+        for key, logged in (("train_loss", "ce" if "ce" in line else "loss"), ("train_top1", "top1")):
+            if (value := number(line.get(logged))) is not None and weight:
+                row[key] = (row.get(key, value) * known + value * weight) / (known + weight)
+    return [Point(**epochs[epoch]) for epoch in sorted(epochs)]
 
 
-def _row(run: _Run) -> dict[str, Any]:
-    best, teacher = run.summary.get("best") or {}, run.summary.get("teacher") or {}
-    return {
-        "run": run.path,
-        "finished": run.finished,
-        "task": run.word("task"),
-        "network": run.network,
-        "dataset": run.word("data.name"),
-        "method": run.word("method.name"),
-        "router": run.word("router.name"),
-        "seed": run.word("seed"),
-        "epochs": run.word("train.epochs"),
-        "top1": run.figure("top1"),
-        "top5": run.figure("top5"),
-        "loss": run.figure("loss"),
-        "best": {"epoch": number(best.get("epoch")), "top1": number(best.get("top1"))},
-        "seconds": number(run.summary.get("seconds")),
-        "teacher_top1": number(teacher.get("top1")),
-        "curve": run.curve,
-    }
+def _row(run: RunDir, settings: _Settings, group: int) -> RunRow:
+    results: dict[str, Any] = {}
+    if run.finished:
+        summary = run.summary
+        results = {key: getattr(summary.last, key) for key in ("top1", "top5", "loss")}
+        results |= {"seconds": summary.seconds, "teacher_top1": summary.teacher and summary.teacher.top1}
+        results["best"] = BestEpoch(epoch=summary.best.epoch, top1=summary.best.top1)
+    try:
+        return RunRow(
+            run=plain(run.path),
+            finished=run.finished,
+            task=settings["task"],
+            network=settings.network,
+            dataset=settings["data.name"],
+            method=settings["method.name"],
+            router=settings["router.name"],
+            seed=settings["seed"],
+            epochs=settings["train.epochs"],
+            curve=run_curve(run),
+            group=group,
+            **results,
+        )
+    except ValidationError:
+        raise UsageError(f"{run.path}: its config.yaml is damaged") from None
 
 
-def _differences(runs: list[_Run]) -> list[dict[str, Any]]:
-    """Every word that is not the same everywhere, but for those of PLACES, with its value in each run."""
-    keys = dict.fromkeys(key for run in runs for key in run.words if key not in PLACES)
-    rows = [{"key": key, "values": [run.word(key) for run in runs]} for key in keys]
-    return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
+def _differences(runs: list[_Settings]) -> list[Difference]:
+    """Every setting that is not the same everywhere, but for those of PLACES, with its value in each run."""
+    keys = dict.fromkeys(key for run in runs for key in run if key not in PLACES)
+    rows = {key: [run[key] for run in runs] for key in keys}
+    return [Difference(key=key, values=row) for key, row in rows.items() if any(value != row[0] for value in row)]
 
 
-def _groups(members: list[list[_Run]]) -> list[_Group]:
-    firsts = [runs[0] for runs in members]
-    told = ("task", "student", "model", "method.name", "router.name")
-    extra = [row["key"] for row in _differences(firsts) if row["key"] not in (*told, "seed")]
-    several = len({run.network for run in firsts}) > 1
+def _groups(settings: list[_Settings], rows: list[RunRow]) -> list[_Group]:
+    firsts: dict[int, _Settings] = {}
+    for run, row in zip(settings, rows, strict=True):
+        firsts.setdefault(row.group, run)
+    runs = list(firsts.values())
+    extra = [row.key for row in _differences(runs) if row.key not in (*NAMES, "seed")]
     groups: list[_Group] = []
-    for runs in members:
-        first = runs[0]
-        parts = [first.network if several else None, first.word("method.name") or "alone", first.word("router.name")]
-        # Config of a method or a router follow from its name, unless the name is the same.
-        kin = [run for run in firsts if [run.word(key) for key in told] == [first.word(key) for key in told]]
-        own = [key for key in extra if len({str(run.word(key)) for run in kin}) > 1]
-        parts += [f"{key}={first.word(key)}"[:40] for key in own]
-        label = " ".join(plain(part) for part in parts if part is not None)
-        groups.append(_Group(label, first, {run.word("seed"): run for run in runs}))
+    for index, first in firsts.items():
+        names = [first.network] if len({run.network for run in runs}) > 1 else []
+        names += [first["method.name"] or "from scratch", first["router.name"]]
+        # Settings of a method or a router follow from its name, unless the name is the same.
+        alike = [run for run in runs if all(run[key] == first[key] for key in NAMES)]
+        own = [key for key in extra if len({str(run[key]) for run in alike}) > 1]
+        names += [f"{key}={first[key]}"[:40] for key in own]
+        label = " ".join(plain(name) for name in names if name is not None)
+        groups.append(_Group(index, label, first, [row for row in rows if row.group == index]))
     return groups
 
 
-def _about(group: _Group) -> dict[str, Any]:
-    seeds = list(group.values("top1"))
-    figures = {key: spread(list(group.values(key).values())) for key in ("top1", "top5", "loss")}
-    return {"label": group.label, "distilled": not group.first.control, "seeds": seeds} | figures
+def _statistics(group: _Group) -> SeedGroup:
+    top1, top5, loss = (by_seed(group.runs, key) for key in ("top1", "top5", "loss"))
+    statistics = {"top1": seed_statistics(top1.values()), "top5": seed_statistics(top5.values())}
+    statistics["loss"] = seed_statistics(loss.values())
+    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=list(top1), **statistics)
 
 
 def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
     pairs = []
-    for group in groups:
-        own = [other for other in groups if other is not group and not group.first.control]
-        pairs += [(group, other) for other in own if other.first.control and _alike(group, other)]
-        pairs += [(group, other) for other in own if _is_classical_twin(group.first, other.first)]
+    for ours in groups:
+        others = [other for other in groups if other is not ours and not ours.settings.control]
+        pairs += [(ours, other) for other in others if other.settings.control and _same_data(ours, other)]
+        pairs += [(ours, other) for other in others if _only_router_differs(ours, other)]
     return pairs or [(group, groups[0]) for group in groups[1:]]
 
 
-def _alike(one: _Group, other: _Group) -> bool:
-    same = one.first.network == other.first.network and one.first.word("data.name") == other.first.word("data.name")
+def _same_data(ours: _Group, control: _Group) -> bool:
+    mine, other = ours.settings, control.settings
     # Without distillation the method makes no difference, but for what it says of the cross-entropy.
-    own = other.first.word("method.name")
-    return same and own in (None, one.first.word("method.name"))
+    method = other["method.name"] in (None, mine["method.name"])
+    return method and mine.network == other.network and mine["data.name"] == other["data.name"]
 
 
-def _is_classical_twin(one: _Run, other: _Run) -> bool:
-    return other.word("router.name") == CLASSICAL and not [
-        key for key in _differing(one, other) if not key.startswith("router.")
-    ]
+def _only_router_differs(ours: _Group, other: _Group) -> bool:
+    different = _unequal(ours, other)
+    return other.settings["router.name"] == CLASSICAL and all(key.startswith("router.") for key in different)
 
 
-def _differing(one: _Run, other: _Run) -> list[str]:
-    keys = dict.fromkeys([*one.words, *other.words])
-    return [key for key in keys if key not in PLACES | {"seed"} and one.word(key) != other.word(key)]
+def _unequal(ours: _Group, theirs: _Group) -> list[str]:
+    return [row.key for row in _differences([ours.settings, theirs.settings]) if row.key != "seed"]
 
 
-def _against(groups: list[_Group], mine: _Group, other: _Group) -> dict[str, Any]:
-    ours, theirs = mine.values("top1"), other.values("top1")
-    seeds = [seed for seed in ours if seed in theirs]
-    found = paired([ours[seed] - theirs[seed] for seed in seeds])
-    unequal = [key for key in _differing(mine.first, other.first) if key.partition(".")[0] not in DISTILLATION]
-    return {
-        "group": groups.index(mine),
-        "against": groups.index(other),
-        "seeds": seeds,
-        "difference": found["mean"],
-        "low": found["low"],
-        "high": found["high"],
-        "p": found["p"],
-        "verdict": verdict_of(found),
-        "unequal": unequal,
-        "text": _said(mine, other, found, len(seeds))
-        + (f" Not under one budget: {', '.join(unequal)}." * bool(unequal)),
-    }
+def _versus(ours: _Group, theirs: _Group) -> Versus:
+    found = paired_test(by_seed(ours.runs), by_seed(theirs.runs))
+    unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in DISTILLATION]
+    budget = f" Not under one budget: {', '.join(unequal)}." * bool(unequal)
+    text = _sentence(ours, theirs, found) + budget
+    return Versus(**dict(found), group=ours.number, against=theirs.number, unequal=unequal, text=text)
 
 
-def _said(mine: _Group, other: _Group, found: dict[str, Any], seeds: int) -> str:
-    verdict, names = verdict_of(found), f"{mine.label} against {other.label}"
-    if verdict == "unknown":
+def _sentence(ours: _Group, theirs: _Group, found: PairedTest) -> str:
+    names, seeds = f"{ours.label} against {theirs.label}", len(found.seeds)
+    if found.difference is None:
         return f"{names}: no seed is finished in both."
-    figure = f"{points(found['mean'], 2)} points top-1"
-    plainly = other.first.control and not mine.first.control
-    if verdict == "few seeds":
+    figure = f"{points(found.difference, 2)} points top-1"
+    if found.low is None or found.high is None or found.verdict == "few seeds":
         return f"{names}: {figure} with {seeds} seed{'s' * (seeds > 1)}, too few to tell it from noise."
-    low, high = (points(found[key], 2) for key in ("low", "high"))
-    support = f"{figure} (95 % interval {low} to {high}, p = {fixed(found['p'], 3)}, {seeds} seeds)"
-    what = {"noise": "the difference is noise", "better": "better", "worse": "worse"}[verdict]
-    if plainly and verdict != "noise":
-        what = {"better": "distillation helped", "worse": "distillation hurt"}[verdict]
-    return f"{names}: {what}, {support}."
+    interval = f"95 % interval {points(found.low, 2)} to {points(found.high, 2)}"
+    what: str = "the difference is noise" if found.verdict == "noise" else found.verdict
+    if theirs.settings.control and not ours.settings.control and found.verdict != "noise":
+        what = {"better": "distillation helped", "worse": "distillation hurt"}[found.verdict]
+    return f"{names}: {what}, {figure} ({interval}, p = {fixed(found.p, 3)}, {seeds} seeds)."

@@ -1,126 +1,146 @@
-"""Comparisons as text and as CSV"""
+"""Comparisons as text, as CSV and as curves"""
 
 import csv
 import io
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from sakd_cli.report.render.format import DASH, duration, fixed, word
-from sakd_cli.report.render.sheet import Column, Sheet, thinned
+from sakd_cli.documents.table import Comparison
+from sakd_cli.report.render.format import DASH, duration, fixed, mean_std, plain, word
+from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure, whole_numbers
+from sakd_cli.report.render.sheet import Sheet, table, thinned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
+FEW = 2  # groups up to which the training images have a curve too
 FIELDS = ["run", "group", "method", "router", "seed", "epoch", "split", "top1", "top5", "loss"]
 
 
-def comparison_tables(document: dict[str, Any]) -> list[RenderableType]:
-    """What `compare` returns: groups and verdicts first, then runs, words and curves."""
+def comparison_tables(document: Comparison) -> list[RenderableType]:
+    """Groups and verdicts first, then runs, settings and curves."""
     tables: list[RenderableType] = [_groups(document)]
-    if len(document["runs"]) > len(document["groups"]):
+    if len(document.runs) > len(document.groups):
         tables.append(_runs(document))
-    tables += [sheet for sheet in (_words(document), _curves(document)) if sheet.rows]
+    if len(document.groups) <= MOST:
+        tables += [sheet for sheet in (_settings(document), _curves(document)) if sheet.rows]
     return tables
 
 
-def _groups(document: dict[str, Any]) -> Sheet:
-    columns = [Column("Group", text=True), Column("Seeds"), Column("Top-1 %"), Column("95 % of the mean")]
-    columns += [Column("Top-5 %"), Column("NLL")]
-    rows = [
-        [
-            word(group["label"]),
-            str(len(group["seeds"])),
-            _spread(group["top1"], 2),
-            _interval(group["top1"]),
-            _spread(group["top5"], 2),
-            _spread(group["loss"], 3),
-        ]
-        for group in document["groups"]
-    ]
-    taught = {row["teacher_top1"] for row in document["runs"]} - {None}
-    notes = [f"Teacher: top-1 {fixed(taught.pop(), 2)} %."] if len(taught) == 1 else []
-    told = [entry["text"] for entry in document["comparisons"]]
-    tested = sum(entry["p"] is not None for entry in document["comparisons"])
-    if tested > 1:
-        told.append(f"Paired t-tests, not corrected for being {tested}.")
-    return Sheet("Last epoch on the test images, mean ± standard deviation over seeds", columns, rows, [*notes, *told])
+def _groups(document: Comparison) -> Sheet:
+    teacher = _teacher_top1(document)
+    notes = [] if teacher is None else [f"Teacher: top-1 {fixed(teacher, 2)} %."]
+    notes += [versus.text for versus in document.comparisons]
+    if (tested := sum(versus.p is not None for versus in document.comparisons)) > 1:
+        notes.append(f"Paired t-tests, not corrected for being {tested}.")
+    columns = {
+        "Group": lambda group: word(group.label),
+        "Seeds": lambda group: str(len(group.seeds)),
+        "Top-1 %": lambda group: mean_std(group.top1),
+        "95 % of the mean": lambda group: (
+            DASH
+            if group.top1 is None or group.top1.std is None
+            else f"{fixed(group.top1.low, 2)} to {fixed(group.top1.high, 2)}"
+        ),
+        "Top-5 %": lambda group: mean_std(group.top5),
+        "NLL": lambda group: mean_std(group.loss, 3),
+    }
+    title = "Last epoch on the test images, mean ± standard deviation over seeds"
+    return table(title, document.groups, columns, notes)
 
 
-def _spread(figure: dict[str, Any] | None, digits: int) -> str:
-    if figure is None:
-        return DASH
-    spread = "" if figure["std"] is None else f" ± {fixed(figure['std'], digits)}"
-    return fixed(figure["mean"], digits) + spread
+def _runs(document: Comparison) -> Sheet:
+    columns = {
+        "Group": lambda run: word(document.groups[run.group].label) + " (not finished)" * (not run.finished),
+        "Seed": lambda run: word(run.seed),
+        "Top-1 %": lambda run: fixed(run.top1, 2),
+        "Best %": lambda run: fixed(run.best.top1, 2),
+        "NLL": lambda run: fixed(run.loss, 3),
+        "Time": lambda run: duration(run.seconds),
+    }
+    return table("Runs", document.runs, columns, ["Best: the epoch that the validation set chose, on the test images."])
 
 
-def _interval(figure: dict[str, Any] | None) -> str:
-    known = figure is not None and figure["std"] is not None
-    return f"{fixed(figure['low'], 2)} to {fixed(figure['high'], 2)}" if figure and known else DASH
+def _settings(document: Comparison) -> Sheet:
+    """Settings that differ, by group (those of its first run); the seed stands elsewhere."""
+    numbers = [run.group for run in document.runs]
+    firsts = [numbers.index(k) for k in range(len(document.groups))]
+    rows = [[row.key, *(row.values[first] for first in firsts)] for row in document.differences if row.key != "seed"]
+    headers = ["Key", *(group.label for group in document.groups)]
+    return Sheet.of_cells("Settings that differ", headers, [list(map(word, row)) for row in rows], text=len(headers))
 
 
-def _runs(document: dict[str, Any]) -> Sheet:
-    columns = [Column("Group", text=True), *(Column(name) for name in ("Seed", "Top-1 %", "Best %", "NLL", "Time"))]
-    rows = [
-        [
-            word(document["groups"][row["group"]]["label"]) + ("" if row["finished"] else " (not finished)"),
-            word(row["seed"]),
-            fixed(row["top1"], 2),
-            fixed(row["best"]["top1"], 2),
-            fixed(row["loss"], 3),
-            duration(row["seconds"]),
-        ]
-        for row in document["runs"]
-    ]
-    return Sheet("Runs", columns, rows, ["Best: the epoch that the selection images chose, on the test images."])
+def _curves(document: Comparison) -> Sheet:
+    """Top-1 on the validation set by epoch: of each group the mean over its runs that have come so far."""
+    curves = [_by_epoch(document, k, "top1") for k in range(len(document.groups))]
+    epochs = sorted({epoch for curve in curves for epoch in curve})
+    shown = thinned(epochs, EPOCH_ROWS)
+    rows = [[str(n), *(fixed(fmean(curve[n]), 2) if n in curve else DASH for curve in curves)] for n in shown]
+    left_out = f"{len(rows)} of {len(epochs)} epochs are shown; all of them: --json"
+    headers = ["Epoch", *(group.label for group in document.groups)]
+    notes = [left_out] if len(rows) < len(epochs) else []
+    return Sheet.of_cells("Top-1 % on the validation set", headers, rows, notes, text=0)
 
 
-def _words(document: dict[str, Any]) -> Sheet:
-    """Config that differ, by group where all its runs agree on them; the seed stands elsewhere."""
-    groups = document["groups"]
-    firsts = [next(n for n, row in enumerate(document["runs"]) if row["group"] == k) for k in range(len(groups))]
-    rows = [
-        [word(entry["key"]), *(word(entry["values"][first]) for first in firsts)]
-        for entry in document["differences"]
-        if entry["key"] != "seed"
-    ]
-    columns = [Column("Word", text=True), *(Column(word(group["label"]), text=True) for group in groups)]
-    return Sheet("Config that differ", columns, rows if len(groups) <= MOST else [])
-
-
-def _curves(document: dict[str, Any]) -> Sheet:
-    """Top-1 on the images that select, by epoch: of each group the mean over its runs that came so far."""
-    groups = range(len(document["groups"]))
-    found: dict[int, dict[int, list[float]]] = {}
-    for row in document["runs"]:
-        for point in row["curve"]:
-            if point["top1"] is not None:
-                found.setdefault(point["epoch"], {}).setdefault(row["group"], []).append(point["top1"])
-    rows = [
-        [str(epoch), *(fixed(sum(v) / len(v), 2) if (v := found[epoch].get(k)) else DASH for k in groups)]
-        for epoch in thinned(sorted(found), EPOCH_ROWS)
-    ]
-    columns = [Column("Epoch"), *(Column(word(group["label"])) for group in document["groups"])]
-    left_out = f"{len(rows)} of {len(found)} epochs are shown; all of them: --json"
-    notes = [left_out] if len(rows) < len(found) else []
-    return Sheet(
-        "Top-1 % on the images that choose the best epoch", columns, rows if len(groups) <= MOST else [], notes
-    )
-
-
-def comparison_csv(document: dict[str, Any]) -> str:
-    """One row per run and epoch (split train, and the one that selects), and one for the final test figures."""
+def comparison_csv(document: Comparison) -> str:
+    """One row per run and epoch (split train, and the one that selects), and one for the results on the test images."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    for run in document["runs"]:
-        own = {key: run[key] for key in ("run", "method", "router", "seed")}
-        own["group"] = document["groups"][run["group"]]["label"]
-        for point in run["curve"]:
-            trained = {"split": "train", "top1": point["train_top1"], "loss": point["train_loss"]}
-            judged = {"split": point["selected_on"], "top1": point["top1"], "loss": point["loss"]}
-            for row in (trained, judged):
-                writer.writerow(own | {"epoch": point["epoch"]} | row)
-        if run["top1"] is not None:
-            writer.writerow(
-                own | {"epoch": run["epochs"], "split": "test"} | {k: run[k] for k in ("top1", "top5", "loss")}
-            )
+    for run in document.runs:
+        own: dict[str, Any] = {"run": run.run, "group": document.groups[run.group].label}
+        own |= {"method": run.method, "router": run.router, "seed": run.seed}
+        for point in run.curve:
+            row = own | {"epoch": point.epoch}
+            writer.writerow(row | {"split": "train", "top1": point.train_top1, "loss": point.train_loss})
+            writer.writerow(row | {"split": point.selected_on, "top1": point.top1, "loss": point.loss})
+        if run.top1 is not None:
+            results = {"top1": run.top1, "top5": run.top5, "loss": run.loss}
+            writer.writerow(own | {"epoch": run.epochs, "split": "test"} | results)
     return text.getvalue()
+
+
+def curve_figure(document: Comparison) -> "Figure":
+    """Top-1 and loss by epoch: of each group the mean over its runs, and the range of them as a band.
+
+    solid   on the validation set
+    dashed  on the training images as augmented (of few groups only)
+    dotted  the teacher on the test images, where all runs have the same one
+    """
+    figure = new_figure(2 * INCHES[0], INCHES[1])
+    left, right = figure.subplots(1, 2)
+    few = len(document.groups) <= FEW
+    for axes, key in ((left, "top1"), (right, "loss")):
+        for k, group in enumerate(document.groups):
+            colour = COLOURS[k % len(COLOURS)]
+            curve = _by_epoch(document, k, key)
+            epochs, values = list(curve), list(curve.values())
+            axes.plot(epochs, list(map(fmean, values)), color=colour, label=plain(group.label), marker=".")
+            axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15)
+            if few:
+                trained = _by_epoch(document, k, f"train_{key}")
+                axes.plot(list(trained), list(map(fmean, trained.values())), "--", color=colour, alpha=0.7)
+        whole_numbers(axes)
+    if (teacher := _teacher_top1(document)) is not None:
+        left.axhline(teacher, linestyle=":", color="#000000", linewidth=1)
+    framed(left, "Accuracy", "epoch", "top-1, %")
+    framed(right, "Loss", "epoch", "cross-entropy, nats")
+    legend(figure, right, ", ".join(["solid: validation", *["dashed: training"] * few, "dotted: teacher, test"]))
+    return figure
+
+
+def _teacher_top1(document: Comparison) -> float | None:
+    """The teacher's, where all runs have the same one."""
+    found = {run.teacher_top1 for run in document.runs} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _by_epoch(document: Comparison, group: int, key: str) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for point in (point for run in document.runs if run.group == group for point in run.curve):
+        if (value := getattr(point, key)) is not None:
+            found.setdefault(point.epoch, []).append(value)
+    return dict(sorted(found.items()))

@@ -7,31 +7,36 @@ from typing import Any
 import yaml
 
 from sakd_cli.config.routers import CLASSICAL, AdaptiveConfig
-from sakd_cli.report.render.format import number
+from sakd_cli.documents.sweep import Provenance, PublishedPair
 
 FILE = Path(__file__).with_name("published.yaml")
-ABOUT = ("source", "sure", "notes")
 EPOCHS = 240  # of every published run
 ROUTERS = (CLASSICAL, AdaptiveConfig().name)  # in the order in which the file has them
 
 
 @cache
-def _figures() -> dict[str, Any]:
+def _content() -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return content
 
 
-def about() -> dict[str, Any]:
-    """source, sure (how far they are to be trusted) and notes."""
-    return {key: _figures()[key] for key in ABOUT}
+def provenance() -> Provenance:
+    """Where the figures come from."""
+    return Provenance(**{key: _content()[key] for key in Provenance.model_fields})
 
 
-def pair_figures(dataset: str | None, pair: str) -> dict[str, Any] | None:
-    """teacher, alone and methods (name -> [always, adaptive]) of `teacher:student`; None where there are none."""
-    return None if dataset in ABOUT else (_figures().get(dataset or "") or {}).get(pair)
+def published_pair(dataset: str | None, pair: str) -> PublishedPair | None:
+    """Of `teacher:student`; None where nothing is published."""
+    found = _pair(dataset, pair)
+    return PublishedPair(teacher=found["teacher"], baseline=found["baseline"]) if found else None
 
 
-def cell(dataset: str | None, pair: str, method: str, router: str) -> float | None:
-    """One published figure."""
-    both = ((pair_figures(dataset, pair) or {}).get("methods") or {}).get(method)
-    return number(dict(zip(ROUTERS, both, strict=True)).get(router)) if both else None
+def published_cell(dataset: str | None, pair: str, method: str, router: str) -> float | None:
+    """One published top-1."""
+    figures = _pair(dataset, pair).get("methods", {}).get(method, (None, None))
+    return dict(zip(ROUTERS, figures, strict=True)).get(router)
+
+
+def _pair(dataset: str | None, pair: str) -> dict[str, Any]:
+    found: dict[str, Any] = _content().get(dataset or "", {}).get(pair, {})
+    return found

@@ -1,167 +1,99 @@
 """What a sweep has found: every cell over its seeds, gains paired by seed, the published figures beside them
 
-The document is `SweepDocument`. A cell is a method under a router for a pair; its figures are of the last epoch on the
-test images. A gain is a cell less that of another router of the same method and pair, over the seeds that both have.
+A cell is a method under a router for a pair; its results are of the last epoch on the test images. A gain is a cell
+less that of another router of the same method and pair, over the seeds that both have.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import get_args
 
 from sakd_cli.config.routers import CLASSICAL, AdaptiveConfig
-from sakd_cli.report.render.format import number, plain
-from sakd_cli.report.runs.statistics import LEVEL, paired, spread, verdict_of
-from sakd_cli.report.sweep import published
-from sakd_cli.rundir import RunDir
+from sakd_cli.documents.sweep import Gain, MeanGain, RunState, Skipped, SweepCell, SweepDocument, SweepPair, SweepRun
+from sakd_cli.report.render.format import plain
+from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
+from sakd_cli.report.sweep.published import provenance, published_cell, published_pair
 
-SCHEMA = "sakd.sweep/1"
 LEARNED = AdaptiveConfig().name
+STATES: tuple[RunState, ...] = get_args(RunState)
+Cells = dict[tuple[str, str], list[SweepRun]]  # the runs of one pair by method and router
 
 
-@dataclass(frozen=True)
-class SweepEntry:
-    """One run as the sweep knows it; `whole`: on the whole data set, so that published figures may stand beside it."""
-
-    key: str
-    role: str
-    teacher: str | None
-    student: str
-    method: str | None
-    router: str | None
-    seed: int
-    epochs: int
-    dataset: str
-    whole: bool
-    state: str
-    resumed: bool
-    before: bool
-    error: str | None
-    run: RunDir | None
-
-
-class _Place(NamedTuple):
-    teacher: str
-    student: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.teacher}:{self.student}"
-
-
-def sweep_document(name: str, entries: Sequence[SweepEntry], skipped: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
-    """See above."""
-    runs = [_row(entry) for entry in entries]
-    places = list(dict.fromkeys(_Place(e.teacher, e.student) for e in entries if e.role == "student" and e.teacher))
-    comparable = {e.dataset if e.whole else None for e in entries if e.role == "student"}
-    dataset = comparable.pop() if len(comparable) == 1 else None
-    cells = [cell for k, place in enumerate(places) for cell in _cells(k, place, runs, dataset)]
-    gains = [gain for k, place in enumerate(places) for gain in _gains(k, place, runs, cells)]
-    beside = any(published.pair_figures(dataset, place.label) for place in places)
-    states = [entry.state for entry in entries]
-    return {
-        "schema": SCHEMA,
-        "name": plain(name),
-        "level": LEVEL,
-        "counts": {state: states.count(state) for state in ("done", "running", "waiting", "failed", "blocked")},
-        "pairs": [_pair(place, runs, dataset) for place in places],
-        "cells": cells,
-        "gains": gains,
-        "overall": list(_overall(gains)),
-        "skipped": [{"what": what, "reason": plain(reason)} for what, reason in skipped],
-        "published": published.about() if beside else None,
-        "runs": runs,
-    }
+def sweep_document(
+    name: str, runs: Sequence[SweepRun], skipped: Mapping[str, str], dataset: str | None
+) -> SweepDocument:
+    """See above; `dataset`: whose published figures may stand beside these, None where these are not on all of it."""
+    students = [run for run in runs if run.role == "student"]
+    pairs = list(dict.fromkeys((run.teacher, run.student) for run in students if run.teacher))
+    cells, gains = list[SweepCell](), list[Gain]()
+    for k, pair in enumerate(pairs):
+        own: Cells = {}
+        for run in students:
+            if (run.teacher, run.student) == pair and run.method and run.router:
+                own.setdefault((run.method, run.router), []).append(run)
+        cells += [_cell(k, f"{pair[0]}:{pair[1]}", key, same, dataset) for key, same in own.items()]
+        gains += _gains(k, own, {(cell.method, cell.router): cell.published for cell in cells if cell.pair == k})
+    found = [_pair(str(teacher), student, runs, dataset) for teacher, student in pairs]
+    states = [run.state for run in runs]
+    return SweepDocument(
+        name=plain(name),
+        level=LEVEL,
+        counts={state: states.count(state) for state in STATES},
+        pairs=found,
+        cells=cells,
+        gains=gains,
+        mean_gains=list(_mean_gains(gains)),
+        skipped=[Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
+        published=provenance() if any(pair.published for pair in found) else None,
+        runs=list(runs),
+    )
 
 
-def _row(entry: SweepEntry) -> dict[str, Any]:
-    summary = entry.run.summary.plain() if entry.run is not None and entry.run.finished else {}
-    headline, best, teacher = (summary.get(key) or {} for key in ("last", "best", "teacher"))
-    names = ("key", "role", "teacher", "student", "method", "router", "seed", "epochs", "state", "before", "resumed")
-    return {name: getattr(entry, name) for name in names} | {
-        "error": entry.error,
-        "run": None if entry.run is None else plain(entry.run.path),
-        "top1": number(headline.get("top1")),
-        "best_top1": number(best.get("top1")),
-        "loss": number(headline.get("loss")),
-        "seconds": number(summary.get("seconds")),
-        "teacher_top1": number(teacher.get("top1")),
-    }
+def _pair(teacher: str, student: str, runs: Sequence[SweepRun], dataset: str | None) -> SweepPair:
+    baseline = by_seed(run for run in runs if run.role == "baseline" and run.student == student)
+    trained = by_seed(run for run in runs if run.role == "teacher" and run.student == teacher)
+    # A teacher that was there already is known from its students' summaries.
+    known = by_seed((run for run in runs if run.role == "student" and run.teacher == teacher), "teacher_top1")
+    return SweepPair(
+        teacher=teacher,
+        student=student,
+        teacher_top1=next(iter([*trained.values(), *known.values()]), None),
+        baseline_seeds=list(baseline),
+        baseline=seed_statistics(baseline.values()),
+        published=published_pair(dataset, f"{teacher}:{student}"),
+    )
 
 
-def _by_seed(runs: list[dict[str, Any]], wanted: dict[str, Any], figure: str = "top1") -> dict[int, float]:
-    same = [run for run in runs if all(run[key] == value for key, value in wanted.items())]
-    return {run["seed"]: run[figure] for run in same if run[figure] is not None}
+def _cell(k: int, pair: str, key: tuple[str, str], runs: list[SweepRun], dataset: str | None) -> SweepCell:
+    top1, best = by_seed(runs), by_seed(runs, "best_top1")
+    return SweepCell(
+        pair=k,
+        method=key[0],
+        router=key[1],
+        seeds=list(top1),
+        top1=seed_statistics(top1.values()),
+        best=seed_statistics(best.values()),
+        published=published_cell(dataset, pair, *key),
+    )
 
 
-def _pair(place: _Place, runs: list[dict[str, Any]], dataset: str | None) -> dict[str, Any]:
-    alone = _by_seed(runs, {"role": "alone", "student": place.student})
-    trained = _by_seed(runs, {"role": "teacher", "student": place.teacher}).values()
-    # A teacher that was there before is known from its students' summaries.
-    seen = _by_seed(runs, {"role": "student", "teacher": place.teacher}, "teacher_top1").values()
-    told = published.pair_figures(dataset, place.label)
-    return place._asdict() | {
-        "teacher_top1": next(iter([*trained, *seen]), None),
-        "alone_seeds": list(alone),
-        "alone": spread(list(alone.values())),
-        "published": None if told is None else {key: number(told.get(key)) for key in ("teacher", "alone")},
-    }
-
-
-def _cells(k: int, place: _Place, runs: list[dict[str, Any]], dataset: str | None) -> Iterator[dict[str, Any]]:
-    own = [run for run in runs if run["role"] == "student" and (run["teacher"], run["student"]) == place]
-    for method, router in dict.fromkeys((run["method"], run["router"]) for run in own):
-        wanted = {"method": method, "router": router}
-        top1 = _by_seed(own, wanted)
-        yield (
-            {"pair": k}
-            | wanted
-            | {
-                "seeds": list(top1),
-                "top1": spread(list(top1.values())),
-                "best": spread(list(_by_seed(own, wanted, "best_top1").values())),
-                "published": published.cell(dataset, place.label, method, router),
-            }
-        )
-
-
-def _gains(k: int, place: _Place, runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _gains(k: int, cells: Cells, published: Mapping[tuple[str, str], float | None]) -> Iterator[Gain]:
     """Every router over the classical one, and the learned one over every other."""
-    here = {(cell["method"], cell["router"]): cell for cell in cells if cell["pair"] == k}
-    for method, router in here:
-        others = [other for name, other in here if name == method and other != router]
+    for method, router in cells:
+        others = [other for name, other in cells if name == method and other != router]
         for against in others:
             if against != CLASSICAL and (router != LEARNED or CLASSICAL not in others):
                 continue
-            where = {"role": "student", "teacher": place.teacher, "student": place.student, "method": method}
-            ours, theirs = (_by_seed(runs, where | {"router": name}) for name in (router, against))
-            seeds = [seed for seed in ours if seed in theirs]
-            found = paired([ours[seed] - theirs[seed] for seed in seeds])
-            printed = [here[method, name]["published"] for name in (router, against)]
-            yield {
-                "pair": k,
-                "method": method,
-                "router": router,
-                "against": against,
-                "seeds": seeds,
-                "difference": found["mean"],
-                "low": found["low"],
-                "high": found["high"],
-                "p": found["p"],
-                "verdict": verdict_of(found),
-                "published": None if None in printed else round(printed[0] - printed[1], 2),
-            }
+            found = paired_test(by_seed(cells[method, router]), by_seed(cells[method, against]))
+            ours, theirs = published[method, router], published[method, against]
+            printed = None if ours is None or theirs is None else round(ours - theirs, 2)
+            yield Gain(**dict(found), pair=k, method=method, router=router, against=against, published=printed)
 
 
-def _overall(gains: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for router, against in dict.fromkeys((gain["router"], gain["against"]) for gain in gains):
-        same = [g["difference"] for g in gains if (g["router"], g["against"]) == (router, against)]
-        known = [difference for difference in same if difference is not None]
-        if known:
-            yield {
-                "router": router,
-                "against": against,
-                "cells": len(known),
-                "above": sum(difference > 0 for difference in known),
-                "below": sum(difference < 0 for difference in known),
-                "mean": sum(known) / len(known),
-            }
+def _mean_gains(gains: list[Gain]) -> Iterator[MeanGain]:
+    for router, against in dict.fromkeys((gain.router, gain.against) for gain in gains):
+        same = [gain.difference for gain in gains if (gain.router, gain.against) == (router, against)]
+        if known := [difference for difference in same if difference is not None]:
+            above, below = sum(one > 0 for one in known), sum(one < 0 for one in known)
+            cells, mean = len(known), fmean(known)
+            yield MeanGain(router=router, against=against, cells=cells, above=above, below=below, mean=mean)
