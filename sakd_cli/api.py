@@ -1,23 +1,28 @@
 """The four things that the command line does, as calls, and the contracts for people who bring a method or a loop.
 
-    pretrain_teacher, distill, evaluate, inspect_spots      the commands of the same names, with the same words
+    pretrain_teacher, distill, evaluate, inspect_spots      the commands of the same names, with the same options
     Distiller, Router, StagedModel                          what to distil, where to, and what a network is
-    MethodConfig, Spot, Features, StageInfo, Batch          what these are made of and given (a method in words first)
-    Reporter                                                 who may listen to a training
+    MethodConfig, Spot, Features, StageInfo, Batch          what these are made of and given
+    Reporter                                                follows a training
 
-Nothing is printed, and every mistake is a `SakdError` (`sakd_cli.errors`). The words of a call win over the environment
-(`SAKD_*`), which wins over `config`, then `preset`, then the default, as on the command line; `settings` reaches every
-word of `sakd config show` by its dotted name, and wins over all. Torch is loaded by the first call that needs it.
+Nothing is printed, and every mistake is a `SakdError` (`sakd_cli.errors`). The arguments of a call win over the
+environment (`SAKD_*`), which wins over `config`, then `preset`, then the default, as on the command line; `settings`
+sets any key of `sakd config show` by its dotted name, and wins over all. Torch is loaded by the first call that needs
+it.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+from sakd_cli.config.base import own_name
+from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.options import options_of
 from sakd_cli.config.resolve import config_sources, resolve
+from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.training import Summary
@@ -37,45 +42,53 @@ if TYPE_CHECKING:
     from sakd_cli.models.staged import Features, StagedModel, StageInfo
     from sakd_cli.routing.router import Router
 
+# fmt: off
 __all__ = [
-    "Batch",
-    "Distiller",
-    "EnsembleEvaluation",
-    "Evaluation",
-    "Features",
-    "MethodConfig",
-    "Reporter",
-    "Router",
-    "RunResult",
-    "Spot",
-    "SpotsDocument",
-    "StageInfo",
-    "StagedModel",
-    "distill",
-    "evaluate",
-    "inspect_spots",
-    "pretrain_teacher",
+    "Batch", "DistillOptions", "Distiller", "EnsembleEvaluation", "Evaluation", "Features", "MethodConfig",
+    "PretrainOptions", "Reporter", "Router", "RunResult", "Spot", "SpotsDocument", "StageInfo", "StagedModel",
+    "distill", "evaluate", "inspect_spots", "pretrain_teacher",
 ]
-_HEAVY = {
-    "Batch": "sakd_cli.batch",
-    "Features": "sakd_cli.models.staged",
-    "Spot": "sakd_cli.models.spot",
-    "StageInfo": "sakd_cli.models.staged",
-    "Distiller": "sakd_cli.distillers.distiller",
-    "Router": "sakd_cli.routing.router",
-    "StagedModel": "sakd_cli.models.staged",
-    "Reporter": "sakd_cli.engine.reporter",
-}
+Place = str | Path
 Split = Literal["train", "validation", "test"]
-# Config about images or the machine, which only mean something when the networks are run.
+# Options about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
+_HEAVY = {
+    "Batch": "batch", "Distiller": "distillers.distiller", "Reporter": "engine.reporter", "Spot": "models.spot",
+    **dict.fromkeys(("Features", "StageInfo", "StagedModel"), "models.staged"), "Router": "routing.router",
+}
+Inputs = TypedDict("Inputs", {  # noqa: UP013
+    "dataset": str, "data_root": Place, "device": str, "runs_dir": Place, "settings": Mapping[str, Any],
+    "reporter": "Reporter",
+}, total=False)
+_Training = TypedDict("_Training", {  # noqa: UP013
+    "epochs": int, "batch_size": int, "lr": float, "milestones": Sequence[int], "validation": float, "seed": int,
+    "head": Literal["keep", "replace"], "precision": Literal["fp32", "bf16"], "compile": bool, "deterministic": bool,
+    "sync_batchnorm": bool, "log": Literal["tensorboard"], "preset": str, "config": Place, "run_dir": Place,
+    "resume": Place, "overwrite": bool,
+}, total=False)
+_Distillation = TypedDict("_Distillation", {  # noqa: UP013
+    "teacher": Place, "teacher_weights": Place, "student": str, "method": str, "router": str, "temperature": float,
+    "loss_weight": float, "dfa_weights": Place, "residual_students": int, "pretrain": bool, "cache_teacher": bool,
+    "allow_teacher_mismatch": bool, "global_batch": bool,
+}, total=False)
+# fmt: on
+
+
+class PretrainOptions(Inputs, _Training, total=False):
+    """The options of `sakd pretrain-teacher`, and `settings` and `reporter`."""
+
+    student_friendly: Sequence[str]
+
+
+class DistillOptions(Inputs, _Training, _Distillation, total=False):
+    """The options of `sakd distill`, and `settings` and `reporter`."""
 
 
 def __getattr__(name: str) -> Any:
     """The contracts, which load torch."""
     if name not in _HEAVY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HEAVY[name]), name)
+    return getattr(importlib.import_module(f"sakd_cli.{_HEAVY[name]}"), name)
 
 
 @dataclass(frozen=True)
@@ -92,192 +105,124 @@ class RunResult:
 
     @property
     def network(self) -> Path:
-        """Folder of the delivered network, which a `teacher` may name."""
+        """Folder of the exported network, which may be used as `teacher`."""
         folder = RunDir(self.path).deliverable
         if folder is None:
             raise UsageError(f"{self.path}: this run has not saved a network yet")
         return folder
 
 
-def pretrain_teacher(
-    model: str | None = None,
-    *,
-    dataset: str | None = None,
-    data_root: str | Path | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    preset: str | None = None,
-    config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    runs_dir: str | Path | None = None,
-    run_dir: str | Path | None = None,
-    resume: str | Path | None = None,
-    overwrite: bool = False,
-    reporter: "Reporter | None" = None,
-) -> RunResult:
-    """Train one network with cross-entropy: a teacher, or a student alone; `sakd pretrain-teacher`.
+def pretrain_teacher(model: str | None = None, **options: Unpack[PretrainOptions]) -> RunResult:
+    """Train one network with cross-entropy: a teacher, or a student from scratch; `sakd pretrain-teacher`.
 
-    resume   a run directory, or `"auto"`: the newest run of these words is gone on with, or left alone where finished
-    reporter  is told of every step that is logged, and may stop the run; None: nobody
+    options   as of the command, and `settings` (any key by its dotted name)
+    resume    a run directory, or `"auto"`: resume the newest run with these settings, unless it is finished
+    reporter  is called at every step that is logged, and may stop the run; default: none
     """
-    words, intent = resolve_command("pretrain", {"set_": (), **_given(locals(), "model")})
-    if intent.finished:
-        return _result(intent.summary)
-    from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.launch import Launcher
-
-    return _result(Launcher(reporter or NullReporter()).train(words, intent))
+    return _train("pretrain", {"model": model, **options})
 
 
-def distill(
-    *,
-    teacher: str | Path | None = None,
-    student: str | None = None,
-    method: str | None = None,
-    router: str | None = None,
-    pretrain: bool | None = None,
-    dataset: str | None = None,
-    data_root: str | Path | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    preset: str | None = None,
-    config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    runs_dir: str | Path | None = None,
-    run_dir: str | Path | None = None,
-    resume: str | Path | None = None,
-    overwrite: bool = False,
-    reporter: "Reporter | None" = None,
-) -> RunResult:
+def distill(**options: Unpack[DistillOptions]) -> RunResult:
     """Train a student from a teacher, deciding per sample and step where it learns; `sakd distill`.
 
     teacher   an architecture (its newest finished run), a run directory, or a weights file or folder
-    pretrain  train the teacher first where no finished run of it is there
+    pretrain  train the teacher first if it has no finished run
     resume, reporter   as for `pretrain_teacher`
     """
-    own = ("teacher", "student", "method", "router", "pretrain")
-    words, intent = resolve_command("distill", {"set_": (), **_given(locals(), *own)})
-    if intent.finished:
-        return _result(intent.summary)
-    from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.launch import Launcher
+    return _train("distill", options)
 
-    return _result(Launcher(reporter or NullReporter(), resume is not None).train(locate_inputs(words), intent))
+
+def _train(task: str, options: Mapping[str, Any]) -> RunResult:
+    config, plan = resolve_command(task, _params(PROCEDURES[task].command, options))
+    if (summary := plan.summary if plan.finished else None) is None:
+        from sakd_cli.engine.reporter import NullReporter
+        from sakd_cli.runs.launch import Launcher
+
+        launcher = Launcher(options.get("reporter") or NullReporter(), options.get("resume") is not None)
+        summary = launcher.train(locate_inputs(config) if task == "distill" else config, plan)
+    return RunResult(Path(str(summary.run)), summary)
+
+
+def _params(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as the options of its command, with paths as the command line has them."""
+    if wrong := options.keys() - {*options_of(command), "settings", "reporter"}:
+        raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
+    params = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    paths = {name: Path(params[name]) for name in ("config", "run_dir") if params.get(name) is not None}
+    return dict.fromkeys(options_of(command)) | params | paths
 
 
 def evaluate(
-    target: str | Path | None = None,
-    *,
-    teacher: str | Path | None = None,
-    early: bool = True,
-    dataset: str | None = None,
-    data_root: str | Path | None = None,
-    device: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    runs_dir: str | Path | None = None,
-    reporter: "Reporter | None" = None,
+    target: Place | None = None, *, teacher: Place | None = None, early: bool = True, **options: Unpack[Inputs]
 ) -> Evaluation | EnsembleEvaluation:
-    """Judge a trained network on the test images, as `sakd eval --json` says it.
+    """Evaluate a trained network on the test images: the document of `sakd eval --json`.
 
     target  a run, a folder of a network or its file; None: the newest run
-    early   whether images leave an ensemble of residual students early
+    early   whether images exit an ensemble of residual students early
     """
-    given = config_sources(_texts(locals(), "teacher", "dataset", "data_root", "device", "settings", "runs_dir"))
+    given = config_sources(_params("eval", {"teacher": teacher, **options}))
     found = [what_to_score(None if target is None else Path(target), resolve("eval", given).config.runs_dir)]
     check_teacher(found, forced=False, teacher=teacher)
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.evaluate_ensemble import evaluate_all
 
-    compelled = teacher is not None
-    (document,) = evaluate_all(found, given, reporter or NullReporter(), teacher_required=compelled, early=early)
+    reporter = options.get("reporter") or NullReporter()
+    (document,) = evaluate_all(found, given, reporter, teacher_required=teacher is not None, early=early)
     return document
 
 
 def inspect_spots(
-    run: str | Path | None = None,
+    run: Place | None = None,
     *,
     live: bool = False,
     split: Split = "train",
     sample: bool = False,
     seed: int = 0,
     extremes: int = measure.KEPT,
-    dataset: str | None = None,
-    data_root: str | Path | None = None,
-    device: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    runs_dir: str | Path | None = None,
-    reporter: "Reporter | None" = None,
+    **options: Unpack[Inputs],
 ) -> SpotsDocument:
-    """Where knowledge flowed in a distillation, as `sakd inspect-spots --json` says it; needs no torch.
+    """Where knowledge flowed in a distillation: the document of `sakd inspect-spots --json`; needs no torch.
 
-    But `live`, another split than `train` and every word about images or device run the networks again.
+    But `live`, another split than `train` and every option about images or device run the networks again.
 
     run     None: the newest distillation
     sample  draw once, from `seed`, instead of using probabilities; extremes: images at each end of each spot
     """
-    words = _texts(locals(), "dataset", "data_root", "device", "settings", "runs_dir") | {"live": live}
-    where = run_to_look_at(None if run is None else Path(run), words)
-    survey = looked_at(where, words, split, reporter, seed=seed, kept=extremes)
+    params = _params("inspect-spots", {"live": live, **options})
+    where = run_to_look_at(None if run is None else Path(run), params)
+    survey = looked_at(where, params, split, options.get("reporter"), seed=seed, extremes=extremes)
     document = measure.spot_document(where, survey, sample=sample, seed=seed, extremes=extremes)
     return SpotsDocument.model_validate(document)
 
 
-def run_to_look_at(named: Path | None, words: Mapping[str, Any]) -> RunDir:
-    """The run that is named, or the newest distillation on the data set that the words name."""
+def run_to_look_at(named: Path | None, options: Mapping[str, Any]) -> RunDir:
+    """The run that is named, or the newest distillation on the data set of the options."""
     if named:
         return RunDir(named)
-    places = {name: words[name] for name in ("dataset", "runs_dir")}
-    runs = resolve("eval", config_sources(places)).config.runs_dir
-    wanted = {"task": "distill"} | ({"data.name": words["dataset"]} if words["dataset"] else {})
+    runs = resolve("eval", config_sources({name: options[name] for name in ("dataset", "runs_dir")})).config.runs_dir
+    wanted = {"task": "distill"} | ({"data.name": name} if (name := _dataset(options)) else {})
     if (found := newest_run(runs, wanted, finished=False)) is None:
         raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
     return found
 
 
 def looked_at(
-    run: RunDir, words: Mapping[str, Any], split: Split, reporter: "Reporter | None", *, seed: int, kept: int
+    run: RunDir, options: Mapping[str, Any], split: Split, reporter: "Reporter | None", *, seed: int, extremes: int
 ) -> Survey | None:
-    """What the run kept by image, or what its networks say now where the words ask for that."""
+    """What the run recorded by image, or what its networks say now where the options ask for that."""
     data = run.config.get("data")
     own = data.get("name") if isinstance(data, dict) else None
-    another = words["dataset"] not in (None, own)
-    if not (another or split != "train" or any(words.get(name) for name in OF_LIVE)):
+    another = _dataset(options) not in (None, own)
+    if not (another or split != "train" or any(options.get(name) for name in OF_LIVE)):
         return survey_of(run, None)
-    spot_report(run)  # whatever is wrong with the record of the run is said before
+    spot_report(run)  # whatever is wrong with the record of the run is reported before
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.survey import live
 
-    return survey_of(run, live(run, config_sources(words), split, reporter or NullReporter(), seed=seed, kept=kept))
+    sources = config_sources(options)
+    return survey_of(run, live(run, sources, split, reporter or NullReporter(), seed=seed, kept=extremes))
 
 
-_TRAINING = (
-    "dataset",
-    "data_root",
-    "epochs",
-    "batch_size",
-    "seed",
-    "device",
-    "preset",
-    "config",
-    "settings",
-    "runs_dir",
-)
-
-
-def _given(names: Mapping[str, Any], *own: str) -> dict[str, Any]:
-    """The arguments of a training call as the options of its command."""
-    return _texts(names, *own, *_TRAINING, "run_dir", "resume", "overwrite")
-
-
-def _texts(names: Mapping[str, Any], *wanted: str) -> dict[str, Any]:
-    """Some arguments, with paths as the command line has them."""
-    words = {name: str(word) if isinstance(word := names[name], Path) else word for name in wanted}
-    return words | {name: Path(words[name]) for name in ("config", "run_dir") if words.get(name) is not None}
-
-
-def _result(summary: Summary) -> RunResult:
-    return RunResult(Path(str(summary.run)), summary)
+def _dataset(options: Mapping[str, Any]) -> str | None:
+    name = options["dataset"]
+    return name and (own_name(name, DATASETS) or name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.look_ahead import LookAhead

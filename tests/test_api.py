@@ -11,6 +11,7 @@ import pytest
 from conftest import CliRunner
 
 from sakd_cli import api
+from sakd_cli.config.options import options_of
 from sakd_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,20 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
         api.inspect_spots("nowhere")
     with pytest.raises(AttributeError, match="nothing"):
         api.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["pretrain-teacher", "distill"])
+def test_a_call_has_every_option_of_its_command(command: str) -> None:
+    options = {"distill": api.DistillOptions, "pretrain-teacher": api.PretrainOptions}[command]
+    printed = {"dry_run", "json", "quiet", "set_", "routers", "with_control", "seeds", "parallel", "model"}
+    assert {*options.__annotations__} - {"settings", "reporter"} == {*options_of(command)} - printed
+    with pytest.raises(TypeError, match="unknown option: epoch"):
+        api.distill(epoch=3)  # type: ignore[call-arg]
+
+
+def test_a_data_set_may_be_spelled_otherwise(distilled: dict[str, Any], trained_cli: CliRunner) -> None:
+    wanted = {"dataset": "Shapes", "runs_dir": str(trained_cli.path / "runs")}
+    assert api.run_to_look_at(None, wanted).config["data"]["name"] == "shapes"
 
 
 def test_the_contracts_are_there_and_the_import_is_cheap() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.training import ResidualConfig
 from sakd_cli.evaluation.early_exit import evaluate_batches, exit_curve, never, pareto
 from sakd_cli.models.ensemble import Ensemble
 from sakd_cli.models.exits import MEASURES, NEVER, RANGES, Exits, fit, leaving, mean_macs

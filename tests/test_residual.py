@@ -16,8 +16,8 @@ from test_step import batches, fit, make
 from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS
-from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.training import ResidualConfig
 from sakd_cli.documents.evaluation import Evaluations
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.training import FriendlyConfig
 from sakd_cli.documents.base import rounded
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate

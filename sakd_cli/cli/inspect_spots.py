@@ -36,7 +36,7 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
     reporter, plot = ConsoleReporter(quiet=options["quiet"]), options["plot"]
     where = run_to_look_at(run, options)
     extremes, seed = max(options["extremes"], measure.KEPT), options["sample_seed"]
-    survey = looked_at(where, options, options["split"], reporter, seed=seed, kept=extremes)
+    survey = looked_at(where, options, options["split"], reporter, seed=seed, extremes=extremes)
     report = measure.spot_document(where, survey, sample=options["sample"], seed=seed, extremes=extremes)
     if plot:
         plots.write(plots.spot_figure(report, options["panel"]), plot)

@@ -4,9 +4,8 @@ from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import LearnedConfig
-from sakd_cli.config.training import DistillConfig, RunConfig
+from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
 from sakd_cli.errors import UsageError
 
 SAME_FAMILY_BIAS = 10.0  # Song et al. (IEEE TIP 2022), and 0 for networks of two families

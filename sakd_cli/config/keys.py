@@ -21,41 +21,24 @@ TABLES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "router": ROUTE
 _BY_NAME: dict[type, Mapping[str, type[Any]]] = {MethodConfig: METHODS, RouterConfig: ROUTERS, DataConfig: DATASETS}
 
 # What other programs call our keys: RepDistiller, mdistiller (section and name, or the name alone), torchvision, timm.
+# fmt: off
 _THEIRS = {
-    "method.name": "distill distiller.type",
-    "method.kl_weight": "alpha a kd_weight",
-    "method.weight": "beta b feat_weight",
-    "method.ce_weight": "r gamma ce_weight",
-    "method.temperature": "kd_t temp t temperature",
-    "method.target": "dkd.alpha",
-    "method.others": "dkd.beta",
-    "method.distance": "rkd.distance_weight",
-    "method.angle": "rkd.angle_weight",
-    "method.stage": "hint_layer",
-    "method.power": "at.p",
-    "method.width": "feat_dim",
-    "method.negatives": "nce_k nce.k",
-    "method.momentum": "nce_m nce.momentum",
-    "method.contrast_temperature": "nce_t nce.temperature",
-    "method.warmup_epochs": "init_epochs",
-    "student": "model_s distiller.student",
-    "teacher.source": "path_t model_t distiller.teacher",
-    "train.epochs": "solver.epochs max_epochs",
-    "train.batch_size": "solver.batch_size",
-    "train.lr": "learning_rate solver.lr",
+    "method.name": "distill distiller.type", "method.kl_weight": "alpha a kd_weight",
+    "method.weight": "beta b feat_weight", "method.ce_weight": "r gamma ce_weight",
+    "method.temperature": "kd_t temp t temperature", "method.target": "dkd.alpha", "method.others": "dkd.beta",
+    "method.distance": "rkd.distance_weight", "method.angle": "rkd.angle_weight", "method.stage": "hint_layer",
+    "method.power": "at.p", "method.width": "feat_dim", "method.negatives": "nce_k nce.k",
+    "method.momentum": "nce_m nce.momentum", "method.contrast_temperature": "nce_t nce.temperature",
+    "method.warmup_epochs": "init_epochs", "student": "model_s distiller.student",
+    "teacher.source": "path_t model_t distiller.teacher", "train.epochs": "solver.epochs max_epochs",
+    "train.batch_size": "solver.batch_size", "train.lr": "learning_rate solver.lr",
     "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size",
-    "train.lr_decay": "lr_decay_rate lr_gamma decay_rate",
-    "train.momentum": "solver.momentum",
-    "train.weight_decay": "solver.weight_decay wd",
-    "data.name": "dataset.type",
-    "data.root": "data_path",
-    "data.workers": "num_workers",
-    "runtime.precision": "amp",
-    "seed": "trial",
-    "log_every": "print_freq",
-    "save_every": "save_freq",
-    "runs_dir": "output_dir",
+    "train.lr_decay": "lr_decay_rate lr_gamma decay_rate", "train.momentum": "solver.momentum",
+    "train.weight_decay": "solver.weight_decay wd", "data.name": "dataset.type", "data.root": "data_path",
+    "data.workers": "num_workers", "runtime.precision": "amp", "seed": "trial", "log_every": "print_freq",
+    "save_every": "save_freq", "runs_dir": "output_dir",
 }
+# fmt: on
 FOREIGN = {name: key for key, names in _THEIRS.items() for name in names.split()}
 # Pydantic's messages in plain words.
 _PLAIN = {

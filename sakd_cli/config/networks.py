@@ -46,31 +46,21 @@ def _named() -> list[Network]:
     resnets = [Network(f"resnet{d}", "resnet", {"depth": d}) for d in (8, 14, 20, 32, 44, 56, 110)]
     wide = [Network(f"resnet{d}x4", "resnet", {"depth": d, "widths": (32, 64, 128, 256)}, wide=True) for d in (8, 32)]
     wrns = [_wrn(d, w) for d, w in ((16, 1), (16, 2), (28, 4), (28, 10), (40, 1), (40, 2))]
-    large = [
-        Network("ResNet18", "resnet_imagenet", {"blocks": (2, 2, 2, 2), "bottleneck": False}),
-        Network("ResNet34", "resnet_imagenet", {"blocks": (3, 4, 6, 3), "bottleneck": False}),
-        Network("ResNet50", "resnet_imagenet", {"blocks": (3, 4, 6, 3), "bottleneck": True}),
-        Network("ResNet101", "resnet_imagenet", {"blocks": (3, 4, 23, 3), "bottleneck": True}),
-        Network("ResNet152", "resnet_imagenet", {"blocks": (3, 8, 36, 3), "bottleneck": True}),
-    ]
-    vggs = [
-        Network("vgg8", "vgg", {"convolutions": (1, 1, 1, 1, 1)}),
-        Network("vgg11", "vgg", {"convolutions": (1, 1, 2, 2, 2)}),
-        Network("vgg13", "vgg", {"convolutions": (2, 2, 2, 2, 2)}),
-        Network("vgg16", "vgg", {"convolutions": (2, 2, 3, 3, 3)}),
-        Network("vgg19", "vgg", {"convolutions": (2, 2, 4, 4, 4)}),
-    ]
+    blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+    large = [Network(f"ResNet{d}", "resnet_imagenet", {"blocks": blocks[d], "bottleneck": d >= 50}) for d in blocks]
+    layers = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+    vggs = [Network(f"vgg{d}", "vgg", {"convolutions": layers[d]}) for d in layers]
     # The benchmarks (RepDistiller, mdistiller) call the half-width one MobileNetV2.
     mobile = [
-        Network("MobileNetV2", "mobilenetv2", {"width": 1.0}, lr=0.01),
-        Network("MobileNetV2_half", "mobilenetv2", {"width": 0.5}, lr=0.01),
+        Network(f"MobileNetV2{name}", "mobilenetv2", {"width": width}, lr=0.01)
+        for name, width in (("", 1.0), ("_half", 0.5))
     ]
     # ShuffleNetV2 without a number is 1x, as in the benchmarks (ShuffleV2 there).
-    shuffle = [
-        Network("ShuffleNetV1", "shufflenetv1", {}, lr=0.01),
-        Network("ShuffleNetV2", "shufflenetv2", {"widths": (116, 232, 464), "embedding": 1024}, lr=0.01),
-        Network("ShuffleNetV2_0_5", "shufflenetv2", {"widths": (48, 96, 192), "embedding": 1024}, lr=0.01),
-        Network("ShuffleNetV2_2", "shufflenetv2", {"widths": (244, 488, 976), "embedding": 2048}, lr=0.01),
+    widths = {"": (116, 232, 464, 1024), "_0_5": (48, 96, 192, 1024), "_2": (244, 488, 976, 2048)}
+    shuffle = [Network("ShuffleNetV1", "shufflenetv1", {}, lr=0.01)]
+    shuffle += [
+        Network(f"ShuffleNetV2{name}", "shufflenetv2", {"widths": (*w,), "embedding": embedding}, lr=0.01)
+        for name, (*w, embedding) in widths.items()
     ]
     return resnets + wide + wrns + large + vggs + mobile + shuffle
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, friendly, routers
+from sakd_cli.config import datasets, routers
 from sakd_cli.config.base import EFFECTIVE, own_name
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS
-from sakd_cli.config.training import STUDENT_KEYS, TASKS
+from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
 
@@ -27,7 +27,7 @@ _PRIMARY_KEYS = {
     "router": ("name", set(routers.LearnedConfig.model_fields)),
     "data": ("name", set(datasets.DataConfig.model_fields)),
     "teacher": ("source", {"pretrain", "epochs", "cache", "allow_mismatch"}),
-    "friendly": ("students", set(friendly.FriendlyConfig.model_fields)),
+    "friendly": ("students", set(FriendlyConfig.model_fields)),
 }
 
 

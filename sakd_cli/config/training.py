@@ -1,4 +1,4 @@
-"""One whole run in words: what `config.yaml` of a run directory holds and what the command line makes."""
+"""The config of a whole run: what `config.yaml` of a run directory has and what the command line makes."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,10 +18,8 @@ from pydantic import (
 
 from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
-from sakd_cli.config.friendly import FriendlyConfig
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.files import expanded
@@ -31,11 +29,19 @@ Folder = Annotated[Path, AfterValidator(expanded)]
 Weights = Literal["library"] | Folder
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (as Park et al., NeurIPS 2021).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
-# Config that may change between two parts of one run: where it works, not what it computes.
+# Settings that may change when a run is resumed: where it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 # These and how the teacher is named: two runs are the same wherever it lies, for it is known by its SHA-256.
 LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+EXITS = ("rule", "delta", "theta", "budget", "uncertainty")
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(names)}: a student is named twice")
+    return names
 
 
 class Train(Config):
@@ -105,6 +111,80 @@ class Runtime(Config):
         return self
 
 
+class FriendlyConfig(Config):
+    """Student branches on a teacher in training (Park et al., NeurIPS 2021); the defaults are the paper's."""
+
+    students: Annotated[tuple[NetworkName, ...], Field(min_length=1), AfterValidator(_each_once)]
+    """Networks whose tails are attached to the teacher; the losses are averaged over all branches."""
+    lambda_t: NonNegativeFloat = 1.0
+    """Weight of the teacher's cross-entropy."""
+    lambda_kl: NonNegativeFloat = 3.0
+    """Weight of the KL divergence between teacher and branches."""
+    lambda_ce: NonNegativeFloat = 1.0
+    """Weight of the branches' own cross-entropy."""
+    tau: PositiveFloat = 1.0
+    """Softmax temperature of the KL divergence."""
+    kl: Literal["forward", "reverse"] = "forward"
+    """Direction of the divergence: forward is KL(teacher || branch), reverse is KL(branch || teacher)."""
+    share_branches: bool = False
+    """One student serves all its branches; otherwise each branch has its own."""
+    detach_target: bool = False
+    """Stop the gradient of the KL divergence at the teacher's logits."""
+    detach_features: bool = False
+    """Stop the branches' gradient at the teacher's maps; an ablation, which removes the point of the method."""
+
+
+class ResidualConfig(Config):
+    """Residual students (ResKD, Li et al., IEEE TIP 2021): lighter networks, trained on the remaining error."""
+
+    students: NonNegativeInt = 0
+    """Number of residual students at most; 0: the student without any."""
+    architectures: Annotated[
+        tuple[NetworkName, ...] | None, BeforeValidator(lambda value: None if value in ("auto", ["auto"]) else value)
+    ] = None
+    """One network per residual student; None or auto: the largest of the family within ratio of the one before."""
+    ratio: PositiveFloat = 0.7
+    """Largest MACs of an automatic residual student, as a fraction of the network before it; this project's choice."""
+    loss: Literal["kl", "mse", "inner"] = "kl"
+    """kl: (1 - alpha) CE + alpha T^2 KL of the summed logits; mse: the missing logits; inner: the run's own method."""
+    alpha: Share = 0.9
+    """Weight of the KL term of loss kl; 0.9 as in RepDistiller."""
+    temperature: PositiveFloat = 4.0
+    """Softmax temperature of loss kl; 4 as in RepDistiller."""
+    init: Literal["default", "zero"] = "default"
+    """zero: the last layer starts at zero, so that a residual student changes nothing at first."""
+    max_cost: PositiveFloat = 0.6
+    """Largest MACs of all members, as a fraction of the teacher's; this project's choice."""
+    energy: NonNegativeFloat = 0.02
+    """Relative energy of the missing logits below which no further student is trained; this project's choice."""
+    min_gain: float = 0.02
+    """Fraction by which a residual student must lower that energy to be used; this project's choice."""
+    calibration: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Fraction of the training images that no student sees: they decide when to stop and when images exit."""
+    calibration_min: PositiveInt = 500
+    """Least number of calibration images, though never more than a fifth of the training images."""
+    rule: Literal["agreement", "accuracy", "fixed", "budget"] = "agreement"
+    """How exit thresholds are fitted: agreement or accuracy, up to delta; fixed: theta; budget: mean cost."""
+    delta: Share = 0.01
+    """Largest loss of agreement or accuracy that early exit may cost, as a fraction of the images."""
+    theta: Share = 0.5
+    """Exit threshold of rule fixed."""
+    budget: PositiveFloat = 0.5
+    """Mean cost of rule budget, as a fraction of the teacher's MACs."""
+    uncertainty: Literal["entropy", "maxprob", "margin", "energy"] = "entropy"
+    """What is compared with the threshold: entropy, maxprob, margin or energy of the logits, in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _one_name_per_student(self) -> "ResidualConfig":
+        if self.architectures is not None and len(self.architectures) != self.students:
+            raise ValueError(f"{len(self.architectures)} architectures are named for {self.students} residual students")
+        return self
+
+    def exits(self) -> dict[str, Any]:
+        """The settings of early exit, which need no training."""
+        return self.model_dump(include={*EXITS})
+
+
 class RunConfig(Config):
     """What every run has."""
 
@@ -145,11 +225,11 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fine_tuning_is_short_and_slow(cls, words: Any) -> Any:
-        train = words.get("train", {}) if isinstance(words, dict) and words.get("init_from") is not None else None
+    def _fine_tuning_is_short_and_slow(cls, values: Any) -> Any:
+        train = values.get("train", {}) if isinstance(values, dict) and values.get("init_from") is not None else None
         if not isinstance(train, dict):
-            return words
-        return words | {"train": FINE_TUNING | {key: value for key, value in train.items() if value is not None}}
+            return values
+        return values | {"train": FINE_TUNING | {key: value for key, value in train.items() if value is not None}}
 
 
 def _source(value: Any) -> Any:
@@ -176,13 +256,13 @@ class TeacherConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _weights_say_whose_they_are(cls, words: Any) -> Any:
-        if isinstance(words, dict) and words.get("weights") is not None and words.get("source") is None:
-            return words | {"source": str(words["weights"])}
-        return words
+    def _weights_say_whose_they_are(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("weights") is not None and values.get("source") is None:
+            return values | {"source": str(values["weights"])}
+        return values
 
 
-# What a distillation says of its student, and a pretraining does not know.
+# Settings of a distillation about its student, which a pretraining does not have.
 STUDENT_KEYS = (
     *("student", "method", "router", "stage_map", "init_from_branches", "residual"),
     *("student_weights", "head"),
@@ -224,11 +304,11 @@ class DistillConfig(RunConfig):
         return router
 
     def pretraining(self) -> dict[str, Any]:
-        """The words of the run that trains this run's teacher."""
-        words = self.model_dump(mode="json", exclude={"task", "teacher", *STUDENT_KEYS})
-        return words | {
+        """The settings of the run that trains this run's teacher."""
+        settings = self.model_dump(mode="json", exclude={"task", "teacher", *STUDENT_KEYS})
+        return settings | {
             "model": self.teacher.source,
-            "train": words["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),
+            "train": settings["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),
         }
 
 

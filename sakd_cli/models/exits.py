@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.training import ResidualConfig
 
 NEVER = -1.0  # below every uncertainty
 

@@ -15,10 +15,9 @@ from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_lr
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.residual import ResidualConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
-from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import hold_out, limit_train
 from sakd_cli.data.generators import seeded_generator

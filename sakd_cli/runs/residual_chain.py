@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.networks import NETWORKS, find_network
-from sakd_cli.config.residual import ResidualConfig
-from sakd_cli.config.training import DistillConfig
+from sakd_cli.config.training import DistillConfig, ResidualConfig
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.documents.base import Part

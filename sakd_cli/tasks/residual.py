@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.residual import ResidualConfig
+from sakd_cli.config.training import ResidualConfig
 from sakd_cli.distillers.kd import softened_kl
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import StagedModel

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.friendly import FriendlyConfig
+from sakd_cli.config.training import FriendlyConfig
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.branches import Branches
