@@ -15,7 +15,7 @@ from sakd_cli.config.options import options_of
 from sakd_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
-FEW = {"data.train": 200, "data.test": 100}
+FEW = {"data.train": 100, "data.test": 60}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_a_call_makes_the_run_that_the_command_makes(
     assert [spot.name for spot in spots.overall] == ["stage2", "logits"]
     live = api.inspect_spots(run.path, split="test", extremes=1)
     assert live.measured is not None
-    assert live.measured.images == 100
+    assert live.measured.images == 60
 
 
 def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
         "student": "resnet8",
         "dataset": "shapes",
         "epochs": 1,
-        "settings": FEW,
+        "settings": FEW | {"data.train": 200},
     }
     with pytest.raises(Stopped):
         api.distill(run_dir="stopped", reporter=follower, **words)
