@@ -12,8 +12,9 @@ from conftest import CliRunner
 from rich.console import Console
 
 from sakd_cli.bench.compare import comparison
-from sakd_cli.bench.measure import _headline
+from sakd_cli.bench.measure import reported
 from sakd_cli.bench.timing import Ratio
+from sakd_cli.documents.bench import Bench, ReportedRatio
 from sakd_cli.report.bench import bench_tables
 
 SMALL = shlex.split(
@@ -39,9 +40,9 @@ def found(cli: CliRunner) -> dict[str, Any]:
 
 
 def test_the_document_has_its_schema(found: dict[str, Any]) -> None:
-    keys = {"schema", "environment", "setup", "steps", "ratios", "headline", "phases", "seconds_to_first_step"}
-    assert set(found) == keys | {"scaling", "compared"}
-    assert found["schema"] == "sakd.bench/1"
+    keys = {"schema", "environment", "setup", "steps", "ratios", "reported", "phases", "seconds_to_first_step"}
+    assert set(found) == keys | {"scaling", "comparison"}
+    assert found["schema"] == "sakd.bench/2"
     assert {"cpu", "cpu_flags", "cores", "threads", "load", "torch", "mode", "device"} <= set(found["environment"])
     assert found["environment"]["threads"] == 1
     assert (found["setup"]["method"], found["setup"]["batch"], found["setup"]["rounds"]) == ("at", 4, 1)
@@ -55,48 +56,50 @@ def test_the_document_has_its_schema(found: dict[str, Any]) -> None:
     assert all(line["rounds"] == 1 for line in found["ratios"])
     phases = ["teacher pass", "student forward", "routed pass", "losses", "backward", "update", "data"]
     assert [line["name"] for line in found["phases"]] == phases
-    assert sum(line["share"] for line in found["phases"]) == pytest.approx(1)
-    assert all(line["share"] > 0 for line in found["phases"])
+    assert sum(line["fraction"] for line in found["phases"]) == pytest.approx(1)
+    assert all(line["fraction"] > 0 for line in found["phases"])
     assert [line["value"] for line in found["scaling"]["points"]] == [1, 2, 4]
 
 
 def test_the_tables_have_a_line_for_everything(found: dict[str, Any]) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    with_comparison = found | {"compared": comparison(found, found)}
-    for table in bench_tables(with_comparison):
+    result = Bench.model_validate(found)
+    for table in bench_tables(result.model_copy(update={"comparison": comparison(result, result)})):
         console.print(table)
     text = console.export_text()
     assert all(name in text for name in [*NAMES, "routed pass", "Scaling", "No regression."])
 
 
-def test_a_headline_needs_quiet_rounds_on_a_quiet_machine() -> None:
+def test_a_reported_ratio_needs_quiet_rounds_on_a_quiet_machine() -> None:
     steady = Ratio(2.0, 1.9, 2.1, 7, 1.1)
-    result = [_headline({"plain": steady, "kd": steady, "literal": r}) for r in (steady, steady._replace(high=2.5))]
-    result.append(_headline({"plain": steady, "kd": steady._replace(busy=3.0)}))
-    assert result[0] == {"above": "literal", "median": 2.0, "refused": None}
-    assert result[1]["refused"] == "the rounds spread by 30 %, above 25 %"
-    assert (result[2]["above"], result[2]["median"]) == ("kd", None)
-    assert "busy" in result[2]["refused"]
+    result = [reported({"plain": steady, "kd": steady, "literal": r}) for r in (steady, steady._replace(high=2.5))]
+    result.append(reported({"plain": steady, "kd": steady._replace(busy=3.0)}))
+    assert result[0] == ReportedRatio(above="literal", median=2.0, reason=None)
+    assert result[1].reason == "the rounds scatter by 30 %, above 25 %"
+    assert (result[2].above, result[2].median) == ("kd", None)
+    assert "busy" in str(result[2].reason)
 
 
 def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
-    def times(factor: float, result: dict[str, Any]) -> dict[str, Any]:
-        made = copy.deepcopy(result)
-        for line in made["ratios"]:
-            line["median"] *= factor
-        return made
+    first = Bench.model_validate(found)
 
-    slower = times(0.8, found)
-    slower["compared"] = comparison(found, slower)
-    assert all(line["slow"] for line in slower["compared"]["ratios"])
-    assert not slower["compared"]["regressed"]
-    assert comparison(slower, slower)["regressed"], "held against what was recorded first, not against the slow one"
-    assert not comparison(slower, found)["regressed"]
-    assert not any(line["slow"] for line in comparison(found, times(0.9, found))["ratios"])
+    def times(factor: float) -> Bench:
+        ratios = [ratio.model_copy(update={"median": factor * ratio.median}) for ratio in first.ratios]
+        return first.model_copy(update={"ratios": ratios})
+
+    slower = times(0.8)
+    change = comparison(first, slower)
+    assert all(ratio.slow for ratio in change.ratios)
+    assert not change.regressed
+    slower = slower.model_copy(update={"comparison": change})
+    assert comparison(slower, slower).regressed, "compared with what was recorded first, not with the slow one"
+    assert not comparison(slower, first).regressed
+    assert not any(ratio.slow for ratio in comparison(first, times(0.9)).ratios)
     dearer = copy.deepcopy(found)
     dearer["steps"][3]["synchronisations"] += 1
-    assert comparison(found, dearer)["regressed"], "counters are exact"
-    assert [line["counter"] for line in comparison(found, dearer)["risen"]] == ["synchronisations"]
+    change = comparison(first, Bench.model_validate(dearer))
+    assert change.regressed, "counters are exact"
+    assert [one.counter for one in change.risen] == ["synchronisations"]
 
 
 @pytest.mark.parametrize(
@@ -109,10 +112,10 @@ def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
         ("--peer nowhere", "--peer nowhere: no such folder"),
         ("--peer . --peer-entry step", "must be module:function"),
         ("--peer . --peer-entry no_such_module_of_ours:step", "does not load (ModuleNotFoundError"),
-        ("--compare nothing.json", "nothing.json: No such file"),
-        ("--compare text.json", "text.json: is not JSON"),
-        ("--compare other.json", "other.json: is no result of `sakd bench --json`"),
-        ("--compare strange.json", "strange.json: is no result of `sakd bench --json`"),
+        ("--compare nothing.json", "nothing.json: missing or damaged"),
+        ("--compare text.json", "text.json: missing or damaged"),
+        ("--compare other.json", "other.json: missing or damaged"),
+        ("--compare strange.json", "strange.json: missing or damaged"),
         ("--compare elsewhere.json", "another machine or mode (differs in cpu)"),
         ("--compare known.json --method sp", "another setup (differs in method)"),
     ],
@@ -122,7 +125,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 ) -> None:
     elsewhere = found["environment"] | {"cpu": "another"}
     known = found | {"environment": found["environment"], "setup": found["setup"] | {"method": "fitnet"}}
-    documents = {"other": [], "strange": {"schema": "sakd.bench/1"}, "elsewhere": found | {"environment": elsewhere}}
+    documents = {"other": [], "strange": {"schema": "sakd.bench/2"}, "elsewhere": found | {"environment": elsewhere}}
     for name, document in (documents | {"known": known}).items():
         (cli.path / f"{name}.json").write_text(json.dumps(document))
     (cli.path / "text.json").write_text("text")

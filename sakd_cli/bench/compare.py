@@ -1,76 +1,57 @@
 """Whether we became slower since an earlier result. No torch."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sakd_cli.documents.bench import Bench, BenchComparison, BenchSetup, RatioChange, RisenCounter
 from sakd_cli.errors import UsageError
+from sakd_cli.files import read_document
 
 SLOWER = 0.85  # of the earlier ratio: below it in two results in a row is a regression
 MACHINE = ("cpu", "cpu_flags", "cores", "device", "chip", "threads", "torch", "mode")
 COUNTED = ("gflop", "synchronisations", "saved_bytes")
 
 
-def earlier(path: Path, schema: str) -> dict[str, Any]:
+def earlier(path: Path) -> Bench:
     """A result from a file. Raises UsageError where it is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--compare {path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"--compare {path}: is not JSON") from None
-    if not isinstance(found, dict) or found.get("schema") != schema or not _has_lines(found):
-        raise UsageError(f"--compare {path}: is no result of `sakd bench --json` ({schema})")
-    return found
+        return read_document(path, Bench)
+    except UsageError as error:
+        raise UsageError(f"--compare {error.message}", "a file that `sakd bench --json` has printed") from None
 
 
-def must_be_alike(before: dict[str, Any], environment: dict[str, Any], setup: dict[str, Any]) -> None:
+def must_be_alike(before: Bench, environment: Mapping[str, Any], setup: BenchSetup) -> None:
     """Raise UsageError where an earlier result is of another machine or of another setup."""
-    for what, then, now, keys in (
-        ("machine or mode", before.get("environment"), environment, MACHINE),
-        ("setup", before.get("setup"), setup, tuple(setup)),
-    ):
-        different = [key for key in keys if not isinstance(then, dict) or then.get(key) != now.get(key)]
+    machine = [key for key in MACHINE if before.environment.get(key) != environment[key]]
+    changed = [key for key, value in setup if getattr(before.setup, key) != value]
+    for what, different in (("machine or mode", machine), ("setup", changed)):
         if different:
             raise UsageError(f"--compare: another {what} (differs in {', '.join(different)})")
 
 
-def comparison(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def comparison(before: Bench, now: Bench) -> BenchComparison:
     """Ratios and counters then and now; the results `must_be_alike`.
 
-    A ratio is slow where it is 15 % below what was recorded; `base` is what it is held against, and stays the same
+    A ratio is slow where it is 15 % below what was recorded; `base` is what it is compared with, and stays the same
     while it is slow. It has regressed where it was slow in the earlier result already. A counter has where it rose.
     """
-    already = {line["name"]: line for line in (before.get("compared") or {"ratios": []})["ratios"]}
-    old = {line["above"]: line["median"] for line in before["ratios"]}
-    ratios = []
-    for line in now["ratios"]:
-        name = line["above"]
-        if name not in old:
-            continue
-        was_slow = bool(already.get(name, {}).get("slow"))
-        base = already[name]["base"] if was_slow else old[name]
-        slow = line["median"] < SLOWER * base
-        ratios.append({"name": name, "base": base, "now": line["median"], "slow": slow, "regressed": slow and was_slow})
-    counters = _risen(before["steps"], now["steps"])
-    return {"ratios": ratios, "risen": counters, "regressed": bool(counters) or any(r["regressed"] for r in ratios)}
-
-
-def _risen(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    old = {line["name"]: line for line in before}
-    return [
-        {"name": line["name"], "counter": key, "before": old[line["name"]][key], "now": line[key]}
-        for line in now
-        if line["name"] in old
+    slow = {one.name: one.base for one in before.comparison.ratios if one.slow} if before.comparison else {}
+    bases = {ratio.above: ratio.median for ratio in before.ratios} | slow
+    ratios = [_change(ratio.above, bases, ratio.median, slow) for ratio in now.ratios if ratio.above in bases]
+    old = {step.name: step for step in before.steps}
+    risen = [
+        RisenCounter(name=step.name, counter=key, before=then, now=count)
+        for step in now.steps
+        if step.name in old
         for key in COUNTED
-        if line[key] is not None and old[line["name"]][key] is not None and line[key] > old[line["name"]][key]
+        if (then := getattr(old[step.name], key)) is not None
+        if (count := getattr(step, key)) is not None and count > then
     ]
+    regressed = bool(risen) or any(ratio.regressed for ratio in ratios)
+    return BenchComparison(ratios=ratios, risen=risen, regressed=regressed)
 
 
-def _has_lines(found: dict[str, Any]) -> bool:
-    """Whether it holds what is compared."""
-    try:
-        comparison(found, found)
-    except (KeyError, TypeError, AttributeError):
-        return False
-    return True
+def _change(name: str, bases: Mapping[str, float], now: float, already_slow: Mapping[str, float]) -> RatioChange:
+    slow = now < SLOWER * bases[name]
+    return RatioChange(name=name, base=bases[name], now=now, slow=slow, regressed=slow and name in already_slow)

@@ -11,10 +11,10 @@ import torch
 
 from sakd_cli.bench.phases import phases
 from sakd_cli.bench.steps import OURS, Setup, Step, steps
-from sakd_cli.bench.timing import BUSY, SPREAD, Ratio, Times, interleaved
+from sakd_cli.bench.timing import BUSY, SCATTER, Ratio, Times, interleaved
+from sakd_cli.documents.bench import Bench, BenchSetup, PhaseTime, ReportedRatio, TimedRatio, TimedStep
 from sakd_cli.engine.runtime import environment, resolve_mode
 
-SCHEMA = "sakd.bench/1"
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 STEPS_OF_A_ROUND = 200  # on a GPU, which is waited for at a round's end only
 
@@ -37,8 +37,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], None]) -> dict[str, Any]:
-    """The document of `sakd bench`; ratios are of every step over ours (`adaptive`), so that more is better for us."""
+def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], None]) -> Bench:
+    """Ratios are of every step over ours (`adaptive`), so that more is better for us."""
     begin = time.perf_counter()
     say("building and counting the steps")
     compared = [*steps(setup), *peers]
@@ -46,33 +46,31 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     say(f"{how.warmup} + {how.rounds} rounds of {', '.join(step.name for step in compared)}")
     times, peaks = timed(setup, compared, how)
     ratios = {step.name: times.ratio(step.name, OURS) for step in compared if step.name != OURS}
-    shares = phases(setup, rounds=how.rounds, warmup=how.warmup)
-    return {
-        "schema": SCHEMA,
-        "environment": machine(setup),
-        "setup": described(setup, how),
-        "steps": [_line(setup, step, times, peaks) for step in compared],
-        "ratios": [_ratio(name, ratio) for name, ratio in ratios.items()],
-        "headline": _headline(ratios),
-        "phases": [{"name": n, "ms": 1000 * s, "share": s / sum(shares.values())} for n, s in shares.items()],
-        "seconds_to_first_step": first,
-        "scaling": None,
-        "compared": None,
-    }
+    spent = phases(setup, rounds=how.rounds, warmup=how.warmup)
+    total = sum(spent.values())
+    return Bench(
+        environment=machine(setup),
+        setup=described(setup, how),
+        steps=[_step(setup, step, times, peaks) for step in compared],
+        ratios=[TimedRatio(above=name, below=OURS, stable=r.stable, **r._asdict()) for name, r in ratios.items()],
+        reported=reported(ratios),
+        phases=[PhaseTime(name=name, ms=1000 * s, fraction=s / total) for name, s in spent.items()],
+        seconds_to_first_step=first,
+    )
 
 
-def described(setup: Setup, how: Rounds) -> dict[str, Any]:
-    """What was measured, in words."""
-    return {
-        "teacher": setup.config.teacher.source,
-        "student": setup.config.student,
-        "method": setup.config.method.name,
-        "batch": setup.size,
-        "side": setup.side,
-        "images": setup.images,
-        "classes": setup.classes,
+def described(setup: Setup, how: Rounds) -> BenchSetup:
+    """What is measured."""
+    return BenchSetup(
+        teacher=setup.config.teacher.source,
+        student=setup.config.student,
+        method=setup.config.method.name,
+        batch=setup.size,
+        side=setup.side,
+        images=setup.images,
+        classes=setup.classes,
         **how._asdict(),
-    }
+    )
 
 
 def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[str, int]]:
@@ -96,40 +94,35 @@ def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[
     return Times(cpu, wall, waited=True), peaks
 
 
-def _line(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> dict[str, Any]:
+def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> TimedStep:
     milliseconds = [1000 * seconds for seconds in times.counting[step.name]]
     median, counted = times.milliseconds(step.name), step.counted
-    return {
-        "name": step.name,
-        "about": step.about,
-        "ms": median,
-        "ms_low": min(milliseconds),
-        "ms_high": max(milliseconds),
-        "images_per_second": 1000 * setup.size / median,
-        "gflop": None if counted is None else counted.flops / 1e9,
-        "gflop_per_second": None if counted is None else counted.flops / 1e6 / median,
-        "operations": None if counted is None else counted.operations,
-        "synchronisations": None if counted is None else counted.reads,
-        "saved_bytes": None if counted is None else counted.held,
-        "peak_bytes": peaks.get(step.name),
-    }
+    return TimedStep(
+        name=step.name,
+        about=step.about,
+        ms=median,
+        ms_low=min(milliseconds),
+        ms_high=max(milliseconds),
+        images_per_second=1000 * setup.size / median,
+        gflop=counted and counted.flops / 1e9,
+        gflop_per_second=counted and counted.flops / 1e6 / median,
+        operations=counted and counted.operations,
+        synchronisations=counted and counted.reads,
+        saved_bytes=counted and counted.held,
+        peak_bytes=peaks.get(step.name),
+    )
 
 
-def _ratio(name: str, ratio: Ratio) -> dict[str, Any]:
-    return {"above": name, "below": OURS} | ratio._asdict() | {"firm": ratio.stable}
-
-
-def _headline(ratios: dict[str, Ratio]) -> dict[str, Any]:
+def reported(ratios: dict[str, Ratio]) -> ReportedRatio:
     """The published step over ours (without one, plain distillation over ours), or why it is none."""
     name = "literal" if "literal" in ratios else list(ratios)[1]
-    ratio, refused = ratios[name], None
+    ratio, reason = ratios[name], None
     if ratio.busy > BUSY:
-        refused = f"wall time is {ratio.busy:.1f} times CPU time: the machine was busy"
+        reason = f"wall time is {ratio.busy:.1f} times CPU time: the machine was busy"
     elif not ratio.stable:
-        refused = (
-            f"the rounds spread by {100 * (ratio.high - ratio.low) / ratio.median:.0f} %, above {100 * SPREAD:g} %"
-        )
-    return {"above": name, "median": None if refused else ratio.median, "refused": refused}
+        width = 100 * (ratio.high - ratio.low) / ratio.median
+        reason = f"the rounds scatter by {width:.0f} %, above {100 * SCATTER:g} %"
+    return ReportedRatio(above=name, median=None if reason else ratio.median, reason=reason)
 
 
 def machine(setup: Setup) -> dict[str, Any]:

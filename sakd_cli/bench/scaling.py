@@ -13,6 +13,7 @@ from sakd_cli.bench.measure import Rounds, timed
 from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, plain_distillation
 from sakd_cli.config.networks import find_network
 from sakd_cli.distillers.table import DISTILLERS
+from sakd_cli.documents.bench import Scaling, ScalingPoint
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.models.spot import align_stages
 
@@ -90,22 +91,23 @@ def points_of(axis: str, setup: Setup) -> Points:
     return AXES[axis](setup)
 
 
-def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -> dict[str, Any]:
-    """Per value of the axis: ms of our step and of plain distillation, and the ratio of the two."""
-    found: list[dict[str, Any]] = []
+def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -> Scaling:
+    """Time our step and plain distillation at each value of the axis."""
+    found: list[ScalingPoint] = []
     for value, setup in points:
         say(f"{axis} {value}")
         if AXES[axis] is _runs:
-            found.append({"value": value, "ms": _together(setup, value, how), "kd_ms": None, "ratio": None})
+            found.append(ScalingPoint(value=value, ms=_at_once(setup, value, how)))
             continue
         times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], how)
         ratio = times.ratio("adaptive", "kd")
-        line = {"value": value, "ms": times.milliseconds("adaptive"), "kd_ms": times.milliseconds("kd")}
-        found.append(line | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "firm": ratio.stable})
-    return {"axis": axis, "points": found}
+        ms = {"ms": times.milliseconds("adaptive"), "kd_ms": times.milliseconds("kd")}
+        known = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+        found.append(ScalingPoint(value=value, stable=ratio.stable, **ms, **known))
+    return Scaling(axis=axis, points=found)
 
 
-def _together(setup: Setup, several: int, how: Rounds) -> float:
+def _at_once(setup: Setup, several: int, how: Rounds) -> float:
     """Wall time in ms of one step of one run, where so many run beside each other, each with a thread and a stream."""
     made = [adaptive(setup) for _ in range(several)]
     gpu = setup.device.type == "cuda"

@@ -1,11 +1,11 @@
-"""Reliable timing: variants in turn, ratios within a round, and no headline where they scatter."""
+"""Reliable timing: variants in turn, ratios within a round, and none reported where they scatter."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-SPREAD = 0.25  # of the median: ratios that scatter more are no headline
+SCATTER = 0.25  # of the median: ratios that scatter more are not reported
 BUSY = 1.5  # wall time over CPU time: above it the machine was doing something else
 
 
@@ -20,12 +20,12 @@ class Ratio(NamedTuple):
 
     @property
     def stable(self) -> bool:
-        """Whether it may stand as a headline."""
-        return (self.high - self.low) <= SPREAD * self.median and self.busy <= BUSY
+        """Whether it may be reported."""
+        return (self.high - self.low) <= SCATTER * self.median and self.busy <= BUSY
 
     def __str__(self) -> str:
-        refused = "" if self.stable else ", too noisy for a headline"
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, n={self.rounds}{refused})"
+        noisy = "" if self.stable else ", too noisy to report"
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, n={self.rounds}{noisy})"
 
 
 class Times(NamedTuple):

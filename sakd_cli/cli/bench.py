@@ -8,6 +8,7 @@ from typing import Any
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import ConfigSource, config_sources, nested, resolve
+from sakd_cli.documents.bench import Bench
 
 DEFAULTS = {"teacher.source": "resnet56", "student": "resnet20"}
 
@@ -34,7 +35,7 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
     show(*bench_tables(found))
 
 
-def _measured(config: Any, options: Values, say: Callable[[str], None]) -> dict[str, Any]:
+def _measured(config: Any, options: Values, say: Callable[[str], None]) -> Bench:
     from sakd_cli.bench import measure
     from sakd_cli.bench.compare import comparison, earlier, must_be_alike
     from sakd_cli.bench.peer import load_peer_step
@@ -44,13 +45,12 @@ def _measured(config: Any, options: Values, say: Callable[[str], None]) -> dict[
     setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
     # Everything is checked before minutes are spent.
     points = points_of(axis, setup) if axis else []
-    before = earlier(options["compare"], measure.SCHEMA) if options["compare"] else None
+    before = earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():
         if before is not None:
             must_be_alike(before, measure.machine(setup), measure.described(setup, how))
         peers = [load_peer_step(options["peer"], options["peer_entry"], setup)] if options["peer"] else []
         found = measure.measured(setup, how, peers, say)
-        found["scaling"] = scaled(axis, points, how, say) if points else None
-    if before is not None:
-        found["compared"] = comparison(before, found)
-    return found
+        axes = scaled(axis, points, how, say) if points else None
+    change = None if before is None else comparison(before, found)
+    return found.model_copy(update={"scaling": axes, "comparison": change})

@@ -1,15 +1,26 @@
 """The document of `sakd bench`"""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from sakd_cli.documents.base import Document, Number, Part
 
-from sakd_cli.documents.base import Number as Figure
-from sakd_cli.documents.base import Part
+
+class BenchSetup(Part):
+    """What was measured: networks, method, images of a batch, their side in pixels, rounds timed and not counted."""
+
+    teacher: str
+    student: str
+    method: str
+    batch: int
+    side: int
+    images: int
+    classes: int
+    rounds: int
+    warmup: int
 
 
 class TimedStep(Part):
-    """One kind of step: median, least and most of its rounds; counted where it can be."""
+    """One kind of step: median, smallest and largest time of its rounds; counted where it can be."""
 
     name: str
     about: str
@@ -17,8 +28,8 @@ class TimedStep(Part):
     ms_low: float
     ms_high: float
     images_per_second: float
-    gflop: Figure
-    gflop_per_second: Figure
+    gflop: Number
+    gflop_per_second: Number
     operations: int | None
     synchronisations: int | None
     saved_bytes: int | None
@@ -26,7 +37,7 @@ class TimedStep(Part):
 
 
 class TimedRatio(Part):
-    """Time of `above` over that of `below` within each round; busy: wall over CPU time; firm: the rounds agree."""
+    """Time of `above` over that of `below` within each round; busy: wall over CPU time; stable: the rounds agree."""
 
     above: str
     below: str
@@ -35,35 +46,82 @@ class TimedRatio(Part):
     high: float
     rounds: int
     busy: float
-    firm: bool
+    stable: bool
 
 
-class Headline(Part):
-    """The ratio that may be quoted; null and why where the rounds scatter or the machine was busy."""
+class ReportedRatio(Part):
+    """The ratio that may be quoted; null and the reason where the rounds scatter or the machine was busy."""
 
     above: str
-    median: Figure
-    refused: str | None
+    median: Number
+    reason: str | None
 
 
-class PhaseShare(Part):
+class PhaseTime(Part):
     """A part of our step."""
 
     name: str
     ms: float
-    share: float
+    fraction: float
 
 
-class Bench(Part):
-    """`sakd bench --json`; environment and setup: as in `env.json`, and what was measured."""
+class ScalingPoint(Part):
+    """One value of the axis: ms of our step and of plain distillation, and the ratio of the two."""
 
-    schema_: Literal["sakd.bench/1"] = Field(alias="schema")
+    value: int | str
+    ms: float
+    kd_ms: Number = None
+    ratio: Number = None
+    low: Number = None
+    high: Number = None
+    stable: bool | None = None
+
+
+class Scaling(Part):
+    """How the time of a step grows along one axis."""
+
+    axis: str
+    points: list[ScalingPoint]
+
+
+class RatioChange(Part):
+    """A ratio now; base: what it is compared with. slow: 15 % below it; regressed: in the earlier result already."""
+
+    name: str
+    base: float
+    now: float
+    slow: bool
+    regressed: bool
+
+
+class RisenCounter(Part):
+    """A counter of a step that has risen."""
+
+    name: str
+    counter: str
+    before: float
+    now: float
+
+
+class BenchComparison(Part):
+    """Against an earlier result of the same machine and setup."""
+
+    ratios: list[RatioChange]
+    risen: list[RisenCounter]
+    regressed: bool
+
+
+class Bench(Document):
+    """`sakd bench --json`; environment: as in `env.json`, and the processor."""
+
+    exact: ClassVar[frozenset[str]] = frozenset({"environment"})
+    schema_: Literal["sakd.bench/2"] = "sakd.bench/2"
     environment: dict[str, Any]
-    setup: dict[str, Any]
+    setup: BenchSetup
     steps: list[TimedStep]
     ratios: list[TimedRatio]
-    headline: Headline
-    phases: list[PhaseShare]
+    reported: ReportedRatio
+    phases: list[PhaseTime]
     seconds_to_first_step: float
-    scaling: dict[str, Any] | None
-    compared: dict[str, Any] | None
+    scaling: Scaling | None = None
+    comparison: BenchComparison | None = None

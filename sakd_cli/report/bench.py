@@ -1,85 +1,71 @@
 """What `sakd bench` found, as tables."""
 
-from typing import Any
-
 from rich.console import RenderableType
 
-from sakd_cli.report.render.format import DASH, fixed, fraction, large, number, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.documents.bench import Bench, BenchComparison, RatioChange
+from sakd_cli.report.render.format import DASH, fixed, fraction, large, whole, word
+from sakd_cli.report.render.sheet import Sheet, table
 
 
-def bench_tables(found: dict[str, Any]) -> list[RenderableType]:
-    """Steps, phases, and, where they were asked for, one axis and the comparison with an earlier result."""
-    tables: list[RenderableType] = [_steps(found), _phases(found)]
-    if found["scaling"] is not None:
-        tables.append(_scaling(found["scaling"]))
-    if found["compared"] is not None:
-        tables.append(_compared(found["compared"]))
-    return [*tables, _headline(found["headline"])]
+def bench_tables(found: Bench) -> list[RenderableType]:
+    """Steps, phases, and, where they were measured, one axis and the comparison with an earlier result."""
+    columns = {"Phase": lambda phase: word(phase.name), "ms": lambda phase: fixed(phase.ms, 1)}
+    columns["%"] = lambda phase: fraction(phase.fraction)
+    tables: list[RenderableType] = [_steps(found), table("Our step by phase", found.phases, columns)]
+    if found.scaling is not None:
+        columns = {
+            word(found.scaling.axis): lambda point: word(point.value),
+            "adaptive ms": lambda point: fixed(point.ms, 1),
+            "kd ms": lambda point: fixed(point.kd_ms, 1),
+            "adaptive / kd": lambda point: fixed(point.ratio, 2),
+        }
+        tables.append(table("Scaling", found.scaling.points, columns))
+    if found.comparison is not None:
+        tables.append(_comparison(found.comparison))
+    result = found.reported
+    said = f"none ({result.reason})" if result.reason else fixed(result.median, 2)
+    return [*tables, f"{result.above} / adaptive: {said}"]
 
 
-def _steps(found: dict[str, Any]) -> Sheet:
-    setup, where = found["setup"], found["environment"]
-    ratios = {line["above"]: line for line in found["ratios"]}
-    headers = ("ms", "min-max", "images/s", "/ adaptive", "GFLOP", "/s", "syncs", "saved", "peak")
-    columns = [Column("Step", text=True), *map(Column, headers)]
-    rows = []
-    for line in found["steps"]:
-        span = f"{fixed(line['ms_low'], 1)}-{fixed(line['ms_high'], 1)}"
-        ratio = fixed(ratios[line["name"]]["median"], 2) if line["name"] in ratios else "1"
-        row = [word(line["name"]), fixed(line["ms"], 1), span, whole(line["images_per_second"]), ratio]
-        row += [fixed(line["gflop"], 2), fixed(line["gflop_per_second"], 1), whole(line["synchronisations"])]
-        rows.append([*row, _bytes(line["saved_bytes"]), _bytes(line["peak_bytes"])])
-    notes = [f"{word(line['name'])}: {word(line['about'])}" for line in found["steps"]]
+def _steps(found: Bench) -> Sheet:
+    setup, where = found.setup, found.environment
+    ratios = {ratio.above: fixed(ratio.median, 2) for ratio in found.ratios}
+    columns = {
+        "Step": lambda step: word(step.name),
+        "ms": lambda step: fixed(step.ms, 1),
+        "min-max": lambda step: f"{fixed(step.ms_low, 1)}-{fixed(step.ms_high, 1)}",
+        "images/s": lambda step: whole(step.images_per_second),
+        "/ adaptive": lambda step: ratios.get(step.name, "1"),
+        "GFLOP": lambda step: fixed(step.gflop, 2),
+        "/s": lambda step: fixed(step.gflop_per_second, 1),
+        "syncs": lambda step: whole(step.synchronisations),
+        "saved": lambda step: _bytes(step.saved_bytes),
+        "peak": lambda step: _bytes(step.peak_bytes),
+    }
+    notes = [f"{word(step.name)}: {word(step.about)}" for step in found.steps]
     notes += [
-        f"{word(setup['teacher'])} → {word(setup['student'])}, batch {setup['batch']} of {setup['side']} pixels, "
-        f"{setup['rounds']} rounds; random weights, half of the samples at the teacher.",
+        f"{word(setup.teacher)} → {word(setup.student)}, batch {setup.batch} of {setup.side} pixels, "
+        f"{setup.rounds} rounds; random weights, half of the samples at the teacher.",
         f"{word(where['cpu'])} ({', '.join(where['cpu_flags'])}), {where['threads']} thread, load "
         f"{fixed(where['load'], 1)}, {word(where['device'])} ({word(where['mode'])}), torch {word(where['torch'])}; "
-        f"first step after {fixed(found['seconds_to_first_step'], 1)} s, process at most "
+        f"first step after {fixed(found.seconds_to_first_step, 1)} s, process at most "
         f"{_bytes(where['process_peak_bytes'])}.",
     ]
-    return Sheet("Cost of a step", columns, rows, notes)
+    return table("Cost of a step", found.steps, columns, notes)
 
 
-def _bytes(value: Any) -> str:
-    return DASH if number(value) is None else f"{large(value)}B"
+def _bytes(value: int | None) -> str:
+    return DASH if value is None else f"{large(value)}B"
 
 
-def _phases(found: dict[str, Any]) -> Sheet:
-    rows = [[word(line["name"]), fixed(line["ms"], 1), fraction(line["share"])] for line in found["phases"]]
-    return Sheet("Our step by phase", [Column("Phase", text=True), Column("ms"), Column("%")], rows)
+def _comparison(found: BenchComparison) -> Sheet:
+    rows = [[word(one.name), fixed(one.base, 2), fixed(one.now, 2), _verdict(one)] for one in found.ratios]
+    rows += [[f"{word(r.name)} {r.counter}", large(r.before), large(r.now), "has risen"] for r in found.risen]
+    note = "Regressed." if found.regressed else "No regression."
+    return Sheet.of_cells("Since the earlier result", ("Over adaptive", "then", "now", "Verdict"), rows, [note])
 
 
-def _scaling(found: dict[str, Any]) -> Sheet:
-    columns = [Column(word(found["axis"]), text=True), Column("adaptive ms"), Column("kd ms"), Column("adaptive / kd")]
-    rows = []
-    for line in found["points"]:
-        row = [word(line["value"]), fixed(line["ms"], 1), fixed(line["kd_ms"], 1), fixed(line["ratio"], 2)]
-        rows.append(row)
-    return Sheet("Scaling", columns, rows)
-
-
-def _compared(found: dict[str, Any]) -> Sheet:
-    columns = [Column("Over adaptive", text=True), Column("then"), Column("now"), Column("", text=True)]
-    rows = [
-        [word(line["name"]), fixed(line["base"], 2), fixed(line["now"], 2), _judgement(line)]
-        for line in found["ratios"]
-    ]
-    rows += [
-        [f"{word(line['name'])} {word(line['counter'])}", large(line["before"]), large(line["now"]), "has risen"]
-        for line in found["risen"]
-    ]
-    return Sheet("Since the earlier result", columns, rows, ["Regressed." if found["regressed"] else "No regression."])
-
-
-def _judgement(line: dict[str, Any]) -> str:
-    if line["regressed"]:
+def _verdict(change: RatioChange) -> str:
+    if change.regressed:
         return "slower twice in a row"
-    return "slower: measure again" if line["slow"] else ""
-
-
-def _headline(found: dict[str, Any]) -> str:
-    if found["refused"]:
-        return f"no headline: {found['refused']}"
-    return f"{found['above']} / adaptive: {fixed(found['median'], 2)}"
+    return "slower: measure again" if change.slow else ""
