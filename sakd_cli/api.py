@@ -24,13 +24,12 @@ from sakd_cli.config.options import options_of
 from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
-from sakd_cli.documents.spots import SpotsDocument
+from sakd_cli.documents.spots import EXTREMES, Split, SpotsDocument
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
-from sakd_cli.report.spots import measure
-from sakd_cli.report.spots.log import spot_report
-from sakd_cli.report.spots.survey import Survey, survey_of
-from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.report.spots.log import spots_document
+from sakd_cli.report.spots.survey import Survey, read_survey
+from sakd_cli.rundir import RunDir, look_up, newest_run
 from sakd_cli.runs.locate import check_teacher, locate_inputs, what_to_score
 from sakd_cli.runs.resume import resolve_command
 
@@ -49,7 +48,6 @@ __all__ = [
     "distill", "evaluate", "inspect_spots", "pretrain_teacher",
 ]
 Place = str | Path
-Split = Literal["train", "validation", "test"]
 # Options about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
 _HEAVY = {
@@ -178,7 +176,7 @@ def inspect_spots(
     split: Split = "train",
     sample: bool = False,
     seed: int = 0,
-    extremes: int = measure.KEPT,
+    extremes: int = EXTREMES,
     **options: Unpack[Inputs],
 ) -> SpotsDocument:
     """Where knowledge flowed in a distillation: the document of `sakd inspect-spots --json`; needs no torch.
@@ -189,38 +187,39 @@ def inspect_spots(
     sample  draw once, from `seed`, instead of using probabilities; extremes: images at each end of each spot
     """
     params = _params("inspect-spots", {"live": live, **options})
-    where = run_to_look_at(None if run is None else Path(run), params)
-    survey = looked_at(where, params, split, options.get("reporter"), seed=seed, extremes=extremes)
-    document = measure.spot_document(where, survey, sample=sample, seed=seed, extremes=extremes)
-    return SpotsDocument.model_validate(document)
+    place, reporter = None if run is None else Path(run), options.get("reporter")
+    return inspect_run(place, params, split, reporter, sample=sample, seed=seed, extremes=extremes)[0]
 
 
-def run_to_look_at(named: Path | None, options: Mapping[str, Any]) -> RunDir:
-    """The run that is named, or the newest distillation on the data set of the options."""
-    if named:
-        return RunDir(named)
-    runs = resolve("eval", config_sources({name: options[name] for name in ("dataset", "runs_dir")})).config.runs_dir
-    wanted = {"task": "distill"} | ({"data.name": name} if (name := _dataset(options)) else {})
-    if (found := newest_run(runs, wanted, finished=False)) is None:
-        raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
-    return found
+def inspect_run(
+    named: Path | None,
+    options: Mapping[str, Any],
+    split: Split,
+    reporter: "Reporter | None",
+    *,
+    sample: bool,
+    seed: int,
+    extremes: int,
+) -> tuple[SpotsDocument, Survey | None]:
+    """What `inspect_spots` returns, and the survey: the run's own, or a new one where the options ask for that."""
+    dataset = _dataset(options)
+    if named is None:
+        runs = resolve("eval", config_sources({n: options[n] for n in ("dataset", "runs_dir")})).config.runs_dir
+        wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
+        if (found := newest_run(runs, wanted, finished=False)) is None:
+            raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
+        named = found.path
+    run, measured = RunDir(named), None
+    another = dataset not in (None, look_up(run.config, "data.name"))
+    if another or split != "train" or any(options.get(name) for name in OF_LIVE):
+        spots_document(run)  # whatever is wrong with the record of the run is reported before
+        from sakd_cli.engine.reporter import NullReporter
+        from sakd_cli.runs.survey import live
 
-
-def looked_at(
-    run: RunDir, options: Mapping[str, Any], split: Split, reporter: "Reporter | None", *, seed: int, extremes: int
-) -> Survey | None:
-    """What the run recorded by image, or what its networks say now where the options ask for that."""
-    data = run.config.get("data")
-    own = data.get("name") if isinstance(data, dict) else None
-    another = _dataset(options) not in (None, own)
-    if not (another or split != "train" or any(options.get(name) for name in OF_LIVE)):
-        return survey_of(run, None)
-    spot_report(run)  # whatever is wrong with the record of the run is reported before
-    from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.survey import live
-
-    sources = config_sources(options)
-    return survey_of(run, live(run, sources, split, reporter or NullReporter(), seed=seed, kept=extremes))
+        sources = config_sources(options)
+        measured = live(run, sources, split, reporter or NullReporter(), seed=seed, extremes=extremes)
+    survey = read_survey(run, measured)
+    return spots_document(run, survey, sample=sample, seed=seed, extremes=extremes), survey
 
 
 def _dataset(options: Mapping[str, Any]) -> str | None:

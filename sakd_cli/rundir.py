@@ -3,9 +3,9 @@
 config.yaml        all settings of the run; can be run again with --config
 env.json           versions, device, command, start
 metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
-spots.jsonl        one line per epoch: use of every spot, overall and by class (distillation only)
-samples.safetensors  per training sample: its place in the data set, visits, how often it was taught at each spot
-survey.safetensors   per training image: what the trained router makes of it, both networks' answers (tasks/survey.py)
+spots.jsonl        one line per epoch: fraction distilled at every spot, overall and by class (distillation only)
+samples.safetensors  per training sample: its place in the data set, visits, how often it was distilled at each spot
+survey.safetensors   per training image: what the trained router decides, both networks' answers (runs/survey.py)
 checkpoints/       last, previous, best: see engine/checkpoint.py
 teacher/ student/  the deployable network: model.safetensors, config.json, README.md
 branches/          the student branches of a student-friendly teacher: model.safetensors
@@ -286,12 +286,13 @@ def newest_run(
             config = run.config
         except UsageError:
             continue
-        if all(_look_up(config, key.split(".")) == value for key, value in wanted.items()):
+        if all(look_up(config, key) == value for key, value in wanted.items()):
             return run
     return None
 
 
-def _look_up(tree: Any, path: list[str]) -> Any:
-    for part in path:
+def look_up(tree: Any, key: str) -> Any:
+    """The value of a dotted key in a plain tree; None where there is none."""
+    for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

@@ -188,7 +188,9 @@ def test_what_was_added_is_trained_resumed_and_evaluated(done: Any) -> None:
     first, resumed = document(done, "distilled"), document(done, "resumed")
     assert {**first, "seconds": 0, "phases": 0} == {**resumed, "seconds": 0, "phases": 0}
     spots = document(done, "spots")
-    assert [round(spot["share"], 3) for spot in spots["overall"]] == [0.5, 0.5], "taught in the first of two epochs"
+    assert [round(spot["fraction"], 3) for spot in spots["overall"]] == [0.5, 0.5], (
+        "distilled in the first of two epochs"
+    )
     assert document(done, "evaluated")["images"] == 40
 
 

@@ -42,7 +42,7 @@ def test_every_router_leaves_the_record_it_promises(trained_cli: CliRunner, rout
     words += ["--set", "router.rate=0.25"] if router == "random" else []
     summary = trained_cli.sakd(*words).document
     report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
-    shares = [spot["share"] for spot in report["overall"]]
+    shares = [spot["fraction"] for spot in report["overall"]]
     expected = {"always": (1, 1), "never": (0, 0), "anti": (0, 0.1), "random": (0.1, 0.4)}[router]
     assert all(expected[0] <= share <= expected[1] for share in shares)
     assert (report["router"], report["method"], report["finished"]) == (router, method, True)
@@ -58,11 +58,11 @@ def test_coins_are_matched_to_the_newest_adaptive_run(trained_cli: CliRunner, di
         report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
         source = trained_cli.sakd("inspect-spots", distilled["run"], "--json").document
         for ours, theirs in zip(report["overall"], source["overall"], strict=True):
-            assert ours["share"] == pytest.approx(theirs["share"], abs=0.1)
+            assert ours["fraction"] == pytest.approx(theirs["fraction"], abs=0.1)
 
 
 @pytest.mark.parametrize(
-    "record", ["", "3\n", '{"epoch": 1, "spots": 3}\n', '{"epoch": 1, "spots": [{"share": null}]}\n']
+    "record", ["", "3\n", '{"epoch": 1, "spots": 3}\n', '{"epoch": 1, "spots": [{"fraction": null}]}\n']
 )
 def test_coins_cannot_be_matched_to_a_damaged_record(trained_cli: CliRunner, tmp_path: Path, record: str) -> None:
     (tmp_path / "config.yaml").write_text("task: distill\n")

@@ -157,23 +157,24 @@ def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:
         batch = Batch(torch.zeros(size, 3, 1, 1), torch.tensor(labels), torch.tensor(index), torch.zeros(size, 0))
         chosen = torch.tensor(weight, dtype=torch.float32)
         recorder.add(
-            SpotUse(chosen, chosen * 0.5 + 0.25, {"gamma_raised": torch.tensor(float(size == 1))}),
+            SpotUse(chosen, chosen * 0.5 + 0.25, {"router_loss_scaled_up": torch.tensor(float(size == 1))}),
             batch.labels,
             batch.index,
         )
     line = recorder.close_epoch(7)
-    first, last = line["spots"]
-    assert (line["epoch"], line["samples"], line["empty"]) == (7, 4, [0.0, 0.5])
-    assert [(spot["name"], spot["kind"]) for spot in line["spots"]] == list(recorder.names)
-    assert (first["share"], first["by_class"]) == (0.75, [1.0, 0.5, None])
-    assert (last["share"], last["by_class"]) == (0.25, [0.5, 0.0, None])
-    assert (first["probability"], last["probability"]) == (0.625, 0.375)
-    assert (line["gamma_raised"], line["gamma_lowered"], line["count_active"]) == (0.5, None, None)
+    first, last = line.spots
+    assert (line.epoch, line.samples, line.empty_selection) == (7, 4, [0.0, 0.5])
+    assert [(spot.name, spot.kind) for spot in line.spots] == list(recorder.names)
+    assert (first.fraction, first.by_class) == (0.75, [1.0, 0.5, None])
+    assert (last.fraction, last.by_class) == (0.25, [0.5, 0.0, None])
+    assert (first.probability, last.probability) == (0.625, 0.375)
+    scaling = (line.router_loss_scaled_up, line.router_loss_scaled_down, line.count_penalty_active)
+    assert scaling == (0.5, None, None)
     tensors = recorder.by_sample()
     assert tensors["visits"].tolist() == [1, 1, 1, 0, 1]
-    assert tensors["taught"].tolist() == [[0, 0], [1, 1], [1, 0], [0, 0], [1, 0]]
+    assert tensors["distilled"].tolist() == [[0, 0], [1, 1], [1, 0], [0, 0], [1, 0]]
     empty = recorder.close_epoch(8)
-    assert (empty["samples"], empty["spots"][0]["share"], empty["spots"][0]["by_class"]) == (0, 0, [None] * 3)
+    assert (empty.samples, empty.spots[0].fraction, empty.spots[0].by_class) == (0, 0, [None] * 3)
 
 
 def test_a_network_is_scored_in_evaluation_mode_and_left_as_it_was() -> None:
@@ -281,7 +282,7 @@ def test_a_checkpoint_of_an_adaptive_run_holds_all_that_is_trained(tmp_path: Pat
     training = checkpoint.read(tmp_path / "checkpoints" / "last").training
     kept = {name.split("/")[0] + "/" + name.split("/")[1].split(".")[0] for name in training}
     assert {"task/router", "task/graft", "task/feature_distiller", "momentum/student", "momentum/router"} <= kept
-    assert {"samples/sample_taught", "samples/sample_visits", "random/cpu"} <= set(training)
+    assert {"samples/sample_distilled", "samples/sample_visits", "random/cpu"} <= set(training)
     assert not [name for name in training if name.startswith("task/network")], "the network has its own file"
     momenta = sum(len(group.parameters) for group in trainer.task.groups())
     assert sum(name.startswith("momentum/") for name in training) == momenta

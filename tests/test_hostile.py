@@ -288,7 +288,9 @@ def test_the_canary_would_sing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_names_from_files_and_words_are_printed_without_their_escapes(den: ForkServer) -> None:
     folder = den.cwd / f"run{ESCAPES}"
     shutil.copytree(den.cwd / "sound", folder)
-    spots = {"epoch": 1, "spots": [{"name": ESCAPES, "kind": ESCAPES, "share": 0.5}], "classes": [ESCAPES]}
+    spot = {"name": ESCAPES, "kind": ESCAPES, "fraction": 0.5, "probability": None, "by_class": [0.5]}
+    means = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active", "routed_ce", "student_ce")
+    spots = {"epoch": 1, "samples": 1, "spots": [spot], "empty_selection": [0.0], **dict.fromkeys(means)}
     words = {"task": "distill", "student": ESCAPES, "teacher": {"source": ESCAPES}, "method": {"name": ESCAPES}}
     seen = [den.sakd("eval", str(folder)), den.sakd("eval", str(folder), "--json")]
     (folder / "config.yaml").write_text(json.dumps(words))

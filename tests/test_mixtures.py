@@ -16,7 +16,7 @@ from sakd_cli.documents.mixtures import Mixtures
 from sakd_cli.models.artifact import load
 from sakd_cli.models.table import create
 from sakd_cli.report.render import plots
-from sakd_cli.report.spots.mixtures import mixture_table
+from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.runs import build
 from sakd_cli.runs.locate import locate_inputs
 

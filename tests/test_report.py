@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from sample_documents import sample
 
 from sakd_cli.documents.evaluation import Evaluation
+from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.evaluation.tables import evaluation_tables
@@ -22,23 +23,24 @@ from sakd_cli.report.render import format
 from sakd_cli.report.render.listing import listing_table
 from sakd_cli.report.render.sheet import Column, Sheet
 from sakd_cli.report.runs.tables import plan_table, summary_table
-from sakd_cli.report.spots.log import SCHEMA, spot_report
-from sakd_cli.report.spots.log_tables import spot_tables
+from sakd_cli.report.spots.log import spots_document
+from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]
 CONFIG = {"task": "distill", "student": "resnet8", "teacher": {"source": "resnet20"}, "method": {"name": "fitnet"}}
 CONFIG |= {"router": {"name": "adaptive"}, "data": {"name": "cifar100"}}
+STEPS = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active")
 
 
-def spot(name: str, share: float | None, by_class: list[float | None], probability: float | None = 0.5) -> Tree:
+def spot(name: str, fraction: float | None, by_class: list[float | None], probability: float | None = 0.5) -> Tree:
     kind = "logits" if name == "logits" else "map"
-    return {"name": name, "kind": kind, "share": share, "probability": probability, "by_class": by_class}
+    return {"name": name, "kind": kind, "fraction": fraction, "probability": probability, "by_class": by_class}
 
 
 def epoch(number: int, samples: int, *spots: Tree, routed: bool = True) -> Tree:
-    steps = dict.fromkeys(("gamma_raised", "gamma_lowered", "count_active"), 0.25 if routed else None)
-    return {"epoch": number, "samples": samples, "spots": list(spots), **steps, "empty": [0.125] * len(spots)}
+    steps: Tree = dict.fromkeys(STEPS, 0.25 if routed else None) | dict.fromkeys(("routed_ce", "student_ce"))
+    return {"epoch": number, "samples": samples, "spots": list(spots), **steps, "empty_selection": [0.125] * len(spots)}
 
 
 TWO_EPOCHS = [
@@ -70,83 +72,81 @@ def text_of(renderables: list[RenderableType], width: int = 80, encoding: str = 
 
 
 def test_report_names_the_run(tmp_path: Path) -> None:
-    report = spot_report(make_run(tmp_path / "run", TWO_EPOCHS))
-    assert report["schema"] == SCHEMA == "sakd.spots/1"
-    assert report["run"] == str(tmp_path / "run")
-    words = [report[key] for key in ("method", "router", "teacher", "student", "dataset")]
-    assert words == ["fitnet", "adaptive", "resnet20", "resnet8", "cifar100"]
-    assert (report["finished"], report["epochs"], report["samples"]) == (False, 2, 400)
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    report = spots_document(make_run(tmp_path / "run", TWO_EPOCHS))
+    assert report.schema_ == "sakd.spots/2"
+    assert report.run == str(tmp_path / "run")
+    names = [report.method, report.router, report.teacher, report.student, report.dataset]
+    assert names == ["fitnet", "adaptive", "resnet20", "resnet8", "cifar100"]
+    assert (report.finished, report.epochs, report.samples) == (False, 2, 400)
+    assert SpotsDocument.model_validate_json(report.text) == report
 
 
-def test_overall_share_is_weighted_by_samples_and_epochs_are_kept(tmp_path: Path) -> None:
-    report = spot_report(make_run(tmp_path / "run", TWO_EPOCHS))
-    stage, logits = report["overall"]
-    assert stage.pop("share") == pytest.approx((0.8 * 100 + 0.4 * 300) / 400)
-    figures_of_epochs = {"first": 0.8, "last": 0.4, "min": 0.4, "max": 0.8, "probability": 0.3}
-    assert stage == {"name": "stage2", "kind": "map", **figures_of_epochs}
-    assert (logits["name"], logits["kind"], logits["share"]) == ("logits", "logits", 0.5)
-    steps = {"gamma_raised": 0.25, "gamma_lowered": 0.25, "count_active": 0.25, "empty": [0.125, 0.125]}
-    steps |= {"routed_ce": None, "student_ce": None}
-    known = {"epoch": 2, "samples": 300, "share": [0.4, 0.5], "probability": [0.3, 0.5]}
-    assert report["by_epoch"][1] == known | steps
+def test_overall_fraction_is_weighted_by_samples_and_epochs_are_kept(tmp_path: Path) -> None:
+    report = spots_document(make_run(tmp_path / "run", TWO_EPOCHS))
+    stage, logits = report.overall
+    assert stage.fraction == pytest.approx((0.8 * 100 + 0.4 * 300) / 400)
+    of_epochs = {"first": 0.8, "last": 0.4, "min": 0.4, "max": 0.8, "probability": 0.3}
+    assert stage.plain() == {"name": "stage2", "kind": "map", "fraction": stage.fraction, **of_epochs}
+    assert (logits.name, logits.kind, logits.fraction) == ("logits", "logits", 0.5)
+    steps = dict.fromkeys(STEPS, 0.25) | {"routed_ce": None, "student_ce": None, "empty_selection": [0.125, 0.125]}
+    known = {"epoch": 2, "samples": 300, "fraction": [0.4, 0.5], "probability": [0.3, 0.5]}
+    assert report.by_epoch[1].plain() == known | steps
 
 
 def test_by_class_is_the_mean_of_the_epochs_that_have_the_class(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TWO_EPOCHS, classes=["apple", "bear", "cat", "dog"])
-    rows = spot_report(run)["by_class"]
+    rows = spots_document(run).by_class
     # Overall 0.5 and 0.5: cat deviates by -0.4, apple by +0.3, bear by +0.1; no sample of a dog was seen.
-    assert [row["name"] for row in rows] == ["cat", "apple", "bear", "dog"]
-    shares = [row["share"] for row in rows]
-    assert shares[:3] == [pytest.approx([0.1, 0.6]), pytest.approx([0.8, 0.5]), pytest.approx([0.6, 0.5])]
-    assert rows[-1] == {"name": "dog", "share": [None, None], "deviation": [None, None]}
-    assert rows[0]["deviation"] == pytest.approx([-0.4, 0.1])
+    assert [row.name for row in rows] == ["cat", "apple", "bear", "dog"]
+    fractions = [row.fraction for row in rows]
+    assert fractions[:3] == [pytest.approx([0.1, 0.6]), pytest.approx([0.8, 0.5]), pytest.approx([0.6, 0.5])]
+    assert rows[-1].plain() == {"name": "dog", "fraction": [None, None], "deviation": [None, None]}
+    assert rows[0].deviation == pytest.approx([-0.4, 0.1])
 
 
 def test_classes_without_names_are_numbered(tmp_path: Path) -> None:
-    unnamed = spot_report(make_run(tmp_path / "a", TWO_EPOCHS))["by_class"]
-    assert {row["name"] for row in unnamed} == {"class 0", "class 1", "class 2", "class 3"}
-    short = spot_report(make_run(tmp_path / "b", TWO_EPOCHS, classes=["apple", "\x1b[1m"]))["by_class"]
-    assert {row["name"] for row in short} == {"apple", "class 1", "class 2", "class 3"}
+    unnamed = spots_document(make_run(tmp_path / "a", TWO_EPOCHS)).by_class
+    assert {row.name for row in unnamed} == {"class 0", "class 1", "class 2", "class 3"}
+    short = spots_document(make_run(tmp_path / "b", TWO_EPOCHS, classes=["apple", "\x1b[1m"])).by_class
+    assert {row.name for row in short} == {"apple", "class 1", "class 2", "class 3"}
 
 
 def test_no_classes_on_record(tmp_path: Path) -> None:
     record = epoch(1, 10, spot("logits", 0.5, []))
-    record["spots"][0].pop("by_class")
-    report = spot_report(make_run(tmp_path / "run", [record]))
-    assert report["by_class"] == []
+    report = spots_document(make_run(tmp_path / "run", [record]))
+    assert report.by_class == []
     assert len(spot_tables(report)) == 2
 
 
 def test_router_without_policy_and_epoch_without_samples(tmp_path: Path) -> None:
     record = epoch(1, 0, spot("logits", None, [None], None), routed=False)
-    report = spot_report(make_run(tmp_path / "run", [record]))
-    row = report["overall"][0]
-    assert [row[key] for key in ("share", "first", "last", "min", "max", "probability")] == [None] * 6
+    report = spots_document(make_run(tmp_path / "run", [record]))
+    row = report.overall[0]
+    assert [row.fraction, row.first, row.last, row.min, row.max, row.probability] == [None] * 6
     text = text_of(spot_tables(report))
-    assert [part in text for part in ("γ", "Count", format.DASH)] == [False, False, True]
+    assert [part in text for part in ("γ", "Count", "ount penalty", format.DASH)] == [False, False, False, True]
 
 
 def test_resumed_run_counts_an_epoch_once(tmp_path: Path) -> None:
-    again = [epoch(n, 100, spot("logits", share, [share])) for n, share in ((1, 0.2), (3, 0.1), (2, 0.9), (3, 0.4))]
-    report = spot_report(make_run(tmp_path / "run", again))
-    assert [row["epoch"] for row in report["by_epoch"]] == [1, 2, 3]
-    assert [row["share"] for row in report["by_epoch"]] == [[0.2], [0.9], [0.4]]
-    assert report["overall"][0]["last"] == 0.4
+    again = [epoch(n, 100, spot("logits", rate, [rate])) for n, rate in ((1, 0.2), (3, 0.1), (2, 0.9), (3, 0.4))]
+    report = spots_document(make_run(tmp_path / "run", again))
+    assert [row.epoch for row in report.by_epoch] == [1, 2, 3]
+    assert [row.fraction for row in report.by_epoch] == [[0.2], [0.9], [0.4]]
+    assert report.overall[0].last == 0.4
 
 
 def test_running_and_finished_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TWO_EPOCHS)
     with (run.path / "spots.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"epoch": 3, "sam')
-    assert "2 epochs so far" in text_of(spot_tables(spot_report(run)), 200)
+    assert "2 epochs so far" in text_of(spot_tables(spots_document(run)), 200)
     (run.path / "summary.json").write_text("{}", encoding="utf-8")
-    assert "so far" not in text_of(spot_tables(spot_report(run)), 200)
+    assert "so far" not in text_of(spot_tables(spots_document(run)), 200)
 
 
 def refusal(run: RunDir) -> str:
     with pytest.raises(UsageError) as caught:
-        spot_report(run)
+        spots_document(run)
     assert caught.value.exit_code == 2
     assert caught.value.message.isprintable()
     return caught.value.message
@@ -166,9 +166,9 @@ def test_run_without_an_epoch_is_refused(tmp_path: Path) -> None:
     "record",
     [[], 3, {"epoch": 1}]
     + [TWO_EPOCHS[0] | {"spots": spots} for spots in ([], [1], [{"name": "logits"}])]
-    + [
-        TWO_EPOCHS[0] | wrong for wrong in ({"empty": [0.0]}, {"samples": -1}, {"epoch": float("inf")}, {"epoch": None})
-    ],
+    + [{key: value for key, value in TWO_EPOCHS[0].items() if key != "routed_ce"}, TWO_EPOCHS[0] | {"share": 0.5}]
+    + [TWO_EPOCHS[0] | {"empty_selection": [0.0]}, TWO_EPOCHS[0] | {"samples": -1}, TWO_EPOCHS[0] | {"routed_ce": "1"}]
+    + [TWO_EPOCHS[0] | {"epoch": wrong} for wrong in (float("inf"), None, 1.5)],
 )
 def test_damaged_record_is_named(tmp_path: Path, record: Any) -> None:
     assert refusal(make_run(tmp_path / "run", [TWO_EPOCHS[1], record])).endswith("line 2 is no record of an epoch")
@@ -193,12 +193,12 @@ def test_plain() -> None:
 
 
 def test_names_from_files_are_shown_as_plain_text(tmp_path: Path) -> None:
-    record = epoch(1, 10, {**spot("x", 0.5, [0.75]), "name": HOSTILE, "kind": HOSTILE})
-    config = CONFIG | {"teacher": {"source": HOSTILE.replace("\ud800", "")}}
-    report = spot_report(make_run(tmp_path / "run", [record], config=config, classes=[HOSTILE]))
-    assert report["overall"][0]["name"] == report["overall"][0]["kind"] == report["teacher"] == HARMLESS
-    assert report["by_class"][0]["name"] == HARMLESS
     name = HOSTILE.replace("\ud800", "")  # no JSON file holds half a character
+    record = epoch(1, 10, {**spot("x", 0.5, [0.75]), "name": name, "kind": name})
+    config = CONFIG | {"teacher": {"source": name}}
+    report = spots_document(make_run(tmp_path / "run", [record], config=config, classes=[HOSTILE]))
+    assert report.overall[0].name == report.overall[0].kind == report.teacher == HARMLESS
+    assert report.by_class[0].name == HARMLESS
     evaluation = sample(Evaluation, network=name, classes=[{"name": name, "images": 1, "top1": 5.0}])
     plan = sample(Plan, spots=[{"name": name, "student_to_teacher": name}], trainable={name: 3})
     summary = sample(Summary, network=name, protocol=name, device=name, dataset=name, seconds=1.0)
@@ -214,9 +214,9 @@ def long_run(folder: Path, features: int, epochs: int = 240, classes: int = 100)
     for number in range(1, epochs + 1):
         spots = []
         for index, name in enumerate(names):
-            share = 0.9 - 0.1 * index - 0.4 * number / epochs
-            by_class: list[float | None] = [share + 0.001 * (label - 49.5) for label in range(classes)]
-            spots.append(spot(name, share, by_class, share))
+            fraction = 0.9 - 0.1 * index - 0.4 * number / epochs
+            by_class: list[float | None] = [fraction + 0.00101 * (label - 49.5) for label in range(classes)]
+            spots.append(spot(name, fraction, by_class, fraction))
         records.append(epoch(number, 50_000, *spots))
     return make_run(folder, records, classes=[f"name_{label:02d}" for label in range(classes)])
 
@@ -250,7 +250,7 @@ ABOUT = "three groups of one block each, and more that does not fit on one line"
 LISTING = [{"name": "resnet8", "parameters": 83_892, "macs": 12_507_392, "about": ABOUT}]
 
 
-def everything(report: Tree) -> list[RenderableType]:
+def everything(report: SpotsDocument) -> list[RenderableType]:
     tables = [*spot_tables(report), *evaluation_tables(EVALUATION), summary_table(SUMMARY), plan_table(PLAN)]
     return [*tables, listing_table("Networks", LISTING)]
 
@@ -258,25 +258,25 @@ def everything(report: Tree) -> list[RenderableType]:
 @pytest.mark.parametrize("features", [1, 3])
 @pytest.mark.parametrize("width", [1, 8, 20, 40, 80, 200])
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path, features: int, width: int) -> None:
-    text = text_of(everything(spot_report(long_run(tmp_path / "run", features))), width)
+    text = text_of(everything(spots_document(long_run(tmp_path / "run", features))), width)
     assert max(cell_len(line) for line in text.splitlines()) <= width
 
 
 def test_figures_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
-    report = spot_report(long_run(tmp_path / "run", 3))
+    report = spots_document(long_run(tmp_path / "run", 3))
     lines = [line.strip() for line in text_of(everything(report), 20).splitlines()]
-    assert "Share: 69.9" in lines or "Share: 69.8" in lines
+    assert "Fraction: 69.9" in lines or "Fraction: 69.8" in lines
     assert {"Epoch 240", "# 100", "Top-1 %: 41.23", "Parameters: 0.28 M", "Top-1", "Student shape:"} <= set(lines)
 
 
 def test_tables_fit_80_columns_as_tables(tmp_path: Path) -> None:
-    text = text_of(everything(spot_report(long_run(tmp_path / "run", 3))), 80)
+    text = text_of(everything(spots_document(long_run(tmp_path / "run", 3))), 80)
     assert text.count("───\n") == 9  # a rule below every header: none of the nine fell apart into a list
     assert "\x1b" not in text
 
 
 def test_colour_changes_no_character(tmp_path: Path) -> None:
-    tables = everything(spot_report(long_run(tmp_path / "run", 1)))
+    tables = everything(spots_document(long_run(tmp_path / "run", 1)))
     coloured = text_of(tables, 80, colour=True)
     assert "\x1b[" in coloured
     strip = "\n".join(line.rstrip() for line in format._ESCAPES.sub("", coloured).splitlines())
@@ -284,14 +284,14 @@ def test_colour_changes_no_character(tmp_path: Path) -> None:
 
 
 def test_terminal_without_unicode(tmp_path: Path) -> None:
-    report = spot_report(make_run(tmp_path / "run", TWO_EPOCHS, classes=["naïve", "b", "c", "d"]))
+    report = spots_document(make_run(tmp_path / "run", TWO_EPOCHS, classes=["naïve", "b", "c", "d"]))
     text = text_of([*spot_tables(report), summary_table(SUMMARY)], encoding="ascii")
     for part in ("na?ve", "resnet20 -> resnet8", "#####", "-40.0"):
         assert part in text
 
 
 def test_long_runs_are_thinned_evenly(tmp_path: Path) -> None:
-    text = text_of([spot_tables(spot_report(long_run(tmp_path / "run", 1)))[1]])
+    text = text_of([spot_tables(spots_document(long_run(tmp_path / "run", 1)))[1]])
     shown = [int(line.split()[0]) for line in text.splitlines() if line.strip() and line.split()[0].isdigit()][:20]
     assert (len(shown), shown[0], shown[-1]) == (20, 1, 240)
     assert {after - before for before, after in pairwise(shown)} == {12, 13}
@@ -299,11 +299,11 @@ def test_long_runs_are_thinned_evenly(tmp_path: Path) -> None:
 
 
 def test_short_runs_are_shown_whole(tmp_path: Path) -> None:
-    assert "--json" not in text_of(spot_tables(spot_report(long_run(tmp_path / "run", 1, epochs=20, classes=20))))
+    assert "--json" not in text_of(spot_tables(spots_document(long_run(tmp_path / "run", 1, epochs=20, classes=20))))
 
 
 def test_by_class_shows_both_ends(tmp_path: Path) -> None:
-    report = spot_report(long_run(tmp_path / "run", 1))
+    report = spots_document(long_run(tmp_path / "run", 1))
     text = text_of([spot_tables(report, top=2)[2]])
     names = [line.split()[1] for line in text.splitlines() if "name_" in line]
     assert names == ["name_99", "name_98", "name_01", "name_00"]
@@ -314,7 +314,7 @@ def test_by_class_shows_both_ends(tmp_path: Path) -> None:
 
 def test_classes_never_seen_are_not_ranked(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TWO_EPOCHS, classes=["apple", "bear", "cat", "dog"])
-    rows = text_of([spot_tables(spot_report(run))[2]]).splitlines()[3:6]
+    rows = text_of([spot_tables(spots_document(run))[2]]).splitlines()[3:6]
     assert [row.split()[1] for row in rows] == ["apple", "bear", "cat"]
 
 

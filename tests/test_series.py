@@ -164,7 +164,7 @@ def test_the_figures_of_a_run_go_to_tensorboard_too(trained_cli: CliRunner, name
     summary = trained_cli.sakd(*named, "--run-dir", str(tmp_path / "run"), "--log", "tensorboard", "--json").document
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert tags >= {"train/loss", "train/lr", "train/router", "eval/top1", "spots/logits/share"}
+    assert tags >= {"train/loss", "train/lr", "train/router", "eval/top1", "spots/logits/fraction"}
     [point] = events.Scalars("eval/top1")
     record = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert (point.step, point.value) == (summary["epochs"], pytest.approx(record["top1"]))

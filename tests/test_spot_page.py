@@ -14,43 +14,42 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_inspection import ABOUT, SPOTS, survey
+from sample_documents import sample
+from test_inspection import SPOTS, header, survey
 
 from sakd_cli.cli.app import run
+from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.html import Gallery, Picture, Section, Tile
 from sakd_cli.report.render.sheet import Column, Sheet
-from sakd_cli.report.spots.measure import inspection
 from sakd_cli.report.spots.page import spot_page
+from sakd_cli.report.spots.survey import measure
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
 PIXELS = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
 
 
-def document(epochs: int = 3, **other: Any) -> dict[str, Any]:
+def document(epochs: int = 3, **other: Any) -> SpotsDocument:
     """A small document of two spots and three classes, one of them named in bad faith."""
     classes = ["ball", NASTY, "doll"]
-    found = inspection(survey(about=ABOUT | {"classes": classes}), SPOTS, sample=False, seed=0, extremes=2)
-    steps = dict.fromkeys(("gamma_raised", "gamma_lowered", "count_active"), 0.5)
-    by_epoch = [
-        {
-            "epoch": n,
-            "samples": 4,
-            "share": [0.1 * n, 0.5],
-            "probability": [0.1 * n, None],
-            "empty": [0.0, 0.0],
-            **steps,
-        }
-        | {"routed_ce": 2.0, "student_ce": 2.5}
-        for n in range(1, epochs + 1)
-    ]
-    figures = dict.fromkeys(("share", "first", "last", "min", "max", "probability"), 0.5)
-    overall = [spot | figures for spot in SPOTS]
-    by_class = [{"name": name, "share": [0.5, 0.4], "deviation": [0.0, -0.1]} for name in classes]
-    words = dict.fromkeys(("run", "method", "router", "teacher", "student", "dataset"), NASTY)
-    words |= {"schema": "sakd.spots/1", "finished": True, "epochs": epochs, "samples": 12}
-    return words | {"overall": overall, "by_epoch": by_epoch, "by_class": by_class, "measured": found} | other
+    steps = dict.fromkeys(("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active"), 0.5)
+    steps |= {"samples": 4, "routed_ce": 2.0, "student_ce": 2.5}
+    names = dict.fromkeys(("run", "method", "router", "teacher", "student", "dataset"), NASTY)
+    numbers = dict.fromkeys(("fraction", "first", "last", "min", "max", "probability"), 0.5)
+    given = {
+        "finished": True,
+        "epochs": epochs,
+        "samples": 12,
+        "overall": [spot.model_copy(update=numbers) for spot in SPOTS],
+        "by_epoch": [
+            {"epoch": n, "fraction": [0.1 * n, 0.5], "probability": [0.1 * n, None], "empty_selection": [0, 0]} | steps
+            for n in range(1, epochs + 1)
+        ],
+        "by_class": [{"name": name, "fraction": [0.5, 0.4], "deviation": [0.0, -0.1]} for name in classes],
+        "measured": measure(survey(header=header(classes=classes)), SPOTS, sample=False, seed=0, extremes=2),
+    }
+    return sample(SpotsDocument, names | given | other)
 
 
 @pytest.mark.parametrize("panel", [*plots.PANELS, None])
@@ -66,21 +65,22 @@ def test_every_panel_is_drawn_and_drawn_the_same_again(panel: str | None, kind: 
 
 
 def test_the_lines_are_those_of_the_report() -> None:
-    axes = plots.epoch_lines(document()).get_axes()[0]
+    axes = plots.spot_figure(document(), "epochs").get_axes()[0]
     solid = [line for line in axes.lines if line.get_linestyle() == "-"]
     assert [line.get_label() for line in solid] == ["stage2", "logits"]
     assert solid[0].get_ydata() == pytest.approx([10, 20, 30])
-    heat = plots.class_map(document()).get_axes()[0].images[0]
+    heat = plots.spot_figure(document(), "classes").get_axes()[0].images[0]
     assert heat.get_array().shape == (2, 2), "a class without images is left out"
-    axes = plots.path_bars(document()).get_axes()[0]
+    axes = plots.spot_figure(document(), "paths").get_axes()[0]
     assert sorted(patch.get_width() for patch in axes.patches) == pytest.approx([18.75, 18.75, 31.25, 31.25])
-    axes = plots.difficulty_curves(document()).get_axes()[0]
+    axes = plots.spot_figure(document(), "difficulty").get_axes()[0]
     assert axes.lines[1].get_ydata() == pytest.approx([100, 0, 100, 50])
 
 
 def test_many_classes_are_shown_at_both_ends() -> None:
-    rows = [{"name": f"n{label}", "share": [0.5], "deviation": [0.01 * label]} for label in range(100)]
-    axes = plots.class_map(document(by_class=rows, overall=document()["overall"][:1], measured=None)).get_axes()[0]
+    rows = [{"name": f"n{label}", "fraction": [0.5], "deviation": [0.01 * label]} for label in range(100)]
+    report = document(by_class=rows, overall=document().overall[:1], measured=None)
+    axes = plots.spot_figure(report, "classes").get_axes()[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert (names[0], names[-1], len(names)) == ("n99", "n0", 24)
 

@@ -109,7 +109,7 @@ def test_other_images_are_measured_by_the_networks(
 ) -> None:
     measured = inspected(cli, routed, *words)["measured"]
     assert (measured["source"], measured["split"], measured["images"]) == ("live", split, images)
-    assert sum(path["share"] for path in measured["paths"]) == pytest.approx(1)
+    assert sum(path["fraction"] for path in measured["paths"]) == pytest.approx(1)
     assert sum(row["images"] for row in measured["difficulty"]["by_student_loss"]) == images
 
 
@@ -117,21 +117,21 @@ def test_a_draw_depends_on_its_seed_alone(cli: CliRunner, routed: Path) -> None:
     one, again, other = (inspected(cli, routed, "--sample", "--seed", seed)["measured"] for seed in (1, 1, 2))
     assert one == again
     assert one["value"] == "draw"
-    assert [spot["mean"] for spot in one["spots"]] == [spot["drawn"] for spot in one["spots"]]
+    assert [spot["mean"] for spot in one["spots"]] == [spot["sampled"] for spot in one["spots"]]
     assert one["spots"] != other["spots"]
     assert one["extremes"] == other["extremes"], "always by probability"
 
 
-@pytest.mark.parametrize(("router", "share"), [("always", 1.0), ("never", 0.0), ("random", 0.5)])
+@pytest.mark.parametrize(("router", "rate"), [("always", 1.0), ("never", 0.0), ("random", 0.5)])
 def test_without_a_policy_the_rates_of_the_training_stand_in(
-    cli: CliRunner, taught_by: Any, router: str, share: float
+    cli: CliRunner, run_of: Any, router: str, rate: float
 ) -> None:
-    run = taught_by(router)
+    run = run_of(router)
     assert not (cli.path / run / "survey.safetensors").exists()
     measured = inspected(cli, run)["measured"]
     assert (measured["source"], measured["value"], measured["classes"]) == ("samples", "rate", None)
-    assert measured["spots"][0]["mean"] == pytest.approx(share, abs=0.15)
-    assert "stands in" in cli.sakd("inspect-spots", run).out.replace("\n", " ")
+    assert measured["spots"][0]["mean"] == pytest.approx(rate, abs=0.15)
+    assert "rate at which each image was distilled" in cli.sakd("inspect-spots", run).out.replace("\n", " ")
     live = inspected(cli, run, "--live")["measured"]
     assert (live["source"], live["value"], live["paths"]) == ("live", "rate", None)
     assert live["spots"][0]["mean"] == measured["spots"][0]["mean"]
@@ -141,14 +141,14 @@ def test_without_a_policy_the_rates_of_the_training_stand_in(
     assert "no value is known" in cli.sakd("inspect-spots", run, "--split", "test", "-q").out
 
 
-def test_anti_says_that_it_taught_the_others(cli: CliRunner, taught_by: Any) -> None:
-    measured = inspected(cli, taught_by("anti"))["measured"]
+def test_anti_says_that_it_distilled_the_others(cli: CliRunner, run_of: Any) -> None:
+    measured = inspected(cli, run_of("anti"))["measured"]
     assert (measured["complement"], measured["value"]) == (True, "probability")
-    assert any("taught the others" in note for note in measured["notes"])
+    assert any("distilled the other images" in note for note in measured["notes"])
 
 
 @pytest.fixture(scope="module")
-def taught_by(cli: CliRunner, pretrained: Result) -> Any:
+def run_of(cli: CliRunner, pretrained: Result) -> Any:
     """The run of a router."""
 
     def run(router: str) -> str:
@@ -173,9 +173,18 @@ def test_csv_holds_every_figure_of_the_document(cli: CliRunner, routed: Path) ->
         float(known["student_loss", "10", "logits", "mean"])
         == (measured["difficulty"]["by_student_loss"][9]["mean"][3])
     )
-    assert float(known["path", "TTTT", "", "share"]) > 0
-    assert float(known["routed", "sampled", "", "spread"]) == measured["routed"]["sampled"]["spread"]
-    tables = {"overall", "epoch", "class_taught", "spot", "class", "student_loss", "teacher_confidence", "right_wrong"}
+    assert float(known["path", "TTTT", "", "fraction"]) > 0
+    assert float(known["routed", "sampled", "", "top1_std"]) == measured["routed"]["sampled"]["top1_std"]
+    tables = {
+        "overall",
+        "epoch",
+        "class_distilled",
+        "spot",
+        "class",
+        "student_loss",
+        "teacher_confidence",
+        "correctness",
+    }
     assert {row[0] for row in rows} == tables | {"path", "highest", "lowest", "routed"}
 
 

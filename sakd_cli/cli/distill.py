@@ -74,14 +74,14 @@ def _distilled(words: DistillConfig, intent: ResumePlan, launcher: Any, again: s
 
 def _picture(run: RunDir, talk: ConsoleReporter) -> None:
     """What the run mixed of its teacher's blocks, drawn, where it did."""
-    from sakd_cli.report.spots.mixtures import PICTURE, read_mixtures
+    from sakd_cli.report.spots.log import MIXTURES_PLOT, read_mixtures
 
     if (record := read_mixtures(run)) is None:
         return
     from sakd_cli.report.render import plots
 
-    if plots.available(lambda told: talk.say(f"no {PICTURE}: {told}")):
-        plots.write(plots.mixture_map(record), run.path / PICTURE)
+    if plots.available(lambda told: talk.say(f"no {MIXTURES_PLOT}: {told}")):
+        plots.write(plots.mixture_map(record), run.path / MIXTURES_PLOT)
 
 
 def print_result(result: Summary | Plan, *, json: bool) -> None:
@@ -90,8 +90,8 @@ def print_result(result: Summary | Plan, *, json: bool) -> None:
         return
     from sakd_cli.report.evaluation.ensemble import ensemble_summary
     from sakd_cli.report.runs.tables import plan_table, summary_table
-    from sakd_cli.report.spots.log import spot_report
-    from sakd_cli.report.spots.log_tables import spot_tables
+    from sakd_cli.report.spots.log import spots_document
+    from sakd_cli.report.spots.tables import spot_tables
 
     if isinstance(result, Plan):
         losses = ", ".join(f"{name} {value:.4g}" for name, value in result.batch.items())
@@ -101,7 +101,7 @@ def print_result(result: Summary | Plan, *, json: bool) -> None:
         return
     show(summary_table(result))
     if result.teacher:
-        show(*spot_tables(spot_report(RunDir(Path(str(result.run)))), top=3))
+        show(*spot_tables(spots_document(RunDir(Path(str(result.run)))), top=3))
     if result.ensemble:
         show(ensemble_summary(result.ensemble))
     show(f"run: {result.run}")

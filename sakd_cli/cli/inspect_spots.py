@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sakd_cli.api import looked_at, run_to_look_at
+from sakd_cli.api import inspect_run
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
+from sakd_cli.documents.spots import EXTREMES, SpotsDocument
 from sakd_cli.errors import DiskError, UsageError
 
 Run = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest distillation.")]
@@ -29,21 +30,24 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
 
         sakd inspect-spots runs/20261121-120000-distill-... --split test --json | jq '.measured.routed'
     """
+    from sakd_cli.report.render import html as pages
     from sakd_cli.report.render import plots
-    from sakd_cli.report.spots import measure
+    from sakd_cli.report.spots.page import spot_page
+    from sakd_cli.report.spots.survey import records
 
     _check(options)
     reporter, plot = ConsoleReporter(quiet=options["quiet"]), options["plot"]
-    where = run_to_look_at(run, options)
-    extremes, seed = max(options["extremes"], measure.KEPT), options["sample_seed"]
-    survey = looked_at(where, options, options["split"], reporter, seed=seed, extremes=extremes)
-    report = measure.spot_document(where, survey, sample=options["sample"], seed=seed, extremes=extremes)
+    most, seed = max(options["extremes"], EXTREMES), options["sample_seed"]
+    report, survey = inspect_run(
+        run, options, options["split"], reporter, sample=options["sample"], seed=seed, extremes=most
+    )
     if plot:
         plots.write(plots.spot_figure(report, options["panel"]), plot)
     if html:
-        _write_page(report, survey.images if survey else {}, html, reporter)
+        pixels = survey.images if survey else {}
+        pages.write(spot_page(report, pixels, drawn=plots.available(reporter.warn)), html)
     if samples:
-        _write_records(measure.records(survey, report["overall"]) if survey else [], samples)
+        _write_records(records(survey, report.overall) if survey else [], samples)
     for path in filter(None, (plot, html, samples)):
         reporter.say(f"written: {path}")
     if json:
@@ -68,13 +72,6 @@ def _check(options: Values) -> None:
         plots.checked(options["plot"])
 
 
-def _write_page(report: dict[str, Any], images: dict[int, Any], path: Path, reporter: ConsoleReporter) -> None:
-    from sakd_cli.report.render import html, plots
-    from sakd_cli.report.spots.page import spot_page
-
-    html.write(spot_page(report, images, drawn=plots.available(reporter.warn)), path)
-
-
 def _write_records(records: list[dict[str, Any]], path: Path) -> None:
     if not records:
         raise UsageError("--samples: this run has no record by image", hint="--live measures it")
@@ -90,10 +87,8 @@ def _write_records(records: list[dict[str, Any]], path: Path) -> None:
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _print_tables(report: dict[str, Any], top: int, extremes: int) -> None:
-    from sakd_cli.report.spots.log_tables import spot_tables
-    from sakd_cli.report.spots.measured_tables import survey_tables
+def _print_tables(report: SpotsDocument, top: int, extremes: int) -> None:
+    from sakd_cli.report.spots.tables import spot_tables, survey_tables
 
-    measured = report["measured"]
-    sections = survey_tables(measured, top=top, extremes=extremes).values() if measured else []
+    sections = survey_tables(report.measured, top=top, extremes=extremes).values() if report.measured else ()
     show(*spot_tables(report, top=top), *(sheet for sheets in sections for sheet in sheets))

@@ -1,71 +1,122 @@
-"""The document of `sakd inspect-spots --json` as closed classes, and its rows as CSV.
+"""What `sakd inspect-spots --json` prints, the same as CSV, and the two records of a run that it is made from
 
-`SpotsDocument.model_json_schema()` is the JSON schema. Shares and probabilities lie in [0, 1], accuracies (top1) are in
-percent, losses are mean cross-entropies in nats, entropies in bits. Lists with one entry per spot are in the order of
-`overall`. What is not known is null.
+Fractions and probabilities lie in [0, 1], accuracies (top1) are in percent, losses are mean cross-entropies in nats,
+entropies in bits. Lists with one entry per spot are in the order of `overall`. What is not known is null.
 """
 
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from sakd_cli.documents.base import Part
+from sakd_cli.documents.base import Document, Number, Part
 from sakd_cli.documents.mixtures import Mixtures
 
-Share = float | None
-Figure = float | None
+EXTREMES = 12  # images at each end of a spot; a run saves the pixels of as many
+Split = Literal["train", "validation", "test"]
 
 
-class Overall(Part):
-    """One spot in the log of the training: share of samples taught there, over all epochs and in single ones."""
-
-    name: str
-    kind: str
-    share: Share
-    first: Share
-    last: Share
-    min: Share
-    max: Share
-    probability: Share
+STEP_MEANS = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active", "routed_ce", "student_ce")
 
 
-class Epoch(Part):
-    """One epoch of the log; gamma_* and count_active are shares of its steps, *_ce its mean cross-entropies."""
+class EpochSteps(Part):
+    """Fractions of an epoch's steps, and two mean cross-entropies; null for routers without a routed pass.
+
+    router_loss_scaled_up, _down: the router's loss was multiplied, divided by gamma; empty_selection: no sample was
+    selected at the spot.
+    """
 
     epoch: int
-    samples: int
-    share: list[Share]
-    probability: list[Share]
-    gamma_raised: Share
-    gamma_lowered: Share
-    count_active: Share
-    routed_ce: float | None
-    student_ce: float | None
-    empty: list[Share]
+    samples: int = Field(ge=0)
+    router_loss_scaled_up: Number
+    router_loss_scaled_down: Number
+    count_penalty_active: Number
+    routed_ce: Number
+    student_ce: Number
+    empty_selection: list[Number]
 
 
-class TaughtClass(Part):
-    """One class of the log: mean share over the epochs, and its difference from the spot's overall share."""
-
-    name: str
-    share: list[Share]
-    deviation: list[Share]
-
-
-class SpotRow(Part):
-    """One spot over the images measured: the value's mean, one draw's mean, share above 0.5, entropy, quantiles."""
+class SpotInEpoch(Part):
+    """One spot in one epoch: fraction of the samples distilled there, of each class too; mean routing probability."""
 
     name: str
     kind: str
-    student_stage: str | None
-    teacher_stage: str | None
-    student_shape: list[int] | None
-    teacher_shape: list[int] | None
-    student_to_teacher: str | None
-    teacher_to_student: str | None
+    fraction: Number
+    probability: Number
+    by_class: list[Number]
+
+
+class EpochRecord(EpochSteps):
+    """One line of `spots.jsonl`."""
+
+    spots: list[SpotInEpoch] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "EpochRecord":
+        if len(self.empty_selection) != len(self.spots):
+            raise ValueError("empty_selection has another number of spots")
+        return self
+
+
+class SpotTotal(Part):
+    """One spot in training: fraction of the samples distilled there, over all epochs and in single ones.
+
+    probability: mean teacher-routing probability in the last epoch; null for routers without a policy.
+    """
+
+    name: str
+    kind: str
+    fraction: Number
+    first: Number
+    last: Number
+    min: Number
+    max: Number
+    probability: Number
+
+
+class EpochFractions(EpochSteps):
+    """One epoch: fraction of the samples distilled and mean teacher-routing probability, per spot."""
+
+    fraction: list[Number]
+    probability: list[Number]
+
+
+class ClassDeviation(Part):
+    """One class: its mean at each spot less that of all images."""
+
+    name: str
+    deviation: list[Number]
+
+    @property
+    def peak(self) -> Number:
+        """The deviation that is largest in size, with its sign; None where no image of the class was seen."""
+        return max((one for one in self.deviation if one is not None), key=abs, default=None)
+
+
+class ClassFractions(ClassDeviation):
+    """One class in training: mean over the epochs of the fraction distilled, per spot."""
+
+    fraction: list[Number]
+
+
+class SpotPlace(Part):
+    """A spot, its stages, the shapes of one sample's feature maps there, and the adapters between them."""
+
+    name: str
+    kind: str
+    student_stage: str | None = None
+    teacher_stage: str | None = None
+    student_shape: list[int] | None = None
+    teacher_shape: list[int] | None = None
+    student_to_teacher: str | None = None
+    teacher_to_student: str | None = None
+
+
+class SpotStatistics(SpotPlace):
+    """One spot over the images: the value's mean, the mean of one sample, fraction above 0.5, entropy, quantiles."""
+
     mean: float
-    drawn: float
+    sampled: float
     above_half: float
     entropy: float
     p05: float
@@ -73,78 +124,81 @@ class SpotRow(Part):
     p95: float
 
 
-class Group(Part):
+class ImageGroup(Part):
     """Some images: how many, mean value at each spot, top-1 of both networks on them."""
 
     images: int
-    mean: list[Share]
-    student_top1: float | None
-    teacher_top1: float | None
+    mean: list[Number]
+    student_top1: Number
+    teacher_top1: Number
 
 
-class ClassRow(Group):
-    """One class; deviation of its mean from that of all images."""
-
-    name: str
-    deviation: list[Share]
+class ClassGroup(ImageGroup, ClassDeviation):
+    """The images of one class."""
 
 
 class Classes(Part):
     """correlation: Pearson's, per spot, between a class's mean value and the student's top-1 on it."""
 
-    correlation: list[float | None]
-    rows: list[ClassRow]
+    correlation: list[Number]
+    rows: list[ClassGroup]
 
 
-class Bin(Group):
+class Decile(ImageGroup):
     """A tenth of the images in order of a measure; `from` and `to` are its first and last value of it."""
 
-    from_: float = Field(alias="from")
+    from_: float
     to: float
 
 
-class Cell(Part):
-    """One cell of the table student right or wrong x teacher right or wrong."""
+class Correctness(Part):
+    """The images on which the student is correct or wrong, and the teacher is correct or wrong."""
 
-    student_right: bool
-    teacher_right: bool
+    student_correct: bool
+    teacher_correct: bool
     images: int
-    mean: list[Share]
+    mean: list[Number]
+
+    @property
+    def name(self) -> str:
+        """`student correct, teacher wrong`."""
+        student, teacher = ("correct" if yes else "wrong" for yes in (self.student_correct, self.teacher_correct))
+        return f"student {student}, teacher {teacher}"
 
 
 class Difficulty(Part):
-    """By deciles of the student's cross-entropy and of the teacher's largest probability, and by who is right."""
+    """By deciles of the student's cross-entropy and of the teacher's confidence (largest probability)."""
 
-    by_student_loss: list[Bin]
-    by_teacher_confidence: list[Bin]
-    right_wrong: list[Cell]
+    by_student_loss: list[Decile]
+    by_teacher_confidence: list[Decile]
+    by_correctness: list[Correctness]
 
 
-class Path(Part):
-    """A path such as TTS (a letter per spot, T = teacher) and its expected share."""
+class RoutingPath(Part):
+    """A path such as TTS (a letter per spot, T = teacher) and its expected fraction of the images."""
 
     path: str
-    share: float
+    fraction: float
 
 
-class Extreme(Part):
-    """One image: place in the data set's own split, value at the spot, what it is and what both make of it."""
+class ExtremeImage(Part):
+    """One image: index in the data set's own split, value at the spot, its class and what both networks predict."""
 
     index: int
     value: float
-    label: str | None
-    student_prediction: str | None
-    teacher_prediction: str | None
-    student_loss: float | None
-    teacher_confidence: float | None
+    label: str | None = None
+    student_prediction: str | None = None
+    teacher_prediction: str | None = None
+    student_loss: Number = None
+    teacher_confidence: Number = None
 
 
-class Extremes(Part):
+class SpotExtremes(Part):
     """The images with the highest and the lowest value at a spot."""
 
     spot: str
-    highest: list[Extreme]
-    lowest: list[Extreme]
+    highest: list[ExtremeImage]
+    lowest: list[ExtremeImage]
 
 
 class Score(Part):
@@ -154,57 +208,71 @@ class Score(Part):
     loss: float
 
 
-class Sampled(Score):
-    """Means over several draws of all gates; spread: standard deviation of top-1 over them."""
+class SampledScore(Score):
+    """Means over several samples of all gates; top1_std: standard deviation of top-1 over them."""
 
     draws: int
-    spread: float
+    top1_std: float
 
 
-class Routed(Part):
+class RoutedNetwork(Part):
     """The routed network on the test images, beside both networks alone; null without a multi-path network."""
 
     images: int
     student: Score
     teacher: Score
-    sampled: Sampled | None
-    all_student: Score | None
-    all_teacher: Score | None
+    sampled: SampledScore | None = None
+    all_student: Score | None = None
+    all_teacher: Score | None = None
+
+
+class SurveyHeader(Part):
+    """The header of `survey.safetensors`. digest: SHA-256 of its columns, since safetensors has no checksum."""
+
+    format: Literal["sakd.survey/2"] = "sakd.survey/2"
+    split: Split
+    dataset: str
+    classes: list[str]
+    spots: list[SpotPlace]
+    complement: bool
+    routed: RoutedNetwork
+    digest: str
 
 
 class Measured(Part):
-    """What the trained router makes of each image.
+    """What the trained router decides for each image.
 
-    source      survey: kept at the end of the run; live: just now; samples: only how often each image was taught
-    value       what "mean" is a mean of: the teacher's probability, a draw from it (--sample), or the rate at which an
-                image was taught; null: this router has none for these images
-    seed        of the draws
-    complement  the losses taught those who were routed to the student
+    source      survey: saved at the end of the run; live: just now; samples: only how often each image was distilled
+    value       what "mean" is a mean of: the teacher-routing probability, a sample of it (--sample), or the rate at
+                which an image was distilled; null: this router has none for these images
+    seed        of the samples
+    complement  the losses distilled those that were routed to the student
     """
 
     source: Literal["survey", "live", "samples"]
     value: Literal["probability", "draw", "rate"] | None
     seed: int
-    split: Literal["train", "validation", "test"]
+    split: Split
     dataset: str | None
     images: int
     complement: bool
     notes: list[str]
-    spots: list[SpotRow]
+    spots: list[SpotStatistics]
     classes: Classes | None
     difficulty: Difficulty | None
-    paths: list[Path] | None
-    extremes: list[Extremes]
-    routed: Routed | None
+    paths: list[RoutingPath] | None
+    extremes: list[SpotExtremes]
+    routed: RoutedNetwork | None
 
 
-class SpotsDocument(Part):
-    """`spots.py` makes all but `measured` from the log; `measured` is null for a run that kept nothing by sample.
+class SpotsDocument(Document):
+    """Where a run distilled: from its log, and (`measured`) by image, null for a run without a record by sample.
 
-    mixtures   the `dfa.json` of the run as it stands; null where it has none
+    samples: an image counts once per epoch; teacher: its source, an architecture or a path; mixtures: `dfa.json` of
+    the run, null where it has none; classes are in order of their largest deviation.
     """
 
-    schema_: Literal["sakd.spots/1"] = Field(alias="schema")
+    schema_: Literal["sakd.spots/2"] = "sakd.spots/2"
     run: str
     method: str | None
     router: str | None
@@ -214,66 +282,51 @@ class SpotsDocument(Part):
     finished: bool
     epochs: int
     samples: int
-    overall: list[Overall]
-    by_epoch: list[Epoch]
-    by_class: list[TaughtClass]
+    overall: list[SpotTotal]
+    by_epoch: list[EpochFractions]
+    by_class: list[ClassFractions]
     mixtures: Mixtures | None
     measured: Measured | None
 
 
-Row = tuple[str, str, str, str, Any]
 CSV_HEADER = ("table", "item", "spot", "measure", "value")
+Row = tuple[str, str, str, str, Any]
+PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "correlation"}
 
 
-def csv_rows(document: dict[str, Any]) -> Iterator[Row]:
-    """The document as one long table with the columns of `CSV_HEADER`; one figure a row, empty where it is null.
+def csv_rows(document: SpotsDocument) -> Iterator[Row]:
+    """The document as one long table with the columns of `CSV_HEADER`; one number a row, empty where it is null.
 
-    table    overall, epoch, class_taught, spot, class, student_loss, teacher_confidence, right_wrong, path, highest,
+    table    overall, epoch, class_distilled, spot, class, student_loss, teacher_confidence, correctness, path, highest,
              lowest, routed: the lists of the document in that order
-    item     which epoch, class, bin (from 1), path, image (its index), network; empty for tables by spot
-    spot     name of the spot; empty where the figure belongs to none
-    measure  key of the figure in the document
+    item     which epoch, class, decile (from 1), path, image (its index), network; empty for tables by spot
+    spot     name of the spot; empty where the number belongs to none
+    measure  key of the number in the document
     """
-    names = [spot["name"] for spot in document["overall"]]
-    for spot in document["overall"]:
-        yield from _figures("overall", "", spot, names, spot["name"])
-    for row in document["by_epoch"]:
-        yield from _figures("epoch", row["epoch"], row, names)
-    for row in document["by_class"]:
-        yield from _figures("class_taught", row["name"], row, names)
-    measured = document["measured"] or {}
-    for spot in measured.get("spots", []):
-        yield from _figures("spot", "", spot, names, spot["name"])
-    classes, difficulty = measured.get("classes") or {}, measured.get("difficulty") or {}
-    for name, figure in zip(names, classes.get("correlation", []), strict=False):
-        yield "class", "", name, "correlation", figure
-    for row in classes.get("rows", []):
-        yield from _figures("class", row["name"], row, names)
-    for table in ("student_loss", "teacher_confidence"):
-        for number, row in enumerate(difficulty.get(f"by_{table}", []), start=1):
-            yield from _figures(table, number, row, names)
-    for row in difficulty.get("right_wrong", []):
-        yield from _figures("right_wrong", cell_name(row), row, names)
-    for row in measured.get("paths") or []:
-        yield from _figures("path", row["path"], row, names)
-    for spot in measured.get("extremes", []):
-        for end in ("highest", "lowest"):
-            for row in spot[end]:
-                yield from _figures(end, row["index"], row, names, spot["spot"])
-    for network, row in (measured.get("routed") or {}).items():
-        if isinstance(row, dict):
-            yield from _figures("routed", network, row, names)
-
-
-def cell_name(row: dict[str, Any]) -> str:
-    """`student right, teacher wrong`."""
-    return ", ".join(f"{who} {'right' if row[f'{who}_right'] else 'wrong'}" for who in ("student", "teacher"))
-
-
-def _figures(table: str, item: Any, row: dict[str, Any], names: list[str], spot: str = "") -> Iterator[Row]:
-    for measure, value in row.items():
-        if measure in ("mean", "share", "deviation", "probability", "empty") and isinstance(value, list):
-            for name, figure in zip(names, value, strict=True):
-                yield table, str(item), name, measure, figure
-        elif isinstance(value, int | float) and not isinstance(value, bool) and measure not in ("epoch", "index"):
-            yield table, str(item), spot, measure, value
+    names = [spot.name for spot in document.overall]
+    rows: list[tuple[str, object, str, Part]] = [("overall", "", spot.name, spot) for spot in document.overall]
+    rows += [("epoch", epoch.epoch, "", epoch) for epoch in document.by_epoch]
+    rows += [("class_distilled", one.name, "", one) for one in document.by_class]
+    if measured := document.measured:
+        rows += [("spot", "", spot.name, spot) for spot in measured.spots]
+        if classes := measured.classes:
+            rows += [("class", "", "", classes), *(("class", one.name, "", one) for one in classes.rows)]
+        if by := measured.difficulty:
+            for table, deciles in (
+                ("student_loss", by.by_student_loss),
+                ("teacher_confidence", by.by_teacher_confidence),
+            ):
+                rows += [(table, number, "", decile) for number, decile in enumerate(deciles, start=1)]
+            rows += [("correctness", cell.name, "", cell) for cell in by.by_correctness]
+        rows += [("path", path.path, "", path) for path in measured.paths or ()]
+        for ends in measured.extremes:
+            rows += [("highest", image.index, ends.spot, image) for image in ends.highest]
+            rows += [("lowest", image.index, ends.spot, image) for image in ends.lowest]
+        rows += [("routed", name, "", score) for name, score in measured.routed or () if isinstance(score, Score)]
+    for table, item, spot_name, part in rows:
+        for measure, value in part:
+            if isinstance(value, list) and measure in PER_SPOT:
+                for name, number in zip(names, value, strict=False):
+                    yield table, str(item), name, measure, number
+            elif isinstance(value, int | float) and not isinstance(value, bool) and measure not in ("epoch", "index"):
+                yield table, str(item), spot_name, measure.removesuffix("_"), value

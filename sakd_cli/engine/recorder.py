@@ -1,4 +1,4 @@
-"""Which sample was taught where: counted on the device, read once per epoch."""
+"""Which sample was distilled where: counted on the device, read once per epoch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SpotInEpoch
 from sakd_cli.engine.task import SpotUse
 
 
@@ -28,9 +29,9 @@ class SpotRecorder:
         self.origin = torch.arange(samples) if origin is None else origin
         spots = len(self.names)
         shapes = {
-            "sample_taught": (samples, spots),  # over the whole run
+            "sample_distilled": (samples, spots),  # over the whole run
             "sample_visits": (samples,),
-            "taught": (spots, classes),  # since the last `close_epoch`, as all that follow
+            "distilled": (spots, classes),  # since the last `close_epoch`, as all that follow
             "seen": (classes,),
             "probability": (spots,),
             "empty": (spots,),
@@ -45,9 +46,9 @@ class SpotRecorder:
         weight = use.weight.float()
         ones = torch.ones_like(labels, dtype=torch.float32)
         counts = self._counts
-        counts["taught"].index_add_(1, labels, weight)
+        counts["distilled"].index_add_(1, labels, weight)
         counts["seen"].index_add_(0, labels, ones)
-        counts["sample_taught"].index_add_(0, index, weight.T)
+        counts["sample_distilled"].index_add_(0, index, weight.T)
         counts["sample_visits"].index_add_(0, index, ones)
         counts["empty"] += weight.sum(dim=1) == 0
         counts["steps"] += 1
@@ -57,42 +58,43 @@ class SpotRecorder:
         for name, flag in use.events.items():
             self._events[name] = self._events.get(name, torch.zeros_like(flag)) + flag
 
-    def close_epoch(self, epoch: int) -> dict[str, Any]:
+    def close_epoch(self, epoch: int) -> EpochRecord:
         """The epoch's line for `spots.jsonl`; the counters by class start anew."""
         of_epoch = {name: count for name, count in self._counts.items() if not name.startswith("sample")}
         counts: dict[str, Any] = {name: count.tolist() for name, count in of_epoch.items()}
-        seen, taught = counts["seen"], counts["taught"]
+        seen, with_policy = counts["seen"], counts["steps_with_policy"] > 0
         samples, steps = sum(seen), max(counts["steps"], 1)
-        chances: list[float | None] = counts["probability"] if counts["steps_with_policy"] else [None] * len(self.names)
         spots = [
-            {
-                "name": name,
-                "kind": kind,
-                "share": sum(row) / max(samples, 1),
-                "probability": None if chance is None else chance / float(max(samples, 1)),
-                "by_class": [count / total if total else None for count, total in zip(row, seen, strict=True)],
-            }
-            for (name, kind), row, chance in zip(self.names, taught, chances, strict=True)
+            SpotInEpoch(
+                name=name,
+                kind=kind,
+                fraction=sum(row) / max(samples, 1),
+                probability=probability / max(samples, 1) if with_policy else None,
+                by_class=[count / total if total else None for count, total in zip(row, seen, strict=True)],
+            )
+            for (name, kind), row, probability in zip(
+                self.names, counts["distilled"], counts["probability"], strict=True
+            )
         ]
-        events = {name: float(count) / steps for name, count in self._events.items()}
-        empty = [times / steps for times in counts["empty"]]
+        means: dict[str, float | None] = dict.fromkeys(STEP_MEANS)
+        means |= {name: float(count) / steps for name, count in self._events.items()}
         for count in of_epoch.values():
             count.zero_()
         self._events = {}
-        none = dict.fromkeys(("gamma_raised", "gamma_lowered", "count_active", "routed_ce", "student_ce"))
-        return {"epoch": epoch, "samples": round(samples), "spots": spots, "empty": empty} | none | events
+        empty = [times / steps for times in counts["empty"]]
+        return EpochRecord(epoch=epoch, samples=round(samples), spots=spots, empty_selection=empty, **means)
 
     def by_sample(self) -> dict[str, Tensor]:
-        """The record by sample, for `samples.safetensors`: taught [samples, S], visits [samples], index [samples]."""
-        taught, visits = (self._counts[f"sample_{name}"].cpu() for name in ("taught", "visits"))
-        return {"taught": taught, "visits": visits, "index": self.origin}
+        """What `samples.safetensors` holds: distilled [samples, S], visits [samples], index [samples]."""
+        distilled, visits = (self._counts[f"sample_{name}"].cpu() for name in ("distilled", "visits"))
+        return {"distilled": distilled, "visits": visits, "index": self.origin}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every counter, for a checkpoint."""
         return self._counts | {f"event/{name}": count for name, count in self._events.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with the counters of an earlier process."""
+        """Continue with the counters of an earlier process."""
         for name, count in self._counts.items():
             count.copy_(tensors[name])
         device = self._counts["seen"].device

@@ -12,7 +12,7 @@ class SpotUse(NamedTuple):
     """What the routing did with one batch, without gradient.
 
     weight       [S, N] how much each sample was distilled at each spot
-    probability  [S, N] the policy's chance of the teacher; None without a policy
+    probability  [S, N] the teacher-routing probability; None without a policy
     events       name -> scalar of this step, logged as its mean over an epoch's steps: flags (which branch of the
                  router's loss was taken), cross-entropies
     """

@@ -53,6 +53,6 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
     """Tag -> value for a line of metrics.jsonl or spots.jsonl."""
     found = {f"{record.get('kind', 'spots')}/{key}": value for key, value in record.items()}
     for spot in record.get("spots", ()):
-        found |= {f"spots/{spot['name']}/{key}": spot[key] for key in ("share", "probability")}
+        found |= {f"spots/{spot['name']}/{key}": spot[key] for key in ("fraction", "probability")}
     wanted = {tag: value for tag, value in found.items() if tag.rpartition("/")[2] not in ("step", "epoch", "samples")}
     return {tag: value for tag, value in wanted.items() if isinstance(value, float)}

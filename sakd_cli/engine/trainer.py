@@ -147,7 +147,7 @@ class Trainer:
             with self._timed("evaluate"):
                 self._evaluate_epoch(epoch, self.output.evaluation)
         if self.recorder is not None:
-            self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch))
+            self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch).plain())
         self.epoch = epoch
         self._save()
         self._publish({"epoch": epoch})

@@ -11,7 +11,7 @@ class Decision(NamedTuple):
 
     weight       [S, N] in [0, 1], no gradient: drives the losses; the last row is the logit spot
     gate         [N, S], 1 = teacher, with gradient: drives the multi-path network; None: there is none
-    probability  [S, N] chance of the teacher, no gradient; None for routers without a policy
+    probability  [S, N] teacher-routing probability, no gradient; None for routers without a policy
     """
 
     weight: Tensor

@@ -33,6 +33,7 @@ from sakd_cli.models.branches import Branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel, frozen_view
 from sakd_cli.models.table import create
+from sakd_cli.report.spots.log import epoch_records
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
@@ -290,15 +291,15 @@ def _initialised(seed: int, purpose: str) -> Iterator[None]:
 
 
 def _matched_rates(config: DistillConfig, spots: int) -> Tensor | None:
-    """The shares per epoch and spot that an adaptive run logged; None for every other router."""
+    """The fractions per epoch and spot that an adaptive run logged; None for every other router."""
     if not isinstance(config.router, RandomMatchedConfig):
         return None
     assert config.router.run is not None, "the config's inputs are located first"
     run = RunDir(expanded(config.router.run))
     try:
-        rates = torch.tensor([[float(spot["share"]) for spot in line["spots"]] for line in run.lines("spots.jsonl")])
+        rates = torch.tensor([[spot.fraction for spot in epoch.spots] for epoch in epoch_records(run)])
         fits = rates.ndim == 2 and rates.shape[1] == spots and bool(((rates >= 0) & (rates <= 1)).all())
-    except (KeyError, TypeError, ValueError):
+    except (UsageError, TypeError):
         fits = False
     if not fits:
         raise UsageError(f"router random-matched: {run.path} has no usable record of {spots} spots")

@@ -186,7 +186,8 @@ class DistillTask(Task):
             gamma=self.factors.gamma,
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
-        events = {"gamma_raised": result.raised, "gamma_lowered": result.lowered, "count_active": result.count_active}
+        events = {"router_loss_scaled_up": result.raised, "router_loss_scaled_down": result.lowered}
+        events |= {"count_penalty_active": result.count_active}
         return result.loss, events | {"routed_ce": result.ce, "student_ce": result.student_ce}
 
 

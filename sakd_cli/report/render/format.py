@@ -10,9 +10,9 @@ DASH = "–"
 MINUS = "−"
 EIGHTHS = " ▏▎▍▌▋▊▉"
 WHAT = {
-    "probability": "chance of the teacher, %",
-    "draw": "one draw of the teacher, %",
-    "rate": "how often taught in training, %",
+    "probability": "teacher-routing probability, %",
+    "draw": "one sample of the routing, %",
+    "rate": "rate distilled in training, %",
     None: "no value is known",
 }
 

@@ -4,14 +4,16 @@ matplotlib is the extra `plots`. Every function draws into a figure of its own u
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sakd_cli.documents.base import Number
 from sakd_cli.documents.evaluation import ExitCosts, ExitPoint
 from sakd_cli.documents.mixtures import Mixtures
+from sakd_cli.documents.spots import ClassDeviation, SpotsDocument
 from sakd_cli.errors import DiskError, UsageError
-from sakd_cli.report.render.format import WHAT, fraction, plain, word
+from sakd_cli.report.render.format import WHAT, fixed, fraction, plain, word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
@@ -73,101 +75,6 @@ def write(figure: "Figure", path: Path) -> None:
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def epoch_lines(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
-    """Share of the samples taught at each spot, by epoch; dotted: the router's mean probability, where it has one."""
-    figure = figure or new_figure()
-    axes = figure.subplots()
-    epochs = [row["epoch"] for row in report["by_epoch"]]
-    for k, spot in enumerate(report["overall"]):
-        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.8}
-        axes.plot(
-            epochs,
-            _percent(row["share"][k] for row in report["by_epoch"]),
-            marker=MARKS[k % len(MARKS)] if len(epochs) <= 40 else None,
-            markersize=4,
-            label=plain(spot["name"]),
-            **style,
-        )
-        axes.plot(epochs, _percent(row["probability"][k] for row in report["by_epoch"]), linestyle=":", **style)
-    framed(axes, "Use of every spot", "epoch", "samples taught, %")
-    whole_numbers(axes)
-    legend(figure, axes, "dotted: router's mean" if report["overall"][0]["probability"] is not None else "")
-    return figure
-
-
-def class_map(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
-    """Class x spot heat map of the difference from the spot's mean, in points, and that mean below each column.
-
-    Of the trained router where it was measured, else of what was taught in training.
-    """
-    measured = (report["measured"] or {}).get("classes")
-    rows = measured["rows"] if measured else report["by_class"]
-    known = [row for row in rows if all(cell is not None for cell in row["deviation"])]
-    ranked = sorted(known, key=lambda row: -sum(row["deviation"]))
-    few = len(ranked) <= 3 * CLASSES_SHOWN
-    shown = ranked if few else ranked[:CLASSES_SHOWN] + ranked[-CLASSES_SHOWN:]
-    figure = figure or new_figure(INCHES[0], 1.2 + 0.16 * max(len(shown), 12))
-    axes = figure.subplots()
-    axes.set_title(
-        "By class" if few else f"{CLASSES_SHOWN} classes at each end of {len(ranked)}", fontsize=11, loc="left"
-    )
-    if not shown:
-        return figure
-    cells = [_percent(row["deviation"]) for row in shown]
-    most = max(1.0, *(abs(cell) for row in cells for cell in row))
-    image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
-    axes.set_yticks(range(len(shown)), [plain(row["name"]) for row in shown], fontsize=7)
-    means = (
-        [spot["mean"] for spot in report["measured"]["spots"]] if measured else [s["share"] for s in report["overall"]]
-    )
-    heads = [f"{plain(s['name'])}\n{100 * mean:.0f} %" for s, mean in zip(report["overall"], means, strict=True)]
-    axes.set_xticks(range(len(heads)), heads, fontsize=9)
-    what = WHAT[report["measured"]["value"]] if measured else "samples taught, %"
-    figure.colorbar(image, ax=axes).set_label(f"{what}: points from the spot's mean", size=8)
-    if not few:
-        axes.axhline(CLASSES_SHOWN - 0.5, color="black", linewidth=1)
-    return figure
-
-
-def difficulty_curves(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
-    """Mean value by tenths of the images: of the student's loss (full) and of the teacher's confidence (dashed)."""
-    figure = figure or new_figure()
-    axes = figure.subplots()
-    measured = report["measured"]
-    for key, line, mark in (("by_student_loss", "-", "o"), ("by_teacher_confidence", "--", "s")):
-        bins = measured["difficulty"][key]
-        for k, spot in enumerate(measured["spots"]):
-            label = plain(spot["name"]) if line == "-" else None
-            heights = _percent(row["mean"][k] for row in bins)
-            colour = COLOURS[k % len(COLOURS)]
-            axes.plot(range(1, len(bins) + 1), heights, line, marker=mark, markersize=4, color=colour, label=label)
-    framed(axes, "By difficulty", "tenth of the images, low to high", WHAT[measured["value"]])
-    axes.set_xticks(range(1, len(bins) + 1))
-    legend(figure, axes, "full: student's loss, dashed: teacher's confidence")
-    return figure
-
-
-def path_bars(report: dict[str, Any], figure: "FigureBase | None" = None) -> "FigureBase":
-    """Expected shares of the most frequent paths."""
-    figure = figure or new_figure()
-    axes = figure.subplots()
-    paths = report["measured"]["paths"]
-    shown = paths[:PATHS_SHOWN][::-1]
-    bars = axes.barh([row["path"] for row in shown], _percent(row["share"] for row in shown), color=COLOURS[0])
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.margins(x=0.12)
-    for label in axes.get_yticklabels():
-        label.set_fontfamily("monospace")
-    names = ", ".join(plain(spot["name"]) for spot in report["measured"]["spots"])
-    framed(
-        axes,
-        f"Paths ({names})",
-        f"images, %{'' if len(shown) == len(paths) else f'; {len(shown)} of {len(paths)}'}",
-        "",
-    )
-    return figure
-
-
 def mixture_map(record: Mixtures) -> "Figure":
     """Weights of a run's mixtures (`dfa.json`) as a heat map, groups by blocks."""
     rows = [group.alpha for group in record.groups]
@@ -209,41 +116,133 @@ def exit_curve(curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: 
     return figure
 
 
-def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda report: bool(report["measured"] and all(report["measured"].get(key) for key in keys))
+def epoch_lines(report: SpotsDocument, figure: "FigureBase") -> None:
+    """Fraction distilled at each spot, by epoch; dotted: mean teacher-routing probability, where there is one."""
+    axes = figure.subplots()
+    epochs = [row.epoch for row in report.by_epoch]
+    for k, spot in enumerate(report.overall):
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.8}
+        solid: dict[str, Any] = {"marker": MARKS[k % len(MARKS)] if len(epochs) <= 40 else None, "markersize": 4}
+        axes.plot(
+            epochs, _percent(row.fraction[k] for row in report.by_epoch), label=plain(spot.name), **solid, **style
+        )
+        axes.plot(epochs, _percent(row.probability[k] for row in report.by_epoch), linestyle=":", **style)
+    framed(axes, "Spot-selection rate", "epoch", "samples distilled, %")
+    whole_numbers(axes)
+    with_policy = report.overall[0].probability is not None
+    legend(figure, axes, "dotted: mean teacher-routing probability" if with_policy else "")
 
 
-# Name -> how to draw it, and whether a report has what it takes.
-PANELS: dict[str, tuple[Callable[..., "FigureBase"], Callable[[dict[str, Any]], bool]]] = {
-    "epochs": (epoch_lines, lambda report: True),
-    "classes": (class_map, lambda report: bool(report["by_class"] or _has("classes")(report))),
-    "difficulty": (difficulty_curves, _has("difficulty")),
-    "paths": (path_bars, _has("paths")),
+def class_map(report: SpotsDocument, figure: "FigureBase") -> None:
+    """Class x spot heat map of the difference from the spot's mean, in points, and that mean below each column.
+
+    Of the trained router where it was measured, else of what was distilled in training.
+    """
+    shown, classes = _classes_shown(report)
+    measured = report.measured if report.measured and report.measured.classes else None
+    axes = figure.subplots()
+    few = len(shown) == classes
+    title = "By class" if few else f"{CLASSES_SHOWN} classes at each end of {classes}"
+    axes.set_title(title, fontsize=11, loc="left")
+    if not shown:
+        return
+    cells = [_percent(row.deviation) for row in shown]
+    most = max(1.0, *(abs(cell) for row in cells for cell in row))
+    image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+    axes.set_yticks(range(len(shown)), [plain(row.name) for row in shown], fontsize=7)
+    means = [spot.mean for spot in measured.spots] if measured else [spot.fraction for spot in report.overall]
+    heads = [f"{plain(s.name)}\n{fixed(100 * (mean or 0), 0)} %" for s, mean in zip(report.overall, means, strict=True)]
+    axes.set_xticks(range(len(heads)), heads, fontsize=9)
+    what = WHAT[measured.value] if measured else "samples distilled, %"
+    figure.colorbar(image, ax=axes).set_label(f"{what}: points from the spot's mean", size=8)
+    if not few:
+        axes.axhline(CLASSES_SHOWN - 0.5, color="black", linewidth=1)
+
+
+def _classes_shown(report: SpotsDocument) -> tuple[list[ClassDeviation], int]:
+    """The rows of the heat map, the highest deviation first, and how many classes there are."""
+    measured = report.measured.classes if report.measured else None
+    rows: Sequence[ClassDeviation] = measured.rows if measured else report.by_class
+    known = [row for row in rows if None not in row.deviation]
+    ranked = sorted(known, key=lambda row: -sum(one or 0 for one in row.deviation))
+    few = len(ranked) <= 3 * CLASSES_SHOWN
+    return ranked if few else ranked[:CLASSES_SHOWN] + ranked[-CLASSES_SHOWN:], len(ranked)
+
+
+def difficulty_curves(report: SpotsDocument, figure: "FigureBase") -> None:
+    """Mean value by deciles of the images: of the student's loss (solid) and of the teacher's confidence (dashed)."""
+    axes = figure.subplots()
+    measured = report.measured
+    assert measured is not None
+    assert measured.difficulty is not None
+    by = measured.difficulty
+    for deciles, line, mark in ((by.by_student_loss, "-", "o"), (by.by_teacher_confidence, "--", "s")):
+        for k, spot in enumerate(measured.spots):
+            style: dict[str, Any] = {"marker": mark, "markersize": 4, "color": COLOURS[k % len(COLOURS)]}
+            label = plain(spot.name) if line == "-" else None
+            places = range(1, len(deciles) + 1)
+            axes.plot(places, _percent(row.mean[k] for row in deciles), line, label=label, **style)
+    framed(axes, "By difficulty", "decile of the images, low to high", WHAT[measured.value])
+    axes.set_xticks(range(1, len(by.by_student_loss) + 1))
+    legend(figure, axes, "solid: student's loss, dashed: teacher's confidence")
+
+
+def path_bars(report: SpotsDocument, figure: "FigureBase") -> None:
+    """Expected fractions of the most frequent paths."""
+    axes = figure.subplots()
+    measured = report.measured
+    assert measured is not None
+    assert measured.paths is not None
+    paths = measured.paths
+    shown = paths[:PATHS_SHOWN][::-1]
+    bars = axes.barh([row.path for row in shown], _percent(row.fraction for row in shown), color=COLOURS[0])
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.margins(x=0.12)
+    for label in axes.get_yticklabels():
+        label.set_fontfamily("monospace")
+    names = ", ".join(plain(spot.name) for spot in measured.spots)
+    of = "" if len(shown) == len(paths) else f"; {len(shown)} of {len(paths)}"
+    framed(axes, f"Paths ({names})", f"images, %{of}", "")
+
+
+PANELS: dict[str, "Callable[[SpotsDocument, FigureBase], None]"] = {
+    "epochs": epoch_lines,
+    "classes": class_map,
+    "difficulty": difficulty_curves,
+    "paths": path_bars,
 }
 
 
-def panels_of(report: dict[str, Any]) -> list[str]:
-    """Names of the panels that can be drawn of a report."""
-    return [name for name, (_, there) in PANELS.items() if there(report)]
+def panels_of(report: SpotsDocument) -> list[str]:
+    """Names of the panels that a report has the data for."""
+    found = report.measured
+    there = {
+        "classes": bool(report.by_class or (found and found.classes)),
+        "difficulty": bool(found and found.difficulty),
+        "paths": bool(found and found.paths),
+    }
+    return [name for name in PANELS if there.get(name, True)]
 
 
-def spot_figure(report: dict[str, Any], panel: str | None) -> "Figure":
-    """One panel, or (None) all that there are in one picture. UsageError where the report lacks what it takes."""
+def spot_figure(report: SpotsDocument, panel: str | None) -> "Figure":
+    """One panel, or (None) all that there are in one figure. UsageError where the report lacks the data."""
     there = panels_of(report)
     if panel is not None:
         if panel not in there:
             raise UsageError(f"--panel {panel}: this run has kept nothing to draw it from", "--live measures it")
-        figure: Any = PANELS[panel][0](report)
+        tall = 1.2 + 0.16 * max(len(_classes_shown(report)[0]), 12)
+        figure = new_figure(INCHES[0], tall if panel == "classes" else INCHES[1])
+        PANELS[panel](report, figure)
         return figure
     whole = new_figure(2 * INCHES[0], (INCHES[1] + 0.4) * -(-len(there) // 2))
     parts = whole.subfigures(-(-len(there) // 2), min(len(there), 2), squeeze=False).flatten()
     for name, part in zip(there, parts, strict=False):
-        PANELS[name][0](report, part)
+        PANELS[name](report, part)
     return whole
 
 
-def _percent(shares: Any) -> list[float]:
-    return [float("nan") if value is None else 100.0 * value for value in shares]
+def _percent(fractions: Iterable[Number]) -> list[float]:
+    return [float("nan") if value is None else 100.0 * value for value in fractions]
 
 
 def framed(axes: Any, title: str, x: str, y: str) -> None:

@@ -132,6 +132,16 @@ def table(
     return Sheet.of_cells(title, columns, [[cell(row) for cell in columns.values()] for row in rows], notes, text=text)
 
 
+def texts(*headers: str) -> list[Column]:
+    """Columns of text."""
+    return [Column(header, text=True) for header in headers]
+
+
+def figures(*headers: str) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(header) for header in headers]
+
+
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:
     """At most `most` rows, evenly spaced, the first and the last among them."""
     if len(rows) <= most:
@@ -144,3 +154,8 @@ def both_ends(rows: list[list[str]], top: int | None) -> tuple[list[Sequence[str
     if top is None or len(rows) <= 2 * top:
         return list(rows), False
     return [*rows[:top], MORE, *rows[-top:]], True
+
+
+def shown_of(shown: int, total: int, things: str) -> list[str]:
+    """The note below a table that leaves rows out."""
+    return [f"{shown} of {total} {things} are shown; all of them: --json"] if shown < total else []

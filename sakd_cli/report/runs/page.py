@@ -22,11 +22,10 @@ from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import curve_figure
 from sakd_cli.report.runs.tables import summary_table
-from sakd_cli.report.spots.log import RECORD
-from sakd_cli.report.spots.measure import spot_document
-from sakd_cli.report.spots.mixtures import mixture_table, read_mixtures
+from sakd_cli.report.spots.log import RECORD, read_mixtures, spots_document
 from sakd_cli.report.spots.page import spot_sections
-from sakd_cli.report.spots.survey import survey_of
+from sakd_cli.report.spots.survey import read_survey
+from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -99,8 +98,8 @@ def _spots(page: RunPage) -> None:
     if not (page.run.path / RECORD).is_file():
         return
     try:
-        survey = survey_of(page.run, None)
-        report = spot_document(page.run, survey)
+        survey = read_survey(page.run)
+        report = spots_document(page.run, survey)
     except UsageError:  # no epoch is finished, or the record is damaged: `inspect-spots` says which
         return
     if page.plotted:
@@ -114,7 +113,7 @@ def _mixtures(page: RunPage) -> None:
     except UsageError:  # damaged: `inspect-spots` says how
         return
     if record is not None:
-        title, alt = "Mixtures of the teacher's blocks", "Heat map: fraction of every block"
+        title, alt = "Mixtures of the teacher's blocks", "Heat map: weight of every block"
         page.add_plot(title, [mixture_table(record)], "mixtures", alt, lambda: plots.mixture_map(record))
 
 

@@ -7,7 +7,7 @@ from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.report.evaluation.branches import branch_table
 from sakd_cli.report.render.format import duration, fixed, large, points, shape, whole, word
 from sakd_cli.report.render.sheet import Column, Sheet
-from sakd_cli.report.spots.mixtures import mixture_table
+from sakd_cli.report.spots.tables import mixture_table
 
 
 def summary_table(summary: Summary) -> RenderableType:

@@ -1,13 +1,18 @@
-"""What the router makes of every image: `survey.safetensors`, or `samples.safetensors` where that is all there is.
+"""What a run's router decides for every image: read from the run, and by spot, class, difficulty, path and extremes.
 
-The format is written down in `tasks/survey.py`. numpy and safetensors are loaded here on first use, torch never.
+Read from `survey.safetensors` (`runs/survey.py`), or from `samples.safetensors` where that is all there is. numpy and
+safetensors are loaded on first use, torch never.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
+from sakd_cli.documents import spots as doc
+from sakd_cli.documents.base import Number
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render.format import plain
 from sakd_cli.rundir import RunDir
@@ -16,77 +21,83 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Column = NDArray[Any]
+    Spots = Sequence[doc.SpotPlace] | Sequence[doc.SpotTotal]
 
 FILE, COUNTS = "survey.safetensors", "samples.safetensors"
-FORMAT = "sakd.survey/1"
 ANSWERS = ("label", "student_prediction", "teacher_prediction", "student_loss", "teacher_confidence")
-Source = Literal["survey", "live", "samples"]
+PLACE = set(doc.SpotPlace.model_fields)
+BINS = 10  # deciles of the student's loss and of the teacher's confidence
+LONGEST = 12  # spots up to which all 2^S paths are counted
+MODES = "Both networks in evaluation mode, images not augmented; the router learned from the student in training mode."
+STAND_IN = "The router has no policy or the run has no survey: the rate at which each image was distilled is shown."
+COMPLEMENT = "p is the teacher-routing probability of the routed network; this router distilled the other images."
+ALL_ALIKE = "No image differs from another at any spot: the router is saturated, and there is nothing to compare."
 
 
 @dataclass(frozen=True)
 class Survey:
     """N images, S spots.
 
-    source  "survey": at the end of the run; "live": just now; "samples": only how often each image was taught
-    about   header of the file: split, dataset, classes, spots, complement, routed; empty for "samples"
+    source  "survey": at the end of the run; "live": just now; "samples": only how often each image was distilled
+    header  None for "samples"
     index   [N] place of each image in the data set's own split
-    value   [N, S] probability of the teacher, or the rate at which the image was taught; None: neither is known
+    value   [N, S] teacher-routing probability, or the rate at which the image was distilled; None: neither is known
     rated   value is such a rate
     answers the columns of `ANSWERS`, [N] each; empty for "samples"
     images  index -> [3, H, W] uint8, for the extremes
     """
 
-    source: Source
-    about: dict[str, Any]
+    source: Literal["survey", "live", "samples"]
+    header: doc.SurveyHeader | None
     index: "Column"
     value: "Column | None"
-    rated: bool
-    answers: "dict[str, Column]"
-    images: "dict[int, Column]"
+    rated: bool = False
+    answers: "dict[str, Column]" = field(default_factory=dict)
+    images: "dict[int, Column]" = field(default_factory=dict)
 
 
-def survey_of(run: RunDir, live: bytes | None = None) -> Survey | None:
-    """The survey that was just made or that the run has kept, or its counts by sample; None where there is nothing.
+def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
+    """The survey that was just made (`live`), else the run's, else its counts by sample; None where it has neither.
 
-    A live survey of the training images under a router without a policy has the run's counts for values.
+    A survey of the training images under a router without a policy has the run's counts for values.
     Raises UsageError where a file is damaged.
     """
-    if live is None and not (run.path / FILE).is_file():
+    path = run.path / FILE
+    if live is None and not path.is_file():
         return _counts(run)
-    where = "the survey" if live is not None else plain(run.path / FILE)
-    survey = _read((run.path / FILE).read_bytes() if live is None else live, where, live is not None)
-    if survey.value is not None or survey.about["split"] != "train" or (counts := _counts(run)) is None:
+    content, where = (path.read_bytes(), plain(path)) if live is None else (live, "the survey")
+    survey = _parse(content, where, "survey" if live is None else "live")
+    if survey.value is not None or survey.header is None or survey.header.split != "train":
         return survey
-    import numpy as np
-
-    if not np.array_equal(counts.index, survey.index):
+    counts = _counts(run)
+    if counts is None or counts.index.tolist() != survey.index.tolist():
         return survey
-    return Survey(survey.source, survey.about, survey.index, counts.value, True, survey.answers, {})
+    return replace(survey, value=counts.value, rated=True)
 
 
-def _read(content: bytes, where: str, live: bool) -> Survey:
+def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Survey:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
         columns = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = json.loads(header["__metadata__"]["sakd"])
-        if about["format"] != FORMAT:
-            raise UsageError(f"{where}: written by another version of sakd ({plain(about['format'])!r})")
-        if about["digest"] != _digest(columns):
+        text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sakd"]
+        if (version := json.loads(text)["format"]) != doc.SurveyHeader.model_fields["format"].default:
+            raise UsageError(f"{where}: written by another version of sakd ({plain(version)!r})")
+        header = doc.SurveyHeader.model_validate_json(text, strict=True)
+        if header.digest != digest(columns):
             raise ValueError
-        value = columns.get("probability")
         index, answers = columns["index"], {name: columns[name] for name in ANSWERS}
-        rows = columns["extreme"] if "extreme" in columns else index[:0]
-        images = dict(zip(index[rows].tolist(), columns["images"], strict=True)) if len(rows) else {}
-        return Survey("live" if live else "survey", about, index, value, False, answers, images)
+        images: dict[int, Column] = {}
+        if "extreme" in columns:
+            images = dict(zip(index[columns["extreme"]].tolist(), columns["images"], strict=True))
+        return Survey(source, header, index, columns.get("probability"), answers=answers, images=images)
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UsageError(f"{where}: damaged", hint="--live measures it anew") from None
 
 
-def _digest(columns: "dict[str, Column]") -> str:
-    """The sum that `tasks/survey.py` wrote: whoever has it has the columns that were written, with their shapes."""
+def digest(columns: "dict[str, Column]") -> str:
+    """SHA-256 over the columns' names and bytes in order of name."""
     summed = hashlib.sha256()
     for name in sorted(columns):
         summed.update(name.encode() + columns[name].tobytes())
@@ -94,17 +105,183 @@ def _digest(columns: "dict[str, Column]") -> str:
 
 
 def _counts(run: RunDir) -> Survey | None:
-    """How often each training image was taught; None where no record of it can be read."""
+    """How often each training image was distilled; None where no record of it can be read."""
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
         columns = load((run.path / COUNTS).read_bytes())
-        taught, visits, index = columns["taught"], columns["visits"], columns["index"]
-        rate = taught / np.maximum(visits, 1)[:, None]
+        visits, index = columns["visits"], columns["index"]
+        rate = columns["distilled"] / np.maximum(visits, 1)[:, None]
         if rate.ndim != 2 or not len(rate) or index.shape != visits.shape or not np.isfinite(rate).all():
             raise ValueError
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
         return None
-    return Survey("samples", {}, index, rate, True, {}, {})
+    return Survey("samples", None, index, rate, rated=True)
+
+
+def measure(survey: Survey, spots: Sequence[doc.SpotTotal], *, sample: bool, seed: int, extremes: int) -> doc.Measured:
+    """All sections that the survey has the columns for.
+
+    spots     name and kind of each, from the log
+    sample    draw once per image and spot instead of using probabilities
+    extremes  how many images to name at each end
+    """
+    import numpy as np
+
+    value, answers, header = survey.value, survey.answers, survey.header
+    if value is not None and value.shape[1] != len(spots):
+        raise UsageError(f"the survey has {value.shape[1]} spots and the log {len(spots)}")
+    chance = np.zeros((len(survey.index), 0)) if value is None else value.astype(np.float64)
+    drawn = (np.random.default_rng(seed).random(chance.shape) < chance).astype(np.float64)
+    used = drawn if sample and not survey.rated else chance
+    classes = [plain(name) for name in header.classes] if header else []
+    notes = [MODES] * bool(header) + [STAND_IN] * survey.rated + [COMPLEMENT] * bool(header and header.complement)
+    if value is not None and not survey.rated and float(used.std(axis=0).max()) < 1e-6:
+        notes.append(ALL_ALIKE)
+    names = [spot.name for spot in spots[: chance.shape[1]]]
+    by_answers = value is not None and bool(answers)
+    return doc.Measured(
+        source=survey.source,
+        value=None if value is None else "rate" if survey.rated else "draw" if sample else "probability",
+        seed=seed,
+        split=header.split if header else "train",
+        dataset=plain(header.dataset) if header else None,
+        images=len(survey.index),
+        complement=bool(header and header.complement),
+        notes=notes,
+        spots=_spots(used, drawn, (header.spots if header else spots)[: len(names)]),
+        classes=_classes(used, answers, classes) if by_answers else None,
+        difficulty=_difficulty(used, answers) if by_answers else None,
+        paths=None if value is None or survey.rated else _paths(used),
+        extremes=_extremes(survey, chance, names, classes, extremes),
+        routed=header.routed if header else None,
+    )
+
+
+def records(survey: Survey, spots: Sequence[doc.SpotTotal]) -> list[dict[str, Any]]:
+    """One record per image, for `--samples`: index, answers, and per spot `p_NAME` (`distilled_NAME` for a rate)."""
+    prefix = "distilled" if survey.rated else "p"
+    columns = {"index": survey.index, **survey.answers}
+    if survey.value is not None:
+        columns |= {f"{prefix}_{spot.name}": survey.value[:, k] for k, spot in enumerate(spots)}
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _spots(used: "Column", drawn: "Column", spots: "Spots") -> list[doc.SpotStatistics]:
+    import numpy as np
+
+    clipped = np.clip(used, 1e-12, 1 - 1e-12)
+    entropy = -(clipped * np.log2(clipped) + (1 - clipped) * np.log2(1 - clipped)).mean(axis=0)
+    columns = [used.mean(axis=0), drawn.mean(axis=0), (used > 0.5).mean(axis=0), np.maximum(entropy, 0)]
+    columns += list(np.quantile(used, (0.05, 0.5, 0.95), axis=0))
+    keys = ("mean", "sampled", "above_half", "entropy", "p05", "p50", "p95")
+    return [
+        doc.SpotStatistics(**spot.model_dump(include=PLACE), **dict(zip(keys, row, strict=True)))
+        for spot, row in zip(spots, np.stack(columns, axis=1).tolist(), strict=True)
+    ]
+
+
+def deviations(values: Sequence[Number], base: Sequence[Number]) -> list[Number]:
+    """Each value less its base; None where one of them is not known."""
+    return [None if a is None or b is None else a - b for a, b in zip(values, base, strict=True)]
+
+
+def by_peak(row: doc.ClassDeviation) -> tuple[bool, float]:
+    """To sort classes: the largest absolute deviation first, classes without an image last."""
+    return row.peak is None, -abs(row.peak or 0)
+
+
+def _correct(answers: "dict[str, Column]", who: str) -> "Column":
+    correct: Column = answers[f"{who}_prediction"] == answers["label"]
+    return correct
+
+
+def _group(used: "Column", answers: "dict[str, Column]", rows: "Column") -> doc.ImageGroup:
+    """`rows`: a mask or indices."""
+    if not (count := int(rows.sum()) if rows.dtype == bool else len(rows)):
+        return doc.ImageGroup(images=0, mean=[None] * used.shape[1], student_top1=None, teacher_top1=None)
+    student, teacher = (100 * float(_correct(answers, who)[rows].mean()) for who in ("student", "teacher"))
+    return doc.ImageGroup(
+        images=count, mean=used[rows].mean(axis=0).tolist(), student_top1=student, teacher_top1=teacher
+    )
+
+
+def _classes(used: "Column", answers: "dict[str, Column]", names: list[str]) -> doc.Classes:
+    import numpy as np
+
+    base = used.mean(axis=0).tolist()
+    groups = [_group(used, answers, answers["label"] == label) for label in range(len(names))]
+    rows = [
+        doc.ClassGroup(name=name or f"class {label}", deviation=deviations(group.mean, base), **dict(group))
+        for label, (name, group) in enumerate(zip(names, groups, strict=True))
+    ]
+    correlation: list[Number] = []
+    seen = [group for group in groups if group.images]
+    for k in range(used.shape[1]):
+        pairs = np.array([[group.mean[k], group.student_top1] for group in seen])
+        vary = len(seen) >= 3 and bool((pairs.std(axis=0) >= 1e-9).all())
+        correlation.append(float(np.corrcoef(pairs.T)[0, 1]) if vary else None)
+    return doc.Classes(correlation=correlation, rows=sorted(rows, key=by_peak))
+
+
+def _difficulty(used: "Column", answers: "dict[str, Column]") -> doc.Difficulty:
+    """Deciles of the images in order of both measures, the lowest first, and by correctness."""
+    import numpy as np
+
+    def deciles(measure: "Column") -> list[doc.Decile]:
+        parts = [rows for rows in np.array_split(np.argsort(measure, kind="stable"), BINS) if len(rows)]
+        ends = [(float(measure[rows[0]]), float(measure[rows[-1]])) for rows in parts]
+        return [
+            doc.Decile(from_=low, to=high, **dict(_group(used, answers, rows)))
+            for (low, high), rows in zip(ends, parts, strict=True)
+        ]
+
+    student, teacher = (_correct(answers, who) for who in ("student", "teacher"))
+    cells = []
+    for s, t in product((True, False), repeat=2):
+        group = _group(used, answers, (student == s) & (teacher == t))
+        cells.append(doc.Correctness(student_correct=s, teacher_correct=t, images=group.images, mean=group.mean))
+    return doc.Difficulty(
+        by_student_loss=deciles(answers["student_loss"]),
+        by_teacher_confidence=deciles(answers["teacher_confidence"]),
+        by_correctness=cells,
+    )
+
+
+def _paths(used: "Column") -> list[doc.RoutingPath] | None:
+    """Expected fraction of every path, most frequent first: given an image, its spots are sampled independently."""
+    import numpy as np
+
+    if used.shape[1] > LONGEST:
+        return None
+    paths = [
+        doc.RoutingPath(
+            path="".join("T" if owner else "S" for owner in owners),
+            fraction=float(np.prod(np.where(owners, used, 1 - used), axis=1).mean()),
+        )
+        for owners in product((True, False), repeat=used.shape[1])
+    ]
+    return sorted(paths, key=lambda row: -row.fraction)
+
+
+def _extremes(
+    survey: Survey, chance: "Column", spots: list[str], classes: list[str], most: int
+) -> list[doc.SpotExtremes]:
+    """The images with the highest and the lowest value at each spot; ties in the order of the images."""
+
+    def image(row: int, k: int) -> doc.ExtremeImage:
+        found: dict[str, Any] = {name: column[row].item() for name, column in survey.answers.items()}
+        for key in found.keys() & {"label", "student_prediction", "teacher_prediction"}:
+            label = found[key]
+            found[key] = classes[label] if 0 <= label < len(classes) else f"class {label}"
+        return doc.ExtremeImage(index=int(survey.index[row]), value=float(chance[row, k]), **found)
+
+    found = []
+    for k, spot in enumerate(spots):
+        down, up = ((sign * chance[:, k]).argsort(kind="stable")[:most].tolist() for sign in (-1, 1))
+        highest, lowest = ([image(row, k) for row in rows] for rows in (down, up))
+        found.append(doc.SpotExtremes(spot=spot, highest=highest, lowest=lowest))
+    return found

@@ -1,0 +1,230 @@
+"""The document of `sakd inspect-spots` as tables, for terminal and HTML report alike"""
+
+from sakd_cli.documents import spots as doc
+from sakd_cli.documents.base import Number
+from sakd_cli.documents.mixtures import Mixtures
+from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, whole, word
+from sakd_cli.report.render.sheet import BAR, Column, Sheet, both_ends, figures, shown_of, texts, thinned
+
+ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
+EPOCH_ROWS = 20
+PATHS = 10
+SATURATED = 0.995  # mean teacher-routing probability above which a router decides nothing
+STEPS = {
+    "router_loss_scaled_up": "Loss × γ",
+    "router_loss_scaled_down": "Loss ÷ γ",
+    "count_penalty_active": "Count penalty",
+}
+NETWORKS = {
+    "student": "student",
+    "teacher": "teacher",
+    "sampled": "routed, sampled gates",
+    "all_student": "routed, student everywhere",
+    "all_teacher": "routed, teacher everywhere",
+}
+
+
+def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Sheet]:
+    """The training: overall, by epoch, the `top` classes above and below the average (None: all), mixtures."""
+    tables = [_overall(report), _by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch))]
+    names = [spot.name for spot in report.overall]
+    if top != 0 and any(row.peak is not None for row in report.by_class):
+        notes = ["Mean over the epochs, then the difference from the spot's fraction in points."]
+        if len(names) > 1:
+            notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
+        rows: list[ClassRow] = [(row, [], row.fraction) for row in report.by_class]
+        tables.append(_by_class("By class (% of samples)", [], rows, names, notes, top))
+    return tables + ([mixture_table(report.mixtures)] if report.mixtures else [])
+
+
+def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int | None = 3) -> dict[str, list[Sheet]]:
+    """The sections that are there; `top` classes and `extremes` images at each end, None: all that there are."""
+    names, by = [spot.name for spot in measured.spots], measured.difficulty
+    tables = {
+        "spots": [_spots(measured)],
+        "classes": [_classes(measured.classes, names, top)] if measured.classes else [],
+        "difficulty": [
+            _deciles("By difficulty: the student's loss (%)", "Loss", by.by_student_loss, names),
+            _deciles("By difficulty: the teacher's confidence (%)", "Confidence", by.by_teacher_confidence, names),
+            _correctness(by.by_correctness, names),
+        ]
+        if by
+        else [],
+        "paths": [_paths(measured.paths, names, top)] if measured.paths else [],
+        "extremes": [_extremes(ends, extremes) for ends in measured.extremes if extremes != 0],
+        "routed": [_routed(measured.routed)] if measured.routed else [],
+    }
+    return {section: sheets for section, sheets in tables.items() if sheets}
+
+
+def mixture_table(record: Mixtures) -> Sheet:
+    """A row per group: the weight of each of its blocks, from the first to the last."""
+    columns = [*texts("Stage"), *figures("Blocks"), *texts("Weight of each, in order")]
+    rows = [
+        [
+            word(group.name),
+            whole(len(group.alpha)),
+            " ".join(f"{fraction(value):>5}" for value in group.alpha),
+            whole(group.largest),
+            fixed(group.entropy, 2),
+        ]
+        for group in record.groups
+    ]
+    source = f"{word(record.norm)} · weights: {word(record.weights)}"
+    notes = [f"{word(record.teacher)} on {word(record.dataset)} · {source}"]
+    notes.append("Largest: place of the block with the largest weight; entropy: of the weights, in nats.")
+    notes += [
+        f"{word(group.name)}: blocks {', '.join(map(str, group.positions))}; others differ in width"
+        for group in record.groups
+        if group.positions != list(range(1, len(group.positions) + 1))
+    ]
+    return Sheet("Mixtures of the teacher's blocks (%)", [*columns, *figures("Largest", "Entropy")], rows, notes)
+
+
+def _overall(report: doc.SpotsDocument) -> Sheet:
+    spots = report.overall
+    with_policy = any(spot.probability is not None for spot in spots)
+    columns = [*texts("Spot", "Kind"), *figures("Fraction"), Column("", True, "cyan")]
+    columns += figures("First", "Last", "Min", "Max", *["p"] * with_policy)
+    rows = [
+        [word(spot.name), word(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
+        + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max)]
+        + [fixed(spot.probability, 2)] * with_policy
+        for spot in spots
+    ]
+    notes = [
+        f"{word(report.teacher)} → {word(report.student)} on {word(report.dataset)} · "
+        f"{word(report.method)} · {word(report.router)} router · {whole(report.epochs)} epoch"
+        + "s" * (report.epochs != 1)
+        + " so far" * (not report.finished),
+        "Fraction: over all epochs; first, last, min, max: of single epochs"
+        + "; p: mean teacher-routing probability in the last." * with_policy
+        + "." * (not with_policy),
+    ]
+    if with_policy and all((spot.probability or 0) >= SATURATED for spot in spots):
+        notes.append(
+            "The router is saturated at the teacher: its prior for networks of one family does this in short runs. "
+            "--set router.teacher_bias=0 --set router.lr=2e-4 lets it decide."
+        )
+    return Sheet("Samples distilled at each spot (%)", columns, rows, notes)
+
+
+def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
+    epochs = report.by_epoch
+    shown = thinned(epochs, most)
+    # A column of nothing but dashes says only that the router has no such thing.
+    steps = [key for key in STEPS if any(getattr(row, key) is not None for row in epochs)]
+    losses = any(row.routed_ce is not None for row in epochs)
+    columns = figures("Epoch", *(word(spot.name) for spot in report.overall), *(STEPS[key] for key in steps))
+    columns += figures("Empty selection", *["CE routed", "CE student"] * losses)
+    rows = [
+        [whole(row.epoch), *map(fraction, row.fraction), *(fraction(getattr(row, key)) for key in steps)]
+        + [fraction(max((value for value in row.empty_selection if value is not None), default=None))]
+        + [fixed(value, 2) for value in (row.routed_ce, row.student_ce) if losses]
+        for row in shown
+    ]
+    notes = []
+    if steps:
+        notes.append(
+            "Loss × γ, ÷ γ: steps at which the router's loss was scaled; count penalty: at which it was active."
+        )
+    several = len(report.overall) > 1
+    notes.append("Empty selection: steps that selected no sample" + ", at the spot with the most" * several + ".")
+    notes += ["CE routed, student: mean cross-entropy of the routed network and of the student."] * losses
+    notes += shown_of(len(shown), len(epochs), "epochs")
+    return Sheet("By epoch (% of samples; right of the spots, % of steps)", columns, rows, notes)
+
+
+def _by_class(
+    title: str,
+    more: list[str],
+    rows: list[ClassRow],
+    names: list[str],
+    notes: list[str],
+    top: int | None,
+) -> Sheet:
+    """The classes that have images, from the highest deviation to the lowest; `more`: further columns."""
+    known = [(row.peak, row, cells, means) for row, cells, means in rows if row.peak is not None]
+    ranked = sorted(known, key=lambda one: one[0], reverse=True)
+    cells = [
+        [str(rank), word(row.name), *more_cells]
+        # Six characters hold any deviation (−100.0), so that the means stand under each other.
+        + [f"{fraction(mean)} {deviation(d):>6}" for mean, d in zip(means, row.deviation, strict=True)]
+        for rank, (_, row, more_cells, means) in enumerate(ranked, start=1)
+    ]
+    shown, left_out = both_ends(cells, top)
+    columns = [*figures("#"), *texts("Class"), *figures(*more, *map(word, names))]
+    return Sheet(title, columns, shown, [*notes, *shown_of(len(shown) - left_out, len(cells), "classes")])
+
+
+def _spots(measured: doc.Measured) -> Sheet:
+    columns = texts("Spot", "Student", "Teacher")
+    columns += figures("Mean", "Sampled", "> 50", "Entropy (bits)", "5 %", "50 %", "95 %")
+    rows = [
+        [word(spot.name), word(spot.student_stage), word(spot.teacher_stage)]
+        + [fraction(value) for value in (spot.mean, spot.sampled, spot.above_half)]
+        + [fixed(spot.entropy, 2), *map(fraction, (spot.p05, spot.p50, spot.p95))]
+        for spot in measured.spots
+    ]
+    of = f" of {word(measured.dataset)}" if measured.dataset else ""
+    notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
+    return Sheet(
+        f"The trained router ({WHAT[measured.value]})", columns if rows else [], rows, [*notes, *measured.notes]
+    )
+
+
+def _classes(classes: doc.Classes, names: list[str], top: int | None) -> Sheet:
+    related = zip(names, classes.correlation, strict=True)
+    related_text = ", ".join(f"{word(name)} {DASH if r is None else fixed(r, 2)}" for name, r in related)
+    notes = [f"Correlation of a class's mean with the student's top-1 on it: {related_text}."]
+    rows: list[ClassRow] = [(row, [whole(row.images), fixed(row.student_top1, 1)], row.mean) for row in classes.rows]
+    return _by_class("The trained router by class (%)", ["Images", "Student top-1 %"], rows, names, notes, top)
+
+
+def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[str]) -> Sheet:
+    columns = figures(f"{measure} from", "to", "Images", "Student top-1", "Teacher top-1", *map(word, names))
+    rows = [
+        [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
+        + [fixed(row.teacher_top1, 1)]
+        + [fraction(mean) for mean in row.mean]
+        for row in deciles
+    ]
+    return Sheet(title, columns, rows)
+
+
+def _correctness(cells: list[doc.Correctness], names: list[str]) -> Sheet:
+    rows = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in cells]
+    return Sheet("By correctness (%)", [*texts("doc.Correctness"), *figures("Images", *map(word, names))], rows)
+
+
+def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
+    shown = paths if top is None else paths[:PATHS]
+    rows = [[row.path, fraction(row.fraction), bar(row.fraction, BAR)] for row in shown]
+    notes = [f"A letter per spot ({', '.join(map(word, names))}): T the teacher's part, S the student's."]
+    columns = [*texts("Path"), *figures("Fraction"), Column("", True, "cyan")]
+    return Sheet("Paths (%)", columns, rows, [*notes, *shown_of(len(shown), len(paths), "paths")])
+
+
+def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
+    columns = [*figures("Value", "Image"), *texts("Class", "Student predicts", "Teacher predicts")]
+    images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
+    rows = [
+        [fraction(row.value), str(row.index)]
+        + [word(name) for name in (row.label, row.student_prediction, row.teacher_prediction)]
+        + [fixed(row.student_loss, 2), fraction(row.teacher_confidence)]
+        for row in images
+    ]
+    notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
+    columns += figures("Student loss", "Teacher confidence")
+    return Sheet(f"Extremes at {word(ends.spot)} (%)", columns, rows, notes)
+
+
+def _routed(routed: doc.RoutedNetwork) -> Sheet:
+    scores = [(NETWORKS[key], score) for key, score in routed if isinstance(score, doc.Score)]
+    rows = [[name, fixed(score.top1, 2), fixed(score.loss, 3)] for name, score in scores]
+    notes = [f"{whole(routed.images)} test images."]
+    for _, score in scores:
+        if isinstance(score, doc.SampledScore):
+            std = fixed(score.top1_std, 2)
+            notes.append(f"Sampled gates: mean of {score.draws} draws, standard deviation of top-1 {std}.")
+    return Sheet("The routed network", [*texts("Network"), *figures("Top-1 %", "Loss")], rows, notes)
