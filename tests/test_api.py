@@ -103,8 +103,8 @@ def test_a_call_has_every_option_of_its_command(command: str) -> None:
 
 
 def test_a_data_set_may_be_spelled_otherwise(distilled: dict[str, Any], trained_cli: CliRunner) -> None:
-    wanted = {"dataset": "Shapes", "runs_dir": str(trained_cli.path / "runs")}
-    assert api.run_to_look_at(None, wanted).config["data"]["name"] == "shapes"
+    spots = api.inspect_spots(dataset="Shapes", runs_dir=trained_cli.path / "runs")
+    assert (spots.dataset, spots.measured is not None and spots.measured.source) == ("shapes", "survey")
 
 
 def test_the_contracts_are_there_and_the_import_is_cheap() -> None:
