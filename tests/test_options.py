@@ -157,7 +157,7 @@ def test_every_key_says_in_a_sentence_what_it_is(task: str) -> None:
 def test_a_key_is_explained(cli: CliRunner) -> None:
     text = cli.sakd("show", "key", "train.lr").out
     assert "Initial learning rate; None: the network's published one" in " ".join(text.split())
-    rows = {row["of"]: row for row in cli.sakd("show", "key", "method.weight", "--json").document}
+    rows = {row["of"]: row for row in cli.sakd("show", "key", "method.weight", "--json").document["rows"]}
     assert (rows["at"]["default"], rows["kd"]["default"]) == ("1000.0", "1.0")
     assert "ICLR 2017" in rows["at"]["source"]
     cli.assert_rejects(["show", "key", "kd_T"], 2, "unknown key 'kd_T'")
@@ -165,5 +165,5 @@ def test_a_key_is_explained(cli: CliRunner) -> None:
 
 
 def test_a_config_is_shown_with_what_each_key_means(cli: CliRunner) -> None:
-    rows = cli.sakd("config", "show", "--preset", "quickstart", "--describe", "--json").document
+    rows = cli.sakd("config", "show", "--preset", "quickstart", "--describe", "--json").document["keys"]
     assert all(len(row["description"]) > 10 for row in rows)

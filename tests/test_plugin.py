@@ -67,9 +67,9 @@ def test_a_package_of_ones_own_is_built_installed_and_used(tmp_path: Path) -> No
         ["distill", "--teacher", "first", "--student", "tinynet", "--method", "at", "--run-dir", "second", *TINY, "-q"],
     )
     methods, models, shown, _, distilled, _, resumed, scored, exported, _ = result
-    assert {"name": "tinynet", "package": "sakd-example"}.items() <= json.loads(models)[-1].items()
-    assert json.loads(methods)[-1]["package"] == "sakd-example"
-    assert not any("package" in row for row in json.loads(methods)[:-1])
+    assert {"name": "tinynet", "package": "sakd-example"}.items() <= json.loads(models)["rows"][-1].items()
+    assert json.loads(methods)["rows"][-1]["package"] == "sakd-example"
+    assert not any(row["package"] for row in json.loads(methods)["rows"][:-1])
     assert json.loads(shown)["defaults"]["weight"] == 5.0
     summary = json.loads(distilled)
     assert (summary["network"], summary["epochs"]) == ("tinynet", 1)
@@ -125,8 +125,8 @@ def test_a_broken_plugin_is_one_line_and_spoils_nothing_else(
     packages("broken_one", POINT.format(name="mine", module="broken_one", what=what), module)
     assert cli.sakd("--help").code == 0
     listed = cli.sakd("list", "methods", "--json")
-    assert "kd" in [row["name"] for row in listed.document]
-    assert "mine" not in [row["name"] for row in listed.document]
+    assert "kd" in [row["name"] for row in listed.document["rows"]]
+    assert "mine" not in [row["name"] for row in listed.document["rows"]]
     assert listed.err.count("warning: plug-in broken_one: ") == 1
     result = cli.assert_rejects(
         ["config", "show", "--teacher", "a", "--student", "resnet8", "--method", "mine"], 2, told

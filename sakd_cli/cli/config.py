@@ -13,6 +13,7 @@ from sakd_cli.config.effective import effective
 from sakd_cli.config.keys import described
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.resolve import config_sources, flat, resolve
+from sakd_cli.documents.listing import ShownConfig, ShownKey
 from sakd_cli.errors import UsageError
 
 
@@ -48,20 +49,23 @@ def show_config(
         if OPTIONS[name].key and options[name]:
             raise UsageError(f"{OPTIONS[name].flag}: is no option of sakd {command}")
     resolved = resolve(task.value, config_sources({name: value for name, value in options.items() if name in has}))
-    settings = resolved.config.model_dump(mode="json")
-    if not (origin or describe):
-        settings |= {EFFECTIVE: effective(resolved.config)}
-        emit(settings) if json else show(yaml.safe_dump(settings, sort_keys=False).rstrip())
-        return
-    rows = [
-        {"key": key, "value": value, "origin": resolved.origins.get(key, "default")}
+    settings, values = resolved.config.model_dump(mode="json"), effective(resolved.config)
+    keys = [
+        ShownKey(
+            key=key,
+            value=value,
+            origin=resolved.origins.get(key, "default"),
+            description=described(resolved.config, key) if describe else None,
+        )
         for key, value in flat(settings).items()
     ]
-    if describe:
-        rows = [row | {"description": described(resolved.config, row["key"])} for row in rows]
+    listed = origin or describe
     if json:
-        emit(rows)
-        return
-    from sakd_cli.report.render.listing import listing_table
+        emit(ShownConfig(task=task.value, config=settings, effective=values, keys=keys if listed else None))
+    elif not listed:
+        show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
+    else:
+        from sakd_cli.report.render.listing import listing_table
 
-    show(listing_table(f"config of {task.value}", [row | {"value": str(row["value"])} for row in rows]))
+        rows = [key.model_dump(exclude_none=True) | {"value": str(key.value)} for key in keys]
+        show(listing_table(f"config of {task.value}", rows))

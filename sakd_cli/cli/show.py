@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from enum import StrEnum
+from json import dumps
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,8 @@ from sakd_cli.config.base import own_name, summary
 from sakd_cli.config.keys import explain
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
+from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
+from sakd_cli.documents.table import DOCUMENTS
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -37,39 +40,39 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: J
 
         sakd list models --json
     """
-    rows = _rows(kind)
+    document = Listing(kind=kind.value, rows=_rows(kind))
     if json:
-        emit(rows)
+        emit(document)
         return
     from sakd_cli.report.render.listing import listing_table
 
-    show(listing_table(kind.value, rows))
+    show(listing_table(kind.value, [row.model_dump(exclude_none=True) for row in document.rows]))
     if kind is Kind.models:
         show("and torchvision/NAME, timm/NAME, package.module:function")
 
 
-def _rows(kind: Kind) -> list[dict[str, Any]]:
+def _rows(kind: Kind) -> list[Listed]:
     if kind is Kind.models:
-        rows = [{"name": net.name, "family": net.family, "lr": net.lr} for net in networks.NETWORKS.values()]
+        rows = [Listed(name=net.name, family=net.family, lr=net.lr) for net in networks.NETWORKS.values()]
         return rows + _plugged_networks()
     if kind is Kind.presets:
-        return [{"name": name, "about": preset_summary(path)} for name, path in presets().items()]
+        return [Listed(name=name, about=preset_summary(path)) for name, path in presets().items()]
     tables: dict[Kind, Mapping[str, type[Any]]] = {
         Kind.methods: methods.METHODS,
         Kind.routers: routers.ROUTERS,
         Kind.datasets: datasets.DATASETS,
     }
     found = usable(tables[kind], ConsoleReporter(quiet=True).warn)
-    return [{"name": name, "about": summary(config)} | _whose(tables[kind], name) for name, config in found.items()]
+    return [Listed(name=name, about=summary(of), package=_package(tables[kind], name)) for name, of in found.items()]
 
 
-def _whose(table: Mapping[str, Any], name: str) -> dict[str, str]:
+def _package(table: Mapping[str, Any], name: str) -> str | None:
     """The package of a row that is not ours."""
     package = table.package(name) if isinstance(table, Table) else "sakd"
-    return {} if package == "sakd" else {"package": package}
+    return None if package == "sakd" else package
 
 
-def _plugged_networks() -> list[dict[str, Any]]:
+def _plugged_networks() -> list[Listed]:
     rows = []
     for name, (first, *_) in plugged(NETWORKS).items():
         try:
@@ -77,7 +80,7 @@ def _plugged_networks() -> list[dict[str, Any]]:
         except UsageError as error:
             ConsoleReporter(quiet=True).warn(error.message)
             continue
-        rows.append({"name": name, "family": network.family, "lr": network.lr, "package": first.package})
+        rows.append(Listed(name=name, family=network.family, lr=network.lr, package=first.package))
     return rows
 
 
@@ -101,23 +104,23 @@ def show_method(
     entry = DISTILLERS.row(name)
     distiller = entry.features or entry.logits
     config = methods.METHODS[name]
-    about: dict[str, Any] = {
-        "name": name,
-        "about": summary(config),
-        "text": inspect.getdoc(distiller) or "",
-        "spots": f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits",
-        "defaults": config().model_dump(mode="json", exclude={"name"}),
-    }
+    document = ShownMethod(
+        name=name,
+        about=summary(config),
+        description=inspect.getdoc(distiller) or "",
+        spots=f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits",
+        defaults=config().model_dump(mode="json", exclude={"name"}),
+    )
     if json:
-        emit(about)
+        emit(document)
         return
     from sakd_cli.report.render.listing import listing_table
 
-    rows = [{"key": f"method.{key}", "default": value} for key, value in about["defaults"].items()]
+    rows = [{"key": f"method.{key}", "default": value} for key, value in document.defaults.items()]
     show(
-        f"{name}: {about['about']}\n",
-        f"{about['text']}\n",
-        f"Spots: {about['spots']}\n",
+        f"{name}: {document.about}\n",
+        f"{document.description}\n",
+        f"Spots: {document.spots}\n",
         listing_table("Defaults", rows),
     )
 
@@ -133,27 +136,19 @@ def show_key(
 
         sakd show key method.weight --json
     """
-    rows = explain(key)
+    document = ShownMeaning(key=key, rows=explain(key))
     if json:
-        emit([row | {"default": str(row["default"])} for row in rows])
+        emit(document)
         return
     from sakd_cli.report.render.listing import listing_table
 
-    for text in dict.fromkeys(str(row["description"]) for row in rows):
+    for text in dict.fromkeys(row.description for row in document.rows):
         show(f"{key}: {text}\n")
-    columns = ("of", "type", "default", "source")
-    show(listing_table(key, [{name: str(row[name]) for name in columns} for row in rows]))
+    show(listing_table(key, [row.model_dump(exclude={"description"}) for row in document.rows]))
 
 
 def show_schema(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="A document: summary, plan, eval, ensemble, evals, compare, report, export, spots, data, sweep, "
-            "sweep-plan, bench, import."
-        ),
-    ],
-    json: Json = False,
+    name: Annotated[str, typer.Argument(help=f"A document: {', '.join(DOCUMENTS)}.")], json: Json = False
 ) -> None:
     """Print the JSON schema of a command's `--json`.
 
@@ -163,9 +158,7 @@ def show_schema(
 
         sakd show schema compare --json
     """
-    from sakd_cli.documents.table import DOCUMENTS
-
     if name not in DOCUMENTS:
         raise UsageError(unknown("document", name, DOCUMENTS))
     schema = DOCUMENTS[name].model_json_schema()
-    emit(schema) if json else show(yaml.safe_dump(schema, sort_keys=False, allow_unicode=True).rstrip())
+    show(dumps(schema, indent=2) if json else yaml.safe_dump(schema, sort_keys=False, allow_unicode=True).rstrip())

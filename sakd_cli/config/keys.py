@@ -14,6 +14,7 @@ from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.plugins import usable
 from sakd_cli.config.routers import ROUTERS, RouterConfig
 from sakd_cli.config.training import TASKS
+from sakd_cli.documents.listing import KeyMeaning
 from sakd_cli.errors import UsageError
 
 # Sections whose class is chosen by a name.
@@ -89,7 +90,7 @@ def described(config: Config, key: str) -> str:
     return description(type(config), leaf)
 
 
-def explain(key: str) -> list[dict[str, Any]]:
+def explain(key: str) -> list[KeyMeaning]:
     """What a key means wherever it stands: class, type, default and description. Raises UsageError if unknown."""
     places: dict[type[Config], list[str]] = {}
     for task, kind in places_of(key):
@@ -105,13 +106,13 @@ def explain(key: str) -> list[dict[str, Any]]:
         field, name = kind.model_fields[leaf := key.rpartition(".")[2]], kind.model_fields.get("name")
         default = None if field.is_required() else field.default
         rows.append(
-            {
-                "of": str(name.default) if name and isinstance(name.default, str) else ", ".join(tasks),
-                "type": _type_name(field.annotation),
-                "default": "required" if field.is_required() else getattr(default, "name", default),
-                "description": description(kind, leaf),
-                "source": summary(kind),
-            }
+            KeyMeaning(
+                of=str(name.default) if name and isinstance(name.default, str) else ", ".join(tasks),
+                type=_type_name(field.annotation),
+                default="required" if field.is_required() else str(getattr(default, "name", default)),
+                description=description(kind, leaf),
+                source=summary(kind),
+            )
         )
     return rows
 
