@@ -1,6 +1,5 @@
 """Where things are said: data to stdout, talk to stderr; colours and bars only where someone looks."""
 
-import json
 import os
 import signal
 import time
@@ -12,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sakd_cli.documents.base import Document, Part
+from sakd_cli.documents.base import Document
 from sakd_cli.report.render.format import plain, printable
 from sakd_cli.torchrun import is_console_process
 
@@ -42,10 +41,10 @@ def show(*renderables: RenderableType) -> None:
         console.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
 
 
-def emit(document: Any) -> None:
+def emit(document: Document) -> None:
     """Print the one JSON document of `--json`."""
     if is_console_process():
-        print(document.text if isinstance(document, Document) else json.dumps(document, indent=2, default=Part.plain))
+        print(document.text)
 
 
 def clean(text: str, most: int = LONGEST) -> str:

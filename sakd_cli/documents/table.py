@@ -199,7 +199,7 @@ class Imported(Document):
     imported: WeightsFile
 
 
-DOCUMENTS: dict[str, type[Part]] = {
+DOCUMENTS: dict[str, type[Document]] = {
     "summary": Summary,
     "plan": Plan,
     "eval": Evaluation,
