@@ -64,6 +64,7 @@ class SpotRecorder:
         counts: dict[str, Any] = {name: count.tolist() for name, count in of_epoch.items()}
         seen, with_policy = counts["seen"], counts["steps_with_policy"] > 0
         samples, steps = sum(seen), max(counts["steps"], 1)
+        rows = counts["distilled"], counts["probability"]
         spots = [
             SpotInEpoch(
                 name=name,
@@ -72,9 +73,7 @@ class SpotRecorder:
                 probability=probability / max(samples, 1) if with_policy else None,
                 by_class=[count / total if total else None for count, total in zip(row, seen, strict=True)],
             )
-            for (name, kind), row, probability in zip(
-                self.names, counts["distilled"], counts["probability"], strict=True
-            )
+            for (name, kind), row, probability in zip(self.names, *rows, strict=True)
         ]
         means: dict[str, float | None] = dict.fromkeys(STEP_MEANS)
         means |= {name: float(count) / steps for name, count in self._events.items()}

@@ -204,9 +204,8 @@ def _group(used: "Column", answers: "dict[str, Column]", rows: "Column") -> doc.
     if not (count := int(rows.sum()) if rows.dtype == bool else len(rows)):
         return doc.ImageGroup(images=0, mean=[None] * used.shape[1], student_top1=None, teacher_top1=None)
     student, teacher = (100 * float(_correct(answers, who)[rows].mean()) for who in ("student", "teacher"))
-    return doc.ImageGroup(
-        images=count, mean=used[rows].mean(axis=0).tolist(), student_top1=student, teacher_top1=teacher
-    )
+    mean = used[rows].mean(axis=0).tolist()
+    return doc.ImageGroup(images=count, mean=mean, student_top1=student, teacher_top1=teacher)
 
 
 def _classes(used: "Column", answers: "dict[str, Column]", names: list[str]) -> doc.Classes:
@@ -231,13 +230,13 @@ def _difficulty(used: "Column", answers: "dict[str, Column]") -> doc.Difficulty:
     """Deciles of the images in order of both measures, the lowest first, and by correctness."""
     import numpy as np
 
+    def decile(measure: "Column", rows: "Column") -> doc.Decile:
+        low, high = measure[rows[[0, -1]]].tolist()
+        return doc.Decile(from_=low, to=high, **dict(_group(used, answers, rows)))
+
     def deciles(measure: "Column") -> list[doc.Decile]:
-        parts = [rows for rows in np.array_split(np.argsort(measure, kind="stable"), BINS) if len(rows)]
-        ends = [(float(measure[rows[0]]), float(measure[rows[-1]])) for rows in parts]
-        return [
-            doc.Decile(from_=low, to=high, **dict(_group(used, answers, rows)))
-            for (low, high), rows in zip(ends, parts, strict=True)
-        ]
+        parts = np.array_split(np.argsort(measure, kind="stable"), BINS)
+        return [decile(measure, rows) for rows in parts if len(rows)]
 
     student, teacher = (_correct(answers, who) for who in ("student", "teacher"))
     cells = []
@@ -257,13 +256,10 @@ def _paths(used: "Column") -> list[doc.RoutingPath] | None:
 
     if used.shape[1] > LONGEST:
         return None
-    paths = [
-        doc.RoutingPath(
-            path="".join("T" if owner else "S" for owner in owners),
-            fraction=float(np.prod(np.where(owners, used, 1 - used), axis=1).mean()),
-        )
-        for owners in product((True, False), repeat=used.shape[1])
-    ]
+    paths = []
+    for owners in product((True, False), repeat=used.shape[1]):
+        mean = float(np.prod(np.where(owners, used, 1 - used), axis=1).mean())
+        paths.append(doc.RoutingPath(path="".join("T" if owner else "S" for owner in owners), fraction=mean))
     return sorted(paths, key=lambda row: -row.fraction)
 
 

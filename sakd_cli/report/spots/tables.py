@@ -15,6 +15,7 @@ STEPS = {
     "router_loss_scaled_down": "Loss ÷ γ",
     "count_penalty_active": "Count penalty",
 }
+DECILE = ("to", "Images", "Student top-1", "Teacher top-1")
 NETWORKS = {
     "student": "student",
     "teacher": "teacher",
@@ -60,16 +61,11 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
 def mixture_table(record: Mixtures) -> Sheet:
     """A row per group: the weight of each of its blocks, from the first to the last."""
     columns = [*texts("Stage"), *figures("Blocks"), *texts("Weight of each, in order")]
-    rows = [
-        [
-            word(group.name),
-            whole(len(group.alpha)),
-            " ".join(f"{fraction(value):>5}" for value in group.alpha),
-            whole(group.largest),
-            fixed(group.entropy, 2),
-        ]
-        for group in record.groups
-    ]
+    rows = []
+    for group in record.groups:
+        weights = " ".join(f"{fraction(value):>5}" for value in group.alpha)
+        numbers = (whole(group.largest), fixed(group.entropy, 2))
+        rows.append([word(group.name), whole(len(group.alpha)), weights, *numbers])
     source = f"{word(record.norm)} · weights: {word(record.weights)}"
     notes = [f"{word(record.teacher)} on {word(record.dataset)} · {source}"]
     notes.append("Largest: place of the block with the largest weight; entropy: of the weights, in nats.")
@@ -123,11 +119,7 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
         + [fixed(value, 2) for value in (row.routed_ce, row.student_ce) if losses]
         for row in shown
     ]
-    notes = []
-    if steps:
-        notes.append(
-            "Loss × γ, ÷ γ: steps at which the router's loss was scaled; count penalty: at which it was active."
-        )
+    notes = ["Loss × γ, ÷ γ: steps that scaled the router's loss; count penalty: at which it was active."] * bool(steps)
     several = len(report.overall) > 1
     notes.append("Empty selection: steps that selected no sample" + ", at the spot with the most" * several + ".")
     notes += ["CE routed, student: mean cross-entropy of the routed network and of the student."] * losses
@@ -136,12 +128,7 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
 
 
 def _by_class(
-    title: str,
-    more: list[str],
-    rows: list[ClassRow],
-    names: list[str],
-    notes: list[str],
-    top: int | None,
+    title: str, more: list[str], rows: list[ClassRow], names: list[str], notes: list[str], top: int | None
 ) -> Sheet:
     """The classes that have images, from the highest deviation to the lowest; `more`: further columns."""
     known = [(row.peak, row, cells, means) for row, cells, means in rows if row.peak is not None]
@@ -168,9 +155,8 @@ def _spots(measured: doc.Measured) -> Sheet:
     ]
     of = f" of {word(measured.dataset)}" if measured.dataset else ""
     notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
-    return Sheet(
-        f"The trained router ({WHAT[measured.value]})", columns if rows else [], rows, [*notes, *measured.notes]
-    )
+    title = f"The trained router ({WHAT[measured.value]})"
+    return Sheet(title, columns if rows else [], rows, [*notes, *measured.notes])
 
 
 def _classes(classes: doc.Classes, names: list[str], top: int | None) -> Sheet:
@@ -182,19 +168,16 @@ def _classes(classes: doc.Classes, names: list[str], top: int | None) -> Sheet:
 
 
 def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[str]) -> Sheet:
-    columns = figures(f"{measure} from", "to", "Images", "Student top-1", "Teacher top-1", *map(word, names))
-    rows = [
-        [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
-        + [fixed(row.teacher_top1, 1)]
-        + [fraction(mean) for mean in row.mean]
-        for row in deciles
-    ]
-    return Sheet(title, columns, rows)
+    rows = []
+    for row in deciles:
+        cells = [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
+        rows.append([*cells, fixed(row.teacher_top1, 1), *map(fraction, row.mean)])
+    return Sheet(title, figures(f"{measure} from", *DECILE, *map(word, names)), rows)
 
 
 def _correctness(cells: list[doc.Correctness], names: list[str]) -> Sheet:
     rows = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in cells]
-    return Sheet("By correctness (%)", [*texts("doc.Correctness"), *figures("Images", *map(word, names))], rows)
+    return Sheet("By correctness (%)", [*texts("Correctness"), *figures("Images", *map(word, names))], rows)
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
@@ -223,8 +206,7 @@ def _routed(routed: doc.RoutedNetwork) -> Sheet:
     scores = [(NETWORKS[key], score) for key, score in routed if isinstance(score, doc.Score)]
     rows = [[name, fixed(score.top1, 2), fixed(score.loss, 3)] for name, score in scores]
     notes = [f"{whole(routed.images)} test images."]
-    for _, score in scores:
-        if isinstance(score, doc.SampledScore):
-            std = fixed(score.top1_std, 2)
-            notes.append(f"Sampled gates: mean of {score.draws} draws, standard deviation of top-1 {std}.")
+    if sampled := routed.sampled:
+        std = fixed(sampled.top1_std, 2)
+        notes.append(f"Sampled gates: mean of {sampled.draws} draws, standard deviation of top-1 {std}.")
     return Sheet("The routed network", [*texts("Network"), *figures("Top-1 %", "Loss")], rows, notes)
