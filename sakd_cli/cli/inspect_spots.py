@@ -13,6 +13,7 @@ from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.documents.spots import EXTREMES, SpotsDocument
 from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.files import write_aside
 
 Run = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest distillation.")]
 
@@ -30,7 +31,6 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
 
         sakd inspect-spots runs/20261121-120000-distill-... --split test --json | jq '.measured.routed'
     """
-    from sakd_cli.report.render import html as pages
     from sakd_cli.report.render import plots
     from sakd_cli.report.spots.page import spot_page
     from sakd_cli.report.spots.survey import records
@@ -45,7 +45,7 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
         plots.write(plots.spot_figure(report, options["panel"]), plot)
     if html:
         pixels = survey.images if survey else {}
-        pages.write(spot_page(report, pixels, drawn=plots.available(reporter.warn)), html)
+        write_aside(html, spot_page(report, pixels, drawn=plots.available(reporter.warn)).encode())
     if samples:
         _write_records(records(survey, report.overall) if survey else [], samples)
     for path in filter(None, (plot, html, samples)):

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, ExitPoint
 from sakd_cli.documents.training import EnsembleTraining
 from sakd_cli.report.render.format import fixed, fraction, large, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Column, Sheet, table
 
 
 def ensemble_tables(result: EnsembleEvaluation) -> list[RenderableType]:
@@ -69,17 +69,13 @@ def _cost_note(found: EnsembleExits) -> str:
 def curve_table(points: Sequence[ExitPoint]) -> Sheet:
     """Accuracy and cost over all thresholds."""
     known = any(point.cost is not None for point in points)
-    columns = [Column("Threshold"), Column("Cost %" if known else "MACs"), Column("Top-1 %"), Column("Agree %")]
-    columns += [Column("Exit at the end %"), Column("Pareto", text=True)]
-    rows = [
-        [
-            fixed(point.theta, 3),
-            fraction(point.cost) if known else large(point.macs),
-            fixed(point.top1, 2),
-            fixed(point.agreement, 1),
-            fraction(point.exits[-1] / max(sum(point.exits), 1)),
-            "*" if point.pareto else "",
-        ]
-        for point in points
-    ]
-    return Sheet("Accuracy and cost over one threshold for all stages", columns, rows, ["*: on the Pareto front."])
+    columns = {
+        "Threshold": lambda point: fixed(point.theta, 3),
+        "Cost %" if known else "MACs": lambda point: fraction(point.cost) if known else large(point.macs),
+        "Top-1 %": lambda point: fixed(point.top1, 2),
+        "Agree %": lambda point: fixed(point.agreement, 1),
+        "Exit at the end %": lambda point: fraction(point.exits[-1] / max(sum(point.exits), 1)),
+        "Pareto": lambda point: "*" * point.pareto,
+    }
+    title = "Accuracy and cost over one threshold for all stages"
+    return table(title, points, columns, ["*: on the Pareto front."], text=0)

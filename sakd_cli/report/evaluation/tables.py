@@ -1,11 +1,12 @@
 """One network measured on one split: its metrics, then the classes that it does best and worst"""
 
+from collections.abc import Sequence
+
 from rich.console import RenderableType
 
-from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
-from sakd_cli.report.evaluation.branches import branch_table
+from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation
 from sakd_cli.report.render.format import bar, fixed, large, whole, word
-from sakd_cli.report.render.sheet import BAR, Column, Sheet, both_ends
+from sakd_cli.report.render.sheet import BAR, Column, Sheet, both_ends, table
 
 EXTREMES = 10  # best and worst classes ...
 ALL_CLASSES = 25  # ... unless there are no more than this
@@ -40,3 +41,20 @@ def evaluation_tables(result: Evaluation | EnsembleEvaluation) -> list[Renderabl
         notes.append(f"{empty} of {len(result.classes)} classes have no image here.")
     headers = [Column("#"), Column("Class", text=True), Column("Images"), Column("Top-1 %"), Column("", True, "cyan")]
     return [*tables, Sheet("By class", headers, shown, notes)]
+
+
+def branch_table(branches: Sequence[Branch]) -> Sheet:
+    """Where each student branch of a student-friendly teacher hangs, how good it is, what it costs."""
+    columns = {
+        "Student": lambda branch: word(branch.student),
+        "Behind": lambda branch: word(branch.behind),
+        "Transform": lambda branch: word(branch.transform),
+        "Top-1 %": lambda branch: fixed(branch.top1, 2),
+        "Top-5 %": lambda branch: fixed(branch.top5, 2),
+        "Loss": lambda branch: fixed(branch.loss, 3),
+        "Parameters": lambda branch: large(branch.parameters),
+        "MACs": lambda branch: large(branch.macs),
+    }
+    macs = large(sum(branch.macs for branch in branches))
+    note = f"They add {macs} MACs per image and pass to the training, nothing to the teacher's use."
+    return table("Student branches", branches, columns, [note], text=3)

@@ -9,10 +9,8 @@ import hashlib
 import io
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sakd_cli.errors import DiskError
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.render.sheet import MORE, Sheet
 
@@ -118,14 +116,6 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
         f"<h1>{_text(title)}</h1><dl>{said}</dl><nav><ul>{links}</ul></nav>\n{body}"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
-
-
-def write(content: str, path: Path) -> None:
-    """Save a page."""
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def png(pixels: "NDArray[Any]") -> bytes:

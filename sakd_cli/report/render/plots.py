@@ -12,7 +12,8 @@ from sakd_cli.documents.base import Number
 from sakd_cli.documents.evaluation import ExitCosts, ExitPoint
 from sakd_cli.documents.mixtures import Mixtures
 from sakd_cli.documents.spots import ClassDeviation, SpotsDocument
-from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.errors import UsageError
+from sakd_cli.files import write_aside
 from sakd_cli.report.render.format import WHAT, fixed, fraction, plain, word
 
 if TYPE_CHECKING:
@@ -69,10 +70,7 @@ def checked(path: Path) -> Path:
 
 def write(figure: "Figure", path: Path) -> None:
     """Save by the ending of the name."""
-    try:
-        path.write_bytes(rendered(figure, path.suffix.lower()[1:]))
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+    write_aside(path, rendered(figure, path.suffix.lower()[1:]))
 
 
 def mixture_map(record: Mixtures) -> "Figure":

@@ -64,7 +64,8 @@ class RunPage:
             if getattr(row, key) is not None
         ]
         facts += [("State", "finished" if row.finished else "not finished"), ("Run", word(row.run))]
-        html.write(html.page(f"{word(row.task)}: {word(self.run.path.name)}", facts, self.sections), path)
+        page = html.page(f"{word(row.task)}: {word(self.run.path.name)}", facts, self.sections)
+        write_aside(path, page.encode())
         pictures = {path.with_name(f"{path.stem}-{name}.png"): content for name, content in self.plots.items()}
         for picture, content in pictures.items():
             write_aside(picture, content)

@@ -4,9 +4,9 @@ from rich.console import Group, RenderableType
 
 from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
-from sakd_cli.report.evaluation.branches import branch_table
+from sakd_cli.report.evaluation.tables import branch_table
 from sakd_cli.report.render.format import duration, fixed, large, points, shape, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Column, Sheet, table
 from sakd_cli.report.spots.tables import mixture_table
 
 
@@ -56,32 +56,22 @@ def _notes(summary: Summary) -> list[str]:
 
 def plan_table(plan: Plan) -> RenderableType:
     """What a run would do (`--dry-run`): its networks, how much of them is trained, and its spots."""
-    networks = [[word(one.role), word(one.name), large(one.parameters), large(one.macs)] for one in plan.networks]
     # Counted by optimizer group: a student's group also holds what its distiller learns.
     trained = [f"{word(name)} {large(count)}" for name, count in plan.trainable.items() if count]
-    parts = Sheet(
-        "Networks",
-        [Column("Role", text=True), Column("Name", text=True), Column("Parameters"), Column("MACs")],
-        networks,
-        [f"Trained parameters: {', '.join(trained)}."] if trained else [],
-    )
-    headers = ["Spot", "Kind", "Student stage", "Student shape", "Teacher stage", "Teacher shape"]
-    headers += ["To teacher", "To student"]
-    rows = [
-        [
-            word(spot.name),
-            word(spot.kind),
-            word(spot.student_stage),
-            shape(spot.student_shape),
-            word(spot.teacher_stage),
-            shape(spot.teacher_shape),
-            word(spot.student_to_teacher),
-            word(spot.teacher_to_student),
-        ]
-        for spot in plan.spots
-    ]
-    columns = [Column(header, text=not header.endswith("shape")) for header in headers]
+    rows = [[word(one.role), word(one.name), large(one.parameters), large(one.macs)] for one in plan.networks]
+    note = [f"Trained parameters: {', '.join(trained)}."] if trained else []
+    parts = Sheet.of_cells("Networks", ("Role", "Name", "Parameters", "MACs"), rows, note, text=2)
+    columns = {
+        "Spot": lambda spot: word(spot.name),
+        "Kind": lambda spot: word(spot.kind),
+        "Student stage": lambda spot: word(spot.student_stage),
+        "Teacher stage": lambda spot: word(spot.teacher_stage),
+        "To teacher": lambda spot: word(spot.student_to_teacher),
+        "To student": lambda spot: word(spot.teacher_to_student),
+        "Student shape": lambda spot: shape(spot.student_shape),
+        "Teacher shape": lambda spot: shape(spot.teacher_shape),
+    }
     notes = ["To teacher: the student-to-teacher adapter; to student: the way back."]
     adapted = any(spot.student_to_teacher for spot in plan.spots)
-    tables = [parts, *([Sheet("Spots", columns, rows, notes if adapted else [])] if rows else [])]
+    tables = [parts, *([table("Spots", plan.spots, columns, notes if adapted else [], text=6)] if plan.spots else [])]
     return Group(*tables, *([mixture_table(plan.mixtures)] if plan.mixtures else []))
