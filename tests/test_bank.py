@@ -68,7 +68,7 @@ def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: CliRun
     assert banked.sakd(*words, "--run-dir", "without").code == 0
     assert losses(banked, "with") == pytest.approx(losses(banked, "without"), rel=2e-3)
     assert losses(banked, "with") != losses(banked, "without")
-    (bank,) = (banked.path / "runs" / "banks").glob("*.safetensors")
+    (bank,) = (banked.path / "runs" / "teacher-cache").glob("*.safetensors")
     kept = load_file(bank)
     rows = 20 * 162
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()} == {
@@ -79,7 +79,7 @@ def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: CliRun
 
 @pytest.mark.parametrize("method", ["crd", "rkd", "dkd"])
 def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: CliRunner, method: str) -> None:
-    (bank,) = (banked.path / "runs" / "banks").glob("*.safetensors")
+    (bank,) = (banked.path / "runs" / "teacher-cache").glob("*.safetensors")
     before, content = bank.stat().st_mtime_ns, bank.read_bytes()
     assert banked.sakd(*distil(method), "--set", "router.lr=0.01").code == 0
     assert bank.stat().st_mtime_ns == before

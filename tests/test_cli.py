@@ -202,7 +202,7 @@ def test_an_interrupt_and_a_bug_have_exit_codes_of_their_own(
     result = cli.sakd("list", "methods")
     assert (result.code, result.out) == (code, "")
     assert ("Traceback" in result.err) == (code == 1)
-    assert "error: " + ("interrupted" if code == 130 else "a bug in sakd: RuntimeError: oh [b]no[/b]") in result.err
+    assert "error: " + ("interrupted" if code == 130 else "internal error: RuntimeError: oh [b]no[/b]") in result.err
 
 
 def test_without_a_command_the_help_is_shown_and_nothing_is_called_an_error(cli: CliRunner) -> None:

@@ -1,4 +1,4 @@
-"""The command `sakd`: its subcommands, and what becomes of an error. Torch is imported inside the commands only."""
+"""The command `sakd`: its subcommands, and how errors are reported. Torch is imported inside the commands only."""
 
 import errno
 import io
@@ -48,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 config_app = typer.Typer(
     help="Show the settings of a run and where they come from.", no_args_is_help=True, rich_markup_mode="markdown"
 )
@@ -114,7 +114,7 @@ def run(arguments: list[str]) -> int:
     try:
         code = int(app(_resume_alone(arguments), prog_name="sakd", standalone_mode=False) or 0)
         print(end="", flush=True)
-        if code == INTERRUPTED:  # typer answers Ctrl-C itself, without a word
+        if code == INTERRUPTED:  # typer handles Ctrl-C itself and prints nothing
             complain("interrupted")
         return code
     except SakdError as error:
@@ -124,8 +124,8 @@ def run(arguments: list[str]) -> int:
             complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
-        return _reader_left()
-    except OSError as error:  # whatever the floors below did not put into words of their own
+        return _broken_pipe()
+    except OSError as error:  # whatever the floors below have no message of their own for
         complain(f"{error.filename or 'file system'}: {error.strerror or error}")
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
     except Stopped as stopped:
@@ -153,27 +153,25 @@ def run(arguments: list[str]) -> int:
             return MemoryLimitError.exit_code
         for line in traceback.format_exc().splitlines():
             print(printable(line), file=sys.stderr)
-        complain(f"a bug in sakd: {type(error).__name__}: {error}", hint="please report it with the lines above")
+        complain(f"internal error: {type(error).__name__}: {error}", hint="please report it with the lines above")
         return 1
 
 
-def _reader_left() -> int:
-    """Whoever read our output has gone (`sakd list models | head -1`): nothing is wrong, and no one is left to tell."""
+def _broken_pipe() -> int:
+    """A broken pipe (`sakd list models | head -1`) is no error: exit without a message."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return READER_LEFT
+    return BROKEN_PIPE
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:
     """`--resume` without a value means `--resume auto`; the parser knows no option whose value may be left out."""
-    words = list(arguments)
-    for place, word in enumerate(arguments):
-        if word == "--resume" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-")):
-            words.insert(len(words) - len(arguments) + place + 1, "auto")
-    return words
+    following = [*arguments[1:], "-"]
+    pairs = zip(arguments, following, strict=True)
+    return [s for a, b in pairs for s in ([a, "auto"] if a == "--resume" and b.startswith("-") else [a])]
 
 
 def _what_instead(error: Exception) -> str:
-    """For an option that there is not: ours for it, where another program has it; else the command's help."""
+    """The hint for an unknown option: ours where another program calls it so, else the command's help."""
     context = getattr(error, "ctx", None)
     path = str(context.command_path) if context is not None else "sakd"
     command = path.partition(" ")[2].replace(" ", "-")

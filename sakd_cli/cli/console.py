@@ -1,4 +1,4 @@
-"""Where things are said: data to stdout, talk to stderr; colours and bars only where someone looks."""
+"""Output: data to stdout, log messages to stderr; colours and progress bars only on a terminal."""
 
 import os
 import signal
@@ -15,18 +15,18 @@ from sakd_cli.documents.base import Document
 from sakd_cli.report.render.format import plain, printable
 from sakd_cli.torchrun import is_console_process
 
-SILENCE = 60  # seconds after which a run says how far it is, where there is no bar
+SILENCE = 60  # seconds after which a run prints its progress, where there is no bar
 LONGEST, LONGEST_HINT = 192, 400  # characters of a message; commands in a hint must be whole to be of use
 
 
 def out() -> Console:
-    """Console of the data; NO_COLOR and TERM=dumb are heeded by rich. 100 columns where there is no terminal."""
+    """Console of the data; rich obeys NO_COLOR and TERM=dumb. 100 columns where there is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
 
 
 def err() -> Console:
-    """Console of the talk."""
+    """Console of log messages."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -62,7 +62,7 @@ def complain(message: str, hint: str | None = None) -> None:
 
 
 class ConsoleReporter:
-    """Follows a run on stderr: a bar on a terminal, one line per interval elsewhere, nothing when quiet."""
+    """Reports a run on stderr: a bar on a terminal, one line per interval elsewhere, nothing when quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet or not is_console_process()
@@ -71,7 +71,7 @@ class ConsoleReporter:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._signal = 0
-        self._heard = time.monotonic()
+        self._last = time.monotonic()
 
     @contextmanager
     def heeding_signals(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class ConsoleReporter:
             if self._signal:
                 os._exit(128 + signum)
             self._signal = signum
-            self.say("stopping: the step is finished and the state saved; once more to leave at once")
+            self.say("stopping: the step is finished and the state saved; once more to exit at once")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -94,13 +94,13 @@ class ConsoleReporter:
         return self._signal
 
     def say(self, text: str) -> None:
-        """One line of talk."""
-        self._heard = time.monotonic()
+        """Print one log message."""
+        self._last = time.monotonic()
         if not self.quiet:
             self.console.print(escape(plain(text)))
 
     def warn(self, text: str) -> None:
-        """One line that is shown even where talk is not."""
+        """Print one line, also where log messages are off."""
         if not is_console_process():
             return
         self.console.print(f"[bold yellow]warning:[/] {escape(clean(text))}")
@@ -117,7 +117,7 @@ class ConsoleReporter:
     def advance(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
-        elif time.monotonic() - self._heard > SILENCE:
+        elif time.monotonic() - self._last > SILENCE:
             self.say(f"step {step}/{self.steps}")
 
     def record(self, record: dict[str, Any]) -> None:

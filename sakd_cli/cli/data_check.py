@@ -28,18 +28,18 @@ def check(options: Values, json: bool, quiet: bool, what: What) -> None:
         sakd data check tiny-imagenet --data-root DIR --json
     """
     name = what if what in DATASETS else None if Path(what).exists() else own_name(what, DATASETS)
-    words = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"] if name else what}
+    settings = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"] if name else what}
     config = resolve(
-        "eval", [ConfigSource("the command line", nested(words)), *set_sources(options["set_"] or [])]
+        "eval", [ConfigSource("the command line", nested(settings)), *set_sources(options["set_"] or [])]
     ).config.data
     from sakd_cli.data.check import check as checked
     from sakd_cli.report.data_check import data_tables
 
-    talk = ConsoleReporter(quiet=quiet)
+    reporter = ConsoleReporter(quiet=quiet)
     try:
-        document = checked(config, lambda count: talk.begin(f"reading {count} files", count), talk.advance)
+        document = checked(config, lambda count: reporter.begin(f"reading {count} files", count), reporter.advance)
     finally:
-        talk.end()
+        reporter.end()
     emit(document) if json else show(*data_tables(document))
     if document.findings:
         raise typer.Exit(DataError.exit_code)

@@ -1,4 +1,4 @@
-"""Data sets in words; the loaders are in `data/`."""
+"""Config of data sets; the loaders are in `data/`."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -47,7 +47,7 @@ class DataConfig(Config):
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Fraction of the training images that selects the best epoch; 0: the test set does, as in the literature."""
     split_seed: NonNegativeInt = 0
-    """Random seed of limit and validation, whatever the run's seed is, so that all runs keep out the same."""
+    """Random seed of limit and validation, whatever the run's seed is, so that all runs leave out the same images."""
     download: bool = True
     """Download missing files."""
     mean: Channels | None = None
@@ -63,9 +63,9 @@ class DataConfig(Config):
         return images * min(self.classes or classes, classes) // classes
 
     def identity(self) -> dict[str, Any]:
-        """The words, with dotted keys, in which two runs agree that can be teacher and student."""
-        words = self.model_dump(mode="json", include=self.own)
-        return {f"data.{key}": value for key, value in words.items()}
+        """The settings, with dotted keys, that a student's run must share with its teacher's."""
+        settings = self.model_dump(mode="json", include=self.own)
+        return {f"data.{key}": value for key, value in settings.items()}
 
 
 class CIFAR10Config(DataConfig):
@@ -112,7 +112,7 @@ class FilesConfig(DataConfig):
     flip: bool = True
     """Whether training images are mirrored at random."""
     cache: Literal["auto"] | bool = "auto"
-    """Decode all pictures once and hold them in memory, on the device; auto: where that needs at most cache_limit."""
+    """Decode all pictures once and cache them in memory, on the device; auto: where that needs at most cache_limit."""
     cache_limit: NonNegativeFloat = 4.0
     """Largest size in GB of the images in memory with cache auto."""
     workers: NonNegativeInt | None = None
@@ -143,7 +143,7 @@ class ImageFolderConfig(FilesConfig):
     own: ClassVar[set[str]] = {"name", "classes", "size", "root"}
     name: Literal["imagefolder"] = "imagefolder"
     split: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Fraction of each class kept for testing where the folder has no train and val."""
+    """Fraction of each class used for testing where the folder has no train and val."""
 
 
 class TinyImageNetConfig(FilesConfig):

@@ -1,4 +1,4 @@
-"""A sweep's words as single runs, in the order in which they can be made: teachers first, what matches rates last."""
+"""A sweep's config as single runs, in the order in which they can be made: teachers first, what matches rates last."""
 
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -12,7 +12,7 @@ from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import UsageError
 
 LEARNED, KD = AdaptiveConfig().name, KDConfig().name
-CHOSEN = ("method", "router")  # sections whose words depend on a name of the grid
+CHOSEN = ("method", "router")  # sections whose settings depend on a name of the grid
 
 
 class Role(StrEnum):
@@ -63,11 +63,11 @@ class Grid(NamedTuple):
 def grid(sweep: SweepConfig, given: Sequence[ConfigSource] = (), budget: str | None = None) -> Grid:
     """Every run, each behind those that it waits for; seed by seed, so that a first answer comes early.
 
-    given   words from the command line and the environment, stronger than those of the file
+    given   settings from the command line and the environment, stronger than those of the file
     budget  share of the epochs ("0.1", "10%") or a number of epochs for the students ("24"): every schedule is
             shortened in proportion
 
-    Raises UsageError, naming the run, for words that do not go together, unless those are to be skipped.
+    Raises UsageError, naming the run, for settings that exclude each other, unless those are to be skipped.
     """
     plan = _Plan(sweep, given)
     share = _share(budget, plan.epochs) if budget else 1.0
@@ -171,11 +171,11 @@ def _shortened(config: RunConfig, share: float) -> Any:
     """The same run with every number of epochs, and every milestone, in proportion."""
     if share == 1:
         return config
-    words = flat(config.model_dump(mode="json"))
-    for key, value in words.items():
+    settings = flat(config.model_dump(mode="json"))
+    for key, value in settings.items():
         if key.endswith(("epochs", "_epochs")) and isinstance(value, int):
-            words[key] = max(1, round(value * share))
-    if words["train.milestones"] is not None:
-        scaled = sorted({max(1, round(epoch * share)) for epoch in words["train.milestones"]})
-        words["train.milestones"] = [epoch for epoch in scaled if epoch < words["train.epochs"]]
-    return resolve(config.task, [ConfigSource("--budget", nested(words))]).config
+            settings[key] = max(1, round(value * share))
+    if settings["train.milestones"] is not None:
+        scaled = sorted({max(1, round(epoch * share)) for epoch in settings["train.milestones"]})
+        settings["train.milestones"] = [epoch for epoch in scaled if epoch < settings["train.epochs"]]
+    return resolve(config.task, [ConfigSource("--budget", nested(settings))]).config

@@ -41,7 +41,7 @@ _THEIRS = {
 }
 # fmt: on
 FOREIGN = {name: key for key, names in _THEIRS.items() for name in names.split()}
-# Pydantic's messages in plain words.
+# Pydantic's messages in plain English.
 _PLAIN = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -131,11 +131,11 @@ def keys_of(task: str) -> list[str]:
     return list(dict.fromkeys(key for name in below for key in [name, *(f"{name}.{leaf}" for leaf in below[name])]))
 
 
-def ours(word: str, method: str = "") -> str | None:
-    """The key that another program calls `word`, where this method has it."""
-    parts = word.strip("-").lower().replace("-", "_").split(".")
+def ours(name: str, method: str = "") -> str | None:
+    """The key that another program calls `name`, where this method has it."""
+    parts = name.strip("-").lower().replace("-", "_").split(".")
     candidates = [f"{method}.{parts[-1]}", ".".join(parts), ".".join(parts[-2:]), parts[-1]]
-    key = next((FOREIGN[name] for name in candidates if name in FOREIGN), None)
+    key = next((FOREIGN[candidate] for candidate in candidates if candidate in FOREIGN), None)
     section, _, leaf = (key or "").partition(".")
     if section == "method" and method in METHODS and leaf not in METHODS[method].model_fields:
         return None

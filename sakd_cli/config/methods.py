@@ -1,4 +1,4 @@
-"""Distillers in words: one small class per method. Its defaults are the published recipe.
+"""Config of distillers: one small class per method. Its defaults are the published recipe.
 
 To add one: a class here, a file in `distillers/`, one line in `distillers/table.py`; or the same in a package of one's
 own, whose entry points name them (`plugins.py`).

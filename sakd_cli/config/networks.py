@@ -1,8 +1,8 @@
-"""Networks in words: a name stands for a family and its arguments; the code is in `models/`.
+"""Names of networks: a name stands for a family and its arguments; the code is in `models/`.
 
 To add a variant: one line in `_named`. To add a family: also a file in `models/` and one line in `models/table.py`.
-Names of other libraries and of the user's own code (`brought`) are taken as they are: whether there is such a network
-is seen where it is built.
+Names of other libraries and of the user's own code (`brought`) are accepted as they are: whether there is such a
+network is checked where it is built.
 """
 
 import re

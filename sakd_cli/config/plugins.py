@@ -1,6 +1,6 @@
-"""Rows that installed packages add to our tables, by entry points; loaded when they are asked for, not before.
+"""Rows that installed packages add to our tables, by entry points; loaded when they are used.
 
-    [project.entry-points."sakd.methods"]       name = "package.words:Config"   a MethodConfig of that name, no torch
+    [project.entry-points."sakd.methods"]       name = "package.config:Config"  a MethodConfig of that name, no torch
     [project.entry-points."sakd.distillers"]    name = "package.loss:ENTRY"     its row of `distillers/table.py`
     [project.entry-points."sakd.networks"]      name = "package.net:build"      build(name, classes) -> StagedModel
 
@@ -94,7 +94,7 @@ class Table(Mapping[str, Row]):
 
 
 def usable(table: Mapping[str, Row], complain: Callable[[str], None] | None = None) -> dict[str, Row]:
-    """All rows that can be had; what is wrong with the others is told."""
+    """All rows that can be loaded; what is wrong with the others is reported."""
     rows = {}
     for name in table:
         try:

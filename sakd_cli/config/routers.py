@@ -1,4 +1,4 @@
-"""Routers in words: where to distil. One small class per policy; the objects are in `routing/table.py`."""
+"""Config of routers: where to distil. One small class per policy; the objects are in `routing/table.py`."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Many runs in words: a grid over methods, pairs, routers and seeds, and the controls beside it."""
+"""Config of many runs: a grid over methods, pairs, routers and seeds, and the controls beside it."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -47,7 +47,7 @@ def _teacher(name: str) -> str:
 def _named(overrides: dict[str, Any]) -> dict[str, Any]:
     """Keys of `overrides` are made of methods, routers and pairs, and stand under their own names."""
     try:
-        return {" ".join(_own_name(name) for name in key.split()): words for key, words in overrides.items()}
+        return {" ".join(_own_name(name) for name in key.split()): settings for key, settings in overrides.items()}
     except UsageError as error:
         raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
 

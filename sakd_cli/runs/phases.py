@@ -50,11 +50,11 @@ def _looking_ahead(job: Job) -> LookAhead | None:
 
 
 def _taken_from_bank(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
-    """Let the teacher's answers come from its bank, if that was asked for."""
+    """Let the teacher's answers come from its cache, if requested."""
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.cache:
         assert job.teacher is not None
-        folder = job.config.runs_dir / "banks"
-        bank = open_teacher_cache(
+        folder = job.config.runs_dir / "teacher-cache"
+        cache = open_teacher_cache(
             folder,
             job.teacher,
             views(job.images.train, job.images.dataset, job.device),
@@ -62,7 +62,7 @@ def _taken_from_bank(job: Job, before: str, factory: TrainerFactory) -> Iterator
             job.device,
             factory.reporter,
         )
-        job.task.teacher_features = bank
+        job.task.teacher_features = cache
     yield from ()
 
 

@@ -28,13 +28,13 @@ from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
-FORMAT = "sakd.bank/1"
+FORMAT = "sakd.teacher-cache/1"
 ROWS = 2000  # views answered at once
 BYTES = 2  # of a number
 
 
 class Layout(NamedTuple):
-    """How large a bank is: images, views of each, width of the pooled vector, classes."""
+    """Size of a teacher cache: images, views of each, width of the pooled vector, classes."""
 
     images: int
     views: int
@@ -69,16 +69,16 @@ class TeacherCache:
 
 
 def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others: bool) -> None:
-    """Raise UsageError where a method needs more of the teacher than a bank keeps; `others`: it does in another way."""
+    """Raise UsageError where a method needs more of the teacher than the teacher cache stores; `others`: it does in another way."""
     pooled = len(teacher.model.infos) - 1
     if others or any(spot.teacher < pooled for spot in spots):
-        raise UsageError(f"teacher.cache: method {method} looks at maps, a bank keeps pooled vectors and logits only")
+        raise UsageError(f"teacher.cache: method {method} looks at maps, the teacher cache stores pooled vectors and logits only")
 
 
 def open_teacher_cache(
     folder: Path, teacher: Artifact, views: Views, mode: Mode, device: torch.device, reporter: Reporter
 ) -> TeacherCache:
-    """The bank of this teacher and these images, from the disk; computed and written first if it is not there yet.
+    """The cache of this teacher and these images, from the disk; computed and written first if it is not there yet.
 
     Raises DiskError or MemoryLimitError, before anything is computed, where it does not fit.
     """
@@ -122,10 +122,10 @@ def _compute(
 ) -> None:
     free = shutil.disk_usage(path.parent).free
     if layout.bytes > free:
-        raise DiskError(f"{path.parent}: a teacher bank needs {_gb(layout.bytes)}, {_gb(free)} are free")
+        raise DiskError(f"{path.parent}: a teacher cache needs {_gb(layout.bytes)}, {_gb(free)} are free")
     aside = path.with_suffix(".new")
     arrays = _empty_file(aside, layout)
-    reporter.begin(f"teacher bank: {_gb(layout.bytes)} in {path}", layout.rows)
+    reporter.begin(f"teacher cache: {_gb(layout.bytes)} in {path}", layout.rows)
     try:
         for start, features in _answers(layout, teacher, views, mode):
             raise_if_stopped(reporter)

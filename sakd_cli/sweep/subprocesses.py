@@ -114,7 +114,7 @@ def run_together(
             for number in came[told:]:
                 told += 1
                 if told == 1:
-                    reporter.say("stopping: every run finishes its step and saves; once more to leave at once")
+                    reporter.say("stopping: every run finishes its step and saves; once more to exit at once")
                 for child in working:
                     child.process.send_signal(number)
             time.sleep(PAUSE)
