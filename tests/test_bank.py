@@ -91,7 +91,7 @@ def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Cl
 
 @pytest.mark.parametrize("method", ["fitnet", "reviewkd", "ab"])
 def test_a_method_that_needs_maps_is_refused(banked: CliRunner, method: str) -> None:
-    banked.assert_rejects(distil(method), 2, f"teacher.cache: method {method} looks at maps")
+    banked.assert_rejects(distil(method), 2, f"teacher.cache: method {method} uses maps")
 
 
 def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(

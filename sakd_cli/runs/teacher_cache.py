@@ -69,10 +69,10 @@ class TeacherCache:
 
 
 def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others: bool) -> None:
-    """Raise UsageError where a method needs more of the teacher than the teacher cache stores; `others`: it does in another way."""
+    """Raise UsageError where a method needs more of the teacher than the cache stores; `others`: in other ways."""
     pooled = len(teacher.model.infos) - 1
     if others or any(spot.teacher < pooled for spot in spots):
-        raise UsageError(f"teacher.cache: method {method} looks at maps, the teacher cache stores pooled vectors and logits only")
+        raise UsageError(f"teacher.cache: method {method} uses maps, the cache stores pooled vectors and logits")
 
 
 def open_teacher_cache(
