@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import os
 import signal
 import sys
@@ -165,8 +166,7 @@ def _broken_pipe() -> int:
 
 def _resume_alone(arguments: list[str]) -> list[str]:
     """`--resume` without a value means `--resume auto`; the parser knows no option whose value may be left out."""
-    following = [*arguments[1:], "-"]
-    pairs = zip(arguments, following, strict=True)
+    pairs = itertools.pairwise([*arguments, "-"])
     return [s for a, b in pairs for s in ([a, "auto"] if a == "--resume" and b.startswith("-") else [a])]
 
 
