@@ -1,7 +1,12 @@
 """The base of every config class, and how a name chooses one of several classes."""
 
+import ast
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
+from inspect import cleandoc, getsource
+from itertools import pairwise
+from textwrap import dedent
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -18,10 +23,8 @@ EFFECTIVE = "effective"  # section of a written config that says what open setti
 class Config(BaseModel):
     """Frozen and closed: an unknown key is an error, a NaN is no number, a bool is no number, nor are 100 digits."""
 
-    # A key's description is the docstring below it.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
-    )
+    # A key's description is the docstring below it (`description`). Schemas are built when they are first needed.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -88,10 +91,24 @@ def by_name(base: type[Config]) -> dict[str, type[Any]]:
 
 
 def description(kind: type[BaseModel], key: str) -> str:
-    """What a key means: its own description, or that of the class in which it was first said."""
-    bases = [base for base in kind.__mro__ if issubclass(base, BaseModel) and key in base.model_fields]
-    fields = [base.model_fields[key] for base in bases]
-    return next((field.description for field in fields if field.description), "")
+    """What a key means: its own description, or that of the class in which it was first described."""
+    found = (_docstrings(base).get(key) for base in kind.__mro__ if issubclass(base, Config))
+    return next((text for text in found if text), "")
+
+
+@cache
+def _docstrings(kind: type[Config]) -> dict[str, str]:
+    """The docstrings below the fields of a class, from its source: pydantic's own way reads it at every start."""
+    try:
+        (definition,) = ast.parse(dedent(getsource(kind))).body
+    except (OSError, TypeError):  # a class that was made without a file
+        return {}
+    return {
+        field.target.id: cleandoc(text.value.value)
+        for field, text in pairwise(getattr(definition, "body", []))
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
 
 
 def summary(kind: type[Config]) -> str:

@@ -28,6 +28,7 @@ class Part(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        defer_build=True,  # most commands need few of them
         allow_inf_nan=False,
         populate_by_name=True,
         alias_generator=lambda name: name.removesuffix("_"),
