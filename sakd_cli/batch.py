@@ -22,13 +22,10 @@ class Batch:
     labels  [B]           int64 class index
     index   [B]           int64 position of the sample in the training split
     noise   [B, W]        uniform in [0, 1), W numbers per sample for whatever the task draws
-    view    [B]           int64 which of its possible crops and flips each image shows; None where nobody asks
-    known   what a frozen network makes of the images, where that was computed ahead (`engine/ahead.py`)
-
-    Where several processes train together (`parallel.py`) this is one's part of the whole batch:
-
-    whole   samples of the whole batch; None: these are all
-    share   what the mean over these samples counts for: 1 on the average over the processes
+    view    [B]           int64 which of its possible crops and flips each image shows; None where it is not needed
+    precomputed   a frozen network's output for the images, where it was computed ahead (`engine/look_ahead.py`)
+    global_size   samples of the global batch, of which each process has a shard; None: these are all
+    shard_weight  factor of the mean over these samples, 1 on the average over the processes (`distributed.py`)
     """
 
     images: Tensor
@@ -42,21 +39,18 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Samples of the whole batch."""
+        """Samples of the global batch."""
         return len(self.labels) if self.global_size is None else self.global_size
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor [B, ...] changed."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **changed, precomputed=None if self.precomputed is None else self.precomputed.map(change))
 
 
 @dataclass(frozen=True, slots=True)
 class UpperBatch(Batch):
-    """One batch for the upper level of a search in two levels.
-
-    lower  the lower level's next batch, for a gradient that looks one of its steps ahead; None: it does not
-    """
+    """A batch for the upper level of a search; `lower`: the lower level's next batch, for a gradient one step ahead."""
 
     lower: Batch | None = None

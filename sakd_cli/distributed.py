@@ -221,11 +221,7 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose statistics are those of all processes' rows: what one process has with the whole batch.
-
-    Of maps [N, C, H, W] or vectors [N, C]. torch's SyncBatchNorm knows no CPU; this one is slower and knows every
-    device. A process without rows of its own counts the row it was lent.
-    """
+    """BatchNorm with the statistics of all processes' rows, of maps [N, C, H, W] or vectors [N, C], on any device."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:

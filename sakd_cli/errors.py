@@ -1,18 +1,4 @@
-"""Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code.
-
-SakdError                 1   an internal error, if ever raised directly
-├── UsageError            2   a wrong argument, setting, preset or input file
-├── DataError             3   a data set that is missing or damaged
-├── CheckpointError       4   a run's own checkpoint that is missing or damaged
-├── DiskError             5   the disk is full or not writable
-├── MemoryLimitError      6   the device has too little memory
-├── NonFiniteError        7   a loss or a gradient is NaN or infinite
-├── RunInUseError         8   another process works in this run directory
-├── LostProcessError      9   of several processes that train together one has ended
-└── SeriesError           -   some of several runs failed: the worst of their exit codes
-
-Stopped            130, 143   no error: Ctrl-C or SIGTERM, after the state was saved
-"""
+"""Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code."""
 
 import difflib
 from collections.abc import Iterable
@@ -96,6 +82,11 @@ class Stopped(BaseException):
     def exit_code(self) -> int:
         """What a shell calls the end by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signal
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library or program says, as far as it fits into a line."""
+    return str(error).strip().partition("\n")[0][:90] or type(error).__name__
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

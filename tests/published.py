@@ -7,7 +7,7 @@ from plain_losses import PLAIN, smaller
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.bench.literal import PUBLISHED, LiteralRouting, literal
+from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.tasks.distill import DistillTask
 
@@ -37,8 +37,8 @@ def published(task: DistillTask, method: str) -> LiteralRouting:
     """The published step of a task of the adaptive router; what warms up is frozen as it is."""
     teacher: StagedModel = task.teacher_features.network
     if task.feature_distiller is None or type(task.feature_distiller) in PUBLISHED:
-        return literal(task, teacher)
+        return LiteralRouting(task, teacher)
     if task.distillers.warmup is not None:
         task.distillers.warmup.requires_grad_(False)
     ours = copy.deepcopy(task.feature_distiller)
-    return literal(task, teacher, [FromPlain(method, ours, k) for k in range(len(task.spots) - 1)])
+    return LiteralRouting(task, teacher, [FromPlain(method, ours, k) for k in range(len(task.spots) - 1)])

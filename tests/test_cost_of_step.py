@@ -89,7 +89,7 @@ def test_flops_of_more_pairs(pair: str, method: str) -> None:
 @pytest.mark.parametrize("pair", ["wrn", "vgg"])
 def test_bytes_held_for_backward_against_the_published_step(pair: str, method: str) -> None:
     theirs, ours = counted(pair, method, 16)
-    assert ours.held <= HELD[method] * theirs.held
+    assert ours.saved_bytes <= HELD[method] * theirs.saved_bytes
 
 
 def test_the_counters_see_what_they_count() -> None:
@@ -104,5 +104,5 @@ def test_the_counters_see_what_they_count() -> None:
     found = count(step, [x, w])
     assert found.flops == 2 * 2 * 8 * 5 * 3, "one product forward, one backward"
     # exp keeps its result; the choice by a mask keeps the mask and is a read, forward and backward.
-    assert (found.held, found.reads) == (8 * 3 * 4 + 8, 3)
-    assert count(step, []).held == found.held + x.nbytes
+    assert (found.saved_bytes, found.reads) == (8 * 3 * 4 + 8, 3)
+    assert count(step, []).saved_bytes == found.saved_bytes + x.nbytes

@@ -13,8 +13,7 @@ from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data import table
 from sakd_cli.data.augment import channel_tensor, crop_and_flip, normalise, pad
-from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limit_train
-from sakd_cli.data.generators import seeded_generator
+from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out, limit_train, seeded_generator
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.errors import DataError
 

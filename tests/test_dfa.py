@@ -60,7 +60,7 @@ def search_of(teacher: StagedModel, **words: Any) -> SearchTask:
     sought = [Sought(k, mixer.spots[k], mixable_blocks(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     students = [network("resnet8", 10 + k) for k in range(1 if config.joint else len(sought))]
     torch.manual_seed(8)
-    return SearchTask(students, partial(teacher.features, want="blocks"), sought, config, mixer.take).train()
+    return SearchTask(students, partial(teacher.features, want="blocks"), sought, config, mixer.set_weights).train()
 
 
 def batch_of(size: int = 6, seed: int = 0, upper: bool = False) -> Batch:

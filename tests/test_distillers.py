@@ -33,8 +33,7 @@ ONE_WIDTH = ("resnet8", "resnet14")
 SEVERAL_BLOCKS = ("resnet8", "wrn_16_2")
 NEED_ONE_WIDTH = {"fsp", "kdsvd"}
 LABELS = torch.arange(IMAGES) * 7 % CLASSES
-# What a method is tried with where its default is too large for this toy.
-WORDS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {  # where the default is too large for this toy
     "crd": {"negatives": 9, "width": 8},
     "cc": {"width": 8},
     "dfa": {"weights": "random"},
@@ -123,7 +122,7 @@ def made_of(name: str, pair: tuple[str, str] | None = None) -> tuple[Distiller, 
     """Its own distiller, and the network that learns."""
     student, teacher = networks(pair or pair_of(name))
     torch.manual_seed(7)
-    config = METHODS[name](**WORDS.get(name, {}))
+    config = METHODS[name](**SETTINGS.get(name, {}))
     made = build(config, student, teacher, SIDE, labels=LABELS, batch_size=N)
     return (made.logits if made.features is None else made.features), made.network.double().eval()
 
@@ -376,7 +375,7 @@ def test_crd_goes_on_with_the_same_draws_after_a_restart() -> None:
     weight = torch.ones(1, N)
     case.losses(weight)
     torch.manual_seed(99)
-    again = crd_of(**WORDS["crd"])
+    again = crd_of(**SETTINGS["crd"])
     assert not torch.equal(again.draw(*(first := (case.batch.index, case.batch.labels))), case.distiller.draw(*first))
     again.load_state_dict(case.distiller.state_dict())
     other = case._replace(distiller=again)

@@ -15,9 +15,8 @@ from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.recorder import Meter, SpotRecorder, top1
 from sakd_cli.engine.reporter import InterruptibleBatches, NullReporter, Reporter
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput

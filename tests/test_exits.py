@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.evaluation.early_exit import evaluate_batches, exit_curve, never, pareto
 from sakd_cli.models.ensemble import Ensemble
-from sakd_cli.models.exits import MEASURES, NEVER, RANGES, Exits, fit, leaving, mean_macs
+from sakd_cli.models.exits import MEASURES, NEVER, RANGES, Exits, exit_stage, fit, mean_macs
 
 MACS = [50, 30, 10, 5]
 
@@ -40,9 +40,10 @@ def exits(*thresholds: float, uncertainty: str = "entropy") -> Exits:
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_an_uncertainty_lies_between_0_and_1_and_falls_with_confidence(name: str) -> None:
-    doubt = exits(uncertainty=name).doubt(torch.randn(4, 50, 7) * torch.tensor([0.0, 1.0, 5.0, 100.0])[:, None, None])
-    assert bool(((doubt >= 0) & (doubt <= 1)).all())
-    assert doubt[0].min() > doubt[3].median()
+    logits = torch.randn(4, 50, 7) * torch.tensor([0.0, 1.0, 5.0, 100.0])[:, None, None]
+    uncertainty = exits(uncertainty=name).uncertainties(logits)
+    assert bool(((uncertainty >= 0) & (uncertainty <= 1)).all())
+    assert uncertainty[0].min() > uncertainty[3].median()
 
 
 @pytest.mark.parametrize("name", [name for name in MEASURES if name in RANGES])
@@ -50,33 +51,33 @@ def test_a_constant_per_sample_moves_no_exit(name: str) -> None:
     logits = torch.randn(3, 200, 7)
     shift = 3 * torch.randn(3, 200, 1)
     assert torch.allclose(
-        exits(uncertainty=name).doubt(logits), exits(uncertainty=name).doubt(logits + shift), atol=1e-5
+        exits(uncertainty=name).uncertainties(logits), exits(uncertainty=name).uncertainties(logits + shift), atol=1e-5
     )
 
 
 def test_the_cost_of_every_sample_lies_between_the_first_member_and_all() -> None:
-    doubts = torch.rand(3, 100)
-    assert leaving(doubts, [2.0] * 3).eq(0).all()
-    assert leaving(doubts, [NEVER] * 3).eq(3).all()
+    uncertainties = torch.rand(3, 100)
+    assert exit_stage(uncertainties, [2.0] * 3).eq(0).all()
+    assert exit_stage(uncertainties, [NEVER] * 3).eq(3).all()
     for thresholds in itertools.product((NEVER, 0.2, 0.5, 1.0), repeat=3):
-        assert MACS[0] <= mean_macs(leaving(doubts, thresholds), MACS) <= sum(MACS)
+        assert MACS[0] <= mean_macs(exit_stage(uncertainties, thresholds), MACS) <= sum(MACS)
 
 
 def test_a_higher_threshold_makes_no_sample_dearer() -> None:
-    doubts = torch.rand(3, 100)
+    uncertainties = torch.rand(3, 100)
     for thresholds in itertools.product((NEVER, 0.3, 0.6), repeat=3):
-        before = leaving(doubts, thresholds)
+        before = exit_stage(uncertainties, thresholds)
         for stage in range(3):
             raised = [limit + 0.25 * (place == stage) for place, limit in enumerate(thresholds)]
-            assert bool((leaving(doubts, raised) <= before).all())
+            assert bool((exit_stage(uncertainties, raised) <= before).all())
 
 
 def test_with_two_members_the_samples_that_differ_only_grow_with_the_threshold() -> None:
     stages = torch.randn(2, 300, 5).cumsum(0)
-    doubts, predictions = exits(NEVER).doubt(stages[:-1]), stages.argmax(dim=-1)
+    uncertainties, predictions = exits(NEVER).uncertainties(stages[:-1]), stages.argmax(dim=-1)
     differing = torch.zeros(300, dtype=torch.bool)
     for theta in torch.linspace(-0.1, 1, 40).tolist():
-        answers = predictions.gather(0, leaving(doubts, [theta])[None])[0]
+        answers = predictions.gather(0, exit_stage(uncertainties, [theta])[None])[0]
         now = answers != predictions[-1]
         assert bool((now | ~differing).all())
         differing = now
@@ -91,7 +92,7 @@ def test_agreement_holds_its_bound_on_the_images_it_was_fitted_on(delta: float, 
         stages = (2 * torch.randn(members, 150, classes)).cumsum(0)
         stages = stages.round() if rounded else stages
         fitted = fit(words, stages, torch.zeros(150).long(), MACS[:members], None)
-        left, predictions = fitted.leaving(stages), stages.argmax(dim=-1)
+        left, predictions = fitted.exit_stage(stages), stages.argmax(dim=-1)
         answers = predictions.gather(0, left[None])[0]
         assert float((answers != predictions[-1]).double().mean()) <= delta
         if delta == 1:
@@ -106,7 +107,7 @@ def test_accuracy_may_fall_by_delta_only(delta: float) -> None:
         stages = (torch.randn(3, 200, 5) + 0.7 * nn.functional.one_hot(labels, 5)).cumsum(0)
         fitted = fit(ResidualConfig(rule="accuracy", delta=delta), stages, labels, MACS[:3], None)
         right = (stages.argmax(dim=-1) == labels).double()
-        kept = right.gather(0, fitted.leaving(stages)[None])[0].mean()
+        kept = right.gather(0, fitted.exit_stage(stages)[None])[0].mean()
         assert float(right[-1].mean() - kept) <= delta + 1e-9
 
 
@@ -114,11 +115,11 @@ def test_a_budget_is_kept_as_closely_as_a_shared_threshold_can() -> None:
     stages, teacher = torch.randn(3, 400, 5).cumsum(0), 100
     for budget in (0.1, 0.5, 0.55, 0.7, 0.9, 2.0):
         fitted = fit(ResidualConfig(rule="budget", budget=budget), stages, torch.zeros(400).long(), MACS[:3], teacher)
-        cost = mean_macs(fitted.leaving(stages), MACS[:3]) / teacher
+        cost = mean_macs(fitted.exit_stage(stages), MACS[:3]) / teacher
         assert cost <= max(budget, MACS[0] / teacher)
-        doubts = fitted.doubt(stages[:-1])
-        dearer = [theta for theta in [NEVER, *doubts.unique().tolist()] if theta < fitted.thresholds[0]]
-        assert not dearer or mean_macs(leaving(doubts, [dearer[-1]] * 2), MACS[:3]) / teacher > budget
+        uncertainties = fitted.uncertainties(stages[:-1])
+        dearer = [theta for theta in [NEVER, *uncertainties.unique().tolist()] if theta < fitted.thresholds[0]]
+        assert not dearer or mean_macs(exit_stage(uncertainties, [dearer[-1]] * 2), MACS[:3]) / teacher > budget
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -128,8 +129,8 @@ def test_fixed_thresholds_are_taken_as_they_are_and_energy_is_scaled_by_what_was
     assert fitted.thresholds == (0.3, 0.3)
     assert (fitted.scale == (0.0, 1.0)) == (name in RANGES)
     if name not in RANGES:
-        doubt = fitted.doubt(stages)
-        assert (float(doubt.min()), float(doubt.max())) == (0.0, 1.0)
+        uncertainty = fitted.uncertainties(stages)
+        assert (float(uncertainty.min()), float(uncertainty.max())) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("thresholds", [(0.0, 0.0), (0.8, 0.6), (1.0, 0.0), (0.5, 1.0)])
@@ -138,13 +139,13 @@ def test_what_is_skipped_is_not_computed_and_batches_do_not_matter(thresholds: t
     chosen = exits(*thresholds)
     with torch.no_grad():
         stages = ensemble.stages(images)
-    left = chosen.leaving(stages)
+    left = chosen.exit_stage(stages)
     dense = stages.gather(0, left[None, :, None].expand(1, -1, stages.shape[-1]))[0]
     for size in (1, 7, len(images)):
         for member in ensemble.members:
             member.seen.clear()
         pieces = list(zip(images.split(size), labels.split(size), strict=True))
-        assert torch.equal(evaluate_batches(ensemble, chosen, pieces, 6).left, left)
+        assert torch.equal(evaluate_batches(ensemble, chosen, pieces, 6)[1], left)
         for place, member in enumerate(ensemble.members):
             alive = images[left >= place]
             assert torch.equal(torch.cat([*member.seen, images[:0]]), alive)
@@ -174,7 +175,7 @@ def test_a_curve_goes_from_all_members_to_the_first_alone() -> None:
     assert (first.theta, first.exits, first.agreement, first.cost) == (None, [0, 0, 200], 100.0, 0.9)
     assert (last.exits, last.cost) == ([200, 0, 0], 0.5)
     assert [point.macs for point in points] == sorted((point.macs for point in points), reverse=True)
-    all_members = evaluate_batches(ensemble, never(exits(0.5, 0.5)), [(images, labels)], 6).scores
+    all_members, _ = evaluate_batches(ensemble, never(exits(0.5, 0.5)), [(images, labels)], 6)
     assert first.top1 == pytest.approx(all_members.top1)
     on_front = [(point.macs, point.top1) for point in points if point.pareto]
     rising = sorted(on_front)

@@ -15,9 +15,8 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models import external
 from sakd_cli.models.cost import cost
 from sakd_cli.models.cutting import cut
-from sakd_cli.models.layout import Layout
 from sakd_cli.models.spot import align_stages, spots_at
-from sakd_cli.models.staged import StagedModel, frozen_view, unrecorded_view
+from sakd_cli.models.staged import Layout, StagedModel, frozen_view, untracked_view
 from sakd_cli.models.table import create
 from sakd_cli.routing.graft import Graft
 from sakd_cli.runs.build import assemble
@@ -262,7 +261,7 @@ def vit() -> Iterator[StagedModel]:
 
 def test_views_of_a_cut_network_share_what_they_should(vit: StagedModel) -> None:
     x = torch.randn(2, 3, 32, 32)
-    frozen, unrecorded = frozen_view(vit), unrecorded_view(vit)
+    frozen, unrecorded = frozen_view(vit), untracked_view(vit)
     with torch.no_grad():
         next(iter(vit.parameters())).add_(1)
         assert torch.equal(frozen(x), vit.eval()(x))

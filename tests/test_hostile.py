@@ -323,5 +323,5 @@ def test_an_archive_that_reaches_out_of_its_folder_writes_nothing(
     monkeypatch.setattr(kind, "tgz_md5", torchvision.datasets.utils.calculate_md5(archive))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match="the download failed"):
-        cifar.load_cifar100(CIFAR100Config(root=tmp_path / "data"))
+        cifar.load_cifar(CIFAR100Config(root=tmp_path / "data"))
     assert sorted(tmp_path.rglob("*")) == before

@@ -17,10 +17,10 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.data.loader import step_slices
-from sakd_cli.engine.ddp import of_all_processes, wrap_ddp
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.task import Task
+from sakd_cli.engine.trainer import of_all_processes, wrap_ddp
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
 

@@ -11,8 +11,7 @@ from sakd_cli.config.routers import ROUTERS as WORDS
 from sakd_cli.models.spot import spots_at
 from sakd_cli.models.staged import frozen_view
 from sakd_cli.models.table import create
-from sakd_cli.routing.graft import Graft
-from sakd_cli.routing.objective import router_loss
+from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.table import ROUTERS, Adaptive, Pair, Random, build, straight_through
 
 PAIR = Pair(spots=3, teacher=5, student=4, one_family=True, matched=torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.5]]))

@@ -8,8 +8,7 @@ import torch
 
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.outlines import OUTLINES
-from sakd_cli.data.shapes import CLASSES, MEAN, STD, TEST, TRAIN, draw_shapes, load_shapes
+from sakd_cli.data.shapes import CLASSES, MEAN, OUTLINES, STD, TEST, TRAIN, draw_shapes, load_shapes
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a step costs, counted instead of timed: FLOPs, bytes held for the backward pass, reads by the host."""
+"""What a step costs, counted instead of timed: FLOPs, bytes saved for the backward pass, reads by the host."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ READS |= {"_unique2", "unique_dim", "equal", "bincount"}
 
 
 class Count(NamedTuple):
-    """flops: of products and convolutions, 2 per multiply-add; held: bytes; reads, operations: how many."""
+    """flops: 2 per multiply-add of products and convolutions; saved_bytes: for the backward pass; reads by the host."""
 
     flops: int
-    held: int
+    saved_bytes: int
     reads: int
     operations: int
 
@@ -46,10 +46,10 @@ class _Dispatched(TorchDispatchMode):
 def count(step: Callable[[], Any], given: Iterable[Tensor]) -> Count:
     """Carry out `step` once and count.
 
-    given  what is there anyway (weights, buffers, images): not counted as held. Every storage that the step saves for
+    given  what is there anyway (weights, buffers, images): not counted as saved. Every storage that the step saves for
            its backward pass is counted once, from its first saving to the end of the step, whatever is freed meanwhile.
     """
-    # Storages are kept alive while counting, so that no address stands for two of them.
+    # Storages stay alive while counting, so that no address stands for two of them.
     free = {tensor.untyped_storage()._cdata for tensor in given}
     saved: dict[int, Any] = {}
 
@@ -62,5 +62,5 @@ def count(step: Callable[[], Any], given: Iterable[Tensor]) -> Count:
     dispatched = _Dispatched()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), dispatched:
         step()
-    held = sum(storage.nbytes() for storage in saved.values())
-    return Count(dispatched.flops, held, dispatched.reads, dispatched.operations)
+    saved_bytes = sum(storage.nbytes() for storage in saved.values())
+    return Count(dispatched.flops, saved_bytes, dispatched.reads, dispatched.operations)

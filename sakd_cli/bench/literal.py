@@ -7,7 +7,7 @@ published. Nothing here is shared with the step that is measured but the network
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +57,15 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 @final
 class OfRows(nn.Module):
-    """A plain loss of the chosen rows; `seen`, if any, is a layer that the student's whole feature passes first."""
+    """A plain loss of the chosen rows; `layer`, if any, is what the student's whole feature passes first."""
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], seen: nn.Module | None = None) -> None:
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.loss, self.seen = loss, seen
+        self.loss, self.layer = loss, layer
 
     def forward(self, s: Tensor, t: Tensor, rows: Tensor, contrast: Tensor | None) -> Tensor:
         """Features [N, ...], rows [N] bool; `contrast` is for CRD alone."""
-        return self.loss((s if self.seen is None else self.seen(s))[rows], t[rows])
+        return self.loss((s if self.layer is None else self.layer(s))[rows], t[rows])
 
 
 @final
@@ -113,49 +113,34 @@ PUBLISHED: dict[type, Callable[[Any, int], nn.Module]] = {
 }
 
 
-class Numbers(NamedTuple):
-    """Numbers of the objective and the student's learning rate; the router's is half of it."""
-
-    alpha: float
-    beta: float
-    gamma: float
-    temperature: float
-    tau: float
-    lr: float
-
-
 class LiteralRouting:
-    """One pair, one method; `step` does what one published iteration does.
+    """The published step of a task with the adaptive router, from copies of all that is trained or remembered.
 
-    places    [(student stage, teacher stage)] of the feature spots
+    `step` does what one published iteration does; the router's learning rate is half of the student's.
+
     compared  per spot a module that is called with both whole features, the chosen rows and CRD's rows, and gives the
-              plain loss of the chosen ones; what it trains belongs to the student's optimizer
+              plain loss of the chosen ones; what it trains belongs to the student's optimizer. None: by `PUBLISHED`
     """
 
-    def __init__(
-        self,
-        student: StagedModel,
-        teacher: StagedModel,
-        policy: nn.Linear,
-        to_teacher: list[nn.Module],
-        to_student: list[nn.Module],
-        places: list[tuple[int, int]],
-        compared: list[nn.Module],
-        numbers: Numbers,
-    ) -> None:
-        self.student, self.teacher, self.policy, self.to_teacher, self.to_student = (
-            student,
-            teacher,
-            policy,
-            to_teacher,
-            to_student,
-        )
-        self.places, self.compared, self.numbers = places, nn.ModuleList(compared).train(), numbers
-        student_side = nn.ModuleList([student, *compared])
-        self.student_parameters = [p for p in student_side.parameters() if p.requires_grad]
-        self.router_parameters = [p for module in (policy, *to_teacher, *to_student) for p in module.parameters()]
-        self.student_sgd = torch.optim.SGD(self.student_parameters, lr=numbers.lr, momentum=0.9, weight_decay=5e-4)
-        self.router_sgd = torch.optim.SGD(self.router_parameters, lr=numbers.lr / 2, momentum=0.9, weight_decay=1e-3)
+    def __init__(self, task: DistillTask, teacher: StagedModel, compared: list[nn.Module] | None = None) -> None:
+        router, graft, logits = task.router, task.graft, task.logit_distiller
+        assert graft is not None
+        assert isinstance(router, Adaptive)
+        assert isinstance(logits, KD)
+        self.places = [(spot.student, spot.teacher) for spot in task.spots[:-1]]
+        if compared is None:
+            features = task.feature_distiller
+            compared = [PUBLISHED[type(features)](features, k) for k in range(len(self.places))]
+        self.student, self.teacher, self.policy = copy.deepcopy(task.network), teacher, copy.deepcopy(router.policy)
+        self.to_teacher, self.to_student = copy.deepcopy(graft.to_teacher), copy.deepcopy(graft.to_student)
+        self.compared = nn.ModuleList(compared).train()
+        self.factors, self.temperature, self.tau = task.factors, logits.temperature, router.tau
+        student_side, router_side = (self.student, self.compared), (self.policy, self.to_teacher, self.to_student)
+        self.student_parameters = [p for module in student_side for p in module.parameters() if p.requires_grad]
+        self.router_parameters = [p for module in router_side for p in module.parameters()]
+        rate = task.rates.lr
+        self.student_sgd = torch.optim.SGD(self.student_parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
+        self.router_sgd = torch.optim.SGD(self.router_parameters, lr=rate / 2, momentum=0.9, weight_decay=1e-3)
 
     def _zero(self) -> None:
         for parameter in (*self.student_parameters, *self.router_parameters):
@@ -186,7 +171,7 @@ class LiteralRouting:
         pooled = torch.cat([features_t[-1].detach(), features_s[-1].detach()], 1)
         scores = self.policy(pooled).reshape(len(x), -1, 2)
         noise = -torch.log(-torch.log(uniform.reshape_as(scores) + 1e-20) + 1e-20)
-        soft = F.softmax((scores + noise) / self.numbers.tau, dim=2)
+        soft = F.softmax((scores + noise) / self.tau, dim=2)
         hard = F.one_hot(soft.argmax(2), 2).to(soft.dtype)
         gate = hard[..., 0] + (soft[..., 0] - soft[..., 0].detach())
         chosen = gate.detach() > 0.5
@@ -197,7 +182,7 @@ class LiteralRouting:
             if rows.any():
                 distilled = distilled + rows.sum() / n * self.compared[k](features_s[i], features_t[j], rows, contrast)
         rows = chosen[:, -1]
-        softened = rows.sum() / n * kl(s[rows], t[rows], self.numbers.temperature) if rows.any() else x.new_zeros(())
+        softened = rows.sum() / n * kl(s[rows], t[rows], self.temperature) if rows.any() else x.new_zeros(())
         ce = F.cross_entropy(s, y)
         self.student.eval()
         routed = self._routed(x, gate)
@@ -205,14 +190,14 @@ class LiteralRouting:
         routed_ce = F.cross_entropy(routed, y)
         scale = 1.0
         if routed_ce.item() > ce.item():
-            scale = self.numbers.gamma
+            scale = self.factors.gamma
         elif routed_ce.item() < ce.item():
-            scale = 1 / self.numbers.gamma
+            scale = 1 / self.factors.gamma
         router = scale * routed_ce
         missing = n / 2 - gate[:, -1].sum()
         if missing.item() > 0:
             router = router + missing
-        total = ce + self.numbers.beta * distilled + self.numbers.alpha * softened
+        total = ce + self.factors.feature * distilled + self.factors.logit * softened
         self._zero()
         router.backward(retain_graph=True)
         self.router_sgd.step()
@@ -220,33 +205,3 @@ class LiteralRouting:
         total.backward()
         self.student_sgd.step()
         return {"ce": ce.item(), "loss": total.item(), "router": router.item()}
-
-
-def literal(task: DistillTask, teacher: StagedModel, compared: list[nn.Module] | None = None) -> LiteralRouting:
-    """The published step of a task with the adaptive router, from copies of all that is trained or remembered.
-
-    compared  the plain losses, where the method is not in `PUBLISHED`
-    """
-    assert task.graft is not None
-    features, router = task.feature_distiller, task.router
-    assert isinstance(router, Adaptive)
-    assert isinstance(task.logit_distiller, KD)
-    if compared is None:
-        compared = [PUBLISHED[type(features)](features, k) for k in range(len(task.spots) - 1)]
-    return LiteralRouting(
-        copy.deepcopy(task.network),
-        teacher,
-        copy.deepcopy(router.policy),
-        [copy.deepcopy(module) for module in task.graft.to_teacher],
-        [copy.deepcopy(module) for module in task.graft.to_student],
-        [(spot.student, spot.teacher) for spot in task.spots[:-1]],
-        compared,
-        Numbers(
-            alpha=task.factors.logit,
-            beta=task.factors.feature,
-            gamma=task.factors.gamma,
-            temperature=task.logit_distiller.temperature,
-            tau=router.tau,
-            lr=task.rates.lr,
-        ),
-    )

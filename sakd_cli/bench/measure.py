@@ -108,7 +108,7 @@ def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> Time
         gflop_per_second=counted and counted.flops / 1e6 / median,
         operations=counted and counted.operations,
         synchronisations=counted and counted.reads,
-        saved_bytes=counted and counted.held,
+        saved_bytes=counted and counted.saved_bytes,
         peak_bytes=peaks.get(step.name),
     )
 

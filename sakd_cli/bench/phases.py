@@ -28,6 +28,9 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    def add(self, phase: str, begin: float) -> None:
+        self.seconds[phase] += self.now() - begin
+
     def around(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, timed."""
 
@@ -36,7 +39,7 @@ class Stopwatch:
             try:
                 return call(*given)
             finally:
-                self.seconds[phase] += self.now() - begin
+                self.add(phase, begin)
 
         return timed
 
@@ -51,7 +54,7 @@ def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
     assert task.graft is not None
     began: list[float] = []
     task.graft.register_forward_pre_hook(lambda module, given: began.append(watch.now()))
-    task.graft.register_forward_hook(lambda module, given, made: _add(watch, "routed pass", began.pop()))
+    task.graft.register_forward_hook(lambda module, given, made: watch.add("routed pass", began.pop()))
     for turn in range(warmup + rounds):
         if turn == warmup:
             watch.seconds = dict.fromkeys(PHASES, 0.0)
@@ -61,23 +64,19 @@ def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
         inside = sum(watch.seconds.values())
         loss = task(batch).loss
         done = watch.now()
-        seen: list[float] = []
+        stamps: list[float] = []
 
-        def look(gradients: list[torch.Tensor], seen: list[float] = seen) -> torch.Tensor:
-            seen.append(watch.now())
+        def look(gradients: list[torch.Tensor], stamps: list[float] = stamps) -> torch.Tensor:
+            stamps.append(watch.now())
             return torch.zeros((), device=setup.device)
 
         optimizer.step(loss, look)
         end = watch.now()
         inside = sum(watch.seconds.values()) - inside
-        spent = {"data": ready - begin, "losses": done - ready - inside, "backward": seen[0] - done}
-        for phase, seconds in (spent | {"update": end - seen[0]}).items():
+        spent = {"data": ready - begin, "losses": done - ready - inside, "backward": stamps[0] - done}
+        for phase, seconds in (spent | {"update": end - stamps[0]}).items():
             watch.seconds[phase] += seconds
     return {phase: seconds / rounds for phase, seconds in watch.seconds.items()}
-
-
-def _add(watch: Stopwatch, phase: str, begin: float) -> None:
-    watch.seconds[phase] += watch.now() - begin
 
 
 def _loader(setup: Setup, width: int) -> Any:

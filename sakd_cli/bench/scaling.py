@@ -25,14 +25,6 @@ def _batch(setup: Setup) -> Points:
     return [(n, _with(setup, train=setup.config.train.model_copy(update={"batch_size": n}))) for n in (16, 64, 256)]
 
 
-def _side(setup: Setup) -> Points:
-    return [(n, setup._replace(side=n)) for n in (32, 64)]
-
-
-def _images(setup: Setup) -> Points:
-    return [(n, setup._replace(images=n)) for n in (5_000, 50_000, 100_000)]
-
-
 def _bank(setup: Setup) -> Points:
     if not DISTILLERS[setup.config.method.name].needs_labels:
         raise UsageError(f"--scaling bank: method {setup.config.method.name} keeps no bank of images; crd does")
@@ -64,18 +56,14 @@ def _depth(setup: Setup) -> Points:
     return [(n, _with(setup, teacher=teacher.model_copy(update={"source": n}))) for n in found[-4:]]
 
 
-def _runs(setup: Setup) -> Points:
-    return [(n, setup) for n in (1, 2, 4)]
-
-
 AXES: dict[str, Callable[[Setup], Points]] = {
     "batch": _batch,
-    "side": _side,
+    "side": lambda setup: [(n, setup._replace(side=n)) for n in (32, 64)],
     "spots": _spots,
-    "images": _images,
+    "images": lambda setup: [(n, setup._replace(images=n)) for n in (5_000, 50_000, 100_000)],
     "bank": _bank,
     "depth": _depth,
-    "runs": _runs,
+    "runs": lambda setup: [(n, setup) for n in (1, 2, 4)],
 }
 _SPOT_PER_MAP = {entry.places for entry in DISTILLERS.own.values() if entry.places.__name__.startswith("every_map")}
 
@@ -96,7 +84,7 @@ def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -
     found: list[ScalingPoint] = []
     for value, setup in points:
         say(f"{axis} {value}")
-        if AXES[axis] is _runs:
+        if axis == "runs":
             found.append(ScalingPoint(value=value, ms=_at_once(setup, value, how)))
             continue
         times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], how)

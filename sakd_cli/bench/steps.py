@@ -1,7 +1,10 @@
 """The steps that a bench compares, ready to be called: networks of random weights, learning rates near 0."""
 
+import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import Count, count
-from sakd_cli.bench.literal import PUBLISHED, literal
+from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
 from sakd_cli.config.methods import KDConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AdaptiveConfig, AlwaysConfig
@@ -20,6 +23,7 @@ from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import compile_forward, compile_task, pick_device, resolve_mode
 from sakd_cli.engine.task import StepOutput, Task
+from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
@@ -198,7 +202,7 @@ def _literal(setup: Setup) -> Step | None:
         return None
     assert isinstance(task.teacher_features, PlainPass)
     teacher = task.teacher_features.network
-    slow, given = literal(task, teacher), batch_of(setup, task, len(task.spots))
+    slow, given = LiteralRouting(task, teacher), batch_of(setup, task, len(task.spots))
     contrast = features.draw(given.index, given.labels) if isinstance(features, CRD) else None
 
     def call() -> None:
@@ -208,3 +212,41 @@ def _literal(setup: Setup) -> Step | None:
     there += [*slow.student.state_dict().values(), *teacher.state_dict().values()]
     there += [*slow.compared.state_dict().values(), *slow.router_parameters]
     return Step("literal", f"{setup.config.method.name}, as published", call, count(call, there))
+
+
+def load_peer_step(path: Path, entry: str, setup: Setup) -> Step:
+    """A peer's step, from a local checkout: what its `module:function` makes of some settings, called for each step.
+
+    settings  teacher, student, method: names as ours; batch, side, classes: numbers; device: as torch has it
+    Raises UsageError where that does not load or does not run.
+    """
+    if not path.is_dir():
+        raise UsageError(f"--peer {path}: no such folder")
+    module, colon, function = entry.partition(":")
+    if not (module and colon and function):
+        raise UsageError(f"--peer-entry {entry}: must be module:function, such as sakd_peer:step")
+    settings = {
+        "teacher": setup.config.teacher.source,
+        "student": setup.config.student,
+        "method": setup.config.method.name,
+        "batch": setup.size,
+        "side": setup.side,
+        "classes": setup.classes,
+        "device": str(setup.device),
+    }
+    call = _import_step(path.resolve(), module, function, settings, f"--peer {path}: {entry}")
+    return Step("peer", f"{path.resolve().name}, {entry}", call)
+
+
+def _import_step(path: Path, module: str, function: str, settings: dict[str, Any], where: str) -> Callable[[], object]:
+    """The checkout's folder stays in the search path: its code may import more while it runs."""
+    hint = f"its {function} gets a dict (teacher, student, method, batch, side, classes, device) and gives a callable"
+    sys.path.insert(0, str(path))
+    try:
+        found = importlib.import_module(module)
+        call = getattr(found, function)(settings)
+        call()
+    except (Exception, SystemExit) as error:  # whatever foreign code may do
+        sys.path.remove(str(path))
+        raise UsageError(f"{where} does not load ({type(error).__name__}: {error})", hint) from None
+    return call

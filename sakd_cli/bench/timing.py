@@ -29,9 +29,9 @@ class Ratio(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds per call of every variant, one number per round: of the process, and on the wall.
+    """Seconds per call of every variant and round: CPU time of the process, and wall time.
 
-    waited  the variants work on a device that they wait for: wall time counts, and says nothing of the machine's load
+    waited  the variants wait for a device: wall time counts, and says nothing of the machine's load
     """
 
     cpu: dict[str, list[float]]

@@ -38,9 +38,8 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
 def _measured(config: Any, options: Values, say: Callable[[str], None]) -> Bench:
     from sakd_cli.bench import measure
     from sakd_cli.bench.compare import comparison, earlier, must_be_alike
-    from sakd_cli.bench.peer import load_peer_step
     from sakd_cli.bench.scaling import points_of, scaled
-    from sakd_cli.bench.steps import Setup
+    from sakd_cli.bench.steps import Setup, load_peer_step
 
     setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
     # Everything is checked before minutes are spent.

@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) through torchvision.
 
-The files are pickles, which can run code when loaded. Every file is therefore held against its official MD5 before
+The files are pickles, which can run code when loaded. Every file is therefore compared with its official MD5 before
 anything is unpickled: here, to tell a missing file from a damaged one, and again inside torchvision's constructor.
 """
 
@@ -38,38 +38,11 @@ sunflower sweet_pepper table tank telephone television tiger tractor train trout
 willow_tree wolf woman worm
 """
 _NONE = Split(torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+_MORE: dict[str, Any] = {"padding": 4, "flip": True, "train": _NONE, "test": _NONE}
 # The constants that most published CIFAR code uses (the std is the mean of the images' own std's).
-CIFAR10 = Dataset(
-    "cifar10",
-    tuple(CLASSES_10.split()),
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2023, 0.1994, 0.2010),
-    padding=4,
-    flip=True,
-    train=_NONE,
-    test=_NONE,
-)
+CIFAR10 = Dataset("cifar10", tuple(CLASSES_10.split()), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **_MORE)
 # The constants of the published distillation code; the exact ones differ by 0.0002 at most.
-CIFAR100 = Dataset(
-    "cifar100",
-    tuple(CLASSES_100.split()),
-    mean=(0.5071, 0.4867, 0.4408),
-    std=(0.2675, 0.2565, 0.2761),
-    padding=4,
-    flip=True,
-    train=_NONE,
-    test=_NONE,
-)
-
-
-def load_cifar10(config: CIFAR10Config) -> Dataset:
-    """50,000 training and 10,000 test images of 10 classes; DataError where the files are missing or damaged."""
-    return _load(config, CIFAR10, _torchvision().CIFAR10)
-
-
-def load_cifar100(config: CIFAR100Config) -> Dataset:
-    """50,000 training and 10,000 test images of 100 classes; DataError where the files are missing or damaged."""
-    return _load(config, CIFAR100, _torchvision().CIFAR100)
+CIFAR100 = Dataset("cifar100", tuple(CLASSES_100.split()), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **_MORE)
 
 
 def default_root() -> Path:
@@ -83,8 +56,10 @@ def _torchvision() -> Any:
     return importlib.import_module("torchvision.datasets")
 
 
-def _load(config: CIFAR10Config | CIFAR100Config, known: Dataset, kind: Any) -> Dataset:
-    """The data set with its images; `kind` is torchvision's class."""
+def load_cifar(config: CIFAR10Config | CIFAR100Config) -> Dataset:
+    """50,000 training and 10,000 test images of 32 pixels; DataError where the files are missing or damaged."""
+    known = CIFAR10 if isinstance(config, CIFAR10Config) else CIFAR100
+    kind = getattr(_torchvision(), known.name.upper())
     root = config.root or default_root()
     missing = _missing(config.name, root, kind)
     if missing and config.download:
@@ -168,8 +143,8 @@ def _fetch(name: str, root: Path, kind: Any) -> None:
                 os.replace(Path(aside) / kind.base_folder / file, root / kind.base_folder / file)
     # Whatever torchvision, urllib, ssl and tarfile raise when a network or a disk fails: OSError mostly.
     except Exception as error:
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise _not_found(name, root, kind, missing, f"; the download failed: {words}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _not_found(name, root, kind, missing, f"; the download failed: {reason}") from error
 
 
 @contextlib.contextmanager

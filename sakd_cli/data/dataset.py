@@ -1,15 +1,28 @@
 """What every data set loads to, and the three ways of taking a part of one."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sakd_cli.data.files import Files
-from sakd_cli.data.generators import seeded_generator
 from sakd_cli.errors import DataError
 
 Channels = tuple[float, float, float]
+
+
+def seeded_generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
+    """A CPU generator that is a pure function of its three arguments.
+
+    Its numbers are the same in every process, on every device and after every resume, so no generator state is ever
+    saved. The seed is a BLAKE2b hash of `seed/purpose/epoch`: Python's own `hash` of a string differs from process
+    to process, and adding the three numbers would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+    """
+    key = f"{seed}/{purpose}/{epoch}".encode()
+    # torch's CPU engine (mt19937) keeps the low 32 bits of a seed only; give it those and no false promise of more.
+    digest = hashlib.blake2b(key, digest_size=4).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,6 @@ class Split:
         """Height and width of the images in pixels."""
         return int(self.images.shape[-1])
 
-    def to(self, device: torch.device) -> "Split":
-        """The same split on `device`; nothing is copied where it already lives there."""
-        return Split(self.images.to(device), self.labels.to(device), self.origin)
-
     def subset(self, index: Tensor) -> "Split":
         """The samples at `index` [n] int64, in that order."""
         return Split(self.images[index], self.labels[index], self.origins()[index.cpu()])
@@ -75,10 +84,7 @@ class Dataset:
 
 
 def first_classes(dataset: Dataset, count: int | None) -> Dataset:
-    """The data set with its first `count` classes only, images in their old order; None: all of them.
-
-    Raises DataError where it has fewer.
-    """
+    """The first `count` classes and their images, in order; None: all. Raises DataError where there are fewer."""
     if count is None or count == len(dataset.classes):
         return dataset
     if count > len(dataset.classes):
@@ -90,10 +96,9 @@ def first_classes(dataset: Dataset, count: int | None) -> Dataset:
 
 
 def limit_train(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
-    """The data set with its training split cut to `limit` images, in their old order; None: all of them.
+    """The data set with at most `limit` training images, in order, equally many of each class to within one; None: all.
 
-    The numbers per class differ by at most one, as far as each class has images. A smaller limit with the same seed
-    takes a part of what a larger one takes. A limit above the split's size takes everything.
+    A smaller limit with the same seed takes a subset of what a larger one takes.
     """
     if limit is None or limit >= len(dataset.train):
         return dataset
@@ -125,10 +130,10 @@ def hold_out(dataset: Dataset, fraction: float, seed: int, purpose: str = "holdo
     place = (rank.double() + 0.5) / size
     by_turn = torch.argsort(turn, stable=True)
     chosen = by_turn[torch.argsort(place[by_turn], stable=True)][:count]
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[chosen.cpu()] = True
+    selected = torch.zeros(len(labels), dtype=torch.bool)
+    selected[chosen.cpu()] = True
     train = dataset.train
-    return train.subset((~held).nonzero().squeeze(1)), train.subset(held.nonzero().squeeze(1))
+    return train.subset((~selected).nonzero().squeeze(1)), train.subset(selected.nonzero().squeeze(1))
 
 
 def _shuffled_ranks(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,17 +24,14 @@ _WIDE = {"I;16", "I;16B", "I;16L", "I;16N", "I"}  # modes of one channel with 16
 
 
 class Unreadable(NamedTuple):
-    """A file that is no picture, or not a whole one."""
+    """A file that is not a picture, or not a complete one."""
 
     path: str
     reason: str
 
 
 def open_rgb(path: str) -> Image.Image | Unreadable:
-    """The whole picture, decoded, as RGB; transparency is dropped, of an animation the first frame is taken.
-
-    Sixteen bits of grey become eight by leaving out the lower ones: PIL alone would cut all above 255 to white.
-    """
+    """The picture as RGB: without transparency, the first frame of an animation, the upper 8 of 16 bits of grey."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

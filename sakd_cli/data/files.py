@@ -33,10 +33,7 @@ class ImageSpec(NamedTuple):
 
 @final
 class Files:
-    """Pictures in files, used like a tensor [N, 3, side, side] of uint8 that is not there yet.
-
-    cached  to be decoded once and held in memory
-    """
+    """Images in files, used like a tensor [N, 3, side, side] of uint8; `cached`: decoded once, then in memory."""
 
     def __init__(self, paths: tuple[str, ...], spec: ImageSpec, *, cached: bool = False) -> None:
         self.paths, self.spec, self.cached = paths, spec, cached
@@ -53,24 +50,16 @@ class Files:
         places = torch.arange(len(self))[index].tolist()
         return Files(tuple(self.paths[place] for place in places), self.spec, cached=self.cached)
 
-    def to(self, device: torch.device) -> "Files":
-        """The same: files are on no device."""
-        return self
-
-    def with_cache(self, cached: bool) -> "Files":
-        """The same, to be cached in memory or not."""
-        return Files(self.paths, self.spec, cached=cached)
-
     def read(self) -> Tensor:
         """All of them as evaluation shows them, uint8 [N, 3, side, side]. Raises DataError naming a bad file."""
         if self._plain is not None:
             return self._plain
         with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
-            seen = torch.empty(self.shape, dtype=torch.uint8)
-            _fill(seen, lambda place: load_eval_image(self.paths[place], self.spec))
+            pixels = torch.empty(self.shape, dtype=torch.uint8)
+            _fill(pixels, lambda place: load_eval_image(self.paths[place], self.spec))
         if self.cached:
-            self._plain = seen
-        return seen
+            self._plain = pixels
+        return pixels
 
     def full_images(self) -> tuple[Tensor, Tensor]:
         """All of each picture squeezed to a square, uint8 [N, 3, resize, resize]; height and width before, [N, 2]."""
@@ -129,13 +118,11 @@ def resize_and_center_crop(picture: Image, spec: ImageSpec) -> Image:
     """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already."""
     if min(picture.size) != spec.resize:
         picture = v2().resize(picture, [spec.resize], antialias=True)
-    square: Image = v2().center_crop(picture, [spec.side, spec.side])
-    return square
+    return v2().center_crop(picture, [spec.side, spec.side])
 
 
 def _pixels(picture: Image) -> Tensor:
-    pixels: Tensor = v2().pil_to_tensor(picture)
-    return pixels
+    return v2().pil_to_tensor(picture)
 
 
 def raise_if_unreadable(found: Result | Unreadable) -> Result:

@@ -14,10 +14,7 @@ TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
-
-    kind  missing, empty-class, single-class, case, classes-differ, loop, count, unreadable
-    """
+    """A fault: `kind` is missing, empty-class, single-class, case, classes-differ, loop, count or unreadable."""
 
     kind: str
     path: str
@@ -54,8 +51,7 @@ class FolderContents(NamedTuple):
 def scan_folder(root: Path, tests: tuple[str, ...] = TEST) -> FolderContents:
     """Find `root`/train/CLASS/* and `root`/val/CLASS/* (or test, valid, validation), or `root`/CLASS/* alone.
 
-    Where there are both a test and a validation folder, `tests` says which is taken. Raises DataError where `root` is
-    no folder with classes in it.
+    `tests`: names of the test folder, the preferred one first. Raises DataError where `root` has no folders of classes.
     """
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")

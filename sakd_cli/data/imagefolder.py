@@ -66,8 +66,7 @@ TINY_IMAGENET = PublishedSet(
     tests=("val",),
     names=_wordnet_names,
 )
-# Mean and standard deviation as its authors give them.
-CINIC10 = PublishedSet(
+CINIC10 = PublishedSet(  # mean and standard deviation as its authors give them
     "CINIC-10",
     "CINIC-10.tar.gz of the University of Edinburgh (DataShare)",
     *(10, 90_000, 90_000),
@@ -98,7 +97,7 @@ def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:
 
 
 def load_published(config: FilesConfig, known: PublishedSet) -> Dataset:
-    """A published set, whole; DataError where something is missing."""
+    """A published set; DataError where something is missing."""
     found = raise_on_findings(scan_published(config, known))
     names = found.classes if known.names is None else known.names(_root(config, known), found.classes)
     return _dataset(config, found, names, known.mean, known.std)
@@ -137,17 +136,17 @@ def _with_listed(found: FolderContents, lists: Path) -> FolderContents:
     files: dict[str, list[str]] = {name: [] for name in found.classes}
     test = lists.parent
     # Not of its two folders that are no classes.
-    kept = [one for one in found.findings if one.kind != "classes-differ" and not one.path.startswith(str(test))]
+    findings = [one for one in found.findings if one.kind != "classes-differ" and not one.path.startswith(str(test))]
     for line in lists.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, rest = line.partition("\t")
         kind, path = rest.partition("\t")[0], test / "images" / name
         if kind in files and "/" not in name and path.is_file():
             files[kind].append(str(path))
         else:
-            kept.append(
+            findings.append(
                 Finding("missing", str(path), f"is listed in {lists.name} as {kind[:20]!r}: no such file or class")
             )
-    return found._replace(test=SplitContents(test, files), findings=kept)
+    return found._replace(test=SplitContents(test, files), findings=findings)
 
 
 def _dataset(
@@ -185,10 +184,10 @@ def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:
         assert isinstance(split.images, Files)
         good = torch.tensor([error is None for error in find_unreadable(split.images.paths)], dtype=torch.bool)
         skipped += len(good) - int(good.sum())
-        whole = split.subset(good.nonzero().squeeze(1))
-        counts = torch.bincount(whole.labels, minlength=len(dataset.classes))
+        readable = split.subset(good.nonzero().squeeze(1))
+        counts = torch.bincount(readable.labels, minlength=len(dataset.classes))
         if not bool(counts.all()):
             name = dataset.classes[int(counts.argmin())]
             raise DataError(f"{dataset.name}: class {name}: none of its pictures can be read", "sakd data check DIR")
-        splits.append(whole)
+        splits.append(readable)
     return replace(dataset, train=splits[0], test=splits[-1], skipped=skipped)

@@ -6,19 +6,19 @@ however the epoch is cut into batches, and an epoch that is resumed in its middl
 """
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sakd_cli import distributed
-from sakd_cli.batch import Batch
+from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
-from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
 from sakd_cli.data.files import Files
-from sakd_cli.data.generators import seeded_generator
 from sakd_cli.data.prefetch import Pool
-from sakd_cli.data.sources import BatchReader, BatchRequest, Views, in_memory, materialize
+from sakd_cli.data.sources import BatchReader, BatchRequest, Views, in_memory
 
 MAX_BYTES = 2**27  # of an evaluation batch, as float32: 10,922 images of 32 pixels, 222 of 224
 BLOCK = 64  # places of an epoch whose crop boxes are drawn together, whatever the batches are
@@ -43,9 +43,9 @@ def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_wid
     """The random numbers of an epoch over `count` samples, on the CPU: a pure function of the arguments."""
     order = torch.randperm(count, generator=seeded_generator(seed, "order", epoch))
     corner = torch.randint(2 * padding + 1, (2, count), generator=seeded_generator(seed, "crop", epoch))
-    coin = torch.rand(count, generator=seeded_generator(seed, "flip", epoch))
+    mirrored = torch.rand(count, generator=seeded_generator(seed, "flip", epoch))
     noise = torch.rand(count, noise_width, generator=seeded_generator(seed, "noise", epoch))
-    return Draws(order, corner, (coin < 0.5) & flip, noise)
+    return Draws(order, corner, (mirrored < 0.5) & flip, noise)
 
 
 class StepSlice(NamedTuple):
@@ -59,9 +59,9 @@ class StepSlice(NamedTuple):
 def step_slices(samples: int, batch_size: int, start: int) -> Iterator[StepSlice]:
     """The steps of an epoch from `start` on."""
     for first in range(start * batch_size, samples, batch_size):
-        whole = min(batch_size, samples - first)
-        rows = distributed.shard_rows(whole)
-        yield StepSlice(slice(first + rows.start, first + rows.stop), whole, distributed.shard_weight(whole))
+        size = min(batch_size, samples - first)
+        rows = distributed.shard_rows(size)
+        yield StepSlice(slice(first + rows.start, first + rows.stop), size, distributed.shard_weight(size))
 
 
 class TrainLoader:
@@ -78,7 +78,7 @@ class TrainLoader:
         self, split: Split, dataset: Dataset, *, batch_size: int, seed: int, noise_width: int, device: torch.device
     ) -> None:
         cropped = dataset.scale is None and in_memory(split)
-        self.views = Views(materialize(split), dataset, device) if cropped else None
+        self.views = Views(split, dataset, device) if cropped else None
         self._images, self._dataset, self._device = split.images, dataset, device
         self._labels = split.labels.to(device)
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
@@ -168,7 +168,7 @@ class EvalLoader:
     """
 
     def __init__(self, split: Split, dataset: Dataset, *, device: torch.device, batch_size: int = 1000) -> None:
-        self._images = materialize(split).images.to(device) if in_memory(split) else split.images
+        self._images = split.pixels.to(device) if in_memory(split) else split.images
         self._labels, self._device = split.labels.to(device), device
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
         _, channels, height, width = split.images.shape
@@ -190,3 +190,43 @@ class EvalLoader:
             BatchReader(images.spec, None, 0), workers=images.spec.workers, persistent=False, device=self._device
         )
         return pool(BatchRequest(list(images.paths[part])) for part in rows)
+
+
+def split_in_halves(dataset: Dataset, train: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Cut `train` in two, disjoint, every class alike: `share` of it for the upper level, the rest for the lower."""
+    lower, upper = hold_out(replace(dataset, train=train), share, seed)
+    assert upper is not None, "a share of 0 is no share"
+    return upper, lower
+
+
+class AlternatingLoader:
+    """A batch of the upper level, as an UpperBatch, then one of the lower, and so on.
+
+    An epoch shows the lower level's images once; the upper level's go round and round beside them. As with one loader,
+    the batches from any step on are a pure function of epoch and step. ahead: an UpperBatch has the next lower one.
+    """
+
+    def __init__(self, upper: TrainLoader, lower: TrainLoader, *, ahead: bool) -> None:
+        self.upper, self.lower, self.ahead = upper, lower, ahead
+        self.steps_per_epoch = 2 * len(lower)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
+        pair = (epoch - 1) * len(self.lower) + start // 2
+        above, below = _endless(self.upper, pair + start % 2), _endless(self.lower, pair)
+        coming: Batch | None = None
+        for step in range(start, self.steps_per_epoch):
+            if step % 2:
+                yield coming or next(below)
+                continue
+            coming = next(below) if self.ahead else None
+            batch = next(above)
+            yield UpperBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)}, lower=coming)
+
+
+def _endless(loader: TrainLoader, first: int) -> Iterator[Batch]:
+    """Batches `first`, `first` + 1, ... of epoch after epoch."""
+    epoch, start = divmod(first, len(loader))
+    while True:
+        yield from loader.epoch(epoch + 1, start)
+        epoch, start = epoch + 1, 0

@@ -17,8 +17,6 @@ from sakd_cli.errors import MemoryLimitError
 
 PREFETCH = 2  # batches that each process makes before they are needed
 GRACE_SECONDS = 10
-
-
 Answer = Callable[[Any], Tensor | Unreadable]
 
 
@@ -84,7 +82,6 @@ class Pool:
                 sampler=self._requests,
                 batch_size=None,
                 num_workers=self._workers,
-                collate_fn=_identity,
                 pin_memory=self._device.type == "cuda",
                 prefetch_factor=PREFETCH if self._workers else None,
                 persistent_workers=self._persistent and self._workers > 0,
@@ -94,15 +91,8 @@ class Pool:
             )
 
 
-def _identity(answer: Any) -> Any:
-    return answer
-
-
 def _defer_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM go to the whole group of processes: the main one answers, and ends the others when it likes.
-
-    It has `GRACE_SECONDS` for that: a main process that is gone must not leave workers behind that ignore signals.
-    """
+    """Leave Ctrl-C and SIGTERM, which all processes of the group get, to the main process for `GRACE_SECONDS`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

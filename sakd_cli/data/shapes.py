@@ -6,13 +6,97 @@ on a quiet ground to a small faint one behind a bar, so that samples differ in h
 them. Numbers reached here say nothing about photographs.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.outlines import OUTLINES, Array, Outline
+
+F32 = np.float32
+Array = NDArray[np.float32]
+# Pixel coordinates x, y in units of the shape's radius, its centre at 0, 0, to how far outside the shape each lies, in
+# the same units; negative inside. Near the edge, where anti-aliasing looks, it is a distance to first order.
+Outline = Callable[[Array, Array], Array]
+
+ROUND = 0.85  # radius of the disc: about the mean radius of the polygons, so that area does not tell the classes apart
+
+
+def _wedge(x: Array, y: Array, count: int) -> tuple[Array, Array]:
+    """Radius, and angle from the middle of the nearest of `count` equal wedges, in -pi/count .. pi/count."""
+    turn = F32(2 * np.pi / count)
+    angle: Array = np.arctan2(y, x)
+    angle -= turn * np.round(angle / turn)
+    return np.hypot(x, y), angle
+
+
+def _polygon(x: Array, y: Array, *, corners: int) -> Array:
+    """A regular polygon with its corners at radius 1."""
+    radius, angle = _wedge(x, y, corners)
+    return radius * np.cos(angle) - F32(np.cos(np.pi / corners))
+
+
+def _star(x: Array, y: Array, *, points: int, waist: float) -> Array:
+    """A star with its points at radius 1 and its inner corners at radius `waist`."""
+    radius, angle = _wedge(x, y, points)
+    half = np.pi / points
+    inner = np.array([waist * np.cos(half), waist * np.sin(half)])
+    along = inner - np.array([1.0, 0.0])
+    normal = np.array([along[1], -along[0]]) / np.hypot(*along)
+    across = (radius * np.cos(angle) - 1) * F32(normal[0])
+    return across + radius * np.sin(np.abs(angle)) * F32(normal[1])
+
+
+def _waves(x: Array, y: Array, count: int, radius: float, height: Callable[[Array], Array]) -> Array:
+    """A circle with `count` teeth or petals: `height` makes one of a cosine around the circle."""
+    distance, angle = _wedge(x, y, count)
+    return distance - F32(radius) - height(np.cos(F32(count) * angle))
+
+
+def _bars(x: Array, y: Array, *, bars: tuple[tuple[float, float, float, float], ...]) -> Array:
+    """A union of upright rectangles, each (left, right, bottom, top)."""
+    outside = np.full_like(x, np.inf)
+    for left, right, bottom, top in bars:
+        across = np.abs(x - F32((left + right) / 2)) - F32((right - left) / 2)
+        up = np.abs(y - F32((bottom + top) / 2)) - F32((top - bottom) / 2)
+        np.minimum(outside, np.maximum(across, up), out=outside)
+    return outside
+
+
+def _arrow(x: Array, y: Array) -> Array:
+    """A triangular head, pointing right, on a shaft."""
+    slope = F32(np.sqrt(0.5))
+    head: Array = np.maximum((np.abs(y) + x - 1) * slope, F32(0.15) - x)
+    return np.minimum(head, _bars(x, y, bars=((-0.95, 0.2, -0.24, 0.24),)))
+
+
+# No outline is the mirror image of another, since training mirrors images; one that has no mirror symmetry of its own
+# (ell) stands for both of its forms. No two become equal by a turn, since shapes are drawn at any angle.
+OUTLINES: dict[str, Outline] = {
+    "disc": lambda x, y: np.hypot(x, y) - F32(ROUND),
+    "ellipse": lambda x, y: (np.hypot(x, y / F32(0.65)) - 1) * F32(0.8),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - F32(0.65)) - F32(0.25),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - F32(0.95), F32(0.72) - np.hypot(x - F32(0.5), y)),
+    "triangle": partial(_polygon, corners=3),
+    "square": partial(_polygon, corners=4),
+    "pentagon": partial(_polygon, corners=5),
+    "hexagon": partial(_polygon, corners=6),
+    "heptagon": partial(_polygon, corners=7),
+    "star5": partial(_star, points=5, waist=0.5),
+    "star6": partial(_star, points=6, waist=0.55),
+    "star7": partial(_star, points=7, waist=0.58),
+    "gear": lambda x, y: _waves(x, y, 8, 0.82, lambda wave: F32(0.15) * np.tanh(F32(3) * wave)),
+    "flower": lambda x, y: _waves(x, y, 5, 0.74, lambda wave: F32(0.22) * wave),
+    "cross": partial(_bars, bars=((-0.9, 0.9, -0.27, 0.27), (-0.27, 0.27, -0.9, 0.9))),
+    "tee": partial(_bars, bars=((-0.85, 0.85, 0.35, 0.85), (-0.25, 0.25, -0.85, 0.6))),
+    "ell": partial(_bars, bars=((-0.65, -0.1, -0.85, 0.85), (-0.65, 0.65, -0.85, -0.35))),
+    "cup": partial(_bars, bars=((-0.75, -0.3, -0.75, 0.75), (0.3, 0.75, -0.75, 0.75), (-0.5, 0.5, -0.75, -0.3))),
+    "aitch": partial(_bars, bars=((-0.75, -0.3, -0.75, 0.75), (0.3, 0.75, -0.75, 0.75), (-0.5, 0.5, -0.22, 0.22))),
+    "arrow": _arrow,
+}
 
 CLASSES = tuple(OUTLINES)
 SIZE = 32  # pixels, height and width
@@ -41,10 +125,7 @@ def load_shapes(config: ShapesConfig) -> Dataset:
 
 
 def draw_shapes(count: int, seed: int, stream: int = TRAIN) -> Split:
-    """`count` images, the classes in drawn order and equally often (to within one); the same ones for the same words.
-
-    About 0.1 ms an image on one core.
-    """
+    """`count` images in random order, all classes equally often to within one; about 0.1 ms an image on one core."""
     rng = np.random.Generator(np.random.PCG64([seed, stream]))
     labels = rng.permutation(np.arange(count) % len(CLASSES))
     images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
@@ -65,7 +146,7 @@ def _draw(rng: np.random.Generator, outline: Outline, count: int) -> NDArray[np.
     room = np.maximum(15.5 - radius, 0) * 0.9
     centre_x, centre_y = _uniform(rng, count, -1, 1) * room, _uniform(rng, count, -1, 1) * room
     ground = _uniform(rng, (count, 3), 0.1, 0.5)
-    paint = _paint(rng, ground, 0.45 - 0.27 * hard)
+    paint = ground + (0.45 - 0.27 * hard)[:, None] * _uniform(rng, ground.shape, 0.6, 1.2)  # lighter by about so much
 
     across, down = _grid(centre_x, centre_y)
     canvas = ground[:, :, None] + _texture(rng, across, down, 0.03 + 0.07 * hard)
@@ -89,11 +170,6 @@ def _grid(centre_x: Array, centre_y: Array) -> tuple[Array, Array]:
     line = np.arange(SIZE, dtype=np.float32) - np.float32((SIZE - 1) / 2)
     down, across = np.repeat(line, SIZE), np.tile(line, SIZE)
     return across - centre_x[:, None], down - centre_y[:, None]
-
-
-def _paint(rng: np.random.Generator, ground: Array, contrast: Array) -> Array:
-    """A colour [count, 3] lighter than the ground by about `contrast` [count] in each channel."""
-    return ground + contrast[:, None] * _uniform(rng, ground.shape, 0.6, 1.2)
 
 
 def _texture(rng: np.random.Generator, across: Array, down: Array, strength: Array) -> Array:
@@ -120,8 +196,7 @@ def _cover(
     x: Array = (cos * across + sin * down) / wide
     y: Array = (cos * down - sin * across) / high
     outside = outline(x, y)
-    cover: Array = np.clip(np.float32(0.5) - outside * radius[:, None], 0, 1)
-    return cover
+    return np.clip(np.float32(0.5) - outside * radius[:, None], 0, 1)
 
 
 def _clutter(rng: np.random.Generator, canvas: Array, hard: Array) -> Array:

@@ -28,9 +28,9 @@ def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) 
     if dataset.scale is not None:
         need += 3 * len(splits[0]) * config.resized**2  # of the training images, all that crops are cut from
     cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
-    return [
-        replace(split, images=split.images.with_cache(cached)) for split in splits if isinstance(split.images, Files)
-    ]
+    files = [split.images for split in splits if isinstance(split.images, Files)]
+    images = [Files(one.paths, one.spec, cached=cached) for one in files]
+    return [replace(split, images=one) for split, one in zip(splits, images, strict=True)]
 
 
 def preload(split: Split, *, full: bool = False) -> None:
@@ -48,23 +48,21 @@ def describe_reading(split: Split) -> str | None:
         return None
     spec = split.images.spec
     if split.images.cached:
-        return f"images: all decoded before the first step and held in memory, {spec.side}x{spec.side}"
+        return f"images: all decoded before the first step and cached in memory, {spec.side}x{spec.side}"
     return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {spec.side}x{spec.side}"
 
 
 class Views:
-    """All images of a split on a device, and every way in which augmentation can show them.
+    """All images of a split on a device, and the `count` ways in which augmentation can show each of them.
 
-    There are `count` views of an image: view = ((dy (2 padding + 1)) + dx) 2 + flip, without the 2 and the flip where
-    the data set is not mirrored.
+    view = (dy (2 padding + 1) + dx) 2 + flip; without the 2 and the flip where the data set is not mirrored.
     """
 
     def __init__(self, split: Split, dataset: Dataset, device: torch.device) -> None:
-        here = split.to(device)
-        self.labels = here.labels
+        self.labels = split.labels.to(device)
         self.device = device
         self.dataset = dataset
-        self._padded = pad(here.pixels, dataset.padding)
+        self._padded = pad(split.pixels.to(device), dataset.padding)
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
         self._sides, self._mirrored = 2 * dataset.padding + 1, 1 + dataset.flip
         self.count = self._sides**2 * self._mirrored
@@ -100,17 +98,12 @@ def views(split: Split, dataset: Dataset, device: torch.device) -> Views:
             "in memory and cropped by a border",
             "--set teacher.cache=false; or, for small images: --set data.cache=on --set data.augment=border",
         )
-    return Views(materialize(split), dataset, device)
+    return Views(split, dataset, device)
 
 
 def in_memory(split: Split) -> bool:
     """Whether the images are tensors, or files that are decoded once and cached."""
     return isinstance(split.images, Tensor) or split.images.cached
-
-
-def materialize(split: Split) -> Split:
-    """The same split with its pixels in memory; they are decoded once. Raises DataError naming a bad file."""
-    return replace(split, images=split.images.read()) if isinstance(split.images, Files) else split
 
 
 class BatchRequest(NamedTuple):
@@ -127,9 +120,9 @@ class BatchRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads the requested batch, in whatever process: uint8 [B, 3, side, side].
+    """Reads a requested batch, in any process: uint8 [B, 3, side, side].
 
-    scale    of random resized crops; None: the picture as evaluation shows it, cut anew within a border of `padding`
+    scale  of random resized crops; None: the evaluation image, cropped from a border of `padding` pixels
     """
 
     spec: ImageSpec
@@ -157,5 +150,4 @@ class BatchReader:
             size = torch.tensor([[picture.height, picture.width]])
             box = random_boxes(torch.from_numpy(where)[None], size, self.scale)[0].tolist()
             shown = v2().resized_crop(picture, *box, size=side, antialias=True)
-        pixels: Tensor = v2().pil_to_tensor(shown)
-        return pixels
+        return v2().pil_to_tensor(shown)

@@ -6,35 +6,30 @@ from functools import partial
 from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
-from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar10, load_cifar100
+from sakd_cli.data import imagefolder
+from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar
 from sakd_cli.data.dataset import Dataset, first_classes
 from sakd_cli.data.folder import FolderContents
-from sakd_cli.data.imagefolder import CINIC10 as CINIC
-from sakd_cli.data.imagefolder import (
-    IMAGENET_1K,
-    PublishedSet,
-    load_imagefolder,
-    load_published,
-    scan_imagefolder,
-    scan_published,
-)
-from sakd_cli.data.imagefolder import TINY_IMAGENET as TINY
 from sakd_cli.data.shapes import load_shapes
 
 DATASETS: dict[str, Callable[[Any], Dataset]] = {
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
+    "cifar10": load_cifar,
+    "cifar100": load_cifar,
     "shapes": load_shapes,
-    "imagefolder": load_imagefolder,
+    "imagefolder": imagefolder.load_imagefolder,
 }
 # What is known of those that are files, without the files.
 DESCRIBED: dict[str, Dataset] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # Published sets that are folders of pictures.
-PUBLISHED: dict[str, PublishedSet] = {"tiny-imagenet": TINY, "cinic10": CINIC, "imagenet": IMAGENET_1K}
-DATASETS |= {name: partial(load_published, known=known) for name, known in PUBLISHED.items()}
+PUBLISHED = {
+    "tiny-imagenet": imagefolder.TINY_IMAGENET,
+    "cinic10": imagefolder.CINIC10,
+    "imagenet": imagefolder.IMAGENET_1K,
+}
+DATASETS |= {name: partial(imagefolder.load_published, known=known) for name, known in PUBLISHED.items()}
 # Those whose folders can be looked through without loading them.
-FOLDERS: dict[str, Callable[[Any], FolderContents]] = {"imagefolder": scan_imagefolder}
-FOLDERS |= {name: partial(scan_published, known=known) for name, known in PUBLISHED.items()}
+FOLDERS: dict[str, Callable[[Any], FolderContents]] = {"imagefolder": imagefolder.scan_imagefolder}
+FOLDERS |= {name: partial(imagefolder.scan_published, known=known) for name, known in PUBLISHED.items()}
 
 
 def describe(config: DataConfig) -> Dataset:

@@ -2,15 +2,12 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import ATConfig
-from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
 
 
 def attention(x: Tensor, power: int) -> Tensor:
@@ -19,7 +16,7 @@ def attention(x: Tensor, power: int) -> Tensor:
 
 
 @final
-class AT(Distiller):
+class AT(SpotwiseDistiller):
     """The student looks where the teacher looks, at every stage.
 
     loss_k = mean over samples and positions of (a(s) - a(t))^2,  a(f) = normalised mean over channels of f^p
@@ -32,10 +29,6 @@ class AT(Distiller):
         super().__init__(spots)
         self.power = config.power
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
-            s, t = pooled_to_smaller(s, t)
-            difference = attention(s, self.power) - attention(t, self.power)
-            losses.append(weighted_mean(difference.square().mean(dim=1), w))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        s, t = (attention(x, self.power) for x in pooled_to_smaller(student, teacher))
+        return weighted_mean((s - t).square().mean(dim=1), weight)

@@ -5,12 +5,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import CCConfig
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.distiller import SpotwiseDistiller
 from sakd_cli.models.adapters import LinearAdapter
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
 
 
 def neighbouring_products(delta: Tensor, weight: Tensor) -> Tensor:
@@ -24,7 +22,7 @@ def neighbouring_products(delta: Tensor, weight: Tensor) -> Tensor:
 
 
 @final
-class CC(Distiller):
+class CC(SpotwiseDistiller):
     """The differences between student and teacher at neighbouring samples of a batch are not alike.
 
     loss = mean over i < n of sum_d D_id D_(i+1)d,  D = |e_s - e_t|,  e = linear embeddings to 128 numbers
@@ -43,9 +41,5 @@ class CC(Distiller):
         self.students = nn.ModuleList([LinearAdapter(spot.student_shape, width) for spot in spots])
         self.teachers = nn.ModuleList([LinearAdapter(spot.teacher_shape, width) for spot in spots])
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        parts = zip(self.students, self.teachers, self.pairs(student, teacher), weight, strict=True)
-        for embed_s, embed_t, (s, t), w in parts:
-            losses.append(neighbouring_products((embed_s(s) - embed_t(t)).abs(), w))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        return neighbouring_products((self.students[k](student) - self.teachers[k](teacher)).abs(), weight)

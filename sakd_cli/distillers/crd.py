@@ -4,7 +4,7 @@ import math
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
@@ -20,7 +20,7 @@ MASK32 = 0xFFFFFFFF
 
 
 def scramble(x: Tensor) -> Tensor:
-    """A fixed scrambling of 32-bit numbers held in int64: multiply and xor-shift, the same on every device.
+    """A fixed scrambling of 32-bit numbers in int64: multiply and xor-shift, the same on every device.
 
     One-to-one. Factors below 2^31 keep every product below 2^63.
     """
@@ -59,15 +59,6 @@ class CRD(Distiller):
 
     scope = "memory"
 
-    classes: Tensor
-    strides: Tensor
-    seed: Tensor
-    calls: Tensor
-    bank_s: Tensor
-    bank_t: Tensor
-    z_s: Tensor
-    z_t: Tensor
-
     def __init__(self, spots: tuple[Spot, ...], config: CRDConfig, labels: Tensor, batch_size: int = 64) -> None:
         """labels  class of every sample of the training split, in the order of `Batch.index`."""
         super().__init__(spots)
@@ -92,15 +83,15 @@ class CRD(Distiller):
         self.embed_s = LinearAdapter(spot.student_shape, (width,))
         self.embed_t = LinearAdapter(spot.teacher_shape, (width,))
         bound = 1 / math.sqrt(width / 3)
-        self.register_buffer("classes", labels.clone(), persistent=False)  # the data set's, not the run's
+        self.classes = nn.Buffer(labels.clone(), persistent=False)  # the data set's, not the run's
         strides = [stride for stride in range(1, rows) if math.gcd(stride, rows) == 1]
-        self.register_buffer("strides", torch.tensor(strides), persistent=False)  # those that meet every row once
-        self.register_buffer("seed", torch.randint(2**31, ()))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("bank_s", torch.empty(rows, width).uniform_(-bound, bound))
-        self.register_buffer("bank_t", torch.empty(rows, width).uniform_(-bound, bound))
-        self.register_buffer("z_s", torch.tensor(-1.0))  # below 0: not set yet
-        self.register_buffer("z_t", torch.tensor(-1.0))
+        self.strides = nn.Buffer(torch.tensor(strides), persistent=False)  # those that meet every row once
+        self.seed = nn.Buffer(torch.randint(2**31, ()))
+        self.calls = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.bank_s = nn.Buffer(torch.empty(rows, width).uniform_(-bound, bound))
+        self.bank_t = nn.Buffer(torch.empty(rows, width).uniform_(-bound, bound))
+        self.z_s = nn.Buffer(torch.tensor(-1.0))  # below 0: not set yet
+        self.z_t = nn.Buffer(torch.tensor(-1.0))
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         ((s, t),) = self.pairs(student, teacher)
@@ -142,7 +133,7 @@ class CRD(Distiller):
         """Loss of one network's embeddings against the other's bank, and its gradient by the embeddings, [N, width].
 
         The gradient is written out, d loss / d ln P = w / N (P / (P + c + e) - [own row]): so nothing of the bank's
-        size is kept for the backward pass, and the bank may change at once.
+        size is saved for the backward pass, and the bank may change at once.
         """
         scores = (anchor @ bank.T).gather(1, rows).div_(self.temperature).exp_()
         chosen = weight.sum()
@@ -150,9 +141,9 @@ class CRD(Distiller):
         z.copy_(torch.where((z < 0) & (chosen > 0), first, z))
         p = scores / torch.where(z > 0, z, torch.ones_like(z))
         c = self.negatives / len(bank)
-        whole = p + (c + EPSILON)
-        own, others = (p[:, 0] / whole[:, 0]).log(), (c / whole[:, 1:]).log().sum(dim=1)
-        slope = p / whole
+        total = p + (c + EPSILON)
+        own, others = (p[:, 0] / total[:, 0]).log(), (c / total[:, 1:]).log().sum(dim=1)
+        slope = p / total
         slope[:, 0] -= 1
         slope *= weight[:, None] / (len(weight) * self.temperature)
         spread = torch.zeros(len(rows), len(bank), dtype=slope.dtype, device=slope.device).scatter_add_(1, rows, slope)

@@ -1,7 +1,8 @@
 """Differentiable feature aggregation: mixtures of the teacher's blocks."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple, final
 
 import torch
@@ -73,27 +74,22 @@ class Mixture(nn.Module):
             norms = group.norms
             scale = torch.stack([n.weight / (read(n.running_var) + n.eps).sqrt() for n in norms]).detach()
             bias = torch.stack([n.bias for n in norms]).detach()
-            self.register_buffer("scale", scale, persistent=False)  # the teacher's, not the run's
-            self.register_buffer(
-                "shift", bias - torch.stack([read(n.running_mean) for n in norms]) * scale, persistent=False
-            )
+            mean = torch.stack([read(n.running_mean) for n in norms])
+            self.scale = nn.Buffer(scale, persistent=False)  # the teacher's, not the run's
+            self.shift = nn.Buffer(bias - mean * scale, persistent=False)
             low = torch.stack([margins((n.weight, n.bias)) for n in norms])
-        self.register_buffer("low", low, persistent=False)
+        self.low = nn.Buffer(low, persistent=False)
 
     def forward(self, blocks: Sequence[Tensor], alpha: Tensor) -> Tensor:
         parts = [
             a * self._normalised(blocks[place], j)
             for j, (place, a) in enumerate(zip(self.places, alpha.unbind(), strict=True))
         ]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return reduce(torch.add, parts)
 
     def _normalised(self, x: Tensor, j: int) -> Tensor:
         if self.preact:
-            scale, shift = (self.get_buffer(name)[j, :, None, None] for name in ("scale", "shift"))
-            return x * scale + shift
+            return x * self.scale[j, :, None, None] + self.shift[j, :, None, None]
         return x * x.square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=LEAST).rsqrt() if self.rms else x
 
 
@@ -123,21 +119,19 @@ class Match(nn.Module):
         """Student's map, the mixture, and the weights it was mixed with, to [N]."""
         ours = self.connector(student)
         if self.partial:
-            low = alpha.detach() @ self.mixture.get_buffer("low")
+            low = alpha.detach() @ self.mixture.low
             return partial_distance(ours, mixed, low) / mixed[0].numel()
         return (ours - mixed).square().flatten(1).mean(dim=1)
 
 
-def _random(blocks: int) -> Tensor:
-    share = -torch.log(1 - torch.rand(blocks))
-    return share / share.sum()
-
-
-# Uniform on the simplex where it is random; one that is to be found begins in the middle.
-BEGINNINGS: dict[str, Callable[[int], Tensor]] = {
-    Mixtures.LAST: lambda blocks: torch.eye(blocks)[-1],
-    Mixtures.RANDOM: _random,
-}
+def initial_weights(kind: str, blocks: int) -> Tensor:
+    """The weights of a mixture: random ones uniform on the simplex; those that a search is to find begin equal."""
+    if kind == Mixtures.LAST:
+        return torch.eye(blocks)[-1]
+    if kind == Mixtures.RANDOM:
+        weights = -torch.log(1 - torch.rand(blocks))
+        return weights / weights.sum()
+    return torch.full((blocks,), 1 / blocks)
 
 
 @final
@@ -162,9 +156,7 @@ class DFA(Distiller):
         self.matches = nn.ModuleList(self._matches)
         self.groups = tuple(group._replace(norms=None) for group in groups)
         for k, group in enumerate(groups):
-            blocks = len(group.places)
-            begun = BEGINNINGS.get(config.weights, lambda blocks: torch.full((blocks,), 1 / blocks))
-            self.register_buffer(f"alpha{k}", begun(blocks))
+            self.register_buffer(f"alpha{k}", initial_weights(config.weights, len(group.places)))
         self.betas: list[list[float] | None] = [None] * len(groups)  # what a search ended with, for the records
 
         several = [k for k, group in enumerate(groups) if len(group.places) > 1]
@@ -174,7 +166,7 @@ class DFA(Distiller):
         """Weights of the blocks at spot k, [blocks]; they sum to 1."""
         return self.get_buffer(f"alpha{k}")
 
-    def take(self, k: int, alpha: Tensor, beta: Tensor | None = None) -> None:
+    def set_weights(self, k: int, alpha: Tensor, beta: Tensor | None = None) -> None:
         """Distil with these weights at spot k from now on; `beta`: what they are the softmax of."""
         self.alpha(k).copy_(alpha)
         self.betas[k] = None if beta is None else beta.tolist()

@@ -47,4 +47,4 @@ class DIST(Distiller):
         of_class = cosine(w * (q - mean_q), w * (p - mean_p), 0)
         loss = self.inter * weighted_mean(1 - of_sample, weight[0])
         loss = loss + self.intra * (1 - of_class).mean() * n / len(w)
-        return torch.stack([self.temperature**2 * loss])
+        return (self.temperature**2 * loss)[None]

@@ -2,16 +2,18 @@
 
 A distiller compares features at its spots and multiplies by a weight per spot and sample, never choosing rows by index:
 shapes stay fixed, nothing is read back from the device, and one graph serves every selection. There is one exception,
-for losses that are dear: `Distiller.chosen`, which does nothing unless the distiller is allowed `dynamic_shapes`.
+for losses that are dear: `Distiller.selected`, which does nothing unless the distiller is allowed `dynamic_shapes`.
 """
 
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
+from sakd_cli.config.methods import MethodConfig
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, Want
 
@@ -49,9 +51,17 @@ class Distiller(nn.Module, ABC):
     dynamic_shapes = False
     scope: Literal["sample", "batch", "memory"] = "sample"
 
-    def __init__(self, spots: tuple[Spot, ...], warmup: Warmup | None = None, want: Want = "stages") -> None:
+    def __init__(
+        self,
+        spots: tuple[Spot, ...],
+        config: MethodConfig | None = None,
+        *,
+        warmup: Warmup | None = None,
+        want: Want = "stages",
+    ) -> None:
         """What every distiller has.
 
+        config  the settings of its method, for those that have any
         warmup  what must have been trained, and then frozen, before this distils
         want    what else the features must hold (`StagedModel.features`): "preactivations" of both networks, which are
                 compared there; "blocks" of the teacher
@@ -75,7 +85,7 @@ class Distiller(nn.Module, ABC):
         ours, theirs = (f.preactivations if self.want == "preactivations" else f.stages for f in (student, teacher))
         return [(ours[spot.student], theirs[spot.teacher].detach()) for spot in self.spots]
 
-    def chosen(self, weight: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+    def selected(self, weight: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
         """weight [N] of one spot and tensors [N, ...], cut to the samples that count where that is allowed.
 
         For what compares sample by sample and knows no other sample's numbers: behind a BatchNorm, not in front of one.
@@ -91,6 +101,18 @@ class Distiller(nn.Module, ABC):
             rows = rows.new_zeros(1)
         weight = weight[rows] * (len(rows) / len(weight))
         return weight, *(feature.index_select(0, rows) for feature in features)
+
+
+class SpotwiseDistiller(Distiller, ABC):
+    """A distiller whose spots do not depend on each other, nor on anything else of the batch."""
+
+    @abstractmethod
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        """The loss at spot k, a scalar, from both features there, the teacher's without gradient, and weight [N]."""
+
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        pairs = zip(self.pairs(student, teacher), weight, strict=True)
+        return torch.stack([self.spot_loss(k, s, t, w) for k, ((s, t), w) in enumerate(pairs)])
 
 
 def weighted_mean(per_sample: Tensor, weight: Tensor) -> Tensor:

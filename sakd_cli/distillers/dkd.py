@@ -52,4 +52,4 @@ class DKD(Distiller):
         binary = divergence(target_or_not(s, target), target_or_not(t, target))
         others = divergence(among_others(s, target), among_others(t, target))
         per_sample = self.temperature**2 * (self.target * binary + self.others * others)
-        return torch.stack([weighted_mean(per_sample, weight[0])])
+        return weighted_mean(per_sample, weight[0])[None]

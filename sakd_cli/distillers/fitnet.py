@@ -2,20 +2,17 @@
 
 from typing import final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import FitNetConfig
-from sakd_cli.distillers.distiller import Distiller, weighted_mean
+from sakd_cli.distillers.distiller import SpotwiseDistiller, weighted_mean
 from sakd_cli.models.adapters import ConvAdapter
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
 
 
 @final
-class FitNet(Distiller):
+class FitNet(SpotwiseDistiller):
     """A regressor of the student's map matches the teacher's map.
 
     loss = mean over samples, channels and positions of (r(s) - t)^2,  r = convolution, BatchNorm, ReLU
@@ -28,9 +25,6 @@ class FitNet(Distiller):
         super().__init__(spots)
         self.regressors = nn.ModuleList([ConvAdapter(spot.student_shape, spot.teacher_shape) for spot in spots])
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for regressor, (s, t), w in zip(self.regressors, self.pairs(student, teacher), weight, strict=True):
-            error = F.mse_loss(regressor(s), t, reduction="none")
-            losses.append(weighted_mean(error.flatten(1).mean(dim=1), w))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        error = F.mse_loss(self.regressors[k](student), teacher, reduction="none")
+        return weighted_mean(error.flatten(1).mean(dim=1), weight)

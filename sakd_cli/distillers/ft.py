@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import FTConfig
-from sakd_cli.distillers.distiller import Distiller, Warmup, pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.at import attention
+from sakd_cli.distillers.distiller import SpotwiseDistiller, Warmup, pooled_to_smaller, weighted_mean
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
@@ -25,9 +25,9 @@ class Paraphraser(Warmup):
     def __init__(self, spots: tuple[Spot, ...], rate: float) -> None:
         super().__init__(spots, trains_student=False)
         (spot,) = spots
-        whole, few = spot.teacher_shape[0], int(spot.teacher_shape[0] * rate)
-        down = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((whole, whole), (whole, few), (few, few))]
-        up = [nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in ((few, few), (few, whole), (whole, whole))]
+        wide, few = spot.teacher_shape[0], int(spot.teacher_shape[0] * rate)
+        down = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((wide, wide), (wide, few), (few, few))]
+        up = [nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in ((few, few), (few, wide), (wide, wide))]
         self.encode = nn.Sequential(*[layer for conv in down for layer in (conv, nn.LeakyReLU(SLOPE))])
         self.decode = nn.Sequential(*[layer for conv in up for layer in (conv, nn.LeakyReLU(SLOPE))])
 
@@ -45,13 +45,8 @@ def translator(student: int, teacher: int, rate: float) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def factor(x: Tensor, power: int) -> Tensor:
-    """Mean over channels of the map to a power, scaled to length 1: [N, C, H, W] to [N, HW]."""
-    return F.normalize(x.pow(power).mean(dim=1).flatten(1), dim=1)
-
-
 @final
-class FT(Distiller):
+class FT(SpotwiseDistiller):
     """A translation of the student's last map matches a paraphrase of the teacher's.
 
     loss = mean over samples and positions of |q(translate(s)) - q(encode(t))|^r,  q(f) = normalised mean of f^p
@@ -65,16 +60,14 @@ class FT(Distiller):
 
     def __init__(self, spots: tuple[Spot, ...], config: FTConfig) -> None:
         (spot,) = spots
-        super().__init__(spots, Paraphraser(spots, config.rate))
+        super().__init__(spots, warmup=Paraphraser(spots, config.rate))
         self.translate = translator(spot.student_shape[0], spot.teacher_shape[0], config.rate)
         self.factor_power, self.power = config.factor_power, config.power
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        ((s, t),) = self.pairs(student, teacher)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(self.warmup, Paraphraser)
-        w, translated, t = self.chosen(weight[0], self.translate(s), t)
+        weight, translated, teacher = self.selected(weight, self.translate(student), teacher)
         with torch.no_grad():
-            encoded = self.warmup.encode(t)
-        ours, theirs = pooled_to_smaller(translated, encoded)
-        difference = factor(ours, self.factor_power) - factor(theirs, self.factor_power)
-        return torch.stack([weighted_mean(difference.abs().pow(self.power).mean(dim=1), w)])
+            encoded = self.warmup.encode(teacher)
+        s, t = (attention(x, self.factor_power) for x in pooled_to_smaller(translated, encoded))
+        return weighted_mean((s - t).abs().pow(self.power).mean(dim=1), weight)

@@ -2,7 +2,6 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,4 +35,4 @@ class KD(Distiller):
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         per_sample = softened_kl(student.logits, teacher.logits.detach(), self.temperature)
-        return torch.stack([weighted_mean(per_sample, weight[0])])
+        return weighted_mean(per_sample, weight[0])[None]

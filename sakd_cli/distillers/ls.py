@@ -2,7 +2,6 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
 
 from sakd_cli.batch import Batch
@@ -36,4 +35,4 @@ class LS(Distiller):
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         s, t = standardised(student.logits), standardised(teacher.logits.detach())
-        return torch.stack([weighted_mean(softened_kl(s, t, self.temperature), weight[0])])
+        return weighted_mean(softened_kl(s, t, self.temperature), weight[0])[None]

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
-from sakd_cli.config.methods import NSTConfig
-from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
-from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
+from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, weighted_mean
 
 
 def neurons(x: Tensor) -> Tensor:
@@ -24,7 +20,7 @@ def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
 
 
 @final
-class NST(Distiller):
+class NST(SpotwiseDistiller):
     """The student's channels are distributed over positions as the teacher's are, at every stage.
 
     loss_k = mean over samples of k(t, t) + k(s, s) - 2 k(s, t),  k = mean over pairs of channels of (u v)^2
@@ -34,13 +30,7 @@ class NST(Distiller):
     kernel, where the published form makes a tensor of all pairs and positions.
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: NSTConfig) -> None:
-        super().__init__(spots)
-
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
-            w, s, t = self.chosen(w, s, t)
-            s, t = map(neurons, pooled_to_smaller(s, t))
-            losses.append(weighted_mean(kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t), w))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        weight, student, teacher = self.selected(weight, student, teacher)
+        s, t = map(neurons, pooled_to_smaller(student, teacher))
+        return weighted_mean(kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t), weight)

@@ -6,11 +6,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import OFDConfig
-from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Affine, Features
+from sakd_cli.models.staged import Affine
 
 RARE = 0.001  # a channel that is negative no more often than this gets FAR standard deviations as its margin
 FAR = -3.0
@@ -46,7 +45,7 @@ def connector(student: int, teacher: int) -> nn.Sequential:
 
 
 @final
-class OFD(Distiller):
+class OFD(SpotwiseDistiller):
     """The student's maps in front of their activation match the teacher's, wherever that is heard behind it.
 
     loss_k = 2^(k-K+1) mean over samples of the sum over elements of
@@ -68,11 +67,7 @@ class OFD(Distiller):
         for k, norm in enumerate(norms):
             self.register_buffer(f"margin{k}", margins(norm), persistent=False)  # the teacher's, not the run's
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        parts = zip(self.connectors, self.pairs(student, teacher), weight, strict=True)
-        for k, (connect, (s, t), w) in enumerate(parts):
-            s, t = pooled_to_smaller(connect(s), t)
-            distance = partial_distance(s, t, self.get_buffer(f"margin{k}"))
-            losses.append(2.0 ** (k - len(self.spots) + 1) * weighted_mean(distance, w))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        s, t = pooled_to_smaller(self.connectors[k](student), teacher)
+        distance = partial_distance(s, t, self.get_buffer(f"margin{k}"))
+        return 2.0 ** (k - len(self.spots) + 1) * weighted_mean(distance, weight)

@@ -5,11 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sakd_cli.batch import Batch
-from sakd_cli.config.methods import PKTConfig
-from sakd_cli.distillers.distiller import Distiller
-from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
+from sakd_cli.distillers.distiller import SpotwiseDistiller
 
 EPSILON = 1e-7  # added to lengths and probabilities, as published
 
@@ -26,7 +22,7 @@ def neighbours(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @final
-class PKT(Distiller):
+class PKT(SpotwiseDistiller):
     """The probabilities that samples of a batch are neighbours are the same for student and teacher.
 
     loss = mean_ij p_ij(t) ln((p_ij(t) + e) / (p_ij(s) + e)),  p_ij = (cos_ij + 1) / sum_j (cos_ij + 1),  e = 1e-7
@@ -38,13 +34,7 @@ class PKT(Distiller):
 
     scope = "batch"
 
-    def __init__(self, spots: tuple[Spot, ...], config: PKTConfig) -> None:
-        super().__init__(spots)
-
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
-            p_s, p_t = neighbours(s.flatten(1), w), neighbours(t.flatten(1), w)
-            terms = p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()
-            losses.append((terms * w[:, None]).sum() / (w.sum().clamp(min=1.0) * len(w)))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        p_s, p_t = (neighbours(x.flatten(1), weight) for x in (student, teacher))
+        terms = p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()
+        return (terms * weight[:, None]).sum() / (weight.sum().clamp(min=1.0) * len(weight))

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import RKDConfig
-from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.distiller import SpotwiseDistiller
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
 
 FLOOR = 1e-12  # of squared distances and of lengths, as published
 
@@ -38,7 +36,7 @@ def angles(x: Tensor) -> Tensor:
 
 
 @final
-class RKD(Distiller):
+class RKD(SpotwiseDistiller):
     """Distances and angles between the samples of a batch are the same for student and teacher.
 
     loss = a mean_ij h(d_ij(s), d_ij(t)) + b mean_ijk h(cos_ijk(s), cos_ijk(t)),  h = smooth L1 (Huber, delta 1)
@@ -55,15 +53,12 @@ class RKD(Distiller):
         super().__init__(spots)
         self.distance, self.angle = config.distance, config.angle
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
-            s, t = s.flatten(1), t.flatten(1)
-            chosen, size = w.sum().clamp(min=1.0), len(w)
-            both = w[:, None] * w[None, :]
-            pair = both * (1 - torch.eye(size, dtype=w.dtype, device=w.device))
-            apart = F.smooth_l1_loss(distances(s, pair), distances(t, pair), reduction="none") * pair
-            turned = F.smooth_l1_loss(angles(s), angles(t), reduction="none") * (both[:, :, None] * w)
-            loss = self.distance * apart.sum() / (chosen * size)
-            losses.append(loss + self.angle * turned.sum() / (chosen.square() * size))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        s, t = student.flatten(1), teacher.flatten(1)
+        chosen, size = weight.sum().clamp(min=1.0), len(weight)
+        both = weight[:, None] * weight[None, :]
+        pair = both * (1 - torch.eye(size, dtype=weight.dtype, device=weight.device))
+        apart = F.smooth_l1_loss(distances(s, pair), distances(t, pair), reduction="none") * pair
+        turned = F.smooth_l1_loss(angles(s), angles(t), reduction="none") * (both[:, :, None] * weight)
+        loss = self.distance * apart.sum() / (chosen * size)
+        return loss + self.angle * turned.sum() / (chosen.square() * size)

@@ -2,16 +2,13 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import SimKDConfig
 from sakd_cli.config.networks import reusing
-from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models import reused
-from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.models.staged import StagedModel
 
 
 def reuse(config: SimKDConfig, student: StagedModel, teacher: StagedModel) -> StagedModel:
@@ -22,7 +19,7 @@ def reuse(config: SimKDConfig, student: StagedModel, teacher: StagedModel) -> St
 
 
 @final
-class SimKD(Distiller):
+class SimKD(SpotwiseDistiller):
     """A projection of the student's last map matches the teacher's, and the teacher's own pooling and head classify it.
 
     loss = mean over samples, channels and positions of (P(s) - t)^2,  P = the network's last stage of maps
@@ -40,12 +37,6 @@ class SimKD(Distiller):
     delivered network. `never` leaves only the cross-entropy, and so needs `--set method.ce_weight=1`.
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: SimKDConfig) -> None:
-        super().__init__(spots)
-
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for pair, w in zip(self.pairs(student, teacher), weight, strict=True):
-            s, t = pooled_to_smaller(*pair)
-            losses.append(weighted_mean((s - t).square().flatten(1).mean(dim=1), w))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        s, t = pooled_to_smaller(student, teacher)
+        return weighted_mean((s - t).square().flatten(1).mean(dim=1), weight)

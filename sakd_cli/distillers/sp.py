@@ -2,15 +2,10 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
-from sakd_cli.config.methods import SPConfig
-from sakd_cli.distillers.distiller import Distiller
-from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
+from sakd_cli.distillers.distiller import SpotwiseDistiller
 
 
 def similarities(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,7 +15,7 @@ def similarities(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @final
-class SP(Distiller):
+class SP(SpotwiseDistiller):
     """Samples that are alike for the teacher become alike for the student.
 
     loss = |G(s) - G(t)|_F^2 / n^2,  G(f) = f f^T with each row scaled to length 1
@@ -31,13 +26,6 @@ class SP(Distiller):
 
     scope = "batch"
 
-    def __init__(self, spots: tuple[Spot, ...], config: SPConfig) -> None:
-        super().__init__(spots)
-
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for (s, t), w in zip(self.pairs(student, teacher), weight, strict=True):
-            difference = similarities(s, w) - similarities(t, w)
-            chosen = w.sum().clamp(min=1.0)
-            losses.append(difference.square().sum() / (chosen * len(w)))
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        difference = similarities(student, weight) - similarities(teacher, weight)
+        return difference.square().sum() / (weight.sum().clamp(min=1.0) * len(weight))

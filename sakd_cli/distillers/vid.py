@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch
 from sakd_cli.config.methods import VIDConfig
-from sakd_cli.distillers.distiller import Distiller, pooled_to_smaller, weighted_mean
+from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, weighted_mean
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features
 
 EPSILON = 1e-5  # smallest variance
 FIRST_VARIANCE = 5.0
@@ -37,7 +35,7 @@ class Gaussian(nn.Module):
 
 
 @final
-class VID(Distiller):
+class VID(SpotwiseDistiller):
     """The student's map tells as much as possible about the teacher's, at every stage.
 
     loss_k = mean over samples, channels and positions of ((m(s) - t)^2 / v + ln v) / 2
@@ -51,14 +49,10 @@ class VID(Distiller):
         super().__init__(spots)
         self.gaussians = nn.ModuleList([Gaussian(spot.student_shape[0], spot.teacher_shape[0]) for spot in spots])
 
-    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        losses = []
-        for gaussian, (s, t), w in zip(self.gaussians, self.pairs(student, teacher), weight, strict=True):
-            w, s, t = self.chosen(w, s, t)
-            s, t = pooled_to_smaller(s, t)
-            mean, variance = gaussian(s)
-            variance = variance[:, None, None]
-            losses.append(
-                weighted_mean(((mean - t).square() / variance + variance.log()).flatten(1).mean(dim=1) / 2, w)
-            )
-        return torch.stack(losses)
+    def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        weight, student, teacher = self.selected(weight, student, teacher)
+        s, t = pooled_to_smaller(student, teacher)
+        mean, variance = self.gaussians[k](s)
+        variance = variance[:, None, None]
+        surprise = (mean - t).square() / variance + variance.log()
+        return weighted_mean(surprise.flatten(1).mean(dim=1) / 2, weight)

@@ -34,15 +34,15 @@ def unrolled_gradient(
     lower: Sequence[nn.Parameter],
     rate: float,
 ) -> list[Tensor]:
-    """d/d upper of upper_loss at w' = w - rate d lower_loss/dw; the lower parameters w are left as they were.
+    """d/d upper of upper_loss at w' = w - rate d lower_loss/dw; the lower parameters w stay as they are.
 
     The mixed second derivative is a finite difference around w, as in Liu et al., "DARTS", ICLR 2019, equations 7, 8.
     """
-    kept = [parameter.detach().clone() for parameter in lower]
+    origins = [parameter.detach().clone() for parameter in lower]
 
     def move(direction: Sequence[Tensor], length: Tensor | float) -> None:
         with torch.no_grad():
-            for parameter, origin, way in zip(lower, kept, direction, strict=True):
+            for parameter, origin, way in zip(lower, origins, direction, strict=True):
                 parameter.copy_(origin + length * way)
 
     def gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def unrolled_gradient(
         move(way, sign * length)
         sides.append(gradient(lower_loss(), upper))
     with torch.no_grad():
-        for parameter, origin in zip(lower, kept, strict=True):
+        for parameter, origin in zip(lower, origins, strict=True):
             parameter.copy_(origin)
     return [d - rate * (plus - minus) / (2 * length) for d, plus, minus in zip(direct, *sides, strict=True)]
 

@@ -19,19 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from sakd_cli import files
 from sakd_cli.errors import CheckpointError
-from sakd_cli.files import (
-    check_header,
-    disk_error,
-    flush_folder,
-    json_bytes,
-    parse_json,
-    read_bytes,
-    read_json,
-    sha256,
-    write_aside,
-    write_json,
-)
 
 FORMAT = "sakd.checkpoint/2"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
@@ -64,47 +53,47 @@ def write(
         if save_model is not None:
             save_model(staging / MODEL)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in training.items()}
-        write_aside(staging / TRAINING, save(tensors))
-        write_json(staging / STATE, {"format": FORMAT} | state)
-        files = sorted(path.name for path in staging.iterdir())
-        write_json(staging / MANIFEST, {name: sha256(staging / name) for name in files})
-        flush_folder(staging)
+        files.write_aside(staging / TRAINING, save(tensors))
+        files.write_json(staging / STATE, {"format": FORMAT} | state)
+        names = sorted(path.name for path in staging.iterdir())
+        files.write_json(staging / MANIFEST, {name: files.sha256(staging / name) for name in names})
+        files.flush_folder(staging)
         if folder.exists():
             previous = folder.with_name("previous")
             shutil.rmtree(previous if keep else folder, ignore_errors=True)
             if keep:
                 folder.replace(previous)
         staging.replace(folder)
-        flush_folder(folder.parent)
+        files.flush_folder(folder.parent)
     except OSError as error:
-        raise disk_error(folder, error, sum(tensor.nbytes for tensor in training.values())) from None
+        raise files.disk_error(folder, error, sum(tensor.nbytes for tensor in training.values())) from None
 
 
 def read(folder: Path) -> Checkpoint:
     """Check every file against the manifest, then load. Raises CheckpointError naming what is missing or damaged."""
     try:
-        written = read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
-        expected: dict[str, str] = parse_json(written)
-        if json_bytes(expected) != written or not {TRAINING, STATE} <= expected.keys() <= {MODEL, TRAINING, STATE}:
+        written = files.read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
+        expected: dict[str, str] = files.parse_json(written)
+        least = {TRAINING, STATE}
+        if files.json_bytes(expected) != written or not least <= expected.keys() <= least | {MODEL}:
             raise ValueError
     except (OSError, ValueError, AttributeError, TypeError):
         raise CheckpointError(f"{folder}: its manifest is missing or damaged") from None
     for path in folder.iterdir():
-        if path.name not in {*expected, MANIFEST} and not path.name.startswith(
-            "."
-        ):  # a file browser leaves hidden ones
+        hidden = path.name.startswith(".")  # as a file browser leaves them
+        if path.name not in {*expected, MANIFEST} and not hidden:
             raise CheckpointError(f"{path}: not in the manifest of its checkpoint")
     for name, digest in expected.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing")
-        if sha256(folder / name) != digest:
+        if files.sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name}: damaged, its SHA-256 differs from the manifest")
     try:
-        state = read_json(folder / STATE)
+        state = files.read_json(folder / STATE)
         if state.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: written by another version of sakd ({str(state.get('format'))[:40]!r})")
         for name in expected.keys() - {STATE}:
-            check_header(folder / name)
+            files.check_header(folder / name)
         model = load_file(folder / MODEL) if MODEL in expected else None
         return Checkpoint(folder, model, load_file(folder / TRAINING), state)
     except (OSError, ValueError, AttributeError, SafetensorError) as error:

@@ -29,10 +29,7 @@ class Scores(NamedTuple):
 def evaluate(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False
 ) -> Scores:
-    """Score `network` on (images, labels) batches of at least one image. Its train/eval mode is left as it was.
-
-    together   several processes take the batches in turn, and each gets the scores of all
-    """
+    """Score `network` on (images, labels) batches; `together`: on those of all processes, each evaluating its share."""
     mode = network.training
     network.eval()
     own = distributed.shard(batches) if together else batches

@@ -1,7 +1,6 @@
-"""What a frozen network makes of the next few batches, computed for all of them at once, in front of their steps.
+"""A frozen network's outputs for the next few batches, computed in one pass in front of their steps.
 
-At batch 64 a GPU waits for launches: one pass over the images of k steps needs a k-th of them, and nothing in it
-depends on those steps.
+At batch 64 a GPU waits for launches, and one pass over the images of k steps needs a k-th of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ class LookAhead:
     differ by what a convolution's algorithm for a larger batch makes of them: in float64 below 1e-12 of the largest, in
     fp32 in the last bits.
 
-    On CUDA a group is prepared on a stream of its own while the steps of the group before run: two groups are held.
+    On CUDA a group is prepared on a stream of its own while the steps of the one before run: memory for two.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class LookAhead:
             group, ready = coming
 
     def _enqueue(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[list[Batch], torch.cuda.Event]:
-        """The next group, asked of the device but not waited for, and the event after which it is there."""
+        """Launch the next group without waiting for it; returns it and the event after which it is ready."""
         with torch.cuda.stream(side):
             return self._compute(batches), side.record_event()
 
@@ -79,6 +78,6 @@ class LookAhead:
 
 
 def _record_stream(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """The same tensor; its memory is not given away before `stream` has done what it was asked until it is dropped."""
+    """The same tensor, whose memory is not reused before the work that `stream` has by then is done."""
     tensor.record_stream(stream)
     return tensor

@@ -34,10 +34,7 @@ class Guard:
         self._steps.fill_(step)
 
     def inspect(self, batch: Batch, output: StepOutput, gradients: Sequence[Tensor]) -> Tensor:
-        """A step is about to change the weights; 1 if it must not. Raises NonFiniteError here if that is cheap.
-
-        All that is remembered is changed in place: a CUDA graph replays this.
-        """
+        """Check a step before its update; returns 1 if it must be skipped. In place, for CUDA graphs."""
         self._steps.add_(1)
         norms = torch.stack(torch._foreach_norm(list(gradients))) if gradients else torch.zeros(1)
         rows = ~batch.images.flatten(1).isfinite().all(dim=1)

@@ -29,7 +29,7 @@ class Optimizer:
         self.milestones = tuple(milestones)
         self.decay = decay
         settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
-        self._fused = self.groups[0].parameters[0].is_cuda  # only fused SGD can be told on the device to do nothing
+        self._fused = self.groups[0].parameters[0].is_cuda  # only fused SGD can skip a step by a flag on the device
         self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, nesterov=nesterov, fused=self._fused)
 
     def factor(self, epoch: int) -> float:
@@ -42,9 +42,8 @@ class Optimizer:
             settings["lr"] = group.lr * self.factor(epoch)
 
     def step(self, loss: torch.Tensor, gradient_hook: GradientHook | None = None) -> None:
-        """One backward pass and one update of all groups; `gradient_hook` sees the gradients in between.
-
-        It may raise, or give a scalar on the device; on CUDA no update is made where that is 1.
+        """One backward pass and one update of all groups. `gradient_hook` gets the gradients in between; it may raise,
+        or return a scalar on the device: on CUDA no update is made where that is 1.
         """
         self.sgd.zero_grad(set_to_none=True)
         loss.backward()

@@ -14,49 +14,35 @@ class Reporter(Protocol):
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         """A run of `steps` training steps starts; `done` of them were done before."""
+        return
 
     def advance(self, step: int) -> None:
         """Step `step` (counted from 1) is done."""
+        return
 
     def record(self, record: dict[str, Any]) -> None:
         """A line that also went to `metrics.jsonl`."""
+        return
 
     def end(self) -> None:
         """The run has ended, well or not."""
+        return
 
     def say(self, text: str) -> None:
         """A message, one line."""
+        return
 
     def warn(self, text: str) -> None:
         """A warning: something went wrong that the run survives."""
+        return
 
     def stop(self) -> int:
         """Number of the signal that asked the run to save its state and to end; 0: none did."""
-
-
-class NullReporter:
-    """A reporter that ignores everything."""
-
-    def begin(self, title: str, steps: int, done: int = 0) -> None:
-        return
-
-    def advance(self, step: int) -> None:
-        return
-
-    def record(self, record: dict[str, Any]) -> None:
-        return
-
-    def end(self) -> None:
-        return
-
-    def say(self, text: str) -> None:
-        return
-
-    def warn(self, text: str) -> None:
-        return
-
-    def stop(self) -> int:
         return 0
+
+
+class NullReporter(Reporter):
+    """A reporter that ignores everything."""
 
 
 def raise_if_stopped(reporter: Reporter) -> None:

@@ -29,11 +29,11 @@ AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. An es
 class Mode(NamedTuple):
     """How a run computes on its device. The only place that decides on number types and memory layout.
 
-    reduced  the type of the networks' products and convolutions; None: that of their weights. Losses, the router, the
-             optimizer and BatchNorm's statistics are outside of it, and get what the networks give by `to_fp32`
-    graphed  a step is captured and replayed as one CUDA graph
-    ahead    steps whose images the teacher sees in one pass; 1: no look-ahead
-    gathered  losses between samples see those of all processes
+    autocast_dtype  of the networks' products and convolutions; None: that of their weights. Losses, the router, the
+                    optimizer and BatchNorm's statistics are outside of it, behind `to_fp32`
+    gather_batch    losses between samples get those of all processes
+    graphed         a step is captured and replayed as one CUDA graph
+    ahead           steps whose images the teacher gets in one pass; 1: no look-ahead
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -92,11 +92,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_task(task: nn.Module, device: torch.device, *, graphed: bool = False) -> None:
-    """Compile a task in place, whole: what does not fit in one graph is an error.
-
-    Every batch size has a graph of its own: the whole batches and the last one of an epoch. `graphed`: the whole step
-    becomes a CUDA graph, so the compiler makes none.
-    """
+    """Compile a task in place, as one graph for each batch size; `graphed`: the step becomes a CUDA graph anyway."""
     launches_at_once = device.type == "cuda" and not graphed
     task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if launches_at_once else None)
 
@@ -121,10 +117,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def translate_oom(batch_size: int) -> Iterator[None]:
-    """Turn a device's or the machine's refusal of memory into a MemoryLimitError that names a batch size that fits.
-
-    Nearly all that a step holds grows with the batch, so half of it is half of the need: an estimate, on the safe side.
-    """
+    """Turn an out-of-memory error into a MemoryLimitError that names a batch size that should fit: half of this one."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -184,5 +177,5 @@ def _commit() -> str | None:
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None

@@ -22,10 +22,9 @@ def check(kind: str | None) -> None:
 
 @contextmanager
 def log_to_tensorboard(run: RunDir, kind: str | None) -> Iterator[None]:
-    """While this is open, every number that goes to a log of the run goes to its TensorBoard folder as well.
+    """Also write every number of the run's logs to its TensorBoard folder: over the step, or over the epoch.
 
-    Training figures stand over the step, evaluations and the use of spots over the epoch. A resumed run repeats the
-    points of the epoch it takes up; they are the same.
+    A resumed run repeats the points of the epoch that it begins in; they are the same.
     """
     if kind is None:
         yield

@@ -12,21 +12,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.checkpoint import Checkpoint
-from sakd_cli.engine.ddp import of_all_processes, wrap_ddp
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.graphs import Device, GraphedStep
-from sakd_cli.engine.meters import Meter, top1
 from sakd_cli.engine.nan_guard import LOWER, Guard
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.recorder import Meter, SpotRecorder, top1
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.engine.task import StepOutput, Task
+from sakd_cli.engine.task import SpotUse, StepOutput, Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
 from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
@@ -55,9 +54,9 @@ def _unwrapped(network: nn.Module) -> nn.Module:
 
 
 class EvaluationData(NamedTuple):
-    """selection: batches that choose the best epoch, and their name; test: the batches of the reported result.
+    """Batches that choose the best epoch, with their name, and those of the reported result.
 
-    wrap   what is evaluated, given the task's network: itself, or others with it
+    wrap  what is evaluated, given the task's network: itself, or others with it
     """
 
     selected_on: str
@@ -68,7 +67,7 @@ class EvaluationData(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """What a run is for: who judges the network, and who writes it down."""
+    """What a run is for: what evaluates the network, and what writes it."""
 
     evaluation: EvaluationData
     writer: ModelWriter
@@ -77,7 +76,7 @@ class TrainingOutput(NamedTuple):
 class Trainer:
     """Runs `task` for `epochs` epochs in a run directory; killed at any instant, another one goes on to the same bits.
 
-    With an `outcome` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
+    With an `output` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
     task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the
     reporter asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called; any but
     the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`. With `graphs` its steps are
@@ -107,7 +106,7 @@ class Trainer:
         self.suffix = "" if phase == MAIN else f"-{phase}"
         self.steps = epochs * loader.steps_per_epoch
         self.step = 0  # steps done
-        self.epoch = 0  # epochs done: trained, judged, recorded
+        self.epoch = 0  # epochs done: trained, evaluated, recorded
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.guard = Guard(next(task.parameters()).device)
@@ -119,7 +118,7 @@ class Trainer:
         self._timing, self._since = "other", 0.0
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end; returns how the time was spent and, with an outcome, the figures of last and best epoch.
+        """Train to the end; returns how the time was spent and, with an output, the metrics of last and best epoch.
 
         Raises Stopped where the reporter asked for it; the state is saved then.
         """
@@ -230,13 +229,13 @@ class Trainer:
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if self.recorder is not None:
                 write_aside(self.run.path / f"samples{self.suffix}.safetensors", save(self.recorder.by_sample()))
-            # At its end only: a step later these are no longer the weights that were judged.
+            # At its end only: a step later these are no longer the weights that were evaluated.
             if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
                 checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)
             checkpoint.write(self.folder / "last", save_model, self._tensors(), state, keep=True)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that a step depends on or changes, but for what the delivery writes: the network has its own file."""
+        """All that a step depends on or changes, but for the delivered network, which has its own file."""
         own = "network." if self.output is not None else None
         state = self.task.state_dict().items()
         tensors = {f"task/{name}": tensor for name, tensor in state if own is None or not name.startswith(own)}
@@ -249,7 +248,8 @@ class Trainer:
     def resume(self, loaded: Checkpoint) -> None:
         """Go on from a checkpoint of the same run. Raises CheckpointError where it is that of another one."""
         kinds = ("task", "momentum", "meter", "samples")
-        parts = {kind: _below(loaded.training, kind) for kind in kinds}
+        saved = loaded.training.items()
+        parts = {kind: {k.removeprefix(f"{kind}/"): v for k, v in saved if k.startswith(f"{kind}/")} for kind in kinds}
         network = {f"network.{name}": tensor for name, tensor in (loaded.model or {}).items()}
         state = loaded.state
         try:
@@ -263,23 +263,19 @@ class Trainer:
             self.epoch, self.step, self.best = int(state["epoch"]), int(state["step"]), dict(state["best"])
             self.seconds = dict(state["seconds"])
             self.guard.go_on(self.step)
-            self._check_best()
             checkpoint.restore_random_state(loaded.training)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{loaded.folder}: is not of this run ({reason})") from None
+        try:
+            checkpoint.read(self.folder / "best")
+        except CheckpointError:  # a damaged best epoch ends no run: the best of those to come takes its place
+            self.best = {}
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to train."""
         return self.epoch == self.epochs
-
-    def _check_best(self) -> None:
-        """A damaged best epoch ends no run: the best of those to come takes its place."""
-        try:
-            checkpoint.read(self.folder / "best")
-        except CheckpointError:
-            self.best = {}
 
     def _final_metrics(self, output: TrainingOutput) -> dict[str, Any]:
         evaluation = output.evaluation
@@ -324,5 +320,32 @@ class Trainer:
         self._timing, self._since = phase, now
 
 
-def _below(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
+def wrap_ddp(task: Task) -> nn.Module:
+    """The task; where several processes train it, with gradients that are the mean of theirs.
+
+    Buffers are not broadcast: what a step records of its own rows is averaged by `distributed.average_buffers`, and
+    everything else is the same in every process.
+    """
+    if distributed.world_size() == 1:
+        return task
+    # Under the name of the argument for it torch 2.15 warns and torch 2.11 knows no other.
+    none = [name for name, _ in task.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, none)
+    return DistributedDataParallel(task, find_unused_parameters=task.has_unused_parameters)
+
+
+def of_all_processes(
+    parts: dict[str, Tensor], use: SpotUse | None, batch: Batch
+) -> tuple[dict[str, Tensor], SpotUse | None, Tensor, Tensor]:
+    """Means, the routing, labels [N] and index [N] of the whole batch, of which each process has its own rows."""
+    if distributed.world_size() == 1:
+        return parts, use, batch.labels, batch.index
+    means = distributed.all_reduce_mean(torch.stack([part.detach().double() for part in parts.values()]), batch)
+    parts = dict(zip(parts, means.unbind(), strict=True))
+    if use is None:
+        return parts, None, batch.labels, batch.index
+    chances = [] if use.probability is None else [use.probability.T]
+    weight, labels, index, *chance = distributed.all_gather_packed(
+        [use.weight.T, batch.labels, batch.index, *chances], batch
+    )
+    return parts, SpotUse(weight.T, chance[0].T if chance else None, use.events), labels, index

@@ -1,7 +1,7 @@
 """An ensemble whose images leave early or all go to the end: its metrics, its cost, and the curve between the two."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sakd_cli.documents.evaluation import ExitCosts, ExitMetrics, ExitPoint
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.models.ensemble import Ensemble
-from sakd_cli.models.exits import NEVER, Exits, leaving, mean_macs
+from sakd_cli.models.exits import NEVER, Exits, exit_stage, mean_macs
 
 POINTS = 21  # of a curve
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -31,18 +31,11 @@ class EarlyExit(nn.Module):
         return logits
 
 
-class ExitScores(NamedTuple):
-    """Scores, and the stage [N] at which each image left."""
-
-    scores: Scores
-    left: Tensor
-
-
-def evaluate_batches(ensemble: Ensemble, exits: Exits, batches: Batches, classes: int) -> ExitScores:
-    """Run an ensemble in evaluation mode over batches; what is skipped is not computed."""
+def evaluate_batches(ensemble: Ensemble, exits: Exits, batches: Batches, classes: int) -> tuple[Scores, Tensor]:
+    """Run an ensemble in evaluation mode; returns its scores and the stage [N] at which each image left."""
     early = EarlyExit(ensemble, exits).eval()
     scores = evaluate(early, batches, classes)
-    return ExitScores(scores, torch.cat(early.left).cpu())
+    return scores, torch.cat(early.left).cpu()
 
 
 def never(exits: Exits) -> Exits:
@@ -77,19 +70,19 @@ def exit_curve(
 ) -> list[ExitPoint]:
     """Accuracy and cost over a shared threshold, from all members for every image to the first member alone.
 
-    The thresholds are quantiles of the uncertainties on these images; no label chooses them.
+    Thresholds are quantiles of the uncertainties on these images; labels are not used to choose them.
     """
     pairs = [(ensemble.stages(images), labels) for images, labels in batches]
     stages, labels = torch.cat([logits for logits, _ in pairs], dim=1), torch.cat([labels for _, labels in pairs])
-    doubts, predictions = exits.doubt(stages[:-1]), stages.argmax(dim=-1)
+    uncertainties, predictions = exits.uncertainties(stages[:-1]), stages.argmax(dim=-1)
     grid = [NEVER]
-    if len(doubts):
-        ranked = doubts.flatten().sort().values
+    if len(uncertainties):
+        ranked = uncertainties.flatten().sort().values
         places = torch.linspace(0, len(ranked) - 1, POINTS - 1).long().tolist()
         grid += sorted({float(ranked[place]) for place in places})
     found = []
     for theta in grid:
-        left = leaving(doubts, [theta] * len(doubts))
+        left = exit_stage(uncertainties, [theta] * len(uncertainties))
         answers = predictions.gather(0, left[None])[0]
         top1, agreement = (100 * float((answers == right).double().mean()) for right in (labels, predictions[-1]))
         found.append((theta, top1, agreement, exit_costs(left.cpu(), macs, teacher_macs)))

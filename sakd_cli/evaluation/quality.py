@@ -35,10 +35,7 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def confusions(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[list[Confusion], list[Confusion | None]]:
-    """The most frequent pairs of (class, predicted as), and for each class its most frequent wrong answer.
-
-    None for a class of which no image was misclassified.
-    """
+    """The most frequent pairs (class, predicted as); of each class its most frequent wrong answer, None without one."""
     counts = multiclass_confusion_matrix(logits, labels, num_classes=len(names)).cpu()
     images = counts.sum(dim=1)
     counts.fill_diagonal_(0)

@@ -12,10 +12,7 @@ WARM_UP, LEAST = 2, 3  # passes before the clock starts, passes that are timed a
 
 
 def speed(network: nn.Module, side: int, device: torch.device, *, batch: int, seconds: float) -> Speed:
-    """Forward passes in fp32, without gradients, after a warm-up; `seconds` are spent on each of the two.
-
-    The latency is that of one image, the throughput that of batches; the memory is not known on a CPU.
-    """
+    """Latency of one image and throughput of batches in fp32, `seconds` spent on each; no memory on a CPU."""
     single = _times(network, side, device, 1, seconds)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

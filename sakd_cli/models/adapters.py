@@ -5,8 +5,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from sakd_cli.models.layout import PLANES, Layout
-from sakd_cli.models.staged import Shape
+from sakd_cli.models.staged import PLANES, Layout, Shape
 
 
 @final
@@ -21,26 +20,17 @@ class ConvAdapter(nn.Module):
     def __init__(self, source: Shape, target: Shape, *, relu: bool = True) -> None:
         super().__init__()
         (c1, h1, w1), (c2, h2, w2) = source, target
-        if h1 == 2 * h2:
-            self.conv: nn.Module = nn.Conv2d(c1, c2, 3, 2, 1)
-            self.geometry = "conv 3x3 /2"
-        elif 2 * h1 == h2:
-            self.conv = nn.ConvTranspose2d(c1, c2, 4, 2, 1)
-            self.geometry = "up-conv 4x4 x2"
-        elif h1 >= 3 * h2:
-            stride = h1 // h2
-            kernel = (h1 - stride * (h2 - 1), w1 - stride * (w2 - 1))
-            self.conv = nn.Conv2d(c1, c2, kernel, stride)
-            self.geometry = f"conv {kernel[0]}x{kernel[1]} /{stride}"
-        elif h1 >= h2:
-            kernel = (1 + h1 - h2, 1 + w1 - w2)
-            self.conv = nn.Conv2d(c1, c2, kernel)
-            self.geometry = f"conv {kernel[0]}x{kernel[1]}"
-        else:
-            stride = h2 // h1
-            kernel = (h2 - stride * (h1 - 1), w2 - stride * (w1 - 1))
-            self.conv = nn.ConvTranspose2d(c1, c2, kernel, stride)
-            self.geometry = f"up-conv {kernel[0]}x{kernel[1]} x{stride}"
+        up, kernel, stride, padding = h1 < h2, (3, 3), 2, 1
+        if 2 * h1 == h2:
+            kernel = (4, 4)
+        elif h1 != 2 * h2:
+            (h, w), (low, narrow) = ((h2, w2), (h1, w1)) if up else ((h1, w1), (h2, w2))
+            stride, padding = h // low if up or h1 >= 3 * h2 else 1, 0
+            kernel = (h - stride * (low - 1), w - stride * (narrow - 1))
+        convolution = nn.ConvTranspose2d if up else nn.Conv2d
+        self.conv = convolution(c1, c2, kernel, stride, padding)
+        shape = f"{kernel[0]}x{kernel[1]}"
+        self.geometry = f"up-conv {shape} x{stride}" if up else f"conv {shape}" + f" /{stride}" * (stride > 1)
         self.norm = nn.BatchNorm2d(c2)
         self.activation = nn.ReLU() if relu else nn.Identity()
 

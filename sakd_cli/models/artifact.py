@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sakd_cli.config.networks import TRUST, factories
-from sakd_cli.errors import NonFiniteError, UsageError
+from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, write_aside, write_json
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -30,10 +30,7 @@ Card = TypeVar("Card")
 
 
 class NetworkCard(NamedTuple):
-    """What one must know to use the weights.
-
-    mean, std are of pixel values in [0, 1], per channel; side is the image's height and width in pixels.
-    """
+    """What the weights need to be used; mean, std: of pixel values in [0, 1]; side: height and width in pixels."""
 
     architecture: str
     dataset: str
@@ -60,10 +57,7 @@ def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
 
 
 def save_module(path: Path, form: str, module: nn.Module, card: str) -> None:
-    """Write a module with its `card` (JSON) and the digest of its numbers in the header, atomically.
-
-    Tensors are made contiguous first: safetensors refuses others. It has no checksum of its own, hence the digest.
-    """
+    """Write a module with its `card` (JSON) and the digest of its numbers in the header, atomically."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
     header = {"format": form, "card": card, "digest": _digest(card, tensors)}
     # One entry: safetensors writes several in a random order, and the same network must be the same file.
@@ -83,10 +77,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
 
 
 def load(path: Path) -> Artifact:
-    """Read a weights file or the folder around one.
-
-    Raises UsageError where it is missing, damaged or not ours, NonFiniteError where a weight is no number.
-    """
+    """Read a weights file or the folder around one. UsageError where it is missing, damaged or not ours."""
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{file}: no such file", hint="give a run directory or a model.safetensors written by sakd")
@@ -136,7 +127,7 @@ def load_module(
             module, card = build(header["card"])
         module = fill_weights(module, tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{file}: its weights do not fit its header ({_first_line(error)})") from None
+        raise UsageError(f"{file}: its weights do not fit its header ({first_line(error)})") from None
     check_finite(file, tensors)
     return module, card, sha256(file)
 
@@ -148,7 +139,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{file}: damaged or not a safetensors file ({_first_line(error)})", hint=IMPORT) from None
+        raise UsageError(f"{file}: damaged or not a safetensors file ({first_line(error)})", hint=IMPORT) from None
 
 
 def ghost(architecture: str, classes: int, side: int) -> StagedModel:
@@ -163,10 +154,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fill_weights(module: Module, tensors: dict[str, Tensor]) -> Module:
-    """The module, which is on the meta device or (of another library) on the CPU, with these weights on the CPU.
-
-    Raises ValueError where a tensor is missing, odd or misshapen.
-    """
+    """Load weights into a module on the meta device or CPU, ending on the CPU. ValueError where they do not fit."""
     expected = module.state_dict()
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"{odd[0][:40]!r} is {'missing' if odd[0] in expected else 'no tensor of the network'}")
@@ -202,10 +190,6 @@ def _digest(card: str, tensors: dict[str, Tensor]) -> str:
         summed.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         summed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return summed.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:100]
 
 
 def _readme(card: NetworkCard, about: dict[str, Any]) -> str:

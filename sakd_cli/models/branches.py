@@ -19,18 +19,14 @@ from torch import Tensor, nn
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import Artifact, load_module, save_module
-from sakd_cli.models.layout import ToMap
-from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.staged import StagedModel, ToMap
 from sakd_cli.models.table import create
 
 FORMAT = "sakd.branches/1"
 
 
 class BranchPoint(NamedTuple):
-    """Where a branch hangs: behind this stage of the teacher, in the place of this stage of the student.
-
-    tail   which of the tails it ends in
-    """
+    """A branch: behind this stage of the teacher, for this stage of the student, ending in tail number `tail`."""
 
     student: str
     stage: int
@@ -72,9 +68,9 @@ class Tail(nn.Module):
 
 @final
 class Branches(nn.Module):
-    """All branches of `students` (names of networks) on a teacher that is trained on images of `side` pixels.
+    """All branches of `students` (names of networks) on a teacher for images of `side` pixels.
 
-    share   all branches of a student end in one tail, entered at different stages; otherwise each has its own
+    share  all branches of a student end in one tail, entered at different stages; otherwise each has its own
     """
 
     def __init__(self, teacher: StagedModel, students: Sequence[str], side: int, *, share: bool) -> None:
@@ -137,10 +133,7 @@ def save_branches(path: Path, branches: Branches, teacher: str) -> None:
 
 
 def load_branches(path: Path, teacher: Artifact) -> Branches | None:
-    """Read branches for the teacher they were trained with; None where they were trained with other weights.
-
-    Raises UsageError where the file is damaged or not one of branches.
-    """
+    """Read branches; None where they were trained with another teacher's weights. UsageError where damaged."""
 
     def build(header: str) -> tuple[Branches, BranchCard]:
         card = _CARD.validate_json(header)

@@ -61,8 +61,7 @@ class _Living(TorchDispatchMode):
 def peak_memory(model: nn.Module, side: int, batch: int) -> int:
     """Most bytes alive at once while `batch` images are classified: weights, buffers, activations in fp32.
 
-    Counted tensor by tensor on the meta device, so that it is the same on every machine; what a kernel needs for itself
-    and what an allocator keeps back come on top.
+    Counted on the meta device, the same on every machine, without the workspace of kernels and of the allocator.
     """
     ghost = copy.deepcopy(model).to("meta").eval()
     own = [*ghost.parameters(), *ghost.buffers()]

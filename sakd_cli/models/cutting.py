@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sakd_cli.errors import UsageError
-from sakd_cli.models.layout import Layout
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.errors import UsageError, first_line
+from sakd_cli.models.staged import Layout, StagedModel, StageInfo
 
 SPLIT = 4  # stages of blocks of one size, where that is all there is (ViT)
 PATCH = 4  # a network that begins so much smaller than its images has blocks of that size: its stem ends before them
@@ -79,15 +78,14 @@ def _plain(value: Any) -> Any:
 
 
 def cut(network: nn.Module, name: str, family: str, num_classes: int, side: int) -> StagedModel:
-    """The network as a StagedModel for images of `side` pixels; its modules are used, not copied.
-
-    Raises UsageError that says why where it cannot be cut.
-    """
+    """The network as a StagedModel for images of `side` pixels, sharing its modules. UsageError where that fails."""
     training = network.training
     probe = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 4 - 2
     try:
         with torch.no_grad():
-            _in_place(network, allowed=False)
+            for module in network.modules():
+                if isinstance(getattr(module, "inplace", None), bool):  # what a spot sees must stay
+                    module.inplace = False  # type: ignore[assignment]
             plain = network.eval()(probe)
             model = _assembled(network, name, family, num_classes, side, probe)
             _check(model.eval(), probe, plain)
@@ -96,18 +94,6 @@ def cut(network: nn.Module, name: str, family: str, num_classes: int, side: int)
     except Exception as error:  # whatever a network of somebody else's raises
         raise UsageError(f"{name}: fails on images of {side}x{side} pixels ({first_line(error)})") from None
     return model.train(training)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of somebody else's says, as far as it fits into a line."""
-    return str(error).strip().partition("\n")[0][:90] or type(error).__name__
-
-
-def _in_place(network: nn.Module, *, allowed: bool) -> None:
-    """No activation may write over what a spot sees; the numbers are the same."""
-    for module in network.modules():
-        if isinstance(getattr(module, "inplace", None), bool):
-            module.inplace = allowed  # type: ignore[assignment]
 
 
 def _assembled(network: nn.Module, name: str, family: str, num_classes: int, side: int, probe: Tensor) -> StagedModel:
@@ -125,27 +111,13 @@ def _assembled(network: nn.Module, name: str, family: str, num_classes: int, sid
     for number, place in enumerate(places):
         c, h, w = place.shape
         signed = bool((recorder.values[place.node] < 0).any())
-        info = StageInfo(
-            f"stage{number}" if number else "stem",
-            c,
-            max(1, round(side / h)),
-            signed=signed,
-            size=(h, w),
-            layout=place.layout,
-        )
+        part, stride = f"stage{number}" if number else "stem", max(1, round(side / h))
+        info = StageInfo(part, c, stride, signed=signed, size=(h, w), layout=place.layout)
         stages.append((info, _piece(network, graph, before, place.node)))
         before = place.node
     stages.append((StageInfo("pool", recorder.values[pooled].shape[1], 0), _piece(network, graph, before, pooled)))
     linear = cast(nn.Linear, network.get_submodule(head))
-    return StagedModel(
-        name=name,
-        family=family,
-        stages=stages,
-        num_classes=num_classes,
-        preactivation=None,
-        head=linear,
-        head_name=head,
-    )
+    return StagedModel(name, family, stages, num_classes, None, head=linear, head_name=head)
 
 
 def _check(model: StagedModel, probe: Tensor, plain: Tensor) -> None:

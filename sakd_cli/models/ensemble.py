@@ -52,16 +52,13 @@ class Ensemble(nn.Module):
             yield logits
 
     def adaptive(self, images: Tensor, exits: Exits) -> tuple[Tensor, Tensor]:
-        """Images to the logits [N, K] with which each sample left, and the stage [N] at which it did.
-
-        In evaluation mode. A member sees the samples that have not left, and nothing where all have.
-        """
+        """Images to logits [N, K] and exit stages [N], in evaluation mode; a member runs on what reaches it only."""
         first, *others = self.members
         logits = first(images)
         left = torch.full((len(images),), len(others), device=images.device)
         alive = torch.arange(len(images), device=images.device)
         for stage, (member, limit) in enumerate(zip(others, exits.thresholds, strict=True)):
-            leaves = exits.doubt(logits[alive]) <= limit
+            leaves = exits.uncertainties(logits[alive]) <= limit
             left[alive[leaves]] = stage
             alive = alive[~leaves]
             if not len(alive):
@@ -95,10 +92,7 @@ class LoadedEnsemble(NamedTuple):
 
 
 def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, facts: dict[str, Any]) -> None:
-    """Write the deployable folder; ensemble.json, its last file, makes it one.
-
-    facts   its further entries; among them `rule`, settings of ResidualConfig, and `teacher` with its MACs
-    """
+    """Write the folder, ensemble.json last; `facts`: further entries of it, with `rule` and `teacher` (its MACs)."""
     folder.mkdir(exist_ok=True)
     members = []
     for place, member in enumerate(ensemble.members):
@@ -126,7 +120,7 @@ def load(folder: Path) -> LoadedEnsemble:
         low, high = saved["scale"]
         thresholds = tuple(float(limit) for limit in saved["thresholds"])
         exits = Exits(str(saved["uncertainty"]), (float(low), float(high)), thresholds)
-        exits.doubt(torch.zeros(1, 2))  # an unknown uncertainty has no function
+        exits.uncertainties(torch.zeros(1, 2))  # an unknown uncertainty has no function
         teacher_macs, rule = int(about["teacher"]["macs"]), dict(about["rule"])
         files = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
         if len(files) != len(thresholds) + 1:

@@ -1,6 +1,6 @@
-"""Who may leave an ensemble early: how unsure logits are, and thresholds fitted on held-out images (Li et al., ResKD).
+"""Early exits of an ensemble: uncertainty of logits, and thresholds fitted on validation images (Li et al., ResKD).
 
-A sample leaves at the first stage n whose uncertainty is at most thresholds[n]; after the last stage all leave.
+A sample exits at the first stage n whose uncertainty is at most thresholds[n]; after the last stage all do.
 """
 
 import math
@@ -55,66 +55,61 @@ class Exits(NamedTuple):
     scale: tuple[float, float]
     thresholds: tuple[float, ...]
 
-    def doubt(self, logits: Tensor) -> Tensor:
+    def uncertainties(self, logits: Tensor) -> Tensor:
         """Logits [..., K] to uncertainties [...] in [0, 1]."""
         low, high = self.scale
         return ((MEASURES[self.uncertainty](logits.float()) - low) / max(high - low, 1e-12)).clamp(0, 1)
 
-    def leaving(self, stages: Tensor) -> Tensor:
+    def exit_stage(self, stages: Tensor) -> Tensor:
         """Logits after each stage [M+1, N, K] to the stage [N] at which each sample leaves."""
-        return leaving(self.doubt(stages[:-1]), self.thresholds)
+        return exit_stage(self.uncertainties(stages[:-1]), self.thresholds)
 
 
-def leaving(doubts: Tensor, thresholds: Sequence[float]) -> Tensor:
+def exit_stage(uncertainties: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Uncertainties [M, N] after all stages but the last to the stage [N], 0 .. M, at which each sample leaves."""
-    at_last = torch.ones_like(doubts[:1]) if len(doubts) else doubts.new_ones(1, doubts.shape[1])
-    early = [(doubt <= limit).to(doubts.dtype)[None] for doubt, limit in zip(doubts, thresholds, strict=True)]
-    return torch.cat([*early, at_last]).argmax(dim=0)  # the first of the largest
+    limits = uncertainties.new_tensor(thresholds)[:, None]
+    return (~(uncertainties <= limits)).long().cumprod(dim=0).sum(dim=0)
 
 
 def fit(config: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[int], teacher_macs: int | None) -> Exits:
-    """Thresholds by `config.rule` from the logits after each stage, [M+1, N, K], of images that nobody was trained on.
+    """Thresholds by `config.rule` from logits after each stage, [M+1, N, K], of images that were not trained on.
 
-    macs: of each member; teacher_macs: what a budget is a share of (None: of all members together).
+    macs: of each member; teacher_macs: what a budget is a fraction of (None: of all members together).
     """
     scale = RANGES.get(config.uncertainty)
     if scale is None:
-        seen = MEASURES[config.uncertainty](stages.float())
-        scale = float(seen.min()), float(seen.max())
+        values = MEASURES[config.uncertainty](stages.float())
+        scale = float(values.min()), float(values.max())
     exits = Exits(config.uncertainty, scale, ())
-    doubts = exits.doubt(stages[:-1])
+    uncertainties = exits.uncertainties(stages[:-1])
     match config.rule:
         case "agreement":
-            found = _stage_by_stage(doubts, _disagreement(stages), config.delta)
+            predictions = stages.argmax(dim=-1)
+            changed = (predictions[:-1] != predictions[-1:]).double()
+            found = _stage_by_stage(uncertainties, changed, config.delta)
         case "accuracy":
             right = (stages.argmax(dim=-1) == labels).double()
-            found = _stage_by_stage(doubts, right[-1:] - right[:-1], config.delta)
+            found = _stage_by_stage(uncertainties, right[-1:] - right[:-1], config.delta)
         case "fixed":
-            found = [config.theta] * len(doubts)
+            found = [config.theta] * len(uncertainties)
         case "budget":
-            found = [_within(config.budget * (teacher_macs or sum(macs)), doubts, macs)] * len(doubts)
+            found = [_within(config.budget * (teacher_macs or sum(macs)), uncertainties, macs)] * len(uncertainties)
     return exits._replace(thresholds=tuple(found))
 
 
-def _disagreement(stages: Tensor) -> Tensor:
-    """[M, N]: 1 where the prediction after a stage is not that of all members."""
-    predictions = stages.argmax(dim=-1)
-    return (predictions[:-1] != predictions[-1:]).double()
-
-
-def _stage_by_stage(doubts: Tensor, losses: Tensor, delta: float) -> list[float]:
+def _stage_by_stage(uncertainties: Tensor, losses: Tensor, delta: float) -> list[float]:
     """Per stage the threshold that lets most of those who reach it leave at a mean loss of at most `delta`."""
-    reached = torch.ones(doubts.shape[1], dtype=torch.bool, device=doubts.device)
+    reached = torch.ones(uncertainties.shape[1], dtype=torch.bool, device=uncertainties.device)
     found = []
-    for doubt, loss in zip(doubts, losses, strict=True):
-        found.append(_longest_prefix(doubt[reached], loss[reached], delta))
-        reached = reached & (doubt > found[-1])
+    for uncertainty, loss in zip(uncertainties, losses, strict=True):
+        found.append(_longest_prefix(uncertainty[reached], loss[reached], delta))
+        reached = reached & (uncertainty > found[-1])
     return found
 
 
-def _longest_prefix(doubt: Tensor, loss: Tensor, delta: float) -> float:
+def _longest_prefix(uncertainty: Tensor, loss: Tensor, delta: float) -> float:
     """The last uncertainty of the longest prefix, the surest first, that holds the bound; equal ones go together."""
-    ranked, order = doubt.sort(stable=True)
+    ranked, order = uncertainty.sort(stable=True)
     mean = loss[order].cumsum(0) / torch.arange(1, len(order) + 1, device=loss.device)
     ends = torch.ones_like(ranked, dtype=torch.bool)
     ends[:-1] = ranked[1:] != ranked[:-1]
@@ -122,15 +117,15 @@ def _longest_prefix(doubt: Tensor, loss: Tensor, delta: float) -> float:
     return float(ranked[fits[-1]]) if len(fits) else NEVER
 
 
-def _within(limit: float, doubts: Tensor, macs: Sequence[int]) -> float:
+def _within(limit: float, uncertainties: Tensor, macs: Sequence[int]) -> float:
     """The smallest shared threshold with a mean cost of at most `limit`; where none is, the one that all leave at."""
-    candidates = [NEVER, *doubts.unique().tolist()]
-    place = bisect_left(candidates, True, key=lambda theta: mean_macs(_shared(doubts, theta), macs) <= limit)
+    candidates = [NEVER, *uncertainties.unique().tolist()]
+
+    def fits(theta: float) -> bool:
+        return mean_macs(exit_stage(uncertainties, [theta] * len(uncertainties)), macs) <= limit
+
+    place = bisect_left(candidates, True, key=fits)
     return float(candidates[min(place, len(candidates) - 1)])
-
-
-def _shared(doubts: Tensor, theta: float) -> Tensor:
-    return leaving(doubts, [theta] * len(doubts))
 
 
 def mean_macs(left: Tensor, macs: Sequence[int]) -> float:

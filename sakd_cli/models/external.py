@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.errors import UsageError, unknown
-from sakd_cli.models.cutting import cut, first_line
+from sakd_cli.errors import UsageError, first_line, unknown
+from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
 
 NO_TIMM = "timm is not installed"
@@ -31,24 +31,18 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
     def __call__(self) -> nn.Module:
-        network: nn.Module = getattr(importlib.import_module(self.module), self.function)(self.entry, **self.arguments)
-        return network
+        return getattr(importlib.import_module(self.module), self.function)(self.entry, **self.arguments)
 
     def __str__(self) -> str:
         arguments = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
         return f"{self.module}.{self.function}({self.entry!r}{arguments})"
 
 
-def torchvision(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
-    """A classifier of torchvision with fresh weights. Raises UsageError where there is none or it cannot be cut."""
-    calls = _of_torchvision(entry, num_classes, side)
-    return _cut(name, "torchvision", num_classes, side, lambda: _first_that_fits(name, calls)[0])
-
-
-def timm(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
-    """The same of timm."""
-    calls = _of_timm(entry, num_classes, side)
-    return _cut(name, "timm", num_classes, side, lambda: _first_that_fits(name, calls)[0])
+def from_library(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
+    """A network of torchvision or timm with fresh weights. UsageError where there is none or it cannot be cut."""
+    library = name.partition("/")[0]
+    calls = _CALLS[library](entry, num_classes, side)
+    return _cut(name, library, num_classes, side, lambda: _first_that_fits(name, calls)[0])
 
 
 def factory(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
@@ -57,10 +51,7 @@ def factory(name: str, num_classes: int, side: int, *, entry: str) -> StagedMode
 
 
 def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
-    """The library's own trained weights of a network, under its names; fetched where they are not at hand.
-
-    Raises UsageError where there are none or they cannot be fetched.
-    """
+    """The library's own trained weights of a network, downloaded where needed. UsageError where there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -96,10 +87,7 @@ def _cut(name: str, family: str, num_classes: int, side: int, build: Callable[[]
 
 
 def library_call(name: str, num_classes: int, side: int) -> Call | None:
-    """How the library of `torchvision/NAME` or `timm/NAME` builds that network; None for a network of nobody's library.
-
-    Raises UsageError where the library has none of that name, or is not installed.
-    """
+    """How torchvision or timm builds this network; None for others. UsageError where it is unknown or not installed."""
     library, _, entry = name.partition("/")
     if library not in _CALLS:
         return None

@@ -21,6 +21,7 @@ from sakd_cli.models.dialects import DIALECTS, Rules
 from sakd_cli.models.staged import StagedModel
 
 KEYS = ("model", "state_dict", "net", "student", "model_state_dict", "weights")  # where training scripts put them
+OWN_NAMES: tuple[Rules, ...] = ((),)  # of a family without rules: a plug-in, a new one
 COUNTER = "num_batches_tracked"  # PyTorch before 0.4.1 had none, and no result depends on it
 ROOM = 64 * 1024**2  # bytes beside the weights: a memory bank of CRD has 50 MB
 ALONE = "where you trust the file, save its weights alone: torch.save(model.state_dict(), FILE)"
@@ -45,8 +46,8 @@ def load_foreign(file: Path, architecture: str, classes: int, side: int = 32) ->
     names = network.plain_names()
     kinds = {names[name]: tensor.dtype for name, tensor in network.state_dict().items()}
     known = brought(architecture) is not None
-    whole = {name for name, kind in kinds.items() if known and not kind.is_floating_point}
-    theirs = read_foreign(file, most, whole)
+    integers = {name for name, kind in kinds.items() if known and not kind.is_floating_point}
+    theirs = read_foreign(file, most, integers)
     if known:
         theirs = {name: tensor for name, tensor in theirs.items() if not name.lower().startswith("aux")}
     else:
@@ -67,16 +68,16 @@ def load_foreign(file: Path, architecture: str, classes: int, side: int = 32) ->
             if name.startswith("head.") and there[1:] == shape[1:]:
                 reason = f"is for {there[0]} classes, not for {classes}"
             raise UsageError(f"{file}: {reason}", hint=_advice(theirs))
-        kind = kinds[names[name]] if names[name] in whole else torch.float32
+        kind = kinds[names[name]] if names[name] in integers else torch.float32
         tensors[name] = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
     check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
     return fill_weights(network, tensors)
 
 
-def read_foreign(file: Path, most: int, whole: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a state dict, bare or under one of `KEYS`, without `module.` in front; `whole`: not of fractions.
+def read_foreign(file: Path, most: int, integers: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a state dict, bare or under one of `KEYS`, without `module.` in front. Raises UsageError.
 
-    Raises UsageError.
+    integers  names of those that need not be floating-point numbers
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
@@ -92,7 +93,7 @@ def read_foreign(file: Path, most: int, whole: Collection[str] = ()) -> dict[str
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{file}: {name[:40]!r} in its state dict is no tensor", hint=ALONE)
-        counts = name in whole or name.endswith(COUNTER)
+        counts = name in integers or name.endswith(COUNTER)
         kind = torch.is_floating_point(value) or (counts and not value.is_complex())
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or not kind:
             raise UsageError(f"{file}: {name[:40]!r} is no plain tensor of floating-point numbers")
@@ -122,21 +123,16 @@ def _unpickled(file: Path) -> Any:
 
 def _closest(architecture: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, Tensor]) -> dict[str, str]:
     """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
-    dialects = _dialects(find_network(architecture).family)
+    dialects = DIALECTS.get(find_network(architecture).family, OWN_NAMES)
     tables = [{name: translate_name(name, rules) for name in ours} for rules in dialects]
     return min(tables, key=lambda names: len(set(names.values()) ^ theirs.keys()))
-
-
-def _dialects(family: str) -> tuple[Rules, ...]:
-    """The naming rules of a family; one without any (a plug-in, a new family) is known under its own names only."""
-    return DIALECTS.get(family, ((),))
 
 
 def _advice(theirs: dict[str, Tensor]) -> str | None:
     """Which of our networks the tensors would fit, whatever the number of classes."""
     there = {name: tuple(tensor.shape) for name, tensor in theirs.items() if not name.endswith(COUNTER)}
     for network in NETWORKS.values():
-        if not any(translate_name("head.weight", rules) in theirs for rules in _dialects(network.family)):
+        if not any(translate_name("head.weight", rules) in theirs for rules in DIALECTS.get(network.family, OWN_NAMES)):
             continue
         every = shapes_of(ghost(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
@@ -144,12 +140,9 @@ def _advice(theirs: dict[str, Tensor]) -> str | None:
         body = {names[name]: shape for name, shape in ours.items() if not name.startswith("head.")}
         heads = {names[name] for name in ours if name.startswith("head.")}
         if {name: shape for name, shape in there.items() if name not in heads} == body:
-            return f"these are the weights of a {network.name} with {_classes(there, heads)} classes"
+            classes = max((there[name][0] for name in heads if there.get(name)), default=0)
+            return f"these are the weights of a {network.name} with {classes} classes"
     return None
-
-
-def _classes(there: dict[str, tuple[int, ...]], heads: set[str]) -> int:
-    return max((there[name][0] for name in heads if there.get(name)), default=0)
 
 
 def _few(names: list[str]) -> str:

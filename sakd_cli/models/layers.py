@@ -67,10 +67,7 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 def _run_before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of all stages, and the same in front of the last activation of each group of ActivatedBlocks.
-
-    Stem and pooled vector are the same in both lists.
-    """
+    """Outputs of all stages, and those in front of each group's last activation (of stem and pool: the same)."""
     stem, *groups, pool = stages
     outputs = [stem(x)]
     before = [outputs[0]]
@@ -86,14 +83,11 @@ def _run_before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple
     return [*outputs, pooled], [*before, pooled]
 
 
-def _last_affines(stages: Iterable[nn.Module]) -> list[Affine]:
-    """That of the last block of each group."""
-    _, *groups, _ = stages
-    return [cast(ActivatedBlock, cast(nn.Sequential, group)[-1]).affine() for group in groups]
-
-
 # For families whose groups consist of ActivatedBlocks.
-BEFORE_LAST_ACTIVATION = Preactivation(_run_before_last_activation, _last_affines)
+BEFORE_LAST_ACTIVATION = Preactivation(
+    run=_run_before_last_activation,
+    affines=lambda stages: [cast(ActivatedBlock, cast(nn.Sequential, g)[-1]).affine() for g in list(stages)[1:-1]],
+)
 
 
 def init_kaiming(model: nn.Module) -> None:

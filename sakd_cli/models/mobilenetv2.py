@@ -65,6 +65,6 @@ def build(name: str, num_classes: int, *, width: float) -> StagedModel:
         info = StageInfo(f"stage{number}", inputs, stride, signed=True, blocks=tuple(widths))
         stages.append((info, nn.Sequential(*blocks)))
     stages.append((StageInfo("pool", EMBEDDING, 0), nn.Sequential(ConvUnit(inputs, EMBEDDING, 1), GlobalPool())))
-    model = StagedModel(name=name, family="mobilenetv2", stages=stages, num_classes=num_classes, preactivation=None)
+    model = StagedModel(name, "mobilenetv2", stages, num_classes, None)
     init_small_head(model)
     return model

@@ -4,6 +4,8 @@ depth = 6n + 2: three groups of n basic blocks at strides 1, 2, 4. Stage outputs
 original in the projection shortcut (1x1 convolution and BatchNorm) where it pads with zeros; so do all peers.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import final
 
 from torch import Tensor, nn
@@ -41,17 +43,25 @@ def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = 
     """A CIFAR ResNet; `widths` are those of the stem and the three groups."""
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth of a CIFAR ResNet is 6n+2, not {depth}")
+    return residual_network(name, "resnet", num_classes, BasicBlock, widths, ((depth - 2) // 6,) * 3)
+
+
+def residual_network(
+    name: str,
+    family: str,
+    num_classes: int,
+    block: Callable[[int, int, int], nn.Module],
+    widths: Sequence[int],
+    counts: Sequence[int],
+) -> StagedModel:
+    """A 3x3 stem and groups of so many blocks at strides 1, 2, 4, ...; `widths`: of the stem and the groups."""
     stem = nn.Sequential(conv3x3(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU())
     stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", widths[0], 1), stem)]
-    for group, stride in enumerate((1, 2, 4), start=1):
-        inputs, outputs = widths[group - 1], widths[group]
-        blocks = [BasicBlock(inputs, outputs, 1 if group == 1 else 2)]
-        blocks += [BasicBlock(outputs, outputs, 1) for _ in range((depth - 2) // 6 - 1)]
-        info = StageInfo(f"stage{group}", outputs, stride, blocks=(outputs,) * len(blocks))
+    for group, ((inputs, outputs), count) in enumerate(zip(pairwise(widths), counts, strict=True)):
+        blocks = [block(inputs, outputs, 2 if group else 1), *(block(outputs, outputs, 1) for _ in range(count - 1))]
+        info = StageInfo(f"stage{group + 1}", outputs, 1 << group, blocks=(outputs,) * count)
         stages.append((info, nn.Sequential(*blocks)))
-    stages.append((StageInfo("pool", widths[3], 0), GlobalPool()))
-    model = StagedModel(
-        name=name, family="resnet", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
-    )
+    stages.append((StageInfo("pool", widths[-1], 0), GlobalPool()))
+    model = StagedModel(name, family, stages, num_classes, BEFORE_LAST_ACTIVATION)
     init_kaiming(model)
     return model

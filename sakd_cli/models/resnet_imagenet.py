@@ -9,9 +9,9 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, ActivatedBlock, GlobalPool, conv3x3, init_kaiming, projection
-from sakd_cli.models.resnet import BasicBlock
-from sakd_cli.models.staged import Affine, StagedModel, StageInfo
+from sakd_cli.models.layers import ActivatedBlock, conv3x3, projection
+from sakd_cli.models.resnet import BasicBlock, residual_network
+from sakd_cli.models.staged import Affine, StagedModel
 
 EXPANSION = 4
 
@@ -46,23 +46,6 @@ class Bottleneck(ActivatedBlock):
 
 def build(name: str, num_classes: int, *, blocks: tuple[int, int, int, int], bottleneck: bool) -> StagedModel:
     """A ResNet of four groups with so many blocks each, at strides 1, 2, 4, 8."""
-    make = Bottleneck if bottleneck else BasicBlock
-    stem = nn.Sequential(conv3x3(3, 64), nn.BatchNorm2d(64), nn.ReLU())
-    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", 64, 1), stem)]
-    inputs = 64
-    for group, count in enumerate(blocks):
-        outputs = (64 << group) * (EXPANSION if bottleneck else 1)
-        made = [make(inputs, outputs, 1 if group == 0 else 2), *(make(outputs, outputs, 1) for _ in range(count - 1))]
-        info = StageInfo(f"stage{group + 1}", outputs, 1 << group, blocks=(outputs,) * count)
-        stages.append((info, nn.Sequential(*made)))
-        inputs = outputs
-    stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
-    model = StagedModel(
-        name=name,
-        family="resnet_imagenet",
-        stages=stages,
-        num_classes=num_classes,
-        preactivation=BEFORE_LAST_ACTIVATION,
-    )
-    init_kaiming(model)
-    return model
+    block, expansion = (Bottleneck, EXPANSION) if bottleneck else (BasicBlock, 1)
+    widths = 64, *((64 << group) * expansion for group in range(4))
+    return residual_network(name, "resnet_imagenet", num_classes, block, widths, blocks)

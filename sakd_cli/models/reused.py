@@ -9,8 +9,7 @@ from typing import final
 from torch import Tensor, nn
 
 from sakd_cli.models.layers import ConvUnit
-from sakd_cli.models.layout import PLANES, FromMap, ToMap
-from sakd_cli.models.staged import StagedModel, StageInfo
+from sakd_cli.models.staged import PLANES, FromMap, StagedModel, StageInfo, ToMap
 
 
 @final
@@ -40,9 +39,8 @@ def projector(student: StageInfo, teacher: StageInfo, factor: int) -> tuple[Stag
     ratio = max(1, teacher.stride // student.stride)
     inner = max(1, teacher.channels // factor)
     size = None if student.size is None else (student.size[0] // ratio, student.size[1] // ratio)
-    info = StageInfo(
-        "projector", teacher.channels, student.stride * ratio, student.halved_from, teacher.signed, size=size
-    )
+    stride = student.stride * ratio
+    info = StageInfo("projector", teacher.channels, stride, student.halved_from, teacher.signed, size=size)
     convolutions = [
         ConvUnit(student.channels, inner, 1),
         ConvUnit(inner, inner, 3),
@@ -54,14 +52,12 @@ def projector(student: StageInfo, teacher: StageInfo, factor: int) -> tuple[Stag
 
 def build(name: str, num_classes: int, *, student: StagedModel, teacher: StagedModel, factor: int) -> StagedModel:
     """The student (not copied) with a new projector and copies of the teacher's pooling stage and head."""
-    *kept, _ = zip(student.infos, student.stages, strict=True)
+    *own, _ = zip(student.infos, student.stages, strict=True)
     added = projector(student.infos[-2], teacher.infos[-2], factor)
     layout = teacher.infos[-2].layout
     rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(FromMap(layout), teacher.stages[-1])
     pool = teacher.infos[-1], FrozenCopy(rest)
-    model = StagedModel(
-        name=name, family="reused", stages=[*kept, added, pool], num_classes=num_classes, preactivation=None
-    )
+    model = StagedModel(name, "reused", [*own, added, pool], num_classes, None)
     model.head.load_state_dict(teacher.head.state_dict())
     model.head.requires_grad_(False)
     return model

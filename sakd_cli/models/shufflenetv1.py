@@ -61,6 +61,4 @@ def build(name: str, num_classes: int) -> StagedModel:
         stages.append((info, nn.Sequential(*made)))
         inputs = outputs
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
-    return StagedModel(
-        name=name, family="shufflenetv1", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
-    )
+    return StagedModel(name, "shufflenetv1", stages, num_classes, BEFORE_LAST_ACTIVATION)

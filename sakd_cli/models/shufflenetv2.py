@@ -37,7 +37,7 @@ class DownUnit(nn.Module):
 class SplitUnit(ActivatedBlock):
     """Half of the channels pass, the others go through 1x1, depthwise 3x3, 1x1; shuffled. The shape stays.
 
-    In front of the activation the channels are not shuffled yet, and the half that passes is as it came.
+    In front of the activation the channels are not shuffled yet.
     """
 
     def __init__(self, channels: int) -> None:
@@ -77,6 +77,4 @@ def build(name: str, num_classes: int, *, widths: tuple[int, int, int], embeddin
         stages.append((info, nn.Sequential(*made)))
         inputs = outputs
     stages.append((StageInfo("pool", embedding, 0), nn.Sequential(ConvUnit(inputs, embedding, 1), GlobalPool())))
-    return StagedModel(
-        name=name, family="shufflenetv2", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
-    )
+    return StagedModel(name, "shufflenetv2", stages, num_classes, BEFORE_LAST_ACTIVATION)

@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from sakd_cli.errors import UsageError
-from sakd_cli.models.layout import PLANES, Layout
-from sakd_cli.models.staged import Shape, StagedModel
+from sakd_cli.models.staged import PLANES, Layout, Shape, StagedModel
 
 
 class Spot(NamedTuple):
-    """A pair of stages. `student` and `teacher` are stage indices; shapes are of one sample, without the batch.
-
-    layouts: how a network's map lies in the value that it hands on.
-    """
+    """A pair of stages, by index; shapes are of one sample. Layouts: how a network's map lies in the stage's output."""
 
     name: str
     kind: Literal["map", "embedding", "logits"]

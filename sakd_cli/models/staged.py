@@ -12,11 +12,48 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
-from sakd_cli.models.layout import PLANES, Layout
 
 Shape = tuple[int, ...]
 Channels = tuple[float, ...]
 Want = Literal["stages", "blocks", "preactivations"]
+
+
+class Layout(NamedTuple):
+    """How the value between two stages holds a map, some tokens of which are of no place.
+
+    planes: [N, C, H, W], the map itself. pixels: [N, H, W, C]. tokens: [N, prefix + H W, C], row by row.
+
+    The `prefix` tokens (class token, distillation token, registers) are of the whole image. A map has no room for them:
+    they stay in the value that the network hands on, and only what stands for it at a spot is without them.
+    """
+
+    form: Literal["planes", "pixels", "tokens"] = "planes"
+    prefix: int = 0
+
+    def to_map(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What a spot sees of the value: the map [N, C, H, W]; `shape` is (C, H, W). A view, no copy."""
+        if self.form == "pixels":
+            return x.permute(0, 3, 1, 2)
+        if self.form == "tokens":
+            return x[:, self.prefix :].transpose(1, 2).unflatten(2, shape[1:])
+        return x
+
+    def from_map(self, x: Tensor) -> Tensor:
+        """A map [N, C, H, W] of another network as the value that this one goes on with.
+
+        Its prefix tokens are the mean of its own: nothing of the network it enters is used, so that all of what the
+        router sees behind a change of networks has come through the adapter. The paper has no networks with tokens.
+        """
+        if self.form == "pixels":
+            return x.permute(0, 2, 3, 1)
+        if self.form == "tokens":
+            tokens = x.flatten(2).transpose(1, 2)
+            prefix = tokens.mean(dim=1, keepdim=True).expand(-1, self.prefix, -1)
+            return torch.cat([prefix, tokens], dim=1) if self.prefix else tokens
+        return x
+
+
+PLANES = Layout()
 
 
 class StageInfo(NamedTuple):
@@ -113,6 +150,30 @@ class Preactivation(NamedTuple):
 
 
 @final
+class ToMap(nn.Module):
+    """`Layout.to_map` as a module, for chains of them."""
+
+    def __init__(self, layout: Layout, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layout, self.shape = layout, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layout.to_map(x, self.shape)
+
+
+@final
+class FromMap(nn.Module):
+    """`Layout.from_map` as a module."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layout.from_map(x)
+
+
+@final
 class StagedModel(nn.Module):
     """A classifier cut into stages. A family of networks only fills in the stages and their infos.
 
@@ -125,12 +186,12 @@ class StagedModel(nn.Module):
 
     def __init__(
         self,
-        *,
         name: str,
         family: str,
         stages: Sequence[tuple[StageInfo, nn.Module]],
         num_classes: int,
         preactivation: Preactivation | None,
+        *,
         head: nn.Linear | None = None,
         head_name: str = "head",
     ) -> None:
@@ -244,11 +305,8 @@ class StagedModel(nn.Module):
         return self.head(x) if start <= len(self.stages) < stop else x
 
 
-def unrecorded_view(model: StagedModel) -> StagedModel:
-    """The same network with the very same parameters, whose BatchNorms use the batch's statistics and record nothing.
-
-    For features that are not its own: they must not move the statistics that it will be evaluated with.
-    """
+def untracked_view(model: StagedModel) -> StagedModel:
+    """The same network with shared parameters, whose BatchNorms use batch statistics and track none."""
     view = copy.deepcopy(model)
     for mine, theirs in zip(view.modules(), model.modules(), strict=True):
         for name, parameter in theirs.named_parameters(recurse=False):
@@ -260,10 +318,7 @@ def unrecorded_view(model: StagedModel) -> StagedModel:
 
 
 def frozen_view(model: StagedModel) -> StagedModel:
-    """The same network in evaluation mode and without gradients, sharing every weight and buffer with `model`.
-
-    What an optimizer or a BatchNorm changes in `model` is seen at once. Move `model` to its device first.
-    """
+    """The same network in evaluation mode and without gradients, sharing all weights and buffers with `model`."""
     view = copy.deepcopy(model).requires_grad_(False).eval()
     for mine, theirs in zip(view.modules(), model.modules(), strict=True):
         for name, parameter in theirs.named_parameters(recurse=False):

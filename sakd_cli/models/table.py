@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sakd_cli.config import plugins
-from sakd_cli.config.networks import Network, find_network
+from sakd_cli.config.networks import find_network
 from sakd_cli.errors import UsageError
 from sakd_cli.models import external, mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
 from sakd_cli.models.staged import StagedModel
@@ -26,8 +26,8 @@ FAMILIES: dict[str, Callable[..., StagedModel]] = {
 # Those that are built for one side of the images.
 FITTED: dict[str, Callable[..., StagedModel]] = {
     "reused": _reused,
-    "torchvision": external.torchvision,
-    "timm": external.timm,
+    "torchvision": external.from_library,
+    "timm": external.from_library,
     "factory": external.factory,
 }
 
@@ -41,18 +41,14 @@ def _callable(name: str, build: object) -> Callable[[str, int], object]:
 PLUGGED = plugins.Table[Callable[[str, int], object]]("network", {}, plugins.NETWORKS, _callable)
 
 
-def _built(made: object, network: Network, num_classes: int) -> StagedModel:
-    """What a plug-in has built, if it is what it was asked for."""
-    if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
-        raise UsageError(f"{network.family}: {network.name} is no StagedModel of that name for {num_classes} classes")
-    return made
-
-
 def create(name: str, num_classes: int, side: int = 32) -> StagedModel:
     """A freshly initialised network for images of `side` pixels. Raises UsageError with the nearest name."""
     network = find_network(name)
     if network.plugged:
-        return _built(PLUGGED.row(network.name)(network.name, num_classes), network, num_classes)
+        made = PLUGGED.row(network.name)(network.name, num_classes)
+        if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
+            raise UsageError(f"{network.family}: {name} is no StagedModel of that name for {num_classes} classes")
+        return made
     if network.family in FITTED:
         return FITTED[network.family](network.name, num_classes, side, **network.arguments)
     return FAMILIES[network.family](network.name, num_classes, **network.arguments)

@@ -62,8 +62,6 @@ def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int
         stages.append((info, nn.Sequential(*blocks)))
         inputs = info.channels
     stages.append((StageInfo("pool", inputs, 0), GlobalPool()))
-    model = StagedModel(
-        name=name, family="vgg", stages=stages, num_classes=num_classes, preactivation=BEFORE_LAST_ACTIVATION
-    )
+    model = StagedModel(name, "vgg", stages, num_classes, BEFORE_LAST_ACTIVATION)
     init_small_head(model)
     return model

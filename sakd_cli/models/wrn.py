@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.models.layers import GlobalPool, conv3x3, init_fan_out
-from sakd_cli.models.staged import Affine, Preactivation, StagedModel, StageInfo
+from sakd_cli.models.staged import Preactivation, StagedModel, StageInfo
 
 
 @final
@@ -66,12 +66,11 @@ def _next_norms(stages: Iterable[nn.Module]) -> list[list[nn.BatchNorm2d]]:
     return [[next(later) for _ in group] for group in groups]
 
 
-def _next_affines(stages: Iterable[nn.Module]) -> list[Affine]:
-    """Weight and bias of the BatchNorm behind each group."""
-    return [(norms[-1].weight, norms[-1].bias) for norms in _next_norms(stages)]
-
-
-AFTER_NEXT_NORM = Preactivation(_after_next_norm, _next_affines, _next_norms)
+AFTER_NEXT_NORM = Preactivation(
+    run=_after_next_norm,
+    affines=lambda stages: [(norms[-1].weight, norms[-1].bias) for norms in _next_norms(stages)],
+    behind=_next_norms,
+)
 
 
 def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
@@ -88,6 +87,6 @@ def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel
         stages.append((info, nn.Sequential(*blocks)))
     pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
     stages.append((StageInfo("pool", widths[3], 0), pool))
-    model = StagedModel(name=name, family="wrn", stages=stages, num_classes=num_classes, preactivation=AFTER_NEXT_NORM)
+    model = StagedModel(name, "wrn", stages, num_classes, AFTER_NEXT_NORM)
     init_fan_out(model)
     return model

@@ -1,11 +1,14 @@
-"""The multi-path network: both networks run stage by stage, and each sample changes over where its gate says so."""
+"""The multi-path network, in which each sample changes over where its gate says so, and the loss of its router."""
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sakd_cli import distributed
+from sakd_cli.batch import Batch
 from sakd_cli.models.adapters import adapter
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
@@ -20,14 +23,14 @@ def mix(gate: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def split_by_path(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples by the way they go, from gates [N, S] of 0 and 1. The host reads how many there are.
+    """Rows by path, from gates [N, S] of 0 and 1; the host reads how many there are.
 
-    Those whose logits are the teacher's; of the others, those that were with the student at some spot, and those that
-    followed the teacher up to the last.
+    Those with the teacher's logits; of the others, those with the student at some spot, and all that followed
+    the teacher up to the last.
     """
-    taught, followed = gate[:, -1] > 0, gate[:, :-1].amin(dim=1) > 0
-    left, known = ~taught & ~followed, ~taught & followed
-    return taught.nonzero()[:, 0], left.nonzero()[:, 0], known.nonzero()[:, 0]
+    teachers, followed = gate[:, -1] > 0, gate[:, :-1].amin(dim=1) > 0
+    students, followers = ~teachers & ~followed, ~teachers & followed
+    return teachers.nonzero()[:, 0], students.nonzero()[:, 0], followers.nonzero()[:, 0]
 
 
 @final
@@ -71,13 +74,13 @@ class Graft(nn.Module):
         to_s, to_t = self._to_last_part(images, (teacher.raw or teacher.stages)[self.spots[0].teacher], gate)
         if not self.dynamic_shapes:
             return mix(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
-        taught, left, known = split_by_path(gate.detach())
-        ls, lt = self._student_end(to_s[torch.cat([left, known])]), self._teacher_end(to_t[taught])
+        teachers, students, followers = split_by_path(gate.detach())
+        ls, lt = self._student_end(to_s[torch.cat([students, followers])]), self._teacher_end(to_t[teachers])
         with torch.no_grad():
-            ls_of_taught, lt_of_left = self._student_end(to_s[taught]), self._teacher_end(to_t[left])
-        lt = torch.cat([lt, lt_of_left, teacher.logits[known].to(lt.dtype)])
-        order = torch.cat([taught, left, known])
-        routed = mix(gate[order, -1], torch.cat([ls_of_taught, ls]), lt)
+            ls_of_teachers, lt_of_students = self._student_end(to_s[teachers]), self._teacher_end(to_t[students])
+        lt = torch.cat([lt, lt_of_students, teacher.logits[followers].to(lt.dtype)])
+        order = torch.cat([teachers, students, followers])
+        routed = mix(gate[order, -1], torch.cat([ls_of_teachers, ls]), lt)
         return torch.empty_like(routed).index_copy(0, order, routed)
 
     def _to_last_part(self, images: Tensor, q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,3 +113,35 @@ class Graft(nn.Module):
             return run(x, start + 1, stop + 1)
         (classes,) = self.spots[-1].student_shape
         return x.flatten(1).sum(dim=1, keepdim=True).expand(0, classes)
+
+
+class RouterLoss(NamedTuple):
+    """What is minimised; without gradient: cross-entropy of the routed network and of the student, flags of 0 or 1."""
+
+    loss: Tensor
+    ce: Tensor
+    student_ce: Tensor
+    raised: Tensor
+    lowered: Tensor
+    count_active: Tensor
+
+
+def router_loss(
+    routed: Tensor, batch: Batch, student_ce: Tensor, gate: Tensor, *, gamma: float, min_teacher_fraction: float
+) -> RouterLoss:
+    """c CE(routed) + max(0, fraction N - number of samples with the teacher's logits) (Song et al., IEEE TIP 2022).
+
+    c = gamma where the routed network is worse than the student alone, 1/gamma where it is better, 1 where equal. The
+    comparison carries no gradient; the count is neither scaled by c nor by 1/N. routed [N, classes], gate [N, S].
+    Comparison and count are of the whole batch where several processes share it.
+    """
+    ce = F.cross_entropy(routed, batch.labels)
+    routed_ce, alone = distributed.all_reduce_mean(ce, batch), distributed.all_reduce_mean(student_ce, batch)
+    raised, lowered = routed_ce > alone, routed_ce < alone
+    one = torch.ones_like(ce)
+    factor = torch.where(raised, one * gamma, torch.where(lowered, one / gamma, one)).detach()
+    missing = min_teacher_fraction * batch.size - distributed.all_reduce_sum_with_grad(gate[:, -1].sum(), batch)
+    active = (missing > 0).detach()
+    return RouterLoss(
+        factor * ce + F.relu(missing), routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))
+    )

@@ -36,7 +36,7 @@ def straight_through(scores: Tensor, uniform: Tensor, tau: float) -> Tensor:
 
 @final
 class Adaptive(Router):
-    """One linear layer on both pooled vectors scores teacher against student at every spot, and a coin is drawn.
+    """One linear layer on both pooled vectors scores teacher against student at every spot, and one is drawn.
 
     scores = W [teacher; student] + b, reshaped to [N, S, 2] with the teacher's score first
     P(teacher) = sigmoid(teacher score - student score)
@@ -90,20 +90,17 @@ class Fixed(Router):
 
 @final
 class Random(Router):
-    """An independent coin per sample and spot, with a rate per epoch and spot; after the last row, the last row.
+    """An independent draw per sample and spot, with a rate per epoch and spot; after the last row, the last row.
 
-    rates  [epochs, S] chance of distilling. The published control reuses the last feature spot's coin for the logits
+    rates  [epochs, S] chance of distilling. The published control reuses the last feature spot's draw for the logits
            and scales the cross-entropy by gamma; ours does neither (guide `methods`, deviations).
     """
-
-    rates: Tensor
-    now: Tensor
 
     def __init__(self, rates: Tensor) -> None:
         super().__init__()
         self.noise_width = rates.shape[1]
-        self.register_buffer("rates", rates)
-        self.register_buffer("now", rates[0].clone())
+        self.rates = nn.Buffer(rates)
+        self.now = nn.Buffer(rates[0].clone())
 
     def begin_epoch(self, epoch: int) -> None:
         self.now.copy_(self.rates[min(epoch, len(self.rates)) - 1])

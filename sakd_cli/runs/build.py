@@ -19,8 +19,7 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
 from sakd_cli.data import table as datasets
-from sakd_cli.data.dataset import hold_out, limit_train
-from sakd_cli.data.generators import seeded_generator
+from sakd_cli.data.dataset import hold_out, limit_train, seeded_generator
 from sakd_cli.data.sources import cache_policy
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
@@ -247,9 +246,8 @@ def search_of(job: Job) -> SearchTask | None:
     purposes = [f"search/{one.place}" for one in sought][: 1 if settings.joint else None]
     students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
     with _initialised(config.seed, "search"):
-        return SearchTask(students, partial(teacher.features, want="blocks"), sought, settings, mixer.take).to(
-            job.device
-        )
+        task = SearchTask(students, partial(teacher.features, want="blocks"), sought, settings, mixer.set_weights)
+    return task.to(job.device)
 
 
 def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:

@@ -54,7 +54,7 @@ def load_mixtures(settings: MethodConfig, distiller: Any, teacher: str) -> None:
     if theirs != ours:
         raise UsageError(f"{settings.weights}: has {_told(theirs)}; this run mixes {_told(ours)}")
     for k, group in enumerate(distiller.groups):
-        distiller.take(k, torch.tensor(groups[group.stage]))
+        distiller.set_weights(k, torch.tensor(groups[group.stage]))
 
 
 def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.data.dataset import Split
-from sakd_cli.data.generators import seeded_generator
+from sakd_cli.data.dataset import Split, seeded_generator
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.documents.spots import EXTREMES, RoutedNetwork, SampledScore, Score, SpotPlace, SurveyHeader
 from sakd_cli.documents.spots import Split as SplitName

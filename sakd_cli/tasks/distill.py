@@ -20,8 +20,7 @@ from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, Want
-from sakd_cli.routing.graft import Graft
-from sakd_cli.routing.objective import router_loss
+from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Decision, Router
 
 

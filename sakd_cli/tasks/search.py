@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.config.methods import DFAConfig
-from sakd_cli.data.alternating import AlternatingLoader, split_in_halves
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.loader import TrainLoader
+from sakd_cli.data.loader import AlternatingLoader, TrainLoader, split_in_halves
 from sakd_cli.distillers.dfa import BlockGroup, Match, connect
 from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.spot import Spot
-from sakd_cli.models.staged import Features, StagedModel, unrecorded_view
+from sakd_cli.models.staged import Features, StagedModel, untracked_view
 
 
 class Sought(NamedTuple):
@@ -88,7 +87,7 @@ class SearchTask(Task):
         self.beta = nn.ParameterList([nn.Parameter(torch.zeros(len(group.places))) for _, _, group in sought])
         self._searches = list(zip(self.sought, matches, drops, strict=True))
         self._students = list(students)
-        self._tails = [unrecorded_view(student).train() for student in students]
+        self._tails = [untracked_view(student).train() for student in students]
         self._at_hand: Batch | None = None
 
     def groups(self) -> list[ParamGroup]:
