@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Precomputed(Protocol):
-    """Tensors [B, ...] that were computed of a batch's images before its step; the task knows what they are."""
+    """Tensors [B, ...] of a batch's images that were computed before its step; the task knows what they are."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed."""

@@ -243,7 +243,7 @@ def test_small_sets_are_held_in_memory_and_large_ones_are_not(root: Path) -> Non
     assert held == {4.0: True, 1e-5: False}
     for words in ({"augment": "crop"}, {"cache": False}):
         images = loaded(root, **words)
-        with pytest.raises(UsageError, match=r"teacher\.bank: imagefolder is read from files"):
+        with pytest.raises(UsageError, match=r"teacher\.cache: imagefolder is read from files"):
             views(images.train, images.dataset, CPU)
     images = loaded(root)
     assert views(images.train, images.dataset, CPU).count == 2 * 5**2

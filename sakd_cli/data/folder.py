@@ -124,11 +124,8 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding]) -> 
 def _wrong(part: SplitContents) -> list[Finding]:
     """Faults of one part alone."""
     where, names = str(part.folder), list(part.files)
-    findings = [
-        Finding("empty-class", str(part.folder / name), "holds no picture")
-        for name, files in part.files.items()
-        if not files
-    ]
+    empty = [name for name, files in part.files.items() if not files]
+    findings = [Finding("empty-class", str(part.folder / name), "holds no picture") for name in empty]
     if not names:
         findings.append(Finding("missing", where, "holds no folder: there is to be one for every class"))
     if len(names) == 1:
@@ -137,13 +134,8 @@ def _wrong(part: SplitContents) -> list[Finding]:
     for name in names:
         first = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if first != name:
-            findings.append(
-                Finding(
-                    "case",
-                    str(part.folder / name),
-                    f"differs from class {first!r} only by case or by spelling of letters",
-                )
-            )
+            text = f"differs from class {first!r} only by case or by spelling of letters"
+            findings.append(Finding("case", str(part.folder / name), text))
     return findings
 
 
@@ -153,9 +145,8 @@ def _differ(train: SplitContents, test: SplitContents) -> list[Finding]:
     for here, there in ((train, test), (test, train)):
         if lacking := [name for name in here.files if name not in there.files]:
             shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-            findings.append(
-                Finding("classes-differ", str(there.folder), f"lacks {shown}, which {here.folder.name} has")
-            )
+            text = f"lacks {shown}, which {here.folder.name} has"
+            findings.append(Finding("classes-differ", str(there.folder), text))
     return findings
 
 

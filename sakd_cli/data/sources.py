@@ -18,10 +18,7 @@ from sakd_cli.errors import UsageError
 
 
 def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
-    """The same splits, the training one first, marked whether to cache them in memory: as configured, or by size.
-
-    Splits that are in memory anyway stay as they are.
-    """
+    """The splits, the training one first, those in files marked to be cached in memory: as configured, or by size."""
     if not isinstance(config, FilesConfig):
         return list(splits)
     need = 3 * sum(len(split) * split.side**2 for split in splits)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import MethodConfig
+from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, Want
 
@@ -113,6 +114,14 @@ class SpotwiseDistiller(Distiller, ABC):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         pairs = zip(self.pairs(student, teacher), weight, strict=True)
         return torch.stack([self.spot_loss(k, s, t, w) for k, ((s, t), w) in enumerate(pairs)])
+
+
+def require_equal_channels(method: str, spots: tuple[Spot, ...]) -> None:
+    """Raise UsageError where the networks' maps differ in their number of channels."""
+    for spot in spots:
+        if (ours := spot.student_shape[0]) != (theirs := spot.teacher_shape[0]):
+            channels = f"{ours} channels in the student and {theirs} in the teacher"
+            raise UsageError(f"method {method}: stage {spot.name} has {channels}; they must be equal")
 
 
 def weighted_mean(per_sample: Tensor, weight: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.config.methods import FSPConfig
-from sakd_cli.distillers.distiller import Warmup, pooled_to_smaller
-from sakd_cli.errors import UsageError
+from sakd_cli.distillers.distiller import Warmup, pooled_to_smaller, require_equal_channels
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
@@ -31,12 +30,7 @@ class FSP(Warmup):
 
     def __init__(self, spots: tuple[Spot, ...], config: FSPConfig) -> None:
         super().__init__(spots, trains_student=True)
-        for spot in spots:
-            if spot.student_shape[0] != spot.teacher_shape[0]:
-                raise UsageError(
-                    f"method fsp: stage {spot.name} has {spot.student_shape[0]} channels in the student "
-                    f"and {spot.teacher_shape[0]} in the teacher; they must be equal"
-                )
+        require_equal_channels("fsp", spots)
 
     def forward(self, student: Features | None, teacher: Features) -> Tensor:
         assert student is not None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import KDSVDConfig
-from sakd_cli.distillers.distiller import Distiller, weighted_mean
+from sakd_cli.distillers.distiller import Distiller, require_equal_channels, weighted_mean
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
@@ -95,12 +95,7 @@ class KDSVD(Distiller):
         self.count, self.extra = config.directions, config.extra
         if len(spots) < 2:
             raise UsageError("method kdsvd: relates each stage to the next, and here is one stage only")
-        for spot in spots:
-            if spot.student_shape[0] != spot.teacher_shape[0]:
-                raise UsageError(
-                    f"method kdsvd: stage {spot.name} has {spot.student_shape[0]} channels in the student "
-                    f"and {spot.teacher_shape[0]} in the teacher; they must be equal"
-                )
+        require_equal_channels("kdsvd", spots)
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         ours, theirs = [], []

@@ -49,21 +49,17 @@ class ModelWriter(Protocol):
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None: ...
 
 
-def _unwrapped(network: nn.Module) -> nn.Module:
-    return network
-
-
 class EvaluationData(NamedTuple):
     """Batches that choose the best epoch, with their name, and those of the reported result.
 
-    wrap  what is evaluated, given the task's network: itself, or others with it
+    wrap  the network that is evaluated, given the task's; None: that itself
     """
 
     selected_on: str
     validation: Iterable[tuple[Tensor, Tensor]]
     test: Iterable[tuple[Tensor, Tensor]]
     classes: int
-    wrap: Callable[[nn.Module], nn.Module] = _unwrapped
+    wrap: Callable[[nn.Module], nn.Module] | None = None
 
 
 class TrainingOutput(NamedTuple):
@@ -118,10 +114,7 @@ class Trainer:
         self._timing, self._since = "other", 0.0
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end; returns how the time was spent and, with an output, the metrics of last and best epoch.
-
-        Raises Stopped where the reporter asked for it; the state is saved then.
-        """
+        """Train to the end; returns the time spent and, with an output, metrics of last and best epoch; or Stopped."""
         figures: dict[str, Any] = {}
         self.reporter.begin(f"{self.phase}: {self.run.path.name}", self.steps, self.step)
         self._since = time.perf_counter()
@@ -205,7 +198,8 @@ class Trainer:
     def _evaluate(
         self, network: nn.Module, evaluation: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]
     ) -> Scores:
-        return evaluate(evaluation.wrap(network), batches, evaluation.classes, together=True)
+        evaluated = network if evaluation.wrap is None else evaluation.wrap(network)
+        return evaluate(evaluated, batches, evaluation.classes, together=True)
 
     def _save(self) -> None:
         self.guard.check()

@@ -35,7 +35,7 @@ def margin(logits: Tensor) -> Tensor:
 
 
 def energy(logits: Tensor) -> Tensor:
-    """Minus log-sum-exp of the logits: of no fixed range, so it is scaled by what held-out images show."""
+    """Minus log-sum-exp of the logits, scaled by its range on validation images."""
     return -logits.logsumexp(dim=-1)
 
 

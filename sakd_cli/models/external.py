@@ -46,7 +46,7 @@ def from_library(name: str, num_classes: int, side: int, *, entry: str) -> Stage
 
 
 def factory(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
-    """What a function of the user's gives. It runs his code: the caller has made sure that the user named it."""
+    """The network of a user's function, whose code this runs: the caller checks that the user named it."""
     return _cut(name, "factory", num_classes, side, lambda: _made(entry, num_classes))
 
 
@@ -122,19 +122,16 @@ _CALLS: dict[str, Callable[[str, int, int], list[Call]]] = {"torchvision": _of_t
 
 def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]:
     """The network, built by the first of these calls whose arguments its builder knows, and that call."""
-    *first, last = calls
-    for one in first:
+    for call in calls:
         try:
-            return one(), one
-        except TypeError as error:
-            if not any(name in str(error) for name in one.arguments):
-                raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
+            return call(), call
         except Exception as error:
-            raise UsageError(f"{name}: cannot be built for these images ({first_line(error)})") from None
-    try:
-        return last(), last
-    except Exception as error:
-        raise UsageError(f"{name}: cannot be built ({first_line(error)})") from None
+            unknown_name = isinstance(error, TypeError) and any(argument in str(error) for argument in call.arguments)
+            if unknown_name and call is not calls[-1]:
+                continue
+            images = "" if isinstance(error, TypeError) or call is calls[-1] else " for these images"
+            raise UsageError(f"{name}: cannot be built{images} ({first_line(error)})") from None
+    raise AssertionError("at least one call")
 
 
 def _made(entry: str, num_classes: int) -> nn.Module:

@@ -12,7 +12,7 @@ from sakd_cli.models.staged import Affine, Preactivation
 
 
 class ActivatedBlock(nn.Module, ABC):
-    """A block that ends in an activation, and lets one see what stands in front of it."""
+    """A block that ends in an activation."""
 
     @abstractmethod
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
