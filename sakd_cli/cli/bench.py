@@ -37,19 +37,18 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
 
 def _measured(config: Any, options: Values, say: Callable[[str], None]) -> Bench:
     from sakd_cli.bench import measure
-    from sakd_cli.bench.compare import comparison, earlier, must_be_alike
     from sakd_cli.bench.scaling import points_of, scaled
     from sakd_cli.bench.steps import Setup, load_peer_step
 
     setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
     # Everything is checked before minutes are spent.
     points = points_of(axis, setup) if axis else []
-    before = earlier(options["compare"]) if options["compare"] else None
+    before = measure.earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():
         if before is not None:
-            must_be_alike(before, measure.machine(setup), measure.described(setup, how))
+            measure.must_be_alike(before, measure.machine(setup), measure.described(setup, how))
         peers = [load_peer_step(options["peer"], options["peer_entry"], setup)] if options["peer"] else []
         found = measure.measured(setup, how, peers, say)
         axes = scaled(axis, points, how, say) if points else None
-    change = None if before is None else comparison(before, found)
+    change = None if before is None else measure.comparison(before, found)
     return found.model_copy(update={"scaling": axes, "comparison": change})

@@ -1,7 +1,7 @@
 """What a run will cost: the time of a step from a short measurement, and the bytes that it leaves on the disk"""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -70,29 +70,23 @@ class Workbench:
 
 
 class Forecast(NamedTuple):
-    """Steps of a run, seconds of one (`measured`, or in proportion to its work), bytes of its directory."""
+    """Steps of a run, seconds of one (`measured`, or in proportion to its work in MACs), bytes of its directory."""
 
     steps: int
+    work: float
     step_seconds: float | None
     measured: bool
     run_bytes: int
 
 
-class _Seen(NamedTuple):
-    steps: int
-    work: float
-    seconds: float | None
-    run_bytes: int
-
-
 def forecast(configs: Mapping[str, RunConfig], seconds: float) -> dict[str, Forecast]:
-    """A forecast for each kind of run; after so many seconds no further one is timed, but reckoned from the others.
+    """A forecast for each kind of run; after so many seconds no further one is timed, but estimated from the others.
 
     Only training steps are timed: on images of noise, with networks of random weights. Raises UsageError where a
     method cannot be used for its networks, DataError where the images are missing.
     """
     keep_freed_memory()
-    until, benches, seen = time.monotonic() + seconds, dict[str, Workbench](), dict[str, _Seen]()
+    until, benches, seen = time.monotonic() + seconds, dict[str, Workbench](), dict[str, Forecast]()
     for key, config in configs.items():
         about = config.data.model_dump_json()
         if about not in benches:
@@ -102,19 +96,14 @@ def forecast(configs: Mapping[str, RunConfig], seconds: float) -> dict[str, Fore
             seen[key] = _look(config, benches[about], 0.0 if not seen else until)
         except UsageError as error:
             raise UsageError(f"{key}: {error.message}", error.hint) from None
-    rate = _rate(seen.values())
-    return {
-        key: Forecast(
-            one.steps,
-            one.seconds if one.seconds is not None or rate is None else rate * one.work,
-            one.seconds is not None,
-            one.run_bytes,
-        )
-        for key, one in seen.items()
-    }
+    timed = [one for one in seen.values() if one.step_seconds is not None]
+    rate = sum(one.step_seconds or 0.0 for one in timed) / sum(one.work for one in timed) if timed else None
+    if rate is None:
+        return seen
+    return {key: one if one.measured else one._replace(step_seconds=rate * one.work) for key, one in seen.items()}
 
 
-def _look(config: RunConfig, bench: Workbench, until: float) -> _Seen:
+def _look(config: RunConfig, bench: Workbench, until: float) -> Forecast:
     """One kind; it is timed as long as it is not `until` (0: however late it is)."""
     task, network, work = _task(config, bench)
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -124,7 +113,7 @@ def _look(config: RunConfig, bench: Workbench, until: float) -> _Seen:
     survey = SURVEY * bench.images if isinstance(task, DistillTask) else 0
     steps = config.train.epochs * -(-bench.images // config.train.batch_size)
     found = _timed(config, task, bench, until) if until == 0 or time.monotonic() < until else None
-    return _Seen(steps, work, found, CHECKPOINTS * state + parameters + survey)
+    return Forecast(steps, work, found, found is not None, CHECKPOINTS * state + parameters + survey)
 
 
 def _task(config: RunConfig, bench: Workbench) -> tuple[Task, nn.Module, float]:
@@ -164,9 +153,3 @@ def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> flo
             if attempt and time.monotonic() > until:
                 break
     return best
-
-
-def _rate(seen: Iterable[_Seen]) -> float | None:
-    """Seconds per multiply-accumulate, from those that were timed."""
-    timed = [(one.seconds, one.work) for one in seen if one.seconds is not None]
-    return sum(s for s, _ in timed) / sum(w for _, w in timed) if timed else None

@@ -56,7 +56,8 @@ def _planned(kind: str, runs: int, to_do: int, one: "Forecast | None") -> Planne
             what=kind, runs=runs, to_do=0, steps=0, step_seconds=None, measured=False, hours=0.0, run_bytes=0
         )
     hours = None if one.step_seconds is None else one.step_seconds * one.steps * to_do / HOUR
-    return PlannedRuns(what=kind, runs=runs, to_do=to_do, hours=hours, **one._asdict())
+    forecast = {key: value for key, value in one._asdict().items() if key in PlannedRuns.model_fields}
+    return PlannedRuns(what=kind, runs=runs, to_do=to_do, hours=hours, **forecast)
 
 
 def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[ScheduledRun]]) -> dict[str, RunConfig]:
