@@ -174,7 +174,7 @@ def test_the_picture_is_drawn_or_one_line_says_what_is_missing(
     picture.unlink(missing_ok=True)
     again = result(cli, "distill --resume searched")
     assert again.err.splitlines() == [
-        "no dfa.png: pictures need matplotlib, which is not installed (pip install 'sakd[plots]')"
+        "no dfa.png: plots need matplotlib, which is not installed (pip install 'sakd[plots]')"
     ]
     assert not picture.exists()
     monkeypatch.undo()

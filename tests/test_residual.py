@@ -327,7 +327,7 @@ def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, c
     trained_cli.assert_rejects(["eval", run, "--plot", "curve.txt"], 2, "--plot curve.txt")
     trained_cli.assert_rejects(["eval", run, "--plot", "nowhere/curve.png"], 2, "no such folder")
     with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
-        trained_cli.assert_rejects(["eval", run, "--plot", "curve.png"], 2, "pictures need matplotlib")
+        trained_cli.assert_rejects(["eval", run, "--plot", "curve.png"], 2, "plots need matplotlib")
 
 
 def test_the_curve_is_drawn(trained_cli: CliRunner, chained: dict[str, Any]) -> None:

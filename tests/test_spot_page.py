@@ -99,7 +99,7 @@ def test_without_matplotlib_one_line_says_so(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run(["inspect-spots", "--plot", str(tmp_path / "a.png")]) == 2
     error, hint = capsys.readouterr().err.splitlines()
-    assert error == "error: pictures need matplotlib, which is not installed"
+    assert error == "error: plots need matplotlib, which is not installed"
     assert hint == "hint: pip install 'sakd[plots]'"
     page = spot_page(document(), {}, drawn=False)
     assert "image/svg" not in page

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
-    """An image file's bytes and type (`svg+xml`, `png`), and what it shows, in words."""
+    """An image file's bytes and type (`svg+xml`, `png`), and its alternative text."""
 
     content: bytes
     kind: str

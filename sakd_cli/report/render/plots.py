@@ -1,4 +1,4 @@
-"""Pictures of reports: plain data in, a matplotlib Figure out, without a display.
+"""Plots of reports: documents in, a matplotlib Figure out, without a display.
 
 matplotlib is the extra `plots`. Every function draws into a figure of its own unless it is given a part of one.
 """
@@ -34,12 +34,12 @@ def new_figure(width: float = INCHES[0], height: float = INCHES[1]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("pictures need matplotlib, which is not installed", "pip install 'sakd[plots]'") from None
+        raise UsageError("plots need matplotlib, which is not installed", "pip install 'sakd[plots]'") from None
     return Figure(figsize=(width, height), layout="constrained", dpi=100)
 
 
 def available(warn: Callable[[str], None]) -> bool:
-    """Whether pictures can be drawn; if not, `warn` is told what to do."""
+    """Whether plots can be drawn; if not, `warn` gets what to do."""
     try:
         new_figure()
     except UsageError as error:
@@ -59,9 +59,9 @@ def rendered(figure: "Figure", kind: str) -> bytes:
 
 
 def checked(path: Path) -> Path:
-    """A file that a picture can be written to. UsageError for other formats, without its folder or matplotlib."""
+    """A file that a plot can be written to. UsageError for other formats, without its folder or matplotlib."""
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path}: a picture's name ends in {' or '.join(FORMATS)}")
+        raise UsageError(f"--plot {path}: the name ends in {' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--plot {path}: no such folder")
     new_figure()
@@ -227,7 +227,7 @@ def spot_figure(report: SpotsDocument, panel: str | None) -> "Figure":
     there = panels_of(report)
     if panel is not None:
         if panel not in there:
-            raise UsageError(f"--panel {panel}: this run has kept nothing to draw it from", "--live measures it")
+            raise UsageError(f"--panel {panel}: this run has nothing to draw it from", "--live measures it")
         tall = 1.2 + 0.16 * max(len(_classes_shown(report)[0]), 12)
         figure = new_figure(INCHES[0], tall if panel == "classes" else INCHES[1])
         PANELS[panel](report, figure)

@@ -62,17 +62,10 @@ def spot_sections(report: SpotsDocument, images: "Images", *, drawn: bool) -> li
 
 
 def _tiles(rows: list[ExtremeImage], images: "Images") -> list[Tile]:
-    return [
-        Tile(
-            Picture(png(images[row.index]), "png", f"image {row.index}: {word(row.label)}"),
-            [
-                f"{fraction(row.value)} %",
-                word(row.label),
-                f"S: {word(row.student_prediction)}",
-                f"T: {word(row.teacher_prediction)}",
-                f"loss {fixed(row.student_loss, 2)}",
-            ],
-        )
-        for row in rows
-        if row.index in images
-    ]
+    tiles = []
+    for row in rows:
+        if row.index in images:
+            names = [word(row.label), f"S: {word(row.student_prediction)}", f"T: {word(row.teacher_prediction)}"]
+            lines = [f"{fraction(row.value)} %", *names, f"loss {fixed(row.student_loss, 2)}"]
+            tiles.append(Tile(Picture(png(images[row.index]), "png", f"image {row.index}: {names[0]}"), lines))
+    return tiles
