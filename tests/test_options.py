@@ -6,6 +6,7 @@ import pytest
 from conftest import CliRunner
 
 from sakd_cli.config.base import description
+from sakd_cli.config.effective import effective
 from sakd_cli.config.keys import FOREIGN, keys_of, ours, places_of
 from sakd_cli.config.options import OPTIONS as TABLE
 from sakd_cli.config.resolve import ConfigSource, environment_sources, option_sources, resolve, set_sources
@@ -128,6 +129,15 @@ def test_the_published_recipe_can_be_verified_before_a_minute_is_trained(cli: Cl
         704,
     )
     assert (effective["training_images"], effective["validation_images"]) == (45000, 5000)
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "rate"),
+    [("ft", "ResNet50", 0.05), ("ft", "vgg13", 0.01), ("ft", "runs/t", None), ("fsp", "runs/t", 0.05)],
+)
+def test_the_rate_of_a_warm_up_is_shown_where_it_is_known(method: str, teacher: str, rate: float | None) -> None:
+    layers = option_sources({"method": method, "teacher": teacher, "student": "vgg8"})
+    assert effective(resolve("distill", layers).config)["method.warmup_lr"] == rate
 
 
 def test_what_is_computed_beforehand_is_what_a_run_has(cli: CliRunner) -> None:

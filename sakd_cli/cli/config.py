@@ -1,9 +1,5 @@
 """`sakd config show`: the configuration that options make, and where each setting comes from."""
 
-from enum import StrEnum
-from typing import Annotated
-
-import typer
 import yaml
 
 from sakd_cli.cli.console import emit, show
@@ -17,22 +13,8 @@ from sakd_cli.documents.listing import ShownConfig, ShownKey
 from sakd_cli.errors import UsageError
 
 
-class Which(StrEnum):
-    """Commands that have a config."""
-
-    distill = "distill"
-    pretrain = "pretrain"
-
-
-Task = Annotated[Which, typer.Option(help="Command whose configuration to show.", rich_help_panel="Configuration")]
-Describe = Annotated[bool, typer.Option("--describe", help="Show what each key means.", rich_help_panel="Output")]
-Origin = Annotated[bool, typer.Option("--origin", help="Show who set each key.", rich_help_panel="Output")]
-
-
 @with_options("config-show")
-def show_config(
-    options: Values, json: bool, task: Task = Which.distill, origin: Origin = False, describe: Describe = False
-) -> None:
+def show_config(options: Values, json: bool, task: str, origin: bool, describe: bool) -> None:
     """Print the complete configuration that these options make, and with --origin who set each key.
 
     Precedence: option, then environment (SAKD_*), then --config file, then --preset, then default.
@@ -43,12 +25,12 @@ def show_config(
 
         SAKD_SEED=3 sakd config show --preset quickstart --epochs 2 --origin
     """
-    command = "distill" if task is Which.distill else "pretrain-teacher"
+    command = "distill" if task == "distill" else "pretrain-teacher"
     has = {*options_of(command)}
     for name in OPTIONS.keys() & options.keys() - has:
         if OPTIONS[name].key and options[name]:
             raise UsageError(f"{OPTIONS[name].flag}: is no option of sakd {command}")
-    resolved = resolve(task.value, config_sources({name: value for name, value in options.items() if name in has}))
+    resolved = resolve(task, config_sources({name: value for name, value in options.items() if name in has}))
     settings, values = resolved.config.model_dump(mode="json"), effective(resolved.config)
     keys = [
         ShownKey(
@@ -61,11 +43,11 @@ def show_config(
     ]
     listed = origin or describe
     if json:
-        emit(ShownConfig(task=task.value, config=settings, effective=values, keys=keys if listed else None))
+        emit(ShownConfig(task=task, config=settings, effective=values, keys=keys if listed else None))
     elif not listed:
         show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
     else:
         from sakd_cli.report.render.listing import listing_table
 
         rows = [key.model_dump(exclude_none=True) | {"value": str(key.value)} for key in keys]
-        show(listing_table(f"config of {task.value}", rows))
+        show(listing_table(f"config of {task}", rows))

@@ -9,7 +9,7 @@ import typer
 
 from sakd_cli.config import datasets, methods, networks, routers
 from sakd_cli.config.keys import default_of
-from sakd_cli.config.options import FLAG, OPTIONS, Option, options_of
+from sakd_cli.config.options import FLAG, Option, options_of
 from sakd_cli.config.resolve import presets
 from sakd_cli.errors import UsageError
 
@@ -82,6 +82,3 @@ def _parameter(row: Option) -> inspect.Parameter:
 def _default(row: Option) -> str:
     value = default_of(row.key) if row.key and "(default" not in row.help else row.default
     return "" if value is None or value is ... or isinstance(value, bool) else f" (default {value})"
-
-
-Json = Annotated[bool, typer.Option("--json", help=OPTIONS["json"].help, rich_help_panel="Output")]

@@ -2,16 +2,15 @@
 
 import inspect
 from collections.abc import Mapping
-from enum import StrEnum
 from json import dumps
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.cli.options import Json, completion
-from sakd_cli.config import datasets, methods, networks, routers
+from sakd_cli.cli.options import NAMES, Values, completion, with_options
+from sakd_cli.config import methods, networks
 from sakd_cli.config.base import own_name, summary
 from sakd_cli.config.keys import explain
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
@@ -20,18 +19,11 @@ from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMetho
 from sakd_cli.documents.table import DOCUMENTS
 from sakd_cli.errors import UsageError, unknown
 
-
-class Kind(StrEnum):
-    """What can be listed."""
-
-    models = "models"
-    methods = "methods"
-    datasets = "datasets"
-    presets = "presets"
-    routers = "routers"
+Kind = Literal["models", "methods", "datasets", "presets", "routers"]
 
 
-def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: Json = False) -> None:
+@with_options("list")
+def listing(options: Values, json: bool, kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List models, methods, datasets, presets or routers.
 
     Examples:
@@ -40,30 +32,26 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")], json: J
 
         sakd list models --json
     """
-    document = Listing(kind=kind.value, rows=_rows(kind))
+    document = Listing(kind=kind, rows=_rows(kind))
     if json:
         emit(document)
         return
     from sakd_cli.report.render.listing import listing_table
 
-    show(listing_table(kind.value, [row.model_dump(exclude_none=True) for row in document.rows]))
-    if kind is Kind.models:
+    show(listing_table(kind, [row.model_dump(exclude_none=True) for row in document.rows]))
+    if kind == "models":
         show("and torchvision/NAME, timm/NAME, package.module:function")
 
 
 def _rows(kind: Kind) -> list[Listed]:
-    if kind is Kind.models:
+    if kind == "models":
         rows = [Listed(name=net.name, family=net.family, lr=net.lr) for net in networks.NETWORKS.values()]
         return rows + _plugged_networks()
-    if kind is Kind.presets:
+    if kind == "presets":
         return [Listed(name=name, about=preset_summary(path)) for name, path in presets().items()]
-    tables: dict[Kind, Mapping[str, type[Any]]] = {
-        Kind.methods: methods.METHODS,
-        Kind.routers: routers.ROUTERS,
-        Kind.datasets: datasets.DATASETS,
-    }
-    found = usable(tables[kind], ConsoleReporter(quiet=True).warn)
-    return [Listed(name=name, about=summary(of), package=_package(tables[kind], name)) for name, of in found.items()]
+    table = NAMES[kind]()
+    found = usable(table, ConsoleReporter(quiet=True).warn)
+    return [Listed(name=name, about=summary(of), package=_package(table, name)) for name, of in found.items()]
 
 
 def _package(table: Mapping[str, Any], name: str) -> str | None:
@@ -84,9 +72,11 @@ def _plugged_networks() -> list[Listed]:
     return rows
 
 
+@with_options("show-method")
 def show_method(
+    options: Values,
+    json: bool,
     name: Annotated[str, typer.Argument(help="A method of `sakd list methods`.", autocompletion=completion("methods"))],
-    json: Json = False,
 ) -> None:
     """Say what a method matches: formula, spots, published defaults and source.
 
@@ -125,8 +115,11 @@ def show_method(
     )
 
 
+@with_options("show-key")
 def show_key(
-    key: Annotated[str, typer.Argument(help="A key of the configuration, such as train.lr.")], json: Json = False
+    options: Values,
+    json: bool,
+    key: Annotated[str, typer.Argument(help="A key of the configuration, such as train.lr.")],
 ) -> None:
     """Say what a setting means: type, default, where the default comes from, and which methods have it.
 
@@ -147,8 +140,9 @@ def show_key(
     show(listing_table(key, [row.model_dump(exclude={"description"}) for row in document.rows]))
 
 
+@with_options("show-schema")
 def show_schema(
-    name: Annotated[str, typer.Argument(help=f"A document: {', '.join(DOCUMENTS)}.")], json: Json = False
+    options: Values, json: bool, name: Annotated[str, typer.Argument(help=f"A document: {', '.join(DOCUMENTS)}.")]
 ) -> None:
     """Print the JSON schema of a command's `--json`.
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
-from sakd_cli.config.networks import find_network
+from sakd_cli.config.methods import WarmedConfig
+from sakd_cli.config.networks import Network, find_network
 from sakd_cli.config.routers import LearnedConfig
 from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
 from sakd_cli.errors import UsageError
@@ -58,21 +59,26 @@ def effective(
     network = config.student if isinstance(config, DistillConfig) else getattr(config, "model", "")
     lr = initial_lr(config, network)
     values: dict[str, Any] = {"train.lr": lr, "train.milestones": list(config.train.decay_epochs())}
-    if isinstance(config, DistillConfig) and isinstance(config.router, LearnedConfig):
-        bias = config.router.teacher_bias
-        if bias is None and (one_family := _one_family(teacher or config.teacher.source, config.student)) is not None:
-            bias = teacher_bias(config.router, one_family=one_family)
-        values |= {"router.lr": router_lr(config.router, lr), "router.teacher_bias": bias}
-        values |= {"router.gamma": router_gamma(config.router, config)}
+    if isinstance(config, DistillConfig):
+        known = _find(teacher or config.teacher.source)
+        if isinstance(router := config.router, LearnedConfig):
+            one_family = None if known is None else known.kin == find_network(config.student).kin
+            open_bias = router.teacher_bias is None and one_family is None
+            values |= {"router.lr": router_lr(router, lr), "router.gamma": router_gamma(router, config)}
+            values["router.teacher_bias"] = None if open_bias else teacher_bias(router, one_family=bool(one_family))
+        if isinstance(config.method, WarmedConfig):
+            by_pair = known is None and config.method.warmup_lr is None and config.method.published_lr_of
+            warmup_lr = config.method.lr_of_warmup(known.name if known else "", config.student, lr)
+            values["method.warmup_lr"] = None if by_pair else warmup_lr
     residual = config.residual if isinstance(config, DistillConfig) else None
     train, validation = counts or image_counts(config.data, residual) or (None, None)
     values |= {"training_images": train, "validation_images": validation}
     return values | {"steps_per_epoch": None if train is None else -(-train // config.train.batch_size)}
 
 
-def _one_family(teacher: str, student: str) -> bool | None:
-    """Whether two networks are of one family; None where the teacher is a path."""
+def _find(network: str) -> Network | None:
+    """The network of this name; None for a path."""
     try:
-        return find_network(teacher).kin == find_network(student).kin
+        return find_network(network)
     except UsageError:
         return None
