@@ -112,7 +112,7 @@ def test_a_damaged_run_hides_no_other(trained_cli: CliRunner, tmp_path: Path, da
     (broken / "student").mkdir(parents=True)
     (broken / "config.yaml").write_text("a: [" if damage == "config.yaml" else damage)
     result = trained_cli.sakd("inspect-spots", "--runs-dir", str(tmp_path), "--json")
-    assert (result.document["schema"], result.err) == ("sakd.spots/1", "")
+    assert (result.document["schema"], result.err) == ("sakd.spots/2", "")
 
 
 KINDS = {"models": networks.NETWORKS, "methods": methods.METHODS, "datasets": datasets.DATASETS}

@@ -42,7 +42,7 @@ EPILOG = (
 )
 app = typer.Typer(
     name="sakd",
-    help="Distil image classifiers adaptively: per sample and step, decide where the student learns, and see it.",
+    help="Distill image classifiers adaptively: per sample and step, decide where the student learns, and see it.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode="markdown",

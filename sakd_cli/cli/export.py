@@ -18,7 +18,7 @@ Target = Annotated[
 
 @with_options("export")
 def export(options: Values, json: bool, quiet: bool, target: Target = None) -> None:
-    """Write the network alone for other programs, check its outputs, and say how to load it there.
+    """Export a network for other programs, check its outputs, and explain how to load it there.
 
     Of a run that is not finished, the network of its last checkpoint is exported.
 

@@ -18,7 +18,7 @@ FileArgument = Annotated[
 def import_weights(
     options: Values, json: bool, quiet: bool, network: str, import_dir: Path | None, file: FileArgument
 ) -> None:
-    """Make a folder for --teacher from weights of another program (RepDistiller, mdistiller), and evaluate them.
+    """Convert weights of another program (RepDistiller, mdistiller) to a folder for --teacher, and evaluate them.
 
     The file is read as plain tensors only; every tensor of the network is filled exactly once.
 

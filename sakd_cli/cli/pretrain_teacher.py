@@ -21,7 +21,7 @@ Model = Annotated[
 
 @with_options("pretrain-teacher")
 def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, model: Model = None) -> None:
-    """Train one network with cross-entropy: a teacher, or a student alone.
+    """Train one network with cross-entropy: a teacher, or a student from scratch.
 
     Examples:
 

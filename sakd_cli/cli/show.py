@@ -78,7 +78,7 @@ def show_method(
     json: bool,
     name: Annotated[str, typer.Argument(help="A method of `sakd list methods`.", autocompletion=completion("methods"))],
 ) -> None:
-    """Say what a method matches: formula, spots, published defaults and source.
+    """Explain a method: formula, spots, published defaults and source.
 
     Examples:
 
@@ -121,7 +121,7 @@ def show_key(
     json: bool,
     key: Annotated[str, typer.Argument(help="A key of the configuration, such as train.lr.")],
 ) -> None:
-    """Say what a setting means: type, default, where the default comes from, and which methods have it.
+    """Explain a setting: type, default, where the default comes from, and which methods have it.
 
     Examples:
 

@@ -37,7 +37,7 @@ FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's set
 
 @with_options("sweep")
 def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | None, file: FileOrPreset) -> None:
-    """Train a whole grid: methods x pairs x routers x seeds. What is finished is left alone, what is not goes on.
+    """Train a grid of methods x pairs x routers x seeds: finished runs are skipped, unfinished ones resumed.
 
     Examples:
 
