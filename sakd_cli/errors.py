@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class SakdError(Exception):
-    """Message, hint and exit code; the command line prints the first two and leaves with the third."""
+    """Message, hint (what to do) and exit code; raised directly it is an internal error."""
 
     exit_code = 1
 

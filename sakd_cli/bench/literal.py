@@ -1,8 +1,7 @@
 """The published training step, plain and slow: the baseline of the fast one (guide `methods`).
 
-Own code, written from the description in its order: rows are chosen by index, both networks run twice from the image,
-two losses are propagated backwards by two optimizers, and every gradient is zero-filled, as it was when the method was
-published. Nothing here is shared with the step that is measured but the network and adapter modules.
+Rows are chosen by index, both networks run twice from the image, two optimizers and zero-filled gradients, as when
+the method was published. Only network and adapter modules are shared with the step that is measured.
 """
 
 import copy

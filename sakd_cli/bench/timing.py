@@ -60,8 +60,7 @@ def interleaved(
 ) -> Times:
     """Call every variant once per round, in reversed order every other round; `warmup` rounds are not counted.
 
-    Whatever the machine does meanwhile meets all variants of a round alike, so ratios are taken within a round. On a
-    device that works by itself (`waited`) a variant must wait for it before it returns. Use one thread.
+    The machine's other load meets all variants of a round alike. With `waited` a variant waits for its device.
     """
     times = Times({name: [] for name in variants}, {name: [] for name in variants}, waited)
     for turn in range(warmup + rounds):

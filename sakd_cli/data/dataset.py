@@ -13,11 +13,10 @@ Channels = tuple[float, float, float]
 
 
 def seeded_generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
-    """A CPU generator that is a pure function of its three arguments.
+    """A CPU generator that is a pure function of its arguments, the same in every process and after every resume.
 
-    Its numbers are the same in every process, on every device and after every resume, so no generator state is ever
-    saved. The seed is a BLAKE2b hash of `seed/purpose/epoch`: Python's own `hash` of a string differs from process
-    to process, and adding the three numbers would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+    The seed is a BLAKE2b hash of `seed/purpose/epoch`: Python's `hash` of a string differs between processes, and a
+    sum would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
     """
     key = f"{seed}/{purpose}/{epoch}".encode()
     # torch's CPU engine (mt19937) keeps the low 32 bits of a seed only; give it those and no false promise of more.

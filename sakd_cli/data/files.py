@@ -19,10 +19,8 @@ HINT = "sakd data check names all such files; --set data.on_bad_image=skip leave
 
 
 class ImageSpec(NamedTuple):
-    """How images are brought to one size.
+    """Image size: `side` of the network's input, cut from the middle of a picture with shorter side `resize`.
 
-    side     height and width of what a network gets
-    resize   shorter side before that square is cut from the middle
     workers  processes that read
     """
 

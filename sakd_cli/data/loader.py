@@ -49,7 +49,7 @@ def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_wid
 
 
 class StepSlice(NamedTuple):
-    """A step of an epoch: this process's rows of its order; `global_size` and `shard_weight` are those of `Batch`."""
+    """A step of an epoch: this process's rows of its order; the rest is that of `Batch`."""
 
     rows: slice
     global_size: int

@@ -104,10 +104,9 @@ def in_memory(split: Split) -> bool:
 
 
 class BatchRequest(NamedTuple):
-    """A batch to read.
+    """A batch to read; `flip` [B]: whether to mirror.
 
-    where  per picture the 40 numbers of a random resized crop, [B, 40]; or the corner (dy, dx) in its border, [B, 2]
-    flip   [B] whether it is mirrored
+    where  40 numbers of a random resized crop, [B, 40], or the corner (dy, dx) in the border, [B, 2]
     """
 
     paths: list[str]

@@ -1,7 +1,6 @@
 """A training step as one launch: captured once as a CUDA graph, replayed for every further batch of its size.
 
-After torch's notes on CUDA graphs (whole-network capture): some steps on a side stream first, then the capture, then
-inputs are copied into the tensors that the graph reads. Not tested on a GPU yet; tests/test_graphs.py has the test.
+After torch's notes on CUDA graphs (whole-network capture). Not tested on a GPU yet: tests/test_graphs.py.
 """
 
 from collections.abc import Callable, Hashable

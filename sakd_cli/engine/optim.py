@@ -12,8 +12,8 @@ GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
 class Optimizer:
     """SGD with momentum; every group's rate is multiplied by `decay` after each of the `milestones` (epochs from 1).
 
-    Gradients are set to None between steps. Fixed-shape losses give zeros where nothing was selected, never a missing
-    gradient, so momentum and weight decay act on every parameter in every step, as in the published runs.
+    Fixed-shape losses give zeros where nothing was selected, never a missing gradient, so momentum and weight decay
+    act on every parameter in every step, as in the published runs.
     """
 
     def __init__(

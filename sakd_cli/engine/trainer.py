@@ -315,10 +315,9 @@ class Trainer:
 
 
 def wrap_ddp(task: Task) -> nn.Module:
-    """The task; where several processes train it, with gradients that are the mean of theirs.
+    """The task, under DistributedDataParallel where several processes train it.
 
-    Buffers are not broadcast: what a step records of its own rows is averaged by `distributed.average_buffers`, and
-    everything else is the same in every process.
+    Buffers are not broadcast: `distributed.average_buffers` averages what a step records of its own rows.
     """
     if distributed.world_size() == 1:
         return task

@@ -52,11 +52,10 @@ def confusions(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[li
 
 
 def agreement(student: Answers, teacher: Answers, labels: Tensor) -> Agreement:
-    """How far a student answers as its teacher does, on the same images.
+    """How far a student answers as its teacher does on the same images; KL at temperature 1, mean over images.
 
-    The KL divergence is that of the class probabilities at temperature 1, the mean over the images. Linear CKA: of the
-    two pooled vectors (Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, equation
-    3 with a linear kernel); None where one is constant.
+    Linear CKA of the pooled vectors (Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML
+    2019, equation 3); None where one is constant.
     """
     mine, theirs = student.logits.argmax(dim=1), teacher.logits.argmax(dim=1)
     right, teacher_right = mine == labels, theirs == labels

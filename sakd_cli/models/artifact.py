@@ -1,8 +1,4 @@
-"""A trained network on disk: `model.safetensors` that opens alone, and a folder around it.
-
-The file's header says what is in it (architecture, classes, normalisation), so that a single file is enough for
-`--teacher FILE` and `sakd eval FILE`. The folder repeats it as `config.json` and has a model card.
-"""
+"""A trained network on disk: `model.safetensors` with all that is needed in its header, and a folder around it."""
 
 import hashlib
 import json
@@ -110,8 +106,8 @@ def load_module(
 ) -> tuple[Module, Card, str]:
     """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
 
-    `build` makes module and card from the JSON in the header; on the meta device, since a file may name what fills the
-    memory. Raises UsageError where the file is damaged or not `kind`, NonFiniteError where a weight is no number.
+    `build` makes module and card on the meta device, since a header may name what fills the memory. Raises UsageError
+    where the file is damaged or not `kind`, NonFiniteError where a weight is NaN or infinite.
     """
     entries, tensors = read_tensors(file)
     header = _header(entries)

@@ -1,7 +1,6 @@
 """Weights of other programs, tensor by tensor into one of our networks; the only reader of pickled weights.
 
-A PyTorch file is read with `weights_only=True` and in no other way, whatever fails: an attacker would only have to make
-the safe way fail.
+A PyTorch file is read with `weights_only=True` and in no other way, whatever fails.
 """
 
 import re

@@ -25,7 +25,7 @@ class ActivatedBlock(nn.Module, ABC):
 
 @final
 class ConvUnit(nn.Module):
-    """relu(bn(conv(x))) or bn(conv(x)), convolution without bias: [N, C, H, W] to [N, C', H/stride, W/stride]."""
+    """relu(bn(conv(x))) or bn(conv(x)), without bias: [N, C, H, W] to [N, C', H/stride, W/stride]."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, relu: bool = True

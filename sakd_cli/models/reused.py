@@ -1,7 +1,4 @@
-"""What SimKD trains: a student's stages and a projector, under a teacher's pooling and head, which stay as they are.
-
-Chen, Mei, Zhang, Wang, Feng, Chen, "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022.
-"""
+"""SimKD's network (Chen et al., CVPR 2022): a student's stages, a projector, a teacher's frozen pooling and head."""
 
 import copy
 from typing import final

@@ -175,10 +175,10 @@ class FromMap(nn.Module):
 
 @final
 class StagedModel(nn.Module):
-    """A classifier cut into stages. A family of networks only fills in the stages and their infos.
+    """A classifier cut into stages; a family of networks only provides the stages and their infos.
 
-    `preactivation` sees the stages in front of their activations; None: the family has no such version of them.
-    `head`: the last layer, where the network has one already, and `head_name`, what it is called there.
+    preactivation  the stages in front of their activations; None: not defined for the family
+    head           the last layer where there is one already, named `head_name` in its own network
     """
 
     gain: Tensor | None

@@ -24,9 +24,8 @@ def gumbel(uniform: Tensor) -> Tensor:
 def straight_through(scores: Tensor, uniform: Tensor, tau: float) -> Tensor:
     """Draw teacher (1) or student (0): scores and noise [N, S, 2], teacher's score first, to gates [N, S].
 
-    Forward exactly 0 or 1, and 1 with probability sigmoid(teacher - student) whatever tau is; backward the gradient of
-    softmax((scores + noise) / tau). Jang et al., ICLR 2017; the published code computes (hard - y) + y, which can be
-    off by one rounding unit, ours is hard + (y - y).
+    Forward 0 or 1, and 1 with probability sigmoid(teacher - student); backward the gradient of softmax((scores +
+    noise) / tau) (Jang et al., ICLR 2017). Exact, where the published (hard - y) + y may be off by one rounding unit.
     """
     noisy = scores + gumbel(uniform)
     soft = torch.softmax(noisy / tau, dim=-1)[..., 0]
