@@ -109,7 +109,7 @@ def shard_rows(global_size: int) -> slice:
 
 
 def shard_weight(global_size: int) -> float:
-    """What this process's mean counts for: processes times its part of the batch."""
+    """Factor of this process's mean: number of processes times its share of the batch."""
     return shard_sizes(global_size)[rank()] * world_size() / global_size
 
 

@@ -64,7 +64,7 @@ def decode_error(path: str) -> Unreadable | None:
 
 
 def _ignore_interrupts() -> None:
-    """Ctrl-C goes to the whole group of processes, and only the main process handles it."""
+    """Ctrl-C goes to all processes of the group; only the main one handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -22,7 +22,7 @@ class Finding(NamedTuple):
 
 
 class SplitContents(NamedTuple):
-    """Pictures of one purpose: the folders of their classes, by name, and in each the files, both in order of name."""
+    """Pictures of one purpose: for each class its files, both in order of name."""
 
     folder: Path
     files: dict[str, list[str]]

@@ -42,11 +42,10 @@ class _RequestDataset(Dataset[Any]):
 
 @final
 class Pool:
-    """Reads batches ahead. What is read depends on the requests alone, not on who reads it or on how many do.
+    """Reads batches ahead; what is read depends on the requests alone, whoever reads it.
 
-    answer   makes a batch of a request, which is small and can be pickled; an unreadable file is an answer, too
-    workers  processes; 0: this one does it
-    persistent  the processes wait for the next requests, and do not end with these
+    answer      makes a batch of a request, which can be pickled; an unreadable file is an answer, too
+    persistent  its `workers` (0: this process) wait for further requests when these are done
     """
 
     def __init__(self, answer: Answer, *, workers: int, persistent: bool, device: torch.device) -> None:

@@ -11,7 +11,7 @@ FOLDER = "tensorboard"  # in the run directory
 
 
 def check(kind: str | None) -> None:
-    """Raise UsageError where TensorBoard is asked for and not installed."""
+    """Raise UsageError where TensorBoard is to be used and not installed."""
     if kind is None:
         return
     try:

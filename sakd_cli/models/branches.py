@@ -34,7 +34,7 @@ class BranchPoint(NamedTuple):
 
 
 class BranchCard(NamedTuple):
-    """What one must know to use the branches; teacher: SHA-256 of the weights file they were trained with."""
+    """What the branches need to be used; teacher: SHA-256 of the weights file they were trained with."""
 
     students: tuple[str, ...]
     share: bool
