@@ -16,8 +16,7 @@ from sakd_cli.runs.locate import check_teacher, what_to_score
 Targets = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="RUN",
-        help="Run directories, folders with a model.safetensors, or such files. Default: newest run.",
+        metavar="RUN", help="Run directories, folders with a model.safetensors, or such files. Default: newest run."
     ),
 ]
 

@@ -14,8 +14,7 @@ from sakd_cli.config.training import PROCEDURES
 from sakd_cli.runs.resume import resolve_command
 
 Model = Annotated[
-    str | None,
-    typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=completion("models")),
+    str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=completion("models"))
 ]
 
 
