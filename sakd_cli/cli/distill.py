@@ -3,7 +3,6 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from sakd_cli.cli.compare import print_comparison
 from sakd_cli.cli.console import ConsoleReporter, emit, show
@@ -12,8 +11,8 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import locate_inputs
-from sakd_cli.runs.resume import AUTO, resolve_command, resume_config
-from sakd_cli.sweep.series import is_series, series, train_here, train_in_processes, train_series
+from sakd_cli.runs.resume import AUTO, resolve_command
+from sakd_cli.sweep.series import is_series, series, train_series
 
 
 @with_options("distill")
@@ -26,61 +25,40 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
 
         sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
-    talk, resume = ConsoleReporter(quiet=quiet), options["resume"]
-    words, intent = resolve_command("distill", options)
-    several, many = series(words, options), is_series(options) and not dry_run
-    if not many and intent.finished and intent.resume:
-        _picture(intent.resume, talk)
-        print_result(intent.summary, json=json)
+    reporter = ConsoleReporter(quiet=quiet)
+    config, plan = resolve_command("distill", options)
+    configs = series(config, options)
+    several = is_series(options) and not dry_run
+    if not several and plan.finished and plan.resume:
+        _draw_mixtures(plan.resume, reporter)
+        print_result(plan.summary, json=json)
         return
-    words = locate_inputs(words)  # whatever is missing is reported before torch is loaded
+    config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
     from sakd_cli.runs import launch
 
-    launcher = launch.Launcher(talk, bool(resume), again := _this_again(resume), talk.heeding_signals)
-    if many:
-        print_comparison(_several(several, launcher, again, parallel=options["parallel"]), json=json)
+    again = shlex.join(["sakd", *sys.argv[1:], *([] if options["resume"] else ["--resume", AUTO])])
+    launcher = launch.Launcher(reporter, bool(options["resume"]), again, reporter.heeding_signals)
+
+    def train(config: DistillConfig, plan: ResumePlan) -> Summary:
+        summary = launcher.train(config, plan, again if several else None)
+        _draw_mixtures(RunDir(Path(str(summary.run))), reporter)
+        return summary
+
+    if several:
+        print_comparison(train_series(configs, train, launcher, parallel=options["parallel"], again=again), json=json)
     else:
-        result = launch.dry_run(words) if dry_run else _distilled(words, intent, launcher)
-        print_result(result, json=json)
+        print_result(launch.dry_run(config) if dry_run else train(config, plan), json=json)
 
 
-def _several(members: list[DistillConfig], launcher: Any, again: str, *, parallel: bool) -> list[RunDir]:
-    """A series, one after another or at once."""
-    if not parallel:
-
-        def train(config: DistillConfig, plan: ResumePlan) -> Summary:
-            return _distilled(locate_inputs(config), plan, launcher, again)
-
-        return train_series(members, train_here(train, resume=launcher.resume))
-    # Several processes must mean the same teacher: the one that a run of theirs has begun with, or that of today.
-    begun = [config.teacher for config, plan in map(resume_config, members) if plan.resume] if launcher.resume else []
-    first = locate_inputs(members[0])
-    teacher = first.teacher if first.teacher.weights else launcher.pretrain(first)[0].teacher
-    quiet = launcher.reporter.quiet
-    at_once = train_in_processes(launcher.reporter, quiet=quiet, resume=launcher.resume, resume_command=again)
-    return train_series(members, at_once, parallel=True, teacher=[*begun, teacher][0])
-
-
-def _this_again(resume: str | None) -> str:
-    """The command line that goes on with what this one did."""
-    return shlex.join(["sakd", *sys.argv[1:], *([] if resume else ["--resume", AUTO])])
-
-
-def _distilled(words: DistillConfig, intent: ResumePlan, launcher: Any, again: str | None = None) -> Summary:
-    summary: Summary = launcher.train(words, intent, again)
-    _picture(RunDir(Path(str(summary.run))), launcher.reporter)
-    return summary
-
-
-def _picture(run: RunDir, talk: ConsoleReporter) -> None:
-    """What the run mixed of its teacher's blocks, drawn, where it did."""
+def _draw_mixtures(run: RunDir, reporter: ConsoleReporter) -> None:
+    """Draw the mixtures of the teacher's blocks that the run found, if it has any."""
     from sakd_cli.report.spots.log import MIXTURES_PLOT, read_mixtures
 
     if (record := read_mixtures(run)) is None:
         return
     from sakd_cli.report.render import plots
 
-    if plots.available(lambda told: talk.say(f"no {MIXTURES_PLOT}: {told}")):
+    if plots.available(lambda reason: reporter.say(f"no {MIXTURES_PLOT}: {reason}")):
         plots.write(plots.mixture_map(record), run.path / MIXTURES_PLOT)
 
 

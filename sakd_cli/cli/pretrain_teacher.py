@@ -43,14 +43,12 @@ def command_of(task: str) -> Callable[..., None]:
 
 
 def _train(task: str, options: Values, *, dry_run: bool, json: bool, quiet: bool) -> None:
-    words, intent = resolve_command(task, options)
-    if intent.finished:
-        print_result(intent.summary, json=json)
+    config, plan = resolve_command(task, options)
+    if plan.finished:
+        print_result(plan.summary, json=json)
         return
     from sakd_cli.runs import launch
 
-    if dry_run:
-        print_result(launch.dry_run(words), json=json)
-        return
-    talk = ConsoleReporter(quiet=quiet)
-    print_result(launch.Launcher(talk, guard=talk.heeding_signals).train(words, intent), json=json)
+    reporter = ConsoleReporter(quiet=quiet)
+    launcher = launch.Launcher(reporter, guard=reporter.heeding_signals)
+    print_result(launch.dry_run(config) if dry_run else launcher.train(config, plan), json=json)

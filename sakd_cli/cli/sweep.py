@@ -18,13 +18,12 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, p
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepRun
-from sakd_cli.errors import SeriesError, Stopped, UsageError
+from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.render.format import plain
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
-from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, weights_of
-from sakd_cli.sweep.subprocesses import worst
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
 
 SWEEP = "sweep"
@@ -62,7 +61,7 @@ def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | 
     _carry_out(scheduler, options, reporter)
     document = _document(name, scheduler, skipped)
     _printed(document, csv=csv, json=json, markdown=markdown)
-    _complain(scheduler)
+    scheduler.check(f"--retry-failed tries them again; their messages: {scheduler.folder / 'jobs'}")
 
 
 def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, Grid]:
@@ -91,8 +90,6 @@ def _impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
             continue
         if member.teacher is not None:
             cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
-        elif weights_of(member.config) is None:
-            raise UsageError(f"pairs: {member.pair[0]}: no such file or directory, or a run without a network")
     if not cells:
         return {}
     from sakd_cli.runs.forecast import Workbench
@@ -113,24 +110,13 @@ def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: Consol
     """Run what is not finished; nothing is started where all is."""
     if not scheduler.unfinished():
         return
-    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may reporter; stdout is for the data
+    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may print; stdout is for the data
         executor = _executor(params, scheduler)
-        try:
-            _run(scheduler, executor, reporter)
-        finally:
-            executor.close()
-
-
-def _run(scheduler: Scheduler, executor: Executor, reporter: ConsoleReporter) -> None:
-    counts = scheduler.counts()
-    reporter.say(f"{counts[State.waiting]} of {len(scheduler.entries)} runs to do, on {executor.about()}")
-    table = ProgressTable(scheduler, reporter)
-    with reporter.heeding_signals(), table.shown():
-        try:
-            scheduler.run(executor, reporter.stop, table.refresh, PAUSE)
-        except Stopped as stopped:
-            again = shlex.join(["sakd", *sys.argv[1:]])
-            raise Stopped(stopped.signal, stopped.saved, f"go on with {again}") from None
+        waiting = scheduler.counts()[State.waiting]
+        reporter.say(f"{waiting} of {len(scheduler.entries)} runs to do, on {executor.about()}")
+        table, again = ProgressTable(scheduler, reporter), shlex.join(["sakd", *sys.argv[1:]])
+        with contextlib.closing(executor), received_signals(reporter) as signals, table.shown():
+            scheduler.run(executor, signals, again=again, refresh=table.refresh, pause=PAUSE)
 
 
 def _executor(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
@@ -203,17 +189,3 @@ def _printed(document: SweepDocument, *, csv: bool, json: bool, markdown: Path |
         sys.stdout.write(sweep_csv(document))
     else:
         show(*sweep_tables(document))
-
-
-def _complain(scheduler: Scheduler) -> None:
-    """Raise SeriesError where a run failed, once the table of the others is printed."""
-    failed = [entry for entry in scheduler.entries.values() if entry.state is State.failed]
-    if failed:
-        blocked = scheduler.counts()[State.blocked]
-        waiting = f", {blocked} that wait for them were not made" if blocked else ""
-        first = failed[0]
-        raise SeriesError(
-            f"{len(failed)} of {len(scheduler.entries)} runs failed{waiting}; {first.member.key}: {first.error}",
-            f"--retry-failed tries them again; what they said: {scheduler.folder / 'jobs'}",
-            worst([entry.code for entry in failed]),
-        )

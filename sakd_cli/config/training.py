@@ -29,11 +29,6 @@ Folder = Annotated[Path, AfterValidator(expanded)]
 Weights = Literal["library"] | Folder
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (as Park et al., NeurIPS 2021).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
-# Settings that may change when a run is resumed: where it works, not what it computes.
-FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
-FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
-# These and how the teacher is named: two runs are the same wherever it lies, for it is known by its SHA-256.
-LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 EXITS = ("rule", "delta", "theta", "budget", "uncertainty")
 

@@ -33,7 +33,7 @@ def load_initial_weights(
     """
     if source is None:
         return
-    path = None if source == "library" else weights_at(Path(source), word)
+    path = None if source == "library" else weights_at(source, word)
     if path is None or not artifact.is_ours(path):
         tensors = _foreign(network, path, word)
     else:

@@ -24,16 +24,16 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         return None
     if config.teacher.weights is not None:
         return config.teacher.weights
-    path = expanded(config.teacher.source)
     if not _is_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
         return run.deliverable if run else None
-    return weights_at(path, "teacher")
+    return weights_at(config.teacher.source, "teacher")
 
 
-def weights_at(path: Path, word: str) -> Path:
-    """The weights file or folder that a path means: of a run directory its network. `word` of a config that says it."""
+def weights_at(source: Path | str, key: str) -> Path:
+    """The weights file or folder that a path means: of a run directory its network. `key`: the setting, for errors."""
+    path = expanded(source)
     if (path / "config.yaml").is_file():
         folder = RunDir(path).deliverable
         if folder is None:
@@ -41,7 +41,7 @@ def weights_at(path: Path, word: str) -> Path:
         return folder
     if path.exists():
         return path
-    raise UsageError(f"{word}: {path}: no such file or directory")
+    raise UsageError(f"{key}: {source}: no such file or directory")
 
 
 def _is_path(source: str) -> bool:

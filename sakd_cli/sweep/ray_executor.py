@@ -38,7 +38,7 @@ class RayExecutor(Executor):
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--executor ray: {reason}", "start a cluster with ray start --head") from None
-        self.ray, self.tasks = ray, dict[Any, str]()
+        self.ray, self.tasks, self.stopping = ray, dict[Any, str](), False
         options.setdefault("num_cpus", max(1, cores() // jobs) if jobs else 1)
         options.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
         options.setdefault("max_retries", RETRIES)
@@ -64,8 +64,8 @@ class RayExecutor(Executor):
 
     def stop(self, signum: int) -> None:
         for task in self.tasks:
-            self.ray.cancel(task, force=False)
-        self.ray.wait(list(self.tasks), num_returns=len(self.tasks))
+            self.ray.cancel(task, force=self.stopping)
+        self.stopping = True
 
     def close(self) -> None:
         self.ray.shutdown()

@@ -1,34 +1,40 @@
-"""Carry out a sweep: what is finished already, what is to come, what goes on at the moment, what went wrong
+"""The one scheduler of a series and of a sweep: which runs are finished, start now, wait, have failed.
 
-All of it is read from the run directories. The sweep's own folder holds the configs of its runs, what they said, and
-for each that failed its error; it may be deleted at any time.
+All of it is read from the run directories. The scheduler's own folder holds the configs of the runs, their stderr and
+the error of each that failed; it may be deleted at any time.
 """
 
 import re
+import signal
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sakd_cli.config.grid import Member
-from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
-from sakd_cli.config.training import FREE, PROCEDURES, DistillConfig, RunConfig
-from sakd_cli.errors import DiskError, RunInUseError, Stopped
+from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
+from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
 from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs.locate import weights_at
+from sakd_cli.runs.resume import AUTO, RunIndex, config_identity, own_settings
 from sakd_cli.sweep.executor import Executor, Job
-from sakd_cli.sweep.run_index import RunIndex, identity
+
+if TYPE_CHECKING:
+    from sakd_cli.engine.reporter import Reporter
 
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
 IN_USE = RunInUseError.exit_code
+BUG = 1  # exit code that is worse than any mistake's
 
 
 class State(StrEnum):
@@ -57,15 +63,16 @@ class ScheduledRun:
 
 
 class Scheduler:
-    """Knows every run of a sweep; `refresh` reads how things stand, `run` brings them to an end.
+    """Knows every run of a series or sweep; `refresh` reads their states from the disk, `run` trains what is left.
 
-    folder   the sweep's own
-    changed  is told every entry whose state has changed; may be set to listen
+    folder   the scheduler's own
+    fresh    every run is made anew, even where an earlier one has the same settings
+    changed  called with every entry whose state has changed; may be replaced
     """
 
-    def __init__(self, members: Sequence[Member], runs_dir: Path, folder: Path) -> None:
+    def __init__(self, members: Sequence[Member], runs_dir: Path, folder: Path, *, fresh: bool = False) -> None:
         self.entries = {member.key: ScheduledRun(member) for member in members}
-        self.folder, self.index = folder, RunIndex(runs_dir)
+        self.folder, self.fresh, self.index = folder, fresh, RunIndex(runs_dir, fresh=fresh)
         self._running = dict[str, ScheduledRun]()
         self.changed: Callable[[ScheduledRun], None] = lambda entry: None
         self.refresh()
@@ -95,21 +102,45 @@ class Scheduler:
         states = [entry.state for entry in self.entries.values()]
         return {state.value: states.count(state) for state in State}
 
-    def run(self, executor: Executor, stopping: Callable[[], int], refresh: Callable[[], None], pause: float) -> None:
-        """Carry out what is not finished. `refresh` is called after every round.
+    def run(
+        self,
+        executor: Executor,
+        signals: Sequence[int] = (),
+        *,
+        again: str = "",
+        refresh: Callable[[], None] = lambda: None,
+        pause: float = 0.0,
+    ) -> None:
+        """Train what is not finished; what fails stops no other run.
 
-        Raises Stopped where `stopping` gives a signal, when all that runs has saved its state.
+        signals  those that came so far (`received_signals`): each is passed on to all runs, none is started after one
+        again    the command that continues
+        refresh  called after every round, `pause` seconds apart
+        Raises Stopped once all runs that a signal was passed on to have ended.
         """
         self._prepare()
-        while self.unfinished():
-            if signum := stopping():
+        passed_on = 0
+        while self._running or (self.unfinished() and not signals):
+            for signum in signals[passed_on:]:
                 executor.stop(signum)
-                self._collect(executor, interrupted=True)
-                raise Stopped(signum, "every run has saved its state")
-            self._start(executor)
-            self._collect(executor)
+                passed_on += 1
+            if not signals:
+                self._start(executor)
+            self._collect(executor, interrupted=bool(signals))
             refresh()
             time.sleep(pause)
+        if signals:
+            raise Stopped(signals[0], "every run has saved its state", f"go on with {again}")
+
+    def check(self, hint: str) -> None:
+        """Raise SeriesError where a run failed: the first one's message, and the worst exit code."""
+        failed = [entry for entry in self.entries.values() if entry.state is State.failed]
+        if failed:
+            blocked = self.counts()[State.blocked]
+            waiting = f", {blocked} that wait for them were not made" if blocked else ""
+            text = f"{len(failed)} of {len(self.entries)} runs failed{waiting}; {failed[0].member.key}: "
+            codes = [entry.code for entry in failed]
+            raise SeriesError(text + str(failed[0].error), hint, BUG if BUG in codes else max(codes))
 
     def config_of(self, entry: ScheduledRun) -> RunConfig | None:
         """The settings of the run with the names of those that it waits for; None while they are not finished."""
@@ -119,9 +150,11 @@ class Scheduler:
         if not isinstance(config, DistillConfig):
             return config
         if member.teacher is not None:
-            config = _pinned(config, self.entries[member.teacher].run)
-        elif (weights := weights_of(config)) is not None:
-            config = _with_weights(config, weights)
+            teacher = self.entries[member.teacher].run
+            weights = teacher.deliverable if teacher else None
+            config = config if weights is None else _with_weights(config, weights)
+        elif config.teacher.sha256 is None:
+            config = _with_weights(config, weights_at(config.teacher.weights or config.teacher.source, "pairs"))
         if member.matched is not None and isinstance(config.router, RandomMatchedConfig):
             rates = self.entries[member.matched].run
             assert rates is not None
@@ -163,7 +196,7 @@ class Scheduler:
         for entry, config in ready:
             self._settle(entry)
             # Two of the same settings (a teacher and a student alone) are one run.
-            same = identity(config)
+            same = config_identity(config)
             if entry.state is State.done or same in self._running or len(jobs) == executor.room():
                 continue
             self._running[same] = entry
@@ -174,27 +207,20 @@ class Scheduler:
             executor.submit(jobs)
 
     def _job(self, entry: ScheduledRun, config: RunConfig) -> Job:
-        settings = config.model_dump(mode="json")
-        if entry.run is not None:  # its own settings, with its own teacher; where it works is ours to say
-            now = {key: value for key, value in flat(settings).items() if key in FREE}
-            layers = [ConfigSource(f"{entry.run.path}", entry.run.config), ConfigSource("now", nested(now))]
-            settings = resolve(config.task, layers).config.model_dump(mode="json")
-        file, log = (self.folder / "jobs" / f"{_slug(entry.member.key)}.{end}" for end in ("yaml", "log"))
-        write_aside(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        if entry.run is not None:
+            config = own_settings(entry.run, config)
+        log = self.log_of(entry)
+        file = log.with_suffix(".yaml")
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_aside(file, settings.encode())
         log.unlink(missing_ok=True)
-        command = (
-            PROCEDURES[config.task].command,
-            "--config",
-            str(file.resolve()),
-            "--resume",
-            "auto",
-            "--json",
-            "--quiet",
-        )
-        return Job(entry.member.key, command, log.resolve(), Path.cwd())
+        arguments = [PROCEDURES[config.task].command, "--config", str(file.resolve()), "--json"]
+        if entry.run is not None or not self.fresh:
+            arguments += ["--resume", AUTO]
+        return Job(entry.member.key, tuple(arguments), log.resolve(), Path.cwd(), config, entry.run)
 
-    def _collect(self, executor: Executor, *, interrupted: bool = False) -> int:
-        """Take note of what has ended."""
+    def _collect(self, executor: Executor, *, interrupted: bool) -> None:
+        """Note what has ended."""
         ended = executor.ended()
         if ended:
             self.index.refresh()
@@ -214,7 +240,6 @@ class Scheduler:
                 write_json(self._note(entry), {"error": entry.error, "code": entry.code})
             self._into(entry, State.failed)
         self._block()
-        return len(ended)
 
     def _block(self) -> None:
         for entry in self.entries.values():
@@ -238,6 +263,10 @@ class Scheduler:
         except OSError as error:
             raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
 
+    def log_of(self, entry: ScheduledRun) -> Path:
+        """The stderr of a run."""
+        return self.folder / "jobs" / f"{_slug(entry.member.key)}.log"
+
     def _note(self, entry: ScheduledRun) -> Path:
         return self.folder / "failed" / f"{_slug(entry.member.key)}.json"
 
@@ -253,9 +282,10 @@ class Scheduler:
         """The error of a job in one line."""
         if code < 0:
             return f"killed by signal {-code}, {entry.attempts} times"
-        log = self.folder / "jobs" / f"{_slug(entry.member.key)}.log"
         try:
-            lines = [plain(line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+            lines = [
+                plain(line) for line in self.log_of(entry).read_text(encoding="utf-8", errors="replace").splitlines()
+            ]
         except OSError:
             lines = []
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -263,14 +293,26 @@ class Scheduler:
         return f"{message[:200]} (exit code {code})" if code else "ended well, but left no finished run"
 
 
+@contextmanager
+def received_signals(reporter: "Reporter") -> Iterator[list[int]]:
+    """The Ctrl-C and SIGTERM that came so far; they do nothing else."""
+    received: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        if not received:
+            reporter.say("stopping: every run finishes its step and saves; once more to leave at once")
+        received.append(signum)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _slug(key: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", key)
-
-
-def _pinned(config: DistillConfig, teacher: RunDir | None) -> DistillConfig:
-    assert teacher is not None
-    folder = teacher.deliverable
-    return config if folder is None else _with_weights(config, folder)
 
 
 def _with_weights(config: DistillConfig, weights: Path) -> DistillConfig:
@@ -283,11 +325,3 @@ def _with_weights(config: DistillConfig, weights: Path) -> DistillConfig:
 @cache
 def _digest(file: Path, changed: int) -> str:
     return sha256(file)
-
-
-def weights_of(config: DistillConfig) -> Path | None:
-    """The weights of a teacher that is not the sweep's to train, if they are there."""
-    path = Path(config.teacher.weights or config.teacher.source).expanduser()
-    if (path / "config.yaml").is_file():
-        return RunDir(path).deliverable
-    return path if path.exists() else None

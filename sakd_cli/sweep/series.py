@@ -2,29 +2,30 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sakd_cli.config.base import own_name
+from sakd_cli.config.grid import LEARNED, Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
-from sakd_cli.config.training import DistillConfig, TeacherConfig
+from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, RandomMatchedConfig
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.rundir import ResumePlan, RunDir
+from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.runs.resume import AUTO, resume_config
-from sakd_cli.sweep.subprocesses import Order, run_together
+from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
 
 if TYPE_CHECKING:
     from sakd_cli.engine.reporter import Reporter
+    from sakd_cli.runs.launch import Launcher
 
 ALL = "all"
-LEARNED = AdaptiveConfig().name
-
-Train = Callable[[DistillConfig, ResumePlan], Summary]
+PAUSE = 0.05  # seconds between two looks at the processes
 
 
 def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConfig]:
@@ -86,69 +87,97 @@ def _member(config: DistillConfig, router: str, seed: int) -> DistillConfig:
 
 
 def train_series(
-    members: list[DistillConfig],
-    train: Callable[[list[DistillConfig]], list[RunDir]],
+    configs: list[DistillConfig],
+    train: Callable[[DistillConfig, ResumePlan], Summary],
+    launcher: "Launcher",
     *,
-    parallel: bool = False,
-    teacher: TeacherConfig | None = None,
+    parallel: bool,
+    again: str,
 ) -> list[RunDir]:
-    """Train the members, one after another or (`parallel`) at once, those that match another's rates last.
+    """Train a series one after another in this process or, `parallel`, each in a process of its own.
 
-    train    makes the runs of some configs, in order
-    teacher  that of all of them; None: the one with which the first began
+    All learn from one teacher: the one with which a run that is resumed began, else today's, trained first where it is
+    missing. A router that matches rates matches those of its own seed.
 
-    A router that matches rates matches those of its own seed.
+    train   what trains one run in this process
+    again   the command that continues the series after a stop
     """
-    matching = [isinstance(config.router, RandomMatchedConfig) for config in members]
-    batches = [[config] for config in members]
-    if parallel:
-        pairs = list(zip(members, matching, strict=True))
-        batches = [[config for config, last in pairs if last is wanted] for wanted in (False, True)]
-    runs: dict[tuple[str, int], RunDir] = {}
-    for batch in filter(None, batches):
-        found = train([_pinned(config, teacher, runs.get((LEARNED, config.seed))) for config in batch])
-        runs |= {(config.router.name, config.seed): run for config, run in zip(batch, found, strict=True)}
-        teacher = teacher or TeacherConfig.model_validate(found[0].config["teacher"])
-    return [runs[config.router.name, config.seed] for config in members]
+    resume, reporter = launcher.resume, launcher.reporter
+    members = _members(configs, launcher)
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler = Scheduler(members, configs[0].runs_dir, Path(folder), fresh=not resume)
+        if parallel:
+            several = sum(member.matched is None for member in members)
+            executor, messages = LocalExecutor(several, several, configs[0].device), Messages(scheduler, reporter)
+            with closing(executor), received_signals(reporter) as signals:
+                scheduler.run(executor, signals, again=again, refresh=messages.refresh, pause=PAUSE)
+        else:
+
+            def train_job(job: Job) -> None:
+                train(job.config, ResumePlan(resume=job.run, lenient=True) if job.run else ResumePlan())
+
+            scheduler.run(InProcessExecutor(train_job))
+        scheduler.check(f"what is finished stays: {again}")
+        return [run for entry in scheduler.entries.values() if (run := entry.run)]
 
 
-def _pinned(config: DistillConfig, teacher: TeacherConfig | None, adaptive: RunDir | None) -> DistillConfig:
-    """The config with the teacher of the series and, where its router matches rates, the run that has them."""
-    update: dict[str, Any] = {"teacher": teacher} if teacher else {}
-    if adaptive is not None and isinstance(config.router, RandomMatchedConfig):
-        update["router"] = config.router.model_copy(update={"run": str(adaptive.path.resolve())})
-    return config.model_copy(update=update)
+def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]:
+    """The runs with their one teacher; the run whose rates a router matches is of the series or located."""
+    plans = [resume_config(config) for config in configs] if launcher.resume else []
+    begun = [config.teacher for config, plan in plans if plan.resume]
+    if not begun:
+        first = locate_inputs(configs[0])
+        begun = [(first if first.teacher.weights else launcher.pretrain(first)[0]).teacher]
+    pinned = {"weights": begun[0].weights, "sha256": begun[0].sha256}
+    names, members = [_name(config) for config in configs], list[Member]()
+    for config, name in zip(configs, names, strict=True):
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=pinned)})
+        matched = f"{LEARNED}, seed {config.seed}" if isinstance(config.router, RandomMatchedConfig) else None
+        if matched not in names:
+            config, matched = locate_inputs(resume_config(config)[0] if launcher.resume else config), None
+        members.append(Member(name, Role.student, config, matched=matched))
+    return members
 
 
-def train_here(train: Train, *, resume: bool) -> Callable[[list[DistillConfig]], list[RunDir]]:
-    """Trains in this process; with `resume` each continues where it was stopped; a finished one is skipped."""
-
-    def one_after_another(configs: list[DistillConfig]) -> list[RunDir]:
-        runs = []
-        for config in configs:
-            config, plan = resume_config(config) if resume else (config, ResumePlan())
-            summary = plan.summary if plan.finished else train(config, plan)
-            runs.append(RunDir(Path(str(summary.run))))
-        return runs
-
-    return one_after_another
+def _name(config: DistillConfig) -> str:
+    return f"{config.router.name}, seed {config.seed}"
 
 
-def train_in_processes(
-    reporter: "Reporter", *, quiet: bool, resume: bool, resume_command: str
-) -> Callable[[list[DistillConfig]], list[RunDir]]:
-    """Trains each config in a process of its own, all at once. `resume_command`: what to type after a stop of all."""
-    options = ["--json", *(["--quiet"] if quiet else []), *(["--resume", AUTO] if resume else [])]
+class Messages:
+    """Passes on what the runs of a scheduler write to their stderr, line by line, with the run's name."""
 
-    def at_once(configs: list[DistillConfig]) -> list[RunDir]:
-        with tempfile.TemporaryDirectory() as folder:
-            orders = []
-            for place, config in enumerate(configs):
-                file = Path(folder) / f"{place}.yaml"
-                file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-                name = f"{config.router.name}, seed {config.seed}"
-                orders.append(Order(name, ["distill", "--config", str(file), *options]))
-            documents = run_together(orders, reporter, jobs=len(orders), again=resume_command)
-        return [RunDir(Path(document["run"])) for document in documents]
+    def __init__(self, scheduler: Scheduler, reporter: "Reporter") -> None:
+        self.scheduler, self.reporter = scheduler, reporter
+        self._read = dict[str, int]()  # bytes of each run's log
+        scheduler.changed = self._changed
 
-    return at_once
+    def refresh(self) -> None:
+        """Pass on what is new."""
+        for entry in self.scheduler.entries.values():
+            if entry.state is State.running:
+                self._follow(entry)
+
+    def _changed(self, entry: ScheduledRun) -> None:
+        if entry.state is State.running:
+            self._read[entry.member.key] = 0
+            return
+        self._follow(entry)
+        if entry.state is State.failed:
+            self.reporter.warn(f"{entry.member.key}: {entry.error}")
+
+    def _follow(self, entry: ScheduledRun) -> None:
+        name, ended = entry.member.key, entry.state is not State.running
+        try:
+            with self.scheduler.log_of(entry).open("rb") as log:
+                log.seek(self._read.get(name, 0))
+                new = log.read()
+        except OSError:
+            return
+        new = new if ended else new[: new.rfind(b"\n") + 1]  # no half of a line
+        self._read[name] = self._read.get(name, 0) + len(new)
+        for line in new.decode(errors="backslashreplace").splitlines():
+            kind, _, text = line.partition(": ")
+            if kind == "warning":
+                self.reporter.warn(f"{name}: {text}")
+            elif kind not in ("error", "hint"):
+                self.reporter.say(f"{name}: {line.rstrip()}")

@@ -74,8 +74,6 @@ class SlurmExecutor(Executor):
     def stop(self, signum: int) -> None:
         for task in self.tasks.values():
             task.cancel()
-        for task in self.tasks.values():
-            task.exception()  # waits
 
     def close(self) -> None:
         for task in self.tasks.values():

@@ -5,15 +5,14 @@ by seed, with plain training of the same network (router never, or a pretraining
 that differs from it in the router only; where there is neither, with the first group.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from sakd_cli.config.identity import LOCATIONS, identity
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import CLASSICAL, PLAIN
-from sakd_cli.config.training import LOCATIONS
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import BestEpoch, Comparison, Difference, Point, RunRow, SeedGroup, Versus
 from sakd_cli.errors import UsageError
@@ -53,7 +52,7 @@ class _Settings(dict[str, Any]):
     @property
     def identity(self) -> str:
         """What all runs of a group share."""
-        return json.dumps({key: self[key] for key in self if key not in PLACES | {"seed"}}, default=str)
+        return identity(self, without={"router.run", "seed"})
 
 
 class _Group(NamedTuple):

@@ -1,10 +1,13 @@
 """Several runs at once: each is the run it is alone, a stop reaches all of them, one that fails stops no other."""
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ from conftest import PAIR, TINY, CliRunner
 from fork_server import ForkServer
 from safetensors.torch import load_file
 
-from sakd_cli.config.resolve import flat
+from sakd_cli.config.grid import Member, Role
+from sakd_cli.config.resolve import ConfigSource, flat, resolve
 from sakd_cli.errors import SeriesError, Stopped
 from sakd_cli.rundir import RunDir, all_runs
-from sakd_cli.sweep.subprocesses import Order, run_together
+from sakd_cli.sweep.executor import LocalExecutor
+from sakd_cli.sweep.scheduler import Scheduler, received_signals
+from sakd_cli.sweep.series import Messages
 
 
 class RecordingReporter:
@@ -31,7 +37,6 @@ class RecordingReporter:
         self.say, self.warn = self.messages.append, self.warned.append
 
 
-PYTHON = [sys.executable, "-c"]
 NOTES_SIGNALS = """
 import signal, sys, time
 got = []
@@ -45,60 +50,100 @@ sys.exit(130)
 """
 
 
-def together(programs: list[str], recorder: RecordingReporter, jobs: int = 9) -> list[dict[str, Any]]:
-    orders = [Order(f"run {place}", [program]) for place, program in enumerate(programs)]
-    return run_together(orders, recorder, jobs=jobs, again="sakd ...", program=lambda words: [*PYTHON, *words])
+KD = {"teacher": {"source": "resnet8", "sha256": "0" * 64}, "student": "resnet8", "method": "kd"}
 
 
-def test_documents_come_in_order_and_talk_with_a_name() -> None:
+def together(
+    programs: list[str], recorder: RecordingReporter, folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 9
+) -> None:
+    """Run programs in the place of runs; one is finished when it has written the file DONE."""
+    names = [f"run {place}" for place in range(len(programs))]
+    done = {name: folder / name / "summary.json" for name in names}
+    ready = {name: f"DONE = {str(done[name])!r}\n{program}" for name, program in zip(names, programs, strict=True)}
+
+    def command(arguments: Sequence[str]) -> list[str]:
+        [name] = [name for name in names if f"{name.replace(' ', '-')}.yaml" in str(arguments)]
+        return [sys.executable, "-c", ready[name]]
+
+    monkeypatch.setattr("sakd_cli.sweep.executor.command", command)
+    members = []
+    for seed, name in enumerate(names):
+        (folder / name).mkdir()
+        members.append(Member(name, Role.student, resolve("distill", [ConfigSource("", KD | {"seed": seed})]).config))
+
+    def finished_run(name: str) -> RunDir | None:
+        return RunDir(folder / name) if done[name].is_file() else None
+
+    scheduler = Scheduler(members, folder, folder / "jobs")
+    monkeypatch.setattr(scheduler.index, "of", lambda config: finished_run(names[config.seed]))
+    messages = Messages(scheduler, recorder)
+    with closing(LocalExecutor(jobs, 1, "cpu")) as executor, received_signals(recorder) as signals:
+        scheduler.run(executor, signals, again="sakd ...", refresh=messages.refresh, pause=0.02)
+    scheduler.check("what is finished stays")
+
+
+FINISH = "; open(DONE, 'w').close()"
+
+
+def test_messages_come_with_the_name_of_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = RecordingReporter()
-    programs = [f"import time; time.sleep({0.2 * (3 - k)}); print('{{\"k\": {k}}}')" for k in range(3)]
+    programs = [f"import time; time.sleep({0.2 * (3 - k)})" for k in range(3)]
     programs[1] += "; import sys; print('epoch 1\\nwarning: odd', file=sys.stderr)"
-    assert together(programs, recorder) == [{"k": 0}, {"k": 1}, {"k": 2}]
+    together([program + FINISH for program in programs], recorder, tmp_path, monkeypatch)
     assert (recorder.messages, recorder.warned) == (["run 1: epoch 1"], ["run 1: odd"])
 
 
-def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sakd_cli.sweep.executor.cores", lambda: 8)
     monkeypatch.setenv("SAKD_EPOCHS", "9")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    program = "import json, os, time; a = time.time(); time.sleep(0.2); print(json.dumps({'time': [a, time.time()],"
-    program += "'threads': os.environ['OMP_NUM_THREADS'], 'words': [k for k in os.environ if k.startswith('SAKD_')]}))"
-    found = together([program] * 4, RecordingReporter(), jobs=2)
+    program = "import json, os, time; a = time.time(); time.sleep(0.2); json.dump({'time': [a, time.time()],"
+    program += "'threads': os.environ['OMP_NUM_THREADS'], 'settings': [k for k in os.environ if k.startswith('SAKD_')]}"
+    together([program + ", open(DONE, 'w'))"] * 4, RecordingReporter(), tmp_path, monkeypatch, jobs=2)
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("*/summary.json")]
+    assert len(found) == 4
     for one in found:
         assert sum(other["time"][0] <= one["time"][0] < other["time"][1] for other in found) <= 2
     assert {one["threads"] for one in found} == {"4"}
-    assert found[0]["words"] == []
+    assert found[0]["settings"] == []
 
 
-def test_one_that_fails_stops_no_other_and_its_words_and_code_are_told() -> None:
+def test_one_that_fails_stops_no_other_and_its_error_and_code_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = RecordingReporter()
     fails = "import sys; print('error: no room\\nhint: tidy up', file=sys.stderr); sys.exit(5)"
-    ends = "import time; time.sleep(0.3); import sys; print('finished', file=sys.stderr); print('{}')"
+    ends = "import time; time.sleep(0.3); import sys; print('finished', file=sys.stderr)" + FINISH
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
     with pytest.raises(SeriesError, match="2 of 3 runs failed; run 0: no room") as caught:
-        together([fails, ends, "import sys; sys.exit(3)"], recorder)
+        together([fails, ends, "import sys; sys.exit(3)"], recorder, tmp_path / "first", monkeypatch)
     assert caught.value.exit_code == 5
     assert "run 1: finished" in recorder.messages
-    assert set(recorder.warned) == {"run 0: no room", "run 2: left with exit code 3"}
+    assert set(recorder.warned) == {"run 0: no room (exit code 5)", "run 2: no message (exit code 3)"}
     with pytest.raises(SeriesError) as caught:
-        together([fails, "import sys; sys.exit(1)"], recorder)
+        together([fails, "import sys; sys.exit(1)"], recorder, tmp_path / "second", monkeypatch)
     assert caught.value.exit_code == 1, "a bug is worse than any mistake"
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_reaches_all_as_often_as_it_comes_and_starts_no_other(times: int) -> None:
+def test_a_signal_reaches_all_as_often_as_it_comes_and_starts_no_other(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = RecordingReporter()
 
     def send() -> None:
         for _ in range(times):
-            while len(recorder.messages) < 2:
+            while sum("ready" in line for line in recorder.messages) < 2:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
 
     threading.Thread(target=send).start()
     with pytest.raises(Stopped) as caught:
-        together([NOTES_SIGNALS.replace("WANTED", str(times))] * 3, recorder, jobs=2)
+        together([NOTES_SIGNALS.replace("WANTED", str(times))] * 3, recorder, tmp_path, monkeypatch, jobs=2)
     assert (caught.value.exit_code, caught.value.hint) == (143, "go on with sakd ...")
     assert sorted(line for line in recorder.messages if "got" in line) == [
         f"run {k}: got {[15] * times}" for k in (0, 1)
