@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 class Cost(NamedTuple):
@@ -19,12 +19,31 @@ class Cost(NamedTuple):
 
 
 def cost(model: nn.Module, side: int) -> Cost:
-    """Counted on the meta device, so that nothing is computed. `side`: height and width of the image in pixels."""
+    """Counted on the meta device, so that nothing is computed. `side`: height and width of the image in pixels.
+
+    A model that is on the meta device already is used itself, and is good for nothing else afterwards.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    ghost = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    ghost = (model if on_meta else copy.deepcopy(model).to("meta")).eval()
+    for module in ghost.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = lambda x: x  # type: ignore[method-assign, assignment]  # half of the time, none of the MACs
+    with _Flops() as counter, torch.no_grad():
         ghost(torch.empty(1, 3, side, side, device="meta"))
-    return Cost(parameters, counter.get_total_flops() // 2)
+    return Cost(parameters, counter.total // 2)
+
+
+class _Flops(TorchDispatchMode):
+    """Counts by torch's own formulas, four times as fast as `FlopCounterMode`, which counts module by module."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _Living(TorchDispatchMode):

@@ -32,7 +32,7 @@ from sakd_cli.models.exits import fit
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.build import residual_stage
+from sakd_cli.runs.build import assemble, residual_stage
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.phases import training
@@ -143,17 +143,6 @@ def _between_phases() -> Iterator[None]:
         raise Stopped(stopped.signal, "all that was trained is saved") from None
 
 
-class _Base:
-    """Logits [N, K] of the members before a stage; which they are is known when the stage begins."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __call__(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        return logits
-
-
 @final
 class Chain(RunExtension):
     """Plans the residual students of a job, hands them out one by one, and closes with an ensemble.
@@ -179,8 +168,15 @@ class Chain(RunExtension):
         self.dropped = 0
 
     def validate(self) -> None:
-        self.base = _Base(self.job.network)
-        self.stages = [residual_stage(self.job, name, k, self.base) for k, name in enumerate(self.names, start=1)]
+        """Refuse a method that cannot be used for a residual student; the networks are built when their turn comes."""
+        job = self.job
+        assert isinstance(job.config, DistillConfig)
+        assert job.teacher is not None
+        for name in self.names if self.settings.loss == "inner" else ():
+            config, classes = job.config.model_copy(update={"student": name}), len(job.images.dataset.classes)
+            with torch.device("meta"):
+                network = create(name, classes, job.images.side)
+            assemble(config, network, job.teacher.model, job.images.side, job.images.train.labels, mode=job.mode)
 
     def networks(self) -> list[PlannedNetwork]:
         pairs = zip(self.names, self.costs, strict=True)
@@ -192,12 +188,13 @@ class Chain(RunExtension):
     def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:
         self._begin(factory.reporter)
         self._join(self.job.network)
-        for number, job in enumerate(self.stages, start=1):
+        for number, name in enumerate(self.names, start=1):
             drop, stopped = verdict(self.held_out.energies, self.settings)
             if stopped is not None:
                 break
-            self.base.network = Ensemble(list(self.members)).eval()
-            evaluation = factory.evaluation._replace(wrap=partial(Offset, base=self.base))
+            base = Ensemble(list(self.members)).eval().forward
+            job = residual_stage(self.job, name, number, base)
+            evaluation = factory.evaluation._replace(wrap=partial(Offset, base=base))
             yield from training(
                 job, f"residual-{number}", TrainingOutput(evaluation, MemberWriter(job.network, job.card)), factory
             )
