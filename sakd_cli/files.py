@@ -141,8 +141,13 @@ def write_document(path: Path, document: Document) -> None:
 
 
 def json_bytes(content: Any) -> bytes:
-    """The one way in which a JSON document is written, so that a changed byte can be told."""
+    """The one way in which a JSON document is written, so that a changed byte is noticed."""
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def yaml_bytes(content: Any) -> bytes:
+    """Settings as YAML, in the order of their class."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
 
 
 @contextmanager

@@ -48,7 +48,7 @@ BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".
 
 
 class RunDir:
-    """One run directory. `listeners` are told each line that `append` has written: file name and record.
+    """One run directory. `listeners` are called with each line that `append` has written: file name and record.
 
     silent   another process of the same run writes and holds it; this one only reads
     """

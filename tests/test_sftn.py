@@ -31,7 +31,6 @@ from sakd_cli.models.table import create
 from sakd_cli.rundir import ResumePlan
 from sakd_cli.runs import build, launch
 from sakd_cli.runs.branches import branch_rows
-from sakd_cli.runs.extensions import run_extensions
 from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.tasks.pretrain import PretrainTask
 from sakd_cli.tasks.sftn import SftnTask, imitation
@@ -107,7 +106,7 @@ def test_branches_that_weigh_nothing_leave_no_trace_in_the_teacher(tmp_path: Pat
     nothing = {"students": "resnet8", "lambda_kl": 0, "lambda_ce": 0}
     jobs = [job(tmp_path, model="resnet8"), job(tmp_path, model="resnet8", friendly=nothing)]
     for each in jobs:
-        launch.launch(each, run_extensions(each), ResumePlan(), NullReporter())
+        launch.launch(each, launch.run_extensions(each), ResumePlan(), NullReporter())
     ours, theirs = (each.network.state_dict() for each in jobs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
@@ -287,7 +286,7 @@ def test_a_friendly_teacher_is_nearer_to_its_branches_the_more_so_the_more_it_we
 
 def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> None:
     first = job(tmp_path, model="resnet8")
-    summary = launch.launch(first, run_extensions(first), ResumePlan(), NullReporter())
+    summary = launch.launch(first, launch.run_extensions(first), ResumePlan(), NullReporter())
     again = job(tmp_path, model="resnet8", init_from=str(summary.run), friendly="resnet8", seed=1)
     assert (again.config.train.lr, again.task.groups()[1].lr) == (0.01, 0.01)
     saved, loaded = first.network.state_dict(), again.network.state_dict()

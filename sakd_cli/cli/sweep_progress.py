@@ -1,4 +1,4 @@
-"""How a sweep goes on, on stderr: a table that is kept up to date on a terminal, one line per change elsewhere"""
+"""The progress of a sweep on stderr: a live table on a terminal, one line per change elsewhere"""
 
 import time
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images
-from sakd_cli.runs.locate import is_ensemble, run_of, words_of
+from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
 
 FORMAT = Export.model_fields["schema_"].default
 TOLERANCE = 1e-4  # largest difference of a logit
@@ -78,7 +78,7 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
     folder = order.out or base / f"export-{order.form}"
     _check_place(folder, order.overwrite)
     own = ConfigSource("the weights' header", {"data": found.card.dataset})
-    config: EvalConfig = resolve("eval", [own, *words_of(found.run), *layers]).config
+    config: EvalConfig = resolve("eval", [own, *settings_of(found.run), *layers]).config
     inside = order.normalise and form.inside
     images, real = _images(found.card, config, reporter)
     network = FromPixels(found.network, found.card.mean, found.card.std).eval() if inside else found.network

@@ -1,11 +1,15 @@
 """Family -> the function that builds it. The variants of each family are in `config/networks.py`."""
 
 from collections.abc import Callable
+from functools import cache
+
+import torch
 
 from sakd_cli.config import plugins
 from sakd_cli.config.networks import find_network
 from sakd_cli.errors import UsageError
 from sakd_cli.models import external, mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
+from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.staged import StagedModel
 
 
@@ -52,3 +56,10 @@ def create(name: str, num_classes: int, side: int = 32) -> StagedModel:
     if network.family in FITTED:
         return FITTED[network.family](network.name, num_classes, side, **network.arguments)
     return FAMILIES[network.family](network.name, num_classes, **network.arguments)
+
+
+@cache
+def cost_of(name: str, classes: int, side: int) -> Cost:
+    """What a network of that name costs; nothing is allocated and no random number drawn."""
+    with torch.device("meta"):
+        return cost(create(name, classes, side), side)

@@ -30,7 +30,7 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.evaluate import Target, evaluate_networks, followed, seen_in
-from sakd_cli.runs.locate import is_ensemble, words_of
+from sakd_cli.runs.locate import is_ensemble, settings_of
 
 
 def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bool) -> EnsembleEvaluation:
@@ -149,7 +149,7 @@ def evaluate_all(
     """
     pairs = []
     for weights, run in found:
-        target = Target(weights, run, [*words_of(run), *layers], teacher_required)
+        target = Target(weights, run, [*settings_of(run), *layers], teacher_required)
         pairs.append((target, as_ensembles or is_ensemble(weights)))
     networks = evaluate_networks((target for target, ensemble in pairs if not ensemble), reporter)
     return [

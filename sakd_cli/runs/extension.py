@@ -85,7 +85,7 @@ class TrainerFactory:
 
 
 class RunExtension(ABC):
-    """One such thing; `extensions.py` lists the kinds. What a kind has no use for it leaves as it is here."""
+    """One such thing; `launch.run_extensions` lists the kinds. What a kind has no use for it leaves as it is here."""
 
     label: str = ""
     """What it adds to the run's name."""

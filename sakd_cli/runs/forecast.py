@@ -15,9 +15,8 @@ from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import keep_freed_memory, pick_device, resolve_mode, translate_oom
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
-from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.models.table import create
+from sakd_cli.models.table import cost_of, create
 from sakd_cli.runs.build import assemble, load_images
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import PretrainTask
@@ -35,7 +34,6 @@ class Workbench:
     def __init__(self, side: int = 32, classes: int = 100, images: int = ENOUGH) -> None:
         self.side, self.classes, self.images = side, classes, images
         self._networks: dict[tuple[str, str, str], StagedModel] = {}
-        self._macs: dict[str, int] = {}
 
     def refusal(self, config: DistillConfig) -> str | None:
         """Why these settings cannot be; None where they can."""
@@ -64,9 +62,7 @@ class Workbench:
 
     def macs(self, name: str) -> int:
         """Multiply-accumulates of a network for one image."""
-        if name not in self._macs:
-            self._macs[name] = cost(self.network("counted", name, "cpu"), self.side).macs
-        return self._macs[name]
+        return cost_of(name, self.classes, self.side).macs
 
 
 class Forecast(NamedTuple):

@@ -22,26 +22,26 @@ Head = Literal["keep", "replace"]
 
 
 def load_initial_weights(
-    network: StagedModel, source: Path | str | None, head: Head, dataset: Dataset, word: str
+    network: StagedModel, source: Path | str | None, head: Head, dataset: Dataset, key: str
 ) -> None:
-    """Put the weights of `source` into a fresh network; None: leave it fresh. `word`: of the config that says `source`.
+    """Put the weights of `source` into a fresh network; None: leave it fresh. `key`: the setting, for errors.
 
-    source  a run directory, a file of sakd, a file under the names of torchvision or timm, or the word `library`
+    source  a run directory, a file of sakd, a file under the names of torchvision or timm, or `library`
     head    replace: the last layer stays fresh; keep: it comes too, and must be for the classes of the data set
 
     Raises UsageError where the weights are another network's or for other classes.
     """
     if source is None:
         return
-    path = None if source == "library" else weights_at(source, word)
+    path = None if source == "library" else weights_at(source, key)
     if path is None or not artifact.is_ours(path):
-        tensors = _foreign(network, path, word)
+        tensors = _foreign(network, path, key)
     else:
         saved = artifact.load(path)
         if head == "keep":
             check_classes(saved, dataset, str(source), "--head replace gives it a new last layer")
         if saved.model.name != network.name:
-            raise UsageError(f"{word}: {source} is a {saved.model.name}, not a {network.name}")
+            raise UsageError(f"{key}: {source} is a {saved.model.name}, not a {network.name}")
         tensors = saved.model.state_dict()
     mine = network.state_dict()
     last = {name for name in mine if name.startswith("head.")}
@@ -50,12 +50,12 @@ def load_initial_weights(
     elif tensors["head.weight"].shape != mine["head.weight"].shape:
         theirs, ours = len(tensors["head.weight"]), network.num_classes
         raise UsageError(
-            f"{word}: {source} is for {theirs} classes, not for the {ours} of {dataset.name}",
+            f"{key}: {source} is for {theirs} classes, not for the {ours} of {dataset.name}",
             hint="--head replace gives it a new last layer",
         )
     for name, tensor in mine.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
-            raise UsageError(f"{word}: {source} does not fit {network.name} ({name[:60]})")
+            raise UsageError(f"{key}: {source} does not fit {network.name} ({name[:60]})")
     network.load_state_dict({name: tensors[name] for name in mine})
 
 
@@ -84,12 +84,12 @@ def check_classes(network: Artifact, dataset: Dataset, source: str, hint: str | 
         )
 
 
-def _foreign(network: StagedModel, path: Path | None, word: str) -> dict[str, Tensor]:
+def _foreign(network: StagedModel, path: Path | None, key: str) -> dict[str, Tensor]:
     """Tensors under our names, from a file of another program or (None) from the library the network is of."""
     known = find_network(network.name)
     if brought(network.name) is None or (path is None and known.family == "factory"):
         raise UsageError(
-            f"{word}: {path or 'library'} is not a file of sakd, and {network.name} is no network of a library",
+            f"{key}: {path or 'library'} is not a file of sakd, and {network.name} is no network of a library",
             hint=artifact.IMPORT,
         )
     names = network.plain_names()
@@ -101,5 +101,5 @@ def _foreign(network: StagedModel, path: Path | None, word: str) -> dict[str, Te
         artifact.check_finite(path, theirs)
     missing = [theirs_ for theirs_ in names.values() if theirs_ not in theirs and not theirs_.endswith(foreign.COUNTER)]
     if missing:
-        raise UsageError(f"{word}: {path or 'library'} is no {network.name}: {missing[0][:60]} is missing")
+        raise UsageError(f"{key}: {path or 'library'} is no {network.name}: {missing[0][:60]} is missing")
     return {name: theirs.get(plain, torch.zeros((), dtype=torch.int64)) for name, plain in names.items()}

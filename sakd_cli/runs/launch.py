@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
@@ -31,16 +30,21 @@ from sakd_cli.engine.runtime import (
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
-from sakd_cli.files import write_aside, write_document, write_json
+from sakd_cli.files import write_aside, write_document, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import build
+from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
-from sakd_cli.runs.extensions import run_extensions
 from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, planned_spots
 from sakd_cli.runs.locate import Claim, compare_with_card
+from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.phases import training
+from sakd_cli.runs.residual_chain import Chain
 from sakd_cli.runs.resume import find_matching_run
+from sakd_cli.runs.survey import Surveyed
+from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.sftn import SftnTask
 
 
 class FolderWriter:
@@ -61,6 +65,23 @@ class FolderWriter:
         artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
         for extension in self.extensions:
             extension.publish(run.path, run.path / self.folder / "model.safetensors")
+
+
+def run_extensions(job: Job) -> list[RunExtension]:
+    """What this job has beside its main training, validated. Raises UsageError where something cannot be."""
+    config, task = job.config, job.task
+    found: list[RunExtension] = []
+    if isinstance(task, SftnTask):
+        found.append(StudentBranches(task))
+    if isinstance(config, DistillConfig) and config.residual.students > 0:
+        found.append(Chain(job))
+    if isinstance(task, DistillTask) and task.graft is not None:
+        found.append(Surveyed(job))
+    if of_job(job):
+        found.append(Mixed(job))
+    for extension in found:
+        extension.validate()
+    return found
 
 
 def try_one_batch(job: Job) -> Plan:
@@ -145,7 +166,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan) -> None:
     if plan.resume is None:
         write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
         settings = job.config.model_dump(mode="json") | {EFFECTIVE: effective_values(job)}
-        write_aside(run.path / "config.yaml", _yaml(settings))
+        write_aside(run.path / "config.yaml", yaml_bytes(settings))
 
 
 def _close(
@@ -269,9 +290,8 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
     if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch
-        told = compare_with_card(job.teacher_path, job.teacher_claim, measured, allowed=allowed)
-        if told is not None:
-            reporter.say(told)
+        if text := compare_with_card(job.teacher_path, job.teacher_claim, measured, allowed=allowed):
+            reporter.say(text)
     teacher = TrainingTeacher(
         network=job.teacher.model.name,
         path=str(job.teacher_path),
@@ -281,10 +301,6 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
         **scores.metrics(),
     )
     return {"teacher": teacher}
-
-
-def _yaml(settings: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whom `--teacher` means: a weights file, a run directory, or the newest finished run; and what its card says of it"""
+"""What a path or a name means: a teacher, weights, a run; and what the card of a teacher's weights says."""
 
 import shlex
 from collections.abc import Sequence
@@ -95,8 +95,8 @@ def pretrain_command(config: DistillConfig, name: str) -> str:
         settings += ["--data-root", str(config.data.root)]
     kind = type(config.data).model_fields
     for key, value in config.data.identity().items():
-        word = key.removeprefix("data.")
-        if word not in ("name", "root") and value != kind[word].default:
+        name_in_data = key.removeprefix("data.")
+        if name_in_data not in ("name", "root") and value != kind[name_in_data].default:
             settings += ["--set", f"{key}={value}"]
     if config.runs_dir != default:
         settings += ["--runs-dir", str(config.runs_dir)]
@@ -134,15 +134,14 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
         return None
     try:
         about = read_json(card)
-        settings = about["sha256"], about.get("dataset"), about.get("images"), about.get("top1")
-        claim = Claim(
-            *(None if word is None else kind(word) for kind, word in zip((str, int, float), settings[1:], strict=True))
-        )
+        known: str = about["sha256"]
+        values: tuple[tuple[Any, str], ...] = ((str, "dataset"), (int, "images"), (float, "top1"))
+        claim = Claim(*(None if about.get(key) is None else kind(about[key]) for kind, key in values))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{card}: the teacher's card is damaged") from None
-    if settings[0] != sha256:
+    if known != sha256:
         raise UsageError(
-            f"{card}: is the card of other weights (SHA-256 {str(settings[0])[:12]}, the file's is {sha256[:12]})",
+            f"{card}: is the card of other weights (SHA-256 {str(known)[:12]}, the file's is {sha256[:12]})",
             hint="take the whole folder from where it came, or remove the card",
         )
     return claim
@@ -205,11 +204,11 @@ def run_of(target: Path) -> RunDir | None:
     return above[0] if above else None
 
 
-def words_of(run: RunDir | None) -> list[ConfigSource]:
-    """On what the run was trained, by whom, and who leaves its ensemble early."""
-    settings = run.config if run else {}
-    told = {key: settings[key] for key in ("data", "teacher", "residual") if settings.get(key)}
-    return [ConfigSource("the run's config", told)] if told else []
+def settings_of(run: RunDir | None) -> list[ConfigSource]:
+    """The settings of the run's data, teacher and residual students, for its evaluation."""
+    config = run.config if run else {}
+    known = {key: config[key] for key in ("data", "teacher", "residual") if config.get(key)}
+    return [ConfigSource("the run's config", known)] if known else []
 
 
 def is_ensemble(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """The training of one network, and what its method does in front of it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -27,8 +26,9 @@ from sakd_cli.tasks.search import batches
 def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFactory) -> Iterator[Trainer]:
     """The preparations of a job, then its own training as `phase`; each is built when the one before is done."""
     before = "" if phase == MAIN else f"{phase}-"
-    for prepare in PREPARATIONS:
-        yield from prepare(job, before, factory)
+    _use_teacher_cache(job, factory)
+    yield from _warm_up(job, before, factory)
+    yield from _search(job, before, factory)
     recorder = None
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
@@ -49,24 +49,17 @@ def _looking_ahead(job: Job) -> LookAhead | None:
     return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
 
-def _taken_from_bank(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
-    """Let the teacher's answers come from its cache, if requested."""
+def _use_teacher_cache(job: Job, factory: TrainerFactory) -> None:
+    """Let the teacher's answers come from its cache, where `teacher.cache` says so."""
     if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.cache:
         assert job.teacher is not None
-        folder = job.config.runs_dir / "teacher-cache"
-        cache = open_teacher_cache(
-            folder,
-            job.teacher,
-            views(job.images.train, job.images.dataset, job.device),
-            job.mode,
-            job.device,
-            factory.reporter,
+        folder, images = job.config.runs_dir / "teacher-cache", views(job.images.train, job.images.dataset, job.device)
+        job.task.teacher_features = open_teacher_cache(
+            folder, job.teacher, images, job.mode, job.device, factory.reporter
         )
-        job.task.teacher_features = cache
-    yield from ()
 
 
-def _warmed_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
+def _warm_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
     """A method's own warm-up, at a constant learning rate."""
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage
@@ -75,23 +68,14 @@ def _warmed_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Train
         task.warmup.requires_grad_(False)
 
 
-def _searched(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
+def _search(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
     """The search for a method's mixtures, where they are not known, and their file."""
     if (search := search_of(job)) is not None:
         config, settings, images = job.config, search.settings, job.images
-        loader = batches(
-            settings,
-            images.dataset,
-            images.train,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            device=job.device,
-        )
+        size, device = config.train.batch_size, job.device
+        loader = batches(settings, images.dataset, images.train, batch_size=size, seed=config.seed, device=device)
         both = search.optimizer(config.train.momentum)
         yield factory.trainer(job, search, f"{before}search", settings.search_epochs, loader=loader, optimizer=both)
         search.settle()
     if (mixed := mixtures.record(job, factory.reporter.warn)) is not None and distributed.is_main_process():
         write_document(factory.run.path / f"{before}{mixtures.NAME}", mixed)
-
-
-PREPARATIONS: tuple[Any, ...] = (_taken_from_bank, _warmed_up, _searched)

@@ -6,7 +6,7 @@ phases is computed anew from the trained networks, on images that no student was
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -26,11 +26,11 @@ from sakd_cli.errors import Stopped, UsageError
 from sakd_cli.evaluation.early_exit import exit_curve, exit_metrics, never
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.cost import Cost, cost
+from sakd_cli.models.cost import Cost
 from sakd_cli.models.ensemble import Ensemble, Offset
 from sakd_cli.models.exits import fit
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.models.table import create
+from sakd_cli.models.table import cost_of, create
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import assemble, residual_stage
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
@@ -69,13 +69,6 @@ def verdict(energies: Sequence[float], settings: ResidualConfig) -> Verdict:
     if energies[-1] < settings.energy:
         return Verdict(False, f"the energy fell below {settings.energy:g}")
     return Verdict(False, None)
-
-
-@cache
-def cost_of(name: str, classes: int, side: int) -> Cost:
-    """What a network of that name costs; nothing is allocated and no random number drawn."""
-    with torch.device("meta"):
-        return cost(create(name, classes, side), side)
 
 
 def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> str:

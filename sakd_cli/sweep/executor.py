@@ -65,13 +65,13 @@ class Executor(ABC):
     def ended(self) -> list[Ended]:
         """Those that ended since the last call."""
 
-    @abstractmethod
     def stop(self, signum: int) -> None:
         """Ask every job to save its state and to end; a second time: to end at once."""
+        return
 
-    @abstractmethod
     def close(self) -> None:
         """Release all resources. Nothing runs any more, or an error has come up and what runs must end."""
+        return
 
 
 def command(arguments: Sequence[str]) -> list[str]:
@@ -183,12 +183,6 @@ class InProcessExecutor(Executor):
     def ended(self) -> list[Ended]:
         over, self.over = self.over, []
         return over
-
-    def stop(self, signum: int) -> None:
-        return
-
-    def close(self) -> None:
-        return
 
 
 def carried_out(job: Job) -> int:

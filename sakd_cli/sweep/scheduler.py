@@ -15,13 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sakd_cli.config.grid import Member
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
-from sakd_cli.files import sha256, write_aside, write_json
+from sakd_cli.files import sha256, write_aside, write_json, yaml_bytes
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import weights_at
@@ -211,8 +209,7 @@ class Scheduler:
             config = own_settings(entry.run, config)
         log = self.log_of(entry)
         file = log.with_suffix(".yaml")
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_aside(file, settings.encode())
+        write_aside(file, yaml_bytes(config.model_dump(mode="json")))
         log.unlink(missing_ok=True)
         arguments = [PROCEDURES[config.task].command, "--config", str(file.resolve()), "--json"]
         if entry.run is not None or not self.fresh:
