@@ -152,10 +152,28 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             complain("out of memory on the device", "a smaller --batch-size")
             return MemoryLimitError.exit_code
+        if place := _place_in_method(error):
+            complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
+            return UsageError.exit_code
         for line in traceback.format_exc().splitlines():
             print(printable(line), file=sys.stderr)
         complain(f"internal error: {type(error).__name__}: {error}", hint="please report it with the lines above")
         return 1
+
+
+def _place_in_method(error: Exception) -> str | None:
+    """Class, file and line of the distiller or router whose own code raised the error; None where it is no such code.
+
+    Known by the names of the base classes, which must not be imported here.
+    """
+    owner, place = type(None), None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        kind = type(frame.f_locals.get("self"))
+        if {"Distiller", "Router", "Warmup"} & {base.__name__ for base in kind.__mro__}:
+            owner = kind
+        if frame.f_globals.get("__name__") == owner.__module__:
+            place = f"{owner.__name__} ({os.path.basename(frame.f_code.co_filename)}, line {line})"
+    return place
 
 
 def _broken_pipe() -> int:

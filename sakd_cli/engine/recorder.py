@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SpotInEpoch
 from sakd_cli.engine.task import SpotUse
+from sakd_cli.errors import UsageError
 
 
 class SpotRecorder:
@@ -75,6 +76,8 @@ class SpotRecorder:
             )
             for (name, kind), row, probability in zip(self.names, *rows, strict=True)
         ]
+        if any(not 0 <= (spot.fraction or 0) <= 1 for spot in spots):
+            raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
         means: dict[str, float | None] = dict.fromkeys(STEP_MEANS)
         means |= {name: float(count) / steps for name, count in self._events.items()}
         for count in of_epoch.values():

@@ -29,7 +29,7 @@ from sakd_cli.engine.runtime import (
     translate_oom,
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
-from sakd_cli.errors import CheckpointError, Stopped
+from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.files import write_aside, write_document, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
@@ -90,8 +90,11 @@ def try_one_batch(job: Job) -> Plan:
     loader = loader_of(job)
     job.task.train()
     job.task.begin_epoch(1)
-    output = job.task(next(loader.epoch(1)))
-    output.loss.backward()
+    with translate_oom(job.config.train.batch_size):
+        output = job.task(next(loader.epoch(1)))
+        output.loss.backward()
+    if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
+        raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
     networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
     extra = {key: part for extension in extensions for key, part in extension.plan().items()}
     return Plan(
@@ -327,7 +330,7 @@ class Launcher:
     def pretrain(self, config: DistillConfig) -> tuple[DistillConfig, Images]:
         """Train the teacher of a distillation; the config with its weights, and the images of the distillation."""
         first, trial = _untrained(config)
-        run_extensions(trial)  # whatever is wrong with the student's side is reported before hours go into a teacher
+        try_one_batch(trial)  # whatever is wrong with the student's side is reported before hours go into a teacher
         self.reporter.say(f"no finished {config.teacher.source} yet: training it first")
         plan = find_matching_run(first.config) if self.resume else ResumePlan()
         run = RunDir(Path(str(self._launch(first, plan, self.resume_command).run)))

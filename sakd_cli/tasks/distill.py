@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli import distributed
@@ -18,10 +18,13 @@ from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
+from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Decision, Router
+
+GUIDE = "sakd guide extending"
 
 
 class Factors(NamedTuple):
@@ -138,6 +141,12 @@ class DistillTask(Task):
         if offset is not None:
             student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
+        if not isinstance(decision, Decision):
+            raise UsageError(
+                f"{type(self.router).__name__}.forward: must return a Decision, not a {type(decision).__name__}", GUIDE
+            )
+        shape = len(self.spots), len(batch.labels)
+        _require(self.router, "the weight of its Decision [spots, N]", decision.weight, shape)
         ce = F.cross_entropy(student.logits, batch.labels)
         logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, decision.weight[-1:], batch)
         parts = {"ce": ce, "logit": logit}
@@ -165,7 +174,9 @@ class DistillTask(Task):
             weight = distributed.all_gather(weight.T, batch).T
             labels, index = (distributed.all_gather(rows, batch) for rows in (batch.labels, batch.index))
             batch = Batch(batch.images, labels, index, batch.noise)
-        return distiller(student, teacher, weight, batch).sum()
+        losses: Tensor = distiller(student, teacher, weight, batch)
+        _require(distiller, "what it returns, a loss per spot [spots],", losses, (len(distiller.spots),))
+        return losses.sum()
 
     def _route(
         self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision, offset: Tensor | None
@@ -188,6 +199,16 @@ class DistillTask(Task):
         events = {"router_loss_scaled_up": result.raised, "router_loss_scaled_down": result.lowered}
         events |= {"count_penalty_active": result.count_active}
         return result.loss, events | {"routed_ce": result.ce, "student_ce": result.student_ce}
+
+
+def _require(module: nn.Module, what: str, value: object, shape: tuple[int, ...]) -> None:
+    """Raise UsageError where it is no floating tensor of this shape. Nothing is read from the device."""
+    if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
+        return
+    got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise UsageError(
+        f"{type(module).__name__}.forward: {what} must be a floating tensor of shape {list(shape)}, not {got}", GUIDE
+    )
 
 
 def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:
