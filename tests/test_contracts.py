@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import PAIR, TINY, CliRunner
 
+from sakd_cli.data.table import DATASETS
 from sakd_cli.distillers.at import AT
+from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.routing.router import Decision
-from sakd_cli.routing.table import Fixed
+from sakd_cli.routing.table import ROUTERS, Fixed
 
 WORDS = [*PAIR, "--method", "at", "--router", "always", *TINY]
 
@@ -77,3 +79,19 @@ def test_an_error_of_their_own_code_is_shown_with_its_line(
     with mock.patch(name, side_effect=ValueError("no such\nmap")):
         result = cli.assert_rejects([*WORDS, "--dry-run"], 2, "ValueError")
     assert re.search(told, result.err)
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "told"),
+    [
+        (DISTILLERS.own, "at", "method 'at' has settings but no row in sakd_cli/distillers/table.py"),
+        (ROUTERS, "always", "router 'always' has settings but no row in sakd_cli/routing/table.py"),
+        (DATASETS, "shapes", "data set 'shapes' has settings but no row in sakd_cli/data/table.py"),
+    ],
+)
+def test_settings_without_a_row_say_which_table_lacks_it(
+    cli: CliRunner, pretrained: Any, table: Any, name: str, told: str
+) -> None:
+    rest = {other: row for other, row in table.items() if other != name}
+    with mock.patch.dict(table, rest, clear=True):
+        assert "sakd guide extending" in cli.assert_rejects([*WORDS, "--dry-run"], 2, told).err

@@ -132,6 +132,7 @@ def distiller_of(name: str, pair: tuple[str, str] | None = None) -> Distiller:
 
 
 def trial(name: str) -> Trial:
+    assert name in PLAIN, f"{name}: write its plain definition in tests/plain_losses.py"
     images = torch.randn(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
     index = torch.tensor([41, 3, 17, 58, 0, 22, 35])
     batch = Batch(images=images, labels=LABELS[index], index=index, noise=torch.empty(N, 0))
@@ -146,7 +147,6 @@ def trial(name: str) -> Trial:
 
 def plain(case: Trial, k: int, rows: Tensor) -> Tensor:
     """The plain loss of the rows that are True, times n/N; 0 of none."""
-    assert case.name in PLAIN, f"{case.name}: write its plain definition in tests/plain_losses.py"
     spots = range(len(case.distiller.spots))
     s, t = PLAIN[case.name].before(case.distiller, [case.pair(spot) for spot in spots])[k]
     if not rows.any():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sakd_cli.cli.console import show
+from sakd_cli.cli.console import out, show
 from sakd_cli.errors import UsageError, unknown
 
 GUIDES = files("sakd_cli") / "guides"
@@ -59,7 +59,8 @@ def guide(
     from rich.markdown import Markdown
 
     if topic is not None:
-        show(Markdown(for_terminal(read(topic)), code_theme="ansi_dark"))
+        text = read(topic)
+        show(Markdown(for_terminal(text), code_theme="ansi_dark") if out().is_terminal else text.rstrip())
         return
     width = max(map(len, topics()))
     show("Guides, in reading order; `sakd guide TOPIC` shows one:\n")

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, TypeVar, final
 
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, no_row
 
 Row = TypeVar("Row")
 METHODS, DISTILLERS, NETWORKS = "sakd.methods", "sakd.distillers", "sakd.networks"
@@ -86,6 +86,8 @@ class Table(Mapping[str, Row]):
         try:
             return self[name]
         except KeyError:
+            if name not in plugged(METHODS):
+                raise no_row(self.kind, name, "distillers") from None
             raise UsageError(f"{self.kind} {name!r}: no package has an entry point {self.group!r} for it") from None
 
     def package(self, name: str) -> str:

@@ -11,6 +11,7 @@ from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar
 from sakd_cli.data.dataset import Dataset, first_classes
 from sakd_cli.data.folder import FolderContents
 from sakd_cli.data.shapes import load_shapes
+from sakd_cli.errors import no_row
 
 DATASETS: dict[str, Callable[[Any], Dataset]] = {
     "cifar10": load_cifar,
@@ -39,6 +40,8 @@ def describe(config: DataConfig) -> Dataset:
 
 def load(config: DataConfig) -> Dataset:
     """The data set that `config` names, with the classes it asks for: limit and hold-out are the caller's."""
+    if config.name not in DATASETS:
+        raise no_row("data set", config.name, "data")
     return _apply_overrides(DATASETS[config.name](config), config)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.effective import teacher_bias
 from sakd_cli.config.routers import RouterConfig
+from sakd_cli.errors import no_row
 from sakd_cli.routing.router import Decision, Router
 
 EPSILON = 1e-20  # keeps both logarithms finite for u = 0 and u = 1
@@ -143,4 +144,6 @@ ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
 
 def build(config: RouterConfig, pair: Pair) -> Router:
     """The router that the config names."""
+    if config.name not in ROUTERS:
+        raise no_row("router", config.name, "routing")
     return ROUTERS[config.name](config, pair)
