@@ -11,8 +11,7 @@ import pytest
 from conftest import CliRunner
 from rich.console import Console
 
-from sakd_cli.bench.measure import comparison, reported
-from sakd_cli.bench.timing import Ratio
+from sakd_cli.bench.measure import Ratio, comparison, reported
 from sakd_cli.documents.bench import Bench, ReportedRatio
 from sakd_cli.report.bench import bench_tables
 

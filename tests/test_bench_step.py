@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from sakd_cli.batch import Batch
+from sakd_cli.bench.measure import Ratio, interleaved
 from sakd_cli.bench.steps import half_routed
-from sakd_cli.bench.timing import Ratio, interleaved
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader

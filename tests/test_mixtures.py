@@ -12,7 +12,7 @@ from conftest import CliRunner, Result
 from sample_documents import sample
 
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.documents.mixtures import Mixtures
+from sakd_cli.documents.training import Mixtures
 from sakd_cli.models.artifact import load
 from sakd_cli.models.table import create
 from sakd_cli.report.render import plots

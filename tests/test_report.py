@@ -21,7 +21,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report.evaluation.tables import evaluation_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.listing import listing_table
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.runs.tables import plan_table, summary_table
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.tables import spot_tables
@@ -367,7 +367,7 @@ def test_listing_follows_the_kind_of_value() -> None:
 
 
 def test_wide_characters_and_long_names_wrap() -> None:
-    sheet = Sheet("", [Column("Name", text=True), Column("Figure")], [["猫" * 40, "1.0"], ["n" * 90, "2.0"]])
+    sheet = Sheet("", ["Name", "Figure"], [["猫" * 40, "1.0"], ["n" * 90, "2.0"]])
     for width in (1, 2, 30, 80):
         text = text_of([sheet], width)
         assert max(cell_len(line) for line in text.splitlines()) <= max(width, 2)

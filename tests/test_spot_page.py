@@ -22,7 +22,7 @@ from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.html import Gallery, Picture, Section, Tile
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots.page import spot_page
 from sakd_cli.report.spots.survey import measure
 
@@ -152,7 +152,7 @@ def test_the_page_shows_the_extreme_images() -> None:
 
 
 def test_a_page_of_any_sections() -> None:
-    blocks = [Sheet("T", [Column("a")], [["1"]], ["note"]), Picture(b"x", "png", "alt"), Gallery("G", [])]
+    blocks = [Sheet("T", ["a"], [["1"]], ["note"], text=0), Picture(b"x", "png", "alt"), Gallery("G", [])]
     blocks.append(Gallery("H", [Tile(Picture(b"y", "png", "tile"), ["one", "two"])]))
     reader = Reader(html.page("title", [("fact", "value")], [Section("section", blocks)]))
     for word in ("title", "fact", "value", "section", "note", "T", "G", "one", "two"):
@@ -194,7 +194,7 @@ def test_a_browser_shows_the_page_at_every_width(browser: Any, tmp_path: Path, w
 
 def test_a_click_sorts_a_table_by_number_and_by_name(browser: Any, tmp_path: Path) -> None:
     rows = [["9.5", "b"], ["10 000", "a"], ["–", "d"], ["−3.0", "c"], ["12.0 +1.0", "e"]]
-    sheet = Sheet("T", [Column("figure"), Column("name", text=True)], rows)
+    sheet = Sheet("T", ["figure", "name"], rows, text=["name"])
     (tmp_path / "page.html").write_text(html.page("t", [], [Section("s", [sheet])]), encoding="utf-8")
     browser.get((tmp_path / "page.html").as_uri())
 

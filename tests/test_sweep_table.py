@@ -12,8 +12,7 @@ from sakd_cli.config.grid import Grid
 from sakd_cli.config.options import options_of
 from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.documents.sweep import PublishedPair, SweepRun
-from sakd_cli.report.sweep.published import published_cell
-from sakd_cli.report.sweep.results import sweep_document
+from sakd_cli.report.sweep.results import published_cell, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))

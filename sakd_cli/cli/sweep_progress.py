@@ -9,7 +9,7 @@ from rich.live import Live
 
 from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.report.render.format import duration, fixed, number, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
@@ -59,10 +59,10 @@ class ProgressTable:
 
     def _table(self) -> RenderableType:
         names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
-        columns = [Column(name, text=k < 2) for k, name in enumerate(names)]
         rows = [self._row(entry) for entry in [*self.scheduler.locate(), *reversed(self.ended[-SHOWN:])]]
         counts = ", ".join(f"{count} {state}" for state, count in self.scheduler.counts().items() if count)
-        return Group(Sheet("", columns, rows, [f"{counts}. Ctrl-C saves every run; the same command goes on."]))
+        notes = [f"{counts}. Ctrl-C saves every run; the same command goes on."]
+        return Group(Sheet("", names, rows, notes, text=2))
 
     def _row(self, entry: ScheduledRun) -> list[str]:
         epoch, step, top1 = progress(entry.run)

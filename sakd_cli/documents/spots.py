@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sakd_cli.documents.base import Document, Number, Part
-from sakd_cli.documents.mixtures import Mixtures
+from sakd_cli.documents.training import Mixtures
 
 EXTREMES = 12  # images at each end of a spot; a run saves the pixels of as many
 Split = Literal["train", "validation", "test"]

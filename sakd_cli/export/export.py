@@ -1,7 +1,7 @@
 """Write a trained network for programs that do not have sakd, and check what was written before anyone uses it."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
 FORMAT = Export.model_fields["schema_"].default
 TOLERANCE = 1e-4  # largest difference of a logit
 IMAGES = 64
-TOLD = ("epoch", "split", "images", "top1", "top5", "loss", "imported", "friendly")  # of a deployable folder's card
+FACTS = ("epoch", "split", "images", "top1", "top5", "loss", "imported", "friendly")  # of a deployable folder's card
 
 
 class Exportable(NamedTuple):
@@ -51,18 +51,6 @@ class Order(NamedTuple):
     overwrite: bool = False
     normalise: bool = True
     opset: int | None = None
-
-
-@final
-class _Opened(nn.Module):
-    """A file that was opened again, as a network that can be timed."""
-
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
 
 
 def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Reporter) -> Export:
@@ -145,14 +133,10 @@ def _last_checkpoint(run: RunDir, reporter: Reporter) -> checkpoint.Checkpoint |
 
 def _facts(weights: Path, digest: str) -> dict[str, Any]:
     """What the card beside the weights says of them: figures, and the teacher."""
-    card = (weights if weights.is_dir() else weights.parent) / "config.json"
-    try:
-        about = read_json(card) if card.is_file() else {}
-    except (OSError, ValueError):
-        about = {}
-    if not isinstance(about, dict) or about.get("sha256") != digest:
+    about = _card_of(weights if weights.is_dir() else weights.parent)
+    if about.get("sha256") != digest:
         return {"weights": digest}
-    facts = {key: about[key] for key in TOLD if key in about}
+    facts = {key: about[key] for key in FACTS if key in about}
     if isinstance(teacher := about.get("teacher"), dict):
         facts["teacher"] = {key: teacher.get(key) for key in ("network", "sha256", "top1")}
     return facts | {"weights": digest}
@@ -162,14 +146,19 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     """Raise UsageError where something is there that is not to be replaced."""
     if not (folder.exists() or folder.is_symlink()):
         return
-    try:
-        ours = read_json(folder / "config.json")["export"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
+    if _card_of(folder).get("export") != FORMAT:
         raise UsageError(f"{folder}: exists and is no export; it is not replaced", hint="--out DIR")
     if not overwrite:
         raise UsageError(f"{folder}: exists already", hint="--overwrite replaces it; --out DIR")
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder; empty where there is none that can be read."""
+    try:
+        about = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[Tensor, bool]:
@@ -204,7 +193,7 @@ def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: Ev
         return None
     own, file = (
         speed(kind, card.side, torch.device("cpu"), batch=1, seconds=config.timing_seconds).latency
-        for kind in (network, _Opened(opened))
+        for kind in (network, opened)
     )
     return Latency(threads=torch.get_num_threads(), network=own, file=file)
 

@@ -23,6 +23,30 @@ from sakd_cli.models.staged import StagedModel
 
 Function = Callable[[Tensor], Tensor]
 WEIGHTS, SOURCE = "model.safetensors", "network.py"
+WEIGHTS_LINES = """\
+import torch
+{imports}
+
+network = {network}
+network.load_state_dict(load_file("model.safetensors"))
+network.eval()
+{images}
+with torch.inference_mode():
+    logits = network(images)"""
+PROGRAM_LINES = """\
+import torch
+
+network = torch.export.load("model.pt2").module()
+{images}
+with torch.inference_mode():
+    logits = network(images)"""
+ONNX_LINES = """\
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+{images}
+(logits,) = session.run(None, {{"images": images}})"""
 
 
 @final
@@ -50,24 +74,41 @@ class Form(NamedTuple):
     file    its name
     write   network in evaluation mode, example images, its card, the folder, opset (None: the exporter's own)
     opened  the file in that folder as a function of images on the CPU
-    lines   Python that opens it, with nothing of sakd, in the folder itself; then `images` give `logits`
-    needs   packages, and the extra of sakd that brings them
+    text    Python that opens it, with nothing of sakd, in the folder itself; then `images` give `logits`
+    arrays  how that draws random pixels of a shape, and makes an array of a list
+    needs   packages, which `sakd[onnx]` brings
     inside  whether it can hold the normalisation
     """
 
     file: str
     write: Callable[[nn.Module, Tensor, NetworkCard, Path, int | None], None]
     opened: Callable[[NetworkCard, Path], Function]
-    lines: Callable[[NetworkCard, bool], str]
+    text: str
+    arrays: tuple[str, str] = ("torch.rand({})", "torch.tensor")
     needs: tuple[str, ...] = ()
-    extra: str = ""
     inside: bool = True
 
     def check(self) -> None:
         """Raise UsageError where a package is missing."""
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
-            raise UsageError(f"{self.file} needs {', '.join(missing)}", hint=f"pip install 'sakd[{self.extra}]'")
+            raise UsageError(f"{self.file} needs {', '.join(missing)}", hint="pip install 'sakd[onnx]'")
+
+    def lines(self, card: NetworkCard, inside: bool) -> str:
+        """The text for a network; `inside`: its file normalises the images itself."""
+        draw, array = self.arrays
+        pixels = draw.format(f"1, 3, {card.side}, {card.side}") + "  # RGB, between 0 and 1"
+        images = f"images = {pixels}"
+        if not inside:
+            images = f"mean, std = {array}({list(card.mean)}), {array}({list(card.std)})\npixels = {pixels}\n"
+            images += "images = (pixels - mean[:, None, None]) / std[:, None, None]"
+        call = _call_of(card)
+        imports = ["from safetensors.torch import load_file"]
+        if call:
+            imports.insert(0, f"import {call.module}")
+        else:
+            imports.append("from network import Network  # network.py, beside the weights")
+        return self.text.format(images=images, imports="\n".join(imports), network=call or "Network()")
 
 
 def _call_of(card: NetworkCard) -> Call | None:
@@ -95,37 +136,6 @@ def _open_weights(card: NetworkCard, folder: Path) -> Function:
     network = call() if call else executed((folder / SOURCE).read_text(encoding="utf-8"))()
     network.load_state_dict(load_file(folder / WEIGHTS))
     return cast(Function, network.eval().forward)
-
-
-def _lines_of_weights(card: NetworkCard, inside: bool) -> str:
-    call = _call_of(card)
-    first = f"import {call.module}" if call else "from network import Network  # network.py, beside the weights"
-    build = call or "Network()"
-    imports = sorted(
-        ["import torch", first, "from safetensors.torch import load_file"], key=lambda line: line[:6] == "from n"
-    )
-    return "\n".join(
-        [
-            *imports,
-            "",
-            f"network = {build}",
-            f'network.load_state_dict(load_file("{WEIGHTS}"))',
-            "network.eval()",
-            *_torch_images(card, inside),
-            "with torch.inference_mode():",
-            "    logits = network(images)",
-        ]
-    )
-
-
-def _torch_images(card: NetworkCard, inside: bool) -> list[str]:
-    if inside:
-        return [f"images = torch.rand(1, 3, {card.side}, {card.side})  # RGB, between 0 and 1"]
-    return [
-        f"mean, std = torch.tensor({list(card.mean)}), torch.tensor({list(card.std)})",
-        f"pixels = torch.rand(1, 3, {card.side}, {card.side})  # RGB, between 0 and 1",
-        "images = (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)",
-    ]
 
 
 def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
@@ -159,27 +169,6 @@ def _open_onnx(card: NetworkCard, folder: Path) -> Function:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _lines_of_onnx(card: NetworkCard, inside: bool) -> str:
-    shape = f"1, 3, {card.side}, {card.side}"
-    images = [f"images = np.random.rand({shape}).astype(np.float32)  # RGB, between 0 and 1"]
-    if not inside:
-        images = [
-            f"mean, std = np.float32({list(card.mean)}), np.float32({list(card.std)})",
-            f"pixels = np.random.rand({shape}).astype(np.float32)  # RGB, between 0 and 1",
-            "images = (pixels - mean[:, None, None]) / std[:, None, None]",
-        ]
-    return "\n".join(
-        [
-            "import numpy as np",
-            "import onnxruntime",
-            "",
-            'session = onnxruntime.InferenceSession("model.onnx")',
-            *images,
-            '(logits,) = session.run(None, {"images": images})',
-        ]
-    )
-
-
 def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
     try:
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -195,23 +184,15 @@ def _open_program(card: NetworkCard, folder: Path) -> Function:
     return cast(Function, torch.export.load(folder / "model.pt2").module().forward)
 
 
-def _lines_of_program(card: NetworkCard, inside: bool) -> str:
-    return "\n".join(
-        [
-            "import torch",
-            "",
-            'network = torch.export.load("model.pt2").module()',
-            *_torch_images(card, inside),
-            "with torch.inference_mode():",
-            "    logits = network(images)",
-        ]
-    )
-
-
 FORMS = {
-    "safetensors": Form(WEIGHTS, _write_weights, _open_weights, _lines_of_weights, inside=False),
+    "safetensors": Form(WEIGHTS, _write_weights, _open_weights, WEIGHTS_LINES, inside=False),
     "onnx": Form(
-        "model.onnx", _write_onnx, _open_onnx, _lines_of_onnx, ("onnx", "onnxscript", "onnxruntime"), extra="onnx"
+        "model.onnx",
+        _write_onnx,
+        _open_onnx,
+        ONNX_LINES,
+        ("np.random.rand({}).astype(np.float32)", "np.float32"),
+        needs=("onnx", "onnxscript", "onnxruntime"),
     ),
-    "pt2": Form("model.pt2", _write_program, _open_program, _lines_of_program),
+    "pt2": Form("model.pt2", _write_program, _open_program, PROGRAM_LINES),
 }

@@ -62,7 +62,7 @@ def _comparison(found: BenchComparison) -> Sheet:
     rows = [[word(one.name), fixed(one.base, 2), fixed(one.now, 2), _verdict(one)] for one in found.ratios]
     rows += [[f"{word(r.name)} {r.counter}", large(r.before), large(r.now), "has risen"] for r in found.risen]
     note = "Regressed." if found.regressed else "No regression."
-    return Sheet.of_cells("Since the earlier result", ("Over adaptive", "then", "now", "Verdict"), rows, [note])
+    return Sheet("Since the earlier result", ("Over adaptive", "then", "now", "Verdict"), rows, [note])
 
 
 def _verdict(change: RatioChange) -> str:

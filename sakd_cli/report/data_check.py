@@ -19,8 +19,8 @@ def data_tables(document: DataCheck) -> list[Sheet]:
     note = f"{whole(document.read)} images read; min, max: images of a class."
     parts = [table(f"Data set {word(document.dataset)}", document.parts, columns, [note])] if document.parts else []
     if not document.findings:
-        return [*parts, Sheet.of_cells("Findings", ("",), [["nothing is wrong"]])]
+        return [*parts, Sheet("Findings", ("",), [["nothing is wrong"]])]
     rows = [[word(one.kind), word(one.path), word(one.text)] for one in document.findings]
     kinds = sorted(Counter(one.kind for one in document.findings).items())
     note = " · ".join(f"{kind} {count}" for kind, count in kinds)
-    return [*parts, Sheet.of_cells("Findings", ("Kind", "Where", "What"), rows, [note], text=3)]
+    return [*parts, Sheet("Findings", ("Kind", "Where", "What"), rows, [note], text=3)]

@@ -12,7 +12,7 @@ from sakd_cli.config.methods import DFAConfig, MethodConfig
 from sakd_cli.config.methods import Mixtures as Names
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.dfa import DFA
-from sakd_cli.documents.mixtures import MixtureGroup, Mixtures
+from sakd_cli.documents.training import MixtureGroup, Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.files import read_document, sha256
 from sakd_cli.runs.extension import RunExtension, TrainerFactory

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, ExitPoint
 from sakd_cli.documents.training import EnsembleTraining
 from sakd_cli.report.render.format import fixed, fraction, large, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet, table
+from sakd_cli.report.render.sheet import Sheet, table
 
 
 def ensemble_tables(result: EnsembleEvaluation) -> list[RenderableType]:
@@ -45,12 +45,11 @@ def _stages(
         # Below 0 lies no uncertainty.
         row.append("never" if limit is not None and limit < 0 else fixed(limit, 3))
         rows.append([*row, whole(exits[place]), fraction(exits[place] / images if images else None)])
-    headers = ["MACs", "Cost so far %", *(["Top-1 %", "Energy", "on train"] if trained else [])]
-    columns = [Column("Stage"), Column("Network", text=True)]
-    columns += [Column(header) for header in (*headers, "Threshold", "Exit", "Exit %")]
+    measured = ["Top-1 %", "Energy", "on train"] if trained else []
+    headers = ["Stage", "Network", "MACs", "Cost so far %", *measured, "Threshold", "Exit", "Exit %"]
     if trained:
         notes = [*notes, "Energy: mean square of what the logits lack, as a fraction of the teacher's."]
-    return Sheet("Student and residual students", columns, rows, notes)
+    return Sheet("Student and residual students", headers, rows, notes, text=["Network"])
 
 
 def _cost_note(found: EnsembleExits) -> str:

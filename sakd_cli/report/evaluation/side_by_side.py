@@ -7,8 +7,8 @@ from rich.console import RenderableType
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Quartiles
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
 from sakd_cli.report.evaluation.tables import evaluation_tables
-from sakd_cli.report.render.format import fixed, large, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.format import fixed, fraction, large, whole, word
+from sakd_cli.report.render.sheet import Sheet, table
 
 PAIRS = 8  # confusions shown
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -95,17 +95,15 @@ def _notes(results: Sequence[AnyEvaluation]) -> list[str]:
 
 
 def _details(result: Evaluation) -> Sheet:
-    columns = [Column("", text=True), Column(word(result.network))]
     notes = _notes([result])
     if result.teacher:
         notes = [*notes, f"Teacher: {word(result.teacher.network)} from {word(result.teacher.path)}"]
     rows = _rows([_calibration(result) | _speed(result) | _teacher(result)])
-    return Sheet("More than accuracy", columns, rows, notes)
+    return Sheet("More than accuracy", ("", word(result.network)), rows, notes)
 
 
 def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
     names = [NAMES[place] if len(results) <= len(NAMES) else str(place + 1) for place in range(len(results))]
-    columns = [Column("", text=True), *(Column(name) for name in names)]
     cells = [
         {"Network": word(result.network), "Data": word(result.dataset)}
         | _accuracy(result)
@@ -116,13 +114,15 @@ def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
         for result in results
     ]
     legend = [f"{name}: {word(result.weights)}" for name, result in zip(names, results, strict=True)]
-    return Sheet("Evaluation", columns, _rows(cells), [*_notes(results), *legend])
+    return Sheet("Evaluation", ["", *names], _rows(cells), [*_notes(results), *legend])
 
 
 def _confusions(result: Evaluation) -> list[RenderableType]:
-    columns = [Column("Class", text=True), Column("Predicted as", text=True), Column("Images"), Column("% of class")]
-    rows = [
-        [word(pair.class_), word(pair.predicted_as), whole(pair.images), fixed(100 * pair.fraction, 1)]
-        for pair in result.confusions[:PAIRS]
-    ]
-    return [Sheet("Most frequent confusions", columns, rows)] if rows else []
+    columns = {
+        "Class": lambda pair: word(pair.class_),
+        "Predicted as": lambda pair: word(pair.predicted_as),
+        "Images": lambda pair: whole(pair.images),
+        "% of class": lambda pair: fraction(pair.fraction),
+    }
+    pairs = result.confusions[:PAIRS]
+    return [table("Most frequent confusions", pairs, columns, text=2)] if pairs else []

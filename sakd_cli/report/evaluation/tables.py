@@ -6,7 +6,7 @@ from rich.console import RenderableType
 
 from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation
 from sakd_cli.report.render.format import bar, fixed, large, whole, word
-from sakd_cli.report.render.sheet import BAR, Column, Sheet, both_ends, table
+from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, table
 
 EXTREMES = 10  # best and worst classes ...
 ALL_CLASSES = 25  # ... unless there are no more than this
@@ -14,13 +14,18 @@ ALL_CLASSES = 25  # ... unless there are no more than this
 
 def evaluation_tables(result: Evaluation | EnsembleEvaluation) -> list[RenderableType]:
     """The metrics, the branches of a student-friendly teacher, and the classes."""
-    columns = [Column("Network", text=True), Column("Data", text=True), Column("Split", text=True)]
-    columns += [Column(header) for header in ("Images", "Top-1 %", "Top-5 %", "Loss", "Parameters", "MACs")]
-    row = [word(result.network), word(result.dataset), word(result.split), whole(result.images)]
-    row += [fixed(result.top1, 2), fixed(result.top5, 2), fixed(result.loss, 3)]
-    tables: list[RenderableType] = [
-        Sheet("Evaluation", columns, [[*row, large(result.parameters), large(result.macs)]])
-    ]
+    columns = {
+        "Network": lambda one: word(one.network),
+        "Data": lambda one: word(one.dataset),
+        "Split": lambda one: word(one.split),
+        "Images": lambda one: whole(one.images),
+        "Top-1 %": lambda one: fixed(one.top1, 2),
+        "Top-5 %": lambda one: fixed(one.top5, 2),
+        "Loss": lambda one: fixed(one.loss, 3),
+        "Parameters": lambda one: large(one.parameters),
+        "MACs": lambda one: large(one.macs),
+    }
+    tables: list[RenderableType] = [table("Evaluation", [result], columns, text=3)]
     if isinstance(result, Evaluation) and result.branches:
         tables.append(branch_table(result.branches))
     measured = sorted(
@@ -39,8 +44,7 @@ def evaluation_tables(result: Evaluation | EnsembleEvaluation) -> list[Renderabl
         notes.append(f"The {EXTREMES} best and the {EXTREMES} worst of {len(cells)} classes; all of them: --json")
     if empty:
         notes.append(f"{empty} of {len(result.classes)} classes have no image here.")
-    headers = [Column("#"), Column("Class", text=True), Column("Images"), Column("Top-1 %"), Column("", True, "cyan")]
-    return [*tables, Sheet("By class", headers, shown, notes)]
+    return [*tables, Sheet("By class", ("#", "Class", "Images", "Top-1 %", ""), shown, notes, text=["Class"])]
 
 
 def branch_table(branches: Sequence[Branch]) -> Sheet:

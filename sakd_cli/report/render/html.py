@@ -156,10 +156,10 @@ def _image(picture: Picture, kind: str) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    kinds = [' class="t"' if column.text else "" for column in sheet.columns]
+    kinds = [' class="t"' if text else "" for text in sheet.are_text]
     heads = "".join(
-        f'<th scope="col"{kind}><button type="button">{_text(column.header) or "&nbsp;"}</button></th>'
-        for column, kind in zip(sheet.columns, kinds, strict=True)
+        f'<th scope="col"{kind}><button type="button">{_text(header) or "&nbsp;"}</button></th>'
+        for header, kind in zip(sheet.headers, kinds, strict=True)
     )
     rows = "".join(
         "<tr>" + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
@@ -168,4 +168,4 @@ def _table(sheet: Sheet) -> str:
     )
     notes = "".join(f'<p class="note">{_text(note)}</p>' for note in sheet.notes)
     table = f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<h3>{_text(sheet.title)}</h3>{table if sheet.columns else ''}{notes}"
+    return f"<h3>{_text(sheet.title)}</h3>{table if sheet.headers else ''}{notes}"

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from sakd_cli.report.render.format import DASH, large, word
-from sakd_cli.report.render.sheet import Column, Sheet
+from sakd_cli.report.render.sheet import Sheet
 
 
 def listing_table(title: str, rows: list[dict[str, Any]]) -> RenderableType:
@@ -13,14 +13,14 @@ def listing_table(title: str, rows: list[dict[str, Any]]) -> RenderableType:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     if not keys:
         return Sheet(title, [], [], ["none"])
-    columns = [
-        Column(
-            {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()),
-            text=any(isinstance(row.get(key), str | bool | list | tuple) for row in rows),
-        )
-        for key in keys
+    titles = {key: {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()) for key in keys}
+    texts = [
+        header
+        for key, header in titles.items()
+        if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)
     ]
-    return Sheet(title, columns, [[_listed(key, row.get(key)) for key in keys] for row in rows])
+    cells = [[_listed(key, row.get(key)) for key in keys] for row in rows]
+    return Sheet(title, list(titles.values()), cells, text=texts)
 
 
 def _listed(key: str, value: Any) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.evaluation import ExitCosts, ExitPoint
-from sakd_cli.documents.mixtures import Mixtures
 from sakd_cli.documents.spots import ClassDeviation, SpotsDocument
+from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.render.format import WHAT, fixed, fraction, plain, word

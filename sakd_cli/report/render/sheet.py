@@ -4,9 +4,9 @@ rich would cut numbers (`6…`) or drop columns on a narrow terminal; here a fig
 nothing in it is read as markup, and control characters are gone, so names from files can be shown as they are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from rich import box
 from rich.cells import cell_len
@@ -30,42 +30,32 @@ _ASCII = str.maketrans(
 
 
 @dataclass(frozen=True)
-class Column:
-    """Figures stand to the right and are never broken; text stands to the left and may be."""
-
-    header: str
-    text: bool = False
-    style: str = ""
-
-
-@dataclass(frozen=True)
 class Sheet:
-    """Title, columns, rows and notes below; a rich renderable that ends with an empty line."""
+    """Title, headers, rows and notes below; a rich renderable that ends with an empty line.
+
+    text    columns of text, which stand to the left and may be broken: the first so many, or those of these headers.
+            The others hold figures, which stand to the right and are never broken
+    A column without a header only decorates: a bar, or the names of the rows.
+    """
 
     title: str
-    columns: Sequence[Column]
+    headers: Sequence[str]
     rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
+    text: int | Collection[str] = 1
 
-    @classmethod
-    def of_cells(
-        cls,
-        title: str,
-        headers: Iterable[str],
-        rows: Sequence[Sequence[str]],
-        notes: Sequence[str] = (),
-        *,
-        text: int = 1,
-    ) -> "Sheet":
-        """A table whose first `text` columns hold text, the others figures."""
-        return cls(title, [Column(header, text=k < text) for k, header in enumerate(headers)], rows, notes)
+    @property
+    def are_text(self) -> list[bool]:
+        """For each column, whether it holds text."""
+        known = self.text if not isinstance(self.text, int) else self.headers[: self.text]
+        return [not header or header in known for header in self.headers]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         def say(text: str) -> str:
             clean = plain(text)
             return clean.translate(_ASCII).encode("ascii", "replace").decode() if options.ascii_only else clean
 
-        headers = [say(column.header) for column in self.columns]
+        headers = [say(header) for header in self.headers]
         rows = [[say(cell) for cell in row] for row in self.rows]
         widths = self._widths(headers, rows, options.max_width)
         if self.title:
@@ -81,11 +71,11 @@ class Sheet:
     def _widths(self, headers: list[str], rows: list[list[str]], available: int) -> list[int] | None:
         """Width of every column, or None if not even the least ones fit."""
         widths, least = [], []
-        for index, (column, header) in enumerate(zip(self.columns, headers, strict=True)):
+        for index, (text, header) in enumerate(zip(self.are_text, headers, strict=True)):
             cells = max((cell_len(row[index]) for row in rows if index < len(row)), default=0)
             widths.append(max(cell_len(header), cells, 1))
             words = max((cell_len(part) for part in header.split()), default=1)
-            least.append(max(words, min(cells, TEXT_LEAST) if column.text else cells))
+            least.append(max(words, min(cells, TEXT_LEAST) if text else cells))
         room = available - GAP * (len(widths) - 1)
         if sum(least) > room:
             return None
@@ -97,14 +87,10 @@ class Sheet:
     def _table(self, headers: list[str], rows: list[list[str]], widths: list[int]) -> Table:
         # The divider of this box is one space; with one of padding that makes the gap.
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-        for column, header, width in zip(self.columns, headers, widths, strict=True):
-            table.add_column(
-                Text(header),
-                justify="left" if column.text else "right",
-                style=column.style,
-                width=width,
-                overflow="fold",
-            )
+        for k, (text, header, width) in enumerate(zip(self.are_text, headers, widths, strict=True)):
+            style = "cyan" if k and not header else ""
+            justify: Literal["left", "right"] = "left" if text else "right"
+            table.add_column(Text(header), justify=justify, style=style, width=width, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
@@ -113,7 +99,7 @@ class Sheet:
         """`stage2`, then `  Share: 61.3` and so on; a column without a header only decorates, and is left out."""
         for row in rows:
             # A name speaks for itself; a bare number does not.
-            bare = self.columns[0].text or len(row) == 1
+            bare = self.are_text[0] or len(row) == 1
             yield Text(row[0] if bare else f"{headers[0]} {row[0]}", overflow="fold")
             for header, cell in list(zip(headers, row, strict=False))[1:]:
                 if header:
@@ -125,21 +111,10 @@ def table(
     rows: Iterable[Any],
     columns: Mapping[str, Callable[[Any], str]],
     notes: Sequence[str] = (),
-    *,
-    text: int = 1,
+    text: int | Collection[str] = 1,
 ) -> Sheet:
-    """A table of one line per row; `columns` gives by header how a row's cell is written, the first `text` are text."""
-    return Sheet.of_cells(title, columns, [[cell(row) for cell in columns.values()] for row in rows], notes, text=text)
-
-
-def texts(*headers: str) -> list[Column]:
-    """Columns of text."""
-    return [Column(header, text=True) for header in headers]
-
-
-def figures(*headers: str) -> list[Column]:
-    """Columns of numbers."""
-    return [Column(header) for header in headers]
+    """A table of one line per row; `columns` gives by header how a row's cell is written; `text` as in `Sheet`."""
+    return Sheet(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows], notes, text)
 
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:
@@ -156,6 +131,6 @@ def both_ends(rows: list[list[str]], top: int | None) -> tuple[list[Sequence[str
     return [*rows[:top], MORE, *rows[-top:]], True
 
 
-def shown_of(shown: int, total: int, things: str) -> list[str]:
+def left_out(shown: int, total: int, things: str) -> list[str]:
     """The note below a table that leaves rows out."""
     return [f"{shown} of {total} {things} are shown; all of them: --json"] if shown < total else []

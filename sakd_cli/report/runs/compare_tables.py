@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from sakd_cli.documents.table import Comparison
 from sakd_cli.report.render.format import DASH, duration, fixed, mean_std, plain, word
 from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure, whole_numbers
-from sakd_cli.report.render.sheet import Sheet, table, thinned
+from sakd_cli.report.render.sheet import Sheet, left_out, table, thinned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def _settings(document: Comparison) -> Sheet:
     firsts = [numbers.index(k) for k in range(len(document.groups))]
     rows = [[row.key, *(row.values[first] for first in firsts)] for row in document.differences if row.key != "seed"]
     headers = ["Key", *(group.label for group in document.groups)]
-    return Sheet.of_cells("Settings that differ", headers, [list(map(word, row)) for row in rows], text=len(headers))
+    return Sheet("Settings that differ", headers, [list(map(word, row)) for row in rows], text=len(headers))
 
 
 def _curves(document: Comparison) -> Sheet:
@@ -79,10 +79,8 @@ def _curves(document: Comparison) -> Sheet:
     epochs = sorted({epoch for curve in curves for epoch in curve})
     shown = thinned(epochs, EPOCH_ROWS)
     rows = [[str(n), *(fixed(fmean(curve[n]), 2) if n in curve else DASH for curve in curves)] for n in shown]
-    left_out = f"{len(rows)} of {len(epochs)} epochs are shown; all of them: --json"
     headers = ["Epoch", *(group.label for group in document.groups)]
-    notes = [left_out] if len(rows) < len(epochs) else []
-    return Sheet.of_cells("Top-1 % on the validation set", headers, rows, notes, text=0)
+    return Sheet("Top-1 % on the validation set", headers, rows, left_out(len(rows), len(epochs), "epochs"), text=0)
 
 
 def comparison_csv(document: Comparison) -> str:

@@ -139,7 +139,7 @@ def _settings(page: RunPage) -> None:
 
 def _keys(title: str, found: Mapping[str, Any]) -> Sheet:
     rows = [[word(key), word(value)] for key, value in found.items()]
-    return Sheet.of_cells(title, ("Key", "Value"), rows, text=2)
+    return Sheet(title, ("Key", "Value"), rows, text=2)
 
 
 PARTS = (_result, _curves, _spots, _mixtures, _residual, _environment, _settings)

@@ -6,7 +6,7 @@ from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.report.evaluation.tables import branch_table
 from sakd_cli.report.render.format import duration, fixed, large, points, shape, whole, word
-from sakd_cli.report.render.sheet import Column, Sheet, table
+from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.spots.tables import mixture_table
 
 
@@ -32,9 +32,8 @@ def summary_table(summary: Summary) -> RenderableType:
         ["Parameters", *(large(parameters) for *_, parameters, _ in sides)],
         ["MACs", *(large(macs) for *_, macs in sides)],
     ]
-    columns = [Column("", text=True), *(Column(header) for header, *_ in sides)]
     title = f"{names} on {word(summary.dataset)} ({word(summary.last.split)})"
-    sheet = Sheet(title, columns, rows, _notes(summary))
+    sheet = Sheet(title, ["", *(header for header, *_ in sides)], rows, _notes(summary))
     return Group(sheet, branch_table(summary.friendly.branches)) if summary.friendly else sheet
 
 
@@ -60,7 +59,7 @@ def plan_table(plan: Plan) -> RenderableType:
     trained = [f"{word(name)} {large(count)}" for name, count in plan.trainable.items() if count]
     rows = [[word(one.role), word(one.name), large(one.parameters), large(one.macs)] for one in plan.networks]
     note = [f"Trained parameters: {', '.join(trained)}."] if trained else []
-    parts = Sheet.of_cells("Networks", ("Role", "Name", "Parameters", "MACs"), rows, note, text=2)
+    parts = Sheet("Networks", ("Role", "Name", "Parameters", "MACs"), rows, note, text=2)
     columns = {
         "Spot": lambda spot: word(spot.name),
         "Kind": lambda spot: word(spot.kind),

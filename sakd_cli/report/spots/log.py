@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from sakd_cli.documents.base import Number
-from sakd_cli.documents.mixtures import Mixtures
 from sakd_cli.documents.spots import (
     EXTREMES,
     ClassFractions,
@@ -14,6 +13,7 @@ from sakd_cli.documents.spots import (
     SpotsDocument,
     SpotTotal,
 )
+from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.files import read_document
 from sakd_cli.report.render.format import plain

@@ -2,9 +2,9 @@
 
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
-from sakd_cli.documents.mixtures import Mixtures
+from sakd_cli.documents.training import Mixtures
 from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, whole, word
-from sakd_cli.report.render.sheet import BAR, Column, Sheet, both_ends, figures, shown_of, texts, thinned
+from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, left_out, table, thinned
 
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
 EPOCH_ROWS = 20
@@ -60,12 +60,13 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
 
 def mixture_table(record: Mixtures) -> Sheet:
     """A row per group: the weight of each of its blocks, from the first to the last."""
-    columns = [*texts("Stage"), *figures("Blocks"), *texts("Weight of each, in order")]
-    rows = []
-    for group in record.groups:
-        weights = " ".join(f"{fraction(value):>5}" for value in group.alpha)
-        numbers = (whole(group.largest), fixed(group.entropy, 2))
-        rows.append([word(group.name), whole(len(group.alpha)), weights, *numbers])
+    columns = {
+        "Stage": lambda group: word(group.name),
+        "Blocks": lambda group: whole(len(group.alpha)),
+        "Weight of each, in order": lambda group: " ".join(f"{fraction(value):>5}" for value in group.alpha),
+        "Largest": lambda group: whole(group.largest),
+        "Entropy": lambda group: fixed(group.entropy, 2),
+    }
     source = f"{word(record.norm)} · weights: {word(record.weights)}"
     notes = [f"{word(record.teacher)} on {word(record.dataset)} · {source}"]
     notes.append("Largest: place of the block with the largest weight; entropy: of the weights, in nats.")
@@ -74,14 +75,14 @@ def mixture_table(record: Mixtures) -> Sheet:
         for group in record.groups
         if group.positions != list(range(1, len(group.positions) + 1))
     ]
-    return Sheet("Mixtures of the teacher's blocks (%)", [*columns, *figures("Largest", "Entropy")], rows, notes)
+    text = ("Stage", "Weight of each, in order")
+    return table("Mixtures of the teacher's blocks (%)", record.groups, columns, notes, text)
 
 
 def _overall(report: doc.SpotsDocument) -> Sheet:
     spots = report.overall
     with_policy = any(spot.probability is not None for spot in spots)
-    columns = [*texts("Spot", "Kind"), *figures("Fraction"), Column("", True, "cyan")]
-    columns += figures("First", "Last", "Min", "Max", *["p"] * with_policy)
+    headers = ["Spot", "Kind", "Fraction", "", "First", "Last", "Min", "Max", *["p"] * with_policy]
     rows = [
         [word(spot.name), word(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
         + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max)]
@@ -102,7 +103,7 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
             "The router is saturated at the teacher: its prior for networks of one family does this in short runs. "
             "--set router.teacher_bias=0 --set router.lr=2e-4 lets it decide."
         )
-    return Sheet("Samples distilled at each spot (%)", columns, rows, notes)
+    return Sheet("Samples distilled at each spot (%)", headers, rows, notes, text=2)
 
 
 def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
@@ -111,8 +112,8 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
     # A column of nothing but dashes says only that the router has no such thing.
     steps = [key for key in STEPS if any(getattr(row, key) is not None for row in epochs)]
     losses = any(row.routed_ce is not None for row in epochs)
-    columns = figures("Epoch", *(word(spot.name) for spot in report.overall), *(STEPS[key] for key in steps))
-    columns += figures("Empty selection", *["CE routed", "CE student"] * losses)
+    headers = ["Epoch", *(word(spot.name) for spot in report.overall), *(STEPS[key] for key in steps)]
+    headers += ["Empty selection", *["CE routed", "CE student"] * losses]
     rows = [
         [whole(row.epoch), *map(fraction, row.fraction), *(fraction(getattr(row, key)) for key in steps)]
         + [fraction(max((value for value in row.empty_selection if value is not None), default=None))]
@@ -123,8 +124,8 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
     several = len(report.overall) > 1
     notes.append("Empty selection: steps that selected no sample" + ", at the spot with the most" * several + ".")
     notes += ["CE routed, student: mean cross-entropy of the routed network and of the student."] * losses
-    notes += shown_of(len(shown), len(epochs), "epochs")
-    return Sheet("By epoch (% of samples; right of the spots, % of steps)", columns, rows, notes)
+    notes += left_out(len(shown), len(epochs), "epochs")
+    return Sheet("By epoch (% of samples; right of the spots, % of steps)", headers, rows, notes, text=0)
 
 
 def _by_class(
@@ -139,24 +140,28 @@ def _by_class(
         + [f"{fraction(mean)} {deviation(d):>6}" for mean, d in zip(means, row.deviation, strict=True)]
         for rank, (_, row, more_cells, means) in enumerate(ranked, start=1)
     ]
-    shown, left_out = both_ends(cells, top)
-    columns = [*figures("#"), *texts("Class"), *figures(*more, *map(word, names))]
-    return Sheet(title, columns, shown, [*notes, *shown_of(len(shown) - left_out, len(cells), "classes")])
+    shown, marked = both_ends(cells, top)
+    notes = [*notes, *left_out(len(shown) - marked, len(cells), "classes")]
+    return Sheet(title, ["#", "Class", *more, *map(word, names)], shown, notes, text=["Class"])
 
 
 def _spots(measured: doc.Measured) -> Sheet:
-    columns = texts("Spot", "Student", "Teacher")
-    columns += figures("Mean", "Sampled", "> 50", "Entropy (bits)", "5 %", "50 %", "95 %")
-    rows = [
-        [word(spot.name), word(spot.student_stage), word(spot.teacher_stage)]
-        + [fraction(value) for value in (spot.mean, spot.sampled, spot.above_half)]
-        + [fixed(spot.entropy, 2), *map(fraction, (spot.p05, spot.p50, spot.p95))]
-        for spot in measured.spots
-    ]
+    columns = {
+        "Spot": lambda spot: word(spot.name),
+        "Student": lambda spot: word(spot.student_stage),
+        "Teacher": lambda spot: word(spot.teacher_stage),
+        "Mean": lambda spot: fraction(spot.mean),
+        "Sampled": lambda spot: fraction(spot.sampled),
+        "> 50": lambda spot: fraction(spot.above_half),
+        "Entropy (bits)": lambda spot: fixed(spot.entropy, 2),
+        "5 %": lambda spot: fraction(spot.p05),
+        "50 %": lambda spot: fraction(spot.p50),
+        "95 %": lambda spot: fraction(spot.p95),
+    }
     of = f" of {word(measured.dataset)}" if measured.dataset else ""
     notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
     title = f"The trained router ({WHAT[measured.value]})"
-    return Sheet(title, columns if rows else [], rows, [*notes, *measured.notes])
+    return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], text=3)
 
 
 def _classes(classes: doc.Classes, names: list[str], top: int | None) -> Sheet:
@@ -172,34 +177,35 @@ def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[st
     for row in deciles:
         cells = [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
         rows.append([*cells, fixed(row.teacher_top1, 1), *map(fraction, row.mean)])
-    return Sheet(title, figures(f"{measure} from", *DECILE, *map(word, names)), rows)
+    return Sheet(title, [f"{measure} from", *DECILE, *map(word, names)], rows, text=0)
 
 
 def _correctness(cells: list[doc.Correctness], names: list[str]) -> Sheet:
     rows = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in cells]
-    return Sheet("By correctness (%)", [*texts("Correctness"), *figures("Images", *map(word, names))], rows)
+    return Sheet("By correctness (%)", ["Correctness", "Images", *map(word, names)], rows)
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
     shown = paths if top is None else paths[:PATHS]
-    rows = [[row.path, fraction(row.fraction), bar(row.fraction, BAR)] for row in shown]
+    columns = {"Path": lambda row: row.path, "Fraction": lambda row: fraction(row.fraction)}
+    columns[""] = lambda row: bar(row.fraction, BAR)
     notes = [f"A letter per spot ({', '.join(map(word, names))}): T the teacher's part, S the student's."]
-    columns = [*texts("Path"), *figures("Fraction"), Column("", True, "cyan")]
-    return Sheet("Paths (%)", columns, rows, [*notes, *shown_of(len(shown), len(paths), "paths")])
+    return table("Paths (%)", shown, columns, [*notes, *left_out(len(shown), len(paths), "paths")])
 
 
 def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
-    columns = [*figures("Value", "Image"), *texts("Class", "Student predicts", "Teacher predicts")]
+    columns = {
+        "Value": lambda row: fraction(row.value),
+        "Image": lambda row: str(row.index),
+        "Class": lambda row: word(row.label),
+        "Student predicts": lambda row: word(row.student_prediction),
+        "Teacher predicts": lambda row: word(row.teacher_prediction),
+        "Student loss": lambda row: fixed(row.student_loss, 2),
+        "Teacher confidence": lambda row: fraction(row.teacher_confidence),
+    }
     images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
-    rows = [
-        [fraction(row.value), str(row.index)]
-        + [word(name) for name in (row.label, row.student_prediction, row.teacher_prediction)]
-        + [fixed(row.student_loss, 2), fraction(row.teacher_confidence)]
-        for row in images
-    ]
     notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
-    columns += figures("Student loss", "Teacher confidence")
-    return Sheet(f"Extremes at {word(ends.spot)} (%)", columns, rows, notes)
+    return table(f"Extremes at {word(ends.spot)} (%)", images, columns, notes, list(columns)[2:5])
 
 
 def _routed(routed: doc.RoutedNetwork) -> Sheet:
@@ -209,4 +215,4 @@ def _routed(routed: doc.RoutedNetwork) -> Sheet:
     if sampled := routed.sampled:
         std = fixed(sampled.top1_std, 2)
         notes.append(f"Sampled gates: mean of {sampled.draws} draws, standard deviation of top-1 {std}.")
-    return Sheet("The routed network", [*texts("Network"), *figures("Top-1 %", "Loss")], rows, notes)
+    return Sheet("The routed network", ("Network", "Top-1 %", "Loss"), rows, notes)

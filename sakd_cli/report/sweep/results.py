@@ -5,16 +5,33 @@ less that of another router of the same method and pair, over the seeds that bot
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from statistics import fmean
-from typing import get_args
+from typing import Any, get_args
+
+import yaml
 
 from sakd_cli.config.routers import CLASSICAL, AdaptiveConfig
-from sakd_cli.documents.sweep import Gain, MeanGain, RunState, Skipped, SweepCell, SweepDocument, SweepPair, SweepRun
+from sakd_cli.documents.sweep import (
+    Gain,
+    MeanGain,
+    Provenance,
+    PublishedPair,
+    RunState,
+    Skipped,
+    SweepCell,
+    SweepDocument,
+    SweepPair,
+    SweepRun,
+)
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
-from sakd_cli.report.sweep.published import provenance, published_cell, published_pair
 
 LEARNED = AdaptiveConfig().name
+PUBLISHED = Path(__file__).with_name("published.yaml")  # numbers only, with their source
+EPOCHS = 240  # of every published run
+ROUTERS = (CLASSICAL, LEARNED)  # in the order in which that file has them
 STATES: tuple[RunState, ...] = get_args(RunState)
 Cells = dict[tuple[str, str], list[SweepRun]]  # the runs of one pair by method and router
 
@@ -34,7 +51,7 @@ def sweep_document(
         cells += [_cell(k, f"{pair[0]}:{pair[1]}", key, same, dataset) for key, same in own.items()]
         gains += _gains(k, own, {(cell.method, cell.router): cell.published for cell in cells if cell.pair == k})
     found = [_pair(str(teacher), student, runs, dataset) for teacher, student in pairs]
-    states = [run.state for run in runs]
+    states, known = [run.state for run in runs], any(pair.published for pair in found)
     return SweepDocument(
         name=plain(name),
         level=LEVEL,
@@ -44,7 +61,7 @@ def sweep_document(
         gains=gains,
         mean_gains=list(_mean_gains(gains)),
         skipped=[Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
-        published=provenance() if any(pair.published for pair in found) else None,
+        published=Provenance(**{key: _published()[key] for key in Provenance.model_fields}) if known else None,
         runs=list(runs),
     )
 
@@ -54,13 +71,14 @@ def _pair(teacher: str, student: str, runs: Sequence[SweepRun], dataset: str | N
     trained = by_seed(run for run in runs if run.role == "teacher" and run.student == teacher)
     # A teacher that was there already is known from its students' summaries.
     known = by_seed((run for run in runs if run.role == "student" and run.teacher == teacher), "teacher_top1")
+    printed = published_pair(dataset, f"{teacher}:{student}")
     return SweepPair(
         teacher=teacher,
         student=student,
         teacher_top1=next(iter([*trained.values(), *known.values()]), None),
         baseline_seeds=list(baseline),
         baseline=seed_statistics(baseline.values()),
-        published=published_pair(dataset, f"{teacher}:{student}"),
+        published=PublishedPair(teacher=printed["teacher"], baseline=printed["baseline"]) if printed else None,
     )
 
 
@@ -97,3 +115,21 @@ def _mean_gains(gains: list[Gain]) -> Iterator[MeanGain]:
             above, below = sum(one > 0 for one in known), sum(one < 0 for one in known)
             cells, mean = len(known), fmean(known)
             yield MeanGain(router=router, against=against, cells=cells, above=above, below=below, mean=mean)
+
+
+@cache
+def _published() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return content
+
+
+def published_pair(dataset: str | None, pair: str) -> dict[str, Any]:
+    """Published figures of `teacher:student` on a data set; nothing where none are published."""
+    found: dict[str, Any] = _published().get(dataset or "", {}).get(pair, {})
+    return found
+
+
+def published_cell(dataset: str | None, pair: str, method: str, router: str) -> float | None:
+    """One published top-1."""
+    figures = published_pair(dataset, pair).get("methods", {}).get(method, (None, None))
+    return dict(zip(ROUTERS, figures, strict=True)).get(router)

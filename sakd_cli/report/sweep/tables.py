@@ -11,7 +11,7 @@ from sakd_cli.config.routers import CLASSICAL
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
 from sakd_cli.report.render.format import DASH, fixed, mean_std, plain, points, whole, word
 from sakd_cli.report.render.sheet import Sheet, table
-from sakd_cli.report.sweep.published import EPOCHS
+from sakd_cli.report.sweep.results import EPOCHS
 
 FIELDS = ["teacher", "student", "method", "router", "seeds", "top1", "std", "low", "high", "best", "published"]
 FIELDS += ["gain", "gain_low", "gain_high", "p", "verdict", "published_gain"]
@@ -23,9 +23,9 @@ def sweep_tables(document: SweepDocument) -> list[RenderableType]:
     """The results, then what failed."""
     headers, *rows = _grid(document)
     notes = list(_notes(document))
-    tables: list[RenderableType] = [Sheet.of_cells(f"{document.name}: {TITLE}", headers, rows, notes, text=2)]
+    tables: list[RenderableType] = [Sheet(f"{document.name}: {TITLE}", headers, rows, notes, text=2)]
     if failed := [[run.key, word(run.error)] for run in document.runs if run.state in FAILED]:
-        tables.append(Sheet.of_cells("Failed", ("Run", "Error"), failed, text=2))
+        tables.append(Sheet("Failed", ("Run", "Error"), failed, text=2))
     return tables
 
 
