@@ -23,7 +23,7 @@ TOUCHES = {
     "A training procedure": 2,
     "A column of a report": 2,
 }
-PLACE = r"(?:(New file) `([^`]+)`|In `([^`]+)`, (before|behind|instead of) `([^\n]+)`|At the (end) of `([^`]+)`):"
+PLACE = r"(?:(New file) `([^`]+)`|In `([^`]+)`, (before|behind|instead of) `([^\n]+)`|At the (end) of `([^`]+)`):?"
 STEP = re.compile(PLACE + r"\n\n```\w+\n(.*?)```\n", re.DOTALL)
 PROGRAM = """
 import contextlib, io, json, pathlib, sys
