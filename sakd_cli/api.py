@@ -162,7 +162,7 @@ def evaluate(
     found = [what_to_score(None if target is None else Path(target), resolve("eval", given).config.runs_dir)]
     check_teacher(found, forced=False, teacher=teacher)
     from sakd_cli.engine.reporter import NullReporter
-    from sakd_cli.runs.evaluate_ensemble import evaluate_all
+    from sakd_cli.runs.evaluate import evaluate_all
 
     reporter = options.get("reporter") or NullReporter()
     (document,) = evaluate_all(found, given, reporter, teacher_required=teacher is not None, early=early)
@@ -202,7 +202,8 @@ def inspect_run(
     extremes: int,
 ) -> tuple[SpotsDocument, Survey | None]:
     """What `inspect_spots` returns, and the survey: the run's own, or a new one where the options ask for that."""
-    dataset = _dataset(options)
+    name = options["dataset"]
+    dataset = name and (own_name(name, DATASETS) or name)
     if named is None:
         runs = resolve("eval", config_sources({n: options[n] for n in ("dataset", "runs_dir")})).config.runs_dir
         wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
@@ -220,8 +221,3 @@ def inspect_run(
         measured = live(run, sources, split, reporter or NullReporter(), seed=seed, extremes=extremes)
     survey = read_survey(run, measured)
     return spots_document(run, survey, sample=sample, seed=seed, extremes=extremes), survey
-
-
-def _dataset(options: Mapping[str, Any]) -> str | None:
-    name = options["dataset"]
-    return name and (own_name(name, DATASETS) or name)

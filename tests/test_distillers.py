@@ -25,7 +25,7 @@ from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import MemoryLimitError, UsageError
 from sakd_cli.models.staged import Features, StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.tasks.warmup import WarmupTask
+from sakd_cli.tasks.pretrain import WarmupTask
 
 CLASSES, SIDE, N, IMAGES = 10, 16, 7, 60
 PAIR = ("resnet8", "wrn_10_2")

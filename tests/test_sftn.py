@@ -32,8 +32,7 @@ from sakd_cli.rundir import ResumePlan
 from sakd_cli.runs import build, launch
 from sakd_cli.runs.branches import branch_rows
 from sakd_cli.runs.locate import locate_inputs
-from sakd_cli.tasks.pretrain import PretrainTask
-from sakd_cli.tasks.sftn import SftnTask, imitation
+from sakd_cli.tasks.pretrain import PretrainTask, SftnTask, imitation
 
 CLASSES, SIDE = 4, 8
 CARD = NetworkCard("resnet14", "noise", tuple("abcd"), (0.5,) * 3, (0.3,) * 3, SIDE)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,8 +206,11 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
     begun = {path.name for path in (tmp_path / "runs").iterdir()}
     child = fork_server.at(tmp_path).start("sweep", "mine.yaml")
     child.signal_when("running  kd always", 0)
+    deadline = time.monotonic() + 120
     while not [new for new in set((tmp_path / "runs").glob("*/metrics.jsonl")) if new.parent.name not in begun]:
         assert child.err.count("error") == 0
+        assert time.monotonic() < deadline, child.err
+        time.sleep(0.02)
     os.kill(child.pid, signal.SIGINT)
     assert child.wait() == 130, child.err
     assert "go on with sakd sweep mine.yaml" in child.err
@@ -271,7 +275,7 @@ def test_an_executor_carries_out_commands_and_gives_their_exit_codes(kind: str, 
     executor: Executor = LocalExecutor(2, 1, "cpu")
     if kind == "slurm":
         pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
-        from sakd_cli.sweep.slurm_executor import SlurmExecutor
+        from sakd_cli.sweep.cluster import SlurmExecutor
 
         executor = SlurmExecutor(None, {"cluster": "local"}, tmp_path)
     jobs = {"good": ("list", "routers"), "bad": ("show", "method", "nix")}

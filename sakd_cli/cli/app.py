@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -50,14 +51,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
-config_app = typer.Typer(
-    help="Show the settings of a run and where they come from.", no_args_is_help=True, rich_markup_mode="markdown"
-)
-
-data_app = typer.Typer(help="Check data sets.", no_args_is_help=True, rich_markup_mode="markdown")
-show_app = typer.Typer(
-    help="Explain a method, a settings key or a JSON schema.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode="markdown")
+config_app = group(help="Show the settings of a run and where they come from.")
+data_app = group(help="Check data sets.")
+show_app = group(help="Explain a method, a settings key or a JSON schema.")
 
 
 def _hide_type_of_flags() -> None:

@@ -42,14 +42,19 @@ def evaluate(
 
         sakd eval runs/20261121-130000-distill-...-residual --early-exit --curve --plot curve.png
     """
-    _check(early_exit and always_on, plot, len(targets or ()))
+    if early_exit and always_on:
+        raise UsageError("--early-exit and --always-on exclude each other")
+    if plot is not None:
+        if len(targets or ()) > 1:
+            raise UsageError("--plot draws the curve of one network")
+        plots.checked(plot)
     given = config_sources(options)
     runs_dir = resolve("eval", given).config.runs_dir
     found = [what_to_score(target, runs_dir) for target in targets or (None,)]
     forced = early_exit or always_on or curve or plot is not None
     teacher = options["teacher"]
     check_teacher(found, forced=forced, teacher=teacher)
-    from sakd_cli.runs.evaluate_ensemble import evaluate_all
+    from sakd_cli.runs.evaluate import evaluate_all
 
     kinds = {"as_ensembles": forced, "early": not always_on, "curve": curve or plot is not None}
     results = evaluate_all(found, given, ConsoleReporter(quiet=quiet), teacher_required=teacher is not None, **kinds)
@@ -64,13 +69,3 @@ def evaluate(
     from sakd_cli.report.evaluation.side_by_side import score_tables
 
     show(*score_tables(results))
-
-
-def _check(both: bool, plot: Path | None, targets: int) -> None:
-    """Raise UsageError, before hours of work, for options that exclude each other or a plot that cannot be made."""
-    if both:
-        raise UsageError("--early-exit and --always-on exclude each other")
-    if plot is not None and targets > 1:
-        raise UsageError("--plot draws the curve of one network")
-    if plot is not None:
-        plots.checked(plot)

@@ -11,7 +11,7 @@ import typer
 from sakd_cli.api import inspect_run
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.documents.spots import EXTREMES, SpotsDocument
+from sakd_cli.documents.spots import EXTREMES
 from sakd_cli.errors import DiskError, UsageError
 from sakd_cli.files import write_aside
 
@@ -57,7 +57,11 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
 
         csv_files.writer(sys.stdout, lineterminator="\n").writerows([CSV_HEADER, *csv_rows(report)])
     elif not (plot or html or samples):
-        _print_tables(report, options["top"], options["extremes"])
+        from sakd_cli.report.spots.tables import spot_tables, survey_tables
+
+        top, measured = options["top"], report.measured
+        sections = survey_tables(measured, top=top, extremes=options["extremes"]).values() if measured else ()
+        show(*spot_tables(report, top=top), *(sheet for sheets in sections for sheet in sheets))
 
 
 def _check(options: Values) -> None:
@@ -85,10 +89,3 @@ def _write_records(records: list[dict[str, Any]], path: Path) -> None:
                 file.writelines(json_files.dumps(record) + "\n" for record in records)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def _print_tables(report: SpotsDocument, top: int, extremes: int) -> None:
-    from sakd_cli.report.spots.tables import spot_tables, survey_tables
-
-    sections = survey_tables(report.measured, top=top, extremes=extremes).values() if report.measured else ()
-    show(*spot_tables(report, top=top), *(sheet for sheets in sections for sheet in sheets))

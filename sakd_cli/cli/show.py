@@ -1,9 +1,8 @@
 """`sakd list` and `sakd show`: what there is to choose from, and what each of it means."""
 
 import inspect
-from collections.abc import Mapping
 from json import dumps
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -11,7 +10,7 @@ import yaml
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import NAMES, Values, completion, with_options
 from sakd_cli.config import methods, networks
-from sakd_cli.config.base import own_name, summary
+from sakd_cli.config.base import choose, summary
 from sakd_cli.config.keys import explain
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
@@ -51,13 +50,9 @@ def _rows(kind: Kind) -> list[Listed]:
         return [Listed(name=name, about=preset_summary(path)) for name, path in presets().items()]
     table = NAMES[kind]()
     found = usable(table, ConsoleReporter(quiet=True).warn)
-    return [Listed(name=name, about=summary(of), package=_package(table, name)) for name, of in found.items()]
-
-
-def _package(table: Mapping[str, Any], name: str) -> str | None:
-    """The package of a row that is not ours."""
-    package = table.package(name) if isinstance(table, Table) else "sakd"
-    return None if package == "sakd" else package
+    packages = {name: table.package(name) for name in found} if isinstance(table, Table) else {}
+    theirs = {name: package for name, package in packages.items() if package != "sakd"}
+    return [Listed(name=name, about=summary(of), package=theirs.get(name)) for name, of in found.items()]
 
 
 def _plugged_networks() -> list[Listed]:
@@ -86,9 +81,7 @@ def show_method(
 
         sakd show method sp --json
     """
-    if (own := own_name(name, methods.METHODS)) is None:
-        raise UsageError(unknown("method", name, methods.METHODS), hint="sakd list methods")
-    name = own
+    name = choose("method", name, methods.METHODS, "sakd list methods")
     from sakd_cli.distillers.table import DISTILLERS
 
     entry = DISTILLERS.row(name)

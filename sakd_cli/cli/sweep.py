@@ -1,18 +1,20 @@
 """`sakd sweep`: a grid of runs, on this machine or on a cluster, and its table"""
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Group, RenderableType
+from rich.live import Live
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.cli.sweep_progress import ProgressTable
 from sakd_cli.config.grid import Grid, Role, grid
 from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
@@ -20,7 +22,10 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.report.render.format import plain
+from sakd_cli.report.render.format import duration, fixed, number, plain, word
+from sakd_cli.report.render.sheet import Sheet
+from sakd_cli.rundir import RunDir
+from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
@@ -29,7 +34,8 @@ from sakd_cli.torchrun import require_single_process
 SWEEP = "sweep"
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
 PAUSE = 0.5  # seconds between two looks at what has ended
-
+SHOWN = 8  # runs that ended last, below those that run
+INTERVAL = 2.0  # seconds between two looks at the logs of what runs
 
 FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's settings, or the name of such a preset.")]
 
@@ -110,12 +116,12 @@ def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: Consol
     """Run what is not finished; nothing is started where all is."""
     if not scheduler.unfinished():
         return
-    with contextlib.redirect_stdout(sys.stderr):  # a library of the executor's may print; stdout is for the data
+    with redirect_stdout(sys.stderr):  # a library of the executor's may print; stdout is for the data
         executor = _executor(params, scheduler)
         waiting = scheduler.counts()[State.waiting]
         reporter.say(f"{waiting} of {len(scheduler.entries)} runs to do, on {executor.about()}")
         table, again = ProgressTable(scheduler, reporter), shlex.join(["sakd", *sys.argv[1:]])
-        with contextlib.closing(executor), received_signals(reporter) as signals, table.shown():
+        with closing(executor), received_signals(reporter) as signals, table.shown():
             scheduler.run(executor, signals, again=again, refresh=table.refresh, pause=PAUSE)
 
 
@@ -129,11 +135,7 @@ def _executor(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
         device = next(iter(scheduler.entries.values())).member.config.device
         return LocalExecutor(params["jobs"], per_gpu, device)
     if where == "ray":
-        from sakd_cli.sweep.ray_executor import RayExecutor
-
         return RayExecutor(params["jobs"], per_gpu, resources)
-    from sakd_cli.sweep.slurm_executor import SlurmExecutor
-
     return SlurmExecutor(params["jobs"], resources, scheduler.folder)
 
 
@@ -189,3 +191,89 @@ def _printed(document: SweepDocument, *, csv: bool, json: bool, markdown: Path |
         sys.stdout.write(sweep_csv(document))
     else:
         show(*sweep_tables(document))
+
+
+class ProgressTable:
+    """Follows a scheduler."""
+
+    def __init__(self, scheduler: Scheduler, reporter: ConsoleReporter) -> None:
+        self.scheduler, self.reporter = scheduler, reporter
+        self.terminal = reporter.console.is_terminal and not reporter.quiet
+        self.ended: list[ScheduledRun] = []
+        self._live: Live | None = None
+        self._looked = 0.0
+        self._begun: dict[str, tuple[int, float]] = {}  # epoch and time at which it was first seen
+        scheduler.changed = self._changed
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keep the table on the terminal meanwhile."""
+        if not self.terminal:
+            yield
+            return
+        with Live(self._table(), console=self.reporter.console, auto_refresh=False, transient=True) as self._live:
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def refresh(self) -> None:
+        """Show how far the runs are; does nothing between two looks."""
+        if self._live is not None and time.monotonic() - self._looked >= INTERVAL:
+            self._looked = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _changed(self, entry: ScheduledRun) -> None:
+        if entry.state is not State.running and entry.state is not State.waiting:
+            self.ended.append(entry)
+        if self._live is None:
+            counts = self.scheduler.counts()
+            over = sum(counts[state] for state in (State.done, State.failed, State.blocked))
+            self.reporter.say(
+                f"[{over}/{len(self.scheduler.entries)}] {_state(entry)}  {entry.member.key}{_detail(entry)}"
+            )
+
+    def _table(self) -> RenderableType:
+        names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
+        rows = [self._row(entry) for entry in [*self.scheduler.locate(), *reversed(self.ended[-SHOWN:])]]
+        counts = ", ".join(f"{count} {state}" for state, count in self.scheduler.counts().items() if count)
+        notes = [f"{counts}. Ctrl-C saves every run; the same command goes on."]
+        return Group(Sheet("", names, rows, notes, text=2))
+
+    def _row(self, entry: ScheduledRun) -> list[str]:
+        epoch, step, top1 = progress(entry.run)
+        epochs = entry.member.config.train.epochs
+        left = None
+        if entry.state is State.running and epoch is not None:
+            first, since = self._begun.setdefault(entry.member.key, (epoch, time.monotonic()))
+            if epoch > first:
+                left = (time.monotonic() - since) / (epoch - first) * (epochs - epoch)
+        shown = "" if epoch is None else f"{epoch}/{epochs}"
+        remaining = "" if left is None else duration(left)
+        return [entry.member.key, _state(entry), shown, word(step), fixed(top1, 2), remaining]
+
+
+def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:
+    """Epoch and step of a run's last line of metrics, and the last top-1 on the images that select."""
+    epoch, step, top1 = None, None, None
+    for line in run.lines("metrics.jsonl") if run is not None else ():
+        if isinstance(line, dict) and (known := number(line.get("epoch"))) is not None:
+            epoch = int(known)
+            step = int(number(line.get("step")) or step or 0)
+            top1 = number(line.get("top1")) if line.get("kind") == "eval" else top1
+    return epoch, step, top1
+
+
+def _state(entry: ScheduledRun) -> str:
+    if entry.state is State.running and entry.resumed:
+        return "resumed"
+    return entry.state.value
+
+
+def _detail(entry: ScheduledRun) -> str:
+    if entry.error:
+        return f": {entry.error}"
+    if entry.state is not State.done or entry.run is None:
+        return ""
+    summary = entry.run.summary
+    return f"  top-1 {fixed(summary.last.top1, 2)} %, {duration(summary.seconds)}"

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from inspect import cleandoc, getsource
 from itertools import pairwise
@@ -10,11 +10,11 @@ from textwrap import dedent
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from yaml import YAMLError
 
-from sakd_cli.errors import unknown
+from sakd_cli.errors import UsageError, unknown
 from sakd_cli.files import parse_yaml
 
 EFFECTIVE = "effective"  # section of a written config that says what open settings came to; it is not read
@@ -58,6 +58,25 @@ def own_name(name: str, table: Iterable[str]) -> str | None:
     if name in names:
         return name
     return next((known for known in names if _squashed(known) == _squashed(name)), None)
+
+
+def choose(kind: str, name: str, table: Iterable[str], hint: str | None = None) -> str:
+    """The name in the table that `name` spells. Raises UsageError with the nearest name."""
+    if (own := own_name(name, table)) is None:
+        raise UsageError(unknown(kind, name, table), hint)
+    return own
+
+
+def read_by(read: Callable[[Any], Any]) -> AfterValidator:
+    """Read the value of a key with a function whose UsageError becomes pydantic's error."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return read(value)
+        except UsageError as error:
+            raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
+
+    return AfterValidator(validate)
 
 
 def _squashed(name: str) -> str:

@@ -8,10 +8,8 @@ network is checked where it is built.
 import re
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
-
 from sakd_cli.config import plugins
+from sakd_cli.config.base import read_by
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -161,11 +159,4 @@ def find_trainable(name: str) -> Network:
     return network
 
 
-def _canonical(name: str) -> str:
-    try:
-        return find_trainable(name).name
-    except UsageError as error:
-        raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
-
-
-NetworkName = Annotated[str, AfterValidator(_canonical)]
+NetworkName = Annotated[str, read_by(lambda name: find_trainable(name).name)]

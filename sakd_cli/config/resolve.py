@@ -13,11 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import datasets, routers
-from sakd_cli.config.base import EFFECTIVE, own_name
+from sakd_cli.config.base import EFFECTIVE, choose, own_name
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig
-from sakd_cli.errors import UsageError, unknown
+from sakd_cli.errors import UsageError
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
 
 # Sections that may be written as one value, the key which that value stands for, and the keys that survive a change of
@@ -97,9 +97,7 @@ def presets() -> dict[str, Path]:
 
 def preset_source(name: str) -> ConfigSource:
     """The preset of that name. Raises UsageError with the nearest name."""
-    known = presets()
-    if (own := own_name(name, known)) is None:
-        raise UsageError(unknown("preset", name, known), hint="a file of your own: --config FILE")
+    own = choose("preset", name, known := presets(), "a file of your own: --config FILE")
     return file_source(known[own], f"preset {own}")
 
 

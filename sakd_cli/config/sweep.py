@@ -4,24 +4,16 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
-from pydantic_core import PydanticCustomError
 
-from sakd_cli.config.base import Config, own_name
+from sakd_cli.config.base import Config, choose, read_by
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.errors import UsageError, unknown
 
 
 def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
-    def known(names: tuple[str, ...]) -> tuple[str, ...]:
-        found = {name: own_name(name, table) for name in names}
-        for name, own in found.items():
-            if own is None:
-                raise PydanticCustomError("unknown_name", "{text}", {"text": unknown(kind, name, table)})
-        return tuple(dict.fromkeys(own for own in found.values() if own))
-
-    return AfterValidator(known)
+    """Names of a table, under their own names and each once."""
+    return read_by(lambda names: tuple(dict.fromkeys(choose(kind, name, table) for name in names)))
 
 
 def _split(value: Any) -> Any:
@@ -36,32 +28,22 @@ def is_path(teacher: str) -> bool:
 
 def _teacher(name: str) -> str:
     """A network's own name, or a path as it is."""
-    if is_path(name):
-        return name
-    try:
-        return find_trainable(name).name
-    except UsageError as error:
-        raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
+    return name if is_path(name) else find_trainable(name).name
 
 
 def _named(overrides: dict[str, Any]) -> dict[str, Any]:
     """Keys of `overrides` are made of methods, routers and pairs, and stand under their own names."""
-    try:
-        return {" ".join(_own_name(name) for name in key.split()): settings for key, settings in overrides.items()}
-    except UsageError as error:
-        raise PydanticCustomError("unknown_name", "{text}", {"text": error.message}) from None
+    return {" ".join(_own_name(name) for name in key.split()): settings for key, settings in overrides.items()}
 
 
 def _own_name(name: str) -> str:
     teacher, colon, student = name.rpartition(":")
     if colon:
-        return f"{teacher if is_path(teacher) else find_trainable(teacher).name}:{find_trainable(student).name}"
-    if (own := own_name(name, [*METHODS, *ROUTERS])) is None:
-        raise UsageError(unknown("method, router or pair", name, [*METHODS, *ROUTERS]))
-    return own
+        return f"{_teacher(teacher)}:{find_trainable(student).name}"
+    return choose("method, router or pair", name, [*METHODS, *ROUTERS])
 
 
-Pair = Annotated[tuple[Annotated[str, AfterValidator(_teacher)], NetworkName], BeforeValidator(_split)]
+Pair = Annotated[tuple[Annotated[str, read_by(_teacher)], NetworkName], BeforeValidator(_split)]
 Section = dict[str, Any]
 EMPTY: Section = {}
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -88,7 +70,7 @@ class SweepConfig(Config):
     """Also train every student from scratch, without a teacher."""
     kd: bool = False
     """Also distill every pair by plain logits, with router always."""
-    overrides: Annotated[dict[str, Section], AfterValidator(_named)] = EMPTY
+    overrides: Annotated[dict[str, Section], read_by(_named)] = EMPTY
     """Further settings of a method, a router or a pair, by its name, or of a combination: `nst vgg13:vgg8`."""
     infeasible: Literal["refuse", "skip"] = "refuse"
     """What to do about a method that cannot be used for a pair: refuse the sweep, or skip it and report."""

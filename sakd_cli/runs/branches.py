@@ -16,7 +16,7 @@ from sakd_cli.models.branches import Branches, load_branches, save_branches
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
-from sakd_cli.tasks.sftn import SftnTask
+from sakd_cli.tasks.pretrain import SftnTask
 
 FILE = Path("branches", "model.safetensors")  # in the run directory
 

@@ -43,11 +43,9 @@ from sakd_cli.runs.job import Images, Job
 from sakd_cli.runs.locate import pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
-from sakd_cli.tasks.pretrain import PretrainTask
+from sakd_cli.tasks.pretrain import PretrainTask, SftnTask, WarmupTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
-from sakd_cli.tasks.sftn import SftnTask
-from sakd_cli.tasks.warmup import WarmupTask
 
 
 def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
@@ -250,16 +248,14 @@ def search_of(job: Job) -> SearchTask | None:
     return task.to(job.device)
 
 
-def check_classes(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
-    """Raise UsageError where a network's classes are not those of the data set, or its images of another size."""
+def match_normalization(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+    """Let a trained network see a data set's images as it was trained to.
+
+    Raises UsageError where its classes are not those of the data set, or its images of another size.
+    """
     initial_weights.check_classes(network, images.dataset, source, hint)
     if network.card.side != images.side and any(info.size for info in network.model.infos):
         raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
-
-
-def match_normalization(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
-    """Let a trained network see a data set's images as it was trained to. Raises as `check_classes`."""
-    check_classes(network, images, source, hint)
     data = images.dataset
     network.model.set_input_normalization(network.card.mean, network.card.std, given=(data.mean, data.std))
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +41,24 @@ from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, p
 from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.phases import training
-from sakd_cli.runs.residual_chain import Chain
+from sakd_cli.runs.residual_chain import Chain, MemberWriter
 from sakd_cli.runs.resume import find_matching_run
 from sakd_cli.runs.survey import Surveyed
 from sakd_cli.tasks.distill import DistillTask
-from sakd_cli.tasks.sftn import SftnTask
+from sakd_cli.tasks.pretrain import SftnTask
 
 
-class FolderWriter:
+class FolderWriter(MemberWriter):
     """Writes the delivered network as a weights file and as the deployable folder `student/` or `teacher/`.
 
     extensions   have what belongs to it written beside it
     """
 
     def __init__(self, job: Job, facts: dict[str, Any], extensions: Sequence[RunExtension]) -> None:
-        self.network, self.card, self.extensions = job.network, job.card, extensions
+        super().__init__(job.network, job.card)
+        self.extensions = extensions
         self.facts = {name: part.plain() for name, part in facts.items()}
         self.folder = "student" if job.teacher else "teacher"
-
-    def save_weights(self, path: Path) -> None:
-        artifact.save_weights(path, self.network, self.card)
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
         artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
@@ -138,11 +137,15 @@ def launch(
             factory = TrainerFactory(run, evaluation, reporter)
             for extension in extensions:
                 facts |= extension.metadata()
-            phases = _resumed(_trainings(job, extensions, factory, facts), run, plan, reporter)
+            output = TrainingOutput(evaluation, FolderWriter(job, facts, extensions))
+            trainings = [training(job, MAIN, output, factory), *(one.trainings(factory) for one in extensions)]
+            phases = _resumed(chain.from_iterable(trainings), run, plan, reporter)
             with translate_oom(job.config.train.batch_size):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
             if distributed.is_main_process():
-                _close(job, extensions, factory, figures, facts)
+                for extension in extensions:
+                    facts |= extension.finalize(factory, figures)
+                write_document(run.path / SUMMARY, _summary(job, figures[MAIN], facts))
             distributed.barrier()
         except Stopped as stopped:
             command = PROCEDURES[job.config.task].command
@@ -172,19 +175,6 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan) -> None:
         write_aside(run.path / "config.yaml", yaml_bytes(settings))
 
 
-def _close(
-    job: Job,
-    extensions: Sequence[RunExtension],
-    factory: TrainerFactory,
-    figures: dict[str, Any],
-    facts: dict[str, Any],
-) -> None:
-    """Everything is trained: what is left to the extensions, and the summary."""
-    for extension in extensions:
-        facts |= extension.finalize(factory, figures)
-    write_document(factory.run.path / SUMMARY, _summary(job, figures[MAIN], facts))
-
-
 def _made_ready(job: Job) -> None:
     """The process and the task, for the way in which the run computes."""
     if job.device.type == "cpu":
@@ -195,15 +185,6 @@ def _made_ready(job: Job) -> None:
         torchrun.require_single_process("--compile")
         check_compiler(job.device)
         compile_task(job.task, job.device, graphed=job.mode.graphed)
-
-
-def _trainings(
-    job: Job, extensions: Sequence[RunExtension], factory: TrainerFactory, facts: dict[str, Any]
-) -> Iterator[Trainer]:
-    """The trainings of a run, one after another; each is built when the one before is done."""
-    yield from training(job, MAIN, TrainingOutput(factory.evaluation, FolderWriter(job, facts, extensions)), factory)
-    for extension in extensions:
-        yield from extension.trainings(factory)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:

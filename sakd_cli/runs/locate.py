@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sakd_cli.config.networks import brought, find_network, find_trainable
+from sakd_cli.config.networks import find_network, find_trainable
 from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.config.routers import RandomMatchedConfig
+from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded, read_json
@@ -24,7 +25,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         return None
     if config.teacher.weights is not None:
         return config.teacher.weights
-    if not _is_path(config.teacher.source):
+    if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
         return run.deliverable if run else None
@@ -44,11 +45,9 @@ def weights_at(source: Path | str, key: str) -> Path:
     raise UsageError(f"{key}: {source}: no such file or directory")
 
 
-def _is_path(source: str) -> bool:
+def _means_path(source: str) -> bool:
     """Whether a teacher is meant as a path: the name of a network wins over a folder of that name."""
-    if brought(source) is not None:
-        return False
-    if "/" in source or source.endswith(".safetensors"):
+    if is_path(source):
         return True
     try:
         find_network(source)

@@ -1,6 +1,7 @@
 """Which run a training command is about: a new one, one to go on with (`--resume`), one to replace. No torch."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,10 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
 
 def find_matching_run(config: RunConfig) -> ResumePlan:
     """Go on with the newest run of exactly these settings, or make a new one."""
-    wanted = ConfigSource("these settings", config.model_dump(mode="json"))
     for run in all_runs(config.runs_dir):
-        try:
-            same = _difference(_settings_of(run, wanted.values["task"]), config) is None
-        except UsageError:
-            continue
-        if same:
-            return ResumePlan(resume=run, lenient=True)
+        with suppress(UsageError):
+            if _difference(_settings_of(run, config.task), config) is None:
+                return ResumePlan(resume=run, lenient=True)
     return ResumePlan()
 
 

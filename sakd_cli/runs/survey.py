@@ -14,7 +14,7 @@ not augmented. The bytes depend on the weights and the seed only.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
@@ -31,7 +31,7 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE, digest
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
@@ -146,11 +146,12 @@ def _answers(
     job: Job, task: DistillTask, split: Split, reporter: Reporter, seed: int
 ) -> tuple[dict[str, Tensor], bool]:
     """What both networks and the policy say of every image, on the CPU; whether the losses used the complement."""
-    teacher_features, noise = _teacher_features(job), seeded_generator(seed, "survey")
+    assert job.teacher is not None  # it is asked itself: a cache has the training images' views only
+    noise = seeded_generator(seed, "survey")
     complement = torch.zeros((), dtype=torch.bool, device=job.device)
     columns: dict[str, list[Tensor]] = {}
     for images, labels in _batches(job, split, reporter):
-        teacher, student = teacher_features(images), task.student_features(images)
+        teacher, student = job.teacher.model.features(images), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
         decision = task.router(teacher.embedding, student.embedding, uniform)
         if decision.gate is not None:
@@ -166,21 +167,16 @@ def _answers(
     return {name: torch.cat(parts).cpu() for name, parts in columns.items()}, bool(complement)
 
 
-def _teacher_features(job: Job) -> Callable[[Tensor], Features]:
-    """The teacher itself: a cache has the training images' views only."""
-    assert job.teacher is not None
-    return job.teacher.model.features
-
-
 def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: int) -> RoutedNetwork:
     """Top-1 (percent) and loss on test images: student, teacher, and the routed network along three kinds of path.
 
     sampled  gates drawn from the policy, mean over `DRAWS` draws and, for top-1, their standard deviation
     """
     draws = [seeded_generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
-    teacher_features, sums = _teacher_features(job), torch.zeros((), device=job.device)
+    assert job.teacher is not None
+    sums = torch.zeros((), device=job.device)
     for images, labels in _batches(job, test, reporter):
-        teacher, student = teacher_features(images), task.student_features(images)
+        teacher, student = job.teacher.model.features(images), task.student_features(images)
         outputs = [student.logits, teacher.logits]
         if task.graft is not None:
             gates = [images.new_full((len(labels), len(task.spots)), owner) for owner in (0.0, 1.0)]

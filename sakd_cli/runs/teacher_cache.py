@@ -88,7 +88,9 @@ def open_teacher_cache(
         json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.autocast_dtype)]).encode()
     ).hexdigest()
     path = folder / f"{teacher.model.name}-{key[:16]}.safetensors"
-    _must_fit(device, layout)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else layout.bytes
+    if layout.bytes > free:
+        raise MemoryLimitError(f"teacher.cache: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -98,14 +100,6 @@ def open_teacher_cache(
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
     tensors = load_file(path)  # mapped, not read, as long as it stays in main memory
     return TeacherCache(tensors["pooled"].to(device), tensors["logits"].to(device), views.count, len(model.infos))
-
-
-def _must_fit(device: torch.device, layout: Layout) -> None:
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if layout.bytes > free:
-        raise MemoryLimitError(f"teacher.cache: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
 
 
 def _whole(path: Path) -> bool:

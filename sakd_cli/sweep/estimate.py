@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sakd_cli.config.grid import Member
 from sakd_cli.config.training import RunConfig
 from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepPlan
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
@@ -26,7 +25,8 @@ def plan(
 
     kinds: dict[str, list[ScheduledRun]] = {}
     for entry in scheduler.entries.values():
-        kinds.setdefault(_kind(entry.member), []).append(entry)
+        kind = entry.member.key.partition(" seed ")[0]  # runs of one kind differ in their seed only
+        kinds.setdefault(kind, []).append(entry)
     to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
     configs = {kind: same[0].member.config for kind, same in to_do.items() if same}
     reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
@@ -68,8 +68,3 @@ def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[Sch
         pair = entries[kind][0].member.pair
         turns[kind], met[pair] = met[pair], met[pair] + 1
     return {kind: configs[kind] for kind in sorted(configs, key=lambda kind: turns[kind])}
-
-
-def _kind(member: Member) -> str:
-    """Runs of one kind differ in their seed only."""
-    return member.key.partition(" seed ")[0]

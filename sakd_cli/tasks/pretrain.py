@@ -1,31 +1,133 @@
-"""Ordinary training with cross-entropy: teachers, and students alone."""
+"""What is trained in front of a distillation: a network alone, a student-friendly teacher, a method's warm-up.
 
-from typing import final
+Student-friendly teachers: Park, Cha, Jeong, Kim, Han, "Learning Student-Friendly Teacher Networks for Knowledge
+Distillation", NeurIPS 2021, section 3. What is delivered is the teacher alone.
+"""
 
+from abc import ABC
+from functools import partial
+from typing import NotRequired, TypedDict, Unpack, final
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
+from sakd_cli.config.training import FriendlyConfig
+from sakd_cli.distillers.distiller import Warmup
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
+from sakd_cli.models.branches import Branches
 from sakd_cli.models.staged import StagedModel
 
 
-@final
-class PretrainTask(Task):
-    """loss = CE(network(x), y)."""
+class Recipe(TypedDict):
+    """Learning rate and weight decay of all groups, and how the task computes."""
 
-    def __init__(self, network: StagedModel, *, lr: float, weight_decay: float, mode: Mode | None = None) -> None:
+    lr: float
+    weight_decay: float
+    mode: NotRequired[Mode]
+
+
+class SingleRateTask(Task, ABC):
+    """A task whose groups share a learning rate and a weight decay."""
+
+    network: StagedModel
+
+    def __init__(self, network: StagedModel, **recipe: Unpack[Recipe]) -> None:
         super().__init__()
-        self.network = network
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.mode = mode or Mode()
+        self.network, self.recipe, self.mode = network, recipe, recipe.get("mode") or Mode()
+
+    def group(self, name: str, *modules: nn.Module) -> ParamGroup:
+        """All parameters of these modules."""
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        return ParamGroup(name, parameters, self.recipe["lr"], self.recipe["weight_decay"])
+
+
+@final
+class PretrainTask(SingleRateTask):
+    """loss = CE(network(x), y): teachers, and students alone."""
 
     def groups(self) -> list[ParamGroup]:
-        return [ParamGroup("network", list(self.network.parameters()), self.lr, self.weight_decay)]
+        return [self.group("network", self.network)]
 
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             logits = to_fp32(self.network(batch.images))
         loss = F.cross_entropy(logits, batch.labels)
         return StepOutput(loss, logits, {"loss": loss.detach()})
+
+
+def imitation(teacher: Tensor, branches: Tensor, tau: float, *, reverse: bool) -> Tensor:
+    """tau^2 KL(teacher || branch) in nats, the mean over batch and branches; `reverse`: KL(branch || teacher).
+
+    teacher [N, C] and branches [K, N, C] are logits; both get a gradient.
+    """
+    p = F.log_softmax(teacher / tau, dim=-1).expand_as(branches)
+    q = F.log_softmax(branches / tau, dim=-1)
+    target, log_ratio = (q, q - p) if reverse else (p, p - q)
+    return tau**2 * (target.exp() * log_ratio).sum(dim=-1).mean()
+
+
+@final
+class SftnTask(SingleRateTask):
+    """loss = lambda_t CE(z_T, y) + lambda_kl tau^2 KL(q_T || q_i) + lambda_ce CE(z_i, y), means over all branches i.
+
+    The branches' terms reach the teacher through its maps, the imitation through its logits as well (equation 4). We
+    differ from the one public implementation, which cuts the maps' gradient and so loses what the method is for.
+    """
+
+    def __init__(
+        self, network: StagedModel, branches: Branches, settings: FriendlyConfig, **recipe: Unpack[Recipe]
+    ) -> None:
+        super().__init__(network, **recipe)
+        self.branches, self.settings = branches, settings
+
+    def groups(self) -> list[ParamGroup]:
+        return [self.group("network", self.network), self.group("branches", self.branches)]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        settings = self.settings
+        with self.mode.networks(batch.images.device):
+            features = self.network.features(batch.images)
+            stages = [stage.detach() for stage in features.stages] if settings.detach_features else features.stages
+            branches = to_fp32(self.branches(stages))
+        features = features.map(to_fp32)
+        target = features.logits.detach() if settings.detach_target else features.logits
+        parts = {
+            "ce": F.cross_entropy(features.logits, batch.labels),
+            "branch_kl": imitation(target, branches, settings.tau, reverse=settings.kl == "reverse"),
+            "branch_ce": F.cross_entropy(branches.flatten(0, 1), batch.labels.repeat(len(branches))),
+        }
+        loss = (
+            settings.lambda_t * parts["ce"]
+            + settings.lambda_kl * parts["branch_kl"]
+            + settings.lambda_ce * parts["branch_ce"]
+        )
+        parts["loss"] = loss
+        return StepOutput(loss, features.logits, {name: part.detach() for name, part in parts.items()})
+
+
+@final
+class WarmupTask(SingleRateTask):
+    """loss = sum of the warm-up's terms on the teacher's features and, where it is trained too, the student's."""
+
+    has_unused_parameters = True
+
+    def __init__(self, network: StagedModel, teacher: StagedModel, warmup: Warmup, **recipe: Unpack[Recipe]) -> None:
+        super().__init__(network, **recipe)
+        self.warmup = warmup.requires_grad_(True)
+        self.student_features = partial(network.features, want=warmup.want)
+        self.teacher_features = partial(teacher.features, want=warmup.want)
+
+    def groups(self) -> list[ParamGroup]:
+        # A head that the loss does not reach gets no gradient and must not be decayed either: SGD leaves it out.
+        return [self.group("warmup", self.warmup, *([self.network] if self.warmup.trains_student else []))]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        with self.mode.networks(batch.images.device):
+            with torch.no_grad():
+                teacher = self.teacher_features(batch.images).map(to_fp32)
+            student = self.student_features(batch.images).map(to_fp32) if self.warmup.trains_student else None
+        loss = self.warmup(student, teacher).sum()
+        return StepOutput(loss, None, {"loss": loss.detach()})

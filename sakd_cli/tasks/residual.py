@@ -5,7 +5,7 @@ public; in ours logits are summed and earlier members are frozen.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import NamedTuple, Unpack, final
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.distillers.kd import softened_kl
-from sakd_cli.engine.task import ParamGroup, StepOutput, Task
+from sakd_cli.engine.task import ParamGroup, StepOutput
 from sakd_cli.models.staged import StagedModel
+from sakd_cli.tasks.pretrain import Recipe, SingleRateTask
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -67,28 +68,17 @@ LOSSES: dict[str, Callable[[Sides, ResidualConfig], Tensor]] = {"kl": kl, "mse":
 
 
 @final
-class ResidualTask(Task):
+class ResidualTask(SingleRateTask):
     """Train one residual student with one of LOSSES. `teacher` and `base` are frozen and in evaluation mode."""
 
-    network: StagedModel
-
     def __init__(
-        self,
-        network: StagedModel,
-        teacher: Logits,
-        base: Logits,
-        settings: ResidualConfig,
-        *,
-        lr: float,
-        weight_decay: float,
+        self, network: StagedModel, teacher: Logits, base: Logits, settings: ResidualConfig, **recipe: Unpack[Recipe]
     ) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network, **recipe)
         self.teacher, self.base, self.settings = teacher, base, settings
-        self.lr, self.weight_decay = lr, weight_decay
 
     def groups(self) -> list[ParamGroup]:
-        return [ParamGroup("student", list(self.network.parameters()), self.lr, self.weight_decay)]
+        return [self.group("student", self.network)]
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Targets:

@@ -1,0 +1,149 @@
+"""Runs of a sweep on a cluster: tasks of Ray (the extra `ray`), or arrays of Slurm through submitit (`slurm`)."""
+
+import logging
+import sys
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from sakd_cli.errors import UsageError
+from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, cores
+
+RETRIES = 3  # of a Ray task whose worker or machine is lost; it goes on from the run's last checkpoint
+MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that is cut off is queued again and goes on
+ALL = 10**6
+LOST = 143  # exit code of a run that was lost for good, or cancelled: that of SIGTERM
+
+
+class ClusterExecutor(Executor, ABC):
+    """Hands over all that is ready; the cluster decides when and where it runs, on storage that all machines share."""
+
+    def room(self) -> int:
+        return ALL
+
+
+@final
+class RayExecutor(ClusterExecutor):
+    """One task per run. A worker that dies takes its run's process with it, which saves its state first where it can;
+    the task is then retried and goes on from there.
+
+    jobs       at a time, as a share of this machine's cores for each; None: one core each
+    per_gpu    runs that share a GPU, where the cluster has any
+    resources  address of the cluster, and what `ray.remote` takes for a task: num_cpus, num_gpus, max_retries ...
+
+    Raises UsageError where Ray is not installed or the cluster does not answer.
+    """
+
+    def __init__(self, jobs: int | None, per_gpu: int, resources: Mapping[str, Any]) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise UsageError("--executor ray: Ray is not installed", "pip install 'sakd[ray]'") from None
+        options = dict(resources)
+        address = options.pop("address", None)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--executor ray: {reason}", "start a cluster with ray start --head") from None
+        self.ray, self.tasks, self.stopping = ray, dict[Any, str](), False
+        options.setdefault("num_cpus", max(1, cores() // jobs) if jobs else 1)
+        options.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
+        options.setdefault("max_retries", RETRIES)
+        try:
+            self.remote = ray.remote(carried_out).options(**options)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--resource: {str(error).partition(chr(10))[0]}", "as ray.remote takes them") from None
+
+    def about(self) -> str:
+        return f"a Ray cluster of {len(self.ray.nodes())} machine(s)"
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self.tasks |= {self.remote.remote(job): job.key for job in jobs}
+
+    def ended(self) -> list[Ended]:
+        if not self.tasks:
+            return []
+        ready, _ = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
+        return [Ended(self.tasks.pop(task), self._code(task)) for task in ready]
+
+    def stop(self, signum: int) -> None:
+        for task in self.tasks:
+            self.ray.cancel(task, force=self.stopping)
+        self.stopping = True
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+    def _code(self, task: Any) -> int:
+        try:
+            return int(self.ray.get(task))
+        except self.ray.exceptions.RayError as error:
+            print(f"{type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr)
+            return LOST
+
+
+class Work:
+    """What submitit carries out: one run; where Slurm takes the machine away it queues the same again."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self) -> int:
+        return carried_out(self.job)
+
+    def checkpoint(self) -> Any:
+        """Asked by submitit at the end of the time or at a preemption."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(Work(self.job))
+
+
+@final
+class SlurmExecutor(ClusterExecutor):
+    """All that is ready at a time is one array.
+
+    jobs       of an array at a time; None: as many as Slurm likes
+    resources  parameters of submitit: slurm_partition, gpus_per_node, timeout_min ...; cluster: slurm, or local for
+               processes on this machine
+    folder     of submitit's own files
+
+    Raises UsageError where submitit or Slurm is not there, or does not know a parameter.
+    """
+
+    def __init__(self, jobs: int | None, resources: Mapping[str, Any], folder: Path) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UsageError("--executor slurm: submitit is not installed", "pip install 'sakd[slurm]'") from None
+        options = dict(resources)
+        cluster = options.pop("cluster", "slurm")
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder.absolute() / "slurm", cluster=cluster)
+            limit = {"slurm_array_parallelism": jobs} if jobs else {}
+            self.executor.update_parameters(**({"timeout_min": MINUTES, "name": "sakd"} | limit | options))
+        except (RuntimeError, ValueError, NameError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--executor slurm: {reason}", "--resource takes submitit's parameters") from None
+        self.cluster, self.tasks = cluster, dict[str, Any]()
+
+    def about(self) -> str:
+        return f"the cluster {self.cluster!r}, through submitit"
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        with self.executor.batch():
+            tasks = [self.executor.submit(Work(job)) for job in jobs]
+        self.tasks |= {job.key: task for job, task in zip(jobs, tasks, strict=True)}
+
+    def ended(self) -> list[Ended]:
+        over = [key for key, task in self.tasks.items() if task.done()]
+        ended = [(key, self.tasks.pop(key)) for key in over]
+        return [Ended(key, LOST if task.exception() is not None else int(task.result())) for key, task in ended]
+
+    def stop(self, signum: int) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+
+    def close(self) -> None:
+        self.stop(0)
