@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CliRunner
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -83,6 +84,14 @@ def test_a_folder_becomes_a_data_set(root: Path) -> None:
     few = loaded(root, classes=2, limit=6, validation=0.5)
     assert (len(few.train), len(few.held_out or ()), len(few.dataset.test)) == (3, 3, 8)
     assert set(few.train.origins().tolist()) < set(range(20))
+
+
+@pytest.mark.parametrize("size", [64, 72])
+def test_a_network_for_small_images_is_warned_of_large_ones(cli: CliRunner, root: Path, size: int) -> None:
+    words = ["--dataset", "imagefolder", "--data-root", str(root), "--epochs", "1", "-q", "--set", f"data.size={size}"]
+    result = cli.sakd("pretrain-teacher", "resnet8", *words)
+    assert result.code == 0, result.err
+    assert ("is made for images of 32 pixels; those of 72 take 5 times as long" in result.err) == (size == 72)
 
 
 def test_one_folder_is_cut_in_two(tmp_path: Path) -> None:

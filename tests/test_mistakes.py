@@ -43,6 +43,8 @@ def messy(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
     (cli.path / "binary.yaml").write_bytes(sound[:999])
     (cli.path / "future.yaml").write_text("task: dream\nstudent: resnet8\n")
     os.mkfifo(cli.path / "pipe")
+    (cli.path / "photos" / "cat").mkdir(parents=True)
+    (cli.path / "photos" / "cat" / "1.JPG").touch()
     run = cli.path / distilled["run"]
     shutil.copytree(run, cli.path / "future", ignore=shutil.ignore_patterns("summary.json", "best", "previous"))
     last = cli.path / "future" / "checkpoints" / "last"
@@ -142,6 +144,9 @@ BAD = f"""
 2 | 'modles' is not one of                                  | list modles
 3 | cifar100: files not found in       | pretrain-teacher resnet8 --data-root empty --set data.download=false
 3 | cifar100: damaged file                                  | pretrain-teacher resnet8 --data-root cifar
+3 | nowhere: no such folder            | PAIR --dataset imagefolder --data-root nowhere
+2 | 'empty' is a folder: --dataset imagefolder --data-root empty | PAIR --dataset empty
+3 | photos: holds pictures, not the files of cifar100 | PAIR --data-root photos
 3 | leaves no held-out image                                | pretrain-teacher resnet8 TINY --set data.limit=3
 5 | cannot make a run directory                             | pretrain-teacher resnet8 TINY -q --runs-dir broken.yaml
 """

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from inspect import cleandoc, getsource
 from itertools import pairwise
+from pathlib import Path
 from textwrap import dedent
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -94,7 +95,10 @@ def chosen_by_name(kind: str, table: Mapping[str, type[Config]], default: str) -
             raise PydanticCustomError("no_name", "needs a name, one of: {known}", {"known": ", ".join(sorted(table))})
         settings = {"name": default} | settings
         if (name := own_name(settings["name"], table)) is None:
-            raise PydanticCustomError("unknown_name", "{text}", {"text": unknown(kind, settings["name"], table)})
+            text = unknown(kind, settings["name"], table)
+            if kind == "data set" and Path(settings["name"]).is_dir():
+                text = f"{settings['name']!r} is a folder: --dataset imagefolder --data-root {settings['name']}"
+            raise PydanticCustomError("unknown_name", "{text}", {"text": text})
         return table[name].model_validate(settings | {"name": name})
 
     return BeforeValidator(choose)

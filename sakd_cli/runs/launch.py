@@ -331,6 +331,11 @@ class Launcher:
             say(notice)
         if skipped := job.images.dataset.skipped:
             self.reporter.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
+        if job.images.side > 64 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
+            self.reporter.warn(
+                f"{job.network.name} is made for images of 32 pixels; those of {job.images.side} take "
+                f"{(job.images.side / 32) ** 2:.0f} times as long (--set data.size=64)"
+            )
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():

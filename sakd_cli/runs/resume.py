@@ -5,11 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.identity import FREE, first_difference, identity
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.training import RunConfig
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import expanded
 from sakd_cli.rundir import ResumePlan, RunDir, all_runs
 
@@ -29,7 +30,9 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
     if params["resume"] is None:
         plan = ResumePlan(folder=folder, overwrite=overwrite)
         plan.check()
-        return resolve(task, given).config, plan
+        config = resolve(task, given).config
+        _check_folder(config.data)
+        return config, plan
     if folder is not None or overwrite:
         raise UsageError("--resume goes on with a run that is there; it goes with neither --run-dir nor --overwrite")
     if params["resume"] == AUTO:
@@ -41,6 +44,20 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
             f"{run.path}: --resume changes no setting of a run, but {difference}", hint="start a new run instead"
         )
     return _in_place(here, given, task), ResumePlan(resume=run)
+
+
+def _check_folder(data: DataConfig) -> None:
+    """What is wrong with `--data-root` at first sight, before a teacher is looked for or anything is downloaded."""
+    root = data.root
+    if root is not None and isinstance(data, FilesConfig) and not root.is_dir():
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
+    if root is None or not data.name.startswith("cifar") or any(root.glob("cifar-*")):
+        return
+    endings = (".jpg", ".jpeg", ".png")
+    if any(file.suffix.lower() in endings for depth in ("*/*", "train/*/*") for file in root.glob(depth)):
+        raise DataError(
+            f"{root}: holds pictures, not the files of {data.name}", f"--dataset imagefolder --data-root {root}"
+        )
 
 
 def find_matching_run(config: RunConfig) -> ResumePlan:
