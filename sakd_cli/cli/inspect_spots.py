@@ -35,8 +35,13 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
     from sakd_cli.report.spots.page import spot_page
     from sakd_cli.report.spots.survey import records
 
-    _check(options)
     reporter, plot = ConsoleReporter(quiet=options["quiet"]), options["plot"]
+    if options["panel"] and not plot:
+        raise UsageError("--panel needs --plot FILE")
+    if samples and samples.suffix not in (".jsonl", ".csv"):
+        raise UsageError(f"--samples {samples}: the name ends in .jsonl or .csv")
+    if plot:
+        plots.checked(plot)
     most, seed = max(options["extremes"], EXTREMES), options["sample_seed"]
     report, survey = inspect_run(
         run, options, options["split"], reporter, sample=options["sample"], seed=seed, extremes=most
@@ -62,18 +67,6 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
         top, measured = options["top"], report.measured
         sections = survey_tables(measured, top=top, extremes=options["extremes"]).values() if measured else ()
         show(*spot_tables(report, top=top), *(sheet for sheets in sections for sheet in sheets))
-
-
-def _check(options: Values) -> None:
-    """Raise UsageError for what can be checked before anything is read."""
-    if options["panel"] and not options["plot"]:
-        raise UsageError("--panel needs --plot FILE")
-    if (records := options["samples"]) and records.suffix not in (".jsonl", ".csv"):
-        raise UsageError(f"--samples {records}: the name ends in .jsonl or .csv")
-    if options["plot"]:
-        from sakd_cli.report.render import plots
-
-        plots.checked(options["plot"])
 
 
 def _write_records(records: list[dict[str, Any]], path: Path) -> None:

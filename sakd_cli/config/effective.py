@@ -1,5 +1,6 @@
 """The effective values of a config: what the settings that are left open (None) come to, before anything is trained."""
 
+from contextlib import suppress
 from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
@@ -60,7 +61,9 @@ def effective(
     lr = initial_lr(config, network)
     values: dict[str, Any] = {"train.lr": lr, "train.milestones": list(config.train.decay_epochs())}
     if isinstance(config, DistillConfig):
-        known = _find(teacher or config.teacher.source)
+        known: Network | None = None
+        with suppress(UsageError):  # a path names no network
+            known = find_network(teacher or config.teacher.source)
         if isinstance(router := config.router, LearnedConfig):
             one_family = None if known is None else known.kin == find_network(config.student).kin
             open_bias = router.teacher_bias is None and one_family is None
@@ -74,11 +77,3 @@ def effective(
     train, validation = counts or image_counts(config.data, residual) or (None, None)
     values |= {"training_images": train, "validation_images": validation}
     return values | {"steps_per_epoch": None if train is None else -(-train // config.train.batch_size)}
-
-
-def _find(network: str) -> Network | None:
-    """The network of this name; None for a path."""
-    try:
-        return find_network(network)
-    except UsageError:
-        return None

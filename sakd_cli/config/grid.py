@@ -101,9 +101,10 @@ class _Plan:
     def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
             for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ():
-                config = self._from_scratch(
-                    student, [ConfigSource("the grid", {"model": student, "seed": seed})], last=seed
+                own, last = (
+                    ConfigSource("the grid", {key: value}) for key, value in (("model", student), ("seed", seed))
                 )
+                config = self._from_scratch(student, [own], [last])
                 yield Member(f"baseline {student} seed {seed}", Role.baseline, config)
             for pair in self.sweep.pairs:
                 cells = [(method, router) for method in self.sweep.methods for router in self.routers]
@@ -111,13 +112,12 @@ class _Plan:
                     cells = list(dict.fromkeys([(KD, CLASSICAL), *cells]))
                 yield from filter(None, (self._student(pair, method, router, seed) for method, router in cells))
 
-    def _from_scratch(self, name: str, own: list[ConfigSource], last: int | None = None) -> RunConfig:
-        written = [
-            ConfigSource(layer.origin, layer.values | {"task": "distill"}) for layer in [*self.below, *self.above]
-        ]
-        below, above = written[: len(self.below)], written[len(self.below) :]
-        above += [ConfigSource("the grid", {"seed": last})] if last is not None else []
-        return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above])
+    def _from_scratch(self, name: str, own: list[ConfigSource], last: Sequence[ConfigSource] = ()) -> RunConfig:
+        below, above = (
+            [layer._replace(values=layer.values | {"task": "distill"}) for layer in layers]
+            for layers in (self.below, self.above)
+        )
+        return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above, *last])
 
     def _student(self, pair: tuple[str, str], method: str, router: str, seed: int) -> Member | None:
         label = ":".join(pair)

@@ -184,12 +184,9 @@ def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
         return f"unknown key {full!r}; here it is {foreign!r}"
     section = key.rpartition(".")[0]
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    if near := difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6):
-        return f"unknown key {key!r}; did you mean {siblings[near[0]]!r}?"
-    same = [name for name in known if name.rpartition(".")[2] == leaf]
-    if same:
-        return f"unknown key {key!r}; did you mean {same[0]!r}?"
-    return f"unknown key {key!r}"
+    near = [siblings[name] for name in difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6)]
+    meant = [*near, *(name for name in known if name.rpartition(".")[2] == leaf)]
+    return f"unknown key {key!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 
 
 def _deepest(values: Mapping[str, Any], place: list[str]) -> list[str]:

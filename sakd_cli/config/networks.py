@@ -86,13 +86,6 @@ def reusing(student: str, teacher: str, factor: int) -> Network:
     return Network(f"simkd{factor}-{inner.name}-{outer.name}", "reused", parts, inner.lr, student=inner)
 
 
-def _of_plugin(name: str) -> Network:
-    package = plugins.plugged(plugins.NETWORKS)[name][0].package
-    if _squashed(name) in _SPELLINGS:
-        raise UsageError(f"network {name!r}: wanted by sakd and by {package}", hint=f"uninstall {package}")
-    return Network(name, f"plug-in {package}", {}, plugged=True)
-
-
 def all_names() -> list[str]:
     """Of all networks, ours and those of plug-ins."""
     return [*NETWORKS, *plugins.plugged(plugins.NETWORKS)]
@@ -131,7 +124,10 @@ def find_network(name: str) -> Network:
     if len(name) > LONGEST:
         raise UsageError(f"no model has a name of {len(name)} letters")
     if name in plugins.plugged(plugins.NETWORKS):
-        return _of_plugin(name)
+        package = plugins.plugged(plugins.NETWORKS)[name][0].package
+        if _squashed(name) in _SPELLINGS:
+            raise UsageError(f"network {name!r}: wanted by sakd and by {package}", hint=f"uninstall {package}")
+        return Network(name, f"plug-in {package}", {}, plugged=True)
     if (made := re.fullmatch(r"simkd([1-9]\d{0,8})-([^-]+)-(.+)", name)) is not None:
         return reusing(made[2], made[3], int(made[1]))
     if (one := brought(name)) is not None:

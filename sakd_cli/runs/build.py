@@ -36,9 +36,9 @@ from sakd_cli.report.spots.log import epoch_records
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs import initial_weights, mixtures
+from sakd_cli.runs import mixtures
 from sakd_cli.runs.branches import start_from_branches
-from sakd_cli.runs.initial_weights import load_teacher
+from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
 from sakd_cli.runs.job import Images, Job
 from sakd_cli.runs.locate import pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
@@ -75,7 +75,7 @@ def pretraining(config: PretrainConfig) -> Job:
     device = pick_device(config.device)
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device)
-    initial_weights.load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
+    load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device), cost(network, images.side)
     lr, decay = initial_lr(config, config.model), config.train.weight_decay
     settings = config.friendly
@@ -120,9 +120,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     match_normalization(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)
-    initial_weights.load_initial_weights(
-        student, config.student_weights, config.head, images.dataset, "student_weights"
-    )
+    load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = assemble(config, student, frozen, images.side, images.train.labels, mode=mode)
@@ -253,7 +251,7 @@ def match_normalization(network: Artifact, images: Images, source: str, hint: st
 
     Raises UsageError where its classes are not those of the data set, or its images of another size.
     """
-    initial_weights.check_classes(network, images.dataset, source, hint)
+    check_classes(network, images.dataset, source, hint)
     if network.card.side != images.side and any(info.size for info in network.model.infos):
         raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
     data = images.dataset

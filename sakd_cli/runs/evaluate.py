@@ -63,29 +63,17 @@ class Target(NamedTuple):
         return {"weights": str(self.weights)} | dict(zip(("run", "finished"), run, strict=True))
 
 
-def evaluate_networks(targets: Iterable[Target], reporter: Reporter) -> Iterator[Evaluation]:
-    """One document per target.
+def evaluate_network(target: Target, reporter: Reporter, loaded: dict[DataConfig, Images]) -> Evaluation:
+    """`sakd eval` of a network; the images are those in `loaded`, or are put there.
 
     Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
     """
-    loaded: dict[DataConfig, Images] = {}
-    for target in targets:
-        network = artifact.load(target.weights)
-        named = ConfigSource("the weights' header", {"data": seen_in(network.card)})
-        config: EvalConfig = resolve("eval", [named, *target.layers]).config
-        data = config.data.model_copy(update={"validation": 0.0})
-        images = loaded[data] if data in loaded else loaded.setdefault(data, load_images(data))
-        match_normalization(network, images, str(target.weights))
-        yield _evaluate(target, network, config, images, reporter)
-
-
-def seen_in(card: NetworkCard) -> dict[str, Any]:
-    """The settings of the images that a network was trained on, as far as its header knows them."""
-    kind = DATASETS.get(card.dataset)
-    return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
-
-
-def _evaluate(target: Target, network: Artifact, config: EvalConfig, images: Images, reporter: Reporter) -> Evaluation:
+    network = artifact.load(target.weights)
+    named = ConfigSource("the weights' header", {"data": seen_in(network.card)})
+    config: EvalConfig = resolve("eval", [named, *target.layers]).config
+    data = config.data.model_copy(update={"validation": 0.0})
+    images = loaded[data] if data in loaded else loaded.setdefault(data, load_images(data))
+    match_normalization(network, images, str(target.weights))
     device, dataset, run = pick_device(config.device), images.dataset, target.run
     teacher = _teacher(target, config, images, reporter)
     branches = branches_of(target.weights, network)
@@ -129,6 +117,12 @@ def _evaluate(target: Target, network: Artifact, config: EvalConfig, images: Ima
             for name, count, top1, teacher_top1, mistake in rows
         ],
     )
+
+
+def seen_in(card: NetworkCard) -> dict[str, Any]:
+    """The settings of the images that a network was trained on, as far as its header knows them."""
+    kind = DATASETS.get(card.dataset)
+    return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
@@ -184,8 +178,7 @@ def _quality(
         **scores.metrics(),
         brier=brier,
         ece=ece,
-        parameters=costs.parameters,
-        macs=costs.macs,
+        **costs._asdict(),
     ), scores
 
 
@@ -310,12 +303,11 @@ def evaluate_all(
     as_ensembles      plain networks are evaluated as ensembles of one
     early             whether images leave an ensemble early; curve: with the curve over all thresholds
     """
-    pairs = []
-    for weights, run in found:
-        target = Target(weights, run, [*settings_of(run), *layers], teacher_required)
-        pairs.append((target, as_ensembles or is_ensemble(weights)))
-    networks = evaluate_networks((target for target, ensemble in pairs if not ensemble), reporter)
+    targets = [Target(weights, run, [*settings_of(run), *layers], teacher_required) for weights, run in found]
+    loaded: dict[DataConfig, Images] = {}
     return [
-        evaluate_ensemble(target, reporter, early=early, curve=curve) if ensemble else next(networks)
-        for target, ensemble in pairs
+        evaluate_ensemble(target, reporter, early=early, curve=curve)
+        if as_ensembles or is_ensemble(target.weights)
+        else evaluate_network(target, reporter, loaded)
+        for target in targets
     ]

@@ -81,9 +81,7 @@ def planned_networks(job: Job) -> list[PlannedNetwork]:
     costs = [("student" if job.teacher else "network", job.network.name, job.cost)]
     if job.teacher and job.teacher_cost:
         costs.insert(0, ("teacher", job.teacher.model.name, job.teacher_cost))
-    return [
-        PlannedNetwork(role=role, name=name, parameters=cost.parameters, macs=cost.macs) for role, name, cost in costs
-    ]
+    return [PlannedNetwork(role=role, name=name, **cost._asdict()) for role, name, cost in costs]
 
 
 def planned_spots(job: Job) -> list[PlannedSpot]:

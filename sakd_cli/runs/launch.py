@@ -251,8 +251,7 @@ def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
         images=len(job.images.train),
         skipped_images=job.images.dataset.skipped,
         protocol=f"the reported result is the last epoch on the test set; {chosen}",
-        parameters=job.cost.parameters,
-        macs=job.cost.macs,
+        **job.cost._asdict(),
         device=str(job.device),
         torch=torch.__version__,
         last=EpochMetrics(**main["last"]),
@@ -280,8 +279,7 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
         network=job.teacher.model.name,
         path=str(job.teacher_path),
         sha256=job.teacher.sha256,
-        parameters=job.teacher_cost.parameters,
-        macs=job.teacher_cost.macs,
+        **job.teacher_cost._asdict(),
         **scores.metrics(),
     )
     return {"teacher": teacher}

@@ -66,7 +66,9 @@ def locate_inputs(config: Any) -> Any:
         return config
     path, router = find_teacher(config), config.router
     if path is None and not config.teacher.pretrain:
-        raise no_teacher(config)
+        name = find_network(config.teacher.source).name
+        text = f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; add --pretrain"
+        raise UsageError(f"{text}, or train it first", hint=pretrain_command(config, name))
     if isinstance(router, RandomMatchedConfig) and router.run is None:
         router = router.model_copy(update={"run": str(find_adaptive_run(config).path.resolve())})
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": path}), "router": router})
@@ -89,26 +91,15 @@ def find_adaptive_run(config: DistillConfig) -> RunDir:
 def pretrain_command(config: DistillConfig, name: str) -> str:
     """The command line that trains a network as a teacher for this distillation."""
     settings = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
-    default = type(config).model_fields["runs_dir"].default
     if config.data.root is not None:
         settings += ["--data-root", str(config.data.root)]
-    kind = type(config.data).model_fields
+    fields = type(config.data).model_fields
     for key, value in config.data.identity().items():
-        name_in_data = key.removeprefix("data.")
-        if name_in_data not in ("name", "root") and value != kind[name_in_data].default:
+        if key not in ("data.name", "data.root") and value != fields[key.removeprefix("data.")].default:
             settings += ["--set", f"{key}={value}"]
-    if config.runs_dir != default:
+    if config.runs_dir != type(config).model_fields["runs_dir"].default:
         settings += ["--runs-dir", str(config.runs_dir)]
     return shlex.join(settings)
-
-
-def no_teacher(config: DistillConfig) -> UsageError:
-    """What to say, and what to do, where there is no teacher."""
-    name = find_network(config.teacher.source).name
-    return UsageError(
-        f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; add --pretrain, or train it first",
-        hint=pretrain_command(config, name),
-    )
 
 
 GAP = 0.2  # percentage points of top-1

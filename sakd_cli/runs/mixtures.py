@@ -52,7 +52,7 @@ def load_mixtures(settings: MethodConfig, distiller: Any, teacher: str) -> None:
     ours = {group.stage: len(group.places) for group in distiller.groups}
     theirs = {index: len(alpha) for index, alpha in groups.items()}
     if theirs != ours:
-        raise UsageError(f"{settings.weights}: has {_told(theirs)}; this run mixes {_told(ours)}")
+        raise UsageError(f"{settings.weights}: has {_blocks(theirs)}; this run mixes {_blocks(ours)}")
     for k, group in enumerate(distiller.groups):
         distiller.set_weights(k, torch.tensor(groups[group.stage]))
 
@@ -137,20 +137,17 @@ def _read(settings: DFAConfig) -> Mixtures:
         found = read_document(path, Mixtures)
     except UsageError:
         found = None
-    if found is None or not found.groups or not all(map(_is_sound, found.groups)):
-        raise UsageError(f"{path}: holds no mixtures of blocks, or damaged ones")
-    if len({group.index for group in found.groups}) < len(found.groups):
+    groups = found.groups if found else []
+    each_once = len({group.index for group in groups}) == len(groups) > 0
+    if found is None or not each_once or not all(map(_is_sound, groups)):
         raise UsageError(f"{path}: holds no mixtures of blocks, or damaged ones")
     return found
 
 
 def _is_sound(group: MixtureGroup) -> bool:
-    return (
-        len(group.alpha) == group.blocks
-        and min(group.alpha, default=-1) >= 0
-        and math.isclose(sum(group.alpha), 1, abs_tol=LARGEST)
-    )
+    alpha, fits = group.alpha, len(group.alpha) == group.blocks
+    return fits and min(alpha, default=-1) >= 0 and math.isclose(sum(alpha), 1, abs_tol=LARGEST)
 
 
-def _told(blocks: dict[int, int]) -> str:
+def _blocks(blocks: dict[int, int]) -> str:
     return ", ".join(f"{count} block{'s' * (count != 1)} of stage {index}" for index, count in blocks.items())

@@ -26,7 +26,11 @@ from sakd_cli.tasks.search import batches
 def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFactory) -> Iterator[Trainer]:
     """The preparations of a job, then its own training as `phase`; each is built when the one before is done."""
     before = "" if phase == MAIN else f"{phase}-"
-    _use_teacher_cache(job, factory)
+    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.cache:
+        assert job.teacher is not None
+        folder, images = job.config.runs_dir / "teacher-cache", views(job.images.train, job.images.dataset, job.device)
+        cache = open_teacher_cache(folder, job.teacher, images, job.mode, job.device, factory.reporter)
+        job.task.teacher_features = cache
     yield from _warm_up(job, before, factory)
     yield from _search(job, before, factory)
     recorder = None
@@ -47,16 +51,6 @@ def _looking_ahead(job: Job) -> LookAhead | None:
     look: Callable[[Tensor], Precomputed] = task.precompute
     look = compile_forward(look) if job.mode.compiled else look
     return LookAhead(loader_of(job), look, steps=steps, device=job.device)
-
-
-def _use_teacher_cache(job: Job, factory: TrainerFactory) -> None:
-    """Let the teacher's answers come from its cache, where `teacher.cache` says so."""
-    if isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig) and job.config.teacher.cache:
-        assert job.teacher is not None
-        folder, images = job.config.runs_dir / "teacher-cache", views(job.images.train, job.images.dataset, job.device)
-        job.task.teacher_features = open_teacher_cache(
-            folder, job.teacher, images, job.mode, job.device, factory.reporter
-        )
 
 
 def _warm_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:

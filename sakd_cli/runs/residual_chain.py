@@ -173,10 +173,7 @@ class Chain(RunExtension):
 
     def networks(self) -> list[PlannedNetwork]:
         pairs = zip(self.names, self.costs, strict=True)
-        return [
-            PlannedNetwork(role="residual student", name=name, parameters=cost.parameters, macs=cost.macs)
-            for name, cost in pairs
-        ]
+        return [PlannedNetwork(role="residual student", name=name, **cost._asdict()) for name, cost in pairs]
 
     def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:
         self._begin(factory.reporter)

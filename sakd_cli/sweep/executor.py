@@ -74,9 +74,12 @@ class Executor(ABC):
         return
 
 
-def command(arguments: Sequence[str]) -> list[str]:
-    """The process of a command line; `child` sees to it that it does not outlive the one that started it."""
-    return [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid()), *arguments]
+def started(job: Job, variables: dict[str, str], *, session: bool) -> subprocess.Popen[bytes]:
+    """The process of a job; `child` sees to it that it does not outlive this one. `session`: in one of its own."""
+    command, null = [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid())], subprocess.DEVNULL
+    where: dict[str, Any] = {"cwd": job.folder, "env": variables, "start_new_session": session}
+    with job.log.open("ab") as log:
+        return subprocess.Popen([*command, *job.arguments], stdin=null, stdout=null, stderr=log, **where)
 
 
 def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dict[str, str]:
@@ -134,19 +137,9 @@ class LocalExecutor(Executor):
     def submit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             gpu = self.free.pop(0)
-            more = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-            with job.log.open("ab") as log:
-                # A session of its own: Ctrl-C reaches this process alone, which passes it on.
-                child = subprocess.Popen(
-                    command(job.arguments),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    cwd=job.folder,
-                    env=surroundings(more, several=self.jobs),
-                    start_new_session=True,
-                )
-            self.running[job.key] = (child, gpu)
+            variables = surroundings({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}, several=self.jobs)
+            # A session of its own: Ctrl-C reaches this process alone, which passes it on.
+            self.running[job.key] = (started(job, variables, session=True), gpu)
 
     def ended(self) -> list[Ended]:
         found = [Ended(key, child.returncode) for key, (child, _) in self.running.items() if child.poll() is not None]
@@ -191,12 +184,7 @@ def carried_out(job: Job) -> int:
     A worker that is asked to end passes that on, and the job saves its state first.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        job.log.open("ab") as log,
-        subprocess.Popen(
-            command(job.arguments), stdout=subprocess.DEVNULL, stderr=log, cwd=job.folder, env=surroundings()
-        ) as child,
-    ):
+    with started(job, surroundings(), session=False) as child:
         try:
             return child.wait()
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -116,7 +116,11 @@ class Scheduler:
         refresh  called after every round, `pause` seconds apart
         Raises Stopped once all runs that a signal was passed on to have ended.
         """
-        self._prepare()
+        try:
+            for folder in ("jobs", "failed"):
+                (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
         passed_on = 0
         while self._running or (self.unfinished() and not signals):
             for signum in signals[passed_on:]:
@@ -253,13 +257,6 @@ class Scheduler:
             entry.state = state
             self.changed(entry)
 
-    def _prepare(self) -> None:
-        try:
-            for folder in ("jobs", "failed"):
-                (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
-
     def log_of(self, entry: ScheduledRun) -> Path:
         """The stderr of a run."""
         return self.folder / "jobs" / f"{_slug(entry.member.key)}.log"
@@ -279,12 +276,10 @@ class Scheduler:
         """The error of a job in one line."""
         if code < 0:
             return f"killed by signal {-code}, {entry.attempts} times"
-        try:
-            lines = [
-                plain(line) for line in self.log_of(entry).read_text(encoding="utf-8", errors="replace").splitlines()
-            ]
-        except OSError:
-            lines = []
+        lines = list[str]()
+        with suppress(OSError):
+            log = self.log_of(entry).read_text(encoding="utf-8", errors="replace")
+            lines = [plain(line) for line in log.splitlines()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         message = errors[-1] if errors else next((line for line in reversed(lines) if line), "no message")
         return f"{message[:200]} (exit code {code})" if code else "ended well, but left no finished run"

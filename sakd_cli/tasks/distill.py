@@ -91,19 +91,12 @@ class DistillTask(Task):
         offset: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
-        self.distillers = distillers
-        self.spots = distillers.spots
+        self.network, self.distillers, self.spots = network, distillers, distillers.spots
         self.teacher_features = teacher_features
         self.student_features: Callable[[Tensor], Features] = partial(network.features, want=distillers.student_want)
-        self.feature_distiller = distillers.features
-        self.logit_distiller = distillers.logits
-        self.router = router
-        self.graft = graft
-        self.factors = factors
-        self.rates = rates
-        self.mode = mode or Mode()
-        self.offset = offset
+        self.feature_distiller, self.logit_distiller = distillers.features, distillers.logits
+        self.router, self.graft = router, graft
+        self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
         self.noise_width = router.noise_width
 
     def groups(self) -> list[ParamGroup]:

@@ -77,9 +77,7 @@ class SearchTask(Task):
         """
         super().__init__()
         self.network = nn.ModuleList(students)
-        self.teacher_features = teacher_features
-        self.sought = tuple(sought)
-        self.settings = settings
+        self.teacher_features, self.sought, self.settings = teacher_features, tuple(sought), settings
         self._hand_over = hand_over
         matches = [Match(spot, group, settings) for _, spot, group in sought]
         drops = [connect(match.shape, one.spot.student_shape) for match, one in zip(matches, sought, strict=True)]
