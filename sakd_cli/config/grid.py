@@ -101,9 +101,7 @@ class _Plan:
     def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
             for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ():
-                own, last = (
-                    ConfigSource("the grid", {key: value}) for key, value in (("model", student), ("seed", seed))
-                )
+                own, last = ConfigSource("the grid", {"model": student}), ConfigSource("the grid", {"seed": seed})
                 config = self._from_scratch(student, [own], [last])
                 yield Member(f"baseline {student} seed {seed}", Role.baseline, config)
             for pair in self.sweep.pairs:
