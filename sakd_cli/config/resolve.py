@@ -148,11 +148,8 @@ def file_source(path: Path, origin: str) -> ConfigSource:
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(
-            f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be read'}"
-        ) from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "cannot be read"
+        raise UsageError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not valid YAML: {problem}") from None
     except ValueError as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -64,16 +64,15 @@ def branch_rows(
         through = branches.through(teacher, k)
         macs = cost(through, branches.side).macs - cost(through[: place.stage + 1], branches.side).macs
         scores = None if batches is None else evaluate(through, batches, teacher.num_classes)
-        rows.append(
-            Branch(
-                student=place.student,
-                behind=teacher.infos[place.stage].name,
-                transform=str(branches.transforms[k].geometry),
-                parameters=branches.parameters_of(k),
-                macs=macs,
-                **({} if scores is None else scores.metrics()),
-            )
+        row = Branch(
+            student=place.student,
+            behind=teacher.infos[place.stage].name,
+            transform=str(branches.transforms[k].geometry),
+            parameters=branches.parameters_of(k),
+            macs=macs,
+            **({} if scores is None else scores.metrics()),
         )
+        rows.append(row)
     return rows
 
 

@@ -90,16 +90,15 @@ def planned_spots(job: Job) -> list[PlannedSpot]:
     spots = []
     for k, spot in enumerate(job.spots):
         adapted = graft if spot.kind != "logits" else None
-        spots.append(
-            PlannedSpot(
-                name=spot.name,
-                kind=spot.kind,
-                student_shape=list(spot.student_shape),
-                teacher_shape=list(spot.teacher_shape),
-                student_stage=spot.student,
-                teacher_stage=spot.teacher,
-                student_to_teacher=str(adapted.to_teacher[k].geometry) if adapted else None,
-                teacher_to_student=str(adapted.to_student[k].geometry) if adapted else None,
-            )
+        planned = PlannedSpot(
+            name=spot.name,
+            kind=spot.kind,
+            student_shape=list(spot.student_shape),
+            teacher_shape=list(spot.teacher_shape),
+            student_stage=spot.student,
+            teacher_stage=spot.teacher,
+            student_to_teacher=str(adapted.to_teacher[k].geometry) if adapted else None,
+            teacher_to_student=str(adapted.to_student[k].geometry) if adapted else None,
         )
+        spots.append(planned)
     return spots

@@ -78,18 +78,17 @@ def record(job: Job, warn: Callable[[str], None] | None = None) -> Mixtures | No
     groups = []
     for k, group in enumerate(distiller.groups):
         alpha = distiller.alpha(k)
-        groups.append(
-            MixtureGroup(
-                index=group.stage,
-                name=group.name,
-                blocks=len(group.places),
-                positions=[place + 1 for place in group.places],
-                beta=distiller.betas[k],
-                alpha=alpha.tolist(),
-                largest=int(alpha.argmax()) + 1,
-                entropy=float(torch.special.entr(alpha.double()).sum()),
-            )
+        mixture = MixtureGroup(
+            index=group.stage,
+            name=group.name,
+            blocks=len(group.places),
+            positions=[place + 1 for place in group.places],
+            beta=distiller.betas[k],
+            alpha=alpha.tolist(),
+            largest=int(alpha.argmax()) + 1,
+            entropy=float(torch.special.entr(alpha.double()).sum()),
         )
+        groups.append(mixture)
     prefixes = ("search_", "arch_", "st", "ts", "second_order", "joint")
     search = {key: value for key, value in settings.model_dump(mode="json").items() if key.startswith(prefixes)}
     return Mixtures(

@@ -33,10 +33,9 @@ def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFacto
         job.task.teacher_features = cache
     yield from _warm_up(job, before, factory)
     yield from _search(job, before, factory)
-    recorder = None
+    recorder, train = None, job.images.train
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
-        train = job.images.train
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
     epochs, loader = job.config.train.epochs, _looking_ahead(job)
     yield factory.trainer(job, job.task, phase, epochs, loader=loader, output=output, recorder=recorder)
@@ -48,8 +47,7 @@ def _looking_ahead(job: Job) -> LookAhead | None:
     from_bank = isinstance(task, DistillTask) and not isinstance(task.teacher_features, PlainPass)
     if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask):
         return None
-    look: Callable[[Tensor], Precomputed] = task.precompute
-    look = compile_forward(look) if job.mode.compiled else look
+    look: Callable[[Tensor], Precomputed] = compile_forward(task.precompute) if job.mode.compiled else task.precompute
     return LookAhead(loader_of(job), look, steps=steps, device=job.device)
 
 

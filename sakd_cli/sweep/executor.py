@@ -1,9 +1,8 @@
 """The executor contract: who trains the runs of a series or sweep. Here: this machine; beside it: Ray and Slurm.
 
-Why processes. At batch 64 a step on a GPU is a thousand launches, and a Python interpreter makes them one after the
-other: N threads of one process launch no more per second than one does. N processes on N cores do; they also share no
-random state, no signal and no failure, so each run is to the bit the run it is alone. What they cost: about half a
-gigabyte of the GPU each for a context, as much main memory for torch, and images and networks once per process.
+Why processes. At batch 64 a step on a GPU is a thousand launches, which the threads of one interpreter make one after
+the other; N processes on N cores do not. They share no random state, no signal and no failure, so each run is to the
+bit the run it is alone. Each costs about 0.5 GB of the GPU and of main memory, and its own images and networks.
 Their kernels take turns on a GPU unless NVIDIA's MPS daemon runs (`nvidia-cuda-mps-control -d`, before the first of
 them), which lets them run beside each other. Nothing of this was measured on a GPU.
 """

@@ -60,11 +60,8 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
         return list(dict.fromkeys([own, CLASSICAL, PLAIN])) if params["with_control"] else [own]
     if params["router"] is not None or params["with_control"]:
         raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
-    names = (
-        list(ROUTERS)
-        if asked == ALL
-        else list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked.split(",")))
-    )
+    names = list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked.split(",")))
+    names = list(ROUTERS) if asked == ALL else names
     for name in names:
         if name not in ROUTERS:
             raise UsageError(f"--routers: {unknown('router', name, [*ROUTERS, ALL])}")
@@ -78,11 +75,9 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
 
 def _member(config: DistillConfig, router: str, seed: int) -> DistillConfig:
     """The same settings with that router and seed; settings of the old router that the new one has not are dropped."""
-    whole = ConfigSource("the series' settings", config.model_dump(mode="json"))
-    changed = ConfigSource(
-        "--routers", {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
-    )
-    member: DistillConfig = resolve("distill", [whole, changed]).config
+    changed = {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
+    own = ConfigSource("the series' settings", config.model_dump(mode="json"))
+    member: DistillConfig = resolve("distill", [own, ConfigSource("--routers", changed)]).config
     return member
 
 
