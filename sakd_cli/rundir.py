@@ -27,20 +27,10 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 
+from sakd_cli import files
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import DiskError, RunInUseError, UsageError
-from sakd_cli.files import (
-    MOST_JSON,
-    MOST_YAML,
-    disk_error,
-    parse_json,
-    parse_yaml,
-    read_bytes,
-    read_document,
-    read_json,
-    write_json,
-)
 
 DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
@@ -94,7 +84,7 @@ class RunDir:
             lock.acquire()
         except Timeout:
             try:
-                who = read_json(holder)
+                who = files.read_json(holder)
                 name = f"process {int(who['pid'])} on {who['host']}"
             except (OSError, ValueError, KeyError, TypeError):
                 name = "another process"
@@ -102,7 +92,7 @@ class RunDir:
         except OSError as error:
             raise DiskError(f"{self.path}: cannot be locked: {error.strerror}") from None
         try:
-            write_json(holder, {"host": platform.node(), "pid": os.getpid()})
+            files.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
             yield
         finally:
             with suppress(OSError):
@@ -119,7 +109,7 @@ class RunDir:
     def config(self) -> dict[str, Any]:
         """All settings of the run, as a plain tree."""
         try:
-            settings = parse_yaml(read_bytes(self.path / "config.yaml", MOST_YAML).decode())
+            settings = files.parse_yaml(files.read_bytes(self.path / "config.yaml", files.MOST_YAML).decode())
         except (OSError, ValueError, yaml.YAMLError):
             settings = None
         if not isinstance(settings, dict) or not settings:
@@ -143,7 +133,7 @@ class RunDir:
     @property
     def summary(self) -> Summary:
         """What the finished run ended with. Raises UsageError where it is missing or damaged."""
-        return read_document(self.path / SUMMARY, Summary).model_copy(update={"run": str(self.path)})
+        return files.read_document(self.path / SUMMARY, Summary).model_copy(update={"run": str(self.path)})
 
     @property
     def deliverable(self) -> Path | None:
@@ -167,7 +157,7 @@ class RunDir:
                 torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write(b"\n" * torn + line)
         except OSError as error:
-            raise disk_error(self.path / name, error, len(line)) from None
+            raise files.disk_error(self.path / name, error, len(line)) from None
         for listener in self.listeners:
             listener(name, record)
 
@@ -180,7 +170,7 @@ class RunDir:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             except OSError as error:
-                raise disk_error(path, error, sizes[path.name]) from None
+                raise files.disk_error(path, error, sizes[path.name]) from None
         return sizes
 
     def cut_logs(self, sizes: dict[str, int]) -> None:
@@ -195,16 +185,16 @@ class RunDir:
         if not path.is_file():
             return
         with path.open("rb") as file:
-            for line in iter(partial(file.readline, MOST_JSON), b""):
+            for line in iter(partial(file.readline, files.MOST_JSON), b""):
                 try:
-                    yield parse_json(line)
+                    yield files.parse_json(line)
                 except ValueError:
                     continue
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One JSON document of the run. Raises UsageError if it is missing or damaged."""
         try:
-            content = read_json(self.path / name)
+            content = files.read_json(self.path / name)
         except (OSError, ValueError):
             content = None
         if not isinstance(content, dict):

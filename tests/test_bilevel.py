@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import AlternatingLoader, TrainLoader, split_in_halves
-from sakd_cli.engine.bilevel import BilevelOptimizer, unrolled_gradient
+from sakd_cli.engine.optim import BilevelOptimizer, unrolled_gradient
 from sakd_cli.engine.task import ParamGroup
 
 CPU, CLASSES, IMAGES = torch.device("cpu"), 4, 42

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.evaluation.early_exit import evaluate_batches, exit_curve, never, pareto
-from sakd_cli.models.ensemble import Ensemble
-from sakd_cli.models.exits import MEASURES, NEVER, RANGES, Exits, exit_stage, fit, mean_macs
+from sakd_cli.models.ensemble import MEASURES, NEVER, RANGES, Ensemble, Exits, exit_stage, fit, mean_macs
 
 MACS = [50, 30, 10, 5]
 

@@ -17,8 +17,7 @@ from sakd_cli.data.cifar import CIFAR100
 from sakd_cli.documents.table import Imported
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
-from sakd_cli.models.dialects import DIALECTS
-from sakd_cli.models.foreign import KEYS, load_foreign, read_foreign, translate_name
+from sakd_cli.models.foreign import DIALECTS, KEYS, load_foreign, read_foreign, translate_name
 from sakd_cli.models.table import create
 
 

@@ -24,8 +24,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models import ensemble as ensembles
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import Cost, cost
-from sakd_cli.models.ensemble import Ensemble, Offset
-from sakd_cli.models.exits import Exits
+from sakd_cli.models.ensemble import Ensemble, Exits, Offset
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.runs.residual_chain import lighter, planned, verdict

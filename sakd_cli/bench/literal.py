@@ -133,7 +133,7 @@ class LiteralRouting:
         self.student, self.teacher, self.policy = copy.deepcopy(task.network), teacher, copy.deepcopy(router.policy)
         self.to_teacher, self.to_student = copy.deepcopy(graft.to_teacher), copy.deepcopy(graft.to_student)
         self.compared = nn.ModuleList(compared).train()
-        self.factors, self.temperature, self.tau = task.factors, logits.temperature, router.tau
+        self.factors, self.temperature, self.tau = task.factors, logits.config.temperature, router.tau
         student_side, router_side = (self.student, self.compared), (self.policy, self.to_teacher, self.to_student)
         self.student_parameters = [p for module in student_side for p in module.parameters() if p.requires_grad]
         self.router_parameters = [p for module in router_side for p in module.parameters()]

@@ -158,7 +158,8 @@ def _dataset(
     share: float = 0.0,
 ) -> Dataset:
     spec = ImageSpec(config.size, config.resized, min(8, cpu_count()) if config.workers is None else config.workers)
-    parts = [_split(part, found.classes, spec) for part in (found.train, found.test) if part is not None]
+    listed = [part.pairs(found.classes) for part in (found.train, found.test) if part is not None]
+    parts = [Split(Files(paths, spec), torch.tensor(labels, dtype=torch.int64)) for paths, labels in listed]
     border = config.size // 8 if config.bordered else 0
     scale = None if config.bordered else config.crop
     plain = Dataset(config.name, names, mean, std, border, config.flip, parts[0], parts[-1], scale)
@@ -170,11 +171,6 @@ def _dataset(
         assert test is not None, "a share of 0 is refused"
         plain = replace(plain, train=train, test=test)
     return plain
-
-
-def _split(part: SplitContents, classes: tuple[str, ...], spec: ImageSpec) -> Split:
-    paths, labels = part.pairs(classes)
-    return Split(Files(paths, spec), torch.tensor(labels, dtype=torch.int64))
 
 
 def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:

@@ -16,8 +16,7 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
-from sakd_cli.data.files import Files
-from sakd_cli.data.prefetch import Pool
+from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.sources import BatchReader, BatchRequest, Views, in_memory
 
 MAX_BYTES = 2**27  # of an evaluation batch, as float32: 10,922 images of 32 pixels, 222 of 224

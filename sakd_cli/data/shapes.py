@@ -112,16 +112,8 @@ TRAIN, TEST = 0, 1
 
 def load_shapes(config: ShapesConfig) -> Dataset:
     """Draw both splits; the test images come from a stream of their own."""
-    return Dataset(
-        name=config.name,
-        classes=CLASSES,
-        mean=MEAN,
-        std=STD,
-        padding=4,
-        flip=True,
-        train=draw_shapes(config.train, config.seed, TRAIN),
-        test=draw_shapes(config.test, config.seed, TEST),
-    )
+    train, test = draw_shapes(config.train, config.seed, TRAIN), draw_shapes(config.test, config.seed, TEST)
+    return Dataset(config.name, CLASSES, MEAN, STD, padding=4, flip=True, train=train, test=test)
 
 
 def draw_shapes(count: int, seed: int, stream: int = TRAIN) -> Split:

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from sakd_cli.config.methods import ATConfig
 from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, weighted_mean
-from sakd_cli.models.spot import Spot
 
 
 def attention(x: Tensor, power: int) -> Tensor:
@@ -25,10 +24,8 @@ class AT(SpotwiseDistiller):
     mean of squares of the CRD benchmark in place of the norm. Maps of two sizes are pooled to the smaller.
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: ATConfig) -> None:
-        super().__init__(spots)
-        self.power = config.power
+    config: ATConfig
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        s, t = (attention(x, self.power) for x in pooled_to_smaller(student, teacher))
+        s, t = (attention(x, self.config.power) for x in pooled_to_smaller(student, teacher))
         return weighted_mean((s - t).square().mean(dim=1), weight)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,6 @@ def mixable_blocks(teacher: StagedModel, stage: int) -> BlockGroup:
     return BlockGroup(stage, info.name, teacher.name, places, width, chosen)
 
 
-@final
 class Mixture(nn.Module):
     """sum_j alpha_j n(T_j): block outputs [N, C, H, W] of one stage to one map of that shape; alpha [blocks].
 
@@ -72,9 +71,9 @@ class Mixture(nn.Module):
                     hint="rms, none, or a wide ResNet",
                 )
             norms = group.norms
-            scale = torch.stack([n.weight / (read(n.running_var) + n.eps).sqrt() for n in norms]).detach()
+            scale = torch.stack([n.weight / (cast(Tensor, n.running_var) + n.eps).sqrt() for n in norms]).detach()
             bias = torch.stack([n.bias for n in norms]).detach()
-            mean = torch.stack([read(n.running_mean) for n in norms])
+            mean = torch.stack([cast(Tensor, n.running_mean) for n in norms])
             self.scale = nn.Buffer(scale, persistent=False)  # the teacher's, not the run's
             self.shift = nn.Buffer(bias - mean * scale, persistent=False)
             low = torch.stack([margins((n.weight, n.bias)) for n in norms])
@@ -93,18 +92,11 @@ class Mixture(nn.Module):
         return x * x.square().mean(dim=(1, 2, 3), keepdim=True).clamp(min=LEAST).rsqrt() if self.rms else x
 
 
-def read(statistics: Tensor | None) -> Tensor:
-    """A running statistic of a BatchNorm that keeps them."""
-    assert statistics is not None
-    return statistics
-
-
 def connect(source: Shape, target: Shape) -> nn.Module:
     """1x1 convolution and BatchNorm; between maps of two sizes the routing adapter without its ReLU."""
     return connector(source[0], target[0]) if source[1:] == target[1:] else ConvAdapter(source, target, relu=False)
 
 
-@final
 class Match(nn.Module):
     """D(A, P(s)) per sample at one spot: the mixture A, and the student's map through a connector P."""
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import DISTConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
-from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 EPSILON = 1e-8  # added to the product of lengths
@@ -33,18 +32,15 @@ class DIST(Distiller):
     """
 
     scope = "batch"
-
-    def __init__(self, spots: tuple[Spot, ...], config: DISTConfig) -> None:
-        super().__init__(spots)
-        self.temperature, self.inter, self.intra = config.temperature, config.inter, config.intra
+    config: DISTConfig
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        q = F.softmax(student.logits / self.temperature, dim=1)
-        p = F.softmax(teacher.logits.detach() / self.temperature, dim=1)
+        q = F.softmax(student.logits / self.config.temperature, dim=1)
+        p = F.softmax(teacher.logits.detach() / self.config.temperature, dim=1)
         w, n = weight[0][:, None], weight[0].sum()
         of_sample = cosine(q - q.mean(dim=1, keepdim=True), p - p.mean(dim=1, keepdim=True), 1)
         mean_q, mean_p = ((x * w).sum(dim=0) / n.clamp(min=1.0) for x in (q, p))
         of_class = cosine(w * (q - mean_q), w * (p - mean_p), 0)
-        loss = self.inter * weighted_mean(1 - of_sample, weight[0])
-        loss = loss + self.intra * (1 - of_class).mean() * n / len(w)
-        return (self.temperature**2 * loss)[None]
+        loss = self.config.inter * weighted_mean(1 - of_sample, weight[0])
+        loss = loss + self.config.intra * (1 - of_class).mean() * n / len(w)
+        return (self.config.temperature**2 * loss)[None]

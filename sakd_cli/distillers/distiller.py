@@ -49,6 +49,7 @@ class Distiller(nn.Module, ABC):
                     memory of earlier batches, which must see the whole batch in every process
     """
 
+    config: MethodConfig
     dynamic_shapes = False
     scope: Literal["sample", "batch", "memory"] = "sample"
 
@@ -69,6 +70,8 @@ class Distiller(nn.Module, ABC):
         """
         super().__init__()
         self.spots = spots
+        if config is not None:
+            self.config = config
         self.warmup = warmup
         self.want = want
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import DKDConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
-from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 FAR = 1000.0  # below every other logit by this much, a class has probability exactly 0 in any float
@@ -42,14 +41,12 @@ class DKD(Distiller):
     the authors' code has. It replaces KD at the logit spot.
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: DKDConfig) -> None:
-        super().__init__(spots)
-        self.temperature, self.target, self.others = config.temperature, config.target, config.others
+    config: DKDConfig
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        s, t = student.logits / self.temperature, teacher.logits.detach() / self.temperature
+        s, t = student.logits / self.config.temperature, teacher.logits.detach() / self.config.temperature
         target = batch.labels[:, None] == torch.arange(s.shape[1], device=s.device)
         binary = divergence(target_or_not(s, target), target_or_not(t, target))
         others = divergence(among_others(s, target), among_others(t, target))
-        per_sample = self.temperature**2 * (self.target * binary + self.others * others)
+        per_sample = self.config.temperature**2 * (self.config.target * binary + self.config.others * others)
         return weighted_mean(per_sample, weight[0])[None]

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import MethodConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
-from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 
@@ -29,10 +28,8 @@ class KD(Distiller):
     the cross-entropy stays 1 (the CRD benchmark uses 0.1 / 0.9).
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: MethodConfig) -> None:
-        super().__init__(spots)
-        self.temperature = config.temperature
+    config: MethodConfig
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        per_sample = softened_kl(student.logits, teacher.logits.detach(), self.temperature)
+        per_sample = softened_kl(student.logits, teacher.logits.detach(), self.config.temperature)
         return weighted_mean(per_sample, weight[0])[None]

@@ -8,7 +8,6 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.methods import LSConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
 from sakd_cli.distillers.kd import softened_kl
-from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 EPSILON = 1e-7  # added to the standard deviation
@@ -29,10 +28,8 @@ class LS(Distiller):
     cross-entropy stays 1 (0.1 there, beside 9 for this loss).
     """
 
-    def __init__(self, spots: tuple[Spot, ...], config: LSConfig) -> None:
-        super().__init__(spots)
-        self.temperature = config.temperature
+    config: LSConfig
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         s, t = standardised(student.logits), standardised(teacher.logits.detach())
-        return weighted_mean(softened_kl(s, t, self.temperature), weight[0])[None]
+        return weighted_mean(softened_kl(s, t, self.config.temperature), weight[0])[None]

@@ -32,7 +32,6 @@ def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return total / factors
 
 
-@final
 class Norm(nn.Module):
     """BatchNorm; by its running statistics where there is one number per channel, of which a batch has no variance."""
 
@@ -46,7 +45,6 @@ class Norm(nn.Module):
         return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias)
 
 
-@final
 class Fusion(nn.Module):
     """A student's map [N, C1, H, W] and what came down from the deeper ones [N, M, ..] to a map in the teacher's shape.
 

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from sakd_cli.config.methods import RKDConfig
 from sakd_cli.distillers.distiller import SpotwiseDistiller
-from sakd_cli.models.spot import Spot
 
 FLOOR = 1e-12  # of squared distances and of lengths, as published
 
@@ -48,10 +47,7 @@ class RKD(SpotwiseDistiller):
     """
 
     scope = "batch"
-
-    def __init__(self, spots: tuple[Spot, ...], config: RKDConfig) -> None:
-        super().__init__(spots)
-        self.distance, self.angle = config.distance, config.angle
+    config: RKDConfig
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         s, t = student.flatten(1), teacher.flatten(1)
@@ -60,5 +56,5 @@ class RKD(SpotwiseDistiller):
         pair = both * (1 - torch.eye(size, dtype=weight.dtype, device=weight.device))
         apart = F.smooth_l1_loss(distances(s, pair), distances(t, pair), reduction="none") * pair
         turned = F.smooth_l1_loss(angles(s), angles(t), reduction="none") * (both[:, :, None] * weight)
-        loss = self.distance * apart.sum() / (chosen * size)
-        return loss + self.angle * turned.sum() / (chosen.square() * size)
+        loss = self.config.distance * apart.sum() / (chosen * size)
+        return loss + self.config.angle * turned.sum() / (chosen.square() * size)

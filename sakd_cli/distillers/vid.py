@@ -15,7 +15,6 @@ EPSILON = 1e-5  # smallest variance
 FIRST_VARIANCE = 5.0
 
 
-@final
 class Gaussian(nn.Module):
     """A Gaussian for the teacher's map given the student's: [N, C1, H, W] to mean [N, C2, H, W], variance [C2]."""
 

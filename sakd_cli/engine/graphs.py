@@ -4,7 +4,7 @@ After torch's notes on CUDA graphs (whole-network capture). Not tested on a GPU 
 """
 
 from collections.abc import Callable, Hashable
-from typing import Protocol, final
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Device(Protocol):
         """Note what it asks of the device, without doing it; the function that does it, ever into the same tensors."""
 
 
-@final
 class Cuda:
     """A GPU and the stream that warm-up and captures have to themselves."""
 
@@ -63,7 +62,6 @@ class Cuda:
         return replay
 
 
-@final
 class GraphedStep:
     """Called like `step`, with the same numbers: full batches are replayed, the smaller last one of an epoch is not.
 

@@ -6,7 +6,6 @@ At batch 64 a GPU waits for launches, and one pass over the images of k steps ne
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate, islice
-from typing import final
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from sakd_cli.batch import Batch, Precomputed
 from sakd_cli.engine.trainer import Loader
 
 
-@final
 class LookAhead:
     """The batches of a loader, each with what `forward` makes of its images in `Batch.precomputed`.
 

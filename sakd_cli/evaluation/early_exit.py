@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from sakd_cli.documents.evaluation import ExitCosts, ExitMetrics, ExitPoint
 from sakd_cli.engine.evaluate import Scores, evaluate
-from sakd_cli.models.ensemble import Ensemble
-from sakd_cli.models.exits import NEVER, Exits, exit_stage, mean_macs
+from sakd_cli.models.ensemble import NEVER, Ensemble, Exits, exit_stage, mean_macs
 
 POINTS = 21  # of a curve
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -1,14 +1,12 @@
 """Modules that translate one network's feature into the shape of the other's (guide `methods`)."""
 
 from itertools import pairwise
-from typing import final
 
 from torch import Tensor, nn
 
 from sakd_cli.models.staged import PLANES, Layout, Shape
 
 
-@final
 class ConvAdapter(nn.Module):
     """One convolution with bias, BatchNorm and, by default, ReLU: [N, C1, H1, W1] to [N, C2, H2, W2].
 
@@ -38,7 +36,6 @@ class ConvAdapter(nn.Module):
         return self.activation(self.norm(self.conv(x)))
 
 
-@final
 class LinearAdapter(nn.Module):
     """One linear layer with bias: [N, C1] to [N, C2]."""
 
@@ -57,7 +54,6 @@ def adapter(source: Shape, target: Shape) -> ConvAdapter | LinearAdapter:
     return ConvAdapter(source, target) if len(source) == 3 else LinearAdapter(source, target)
 
 
-@final
 class Transform(nn.Module):
     """A teacher's map as the input of a student branch (Park et al., NeurIPS 2021): [N, C1, H1, H1] to [N, C2, H2, H2].
 

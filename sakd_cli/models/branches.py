@@ -9,8 +9,9 @@ of them (spots are then paired by stride); where two differ in stride, the trans
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast, final
+from typing import NamedTuple, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import Artifact, load_module, save_module
-from sakd_cli.models.staged import StagedModel, ToMap
+from sakd_cli.models.staged import Relayout, StagedModel
 from sakd_cli.models.table import create
 
 FORMAT = "sakd.branches/1"
@@ -45,7 +46,6 @@ class BranchCard(NamedTuple):
 _CARD = TypeAdapter(BranchCard)
 
 
-@final
 class Tail(nn.Module):
     """The stages of a student from `first` on, and its head."""
 
@@ -66,7 +66,6 @@ class Tail(nn.Module):
         return x
 
 
-@final
 class Branches(nn.Module):
     """All branches of `students` (names of networks) on a teacher for images of `side` pixels.
 
@@ -101,7 +100,8 @@ class Branches(nn.Module):
         """A classifier of images: the teacher up to a branch, then this branch. Shares their weights."""
         last = self.places[branch].stage
         info = teacher.infos[last]
-        before = [*list(teacher.stages)[: last + 1], ToMap(info.layout, info.shape(self.side))]
+        to_map = Relayout(partial(info.layout.to_map, shape=info.shape(self.side)))
+        before = [*list(teacher.stages)[: last + 1], to_map]
         return nn.Sequential(*before, *self._alone(branch)).train(teacher.training)
 
     def start(self, student: StagedModel) -> None:

@@ -326,22 +326,16 @@ def _blocks(group: list[CutPoint]) -> tuple[CutPoint, list[CutPoint]]:
 
 def _piece(network: nn.Module, graph: fx.Graph, start: fx.Node | None, stop: fx.Node) -> fx.GraphModule:
     """The part of the graph behind `start` (None: from the images) up to `stop`, as a module with the same names."""
+    nodes, fixed = list(graph.nodes), _fixed(graph)
+    behind = 0 if start is None else nodes.index(start) + 1
+    needed = set(nodes[behind : nodes.index(stop) + 1]) - set(fixed)
+    for node in reversed(nodes):
+        if node in needed and node is not start:
+            needed.update(node.all_input_nodes)
     piece = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inside = start is None
-    fixed = _fixed(graph)
-    if start is not None:
-        copies[start] = piece.placeholder("x")
-        for node in fixed:
-            copies[node] = piece.node_copy(node, lambda other: copies[other])
-    for node in graph.nodes:
-        if inside and node not in copies:
-            copies[node] = piece.node_copy(node, lambda other: copies[other])
-        inside = inside or node is start
-        if node is stop:
-            break
+    copies = {} if start is None else {start: piece.placeholder("x")}
+    for node in nodes if start is None else [*fixed, *nodes]:
+        if node in needed and node not in copies:
+            copies[node] = piece.node_copy(node, copies.__getitem__)
     piece.output(copies[stop])
-    for node in reversed(fixed):
-        if node in copies and not copies[node].users:
-            piece.erase_node(copies[node])
     return fx.GraphModule(network, piece)

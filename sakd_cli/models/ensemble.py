@@ -1,30 +1,152 @@
 """A student with its residual students: networks whose logits are summed, run as far as a sample needs, and on disk.
 
+A sample exits at the first stage n whose uncertainty is at most thresholds[n]; after the last stage all do. Thresholds
+are fitted on validation images (Li et al., ResKD).
+
 ensemble.json          members in order (architecture, file, SHA-256, MACs), exits, energies, teacher; written last
 member-N.safetensors   each opens alone, as every weights file of ours
 README.md
 """
 
 import json
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sakd_cli.config.training import ResidualConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import cost
-from sakd_cli.models.exits import Exits
 from sakd_cli.models.staged import StagedModel
 
 FORMAT, INDEX = "sakd.ensemble/1", "ensemble.json"
+NEVER = -1.0  # below every uncertainty
 
 
-@final
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(z) in units of log K."""
+    log = F.log_softmax(logits, dim=-1)
+    return -(log.exp() * log).sum(dim=-1) / math.log(logits.shape[-1])
+
+
+def maxprob(logits: Tensor) -> Tensor:
+    """One less the largest class probability."""
+    return 1 - logits.softmax(dim=-1).amax(dim=-1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """One less the difference of the two largest class probabilities."""
+    first, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+    return 1 - (first - second)
+
+
+def energy(logits: Tensor) -> Tensor:
+    """Minus log-sum-exp of the logits, scaled by its range on validation images."""
+    return -logits.logsumexp(dim=-1)
+
+
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": entropy,
+    "maxprob": maxprob,
+    "margin": margin,
+    "energy": energy,
+}
+RANGES = {"entropy": (0.0, 1.0), "maxprob": (0.0, 1.0), "margin": (0.0, 1.0)}
+
+
+class Exits(NamedTuple):
+    """uncertainty: its name; scale: what counts as 0 and as 1; thresholds: one per stage but the last."""
+
+    uncertainty: str
+    scale: tuple[float, float]
+    thresholds: tuple[float, ...]
+
+    def uncertainties(self, logits: Tensor) -> Tensor:
+        """Logits [..., K] to uncertainties [...] in [0, 1]."""
+        low, high = self.scale
+        return ((MEASURES[self.uncertainty](logits.float()) - low) / max(high - low, 1e-12)).clamp(0, 1)
+
+    def exit_stage(self, stages: Tensor) -> Tensor:
+        """Logits after each stage [M+1, N, K] to the stage [N] at which each sample leaves."""
+        return exit_stage(self.uncertainties(stages[:-1]), self.thresholds)
+
+
+def exit_stage(uncertainties: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Uncertainties [M, N] after all stages but the last to the stage [N], 0 .. M, at which each sample leaves."""
+    limits = uncertainties.new_tensor(thresholds)[:, None]
+    return (~(uncertainties <= limits)).long().cumprod(dim=0).sum(dim=0)
+
+
+def fit(config: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[int], teacher_macs: int | None) -> Exits:
+    """Thresholds by `config.rule` from logits after each stage, [M+1, N, K], of images that were not trained on.
+
+    macs: of each member; teacher_macs: what a budget is a fraction of (None: of all members together).
+    """
+    scale = RANGES.get(config.uncertainty)
+    if scale is None:
+        values = MEASURES[config.uncertainty](stages.float())
+        scale = float(values.min()), float(values.max())
+    exits = Exits(config.uncertainty, scale, ())
+    uncertainties = exits.uncertainties(stages[:-1])
+    match config.rule:
+        case "agreement":
+            predictions = stages.argmax(dim=-1)
+            changed = (predictions[:-1] != predictions[-1:]).double()
+            found = _stage_by_stage(uncertainties, changed, config.delta)
+        case "accuracy":
+            right = (stages.argmax(dim=-1) == labels).double()
+            found = _stage_by_stage(uncertainties, right[-1:] - right[:-1], config.delta)
+        case "fixed":
+            found = [config.theta] * len(uncertainties)
+        case "budget":
+            found = [_within(config.budget * (teacher_macs or sum(macs)), uncertainties, macs)] * len(uncertainties)
+    return exits._replace(thresholds=tuple(found))
+
+
+def _stage_by_stage(uncertainties: Tensor, losses: Tensor, delta: float) -> list[float]:
+    """Per stage the threshold that lets most of those who reach it leave at a mean loss of at most `delta`."""
+    reached = torch.ones(uncertainties.shape[1], dtype=torch.bool, device=uncertainties.device)
+    found = []
+    for uncertainty, loss in zip(uncertainties, losses, strict=True):
+        found.append(_longest_prefix(uncertainty[reached], loss[reached], delta))
+        reached = reached & (uncertainty > found[-1])
+    return found
+
+
+def _longest_prefix(uncertainty: Tensor, loss: Tensor, delta: float) -> float:
+    """The last uncertainty of the longest prefix, the surest first, that holds the bound; equal ones go together."""
+    ranked, order = uncertainty.sort(stable=True)
+    mean = loss[order].cumsum(0) / torch.arange(1, len(order) + 1, device=loss.device)
+    ends = torch.ones_like(ranked, dtype=torch.bool)
+    ends[:-1] = ranked[1:] != ranked[:-1]
+    fits = (ends & (mean <= delta)).nonzero()
+    return float(ranked[fits[-1]]) if len(fits) else NEVER
+
+
+def _within(limit: float, uncertainties: Tensor, macs: Sequence[int]) -> float:
+    """The smallest shared threshold with a mean cost of at most `limit`; where none is, the one that all leave at."""
+    candidates = [NEVER, *uncertainties.unique().tolist()]
+
+    def fits(theta: float) -> bool:
+        return mean_macs(exit_stage(uncertainties, [theta] * len(uncertainties)), macs) <= limit
+
+    place = bisect_left(candidates, True, key=fits)
+    return float(candidates[min(place, len(candidates) - 1)])
+
+
+def mean_macs(left: Tensor, macs: Sequence[int]) -> float:
+    """Mean multiply-accumulates per sample, from the stage [N] at which each left and the MACs of each member."""
+    return float(torch.tensor(macs, dtype=torch.float64).cumsum(0)[left.cpu()].mean())
+
+
 class Ensemble(nn.Module):
     """z_n = z_0 + r_1 + ... + r_n: the logits after stage n (ResKD: Li et al., IEEE TIP 30, 2021)."""
 
@@ -67,7 +189,6 @@ class Ensemble(nn.Module):
         return logits, left
 
 
-@final
 class Offset(nn.Module):
     """A network whose logits are added to those that `base` gives; `base` is no part of it: no state, no mode."""
 

@@ -55,7 +55,12 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _library_weights(entry, library)
+            if library == "timm":
+                return dict(importlib.import_module("timm").create_model(entry, pretrained=True).state_dict())
+            weights = importlib.import_module("torchvision.models").get_model_weights(entry)
+            if not len(weights):
+                raise UsageError(f"torchvision has no trained weights of {entry}")
+            return dict(weights.DEFAULT.get_state_dict(progress=False, check_hash=True))
     except UsageError:
         raise
     except Exception as error:  # whatever a download raises
@@ -63,19 +68,6 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
             f"{name}: its trained weights could not be fetched ({first_line(error)})",
             hint="give a file that holds them instead",
         ) from None
-
-
-def _library_weights(entry: str, library: str) -> dict[str, Tensor]:
-    if library == "torchvision":
-        from torchvision import models
-
-        weights = models.get_model_weights(entry)
-        if not len(weights):
-            raise UsageError(f"torchvision has no trained weights of {entry}")
-        return dict(weights.DEFAULT.get_state_dict(progress=False, check_hash=True))
-    import timm as library_of_timm
-
-    return dict(library_of_timm.create_model(entry, pretrained=True).state_dict())
 
 
 def _cut(name: str, family: str, num_classes: int, side: int, build: Callable[[], nn.Module]) -> StagedModel:

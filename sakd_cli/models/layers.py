@@ -1,14 +1,15 @@
-"""Pieces that several families are made of."""
+"""Pieces that several families are made of, and how groups of blocks become a network."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import cast, final
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.staged import Affine, Preactivation
+from sakd_cli.models.staged import Affine, Preactivation, StagedModel, StageInfo
 
 
 class ActivatedBlock(nn.Module, ABC):
@@ -23,7 +24,21 @@ class ActivatedBlock(nn.Module, ABC):
         """Weight and bias of the last BatchNorm in front of that activation; 0 for channels that pass it by."""
 
 
-@final
+class ReluBlock(ActivatedBlock, ABC):
+    """A block whose last operation is a ReLU."""
+
+    @abstractmethod
+    def before_relu(self, x: Tensor) -> Tensor:
+        """The output in front of that ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.before_relu(x))
+
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        signed = self.before_relu(x)
+        return signed, F.relu(signed)
+
+
 class ConvUnit(nn.Module):
     """relu(bn(conv(x))) or bn(conv(x)), without bias: [N, C, H, W] to [N, C', H/stride, W/stride]."""
 
@@ -40,7 +55,6 @@ class ConvUnit(nn.Module):
         return F.relu(normed) if self.relu else normed
 
 
-@final
 class GlobalPool(nn.Module):
     """Mean over all positions: [N, C, H, W] to [N, C]."""
 
@@ -88,6 +102,38 @@ BEFORE_LAST_ACTIVATION = Preactivation(
     run=_run_before_last_activation,
     affines=lambda stages: [cast(ActivatedBlock, cast(nn.Sequential, g)[-1]).affine() for g in list(stages)[1:-1]],
 )
+
+
+def grouped_network(
+    name: str,
+    family: str,
+    num_classes: int,
+    widths: Sequence[int],
+    counts: Sequence[int],
+    stem: nn.Module,
+    block: Callable[[int, int, int], nn.Module],
+    *,
+    stride: int = 1,
+    signed: bool = False,
+    pool: Callable[[], nn.Module] = GlobalPool,
+    embedding: int | None = None,
+    preactivation: Preactivation = BEFORE_LAST_ACTIVATION,
+) -> StagedModel:
+    """A stem, groups of blocks, each at twice the stride of the one before, and a pooling stage.
+
+    widths     of the stem and the groups; counts: blocks of each group
+    block      makes one for an input width, an output width and a stride, which is 1 but for the first of a group
+    stride     of the first group, 1 or 2; signed: whether stem and groups end without a ReLU
+    embedding  width of the pooled vector; None: that of the last group
+    """
+    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", widths[0], 1, signed=signed), stem)]
+    for group, ((inputs, outputs), count) in enumerate(zip(pairwise(widths), counts, strict=True)):
+        first = block(inputs, outputs, 2 if group else stride)
+        blocks = nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1)))
+        info = StageInfo(f"stage{group + 1}", outputs, stride << group, signed=signed, blocks=(outputs,) * count)
+        stages.append((info, blocks))
+    stages.append((StageInfo("pool", embedding or widths[-1], 0), pool()))
+    return StagedModel(name, family, stages, num_classes, preactivation)
 
 
 def init_kaiming(model: nn.Module) -> None:

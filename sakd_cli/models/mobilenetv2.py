@@ -5,7 +5,7 @@ the original in ReLU instead of ReLU6, in an expansion convolution even where th
 24-wide group, and in widths rounded down to whole numbers instead of multiples of 8.
 """
 
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,7 +33,6 @@ STAGES = (
 )
 
 
-@final
 class InvertedResidual(nn.Module):
     """1x1 to `expansion` times the width, depthwise 3x3, linear 1x1; plus x where the shape stays."""
 

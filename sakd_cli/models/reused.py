@@ -1,15 +1,14 @@
 """SimKD's network (Chen et al., CVPR 2022): a student's stages, a projector, a teacher's frozen pooling and head."""
 
 import copy
-from typing import final
+from functools import partial
 
 from torch import Tensor, nn
 
 from sakd_cli.models.layers import ConvUnit
-from sakd_cli.models.staged import PLANES, FromMap, StagedModel, StageInfo, ToMap
+from sakd_cli.models.staged import PLANES, Relayout, StagedModel, StageInfo
 
 
-@final
 class FrozenCopy(nn.Module):
     """A stage of another network, copied: never trained, and in evaluation mode whatever is asked for."""
 
@@ -43,7 +42,8 @@ def projector(student: StageInfo, teacher: StageInfo, factor: int) -> tuple[Stag
         ConvUnit(inner, inner, 3),
         ConvUnit(inner, teacher.channels, 1, relu=not teacher.signed),
     ]
-    before: list[nn.Module] = [] if student.layout == PLANES else [ToMap(student.layout, student.shape(0))]
+    to_map = partial(student.layout.to_map, shape=student.shape(0))
+    before = [] if student.layout == PLANES else [Relayout(to_map)]
     return info, nn.Sequential(*before, *([nn.AvgPool2d(ratio)] if ratio > 1 else []), *convolutions)
 
 
@@ -52,7 +52,7 @@ def build(name: str, num_classes: int, *, student: StagedModel, teacher: StagedM
     *own, _ = zip(student.infos, student.stages, strict=True)
     added = projector(student.infos[-2], teacher.infos[-2], factor)
     layout = teacher.infos[-2].layout
-    rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(FromMap(layout), teacher.stages[-1])
+    rest = teacher.stages[-1] if layout == PLANES else nn.Sequential(Relayout(layout.from_map), teacher.stages[-1])
     pool = teacher.infos[-1], FrozenCopy(rest)
     model = StagedModel(name, "reused", [*own, added, pool], num_classes, None)
     model.head.load_state_dict(teacher.head.state_dict())

@@ -6,7 +6,7 @@ half-open: `run(run(x, 0, k), k, L + 1)` equals `forward(x)` for every k, bit fo
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Literal, NamedTuple, cast, final
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,31 +149,17 @@ class Preactivation(NamedTuple):
     behind: Callable[[Iterable[nn.Module]], list[list[nn.BatchNorm2d]]] | None = None
 
 
-@final
-class ToMap(nn.Module):
-    """`Layout.to_map` as a module, for chains of them."""
+class Relayout(nn.Module):
+    """A change from a map or into one (`Layout`) as a module, for chains of them."""
 
-    def __init__(self, layout: Layout, shape: tuple[int, ...]) -> None:
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layout, self.shape = layout, shape
+        self.change = change
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layout.to_map(x, self.shape)
+        return self.change(x)
 
 
-@final
-class FromMap(nn.Module):
-    """`Layout.from_map` as a module."""
-
-    def __init__(self, layout: Layout) -> None:
-        super().__init__()
-        self.layout = layout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layout.from_map(x)
-
-
-@final
 class StagedModel(nn.Module):
     """A classifier cut into stages; a family of networks only provides the stages and their infos.
 
@@ -272,10 +258,6 @@ class StagedModel(nn.Module):
         """Of what a stage hands on, what a spot sees: the map [N, C, H, W], or the pooled vector."""
         info = self.infos[stage]
         return info.layout.to_map(x, (info.channels, *(info.size or ())))
-
-    def from_map(self, x: Tensor, stage: int) -> Tensor:
-        """A map like that of a stage as what `run(..., stage + 1, ...)` goes on with."""
-        return self.infos[stage].layout.from_map(x)
 
     def norms_behind_blocks(self, stage: int) -> list[nn.BatchNorm2d] | None:
         """The BatchNorm that reads each block's output, of one of `map_stages`; None where blocks do not begin so."""

@@ -8,7 +8,7 @@ import torch
 from sakd_cli.config import plugins
 from sakd_cli.config.networks import find_network
 from sakd_cli.errors import UsageError
-from sakd_cli.models import external, mobilenetv2, resnet, resnet_imagenet, reused, shufflenetv1, shufflenetv2, vgg, wrn
+from sakd_cli.models import external, mobilenetv2, resnet, reused, shufflenet, vgg, wrn
 from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.staged import StagedModel
 
@@ -21,11 +21,11 @@ def _reused(name: str, num_classes: int, side: int, *, student: str, teacher: st
 FAMILIES: dict[str, Callable[..., StagedModel]] = {
     "resnet": resnet.build,
     "wrn": wrn.build,
-    "resnet_imagenet": resnet_imagenet.build,
+    "resnet_imagenet": resnet.build_imagenet,
     "vgg": vgg.build,
     "mobilenetv2": mobilenetv2.build,
-    "shufflenetv1": shufflenetv1.build,
-    "shufflenetv2": shufflenetv2.build,
+    "shufflenetv1": shufflenet.build_v1,
+    "shufflenetv2": shufflenet.build_v2,
 }
 # Those that are built for one side of the images.
 FITTED: dict[str, Callable[..., StagedModel]] = {

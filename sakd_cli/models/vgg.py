@@ -10,7 +10,7 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, ActivatedBlock, GlobalPool, init_small_head
+from sakd_cli.models.layers import BEFORE_LAST_ACTIVATION, GlobalPool, ReluBlock, init_small_head
 from sakd_cli.models.staged import Affine, StagedModel, StageInfo
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -18,7 +18,6 @@ WIDTHS = (64, 128, 256, 512, 512)
 MIN_HEIGHT = 8
 
 
-@final
 class PoolIfHigh(nn.Module):
     """2x2 max-pooling of maps at least LEAST_HEIGHT high; smaller ones pass as they are."""
 
@@ -27,7 +26,7 @@ class PoolIfHigh(nn.Module):
 
 
 @final
-class VGGBlock(ActivatedBlock):
+class VGGBlock(ReluBlock):
     """relu(bn(conv(pool(x)))), a 3x3 convolution with bias: [N, C, H, W] to [N, C', H', W'] as the pooling gives."""
 
     def __init__(self, inputs: int, outputs: int, pool: nn.Module) -> None:
@@ -36,12 +35,8 @@ class VGGBlock(ActivatedBlock):
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.bn = nn.BatchNorm2d(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pair(x)[1]
-
-    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.bn(self.conv(self.pool(x)))
-        return normed, F.relu(normed)
+    def before_relu(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.pool(x)))
 
     def affine(self) -> Affine:
         return self.bn.weight, self.bn.bias

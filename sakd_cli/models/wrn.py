@@ -5,16 +5,15 @@ outputs are the raw sums, so they are signed; the last BatchNorm and ReLU stand 
 """
 
 from collections.abc import Iterable
-from typing import cast, final
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import GlobalPool, conv3x3, init_fan_out
-from sakd_cli.models.staged import Preactivation, StagedModel, StageInfo
+from sakd_cli.models.layers import GlobalPool, conv3x3, grouped_network, init_fan_out
+from sakd_cli.models.staged import Preactivation, StagedModel
 
 
-@final
 class PreActivationBlock(nn.Module):
     """x + conv(relu(bn(conv(relu(bn(x)))))); where the width changes, the 1x1 shortcut sees the activated input."""
 
@@ -78,15 +77,17 @@ def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth of a wide ResNet is 6n+4, not {depth}")
     widths = (16, 16 * width, 32 * width, 64 * width)
-    stages: list[tuple[StageInfo, nn.Module]] = [(StageInfo("stem", 16, 1, signed=True), conv3x3(3, 16))]
-    for group, stride in enumerate((1, 2, 4), start=1):
-        inputs, outputs = widths[group - 1], widths[group]
-        blocks = [PreActivationBlock(inputs, outputs, 1 if group == 1 else 2)]
-        blocks += [PreActivationBlock(outputs, outputs, 1) for _ in range((depth - 4) // 6 - 1)]
-        info = StageInfo(f"stage{group}", outputs, stride, signed=True, blocks=(outputs,) * len(blocks))
-        stages.append((info, nn.Sequential(*blocks)))
-    pool = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool())
-    stages.append((StageInfo("pool", widths[3], 0), pool))
-    model = StagedModel(name, "wrn", stages, num_classes, AFTER_NEXT_NORM)
+    model = grouped_network(
+        name,
+        "wrn",
+        num_classes,
+        widths,
+        ((depth - 4) // 6,) * 3,
+        conv3x3(3, 16),
+        PreActivationBlock,
+        signed=True,
+        pool=lambda: nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU(), GlobalPool()),
+        preactivation=AFTER_NEXT_NORM,
+    )
     init_fan_out(model)
     return model

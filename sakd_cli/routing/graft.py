@@ -1,7 +1,7 @@
 """The multi-path network, in which each sample changes over where its gate says so, and the loss of its router."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ def split_by_path(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return teachers.nonzero()[:, 0], students.nonzero()[:, 0], followers.nonzero()[:, 0]
 
 
-@final
 class Graft(nn.Module):
     """Routed logits o from images and gates a (Song et al., IEEE TIP 2022, multi-path routing network).
 

@@ -10,9 +10,8 @@ from sakd_cli import distributed
 from sakd_cli.config.training import Train
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.documents.training import PlannedNetwork
-from sakd_cli.engine.bilevel import BilevelOptimizer
 from sakd_cli.engine.graphs import Cuda
-from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import Task

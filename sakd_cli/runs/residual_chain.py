@@ -27,8 +27,7 @@ from sakd_cli.evaluation.early_exit import exit_curve, exit_metrics, never
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import Cost
-from sakd_cli.models.ensemble import Ensemble, Offset
-from sakd_cli.models.exits import fit
+from sakd_cli.models.ensemble import Ensemble, Offset, fit
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import cost_of, create
 from sakd_cli.rundir import RunDir

@@ -12,7 +12,7 @@ from sakd_cli.config.methods import DFAConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import AlternatingLoader, TrainLoader, split_in_halves
 from sakd_cli.distillers.dfa import BlockGroup, Match, connect
-from sakd_cli.engine.bilevel import BilevelOptimizer
+from sakd_cli.engine.optim import BilevelOptimizer
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, untracked_view
@@ -135,7 +135,7 @@ class SearchTask(Task):
             mixed = match.mixture(theirs[one.spot.teacher], alpha)
             st.append(match(ours[student].stages[stage], mixed, alpha).mean())
             tail = self._tails[student]
-            passed = tail.run(tail.from_map(drop(mixed), stage), stage + 1, len(ours[student].stages) + 1)
+            passed = tail.run(tail.infos[stage].layout.from_map(drop(mixed)), stage + 1, len(ours[student].stages) + 1)
             ts.append(F.cross_entropy(passed, batch.labels))
         rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.settings.arch_decay
         return Losses(ce, torch.stack(st).sum(), torch.stack(ts).sum(), rest)
