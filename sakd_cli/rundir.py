@@ -1,17 +1,4 @@
-"""A run on disk: where things lie, how they are written, how runs are found. No torch.
-
-config.yaml        all settings of the run; can be run again with --config
-env.json           versions, device, command, start
-metrics.jsonl      one line per log point ("train") and per evaluation ("eval")
-spots.jsonl        one line per epoch: fraction distilled at every spot, overall and by class (distillation only)
-samples.safetensors  per training sample: its place in the data set, visits, how often it was distilled at each spot
-survey.safetensors   per training image: what the trained router decides, both networks' answers (runs/survey.py)
-checkpoints/       last, previous, best: see engine/checkpoint.py
-teacher/ student/  the deployable network: model.safetensors, config.json, README.md
-branches/          the student branches of a student-friendly teacher: model.safetensors
-ensemble/          a student with its residual students, once all are trained: ensemble.json, member-N.safetensors
-summary.json       final figures; its presence means the run is finished
-"""
+"""A run on disk: how it is made, locked, written and found; the guide `run-directory` says what lies where. No torch."""
 
 import json
 import os

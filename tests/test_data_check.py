@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_imagefolder import cut_short, folder, picture
 
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.data.decode import find_unreadable
+from sakd_cli.data.pictures import find_unreadable
 from sakd_cli.documents.table import DataCheck
 from sakd_cli.models.table import create
 from sakd_cli.runs import build

@@ -8,7 +8,7 @@ from test_engine import CPU, PlainTask, trainer_of
 from torch import Tensor
 
 from sakd_cli.batch import Batch
-from sakd_cli.engine.nan_guard import Guard
+from sakd_cli.engine.recorder import Guard
 from sakd_cli.engine.task import StepOutput
 from sakd_cli.errors import NonFiniteError
 

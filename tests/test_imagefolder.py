@@ -17,9 +17,9 @@ from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data import imagefolder, table
 from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
 from sakd_cli.data.dataset import Split, seeded_generator
-from sakd_cli.data.decode import Unreadable, open_rgb
 from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.data.pictures import Unreadable, open_rgb
 from sakd_cli.data.sources import views
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
 from sakd_cli.runs.build import load_images

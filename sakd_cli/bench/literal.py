@@ -6,7 +6,7 @@ the method was published. Only network and adapter modules are shared with the s
 
 import copy
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * terms.sum() / student.shape[0]
 
 
-@final
 class OfRows(nn.Module):
     """A plain loss of the chosen rows; `layer`, if any, is what the student's whole feature passes first."""
 
@@ -67,7 +66,6 @@ class OfRows(nn.Module):
         return self.loss((s if self.layer is None else self.layer(s))[rows], t[rows])
 
 
-@final
 class PlainCRD(nn.Module):
     """CRD as published: the sampled rows of the banks are gathered for every chosen sample, then multiplied."""
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, TypeVar
 
 from sakd_cli.errors import UsageError, no_row
 
@@ -46,7 +46,6 @@ def plugged(group: str) -> dict[str, tuple[Plugged, ...]]:
     return found
 
 
-@final
 class Table(Mapping[str, Row]):
     """Our own rows, and those of plug-ins.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import table
-from sakd_cli.data.decode import find_unreadable
+from sakd_cli.data.pictures import find_unreadable
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
 from sakd_cli.errors import DataError
 

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sakd_cli.data.decode import Unreadable, open_rgb
+from sakd_cli.data.pictures import Unreadable, open_rgb
 from sakd_cli.errors import DataError, MemoryLimitError
 
 Result = TypeVar("Result")

@@ -11,9 +11,15 @@ import torch
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data.cifar import default_root
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
-from sakd_cli.data.decode import find_unreadable
 from sakd_cli.data.files import Files, ImageSpec, cpu_count
-from sakd_cli.data.folder import Finding, FolderContents, SplitContents, raise_on_findings, scan_folder
+from sakd_cli.data.pictures import (
+    Finding,
+    FolderContents,
+    SplitContents,
+    find_unreadable,
+    raise_on_findings,
+    scan_folder,
+)
 from sakd_cli.errors import DataError, UsageError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

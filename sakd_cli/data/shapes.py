@@ -73,6 +73,7 @@ def _arrow(x: Array, y: Array) -> Array:
     return np.minimum(head, _bars(x, y, bars=((-0.95, 0.2, -0.24, 0.24),)))
 
 
+POLYGONS = ("triangle", "square", "pentagon", "hexagon", "heptagon")
 # No outline is the mirror image of another, since training mirrors images; one that has no mirror symmetry of its own
 # (ell) stands for both of its forms. No two become equal by a turn, since shapes are drawn at any angle.
 OUTLINES: dict[str, Outline] = {
@@ -80,11 +81,7 @@ OUTLINES: dict[str, Outline] = {
     "ellipse": lambda x, y: (np.hypot(x, y / F32(0.65)) - 1) * F32(0.8),
     "ring": lambda x, y: np.abs(np.hypot(x, y) - F32(0.65)) - F32(0.25),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - F32(0.95), F32(0.72) - np.hypot(x - F32(0.5), y)),
-    "triangle": partial(_polygon, corners=3),
-    "square": partial(_polygon, corners=4),
-    "pentagon": partial(_polygon, corners=5),
-    "hexagon": partial(_polygon, corners=6),
-    "heptagon": partial(_polygon, corners=7),
+    **{name: partial(_polygon, corners=corners) for corners, name in enumerate(POLYGONS, start=3)},
     "star5": partial(_star, points=5, waist=0.5),
     "star6": partial(_star, points=6, waist=0.55),
     "star7": partial(_star, points=7, waist=0.58),

@@ -9,7 +9,7 @@ from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import imagefolder
 from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar
 from sakd_cli.data.dataset import Dataset, first_classes
-from sakd_cli.data.folder import FolderContents
+from sakd_cli.data.pictures import FolderContents
 from sakd_cli.data.shapes import load_shapes
 from sakd_cli.errors import no_row
 

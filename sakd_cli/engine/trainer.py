@@ -20,9 +20,8 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.checkpoint import Checkpoint
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.graphs import Device, GraphedStep
-from sakd_cli.engine.nan_guard import LOWER, Guard
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
-from sakd_cli.engine.recorder import Meter, SpotRecorder, top1
+from sakd_cli.engine.recorder import LOWER, Guard, Meter, SpotRecorder, top1
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import SpotUse, StepOutput, Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped

@@ -1,7 +1,6 @@
 """An ensemble whose images leave early or all go to the end: its metrics, its cost, and the curve between the two."""
 
 from collections.abc import Iterable, Sequence
-from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ POINTS = 21  # of a curve
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-@final
 class EarlyExit(nn.Module):
     """An ensemble as a network whose images leave at different stages; `left` remembers where, batch by batch."""
 

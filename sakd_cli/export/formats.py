@@ -8,7 +8,7 @@ import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save
@@ -49,7 +49,6 @@ session = onnxruntime.InferenceSession("model.onnx")
 (logits,) = session.run(None, {{"images": images}})"""
 
 
-@final
 class FromPixels(nn.Module):
     """A network behind the normalisation that it was trained with: pixel values in [0, 1] to logits."""
 

@@ -110,7 +110,11 @@ def load_module(
     where the file is damaged or not `kind`, NonFiniteError where a weight is NaN or infinite.
     """
     entries, tensors = read_tensors(file)
-    header = _header(entries)
+    try:
+        header: Any = parse_json(entries.get("sakd", "{}"))
+    except ValueError:
+        header = {}
+    header = header if isinstance(header, dict) else {}
     if header.get("format") != form:
         raise UsageError(
             f"{file}: not {kind} saved by sakd (format {str(header.get('format'))[:40]!r}, expected {form!r})",
@@ -168,15 +172,6 @@ def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NonFiniteError(f"{file}: tensor {name!r} holds a number that is NaN or infinite")
-
-
-def _header(entries: dict[str, str]) -> dict[str, Any]:
-    """What `save_weights` said of the file; nothing where it is not ours."""
-    try:
-        header = parse_json(entries.get("sakd", "{}"))
-    except ValueError:
-        return {}
-    return header if isinstance(header, dict) else {}
 
 
 def _digest(card: str, tensors: dict[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,6 @@ class Layout(NamedTuple):
         return self.rows * (self.width + self.classes) * BYTES
 
 
-@final
 class TeacherCache:
     """Answers of a teacher, by image and view. Called like its plain pass; what it has not kept is empty.
 
