@@ -1,4 +1,4 @@
-"""A run on disk: how it is made, locked, written and found; the guide `run-directory` says what lies where. No torch."""
+"""A run on disk, without torch: how it is made, locked, written, found. What lies where: guide `run-directory`."""
 
 import json
 import os

@@ -27,6 +27,11 @@ class Spied(nn.Module):
         return self.layer(images.flatten(1))
 
 
+def exits_at(exits: Exits, stages: Tensor) -> Tensor:
+    """Logits after each stage [M+1, N, K] to the stage [N] at which each sample leaves."""
+    return exit_stage(exits.uncertainties(stages[:-1]), exits.thresholds)
+
+
 def made(members: int = 3, classes: int = 6, samples: int = 40) -> tuple[Any, Tensor, Tensor]:
     torch.manual_seed(members)
     ensemble = Ensemble([Spied(classes) for _ in range(members)]).eval()
@@ -91,7 +96,7 @@ def test_agreement_holds_its_bound_on_the_images_it_was_fitted_on(delta: float, 
         stages = (2 * torch.randn(members, 150, classes)).cumsum(0)
         stages = stages.round() if rounded else stages
         fitted = fit(words, stages, torch.zeros(150).long(), MACS[:members], None)
-        left, predictions = fitted.exit_stage(stages), stages.argmax(dim=-1)
+        left, predictions = exits_at(fitted, stages), stages.argmax(dim=-1)
         answers = predictions.gather(0, left[None])[0]
         assert float((answers != predictions[-1]).double().mean()) <= delta
         if delta == 1:
@@ -106,7 +111,7 @@ def test_accuracy_may_fall_by_delta_only(delta: float) -> None:
         stages = (torch.randn(3, 200, 5) + 0.7 * nn.functional.one_hot(labels, 5)).cumsum(0)
         fitted = fit(ResidualConfig(rule="accuracy", delta=delta), stages, labels, MACS[:3], None)
         right = (stages.argmax(dim=-1) == labels).double()
-        kept = right.gather(0, fitted.exit_stage(stages)[None])[0].mean()
+        kept = right.gather(0, exits_at(fitted, stages)[None])[0].mean()
         assert float(right[-1].mean() - kept) <= delta + 1e-9
 
 
@@ -114,7 +119,7 @@ def test_a_budget_is_kept_as_closely_as_a_shared_threshold_can() -> None:
     stages, teacher = torch.randn(3, 400, 5).cumsum(0), 100
     for budget in (0.1, 0.5, 0.55, 0.7, 0.9, 2.0):
         fitted = fit(ResidualConfig(rule="budget", budget=budget), stages, torch.zeros(400).long(), MACS[:3], teacher)
-        cost = mean_macs(fitted.exit_stage(stages), MACS[:3]) / teacher
+        cost = mean_macs(exits_at(fitted, stages), MACS[:3]) / teacher
         assert cost <= max(budget, MACS[0] / teacher)
         uncertainties = fitted.uncertainties(stages[:-1])
         dearer = [theta for theta in [NEVER, *uncertainties.unique().tolist()] if theta < fitted.thresholds[0]]
@@ -138,7 +143,7 @@ def test_what_is_skipped_is_not_computed_and_batches_do_not_matter(thresholds: t
     chosen = exits(*thresholds)
     with torch.no_grad():
         stages = ensemble.stages(images)
-    left = chosen.exit_stage(stages)
+    left = exits_at(chosen, stages)
     dense = stages.gather(0, left[None, :, None].expand(1, -1, stages.shape[-1]))[0]
     for size in (1, 7, len(images)):
         for member in ensemble.members:

@@ -26,7 +26,6 @@ from sakd_cli.files import expanded
 
 PATIENCE = 30.0  # seconds without an answer before a download is given up; Python's own default is for ever
 
-
 CLASSES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
 CLASSES_100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle

@@ -86,10 +86,6 @@ class TrainLoader:
         self._full_images: tuple[Tensor, Tensor] | None = None
         self.steps_per_epoch = -(-len(split) // batch_size)
 
-    def __len__(self) -> int:
-        """Number of batches in an epoch."""
-        return self.steps_per_epoch
-
     def draw(self, epoch: int) -> Draws:
         """The epoch's random numbers: a pure function of the loader's seed and `epoch`."""
         padding = self._dataset.padding if self._dataset.scale is None else 0
@@ -207,11 +203,11 @@ class AlternatingLoader:
 
     def __init__(self, upper: TrainLoader, lower: TrainLoader, *, ahead: bool) -> None:
         self.upper, self.lower, self.ahead = upper, lower, ahead
-        self.steps_per_epoch = 2 * len(lower)
+        self.steps_per_epoch = 2 * lower.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
-        pair = (epoch - 1) * len(self.lower) + start // 2
+        pair = (epoch - 1) * self.lower.steps_per_epoch + start // 2
         above, below = _endless(self.upper, pair + start % 2), _endless(self.lower, pair)
         coming: Batch | None = None
         for step in range(start, self.steps_per_epoch):
@@ -225,7 +221,7 @@ class AlternatingLoader:
 
 def _endless(loader: TrainLoader, first: int) -> Iterator[Batch]:
     """Batches `first`, `first` + 1, ... of epoch after epoch."""
-    epoch, start = divmod(first, len(loader))
+    epoch, start = divmod(first, loader.steps_per_epoch)
     while True:
         yield from loader.epoch(epoch + 1, start)
         epoch, start = epoch + 1, 0

@@ -74,10 +74,6 @@ class Exits(NamedTuple):
         low, high = self.scale
         return ((MEASURES[self.uncertainty](logits.float()) - low) / max(high - low, 1e-12)).clamp(0, 1)
 
-    def exit_stage(self, stages: Tensor) -> Tensor:
-        """Logits after each stage [M+1, N, K] to the stage [N] at which each sample leaves."""
-        return exit_stage(self.uncertainties(stages[:-1]), self.thresholds)
-
 
 def exit_stage(uncertainties: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Uncertainties [M, N] after all stages but the last to the stage [N], 0 .. M, at which each sample leaves."""

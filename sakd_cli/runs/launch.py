@@ -102,7 +102,7 @@ def try_one_batch(job: Job) -> Plan:
         trainable={group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()},
         images=len(job.images.train),
         batch={name: float(part) for name, part in output.parts.items()},
-        steps_per_epoch=len(loader),
+        steps_per_epoch=loader.steps_per_epoch,
         device=str(job.device),
         effective=effective_values(job),
         **extra,
