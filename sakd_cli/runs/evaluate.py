@@ -35,8 +35,7 @@ from sakd_cli.models import artifact
 from sakd_cli.models import ensemble as ensembles
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import cost, peak_memory
-from sakd_cli.models.ensemble import INDEX, Ensemble, LoadedEnsemble
-from sakd_cli.models.ensemble import RANGES, Exits, fit, mean_macs
+from sakd_cli.models.ensemble import INDEX, RANGES, Ensemble, Exits, LoadedEnsemble, fit, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.branches import branch_rows, branches_of
