@@ -136,13 +136,6 @@ def grouped_network(
     return StagedModel(name, family, stages, num_classes, preactivation)
 
 
-def init_kaiming(model: nn.Module) -> None:
-    """Convolutions Kaiming-normal by fan-out (ResNets of the CRD benchmark)."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 def init_fan_out(model: nn.Module) -> None:
     """Convolutions normal with variance 2 / (k^2 C_out), biases zero (wide ResNets of the CRD benchmark)."""
     for module in model.modules():

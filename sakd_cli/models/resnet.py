@@ -13,7 +13,7 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import ReluBlock, conv3x3, grouped_network, init_kaiming, projection
+from sakd_cli.models.layers import ReluBlock, conv3x3, grouped_network, projection
 from sakd_cli.models.staged import Affine, StagedModel
 
 EXPANSION = 4  # of a bottleneck
@@ -87,5 +87,7 @@ def _network(
 ) -> StagedModel:
     stem = nn.Sequential(conv3x3(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU())
     model = grouped_network(name, family, num_classes, widths, counts, stem, block)
-    init_kaiming(model)
+    for module in model.modules():  # as in the CRD benchmark
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
