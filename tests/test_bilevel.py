@@ -47,7 +47,7 @@ def test_mixtures_and_weights_read_different_images_and_together_all(share: floa
     assert set(read[False]) == set(lower.origins().tolist())
     assert not set(read[True]) & set(read[False])
     assert set(read[True]) | set(read[False]) == set(range(IMAGES))
-    assert len(read[False]) == 5 * lower.steps_per_epoch, "an epoch shows every image of the lower level once"
+    assert len(read[False]) == 5 * len(lower), "an epoch shows every image of the lower level once"
     for part in (upper, lower):
         counts = torch.bincount(part.labels, minlength=CLASSES)
         assert int(counts.max() - counts.min()) <= 1
