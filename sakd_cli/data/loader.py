@@ -86,6 +86,10 @@ class TrainLoader:
         self._full_images: tuple[Tensor, Tensor] | None = None
         self.steps_per_epoch = -(-len(split) // batch_size)
 
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        return self.steps_per_epoch
+
     def draw(self, epoch: int) -> Draws:
         """The epoch's random numbers: a pure function of the loader's seed and `epoch`."""
         padding = self._dataset.padding if self._dataset.scale is None else 0
