@@ -22,11 +22,6 @@ from sakd_cli.routing.table import Adaptive
 from sakd_cli.tasks.distill import DistillTask
 
 
-def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
-    """FitNet's loss of two maps."""
-    return ((student - teacher) ** 2).mean()
-
-
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """AT's loss of two maps."""
     side = min(student.shape[2], teacher.shape[2])
@@ -103,7 +98,7 @@ class PlainCRD(nn.Module):
 
 # How each of our feature distillers was published: from ours and the spot's number to the plain one.
 PUBLISHED: dict[type, Callable[[Any, int], nn.Module]] = {
-    FitNet: lambda ours, k: OfRows(mean_square, copy.deepcopy(ours.regressors[k])),
+    FitNet: lambda ours, k: OfRows(F.mse_loss, copy.deepcopy(ours.regressors[k])),
     AT: lambda ours, k: OfRows(attention_loss),
     SP: lambda ours, k: OfRows(similarity_loss),
     CRD: lambda ours, k: PlainCRD(ours),

@@ -257,7 +257,11 @@ def comparison(before: Bench, now: Bench) -> BenchComparison:
     """
     slow = {one.name: one.base for one in before.comparison.ratios if one.slow} if before.comparison else {}
     bases = {ratio.above: ratio.median for ratio in before.ratios} | slow
-    ratios = [_change(ratio.above, bases, ratio.median, slow) for ratio in now.ratios if ratio.above in bases]
+    ratios = []
+    for name, median in ((ratio.above, ratio.median) for ratio in now.ratios if ratio.above in bases):
+        falls = median < SLOWER * bases[name]
+        change = RatioChange(name=name, base=bases[name], now=median, slow=falls, regressed=falls and name in slow)
+        ratios.append(change)
     old = {step.name: step for step in before.steps}
     risen = [
         RisenCounter(name=step.name, counter=key, before=then, now=count)
@@ -269,8 +273,3 @@ def comparison(before: Bench, now: Bench) -> BenchComparison:
     ]
     regressed = bool(risen) or any(ratio.regressed for ratio in ratios)
     return BenchComparison(ratios=ratios, risen=risen, regressed=regressed)
-
-
-def _change(name: str, bases: Mapping[str, float], now: float, already_slow: Mapping[str, float]) -> RatioChange:
-    slow = now < SLOWER * bases[name]
-    return RatioChange(name=name, base=bases[name], now=now, slow=slow, regressed=slow and name in already_slow)

@@ -1,7 +1,8 @@
 """Where the time of a step goes: teacher pass, student forward, routed pass, losses, backward, update, data."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,20 +29,14 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def add(self, phase: str, begin: float) -> None:
-        self.seconds[phase] += self.now() - begin
-
-    def around(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
-
-        def timed(*given: Any) -> Any:
-            begin = self.now()
-            try:
-                return call(*given)
-            finally:
-                self.add(phase, begin)
-
-        return timed
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside; as a decorator, every call of a function."""
+        begin = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - begin
 
 
 def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
@@ -49,12 +44,10 @@ def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
     task, watch = adaptive_task(setup), Stopwatch(setup.device)
     loader = _loader(setup, task.noise_width)
     optimizer = optimizer_of(task)
-    task.teacher_features = watch.around("teacher pass", task.teacher_features)
-    task.student_features = watch.around("student forward", task.student_features)
+    task.teacher_features = watch.phase("teacher pass")(task.teacher_features)
+    task.student_features = watch.phase("student forward")(task.student_features)
     assert task.graft is not None
-    began: list[float] = []
-    task.graft.register_forward_pre_hook(lambda module, given: began.append(watch.now()))
-    task.graft.register_forward_hook(lambda module, given, made: watch.add("routed pass", began.pop()))
+    task.graft.forward = watch.phase("routed pass")(task.graft.forward)  # type: ignore[method-assign]
     for turn in range(warmup + rounds):
         if turn == warmup:
             watch.seconds = dict.fromkeys(PHASES, 0.0)

@@ -89,12 +89,14 @@ def calibrated_networks(setup: Setup) -> tuple[StagedModel, StagedModel]:
     return networks[0], networks[1].requires_grad_(False).eval()
 
 
-def batch_of(setup: Setup, task: Task, spots: int) -> Batch:
+def batch_of(setup: Setup, task: Task) -> Batch:
     """One batch; its noise sends half of the samples to the teacher at every spot of a router that learns."""
     draw, size = torch.Generator().manual_seed(1), setup.size
     x = torch.randn(size, 3, setup.side, setup.side, generator=draw)
-    learned = isinstance(task, DistillTask) and task.graft is not None
-    noise = half_routed(spots, size) if learned else torch.rand(size, task.noise_width, generator=draw)
+    if isinstance(task, DistillTask) and task.graft is not None:
+        noise = half_routed(len(task.spots), size)
+    else:
+        noise = torch.rand(size, task.noise_width, generator=draw)
     index = torch.arange(size) % setup.images
     return Batch(x, index % setup.classes, index, noise).map(lambda tensor: tensor.to(setup.device))
 
@@ -130,9 +132,9 @@ class Endless:
         return itertools.repeat(self.given)
 
 
-def make_step(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -> Step:
+def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
     """One step of a task as the trainer does it; counted before it is compiled or captured, if it is to be."""
-    given, optimizer = batch_of(setup, task, spots), optimizer_of(task)
+    given, optimizer = batch_of(setup, task), optimizer_of(task)
     mode = resolve_mode(setup.config.runtime, setup.device)
     batches: Iterator[Batch] = itertools.repeat(given)
 
@@ -160,49 +162,46 @@ def make_step(setup: Setup, name: str, about: str, task: Task, spots: int = 0) -
     return Step(name, about, call, counted)
 
 
-def adaptive_task(setup: Setup) -> DistillTask:
+def adaptive_task(setup: Setup, **settings: Any) -> DistillTask:
     """The task of the paper's step."""
-    return build_task(setup, router=AdaptiveConfig(teacher_bias=0.0))
+    return build_task(setup, router=AdaptiveConfig(teacher_bias=0.0), **settings)
 
 
 def adaptive(setup: Setup) -> Step:
     """The step of the paper, ours."""
-    task = adaptive_task(setup)
-    return make_step(setup, OURS, f"{setup.config.method.name}, adaptive router", task, len(task.spots))
+    return make_step(setup, OURS, f"{setup.config.method.name}, adaptive router", adaptive_task(setup))
 
 
 def plain_distillation(setup: Setup) -> Step:
     """Ordinary distillation of the logits."""
-    task = build_task(setup, method=KDConfig(), router=AlwaysConfig())
-    return make_step(setup, "kd", "kd, every sample", task, len(task.spots))
+    return make_step(setup, "kd", "kd, every sample", build_task(setup, method=KDConfig(), router=AlwaysConfig()))
 
 
 def steps(setup: Setup) -> list[Step]:
     """All that are compared, the literal published step last where the method has one."""
     student, _ = calibrated_networks(setup)
     mode = resolve_mode(setup.config.runtime, setup.device)
-    alone = PretrainTask(mode.to_memory_format(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
     everywhere = build_task(setup, router=AlwaysConfig())
+    alone = PretrainTask(mode.to_memory_format(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
     made = [
         make_step(setup, "plain", "the student alone", alone),
         plain_distillation(setup),
-        make_step(setup, "always", f"{setup.config.method.name}, every sample", everywhere, len(everywhere.spots)),
+        make_step(setup, "always", f"{setup.config.method.name}, every sample", everywhere),
         adaptive(setup),
     ]
-    slow = _literal(setup)
-    return made if slow is None else [*made, slow]
+    return [*made, *filter(None, [_literal(setup)])]
 
 
 def _literal(setup: Setup) -> Step | None:
     """The published step in fp32; None for methods that it is not written for."""
     runtime = setup.config.runtime.model_copy(update={"precision": "fp32", "channels_last": False, "compile": False})
-    task = build_task(setup, router=AdaptiveConfig(teacher_bias=0.0), runtime=runtime)
+    task = adaptive_task(setup, runtime=runtime)
     features = task.feature_distiller
     if features is not None and type(features) not in PUBLISHED:
         return None
     assert isinstance(task.teacher_features, PlainPass)
     teacher = task.teacher_features.network
-    slow, given = LiteralRouting(task, teacher), batch_of(setup, task, len(task.spots))
+    slow, given = LiteralRouting(task, teacher), batch_of(setup, task)
     contrast = features.draw(given.index, given.labels) if isinstance(features, CRD) else None
 
     def call() -> None:

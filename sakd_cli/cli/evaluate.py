@@ -66,6 +66,6 @@ def evaluate(
     if json:
         emit(results[0] if len(results) == 1 else Evaluations(evaluations=results))
         return
-    from sakd_cli.report.evaluation.side_by_side import score_tables
+    from sakd_cli.report.evaluation.tables import score_tables
 
     show(*score_tables(results))

@@ -14,8 +14,6 @@ from sakd_cli.documents.training import Mixtures
 
 EXTREMES = 12  # images at each end of a spot; a run saves the pixels of as many
 Split = Literal["train", "validation", "test"]
-
-
 STEP_MEANS = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active", "routed_ce", "student_ce")
 
 
@@ -312,11 +310,8 @@ def csv_rows(document: SpotsDocument) -> Iterator[Row]:
         if classes := measured.classes:
             rows += [("class", "", "", classes), *(("class", one.name, "", one) for one in classes.rows)]
         if by := measured.difficulty:
-            for table, deciles in (
-                ("student_loss", by.by_student_loss),
-                ("teacher_confidence", by.by_teacher_confidence),
-            ):
-                rows += [(table, number, "", decile) for number, decile in enumerate(deciles, start=1)]
+            rows += [("student_loss", number, "", one) for number, one in enumerate(by.by_student_loss, start=1)]
+            rows += [("teacher_confidence", n, "", one) for n, one in enumerate(by.by_teacher_confidence, start=1)]
             rows += [("correctness", cell.name, "", cell) for cell in by.by_correctness]
         rows += [("path", path.path, "", path) for path in measured.paths or ()]
         for ends in measured.extremes:

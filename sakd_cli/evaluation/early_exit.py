@@ -48,12 +48,7 @@ def exit_costs(left: Tensor, macs: Sequence[int], teacher_macs: int | None) -> E
 
 
 def exit_metrics(
-    ensemble: Ensemble,
-    exits: Exits,
-    batches: Batches,
-    classes: int,
-    macs: Sequence[int],
-    teacher_macs: int | None,
+    ensemble: Ensemble, exits: Exits, batches: Batches, classes: int, macs: Sequence[int], teacher_macs: int | None
 ) -> ExitMetrics:
     """Metrics and cost of an ensemble under given exits."""
     scores, left = evaluate_batches(ensemble, exits, batches, classes)
@@ -86,11 +81,7 @@ def exit_curve(
     best = pareto([(costs.macs, top1) for _, top1, _, costs in found])
     return [
         ExitPoint(
-            theta=None if theta == NEVER else theta,
-            top1=top1,
-            agreement=agreement,
-            pareto=place in best,
-            **dict(costs),
+            theta=None if theta == NEVER else theta, top1=top1, agreement=agreement, pareto=place in best, **dict(costs)
         )
         for place, (theta, top1, agreement, costs) in enumerate(found)
     ]

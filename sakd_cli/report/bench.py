@@ -2,9 +2,12 @@
 
 from rich.console import RenderableType
 
-from sakd_cli.documents.bench import Bench, BenchComparison, RatioChange
+from sakd_cli.documents.bench import Bench
 from sakd_cli.report.render.format import DASH, fixed, fraction, large, whole, word
 from sakd_cli.report.render.sheet import Sheet, table
+
+# Of a ratio, by whether it is slow and whether it has regressed.
+VERDICT = {(False, False): "", (True, False): "slower: measure again", (True, True): "slower twice in a row"}
 
 
 def bench_tables(found: Bench) -> list[RenderableType]:
@@ -20,8 +23,14 @@ def bench_tables(found: Bench) -> list[RenderableType]:
             "adaptive / kd": lambda point: fixed(point.ratio, 2),
         }
         tables.append(table("Scaling", found.scaling.points, columns))
-    if found.comparison is not None:
-        tables.append(_comparison(found.comparison))
+    if (compared := found.comparison) is not None:
+        rows = [
+            [word(one.name), fixed(one.base, 2), fixed(one.now, 2), VERDICT[one.slow, one.regressed]]
+            for one in compared.ratios
+        ]
+        rows += [[f"{word(r.name)} {r.counter}", large(r.before), large(r.now), "has risen"] for r in compared.risen]
+        note = "Regressed." if compared.regressed else "No regression."
+        tables.append(Sheet("Since the earlier result", ("Over adaptive", "then", "now", "Verdict"), rows, [note]))
     result = found.reported
     said = f"none ({result.reason})" if result.reason else fixed(result.median, 2)
     return [*tables, f"{result.above} / adaptive: {said}"]
@@ -56,16 +65,3 @@ def _steps(found: Bench) -> Sheet:
 
 def _bytes(value: int | None) -> str:
     return DASH if value is None else f"{large(value)}B"
-
-
-def _comparison(found: BenchComparison) -> Sheet:
-    rows = [[word(one.name), fixed(one.base, 2), fixed(one.now, 2), _verdict(one)] for one in found.ratios]
-    rows += [[f"{word(r.name)} {r.counter}", large(r.before), large(r.now), "has risen"] for r in found.risen]
-    note = "Regressed." if found.regressed else "No regression."
-    return Sheet("Since the earlier result", ("Over adaptive", "then", "now", "Verdict"), rows, [note])
-
-
-def _verdict(change: RatioChange) -> str:
-    if change.regressed:
-        return "slower twice in a row"
-    return "slower: measure again" if change.slow else ""

@@ -1,7 +1,10 @@
 """How figures and names are written in reports: short, with units, a dash for what is not known. No rich, no torch."""
 
+import csv
+import io
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sakd_cli.documents.base import SeedStatistics
@@ -123,3 +126,12 @@ def bar(value: Any, length: int) -> str:
     known = number(value)
     eighths = 0 if known is None else round(min(max(known, 0.0), 1.0) * 8 * length)
     return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).strip()
+
+
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV under a header; what a row does not have stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

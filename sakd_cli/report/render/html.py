@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sakd_cli.report.render.format import plain
+from sakd_cli.documents.base import Part
+from sakd_cli.report.render.format import plain, word
 from sakd_cli.report.render.sheet import MORE, Sheet
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ th button:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
 .note{color:var(--soft);font-size:.85rem;margin:.25rem 0;overflow-wrap:anywhere}
-img.chart{width:min(100%,44rem);height:auto;display:block}
+section>img{width:min(100%,44rem);height:auto;display:block}
 .tiles{display:flex;flex-wrap:wrap;gap:.6rem;padding:0;margin:.3rem 0;list-style:none}
 .tiles li{width:6.5rem;font-size:.75rem;line-height:1.3;overflow-wrap:anywhere}
 .tiles img{width:100%;image-rendering:pixelated;display:block;border:1px solid var(--line)}
@@ -98,6 +99,11 @@ document.querySelectorAll("table").forEach(table => table.querySelectorAll("th")
 """
 
 
+def facts_of(document: Part, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, value) of those fields of a document that have a value."""
+    return [(key.capitalize(), word(value)) for key in keys if (value := getattr(document, key)) is not None]
+
+
 def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
     """The whole page: title, a list of (name, value) facts, contents, sections."""
     said = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
@@ -107,7 +113,8 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
         for number, section in enumerate(sections)
     )
     # Only this very script may run, and nothing may be fetched but what is written into the page.
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_sum(SCRIPT)}'"
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -128,31 +135,22 @@ def png(pixels: "NDArray[Any]") -> bytes:
     return buffer.getvalue()
 
 
-def _sum(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
 def _text(value: str) -> str:
     return escape(plain(value), quote=True)
 
 
 def _block(block: Block) -> str:
-    match block:
-        case Sheet():
-            return _table(block)
-        case Picture():
-            return _image(block, "chart")
-        case Gallery():
-            tiles = "".join(
-                f"<li>{_image(tile.picture, '')}{'<br>'.join(map(_text, tile.lines))}</li>" for tile in block.tiles
-            )
-            return f'<h3>{_text(block.title)}</h3><ul class="tiles">{tiles}</ul>'
+    if isinstance(block, Sheet):
+        return _table(block)
+    if isinstance(block, Picture):
+        return _image(block)
+    tiles = "".join(f"<li>{_image(tile.picture)}{'<br>'.join(map(_text, tile.lines))}</li>" for tile in block.tiles)
+    return f'<h3>{_text(block.title)}</h3><ul class="tiles">{tiles}</ul>'
 
 
-def _image(picture: Picture, kind: str) -> str:
+def _image(picture: Picture) -> str:
     data = base64.b64encode(picture.content).decode()
-    named = f' class="{kind}"' if kind else ""
-    return f'<img{named} alt="{_text(picture.alt)}" src="data:image/{picture.kind};base64,{data}">'
+    return f'<img alt="{_text(picture.alt)}" src="data:image/{picture.kind};base64,{data}">'
 
 
 def _table(sheet: Sheet) -> str:

@@ -97,19 +97,18 @@ def mixture_map(record: Mixtures) -> "Figure":
 
 def exit_curve(curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: str) -> "Figure":
     """Top-1 over mean cost of an ensemble: every shared threshold, the Pareto front, and what is in use (`used`)."""
-    known = used.cost is not None
 
     def cost(point: ExitCosts) -> float:
         return 100 * point.cost if point.cost is not None else 1e-6 * point.macs
 
     figure = new_figure()
     axes = figure.subplots()
-    points = [(cost(point), point.top1, point.pareto) for point in curve]
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=COLOURS[7], label="shared threshold")
-    best = sorted((x, y) for x, y, on_front in points if on_front)
+    best = sorted((cost(point), point.top1) for point in curve if point.pareto)
+    axes.plot(list(map(cost, curve)), [point.top1 for point in curve], "o", color=COLOURS[7], label="shared threshold")
     axes.plot([x for x, _ in best], [y for _, y in best], "-", color=COLOURS[0], label="Pareto front")
     axes.plot(cost(used), top1, "*", markersize=14, color=COLOURS[1], label=label)
-    framed(axes, "Accuracy and cost", f"mean cost, {'% of the teacher' if known else 'million'} MACs", "top-1, %")
+    unit = "million" if used.cost is None else "% of the teacher"
+    framed(axes, "Accuracy and cost", f"mean cost, {unit} MACs", "top-1, %")
     legend(figure, axes, "")
     return figure
 
@@ -120,13 +119,12 @@ def epoch_lines(report: SpotsDocument, figure: "FigureBase") -> None:
     epochs = [row.epoch for row in report.by_epoch]
     for k, spot in enumerate(report.overall):
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.8}
-        solid: dict[str, Any] = {"marker": MARKS[k % len(MARKS)] if len(epochs) <= 40 else None, "markersize": 4}
-        axes.plot(
-            epochs, _percent(row.fraction[k] for row in report.by_epoch), label=plain(spot.name), **solid, **style
-        )
-        axes.plot(epochs, _percent(row.probability[k] for row in report.by_epoch), linestyle=":", **style)
+        marker = MARKS[k % len(MARKS)] if len(epochs) <= 40 else None
+        distilled, routed = ([getattr(row, key)[k] for row in report.by_epoch] for key in ("fraction", "probability"))
+        axes.plot(epochs, _percent(distilled), label=plain(spot.name), marker=marker, markersize=4, **style)
+        axes.plot(epochs, _percent(routed), linestyle=":", **style)
     framed(axes, "Spot-selection rate", "epoch", "samples distilled, %")
-    whole_numbers(axes)
+    axes.locator_params(axis="x", integer=True)  # epochs have no halves
     with_policy = report.overall[0].probability is not None
     legend(figure, axes, "dotted: mean teacher-routing probability" if with_policy else "")
 
@@ -170,16 +168,13 @@ def _classes_shown(report: SpotsDocument) -> tuple[list[ClassDeviation], int]:
 def difficulty_curves(report: SpotsDocument, figure: "FigureBase") -> None:
     """Mean value by deciles of the images: of the student's loss (solid) and of the teacher's confidence (dashed)."""
     axes = figure.subplots()
-    measured = report.measured
-    assert measured is not None
-    assert measured.difficulty is not None
-    by = measured.difficulty
+    if not ((measured := report.measured) and (by := measured.difficulty)):
+        return
     for deciles, line, mark in ((by.by_student_loss, "-", "o"), (by.by_teacher_confidence, "--", "s")):
         for k, spot in enumerate(measured.spots):
-            style: dict[str, Any] = {"marker": mark, "markersize": 4, "color": COLOURS[k % len(COLOURS)]}
-            label = plain(spot.name) if line == "-" else None
-            places = range(1, len(deciles) + 1)
-            axes.plot(places, _percent(row.mean[k] for row in deciles), line, label=label, **style)
+            colour, label = COLOURS[k % len(COLOURS)], plain(spot.name) if line == "-" else None
+            places, means = range(1, len(deciles) + 1), _percent(row.mean[k] for row in deciles)
+            axes.plot(places, means, line, marker=mark, markersize=4, color=colour, label=label)
     framed(axes, "By difficulty", "decile of the images, low to high", WHAT[measured.value])
     axes.set_xticks(range(1, len(by.by_student_loss) + 1))
     legend(figure, axes, "solid: student's loss, dashed: teacher's confidence")
@@ -188,10 +183,8 @@ def difficulty_curves(report: SpotsDocument, figure: "FigureBase") -> None:
 def path_bars(report: SpotsDocument, figure: "FigureBase") -> None:
     """Expected fractions of the most frequent paths."""
     axes = figure.subplots()
-    measured = report.measured
-    assert measured is not None
-    assert measured.paths is not None
-    paths = measured.paths
+    if not ((measured := report.measured) and (paths := measured.paths)):
+        return
     shown = paths[:PATHS_SHOWN][::-1]
     bars = axes.barh([row.path for row in shown], _percent(row.fraction for row in shown), color=COLOURS[0])
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
@@ -250,13 +243,6 @@ def framed(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(visible=True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def whole_numbers(axes: Any) -> None:
-    """Epochs have no halves."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def legend(figure: "FigureBase", axes: Any, remark: str) -> None:

@@ -155,10 +155,10 @@ def _groups(settings: list[_Settings], rows: list[RunRow]) -> list[_Group]:
 
 
 def _statistics(group: _Group) -> SeedGroup:
-    top1, top5, loss = (by_seed(group.runs, key) for key in ("top1", "top5", "loss"))
-    statistics = {"top1": seed_statistics(top1.values()), "top5": seed_statistics(top5.values())}
-    statistics["loss"] = seed_statistics(loss.values())
-    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=list(top1), **statistics)
+    found = {key: by_seed(group.runs, key) for key in ("top1", "top5", "loss")}
+    statistics = {key: seed_statistics(values.values()) for key, values in found.items()}
+    seeds = list(found["top1"])
+    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=seeds, **statistics)
 
 
 def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
@@ -166,7 +166,8 @@ def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
     for ours in groups:
         others = [other for other in groups if other is not ours and not ours.settings.control]
         pairs += [(ours, other) for other in others if other.settings.control and _same_data(ours, other)]
-        pairs += [(ours, other) for other in others if _only_router_differs(ours, other)]
+        classical = [other for other in others if other.settings["router.name"] == CLASSICAL]
+        pairs += [(ours, o) for o in classical if all(key.startswith("router.") for key in _unequal(ours, o))]
     return pairs or [(group, groups[0]) for group in groups[1:]]
 
 
@@ -175,11 +176,6 @@ def _same_data(ours: _Group, control: _Group) -> bool:
     # Without distillation the method makes no difference, but for what it says of the cross-entropy.
     method = other["method.name"] in (None, mine["method.name"])
     return method and mine.network == other.network and mine["data.name"] == other["data.name"]
-
-
-def _only_router_differs(ours: _Group, other: _Group) -> bool:
-    different = _unequal(ours, other)
-    return other.settings["router.name"] == CLASSICAL and all(key.startswith("router.") for key in different)
 
 
 def _unequal(ours: _Group, theirs: _Group) -> list[str]:

@@ -1,15 +1,13 @@
 """Comparisons as text, as CSV and as curves"""
 
-import csv
-import io
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from sakd_cli.documents.table import Comparison
-from sakd_cli.report.render.format import DASH, duration, fixed, mean_std, plain, word
-from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure, whole_numbers
+from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, plain, word
+from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure
 from sakd_cli.report.render.sheet import Sheet, left_out, table, thinned
 
 if TYPE_CHECKING:
@@ -85,20 +83,18 @@ def _curves(document: Comparison) -> Sheet:
 
 def comparison_csv(document: Comparison) -> str:
     """One row per run and epoch (split train, and the one that selects), and one for the results on the test images."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
+    rows: list[dict[str, Any]] = []
     for run in document.runs:
         own: dict[str, Any] = {"run": run.run, "group": document.groups[run.group].label}
         own |= {"method": run.method, "router": run.router, "seed": run.seed}
         for point in run.curve:
             row = own | {"epoch": point.epoch}
-            writer.writerow(row | {"split": "train", "top1": point.train_top1, "loss": point.train_loss})
-            writer.writerow(row | {"split": point.selected_on, "top1": point.top1, "loss": point.loss})
+            rows.append(row | {"split": "train", "top1": point.train_top1, "loss": point.train_loss})
+            rows.append(row | {"split": point.selected_on, "top1": point.top1, "loss": point.loss})
         if run.top1 is not None:
             results = {"top1": run.top1, "top5": run.top5, "loss": run.loss}
-            writer.writerow(own | {"epoch": run.epochs, "split": "test"} | results)
-    return text.getvalue()
+            rows.append(own | {"epoch": run.epochs, "split": "test"} | results)
+    return csv_text(FIELDS, rows)
 
 
 def curve_figure(document: Comparison) -> "Figure":
@@ -121,7 +117,7 @@ def curve_figure(document: Comparison) -> "Figure":
             if few:
                 trained = _by_epoch(document, k, f"train_{key}")
                 axes.plot(list(trained), list(map(fmean, trained.values())), "--", color=colour, alpha=0.7)
-        whole_numbers(axes)
+        axes.locator_params(axis="x", integer=True)
     if (teacher := _teacher_top1(document)) is not None:
         left.axhline(teacher, linestyle=":", color="#000000", linewidth=1)
     framed(left, "Accuracy", "epoch", "top-1, %")

@@ -5,6 +5,7 @@ function there, which adds nothing for runs that have nothing of the kind.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +59,7 @@ class RunPage:
     def write(self, path: Path) -> Report:
         """Save the page, and each plot as `<page>-<name>.png` beside it."""
         row = self.comparison.runs[0]
-        facts = [
-            (key.capitalize(), word(getattr(row, key)))
-            for key in ("network", "dataset", "method", "router", "seed", "epochs")
-            if getattr(row, key) is not None
-        ]
+        facts = html.facts_of(row, ("network", "dataset", "method", "router", "seed", "epochs"))
         facts += [("State", "finished" if row.finished else "not finished"), ("Run", word(row.run))]
         page = html.page(f"{word(row.task)}: {word(self.run.path.name)}", facts, self.sections)
         write_aside(path, page.encode())
@@ -127,10 +124,8 @@ def _residual(page: RunPage) -> None:
 
 
 def _environment(page: RunPage) -> None:
-    try:
+    with suppress(UsageError):  # there is no such file, or it is damaged
         page.add("Environment", [_keys("Where and how it ran", page.run.read_json("env.json"))])
-    except UsageError:
-        return
 
 
 def _settings(page: RunPage) -> None:

@@ -54,18 +54,17 @@ def spots_document(
         epochs=len(epochs),
         samples=sum(epoch.samples for epoch in epochs),
         overall=overall,
-        by_epoch=[
-            EpochFractions(
-                **epoch.model_dump(include=set(EpochSteps.model_fields)),
-                fraction=[spot.fraction for spot in epoch.spots],
-                probability=[spot.probability for spot in epoch.spots],
-            )
-            for epoch in epochs
-        ],
+        by_epoch=[_fractions(epoch) for epoch in epochs],
         by_class=_by_class(epochs, [spot.fraction for spot in overall], _class_names(run)),
         mixtures=read_mixtures(run),
         measured=measure(survey, overall, sample=sample, seed=seed, extremes=extremes) if survey else None,
     )
+
+
+def _fractions(epoch: EpochRecord) -> EpochFractions:
+    steps = epoch.model_dump(include=set(EpochSteps.model_fields))
+    means: dict[str, Any] = {key: [getattr(spot, key) for spot in epoch.spots] for key in ("fraction", "probability")}
+    return EpochFractions(**steps, **means)
 
 
 def epoch_records(run: RunDir) -> list[EpochRecord]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sakd_cli.documents.spots import ExtremeImage, SpotsDocument
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.format import WHAT, fixed, fraction, word
-from sakd_cli.report.render.html import Block, Gallery, Picture, Section, Tile, page, png
+from sakd_cli.report.render.html import Block, Gallery, Picture, Section, Tile, facts_of, page, png
 from sakd_cli.report.spots.tables import spot_tables, survey_tables
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ ALT = {
 
 def spot_page(report: SpotsDocument, images: "Images", *, drawn: bool) -> str:
     """The page of a document of `inspect-spots`; see `spot_sections`."""
-    facts = [(key.capitalize(), word(getattr(report, key))) for key in ("teacher", "student", "dataset")]
-    facts += [("Method", word(report.method)), ("Router", word(report.router))]
+    facts = facts_of(report, ("teacher", "student", "dataset", "method", "router"))
     facts += [("Epochs", f"{report.epochs}{'' if report.finished else ' so far'}"), ("Run", word(report.run))]
     return page("Where knowledge flowed", facts, spot_sections(report, images, drawn=drawn))
 

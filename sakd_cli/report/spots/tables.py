@@ -41,13 +41,15 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
 def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int | None = 3) -> dict[str, list[Sheet]]:
     """The sections that are there; `top` classes and `extremes` images at each end, None: all that there are."""
     names, by = [spot.name for spot in measured.spots], measured.difficulty
+    cells = by.by_correctness if by else []
+    correctness = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in cells]
     tables = {
         "spots": [_spots(measured)],
         "classes": [_classes(measured.classes, names, top)] if measured.classes else [],
         "difficulty": [
             _deciles("By difficulty: the student's loss (%)", "Loss", by.by_student_loss, names),
             _deciles("By difficulty: the teacher's confidence (%)", "Confidence", by.by_teacher_confidence, names),
-            _correctness(by.by_correctness, names),
+            Sheet("By correctness (%)", ["Correctness", "Images", *map(word, names)], correctness),
         ]
         if by
         else [],
@@ -178,11 +180,6 @@ def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[st
         cells = [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
         rows.append([*cells, fixed(row.teacher_top1, 1), *map(fraction, row.mean)])
     return Sheet(title, [f"{measure} from", *DECILE, *map(word, names)], rows, text=0)
-
-
-def _correctness(cells: list[doc.Correctness], names: list[str]) -> Sheet:
-    rows = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in cells]
-    return Sheet("By correctness (%)", ["Correctness", "Images", *map(word, names)], rows)
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:

@@ -1,7 +1,5 @@
 """What a sweep has found, as tables, as Markdown and as CSV"""
 
-import csv
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +7,7 @@ from rich.console import RenderableType
 
 from sakd_cli.config.routers import CLASSICAL
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
-from sakd_cli.report.render.format import DASH, fixed, mean_std, plain, points, whole, word
+from sakd_cli.report.render.format import DASH, csv_text, fixed, mean_std, plain, points, whole, word
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.sweep.results import EPOCHS
 
@@ -45,9 +43,7 @@ def _line(cells: list[str]) -> str:
 
 def sweep_csv(document: SweepDocument) -> str:
     """One row per cell: a method under a router for a pair, its gain over the always-on one beside it."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
+    rows: list[dict[str, Any]] = []
     gains = {(gain.pair, gain.method, gain.router): gain for gain in document.gains if gain.against == CLASSICAL}
     for cell in document.cells:
         pair, gain = document.pairs[cell.pair], gains.get((cell.pair, cell.method, cell.router))
@@ -58,8 +54,8 @@ def sweep_csv(document: SweepDocument) -> str:
         if gain is not None:
             row |= {"gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high, "p": gain.p}
             row |= {"verdict": gain.verdict, "published_gain": gain.published}
-        writer.writerow(row)
-    return text.getvalue()
+        rows.append(row)
+    return csv_text(FIELDS, rows)
 
 
 def _grid(document: SweepDocument) -> list[list[str]]:
