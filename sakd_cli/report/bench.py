@@ -4,7 +4,7 @@ from rich.console import RenderableType
 
 from sakd_cli.documents.bench import Bench
 from sakd_cli.report.render.format import DASH, fixed, fraction, large, whole, word
-from sakd_cli.report.render.sheet import Sheet, table
+from sakd_cli.report.render.sheet import Sheet, columns_of, table
 
 # Of a ratio, by whether it is slow and whether it has regressed.
 VERDICT = {(False, False): "", (True, False): "slower: measure again", (True, True): "slower twice in a row"}
@@ -12,16 +12,16 @@ VERDICT = {(False, False): "", (True, False): "slower: measure again", (True, Tr
 
 def bench_tables(found: Bench) -> list[RenderableType]:
     """Steps, phases, and, where they were measured, one axis and the comparison with an earlier result."""
-    columns = {"Phase": lambda phase: word(phase.name), "ms": lambda phase: fixed(phase.ms, 1)}
-    columns["%"] = lambda phase: fraction(phase.fraction)
+    columns = (
+        columns_of(word, {"Phase": "name"})
+        | columns_of(_tenths, {"ms": "ms"})
+        | columns_of(fraction, {"%": "fraction"})
+    )
     tables: list[RenderableType] = [_steps(found), table("Our step by phase", found.phases, columns)]
     if found.scaling is not None:
-        columns = {
-            word(found.scaling.axis): lambda point: word(point.value),
-            "adaptive ms": lambda point: fixed(point.ms, 1),
-            "kd ms": lambda point: fixed(point.kd_ms, 1),
-            "adaptive / kd": lambda point: fixed(point.ratio, 2),
-        }
+        columns = columns_of(word, {word(found.scaling.axis): "value"})
+        columns |= columns_of(_tenths, {"adaptive ms": "ms", "kd ms": "kd_ms"})
+        columns["adaptive / kd"] = lambda point: fixed(point.ratio, 2)
         tables.append(table("Scaling", found.scaling.points, columns))
     if (compared := found.comparison) is not None:
         rows = [
@@ -61,6 +61,10 @@ def _steps(found: Bench) -> Sheet:
         f"{_bytes(where['process_peak_bytes'])}.",
     ]
     return table("Cost of a step", found.steps, columns, notes)
+
+
+def _tenths(value: float | None) -> str:
+    return fixed(value, 1)
 
 
 def _bytes(value: int | None) -> str:

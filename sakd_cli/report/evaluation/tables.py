@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Quartiles
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
 from sakd_cli.report.render.format import bar, fixed, fraction, large, whole, word
-from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, table
+from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
 
 EXTREMES = 10  # best and worst classes ...
 ALL_CLASSES = 25  # ... unless there are no more than this
@@ -15,6 +15,9 @@ PAIRS = 8  # confusions shown
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXPLAINED = ["ECE: expected calibration error in 15 bins. Times: median and quartiles, after a warm-up."]
 OF_TEACHER = "Both wrong, teacher only wrong, student only wrong: images by whose answer is wrong."
+SCORES: Columns = columns_of(lambda top: fixed(top, 2), {"Top-1 %": "top1", "Top-5 %": "top5"})
+SCORES["Loss"] = lambda one: fixed(one.loss, 3)
+COSTS = columns_of(large, {"Parameters": "parameters", "MACs": "macs"})
 AnyEvaluation = Evaluation | EnsembleEvaluation
 Cells = dict[str, str]
 
@@ -31,10 +34,10 @@ def score_tables(results: Sequence[AnyEvaluation]) -> list[RenderableType]:
 
 
 def _calibration(result: AnyEvaluation) -> Cells:
-    cells = {"NLL, nats": fixed(result.loss, 3)}
+    figures = {"NLL, nats": fixed(result.loss, 3)}
     if isinstance(result, Evaluation):
-        cells |= {"Brier score": fixed(result.brier, 4), "ECE": fixed(result.ece, 4)}
-    return cells
+        figures |= {"Brier score": fixed(result.brier, 4), "ECE": fixed(result.ece, 4)}
+    return figures
 
 
 def _timed(times: Quartiles, digits: int) -> str:
@@ -109,29 +112,16 @@ def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
 
 
 def _confusions(result: Evaluation) -> list[RenderableType]:
-    columns = {
-        "Class": lambda pair: word(pair.class_),
-        "Predicted as": lambda pair: word(pair.predicted_as),
-        "Images": lambda pair: whole(pair.images),
-        "% of class": lambda pair: fraction(pair.fraction),
-    }
+    columns = columns_of(word, {"Class": "class_", "Predicted as": "predicted_as"})
+    columns |= columns_of(whole, {"Images": "images"}) | columns_of(fraction, {"% of class": "fraction"})
     pairs = result.confusions[:PAIRS]
     return [table("Most frequent confusions", pairs, columns, text=2)] if pairs else []
 
 
 def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
     """The metrics, the branches of a student-friendly teacher, and the classes."""
-    columns = {
-        "Network": lambda one: word(one.network),
-        "Data": lambda one: word(one.dataset),
-        "Split": lambda one: word(one.split),
-        "Images": lambda one: whole(one.images),
-        "Top-1 %": lambda one: fixed(one.top1, 2),
-        "Top-5 %": lambda one: fixed(one.top5, 2),
-        "Loss": lambda one: fixed(one.loss, 3),
-        "Parameters": lambda one: large(one.parameters),
-        "MACs": lambda one: large(one.macs),
-    }
+    columns = columns_of(word, {"Network": "network", "Data": "dataset", "Split": "split"})
+    columns |= columns_of(whole, {"Images": "images"}) | SCORES | COSTS
     tables: list[RenderableType] = [table("Evaluation", [result], columns, text=3)]
     if isinstance(result, Evaluation) and result.branches:
         tables.append(branch_table(result.branches))
@@ -141,14 +131,14 @@ def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
     )
     if not measured:
         return tables
-    cells = [
+    ranked = [
         [str(rank), word(name), whole(images), fixed(top1, 1), bar(top1 / 100, BAR)]
         for rank, (top1, name, images) in enumerate(measured, start=1)
     ]
-    shown, left_out = both_ends(cells, EXTREMES if len(cells) > ALL_CLASSES else len(cells))
+    shown, left_out = both_ends(ranked, EXTREMES if len(ranked) > ALL_CLASSES else len(ranked))
     notes, empty = [], len(result.classes) - len(measured)
     if left_out:
-        notes.append(f"The {EXTREMES} best and the {EXTREMES} worst of {len(cells)} classes; all of them: --json")
+        notes.append(f"The {EXTREMES} best and the {EXTREMES} worst of {len(ranked)} classes; all of them: --json")
     if empty:
         notes.append(f"{empty} of {len(result.classes)} classes have no image here.")
     return [*tables, Sheet("By class", ("#", "Class", "Images", "Top-1 %", ""), shown, notes, text=["Class"])]
@@ -156,16 +146,7 @@ def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
 
 def branch_table(branches: Sequence[Branch]) -> Sheet:
     """Where each student branch of a student-friendly teacher hangs, how good it is, what it costs."""
-    columns = {
-        "Student": lambda branch: word(branch.student),
-        "Behind": lambda branch: word(branch.behind),
-        "Transform": lambda branch: word(branch.transform),
-        "Top-1 %": lambda branch: fixed(branch.top1, 2),
-        "Top-5 %": lambda branch: fixed(branch.top5, 2),
-        "Loss": lambda branch: fixed(branch.loss, 3),
-        "Parameters": lambda branch: large(branch.parameters),
-        "MACs": lambda branch: large(branch.macs),
-    }
+    columns = columns_of(word, {"Student": "student", "Behind": "behind", "Transform": "transform"}) | SCORES | COSTS
     macs = large(sum(branch.macs for branch in branches))
     note = f"They add {macs} MACs per image and pass to the training, nothing to the teacher's use."
     return table("Student branches", branches, columns, [note], text=3)

@@ -17,6 +17,7 @@ from rich.text import Text
 from sakd_cli.report.render.format import plain
 
 Row = TypeVar("Row")
+Columns = dict[str, Callable[[Any], str]]  # by header, how the cell of a row is written
 GAP = 2  # columns between two columns
 TEXT_LEAST = 12  # narrower than this, running text in a column is no pleasure to read
 MORE = ("⋮",)  # a row that stands for rows left out
@@ -109,12 +110,21 @@ class Sheet:
 def table(
     title: str,
     rows: Iterable[Any],
-    columns: Mapping[str, Callable[[Any], str]],
+    columns: Columns,
     notes: Sequence[str] = (),
     text: int | Collection[str] = 1,
 ) -> Sheet:
     """A table of one line per row; `columns` gives by header how a row's cell is written; `text` as in `Sheet`."""
     return Sheet(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows], notes, text)
+
+
+def columns_of(show: Callable[[Any], str], attributes: Mapping[str, str]) -> Columns:
+    """Columns of `table` by header: which attribute of a row stands there, all written by `show`."""
+
+    def cell(attribute: str) -> Callable[[Any], str]:
+        return lambda row: show(getattr(row, attribute))
+
+    return {header: cell(attribute) for header, attribute in attributes.items()}
 
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:

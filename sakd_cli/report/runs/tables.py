@@ -4,9 +4,9 @@ from rich.console import Group, RenderableType
 
 from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
-from sakd_cli.report.evaluation.tables import branch_table
+from sakd_cli.report.evaluation.tables import COSTS, branch_table
 from sakd_cli.report.render.format import duration, fixed, large, points, shape, whole, word
-from sakd_cli.report.render.sheet import Sheet, table
+from sakd_cli.report.render.sheet import Sheet, columns_of, table
 from sakd_cli.report.spots.tables import mixture_table
 
 
@@ -57,19 +57,12 @@ def plan_table(plan: Plan) -> RenderableType:
     """What a run would do (`--dry-run`): its networks, how much of them is trained, and its spots."""
     # Counted by optimizer group: a student's group also holds what its distiller learns.
     trained = [f"{word(name)} {large(count)}" for name, count in plan.trainable.items() if count]
-    rows = [[word(one.role), word(one.name), large(one.parameters), large(one.macs)] for one in plan.networks]
     note = [f"Trained parameters: {', '.join(trained)}."] if trained else []
-    parts = Sheet("Networks", ("Role", "Name", "Parameters", "MACs"), rows, note, text=2)
-    columns = {
-        "Spot": lambda spot: word(spot.name),
-        "Kind": lambda spot: word(spot.kind),
-        "Student stage": lambda spot: word(spot.student_stage),
-        "Teacher stage": lambda spot: word(spot.teacher_stage),
-        "To teacher": lambda spot: word(spot.student_to_teacher),
-        "To student": lambda spot: word(spot.teacher_to_student),
-        "Student shape": lambda spot: shape(spot.student_shape),
-        "Teacher shape": lambda spot: shape(spot.teacher_shape),
-    }
+    parts = table("Networks", plan.networks, columns_of(word, {"Role": "role", "Name": "name"}) | COSTS, note, text=2)
+    columns = columns_of(word, {"Spot": "name", "Kind": "kind", "Student stage": "student_stage"})
+    columns |= columns_of(word, {"Teacher stage": "teacher_stage", "To teacher": "student_to_teacher"})
+    columns |= columns_of(word, {"To student": "teacher_to_student"})
+    columns |= columns_of(shape, {"Student shape": "student_shape", "Teacher shape": "teacher_shape"})
     notes = ["To teacher: the student-to-teacher adapter; to student: the way back."]
     adapted = any(spot.student_to_teacher for spot in plan.spots)
     tables = [parts, *([table("Spots", plan.spots, columns, notes if adapted else [], text=6)] if plan.spots else [])]

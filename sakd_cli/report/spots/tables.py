@@ -4,7 +4,7 @@ from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, whole, word
-from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, left_out, table, thinned
+from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, columns_of, left_out, table, thinned
 
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
 EPOCH_ROWS = 20
@@ -41,8 +41,8 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
 def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int | None = 3) -> dict[str, list[Sheet]]:
     """The sections that are there; `top` classes and `extremes` images at each end, None: all that there are."""
     names, by = [spot.name for spot in measured.spots], measured.difficulty
-    cells = by.by_correctness if by else []
-    correctness = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in cells]
+    answers = by.by_correctness if by else []
+    correctness = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in answers]
     tables = {
         "spots": [_spots(measured)],
         "classes": [_classes(measured.classes, names, top)] if measured.classes else [],
@@ -134,32 +134,24 @@ def _by_class(
     title: str, more: list[str], rows: list[ClassRow], names: list[str], notes: list[str], top: int | None
 ) -> Sheet:
     """The classes that have images, from the highest deviation to the lowest; `more`: further columns."""
-    known = [(row.peak, row, cells, means) for row, cells, means in rows if row.peak is not None]
+    known = [(row.peak, row, more_cells, means) for row, more_cells, means in rows if row.peak is not None]
     ranked = sorted(known, key=lambda one: one[0], reverse=True)
-    cells = [
+    lines = [
         [str(rank), word(row.name), *more_cells]
         # Six characters hold any deviation (−100.0), so that the means stand under each other.
         + [f"{fraction(mean)} {deviation(d):>6}" for mean, d in zip(means, row.deviation, strict=True)]
         for rank, (_, row, more_cells, means) in enumerate(ranked, start=1)
     ]
-    shown, marked = both_ends(cells, top)
-    notes = [*notes, *left_out(len(shown) - marked, len(cells), "classes")]
+    shown, marked = both_ends(lines, top)
+    notes = [*notes, *left_out(len(shown) - marked, len(ranked), "classes")]
     return Sheet(title, ["#", "Class", *more, *map(word, names)], shown, notes, text=["Class"])
 
 
 def _spots(measured: doc.Measured) -> Sheet:
-    columns = {
-        "Spot": lambda spot: word(spot.name),
-        "Student": lambda spot: word(spot.student_stage),
-        "Teacher": lambda spot: word(spot.teacher_stage),
-        "Mean": lambda spot: fraction(spot.mean),
-        "Sampled": lambda spot: fraction(spot.sampled),
-        "> 50": lambda spot: fraction(spot.above_half),
-        "Entropy (bits)": lambda spot: fixed(spot.entropy, 2),
-        "5 %": lambda spot: fraction(spot.p05),
-        "50 %": lambda spot: fraction(spot.p50),
-        "95 %": lambda spot: fraction(spot.p95),
-    }
+    columns = columns_of(word, {"Spot": "name", "Student": "student_stage", "Teacher": "teacher_stage"})
+    columns |= columns_of(fraction, {"Mean": "mean", "Sampled": "sampled", "> 50": "above_half"})
+    columns["Entropy (bits)"] = lambda spot: fixed(spot.entropy, 2)
+    columns |= columns_of(fraction, {"5 %": "p05", "50 %": "p50", "95 %": "p95"})
     of = f" of {word(measured.dataset)}" if measured.dataset else ""
     notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
     title = f"The trained router ({WHAT[measured.value]})"
@@ -184,25 +176,21 @@ def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[st
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
     shown = paths if top is None else paths[:PATHS]
-    columns = {"Path": lambda row: row.path, "Fraction": lambda row: fraction(row.fraction)}
+    columns = columns_of(str, {"Path": "path"}) | columns_of(fraction, {"Fraction": "fraction"})
     columns[""] = lambda row: bar(row.fraction, BAR)
     notes = [f"A letter per spot ({', '.join(map(word, names))}): T the teacher's part, S the student's."]
     return table("Paths (%)", shown, columns, [*notes, *left_out(len(shown), len(paths), "paths")])
 
 
 def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
-    columns = {
-        "Value": lambda row: fraction(row.value),
-        "Image": lambda row: str(row.index),
-        "Class": lambda row: word(row.label),
-        "Student predicts": lambda row: word(row.student_prediction),
-        "Teacher predicts": lambda row: word(row.teacher_prediction),
-        "Student loss": lambda row: fixed(row.student_loss, 2),
-        "Teacher confidence": lambda row: fraction(row.teacher_confidence),
-    }
+    predictions = {"Student predicts": "student_prediction", "Teacher predicts": "teacher_prediction"}
+    columns = columns_of(fraction, {"Value": "value"}) | columns_of(str, {"Image": "index"})
+    columns |= columns_of(word, {"Class": "label"} | predictions)
+    columns["Student loss"] = lambda row: fixed(row.student_loss, 2)
+    columns |= columns_of(fraction, {"Teacher confidence": "teacher_confidence"})
     images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
     notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
-    return table(f"Extremes at {word(ends.spot)} (%)", images, columns, notes, list(columns)[2:5])
+    return table(f"Extremes at {word(ends.spot)} (%)", images, columns, notes, ["Class", *predictions])
 
 
 def _routed(routed: doc.RoutedNetwork) -> Sheet:
