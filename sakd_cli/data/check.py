@@ -1,7 +1,7 @@
 """What is wrong with a data set: everything at once, where a run would end at the first fault"""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import table
@@ -27,13 +27,7 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
         if fault is not None:
             findings.append(DataFinding(kind="unreadable", path=fault.path, text=fault.reason))
         advance(number)
-    parts = [_part(split.folder, list(map(len, split.files.values()))) for split in splits]
-    return _document(config, len(found.classes), parts, findings)
-
-
-def _part(folder: Path | str, sizes: Sequence[int]) -> DataPart:
-    smallest, largest = min(sizes, default=0), max(sizes, default=0)
-    return DataPart(folder=str(folder), images=sum(sizes), classes=len(sizes), min=smallest, max=largest)
+    return _document(config, len(found.classes), {s.folder: list(map(len, s.files.values())) for s in splits}, findings)
 
 
 def _loaded(config: DataConfig) -> DataCheck:
@@ -42,14 +36,21 @@ def _loaded(config: DataConfig) -> DataCheck:
         data = table.load(config.model_copy(update={"download": False}))
     except DataError as error:
         finding = DataFinding(kind="missing", path=str(config.root or ""), text=error.message)
-        return _document(config, 0, [], [finding])
+        return _document(config, 0, {}, [finding])
     count = len(data.classes)
     splits = {"train": data.train, "test": data.test}
-    parts = [_part(name, split.labels.bincount(minlength=count).tolist()) for name, split in splits.items()]
-    return _document(config, count, parts, [])
+    sizes = {name: split.labels.bincount(minlength=count).tolist() for name, split in splits.items()}
+    return _document(config, count, sizes, [])
 
 
-def _document(config: DataConfig, classes: int, parts: list[DataPart], findings: list[DataFinding]) -> DataCheck:
+def _document(
+    config: DataConfig, classes: int, sizes: Mapping[Any, list[int]], findings: list[DataFinding]
+) -> DataCheck:
+    """`sizes`: images of each class, by the folder or the name of a part."""
+    parts = [
+        DataPart(folder=str(name), images=sum(n), classes=len(n), min=min(n, default=0), max=max(n, default=0))
+        for name, n in sizes.items()
+    ]
     root = None if config.root is None else str(config.root)
     read = sum(part.images for part in parts)
     return DataCheck(dataset=config.name, root=root, classes=classes, parts=parts, read=read, findings=findings)

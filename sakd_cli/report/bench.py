@@ -12,11 +12,8 @@ VERDICT = {(False, False): "", (True, False): "slower: measure again", (True, Tr
 
 def bench_tables(found: Bench) -> list[RenderableType]:
     """Steps, phases, and, where they were measured, one axis and the comparison with an earlier result."""
-    columns = (
-        columns_of(word, {"Phase": "name"})
-        | columns_of(_tenths, {"ms": "ms"})
-        | columns_of(fraction, {"%": "fraction"})
-    )
+    columns = columns_of(word, {"Phase": "name"}) | columns_of(_tenths, {"ms": "ms"})
+    columns |= columns_of(fraction, {"%": "fraction"})
     tables: list[RenderableType] = [_steps(found), table("Our step by phase", found.phases, columns)]
     if found.scaling is not None:
         columns = columns_of(word, {word(found.scaling.axis): "value"})
@@ -39,18 +36,13 @@ def bench_tables(found: Bench) -> list[RenderableType]:
 def _steps(found: Bench) -> Sheet:
     setup, where = found.setup, found.environment
     ratios = {ratio.above: fixed(ratio.median, 2) for ratio in found.ratios}
-    columns = {
-        "Step": lambda step: word(step.name),
-        "ms": lambda step: fixed(step.ms, 1),
-        "min-max": lambda step: f"{fixed(step.ms_low, 1)}-{fixed(step.ms_high, 1)}",
-        "images/s": lambda step: whole(step.images_per_second),
-        "/ adaptive": lambda step: ratios.get(step.name, "1"),
-        "GFLOP": lambda step: fixed(step.gflop, 2),
-        "/s": lambda step: fixed(step.gflop_per_second, 1),
-        "syncs": lambda step: whole(step.synchronisations),
-        "saved": lambda step: _bytes(step.saved_bytes),
-        "peak": lambda step: _bytes(step.peak_bytes),
-    }
+    columns = columns_of(word, {"Step": "name"}) | columns_of(_tenths, {"ms": "ms"})
+    columns["min-max"] = lambda step: f"{fixed(step.ms_low, 1)}-{fixed(step.ms_high, 1)}"
+    columns |= columns_of(whole, {"images/s": "images_per_second"})
+    columns["/ adaptive"] = lambda step: ratios.get(step.name, "1")
+    columns["GFLOP"] = lambda step: fixed(step.gflop, 2)
+    columns |= columns_of(_tenths, {"/s": "gflop_per_second"}) | columns_of(whole, {"syncs": "synchronisations"})
+    columns |= columns_of(_bytes, {"saved": "saved_bytes", "peak": "peak_bytes"})
     notes = [f"{word(step.name)}: {word(step.about)}" for step in found.steps]
     notes += [
         f"{word(setup.teacher)} → {word(setup.student)}, batch {setup.batch} of {setup.side} pixels, "

@@ -103,27 +103,16 @@ def run_curve(run: RunDir) -> list[Point]:
 
 
 def _row(run: RunDir, settings: _Settings, group: int) -> RunRow:
-    results: dict[str, Any] = {}
+    keys = {"task": "task", "dataset": "data.name", "method": "method.name", "router": "router.name"}
+    keys |= {"seed": "seed", "epochs": "train.epochs"}
+    found: dict[str, Any] = {"network": settings.network} | {name: settings[key] for name, key in keys.items()}
     if run.finished:
         summary = run.summary
-        results = {key: getattr(summary.last, key) for key in ("top1", "top5", "loss")}
-        results |= {"seconds": summary.seconds, "teacher_top1": summary.teacher and summary.teacher.top1}
-        results["best"] = BestEpoch(epoch=summary.best.epoch, top1=summary.best.top1)
+        found |= {key: getattr(summary.last, key) for key in ("top1", "top5", "loss")}
+        found |= {"seconds": summary.seconds, "teacher_top1": summary.teacher and summary.teacher.top1}
+        found["best"] = BestEpoch(epoch=summary.best.epoch, top1=summary.best.top1)
     try:
-        return RunRow(
-            run=plain(run.path),
-            finished=run.finished,
-            task=settings["task"],
-            network=settings.network,
-            dataset=settings["data.name"],
-            method=settings["method.name"],
-            router=settings["router.name"],
-            seed=settings["seed"],
-            epochs=settings["train.epochs"],
-            curve=run_curve(run),
-            group=group,
-            **results,
-        )
+        return RunRow(run=plain(run.path), finished=run.finished, curve=run_curve(run), group=group, **found)
     except ValidationError:
         raise UsageError(f"{run.path}: its config.yaml is damaged") from None
 

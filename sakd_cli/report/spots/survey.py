@@ -194,16 +194,15 @@ def by_peak(row: doc.ClassDeviation) -> tuple[bool, float]:
     return row.peak is None, -abs(row.peak or 0)
 
 
-def _correct(answers: "dict[str, Column]", who: str) -> "Column":
-    correct: Column = answers[f"{who}_prediction"] == answers["label"]
-    return correct
+def _correct(answers: "dict[str, Column]") -> "list[Column]":
+    return [answers[f"{who}_prediction"] == answers["label"] for who in ("student", "teacher")]
 
 
 def _group(used: "Column", answers: "dict[str, Column]", rows: "Column") -> doc.ImageGroup:
     """`rows`: a mask or indices."""
     if not (count := int(rows.sum()) if rows.dtype == bool else len(rows)):
         return doc.ImageGroup(images=0, mean=[None] * used.shape[1], student_top1=None, teacher_top1=None)
-    student, teacher = (100 * float(_correct(answers, who)[rows].mean()) for who in ("student", "teacher"))
+    student, teacher = (100 * float(right[rows].mean()) for right in _correct(answers))
     mean = used[rows].mean(axis=0).tolist()
     return doc.ImageGroup(images=count, mean=mean, student_top1=student, teacher_top1=teacher)
 
@@ -238,7 +237,7 @@ def _difficulty(used: "Column", answers: "dict[str, Column]") -> doc.Difficulty:
         parts = np.array_split(np.argsort(measure, kind="stable"), BINS)
         return [decile(measure, rows) for rows in parts if len(rows)]
 
-    student, teacher = (_correct(answers, who) for who in ("student", "teacher"))
+    student, teacher = _correct(answers)
     cells = []
     for s, t in product((True, False), repeat=2):
         group = _group(used, answers, (student == s) & (teacher == t))
