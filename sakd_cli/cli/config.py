@@ -47,7 +47,7 @@ def show_config(options: Values, json: bool, task: str, origin: bool, describe: 
     elif not listed:
         show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
     else:
-        from sakd_cli.report.render.listing import listing_table
+        from sakd_cli.report.render.sheet import listing_table
 
         rows = [key.model_dump(exclude_none=True) | {"value": str(key.value)} for key in keys]
         show(listing_table(f"config of {task}", rows))

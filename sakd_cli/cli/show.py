@@ -35,7 +35,7 @@ def listing(options: Values, json: bool, kind: Annotated[Kind, typer.Argument(he
     if json:
         emit(document)
         return
-    from sakd_cli.report.render.listing import listing_table
+    from sakd_cli.report.render.sheet import listing_table
 
     show(listing_table(kind, [row.model_dump(exclude_none=True) for row in document.rows]))
     if kind == "models":
@@ -97,7 +97,7 @@ def show_method(
     if json:
         emit(document)
         return
-    from sakd_cli.report.render.listing import listing_table
+    from sakd_cli.report.render.sheet import listing_table
 
     rows = [{"key": f"method.{key}", "default": value} for key, value in document.defaults.items()]
     show(
@@ -126,7 +126,7 @@ def show_key(
     if json:
         emit(document)
         return
-    from sakd_cli.report.render.listing import listing_table
+    from sakd_cli.report.render.sheet import listing_table
 
     for text in dict.fromkeys(row.description for row in document.rows):
         show(f"{key}: {text}\n")

@@ -1,6 +1,10 @@
 """An ensemble whose images leave early or all go to the end: its metrics, its cost, and the curve between the two."""
 
 from collections.abc import Iterable, Sequence
+<<<<<<< HEAD
+=======
+from typing import Any, final
+>>>>>>> beec39b (Curve of early exits and quality without repeated fields; listings beside tables)
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +57,7 @@ def exit_metrics(
     """Metrics and cost of an ensemble under given exits."""
     scores, left = evaluate_batches(ensemble, exits, batches, classes)
     costs = exit_costs(left, macs, teacher_macs)
-    return ExitMetrics(top1=scores.top1, top5=scores.top5, loss=scores.loss, **dict(costs))
+    return ExitMetrics(**scores.metrics(), **dict(costs))
 
 
 @torch.inference_mode()
@@ -72,19 +76,15 @@ def exit_curve(
         ranked = uncertainties.flatten().sort().values
         places = torch.linspace(0, len(ranked) - 1, POINTS - 1).long().tolist()
         grid += sorted({float(ranked[place]) for place in places})
-    found = []
+    found: list[dict[str, Any]] = []
     for theta in grid:
         left = exit_stage(uncertainties, [theta] * len(uncertainties))
         answers = predictions.gather(0, left[None])[0]
         top1, agreement = (100 * float((answers == right).double().mean()) for right in (labels, predictions[-1]))
-        found.append((theta, top1, agreement, exit_costs(left.cpu(), macs, teacher_macs)))
-    best = pareto([(costs.macs, top1) for _, top1, _, costs in found])
-    return [
-        ExitPoint(
-            theta=None if theta == NEVER else theta, top1=top1, agreement=agreement, pareto=place in best, **dict(costs)
-        )
-        for place, (theta, top1, agreement, costs) in enumerate(found)
-    ]
+        point = {"theta": None if theta == NEVER else theta, "top1": top1, "agreement": agreement}
+        found.append(point | dict(exit_costs(left.cpu(), macs, teacher_macs)))
+    best = pareto([(point["macs"], point["top1"]) for point in found])
+    return [ExitPoint(**point, pareto=place in best) for place, point in enumerate(found)]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> set[int]:

@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from sakd_cli.report.render.format import plain
+from sakd_cli.report.render.format import DASH, large, plain, word
 
 Row = TypeVar("Row")
 Columns = dict[str, Callable[[Any], str]]  # by header, how the cell of a row is written
@@ -144,3 +144,30 @@ def both_ends(rows: list[list[str]], top: int | None) -> tuple[list[Sequence[str
 def left_out(shown: int, total: int, things: str) -> list[str]:
     """The note below a table that leaves rows out."""
     return [f"{shown} of {total} {things} are shown; all of them: --json"] if shown < total else []
+
+
+def listing_table(title: str, rows: list[dict[str, Any]]) -> Sheet:
+    """Rows with whatever keys they have, a column each, in the order in which the keys come."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    if not keys:
+        return Sheet(title, [], [], ["none"])
+    titles = {key: {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()) for key in keys}
+    texts = [
+        header
+        for key, header in titles.items()
+        if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)
+    ]
+    cells = [[_listed(key, row.get(key)) for key in keys] for row in rows]
+    return Sheet(title, list(titles.values()), cells, text=texts)
+
+
+def _listed(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(word(part) for part in value) or DASH
+    if isinstance(value, int):
+        return large(value) if key in ("parameters", "macs") else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"  # settings among them: 0.0005 must not become 0.00
+    return word(value)
