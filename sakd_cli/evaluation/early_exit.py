@@ -1,10 +1,7 @@
 """An ensemble whose images leave early or all go to the end: its metrics, its cost, and the curve between the two."""
 
 from collections.abc import Iterable, Sequence
-<<<<<<< HEAD
-=======
-from typing import Any, final
->>>>>>> beec39b (Curve of early exits and quality without repeated fields; listings beside tables)
+from typing import Any
 
 import torch
 from torch import Tensor, nn

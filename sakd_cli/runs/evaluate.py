@@ -173,16 +173,7 @@ def _quality(
     parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
     scores = score_logits(parts, len(images.dataset.classes))
     (brier, ece), costs = calibration(answers.logits, labels), cost(model, images.side)
-<<<<<<< HEAD
-    return Quality(
-        **scores.metrics(),
-        brier=brier,
-        ece=ece,
-        **costs._asdict(),
-    ), scores
-=======
     return Quality(**scores.metrics(), brier=brier, ece=ece, **costs._asdict()), scores
->>>>>>> beec39b (Curve of early exits and quality without repeated fields; listings beside tables)
 
 
 def followed(batches: EvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
