@@ -17,6 +17,7 @@ from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
+from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
 from sakd_cli.engine import checkpoint, tensorboard
 from sakd_cli.engine.evaluate import evaluate
@@ -61,7 +62,7 @@ class FolderWriter(MemberWriter):
         self.folder = "student" if job.teacher else "teacher"
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
-        artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | facts)
+        artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | rounded(facts))
         for extension in self.extensions:
             extension.publish(run.path, run.path / self.folder / "model.safetensors")
 
