@@ -152,13 +152,9 @@ def listing_table(title: str, rows: list[dict[str, Any]]) -> Sheet:
     if not keys:
         return Sheet(title, [], [], ["none"])
     titles = {key: {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()) for key in keys}
-    texts = [
-        header
-        for key, header in titles.items()
-        if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)
-    ]
+    named = [key for key in keys if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)]
     cells = [[_listed(key, row.get(key)) for key in keys] for row in rows]
-    return Sheet(title, list(titles.values()), cells, text=texts)
+    return Sheet(title, list(titles.values()), cells, text=[titles[key] for key in named])
 
 
 def _listed(key: str, value: Any) -> str:
