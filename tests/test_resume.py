@@ -224,8 +224,8 @@ def test_one_directory_has_one_process(fork_server: ForkServer) -> None:
 
 
 MISTAKES = """
-resume changes no word of a run, but train.epochs is 2 there and 3 here | distill --resume finished --epochs 3
-resume changes no word of a run, but method.name is 'fitnet' there      | distill --resume finished --method at
+resume changes no setting of a run, but train.epochs is 2 there and 3 here | distill --resume finished --epochs 3
+resume changes no setting of a run, but method.name is 'fitnet' there      | distill --resume finished --method at
 finished: is a run of 'distill', not of 'pretrain'                      | pretrain-teacher --resume finished
 nowhere: not a run directory                                            | distill --resume nowhere
 it goes with neither --run-dir nor --overwrite                          | distill --resume finished --overwrite
