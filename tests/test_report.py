@@ -188,7 +188,7 @@ def test_plain() -> None:
     assert format.plain(HOSTILE) == HARMLESS
     assert format.plain("naïve 猫") == "naïve 猫"
     assert format.plain("\x1bc\x1b(B\x1b") == ""
-    assert format.word("\x1b[0m") == format.word(None) == format.DASH
+    assert format.named("\x1b[0m") == format.named(None) == format.DASH
 
 
 def test_names_from_files_are_shown_as_plain_text(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.report.render.format import duration, fixed, number, plain, word
+from sakd_cli.report.render.format import duration, fixed, named, number, plain
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
@@ -127,7 +127,7 @@ def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: Consol
 
 def _executor(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
     """Raises UsageError where it is not to be had, or the settings are not for it."""
-    resources = dict(_assignment(word) for word in params["resource"] or [])
+    resources = dict(_assignment(named) for named in params["resource"] or [])
     per_gpu, where = params["jobs_per_gpu"], params["executor"]
     if where == "local":
         if resources:
@@ -250,7 +250,7 @@ class ProgressTable:
                 left = (time.monotonic() - since) / (epoch - first) * (epochs - epoch)
         shown = "" if epoch is None else f"{epoch}/{epochs}"
         remaining = "" if left is None else duration(left)
-        return [entry.member.key, _state(entry), shown, word(step), fixed(top1, 2), remaining]
+        return [entry.member.key, _state(entry), shown, named(step), fixed(top1, 2), remaining]
 
 
 def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:

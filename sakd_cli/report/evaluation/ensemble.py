@@ -6,7 +6,7 @@ from rich.console import RenderableType
 
 from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, ExitPoint
 from sakd_cli.documents.training import EnsembleTraining
-from sakd_cli.report.render.format import fixed, fraction, large, whole, word
+from sakd_cli.report.render.format import fixed, fraction, large, named, whole
 from sakd_cli.report.render.sheet import Sheet, table
 
 
@@ -24,7 +24,7 @@ def ensemble_summary(found: EnsembleTraining) -> RenderableType:
         for label, side in (("Early exits", found.early), ("All members for every image", found.all))
     ]
     dropped = ", the last one was dropped" if found.dropped else ""
-    notes.append(f"No further residual student: {word(found.stopped)}{dropped}.")
+    notes.append(f"No further residual student: {named(found.stopped)}{dropped}.")
     exits = found.early.exits
     return _stages(found, exits, sum(exits), found.teacher.macs, notes)
 
@@ -37,7 +37,7 @@ def _stages(
     rows, total = [], 0
     for place, (name, macs) in enumerate(zip(found.members, found.member_macs, strict=True)):
         total += macs
-        row = [whole(place), word(name), large(macs), fraction(total / teacher if teacher else None)]
+        row = [whole(place), named(name), large(macs), fraction(total / teacher if teacher else None)]
         if trained:
             energies = (trained.energies.calibration, trained.energies.train)
             row += [fixed(trained.stage_top1[place], 2), *(fixed(values[place], 3) for values in energies)]
@@ -54,7 +54,7 @@ def _stages(
 
 def _cost_note(found: EnsembleExits) -> str:
     teacher = found.teacher.macs
-    how = f"rule {word(found.rule)}" if found.early_exit else "every image goes to the end"
+    how = f"rule {named(found.rule)}" if found.early_exit else "every image goes to the end"
     text = f"Mean cost {large(found.macs)} MACs per image ({how})"
     if found.cost is None or not teacher:
         return f"{text}; the teacher is not known."

@@ -6,7 +6,7 @@ from rich.console import RenderableType
 
 from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Quartiles
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
-from sakd_cli.report.render.format import bar, fixed, fraction, large, whole, word
+from sakd_cli.report.render.format import bar, fixed, fraction, large, named, whole
 from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
 
 EXTREMES = 10  # best and worst classes ...
@@ -91,15 +91,15 @@ def _notes(results: Sequence[AnyEvaluation]) -> list[str]:
 def _details(result: Evaluation) -> Sheet:
     notes = _notes([result])
     if result.teacher:
-        notes = [*notes, f"Teacher: {word(result.teacher.network)} from {word(result.teacher.path)}"]
+        notes = [*notes, f"Teacher: {named(result.teacher.network)} from {named(result.teacher.path)}"]
     rows = _rows([_calibration(result) | _speed(result) | _teacher(result)])
-    return Sheet("More than accuracy", ("", word(result.network)), rows, notes)
+    return Sheet("More than accuracy", ("", named(result.network)), rows, notes)
 
 
 def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
     names = [NAMES[place] if len(results) <= len(NAMES) else str(place + 1) for place in range(len(results))]
     cells = [
-        {"Network": word(result.network), "Data": word(result.dataset)}
+        {"Network": named(result.network), "Data": named(result.dataset)}
         | {"Top-1 %": fixed(result.top1, 2), "Top-5 %": fixed(result.top5, 2)}
         | _calibration(result)
         | {"Parameters": large(result.parameters), "MACs": large(result.macs)}
@@ -107,12 +107,12 @@ def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
         | _teacher(result)
         for result in results
     ]
-    legend = [f"{name}: {word(result.weights)}" for name, result in zip(names, results, strict=True)]
+    legend = [f"{name}: {named(result.weights)}" for name, result in zip(names, results, strict=True)]
     return Sheet("Evaluation", ["", *names], _rows(cells), [*_notes(results), *legend])
 
 
 def _confusions(result: Evaluation) -> list[RenderableType]:
-    columns = columns_of(word, {"Class": "class_", "Predicted as": "predicted_as"})
+    columns = columns_of(named, {"Class": "class_", "Predicted as": "predicted_as"})
     columns |= columns_of(whole, {"Images": "images"}) | columns_of(fraction, {"% of class": "fraction"})
     pairs = result.confusions[:PAIRS]
     return [table("Most frequent confusions", pairs, columns, text=2)] if pairs else []
@@ -120,7 +120,7 @@ def _confusions(result: Evaluation) -> list[RenderableType]:
 
 def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
     """The metrics, the branches of a student-friendly teacher, and the classes."""
-    columns = columns_of(word, {"Network": "network", "Data": "dataset", "Split": "split"})
+    columns = columns_of(named, {"Network": "network", "Data": "dataset", "Split": "split"})
     columns |= columns_of(whole, {"Images": "images"}) | SCORES | COSTS
     tables: list[RenderableType] = [table("Evaluation", [result], columns, text=3)]
     if isinstance(result, Evaluation) and result.branches:
@@ -132,7 +132,7 @@ def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
     if not measured:
         return tables
     ranked = [
-        [str(rank), word(name), whole(images), fixed(top1, 1), bar(top1 / 100, BAR)]
+        [str(rank), named(name), whole(images), fixed(top1, 1), bar(top1 / 100, BAR)]
         for rank, (top1, name, images) in enumerate(measured, start=1)
     ]
     shown, left_out = both_ends(ranked, EXTREMES if len(ranked) > ALL_CLASSES else len(ranked))
@@ -146,7 +146,7 @@ def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
 
 def branch_table(branches: Sequence[Branch]) -> Sheet:
     """Where each student branch of a student-friendly teacher hangs, how good it is, what it costs."""
-    columns = columns_of(word, {"Student": "student", "Behind": "behind", "Transform": "transform"}) | SCORES | COSTS
+    columns = columns_of(named, {"Student": "student", "Behind": "behind", "Transform": "transform"}) | SCORES | COSTS
     macs = large(sum(branch.macs for branch in branches))
     note = f"They add {macs} MACs per image and pass to the training, nothing to the teacher's use."
     return table("Student branches", branches, columns, [note], text=3)

@@ -48,7 +48,7 @@ def number(value: Any) -> float | None:
         return None
 
 
-def word(value: Any) -> str:
+def named(value: Any) -> str:
     """A name, or a dash."""
     return DASH if value is None else plain(value) or DASH
 
@@ -118,7 +118,7 @@ def duration(value: Any) -> str:
 
 def shape(value: Any) -> str:
     """`16×32×32`."""
-    return "×".join(word(part) for part in value) if isinstance(value, list | tuple) and value else DASH
+    return "×".join(named(part) for part in value) if isinstance(value, list | tuple) and value else DASH
 
 
 def bar(value: Any, length: int) -> str:

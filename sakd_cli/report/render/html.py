@@ -12,7 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.base import Part
-from sakd_cli.report.render.format import plain, word
+from sakd_cli.report.render.format import named, plain
 from sakd_cli.report.render.sheet import MORE, Sheet
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ document.querySelectorAll("table").forEach(table => table.querySelectorAll("th")
 
 def facts_of(document: Part, keys: Sequence[str]) -> list[tuple[str, str]]:
     """(name, value) of those fields of a document that have a value."""
-    return [(key.capitalize(), word(value)) for key in keys if (value := getattr(document, key)) is not None]
+    return [(key.capitalize(), named(value)) for key in keys if (value := getattr(document, key)) is not None]
 
 
 def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:

@@ -14,7 +14,7 @@ from sakd_cli.documents.spots import ClassDeviation, SpotsDocument
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.report.render.format import WHAT, fixed, fraction, plain, word
+from sakd_cli.report.render.format import WHAT, fixed, fraction, named, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
@@ -88,9 +88,9 @@ def mixture_map(record: Mixtures) -> "Figure":
                 axes.text(x, y, fraction(value), ha="center", va="center", fontsize=8, color=colour)
     step = -(-most // BLOCKS_NUMBERED)
     axes.set_xticks(range(0, most, step), [str(1 + x) for x in range(0, most, step)])
-    axes.set_yticks(range(len(rows)), [word(group.name) for group in record.groups])
+    axes.set_yticks(range(len(rows)), [named(group.name) for group in record.groups])
     axes.set_xlabel("block")
-    axes.set_title(f"{word(record.teacher)} on {word(record.dataset)}", fontsize=9)
+    axes.set_title(f"{named(record.teacher)} on {named(record.dataset)}", fontsize=9)
     figure.colorbar(image, label="weight (%)")
     return figure
 

@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from sakd_cli.report.render.format import DASH, large, plain, word
+from sakd_cli.report.render.format import DASH, large, named, plain
 
 Row = TypeVar("Row")
 Columns = dict[str, Callable[[Any], str]]  # by header, how the cell of a row is written
@@ -152,18 +152,18 @@ def listing_table(title: str, rows: list[dict[str, Any]]) -> Sheet:
     if not keys:
         return Sheet(title, [], [], ["none"])
     titles = {key: {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()) for key in keys}
-    named = [key for key in keys if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)]
+    texts = [key for key in keys if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)]
     cells = [[_listed(key, row.get(key)) for key in keys] for row in rows]
-    return Sheet(title, list(titles.values()), cells, text=[titles[key] for key in named])
+    return Sheet(title, list(titles.values()), cells, text=[titles[key] for key in texts])
 
 
 def _listed(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ", ".join(word(part) for part in value) or DASH
+        return ", ".join(named(part) for part in value) or DASH
     if isinstance(value, int):
         return large(value) if key in ("parameters", "macs") else str(value)
     if isinstance(value, float):
         return f"{value:g}"  # settings among them: 0.0005 must not become 0.00
-    return word(value)
+    return named(value)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from sakd_cli.documents.table import Comparison
-from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, plain, word
+from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain
 from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure
 from sakd_cli.report.render.sheet import Sheet, left_out, table, thinned
 
@@ -35,7 +35,7 @@ def _groups(document: Comparison) -> Sheet:
     if (tested := sum(versus.p is not None for versus in document.comparisons)) > 1:
         notes.append(f"Paired t-tests, not corrected for being {tested}.")
     columns = {
-        "Group": lambda group: word(group.label),
+        "Group": lambda group: named(group.label),
         "Seeds": lambda group: str(len(group.seeds)),
         "Top-1 %": lambda group: mean_std(group.top1),
         "95 % of the mean": lambda group: (
@@ -52,8 +52,8 @@ def _groups(document: Comparison) -> Sheet:
 
 def _runs(document: Comparison) -> Sheet:
     columns = {
-        "Group": lambda run: word(document.groups[run.group].label) + " (not finished)" * (not run.finished),
-        "Seed": lambda run: word(run.seed),
+        "Group": lambda run: named(document.groups[run.group].label) + " (not finished)" * (not run.finished),
+        "Seed": lambda run: named(run.seed),
         "Top-1 %": lambda run: fixed(run.top1, 2),
         "Best %": lambda run: fixed(run.best.top1, 2),
         "NLL": lambda run: fixed(run.loss, 3),
@@ -68,7 +68,7 @@ def _settings(document: Comparison) -> Sheet:
     firsts = [numbers.index(k) for k in range(len(document.groups))]
     rows = [[row.key, *(row.values[first] for first in firsts)] for row in document.differences if row.key != "seed"]
     headers = ["Key", *(group.label for group in document.groups)]
-    return Sheet("Settings that differ", headers, [list(map(word, row)) for row in rows], text=len(headers))
+    return Sheet("Settings that differ", headers, [list(map(named, row)) for row in rows], text=len(headers))
 
 
 def _curves(document: Comparison) -> Sheet:

@@ -17,7 +17,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary
 from sakd_cli.report.render import html, plots
-from sakd_cli.report.render.format import fixed, word
+from sakd_cli.report.render.format import fixed, named
 from sakd_cli.report.render.html import Block, Picture, Section
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.compare import compare
@@ -60,8 +60,8 @@ class RunPage:
         """Save the page, and each plot as `<page>-<name>.png` beside it."""
         row = self.comparison.runs[0]
         facts = html.facts_of(row, ("network", "dataset", "method", "router", "seed", "epochs"))
-        facts += [("State", "finished" if row.finished else "not finished"), ("Run", word(row.run))]
-        page = html.page(f"{word(row.task)}: {word(self.run.path.name)}", facts, self.sections)
+        facts += [("State", "finished" if row.finished else "not finished"), ("Run", named(row.run))]
+        page = html.page(f"{named(row.task)}: {named(self.run.path.name)}", facts, self.sections)
         write_aside(path, page.encode())
         pictures = {path.with_name(f"{path.stem}-{name}.png"): content for name, content in self.plots.items()}
         for picture, content in pictures.items():
@@ -87,7 +87,7 @@ def _curves(page: RunPage) -> None:
         "Training loss": lambda point: fixed(point.train_loss, 3),
     }
     selected = next((point.selected_on for point in curve if point.selected_on), None)
-    sheet = table("By epoch", curve, columns, [f"Top-1 and loss on the validation set ({word(selected)})."], text=0)
+    sheet = table("By epoch", curve, columns, [f"Top-1 and loss on the validation set ({named(selected)})."], text=0)
     alt = "Lines: accuracy and loss by epoch"
     page.add_plot("Curves", [sheet], "curves", alt, lambda: curve_figure(page.comparison))
 
@@ -133,7 +133,7 @@ def _settings(page: RunPage) -> None:
 
 
 def _keys(title: str, found: Mapping[str, Any]) -> Sheet:
-    rows = [[word(key), word(value)] for key, value in found.items()]
+    rows = [[named(key), named(value)] for key, value in found.items()]
     return Sheet(title, ("Key", "Value"), rows, text=2)
 
 

@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.report.evaluation.tables import COSTS, branch_table
-from sakd_cli.report.render.format import duration, fixed, large, points, shape, whole, word
+from sakd_cli.report.render.format import duration, fixed, large, named, points, shape, whole
 from sakd_cli.report.render.sheet import Sheet, columns_of, table
 from sakd_cli.report.spots.tables import mixture_table
 
@@ -18,27 +18,27 @@ def summary_table(summary: Summary) -> RenderableType:
         (f"{who}, last epoch", summary.last, summary.last.epoch, *own),
         (f"{who}, best epoch", summary.best, summary.best.epoch, *own),
     ]
-    names = word(summary.network)
+    names = named(summary.network)
     if teacher := summary.teacher:
         sides.append(("Teacher", teacher, None, teacher.network, teacher.parameters, teacher.macs))
-        names = f"{word(teacher.network)} → {names}"
+        names = f"{named(teacher.network)} → {names}"
     rows = [
-        ["Network", *(word(network) for *_, network, _, _ in sides)],
+        ["Network", *(named(network) for *_, network, _, _ in sides)],
         ["Epoch", *(whole(epoch) for _, _, epoch, *_ in sides)],
-        ["Chosen on", word(None), word(summary.best.selected_on), *([word(None)] if teacher else [])],
+        ["Chosen on", named(None), named(summary.best.selected_on), *([named(None)] if teacher else [])],
         ["Top-1", *(fixed(side.top1, 2, " %") for _, side, *_ in sides)],
         ["Top-5", *(fixed(side.top5, 2, " %") for _, side, *_ in sides)],
         ["Loss", *(fixed(side.loss, 3) for _, side, *_ in sides)],
         ["Parameters", *(large(parameters) for *_, parameters, _ in sides)],
         ["MACs", *(large(macs) for *_, macs in sides)],
     ]
-    title = f"{names} on {word(summary.dataset)} ({word(summary.last.split)})"
+    title = f"{names} on {named(summary.dataset)} ({named(summary.last.split)})"
     sheet = Sheet(title, ["", *(header for header, *_ in sides)], rows, _notes(summary))
     return Group(sheet, branch_table(summary.friendly.branches)) if summary.friendly else sheet
 
 
 def _notes(summary: Summary) -> list[str]:
-    notes = [f"Protocol: {word(summary.protocol).removesuffix('.')}."]
+    notes = [f"Protocol: {named(summary.protocol).removesuffix('.')}."]
     if teacher := summary.teacher:
         notes.append(
             f"Student against teacher: {points(summary.last.top1 - teacher.top1, 2)} points top-1, "
@@ -50,18 +50,18 @@ def _notes(summary: Summary) -> list[str]:
     notes.append(f"Time: {duration(summary.seconds)} for {epochs}: {spent}.")
     if summary.search_seconds is not None:
         notes.append(f"Search for the mixtures before: {duration(summary.search_seconds)}.")
-    return [*notes, f"Teacher weights: sha256 {word(teacher.sha256)[:16]}"] if teacher else notes
+    return [*notes, f"Teacher weights: sha256 {named(teacher.sha256)[:16]}"] if teacher else notes
 
 
 def plan_table(plan: Plan) -> RenderableType:
     """What a run would do (`--dry-run`): its networks, how much of them is trained, and its spots."""
     # Counted by optimizer group: a student's group also holds what its distiller learns.
-    trained = [f"{word(name)} {large(count)}" for name, count in plan.trainable.items() if count]
+    trained = [f"{named(name)} {large(count)}" for name, count in plan.trainable.items() if count]
     note = [f"Trained parameters: {', '.join(trained)}."] if trained else []
-    parts = table("Networks", plan.networks, columns_of(word, {"Role": "role", "Name": "name"}) | COSTS, note, text=2)
-    columns = columns_of(word, {"Spot": "name", "Kind": "kind", "Student stage": "student_stage"})
-    columns |= columns_of(word, {"Teacher stage": "teacher_stage", "To teacher": "student_to_teacher"})
-    columns |= columns_of(word, {"To student": "teacher_to_student"})
+    parts = table("Networks", plan.networks, columns_of(named, {"Role": "role", "Name": "name"}) | COSTS, note, text=2)
+    columns = columns_of(named, {"Spot": "name", "Kind": "kind", "Student stage": "student_stage"})
+    columns |= columns_of(named, {"Teacher stage": "teacher_stage", "To teacher": "student_to_teacher"})
+    columns |= columns_of(named, {"To student": "teacher_to_student"})
     columns |= columns_of(shape, {"Student shape": "student_shape", "Teacher shape": "teacher_shape"})
     notes = ["To teacher: the student-to-teacher adapter; to student: the way back."]
     adapted = any(spot.student_to_teacher for spot in plan.spots)

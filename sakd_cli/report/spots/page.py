@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sakd_cli.documents.spots import ExtremeImage, SpotsDocument
 from sakd_cli.report.render import plots
-from sakd_cli.report.render.format import WHAT, fixed, fraction, word
+from sakd_cli.report.render.format import WHAT, fixed, fraction, named
 from sakd_cli.report.render.html import Block, Gallery, Picture, Section, Tile, facts_of, page, png
 from sakd_cli.report.spots.tables import spot_tables, survey_tables
 
@@ -25,7 +25,7 @@ ALT = {
 def spot_page(report: SpotsDocument, images: "Images", *, drawn: bool) -> str:
     """The page of a document of `inspect-spots`; see `spot_sections`."""
     facts = facts_of(report, ("teacher", "student", "dataset", "method", "router"))
-    facts += [("Epochs", f"{report.epochs}{'' if report.finished else ' so far'}"), ("Run", word(report.run))]
+    facts += [("Epochs", f"{report.epochs}{'' if report.finished else ' so far'}"), ("Run", named(report.run))]
     return page("Where knowledge flowed", facts, spot_sections(report, images, drawn=drawn))
 
 
@@ -47,7 +47,7 @@ def spot_sections(report: SpotsDocument, images: "Images", *, drawn: bool) -> li
         what = WHAT["rate" if measured.value == "rate" else "probability"]
         for ends in measured.extremes:
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
-                galleries.append(Gallery(f"{end} at {word(ends.spot)} ({what})", _tiles(rows, images)))
+                galleries.append(Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
     blocks = {
         "In training": [overall, *plotted["epochs"], by_epoch],
         "The trained router": found["spots"],
@@ -64,7 +64,7 @@ def _tiles(rows: list[ExtremeImage], images: "Images") -> list[Tile]:
     tiles = []
     for row in rows:
         if row.index in images:
-            names = [word(row.label), f"S: {word(row.student_prediction)}", f"T: {word(row.teacher_prediction)}"]
+            names = [named(row.label), f"S: {named(row.student_prediction)}", f"T: {named(row.teacher_prediction)}"]
             lines = [f"{fraction(row.value)} %", *names, f"loss {fixed(row.student_loss, 2)}"]
             tiles.append(Tile(Picture(png(images[row.index]), "png", f"image {row.index}: {names[0]}"), lines))
     return tiles

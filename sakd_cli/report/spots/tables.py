@@ -3,7 +3,7 @@
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
-from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, whole, word
+from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, columns_of, left_out, table, thinned
 
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
@@ -49,7 +49,7 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
         "difficulty": [
             _deciles("By difficulty: the student's loss (%)", "Loss", by.by_student_loss, names),
             _deciles("By difficulty: the teacher's confidence (%)", "Confidence", by.by_teacher_confidence, names),
-            Sheet("By correctness (%)", ["Correctness", "Images", *map(word, names)], correctness),
+            Sheet("By correctness (%)", ["Correctness", "Images", *map(named, names)], correctness),
         ]
         if by
         else [],
@@ -63,17 +63,17 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
 def mixture_table(record: Mixtures) -> Sheet:
     """A row per group: the weight of each of its blocks, from the first to the last."""
     columns = {
-        "Stage": lambda group: word(group.name),
+        "Stage": lambda group: named(group.name),
         "Blocks": lambda group: whole(len(group.alpha)),
         "Weight of each, in order": lambda group: " ".join(f"{fraction(value):>5}" for value in group.alpha),
         "Largest": lambda group: whole(group.largest),
         "Entropy": lambda group: fixed(group.entropy, 2),
     }
-    source = f"{word(record.norm)} · weights: {word(record.weights)}"
-    notes = [f"{word(record.teacher)} on {word(record.dataset)} · {source}"]
+    source = f"{named(record.norm)} · weights: {named(record.weights)}"
+    notes = [f"{named(record.teacher)} on {named(record.dataset)} · {source}"]
     notes.append("Largest: place of the block with the largest weight; entropy: of the weights, in nats.")
     notes += [
-        f"{word(group.name)}: blocks {', '.join(map(str, group.positions))}; others differ in width"
+        f"{named(group.name)}: blocks {', '.join(map(str, group.positions))}; others differ in width"
         for group in record.groups
         if group.positions != list(range(1, len(group.positions) + 1))
     ]
@@ -86,14 +86,14 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
     with_policy = any(spot.probability is not None for spot in spots)
     headers = ["Spot", "Kind", "Fraction", "", "First", "Last", "Min", "Max", *["p"] * with_policy]
     rows = [
-        [word(spot.name), word(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
+        [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
         + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max)]
         + [fixed(spot.probability, 2)] * with_policy
         for spot in spots
     ]
     notes = [
-        f"{word(report.teacher)} → {word(report.student)} on {word(report.dataset)} · "
-        f"{word(report.method)} · {word(report.router)} router · {whole(report.epochs)} epoch"
+        f"{named(report.teacher)} → {named(report.student)} on {named(report.dataset)} · "
+        f"{named(report.method)} · {named(report.router)} router · {whole(report.epochs)} epoch"
         + "s" * (report.epochs != 1)
         + " so far" * (not report.finished),
         "Fraction: over all epochs; first, last, min, max: of single epochs"
@@ -114,7 +114,7 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
     # A column of nothing but dashes says only that the router has no such thing.
     steps = [key for key in STEPS if any(getattr(row, key) is not None for row in epochs)]
     losses = any(row.routed_ce is not None for row in epochs)
-    headers = ["Epoch", *(word(spot.name) for spot in report.overall), *(STEPS[key] for key in steps)]
+    headers = ["Epoch", *(named(spot.name) for spot in report.overall), *(STEPS[key] for key in steps)]
     headers += ["Empty selection", *["CE routed", "CE student"] * losses]
     rows = [
         [whole(row.epoch), *map(fraction, row.fraction), *(fraction(getattr(row, key)) for key in steps)]
@@ -137,22 +137,22 @@ def _by_class(
     known = [(row.peak, row, more_cells, means) for row, more_cells, means in rows if row.peak is not None]
     ranked = sorted(known, key=lambda one: one[0], reverse=True)
     lines = [
-        [str(rank), word(row.name), *more_cells]
+        [str(rank), named(row.name), *more_cells]
         # Six characters hold any deviation (−100.0), so that the means stand under each other.
         + [f"{fraction(mean)} {deviation(d):>6}" for mean, d in zip(means, row.deviation, strict=True)]
         for rank, (_, row, more_cells, means) in enumerate(ranked, start=1)
     ]
     shown, marked = both_ends(lines, top)
     notes = [*notes, *left_out(len(shown) - marked, len(ranked), "classes")]
-    return Sheet(title, ["#", "Class", *more, *map(word, names)], shown, notes, text=["Class"])
+    return Sheet(title, ["#", "Class", *more, *map(named, names)], shown, notes, text=["Class"])
 
 
 def _spots(measured: doc.Measured) -> Sheet:
-    columns = columns_of(word, {"Spot": "name", "Student": "student_stage", "Teacher": "teacher_stage"})
+    columns = columns_of(named, {"Spot": "name", "Student": "student_stage", "Teacher": "teacher_stage"})
     columns |= columns_of(fraction, {"Mean": "mean", "Sampled": "sampled", "> 50": "above_half"})
     columns["Entropy (bits)"] = lambda spot: fixed(spot.entropy, 2)
     columns |= columns_of(fraction, {"5 %": "p05", "50 %": "p50", "95 %": "p95"})
-    of = f" of {word(measured.dataset)}" if measured.dataset else ""
+    of = f" of {named(measured.dataset)}" if measured.dataset else ""
     notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
     title = f"The trained router ({WHAT[measured.value]})"
     return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], text=3)
@@ -160,7 +160,7 @@ def _spots(measured: doc.Measured) -> Sheet:
 
 def _classes(classes: doc.Classes, names: list[str], top: int | None) -> Sheet:
     related = zip(names, classes.correlation, strict=True)
-    related_text = ", ".join(f"{word(name)} {DASH if r is None else fixed(r, 2)}" for name, r in related)
+    related_text = ", ".join(f"{named(name)} {DASH if r is None else fixed(r, 2)}" for name, r in related)
     notes = [f"Correlation of a class's mean with the student's top-1 on it: {related_text}."]
     rows: list[ClassRow] = [(row, [whole(row.images), fixed(row.student_top1, 1)], row.mean) for row in classes.rows]
     return _by_class("The trained router by class (%)", ["Images", "Student top-1 %"], rows, names, notes, top)
@@ -171,26 +171,26 @@ def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[st
     for row in deciles:
         cells = [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
         rows.append([*cells, fixed(row.teacher_top1, 1), *map(fraction, row.mean)])
-    return Sheet(title, [f"{measure} from", *DECILE, *map(word, names)], rows, text=0)
+    return Sheet(title, [f"{measure} from", *DECILE, *map(named, names)], rows, text=0)
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
     shown = paths if top is None else paths[:PATHS]
     columns = columns_of(str, {"Path": "path"}) | columns_of(fraction, {"Fraction": "fraction"})
     columns[""] = lambda row: bar(row.fraction, BAR)
-    notes = [f"A letter per spot ({', '.join(map(word, names))}): T the teacher's part, S the student's."]
+    notes = [f"A letter per spot ({', '.join(map(named, names))}): T the teacher's part, S the student's."]
     return table("Paths (%)", shown, columns, [*notes, *left_out(len(shown), len(paths), "paths")])
 
 
 def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
     predictions = {"Student predicts": "student_prediction", "Teacher predicts": "teacher_prediction"}
     columns = columns_of(fraction, {"Value": "value"}) | columns_of(str, {"Image": "index"})
-    columns |= columns_of(word, {"Class": "label"} | predictions)
+    columns |= columns_of(named, {"Class": "label"} | predictions)
     columns["Student loss"] = lambda row: fixed(row.student_loss, 2)
     columns |= columns_of(fraction, {"Teacher confidence": "teacher_confidence"})
     images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
     notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
-    return table(f"Extremes at {word(ends.spot)} (%)", images, columns, notes, ["Class", *predictions])
+    return table(f"Extremes at {named(ends.spot)} (%)", images, columns, notes, ["Class", *predictions])
 
 
 def _routed(routed: doc.RoutedNetwork) -> Sheet:

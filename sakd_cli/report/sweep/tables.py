@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from sakd_cli.config.routers import CLASSICAL
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
-from sakd_cli.report.render.format import DASH, csv_text, fixed, mean_std, plain, points, whole, word
+from sakd_cli.report.render.format import DASH, csv_text, fixed, mean_std, named, plain, points, whole
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.sweep.results import EPOCHS
 
@@ -22,7 +22,7 @@ def sweep_tables(document: SweepDocument) -> list[RenderableType]:
     headers, *rows = _grid(document)
     notes = list(_notes(document))
     tables: list[RenderableType] = [Sheet(f"{document.name}: {TITLE}", headers, rows, notes, text=2)]
-    if failed := [[run.key, word(run.error)] for run in document.runs if run.state in FAILED]:
+    if failed := [[run.key, named(run.error)] for run in document.runs if run.state in FAILED]:
         tables.append(Sheet("Failed", ("Run", "Error"), failed, text=2))
     return tables
 
@@ -33,7 +33,7 @@ def sweep_markdown(document: SweepDocument) -> str:
     lines = [f"# {document.name}", "", f"{TITLE}.", ""]
     lines += [_line(headers), _line(["---", "---", *["---:"] * (len(headers) - 2)]), *map(_line, rows), ""]
     lines += [f"- {note}" for note in _notes(document)]
-    lines += [f"- {run.key}: {run.state}, {word(run.error)}" for run in document.runs if run.state in FAILED]
+    lines += [f"- {run.key}: {run.state}, {named(run.error)}" for run in document.runs if run.state in FAILED]
     return "\n".join(lines) + "\n"
 
 
