@@ -190,9 +190,9 @@ class RunDir:
 
 
 class ResumePlan(NamedTuple):
-    """What a command means to do: make a new run, go on with one, or replace one. Nothing is replaced unasked.
+    """What a command means to do: make a new run, resume one, or replace one. Nothing is replaced unasked.
 
-    resume     go on with this run
+    resume     resume this run
     lenient    where its last checkpoint is damaged, an older one will do
     folder     make the new run exactly here; None: `<date>-<time>-<label>` in the folder of runs
     overwrite  a run that is there goes first
@@ -224,9 +224,9 @@ class ResumePlan(NamedTuple):
         if not there - BEGINNING:  # empty, or a run that was killed before it began
             return
         if "config.yaml" not in there:
-            raise UsageError(f"{self.folder}: is there and is no run directory; it is left alone")
+            raise UsageError(f"{self.folder}: exists and is no run directory; nothing was changed")
         if not self.overwrite:
-            hint = f"--resume {self.folder} goes on with it, --overwrite replaces it"
+            hint = f"--resume {self.folder} resumes it, --overwrite replaces it"
             raise UsageError(f"{self.folder}: there is a run already", hint)
 
     def open(self, runs_dir: Path, label: str) -> RunDir:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -50,6 +51,7 @@ sys.exit(130)
 """
 
 
+POPEN = subprocess.Popen
 KD = {"teacher": {"source": "resnet8", "sha256": "0" * 64}, "student": "resnet8", "method": "kd"}
 
 
@@ -61,11 +63,11 @@ def together(
     done = {name: folder / name / "summary.json" for name in names}
     ready = {name: f"DONE = {str(done[name])!r}\n{program}" for name, program in zip(names, programs, strict=True)}
 
-    def command(arguments: Sequence[str]) -> list[str]:
-        [name] = [name for name in names if f"{name.replace(' ', '-')}.yaml" in str(arguments)]
-        return [sys.executable, "-c", ready[name]]
+    def start(command: Sequence[str], **where: Any) -> Any:
+        [name] = [name for name in names if f"{name.replace(' ', '-')}.yaml" in str(command)]
+        return POPEN([sys.executable, "-c", ready[name]], **where)
 
-    monkeypatch.setattr("sakd_cli.sweep.executor.command", command)
+    monkeypatch.setattr("sakd_cli.sweep.executor.subprocess.Popen", start)
     members = []
     for seed, name in enumerate(names):
         (folder / name).mkdir()
@@ -144,7 +146,7 @@ def test_a_signal_reaches_all_as_often_as_it_comes_and_starts_no_other(
     threading.Thread(target=send).start()
     with pytest.raises(Stopped) as caught:
         together([NOTES_SIGNALS.replace("WANTED", str(times))] * 3, recorder, tmp_path, monkeypatch, jobs=2)
-    assert (caught.value.exit_code, caught.value.hint) == (143, "go on with sakd ...")
+    assert (caught.value.exit_code, caught.value.hint) == (143, "resume with sakd ...")
     assert sorted(line for line in recorder.messages if "got" in line) == [
         f"run {k}: got {[15] * times}" for k in (0, 1)
     ]

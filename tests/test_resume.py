@@ -104,7 +104,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     *_, error, hint = stopped.err.splitlines()
     assert error.startswith(f"error: {'interrupted' if number == signal.SIGINT else 'terminated'}; step ")
     assert "Traceback" not in stopped.err
-    command = shlex.split(hint.removeprefix("hint: go on with "))
+    command = shlex.split(hint.removeprefix("hint: resume with "))
     assert fork_server.sakd(*command[1:]).code == 0
     assert fingerprint(run) == whole[method]
 
@@ -230,7 +230,7 @@ finished: is a run of 'distill', not of 'pretrain'                      | pretra
 nowhere: not a run directory                                            | distill --resume nowhere
 it goes with neither --run-dir nor --overwrite                          | distill --resume finished --overwrite
 there is a run already                                                  | distill --run-dir finished WORDS
-is no run directory; it is left alone                                   | distill --run-dir . --overwrite WORDS
+is no run directory; nothing was changed                                | distill --run-dir . --overwrite WORDS
 --overwrite needs --run-dir                                             | distill --overwrite WORDS
 no distill run in empty                                                 | distill --resume --runs-dir empty
 """

@@ -1,4 +1,4 @@
-"""A run and its twins: one budget, one teacher, one comparison; what is finished is left alone, what is not goes on."""
+"""A run and its controls: one budget, one teacher, one comparison; what is finished is skipped, the rest is resumed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A grid of runs: what it is made of, what is left alone, what goes on, what fails, and the table at the end"""
+"""A grid of runs: what it is made of, what is skipped, what is resumed, what fails, and the table at the end"""
 
 import csv
 import io
@@ -213,7 +213,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGINT)
     assert child.wait() == 130, child.err
-    assert "go on with sakd sweep mine.yaml" in child.err
+    assert "resume with sakd sweep mine.yaml" in child.err
     [path] = {path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if path.parent.name not in begun}
     assert (path / "checkpoints" / "last" / "manifest.json").is_file()
     words["common"]["train"] = {"epochs": 10}

@@ -237,7 +237,7 @@ class ProgressTable:
         names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
         rows = [self._row(entry) for entry in [*self.scheduler.locate(), *reversed(self.ended[-SHOWN:])]]
         counts = ", ".join(f"{count} {state}" for state, count in self.scheduler.counts().items() if count)
-        notes = [f"{counts}. Ctrl-C saves every run; the same command goes on."]
+        notes = [f"{counts}. Ctrl-C saves every run; the same command resumes them."]
         return Group(Sheet("", names, rows, notes, text=2))
 
     def _row(self, entry: ScheduledRun) -> list[str]:

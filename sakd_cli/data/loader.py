@@ -2,7 +2,7 @@
 
 Every random number of an epoch is drawn before its first batch, on the CPU, from generators that depend on (seed,
 purpose, epoch) alone: the numbers are the same on every device and in every process, whoever reads the images and
-however the epoch is cut into batches, and an epoch that is resumed in its middle goes on exactly as it would have.
+however the epoch is cut into batches, and an epoch that is resumed in its middle continues exactly as it would have.
 """
 
 from collections.abc import Iterator

@@ -48,7 +48,7 @@ class Norm(nn.Module):
 class Fusion(nn.Module):
     """A student's map [N, C1, H, W] and what came down from the deeper ones [N, M, ..] to a map in the teacher's shape.
 
-    Returns that map, and what goes on to the shallower ones.
+    Returns that map, and what is passed to the shallower ones.
     """
 
     def __init__(self, student: int, middle: int, teacher: int, height: int, *, deepest: bool) -> None:

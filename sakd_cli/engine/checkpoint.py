@@ -122,7 +122,7 @@ def find(folder: Path, warn: Callable[[str], None] | None, run: str | None = Non
         except CheckpointError as damage:
             if warn is None:
                 raise CheckpointError(
-                    damage.message, hint="--resume auto goes on from an older checkpoint, if one is whole"
+                    damage.message, hint="--resume auto resumes from an older checkpoint, if one is whole"
                 ) from None
             warn(damage.message)
     if previous.exists():

@@ -68,7 +68,7 @@ class TrainingOutput(NamedTuple):
 
 
 class Trainer:
-    """Runs `task` for `epochs` epochs in a run directory; killed at any instant, another one goes on to the same bits.
+    """Runs `task` for `epochs` epochs in a run directory; killed at any instant, another resumes to the same bits.
 
     With an `output` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
     task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the

@@ -19,18 +19,18 @@ class Cost(NamedTuple):
 
 
 def cost(model: nn.Module, side: int) -> Cost:
-    """Counted on the meta device, so that nothing is computed. `side`: height and width of the image in pixels.
-
-    A model that is on the meta device already is used itself, and is good for nothing else afterwards.
-    """
+    """Counted on the meta device, so that nothing is computed. `side`: height and width of the image in pixels."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     on_meta = all(parameter.is_meta for parameter in model.parameters())
-    ghost = (model if on_meta else copy.deepcopy(model).to("meta")).eval()
-    for module in ghost.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.forward = lambda x: x  # type: ignore[method-assign, assignment]  # half of the time, none of the MACs
+    ghost, training = (model if on_meta else copy.deepcopy(model).to("meta")), model.training
+    norms = [module for module in ghost.eval().modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.forward = lambda x: x  # type: ignore[method-assign, assignment]  # half of the time, none of the MACs
     with _Flops() as counter, torch.no_grad():
         ghost(torch.empty(1, 3, side, side, device="meta"))
+    for norm in norms:
+        del norm.forward
+    ghost.train(training)
     return Cost(parameters, counter.total // 2)
 
 

@@ -39,7 +39,7 @@ class Layout(NamedTuple):
         return x
 
     def from_map(self, x: Tensor) -> Tensor:
-        """A map [N, C, H, W] of another network as the value that this one goes on with.
+        """A map [N, C, H, W] of another network as the value that this network continues with.
 
         Its prefix tokens are the mean of its own: nothing of the network it enters is used, so that all of what the
         router sees behind a change of networks has come through the adapter. The paper has no networks with tokens.

@@ -37,7 +37,7 @@ class Graft(nn.Module):
     """Routed logits o from images and gates a (Song et al., IEEE TIP 2022, multi-path routing network).
 
     p, q = student's and teacher's activation at spot k
-    u_t = (1 - a_k) lift(p) + a_k q,   u_s = (1 - a_k) p + a_k drop(q)
+    u_t = (1 - a_k) to_teacher(p) + a_k q,   u_s = (1 - a_k) p + a_k to_student(q)
     Of networks with tokens p and q are the whole value, class token and all; the adapters see and give its map only
     (`Layout`), so that a sample that stays in its network stays exact.
     o   = (1 - a_K) student's logits + a_K teacher's logits

@@ -177,7 +177,7 @@ def _quality(
 
 
 def followed(batches: EvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches, with the reporter told of each."""
+    """The same batches, reporting each."""
     reporter.begin(title, len(batches))
     try:
         for step, batch in enumerate(batches, start=1):

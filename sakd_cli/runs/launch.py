@@ -151,7 +151,7 @@ def launch(
         except Stopped as stopped:
             command = PROCEDURES[job.config.task].command
             hint = resume_command or shlex.join(["sakd", command, "--resume", str(run.path)])
-            raise Stopped(stopped.signal, stopped.saved, f"go on with {hint}") from None
+            raise Stopped(stopped.signal, stopped.saved, f"resume with {hint}") from None
         return run.summary
 
 

@@ -1,4 +1,4 @@
-"""Which run a training command is about: a new one, one to go on with (`--resume`), one to replace. No torch."""
+"""Which run a training command is about: a new one, one to resume (`--resume`), one to replace. No torch."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,7 +34,7 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
         _check_folder(config.data)
         return config, plan
     if folder is not None or overwrite:
-        raise UsageError("--resume goes on with a run that is there; it goes with neither --run-dir nor --overwrite")
+        raise UsageError("--resume continues an existing run; it goes with neither --run-dir nor --overwrite")
     if params["resume"] == AUTO:
         return _newest(task, given, params)
     run = RunDir(expanded(params["resume"]))

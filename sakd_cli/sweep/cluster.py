@@ -10,8 +10,8 @@ from typing import Any, final
 from sakd_cli.errors import UsageError
 from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, cores
 
-RETRIES = 3  # of a Ray task whose worker or machine is lost; it goes on from the run's last checkpoint
-MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that is cut off is queued again and goes on
+RETRIES = 3  # of a Ray task whose worker or machine is lost; it resumes from the run's last checkpoint
+MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that is cut off is queued again and resumes
 ALL = 10**6
 LOST = 143  # exit code of a run that was lost for good, or cancelled: that of SIGTERM
 
@@ -26,7 +26,7 @@ class ClusterExecutor(Executor, ABC):
 @final
 class RayExecutor(ClusterExecutor):
     """One task per run. A worker that dies takes its run's process with it, which saves its state first where it can;
-    the task is then retried and goes on from there.
+    the task is then retried and resumes from there.
 
     jobs       at a time, as a share of this machine's cores for each; None: one core each
     per_gpu    runs that share a GPU, where the cluster has any

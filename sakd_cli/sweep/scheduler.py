@@ -132,7 +132,7 @@ class Scheduler:
             refresh()
             time.sleep(pause)
         if signals:
-            raise Stopped(signals[0], "every run has saved its state", f"go on with {again}")
+            raise Stopped(signals[0], "every run has saved its state", f"resume with {again}")
 
     def check(self, hint: str) -> None:
         """Raise SeriesError where a run failed: the first one's message, and the worst exit code."""
@@ -237,7 +237,7 @@ class Scheduler:
                 self._into(entry, State.waiting)
                 continue
             entry.error, entry.code = self._said(entry, one.code), one.code if one.code >= 0 else 128 - one.code
-            if not again:  # what a signal has ended goes on by itself at the next call
+            if not again:  # what a signal has ended resumes by itself at the next call
                 write_json(self._note(entry), {"error": entry.error, "code": entry.code})
             self._into(entry, State.failed)
         self._block()

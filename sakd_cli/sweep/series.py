@@ -45,7 +45,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
         if params["run_dir"] is not None or params["overwrite"]:
             raise UsageError("--run-dir and --overwrite name one run; a series makes several", hint="--runs-dir DIR")
         if params["resume"] not in (None, AUTO):
-            raise UsageError("--resume RUN goes on with one run; a series needs --resume auto")
+            raise UsageError("--resume RUN resumes one run; a series needs --resume auto")
     return members
 
 
