@@ -67,10 +67,10 @@ class CliRunner:
             for path in self.path.rglob("*")
         }
 
-    def assert_rejects(self, words: list[str], code: int, text: str) -> Result:
+    def assert_rejects(self, tokens: list[str], code: int, text: str) -> Result:
         """One line of error, at most one of hint, the exit code, and nothing written."""
         before = self.tree()
-        result = self.sakd(*words)
+        result = self.sakd(*tokens)
         lines = result.err.splitlines()
         assert (result.code, result.out) == (code, ""), result.err
         assert lines[0].startswith("error: ")

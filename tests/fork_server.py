@@ -63,13 +63,13 @@ class ForkServer:
     def at(self, cwd: Path) -> "ForkServer":
         return ForkServer(cwd, self)
 
-    def start(self, *words: str, faults: Faults | None = None) -> "Child":
+    def start(self, *tokens: str, faults: Faults | None = None) -> "Child":
         name = str(self.logs / f"{time.monotonic_ns()}")
-        order = {"sakd": words, "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
+        order = {"sakd": tokens, "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
         return Child(self, int(self.ask(order)), name)
 
-    def sakd(self, *words: str, faults: Faults | None = None) -> "Child":
-        child = self.start(*words, faults=faults)
+    def sakd(self, *tokens: str, faults: Faults | None = None) -> "Child":
+        child = self.start(*tokens, faults=faults)
         child.wait()
         return child
 
@@ -92,10 +92,10 @@ class ForkServer:
             for of in [path.lstat()]
         }
 
-    def assert_rejects(self, words: list[str], code: int, text: str, faults: Faults | None = None) -> "Child":
+    def assert_rejects(self, tokens: list[str], code: int, text: str, faults: Faults | None = None) -> "Child":
         """One line of error, at most one of hint, the exit code, and nothing written."""
         before = self.tree()
-        child = self.sakd(*words, faults=faults)
+        child = self.sakd(*tokens, faults=faults)
         lines = child.err.splitlines()
         assert (child.code, child.out) == (code, ""), child.err
         assert [line.partition(":")[0] for line in lines] in (["error"], ["error", "hint"]), child.err

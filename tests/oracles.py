@@ -35,8 +35,8 @@ def oracle(group: str) -> tuple[list[Case], dict[str, Tensor]]:
     if small.is_file():
         found = json.loads(small.read_text(encoding="utf-8"))
         tensors = {
-            name: torch.tensor(words["values"], dtype=getattr(torch, words["dtype"])).reshape(words["shape"])
-            for name, words in found["tensors"].items()
+            name: torch.tensor(fields["values"], dtype=getattr(torch, fields["dtype"])).reshape(fields["shape"])
+            for name, fields in found["tensors"].items()
         }
         return found["cases"], tensors
     return [], {}
@@ -150,7 +150,7 @@ def write_small(group: str, cases: Iterable[Case]) -> None:
                 elif part == "in" or (tensor.numel() <= _WHOLE and not name.endswith("_samples")):
                     kept[f"{case['id']}/{part}/{name}"] = _words(tensor)
     facts = [{key: value for key, value in case.items() if key not in _WORDS} for case in cases]
-    lines = [json.dumps(name) + ": " + json.dumps(words, separators=(",", ":")) for name, words in kept.items()]
+    lines = [json.dumps(name) + ": " + json.dumps(fields, separators=(",", ":")) for name, fields in kept.items()]
     text = '{"cases": ' + json.dumps(facts) + ',\n"tensors": {\n' + ",\n".join(lines) + "\n}}\n"
     (SMALL / f"{group}.json").write_text(text, encoding="utf-8")
 

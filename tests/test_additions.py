@@ -30,16 +30,16 @@ import contextlib, io, json, pathlib, sys
 from unittest import mock
 from sakd_cli.cli.app import run
 
-for words in json.load(sys.stdin):
+for arguments in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        if words[0] == 'rm':
-            code = pathlib.Path(words[1]).unlink() or 0
-        elif words[0] == 'stopped':
+        if arguments[0] == 'rm':
+            code = pathlib.Path(arguments[1]).unlink() or 0
+        elif arguments[0] == 'stopped':
             with mock.patch('sakd_cli.cli.console.ConsoleReporter.stop', lambda self: 2):
-                code = run(words[1:])
+                code = run(arguments[1:])
         else:
-            code = run(words)
+            code = run(arguments)
     print(json.dumps([code, out.getvalue(), err.getvalue()]))
 """
 FEW = ["--dataset", "stripes", "--set", "data.train=120", "--set", "data.test=40", "--batch-size", "40", "--json", "-q"]
@@ -108,10 +108,10 @@ def sections() -> dict[str, list[Step]]:
     return found
 
 
-def run(copy: Path, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+def run(copy: Path, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
     environment |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, **how)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, **how)
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,9 @@ class Given(NamedTuple):
 def test_steps_with_a_teacher_that_looks_ahead_are_those_without(method: str, router: str) -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        words: dict[str, Any] = {"train.lr": 0.05} | ({"method.negatives": 9} if method == "crd" else {})
-        words |= {"method.weights": "uniform"} if method == "dfa" else {}
-        plain, ahead = (make(method, router, teacher="resnet8", **words) for _ in range(2))
+        arguments: dict[str, Any] = {"train.lr": 0.05} | ({"method.negatives": 9} if method == "crd" else {})
+        arguments |= {"method.weights": "uniform"} if method == "dfa" else {}
+        plain, ahead = (make(method, router, teacher="resnet8", **arguments) for _ in range(2))
         made = [*batches(plain, 1, size=3), *batches(plain, 1, size=2, seed=1)]
         expected = fit(plain, made)
         loader = LookAhead(Given(made), ahead.precompute, steps=2, device=CPU)
@@ -157,24 +157,24 @@ def test_a_compiled_step_has_one_graph_per_batch_size_wherever_a_slice_begins(tm
 
 def test_a_run_says_how_far_its_teacher_looks_ahead(trained_cli: CliRunner, teacher: Path, tmp_path: Path) -> None:
     """Also a residual student's; a bank needs no look."""
-    words = [*PAIR, *TINY, "--method", "kd", "--teacher", str(teacher), "--runs-dir", str(tmp_path)]
+    arguments = [*PAIR, *TINY, "--method", "kd", "--teacher", str(teacher), "--runs-dir", str(tmp_path)]
     ahead, chain = ["--set", "runtime.look_ahead=3"], shlex.split("--residual-students 1 --set residual.max_cost=9")
     inner = shlex.split("--set residual.loss=inner --set residual.architectures=[resnet8]")
-    plain, ours = trained_cli.sakd(*words, "--json").document, trained_cli.sakd(*words, *ahead, "--json")
+    plain, ours = trained_cli.sakd(*arguments, "--json").document, trained_cli.sakd(*arguments, *ahead, "--json")
     assert "look-ahead 3)" in ours.err
     assert ours.document["last"]["loss"] == pytest.approx(plain["last"]["loss"], rel=1e-3)
-    assert trained_cli.sakd(*words, *ahead, *chain, *inner, "--set", "data.train=40").code == 0
-    assert trained_cli.sakd(*words, *ahead, "--cache-teacher", "--set", "data.train=10").code == 0
+    assert trained_cli.sakd(*arguments, *ahead, *chain, *inner, "--set", "data.train=40").code == 0
+    assert trained_cli.sakd(*arguments, *ahead, "--cache-teacher", "--set", "data.train=10").code == 0
 
 
 def test_a_residual_student_is_told_its_targets_ahead_too() -> None:
     torch.manual_seed(0)
     networks = [create("resnet8", CLASSES).eval().forward for _ in range(2)]
-    words = ResidualConfig(students=1, loss="kl")
+    arguments = ResidualConfig(students=1, loss="kl")
     made = []
     for steps in (1, 3):
         torch.manual_seed(1)
-        task = ResidualTask(create("resnet8", CLASSES), *networks, words, lr=0.05, weight_decay=0.0)
+        task = ResidualTask(create("resnet8", CLASSES), *networks, arguments, lr=0.05, weight_decay=0.0)
         plain = TrainLoader(DATASET.train, DATASET, batch_size=3, seed=3, noise_width=0, device=CPU)
         loader = LookAhead(plain, task.precompute, steps=steps, device=CPU)
         made.append(fit(task, list(loader.epoch(1) if steps > 1 else plain.epoch(1))))

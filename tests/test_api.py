@@ -26,11 +26,11 @@ def here(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_makes_the_run_that_the_command_makes(
     trained_cli: CliRunner, distilled: dict[str, Any], teacher: Path
 ) -> None:
-    words: dict[str, Any] = {"dataset": "shapes", "epochs": 1, "settings": FEW}
+    arguments: dict[str, Any] = {"dataset": "shapes", "epochs": 1, "settings": FEW}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        run = api.distill(teacher=teacher, student="resnet8", method="fitnet", run_dir="by-call", **words)
-        again = api.distill(teacher=teacher, student="resnet8", method="fitnet", resume="by-call", **words)
+        run = api.distill(teacher=teacher, student="resnet8", method="fitnet", run_dir="by-call", **arguments)
+        again = api.distill(teacher=teacher, student="resnet8", method="fitnet", resume="by-call", **arguments)
     assert out.getvalue() == ""
     assert run.summary.last.plain() == distilled["last"] == again.summary.last.plain()
     assert run.path == Path("by-call") == again.path
@@ -67,7 +67,7 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
             return 15 if self.steps == 2 else 0
 
     follower = Follower()
-    words: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "teacher": teacher,
         "student": "resnet8",
         "dataset": "shapes",
@@ -75,9 +75,9 @@ def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:
         "settings": FEW | {"data.train": 200},
     }
     with pytest.raises(Stopped):
-        api.distill(run_dir="stopped", reporter=follower, **words)
+        api.distill(run_dir="stopped", reporter=follower, **arguments)
     assert any("resnet8 on shapes" in line for line in follower.messages)
-    assert api.distill(resume="stopped", **words).summary.epochs == 1
+    assert api.distill(resume="stopped", **arguments).summary.epochs == 1
 
 
 def test_mistakes_are_errors_of_ours(teacher: Path) -> None:

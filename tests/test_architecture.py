@@ -206,7 +206,7 @@ def compared_words(tree: ast.AST) -> Iterator[str]:
 )
 def test_a_name_meets_code_in_no_place_but_its_table(names: dict[str, type], table: str) -> None:
     found = {named(path): set(compared_words(tree_of(path))) & set(names) for path in MODULES}
-    assert {path for path, words in found.items() if words} == {table}
+    assert {path for path, fields in found.items() if fields} == {table}
     assert found[table] == set(names)
 
 
@@ -286,7 +286,7 @@ def test_a_preset_is_a_whole_run_and_says_what_it_is_for(name: str) -> None:
     path = ROOT / "presets" / f"{name}.yaml"
     assert path.read_text(encoding="utf-8").startswith("# ")
     assert len(preset_summary(path)) > 10
-    words = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config = resolve(words["task"], [preset_source(name)]).config
-    assert config.task == words["task"]
-    assert resolve(words["task"], [ConfigSource("again", config.model_dump(mode="json"))]).config == config
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = resolve(fields["task"], [preset_source(name)]).config
+    assert config.task == fields["task"]
+    assert resolve(fields["task"], [ConfigSource("again", config.model_dump(mode="json"))]).config == config

@@ -59,13 +59,13 @@ def banked(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
 
 
 def distil(method: str) -> list[str]:
-    words = ["distill", "--teacher", "teacher", "--student", "resnet8", "--method", method, "--epochs", "1"]
-    return [*words, *FEW, "--set", "log_every=1", "--cache-teacher"]
+    arguments = ["distill", "--teacher", "teacher", "--student", "resnet8", "--method", method, "--epochs", "1"]
+    return [*arguments, *FEW, "--set", "log_every=1", "--cache-teacher"]
 
 
 def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: CliRunner) -> None:
-    words = [word for word in distil("kd") if word != "--cache-teacher"]
-    assert banked.sakd(*words, "--run-dir", "without").code == 0
+    arguments = [word for word in distil("kd") if word != "--cache-teacher"]
+    assert banked.sakd(*arguments, "--run-dir", "without").code == 0
     assert losses(banked, "with") == pytest.approx(losses(banked, "without"), rel=2e-3)
     assert losses(banked, "with") != losses(banked, "without")
     (bank,) = (banked.path / "runs" / "teacher-cache").glob("*.safetensors")

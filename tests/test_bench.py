@@ -19,9 +19,9 @@ SMALL = shlex.split(
     "bench --teacher resnet8 --student resnet8 --batch-size 4 --rounds 1 --quiet --set runtime.look_ahead=2"
 )
 PEER = """
-def step(words):
+def step(fields):
     print("something that must not reach stdout")
-    assert (words["teacher"], words["batch"], words["device"]) == ("resnet8", 4, "cpu")
+    assert (fields["teacher"], fields["batch"], fields["device"]) == ("resnet8", 4, "cpu")
     return lambda: sum(range(1000))
 """
 NAMES = ["plain", "kd", "always", "adaptive", "literal", "peer"]
@@ -101,7 +101,7 @@ def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("fields", "text"),
     [
         ("--scaling bacth", "unknown axis 'bacth'"),
         ("--scaling bank", "method fitnet keeps no bank"),
@@ -119,7 +119,7 @@ def test_slower_twice_in_a_row_is_a_regression(found: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
-    cli: CliRunner, found: dict[str, Any], words: str, text: str
+    cli: CliRunner, found: dict[str, Any], fields: str, text: str
 ) -> None:
     elsewhere = found["environment"] | {"cpu": "another"}
     known = found | {"environment": found["environment"], "setup": found["setup"] | {"method": "fitnet"}}
@@ -127,11 +127,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     for name, document in (documents | {"known": known}).items():
         (cli.path / f"{name}.json").write_text(json.dumps(document))
     (cli.path / "text.json").write_text("text")
-    cli.assert_rejects([*SMALL, "--device", "cpu", *words.split()], 2, text)
+    cli.assert_rejects([*SMALL, "--device", "cpu", *fields.split()], 2, text)
 
 
 def test_a_peer_that_breaks_is_told(cli: CliRunner, tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("def step(words):\n    raise KeyError('model')\n")
-    words = [*SMALL, "--peer", str(tmp_path), "--peer-entry", "broken:step"]
-    result = cli.assert_rejects(words, 2, "broken:step does not load (KeyError: 'model')")
+    (tmp_path / "broken.py").write_text("def step(fields):\n    raise KeyError('model')\n")
+    fields = [*SMALL, "--peer", str(tmp_path), "--peer-entry", "broken:step"]
+    result = cli.assert_rejects(fields, 2, "broken:step does not load (KeyError: 'model')")
     assert "gives a callable" in result.err

@@ -50,14 +50,19 @@ def calibrated(pair: str) -> list[nn.Module]:
     return [student, teacher.eval()]
 
 
-def step(pair: str, method: str, *, literal: bool = False, **words: Any) -> Callable[[], Any]:
+def step(pair: str, method: str, *, literal: bool = False, **options: Any) -> Callable[[], Any]:
     """One step of ours or the published one, half of the samples routed to the teacher, at a learning rate near 0."""
     student, teacher = calibrated(pair)
-    words = {"teacher": PAIRS[pair][0], "student": PAIRS[pair][1], "method.name": method, "train.lr": 1e-9} | words
+    options = {
+        "teacher": PAIRS[pair][0],
+        "student": PAIRS[pair][1],
+        "method.name": method,
+        "train.lr": 1e-9,
+    } | options
     if literal:
-        words |= {"router.teacher_bias": 0.0, "runtime.channels_last": False}
+        options |= {"router.teacher_bias": 0.0, "runtime.channels_last": False}
     labels = torch.arange(IMAGES) % CLASSES
-    config = resolve("distill", [ConfigSource("bench", nested(words))]).config
+    config = resolve("distill", [ConfigSource("bench", nested(options))]).config
     task = assemble(config, student, teacher, 32, labels).train()
     if task.graft is not None:
         nn.init.zeros_(task.router.policy.weight)

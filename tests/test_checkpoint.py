@@ -155,13 +155,13 @@ def state_of(folder: Path) -> Any:
 
 
 def test_checkpoints_inside_an_epoch_leave_the_best_one_as_it_was(cli: CliRunner, tmp_path: Path) -> None:
-    words = (
+    arguments = (
         "pretrain-teacher resnet8 --dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 -q --json"
     )
     sums = set()
     for name, often in (("seldom", []), ("often", ["--set", "save_every=2"])):
         run = tmp_path / name
-        summary = cli.sakd(*words.split(), "--json", "--epochs", "4", *often, "--run-dir", str(run)).document
+        summary = cli.sakd(*arguments.split(), "--json", "--epochs", "4", *often, "--run-dir", str(run)).document
         assert summary["best"]["epoch"] < 4, "an epoch after the best one, for the test to mean something"
         sums.add((run / "checkpoints" / "best" / "model.safetensors").read_bytes())
     assert len(sums) == 1

@@ -30,17 +30,17 @@ def test_talk_goes_to_stderr_line_by_line_without_control_characters(pretrained:
 
 
 def test_without_a_held_out_part_the_summary_says_so(cli: CliRunner, tmp_path: Path) -> None:
-    words = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.validation=0", "--runs-dir", str(tmp_path)]
-    summary = cli.sakd(*words, "--json").document
+    tokens = ["pretrain-teacher", "resnet8", *TINY, "--set", "data.validation=0", "--runs-dir", str(tmp_path)]
+    summary = cli.sakd(*tokens, "--json").document
     assert (summary["images"], summary["best"]["selected_on"]) == (100, "test")
     assert "test set" in summary["protocol"].partition(";")[2]
 
 
 @pytest.mark.parametrize(("router", "method"), [("always", "at"), ("never", "sp"), ("anti", "kd"), ("random", "sp")])
 def test_every_router_leaves_the_record_it_promises(trained_cli: CliRunner, router: str, method: str) -> None:
-    words = [*PAIR, *TINY, "--method", method, "--router", router, "--quiet", "--json"]
-    words += ["--set", "router.rate=0.25"] if router == "random" else []
-    summary = trained_cli.sakd(*words).document
+    tokens = [*PAIR, *TINY, "--method", method, "--router", router, "--quiet", "--json"]
+    tokens += ["--set", "router.rate=0.25"] if router == "random" else []
+    summary = trained_cli.sakd(*tokens).document
     report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
     shares = [spot["fraction"] for spot in report["overall"]]
     expected = {"always": (1, 1), "never": (0, 0), "anti": (0, 0.1), "random": (0.1, 0.4)}[router]
@@ -51,9 +51,9 @@ def test_every_router_leaves_the_record_it_promises(trained_cli: CliRunner, rout
 
 
 def test_coins_are_matched_to_the_newest_adaptive_run(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
-    words = [*PAIR, *TINY, "--router", "random-matched", "--quiet", "--json"]
-    with_default = trained_cli.sakd(*words).document
-    named = trained_cli.sakd(*words, "--set", f"router.run={distilled['run']}").document
+    tokens = [*PAIR, *TINY, "--router", "random-matched", "--quiet", "--json"]
+    with_default = trained_cli.sakd(*tokens).document
+    named = trained_cli.sakd(*tokens, "--set", f"router.run={distilled['run']}").document
     for summary in (with_default, named):
         report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
         source = trained_cli.sakd("inspect-spots", distilled["run"], "--json").document
@@ -67,8 +67,8 @@ def test_coins_are_matched_to_the_newest_adaptive_run(trained_cli: CliRunner, di
 def test_coins_cannot_be_matched_to_a_damaged_record(trained_cli: CliRunner, tmp_path: Path, record: str) -> None:
     (tmp_path / "config.yaml").write_text("task: distill\n")
     (tmp_path / "spots.jsonl").write_text(record)
-    words = ["--router", "random-matched", "--set", f"router.run={tmp_path}", "--method", "kd"]
-    trained_cli.assert_rejects([*PAIR, *TINY, *words], 2, "random-matched")
+    tokens = ["--router", "random-matched", "--set", f"router.run={tmp_path}", "--method", "kd"]
+    trained_cli.assert_rejects([*PAIR, *TINY, *tokens], 2, "random-matched")
 
 
 def test_a_network_is_scored_as_its_summary_says(trained_cli: CliRunner, teacher: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_origin_of_every_setting_is_shown(cli: CliRunner) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "tokens",
     [
         ("pretrain-teacher", "resnet14", *TINY),
         (*PAIR, *TINY, "--method", "at"),
@@ -154,16 +154,16 @@ def test_the_origin_of_every_setting_is_shown(cli: CliRunner) -> None:
     ],
     ids=["pretrain", "distill", "with a teacher to come"],
 )
-def test_a_dry_run_tries_a_batch_and_writes_nothing(trained_cli: CliRunner, words: tuple[str, ...]) -> None:
+def test_a_dry_run_tries_a_batch_and_writes_nothing(trained_cli: CliRunner, tokens: tuple[str, ...]) -> None:
     before = trained_cli.tree()
-    plan = trained_cli.sakd(*words, "--dry-run", "--json").document
-    assert "nothing written" in trained_cli.sakd(*words, "--dry-run").out
+    plan = trained_cli.sakd(*tokens, "--dry-run", "--json").document
+    assert "nothing written" in trained_cli.sakd(*tokens, "--dry-run").out
     assert trained_cli.tree() == before
     assert (plan["images"], plan["steps_per_epoch"]) == (90, 2)
     assert all(network["parameters"] > 0 < network["macs"] for network in plan["networks"])
     assert plan["batch"]["loss"] > 0
     spots = [(spot["student_shape"], spot["teacher_shape"]) for spot in plan["spots"]]
-    assert spots[-1:] == ([] if words[0] == "pretrain-teacher" else [([CLASSES], [CLASSES])])
+    assert spots[-1:] == ([] if tokens[0] == "pretrain-teacher" else [([CLASSES], [CLASSES])])
 
 
 def test_a_teacher_is_found_by_name_run_folder_or_file(trained_cli: CliRunner, teacher: Path) -> None:
@@ -177,20 +177,20 @@ def test_a_teacher_is_found_by_name_run_folder_or_file(trained_cli: CliRunner, t
 
 def test_a_missing_teacher_is_told_with_the_command_that_trains_it(trained_cli: CliRunner, tmp_path: Path) -> None:
     runs = ["--runs-dir", str(tmp_path / "other runs")]
-    words = ["distill", "--teacher", "resnet-8", "--student", "resnet8", *TINY, *runs]
-    result = trained_cli.assert_rejects(words, 2, "no finished resnet8 on shapes")
+    tokens = ["distill", "--teacher", "resnet-8", "--student", "resnet8", *TINY, *runs]
+    result = trained_cli.assert_rejects(tokens, 2, "no finished resnet8 on shapes")
     command = result.err.splitlines()[1].removeprefix("hint: ").partition(" (or add --pretrain)")[0]
     assert shlex.split(command) == ["sakd", "pretrain-teacher", "resnet8", "--dataset", "shapes", *runs]
     assert trained_cli.sakd(*shlex.split(command)[1:], *TINY[2:], "--quiet").code == 0
-    assert trained_cli.sakd(*words, "--dry-run").code == 0
+    assert trained_cli.sakd(*tokens, "--dry-run").code == 0
 
 
 def test_a_preset_trains_its_teacher_first_and_only_once(trained_cli: CliRunner, tmp_path: Path) -> None:
-    words = ["distill", "--preset", "quickstart", *TINY, "--runs-dir", str(tmp_path), "--quiet"]
-    first = trained_cli.sakd(*words)
+    tokens = ["distill", "--preset", "quickstart", *TINY, "--runs-dir", str(tmp_path), "--quiet"]
+    first = trained_cli.sakd(*tokens)
     assert (first.code, first.err) == (0, "")
     assert all(word in first.out for word in ("Teacher", "Student", "Top-1", "stage2"))
-    assert trained_cli.sakd(*words).code == 0
+    assert trained_cli.sakd(*tokens).code == 0
     assert sorted(path.name.split("-")[2] for path in tmp_path.iterdir()) == ["distill", "distill", "pretrain"]
 
 
@@ -229,12 +229,12 @@ def test_colour_is_used_where_it_is_forced_and_not_where_it_is_unwanted(cli: Cli
 LIGHT = """
 import json, sys
 from sakd_cli.cli.app import run
-for words in json.loads(sys.argv[1]):
-    code = run(words)
-    allowed = {"safetensors", "numpy"} if words[:1] == ["inspect-spots"] else set()
+for tokens in json.loads(sys.argv[1]):
+    code = run(tokens)
+    allowed = {"safetensors", "numpy"} if tokens[:1] == ["inspect-spots"] else set()
     heavy = {"torch", "torchvision", "safetensors", "numpy"} & set(sys.modules) - allowed
     if code or heavy:
-        sys.exit(f"{words}: exit code {code}, loads {sorted(heavy)}")
+        sys.exit(f"{tokens}: exit code {code}, loads {sorted(heavy)}")
 """
 
 
@@ -254,8 +254,8 @@ def test_help_lists_and_reports_do_without_torch(trained_cli: CliRunner, distill
 
 def test_completion_knows_the_names_and_does_without_torch(cli: CliRunner) -> None:
     program = LIGHT.replace("    if code or heavy", "    if heavy")
-    words = {"COMP_WORDS": "sakd distill --method fi", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
-    done = process(cli, "-c", program, "[[]]", **words)
+    tokens = {"COMP_WORDS": "sakd distill --method fi", "COMP_CWORD": "3", "_SAKD_COMPLETE": "complete_bash"}
+    done = process(cli, "-c", program, "[[]]", **tokens)
     assert (done.stdout.split(), done.stderr) == (["fitnet"], "")
 
 
@@ -291,8 +291,8 @@ def test_the_module_is_the_command_and_leaves_with_its_exit_code(cli: CliRunner)
 )
 def test_photographs_take_the_same_way(tmp_path: Path) -> None:
     cli = CliRunner(tmp_path)
-    words = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--pretrain", "--dry-run", "--json"]
+    tokens = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--pretrain", "--dry-run", "--json"]
     settings = ["--data-root", str(CIFAR), "--set", "data.limit=300", "--set", "data.download=false"]
-    plan = cli.sakd(*words, *settings).document
+    plan = cli.sakd(*tokens, *settings).document
     assert (plan["images"], plan["spots"][-1]["student_shape"]) == (270, [100])
     assert list(tmp_path.iterdir()) == []

@@ -221,6 +221,6 @@ from sakd_cli.cli.app import run
 code = run(["compare", *sys.argv[1:], "--csv"]) or run(["compare", *sys.argv[1:]])
 sys.exit(f"{code} {heavy}" if (heavy := {"torch", "numpy", "matplotlib"} & set(sys.modules)) or code else 0)
 """
-    words = [sys.executable, "-c", program, *(str(run.path) for run in runs)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    arguments = [sys.executable, "-c", program, *(str(run.path) for run in runs)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stderr) == (0, "")

@@ -263,16 +263,16 @@ def test_the_value_that_was_refused_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "words", "message", "hint"),
+    ("task", "arguments", "message", "hint"),
     [
         ("pretrain", {}, "model: missing", "the name of a network"),
         ("distill", {"student": "resnet8"}, "teacher: missing", "--teacher"),
         ("distill", {"teacher": "resnet8"}, "student: missing", "--student"),
     ],
 )
-def test_a_missing_word_is_told_with_its_option(task: str, words: dict[str, Any], message: str, hint: str) -> None:
+def test_a_missing_word_is_told_with_its_option(task: str, arguments: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve(task, [ConfigSource("a", words)])
+        resolve(task, [ConfigSource("a", arguments)])
     assert caught.value.message == message
     assert hint in (caught.value.hint or "")
 
@@ -340,8 +340,8 @@ def test_what_learned_routers_share_outlives_a_change_between_them_only() -> Non
 
 
 def test_a_config_of_a_distillation_trains_its_teacher() -> None:
-    words = resolve("distill", [preset_source("quickstart")]).config.model_dump(mode="json")
-    config = resolve("pretrain", [ConfigSource("file", words)]).config
+    arguments = resolve("distill", [preset_source("quickstart")]).config.model_dump(mode="json")
+    config = resolve("pretrain", [ConfigSource("file", arguments)]).config
     assert (config.model, config.train.epochs) == ("resnet20", 5)
 
 

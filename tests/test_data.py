@@ -89,8 +89,8 @@ def test_streams_are_the_same_everywhere_and_for_ever() -> None:
 
 
 def test_streams_differ_in_seed_purpose_and_epoch() -> None:
-    words = [(seed, purpose, epoch) for seed in (0, 1, 11) for purpose in ("order", "crop") for epoch in (0, 1, 10)]
-    assert len({tuple(torch.rand(4, generator=seeded_generator(*word)).tolist()) for word in words}) == len(words)
+    options = [(seed, purpose, epoch) for seed in (0, 1, 11) for purpose in ("order", "crop") for epoch in (0, 1, 10)]
+    assert len({tuple(torch.rand(4, generator=seeded_generator(*word)).tolist()) for word in options}) == len(options)
 
 
 # --- training batches

@@ -102,16 +102,16 @@ def student(lab: CliRunner, run: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("feed", ["on", "off"])
 def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: CliRunner, feed: str) -> None:
-    words = shlex.split(f"distill --teacher resnet8 --student resnet8 {RUN} --set data.cache={feed}")
-    words += shlex.split("--set data.augment=crop --set save_every=2 --set data.validation=0.2")
-    assert lab.sakd(*words, "--run-dir", f"whole-{feed}").code == 0
+    fields = shlex.split(f"distill --teacher resnet8 --student resnet8 {RUN} --set data.cache={feed}")
+    fields += shlex.split("--set data.augment=crop --set save_every=2 --set data.validation=0.2")
+    assert lab.sakd(*fields, "--run-dir", f"whole-{feed}").code == 0
     run = f"cut-{feed}"
     with pytest.MonkeyPatch.context() as patch:
         from sakd_cli.cli.console import ConsoleReporter
 
         asked = iter([0] * 5)
         patch.setattr(ConsoleReporter, "stop", lambda self: next(asked, 2))
-        assert lab.sakd(*words, "--run-dir", run).code == 130
+        assert lab.sakd(*fields, "--run-dir", run).code == 130
     assert lab.sakd("distill", "--resume", run, "-q").code == 0
     one, other = student(lab, f"whole-{feed}"), student(lab, run)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -122,19 +122,19 @@ def test_a_run_on_own_images_goes_on_to_the_same_bits(lab: CliRunner, feed: str)
 def test_a_bad_picture_is_refused_before_anything_is_written(lab: CliRunner, tmp_path: Path) -> None:
     bad = folder(tmp_path / "photos", {"train": 4, "val": 1})
     cut_short(bad / "train/bee/1.jpg")
-    words = ["pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.validation=0"]
+    fields = ["pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.validation=0"]
     cli = CliRunner(tmp_path)
-    result = cli.assert_rejects(words, 3, "train/bee/1.jpg (class bee): is damaged")
+    result = cli.assert_rejects(fields, 3, "train/bee/1.jpg (class bee): is damaged")
     assert "sakd data check" in result.err
-    left = cli.sakd(*words, "--set", "data.on_bad_image=skip", "--json")
+    left = cli.sakd(*fields, "--set", "data.on_bad_image=skip", "--json")
     assert left.document["skipped_images"] == 1
     assert "1 files could not be read" in left.err
 
 
 def test_the_teacher_sees_images_by_its_own_normalisation(lab: CliRunner) -> None:
     (run,) = (lab.path / "runs").glob("*pretrain*")
-    words = {"data": {"name": "imagefolder", "root": lab.path / "photos", "size": 16}, "student": "resnet8"}
-    job = build.distillation(locate_inputs(DistillConfig.model_validate(words | {"teacher": str(run)})))
+    fields = {"data": {"name": "imagefolder", "root": lab.path / "photos", "size": 16}, "student": "resnet8"}
+    job = build.distillation(locate_inputs(DistillConfig.model_validate(fields | {"teacher": str(run)})))
     assert job.teacher is not None
     mean, std = job.images.dataset.mean, job.images.dataset.std
     assert job.teacher.card.mean == (0.4, 0.5, 0.6) != mean == job.card.mean

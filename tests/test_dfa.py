@@ -47,16 +47,16 @@ def teacher_of(name: str = "wrn_22_1") -> StagedModel:
     return network(name, 1).requires_grad_(False).eval()
 
 
-def mixer_of(teacher: StagedModel, student: str = "resnet8", **words: Any) -> DFA:
+def mixer_of(teacher: StagedModel, student: str = "resnet8", **arguments: Any) -> DFA:
     torch.manual_seed(7)
-    made = build(DFAConfig(**words), network(student), teacher, SIDE).features
+    made = build(DFAConfig(**arguments), network(student), teacher, SIDE).features
     assert isinstance(made, DFA)
     return made
 
 
-def search_of(teacher: StagedModel, **words: Any) -> SearchTask:
-    config = DFAConfig(**words)
-    mixer = mixer_of(teacher, **words)
+def search_of(teacher: StagedModel, **arguments: Any) -> SearchTask:
+    config = DFAConfig(**arguments)
+    mixer = mixer_of(teacher, **arguments)
     sought = [Sought(k, mixer.spots[k], mixable_blocks(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     students = [network("resnet8", 10 + k) for k in range(1 if config.joint else len(sought))]
     torch.manual_seed(8)
@@ -308,7 +308,7 @@ def test_searched_by_one_term_alone_the_mass_goes_to_its_end_of_the_group(traine
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(1)
     common = {"st": 0.0, "ts": 0.0, "arch_lr": 0.1, "arch_reg": "none", "search_epochs": 1, "search_ce": False}
-    words = DFAConfig(**common | {term: 1.0})
+    arguments = DFAConfig(**common | {term: 1.0})
     students = [tiny(1, 6) for _ in (1, 2)]
     shapes = [(info.shape(8), other.shape(8)) for info, other in zip(students[0].infos, trained.infos, strict=True)]
     sought = [
@@ -320,7 +320,7 @@ def test_searched_by_one_term_alone_the_mass_goes_to_its_end_of_the_group(traine
         students,
         partial(trained.features, want="blocks"),
         sought,
-        words,
+        arguments,
         lambda k, alpha, beta: found.update({k: alpha}),
     ).train()
     optim = search.optimizer(0.9)

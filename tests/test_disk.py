@@ -22,11 +22,11 @@ WORDS = shlex.split(f"distill --teacher teacher --student resnet8 --method at {S
 def desk(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
     """A folder with a teacher's run and a distillation that nothing befell."""
     here = fork_server.at(tmp_path_factory.mktemp("disk"))
-    for words in (
+    for arguments in (
         shlex.split(f"pretrain-teacher resnet8 {SHORT} --epochs 1 --run-dir teacher"),
         [*WORDS, "--run-dir", "sound"],
     ):
-        made = here.sakd(*words)
+        made = here.sakd(*arguments)
         assert made.code == 0, made.err
     return here
 
@@ -82,12 +82,12 @@ def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
     assert desk.sakd(*WORDS, f"--run-dir={name}").code == 0
     run = f"./{name}"
     assert fingerprint(desk.cwd / name) == fingerprint(desk.cwd / "sound")
-    for words in (
+    for arguments in (
         ["eval", run, "--json", "-q"],
         ["inspect-spots", run, "--json"],
         ["distill", "--resume", run, "--json"],
     ):
-        result = desk.sakd(*words)
+        result = desk.sakd(*arguments)
         assert result.code == 0, result.err
         assert json.loads(result.out)
     pretrained = desk.sakd(
@@ -97,7 +97,7 @@ def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("arguments", "text"),
     [
         (["--runs-dir", "~nobody-of-that-name/runs"], "nobody knows that home folder"),
         (["--teacher", "~nobody-of-that-name/run"], "nobody knows that home folder"),
@@ -105,16 +105,16 @@ def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
         (["--run-dir", "a" * 256], "File name too long"),
     ],
 )
-def test_homes_and_names_that_cannot_be(desk: ForkServer, words: list[str], text: str) -> None:
-    desk.assert_rejects([*WORDS, *words], 2, text)
+def test_homes_and_names_that_cannot_be(desk: ForkServer, arguments: list[str], text: str) -> None:
+    desk.assert_rejects([*WORDS, *arguments], 2, text)
 
 
 READERS = ["list models", "list models --json", "inspect-spots sound", "inspect-spots sound --json", "show method sp"]
 
 
-@pytest.mark.parametrize("words", READERS)
-def test_a_reader_that_has_gone_is_no_error(desk: ForkServer, words: str) -> None:
-    result = desk.sakd(*words.split(), faults=Faults(stdout="closed"))
+@pytest.mark.parametrize("arguments", READERS)
+def test_a_reader_that_has_gone_is_no_error(desk: ForkServer, arguments: str) -> None:
+    result = desk.sakd(*arguments.split(), faults=Faults(stdout="closed"))
     assert (result.code, result.err) == (141, "")
 
 
@@ -122,10 +122,10 @@ NARROW: dict[str, str | None] = {"COLUMNS": "20", "TERM": "dumb", "HOME": None, 
 
 
 @pytest.mark.parametrize(
-    "words", ["eval sound -q", "inspect-spots sound", "list methods", "config show --preset quickstart"]
+    "arguments", ["eval sound -q", "inspect-spots sound", "list methods", "config show --preset quickstart"]
 )
-def test_a_narrow_plain_terminal_without_a_home_shows_every_figure(desk: ForkServer, words: str) -> None:
-    here, there = (desk.sakd(*words.split(), faults=Faults(environment=odd)) for odd in ({}, NARROW))
+def test_a_narrow_plain_terminal_without_a_home_shows_every_figure(desk: ForkServer, arguments: str) -> None:
+    here, there = (desk.sakd(*arguments.split(), faults=Faults(environment=odd)) for odd in ({}, NARROW))
     assert (here.code, there.code, there.err) == (0, 0, "")
     assert "\x1b" not in there.out
     assert {part for part in there.out.split() if "%" in part} >= {part for part in here.out.split() if "%" in part}
@@ -135,7 +135,7 @@ PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": 
 
 
 @pytest.mark.parametrize(
-    ("odd", "words"),
+    ("odd", "arguments"),
     [
         ({"PYTHONOPTIMIZE": "2"}, "list methods"),
         pytest.param({"PYTHONOPTIMIZE": "2"}, "show method sp", marks=pytest.mark.battery),
@@ -144,8 +144,8 @@ PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": 
         pytest.param(PLAIN | {"LC_ALL": "tr_TR.UTF-8"}, "ALL --run-dir größe", marks=pytest.mark.battery),
     ],
 )
-def test_odd_interpreters(desk: ForkServer, odd: dict[str, str], words: str) -> None:
-    line = [part for word in words.split() for part in (WORDS if word == "ALL" else [word])]
+def test_odd_interpreters(desk: ForkServer, odd: dict[str, str], arguments: str) -> None:
+    line = [part for word in arguments.split() for part in (WORDS if word == "ALL" else [word])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | odd
     done = subprocess.run([sys.executable, "-m", "sakd_cli", *line], cwd=desk.cwd, env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -344,8 +344,8 @@ def test_the_variance_of_vid_starts_at_five() -> None:
     assert close(gaussian(torch.zeros(1, 16, 2, 2))[1], torch.full((32,), 5.0), 1e-12)
 
 
-def crd_of(**words: Any) -> CRD:
-    made = build(METHODS["crd"](**words), *networks(PAIR), SIDE, labels=LABELS, batch_size=N).features
+def crd_of(**arguments: Any) -> CRD:
+    made = build(METHODS["crd"](**arguments), *networks(PAIR), SIDE, labels=LABELS, batch_size=N).features
     assert isinstance(made, CRD)
     return made
 

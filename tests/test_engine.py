@@ -100,8 +100,8 @@ def trainer_of(
 
 
 def distiller_of(method: str, router: str, folder: Path, epochs: int, seed: int = 0) -> Trainer:
-    words = {"teacher": "resnet8", "student": "resnet8", "method": method, "router": router, "seed": seed}
-    config = resolve("distill", [ConfigSource("test", words)]).config
+    arguments = {"teacher": "resnet8", "student": "resnet8", "method": method, "router": router, "seed": seed}
+    config = resolve("distill", [ConfigSource("test", arguments)]).config
     torch.manual_seed(42)
     teacher = create("resnet8", CLASSES)
     torch.manual_seed(seed)

@@ -90,12 +90,12 @@ def test_with_two_members_the_samples_that_differ_only_grow_with_the_threshold()
 @pytest.mark.parametrize("rounded", [False, True], ids=["exact", "ties"])
 @pytest.mark.parametrize("delta", [0.0, 0.02, 0.1, 0.5, 1.0])
 def test_agreement_holds_its_bound_on_the_images_it_was_fitted_on(delta: float, rounded: bool) -> None:
-    words = ResidualConfig(rule="agreement", delta=delta)
+    arguments = ResidualConfig(rule="agreement", delta=delta)
     for seed, (members, classes) in enumerate(itertools.product((2, 3, 4), (2, 5, 20))):
         torch.manual_seed(seed)
         stages = (2 * torch.randn(members, 150, classes)).cumsum(0)
         stages = stages.round() if rounded else stages
-        fitted = fit(words, stages, torch.zeros(150).long(), MACS[:members], None)
+        fitted = fit(arguments, stages, torch.zeros(150).long(), MACS[:members], None)
         left, predictions = exits_at(fitted, stages), stages.argmax(dim=-1)
         answers = predictions.gather(0, left[None])[0]
         assert float((answers != predictions[-1]).double().mean()) <= delta

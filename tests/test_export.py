@@ -177,18 +177,18 @@ def test_an_interrupted_run_gives_its_last_checkpoint(
 def test_nothing_is_replaced_unasked_and_nothing_is_left_half(
     trained_cli: CliRunner, distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["export", distilled["run"], "-q", *QUICK, "--out", str(tmp_path / "out")]
+    options = ["export", distilled["run"], "-q", *QUICK, "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
-    trained_cli.assert_rejects(words, 2, "is no export; it is not replaced")
+    trained_cli.assert_rejects(options, 2, "is no export; it is not replaced")
     (tmp_path / "out").rmdir()
-    assert trained_cli.sakd(*words).code == 0
-    trained_cli.assert_rejects(words, 2, "exists already")
+    assert trained_cli.sakd(*options).code == 0
+    trained_cli.assert_rejects(options, 2, "exists already")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
-    trained_cli.assert_rejects([*words, "--overwrite"], 2, "the file's outputs differ by")
+    trained_cli.assert_rejects([*options, "--overwrite"], 2, "the file's outputs differ by")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.undo()
-    assert trained_cli.sakd(*words, "--overwrite").code == 0
+    assert trained_cli.sakd(*options, "--overwrite").code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
@@ -205,16 +205,23 @@ def test_a_missing_extra_is_one_line(
 def test_without_the_data_set_noise_does(tmp_path: Path, cli: CliRunner) -> None:
     card = NetworkCard("resnet8", "cifar10", tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 32)
     artifact.save_weights(tmp_path / "net.safetensors", create("resnet8", 10), card)
-    words = ["export", str(tmp_path / "net.safetensors"), "--format", "pt2", "--data-root", str(tmp_path), *QUICK]
-    document = cli.sakd(*words, "--json").document
+    options = ["export", str(tmp_path / "net.safetensors"), "--format", "pt2", "--data-root", str(tmp_path), *QUICK]
+    document = cli.sakd(*options, "--json").document
     assert (document["check"]["real"], document["folder"]) == (False, str(tmp_path / "export-pt2"))
     assert "64 images of noise" in (tmp_path / "export-pt2" / "README.md").read_text()
 
 
 def test_an_ensemble_is_exported_as_its_sum(tmp_path: Path, cli: CliRunner, trained_cli: CliRunner) -> None:
-    words = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--method", "kd", *TINY]
-    words += ["--residual-students", "1", "--set", "residual.architectures=[resnet8]", "--set", "residual.max_cost=9"]
-    run = cli.sakd(*words, "--set", "residual.min_gain=-9e9", "--json").document["run"]
+    options = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--method", "kd", *TINY]
+    options += [
+        "--residual-students",
+        "1",
+        "--set",
+        "residual.architectures=[resnet8]",
+        "--set",
+        "residual.max_cost=9",
+    ]
+    run = cli.sakd(*options, "--set", "residual.min_gain=-9e9", "--json").document["run"]
     document = cli.sakd("export", run, *QUICK, "--json").document
     assert document["network"] == "resnet8+resnet8"
     members = [artifact.load(cli.path / run / "ensemble" / f"member-{n}.safetensors").model.eval() for n in (0, 1)]

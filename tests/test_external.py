@@ -125,8 +125,8 @@ def grafted_both_ways(model: StagedModel, other: StagedModel, x: Tensor) -> None
 
 
 def task_of(student: StagedModel, teacher: StagedModel, side: int, **more: Any) -> Any:
-    words = {"teacher.source": teacher.name, "student": student.name, "method.name": "at", **more}
-    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+    arguments = {"teacher.source": teacher.name, "student": student.name, "method.name": "at", **more}
+    config = resolve("distill", [ConfigSource("test", nested(arguments))]).config
     return assemble(config, student, copy.deepcopy(teacher).requires_grad_(False).eval(), side)
 
 

@@ -35,8 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
 @pytest.fixture(scope="module")
 def run(place: CliRunner) -> Path:
     """A distillation from torchvision's file to a network of one's own."""
-    words = ["distill", *TEACHER, "--student", "sakd_test_nets:small", *TINY, "--json"]
-    return place.path / place.sakd(*words).document["run"]
+    arguments = ["distill", *TEACHER, "--student", "sakd_test_nets:small", *TINY, "--json"]
+    return place.path / place.sakd(*arguments).document["run"]
 
 
 def test_a_run_is_saved_and_scored_where_its_code_is_trusted(place: CliRunner, run: Path) -> None:
@@ -55,15 +55,15 @@ def test_it_goes_on_and_can_be_looked_at(place: CliRunner, run: Path) -> None:
 
 
 def test_a_dry_run_shows_the_spots_of_a_library(place: CliRunner) -> None:
-    words = ["distill", *TEACHER, "--student", "torchvision/mobilenet_v3_small", *TINY, "--dry-run", "--json"]
-    plan = place.sakd(*words, "--set", "stage_map=[[2,1],[4,3]]", "--set", "method.stage=2").document
+    arguments = ["distill", *TEACHER, "--student", "torchvision/mobilenet_v3_small", *TINY, "--dry-run", "--json"]
+    plan = place.sakd(*arguments, "--set", "stage_map=[[2,1],[4,3]]", "--set", "method.stage=2").document
     assert [(spot["student_stage"], spot["teacher_stage"]) for spot in plan["spots"]] == [(4, 3), (6, 5)]
 
 
 def test_a_head_is_replaced_only_where_that_is_asked_for(place: CliRunner) -> None:
-    words = ["pretrain-teacher", "torchvision/shufflenet_v2_x0_5", "--set", "init_from=seven.pth", *TINY]
-    place.assert_rejects(words, 2, "init_from: seven.pth is for 7 classes, not for the 20 of shapes")
-    made = place.sakd(*words, "--head", "replace", "--json").document
+    arguments = ["pretrain-teacher", "torchvision/shufflenet_v2_x0_5", "--set", "init_from=seven.pth", *TINY]
+    place.assert_rejects(arguments, 2, "init_from: seven.pth is for 7 classes, not for the 20 of shapes")
+    made = place.sakd(*arguments, "--head", "replace", "--json").document
     folder = place.path / made["run"]
     again = ["distill", "--teacher", str(folder), "--student", "resnet8", *TINY, "--dry-run", "--json"]
     assert place.sakd(*again).document["networks"][0]["name"] == "torchvision/shufflenet_v2_x0_5"
@@ -81,5 +81,5 @@ def test_a_head_is_replaced_only_where_that_is_asked_for(place: CliRunner) -> No
     ],
 )
 def test_weights_of_another_network_are_refused(place: CliRunner, word: str, told: str) -> None:
-    words = ["distill", *TEACHER, "--student", "resnet8", *TINY, "--set", word]
-    assert told in place.sakd(*words).err
+    arguments = ["distill", *TEACHER, "--student", "resnet8", *TINY, "--set", word]
+    assert told in place.sakd(*arguments).err

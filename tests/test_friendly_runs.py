@@ -22,8 +22,8 @@ from sakd_cli.runs.locate import locate_inputs
 @pytest.fixture(scope="module")
 def friendly(cli: CliRunner) -> dict[str, Any]:
     """The summary of such a teacher."""
-    words = ["--student-friendly", "resnet8", "--student-friendly", "wrn16_1", "--set", "friendly.share_branches=true"]
-    return cli.sakd("pretrain-teacher", "resnet8", *words, *TINY, "--json").document
+    fields = ["--student-friendly", "resnet8", "--student-friendly", "wrn16_1", "--set", "friendly.share_branches=true"]
+    return cli.sakd("pretrain-teacher", "resnet8", *fields, *TINY, "--json").document
 
 
 def test_the_summary_the_card_and_the_table_say_for_whom_it_is(cli: CliRunner, friendly: dict[str, Any]) -> None:
@@ -63,11 +63,11 @@ STUDENT = ["--student", "resnet8", *TINY, "--set", "init_from_branches=true"]
 
 
 def test_a_student_can_start_with_the_longest_tail(cli: CliRunner, friendly: dict[str, Any]) -> None:
-    words = {"teacher": str(cli.path / friendly["run"]), "student": "resnet8", "data": {"name": "shapes"}}
-    words["data"] |= {"train": 100, "test": 60}
+    fields = {"teacher": str(cli.path / friendly["run"]), "student": "resnet8", "data": {"name": "shapes"}}
+    fields["data"] |= {"train": 100, "test": 60}
     students = []
     for start in (True, False):
-        config = resolve("distill", [ConfigSource("test", words | {"init_from_branches": start})]).config
+        config = resolve("distill", [ConfigSource("test", fields | {"init_from_branches": start})]).config
         students.append(build.distillation(locate_inputs(config)).network.state_dict())
     teacher = artifact.load(cli.path / friendly["run"] / "teacher")
     branches = load_branches(cli.path / friendly["run"] / "branches" / "model.safetensors", teacher)
@@ -91,8 +91,8 @@ def test_who_has_no_branches_says_so(cli: CliRunner, teacher: Path, friendly: di
         ["distill", "--teacher", str(teacher), *STUDENT], 2, "has no student branches beside it"
     )
     assert "--student-friendly resnet8" in result.err
-    words = ["distill", "--teacher", "resnet20", "--pretrain", *STUDENT]
-    cli.assert_rejects(words, 2, "a teacher that is yet to be trained has no student branches")
+    fields = ["distill", "--teacher", "resnet20", "--pretrain", *STUDENT]
+    cli.assert_rejects(fields, 2, "a teacher that is yet to be trained has no student branches")
     other = ["resnet14" if word == "resnet8" else word for word in STUDENT]
     cli.assert_rejects(
         ["distill", "--teacher", friendly["run"], *other], 2, "are of resnet8, wrn_16_1, not of resnet14"
@@ -121,12 +121,12 @@ def test_a_flipped_bit_in_the_branches_is_found(
 
 def test_a_dry_run_shows_the_branches_and_writes_nothing(cli: CliRunner) -> None:
     before = cli.tree()
-    words = ["pretrain-teacher", "vgg8", "--student-friendly", "resnet8", *TINY, "--dry-run"]
-    plan = cli.sakd(*words, "--json").document
+    fields = ["pretrain-teacher", "vgg8", "--student-friendly", "resnet8", *TINY, "--dry-run"]
+    plan = cli.sakd(*fields, "--json").document
     assert [row["role"] for row in plan["networks"]] == ["network", "branch at stage1", "branch at stage2"]
     assert set(plan["batch"]) == {"ce", "branch_kl", "branch_ce", "loss"}
     assert set(plan["trainable"]) == {"network", "branches"}
-    assert "branch at stage2" in cli.sakd(*words).out
+    assert "branch at stage2" in cli.sakd(*fields).out
     assert cli.tree() == before
 
 

@@ -45,14 +45,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def begin(folder: Path) -> None:
-    for words in (f"{TEACHER} --run-dir {folder}/teacher", f"pretrain-teacher resnet14 --run-dir {folder}/deeper"):
-        assert run(shlex.split(f"{words} {DATA}")) == 0
+    for arguments in (f"{TEACHER} --run-dir {folder}/teacher", f"pretrain-teacher resnet14 --run-dir {folder}/deeper"):
+        assert run(shlex.split(f"{arguments} {DATA}")) == 0
 
 
 def curve(folder: Path, name: str) -> str:
     """One line per step: phase, step and loss, for the first 20 steps."""
-    words = PROCEDURES[name].format(root=folder)
-    first, *rest = shlex.split(words)  # what a procedure says of its own comes last, and so counts
+    arguments = PROCEDURES[name].format(root=folder)
+    first, *rest = shlex.split(arguments)  # what a procedure says of its own comes last, and so counts
     assert run([first, *shlex.split(DATA), *rest, "--run-dir", f"{folder}/{name}"]) == 0
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step" in line]

@@ -65,11 +65,11 @@ class StandIn:
 
 def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torch.device = CPU) -> Trainer:
     """Six whole batches of 3 and one of 2 in each of 3 epochs; the rate falls after the second."""
-    words = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "runtime.shapes": "static"}
-    words |= {"method.negatives": 9} if method == "crd" else {}
+    settings = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "runtime.shapes": "static"}
+    settings |= {"method.negatives": 9} if method == "crd" else {}
     torch.manual_seed(42)
     student, teacher = (create("resnet8", CLASSES).to(device) for _ in range(2))
-    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(settings))]).config
     labels = DATASET.train.labels
     task = assemble(config, student, teacher.requires_grad_(False).eval(), SIDE, labels).to(device)
     plain = TrainLoader(DATASET.train, DATASET, batch_size=3, seed=3, noise_width=task.noise_width, device=device)
@@ -139,9 +139,11 @@ def test_what_a_step_gives_holds_no_autograd_graph(tmp_path: Path) -> None:
 
 
 def test_a_graph_is_for_cuda_and_for_fixed_shapes() -> None:
-    words = Runtime(graph=True, precision="bf16")
-    assert str(resolve_mode(words, CPU)) == "bf16, channels_last, dynamic shapes"
-    assert str(resolve_mode(words, torch.device("cuda"))) == "bf16, channels_last, static shapes, graph, look-ahead 8"
+    settings = Runtime(graph=True, precision="bf16")
+    assert str(resolve_mode(settings, CPU)) == "bf16, channels_last, dynamic shapes"
+    assert (
+        str(resolve_mode(settings, torch.device("cuda"))) == "bf16, channels_last, static shapes, graph, look-ahead 8"
+    )
     dynamic = nested({"teacher": "resnet8", "student": "resnet8", "runtime.graph": True, "runtime.shapes": "dynamic"})
     with pytest.raises(UsageError, match="runtime: a compiled or captured step needs static shapes"):
         resolve("distill", [ConfigSource("test", dynamic)])

@@ -91,7 +91,7 @@ def settings_of(context: typer.Context) -> list[str]:
     """The part of a training command that is its settings, as `sakd config show` takes it."""
     known = {option.name for option in typer.main.get_command(app).commands["config"].commands["show"].params}
     task = {"distill": "distill", "pretrain-teacher": "pretrain"}[context.command.name or ""]
-    words = ["--task", task]
+    tokens = ["--task", task]
     for option in context.command.params:
         given = context.get_parameter_source(option.name)
         if option.name not in known or given is None or given.name != "COMMANDLINE":
@@ -99,8 +99,8 @@ def settings_of(context: typer.Context) -> list[str]:
         value = context.params[option.name]
         name = "--model" if option.name == "model" else max(option.opts, key=len)
         for one in value if isinstance(value, list | tuple) else [value]:
-            words += [name] if one is True else [name, str(getattr(one, "value", one))]
-    return words
+            tokens += [name] if one is True else [name, str(getattr(one, "value", one))]
+    return tokens
 
 
 def small(arguments: list[str]) -> list[str]:
@@ -150,38 +150,38 @@ def prepared(cli: CliRunner, distilled: dict[str, Any]) -> Path:
     return cli.path
 
 
-def expanded(words: list[str], folder: Path) -> list[str]:
+def expanded(tokens: list[str], folder: Path) -> list[str]:
     """As a shell does with `*`."""
-    found = [sorted(str(p.relative_to(folder)) for p in folder.glob(w)) if "*" in w else [w] for w in words]
+    found = [sorted(str(p.relative_to(folder)) for p in folder.glob(w)) if "*" in w else [w] for w in tokens]
     return [word for several in found for word in several]
 
 
 def carried_out(cli: CliRunner, block: Block) -> None:
-    for words in block.commands:
-        settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
-        program, *arguments = words[len(settings) :]
+    for tokens in block.commands:
+        settings = dict(word.split("=", 1) for word in tokens if re.match(r"[A-Z_]+=", word))
+        program, *arguments = tokens[len(settings) :]
         if program == "python" or program == "pip" or program.endswith("pip"):
             check_other_program([program, *arguments])
             continue
         if program == "torchrun":
             arguments = arguments[arguments.index("sakd_cli") + 1 :]
         else:
-            assert program == "sakd", f"what runs `{' '.join(words)}`?"
+            assert program == "sakd", f"what runs `{' '.join(tokens)}`?"
         context = parsed(arguments)
         if context.command.name in ("distill", "pretrain-teacher") and "--resume" not in arguments:
             result = cli.sakd("config", "show", *settings_of(context), **settings)
-            assert result.code == 0, f"{' '.join(words)}: {result.err}"
+            assert result.code == 0, f"{' '.join(tokens)}: {result.err}"
         if not block.note.startswith("parse, "):
             result = cli.sakd(*expanded(small(arguments), cli.path), **settings)
-            assert result.code == 0, f"{' '.join(words)}: {result.err}"
+            assert result.code == 0, f"{' '.join(tokens)}: {result.err}"
 
 
-def check_other_program(words: list[str]) -> None:
+def check_other_program(tokens: list[str]) -> None:
     """`python FILE` or `-m pytest FILE`, and `pip install 'sakd[EXTRA]'`: the file and the extra are there."""
-    if words[0] == "python":
-        assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    if tokens[0] == "python":
+        assert all((ROOT / word).is_file() for word in tokens if word.endswith(".py"))
         return
-    assert words[:2] == ["pip", "install"], words
+    assert tokens[:2] == ["pip", "install"], tokens
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -213,7 +213,7 @@ def test_what_is_not_carried_out_says_why_and_is_little() -> None:
     notes = [block.note for page in PAGES for block in blocks(page) if block.note.startswith("parse")]
     assert all(len(note) > len("parse, since") for note in notes)
     commands = [
-        words for page in PAGES for block in blocks(page) if block.language == "bash" for words in block.commands
+        tokens for page in PAGES for block in blocks(page) if block.language == "bash" for tokens in block.commands
     ]
     parsed_only = [b for page in PAGES for b in blocks(page) if b.note.startswith("parse") for _ in b.commands]
     assert len(commands) > 60

@@ -47,9 +47,9 @@ class Canary:
 PICKLE = pickle.dumps(Canary(), protocol=2)
 
 
-def header(words: Any, data: bytes = b"", length: int | None = None) -> bytes:
+def header(arguments: Any, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file with this header, whatever it says."""
-    text = words if isinstance(words, bytes) else json.dumps(words).encode()
+    text = arguments if isinstance(arguments, bytes) else json.dumps(arguments).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
@@ -57,9 +57,9 @@ def tensor(shape: list[int], start: int, end: int) -> dict[str, Any]:
     return {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
 
 
-def card(**words: Any) -> bytes:
+def card(**arguments: Any) -> bytes:
     """A network file whose card says this, with the right digest."""
-    about = artifact.NetworkCard("resnet8", "shapes", ("a", "b"), (0.5,) * 3, (0.3,) * 3, 32)._asdict() | words
+    about = artifact.NetworkCard("resnet8", "shapes", ("a", "b"), (0.5,) * 3, (0.3,) * 3, 32)._asdict() | arguments
     tensors = {"stages.0.0.weight": torch.zeros(1)}
     text = json.dumps(about)
     entry = {"format": artifact.FORMAT, "card": text, "digest": artifact._digest(text, tensors)}
@@ -137,7 +137,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "escapes.yaml": lambda: json.dumps({f"a{ESCAPES}": ESCAPES}).encode(),
     "nul.yaml": lambda: b'runs_dir: "a\\0b"\n',
 }
-# What is asked of them: exit code, and the words; RUN is a run directory of its own for each attack.
+# What is asked of them: exit code, and the arguments; RUN is a run directory of its own for each attack.
 ATTACKS = """
 2 | distill --student resnet8 TINY --teacher pickle.safetensors
 2 | eval pickle.safetensors --dataset shapes -q
@@ -274,8 +274,8 @@ def harmless(child: Child) -> None:
 @pytest.mark.parametrize("case", ATTACKS.strip().splitlines(), ids=lambda case: case.partition("|")[2].strip())
 def test_an_attack_ends_in_one_line(den: ForkServer, case: str) -> None:
     code, _, line = case.partition("|")
-    words = [part for word in line.split() for part in (TINY if word == "TINY" else [word])]
-    harmless(den.assert_rejects(words, int(code), "", Faults(memory=6 * 2**30)))
+    arguments = [part for word in line.split() for part in (TINY if word == "TINY" else [word])]
+    harmless(den.assert_rejects(arguments, int(code), "", Faults(memory=6 * 2**30)))
     assert not (den.cwd / "sang").exists()
 
 
@@ -291,14 +291,14 @@ def test_names_from_files_and_words_are_printed_without_their_escapes(den: ForkS
     spot = {"name": ESCAPES, "kind": ESCAPES, "fraction": 0.5, "probability": None, "by_class": [0.5]}
     means = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active", "routed_ce", "student_ce")
     spots = {"epoch": 1, "samples": 1, "spots": [spot], "empty_selection": [0.0], **dict.fromkeys(means)}
-    words = {"task": "distill", "student": ESCAPES, "teacher": {"source": ESCAPES}, "method": {"name": ESCAPES}}
+    arguments = {"task": "distill", "student": ESCAPES, "teacher": {"source": ESCAPES}, "method": {"name": ESCAPES}}
     seen = [den.sakd("eval", str(folder)), den.sakd("eval", str(folder), "--json")]
-    (folder / "config.yaml").write_text(json.dumps(words))
+    (folder / "config.yaml").write_text(json.dumps(arguments))
     (folder / "spots.jsonl").write_text(json.dumps(spots) + "\n" + "[" * 100_000 + "\n")
     seen += [den.sakd("inspect-spots", str(folder), *more) for more in ([], ["--json"])]
     seen += [
-        den.sakd(*words)
-        for words in (["list", ESCAPES], [ESCAPES], ["eval", ESCAPES], ["distill", "--method", ESCAPES])
+        den.sakd(*arguments)
+        for arguments in (["list", ESCAPES], [ESCAPES], ["eval", ESCAPES], ["distill", "--method", ESCAPES])
     ]
     seen.append(den.sakd("config", "show", "--set", "student=resnet8", "--teacher", ESCAPES))
     seen.append(den.sakd("pretrain-teacher", "resnet8", *TINY[:-1], "--run-dir", f"new{ESCAPES}"))

@@ -27,9 +27,9 @@ def heard() -> Iterator[list[str]]:
     def noted(name: str) -> object:
         plain = getattr(Tensor, name)
 
-        def read(self: Tensor, *more: object, **words: object) -> object:
+        def read(self: Tensor, *more: object, **arguments: object) -> object:
             names.append(name)
-            return plain(self, *more, **words)
+            return plain(self, *more, **arguments)
 
         return read
 

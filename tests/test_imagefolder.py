@@ -51,8 +51,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder(tmp_path_factory.mktemp("own"), {"train": 10, "val": 4})
 
 
-def loaded(root: Path, **words: Any) -> Images:
-    return load_images(ImageFolderConfig(root=root, **({"size": 16, "validation": 0.0, "workers": 0} | words)))
+def loaded(root: Path, **options: Any) -> Images:
+    return load_images(ImageFolderConfig(root=root, **({"size": 16, "validation": 0.0, "workers": 0} | options)))
 
 
 def train(images: Images, *, batch_size: int = 8, seed: int = 0) -> TrainLoader:
@@ -87,8 +87,18 @@ def test_a_folder_becomes_a_data_set(root: Path) -> None:
 
 @pytest.mark.parametrize("size", [64, 72])
 def test_a_network_for_small_images_is_warned_of_large_ones(cli: CliRunner, root: Path, size: int) -> None:
-    words = ["--dataset", "imagefolder", "--data-root", str(root), "--epochs", "1", "-q", "--set", f"data.size={size}"]
-    result = cli.sakd("pretrain-teacher", "resnet8", *words)
+    options = [
+        "--dataset",
+        "imagefolder",
+        "--data-root",
+        str(root),
+        "--epochs",
+        "1",
+        "-q",
+        "--set",
+        f"data.size={size}",
+    ]
+    result = cli.sakd("pretrain-teacher", "resnet8", *options)
     assert result.code == 0, result.err
     assert ("is made for images of 32 pixels; those of 72 take 5 times as long" in result.err) == (size == 72)
 
@@ -249,8 +259,8 @@ def test_a_resized_crop_from_memory_shows_the_same_part_as_from_files(root: Path
 def test_small_sets_are_held_in_memory_and_large_ones_are_not(root: Path) -> None:
     held = {limit: train(loaded(root, cache_limit=limit, augment="border")).views is not None for limit in (4.0, 1e-5)}
     assert held == {4.0: True, 1e-5: False}
-    for words in ({"augment": "crop"}, {"cache": False}):
-        images = loaded(root, **words)
+    for options in ({"augment": "crop"}, {"cache": False}):
+        images = loaded(root, **options)
         with pytest.raises(UsageError, match=r"teacher\.cache: imagefolder is read from files"):
             views(images.train, images.dataset, CPU)
     images = loaded(root)

@@ -186,7 +186,7 @@ def test_a_misfit_is_told_in_one_line(bench: ForkServer, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "text", "words"),
+    ("code", "text", "options"),
     [
         (2, "unknown model 'resnt'", "sound.pth --model resnt"),
         (2, "Missing option", "sound.pth"),
@@ -196,8 +196,8 @@ def test_a_misfit_is_told_in_one_line(bench: ForkServer, name: str) -> None:
         (5, "cannot be made", "sound.pth --model resnet20 --out sound.pth/a --set data.root=."),
     ],
 )
-def test_mistakes_of_the_command(bench: ForkServer, code: int, text: str, words: str) -> None:
-    result = bench.sakd("import-weights", *words.split(), "-q", "--set", "data.root=nowhere")
+def test_mistakes_of_the_command(bench: ForkServer, code: int, text: str, options: str) -> None:
+    result = bench.sakd("import-weights", *options.split(), "-q", "--set", "data.root=nowhere")
     assert (result.code, result.out) == (code, ""), result.err
     assert text in result.err
     assert "Traceback" not in result.err
@@ -219,16 +219,18 @@ def test_an_imported_network_is_scored_and_teaches(fork_server: ForkServer, tmp_
     tensors, _ = foreign("resnet20", 20)
     torch.save({"net": tensors}, tmp_path / "a.pth")
     here = fork_server.at(tmp_path)
-    words = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40"]
-    result = here.sakd("import-weights", "a.pth", "--model", "resnet20", "--out", "deep/er", *words)
+    options = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40"]
+    result = here.sakd("import-weights", "a.pth", "--model", "resnet20", "--out", "deep/er", *options)
     assert result.code == 0, result.err
     about = json.loads((tmp_path / "deep" / "er" / "config.json").read_text())
     assert f"top-1 {about['top1']:.2f} % on 40 test images" in result.out
     assert about["imported"]["file"] == "a.pth"
     assert "imported by sakd" in (tmp_path / "deep" / "er" / "README.md").read_text()
-    again = here.sakd("eval", "deep/er", *words, "--json", "-q")
+    again = here.sakd("eval", "deep/er", *options, "--json", "-q")
     assert json.loads(again.out)["top1"] == about["top1"]
-    pretrained = here.sakd("distill", "--teacher", "deep/er", "--student", "resnet8", *words, "--epochs", "1", "--json")
+    pretrained = here.sakd(
+        "distill", "--teacher", "deep/er", "--student", "resnet8", *options, "--epochs", "1", "--json"
+    )
     assert pretrained.code == 0, pretrained.err
     assert json.loads(pretrained.out)["teacher"]["top1"] == about["top1"]
 

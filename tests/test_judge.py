@@ -139,8 +139,8 @@ def test_a_teacher_that_is_gone_costs_the_comparison_only(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained_cli.path / distilled["run"], run)
-    words = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(words.replace(distilled["teacher"]["sha256"], "f" * 64))
+    arguments = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(arguments.replace(distilled["teacher"]["sha256"], "f" * 64))
     result = trained_cli.sakd("eval", str(run), *FAST, "--json")
     assert result.document["teacher"] is None
     assert "not compared with its teacher" in result.err

@@ -72,8 +72,8 @@ def rkd(spots: Spots, case: Case, given: Given) -> Distiller:
 
 def dkd(spots: Spots, case: Case, given: Given) -> Distiller:
     constants = case["constants"]
-    words = {"target": constants["alpha"], "others": constants["beta"], "temperature": constants["T"]}
-    return DKD(spots, DKDConfig(**words))
+    fields = {"target": constants["alpha"], "others": constants["beta"], "temperature": constants["T"]}
+    return DKD(spots, DKDConfig(**fields))
 
 
 def cc(spots: Spots, case: Case, given: Given) -> Distiller:
@@ -211,8 +211,8 @@ def contrast(case: Case, given: Given, dtype: torch.dtype) -> tuple[CRD, Given]:
     """Our CRD with a case's embeddings, banks and constants; and its embeddings by the vectors' names."""
     constants = case["constants"]
     (n, width_s), width_t = given.get("f_s", given.get("s")).shape, given["embed_t_w"].shape[1]
-    words = {"width": constants["feat_dim"], "negatives": constants["K"], "momentum": constants["momentum"]}
-    config = CRDConfig(**words, contrast_temperature=constants["T"])
+    fields = {"width": constants["feat_dim"], "negatives": constants["K"], "momentum": constants["momentum"]}
+    config = CRDConfig(**fields, contrast_temperature=constants["T"])
     spot = Spot("pooled", "embedding", 0, 0, (width_s,), (width_t,))
     distiller = CRD((spot,), config, torch.arange(constants["n_data"]), n).to(dtype)
     leaves: Given = {}
@@ -366,8 +366,8 @@ def write_small() -> None:
                 )
             for name, tensor in tensors.items():
                 values = [float(f"{value:.{13 if 'f64' in name else 9}g}") for value in tensor.reshape(-1).tolist()]
-                words = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-                kept[f"{case['id']}/{name}"] = words | {"values": values}
+                fields = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+                kept[f"{case['id']}/{name}"] = fields | {"values": values}
         facts = ("id", "method", "constants", "n_selected", "f32_rel_err", "grad_of")
         facts += ("exact_value_zero", "reference_is_nan")
         written = [{key: case[key] for key in facts if key in case} for case in chosen]

@@ -164,8 +164,8 @@ def test_a_mistake_costs_one_line_and_writes_nothing(
         "TEACHER": [str(teacher)],
         "LONG": ["a" * 300],
     }
-    words = [part for word in shlex.split(line) for part in known.get(word, [word])]
-    fork_server.at(messy.path).assert_rejects(words, int(code), text)
+    arguments = [part for word in shlex.split(line) for part in known.get(word, [word])]
+    fork_server.at(messy.path).assert_rejects(arguments, int(code), text)
 
 
 @pytest.mark.parametrize("size", ["64", "200"], ids=["seen in training", "seen when judged"])

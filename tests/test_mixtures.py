@@ -48,10 +48,10 @@ def record_of(cli: CliRunner, run: str) -> dict[str, Any]:
     return json.loads((cli.path / run / "dfa.json").read_text(encoding="utf-8"))
 
 
-def job_of(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, **words: Any) -> build.Job:
+def job_of(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> build.Job:
     monkeypatch.chdir(cli.path)
     data = {"name": "shapes", "train": 80, "test": 40}
-    tree = {"teacher": "deep", "student": "resnet8", "data": data, "method": {"name": "dfa", **words}}
+    tree = {"teacher": "deep", "student": "resnet8", "data": data, "method": {"name": "dfa", **arguments}}
     return build.distillation(locate_inputs(resolve("distill", [ConfigSource("test", tree)]).config))
 
 
@@ -107,8 +107,8 @@ def test_a_file_gives_its_mixtures_to_another_run(cli: CliRunner, searched: dict
     assert record_of(cli, "lent") == record_of(cli, "searched")
     assert done.document["search_seconds"] is None
     assert "warning" not in done.err
-    words = resolve("distill", [ConfigSource("lent", build.RunDir(cli.path / "lent").config)]).config.method
-    assert words.weights == str(cli.path / "searched" / "dfa.json")
+    arguments = resolve("distill", [ConfigSource("lent", build.RunDir(cli.path / "lent").config)]).config.method
+    assert arguments.weights == str(cli.path / "searched" / "dfa.json")
     other = record_of(cli, "searched") | {"dataset": "cifar100"}
     (cli.path / "cifar.json").write_text(json.dumps(other))
     warned = result(cli, f"{DISTIL} --dfa-weights cifar.json --run-dir transferred -q")

@@ -49,7 +49,7 @@ def seeing_norms(model: StagedModel, x: Tensor) -> list[tuple[nn.BatchNorm2d, Te
 
 def test_all_families_that_have_preactivations_are_tried() -> None:
     with torch.device("meta"):
-        seen = {words.family for words in NETWORKS.values() if create(words.name, 2).has_preactivations}
+        seen = {arguments.family for arguments in NETWORKS.values() if create(arguments.name, 2).has_preactivations}
         assert {create(name, 2).family for name in LIGHT} == seen
 
 

@@ -51,29 +51,29 @@ PAIR = ["--teacher", "resnet14", "--student", "resnet8", "--method", "kd"]
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
+def tokens(tmp_path: Path) -> list[str]:
     return [*TINY, "--set", "data.train=60", "--set", "data.test=40", "--runs-dir", str(tmp_path), "--quiet"]
 
 
-def test_a_job_looks_everything_up_once(cli: CliRunner, words: list[str]) -> None:
+def test_a_job_looks_everything_up_once(cli: CliRunner, tokens: list[str]) -> None:
     with counting() as counts:
-        assert cli.sakd("pretrain-teacher", "resnet14", *words).code == 0
+        assert cli.sakd("pretrain-teacher", "resnet14", *tokens).code == 0
     assert counts == {"loads": 1, "networks": 1, "modes": 1}
     for options in (["--dry-run"], []):
         with counting() as counts:
-            assert cli.sakd("distill", *PAIR, *words, *options).code == 0
+            assert cli.sakd("distill", *PAIR, *tokens, *options).code == 0
         assert counts == {"loads": 1, "networks": 1, "teachers": 1, "modes": 1}, options
     with counting() as counts:
         residual = ["--residual-students", "1", "--set", "residual.max_cost=9"]
-        assert cli.sakd("distill", *PAIR, *words, *residual).code == 0
+        assert cli.sakd("distill", *PAIR, *tokens, *residual).code == 0
     assert counts == {"loads": 1, "networks": 2, "teachers": 1, "modes": 1}, "a residual student is built once"
 
 
 @pytest.mark.parametrize("residual", [0, 1])
-def test_a_teacher_that_is_trained_first_is_one_more_job(cli: CliRunner, words: list[str], residual: int) -> None:
+def test_a_teacher_that_is_trained_first_is_one_more_job(cli: CliRunner, tokens: list[str], residual: int) -> None:
     more = ["--residual-students", str(residual), "--set", "residual.max_cost=9"]
     with counting() as counts:
-        assert cli.sakd("distill", *PAIR, *words, *more, "--pretrain").code == 0
+        assert cli.sakd("distill", *PAIR, *tokens, *more, "--pretrain").code == 0
     # The student's side is built once with the untrained teacher, so that its mistakes are reported first.
     assert counts == {"loads": 1 + residual, "networks": 3 + residual, "teachers": 1, "modes": 3}
 

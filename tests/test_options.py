@@ -18,14 +18,14 @@ PAIR = ConfigSource("pair", {"teacher": "resnet20", "student": "resnet8"})
 
 
 def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
-    words |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
-    words |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
-    del words["model"], words["student_friendly"], words["eval_batch_size"]  # of other commands
-    for name, value in words.items():
+    fields = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
+    fields |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
+    fields |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
+    del fields["model"], fields["student_friendly"], fields["eval_batch_size"]  # of other commands
+    for name, value in fields.items():
         monkeypatch.setenv(f"SAKD_{name.upper()}", value)
-    config, origins = resolve("distill", environment_sources(words))
-    assert set(origins) == {OPTIONS[name] for name in words}
+    config, origins = resolve("distill", environment_sources(fields))
+    assert set(origins) == {OPTIONS[name] for name in fields}
     assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
     assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "shapes")
     assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
@@ -96,7 +96,7 @@ def test_a_hint_is_right_or_there_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"),
+    ("fields", "hint"),
     [
         ("distill --alpha 0.9", "--set method.kl_weight=..."),
         ("distill --kd_T 4", "--temperature"),
@@ -105,8 +105,8 @@ def test_a_hint_is_right_or_there_is_none() -> None:
         ("eval --bogus", "sakd eval --help"),
     ],
 )
-def test_an_option_of_another_program_is_answered_with_ours(cli: CliRunner, words: str, hint: str) -> None:
-    result = cli.sakd(*words.split())
+def test_an_option_of_another_program_is_answered_with_ours(cli: CliRunner, fields: str, hint: str) -> None:
+    result = cli.sakd(*fields.split())
     assert (result.code, result.out) == (2, "")
     assert result.err.splitlines()[1] == f"hint: {hint}"
 

@@ -42,8 +42,8 @@ OTHER_DEPTHS = [("resnet32x4", "vgg8"), ("resnet32x4", "MobileNetV2"), ("ResNet5
 
 
 def task_of(teacher: str, student: str, method: str, **more: Any) -> DistillTask:
-    words = {"teacher.source": teacher, "student": student, "method.name": method, **more}
-    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+    arguments = {"teacher.source": teacher, "student": student, "method.name": method, **more}
+    config = resolve("distill", [ConfigSource("test", nested(arguments))]).config
     with torch.device("cpu" if method == "ofd" else "meta"):  # ofd reads the teacher's BatchNorms when it is built
         theirs = create(teacher, CLASSES).requires_grad_(False).eval()
         return assemble(config, create(student, CLASSES), theirs, SIDE)

@@ -25,13 +25,13 @@ def fork_server(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactor
     return fork_server
 
 
-def started(fork_server: ForkServer, count: int, *words: str) -> list[Child]:
+def started(fork_server: ForkServer, count: int, *arguments: str) -> list[Child]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     faults = [Faults(environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
-    return [fork_server.start(*words, faults=faults) for faults in faults]
+    return [fork_server.start(*arguments, faults=faults) for faults in faults]
 
 
 def ended(children: list[Child]) -> list[int]:
@@ -79,8 +79,8 @@ def test_a_stop_is_everybodys_and_any_number_of_processes_goes_on(fork_server: F
 
 
 def test_a_process_that_is_killed_ends_all(fork_server: ForkServer) -> None:
-    words = [word for word in DISTIL if word != "-q"]
-    children = started(fork_server, 2, *words, "--run-dir", "killed", "--set", "train.epochs=400")
+    arguments = [word for word in DISTIL if word != "-q"]
+    children = started(fork_server, 2, *arguments, "--run-dir", "killed", "--set", "train.epochs=400")
     children[0].signal_when("epoch 2  validation", 0)
     children[1].signal_when("", signal.SIGKILL)
     begun = time.monotonic()
@@ -90,15 +90,15 @@ def test_a_process_that_is_killed_ends_all(fork_server: ForkServer) -> None:
 
 
 def test_the_step_of_two_levels_is_for_one_process(fork_server: ForkServer) -> None:
-    words = shlex.split(f"distill --teacher resnet14 --pretrain --student resnet8 --method dfa {WORDS} --dry-run")
+    arguments = shlex.split(f"distill --teacher resnet14 --pretrain --student resnet8 --method dfa {WORDS} --dry-run")
     first = Faults(environment=FIRST)
-    fork_server.assert_rejects(words, 2, "the search for mixtures works in one process only, 2 were started", first)
+    fork_server.assert_rejects(arguments, 2, "the search for mixtures works in one process only, 2 were started", first)
 
 
-@pytest.mark.parametrize("words", ["sweep sweep-small", "distill --preset ablation --routers all --parallel"])
-def test_what_starts_processes_of_its_own_is_for_one_process(fork_server: ForkServer, words: str) -> None:
+@pytest.mark.parametrize("arguments", ["sweep sweep-small", "distill --preset ablation --routers all --parallel"])
+def test_what_starts_processes_of_its_own_is_for_one_process(fork_server: ForkServer, arguments: str) -> None:
     fork_server.assert_rejects(
-        shlex.split(words), 2, "works in one process only, 2 were started", Faults(environment=FIRST)
+        shlex.split(arguments), 2, "works in one process only, 2 were started", Faults(environment=FIRST)
     )
 
 
@@ -116,7 +116,7 @@ def test_what_only_the_first_one_meets_ends_the_others_in_one_line(fork_server: 
 
 def test_torchrun_starts_them(fork_server: ForkServer) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sakd_cli"]
-    words = [*DISTIL, "--run-dir", "launched", "--set", "train.epochs=1", "--json"]
-    told = subprocess.run([*launcher, *words], cwd=fork_server.cwd, capture_output=True, text=True, check=False)
+    arguments = [*DISTIL, "--run-dir", "launched", "--set", "train.epochs=1", "--json"]
+    told = subprocess.run([*launcher, *arguments], cwd=fork_server.cwd, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["run"] == "launched"

@@ -166,11 +166,11 @@ def contents(run: Path) -> dict[str, Any]:
 def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
     trained_cli: CliRunner, teacher: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
-    words = [*PAIR, *TINY, "--method", "kd", "--epochs", "3", "--set", "save_every=1", "--set", "data.train=100"]
-    words += ["--set", "data.test=40", "--teacher", str(teacher), "--seeds", "2"]
-    alone = trained_cli.sakd(*words, "--runs-dir", str(tmp_path / "alone"), "--quiet", "--json").document
+    arguments = [*PAIR, *TINY, "--method", "kd", "--epochs", "3", "--set", "save_every=1", "--set", "data.train=100"]
+    arguments += ["--set", "data.test=40", "--teacher", str(teacher), "--seeds", "2"]
+    alone = trained_cli.sakd(*arguments, "--runs-dir", str(tmp_path / "alone"), "--quiet", "--json").document
     here = ["--runs-dir", str(tmp_path / "at once")]
-    child = fork_server.at(trained_cli.path).start(*words, *here, "--parallel")
+    child = fork_server.at(trained_cli.path).start(*arguments, *here, "--parallel")
     for seed in (0, 1):
         child.signal_when(f"adaptive, seed {seed}: epoch 1", 0)
     os.kill(child.pid, signal.SIGINT)
@@ -180,7 +180,7 @@ def test_two_seeds_at_once_stopped_and_gone_on_with_are_the_two_runs_alone(
     assert len(begun) == 2
     assert all((run.path / "checkpoints" / "last").is_dir() for run in begun)
     assert not all(run.finished for run in begun)
-    again = [*words, *here, "--resume", "auto", "--quiet", "--json"]
+    again = [*arguments, *here, "--resume", "auto", "--quiet", "--json"]
     document = trained_cli.sakd(*again).document
     assert len(all_runs(tmp_path / "at once")) == 2
     for ours, theirs in zip(document["runs"], alone["runs"], strict=True):

@@ -23,10 +23,10 @@ PROGRAM = """
 import contextlib, io, json, pathlib, sys
 from sakd_cli.cli.app import run
 
-for words in json.load(sys.stdin):
+for arguments in json.load(sys.stdin):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = pathlib.Path(words[1]).unlink() or 0 if words[0] == 'rm' else run(words)
+        code = pathlib.Path(arguments[1]).unlink() or 0 if arguments[0] == 'rm' else run(arguments)
     print(json.dumps([code, out.getvalue()]))
 """
 
@@ -140,12 +140,12 @@ def test_a_broken_plugin_is_one_line_and_spoils_nothing_else(
 
 def test_a_name_that_is_taken_is_refused(cli: CliRunner, packages: Any) -> None:
     packages("thief", POINT.format(name="at", module="thief", what="Own"), WORDS.format(name="at"))
-    words = ["config", "show", "--teacher", "a", "--student", "resnet8", "--method"]
-    cli.assert_rejects([*words, "at"], 2, "method 'at': wanted by sakd and by thief")
-    assert cli.sakd(*words, "sp").code == 0
+    arguments = ["config", "show", "--teacher", "a", "--student", "resnet8", "--method"]
+    cli.assert_rejects([*arguments, "at"], 2, "method 'at': wanted by sakd and by thief")
+    assert cli.sakd(*arguments, "sp").code == 0
     packages("one", POINT.format(name="same", module="one", what="Own"), WORDS.format(name="same"))
     packages("two", POINT.format(name="same", module="two", what="Own"), WORDS.format(name="same"))
-    cli.assert_rejects([*words, "same"], 2, "method 'same': wanted by ")
+    cli.assert_rejects([*arguments, "same"], 2, "method 'same': wanted by ")
 
 
 def test_a_method_without_a_distiller_and_a_network_that_is_none(
@@ -154,8 +154,8 @@ def test_a_method_without_a_distiller_and_a_network_that_is_none(
     packages("half", POINT.format(name="half", module="half", what="Own"), WORDS.format(name="half"))
     cli.assert_rejects(["show", "method", "half"], 2, "no package has an entry point 'sakd.distillers'")
     packages("nets", "[sakd.networks]\nmynet = nets:build\nResNet8 = nets:build\n", "def build(name, classes): ...\n")
-    words = ["distill", "--teacher", "resnet8", "--method", "kd", *TINY, "--student"]
-    cli.assert_rejects([*words, "mynet"], 2, "mynet is no StagedModel of that name for 20 classes")
-    cli.assert_rejects([*words, "ResNet8"], 2, "network 'ResNet8': wanted by sakd and by nets")
-    assert "did you mean 'mynet'" in cli.assert_rejects([*words, "mynett"], 2, "unknown model").err
+    arguments = ["distill", "--teacher", "resnet8", "--method", "kd", *TINY, "--student"]
+    cli.assert_rejects([*arguments, "mynet"], 2, "mynet is no StagedModel of that name for 20 classes")
+    cli.assert_rejects([*arguments, "ResNet8"], 2, "network 'ResNet8': wanted by sakd and by nets")
+    assert "did you mean 'mynet'" in cli.assert_rejects([*arguments, "mynett"], 2, "unknown model").err
     assert set(DISTILLERS.own) == set(DISTILLERS)

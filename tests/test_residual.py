@@ -82,14 +82,14 @@ def test_energy_falls_where_it_must() -> None:
 
 
 def test_the_chain_stops_where_the_energy_says_so() -> None:
-    words = ResidualConfig(students=5, min_gain=0.02, energy=0.1)
-    assert verdict([0.70], words) == (False, None)
-    assert verdict([0.70, 0.60], words) == (False, None)
-    drop, stopped = verdict([0.70, 0.60, 0.599], words)
+    fields = ResidualConfig(students=5, min_gain=0.02, energy=0.1)
+    assert verdict([0.70], fields) == (False, None)
+    assert verdict([0.70, 0.60], fields) == (False, None)
+    drop, stopped = verdict([0.70, 0.60, 0.599], fields)
     assert drop
     assert stopped == "residual student 2 lowered the energy by 0.2 % only"
-    assert verdict([0.70, 0.05], words) == (False, "the energy fell below 0.1")
-    assert verdict([0.70, 0.75], words).drop
+    assert verdict([0.70, 0.05], fields) == (False, "the energy fell below 0.1")
+    assert verdict([0.70, 0.75], fields).drop
 
 
 def test_the_chain_stops_at_its_number_and_its_cost() -> None:
@@ -97,8 +97,8 @@ def test_the_chain_stops_at_its_number_and_its_cost() -> None:
     free = {"max_cost": 9.0}
     chain = ["resnet14", "resnet8", "resnet8"]  # ResKD spec, 2.3
     for students in (1, 2, 3):
-        words = ResidualConfig(students=students, **free)
-        assert planned("resnet20", teacher, words, 100, 32) == (chain[:students], f"{students} were asked for")
+        fields = ResidualConfig(students=students, **free)
+        assert planned("resnet20", teacher, fields, 100, 32) == (chain[:students], f"{students} were asked for")
     names, why = planned("resnet20", teacher, ResidualConfig(students=3, max_cost=0.7), 100, 32)
     assert names == chain[:1]
     assert why.startswith("resnet20 + resnet14 + resnet8 would cost 80.0 % of the teacher")
@@ -143,12 +143,12 @@ def test_a_residual_student_trained_by_kd_is_one_trained_by_kl(float64: None) ->
     inner = make("kd", "always", **{"method.kl_weight": 9.0})
     base = Ensemble([double("resnet8", 1)]).eval()
     inner.offset = base.forward
-    words = ResidualConfig(loss="kl", alpha=0.9)
+    fields = ResidualConfig(loss="kl", alpha=0.9)
     plain = ResidualTask(
         copy.deepcopy(inner.network),
         lambda x: inner.teacher_features.network(x),
         base.forward,
-        words,
+        fields,
         lr=0,
         weight_decay=0,
     )
@@ -253,11 +253,11 @@ def test_a_run_leaves_an_ensemble_beside_its_student(trained_cli: CliRunner, cha
 
 
 def test_zero_init_starts_by_changing_nothing() -> None:
-    words = {"teacher": "resnet8", "student": "resnet8", "data": {"name": "shapes", "train": 60, "test": 20}}
+    fields = {"teacher": "resnet8", "student": "resnet8", "data": {"name": "shapes", "train": 60, "test": 20}}
     from sakd_cli.runs import build
 
     for init in ("zero", "default"):
-        more = words | {"residual": {"students": 1, "init": init, "max_cost": 3}}
+        more = fields | {"residual": {"students": 1, "init": init, "max_cost": 3}}
         config = resolve("distill", [ConfigSource("test", more)]).config
         job = build.distillation(config, build.untrained_teacher(build.pretraining(build.teacher_config(config))))
         images = torch.randn(4, 3, 32, 32)
@@ -304,11 +304,11 @@ def test_thresholds_are_fitted_anew_for_other_words(trained_cli: CliRunner, chai
 
 def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, chained: dict[str, Any]) -> None:
     run = chained["run"]
-    words = [*PAIR, *TINY, "--residual-students", "1"]
-    trained_cli.assert_rejects([*words], 2, "resnet8 + ")
-    trained_cli.assert_rejects([*words, "--set", "residual.rule=agreemnt"], 2, "residual.rule")
-    trained_cli.assert_rejects([*words, "--set", "residual.student=2"], 2, "did you mean 'residual.students'?")
-    trained_cli.assert_rejects([*words, "--set", "residual.architectures=resnt8"], 2, "did you mean 'resnet8'?")
+    fields = [*PAIR, *TINY, "--residual-students", "1"]
+    trained_cli.assert_rejects([*fields], 2, "resnet8 + ")
+    trained_cli.assert_rejects([*fields, "--set", "residual.rule=agreemnt"], 2, "residual.rule")
+    trained_cli.assert_rejects([*fields, "--set", "residual.student=2"], 2, "did you mean 'residual.students'?")
+    trained_cli.assert_rejects([*fields, "--set", "residual.architectures=resnt8"], 2, "did you mean 'resnet8'?")
     big = [
         "--set",
         "residual.max_cost=9",
@@ -318,7 +318,7 @@ def test_mistakes_cost_one_line_and_nothing_is_written(trained_cli: CliRunner, c
         "residual.architectures=MobileNetV2",
     ]
     trained_cli.assert_rejects(
-        [*words, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2"
+        [*fields, *big, "--set", "stage_map=[[1,1],[2,2],[3,3]]", "--method", "ofd"], 2, "MobileNetV2"
     )
     trained_cli.assert_rejects(["eval", run, "--early-exit", "--always-on"], 2, "exclude each other")
     trained_cli.assert_rejects(["eval", run, run, "--plot", "curve.png"], 2, "of one network")

@@ -31,8 +31,8 @@ METHODS = {
 def fork_server(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
     """Forks commands in a folder that holds a teacher's run."""
     fork_server = fork_server.at(tmp_path_factory.mktemp("kills"))
-    for words in ("resnet8 --run-dir teacher", "resnet14 --run-dir deeper"):  # a resnet8 has no two blocks to mix
-        child = fork_server.sakd(*shlex.split(f"pretrain-teacher {words} {SHORT} --epochs 1 -q"))
+    for arguments in ("resnet8 --run-dir teacher", "resnet14 --run-dir deeper"):  # a resnet8 has no two blocks to mix
+        child = fork_server.sakd(*shlex.split(f"pretrain-teacher {arguments} {SHORT} --epochs 1 -q"))
         assert child.code == 0, child.err
     return fork_server
 
@@ -41,8 +41,8 @@ def fork_server(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactor
 def whole(fork_server: ForkServer) -> dict[str, dict[str, str]]:
     """What each method's uninterrupted run leaves."""
     prints = {}
-    for name, words in METHODS.items():
-        child = fork_server.sakd(*shlex.split(f"{DISTIL} {words} --run-dir whole-{name}"))
+    for name, arguments in METHODS.items():
+        child = fork_server.sakd(*shlex.split(f"{DISTIL} {arguments} --run-dir whole-{name}"))
         assert child.code == 0, child.err
         prints[name] = fingerprint(fork_server.cwd / f"whole-{name}")
         folder = fork_server.cwd / f"whole-{name}" / "checkpoints"
@@ -83,8 +83,8 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
         while kill_somewhere(child, run, draw) != 0:
             kills += 1
             begun = (run / "config.yaml").is_file()
-            words = f"distill --resume {run}" if begun else f"{DISTIL} {METHODS[name]} --run-dir {run}"
-            child = fork_server.start(*shlex.split(words), "-q")
+            arguments = f"distill --resume {run}" if begun else f"{DISTIL} {METHODS[name]} --run-dir {run}"
+            child = fork_server.start(*shlex.split(arguments), "-q")
         assert fingerprint(run) == whole[name]
 
 
@@ -96,9 +96,9 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     fork_server: ForkServer, whole: dict[str, dict[str, str]], number: signal.Signals, method: str, moment: str
 ) -> None:
     run = fork_server.cwd / f"stopped-{number.name}-{moment[:2]}"
-    words = shlex.split(f"{DISTIL} {METHODS[method]} --run-dir {run}")
-    words.remove("-q")
-    stopped = fork_server.start(*words)
+    arguments = shlex.split(f"{DISTIL} {METHODS[method]} --run-dir {run}")
+    arguments.remove("-q")
+    stopped = fork_server.start(*arguments)
     stopped.signal_when(moment, number)
     assert stopped.wait() == 128 + number
     *_, error, hint = stopped.err.splitlines()
@@ -113,9 +113,9 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(
     fork_server: ForkServer, whole: dict[str, dict[str, str]]
 ) -> None:
     run = fork_server.cwd / "impatient"
-    words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --run-dir {run}")
-    words.remove("-q")
-    stopped = fork_server.start(*words)
+    arguments = shlex.split(f"{DISTIL} {METHODS['fitnet']} --run-dir {run}")
+    arguments.remove("-q")
+    stopped = fork_server.start(*arguments)
     stopped.signal_when("step 4/", signal.SIGTERM)
     os.kill(stopped.pid, signal.SIGTERM)
     assert stopped.wait() == 143
@@ -125,18 +125,18 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.battery)], ids=["some", "all"])
 def test_a_crash_at_any_touch_of_the_disk_costs_nothing(fork_server: ForkServer, stride: int) -> None:
-    words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --set save_every=7 --epochs 1")
-    assert fork_server.sakd(*words, "--run-dir", f"untouched{stride}").code == 0
+    arguments = shlex.split(f"{DISTIL} {METHODS['fitnet']} --set save_every=7 --epochs 1")
+    assert fork_server.sakd(*arguments, "--run-dir", f"untouched{stride}").code == 0
     wanted = fingerprint(fork_server.cwd / f"untouched{stride}")
     for touch in range(stride, 999, stride):
         run = fork_server.cwd / f"crash{stride}-{touch}"
-        crashed = fork_server.sakd(*words, "--run-dir", str(run), faults=Faults(crash=touch))
+        crashed = fork_server.sakd(*arguments, "--run-dir", str(run), faults=Faults(crash=touch))
         if crashed.code == 0:
             break
         assert crashed.code == 9, crashed.err
         begun = (run / "config.yaml").is_file()
         again = fork_server.sakd(
-            *(["distill", "--resume", str(run), "-q"] if begun else [*words, "--run-dir", str(run)])
+            *(["distill", "--resume", str(run), "-q"] if begun else [*arguments, "--run-dir", str(run)])
         )
         assert again.code == 0, f"after touch {touch}: {again.err}"
         assert fingerprint(run) == wanted, f"after touch {touch}"
@@ -168,7 +168,7 @@ def unfinished(fork_server: ForkServer, name: str) -> Path:
     return run
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "swapped", "of the future", "of a twin"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "swapped", "of the future", "of another"])
 def test_a_damaged_checkpoint_is_never_used(fork_server: ForkServer, damage: str) -> None:
     run = unfinished(fork_server, f"damaged-{damage.replace(' ', '-')}")
     last = run / "checkpoints" / "last"
@@ -178,11 +178,11 @@ def test_a_damaged_checkpoint_is_never_used(fork_server: ForkServer, damage: str
         file.unlink()
     elif damage == "swapped":
         shutil.copy(fork_server.cwd / "teacher" / "checkpoints" / "last" / file.name, file)
-    elif damage == "of a twin":  # a run of the same words
-        twin = fork_server.cwd / "whole-twin"
-        assert fork_server.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {twin}")).code == 0
+    elif damage == "of another":  # a run of the same arguments
+        other = fork_server.cwd / "whole-other"
+        assert fork_server.sakd(*shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 2 --run-dir {other}")).code == 0
         shutil.rmtree(last)
-        shutil.copytree(twin / "checkpoints" / "last", last)
+        shutil.copytree(other / "checkpoints" / "last", last)
     elif damage == "of the future":
         state = (last / "state.json").read_text().replace("sakd.checkpoint/2", "sakd.checkpoint/99")
         (last / "state.json").write_text(state)
@@ -206,14 +206,14 @@ def test_a_damaged_checkpoint_is_never_used(fork_server: ForkServer, damage: str
 
 def test_one_directory_has_one_process(fork_server: ForkServer) -> None:
     run = fork_server.cwd / "shared"
-    words = shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 200 --run-dir {run}")
-    words.remove("-q")
-    first = fork_server.start(*words)
+    arguments = shlex.split(f"{DISTIL} {METHODS['fitnet']} --epochs 200 --run-dir {run}")
+    arguments.remove("-q")
+    first = fork_server.start(*arguments)
     first.signal_when("step 2/", 0)
     second = fork_server.sakd("distill", "--resume", str(run))
     assert second.code == 8
     assert f"in use by process {first.pid} on {platform.node()}" in second.err
-    third = fork_server.sakd(*words, "--overwrite")
+    third = fork_server.sakd(*arguments, "--overwrite")
     assert third.code == 8
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -238,9 +238,9 @@ no distill run in empty                                                 | distil
 
 @pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda case: case.split("|")[1].strip())
 def test_a_wrong_intent_touches_nothing(fork_server: ForkServer, case: str) -> None:
-    text, words = (part.strip() for part in case.split("|"))
+    text, arguments = (part.strip() for part in case.split("|"))
     before = fingerprint(finished(fork_server))
-    refused = fork_server.sakd(*shlex.split(words.replace("WORDS", f"{DISTIL.removeprefix('distill ')}")))
+    refused = fork_server.sakd(*shlex.split(arguments.replace("WORDS", f"{DISTIL.removeprefix('distill ')}")))
     assert refused.code == 2
     assert text in refused.err.splitlines()[0]
     assert len(refused.err.splitlines()) <= 2
@@ -252,8 +252,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
 ) -> None:
     prints = []
     for seed in (0, 1):
-        words = f"{DISTIL} {METHODS['crd']} --seed {seed} --run-dir seed{seed}"
-        assert fork_server.sakd(*shlex.split(words)).code == 0
+        arguments = f"{DISTIL} {METHODS['crd']} --seed {seed} --run-dir seed{seed}"
+        assert fork_server.sakd(*shlex.split(arguments)).code == 0
         prints.append(fingerprint(fork_server.cwd / f"seed{seed}"))
     assert prints[0] == whole["crd"]
     weights = [{digest for file, digest in each.items() if file.endswith("model.safetensors")} for each in prints]

@@ -25,13 +25,13 @@ CLASSES = 10
 
 
 def make(method: str, teacher: str = "resnet8", **runtime: Any) -> DistillTask:
-    words = {"teacher": teacher, "student": "resnet8", "method.name": method, "router.teacher_bias": 0.0}
-    words |= {f"runtime.{name}": word for name, word in runtime.items()}
-    words |= {"method.negatives": 9} if method == "crd" else {}
+    settings = {"teacher": teacher, "student": "resnet8", "method.name": method, "router.teacher_bias": 0.0}
+    settings |= {f"runtime.{name}": word for name, word in runtime.items()}
+    settings |= {"method.negatives": 9} if method == "crd" else {}
     torch.manual_seed(3)
     ours, theirs = create("resnet8", CLASSES), create(teacher, CLASSES)
     theirs.train()(torch.randn(16, 3, 32, 32))
-    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+    config = resolve("distill", [ConfigSource("test", nested(settings))]).config
     return assemble(config, ours, theirs.requires_grad_(False).eval(), 32, torch.arange(60) % CLASSES).train()
 
 
@@ -51,7 +51,7 @@ def optimizer(task: DistillTask) -> Optimizer:
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "message"),
+    ("settings", "device", "message"),
     [
         ({}, "cpu", "fp32, channels_last, dynamic shapes"),
         ({}, "cuda", "fp32, channels_last, static shapes, look-ahead 8"),
@@ -61,14 +61,16 @@ def optimizer(task: DistillTask) -> Optimizer:
         ({"look_ahead": 3}, "cpu", "fp32, channels_last, dynamic shapes, look-ahead 3"),
     ],
 )
-def test_what_the_words_mean_depends_on_the_device(words: dict[str, Any], device: str, message: str) -> None:
-    assert str(resolve_mode(Runtime(**words), torch.device(device))) == message
+def test_what_the_words_mean_depends_on_the_device(settings: dict[str, Any], device: str, message: str) -> None:
+    assert str(resolve_mode(Runtime(**settings), torch.device(device))) == message
 
 
 def test_a_compiled_step_cannot_be_pruned() -> None:
-    words = nested({"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "dynamic"})
+    settings = nested(
+        {"teacher": "resnet8", "student": "resnet8", "runtime.compile": True, "runtime.shapes": "dynamic"}
+    )
     with pytest.raises(UsageError, match="runtime: a compiled or captured step"):
-        resolve("distill", [ConfigSource("test", words)])
+        resolve("distill", [ConfigSource("test", settings)])
 
 
 @pytest.mark.parametrize("method", ["fitnet", "vid"])

@@ -45,20 +45,20 @@ def test_twins_differ_in_router_and_seed_only(trained_cli: CliRunner, controlled
     Comparison.model_validate(controlled)
     rows = [(row["router"], row["seed"]) for row in controlled["runs"]]
     assert rows == [(router, seed) for seed in (0, 1) for router in ("adaptive", "always", "never")]
-    words = [words_of(row["run"], trained_cli) for row in controlled["runs"]]
-    differing = {key for one in words for key in one | words[0] if one.get(key) != words[0].get(key)}
+    arguments = [words_of(row["run"], trained_cli) for row in controlled["runs"]]
+    differing = {key for one in arguments for key in one | arguments[0] if one.get(key) != arguments[0].get(key)}
     assert {key.partition(".")[0] for key in differing} == {"router", "seed"}
     assert all(len(group["seeds"]) == 2 for group in controlled["groups"])
-    assert len(controlled["comparisons"]) == 3, "the run and its classical twin against plain training, and each other"
+    assert len(controlled["comparisons"]) == 3, "the run and its control against plain training, and each other"
 
 
 def test_a_twin_is_the_run_that_one_would_start_by_hand(
     trained_cli: CliRunner, named: list[str], controlled: dict[str, Any], tmp_path: Path
 ) -> None:
-    twin = next(row for row in controlled["runs"] if (row["router"], row["seed"]) == ("always", 1))
-    words = [*named, "--router", "always", "--seed", "1", "--run-dir", str(tmp_path / "by hand")]
-    assert trained_cli.sakd(*words).code == 0
-    both = [path / "student" / "model.safetensors" for path in (trained_cli.path / twin["run"], tmp_path / "by hand")]
+    other = next(row for row in controlled["runs"] if (row["router"], row["seed"]) == ("always", 1))
+    arguments = [*named, "--router", "always", "--seed", "1", "--run-dir", str(tmp_path / "by hand")]
+    assert trained_cli.sakd(*arguments).code == 0
+    both = [path / "student" / "model.safetensors" for path in (trained_cli.path / other["run"], tmp_path / "by hand")]
     assert both[0].read_bytes() == both[1].read_bytes()
 
 
@@ -74,8 +74,8 @@ def test_a_resumed_series_leaves_alone_what_is_finished_and_makes_what_is_missin
     untouched = {
         run: (Path(run) / "summary.json").stat().st_mtime_ns for run in whole if Path(run) not in (stopped, missing)
     }
-    words = [*named, *runs, "--with-control", "--seeds", "2", "--resume", "auto", "--json"]
-    again = trained_cli.sakd(*words).document
+    arguments = [*named, *runs, "--with-control", "--seeds", "2", "--resume", "auto", "--json"]
+    again = trained_cli.sakd(*arguments).document
     assert [row["run"] == old for row, old in zip(again["runs"], whole, strict=True)] == [
         True,
         True,
@@ -97,20 +97,20 @@ def test_a_series_goes_on_with_the_teacher_it_began_with(
     folder = Path(runs[1])
     older = folder / "20200101-000000-pretrain-older"
     shutil.copytree(teacher, older)
-    words = [*PAIR, *TINY, *runs, "--method", "at", "--quiet", "--json"]
-    first = trained_cli.sakd(*words).document
+    arguments = [*PAIR, *TINY, *runs, "--method", "at", "--quiet", "--json"]
+    first = trained_cli.sakd(*arguments).document
     assert first["teacher"]["path"].startswith(str(older))
     (Path(first["run"]) / "summary.json").unlink()
     shutil.copytree(teacher, folder / "20300101-000000-pretrain-newer")
-    again = trained_cli.sakd(*words, "--resume", "auto").document
+    again = trained_cli.sakd(*arguments, "--resume", "auto").document
     assert (again["run"], again["teacher"]["path"]) == (first["run"], first["teacher"]["path"])
 
 
 def test_all_routers_are_one_word_and_coins_are_matched_within_a_seed(
     trained_cli: CliRunner, named: list[str], tmp_path: Path
 ) -> None:
-    words = [*named, "--runs-dir", str(tmp_path)]
-    document = trained_cli.sakd(*words, "--routers", "random-matched,adaptive", "--seeds", "2", "--json").document
+    arguments = [*named, "--runs-dir", str(tmp_path)]
+    document = trained_cli.sakd(*arguments, "--routers", "random-matched,adaptive", "--seeds", "2", "--json").document
     rows = document["runs"]
     assert [(row["router"], row["seed"]) for row in rows] == [
         (r, s) for s in (0, 1) for r in ("adaptive", "random-matched")
@@ -118,10 +118,10 @@ def test_all_routers_are_one_word_and_coins_are_matched_within_a_seed(
     for adaptive, matched in ((rows[0], rows[1]), (rows[2], rows[3])):
         assert words_of(matched["run"], trained_cli)["router.run"] == str(Path(adaptive["run"]).resolve())
     before = trained_cli.tree()
-    table = trained_cli.sakd(*words, "--routers", "random-matched,adaptive", "--seeds", "2", "--resume", "auto").out
+    table = trained_cli.sakd(*arguments, "--routers", "random-matched,adaptive", "--seeds", "2", "--resume", "auto").out
     assert trained_cli.tree() == before
     assert all(text in table for text in ("kd random-matched", "±", "Runs"))
-    plan = trained_cli.sakd(*words, "--routers", "all", "--dry-run", "--json").document
+    plan = trained_cli.sakd(*arguments, "--routers", "all", "--dry-run", "--json").document
     assert plan["schema"] == "sakd.plan/2"
 
 
@@ -142,8 +142,8 @@ def test_options_that_do_not_go_together_are_told_before_anything_is_trained(
     trained_cli: CliRunner, named: list[str], distilled: dict[str, Any], text: str
 ) -> None:
     options = [distilled["run"] if word == "RUN" else word for word in MISTAKES[text]]
-    words = ["distill"] if "ALONE" in options else ["distill"] if distilled["run"] in options else named
-    trained_cli.assert_rejects([*words, *(word for word in options if word != "ALONE")], 2, text)
+    arguments = ["distill"] if "ALONE" in options else ["distill"] if distilled["run"] in options else named
+    trained_cli.assert_rejects([*arguments, *(word for word in options if word != "ALONE")], 2, text)
 
 
 def test_every_router_has_a_place_in_the_series(trained_cli: CliRunner, named: list[str]) -> None:

@@ -38,8 +38,8 @@ CLASSES, SIDE = 4, 8
 CARD = NetworkCard("resnet14", "noise", tuple("abcd"), (0.5,) * 3, (0.3,) * 3, SIDE)
 
 
-def sftn(seed: int = 0, students: tuple[str, ...] = ("resnet8",), **words: Any) -> SftnTask:
-    friendly = FriendlyConfig(students=students, **words)
+def sftn(seed: int = 0, students: tuple[str, ...] = ("resnet8",), **arguments: Any) -> SftnTask:
+    friendly = FriendlyConfig(students=students, **arguments)
     torch.manual_seed(seed)
     network = create("resnet14", CLASSES)
     branches = Branches(network, friendly.students, SIDE, share=friendly.share_branches)
@@ -95,9 +95,9 @@ def test_fully_detached_branches_leave_the_teachers_gradient_as_it_is() -> None:
     assert all(p.grad is not None and p.grad.any() for p in task.branches.transforms.parameters() if p.ndim == 4)
 
 
-def job(tmp_path: Path, task: str = "pretrain", **words: Any) -> build.Job:
+def job(tmp_path: Path, task: str = "pretrain", **arguments: Any) -> build.Job:
     tiny = {"data": {"name": "shapes", "train": 200, "test": 100}, "train": {"epochs": 1}, "runs_dir": str(tmp_path)}
-    config = resolve(task, [ConfigSource("tiny", tiny), ConfigSource("test", words)]).config
+    config = resolve(task, [ConfigSource("tiny", tiny), ConfigSource("test", arguments)]).config
     return build.pretraining(config) if task == "pretrain" else build.distillation(locate_inputs(config))
 
 
@@ -254,8 +254,8 @@ def test_the_teacher_is_saved_plain_and_every_method_distils_from_it(tmp_path: P
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(teacher(images), task.network.eval()(images))
     for method in METHODS:
-        words = {"teacher": "resnet14", "student": "resnet8", "method": method}
-        config = resolve("distill", [ConfigSource("test", words)]).config
+        arguments = {"teacher": "resnet14", "student": "resnet8", "method": method}
+        config = resolve("distill", [ConfigSource("test", arguments)]).config
         labels = torch.arange(CLASSES).repeat(3)
         distillation = build.assemble(config, create("resnet8", CLASSES), teacher, 32, labels)
         noise = torch.full((4, distillation.noise_width), 0.5)
@@ -263,9 +263,9 @@ def test_the_teacher_is_saved_plain_and_every_method_distils_from_it(tmp_path: P
         assert output.loss.isfinite(), method
 
 
-def distance_after(steps: int, **words: Any) -> float:
+def distance_after(steps: int, **arguments: Any) -> float:
     """KL between the teacher and its branches in nats, on new images, after so many steps."""
-    task = sftn(**words)
+    task = sftn(**arguments)
     optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
     optimizer.begin_epoch(1)
     for step in range(steps):
@@ -298,8 +298,8 @@ def test_fine_tuning_starts_where_the_saved_network_ended(tmp_path: Path) -> Non
 
 
 def test_fine_tuning_is_short_and_slow_unless_told_otherwise() -> None:
-    def train(**words: Any) -> tuple[int, float | None, tuple[int, ...]]:
-        found = resolve("pretrain", [ConfigSource("test", {"model": "resnet8"} | words)]).config.train
+    def train(**arguments: Any) -> tuple[int, float | None, tuple[int, ...]]:
+        found = resolve("pretrain", [ConfigSource("test", {"model": "resnet8"} | arguments)]).config.train
         return found.epochs, found.lr, found.decay_epochs()
 
     assert train(init_from="x") == (60, 0.01, (37, 45, 52))

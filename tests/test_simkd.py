@@ -74,9 +74,9 @@ def test_a_stage_is_declared_signed_where_its_output_can_be_negative(name: str) 
     assert [bool((x < 0).any()) for x in stages] == [info.signed for info in model.infos]
 
 
-def task_of(student: str, teacher: str, router: str, **words: Any) -> tuple[DistillTask, StagedModel]:
-    words |= {"teacher.source": teacher, "student": student, "method.name": "simkd", "router.name": router}
-    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+def task_of(student: str, teacher: str, router: str, **tokens: Any) -> tuple[DistillTask, StagedModel]:
+    tokens |= {"teacher.source": teacher, "student": student, "method.name": "simkd", "router.name": router}
+    config = resolve("distill", [ConfigSource("test", nested(tokens))]).config
     torch.manual_seed(3)
     theirs = create(teacher, CLASSES)
     with torch.no_grad():
@@ -188,6 +188,6 @@ def test_what_is_delivered_scores_the_same_and_is_looked_at(cli: CliRunner, summ
 
 def test_what_is_delivered_can_teach(cli: CliRunner, summary: dict[str, Any], tmp_path: Path) -> None:
     for method in ("fitnet", "simkd"):
-        words = ["distill", "--teacher", summary["run"], "--student", "resnet8", "--method", method, *TINY]
-        plan = cli.sakd(*words, "--dry-run", "--json").document
+        tokens = ["distill", "--teacher", summary["run"], "--student", "resnet8", "--method", method, *TINY]
+        plan = cli.sakd(*tokens, "--dry-run", "--json").document
         assert plan["networks"][0]["name"] == "simkd2-resnet8-resnet8"

@@ -34,8 +34,8 @@ def _float64() -> Any:
 
 def make(method: str, router: str, student: str = "resnet8", teacher: str = "resnet14", **more: Any) -> DistillTask:
     """A task on two freshly drawn networks with BatchNorm statistics that are not the initial ones."""
-    words = {"teacher.source": teacher, "student": student, "method.name": method, "router.name": router, **more}
-    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+    arguments = {"teacher.source": teacher, "student": student, "method.name": method, "router.name": router, **more}
+    config = resolve("distill", [ConfigSource("test", nested(arguments))]).config
     torch.manual_seed(3)
     ours, theirs = create(student, CLASSES), create(teacher, CLASSES)
     with torch.no_grad():
@@ -77,8 +77,8 @@ def fit(task: Any, made: list[Batch]) -> list[Tensor]:
 )
 @pytest.mark.parametrize("method", ["kd", "fitnet", "at", "nst", "vid", "sp", "pkt", "rkd", "cc", "ft", "crd"])
 def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, bias: float) -> None:
-    words = {"router.teacher_bias": bias, "train.lr": 0.05, "runtime.shapes": shapes}
-    task = make(method, "adaptive", **words | ({"method.negatives": 9} if method == "crd" else {}))
+    arguments = {"router.teacher_bias": bias, "train.lr": 0.05, "runtime.shapes": shapes}
+    task = make(method, "adaptive", **arguments | ({"method.negatives": 9} if method == "crd" else {}))
     slow, optim = published(task, method), optimizer(task)
     optim.begin_epoch(1)
     task.train()
@@ -116,13 +116,13 @@ def routing_case() -> tuple[DistillTask, Batch, dict[str, Any], dict[str, Tensor
     cases, _ = oracle("routing")
     case = cases[0]
     given = tensors_of("routing", case["id"], "in")
-    words = {
+    arguments = {
         "teacher": case["teacher"],
         "student": case["student"],
         "method": {"name": case["method"].lower(), "weight": case["beta"], "temperature": case["T"]},
         "router": {"name": "adaptive", "gamma": case["gamma"]},
     }
-    config = resolve("distill", [ConfigSource("test", words)]).config
+    config = resolve("distill", [ConfigSource("test", arguments)]).config
     salts = case["salts"]
     teacher = fill(create(case["teacher"], case["num_classes"]), salts["teacher"]).requires_grad_(False).eval()
     student = fill(create(case["student"], case["num_classes"]), salts["student"])

@@ -28,9 +28,9 @@ def routed(cli: CliRunner, pretrained: Result) -> Path:
     return Path(result.document["run"])
 
 
-def inspected(cli: CliRunner, *words: Any) -> Any:
+def inspected(cli: CliRunner, *arguments: Any) -> Any:
     """The document, after it was held against its schema."""
-    document = cli.sakd("inspect-spots", *map(str, words), "--json", "-q").document
+    document = cli.sakd("inspect-spots", *map(str, arguments), "--json", "-q").document
     SpotsDocument.model_validate(document)
     return document
 
@@ -55,14 +55,14 @@ def test_a_run_keeps_what_its_router_makes_of_every_training_image(cli: CliRunne
 
 
 def test_the_probabilities_are_those_of_the_policy_on_features_in_evaluation_mode(cli: CliRunner, routed: Path) -> None:
-    kept, words = columns(routed, cli), json.loads((cli.path / routed / "student" / "config.json").read_text())
+    kept, arguments = columns(routed, cli), json.loads((cli.path / routed / "student" / "config.json").read_text())
     from sakd_cli.config.resolve import ConfigSource, resolve
     from sakd_cli.rundir import RunDir
 
     run = RunDir(cli.path / routed)
     config = resolve("distill", [ConfigSource("run", run.config)]).config
     split = load_images(config.data).train
-    mean, std = (torch.tensor(words[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(arguments[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     images = (split.images[:50].float() / 255 - mean) / std
     networks = [artifact.load(path).model.eval() for path in (config.teacher.weights, run.path / "student")]
     state = load_tensors(run.path / "checkpoints" / "last" / "training.safetensors")
@@ -90,13 +90,13 @@ def test_the_fixed_paths_are_the_networks_alone_and_their_figures_those_of_the_s
 
 
 def test_live_on_the_same_images_says_the_same(cli: CliRunner, routed: Path) -> None:
-    kept, live = (inspected(cli, routed, *words)["measured"] for words in ([], ["--live"]))
+    kept, live = (inspected(cli, routed, *arguments)["measured"] for arguments in ([], ["--live"]))
     assert (live.pop("source"), kept.pop("source")) == ("live", "survey")
     assert live == kept
 
 
 @pytest.mark.parametrize(
-    ("words", "split", "images"),
+    ("arguments", "split", "images"),
     [
         (["--split", "test"], "test", 60),
         (["--split", "validation"], "validation", 10),
@@ -105,9 +105,9 @@ def test_live_on_the_same_images_says_the_same(cli: CliRunner, routed: Path) -> 
     ],
 )
 def test_other_images_are_measured_by_the_networks(
-    cli: CliRunner, routed: Path, words: list[str], split: str, images: int
+    cli: CliRunner, routed: Path, arguments: list[str], split: str, images: int
 ) -> None:
-    measured = inspected(cli, routed, *words)["measured"]
+    measured = inspected(cli, routed, *arguments)["measured"]
     assert (measured["source"], measured["split"], measured["images"]) == ("live", split, images)
     assert sum(path["fraction"] for path in measured["paths"]) == pytest.approx(1)
     assert sum(row["images"] for row in measured["difficulty"]["by_student_loss"]) == images
@@ -152,8 +152,8 @@ def run_of(cli: CliRunner, pretrained: Result) -> Any:
     """The run of a router."""
 
     def run(router: str) -> str:
-        words = ["--set", "router.teacher_bias=0"] if router == "anti" else []
-        result = cli.sakd(*PAIR, "--method", "kd", *TINY, "--router", router, *words, "-q", "--json")
+        arguments = ["--set", "router.teacher_bias=0"] if router == "anti" else []
+        result = cli.sakd(*PAIR, "--method", "kd", *TINY, "--router", router, *arguments, "-q", "--json")
         return str(result.document["run"])
 
     return run
@@ -231,10 +231,10 @@ WRONG = """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())
 def test_a_mistake_costs_one_line(cli: CliRunner, routed: Path, case: str) -> None:
-    words, text = (part.strip() for part in case.split("|"))
-    cli.assert_rejects(["inspect-spots", str(routed), *words.split()], 2, text)
+    arguments, text = (part.strip() for part in case.split("|"))
+    cli.assert_rejects(["inspect-spots", str(routed), *arguments.split()], 2, text)
 
 
 def test_the_images_of_other_classes_are_refused(cli: CliRunner, routed: Path) -> None:
-    words = ["--dataset", "cifar10", "--set", "data.download=false", "--data-root", "nowhere", "-q"]
-    cli.assert_rejects(["inspect-spots", str(routed), *words], 3, "cifar10: files not found")
+    arguments = ["--dataset", "cifar10", "--set", "data.download=false", "--data-root", "nowhere", "-q"]
+    cli.assert_rejects(["inspect-spots", str(routed), *arguments], 3, "cifar10: files not found")

@@ -76,8 +76,8 @@ def by(executor: Executor) -> Iterator[None]:
 def runner(cli: CliRunner, fork_server: ForkServer) -> Run:
     """Writes a file, sweeps it, and tells what was said and which runs were made."""
 
-    def sweep_it(words: dict[str, Any], *options: str) -> tuple[Result, list[str]]:
-        (cli.path / "mine.yaml").write_text(yaml.safe_dump(words))
+    def sweep_it(fields: dict[str, Any], *options: str) -> tuple[Result, list[str]]:
+        (cli.path / "mine.yaml").write_text(yaml.safe_dump(fields))
         executor = ForkExecutor(fork_server.at(cli.path))
         with by(executor):
             return cli.sakd("sweep", "mine.yaml", *options), executor.made
@@ -133,10 +133,10 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
 
 def test_a_dry_run_counts_times_and_writes_nothing(swept: CliRunner, fork_server: ForkServer) -> None:
     run = runner(swept, fork_server)
-    words = GRID | {"methods": ["kd", "at"], "routers": ["always", "adaptive"], "seeds": 2}
-    (swept.path / "mine.yaml").write_text(yaml.safe_dump(words))
+    fields = GRID | {"methods": ["kd", "at"], "routers": ["always", "adaptive"], "seeds": 2}
+    (swept.path / "mine.yaml").write_text(yaml.safe_dump(fields))
     before = swept.tree()
-    plan = run(words, "--dry-run", "--measure", "0.001", "--json", "--quiet")[0].document
+    plan = run(fields, "--dry-run", "--measure", "0.001", "--json", "--quiet")[0].document
     SweepPlan.model_validate(plan)
     assert {k for k in swept.tree() if k != "mine.yaml"} == {k for k in before if k != "mine.yaml"}
     assert (plan["runs"], plan["finished"], plan["failed"]) == (9, 1, 0)
@@ -149,7 +149,7 @@ def test_a_dry_run_counts_times_and_writes_nothing(swept: CliRunner, fork_server
     size = sum(path.stat().st_size for path in real.rglob("*") if path.is_file())
     size += sum(path.stat().st_size for path in (real / "checkpoints" / "last").iterdir())  # no previous yet
     assert rows["at adaptive resnet8:resnet8"]["run_bytes"] == pytest.approx(size, rel=0.3)
-    table = run(words, "--dry-run", "--measure", "0", "--quiet")[0].out
+    table = run(fields, "--dry-run", "--measure", "0", "--quiet")[0].out
     assert all(text in table for text in ("nothing written", "9 runs: 1 finished", "GB of disk", "hours of cpu"))
 
 
@@ -157,9 +157,9 @@ def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(
     swept: CliRunner, fork_server: ForkServer
 ) -> None:
     run = runner(swept, fork_server)
-    # The limit is not met by the words alone: the method finds it out with the number of images.
-    words = GRID | {"methods": ["crd"], "overrides": {"adaptive crd": {"method": {"weight": 1e38}}}}
-    result, made = run(words, "--runs-dir", "others", "--json")
+    # The limit is not met by the fields alone: the method finds it out with the number of images.
+    fields = GRID | {"methods": ["crd"], "overrides": {"adaptive crd": {"method": {"weight": 1e38}}}}
+    result, made = run(fields, "--runs-dir", "others", "--json")
     assert result.code == 7
     document = json.loads(result.out)
     states = {row["key"].split(" resnet8")[0]: row["state"] for row in document["runs"]}
@@ -172,10 +172,10 @@ def test_a_run_that_fails_touches_no_other_and_is_tried_again_when_asked(
     [failed] = [row["error"] for row in document["runs"] if row["state"] == "failed"]
     assert "exit code 7" in failed
     assert "1 of 4 runs failed, 1 that wait for them were not made; crd adaptive" in result.err
-    result, made = run(words, "--runs-dir", "others")
+    result, made = run(fields, "--runs-dir", "others")
     assert (result.code, made) == (7, [])
     assert "Failed" in result.out
-    result, made = run(words, "--runs-dir", "others", "--retry-failed", "--quiet")
+    result, made = run(fields, "--runs-dir", "others", "--retry-failed", "--quiet")
     assert (result.code, made) == (7, ["crd adaptive resnet8:resnet8 seed 0"])
 
 
@@ -201,8 +201,8 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
     cli = CliRunner(tmp_path)
     shutil.copytree(swept.path / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("sweeps"))
     common = GRID["common"] | {"train": {"epochs": 10}, "log_every": 1}
-    words = GRID | {"methods": ["kd"], "routers": ["always"], "common": common, "teachers": {"train": {"epochs": 1}}}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(words))
+    fields = GRID | {"methods": ["kd"], "routers": ["always"], "common": common, "teachers": {"train": {"epochs": 1}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(fields))
     begun = {path.name for path in (tmp_path / "runs").iterdir()}
     child = fork_server.at(tmp_path).start("sweep", "mine.yaml")
     child.signal_when("running  kd always", 0)
@@ -216,7 +216,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
     assert "resume with sakd sweep mine.yaml" in child.err
     [path] = {path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if path.parent.name not in begun}
     assert (path / "checkpoints" / "last" / "manifest.json").is_file()
-    words["common"]["train"] = {"epochs": 10}
+    fields["common"]["train"] = {"epochs": 10}
     executor = ForkExecutor(fork_server.at(tmp_path))
     with by(executor):
         document = cli.sakd("sweep", "mine.yaml", "--json").document
@@ -263,8 +263,8 @@ def test_options_that_cannot_be_are_told_too(swept: CliRunner, text: str) -> Non
 def test_what_cannot_be_is_skipped_with_its_reason_where_the_file_says_so(
     swept: CliRunner, fork_server: ForkServer
 ) -> None:
-    words = GRID | {"methods": ["fitnet", "fsp"], "pairs": ["resnet8x4:resnet8"], "infeasible": "skip"}
-    plan = runner(swept, fork_server)(words, "--dry-run", "--measure", "0", "--json", "--quiet")[0].document
+    fields = GRID | {"methods": ["fitnet", "fsp"], "pairs": ["resnet8x4:resnet8"], "infeasible": "skip"}
+    plan = runner(swept, fork_server)(fields, "--dry-run", "--measure", "0", "--json", "--quiet")[0].document
     assert [row["what"] for row in plan["skipped"]] == ["fsp resnet8x4:resnet8"]
     assert not [row for row in plan["rows"] if row["what"].startswith("fsp")]
 
@@ -280,7 +280,7 @@ def test_an_executor_carries_out_commands_and_gives_their_exit_codes(kind: str, 
         executor = SlurmExecutor(None, {"cluster": "local"}, tmp_path)
     jobs = {"good": ("list", "routers"), "bad": ("show", "method", "nix")}
     logs = {key: tmp_path / f"{key}.log" for key in jobs}
-    executor.submit([Job(key, words, logs[key], tmp_path) for key, words in jobs.items()])
+    executor.submit([Job(key, fields, logs[key], tmp_path) for key, fields in jobs.items()])
     codes: dict[str, int] = {}
     while len(codes) < 2:
         codes |= {one.key: one.code for one in executor.ended()}

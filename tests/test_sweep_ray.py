@@ -47,11 +47,11 @@ def children(of: Path) -> dict[int, int]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (process / "cmdline").read_bytes().decode().split("\0")
+            arguments = (process / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "sakd_cli.cli.child" in words and any(str(of) in word for word in words):
-            found[int(process.name)] = int(words[words.index("sakd_cli.cli.child") + 1])
+        if "sakd_cli.cli.child" in arguments and any(str(of) in word for word in arguments):
+            found[int(process.name)] = int(arguments[arguments.index("sakd_cli.cli.child") + 1])
     return found
 
 
@@ -60,10 +60,10 @@ def a_run_under_way(folder: Path) -> int:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         for process in children(folder):
-            words = Path(f"/proc/{process}/cmdline")
-            kind = "always" if words.exists() and b"always" in words.read_bytes() else "adaptive"
+            arguments = Path(f"/proc/{process}/cmdline")
+            kind = "always" if arguments.exists() and b"always" in arguments.read_bytes() else "adaptive"
             begun = folder.glob(f"runs/*-{kind}/checkpoints/last/manifest.json")
-            if words.exists() and b"distill" in words.read_bytes() and any(begun):
+            if arguments.exists() and b"distill" in arguments.read_bytes() and any(begun):
                 return process
         time.sleep(0.1)
     raise AssertionError("no run came so far")
@@ -91,8 +91,8 @@ def test_runs_that_are_killed_on_a_ray_cluster_are_resumed(cluster: str, tmp_pat
     for run in document["runs"]:
         if run["role"] == "student":
             again = tmp_path / f"again-{run['router']}"
-            words = ["distill", "--config", str(Path(run["run"]) / "config.yaml"), "--run-dir", str(again), "-q"]
-            subprocess.run([sys.executable, "-m", "sakd_cli", *words], cwd=tmp_path, env=ENVIRONMENT, check=True)
+            arguments = ["distill", "--config", str(Path(run["run"]) / "config.yaml"), "--run-dir", str(again), "-q"]
+            subprocess.run([sys.executable, "-m", "sakd_cli", *arguments], cwd=tmp_path, env=ENVIRONMENT, check=True)
             both = [fingerprint(path) for path in (again, tmp_path / run["run"])]
             kept = [{name: bits for name, bits in one.items() if "/training." not in name} for one in both]
             assert kept[0] == kept[1]

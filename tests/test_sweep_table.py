@@ -95,9 +95,9 @@ def test_the_small_sweep_says_what_was_said_by_hand() -> None:
 def test_teachers_that_are_there_are_not_trained_and_two_rules_beat_one(tmp_path: Path) -> None:
     overrides = {"at": {"method": {"weight": 5}}, "at ./there:resnet8": {"method": {"weight": 7}}}
     overrides |= {"resnet20:resnet8": {"teacher": {"weights": "some.safetensors"}}}
-    words = {"task": "sweep", "pairs": ["./there:resnet8", "resnet20:resnet8", "torchvision/resnet18:resnet8"]}
+    record = {"task": "sweep", "pairs": ["./there:resnet8", "resnet20:resnet8", "torchvision/resnet18:resnet8"]}
     (tmp_path / "mine.yaml").write_text(
-        json.dumps(words | {"methods": ["at"], "routers": ["always"], "overrides": overrides})
+        json.dumps(record | {"methods": ["at"], "routers": ["always"], "overrides": overrides})
     )
     members = grid_of(str(tmp_path / "mine.yaml")).members
     assert [member.key for member in members if not member.pair] == ["teacher torchvision/resnet18"]

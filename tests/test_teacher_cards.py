@@ -16,8 +16,8 @@ PAIR = ["distill", "--student", "resnet8", "--method", "kd", *TINY]
 
 
 def card(folder: Path) -> dict[str, Any]:
-    words: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return words
+    fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return fields
 
 
 @pytest.fixture
@@ -26,18 +26,18 @@ def copied(cli: CliRunner, teacher: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(teacher / "teacher", tmp_path / "teacher"))
 
 
-def claims(folder: Path, **words: Any) -> None:
-    (folder / "config.json").write_text(json.dumps(card(folder) | words), encoding="utf-8")
+def claims(folder: Path, **fields: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(card(folder) | fields), encoding="utf-8")
 
 
 def test_a_teacher_carries_its_accuracy_and_the_hash_of_its_weights(teacher: Path) -> None:
-    words, headline = card(teacher / "teacher"), json.loads((teacher / "summary.json").read_text())["last"]
-    assert words["sha256"] == sha256(teacher / "teacher" / "model.safetensors")
-    assert (words["dataset"], words["split"], words["images"], words["epoch"]) == ("shapes", "test", 60, 1)
-    assert words["top1"] == headline["top1"]
+    fields, last = card(teacher / "teacher"), json.loads((teacher / "summary.json").read_text())["last"]
+    assert fields["sha256"] == sha256(teacher / "teacher" / "model.safetensors")
+    assert (fields["dataset"], fields["split"], fields["images"], fields["epoch"]) == ("shapes", "test", 60, 1)
+    assert fields["top1"] == last["top1"]
     told = (teacher / "teacher" / "README.md").read_text(encoding="utf-8")
-    assert words["sha256"] in told
-    assert f"Top-1 on 60 test images after the last epoch: {words['top1']:.2f} %" in told
+    assert fields["sha256"] in told
+    assert f"Top-1 on 60 test images after the last epoch: {fields['top1']:.2f} %" in told
 
 
 def test_the_students_card_names_its_teacher(trained_cli: CliRunner, teacher: Path, distilled: dict[str, Any]) -> None:
@@ -50,13 +50,13 @@ def test_the_students_card_names_its_teacher(trained_cli: CliRunner, teacher: Pa
 def test_a_gap_is_refused_unless_it_is_allowed(cli: CliRunner, copied: Path) -> None:
     measured = card(copied)["top1"]
     claims(copied, top1=measured + 2)
-    words = [*PAIR, "--teacher", str(copied)]
+    fields = [*PAIR, "--teacher", str(copied)]
     result = cli.assert_rejects(
-        [*words, "-q"], 2, f"top-1 {measured:.2f} % on 60 test images, its card says {measured + 2:.2f} %"
+        [*fields, "-q"], 2, f"top-1 {measured:.2f} % on 60 test images, its card says {measured + 2:.2f} %"
     )
     assert "--allow-teacher-mismatch" in result.err
     runs_dir = ["--runs-dir", str(copied / "runs")]
-    result = cli.sakd(*words, *runs_dir, "--allow-teacher-mismatch", "--json")
+    result = cli.sakd(*fields, *runs_dir, "--allow-teacher-mismatch", "--json")
     assert result.document["teacher"]["top1"] == measured
     assert result.err.count("taken as it is") == 1
     run = result.document["run"]

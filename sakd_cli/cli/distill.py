@@ -12,7 +12,7 @@ from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.runs.resume import AUTO, resolve_command
-from sakd_cli.sweep.series import is_series, series, train_series
+from sakd_cli.sweep.series import series, train_series, wants_series
 
 
 @with_options("distill")
@@ -28,7 +28,7 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
     reporter = ConsoleReporter(quiet=quiet)
     config, plan = resolve_command("distill", options)
     configs = series(config, options)
-    several = is_series(options) and not dry_run
+    several = wants_series(options) and not dry_run
     if not several and plan.finished and plan.resume:
         _draw_mixtures(plan.resume, reporter)
         print_result(plan.summary, json=json)

@@ -163,9 +163,9 @@ def _card_of(folder: Path) -> dict[str, Any]:
 
 def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[Tensor, bool]:
     """[64, 3, side, side] in [0, 1] to check with, and whether they are test images; noise where none are at hand."""
-    words = config.data.model_copy(update={"validation": 0.0, "download": False})
+    settings = config.data.model_copy(update={"validation": 0.0, "download": False})
     try:
-        dataset = load_images(words).dataset
+        dataset = load_images(settings).dataset
         images, _ = next(iter(EvalLoader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
         if images.shape[-1] == card.side:

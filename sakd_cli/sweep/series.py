@@ -39,7 +39,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
         require_single_process("--parallel")
     names = _routers(config, params)
     members = [_member(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
-    if params["parallel"] and not is_series(params):
+    if params["parallel"] and not wants_series(params):
         raise UsageError("--parallel runs a series at once: it goes with --seeds, --with-control or --routers")
     if len(members) > 1:
         if params["run_dir"] is not None or params["overwrite"]:
@@ -49,7 +49,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     return members
 
 
-def is_series(params: Mapping[str, Any]) -> bool:
+def wants_series(params: Mapping[str, Any]) -> bool:
     """Whether more than the run itself was asked for."""
     return bool(params["routers"] or params["with_control"] or (params["seeds"] or 1) > 1)
 

@@ -75,8 +75,8 @@ class Sheet:
         for index, (text, header) in enumerate(zip(self.are_text, headers, strict=True)):
             cells = max((cell_len(row[index]) for row in rows if index < len(row)), default=0)
             widths.append(max(cell_len(header), cells, 1))
-            words = max((cell_len(part) for part in header.split()), default=1)
-            least.append(max(words, min(cells, TEXT_LEAST) if text else cells))
+            parts = max((cell_len(part) for part in header.split()), default=1)
+            least.append(max(parts, min(cells, TEXT_LEAST) if text else cells))
         room = available - GAP * (len(widths) - 1)
         if sum(least) > room:
             return None
