@@ -102,7 +102,7 @@ BAD = f"""
 2 | is written for 'dream', not for 'distill'               | PAIR --config future.yaml
 2 | stage_map                                               | PAIR TINY --set stage_map=[]
 2 | stage_map                                               | PAIR TINY --set stage_map=[[2,2],[1,1]]
-2 | is there and is no run directory                        | PAIR TINY --run-dir empty/..
+2 | exists and is no run directory                          | PAIR TINY --run-dir empty/..
 2 | there is a run already                                  | PAIR TINY --run-dir TEACHER
 2 | --resume changes no setting of a run, but train.epochs  | distill --resume future --epochs 9
 4 | written by another version of sakd ('sakd.checkpoint/99') | distill --resume future -q
