@@ -92,7 +92,7 @@ def first_line(error: Exception) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown method 'atx'; did you mean 'at'?`, or the whole list where nothing is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return f"unknown {kind} {name!r}; {tail}"
 
