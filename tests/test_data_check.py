@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_imagefolder import cut_short, folder, picture
 
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.data.pictures import find_unreadable
+from sakd_cli.data.decode import Reading, find_unreadable
 from sakd_cli.documents.table import DataCheck
 from sakd_cli.models.table import create
 from sakd_cli.runs import build
@@ -89,7 +89,7 @@ def test_many_files_are_read_by_several_processes(tmp_path: Path) -> None:
     picture(tmp_path / "good.png", (8, 8), 0)
     (tmp_path / "bad.png").write_bytes(b"")
     good, bad = (str(tmp_path / name) for name in ("good.png", "bad.png"))
-    faults = list(find_unreadable([good] * 250 + [bad] + [good] * 50, processes=2))
+    faults = list(find_unreadable([good] * 250 + [bad] + [good] * 50, Reading(), processes=2))
     assert [place for place, fault in enumerate(faults) if fault] == [250]
 
 

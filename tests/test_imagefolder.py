@@ -17,9 +17,9 @@ from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data import imagefolder, table
 from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
 from sakd_cli.data.dataset import Split, seeded_generator
+from sakd_cli.data.decode import Reading, Unreadable, open_rgb
 from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.loader import EvalLoader, TrainLoader
-from sakd_cli.data.pictures import Unreadable, open_rgb
 from sakd_cli.data.sources import views
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
 from sakd_cli.runs.build import load_images
@@ -118,10 +118,10 @@ def test_any_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
     for mode, ending in [("L", "png"), ("1", "png"), ("P", "gif"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")]:
         colour.convert(mode).save(tmp_path / f"{mode}.{ending}")
     for path in sorted(tmp_path.iterdir()):
-        seen = open_rgb(str(path))
+        seen = open_rgb(str(path), Reading())
         assert isinstance(seen, Image.Image), seen
         assert (seen.mode, seen.size) == ("RGB", (8, 8))
-    sixteen = np.asarray(open_rgb(str(tmp_path / "wide.png")))[..., 0]
+    sixteen = np.asarray(open_rgb(str(tmp_path / "wide.png"), Reading()))[..., 0]
     assert np.array_equal(sixteen, wide >> 8)
 
 

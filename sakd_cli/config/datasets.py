@@ -17,6 +17,7 @@ from sakd_cli.config.base import Config, by_name, chosen_by_name
 from sakd_cli.files import expanded
 
 Channels = tuple[float, float, float]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 def _positive(values: Channels) -> Channels:
@@ -28,6 +29,12 @@ def _positive(values: Channels) -> Channels:
 def _shares(values: tuple[float, float]) -> tuple[float, float]:
     if not 0 < values[0] <= values[1] <= 1:
         raise ValueError("is two shares, rising, above 0 and up to 1")
+    return values
+
+
+def _rising(values: tuple[float, float]) -> tuple[float, float]:
+    if not values[0] < values[1]:
+        raise ValueError("is black and white, the lower value first")
     return values
 
 
@@ -117,6 +124,14 @@ class FilesConfig(DataConfig):
     """Largest size in GB of the images in memory with cache auto."""
     workers: NonNegativeInt | None = None
     """Processes that read pictures which are not in memory; None: one per processor, 8 at most."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Red, green and blue, 0 to 255, behind pictures that are transparent in places."""
+    orientation: bool = True
+    """Turn photographs upright as their EXIF orientation says; off: as they are stored."""
+    gray_range: Annotated[tuple[float, float], AfterValidator(_rising)] | None = None
+    """Black and white of grey pictures of more than 8 bits; None: 0,65535 where the top bit is used, 0,1 in floats."""
+    max_pixels: PositiveInt = 200_000_000
+    """Pixels that a picture may have, width times height."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """fail: an unreadable file ends the run; skip: all files are checked first and unreadable ones left out."""
 

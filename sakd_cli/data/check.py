@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sakd_cli.config.datasets import DataConfig
-from sakd_cli.data import table
-from sakd_cli.data.pictures import find_unreadable
+from sakd_cli.config.datasets import DataConfig, FilesConfig
+from sakd_cli.data import imagefolder, table
+from sakd_cli.data.decode import find_unreadable
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
 from sakd_cli.errors import DataError
 
@@ -16,14 +16,14 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     begin, advance  called with the number of files to decode, and after each file with the number done
     Raises DataError where there is no folder.
     """
-    if config.name not in table.FOLDERS:
+    if config.name not in table.FOLDERS or not isinstance(config, FilesConfig):
         return _loaded(config)
     found = table.FOLDERS[config.name](config)
     splits = [split for split in (found.train, found.test) if split is not None]
     paths = [path for split in splits for files in split.files.values() for path in files]
     begin(len(paths))
     findings = [DataFinding(**one._asdict()) for one in found.findings]
-    for number, fault in enumerate(find_unreadable(paths), start=1):
+    for number, fault in enumerate(find_unreadable(paths, imagefolder.reading_of(config)), start=1):
         if fault is not None:
             findings.append(DataFinding(kind="unreadable", path=fault.path, text=fault.reason))
         advance(number)

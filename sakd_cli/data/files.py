@@ -16,7 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sakd_cli.data.pictures import Unreadable, open_rgb
+from sakd_cli.data.decode import Reading, Unreadable, open_rgb
 from sakd_cli.errors import DataError, MemoryLimitError
 
 Result = TypeVar("Result")
@@ -27,11 +27,13 @@ class ImageSpec(NamedTuple):
     """Image size: `side` of the network's input, cut from the middle of a picture with shorter side `resize`.
 
     workers  processes that read
+    reading  how a file becomes RGB
     """
 
     side: int
     resize: int
     workers: int
+    reading: Reading = Reading()
 
 
 class Files:
@@ -72,7 +74,7 @@ class Files:
         sizes = torch.empty(len(self), 2, dtype=torch.int64)
 
         def squeezed(place: int) -> Tensor | Unreadable:
-            picture = open_rgb(self.paths[place])
+            picture = open_rgb(self.paths[place], self.spec.reading)
             if isinstance(picture, Unreadable):
                 return picture
             sizes[place] = torch.tensor([picture.height, picture.width])
@@ -112,7 +114,7 @@ def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
 
 def load_eval_image(path: str, spec: ImageSpec) -> Tensor | Unreadable:
     """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
-    picture = open_rgb(path)
+    picture = open_rgb(path, spec.reading)
     return picture if isinstance(picture, Unreadable) else _pixels(resize_and_center_crop(picture, spec))
 
 

@@ -11,12 +11,12 @@ import torch
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data.cifar import default_root
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
+from sakd_cli.data.decode import Reading, find_unreadable
 from sakd_cli.data.files import Files, ImageSpec, cpu_count
 from sakd_cli.data.pictures import (
     Finding,
     FolderContents,
     SplitContents,
-    find_unreadable,
     raise_on_findings,
     scan_folder,
 )
@@ -155,6 +155,11 @@ def _with_listed(found: FolderContents, lists: Path) -> FolderContents:
     return found._replace(test=SplitContents(test, files), findings=findings)
 
 
+def reading_of(config: FilesConfig) -> Reading:
+    """How the data set's files become RGB."""
+    return Reading(config.background, config.orientation, config.gray_range, config.max_pixels)
+
+
 def _dataset(
     config: FilesConfig,
     found: FolderContents,
@@ -163,7 +168,8 @@ def _dataset(
     std: Channels,
     share: float = 0.0,
 ) -> Dataset:
-    spec = ImageSpec(config.size, config.resized, min(8, cpu_count()) if config.workers is None else config.workers)
+    workers = min(8, cpu_count()) if config.workers is None else config.workers
+    spec = ImageSpec(config.size, config.resized, workers, reading_of(config))
     listed = [part.pairs(found.classes) for part in (found.train, found.test) if part is not None]
     parts = [Split(Files(paths, spec), torch.tensor(labels, dtype=torch.int64)) for paths, labels in listed]
     border = config.size // 8 if config.bordered else 0
@@ -184,7 +190,10 @@ def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:
     splits, skipped = [], 0
     for split in (dataset.train,) if one_part else (dataset.train, dataset.test):
         assert isinstance(split.images, Files)
-        good = torch.tensor([error is None for error in find_unreadable(split.images.paths)], dtype=torch.bool)
+        good = torch.tensor(
+            [error is None for error in find_unreadable(split.images.paths, split.images.spec.reading)],
+            dtype=torch.bool,
+        )
         skipped += len(good) - int(good.sum())
         readable = split.subset(good.nonzero().squeeze(1))
         counts = torch.bincount(readable.labels, minlength=len(dataset.classes))

@@ -12,8 +12,8 @@ from torch import Tensor
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.data.augment import Scale, channel_tensor, crop_and_flip, normalise, pad, random_boxes
 from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.decode import Unreadable, open_rgb
 from sakd_cli.data.files import Files, ImageSpec, load_eval_image, resize_and_center_crop, v2
-from sakd_cli.data.pictures import Unreadable, open_rgb
 from sakd_cli.errors import UsageError
 
 
@@ -135,7 +135,7 @@ class BatchReader:
         return torch.stack(images)
 
     def _crop(self, path: str, where: NDArray[Any]) -> Tensor | Unreadable:
-        picture = open_rgb(path)
+        picture = open_rgb(path, self.spec.reading)
         if isinstance(picture, Unreadable):
             return picture
         side = [self.spec.side, self.spec.side]

@@ -1,0 +1,216 @@
+"""Picture files to RGB pixels, whatever their kind. No torch, so that a process that decodes starts at once."""
+
+import errno
+import importlib
+import multiprocessing
+import os
+import signal
+import stat
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache, partial
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from sakd_cli.errors import DataError, MemoryLimitError
+
+# What is opened, by content. Never more: Pillow would start Ghostscript for PostScript.
+FORMATS = ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+EXTRA = "HEIF"  # with the extra `heic`
+MIN_FILES = 200  # below this, decoding in this process is faster
+CHUNK = 32  # files that a process gets at a time
+
+_WIDE = {"I;16", "I;16B", "I;16L", "I;16N", "I", "F"}  # modes of one channel with more than 8 bits
+_STRETCHED = {"PPM", "JPEG2000"}  # these say what white is, and Pillow makes it 65535
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_ORIENTATION = 274  # in EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BACK = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+class Reading(NamedTuple):
+    """How a file becomes RGB pixels: the settings `data.*` of these names."""
+
+    background: tuple[int, int, int] = (255, 255, 255)
+    orientation: bool = True
+    gray_range: tuple[float, float] | None = None
+    max_pixels: int = 200_000_000
+
+
+class Unreadable(NamedTuple):
+    """A file that is no picture, or not a complete one, or that cannot be read without a guess."""
+
+    path: str
+    reason: str
+
+
+class _Refused(Exception):
+    """Why a file that may be sound is not read."""
+
+
+def open_rgb(path: str, reading: Reading) -> Image.Image | Unreadable:
+    """The picture as RGB: upright, over the background, 8 bits by `gray_8bit`; of several frames the first.
+
+    Raises MemoryLimitError where memory or file descriptors run out, which is no fault of the file.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), _regular(path) as file:
+            picture = _identified(file, reading)
+            turned = _orientation(picture) if picture.format == "TIFF" else None
+            picture.load()
+            return _turned(_as_rgb(picture, reading), picture, reading, turned)
+    except Exception as error:  # PIL raises nearly everything on damaged files, also SyntaxError and struct.error
+        return Unreadable(path, _reason(path, error))
+
+
+def _regular(path: str) -> BinaryIO:
+    """The file, open for reading. A pipe or a device would be waited for, or never end."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _Refused("is no regular file")
+    return os.fdopen(handle, "rb")
+
+
+@cache
+def _formats() -> list[str]:
+    """The formats that can be read here."""
+    Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return FORMATS
+    return [*FORMATS, EXTRA]
+
+
+def _identified(file: BinaryIO, reading: Reading) -> Image.Image:
+    """The picture of a file, its header read."""
+    try:
+        picture = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in _HEIC:
+            raise _Refused("is HEIC: pip install 'sakd[heic]' reads it") from None
+        raise _Refused("is no picture of a known format" if start else "is empty") from None
+    if (pixels := picture.width * picture.height) > reading.max_pixels:
+        raise _Refused(f"has {picture.width}x{picture.height} pixels, {pixels:,}: more than data.max_pixels")
+    return picture
+
+
+def _orientation(picture: Image.Image) -> int:
+    """1 to 8, as EXIF or XMP have it; 1 where they are missing or damaged."""
+    try:
+        value = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # as above
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _turned(rgb: Image.Image, picture: Image.Image, reading: Reading, turned: int | None) -> Image.Image:
+    """Upright, or as it is stored. turned: the orientation that Pillow has carried out itself (TIFF)."""
+    if turned is not None:
+        method = None if reading.orientation else _BACK.get(turned)
+    else:
+        method = _UPRIGHT.get(_orientation(picture)) if reading.orientation else None
+    return rgb if method is None else rgb.transpose(method)
+
+
+def _as_rgb(picture: Image.Image, reading: Reading) -> Image.Image:
+    if picture.mode in _WIDE:
+        black_white = (0, 65535) if picture.format in _STRETCHED else reading.gray_range
+        return Image.fromarray(gray_8bit(np.asarray(picture), black_white)).convert("RGB")
+    if picture.has_transparency_data:
+        over = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        rgb = Image.new("RGB", over.size, reading.background)
+        rgb.paste(over, mask=over.getchannel("A"))
+        return rgb
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def gray_8bit(values: NDArray[Any], black_white: tuple[float, float] | None) -> NDArray[np.uint8]:
+    """Greys of more than 8 bits as 8: linear from black to white, rounded, what lies outside is clipped.
+
+    None: whole numbers must use the top bit of 16, of which the upper 8 are taken, as Pillow does; floats must lie in
+    0 .. 1. Anything else may mean several things: raises `_Refused`.
+    """
+    low, high = values.min(), values.max()
+    whole = values.dtype.kind in "iu"
+    if not whole and not np.isfinite([low, high]).all():
+        raise _Refused("holds values that are not finite")
+    if black_white is None:
+        limits = (0, 65535) if whole else (0, 1)
+        if low < limits[0] or high > limits[1] or (whole and 0 < high < 2**15):
+            raise _Refused(
+                f"holds greys from {low:g} to {high:g}, and does not say what white is: --set data.gray_range=LOW,HIGH"
+            )
+        black_white = limits
+        if whole:
+            return np.right_shift(values, 8, dtype=np.int32).astype(np.uint8)
+    black, white = black_white
+    gray = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # a whole picture as float64 would take eight times its size
+        gray[row] = ((line.astype(np.float64) - black) * (255 / (white - black))).round().clip(0, 255)
+    return gray
+
+
+def _reason(path: str, error: Exception) -> str:
+    """What is wrong with a file. Raises MemoryLimitError where nothing is."""
+    if isinstance(error, _Refused):
+        return str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "out of memory" in str(error).lower():
+        raise MemoryLimitError(
+            f"{path}: memory ran out while it was decoded", "--set data.workers=1, or a lower data.max_pixels"
+        ) from None
+    if number in (errno.EMFILE, errno.ENFILE):
+        raise MemoryLimitError(f"{path}: too many files are open at once to read it", "raise the limit: ulimit -n 4096")
+    if number is not None:
+        return (os.strerror(number)).lower()
+    message = " ".join(str(error).split()).replace(path, "it")[:60]
+    return f"is damaged ({message or type(error).__name__})"
+
+
+def decode_error(path: str, reading: Reading) -> Unreadable | None:
+    """What is wrong with a file, found by decoding all of it; None: nothing."""
+    picture = open_rgb(path, reading)
+    return picture if isinstance(picture, Unreadable) else None
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C goes to all processes of the group; only the main one handles it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def find_unreadable(
+    paths: Sequence[str], reading: Reading, processes: int | None = None
+) -> Iterator[Unreadable | None]:
+    """Per file, in order, what is wrong with it; None: nothing. Raises DataError where a decoder crashes."""
+    number = min(16, os.cpu_count() or 1) if processes is None else processes
+    decode = partial(decode_error, reading=reading)
+    if len(paths) < MIN_FILES or number < 2:
+        yield from map(decode, paths)
+        return
+    context = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the children touch none
+            with ProcessPoolExecutor(number, context, initializer=_ignore_interrupts) as pool:
+                yield from pool.map(decode, paths, chunksize=CHUNK)
+    except BrokenProcessPool:
+        raise DataError("a process that decoded pictures was killed: for lack of memory, or by a picture") from None

@@ -1,0 +1,231 @@
+"""Odd picture files: each kind has the pixels that plain Pillow and numpy give it, or is refused by name."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sakd_cli.data import decode
+from sakd_cli.data.decode import Reading, Unreadable, open_rgb
+from sakd_cli.errors import MemoryLimitError
+
+Pixels = NDArray[Any]
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (12, 8, 3), dtype=np.uint8)
+ALPHA = RNG.integers(0, 256, (12, 8, 4), dtype=np.uint8)
+RAMP = np.linspace(0, 65535, 96).round().reshape(12, 8).astype(np.uint16)
+WHITE = (255, 255, 255)
+
+
+def over(alpha: Image.Image, ground: tuple[int, ...] = WHITE) -> Image.Image:
+    rgba = alpha.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*ground, 255)), rgba).convert("RGB")
+
+
+def gray(values: Pixels) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+def photo(orientation: int) -> dict[str, Any]:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return {"exif": exif.tobytes()}
+
+
+def keyed() -> Image.Image:
+    """A palette whose third colour is transparent."""
+    picture = Image.fromarray(COLOUR).quantize(8)
+    picture.info["transparency"] = 2
+    return picture
+
+
+def plain(path: Path) -> Image.Image:
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def upright(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def cleared(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return over(picture)
+
+
+def save(picture: Image.Image, **options: Any) -> Callable[[Path], None]:
+    return lambda path: picture.save(path, **options)
+
+
+def tiff_float(values: Pixels) -> Callable[[Path], None]:
+    return save(Image.fromarray(values.astype(np.float32)))
+
+
+def signed(path: Path) -> None:
+    """16 bits with a sign, -1000 to 1000, as microscopes write them."""
+    Image.fromarray(np.linspace(-1000, 1000, 96).reshape(12, 8).astype(np.int32)).save(path)
+
+
+RGB, RGBA = Image.fromarray(COLOUR), Image.fromarray(ALPHA)
+LA = RGBA.convert("LA")
+# file name: (what writes it, what it is to be read as, the settings)
+READ: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Image.Image], dict[str, Any]]] = {
+    "rgb.png": (save(RGB), plain, {}),
+    "rgb.bmp": (save(RGB), plain, {}),
+    "rgb.dib": (save(RGB, format="DIB"), plain, {}),
+    "rgb.ppm": (save(RGB), plain, {}),
+    "rgb.tif": (save(RGB), plain, {}),
+    "lzw.tiff": (save(RGB, compression="tiff_lzw"), plain, {}),
+    "photo.jpg": (save(RGB), plain, {}),
+    "photo.jfif": (save(RGB, format="JPEG"), plain, {}),
+    "photo.webp": (save(RGB), plain, {}),
+    "photo.avif": (save(RGB), plain, {}),
+    "photo.jp2": (save(RGB), plain, {}),
+    "photo.j2k": (save(RGB), plain, {}),
+    "cmyk.jpg": (save(RGB.convert("CMYK")), plain, {}),
+    "cmyk.tif": (save(RGB.convert("CMYK")), plain, {}),
+    "ycbcr.tif": (save(RGB.convert("YCbCr")), plain, {}),
+    "gray.png": (save(RGB.convert("L")), plain, {}),
+    "gray.pgm": (save(RGB.convert("L")), plain, {}),
+    "bits.png": (save(RGB.convert("1")), plain, {}),
+    "bits.pbm": (save(RGB.convert("1")), plain, {}),
+    "palette.png": (save(RGB.quantize(16)), plain, {}),
+    "jpeg named.png": (save(RGB, format="JPEG"), plain, {}),
+    "frames.gif": (save(RGB, save_all=True, append_images=[RGB.rotate(180)]), plain, {}),
+    "frames.png": (save(RGB, save_all=True, append_images=[RGB.rotate(180)]), plain, {}),
+    "pages.tif": (save(RGB, save_all=True, append_images=[RGB.rotate(180)]), plain, {}),
+    **{f"turned {k}.jpg": (save(RGB, **photo(k)), upright, {}) for k in range(2, 9)},
+    **{f"turned 6{end}": (save(RGB, **photo(6)), upright, {}) for end in (".png", ".webp", ".tif", ".avif")},
+    "as stored.jpg": (save(RGB, **photo(6)), plain, {"orientation": False}),
+    "as stored.tif": (save(RGB, **photo(6)), lambda path: RGB, {"orientation": False}),
+    "odd exif.jpg": (save(RGB, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), plain, {}),
+    "odd orientation.jpg": (save(RGB, **photo(9)), plain, {}),
+    "clear.png": (save(RGBA), lambda path: over(RGBA), {}),
+    "clear on blue.png": (save(RGBA), lambda path: over(RGBA, (0, 0, 200)), {"background": (0, 0, 200)}),
+    "clear.webp": (save(RGBA, lossless=True, exact=True), lambda path: over(RGBA), {}),
+    "clear.tif": (save(RGBA), lambda path: over(RGBA), {}),
+    "clear gray.png": (save(LA), lambda path: over(LA), {}),
+    "clear palette.png": (save(keyed(), transparency=2), cleared, {}),
+    "clear palette.gif": (save(keyed(), transparency=2), cleared, {}),
+    "clear key.png": (save(RGB, transparency=tuple(COLOUR[0, 0].tolist())), cleared, {}),
+    "clear, turned.png": (
+        save(RGBA, **photo(8)),
+        lambda path: over(RGBA).transpose(Image.Transpose.ROTATE_90),
+        {},
+    ),
+    "16 bits.png": (save(Image.fromarray(RAMP)), lambda path: gray(RAMP >> 8), {}),
+    "16 bits.tif": (save(Image.fromarray(RAMP)), lambda path: gray(RAMP >> 8), {}),
+    "16 bits.jp2": (save(Image.fromarray(RAMP)), lambda path: gray(RAMP / 65535 * 255 + 0.5), {}),
+    "16 bits.pgm": (save(Image.fromarray(RAMP.astype(np.int32))), lambda path: gray(RAMP / 65535 * 255 + 0.5), {}),
+    "16 bits, turned.png": (
+        save(Image.fromarray(RAMP), **photo(3)),
+        lambda path: gray(RAMP >> 8).transpose(Image.Transpose.ROTATE_180),
+        {},
+    ),
+    "12 bits.png": (
+        save(Image.fromarray(RAMP >> 4)),
+        lambda path: gray((RAMP >> 4) / 4095 * 255 + 0.5),
+        {"gray_range": (0, 4095)},
+    ),
+    "8 bits in 16.png": (save(Image.fromarray(RAMP >> 8)), lambda path: gray(RAMP >> 8), {"gray_range": (0, 255)}),
+    "black in 16 bits.png": (save(Image.fromarray(RAMP * 0)), lambda path: gray(RAMP * 0), {}),
+    "float.tif": (tiff_float(RAMP / 65535), lambda path: gray(np.float32(RAMP / 65535) * 255 + 0.5), {}),
+    "float to 1000.tif": (
+        tiff_float(RAMP / 65.535),
+        lambda path: gray(np.float32(RAMP / 65.535).astype(np.float64) * 0.255 + 0.5),
+        {"gray_range": (0, 1000)},
+    ),
+    "signed.tif": (
+        signed,
+        lambda path: gray((np.linspace(-1000, 1000, 96).reshape(12, 8).astype(np.int32) + 1000) / 2000 * 255 + 0.5),
+        {"gray_range": (-1000, 1000)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_odd_picture_is_read_as_it_is_meant(name: str, tmp_path: Path) -> None:
+    write, expected, settings = READ[name]
+    write(tmp_path / name)
+    seen = open_rgb(str(tmp_path / name), Reading(**settings))
+    assert isinstance(seen, Image.Image), seen
+    wanted = expected(tmp_path / name)
+    assert (seen.mode, seen.size) == ("RGB", wanted.size)
+    assert np.array_equal(np.asarray(seen), np.asarray(wanted))
+
+
+def postscript(path: Path) -> None:
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n")
+
+
+def cut(path: Path) -> None:
+    RGB.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+RANGE = "does not say what white is: --set data.gray_range="
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "postscript.png": (postscript, "is no picture of a known format"),
+    "icon.png": (save(RGB, format="ICO"), "is no picture of a known format"),
+    "text.png": (lambda path: path.write_text("hello"), "is no picture of a known format"),
+    "nothing.png": (lambda path: path.write_bytes(b""), "is empty"),
+    "cut.png": (cut, "is damaged"),
+    "pipe.png": (os.mkfifo, "is no regular file"),
+    "device.png": (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+    "folder.png": (os.mkdir, "is no regular file"),
+    "nowhere.png": (lambda path: path.symlink_to("nowhere"), "no such file"),
+    "12 bits.png": (save(Image.fromarray(RAMP >> 4)), "holds greys from 0 to 4095, and " + RANGE),
+    "8 bits in 16.tif": (save(Image.fromarray(RAMP >> 8)), "holds greys from 0 to 255, and " + RANGE),
+    "signed.tif": (signed, "holds greys from -1000 to 1000, and " + RANGE),
+    "float to 255.tif": (tiff_float(RAMP / 257), "holds greys from 0 to 255, and " + RANGE),
+    "not finite.tif": (tiff_float(RAMP * np.nan), "holds values that are not finite"),
+    "large.png": (save(Image.new("1", (4000, 2600))), "has 4000x2600 pixels, 10,400,000: more than data.max_pixels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_without_a_guess_is_refused(name: str, tmp_path: Path) -> None:
+    write, reason = REFUSED[name]
+    write(tmp_path / name)
+    seen = open_rgb(str(tmp_path / name), Reading(max_pixels=10_000_000))
+    assert isinstance(seen, Unreadable), "was read"
+    assert reason in seen.reason
+
+
+def test_heic_is_read_by_an_extra_and_named_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="the extra `heic` is not installed")
+    heif.register_heif_opener()
+    RGB.resize((64, 64)).save(tmp_path / "photo.heic", quality=90)
+    seen = open_rgb(str(tmp_path / "photo.heic"), Reading())
+    assert isinstance(seen, Image.Image), seen
+    assert np.array_equal(np.asarray(seen), np.asarray(plain(tmp_path / "photo.heic")))
+    monkeypatch.setattr(decode, "_formats", lambda: decode.FORMATS)
+    seen = open_rgb(str(tmp_path / "photo.heic"), Reading())
+    assert isinstance(seen, Unreadable)
+    assert seen.reason == "is HEIC: pip install 'sakd[heic]' reads it"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files"), OSError("out of memory error")])
+def test_what_the_machine_lacks_is_no_bad_picture(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(decode, "_regular", fail)
+    with pytest.raises(MemoryLimitError, match=r"x\.png"):
+        open_rgb(str(tmp_path / "x.png"), Reading())
+
+
+def test_a_photo_of_100_megapixels_is_within_the_limit(tmp_path: Path) -> None:
+    Image.new("1", (11648, 8736)).save(tmp_path / "photo.png")
+    assert 11648 * 8736 > 100e6
+    with (tmp_path / "photo.png").open("rb") as file:
+        assert decode._identified(file, Reading()).size == (11648, 8736)
