@@ -132,6 +132,10 @@ class FilesConfig(DataConfig):
     """Black and white of grey pictures of more than 8 bits; None: 0,65535 where the top bit is used, 0,1 in floats."""
     max_pixels: PositiveInt = 200_000_000
     """Pixels that a picture may have, width times height."""
+    split_by: Literal["path", "content"] = "path"
+    """What decides which part of a split a picture belongs to: its path below root, or its content (SHA-256)."""
+    fingerprint: Literal["auto", "content", "sizes"] = "auto"
+    """What a run keeps of every file: content: size and SHA-256; sizes: size alone; auto: content up to 20 GB."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """fail: an unreadable file ends the run; skip: all files are checked first and unreadable ones left out."""
 

@@ -1,6 +1,7 @@
 """What every data set loads to, and the three ways of taking a part of one."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +55,11 @@ class Split:
         """Height and width of the images in pixels."""
         return int(self.images.shape[-1])
 
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        """What each image is known by, whatever lies beside it; None: its place, in sets that never change."""
+        return self.images.keys if isinstance(self.images, Files) else None
+
     def subset(self, index: Tensor) -> "Split":
         """The samples at `index` [n] int64, in that order."""
         return Split(self.images[index], self.labels[index], self.origins()[index.cpu()])
@@ -68,6 +74,8 @@ class Dataset:
     flip       whether a mirrored image keeps its class
     scale      share of a picture's area, from and to, that a random resized crop takes instead; None: the border does
     skipped    files that could not be read and were left out
+    notes      what was left out of the folder, a line each
+    val        what the data set itself sets aside to choose the best epoch; None: nothing
     """
 
     name: str
@@ -80,6 +88,13 @@ class Dataset:
     test: Split
     scale: tuple[float, float] | None = None
     skipped: int = 0
+    val: Split | None = None
+    notes: tuple[str, ...] = ()
+
+    def map(self, change: Callable[[Split], Split]) -> "Dataset":
+        """The same with every split changed."""
+        val = None if self.val is None else change(self.val)
+        return replace(self, train=change(self.train), test=change(self.test), val=val)
 
 
 def first_classes(dataset: Dataset, count: int | None) -> Dataset:
@@ -90,8 +105,8 @@ def first_classes(dataset: Dataset, count: int | None) -> Dataset:
         raise DataError(
             f"{dataset.name}: has {len(dataset.classes)} classes, not {count}", "choose fewer with --set data.classes=N"
         )
-    train, test = (split.subset((split.labels < count).nonzero().squeeze(1)) for split in (dataset.train, dataset.test))
-    return replace(dataset, classes=dataset.classes[:count], train=train, test=test)
+    few = dataset.map(lambda split: split.subset((split.labels < count).nonzero().squeeze(1)))
+    return replace(few, classes=dataset.classes[:count])
 
 
 def limit_train(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -99,48 +114,88 @@ def limit_train(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
 
     A smaller limit with the same seed takes a subset of what a larger one takes.
     """
-    if limit is None or limit >= len(dataset.train):
+    train = dataset.train
+    if limit is None or limit >= len(train):
         return dataset
-    rank, _, turn = _shuffled_ranks(dataset.train.labels, len(dataset.classes), seed, "limit")
+    rank, _, turn = _shuffled_ranks(train.labels, len(dataset.classes), seed, "limit", train.keys)
     # Deal the images out class by class: every class's first, then every class's second, and so on.
     dealt = torch.argsort(rank * len(dataset.classes) + turn)
-    return replace(dataset, train=dataset.train.subset(dealt[:limit].sort().values))
+    return replace(dataset, train=train.subset(dealt[:limit].sort().values))
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int, purpose: str = "holdout") -> tuple[Split, Split | None]:
     """Cut the training split in two: (training, held out), disjoint, each in its old order; None at fraction 0.
 
-    Together the held-out images number `fraction` of the split, rounded; each class gives that fraction of its own
-    images, to within one. Each purpose draws for itself. Raises DataError where either part would be empty.
+    Images that have keys are drawn one by one (`_drawn_by_key`), those in memory by their places: together these number
+    `fraction` of the split, rounded; each class gives that fraction of its own images, to within one. Each purpose
+    draws for itself. Raises DataError where either part would be empty.
     """
     if fraction == 0:
         return dataset.train, None
-    labels = dataset.train.labels
-    count = round(fraction * len(labels))
-    if not 0 < count < len(labels):
-        side = "held-out" if count <= 0 else "training"
+    train = dataset.train
+    draw = _drawn_by_place if train.keys is None else _drawn_by_key
+    selected = draw(train, len(dataset.classes), fraction, seed, purpose)
+    if not 0 < int(selected.sum()) < len(train):
+        side = "training" if bool(selected.any()) else "held-out"
         raise DataError(
-            f"{dataset.name}: holding out {fraction:g} of {len(labels)} training images leaves no {side} image",
+            f"{dataset.name}: holding out {fraction:g} of {len(train)} training images leaves no {side} image",
             "use more images, or hold out nothing (0)",
         )
-    rank, size, turn = _shuffled_ranks(labels, len(dataset.classes), seed, purpose)
+    return train.subset((~selected).nonzero().squeeze(1)), train.subset(selected.nonzero().squeeze(1))
+
+
+def _drawn_by_place(train: Split, classes: int, fraction: float, seed: int, purpose: str) -> Tensor:
+    rank, size, turn = _shuffled_ranks(train.labels, classes, seed, purpose)
     # A class's images lie evenly spaced on [0, 1], so any cut takes the same share of every class to within one;
     # equal places (classes of equal size) are taken in a drawn order of the classes.
     place = (rank.double() + 0.5) / size
     by_turn = torch.argsort(turn, stable=True)
-    chosen = by_turn[torch.argsort(place[by_turn], stable=True)][:count]
-    selected = torch.zeros(len(labels), dtype=torch.bool)
+    chosen = by_turn[torch.argsort(place[by_turn], stable=True)][: round(fraction * len(train))]
+    selected = torch.zeros(len(train), dtype=torch.bool)
     selected[chosen.cpu()] = True
-    train = dataset.train
-    return train.subset((~selected).nonzero().squeeze(1)), train.subset(selected.nonzero().squeeze(1))
+    return selected
 
 
-def _shuffled_ranks(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Per sample [N], on the CPU: its place in its class's drawn order, its class's size, its class's drawn turn."""
+def _drawn_by_key(train: Split, classes: int, fraction: float, seed: int, purpose: str) -> Tensor:
+    """Which images are held out: those whose key draws a number below `fraction`, whatever other images there are.
+
+    Therefore an image that comes, goes or is renamed moves no other one, and a class gives the fraction on the average
+    only. One exception: a class that would give none although its fraction comes to half an image gives that with its
+    least number, and a class keeps its greatest.
+    """
+    assert train.keys is not None
+    number = torch.tensor(_drawn_numbers(train.keys, seed, purpose), dtype=torch.float64)
+    selected = number < fraction
+    rank, size, _ = _shuffled_ranks(train.labels, classes, seed, purpose, train.keys)
+    given = torch.bincount(train.labels[selected], minlength=classes)[train.labels]
+    selected |= (rank == 0) & (given == 0) & (fraction * size >= 0.5)
+    return selected & (rank < size - 1)
+
+
+def _drawn_numbers(keys: Sequence[str], seed: int, purpose: str) -> list[float]:
+    """A number in [0, 1) for each key, a pure function of the arguments (BLAKE2b)."""
+    start = hashlib.blake2b(f"{seed}/{purpose}/".encode(), digest_size=8)
+    numbers = []
+    for key in keys:
+        drawn = start.copy()
+        drawn.update(key.encode(errors="surrogateescape"))
+        numbers.append(int.from_bytes(drawn.digest()[:6], "little") / 2**48)
+    return numbers
+
+
+def _shuffled_ranks(
+    labels: Tensor, classes: int, seed: int, purpose: str, keys: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per sample [N], on the CPU: its place in its class's drawn order, its class's size, its class's drawn turn.
+
+    keys  the order of a class is that of the numbers its images' keys draw; None: it is drawn over their places
+    """
     labels = labels.cpu()
     draw = seeded_generator(seed, purpose)
     order = torch.randperm(len(labels), generator=draw)
     turns = torch.randperm(classes, generator=draw)
+    if keys is not None:
+        order = torch.argsort(torch.tensor(_drawn_numbers(keys, seed, purpose), dtype=torch.float64), stable=True)
     by_class = order[torch.argsort(labels[order], stable=True)]
     sizes = torch.bincount(labels, minlength=classes)
     first = sizes.cumsum(0) - sizes

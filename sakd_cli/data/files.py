@@ -37,10 +37,24 @@ class ImageSpec(NamedTuple):
 
 
 class Files:
-    """Images in files, used like a tensor [N, 3, side, side] of uint8; `cached`: decoded once, then in memory."""
+    """Images in files, used like a tensor [N, 3, side, side] of uint8.
 
-    def __init__(self, paths: tuple[str, ...], spec: ImageSpec, *, cached: bool = False) -> None:
-        self.paths, self.spec, self.cached = paths, spec, cached
+    cached  decoded once, then in memory
+    root    the data set's folder: a picture's name is its path from there
+    keys    what decides about each picture's part of a split; None: its name
+    """
+
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        spec: ImageSpec,
+        *,
+        cached: bool = False,
+        root: str = "/",
+        keys: tuple[str, ...] | None = None,
+    ) -> None:
+        self.paths, self.spec, self.cached, self.root = paths, spec, cached, root
+        self.keys = self.names if keys is None else keys
         self.shape = torch.Size([len(paths), 3, spec.side, spec.side])
         self.device = torch.device("cpu")
         self._plain: Tensor | None = None
@@ -52,7 +66,14 @@ class Files:
     def __getitem__(self, index: Tensor | slice) -> "Files":
         """Those at `index` [n], in that order; nothing is read."""
         places = torch.arange(len(self))[index].tolist()
-        return Files(tuple(self.paths[place] for place in places), self.spec, cached=self.cached)
+        paths, keys = (tuple(of[place] for place in places) for of in (self.paths, self.keys))
+        return Files(paths, self.spec, cached=self.cached, root=self.root, keys=keys)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Path of every picture from the data set's folder, with `/` on every system."""
+        start = os.path.join(self.root, "")
+        return tuple(path.removeprefix(start).replace(os.sep, "/") for path in self.paths)
 
     def read(self) -> Tensor:
         """All of them as evaluation shows them, uint8 [N, 3, side, side]. Raises DataError naming a bad file."""

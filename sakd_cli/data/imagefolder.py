@@ -13,12 +13,14 @@ from sakd_cli.data.cifar import default_root
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
 from sakd_cli.data.decode import Reading, find_unreadable
 from sakd_cli.data.files import Files, ImageSpec, cpu_count
+from sakd_cli.data.fingerprint import content_hashes
 from sakd_cli.data.pictures import (
     Finding,
     FolderContents,
     SplitContents,
     raise_on_findings,
     scan_folder,
+    scan_labelled,
 )
 from sakd_cli.errors import DataError, UsageError
 
@@ -92,21 +94,36 @@ IMAGENET_1K = PublishedSet(
 def load_imagefolder(config: ImageFolderConfig) -> Dataset:
     """Folders train and val, or one folder of classes cut in two. DataError names what is wrong with them."""
     found = raise_on_findings(scan_imagefolder(config))
-    return _dataset(config, found, found.classes, *IMAGENET, share=config.split)
+    return _dataset(config, found, _own_root(config), found.classes, *IMAGENET, share=config.split)
 
 
 def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:
     """What is there of one's own images."""
+    return scan_folder(_own_root(config))
+
+
+def load_labelled(config: ImageFolderConfig, classes: tuple[str, ...]) -> Dataset:
+    """All labelled pictures of a folder as test images, for a network of these classes; it may lack some of them.
+
+    Raises DataError where a folder is of another class, or something is wrong with one.
+    """
+    found = raise_on_findings(scan_labelled(_own_root(config), classes))
+    every = SplitContents(found.train.folder, {name: found.train.files.get(name, []) for name in classes})
+    found = found._replace(train=every, test=every)
+    return _dataset(config.model_copy(update={"classes": None}), found, _own_root(config), classes, *IMAGENET)
+
+
+def _own_root(config: ImageFolderConfig) -> Path:
     if config.root is None:
         raise UsageError("imagefolder: which folder? There is no usual place for it", "--data-root DIR")
-    return scan_folder(config.root)
+    return config.root
 
 
 def load_published(config: FilesConfig, known: PublishedSet) -> Dataset:
     """A published set; DataError where something is missing."""
     found = raise_on_findings(scan_published(config, known))
     names = found.classes if known.names is None else known.names(_root(config, known), found.classes)
-    return _dataset(config, found, names, known.mean, known.std)
+    return _dataset(config, found, _root(config, known), names, known.mean, known.std)
 
 
 def scan_published(config: FilesConfig, known: PublishedSet) -> FolderContents:
@@ -163,6 +180,7 @@ def reading_of(config: FilesConfig) -> Reading:
 def _dataset(
     config: FilesConfig,
     found: FolderContents,
+    root: Path,
     names: tuple[str, ...],
     mean: Channels,
     std: Channels,
@@ -170,12 +188,12 @@ def _dataset(
 ) -> Dataset:
     workers = min(8, cpu_count()) if config.workers is None else config.workers
     spec = ImageSpec(config.size, config.resized, workers, reading_of(config))
-    listed = [part.pairs(found.classes) for part in (found.train, found.test) if part is not None]
-    parts = [Split(Files(paths, spec), torch.tensor(labels, dtype=torch.int64)) for paths, labels in listed]
+    parts = [_split(config, root, spec, *part.pairs(found.classes)) for part in found.parts]
     border = config.size // 8 if config.bordered else 0
     scale = None if config.bordered else config.crop
     plain = Dataset(config.name, names, mean, std, border, config.flip, parts[0], parts[-1], scale)
-    plain = first_classes(plain, config.classes)
+    plain = first_classes(replace(plain, val=parts[1] if found.val else None), config.classes)
+    plain = replace(plain, notes=tuple(f"{one.path}: {one.text}" for one in found.notes))
     if config.on_bad_image == "skip":
         plain = _without_bad(plain, one_part=found.test is None)
     if found.test is None:
@@ -185,10 +203,18 @@ def _dataset(
     return plain
 
 
+def _split(config: FilesConfig, root: Path, spec: ImageSpec, paths: tuple[str, ...], labels: list[int]) -> Split:
+    files = Files(paths, spec, root=str(root))
+    if config.split_by == "content":
+        files = Files(paths, spec, root=str(root), keys=content_hashes(paths))
+    return Split(files, torch.tensor(labels, dtype=torch.int64))
+
+
 def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:
     """The data set without the files that cannot be read. DataError where a class loses all of its images."""
     splits, skipped = [], 0
-    for split in (dataset.train,) if one_part else (dataset.train, dataset.test):
+    there = [dataset.train, *(() if dataset.val is None else (dataset.val,)), *(() if one_part else (dataset.test,))]
+    for split in there:
         assert isinstance(split.images, Files)
         good = torch.tensor(
             [error is None for error in find_unreadable(split.images.paths, split.images.spec.reading)],
@@ -201,4 +227,5 @@ def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:
             name = dataset.classes[int(counts.argmin())]
             raise DataError(f"{dataset.name}: class {name}: none of its pictures can be read", "sakd data check DIR")
         splits.append(readable)
-    return replace(dataset, train=splits[0], test=splits[-1], skipped=skipped)
+    val = None if dataset.val is None else splits[1]
+    return replace(dataset, train=splits[0], test=splits[-1], val=val, skipped=skipped)

@@ -16,7 +16,10 @@ apng avif bmp dib gif heic heif j2c j2k jfif jp2 jpe jpeg jpf jpg jpx pbm pgm pn
 ENDINGS = frozenset(f".{name}" for name in _ENDINGS.split())
 
 
-TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
+TRAIN, TEST, VAL = ("train", "training"), ("test",), ("val", "valid", "validation")
+# What lies beside the classes of a folder without parts, and is written by programs.
+NO_CLASS = {"runs", "reports", "report", "logs", "exports", "checkpoints", "plots", "figures"}
+RUN = ("config.yaml", "env.json")  # files of a run directory
 
 
 class Finding(NamedTuple):
@@ -43,49 +46,122 @@ class SplitContents(NamedTuple):
 
 
 class FolderContents(NamedTuple):
-    """The training and the test part (None: one is to be cut from the other), and what is wrong with them."""
+    """The training and the test part (None: one is to be cut from the other), and what is wrong with them.
+
+    val    the part that chooses the best epoch; None: it is to be cut from the training part
+    notes  what was left out, which is no fault
+    """
 
     train: SplitContents
     test: SplitContents | None
     findings: list[Finding]
+    val: SplitContents | None = None
+    notes: tuple[Finding, ...] = ()
+
+    @property
+    def parts(self) -> list[SplitContents]:
+        """Those that there are."""
+        return [part for part in (self.train, self.val, self.test) if part is not None]
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.train.files)
 
 
-def scan_folder(root: Path, tests: tuple[str, ...] = TEST) -> FolderContents:
-    """Find `root`/train/CLASS/* and `root`/val/CLASS/* (or test, valid, validation), or `root`/CLASS/* alone.
+def scan_folder(root: Path, tests: tuple[str, ...] | None = None) -> FolderContents:
+    """Find `root`/train/CLASS/* with val (or valid, validation), test or both, or `root`/CLASS/* alone.
 
-    `tests`: names of the test folder, the preferred one first. Raises DataError where `root` has no folders of classes.
+    With both, val chooses the best epoch and test is for the result; one of the two is for the result.
+
+    tests  names of the test folder, the preferred one first, where no other part counts
+    Raises DataError where `root` has no folders of classes.
     """
+    inside = {name.lower(): root / name for name in _inside(root)}
+    train, test, val = (
+        next((inside[name] for name in names if name in inside), None)
+        for names in (TRAIN, tests or TEST, () if tests else VAL)
+    )
+    findings: list[Finding] = []
+    notes: list[Finding] = []
+    if train is None and (test or val) is not None and set(inside) <= {*TRAIN, *TEST, *VAL}:
+        raise DataError(f"{root}: has a folder {(test or val or root).name} but no folder train")
+    if train is None or (test or val) is None:
+        if train is not None:
+            raise DataError(
+                f"{root}: has a folder {train.name} but none of {', '.join(tests or (*TEST, *VAL))}",
+                f"--data-root {train} keeps a share of its images for testing (data.split)",
+            )
+        one = scan_split(root, findings, notes)
+        return FolderContents(one, None, findings + _wrong(one), notes=tuple(notes))
+    ours = scan_split(train, findings, notes)
+    if test is not None and val is not None and not ours.files.keys() & set(_folders(test)):
+        notes.append(Finding("unlabelled", str(test), f"has no folder of a class of {train.name}: not used"))
+        test = None
+    parts = [scan_split(part, findings, notes) for part in (val, test) if part is not None]
+    findings += [fault for part in (ours, *parts) for fault in _wrong(part)]
+    findings += [fault for part in parts for fault in _differ(ours, part)]
+    return FolderContents(ours, parts[-1], findings, parts[0] if len(parts) > 1 else None, tuple(notes))
+
+
+def scan_labelled(root: Path, classes: tuple[str, ...]) -> FolderContents:
+    """All that has a label below `root` as one part: the parts that have folders of these classes, or `root` itself.
+
+    Raises DataError where there is none of these classes.
+    """
+    findings: list[Finding] = []
+    notes: list[Finding] = []
+    there = [root / name for name in _inside(root) if name.lower() in {*TRAIN, *TEST, *VAL}]
+    parts = [part for folder in there if (part := scan_split(folder, findings, notes)).files.keys() & set(classes)]
+    labelled = {part.folder for part in parts}
+    notes += [
+        Finding("unlabelled", str(one), "has no folder of a class: not used") for one in there if one not in labelled
+    ]
+    parts = parts or [scan_split(root, findings, notes)]
+    names = sorted({name for part in parts for name in part.files})
+    files = {name: [path for part in parts for path in part.files.get(name, ())] for name in names}
+    if not any(files.get(name) for name in classes):
+        raise DataError(
+            f"{root}: has no picture in a folder of a class of the network ({', '.join([*classes][:5])} ...)"
+        )
+    one = SplitContents(root, files)
+    findings += [
+        Finding("unknown-class", str(root), f"{name} is no class of the network")
+        for name in names
+        if name not in classes
+    ]
+    return FolderContents(one, one, findings, notes=tuple(notes))
+
+
+def scan_split(folder: Path, findings: list[Finding], notes: list[Finding]) -> SplitContents:
+    """The classes of a folder and their files; loops and folders that cannot be read go to the findings."""
+    above = (os.path.realpath(folder),)
+    names = _folders(folder)
+    part = folder.name.lower() in {*TRAIN, *TEST, *VAL}
+    for name in list(names):
+        if (not part and name.lower() in NO_CLASS) or _holds_runs(folder / name):
+            notes.append(Finding("no-class", str(folder / name), "is no class, but what a program writes: not used"))
+            names.remove(name)
+    return SplitContents(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in names})
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether it is a run directory or holds some."""
+    try:
+        with os.scandir(folder) as entries:
+            below = [Path(one.path) for one in entries if one.is_dir()]
+        return any(all((one / name).is_file() for name in RUN) for one in (folder, *below))
+    except OSError:
+        return False
+
+
+def _inside(root: Path) -> list[str]:
+    """Names of the folders in the data set's folder. Raises DataError where it is none."""
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
     try:
-        inside = {name.lower(): name for name in _folders(root)}
+        return _folders(root)
     except OSError as error:
         raise DataError(f"{root}: {(error.strerror or 'cannot be read').lower()}") from None
-    train = next((root / inside[name] for name in TRAIN if name in inside), None)
-    test = next((root / inside[name] for name in tests if name in inside), None)
-    findings: list[Finding] = []
-    if train is None and test is not None and set(inside) <= {*TRAIN, *TEST}:
-        raise DataError(f"{root}: has a folder {test.name} but no folder train")
-    if train is None or test is None:
-        if train is not None:
-            raise DataError(
-                f"{root}: has a folder {train.name} but none of {', '.join(tests)}",
-                f"--data-root {train} keeps a share of its images for testing (data.split)",
-            )
-        one = scan_split(root, findings)
-        return FolderContents(one, None, findings + _wrong(one))
-    ours, theirs = scan_split(train, findings), scan_split(test, findings)
-    return FolderContents(ours, theirs, findings + _wrong(ours) + _wrong(theirs) + _differ(ours, theirs))
-
-
-def scan_split(folder: Path, findings: list[Finding]) -> SplitContents:
-    """The classes of a folder and their files; loops and folders that cannot be read go to the findings."""
-    above = (os.path.realpath(folder),)
-    return SplitContents(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in _folders(folder)})
 
 
 def _folders(folder: Path) -> list[str]:

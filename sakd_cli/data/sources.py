@@ -26,7 +26,7 @@ def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) 
         need += 3 * len(splits[0]) * config.resized**2  # of the training images, all that crops are cut from
     cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     files = [split.images for split in splits if isinstance(split.images, Files)]
-    images = [Files(one.paths, one.spec, cached=cached) for one in files]
+    images = [Files(one.paths, one.spec, cached=cached, root=one.root, keys=one.keys) for one in files]
     return [replace(split, images=one) for split, one in zip(splits, images, strict=True)]
 
 

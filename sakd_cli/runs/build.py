@@ -51,7 +51,9 @@ from sakd_cli.tasks.search import SearchTask, Sought
 def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
     """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
     dataset = limit_train(datasets.load(config), config.limit, config.split_seed)
-    train, held_out = hold_out(dataset, config.validation, config.split_seed)
+    train, held_out = dataset.train, dataset.val
+    if held_out is None:
+        train, held_out = hold_out(dataset, config.validation, config.split_seed)
     calibration = None
     if residual is not None and residual.students:
         share = calibration_fraction(residual, len(train))

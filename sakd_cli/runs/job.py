@@ -34,6 +34,12 @@ class Images:
     calibration: Split | None = None
 
     @property
+    def parts(self) -> dict[str, Split]:
+        """The parts that there are."""
+        parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
     def side(self) -> int:
         """Height and width of the images in pixels."""
         return self.train.side

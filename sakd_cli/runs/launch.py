@@ -240,7 +240,9 @@ def _label(job: Job, extensions: Sequence[RunExtension]) -> str:
 def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
     """main: what the main training returned; parts: what the teacher and the extensions add."""
     chosen = (
-        f"best epoch chosen on {100 * job.config.data.validation:g} % of the training images, held out"
+        "best epoch chosen on the data set's own validation images"
+        if job.images.dataset.val
+        else f"best epoch chosen on {100 * job.config.data.validation:g} % of the training images, held out"
         if job.images.held_out
         else "best epoch chosen on the test set (the literature's habit: optimistic)"
     )
@@ -328,6 +330,8 @@ class Launcher:
         notices = [describe_reading(job.images.train), *(extension.notice for extension in extensions)]
         for notice in filter(None, notices):
             say(notice)
+        for note in job.images.dataset.notes:
+            self.reporter.warn(note)
         if skipped := job.images.dataset.skipped:
             self.reporter.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
         if job.images.side > 64 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
