@@ -29,7 +29,7 @@ from sakd_cli.rundir import RunDir
 
 # Operations that start no kernel although they are no views.
 FREE = {"detach", "alias", "empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "lift_fresh"}
-FREE |= {"set_", "resize_", "promote_types"}
+FREE |= {"set_", "resize_", "promote_types", "_unsafe_view"}
 ROOT = Path(__file__).parents[1]
 PARTS = (  # the innermost of our functions that stands in the way from the loop to the launch
     ("loader", ("data/loader.py:", "engine/look_ahead.py:")),

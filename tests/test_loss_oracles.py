@@ -271,8 +271,9 @@ def test_what_warms_up_agrees_with_the_reference(group: str, case: Case, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(("group", "case"), cases("losses", {"KDSVD"}))
+@pytest.mark.parametrize("lapack", [False, True], ids=["products", "lapack"])
 def test_kdsvd_agrees_with_the_reference_where_its_signs_are_taken(
-    group: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    lapack: bool, group: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = tensors_of(group, case["id"], "f64")
     signs = [figures.pop(name) for name in sorted(figures) if name.startswith("teacher_v")]
@@ -282,6 +283,7 @@ def test_kdsvd_agrees_with_the_reference_where_its_signs_are_taken(
     ours, theirs = (tuple(given[name] for name in sorted(given) if name[0] == side) for side in "st")
     spots = tuple(Spot(str(k), "map", k, k, s.shape[1:], s.shape[1:]) for k, s in enumerate(ours))
     distiller, left = KDSVD(spots, KDSVDConfig(directions=case["constants"]["k"])), iter(signs)
+    distiller.dynamic_shapes = lapack
 
     def as_theirs(v: Tensor) -> Tensor:
         wanted = next(left).to(v)

@@ -1,5 +1,6 @@
 """Knowledge distillation by singular value decomposition."""
 
+import math
 from itertools import pairwise
 from typing import final
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import KDSVDConfig
 from sakd_cli.distillers.distiller import Distiller, require_equal_channels, weighted_mean
+from sakd_cli.distillers.eigen import Resolvent, by_lapack, by_powers
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
@@ -17,11 +19,11 @@ from sakd_cli.models.staged import Features
 WIDTH = 8  # of the radial basis, as published
 
 
-def main_directions(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def main_directions(x: Tensor, count: int, *, lapack: bool = False) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of (positions x channels), and singular values.
 
     [N, C, H, W] to [N, C, R] and [N, R], R = min(count, C, H W). The vectors have a gradient, the values have none. A
-    wide map's vector whose singular value is 0 (to rounding) is 0.
+    vector whose singular value is 0 (to rounding) is 0. With `lapack` the host waits for the device.
 
     The gradient is dv_i = sum over j != i of v_j (v_j^T dM v_i) / (l_i - l_j), M = A^T A with eigenvalues l, where a
     pair with l_i = l_j (to rounding) is left out: there it does not exist. PyTorch's own divides 0 by 0 as soon as
@@ -30,19 +32,26 @@ def main_directions(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     a = x.flatten(2).transpose(1, 2)
     with torch.no_grad():
         # Of the smaller of A^T A and A A^T: faster than a singular value decomposition, and equal to rounding.
-        tall = a.shape[1] >= a.shape[2]
-        ascending, vectors = torch.linalg.eigh(a.mT @ a if tall else a @ a.mT)
-        squares, vectors = ascending.flip(1).clamp(min=0), vectors.flip(2)
-        floor = squares[:, :1, None] * torch.finfo(x.dtype).eps * max(a.shape[1:])
+        tall, rounding = a.shape[1] >= a.shape[2], torch.finfo(x.dtype).eps * max(a.shape[1:])
+        squares, vectors, rest = (by_lapack if lapack else by_powers)(a.mT @ a if tall else a @ a.mT, count)
+        own, floor = squares[:, None, :count], squares[:, :1, None] * rounding
         v = vectors if tall else a.mT @ vectors * _inverse(squares[:, None], floor).sqrt()
-        first = v[..., :count]
-        to_others = _inverse(squares[:, None, :count] - squares[:, :, None], floor)
-        to_null = _inverse(squares[:, None, :count], floor)
+        first = v[..., :count] * (own > floor)
+    if not x.requires_grad:
+        return first, own[:, 0].sqrt()
     turned = a.mT @ (a @ first)
     turned = turned - turned.detach()  # 0, with the gradient of M v
     among = v.mT @ turned
-    moved = v @ (among * to_others) + (turned - v @ among) * to_null
-    return first + moved, squares[:, :count].sqrt()
+    left, to_null = turned - v @ among, _inverse(own, floor)
+    if rest is not None:  # of the other vectors
+        reach = own[:, 0] * _inverse(floor[:, 0], torch.zeros_like(floor[:, 0]))
+        given = rest, to_null[:, 0], reach, int(-math.log2(rounding))
+        if tall:
+            left = Resolvent.apply(left, *given)
+        else:  # (l - A^T A)^-1 = (1 + A^T (l - A A^T)^-1 A) / l
+            left = left + a.detach().mT @ (Resolvent.apply(a.detach() @ left, *given) * to_null)
+    among = among * _inverse(own - squares[:, :, None], floor)
+    return first + v @ among + left * to_null, own[:, 0].sqrt()
 
 
 def _inverse(gap: Tensor, floor: Tensor) -> Tensor:
@@ -86,8 +95,8 @@ class KDSVD(Distiller):
     largest entry positive (behind a ReLU the first vector is all of one sign, so this is the natural choice; of a
     signed map it jumps where two entries tie). Public code takes what its library returns, so figures differ from it
     and between machines. Where singular values coincide the vectors are arbitrary within their space: the value then
-    depends on the library, and those parts of the gradient are left out. A decomposition per map and step takes
-    time, and on a GPU it may read the device.
+    depends on the library, and those parts of the gradient are left out. With `runtime.shapes: dynamic` (a CPU's
+    default) LAPACK finds the vectors; with static shapes products of matrices do, and no host waits for them.
     """
 
     def __init__(self, spots: tuple[Spot, ...], config: KDSVDConfig) -> None:
@@ -100,9 +109,9 @@ class KDSVD(Distiller):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         ours, theirs = [], []
         for s, t in self.pairs(student, teacher):
-            v_t, values = main_directions(t, self.count)
+            v_t, values = main_directions(t, self.count, lapack=self.dynamic_shapes)
             v_t, scale = oriented(v_t), F.normalize(values, dim=1)[:, None]
-            v_s, _ = main_directions(s, self.count + self.extra)
+            v_s, _ = main_directions(s, self.count + self.extra, lapack=self.dynamic_shapes)
             ours.append(matched(v_s, v_t) * scale)
             theirs.append(v_t * scale)
         losses = [torch.zeros_like(weight[0, 0])]
