@@ -21,18 +21,21 @@ from sakd_cli.errors import DiskError, RunInUseError, UsageError
 
 DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
+OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
 BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml
 
 
 class RunDir:
     """One run directory. `listeners` are called with each line that `append` has written: file name and record.
 
-    silent   another process of the same run writes and holds it; this one only reads
+    silent       another process of the same run writes and holds it; this one only reads
+    fingerprint  what its checkpoints say of the run that made them: its `settings` by their dotted keys
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
         self.path = path
         self.silent = silent
+        self.fingerprint: dict[str, Any] = {}
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @classmethod
@@ -111,6 +114,23 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return str(name)
+
+    @property
+    def extended(self) -> list[int]:
+        """The numbers of epochs after which it would have ended before it was extended, in that order."""
+        try:
+            known = files.read_json(self.path / "env.json").get("extended", [])
+        except (OSError, ValueError, AttributeError):
+            return []
+        return [epochs for epochs in known if isinstance(epochs, int)] if isinstance(known, list) else []
+
+    def extend(self, epochs: int) -> None:
+        """Note that the run was to end after so many epochs, and take back what it left at its end."""
+        if epochs not in self.extended:
+            about = self.read_json("env.json")
+            files.write_json(self.path / "env.json", about | {"extended": [*self.extended, epochs]})
+        for name in (SUMMARY, *OF_THE_END):
+            (self.path / name).unlink(missing_ok=True)
 
     @property
     def finished(self) -> bool:
@@ -196,17 +216,19 @@ class ResumePlan(NamedTuple):
     lenient    where its last checkpoint is damaged, an older one will do
     folder     make the new run exactly here; None: `<date>-<time>-<label>` in the folder of runs
     overwrite  a run that is there goes first
+    extends    the run that is resumed is to go on beyond what its end was
     """
 
     resume: RunDir | None = None
     lenient: bool = False
     folder: Path | None = None
     overwrite: bool = False
+    extends: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.resume is not None and self.resume.finished
+        return self.resume is not None and self.resume.finished and not self.extends
 
     @property
     def summary(self) -> Summary:

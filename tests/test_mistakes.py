@@ -104,7 +104,7 @@ BAD = f"""
 2 | stage_map                                               | PAIR TINY --set stage_map=[[2,2],[1,1]]
 2 | exists and is no run directory                          | PAIR TINY --run-dir empty/..
 2 | there is a run already                                  | PAIR TINY --run-dir TEACHER
-2 | --resume changes no setting of a run, but train.epochs  | distill --resume future --epochs 9
+2 | --resume changes no setting of a run, but train.momentum was | distill --resume future --set train.momentum=0.1
 4 | written by another version of sakd ('sakd.checkpoint/99') | distill --resume future -q
 3 | leaves no training image                                | pretrain-teacher resnet8 TINY --validation 0.999
 2 | student: missing                                        | distill --teacher resnet8

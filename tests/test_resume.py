@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_never_used(fork_server: ForkServer, damage: str
         shutil.rmtree(last)
         shutil.copytree(other / "checkpoints" / "last", last)
     elif damage == "of the future":
-        state = (last / "state.json").read_text().replace("sakd.checkpoint/2", "sakd.checkpoint/99")
+        state = (last / "state.json").read_text().replace("sakd.checkpoint/3", "sakd.checkpoint/99")
         (last / "state.json").write_text(state)
         manifest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
         del manifest["manifest.json"]
@@ -224,8 +224,8 @@ def test_one_directory_has_one_process(fork_server: ForkServer) -> None:
 
 
 MISTAKES = """
-resume changes no setting of a run, but train.epochs is 2 there and 3 here | distill --resume finished --epochs 3
-resume changes no setting of a run, but method.name is 'fitnet' there      | distill --resume finished --method at
+resume changes no setting of a run, but train.epochs was 2 and is 1          | distill --resume finished --epochs 1
+resume changes no setting of a run, but method.name was "fitnet" and is "at"  | distill --resume finished --method at
 finished: is a run of 'distill', not of 'pretrain'                      | pretrain-teacher --resume finished
 nowhere: not a run directory                                            | distill --resume nowhere
 it goes with neither --run-dir nor --overwrite                          | distill --resume finished --overwrite

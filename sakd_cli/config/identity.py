@@ -1,14 +1,18 @@
-"""Which settings make two runs the same: for a resume (`first_difference`), a sweep and a comparison (`identity`)."""
+"""Which settings make two runs the same: for a resume (`differences`), a sweep and a comparison (`identity`)."""
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # May change between two parts of one run: where and how it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 # Filled in by a run when it begins (`build.pin_inputs`).
 PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256"}
+# What may have moved between two parts of one run: the teacher, which its SHA-256 holds to what it was.
+MOVED = {"teacher.source", "teacher.weights"}
+# The length of a run, which `--resume RUN --epochs N` extends.
+EXTENDED = {"train.epochs", "train.milestones"}
 # A teacher is known by its SHA-256, wherever it lies and however it is named.
 LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
 
@@ -19,11 +23,25 @@ def identity(settings: Mapping[str, Any], *, without: Collection[str]) -> str:
     return json.dumps({key: settings[key] for key in sorted(settings) if key not in ignored}, default=str)
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first key by which `new` is not a continuation of `old`; what a run fills in for itself may be open."""
-    for key in [*new, *(key for key in old if key not in new)]:
-        if key in FREE or (key in PINNED and new.get(key) is None):
-            continue
-        if old.get(key) != new.get(key):
-            return key
-    return None
+class Difference(NamedTuple):
+    """A setting that is another one now than it was."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        was, now = (json.dumps(value, default=str) for value in (self.old, self.new))
+        return f"{self.key} was {was[:40]} and is {now[:40]}"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """All by which `new` is not a continuation of `old`; what a run fills in for itself may be open."""
+    keys = [key for key in [*new, *(key for key in old if key not in new)] if key not in FREE]
+    keys = [key for key in keys if not (key in PINNED and new.get(key) is None)]
+    return [Difference(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def listed(found: list[Difference]) -> str:
+    """Each key with both values, in one line."""
+    return "; ".join(map(str, found))

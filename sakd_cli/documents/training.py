@@ -5,6 +5,8 @@ Accuracies are in percent, losses mean cross-entropies in nats, times in seconds
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from sakd_cli.documents.base import Document, Number, Part
 from sakd_cli.documents.evaluation import Branch, ExitMetrics, ExitPoint, ExitRule, Metrics
 
@@ -117,7 +119,7 @@ class Summary(Document):
     """`sakd pretrain-teacher --json`, `sakd distill --json`, and `summary.json` of a run (there, run is null).
 
     last, best: the last epoch (the reported result) and the one that the validation set chose; seconds: of the main
-    training; phases: fractions of them.
+    training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended.
     """
 
     schema_: Literal["sakd.summary/2"] = "sakd.summary/2"
@@ -143,6 +145,7 @@ class Summary(Document):
     mixtures: Mixtures | None = None
     search_seconds: Number = None
     survey_seconds: Number = None
+    extended: list[int] = Field(default_factory=list)
 
 
 class PlannedNetwork(Part):

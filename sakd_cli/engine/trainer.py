@@ -209,6 +209,7 @@ class Trainer:
         with self._timed("save"):
             state = {
                 "run": self.run.identity,
+                "fingerprint": self.run.fingerprint,
                 "phase": self.phase,
                 "epoch": self.epoch,
                 "step": self.step,

@@ -14,6 +14,8 @@ import torch
 
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
+from sakd_cli.config.identity import EXTENDED, MOVED
+from sakd_cli.config.resolve import flat
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
@@ -43,7 +45,7 @@ from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import Chain, MemberWriter
-from sakd_cli.runs.resume import find_matching_run
+from sakd_cli.runs.resume import find_matching_run, fingerprint, require_fingerprint
 from sakd_cli.runs.survey import Surveyed
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import SftnTask
@@ -130,6 +132,7 @@ def launch(
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
     run, plan = _opened(job, extensions, plan)
+    run.fingerprint = fingerprint(job.config)
     with run.locked(), tensorboard.log_to_tensorboard(run, job.config.log):
         if distributed.is_main_process():
             _begin(job, run, plan)
@@ -146,7 +149,7 @@ def launch(
             if distributed.is_main_process():
                 for extension in extensions:
                     facts |= extension.finalize(factory, figures)
-                write_document(run.path / SUMMARY, _summary(job, figures[MAIN], facts))
+                write_document(run.path / SUMMARY, _summary(job, figures[MAIN], facts | _extension(job, run)))
             distributed.barrier()
         except Stopped as stopped:
             command = PROCEDURES[job.config.task].command
@@ -170,10 +173,15 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan) -> None:
     """Make room for a new run, and write down what it is."""
     if plan.overwrite:
         run.clear()
+    settings = job.config.model_dump(mode="json")
+    known = {} if plan.resume is None else flat(run.config)
     if plan.resume is None:
         write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
-        settings = job.config.model_dump(mode="json") | {EFFECTIVE: effective_values(job)}
-        write_aside(run.path / "config.yaml", yaml_bytes(settings))
+    elif plan.extends:
+        run.extend(known["train.epochs"])
+    if any(known.get(key) != value for key, value in flat(settings).items() if key in MOVED | EXTENDED | {"task"}):
+        content = yaml_bytes(settings | {EFFECTIVE: effective_values(job)})
+        write_aside(run.path / "config.yaml", content)
 
 
 def _made_ready(job: Job) -> None:
@@ -198,6 +206,8 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
         complain = reporter.warn if plan.lenient else None
         point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
         if point is not None:
+            saved, epoch = point.state.get("fingerprint"), point.state.get("epoch")
+            require_fingerprint(point.folder, saved, epoch, run.fingerprint, run.extended)
             trainer.resume(point)
             logs = _sizes(point)
         elif plan.resume is not None and distributed.is_main_process():
@@ -263,6 +273,11 @@ def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
         phases=main["phases"],
         **parts,
     )
+
+
+def _extension(job: Job, run: RunDir) -> dict[str, Any]:
+    """The numbers of epochs that the run was to have before it was extended."""
+    return {"extended": [epochs for epochs in run.extended if epochs < job.config.train.epochs]}
 
 
 def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """Which run a training command is about: a new one, one to resume (`--resume`), one to replace. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.identity import FREE, first_difference, identity
+from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, listed
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
-from sakd_cli.config.training import RunConfig
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.config.training import RunConfig, Train
+from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded
-from sakd_cli.rundir import ResumePlan, RunDir, all_runs
+from sakd_cli.rundir import ResumePlan, RunDir, all_runs, look_up
 
 AUTO = "auto"
 # Options of a series: its settings must be said.
@@ -38,12 +38,87 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
     if params["resume"] == AUTO:
         return _newest(task, given, params)
     run = RunDir(expanded(params["resume"]))
+    config, extends = _continued(run, given, task)
+    _require_last(run, config, extends=extends)
+    return config, ResumePlan(resume=run, extends=extends)
+
+
+def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, bool]:
+    """The run's own settings with what may change between two parts of it, and whether there will be more epochs.
+
+    That is how and where it works (`FREE`), where its teacher lies (`MOVED`), and its length, where `--epochs` says so:
+    the milestones stay, unless they are said as well. Raises UsageError, naming each, for any other difference.
+    """
     here = _settings_of(run, task)
-    if difference := _difference(here, resolve(task, [here, *given]).config):
+    own, asked = resolve(task, [here]).config, resolve(task, [here, *given])
+    extends = asked.config.train.epochs > own.train.epochs and _said(asked.origins.get("train.epochs", ""))
+    changing = MOVED | (EXTENDED if extends else set())
+    if found := [one for one in _differences(here, asked.config) if one.key not in changing]:
+        fewer = any(one.key == "train.epochs" for one in found)
         raise UsageError(
-            f"{run.path}: --resume changes no setting of a run, but {difference}", hint="start a new run instead"
+            f"{run.path}: --resume changes no setting of a run, but {listed(found)}",
+            hint="a run can be extended, not shortened: --epochs N" if fewer else "start a new run instead",
         )
-    return _in_place(here, given, task), ResumePlan(resume=run)
+    config = _in_place(here, given, task)
+    if extends:
+        milestones = asked.config.train.milestones or own.train.decay_epochs()
+        length = {"epochs": asked.config.train.epochs, "milestones": milestones}
+        config = config.model_copy(update={"train": config.train.model_copy(update=length)})
+    if (teacher := getattr(asked.config, "teacher", None)) is not None:
+        moved = {key: getattr(teacher, key) for key in ("source", "weights")}
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=moved)})
+    return config, extends
+
+
+def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
+    """`require_fingerprint` of the last checkpoint, as far as it can be read, before anything else is done."""
+    try:
+        state = run.read_json("checkpoints/last/state.json")
+    except UsageError:  # the checkpoints are read and checked when the run begins
+        return
+    folder, before = run.path / "checkpoints" / "last", run.extended
+    if extends:
+        before = [*before, look_up(run.config, "train.epochs")]
+    require_fingerprint(folder, state.get("fingerprint"), state.get("epoch"), fingerprint(config), before)
+
+
+def _said(origin: str) -> bool:
+    """Whether a setting comes from this very command, and not from a file, a preset or the environment."""
+    return origin.startswith(("--", "settings "))
+
+
+def require_fingerprint(where: Path, saved: Any, epoch: Any, now: Mapping[str, Any], extended: Collection[int]) -> None:
+    """Raise CheckpointError, naming each key with both values, where a checkpoint was made with other settings.
+
+    saved     the fingerprint in the checkpoint `where`, after `epoch` epochs; now: that of the run
+    extended  the numbers of epochs after which the run was to end before (`RunDir.extended`)
+    """
+    try:
+        old, new = saved["settings"], now["settings"]
+        found = differences(old, new)
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{where}: does not say with which settings it was made") from None
+    if old.get("train.epochs") in extended and old["train.epochs"] < new["train.epochs"]:
+        past = [_decays(settings, epoch) for settings in (old, new)]
+        found = [one for one in found if one.key not in EXTENDED]
+        if past[0] != past[1]:  # the learning rates of epochs that are trained
+            found.append(Difference(f"train.milestones up to epoch {epoch}", *past))
+    if found := [one for one in found if one.key not in MOVED]:
+        raise CheckpointError(
+            f"{where}: made with other settings: {listed(found)}",
+            hint="put config.yaml back as it was, or start a new run; --epochs N extends a run",
+        )
+
+
+def _decays(settings: Mapping[str, Any], epoch: int) -> list[int]:
+    """The milestones of these settings up to an epoch."""
+    train = {key.removeprefix("train."): value for key, value in settings.items() if key.startswith("train.")}
+    return [milestone for milestone in Train.model_validate(train).decay_epochs() if milestone <= epoch]
+
+
+def fingerprint(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it, so that nothing else goes on with it: `RunDir.fingerprint`."""
+    return {"settings": flat(config.model_dump(mode="json"))}
 
 
 def _check_folder(data: DataConfig) -> None:
@@ -64,7 +139,7 @@ def find_matching_run(config: RunConfig) -> ResumePlan:
     """Go on with the newest run of exactly these settings, or make a new one."""
     for run in all_runs(config.runs_dir):
         with suppress(UsageError):
-            if _difference(_settings_of(run, config.task), config) is None:
+            if not _differences(_settings_of(run, config.task), config):
                 return ResumePlan(resume=run, lenient=True)
     return ResumePlan()
 
@@ -109,12 +184,10 @@ def _in_place(here: ConfigSource, given: list[ConfigSource], task: str) -> Any:
     return resolve(task, [here, *free]).config
 
 
-def _difference(here: ConfigSource, config: RunConfig) -> str | None:
-    """The first setting that is another one in the run; None where all are the same."""
+def _differences(here: ConfigSource, config: RunConfig) -> list[Difference]:
+    """The settings that are others in the run."""
     old = flat(resolve(here.values["task"], [here]).config.model_dump(mode="json"))
-    new = flat(config.model_dump(mode="json"))
-    key = first_difference(old, new)
-    return None if key is None else f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+    return differences(old, flat(config.model_dump(mode="json")))
 
 
 def config_identity(config: RunConfig) -> str:

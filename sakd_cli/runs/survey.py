@@ -37,6 +37,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job, planned_spots
+from sakd_cli.runs.resume import fingerprint, require_fingerprint
 from sakd_cli.tasks.distill import DistillTask
 
 BATCH = 256  # the features of all stages of both networks are in memory at once: no more than in a training step
@@ -78,8 +79,13 @@ def live(
     data = ConfigSource(own.origin, {"data": config.data.model_dump(mode="json")})
     given = resolve("eval", [data, *sources]).config
     config = config.model_copy(update={"data": given.data, "device": given.device, "init_from_branches": False})
+    saved = checkpoint.read(run.path / "checkpoints" / "last")
+    own_fingerprint = fingerprint(resolve("distill", [own]).config)
+    require_fingerprint(
+        saved.folder, saved.state.get("fingerprint"), saved.state.get("epoch"), own_fingerprint, run.extended
+    )
     job = build.distillation(config)
-    _restore(job, checkpoint.read(run.path / "checkpoints" / "last"))
+    _restore(job, saved)
     reporter.begin(f"measuring {run.path.name} on {job.images.dataset.name}, {split} images", 1)
     try:
         return survey(job, split, reporter, seed=seed, extremes=extremes)

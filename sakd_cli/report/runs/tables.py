@@ -47,6 +47,7 @@ def _notes(summary: Summary) -> list[str]:
         )
     spent = ", ".join(f"{name} {fixed(100 * part, 0)} %" for name, part in summary.phases.items())
     epochs = f"{whole(summary.epochs)} epoch{'s' * (summary.epochs != 1)}"
+    epochs += "".join(f", extended from {whole(before)}" for before in summary.extended[-1:])
     notes.append(f"Time: {duration(summary.seconds)} for {epochs}: {spent}.")
     if summary.search_seconds is not None:
         notes.append(f"Search for the mixtures before: {duration(summary.search_seconds)}.")

@@ -1,0 +1,132 @@
+"""A run goes on with what it began with, or says what is another now: settings, length, teacher."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CliRunner
+from safetensors.torch import load_file
+
+TINY = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40", "--batch-size", "20"]
+RUN = ["distill", "--teacher", "./t", "--student", "resnet8", *TINY, "-q"]
+
+
+@pytest.fixture(scope="module")
+def runs(cli: CliRunner) -> CliRunner:
+    """A teacher `t`; from it `short` of two epochs, and `long`, which decays after the same epochs, of four."""
+    for arguments in (
+        ["pretrain-teacher", "resnet8", *TINY, "--epochs", "1", "--run-dir", "t", "-q"],
+        [*RUN, "--epochs", "2", "--milestones", "1", "--run-dir", "short"],
+        [*RUN, "--epochs", "4", "--milestones", "1,3", "--run-dir", "long"],
+    ):
+        result = cli.sakd(*arguments)
+        assert result.code == 0, result.err
+    return cli
+
+
+def stopped(cli: CliRunner, name: str) -> Path:
+    """A copy of `short` as it was after its first epoch."""
+    run = cli.path / name
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(cli.path / "short", run)
+    shutil.rmtree(run / "checkpoints" / "last")
+    (run / "checkpoints" / "previous").rename(run / "checkpoints" / "last")
+    for file in ("summary.json", "survey.safetensors"):
+        (run / file).unlink()
+    return run
+
+
+EDITS = {
+    "train.lr": 0.5,
+    "train.momentum": 0.1,
+    "train.weight_decay": 0.0,
+    "train.batch_size": 30,
+    "train.epochs": 3,
+    "train.nesterov": True,
+    "train.lr_decay": 0.5,
+    "train.milestones": [],
+    "runtime.precision": "bf16",
+    "method.ce_weight": 0.0,
+    "method.temperature": 2.0,
+    "router.tau": 2.0,
+    "data.split_seed": 3,
+    "data.test": 30,
+    "data.validation": 0.2,
+    "data.mean": [0.1, 0.1, 0.1],
+    "seed": 7,
+    "teacher.sha256": "0" * 64,
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_an_edited_setting_is_refused_with_both_values(runs: CliRunner, key: str) -> None:
+    run = stopped(runs, "edited")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    *parents, leaf = key.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    old, section[leaf] = section[leaf], EDITS[key]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    result = runs.assert_rejects(["distill", "--resume", "edited"], 4, key)
+    was, now = (json.dumps(value)[:40] for value in (old, EDITS[key]))
+    assert f"{key} was {was} and is {now}" in result.err
+
+
+def test_all_differences_are_named_and_what_may_change_is_none(runs: CliRunner) -> None:
+    run = stopped(runs, "several")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("momentum: 0.9", "momentum: 0.8").replace("\nseed: 0", "\nseed: 3"))
+    result = runs.assert_rejects(["distill", "--resume", "several"], 4, "made with other settings")
+    assert "train.momentum was 0.9 and is 0.8" in result.err
+    assert "seed was 0 and is 3" in result.err
+    free = text.replace("log_every: 50", "log_every: 1").replace("save_every: null", "save_every: 1")
+    (run / "config.yaml").write_text(free)
+    result = runs.sakd("distill", "--resume", "several", "--device", "cpu", "-q")
+    assert result.code == 0, result.err
+
+
+def test_an_extended_run_is_the_longer_run(runs: CliRunner) -> None:
+    run = runs.path / "extended"
+    shutil.copytree(runs.path / "short", run)
+    result = runs.sakd("distill", "--resume", "extended", "--epochs", "4", "--milestones", "1,3", "--json", "-q")
+    assert result.document["extended"] == [2]
+    assert result.document["epochs"] == 4
+    assert "extended from 2" in runs.sakd("distill", "--resume", "extended").out
+    for name in ("student/model.safetensors", "survey.safetensors", "samples.safetensors", "spots.jsonl"):
+        assert (run / name).read_bytes() == (runs.path / "long" / name).read_bytes()
+    ours, theirs = (load_file(one / "checkpoints/last/training.safetensors") for one in (run, runs.path / "long"))
+    assert all((ours[name] == theirs[name]).all() for name in theirs if not name.startswith("random/"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["milestones"] == [1, 3]
+
+
+def test_a_stopped_run_can_be_extended_and_keeps_its_milestones(runs: CliRunner) -> None:
+    run = stopped(runs, "further")
+    assert runs.sakd("distill", "--resume", "further", "--epochs", "3", "-q").code == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["train"]["epochs"], config["train"]["milestones"]) == (3, [1])
+    again = runs.sakd("distill", "--resume", "further", "--epochs", "3", "--json")
+    assert again.document["extended"] == [2], "it is finished, and nothing is done"
+
+
+def test_a_run_is_neither_shortened_nor_given_another_past(runs: CliRunner) -> None:
+    runs.assert_rejects(["distill", "--resume", "long", "--epochs", "3", "--milestones", "1"], 2, "train.epochs was 4")
+    refused = ["distill", "--resume", "short", "--epochs", "4", "--milestones", "2"]
+    runs.assert_rejects(refused, 4, "train.milestones up to epoch 2 was [1] and is [2]")
+    assert runs.sakd("distill", "--resume", "short", "--json", SAKD_EPOCHS="9").code == 2, "only the command extends"
+
+
+def test_a_teacher_that_has_moved_is_taken_if_it_is_the_same(runs: CliRunner) -> None:
+    run = stopped(runs, "moved")
+    (runs.path / "t").rename(runs.path / "elsewhere")
+    try:
+        result = runs.sakd("distill", "--resume", "moved", "--teacher-weights", "elsewhere/teacher", "-q")
+        assert result.code == 0, result.err
+        assert "elsewhere" in yaml.safe_load((run / "config.yaml").read_text())["teacher"]["weights"]
+        stopped(runs, "moved")
+        other = ["distill", "--resume", "moved", "--teacher-weights", "long/student"]
+        assert "is not the teacher this run began with" in runs.sakd(*other).err
+    finally:
+        (runs.path / "elsewhere").rename(runs.path / "t")
