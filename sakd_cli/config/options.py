@@ -129,7 +129,7 @@ _ROWS: list[Option | str] = [
     "Run",
     Option("runs_dir", "runs_dir", "Folder of the run directories", PLACES, "DIR"),
     Option("run_dir", "", "Write the run to exactly this directory", TRAIN, "DIR", FILE),
-    Option("resume", "", "Resume a run bit for bit; --epochs N extends it; auto: the newest of these settings, or a new one",
+    Option("resume", "", "Resume a run bit for bit (--epochs N: extend it); auto: the newest of these settings",
            TRAIN, "auto|RUN"),
     Option("overwrite", "", "With --run-dir: replace an existing run", TRAIN, type=FLAG),
     Option("device", "device", "Device: auto, cpu, cuda, cuda:1 or mps", MACHINE, "DEVICE"),
