@@ -54,7 +54,8 @@ def optimizer(task: DistillTask) -> Optimizer:
     ("settings", "device", "message"),
     [
         ({}, "cpu", "fp32, channels_last, dynamic shapes"),
-        ({}, "cuda", "fp32, channels_last, static shapes, look-ahead 8"),
+        ({}, "cuda", "fp32, channels_last, static shapes, graph, look-ahead 8"),
+        ({"graph": False}, "cuda", "fp32, channels_last, static shapes, look-ahead 8"),
         ({}, "mps", "fp32, contiguous, static shapes"),
         ({"compile": True, "precision": "bf16"}, "cpu", "bf16, channels_last, static shapes, compiled"),
         ({"channels_last": False, "shapes": "dynamic", "look_ahead": 1}, "cuda", "fp32, contiguous, dynamic shapes"),

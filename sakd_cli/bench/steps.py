@@ -21,8 +21,10 @@ from sakd_cli.distillers.crd import CRD
 from sakd_cli.engine.graphs import Cuda, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import compile_forward, compile_task, pick_device, resolve_mode
-from sakd_cli.engine.task import StepOutput, Task
+from sakd_cli.engine.step import TrainStep
+from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -133,20 +135,19 @@ class Endless:
 
 
 def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
-    """One step of a task as the trainer does it; counted before it is compiled or captured, if it is to be."""
-    given, optimizer = batch_of(setup, task), optimizer_of(task)
-    mode = resolve_mode(setup.config.runtime, setup.device)
+    """The trainer's own step of a task; counted before it is compiled or captured, if it is to be."""
+    given, mode = batch_of(setup, task), resolve_mode(setup.config.runtime, setup.device)
+    recorder = None
+    if isinstance(task, DistillTask):
+        names = [(spot.name, spot.kind) for spot in task.spots]
+        recorder = SpotRecorder(names, setup.classes, setup.images, setup.device)
+    step = TrainStep(task, optimizer_of(task), recorder)
     batches: Iterator[Batch] = itertools.repeat(given)
-
-    def step(batch: Batch) -> StepOutput:
-        output: StepOutput = task(batch)
-        optimizer.step(output.loss)
-        return output._replace(loss=output.loss.detach(), logits=None)
 
     def call() -> None:
         advance(next(batches))
 
-    advance: Callable[[Batch], StepOutput] = step
+    advance: Callable[[Batch], None] = step
 
     there = [given.images, given.labels, given.index, given.noise, *task.state_dict().values()]
     if isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass):
@@ -158,8 +159,12 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
         look = compile_forward(task.precompute) if mode.compiled else task.precompute
         batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
     if mode.graphed:
-        advance = GraphedStep(step, Cuda(setup.device), lambda: RATE)
+        advance = GraphedStep(step, Cuda(setup.device), tuple, _not_captured)
     return Step(name, about, call, counted)
+
+
+def _not_captured(reason: str) -> None:
+    raise UsageError(f"runtime.graph: this step cannot be captured ({reason})", "--set runtime.graph=false")
 
 
 def adaptive_task(setup: Setup, **settings: Any) -> DistillTask:

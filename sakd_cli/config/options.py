@@ -133,7 +133,7 @@ _ROWS: list[Option | str] = [
            TRAIN, "auto|RUN"),
     Option("overwrite", "", "With --run-dir: replace an existing run", TRAIN, type=FLAG),
     Option("device", "device", "Device: auto, cpu, cuda, cuda:1 or mps", MACHINE, "DEVICE"),
-    Option("precision", "runtime.precision", "Precision of the networks", f"{TRAIN} sweep bench", "fp32|bf16"),
+    Option("precision", "runtime.precision", "Precision of the networks", f"{TRAIN} sweep bench", "auto|fp32|bf16"),
     Option("compile", "runtime.compile", "Compile the step into one graph", f"{TRAIN} bench", type=SWITCH),
     Option("deterministic", "runtime.deterministic", "Bit-identical results from the same seed on a GPU as well", TRAIN,
            type=SWITCH),

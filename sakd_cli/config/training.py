@@ -80,8 +80,10 @@ class Train(Config):
 class Runtime(Config):
     """How a run computes; none of it changes what is computed, beyond rounding."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number type of products and convolutions, fp32 or bf16; all else is fp32, as published."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number type of the networks, fp32 or bf16, losses being fp32; auto: bf16 on a GPU that has it, else fp32."""
+    tf32: bool = False
+    """On CUDA: compute fp32 products and convolutions from 10-bit mantissas (TF32): faster, and no longer exact."""
     shapes: Literal["auto", "static", "dynamic"] = "auto"
     """dynamic: the routed pass skips what would be multiplied by 0 (exact); static: it does not; auto: by device."""
     channels_last: Literal["auto"] | bool = "auto"
@@ -96,12 +98,12 @@ class Runtime(Config):
     """Under torchrun: losses between samples (sp, rkd, pkt, cc, dist) compare the global batch, not each process's."""
     look_ahead: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """Steps whose images the teacher sees in one pass in advance; auto: 8 on CUDA (measured), else 1."""
-    graph: bool = False
-    """On CUDA: capture forward, backward and update in one CUDA graph, without a compiler; no effect elsewhere."""
+    graph: Literal["auto"] | bool = "auto"
+    """Replay the step as one CUDA graph; no effect elsewhere; auto: yes, where it can be captured."""
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":
-        if (self.compile or self.graph) and self.shapes == "dynamic":
+        if (self.compile or self.graph is True) and self.shapes == "dynamic":
             raise ValueError("a compiled or captured step needs static shapes, not dynamic ones")
         return self
 

@@ -147,7 +147,7 @@ def discard(folder: Path) -> None:
 def random_state() -> dict[str, Tensor]:
     """State of torch's own generators, which nothing of ours draws from but a network of the user's might."""
     states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU makes no context on a GPU
         states |= {f"random/cuda{place}": state for place, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
@@ -155,6 +155,6 @@ def random_state() -> dict[str, Tensor]:
 def restore_random_state(tensors: dict[str, Tensor]) -> None:
     """Put `random_state` back, for as many devices as are here."""
     torch.set_rng_state(tensors["random/cpu"])
-    for place in range(torch.cuda.device_count()):
+    for place in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         if (state := tensors.get(f"random/cuda{place}")) is not None:
             torch.cuda.set_rng_state(state, place)

@@ -44,9 +44,11 @@ def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, toge
     sums = []
     for logits, labels in batches:
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-        by_class = [torch.bincount(labels, weights=w, minlength=classes) for w in (ranked[:, 0].float(), None)]
+        # Added at an index, which CUDA can do deterministically; a histogram would read back the number of classes.
+        counted = torch.stack([ranked[:, 0], torch.ones_like(labels)]).float()
+        by_class = counted.new_zeros(2, classes).index_add_(1, labels, counted)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums.append(torch.cat([by_class[0], by_class[1], ranked.any(dim=1).sum()[None], loss[None]]))
+        sums.append(torch.cat([by_class.flatten(), ranked.any(dim=1).sum()[None], loss[None]]))
     own = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2 * classes + 2, dtype=torch.float64)
     *of_class, right5, loss_sum = (distributed.all_reduce_sum(own) if together else own).tolist()
     hits, counts = of_class[:classes], of_class[classes:]

@@ -1,104 +1,131 @@
 """A training step as one launch: captured once as a CUDA graph, replayed for every further batch of its size.
 
-After torch's notes on CUDA graphs (whole-network capture). Not tested on a GPU yet: tests/test_graphs.py.
+After torch's notes on CUDA graphs (whole-network capture).
 """
 
+import gc
+from collections import defaultdict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sakd_cli.batch import Batch
-from sakd_cli.engine.task import StepOutput
-from sakd_cli.errors import UsageError
 
 WARMUP = 3  # steps of a size in front of its capture: whatever is made once (momentum, workspaces, plans) is there then
 
-Step = Callable[[Batch], StepOutput]
+Step = Callable[[Batch], None]
+Call = Callable[[], None]
 
 
 class Device(Protocol):
     """Where steps are captured."""
 
-    def warm_up(self, call: Callable[[], StepOutput]) -> StepOutput:
+    def warm_up(self, call: Call) -> None:
         """Run it on the stream of the captures."""
 
-    def capture(self, call: Callable[[], StepOutput]) -> Callable[[], StepOutput]:
-        """Note what it asks of the device, without doing it; the function that does it, ever into the same tensors."""
+    def capture(self, call: Call) -> Call:
+        """Note what it asks of the device, without doing it; the function that does it."""
 
 
 class Cuda:
     """A GPU and the stream that warm-up and captures have to themselves."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
+        # Shared by the graphs of all batch sizes: what a replay leaves for the next one lies outside of it.
+        self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, call: Callable[[], StepOutput]) -> StepOutput:
-        here = torch.cuda.current_stream(self._stream.device)
+    def warm_up(self, call: Call) -> None:
+        here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            output = call()
+            call()
         here.wait_stream(self._stream)
-        return output
 
-    def capture(self, call: Callable[[], StepOutput]) -> Callable[[], StepOutput]:
+    def capture(self, call: Call) -> Call:
+        """As said; what `call` raises is raised as it is, and the stream is then as it was before."""
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                output = call()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UsageError(
-                f"runtime.graph: a step of this run cannot be captured ({reason})", "leave it out"
-            ) from None
+        with torch.cuda.stream(self._stream):
+            # thread_local: what threads that pin memory ask of the device meanwhile is no part of the step.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                call()
+            except BaseException:
+                with suppress(RuntimeError):  # a second report of the same error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph.replay
 
-        def replay() -> StepOutput:
-            graph.replay()
-            return output
 
-        return replay
+@dataclass
+class _Captured:
+    """The graph of one batch size: what it reads its batch from, and how it is replayed."""
+
+    seen: int = 0
+    given: Batch | None = None
+    replay: Call | None = None
 
 
 class GraphedStep:
-    """Called like `step`, with the same numbers: full batches are replayed, the smaller last one of an epoch is not.
+    """Called like `step`, with the same numbers: batches are replayed, each size from a graph of its own.
 
-    Nor is a part of a batch that several processes share: they communicate within the step.
+    A part of a batch that several processes share is not: they communicate within the step.
 
-    step  forward, backward and update in fixed shapes. It may change tensors in place only, must read nothing back, and
-          its output must hold no autograd graph, whose nodes would remember the stream of the capture
-    key   what the host decides of a step beside its batch (learning rates): where it changes, the graph is made anew
-
-    The output's tensors are overwritten by the next replay.
+    step    one step in fixed shapes: it changes tensors in place only and reads nothing back
+    key     what the host decides of a step beside its batch; where it changes, all graphs are made anew
+    refuse  is told why a step cannot be captured; from then on all are called
     """
 
-    def __init__(self, step: Step, device: Device, key: Callable[[], Hashable]) -> None:
-        self._step, self._device, self._key = step, device, key
+    def __init__(self, step: Step, device: Device, key: Callable[[], Hashable], refuse: Callable[[str], None]) -> None:
+        self._step, self._device, self._key, self._refuse = step, device, key, refuse
         self._about: Hashable = None
-        self._size = self._seen = 0
-        self._given: Batch | None = None
-        self._replay: Callable[[], StepOutput] | None = None
+        self._graphs: dict[Hashable, _Captured] = defaultdict(_Captured)
+        self._refused = False
 
-    def __call__(self, batch: Batch) -> StepOutput:
+    def __call__(self, batch: Batch) -> None:
         """One step."""
-        size, about = len(batch.labels), self._key()
-        if size > self._size or about != self._about:
-            self._replay = self._given = None  # the old graph's memory first
-            self._size, self._about, self._seen = max(size, self._size), about, 0
-        if size < self._size or size < batch.size:
+        if self._refused or len(batch.labels) < batch.size:
             return self._step(batch)
-        if self._seen < WARMUP:
-            self._seen += 1
-            return self._device.warm_up(lambda: self._step(batch))
-        if self._replay is None or self._given is None:
-            self._given = given = batch.map(torch.clone)
-            self._replay = self._device.capture(lambda: self._step(given))
+        if (about := self._key()) != self._about:
+            self._graphs.clear()
+            self._about = about
+        known = self._graphs[type(batch), len(batch.labels)]
+        if known.seen < WARMUP:
+            known.seen += 1
+            return self._device.warm_up(partial(self._step, batch))
+        if known.replay is None or known.given is None:
+            known.given = batch.map(torch.clone)
+            try:
+                known.replay = self._device.capture(partial(self._step, known.given))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._refuse(" ".join(str(error).split())[:100])
+                self._refused = True
+                return self._step(batch)
         else:
-            for ours, new in zip(_tensors(self._given), _tensors(batch), strict=True):
-                ours.copy_(new)
-        return self._replay()
+            _copy(batch, known.given)
+        return known.replay()
+
+
+def _copy(source: Batch, target: Batch) -> None:
+    """In one launch for each number type."""
+    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for new, ours in zip(_tensors(source), _tensors(target), strict=True):
+        pairs[ours.dtype][0].append(ours)
+        pairs[ours.dtype][1].append(new)
+    for to, of in pairs.values():
+        torch._foreach_copy_(to, of)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -4,7 +4,7 @@ Learning rates are pure functions of the epoch. Of two levels, what the lower le
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,10 @@ class Optimizer:
         settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
         self._fused = self.groups[0].parameters[0].is_cuda  # only fused SGD can skip a step by a flag on the device
         self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, nesterov=nesterov, fused=self._fused)
+        if self._fused:
+            for of_group in self.sgd.param_groups:
+                of_group["lr"] = torch.zeros((), device=of_group["params"][0].device)
+        self.rates = tuple(group.lr for group in self.groups)  # of this epoch
 
     def factor(self, epoch: int) -> float:
         """What the starting rates are multiplied by in this epoch, counted from 1."""
@@ -44,8 +48,16 @@ class Optimizer:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the rates of this epoch."""
-        for settings, group in zip(self.sgd.param_groups, self.groups, strict=True):
-            settings["lr"] = group.lr * self.factor(epoch)
+        self.rates = tuple(group.lr * self.factor(epoch) for group in self.groups)
+        for settings, rate in zip(self.sgd.param_groups, self.rates, strict=True):
+            if self._fused:
+                settings["lr"].fill_(rate)
+            else:
+                settings["lr"] = rate
+
+    def constants(self) -> Hashable:
+        """What a captured update would hold for good; on CUDA the rates are read from the device."""
+        return () if self._fused else self.rates
 
     def step(self, loss: torch.Tensor, gradient_hook: GradientHook | None = None) -> None:
         """One backward pass and one update of all groups. `gradient_hook` gets the gradients in between; it may raise,
@@ -152,6 +164,7 @@ class BilevelOptimizer:
     ) -> None:
         self.levels, self.upper, self.lower = levels, upper, lower
         self.epochs, self.second_order = epochs, second_order
+        self.rates: tuple[float, ...] = (lower.lr,)  # of this epoch: the lower level's
         self.adam = torch.optim.Adam(upper.parameters, lr=upper.lr, betas=(0.5, 0.999), weight_decay=upper.weight_decay)
         self.sgd = torch.optim.SGD(
             lower.parameters, lr=lower.lr, momentum=momentum, nesterov=momentum > 0, weight_decay=lower.weight_decay
@@ -159,7 +172,12 @@ class BilevelOptimizer:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the lower rate of this epoch, counted from 1."""
-        self.sgd.param_groups[0]["lr"] = self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
+        self.rates = (self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2,)
+        self.sgd.param_groups[0]["lr"] = self.rates[0]
+
+    def constants(self) -> Hashable:
+        """What a captured update would hold for good."""
+        return self.rates
 
     def step(self, loss: Tensor, gradient_hook: GradientHook | None = None) -> None:
         """One update of the level whose turn it is; the other one gets no gradient. The hook is that of Optimizer."""
@@ -175,7 +193,7 @@ class BilevelOptimizer:
         optimizer.step()
 
     def _look_ahead(self) -> None:
-        rate = self.sgd.param_groups[0]["lr"]
+        rate = self.rates[0]
         losses = self.levels.upper_loss, self.levels.lower_loss
         gradients = unrolled_gradient(*losses, self.upper.parameters, self.lower.parameters, rate)
         for parameter, gradient in zip(self.upper.parameters, gradients, strict=True):

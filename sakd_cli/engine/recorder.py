@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sakd_cli.batch import Batch
 from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SpotInEpoch
@@ -30,35 +31,44 @@ class SpotRecorder:
         self.names = tuple(names)
         self.origin = torch.arange(samples) if origin is None else origin
         spots = len(self.names)
-        shapes = {
-            "sample_distilled": (samples, spots),  # over the whole run
-            "sample_visits": (samples,),
-            "distilled": (spots, classes),  # since the last `close_epoch`, as all that follow
-            "seen": (classes,),
-            "probability": (spots,),
-            "empty": (spots,),
-            "steps": (),
-            "steps_with_policy": (),
+        # Every counter is a part of one of four tensors: a step has four additions to make.
+        of_samples, of_classes, of_spots, of_steps = (
+            torch.zeros(shape, device=device)
+            for shape in ((samples, spots + 1), (spots + 1, classes), (2, spots), (2,))
+        )
+        self._tables = of_samples, of_classes, of_spots, of_steps
+        self._counts = {
+            "sample_distilled": of_samples[:, :spots],  # over the whole run
+            "sample_visits": of_samples[:, spots],
+            "distilled": of_classes[:spots],  # since the last `close_epoch`, as all that follow
+            "seen": of_classes[spots],
+            "empty": of_spots[0],
+            "probability": of_spots[1],
+            "steps": of_steps[0],
+            "steps_with_policy": of_steps[1],
         }
-        self._counts = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
-        self._events: dict[str, Tensor] = {}
+        self._event_names: tuple[str, ...] = ()
+        self._events = torch.zeros(0, device=device)
 
     def add(self, use: SpotUse, labels: Tensor, index: Tensor) -> None:
-        """Count one batch, of samples with these labels [N] and places [N]; nothing is read back."""
-        weight = use.weight.float()
-        ones = torch.ones_like(labels, dtype=torch.float32)
-        counts = self._counts
-        counts["distilled"].index_add_(1, labels, weight)
-        counts["seen"].index_add_(0, labels, ones)
-        counts["sample_distilled"].index_add_(0, index, weight.T)
-        counts["sample_visits"].index_add_(0, index, ones)
-        counts["empty"] += weight.sum(dim=1) == 0
-        counts["steps"] += 1
-        if use.probability is not None:
-            counts["probability"] += use.probability.float().sum(dim=1)
-            counts["steps_with_policy"] += 1
-        for name, flag in use.events.items():
-            self._events[name] = self._events.get(name, torch.zeros_like(flag)) + flag
+        """Count one batch, of samples with these labels [N] and places [N]; in place, and nothing is read back."""
+        of_samples, of_classes, of_spots, of_steps = self._tables
+        weight = functional.pad(use.weight.float(), (0, 0, 0, 1), value=1.0)  # a last row counts the samples themselves
+        of_classes.index_add_(1, labels, weight)
+        of_samples.index_add_(0, index, weight.T)
+        empty = (use.weight == 0).all(dim=1)
+        of_spots[0] += empty
+        if use.probability is None:
+            of_steps[0] += 1
+        else:
+            of_spots[1] += use.probability.sum(dim=1, dtype=torch.float32)
+            of_steps += 1
+        if use.events:
+            names = tuple(sorted(use.events))
+            events = torch.stack([use.events[name] for name in names])
+            if not self._event_names:
+                self._event_names, self._events = names, torch.zeros_like(events)
+            self._events += events
 
     def close_epoch(self, epoch: int) -> EpochRecord:
         """The epoch's line for `spots.jsonl`; the counters by class start anew."""
@@ -80,61 +90,71 @@ class SpotRecorder:
         if any(not 0 <= (spot.fraction or 0) <= 1 for spot in spots):
             raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
         means: dict[str, float | None] = dict.fromkeys(STEP_MEANS)
-        means |= {name: float(count) / steps for name, count in self._events.items()}
-        for count in of_epoch.values():
+        means |= {name: count / steps for name, count in zip(self._event_names, self._events.tolist(), strict=True)}
+        for count in (*self._tables[1:], self._events):
             count.zero_()
-        self._events = {}
         empty = [times / steps for times in counts["empty"]]
         return EpochRecord(epoch=epoch, samples=round(samples), spots=spots, empty_selection=empty, **means)
 
     def by_sample(self) -> dict[str, Tensor]:
         """What `samples.safetensors` holds: distilled [samples, S], visits [samples], index [samples]."""
-        distilled, visits = (self._counts[f"sample_{name}"].cpu() for name in ("distilled", "visits"))
+        distilled, visits = (self._counts[f"sample_{name}"].cpu().contiguous() for name in ("distilled", "visits"))
         return {"distilled": distilled, "visits": visits, "index": self.origin}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every counter, for a checkpoint."""
-        return self._counts | {f"event/{name}": count for name, count in self._events.items()}
+        events = {f"event/{name}": count for name, count in zip(self._event_names, self._events, strict=True)}
+        return {
+            name: count.clone(memory_format=torch.contiguous_format) for name, count in (self._counts | events).items()
+        }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue with the counters of an earlier process."""
         for name, count in self._counts.items():
             count.copy_(tensors[name])
-        device = self._counts["seen"].device
-        events = {name: count for name, count in tensors.items() if name.startswith("event/")}
-        self._events = {name.removeprefix("event/"): count.to(device) for name, count in events.items()}
+        events = {name.removeprefix("event/"): count for name, count in tensors.items() if name.startswith("event/")}
+        if events:
+            self._event_names = tuple(sorted(events))
+            self._events = torch.stack([events[name] for name in self._event_names]).to(self._events)
 
 
 class Meter:
     """Means over the batches since the last read, each batch counted with its number of samples."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._samples = 0
+        # Of each set of names that came: their sums, and behind them the number of samples.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, samples: int, values: dict[str, Tensor]) -> None:
-        """Add one batch of scalar means; nothing is read back."""
-        self._samples += samples
-        for name, value in values.items():
-            scaled = value.detach() * samples
-            self._sums[name] = self._sums[name] + scaled if name in self._sums else scaled
+        """Add one batch of scalar means; in place, and nothing is read back."""
+        names, means = tuple(values), torch.stack([value.detach() for value in values.values()])
+        if names not in self._sums:
+            self._sums[names] = means.new_zeros(len(names) + 1)
+        self._sums[names] += functional.pad(means, (0, 1), value=1.0) * samples
 
     def read(self) -> dict[str, float]:
         """The means, in one read of the device, and start anew."""
-        if not self._samples:
+        if not self._sums:
             return {}
-        means = torch.stack(list(self._sums.values())) / self._samples
-        values = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums, self._samples = {}, 0
-        return values
+        means = iter(torch.cat([sums / sums[-1] for sums in self._sums.values()]).tolist())
+        found: dict[str, float] = {}
+        for names, sums in self._sums.items():
+            of_names = dict(zip(names, means, strict=False))
+            if next(means) == 1.0:  # samples over samples: NaN where there were none
+                found |= of_names
+            sums.zero_()
+        return found
 
-    def state(self) -> tuple[dict[str, Tensor], int]:
-        """The sums since the last read, and of how many samples they are."""
-        return dict(self._sums), self._samples
+    def state(self) -> tuple[dict[str, Tensor], float]:
+        """The sums since the last read by name, and of how many samples they are."""
+        sums = {name: of[k] for names, of in self._sums.items() for k, name in enumerate(names)}
+        return {name: value.clone() for name, value in sums.items()}, sum(float(of[-1]) for of in self._sums.values())
 
-    def load(self, sums: dict[str, Tensor], samples: int) -> None:
+    def load(self, sums: dict[str, Tensor], samples: float) -> None:
         """Go on with these sums."""
-        self._sums, self._samples = dict(sums), samples
+        if sums:
+            values = torch.stack(list(sums.values()))
+            self._sums = {tuple(sums): torch.cat([values, values.new_tensor([samples])])}
 
 
 def top1(logits: Tensor, labels: Tensor) -> Tensor:
@@ -156,10 +176,9 @@ class Guard:
     def __init__(self, device: torch.device) -> None:
         self.found = torch.zeros((), device=device)  # 1 from the first bad step on
         self._names: tuple[str, ...] = ()
-        self._bad = torch.zeros(0, dtype=torch.bool, device=device)  # per name, of the first bad step
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # looked at
-        self._step = torch.zeros((), dtype=torch.int64, device=device)  # the first bad one
-        self._rows = torch.full((0,), -1, dtype=torch.int64, device=device)
+        # Of the first bad step: a flag per name, its number, and the images at fault; -1 for those that are not.
+        self._first = torch.full((0,), -1, dtype=torch.int64, device=device)
         self._cheap = device.type != "cuda"
 
     def go_on(self, step: int) -> None:
@@ -169,28 +188,29 @@ class Guard:
     def inspect(self, batch: Batch, output: StepOutput, gradients: Sequence[Tensor]) -> Tensor:
         """Check a step before its update; returns 1 if it must be skipped. In place, for CUDA graphs."""
         self._steps.add_(1)
-        norms = torch.stack(torch._foreach_norm(list(gradients))) if gradients else torch.zeros(1)
-        rows = ~batch.images.flatten(1).isfinite().all(dim=1)
-        flags = {"input": rows.any()}
+        norms = torch.stack(torch._foreach_norm(list(gradients))).amax() if gradients else torch.zeros_like(output.loss)
+        # A sum is finite where all its terms are, but for numbers near the end of the range, which end in inf anyway.
+        of_rows = {"input": batch.images.flatten(1).sum(dim=1)}
         if output.logits is not None:
-            wrong = ~output.logits.isfinite().all(dim=1)
-            flags["logits"] = wrong.any()
-            rows = rows | wrong
-        parts = output.parts | {"total loss": output.loss.detach()}
-        flags |= {name: ~part.isfinite() for name, part in parts.items()}
-        flags["gradients"] = ~norms.to(rows.device).isfinite().all()
-        bad = torch.stack(list(flags.values()))
+            of_rows["logits"] = output.logits.detach().sum(dim=1)
+        scalars = {name: rows.sum() for name, rows in of_rows.items()} | output.parts
+        scalars |= {"total loss": output.loss.detach(), "gradients": norms}
+        bad = torch.stack(list(scalars.values())).isfinite().logical_not()
+        rows = torch.stack(list(of_rows.values())).isfinite().all(dim=0).logical_not()
+        return self._noted(tuple(scalars), bad, rows, batch.index)
+
+    def _noted(self, names: tuple[str, ...], bad: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+        """Remember a step with these flags [names] and [N] where it is the first bad one."""
+        self._names = names
+        noted = torch.cat([bad, self._steps[None], torch.where(rows | ~rows.any(), index, -1)])
+        if (
+            more := len(noted) - len(self._first)
+        ) > 0:  # the first batch; or the second, where a run went on at a short one
+            self._first = torch.cat([self._first, self._first.new_full((more,), -1)])
         first = bad.any() & (self.found == 0)
-        self._names = tuple(flags)
-        if not len(self._bad):
-            self._bad = torch.zeros_like(bad)
-        self._bad.copy_(torch.where(first, bad, self._bad))
-        self._step.copy_(torch.where(first, self._steps, self._step))
-        named = torch.where(rows | ~rows.any(), batch.index, -1)
-        if len(named) > len(self._rows):  # the first batch; or the second, where the run went on at a short one
-            self._rows = torch.cat([self._rows, torch.full_like(named[len(self._rows) :], -1)])
-        self._rows[: len(named)] = torch.where(first, named, self._rows[: len(named)])
-        self.found.copy_(torch.where(first, 1.0, self.found))
+        ours = self._first[: len(noted)]
+        torch.where(first, noted, ours, out=ours)
+        self.found.masked_fill_(first, 1.0)
         if self._cheap:
             self.check()
         return self.found
@@ -199,11 +219,12 @@ class Guard:
         """Raise NonFiniteError naming the term, the step and the training images, if any step was bad."""
         if not self.found.item():
             return
-        term = next(name for name, bad in zip(self._names, self._bad.tolist(), strict=True) if bad)
-        rows = [row for row in self._rows.tolist() if row >= 0]
+        *flags, step = (noted := self._first.tolist())[: len(self._names) + 1]
+        term = next(name for name, bad in zip(self._names, flags, strict=True) if bad)
+        rows = [row for row in noted[len(flags) + 1 :] if row >= 0]
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         raise NonFiniteError(
-            f"step {int(self._step)}: {term} is not finite, with training images "
+            f"step {step}: {term} is not finite, with training images "
             f"{', '.join(map(str, rows[:SHOWN]))}{more}; the weights were not changed",
             LOWER,
         )

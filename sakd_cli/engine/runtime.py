@@ -71,13 +71,16 @@ def resolve_mode(config: Runtime, device: torch.device) -> Mode:
     cuda, distributed_run = device.type == "cuda", torchrun.requested_world_size() > 1
     look_ahead = (AHEAD if cuda else 1) if config.look_ahead == "auto" else config.look_ahead
     auto_shapes = "dynamic" if device.type == "cpu" and not config.compile else "static"
+    dynamic = (auto_shapes if config.shapes == "auto" else config.shapes) == "dynamic"
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = has_bf16 if config.precision == "auto" else config.precision == "bf16"
     return Mode(
-        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        autocast_dtype=torch.bfloat16 if bf16 else None,
         channels_last=device.type in ("cpu", "cuda") if config.channels_last == "auto" else config.channels_last,
-        dynamic_shapes=(auto_shapes if config.shapes == "auto" else config.shapes) == "dynamic",
+        dynamic_shapes=dynamic,
         compiled=config.compile,
         gather_batch=config.global_batch,
-        graphed=config.graph and cuda and not distributed_run,
+        graphed=bool(config.graph) and cuda and not distributed_run and not dynamic,
         ahead=1 if distributed_run else look_ahead,  # a group is cut into steps, not into the shards of each
     )
 
@@ -127,11 +130,14 @@ def translate_oom(batch_size: int) -> Iterator[None]:
         raise MemoryLimitError(f"out of memory with batches of {batch_size} images", hint) from None
 
 
-def set_deterministic() -> None:
-    """Make CUDA give the same bits from the same seed, in the rest of this process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+def set_backends(config: Runtime) -> None:
+    """How CUDA computes in the rest of this process: which fp32, and whether the same seed gives the same bits."""
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 def pick_device(name: str) -> torch.device:

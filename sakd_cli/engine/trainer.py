@@ -5,14 +5,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
@@ -21,9 +19,10 @@ from sakd_cli.engine.checkpoint import Checkpoint
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
-from sakd_cli.engine.recorder import LOWER, Guard, Meter, SpotRecorder, top1
+from sakd_cli.engine.recorder import LOWER, SpotRecorder
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.engine.task import SpotUse, StepOutput, Task
+from sakd_cli.engine.step import TrainStep
+from sakd_cli.engine.task import Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
 from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
@@ -102,12 +101,11 @@ class Trainer:
         self.step = 0  # steps done
         self.epoch = 0  # epochs done: trained, evaluated, recorded
         self.best: dict[str, Any] = {}
-        self.meter = Meter()
-        self.guard = Guard(next(task.parameters()).device)
-        self._ddp = wrap_ddp(task)
+        self.device = next(task.parameters()).device
+        step = TrainStep(task, optimizer, recorder)
+        self.meter, self.guard = step.meter, step.guard
         self._stop_signal = distributed.AsyncMax()
-        self._statistics = distributed.running_statistics(task)
-        self._advance = self._step if graphs is None else GraphedStep(self._step, graphs, self._rates)
+        self._advance = step if graphs is None else GraphedStep(step, graphs, optimizer.constants, self._refuse_graph)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
 
@@ -151,7 +149,7 @@ class Trainer:
         for batch in self.loader.epoch(epoch, start=self.step - first):
             if signal := self._stop_signal(self.reporter.stop()):
                 raise Stopped(signal)
-            self._count(self._advance(batch), batch)
+            self._advance(batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:
                 self._log(epoch)
@@ -159,29 +157,13 @@ class Trainer:
             if self.save_every and self.step % self.save_every == 0 and self.step != last:
                 self._save()
 
-    def _step(self, batch: Batch) -> StepOutput:
-        """Forward, backward, update; the output without its autograd graph."""
-        output: StepOutput = self._ddp(batch)
-        loss = output.loss if batch.shard_weight == 1 else output.loss * batch.shard_weight
-        self.optimizer.step(loss, partial(self.guard.inspect, batch, output))
-        distributed.average_buffers(self._statistics)
-        logits = None if output.logits is None else output.logits.detach()
-        return output._replace(loss=output.loss.detach(), logits=logits)
-
-    def _rates(self) -> tuple[float, ...]:
-        return tuple(group["lr"] for group in self.optimizer.sgd.param_groups)
-
-    def _count(self, output: StepOutput, batch: Batch) -> None:
-        right = {} if output.logits is None else {"top1": top1(output.logits, batch.labels)}
-        parts, use, labels, index = of_all_processes(output.parts | right, output.use, batch)
-        self.meter.add(batch.size, parts)
-        if self.recorder is not None and use is not None:
-            self.recorder.add(use, labels, index)
+    def _refuse_graph(self, reason: str) -> None:
+        self.reporter.warn(f"runtime.graph: a step of {self.phase} cannot be captured ({reason}); it is called instead")
 
     def _log(self, epoch: int) -> None:
         self.guard.check()
         means = self.meter.read()
-        self._log_record({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self._rates()[0]} | means)
+        self._log_record({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self.optimizer.rates[0]} | means)
 
     def _evaluate_epoch(self, epoch: int, evaluation: EvaluationData) -> None:
         scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
@@ -207,6 +189,7 @@ class Trainer:
 
     def _write(self) -> None:
         with self._timed("save"):
+            sums, samples = self.meter.state()
             state = {
                 "run": self.run.identity,
                 "fingerprint": self.run.fingerprint,
@@ -214,7 +197,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "step": self.step,
                 "best": self.best,
-                "meter": {"samples": self.meter.state()[1], "names": list(self.meter.state()[0])},
+                "meter": {"samples": round(samples), "names": list(sums)},
                 "seconds": self.seconds,
                 "logs": self.run.log_sizes(),
             }
@@ -250,8 +233,7 @@ class Trainer:
             self.optimizer.load_tensors(parts["momentum"])
             if self.recorder is not None:
                 self.recorder.load_tensors(parts["samples"])
-            device = self.guard.found.device
-            sums = {name: parts["meter"][name].to(device) for name in state["meter"]["names"]}
+            sums = {name: parts["meter"][name].to(self.device) for name in state["meter"]["names"]}
             self.meter.load(sums, state["meter"]["samples"])
             self.epoch, self.step, self.best = int(state["epoch"]), int(state["step"]), dict(state["best"])
             self.seconds = dict(state["seconds"])
@@ -302,8 +284,8 @@ class Trainer:
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             self._switch(before)
 
     def _switch(self, phase: str) -> None:
@@ -311,33 +293,3 @@ class Trainer:
         now = time.perf_counter()
         self.seconds[self._timing] += now - self._since
         self._timing, self._since = phase, now
-
-
-def wrap_ddp(task: Task) -> nn.Module:
-    """The task, under DistributedDataParallel where several processes train it.
-
-    Buffers are not broadcast: `distributed.average_buffers` averages what a step records of its own rows.
-    """
-    if distributed.world_size() == 1:
-        return task
-    # Under the name of the argument for it torch 2.15 warns and torch 2.11 knows no other.
-    none = [name for name, _ in task.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, none)
-    return DistributedDataParallel(task, find_unused_parameters=task.has_unused_parameters)
-
-
-def of_all_processes(
-    parts: dict[str, Tensor], use: SpotUse | None, batch: Batch
-) -> tuple[dict[str, Tensor], SpotUse | None, Tensor, Tensor]:
-    """Means, the routing, labels [N] and index [N] of the whole batch, of which each process has its own rows."""
-    if distributed.world_size() == 1:
-        return parts, use, batch.labels, batch.index
-    means = distributed.all_reduce_mean(torch.stack([part.detach().double() for part in parts.values()]), batch)
-    parts = dict(zip(parts, means.unbind(), strict=True))
-    if use is None:
-        return parts, None, batch.labels, batch.index
-    chances = [] if use.probability is None else [use.probability.T]
-    weight, labels, index, *chance = distributed.all_gather_packed(
-        [use.weight.T, batch.labels, batch.index, *chances], batch
-    )
-    return parts, SpotUse(weight.T, chance[0].T if chance else None, use.events), labels, index

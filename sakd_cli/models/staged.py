@@ -122,6 +122,7 @@ class Features(NamedTuple):
             self.logits,
             tuple(x if k in preactivations else none for k, x in enumerate(self.preactivations)),
             tuple(maps if k in blocks else () for k, maps in enumerate(self.blocks)),
+            tuple(x if k in stages else none for k, x in enumerate(self.raw)),
         )
 
     @property

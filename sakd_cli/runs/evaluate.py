@@ -26,7 +26,7 @@ from sakd_cli.documents.evaluation import (
 )
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.engine.runtime import pick_device, resolve_mode
+from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
 from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.early_exit import evaluate_batches, exit_costs, exit_curve, never
 from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusions
@@ -76,7 +76,10 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[DataConfig
     device, dataset, run = pick_device(config.device), images.dataset, target.run
     teacher = _teacher(target, config, images, reporter)
     branches = branches_of(target.weights, network)
-    mode = resolve_mode(Runtime(), device)
+    exact = Runtime(precision="fp32")
+    mode = resolve_mode(exact, device)
+    if device.type == "cuda":
+        set_backends(exact)
     model = mode.to_memory_format(network.model.to(device)).eval()
     batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""

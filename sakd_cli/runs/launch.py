@@ -29,7 +29,7 @@ from sakd_cli.engine.runtime import (
     compile_task,
     environment,
     keep_freed_memory,
-    set_deterministic,
+    set_backends,
     translate_oom,
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
@@ -188,8 +188,8 @@ def _made_ready(job: Job) -> None:
     """The process and the task, for the way in which the run computes."""
     if job.device.type == "cpu":
         keep_freed_memory()
-    if job.config.runtime.deterministic:
-        set_deterministic()
+    if job.device.type == "cuda":
+        set_backends(job.config.runtime)
     if job.mode.compiled:
         torchrun.require_single_process("--compile")
         check_compiler(job.device)

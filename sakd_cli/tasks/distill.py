@@ -98,6 +98,11 @@ class DistillTask(Task):
         self.router, self.graft = router, graft
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
         self.noise_width = router.noise_width
+        # Only what is compared is widened to fp32: a cast of a whole batch's maps is a launch and their bytes.
+        places, want = {spot.student for spot in self.spots[:-1]}, distillers.student_want
+        self._compared: Callable[[Features], Features] = partial(
+            Features.only, stages=places, preactivations=places if want == "preactivations" else (), blocks=()
+        )
 
     def groups(self) -> list[ParamGroup]:
         learners = [self.network, self.feature_distiller, self.logit_distiller]
@@ -130,7 +135,7 @@ class DistillTask(Task):
             with torch.no_grad():
                 teacher = self.teacher_features(batch).map(to_fp32)
                 offset = None if self.offset is None else to_fp32(self.offset(batch.images))
-            student = self.student_features(batch.images).map(to_fp32)
+            student = self._compared(self.student_features(batch.images)).map(to_fp32)
         if offset is not None:
             student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
