@@ -145,7 +145,7 @@ def launches(setup: Setup) -> list[Launch]:
         trainer = Trainer(
             task, loader, optimizer, RunDir(Path(folder)), Watching(seen, 2), epochs=1, log_every=4, recorder=recorder
         )
-        trainer.guard._cheap = False  # as on CUDA: nothing is read back while looking
+        trainer.guard.every_step = False  # as on CUDA: nothing is read back while looking
         trainer.fit()
     return seen.seen
 

@@ -46,7 +46,7 @@ def test_the_first_bad_term_its_step_and_its_images_are_named(spoilt: str, value
 
 def test_where_reading_is_dear_the_flag_stays_up_and_the_first_step_is_remembered() -> None:
     guard = Guard(CPU)
-    guard._cheap = False
+    guard.every_step = False
     found = [guard.inspect(*step(spoilt, rows=rows)).item() for spoilt, rows in SEEN]
     assert found == [0, 1, 1, 1]
     with pytest.raises(NonFiniteError, match="step 2: kd is not finite, with training images 40, 50, 60;"):

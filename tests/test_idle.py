@@ -57,7 +57,7 @@ def trainer_of_many_steps(folder: Path, log_every: int, shapes: str = "static") 
 @pytest.mark.parametrize("points", [2, 5])
 def test_the_device_is_read_at_log_points_only(tmp_path: Path, points: int) -> None:
     trainer = trainer_of_many_steps(tmp_path, SAMPLES // points)
-    trainer.guard._cheap = False  # as on a GPU
+    trainer.guard.every_step = False  # as on a GPU
     trainer._train(1)  # what is set up once
     trainer.step = 0
     with heard() as names:

@@ -19,8 +19,8 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.data.loader import step_slices
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.step import of_all_processes, wrap_ddp
 from sakd_cli.engine.task import Task
-from sakd_cli.engine.trainer import of_all_processes, wrap_ddp
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
 

@@ -142,6 +142,7 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
         names = [(spot.name, spot.kind) for spot in task.spots]
         recorder = SpotRecorder(names, setup.classes, setup.images, setup.device)
     step = TrainStep(task, optimizer_of(task), recorder)
+    step.guard.every_step = False  # as on a GPU: what is counted on a CPU is what a GPU does
     batches: Iterator[Batch] = itertools.repeat(given)
 
     def call() -> None:

@@ -33,7 +33,7 @@ class SpotRecorder:
         spots = len(self.names)
         # Every counter is a part of one of four tensors: a step has four additions to make.
         of_samples, of_classes, of_spots, of_steps = (
-            torch.zeros(shape, device=device)
+            torch.zeros(shape, dtype=torch.float32, device=device)
             for shape in ((samples, spots + 1), (spots + 1, classes), (2, spots), (2,))
         )
         self._tables = of_samples, of_classes, of_spots, of_steps
@@ -179,7 +179,7 @@ class Guard:
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # looked at
         # Of the first bad step: a flag per name, its number, and the images at fault; -1 for those that are not.
         self._first = torch.full((0,), -1, dtype=torch.int64, device=device)
-        self._cheap = device.type != "cuda"
+        self.every_step = device.type != "cuda"  # checked at once, where reading costs nothing
 
     def go_on(self, step: int) -> None:
         """So many steps were done before the next."""
@@ -211,7 +211,7 @@ class Guard:
         ours = self._first[: len(noted)]
         torch.where(first, noted, ours, out=ours)
         self.found.masked_fill_(first, 1.0)
-        if self._cheap:
+        if self.every_step:
             self.check()
         return self.found
 
