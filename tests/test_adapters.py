@@ -8,7 +8,7 @@ import torch
 from oracles import close, fill, oracle, samples, tensors_of
 from torch import Tensor, nn
 
-from sakd_cli.models.adapters import ConvAdapter, LinearAdapter, adapter
+from sakd_cli.models.adapters import ConvAdapter, LinearAdapter, adapter, mean_pool
 from sakd_cli.models.spot import align_stages, spots_at
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -138,3 +138,23 @@ def test_lifting_from_vgg_to_mobilenet_depends_on_the_side() -> None:
     for side, last in ((32, "up-conv 4x4 x2"), (64, "conv 1x1")):
         spots = spots_at(student, teacher, align_stages(student, teacher), side)[:-1]
         assert [adapter(s.student_shape, s.teacher_shape).geometry for s in spots] == ["conv 1x1"] * 3 + [last]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(8, 8, 4), (8, 4, 2), (7, 7, 3), (9, 9, 4), (7, 5, 4), (3, 3, 5)]
+)
+def test_means_over_windows_are_those_of_adaptive_pooling(height: int, width: int, side: int) -> None:
+    """A gradient of adaptive pooling has no deterministic form on CUDA; ours must not be one."""
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+    ours, theirs = mean_pool(x, side), nn.functional.adaptive_avg_pool2d(x, side)
+    assert "Adaptive" not in str(ours.grad_fn)
+    wave = torch.arange(ours.numel()).cos().reshape(ours.shape)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad((y * wave).sum(), x) for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        given = x.detach().to(dtype)
+        expected = nn.functional.adaptive_avg_pool2d(given.double(), side)
+        assert mean_pool(given, side).dtype == dtype
+        assert (mean_pool(given, side).double() - expected).abs().max() <= tolerance * expected.abs().max()

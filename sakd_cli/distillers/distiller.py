@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import MethodConfig
 from sakd_cli.errors import UsageError
+from sakd_cli.models.adapters import mean_pool
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, Want
 
@@ -136,7 +136,7 @@ def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     """Average-pool the larger map to the smaller one's height; [N, C, H, W] each."""
     ours, theirs = student.shape[2], teacher.shape[2]
     if ours > theirs:
-        return F.adaptive_avg_pool2d(student, (theirs, theirs)), teacher
+        return mean_pool(student, theirs), teacher
     if ours < theirs:
-        return student, F.adaptive_avg_pool2d(teacher, (ours, ours))
+        return student, mean_pool(teacher, ours)
     return student, teacher

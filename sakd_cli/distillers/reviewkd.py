@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import ReviewKDConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
+from sakd_cli.models.adapters import mean_pool
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
@@ -27,7 +28,7 @@ def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     for level in LEVELS:
         if level < student.shape[2]:
             factor /= 2
-            total = total + factor * F.adaptive_avg_pool2d(difference, level).square().flatten(1).mean(dim=1)
+            total = total + factor * mean_pool(difference, level).square().flatten(1).mean(dim=1)
             factors += factor
     return total / factors
 

@@ -1,10 +1,33 @@
 """Modules that translate one network's feature into the shape of the other's (guide `methods`)."""
 
 from itertools import pairwise
+from typing import final
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sakd_cli.models.staged import PLANES, Layout, Shape
+
+
+def mean_pool(x: Tensor, side: int) -> Tensor:
+    """Means over a grid of windows, [N, C, H, W] to [N, C, side, side]: `adaptive_avg_pool2d` to rounding.
+
+    That one's gradient has no deterministic form on CUDA (`torch.use_deterministic_algorithms`). Where H and W are
+    multiples of `side` the windows are equal; otherwise they overlap, and are sums by matrices.
+    """
+    height, width = x.shape[2:]
+    if height % side == 0 and width % side == 0:
+        return F.avg_pool2d(x, (height // side, width // side))
+    rows, columns = (_windows(length, side, x) for length in (height, width))
+    return rows @ x @ columns.T / (rows.sum(dim=1)[:, None] * columns.sum(dim=1))
+
+
+def _windows(length: int, side: int, like: Tensor) -> Tensor:
+    """[side, length]: 1 where place j is in window i, from floor(i length / side) on and below (i + 1) length / side."""
+    place, window = torch.arange(length, device=like.device), torch.arange(side, device=like.device)[:, None]
+    inside = (place >= window * length // side) & (place * side < (window + 1) * length)
+    return inside.to(like.dtype)
 
 
 class ConvAdapter(nn.Module):
@@ -54,6 +77,18 @@ def adapter(source: Shape, target: Shape) -> ConvAdapter | LinearAdapter:
     return ConvAdapter(source, target) if len(source) == 3 else LinearAdapter(source, target)
 
 
+@final
+class MeanPool(nn.Module):
+    """`mean_pool` to a side."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mean_pool(x, self.side)
+
+
 class Transform(nn.Module):
     """A teacher's map as the input of a student branch (Park et al., NeurIPS 2021): [N, C1, H1, H1] to [N, C2, H2, H2].
 
@@ -72,7 +107,7 @@ class Transform(nn.Module):
         sides = [h2] if pooled else [h2 << k if h1 > h2 else h2 >> k for k in range(doublings, -1, -1)]
         shapes = [(c1, sides[0], sides[0]), *((c2, side, side) for side in sides[1:] or sides)]
         steps = [ConvAdapter(ours, theirs) for ours, theirs in pairwise(shapes)]
-        self.steps = nn.Sequential(*([nn.AdaptiveAvgPool2d(h2)] if pooled else []), *steps)
+        self.steps = nn.Sequential(*([MeanPool(h2)] if pooled else []), *steps)
         self.geometry = " ".join(["mean"] * pooled + [step.geometry for step in steps])
 
     def forward(self, x: Tensor) -> Tensor:
