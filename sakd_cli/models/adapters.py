@@ -24,7 +24,7 @@ def mean_pool(x: Tensor, side: int) -> Tensor:
 
 
 def _windows(length: int, side: int, like: Tensor) -> Tensor:
-    """[side, length]: 1 where place j is in window i, from floor(i length / side) on and below (i + 1) length / side."""
+    """[side, length]: 1 where place j is in window i, floor(i length / side) <= j < (i + 1) length / side."""
     place, window = torch.arange(length, device=like.device), torch.arange(side, device=like.device)[:, None]
     inside = (place >= window * length // side) & (place * side < (window + 1) * length)
     return inside.to(like.dtype)
