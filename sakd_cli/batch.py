@@ -43,9 +43,10 @@ class Batch:
         return len(self.labels) if self.global_size is None else self.global_size
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every tensor [B, ...] changed."""
+        """The same with every tensor [B, ...] changed, those of a batch in it too."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
+        changed |= {name: x.map(change) for name, x in values.items() if isinstance(x, Batch)}
         return replace(self, **changed, precomputed=None if self.precomputed is None else self.precomputed.map(change))
 
 

@@ -121,6 +121,36 @@ def test_a_level_moves_in_its_own_turn_only_and_goes_on_from_what_was_saved(seco
         first.load_tensors({"weights/7/momentum_buffer": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("second_order", [False, True])
+def test_on_a_gpu_what_is_not_finite_stays_out_of_both_levels(
+    second_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There nothing is read back: the guard's flag alone keeps the update from being made."""
+    monkeypatch.setattr("sakd_cli.engine.optim.updates_on_device", lambda parameter: True)
+    levels = Quadratic()
+    optim = optimizer(levels, second_order=second_order)
+    optim.begin_epoch(1)
+    for bad in (False, True, True):
+        before = levels.w.detach().clone(), levels.beta.detach().clone()
+        for levels.upper_turn in (True, False):
+            loss = (levels.upper_loss() if levels.upper_turn else levels.lower_loss()) * (float("nan") if bad else 1.0)
+            optim.step(loss, lambda gradients, found=torch.tensor(float(bad)): found)
+        assert torch.equal(levels.w, before[0]) == torch.equal(levels.beta, before[1]) == bad
+    steps = [tensor for name, tensor in optim.tensors().items() if name.endswith("/step")]
+    assert [int(step) for step in steps] == [1], "Adam counts the updates that were made"
+    again = optimizer(Quadratic(), second_order=second_order)
+    again.load_tensors(optim.tensors())
+    assert again.constants() == (), "the rate is no part of a captured step"
+
+
+def test_a_batch_in_a_batch_is_mapped_and_told_apart_with_it() -> None:
+    loader, _, _ = in_turn(0.5, ahead=True)
+    batch = next(loader.epoch(1))
+    moved = batch.map(lambda tensor: tensor + 1)
+    assert torch.equal(moved.lower.images, batch.lower.images + 1)
+    assert torch.equal(moved.labels, batch.labels + 1)
+
+
 def test_the_lower_rate_falls_to_nothing_as_half_a_cosine() -> None:
     optim, rates = optimizer(Quadratic()), []
     for epoch in range(1, 6):

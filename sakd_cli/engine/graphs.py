@@ -99,7 +99,7 @@ class GraphedStep:
         if (about := self._key()) != self._about:
             self._graphs.clear()
             self._about = about
-        known = self._graphs[type(batch), len(batch.labels)]
+        known = self._graphs[type(batch), *(tensor.shape for tensor in _tensors(batch))]
         if known.seen < WARMUP:
             known.seen += 1
             return self._device.warm_up(partial(self._step, batch))

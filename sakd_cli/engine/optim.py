@@ -15,6 +15,34 @@ from sakd_cli.engine.task import ParamGroup
 GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
+def updates_on_device(parameter: nn.Parameter) -> bool:
+    """Whether they are made by fused kernels, which read their rate, and whether to skip, where the parameter is."""
+    return parameter.is_cuda
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Set each group's rate; where the updates are fused, in a tensor that captured updates read too."""
+    for settings, rate in zip(optimizer.param_groups, rates, strict=True):
+        if not optimizer.defaults["fused"]:
+            settings["lr"] = rate
+        elif isinstance(settings["lr"], Tensor):
+            settings["lr"].fill_(rate)
+        else:
+            settings["lr"] = torch.full((), rate, device=settings["params"][0].device)
+
+
+def update(optimizer: torch.optim.Optimizer, gradient_hook: GradientHook | None) -> None:
+    """Make the update. `gradient_hook` gets the gradients; it may raise, or return a scalar on the device: where that
+    is 1 no fused update is made.
+    """
+    if gradient_hook is not None:
+        parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
+        skip = gradient_hook([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if optimizer.defaults["fused"]:
+            setattr(optimizer, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
+    optimizer.step()
+
+
 class Optimizer:
     """SGD with momentum; every group's rate is multiplied by `decay` after each of the `milestones` (epochs from 1).
 
@@ -35,11 +63,8 @@ class Optimizer:
         self.milestones = tuple(milestones)
         self.decay = decay
         settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
-        self._fused = self.groups[0].parameters[0].is_cuda  # only fused SGD can skip a step by a flag on the device
+        self._fused = updates_on_device(self.groups[0].parameters[0])
         self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, nesterov=nesterov, fused=self._fused)
-        if self._fused:
-            for of_group in self.sgd.param_groups:
-                of_group["lr"] = torch.zeros((), device=of_group["params"][0].device)
         self.rates = tuple(group.lr for group in self.groups)  # of this epoch
 
     def factor(self, epoch: int) -> float:
@@ -49,27 +74,17 @@ class Optimizer:
     def begin_epoch(self, epoch: int) -> None:
         """Set the rates of this epoch."""
         self.rates = tuple(group.lr * self.factor(epoch) for group in self.groups)
-        for settings, rate in zip(self.sgd.param_groups, self.rates, strict=True):
-            if self._fused:
-                settings["lr"].fill_(rate)
-            else:
-                settings["lr"] = rate
+        set_rates(self.sgd, self.rates)
 
     def constants(self) -> Hashable:
         """What a captured update would hold for good; on CUDA the rates are read from the device."""
         return () if self._fused else self.rates
 
     def step(self, loss: torch.Tensor, gradient_hook: GradientHook | None = None) -> None:
-        """One backward pass and one update of all groups. `gradient_hook` gets the gradients in between; it may raise,
-        or return a scalar on the device: on CUDA no update is made where that is 1.
-        """
+        """One backward pass and one update of all groups, with the hook of `update` in between."""
         self.sgd.zero_grad(set_to_none=True)
         loss.backward()
-        if gradient_hook is not None:
-            skip = gradient_hook([p.grad for group in self.groups for p in group.parameters if p.grad is not None])
-            if self._fused:
-                setattr(self.sgd, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
-        self.sgd.step()
+        update(self.sgd, gradient_hook)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Momentum of every parameter that has one, keyed by its place: `group/position`."""
@@ -115,7 +130,7 @@ def unrolled_gradient(
     lower_loss: Callable[[], Tensor],
     upper: Sequence[nn.Parameter],
     lower: Sequence[nn.Parameter],
-    rate: float,
+    rate: Tensor | float,
 ) -> list[Tensor]:
     """d/d upper of upper_loss at w' = w - rate d lower_loss/dw; the lower parameters w stay as they are.
 
@@ -165,22 +180,25 @@ class BilevelOptimizer:
         self.levels, self.upper, self.lower = levels, upper, lower
         self.epochs, self.second_order = epochs, second_order
         self.rates: tuple[float, ...] = (lower.lr,)  # of this epoch: the lower level's
-        self.adam = torch.optim.Adam(upper.parameters, lr=upper.lr, betas=(0.5, 0.999), weight_decay=upper.weight_decay)
-        self.sgd = torch.optim.SGD(
-            lower.parameters, lr=lower.lr, momentum=momentum, nesterov=momentum > 0, weight_decay=lower.weight_decay
+        self._fused = fused = updates_on_device(lower.parameters[0])
+        of_upper, of_lower = (
+            [{"params": level.parameters, "lr": level.lr, "weight_decay": level.weight_decay}]
+            for level in (upper, lower)
         )
+        self.adam = torch.optim.Adam(of_upper, betas=(0.5, 0.999), fused=fused, capturable=fused)
+        self.sgd = torch.optim.SGD(of_lower, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the lower rate of this epoch, counted from 1."""
         self.rates = (self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2,)
-        self.sgd.param_groups[0]["lr"] = self.rates[0]
+        set_rates(self.sgd, self.rates)
 
     def constants(self) -> Hashable:
-        """What a captured update would hold for good."""
-        return self.rates
+        """What a captured update would hold for good; on CUDA the rate is read from the device."""
+        return () if self._fused else self.rates
 
     def step(self, loss: Tensor, gradient_hook: GradientHook | None = None) -> None:
-        """One update of the level whose turn it is; the other one gets no gradient. The hook is that of Optimizer."""
+        """One update of the level whose turn it is, with the hook of `update`; the other one gets no gradient."""
         turn = self.levels.upper_turn
         optimizer, group = (self.adam, self.upper) if turn else (self.sgd, self.lower)
         optimizer.zero_grad(set_to_none=True)
@@ -188,12 +206,10 @@ class BilevelOptimizer:
             self._look_ahead()
         else:
             loss.backward(inputs=group.parameters)
-        if gradient_hook is not None:
-            gradient_hook([parameter.grad for parameter in group.parameters if parameter.grad is not None])
-        optimizer.step()
+        update(optimizer, gradient_hook)
 
     def _look_ahead(self) -> None:
-        rate = self.rates[0]
+        rate = self.sgd.param_groups[0]["lr"]
         losses = self.levels.upper_loss, self.levels.lower_loss
         gradients = unrolled_gradient(*losses, self.upper.parameters, self.lower.parameters, rate)
         for parameter, gradient in zip(self.upper.parameters, gradients, strict=True):
@@ -216,8 +232,9 @@ class BilevelOptimizer:
             if place not in known or tensor.shape not in (torch.Size(), known[place][1].shape):
                 raise ValueError(f"memory of an unknown parameter: {name} {tuple(tensor.shape)}")
             optimizer, parameter = known[place]
-            # Adam counts its steps on the CPU.
-            optimizer.state[parameter][what] = tensor.to(parameter) if tensor.dim() else tensor.clone()
+            # Adam counts its steps on the CPU, unless it is fused.
+            there = tensor.dim() or self._fused
+            optimizer.state[parameter][what] = tensor.to(parameter) if there else tensor.clone()
 
     def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
         levels = (self.upper, self.adam), (self.lower, self.sgd)
