@@ -22,7 +22,8 @@ from sakd_cli.errors import DiskError, RunInUseError, UsageError
 DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
 OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
-BEGINNING = {".lock", ".holder", "..holder.tmp", "env.json", ".env.json.tmp", ".config.yaml.tmp"}  # before config.yaml
+BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml
+BEGINNING |= {"env.json", ".env.json.tmp", "images.json", ".images.json.tmp", ".config.yaml.tmp"}
 
 
 class RunDir:

@@ -1,18 +1,19 @@
 """`sakd eval`: how good a trained network is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources, resolve
+from sakd_cli.config.resolve import config_sources
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluations
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
-from sakd_cli.runs.locate import check_teacher, what_to_score
+from sakd_cli.runs.locate import check_teacher, runs_dir_of, what_to_score
 
+SplitName = Literal["train", "val", "test", "all"]
 Targets = Annotated[
     list[Path] | None,
     typer.Argument(
@@ -30,9 +31,13 @@ def evaluate(
     always_on: bool,
     curve: bool,
     plot: Path | None,
+    eval_split: SplitName | None,
     targets: Targets = None,
 ) -> None:
     """Evaluate trained networks on the test images: accuracy, calibration, classes, speed, their teacher.
+
+    --split takes other images of the run. --data-root with any folder of labelled pictures scores all of it, unless it
+    holds the test images of the run itself.
 
     A student with residual students is evaluated as an ensemble, with exits and the cost/accuracy curve.
 
@@ -49,15 +54,16 @@ def evaluate(
             raise UsageError("--plot draws the curve of one network")
         plots.checked(plot)
     given = config_sources(options)
-    runs_dir = resolve("eval", given).config.runs_dir
+    runs_dir = runs_dir_of(given)
     found = [what_to_score(target, runs_dir) for target in targets or (None,)]
     forced = early_exit or always_on or curve or plot is not None
     teacher = options["teacher"]
     check_teacher(found, forced=forced, teacher=teacher)
     from sakd_cli.runs.evaluate import evaluate_all
 
-    kinds = {"as_ensembles": forced, "early": not always_on, "curve": curve or plot is not None}
-    results = evaluate_all(found, given, ConsoleReporter(quiet=quiet), teacher_required=teacher is not None, **kinds)
+    kinds: dict[str, Any] = {"as_ensembles": forced, "early": not always_on, "curve": curve or plot is not None}
+    kinds |= {"split": eval_split, "teacher_required": teacher is not None}
+    results = evaluate_all(found, given, ConsoleReporter(quiet=quiet), **kinds)
     if plot is not None:
         result = results[0]
         assert isinstance(result, EnsembleEvaluation)

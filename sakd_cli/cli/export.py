@@ -7,8 +7,8 @@ import typer
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources, resolve
-from sakd_cli.runs.locate import target_or_newest
+from sakd_cli.config.resolve import config_sources
+from sakd_cli.runs.locate import runs_dir_of, target_or_newest
 
 Target = Annotated[
     Path | None,
@@ -29,7 +29,7 @@ def export(options: Values, json: bool, quiet: bool, target: Target = None) -> N
         sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
     """
     sources = config_sources(options)
-    where = target_or_newest(target, resolve("eval", sources).config.runs_dir)
+    where = target_or_newest(target, runs_dir_of(sources))
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out
 

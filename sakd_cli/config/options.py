@@ -111,6 +111,8 @@ _ROWS: list[Option | str] = [
     Option("live", "", "Measure now, with the networks of the last checkpoint", "inspect-spots", type=FLAG),
     Option("split", "", "Images to measure; other images than the run's own imply --live", "inspect-spots",
            type=Literal["train", "validation", "test"], default="train"),
+    Option("eval_split", "", "Images to score: train, val, test or all (default: test; of another --data-root, all)",
+           "eval", type=Literal["train", "val", "test", "all"] | None, flags="--split"),
     Option("sample", "", "Sample the decisions once instead of using probabilities", "inspect-spots", type=FLAG),
     Option("sample_seed", "", "Random seed of --sample", "inspect-spots", "N", int, least=0, default=0, flags="--seed"),
     "Ensemble",

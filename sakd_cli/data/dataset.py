@@ -65,6 +65,16 @@ class Split:
         return Split(self.images[index], self.labels[index], self.origins()[index.cpu()])
 
 
+def joined(splits: Sequence[Split]) -> Split:
+    """All images of several splits of one data set, one after another."""
+    if len(splits) == 1:
+        return splits[0]
+    files = [split.images for split in splits if isinstance(split.images, Files)]
+    tensors = [split.images for split in splits if isinstance(split.images, Tensor)]
+    images = Files.joined(files) if files else torch.cat(tensors)
+    return Split(images, torch.cat([split.labels for split in splits]))
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set and all that training needs to know about it.
@@ -160,16 +170,18 @@ def _drawn_by_key(train: Split, classes: int, fraction: float, seed: int, purpos
     """Which images are held out: those whose key draws a number below `fraction`, whatever other images there are.
 
     Therefore an image that comes, goes or is renamed moves no other one, and a class gives the fraction on the average
-    only. One exception: a class that would give none although its fraction comes to half an image gives that with its
-    least number, and a class keeps its greatest.
+    only. Exceptions: a class keeps the image with its greatest number, and where none would be held out although the
+    fraction comes to half an image, that with the least number is: of every class for a test split, else of all.
     """
     assert train.keys is not None
     number = torch.tensor(_drawn_numbers(train.keys, seed, purpose), dtype=torch.float64)
     selected = number < fraction
     rank, size, _ = _shuffled_ranks(train.labels, classes, seed, purpose, train.keys)
-    given = torch.bincount(train.labels[selected], minlength=classes)[train.labels]
-    selected |= (rank == 0) & (given == 0) & (fraction * size >= 0.5)
-    return selected & (rank < size - 1)
+    selected &= rank < size - 1
+    groups = train.labels if purpose == "split" else torch.zeros_like(train.labels)
+    first, of, _ = _shuffled_ranks(groups, classes, seed, purpose, train.keys)
+    given = torch.bincount(groups[selected], minlength=classes)[groups]
+    return selected | ((first == 0) & (given == 0) & (fraction * of >= 0.5) & (size > 1))
 
 
 def _drawn_numbers(keys: Sequence[str], seed: int, purpose: str) -> list[float]:

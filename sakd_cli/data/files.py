@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,6 +68,12 @@ class Files:
         places = torch.arange(len(self))[index].tolist()
         paths, keys = (tuple(of[place] for place in places) for of in (self.paths, self.keys))
         return Files(paths, self.spec, cached=self.cached, root=self.root, keys=keys)
+
+    @classmethod
+    def joined(cls, files: "Sequence[Files]") -> "Files":
+        """Those of several parts of one data set, one after another."""
+        paths, keys = (sum(parts, ()) for parts in ([one.paths for one in files], [one.keys for one in files]))
+        return cls(paths, files[0].spec, cached=all(one.cached for one in files), root=files[0].root, keys=keys)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -54,6 +54,16 @@ class Fingerprint(NamedTuple):
         """SHA-256 of all of it."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    @property
+    def mode(self) -> str:
+        """How it was taken: `content` or `sizes`."""
+        images = [image for images in self.parts.values() for image in images]
+        return "content" if any(image.sha256 for image in images) else "sizes"
+
+    def sum(self, part: str) -> str:
+        """SHA-256 of what the images of a part are known by, whatever their order and names."""
+        return hashlib.sha256("\n".join(sorted(self.contents(part))).encode()).hexdigest()
+
     def contents(self, *parts: str) -> set[str]:
         """What the images of these parts are known by, wherever they lie and however they are named."""
         return {image.content for part in parts for image in self.parts.get(part, ())}

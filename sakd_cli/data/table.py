@@ -35,16 +35,17 @@ FOLDERS |= {name: partial(imagefolder.scan_published, known=known) for name, kno
 
 def describe(config: DataConfig) -> Dataset:
     """Classes, normalisation and size of images of the data set; its splits may be empty."""
-    return _apply_overrides(DESCRIBED[config.name], config) if config.name in DESCRIBED else load(config)
+    return apply_overrides(DESCRIBED[config.name], config) if config.name in DESCRIBED else load(config)
 
 
 def load(config: DataConfig) -> Dataset:
     """The data set that `config` names, with the classes it asks for: limit and hold-out are the caller's."""
     if config.name not in DATASETS:
         raise no_row("data set", config.name, "data")
-    return _apply_overrides(DATASETS[config.name](config), config)
+    return apply_overrides(DATASETS[config.name](config), config)
 
 
-def _apply_overrides(dataset: Dataset, config: DataConfig) -> Dataset:
+def apply_overrides(dataset: Dataset, config: DataConfig) -> Dataset:
+    """The data set with the classes and the normalisation that `config` asks for."""
     few = first_classes(dataset, config.classes)
     return replace(few, mean=config.mean or few.mean, std=config.std or few.std)

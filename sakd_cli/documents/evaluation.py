@@ -115,7 +115,10 @@ class ClassMetrics(Part):
 
 
 class EvaluationBase(Document):
-    """What was evaluated: run and finished are null for weights of no run."""
+    """What was evaluated: run and finished are null for weights of no run.
+
+    split: train, val, test, or all of a folder; trained_on: how many of the images were trained on, null: not known.
+    """
 
     weights: str
     run: str | None
@@ -125,6 +128,7 @@ class EvaluationBase(Document):
     dataset: str
     split: str = "test"
     images: int
+    trained_on: int | None = None
     device: str
 
 

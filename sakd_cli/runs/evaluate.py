@@ -1,14 +1,14 @@
 """Evaluate saved networks and ensembles on the test images, by more than one number."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sakd_cli.config.datasets import DATASETS, DataConfig
+from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
@@ -43,18 +43,21 @@ from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
+from sakd_cli.runs.scored import SplitName, Wanted, images_to_score
 
 
 class Target(NamedTuple):
     """What to evaluate: a weights file or folder, the run that it comes from (if any), and its settings.
 
     teacher_required  it is an error where the teacher is not to be found
+    wanted            which images
     """
 
     weights: Path
     run: RunDir | None
     layers: list[ConfigSource]
     teacher_required: bool = False
+    wanted: Wanted = Wanted()
 
     def origin(self) -> dict[str, Any]:
         """Where the network lies and which run it comes from, as the documents have it."""
@@ -62,7 +65,7 @@ class Target(NamedTuple):
         return {"weights": str(self.weights)} | dict(zip(("run", "finished"), run, strict=True))
 
 
-def evaluate_network(target: Target, reporter: Reporter, loaded: dict[DataConfig, Images]) -> Evaluation:
+def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, Images]) -> Evaluation:
     """`sakd eval` of a network; the images are those in `loaded`, or are put there.
 
     Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
@@ -70,8 +73,8 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[DataConfig
     network = artifact.load(target.weights)
     named = ConfigSource("the weights' header", {"data": seen_in(network.card)})
     config: EvalConfig = resolve("eval", [named, *target.layers]).config
-    data = config.data.model_copy(update={"validation": 0.0})
-    images = loaded[data] if data in loaded else loaded.setdefault(data, load_images(data))
+    scored = images_to_score(target.weights, target.run, network.card, config, target.wanted, reporter, loaded)
+    images = scored.images
     match_normalization(network, images, str(target.weights))
     device, dataset, run = pick_device(config.device), images.dataset, target.run
     teacher = _teacher(target, config, images, reporter)
@@ -107,7 +110,9 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[DataConfig
         sha256=network.sha256,
         network=model.name,
         dataset=dataset.name,
+        split=scored.split,
         images=len(labels),
+        trained_on=scored.trained_on,
         device=str(device),
         memory=Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
         speed=speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
@@ -201,7 +206,8 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     named = ConfigSource("the ensemble's config", {"data": seen_in(opened.card), "residual": rule})
     config: EvalConfig = resolve("eval", [named, *target.layers]).config
     device = pick_device(config.device)
-    images = load_images(config.data.model_copy(update={"validation": 0.0}))
+    scored = images_to_score(target.weights, target.run, opened.card, config, target.wanted, reporter, {})
+    images = scored.images
     for member in opened.ensemble.members:
         assert isinstance(member, StagedModel)
         match_normalization(Artifact(member, opened.card, opened.sha256), images, str(target.weights))
@@ -227,7 +233,9 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
         sha256=opened.sha256,
         network=" + ".join(names),
         dataset=dataset.name,
+        split=scored.split,
         images=scores.images,
+        trained_on=scored.trained_on,
         device=str(device),
         **scores.metrics(),
         parameters=sum(one.parameters for one in costs),
@@ -293,15 +301,19 @@ def evaluate_all(
     as_ensembles: bool = False,
     early: bool = True,
     curve: bool = False,
+    split: SplitName | None = None,
 ) -> list[Evaluation | EnsembleEvaluation]:
     """One document of `sakd eval` for each of the weights and the runs that they come from.
 
     teacher_required  it is an error where the teacher is not to be found
     as_ensembles      plain networks are evaluated as ensembles of one
     early             whether images leave an ensemble early; curve: with the curve over all thresholds
+    split             which images; None: the test images, or all of a folder that `layers` name
     """
-    targets = [Target(weights, run, [*settings_of(run), *layers], teacher_required) for weights, run in found]
-    loaded: dict[DataConfig, Images] = {}
+    folder = any(isinstance(one.values.get("data"), dict) and "root" in one.values["data"] for one in layers)
+    wanted = Wanted(split, folder)
+    targets = [Target(weights, run, [*settings_of(run), *layers], teacher_required, wanted) for weights, run in found]
+    loaded: dict[Hashable, Images] = {}
     return [
         evaluate_ensemble(target, reporter, early=early, curve=curve)
         if as_ensembles or is_ensemble(target.weights)

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.effective import effective
 from sakd_cli.config.training import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.fingerprint import Fingerprint, of_images
 from sakd_cli.data.sources import preload
 from sakd_cli.documents.training import PlannedNetwork, PlannedSpot
 from sakd_cli.engine.runtime import Mode
@@ -38,6 +40,11 @@ class Images:
         """The parts that there are."""
         parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def fingerprint(self, config: DataConfig, then: Fingerprint | None = None) -> Fingerprint:
+        """Which images these are, taken like `then`."""
+        mode = config.fingerprint if isinstance(config, FilesConfig) else "auto"
+        return of_images(self.dataset.classes, self.parts, then.mode if then else mode)
 
     @property
     def side(self) -> int:

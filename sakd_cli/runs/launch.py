@@ -17,6 +17,8 @@ from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
+from sakd_cli.data.fingerprint import FILE, Fingerprint, differences, require_none
+from sakd_cli.data.fingerprint import read as read_fingerprint
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
 from sakd_cli.documents.base import rounded
@@ -57,10 +59,14 @@ class FolderWriter(MemberWriter):
     extensions   have what belongs to it written beside it
     """
 
-    def __init__(self, job: Job, facts: dict[str, Any], extensions: Sequence[RunExtension]) -> None:
+    def __init__(
+        self, job: Job, facts: dict[str, Any], extensions: Sequence[RunExtension], images: Fingerprint | None
+    ) -> None:
         super().__init__(job.network, job.card)
         self.extensions = extensions
         self.facts = {name: part.plain() for name, part in facts.items()}
+        if images is not None:
+            self.facts["fingerprint"] = {part: images.sum(part) for part in images.parts}
         self.folder = "student" if job.teacher else "teacher"
 
     def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
@@ -119,10 +125,12 @@ def launch(
     plan: ResumePlan,
     reporter: Reporter,
     resume_command: str | None = None,
+    images: Fingerprint | None = None,
 ) -> Summary:
     """Train to the end, from the start or from where an earlier process stopped; the summary names the run.
 
     resume_command  what to type after a stop; None: the command of this very run
+    images          which images these are, by `which_images`
     Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
     """
     tensorboard.check(job.config.log)
@@ -132,16 +140,16 @@ def launch(
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
     run, plan = _opened(job, extensions, plan)
-    run.fingerprint = fingerprint(job.config)
     with run.locked(), tensorboard.log_to_tensorboard(run, job.config.log):
         if distributed.is_main_process():
-            _begin(job, run, plan)
+            _begin(job, run, plan, images)
         distributed.barrier()
+        run.fingerprint = fingerprint(job.config, run.path / FILE)
         try:
             factory = TrainerFactory(run, evaluation, reporter)
             for extension in extensions:
                 facts |= extension.metadata()
-            output = TrainingOutput(evaluation, FolderWriter(job, facts, extensions))
+            output = TrainingOutput(evaluation, FolderWriter(job, facts, extensions, images))
             trainings = [training(job, MAIN, output, factory), *(one.trainings(factory) for one in extensions)]
             phases = _resumed(chain.from_iterable(trainings), run, plan, reporter)
             with translate_oom(job.config.train.batch_size):
@@ -169,10 +177,27 @@ def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> t
     return run, plan._replace(resume=run if resume_config else None)
 
 
-def _begin(job: Job, run: RunDir, plan: ResumePlan) -> None:
-    """Make room for a new run, and write down what it is."""
+def which_images(job: Job, plan: ResumePlan) -> Fingerprint | None:
+    """Which images a job has; of a new run only the main process asks.
+
+    Raises DataError, naming the first differences, where the run that is resumed had others.
+    """
+    if plan.resume is None and not distributed.is_main_process():
+        return None
+    then = None if plan.resume is None else read_fingerprint(plan.resume.path)
+    now = job.images.fingerprint(job.config.data, then)
+    if then is not None:
+        hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
+        require_none(differences(then, now), str(plan.resume and plan.resume.path), hint)
+    return now
+
+
+def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) -> None:
+    """Make room for a new run, and write down what it is and which images it has."""
     if plan.overwrite:
         run.clear()
+    if plan.resume is None and images is not None:
+        write_aside(run.path / FILE, images.text.encode())
     settings = job.config.model_dump(mode="json")
     known = {} if plan.resume is None else flat(run.config)
     if plan.resume is None:
@@ -335,7 +360,7 @@ class Launcher:
         return config.model_copy(update={"teacher": teacher}), trial.images
 
     def _launch(self, job: Job, plan: ResumePlan, resume_command: str | None) -> Summary:
-        extensions = run_extensions(job)
+        extensions, images = run_extensions(job), which_images(job, plan)
         config, say = job.config, self.reporter.say
         say(
             f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} "
@@ -357,7 +382,7 @@ class Launcher:
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():
-            return launch(job, extensions, plan, self.reporter, resume_command)
+            return launch(job, extensions, plan, self.reporter, resume_command, images)
 
 
 def _untrained(config: DistillConfig) -> tuple[Job, Job]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.networks import find_network, find_trainable
-from sakd_cli.config.resolve import ConfigSource
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig
@@ -159,6 +159,15 @@ def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allow
     raise UsageError(
         f"{path}: {text}", hint="other weights or other images than then; --allow-teacher-mismatch takes it"
     )
+
+
+def runs_dir_of(sources: Sequence[ConfigSource]) -> Path:
+    """The folder of the runs, whatever else the sources say: other settings may need a run's to make sense."""
+    folders = [
+        ConfigSource(one.origin, {"runs_dir": one.values["runs_dir"]}) for one in sources if "runs_dir" in one.values
+    ]
+    folder: Path = resolve("eval", folders).config.runs_dir
+    return folder
 
 
 def target_or_newest(target: Path | None, runs_dir: Path) -> Path:

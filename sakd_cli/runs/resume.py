@@ -11,7 +11,7 @@ from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.training import RunConfig, Train
 from sakd_cli.errors import CheckpointError, DataError, UsageError
-from sakd_cli.files import expanded
+from sakd_cli.files import expanded, sha256
 from sakd_cli.rundir import ResumePlan, RunDir, all_runs, look_up
 
 AUTO = "auto"
@@ -46,8 +46,9 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
 def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, bool]:
     """The run's own settings with what may change between two parts of it, and whether there will be more epochs.
 
-    That is how and where it works (`FREE`), where its teacher lies (`MOVED`), and its length, where `--epochs` says so:
-    the milestones stay, unless they are said as well. Raises UsageError, naming each, for any other difference.
+    That is how and where it works (`FREE`), where its teacher and its images lie (`MOVED`), and its length, where
+    `--epochs` says so: the milestones stay, unless they are said as well. Raises UsageError, naming each, for any
+    other difference.
     """
     here = _settings_of(run, task)
     own, asked = resolve(task, [here]).config, resolve(task, [here, *given])
@@ -64,6 +65,7 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
         milestones = asked.config.train.milestones or own.train.decay_epochs()
         length = {"epochs": asked.config.train.epochs, "milestones": milestones}
         config = config.model_copy(update={"train": config.train.model_copy(update=length)})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": asked.config.data.root})})
     if (teacher := getattr(asked.config, "teacher", None)) is not None:
         moved = {key: getattr(teacher, key) for key in ("source", "weights")}
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update=moved)})
@@ -98,6 +100,10 @@ def require_fingerprint(where: Path, saved: Any, epoch: Any, now: Mapping[str, A
         found = differences(old, new)
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{where}: does not say with which settings it was made") from None
+    if saved.get("images") not in (None, now.get("images", saved.get("images"))):
+        raise CheckpointError(
+            f"{where}: made with other images than images.json lists", "put images.json back as it was"
+        )
     if old.get("train.epochs") in extended and old["train.epochs"] < new["train.epochs"]:
         past = [_decays(settings, epoch) for settings in (old, new)]
         found = [one for one in found if one.key not in EXTENDED]
@@ -116,9 +122,13 @@ def _decays(settings: Mapping[str, Any], epoch: int) -> list[int]:
     return [milestone for milestone in Train.model_validate(train).decay_epochs() if milestone <= epoch]
 
 
-def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it, so that nothing else goes on with it: `RunDir.fingerprint`."""
-    return {"settings": flat(config.model_dump(mode="json"))}
+def fingerprint(config: RunConfig, images: Path | None = None) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it, so that nothing else goes on with it: `RunDir.fingerprint`.
+
+    images  the run's list of its images
+    """
+    known = {"images": sha256(images)} if images is not None and images.is_file() else {}
+    return {"settings": flat(config.model_dump(mode="json"))} | known
 
 
 def _check_folder(data: DataConfig) -> None:

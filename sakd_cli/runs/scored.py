@@ -1,0 +1,136 @@
+"""Which images an evaluation is of: a part of the run's own or all of another folder; how many were trained on."""
+
+from collections.abc import Hashable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sakd_cli.config.datasets import DataConfig, FilesConfig, ImageFolderConfig
+from sakd_cli.config.resolve import resolve
+from sakd_cli.config.training import EvalConfig
+from sakd_cli.data import fingerprint, table
+from sakd_cli.data.dataset import Split, joined
+from sakd_cli.data.fingerprint import Fingerprint
+from sakd_cli.data.imagefolder import load_labelled
+from sakd_cli.engine.reporter import Reporter
+from sakd_cli.errors import DataError, UsageError
+from sakd_cli.files import read_json
+from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.rundir import RunDir
+from sakd_cli.runs.build import load_images
+from sakd_cli.runs.job import Images
+from sakd_cli.runs.locate import settings_of
+
+SplitName = Literal["train", "val", "test", "all"]
+# Settings of the data that choose images; the others say how they are read and shown.
+CHOICE = {"name", "classes", "limit", "validation", "split_seed", "split", "split_by", "train", "test", "seed"}
+
+
+class Scored(NamedTuple):
+    """images: `dataset.test` is what is evaluated; trained_on: how many of them were trained on, None: not known."""
+
+    images: Images
+    split: SplitName
+    trained_on: int | None
+
+
+class Wanted(NamedTuple):
+    """What is asked for: a part (None: the test images), and whether a folder was named for it."""
+
+    split: SplitName | None = None
+    folder: bool = False
+
+
+def images_to_score(
+    weights: Path,
+    run: RunDir | None,
+    card: NetworkCard,
+    config: EvalConfig,
+    wanted: Wanted,
+    reporter: Reporter,
+    loaded: dict[Hashable, Images],
+) -> Scored:
+    """The images to evaluate a network on; those in `loaded` are not read again.
+
+    A folder that was named and does not hold the network's own test images is scored as a whole. Raises DataError where
+    images of the run have changed or are missing, UsageError where there is no such part.
+    """
+    then = None if run is None else fingerprint.read(run.path)
+    data, split = config.data, wanted.split or "test"
+    if wanted.folder and isinstance(data, ImageFolderConfig) and wanted.split in (None, "all"):
+        own = None if wanted.split == "all" else _own_test_images(data, weights, then)
+        return Scored(own, "test", 0 if then else None) if own else _labelled(data, card, then, reporter)
+    cut = resolve("eval", settings_of(run)).config if run else config
+    chosen = data if split != "test" else data.model_copy(update={"validation": 0.0})
+    residual = cut.residual if split != "test" else None
+    key = (chosen, residual)
+    images = loaded[key] if key in loaded else loaded.setdefault(key, load_images(chosen, residual))
+    parts: dict[str, Split] = {name: part for name, part in images.parts.items() if split in (name, "all")}
+    if not parts:
+        raise UsageError(f"{weights}: there is no validation part (data.validation is 0)", "--split test, or all")
+    now = _taken(data, images.dataset.classes, parts, then)
+    if then is not None and not wanted.folder and _choice(cut.data) == _choice(data):
+        found = fingerprint.differences(then, now)[:1] if then.classes != now.classes else []
+        found += [text for part in parts for text in fingerprint.lost(then, now, part)]
+        where = f"{data.name} in {data.root}" if data.root else data.name
+        fingerprint.require_none(found, where, "--data-root DIR scores a folder as it is")
+    shown = replace(images, dataset=replace(images.dataset, test=joined(list(parts.values()))))
+    known = _trained_on(then, now)
+    if known and split == "test":
+        reporter.warn(f"{known} of the {len(shown.dataset.test)} test images were trained on")
+    return Scored(shown, split, known)
+
+
+def _choice(data: DataConfig) -> dict[str, Any]:
+    return data.model_dump(include=CHOICE)
+
+
+def _taken(
+    data: DataConfig, classes: tuple[str, ...], parts: dict[str, Split], then: Fingerprint | None
+) -> Fingerprint:
+    mode = data.fingerprint if isinstance(data, FilesConfig) else "auto"
+    return fingerprint.of_images(classes, parts, then.mode if then else mode)
+
+
+def _trained_on(then: Fingerprint | None, now: Fingerprint) -> int | None:
+    """How many images are known to be training images; None where that is not known."""
+    if then is None or any(not image.file for images in now.parts.values() for image in images):
+        return None
+    known = then.contents("train")
+    return sum(image.content in known for images in now.parts.values() for image in images)
+
+
+def _own_test_images(data: DataConfig, weights: Path, then: Fingerprint | None) -> Images | None:
+    """The images of a folder whose test part is that which the network was trained beside; None where it is not."""
+    expected = then.sum("test") if then else _card_sum(weights)
+    try:
+        images = load_images(data.model_copy(update={"validation": 0.0}))
+    except DataError:
+        return None
+    now = _taken(data, images.dataset.classes, {"test": images.dataset.test}, then)
+    return images if now.sum("test") == expected else None
+
+
+def _card_sum(weights: Path) -> str | None:
+    """What the card beside weights says of the test images."""
+    try:
+        about = read_json((weights if weights.is_dir() else weights.parent) / "config.json")
+        return str(about["fingerprint"]["test"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _labelled(data: ImageFolderConfig, card: NetworkCard, then: Fingerprint | None, reporter: Reporter) -> Scored:
+    """All labelled images of a folder, for the classes of the network."""
+    dataset = table.apply_overrides(load_labelled(data, card.classes), data.model_copy(update={"classes": None}))
+    counts = dataset.test.labels.bincount(minlength=len(dataset.classes)).tolist()
+    for note in dataset.notes:
+        reporter.warn(note)
+    reporter.say(f"{data.root}: all of its {len(dataset.test)} labelled images (--split test: its test part alone)")
+    if lacking := [name for name, count in zip(dataset.classes, counts, strict=True) if not count]:
+        more = f" and {len(lacking) - 9} more" if len(lacking) > 9 else ""
+        reporter.warn(f"{data.root}: has no image of {', '.join(lacking[:9])}{more}")
+    known = _trained_on(then, _taken(data, dataset.classes, {"all": dataset.test}, then))
+    if known:
+        reporter.warn(f"{known} of these {len(dataset.test)} images were trained on")
+    return Scored(Images(dataset, dataset.train, None), "all", known)
