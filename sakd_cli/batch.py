@@ -1,6 +1,6 @@
 """What the data floor hands to a task: one batch, ready for the networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
@@ -55,3 +55,11 @@ class UpperBatch(Batch):
     """A batch for the upper level of a search; `lower`: the lower level's next batch, for a gradient one step ahead."""
 
     lower: Batch | None = None
+
+
+class Loader(Protocol):
+    """Batches of one epoch, from any step on."""
+
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli import distributed
-from sakd_cli.batch import Batch, UpperBatch
+from sakd_cli.batch import Batch, Loader, UpperBatch
 from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
 from sakd_cli.data.files import Files, Pool
@@ -205,7 +205,7 @@ class AlternatingLoader:
     the batches from any step on are a pure function of epoch and step. ahead: an UpperBatch has the next lower one.
     """
 
-    def __init__(self, upper: TrainLoader, lower: TrainLoader, *, ahead: bool) -> None:
+    def __init__(self, upper: Loader, lower: Loader, *, ahead: bool) -> None:
         self.upper, self.lower, self.ahead = upper, lower, ahead
         self.steps_per_epoch = 2 * lower.steps_per_epoch
 
@@ -223,7 +223,7 @@ class AlternatingLoader:
             yield UpperBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)}, lower=coming)
 
 
-def _endless(loader: TrainLoader, first: int) -> Iterator[Batch]:
+def _endless(loader: Loader, first: int) -> Iterator[Batch]:
     """Batches `first`, `first` + 1, ... of epoch after epoch."""
     epoch, start = divmod(first, loader.steps_per_epoch)
     while True:

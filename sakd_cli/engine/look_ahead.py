@@ -10,8 +10,7 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor
 
-from sakd_cli.batch import Batch, Precomputed
-from sakd_cli.engine.trainer import Loader
+from sakd_cli.batch import Batch, Loader, Precomputed
 
 
 class LookAhead:

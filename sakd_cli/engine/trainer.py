@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sakd_cli import distributed
-from sakd_cli.batch import Batch
+from sakd_cli.batch import Loader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.checkpoint import Checkpoint
 from sakd_cli.engine.evaluate import Scores, evaluate
@@ -28,14 +28,6 @@ from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
 
 MAIN = "train"  # the phase that a run is for
-
-
-class Loader(Protocol):
-    """Batches of one epoch, from any step on."""
-
-    steps_per_epoch: int
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
 
 class ModelWriter(Protocol):

@@ -213,8 +213,9 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     if settings.loss == "inner":
         task = assemble(config, network, teacher, side, job.images.train.labels, base, job.mode)
     else:
-        lr, decay = initial_lr(config, name), config.train.weight_decay
-        task = ResidualTask(network, teacher.forward, base, settings, lr=lr, weight_decay=decay)
+        lr, decay, mode = initial_lr(config, name), config.train.weight_decay, job.mode
+        network = mode.to_memory_format(network)
+        task = ResidualTask(network, teacher.forward, base, settings, lr=lr, weight_decay=decay, mode=mode)
     spots = task.spots if isinstance(task, DistillTask) else ()
     return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
 
@@ -242,10 +243,14 @@ def search_of(job: Job) -> SearchTask | None:
     teacher = job.teacher.model
     sought = [Sought(k, mixer.spots[k], mixable_blocks(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     purposes = [f"search/{one.place}" for one in sought][: 1 if settings.joint else None]
-    students = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
+    fresh = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
+    students, blocks = (
+        [job.mode.to_memory_format(student) for student in fresh],
+        partial(teacher.features, want="blocks"),
+    )
     with _initialised(config.seed, "search"):
-        task = SearchTask(students, partial(teacher.features, want="blocks"), sought, settings, mixer.set_weights)
-    return task.to(job.device)
+        task = SearchTask(students, blocks, sought, settings, mixer.set_weights, job.mode)
+    return job.mode.to_memory_format(task.to(job.device))
 
 
 def match_normalization(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:

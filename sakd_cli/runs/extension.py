@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli import distributed
+from sakd_cli.batch import Loader
 from sakd_cli.config.training import Train
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.documents.training import PlannedNetwork
@@ -15,7 +16,7 @@ from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import Task
-from sakd_cli.engine.trainer import EvaluationData, Loader, Trainer, TrainingOutput
+from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
 
@@ -79,7 +80,7 @@ class TrainerFactory:
             output=output,
             recorder=recorder,
             phase=phase,
-            graphs=Cuda(job.device) if job.mode.graphed and task is job.task else None,
+            graphs=Cuda(job.device) if job.mode.graphed else None,
         )
 
 

@@ -1,16 +1,18 @@
 """The training of one network, and what its method does in front of it."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
 from sakd_cli import distributed
-from sakd_cli.batch import Precomputed
+from sakd_cli.batch import Loader, Precomputed
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.sources import views
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.runtime import compile_forward
+from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.files import write_document
 from sakd_cli.runs import mixtures
@@ -19,8 +21,9 @@ from sakd_cli.runs.extension import TrainerFactory, loader_of, optimizer_of
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.teacher_cache import open_teacher_cache
 from sakd_cli.tasks.distill import DistillTask, PlainPass
+from sakd_cli.tasks.pretrain import WarmupTask
 from sakd_cli.tasks.residual import ResidualTask
-from sakd_cli.tasks.search import batches
+from sakd_cli.tasks.search import SearchTask, batches
 
 
 def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFactory) -> Iterator[Trainer]:
@@ -37,18 +40,19 @@ def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFacto
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
-    epochs, loader = job.config.train.epochs, _looking_ahead(job)
+    epochs, loader = job.config.train.epochs, _looking_ahead(job, job.task, loader_of(job))
     yield factory.trainer(job, job.task, phase, epochs, loader=loader, output=output, recorder=recorder)
 
 
-def _looking_ahead(job: Job) -> LookAhead | None:
-    """The batches with what frozen networks make of them, where these look ahead; None: each step asks them itself."""
-    steps, task = job.mode.ahead, job.task
+def _looking_ahead(job: Job, task: Task, loader: Loader) -> Loader:
+    """The batches, with what frozen networks make of them where these look ahead; otherwise each step asks them."""
+    steps = job.mode.ahead
     from_bank = isinstance(task, DistillTask) and not isinstance(task.teacher_features, PlainPass)
-    if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask):
-        return None
-    look: Callable[[Tensor], Precomputed] = compile_forward(task.precompute) if job.mode.compiled else task.precompute
-    return LookAhead(loader_of(job), look, steps=steps, device=job.device)
+    if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask | WarmupTask | SearchTask):
+        return loader
+    compiled = job.mode.compiled and task is job.task
+    look: Callable[[Tensor], Precomputed] = compile_forward(task.precompute) if compiled else task.precompute
+    return LookAhead(loader, look, steps=steps, device=job.device)
 
 
 def _warm_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
@@ -56,7 +60,8 @@ def _warm_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage
         optimizer = optimizer_of(task, job.config.train, ())
-        yield factory.trainer(job, task, f"{before}warmup", epochs, optimizer=optimizer)
+        loader = _looking_ahead(job, task, loader_of(job))
+        yield factory.trainer(job, task, f"{before}warmup", epochs, loader=loader, optimizer=optimizer)
         task.warmup.requires_grad_(False)
 
 
@@ -64,8 +69,10 @@ def _search(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]
     """The search for a method's mixtures, where they are not known, and their file."""
     if (search := search_of(job)) is not None:
         config, settings, images = job.config, search.settings, job.images
-        size, device = config.train.batch_size, job.device
-        loader = batches(settings, images.dataset, images.train, batch_size=size, seed=config.seed, device=device)
+        size, device, wrap = config.train.batch_size, job.device, partial(_looking_ahead, job, search)
+        loader = batches(
+            settings, images.dataset, images.train, batch_size=size, seed=config.seed, device=device, wrap=wrap
+        )
         both = search.optimizer(config.train.momentum)
         yield factory.trainer(job, search, f"{before}search", settings.search_epochs, loader=loader, optimizer=both)
         search.settle()

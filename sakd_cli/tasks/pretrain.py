@@ -18,7 +18,7 @@ from sakd_cli.distillers.distiller import Warmup
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.branches import Branches
-from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.staged import Features, StagedModel
 
 
 class Recipe(TypedDict):
@@ -124,10 +124,20 @@ class WarmupTask(SingleRateTask):
         # A head that the loss does not reach gets no gradient and must not be decayed either: SGD leaves it out.
         return [self.group("warmup", self.warmup, *([self.network] if self.warmup.trains_student else []))]
 
+    @torch.no_grad()
+    def precompute(self, images: Tensor) -> Features:
+        """What a step reads of the teacher, for `Batch.precomputed`."""
+        compared = {spot.teacher for spot in self.warmup.spots}
+        with self.mode.networks(images.device):
+            whole = self.teacher_features(images)
+        return whole.only((), compared, ()) if self.warmup.want == "preactivations" else whole.only(compared, (), ())
+
     def forward(self, batch: Batch) -> StepOutput:
-        with self.mode.networks(batch.images.device):
-            with torch.no_grad():
-                teacher = self.teacher_features(batch.images).map(to_fp32)
-            student = self.student_features(batch.images).map(to_fp32) if self.warmup.trains_student else None
-        loss = self.warmup(student, teacher).sum()
+        known = batch.precomputed
+        teacher = known if isinstance(known, Features) else self.precompute(batch.images)
+        student = None
+        if self.warmup.trains_student:
+            with self.mode.networks(batch.images.device):
+                student = self.student_features(batch.images).map(to_fp32)
+        loss = self.warmup(student, teacher.map(to_fp32)).sum()
         return StepOutput(loss, None, {"loss": loss.detach()})

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.distillers.kd import softened_kl
+from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.tasks.pretrain import Recipe, SingleRateTask
@@ -83,11 +84,14 @@ class ResidualTask(SingleRateTask):
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Targets:
         """What a step reads of the frozen networks, for `Batch.precomputed`."""
-        return Targets(self.teacher(images), self.base(images))
+        with self.mode.networks(images.device):
+            return Targets(self.teacher(images), self.base(images))
 
     def forward(self, batch: Batch) -> StepOutput:
         known = batch.precomputed
-        teacher, base = known if isinstance(known, Targets) else self.precompute(batch.images)
-        sides = Sides(teacher, base, self.network(batch.images), batch.labels)
+        teacher, base = (known if isinstance(known, Targets) else self.precompute(batch.images)).map(to_fp32)
+        with self.mode.networks(batch.images.device):
+            own = to_fp32(self.network(batch.images))
+        sides = Sides(teacher, base, own, batch.labels)
         loss = LOSSES[self.settings.loss](sides, self.settings)
         return StepOutput(loss, base + sides.own, {"loss": loss.detach()})

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.batch import Batch, UpperBatch
+from sakd_cli.batch import Batch, Loader, UpperBatch
 from sakd_cli.config.methods import DFAConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import AlternatingLoader, TrainLoader, split_in_halves
 from sakd_cli.distillers.dfa import BlockGroup, Match, connect
 from sakd_cli.engine.optim import BilevelOptimizer
+from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, untracked_view
@@ -36,14 +37,21 @@ class Losses(NamedTuple):
 
 
 def batches(
-    settings: DFAConfig, dataset: Dataset, train: Split, *, batch_size: int, seed: int, device: torch.device
+    settings: DFAConfig,
+    dataset: Dataset,
+    train: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    wrap: Callable[[Loader], Loader] = lambda loader: loader,
 ) -> AlternatingLoader:
-    """Those of the two levels in turn, from two parts of the training images."""
-    loaders = [
-        TrainLoader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device)
+    """Those of the two levels in turn, from two parts of the training images; `wrap`: what is made of either part's."""
+    upper, lower = (
+        wrap(TrainLoader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device))
         for half in split_in_halves(dataset, train, settings.search_split, seed)
-    ]
-    return AlternatingLoader(*loaders, ahead=settings.second_order)
+    )
+    return AlternatingLoader(upper, lower, ahead=settings.second_order)
 
 
 @final
@@ -69,6 +77,7 @@ class SearchTask(Task):
         sought: Sequence[Sought],
         settings: DFAConfig,
         hand_over: Callable[[int, Tensor, Tensor], None],
+        mode: Mode | None = None,
     ) -> None:
         """What is searched with.
 
@@ -76,6 +85,7 @@ class SearchTask(Task):
         hand_over  takes the place, alpha and beta of each mixture in the end
         """
         super().__init__()
+        self.mode = mode or Mode()
         self.network = nn.ModuleList(students)
         self.teacher_features, self.sought, self.settings = teacher_features, tuple(sought), settings
         self._hand_over = hand_over
@@ -123,11 +133,18 @@ class SearchTask(Task):
         ce = losses.ce.detach() / len(self._students)
         return StepOutput(loss, None, {"loss": loss.detach(), "ce": ce, "entropy": entropy} | mean)
 
+    @torch.no_grad()
+    def precompute(self, images: Tensor) -> Features:
+        """What a step reads of the teacher, for `Batch.precomputed`."""
+        with self.mode.networks(images.device):
+            return self.teacher_features(images).only((), (), {one.spot.teacher for one in self.sought})
+
     def losses(self, batch: Batch) -> Losses:
         """Every term on this batch."""
-        with torch.no_grad():
-            theirs = self.teacher_features(batch.images).blocks
-        ours = [student.features(batch.images) for student in self._students]
+        known, networks = batch.precomputed, self.mode.networks(batch.images.device)
+        theirs = (known if isinstance(known, Features) else self.precompute(batch.images)).map(to_fp32).blocks
+        with networks:
+            ours = [student.features(batch.images).map(to_fp32) for student in self._students]
         ce = torch.stack([F.cross_entropy(features.logits, batch.labels) for features in ours]).sum()
         st, ts = [], []
         for k, ((one, match, drop), alpha) in enumerate(zip(self._searches, self.alphas(), strict=True)):
@@ -135,8 +152,10 @@ class SearchTask(Task):
             mixed = match.mixture(theirs[one.spot.teacher], alpha)
             st.append(match(ours[student].stages[stage], mixed, alpha).mean())
             tail = self._tails[student]
-            passed = tail.run(tail.infos[stage].layout.from_map(drop(mixed)), stage + 1, len(ours[student].stages) + 1)
-            ts.append(F.cross_entropy(passed, batch.labels))
+            dropped = tail.infos[stage].layout.from_map(drop(mixed))
+            with networks:
+                passed = tail.run(dropped, stage + 1, len(ours[student].stages) + 1)
+            ts.append(F.cross_entropy(to_fp32(passed), batch.labels))
         rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.settings.arch_decay
         return Losses(ce, torch.stack(st).sum(), torch.stack(ts).sum(), rest)
 
