@@ -66,8 +66,8 @@ _Training = TypedDict("_Training", {  # noqa: UP013
 }, total=False)
 _Distillation = TypedDict("_Distillation", {  # noqa: UP013
     "teacher": Place, "teacher_weights": Place, "student": str, "method": str, "router": str, "temperature": float,
-    "loss_weight": float, "dfa_weights": Place, "residual_students": int, "pretrain": bool, "cache_teacher": bool,
-    "allow_teacher_mismatch": bool, "global_batch": bool,
+    "loss_weight": float | Literal["auto"], "dfa_weights": Place, "residual_students": int, "pretrain": bool,
+    "cache_teacher": bool, "allow_teacher_mismatch": bool, "global_batch": bool,
 }, total=False)
 # fmt: on
 

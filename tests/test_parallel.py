@@ -111,13 +111,18 @@ def steps(task: Task) -> dict[str, Any]:
         distributed.average_buffers(distributed.running_statistics(task))
         parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
         assert use is not None
-        seen = (use.weight, labels, index, *use.events.values())
+        assert use.lengths is not None
+        ratio = use.lengths[:, 1] / use.lengths[:, 0].clamp(min=1e-30)
+        seen = (use.weight, labels, index, *use.events.values(), ratio)
         result.append([part.double() for part in parts.values()] + [tensor.double() for tensor in seen])
     return {"state": copy.deepcopy(task.state_dict()), "result": result}
 
 
-def task_of(method: str, router: str, *, norms: bool = False, dtype: torch.dtype = torch.float64) -> Task:
-    given = {"teacher": "resnet14", "student": "resnet8", "method.name": method, "router": router, "train.lr": 0.01}
+def task_of(
+    method: str, router: str, balance: float = 0.0, *, norms: bool = False, dtype: torch.dtype = torch.float64
+) -> Task:
+    given: dict[str, Any] = {"method.balance": balance}
+    given |= {"teacher": "resnet14", "student": "resnet8", "method.name": method, "router": router, "train.lr": 0.01}
     given |= {"runtime.global_batch": True, "train.batch_size": BATCH}
     config = resolve("distill", [ConfigSource("test", nested(given))]).config
     torch.manual_seed(0)
@@ -161,6 +166,13 @@ def test_several_processes_do_what_one_does(tmp_path: Path, method: str, router:
         path = tmp_path / str(count)
         for ours in in_processes(count, path, lambda: steps(task_of(method, router))):
             alike(ours, whole, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["at", "sp"])
+def test_a_balanced_dose_is_by_the_whole_batch(tmp_path: Path, method: str) -> None:
+    whole = steps(task_of(method, "adaptive", 1.0))
+    for ours in in_processes(2, tmp_path / "p", lambda: steps(task_of(method, "adaptive", 1.0))):
+        alike(ours, whole, 1e-12)
 
 
 def test_shared_batchnorm_is_that_of_the_whole_batch(tmp_path: Path) -> None:

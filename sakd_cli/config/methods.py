@@ -9,10 +9,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
 
 from sakd_cli.config import plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name
+
+AUTO = "auto"
 
 
 class MethodConfig(Config):
@@ -22,6 +33,8 @@ class MethodConfig(Config):
     """Distillation method, as in `sakd list methods`."""
     weight: NonNegativeFloat = 1.0
     """Weight of the feature loss (beta)."""
+    balance: NonNegativeFloat = 0.0
+    """Gradient of the feature loss over the task's, set so in each step and shared by the spots; 0: as weight says."""
     kl_weight: NonNegativeFloat = 1.0
     """Weight of the logit loss (alpha)."""
     ce_weight: NonNegativeFloat = 1.0
@@ -30,6 +43,20 @@ class MethodConfig(Config):
     """Softmax temperature of the logit loss."""
     gamma: PositiveFloat = 1.0
     """Scale of the router's cross-entropy, used unless router.gamma is set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_balanced(cls, values: Any) -> Any:
+        """A weight of `auto` is the default one, balanced: the two gradients are as long as each other."""
+        if isinstance(values, dict) and values.get("weight") == AUTO:
+            return {"balance": 1.0} | {key: value for key, value in values.items() if key != "weight"}
+        return values
+
+    @model_validator(mode="after")
+    def _a_balance_has_no_weight(self) -> "MethodConfig":
+        if self.balance and self.weight != type(self).model_fields["weight"].default:
+            raise ValueError(f"weight {self.weight:g} cancels under balance {self.balance:g}: leave one of them out")
+        return self
 
 
 class KDConfig(MethodConfig):

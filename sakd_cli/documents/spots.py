@@ -35,13 +35,18 @@ class EpochSteps(Part):
 
 
 class SpotInEpoch(Part):
-    """One spot in one epoch: fraction of the samples distilled there, of each class too; mean routing probability."""
+    """One spot in one epoch: fraction of the samples distilled there, of each class too; mean routing probability.
+
+    gradient_ratio: length of the distillation's gradient at the student's feature over that of the task's, both root
+    mean squares over the epoch's steps and before any balancing; null where nothing was distilled or measured.
+    """
 
     name: str
     kind: str
     fraction: Number
     probability: Number
     by_class: list[Number]
+    gradient_ratio: Number = None
 
 
 class EpochRecord(EpochSteps):
@@ -60,6 +65,7 @@ class SpotTotal(Part):
     """One spot in training: fraction of the samples distilled there, over all epochs and in single ones.
 
     probability: mean teacher-routing probability in the last epoch; null for routers without a policy.
+    gradient_ratio: geometric mean over the epochs.
     """
 
     name: str
@@ -70,13 +76,15 @@ class SpotTotal(Part):
     min: Number
     max: Number
     probability: Number
+    gradient_ratio: Number
 
 
 class EpochFractions(EpochSteps):
-    """One epoch: fraction of the samples distilled and mean teacher-routing probability, per spot."""
+    """One epoch: fraction of the samples distilled, mean teacher-routing probability and gradient ratio, per spot."""
 
     fraction: list[Number]
     probability: list[Number]
+    gradient_ratio: list[Number]
 
 
 class ClassDeviation(Part):
@@ -266,6 +274,7 @@ class Measured(Part):
 class SpotsDocument(Document):
     """Where a run distilled: from its log, and (`measured`) by image, null for a run without a record by sample.
 
+    balance: what the gradient ratio was set to in training, over all feature spots; 0: it was as it is told here.
     samples: an image counts once per epoch; teacher: its source, an architecture or a path; mixtures: `dfa.json` of
     the run, null where it has none; classes are in order of their largest deviation.
     """
@@ -274,6 +283,7 @@ class SpotsDocument(Document):
     run: str
     method: str | None
     router: str | None
+    balance: float
     teacher: str | None
     student: str | None
     dataset: str | None
@@ -289,7 +299,7 @@ class SpotsDocument(Document):
 
 CSV_HEADER = ("table", "item", "spot", "measure", "value")
 Row = tuple[str, str, str, str, Any]
-PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "correlation"}
+PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "correlation", "gradient_ratio"}
 
 
 def csv_rows(document: SpotsDocument) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """What is counted on the device and read at times: spots of every sample, running means, numbers that go wrong."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class SpotRecorder:
         # Every counter is a part of one of four tensors: a step has four additions to make.
         of_samples, of_classes, of_spots, of_steps = (
             torch.zeros(shape, dtype=torch.float32, device=device)
-            for shape in ((samples, spots + 1), (spots + 1, classes), (2, spots), (2,))
+            for shape in ((samples, spots + 1), (spots + 1, classes), (4, spots), (2,))
         )
         self._tables = of_samples, of_classes, of_spots, of_steps
         self._counts = {
@@ -44,6 +45,7 @@ class SpotRecorder:
             "seen": of_classes[spots],
             "empty": of_spots[0],
             "probability": of_spots[1],
+            "gradients": of_spots[2:],
             "steps": of_steps[0],
             "steps_with_policy": of_steps[1],
         }
@@ -63,6 +65,8 @@ class SpotRecorder:
         else:
             of_spots[1] += use.probability.sum(dim=1, dtype=torch.float32)
             of_steps += 1
+        if use.lengths is not None:
+            of_spots[2:] += use.lengths.T.square()
         if use.events:
             names = tuple(sorted(use.events))
             events = torch.stack([use.events[name] for name in names])
@@ -76,7 +80,7 @@ class SpotRecorder:
         counts: dict[str, Any] = {name: count.tolist() for name, count in of_epoch.items()}
         seen, with_policy = counts["seen"], counts["steps_with_policy"] > 0
         samples, steps = sum(seen), max(counts["steps"], 1)
-        rows = counts["distilled"], counts["probability"]
+        rows = counts["distilled"], counts["probability"], *counts["gradients"]
         spots = [
             SpotInEpoch(
                 name=name,
@@ -84,8 +88,9 @@ class SpotRecorder:
                 fraction=sum(row) / max(samples, 1),
                 probability=probability / max(samples, 1) if with_policy else None,
                 by_class=[count / total if total else None for count, total in zip(row, seen, strict=True)],
+                gradient_ratio=math.sqrt(hint / task) if task and hint else None,
             )
-            for (name, kind), row, probability in zip(self.names, *rows, strict=True)
+            for (name, kind), row, probability, task, hint in zip(self.names, *rows, strict=True)
         ]
         if any(not 0 <= (spot.fraction or 0) <= 1 for spot in spots):
             raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")

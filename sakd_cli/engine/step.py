@@ -67,4 +67,5 @@ def of_all_processes(
     weight, labels, index, *chance = distributed.all_gather_packed(
         [use.weight.T, batch.labels, batch.index, *chances], batch
     )
-    return parts, SpotUse(weight.T, chance[0].T if chance else None, use.events), labels, index
+    lengths = None if use.lengths is None else distributed.all_reduce_sum(use.lengths.square()).sqrt()
+    return parts, SpotUse(weight.T, chance[0].T if chance else None, use.events, lengths), labels, index

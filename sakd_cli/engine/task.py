@@ -15,11 +15,14 @@ class SpotUse(NamedTuple):
     probability  [S, N] the teacher-routing probability; None without a policy
     events       name -> scalar of this step, logged as its mean over an epoch's steps: flags (which branch of the
                  router's loss was taken), cross-entropies
+    lengths      [S, 2] of the gradients of task and distillation at each spot, in this process's rows; known only
+                 after the backward pass
     """
 
     weight: Tensor
     probability: Tensor | None
     events: dict[str, Tensor]
+    lengths: Tensor | None = None
 
 
 class StepOutput(NamedTuple):

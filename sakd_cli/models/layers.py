@@ -3,20 +3,23 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.staged import Affine, Preactivation, StagedModel, StageInfo
+from sakd_cli.models.staged import Affine, Mark, Preactivation, StagedModel, StageInfo
+
+MarkHere = Callable[[Tensor], Tensor]  # a `Mark` at one stage, on what is in front of the activation
 
 
 class ActivatedBlock(nn.Module, ABC):
     """A block that ends in an activation."""
 
     @abstractmethod
-    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, x: Tensor, mark: MarkHere) -> tuple[Tensor, Tensor]:
         """The output in front of the last activation, and the output, as `forward` gives it. Both are of one shape."""
 
     @abstractmethod
@@ -34,8 +37,8 @@ class ReluBlock(ActivatedBlock, ABC):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.before_relu(x))
 
-    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        signed = self.before_relu(x)
+    def pair(self, x: Tensor, mark: MarkHere) -> tuple[Tensor, Tensor]:
+        signed = mark(self.before_relu(x))
         return signed, F.relu(signed)
 
 
@@ -80,17 +83,19 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-def _run_before_last_activation(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _run_before_last_activation(
+    stages: Iterable[nn.Module], x: Tensor, mark: Mark
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of all stages, and those in front of each group's last activation (of stem and pool: the same)."""
     stem, *groups, pool = stages
     outputs = [stem(x)]
     before = [outputs[0]]
-    for group in groups:
+    for place, group in enumerate(groups, start=1):
         *blocks, last = cast(nn.Sequential, group)
         x = outputs[-1]
         for block in blocks:
             x = block(x)
-        signed, x = cast(ActivatedBlock, last).pair(x)
+        signed, x = cast(ActivatedBlock, last).pair(x, partial(mark, place))
         outputs.append(x)
         before.append(signed)
     pooled = pool(outputs[-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.models.layers import ActivatedBlock, ConvUnit, GlobalPool, ReluBlock, grouped_network, shuffle
+from sakd_cli.models.layers import ActivatedBlock, ConvUnit, GlobalPool, MarkHere, ReluBlock, grouped_network, shuffle
 from sakd_cli.models.staged import Affine, StagedModel
 
 STEM = 24
@@ -79,9 +79,10 @@ class SplitUnit(ActivatedBlock):
         passed, signed = self._halves(x)
         return shuffle(torch.cat([passed, F.relu(signed)], 1), 2)
 
-    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        passed, signed = self._halves(x)
-        return torch.cat([passed, signed], 1), shuffle(torch.cat([passed, F.relu(signed)], 1), 2)
+    def pair(self, x: Tensor, mark: MarkHere) -> tuple[Tensor, Tensor]:
+        whole = mark(torch.cat(self._halves(x), 1))
+        passed, signed = whole[:, : self.passing], whole[:, self.passing :]
+        return whole, shuffle(torch.cat([passed, F.relu(signed)], 1), 2)
 
     def affine(self) -> Affine:
         return F.pad(self.bn.weight, (self.passing, 0)), F.pad(self.bn.bias, (self.passing, 0))

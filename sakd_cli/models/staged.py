@@ -16,6 +16,12 @@ from sakd_cli.errors import UsageError
 Shape = tuple[int, ...]
 Channels = tuple[float, ...]
 Want = Literal["stages", "blocks", "preactivations"]
+Mark = Callable[[int, Tensor], Tensor]
+
+
+def unmarked(stage: int, x: Tensor) -> Tensor:
+    """A stage's value as it is."""
+    return x
 
 
 class Layout(NamedTuple):
@@ -139,13 +145,13 @@ class Preactivation(NamedTuple):
     """How a family of networks is seen in front of its activations. Both get all stages.
 
     run      images to the output of every stage, as `features` gives it, and beside it every stage's version in front
-             of its activation
+             of its activation, which has passed through the mark
     affines  for every stage of maps behind the stem, the BatchNorm that makes this version (of a sum: its last one);
              weight and bias 0 for channels that pass it by
     behind   of a network of pre-activation blocks: for the same stages, the BatchNorm that reads each block's output
     """
 
-    run: Callable[[Iterable[nn.Module], Tensor], tuple[list[Tensor], list[Tensor]]]
+    run: Callable[[Iterable[nn.Module], Tensor, Mark], tuple[list[Tensor], list[Tensor]]]
     affines: Callable[[Iterable[nn.Module]], list[Affine]]
     behind: Callable[[Iterable[nn.Module]], list[list[nn.BatchNorm2d]]] | None = None
 
@@ -233,22 +239,24 @@ class StagedModel(nn.Module):
         """Images [N, 3, H, W] to logits [N, classes]."""
         return self.run(x, 0, len(self.stages) + 1)
 
-    def features(self, x: Tensor, want: Want = "stages") -> Features:
+    def features(self, x: Tensor, want: Want = "stages", mark: Mark = unmarked) -> Features:
         """Images [N, 3, H, W] to the output of every stage and the logits; `want` says what else is filled in.
 
         A stage that declares blocks is a sequence of just these. UsageError where the family has no pre-activations.
+        Each stage's value passes through `mark`, which returns it; of pre-activations, these do.
         """
         x = self._normalize_input(x)
         if want == "preactivations":
-            stages, before = self._require_preactivation().run(self.stages, x)
+            stages, before = self._require_preactivation().run(self.stages, x, mark)
             return Features(tuple(stages), self.head(stages[-1]), tuple(before))
         outputs: list[Tensor] = []
         blocks: list[tuple[Tensor, ...]] = []
-        for info, stage in zip(self.infos, self.stages, strict=True):
+        for place, (info, stage) in enumerate(zip(self.infos, self.stages, strict=True)):
             inside: list[Tensor] = []
             for part in cast(nn.Sequential, stage) if want == "blocks" and info.blocks else (stage,):
                 x = part(x)
                 inside.append(x)
+            x = mark(place, x)
             outputs.append(x)
             blocks.append(tuple(inside) if info.blocks else ())
         if self._has_raw_values:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.models.layers import GlobalPool, conv3x3, grouped_network, init_fan_out
-from sakd_cli.models.staged import Preactivation, StagedModel
+from sakd_cli.models.staged import Mark, Preactivation, StagedModel
 
 
 class PreActivationBlock(nn.Module):
@@ -35,26 +35,28 @@ class PreActivationBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-def _after_next_norm(stages: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _after_next_norm(stages: Iterable[nn.Module], x: Tensor, mark: Mark) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of all stages, and of each group what the next BatchNorm makes of it (each BatchNorm runs once)."""
     stem, *groups, pool = (cast(nn.Sequential, stage) for stage in stages)
     outputs: list[Tensor] = [stem(x)]
-    normed: list[Tensor] = []
-    for group in groups:
+    compared = [outputs[0]]  # the stem has no version of its own: the first group's norm is not counted as one
+    for place, group in enumerate(groups):
         first, *rest = group
         first = cast(PreActivationBlock, first)
-        normed.append(first.bn1(outputs[-1]))
-        x = first.behind_norm(outputs[-1], normed[-1])
+        normed = first.bn1(outputs[-1])
+        if place:
+            normed = mark(place, normed)
+            compared.append(normed)
+        x = first.behind_norm(outputs[-1], normed)
         for block in rest:
             x = block(x)
         outputs.append(x)
     norm, *rest = pool
-    normed.append(norm(outputs[-1]))
-    x = normed[-1]
+    x = mark(len(groups), norm(outputs[-1]))
+    compared.append(x)
     for module in rest:
         x = module(x)
-    # The stem has no version of its own: what the first group's norm makes of it is not counted as one by the peers.
-    return [*outputs, x], [outputs[0], *normed[1:], x]
+    return [*outputs, x], [*compared, x]
 
 
 def _next_norms(stages: Iterable[nn.Module]) -> list[list[nn.BatchNorm2d]]:

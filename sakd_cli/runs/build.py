@@ -177,8 +177,6 @@ def assemble(
         runs = frozen_view(mode.to_memory_format(method.network)).run, teacher.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
     published = learned or LearnedConfig(name="none")
-    settings = config.method
-    gamma = router_gamma(learned, config)
     lr = initial_lr(config, config.student)
     task = DistillTask(
         method.network,
@@ -186,12 +184,23 @@ def assemble(
         method,
         router,
         graft,
-        Factors(settings.ce_weight, settings.weight, settings.kl_weight, gamma, published.min_teacher_fraction),
+        _factors(config, method),
         Rates(lr, config.train.weight_decay, router_lr(published, lr), published.weight_decay),
         mode,
         offset,
     )
     return mode.to_memory_format(task)
+
+
+def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:
+    """The numbers of the objective. UsageError where a balanced dose has nothing to be balanced by."""
+    own = config.method
+    if own.balance and not (own.ce_weight or (own.kl_weight and method.features is not None)):
+        reason = f"{own.name} has the cross-entropy with factor 0, and no other gradient to be balanced by"
+        raise UsageError(f"method.balance: {reason}", "--set method.ce_weight=1")
+    learned = config.router if isinstance(config.router, LearnedConfig) else None
+    fraction = (learned or LearnedConfig(name="none")).min_teacher_fraction
+    return Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(learned, config), fraction, own.balance)
 
 
 def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:

@@ -21,6 +21,7 @@ from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, Want
+from sakd_cli.routing.dose import Doses
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Decision, Router
 
@@ -28,13 +29,17 @@ GUIDE = "sakd guide extending"
 
 
 class Factors(NamedTuple):
-    """The numbers of the objective: cross-entropy, beta, alpha, gamma, and the share that the count term asks for."""
+    """The numbers of the objective: cross-entropy, beta, alpha, gamma, and the share that the count term asks for.
+
+    balance  length of the feature loss's gradient over the task's, where it is balanced; 0: it is as beta makes it
+    """
 
     ce: float
     feature: float
     logit: float
     gamma: float
     min_teacher_fraction: float
+    balance: float = 0.0
 
 
 class Rates(NamedTuple):
@@ -93,7 +98,8 @@ class DistillTask(Task):
         super().__init__()
         self.network, self.distillers, self.spots = network, distillers, distillers.spots
         self.teacher_features = teacher_features
-        self.student_features: Callable[[Tensor], Features] = partial(network.features, want=distillers.student_want)
+        self.doses = Doses(self.spots, factors.balance)
+        self.student_features: Callable[..., Features] = partial(network.features, want=distillers.student_want)
         self.feature_distiller, self.logit_distiller = distillers.features, distillers.logits
         self.router, self.graft = router, graft
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
@@ -135,7 +141,9 @@ class DistillTask(Task):
             with torch.no_grad():
                 teacher = self.teacher_features(batch).map(to_fp32)
                 offset = None if self.offset is None else to_fp32(self.offset(batch.images))
-            student = self._compared(self.student_features(batch.images)).map(to_fp32)
+            marks: dict[int, Tensor] = {}
+            student = self.student_features(batch.images, mark=partial(self.doses.mark, marks))
+            student = self.doses.compared(self._compared(student), marks).map(to_fp32)
         if offset is not None:
             student = student._replace(logits=offset + student.logits)
         decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
@@ -145,7 +153,9 @@ class DistillTask(Task):
             )
         shape = len(self.spots), len(batch.labels)
         _require(self.router, "the weight of its Decision [spots, N]", decision.weight, shape)
-        ce = F.cross_entropy(student.logits, batch.labels)
+        logits = self.doses.mark(marks, self.spots[-1].student, student.logits)
+        ce = F.cross_entropy(logits, batch.labels)
+        student = student._replace(logits=self.doses.compare(marks, self.spots[-1].student, logits))
         logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, decision.weight[-1:], batch)
         parts = {"ce": ce, "logit": logit}
         loss = self.factors.ce * ce + logit
@@ -157,10 +167,8 @@ class DistillTask(Task):
         parts["loss"] = loss
         routing_loss, events = self._route(batch, teacher, ce, decision, offset)
         parts |= {"router": routing_loss} if events else {}
-        use = SpotUse(decision.weight, decision.probability, events)
-        return StepOutput(
-            loss + routing_loss, student.logits, {name: part.detach() for name, part in parts.items()}, use
-        )
+        use = SpotUse(decision.weight, decision.probability, events, self.doses.lengths)
+        return StepOutput(loss + routing_loss, logits, {name: part.detach() for name, part in parts.items()}, use)
 
     def _matched(
         self, distiller: Distiller, student: Features, teacher: Features, weight: Tensor, batch: Batch

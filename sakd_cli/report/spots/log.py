@@ -1,6 +1,8 @@
 """Where a run distilled: `spots.jsonl` over epochs and classes, and what its survey says by image, as one document."""
 
+import math
 from collections.abc import Iterable
+from statistics import fmean
 from typing import Any
 
 from sakd_cli.documents.base import Number
@@ -50,6 +52,7 @@ def spots_document(
     return SpotsDocument(
         run=str(run.path),
         **names,
+        balance=look_up(config, "method.balance") or 0.0,
         finished=run.finished,
         epochs=len(epochs),
         samples=sum(epoch.samples for epoch in epochs),
@@ -63,7 +66,8 @@ def spots_document(
 
 def _fractions(epoch: EpochRecord) -> EpochFractions:
     steps = epoch.model_dump(include=set(EpochSteps.model_fields))
-    means: dict[str, Any] = {key: [getattr(spot, key) for spot in epoch.spots] for key in ("fraction", "probability")}
+    keys = ("fraction", "probability", "gradient_ratio")
+    means: dict[str, Any] = {key: [getattr(spot, key) for spot in epoch.spots] for key in keys}
     return EpochFractions(**steps, **means)
 
 
@@ -106,6 +110,7 @@ def _mean(weighted: Iterable[tuple[Number, float]]) -> Number:
 def _total(epochs: list[EpochRecord], index: int) -> SpotTotal:
     fractions = [epoch.spots[index].fraction for epoch in epochs]
     known = [fraction for fraction in fractions if fraction is not None]
+    ratios = [ratio for epoch in epochs if (ratio := epoch.spots[index].gradient_ratio)]
     last = epochs[-1].spots[index]
     return SpotTotal(
         name=plain(last.name),
@@ -116,6 +121,7 @@ def _total(epochs: list[EpochRecord], index: int) -> SpotTotal:
         min=min(known, default=None),
         max=max(known, default=None),
         probability=last.probability,
+        gradient_ratio=math.exp(fmean(map(math.log, ratios))) if ratios else None,
     )
 
 

@@ -10,6 +10,7 @@ ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells
 EPOCH_ROWS = 20
 PATHS = 10
 SATURATED = 0.995  # mean teacher-routing probability above which a router decides nothing
+WEAK, STRONG = 0.05, 20.0  # gradient ratios beyond which a loss is hardly there, or drowns the task
 STEPS = {
     "router_loss_scaled_up": "Loss × γ",
     "router_loss_scaled_down": "Loss ÷ γ",
@@ -84,11 +85,14 @@ def mixture_table(record: Mixtures) -> Sheet:
 def _overall(report: doc.SpotsDocument) -> Sheet:
     spots = report.overall
     with_policy = any(spot.probability is not None for spot in spots)
+    measured = any(spot.gradient_ratio is not None for spot in spots)
     headers = ["Spot", "Kind", "Fraction", "", "First", "Last", "Min", "Max", *["p"] * with_policy]
+    headers += ["Gradient"] * measured
     rows = [
         [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
         + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max)]
         + [fixed(spot.probability, 2)] * with_policy
+        + [DASH if spot.gradient_ratio is None else f"{spot.gradient_ratio:.2g}"] * measured
         for spot in spots
     ]
     notes = [
@@ -100,12 +104,32 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
         + "; p: mean teacher-routing probability in the last." * with_policy
         + "." * (not with_policy),
     ]
+    notes += _dose_notes(report) if measured else []
     if with_policy and all((spot.probability or 0) >= SATURATED for spot in spots):
         notes.append(
             "The router is saturated at the teacher: its prior for networks of one family does this in short runs. "
             "--set router.teacher_bias=0 --set router.lr=2e-4 lets it decide."
         )
     return Sheet("Samples distilled at each spot (%)", headers, rows, notes, text=2)
+
+
+def _dose_notes(report: doc.SpotsDocument) -> list[str]:
+    """What the gradient ratios are, and how to set a weight that is far off."""
+    notes = ["Gradient: length of the loss's gradient at the student's feature over the task's; mean of epochs."]
+    if report.balance:
+        share = f"{report.balance:g} over {len(report.overall) - 1 or 1}"
+        return [f"{notes[0][:-1]}, before it was balanced to {share} at each feature spot."]
+    for spot in report.overall:
+        ratio = spot.gradient_ratio
+        if ratio is not None and not WEAK <= ratio <= STRONG:
+            of_logits = spot.kind == "logits" and len(report.overall) > 1
+            key, cure = ("method.kl_weight", "") if of_logits else ("method.weight", "--loss-weight auto balances it, ")
+            what = "hardly acts: its" if ratio < WEAK else "drowns the task: its"
+            notes.append(
+                f"Warning: the loss at {named(spot.name)} {what} gradient is {ratio:.2g} times the task's; "
+                f"{cure}--set {key}=... sets it."
+            )
+    return notes
 
 
 def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
