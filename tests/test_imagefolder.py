@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data import imagefolder, table
-from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
-from sakd_cli.data.dataset import Split, seeded_generator
+from sakd_cli.data.augment import channel_tensor, normalise
+from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Reading, Unreadable, open_rgb
 from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.loader import EvalLoader, TrainLoader
@@ -278,37 +278,6 @@ def _dies(request: int) -> Tensor | Unreadable:
 
     os.kill(os.getpid(), signal.SIGKILL)
     return torch.zeros(1)
-
-
-# --- random resized crops
-
-
-def test_boxes_are_those_of_torchvision() -> None:
-    """The same distribution: mean and spread of each number agree within their errors."""
-    for size in ((48, 64), (20, 100)):
-        numbers = torch.rand(4000, NUMBERS, generator=seeded_generator(0, "boxes"))
-        ours = random_boxes(numbers, torch.tensor([size]).expand(4000, 2), (0.08, 1.0)).double()
-        assert ((ours[:, 0] >= 0) & (ours[:, 0] + ours[:, 2] <= size[0])).all()
-        assert ((ours[:, 1] >= 0) & (ours[:, 1] + ours[:, 3] <= size[1])).all()
-        crop, blank = v2.RandomResizedCrop(8), torch.zeros(1, *size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            drawn = [crop.make_params([blank]) for _ in range(4000)]
-        theirs = torch.tensor([[one[key] for key in ("top", "left", "height", "width")] for one in drawn]).double()
-        error = (ours.var(0) / 4000 + theirs.var(0) / 4000).sqrt().clamp(min=1e-9)
-        assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error + 1e-9).all()
-        assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.06)
-
-
-def test_a_cut_of_everything_changes_nothing_and_a_mirrored_one_is_mirrored() -> None:
-    whole = torch.randint(256, (2, 3, 12, 12), dtype=torch.uint8, generator=seeded_generator(0, "whole"))
-    size = torch.tensor([[30, 60], [12, 12]])
-    everything = torch.tensor([[0, 0, 30, 60], [0, 0, 12, 12]])
-    seen = crop_boxes(whole, everything, size, torch.tensor([False, True]), 12)
-    assert torch.equal(seen, torch.stack([whole[0], whole[1].flip(2)]))
-    corner = torch.tensor([[15, 0, 15, 30], [6, 6, 6, 6]])
-    quarters = crop_boxes(whole, corner, size, torch.tensor([False, False]), 6)
-    assert torch.equal(quarters, torch.stack([whole[0, :, 6:, :6], whole[1, :, 6:, 6:]]))
 
 
 # --- published sets

@@ -1,18 +1,24 @@
 """Odd picture files: each kind has the pixels that plain Pillow and numpy give it, or is refused by name."""
 
 import os
+import struct
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torchvision.transforms import v2
 
 from sakd_cli.data import decode
-from sakd_cli.data.decode import Reading, Unreadable, open_rgb
+from sakd_cli.data.decode import Picture, Reading, Unreadable, open_rgb, read
+from sakd_cli.data.files import ImageSpec, load_eval_image
 from sakd_cli.errors import MemoryLimitError
 
 Pixels = NDArray[Any]
@@ -170,6 +176,16 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def blank_webp(side: int) -> bytes:
+    """A lossless WebP of one colour in 34 bytes: no transform, no cache, five codes of one symbol each."""
+    bits, place = 0, 0
+    for value, width in [(side - 1, 14), (side - 1, 14), (0, 1), (0, 3), (0, 1), (0, 1), (0, 1), *[(0b001, 4)] * 5]:
+        bits |= value << place
+        place += width
+    data = b"\x2f" + bits.to_bytes(13, "little")
+    return b"RIFF" + struct.pack("<I", 26) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
+
+
 RANGE = "does not say what white is: --set data.gray_range="
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "postscript.png": (postscript, "is no picture of a known format"),
@@ -186,6 +202,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "signed.tif": (signed, "holds greys from -1000 to 1000, and " + RANGE),
     "float to 255.tif": (tiff_float(RAMP / 257), "holds greys from 0 to 255, and " + RANGE),
     "not finite.tif": (tiff_float(RAMP * np.nan), "holds values that are not finite"),
+    "blank.webp": (lambda path: path.write_bytes(blank_webp(16000)), "has 16000x16000 pixels, 256,000,000: more"),
     "large.png": (save(Image.new("1", (4000, 2600))), "has 4000x2600 pixels, 10,400,000: more than data.max_pixels"),
 }
 
@@ -229,3 +246,44 @@ def test_a_photo_of_100_megapixels_is_within_the_limit(tmp_path: Path) -> None:
     assert 11648 * 8736 > 100e6
     with (tmp_path / "photo.png").open("rb") as file:
         assert decode._identified(file, Reading()).size == (11648, 8736)
+
+
+def test_a_strip_is_cut_before_it_is_resized(tmp_path: Path) -> None:
+    """As a whole it would be 256x10,240,000 pixels."""
+    for size in ((1, 40000), (40000, 1)):
+        values = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / "strip.png")
+        seen = load_eval_image(str(tmp_path / "strip.png"), ImageSpec(224, 256, 0))
+        assert isinstance(seen, torch.Tensor)
+        left, top = ((side - min(side, 16)) // 2 for side in size)
+        middle = Image.fromarray(values).crop((left, top, left + min(size[0], 16), top + min(size[1], 16)))
+        assert torch.equal(seen, v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(middle))
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RGB.save(tmp_path / "x.png")
+    monkeypatch.setattr(decode, "LARGE", 10)
+    inside, most = [0], [0]
+
+    def look(picture: Picture) -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        inside[0] -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: read(str(tmp_path / "x.png"), Reading(), look), range(8)))
+        assert most == [1]
+        monkeypatch.setattr(decode, "LARGE", 1000)
+        list(pool.map(lambda _: read(str(tmp_path / "x.png"), Reading(), look), range(8)))
+        assert most[0] > 1
+
+
+def test_the_decoder_of_webp_is_freed_before_the_picture_is_made(tmp_path: Path) -> None:
+    RGB.save(tmp_path / "x.webp")
+    with (tmp_path / "x.webp").open("rb") as file:
+        picture = decode._identified(file, Reading())
+        decode._without_canvases(picture)
+        assert "_decoder" in picture.__dict__
+        picture.load()
+        assert not {"_decoder", "load_prepare"} & picture.__dict__.keys()

@@ -83,26 +83,10 @@ def _largest_centred(high: Tensor, wide: Tensor) -> Tensor:
     return torch.stack([((high - h) / 2).floor(), ((wide - w) / 2).floor(), h, w], dim=1)
 
 
-def crop_boxes(images: Tensor, box: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:
-    """Parts of pictures as squares of `side` pixels, for a whole batch at once: uint8 [B, 3, side, side].
-
-    images [B, 3, T, T]  uint8, each picture squeezed to one size
-    box    [B, 4]        as from `random_boxes`, in pixels of the picture as it was
-    size   [B, 2]        height and width of the picture as it was
-    flip   [B]           bool, left and right exchanged
-
-    Linear between the four nearest pixels. A part is at most T/side times larger than what is made of it: with T/side
-    = 8/7, as is usual, leaving out the low-pass changes little.
-    """
-    part = box.float() / torch.cat([size, size], dim=1)
-    centre = 2 * part[:, :2] + part[:, 2:] - 1  # of -1 .. 1
-    half = part[:, 2:]
-    nothing = torch.zeros_like(half[:, 0])
-    across = torch.where(flip, -half[:, 1], half[:, 1])
-    theta = torch.stack(
-        [torch.stack([across, nothing, centre[:, 1]], dim=1), torch.stack([nothing, half[:, 0], centre[:, 0]], dim=1)],
-        dim=1,
-    )
-    grid = functional.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
-    cropped = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return cropped.round_().clamp_(0, 255).to(torch.uint8)
+def boxes_in_copies(box: Tensor, size: Tensor, copy: Tensor) -> Tensor:
+    """The boxes [B, 4] of pictures of height and width `size` [B, 2] in copies of `copy` [B, 2], whole pixels."""
+    scale = (copy.double() / size).repeat(1, 2)
+    start = box[:, :2].double()
+    corners = (torch.cat([start, start + box[:, 2:]], dim=1) * scale).round().long()
+    first = torch.minimum(corners[:, :2], copy - 1)
+    return torch.cat([first, (corners[:, 2:] - first).clamp(min=1)], dim=1)

@@ -1,5 +1,6 @@
 """Picture files to RGB pixels, whatever their kind. No torch, so that a process that decodes starts at once."""
 
+import ctypes
 import errno
 import importlib
 import multiprocessing
@@ -7,12 +8,14 @@ import os
 import signal
 import stat
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +23,18 @@ from PIL import Image, UnidentifiedImageError
 
 from sakd_cli.errors import DataError, MemoryLimitError
 
+if sys.platform == "linux":
+    import fcntl
+
 # What is opened, by content. Never more: Pillow would start Ghostscript for PostScript.
 FORMATS = ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 EXTRA = "HEIF"  # with the extra `heic`
 MIN_FILES = 200  # below this, decoding in this process is faster
 CHUNK = 32  # files that a process gets at a time
+BLANK = 100_000  # pixels for each byte of a large file: more have no content
+LARGE = 2**25  # pixels from which pictures are decoded one at a time: 0.13 to 0.4 GB each, WebP 12 bytes a pixel
 
+Result = TypeVar("Result")
 _WIDE = {"I;16", "I;16B", "I;16L", "I;16N", "I", "F"}  # modes of one channel with more than 8 bits
 _STRETCHED = {"PPM", "JPEG2000"}  # these say what white is, and Pillow makes it 65535
 _HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -62,19 +71,133 @@ class _Refused(Exception):
     """Why a file that may be sound is not read."""
 
 
-def open_rgb(path: str, reading: Reading) -> Image.Image | Unreadable:
-    """The picture as RGB: upright, over the background, 8 bits by `gray_8bit`; of several frames the first.
+class Picture:
+    """A picture file, open; `read` makes it. size: width and height, upright, in pixels.
+
+    The pixels of a JPEG are decoded by `rgb` only, since a part of it may want fewer.
+    """
+
+    def __init__(self, path: str, file: BinaryIO, reading: Reading, turn: ExitStack) -> None:
+        self._path, self._reading, self._turn = path, reading, turn
+        with _named(path):
+            self._picture = picture = _identified(file, reading)
+            self._later = picture.format in ("JPEG", "MPO")
+            tiff = picture.format == "TIFF"  # Pillow turns it by itself, and forgets how
+            turned = _orientation(picture) if tiff else 1
+            if not self._later:
+                self._load()
+            if not tiff:
+                turned = _orientation(picture)
+        upright = _UPRIGHT if reading.orientation and not tiff else _BACK if tiff and not reading.orientation else {}
+        self._method = upright.get(turned)
+        self.size = picture.size[::-1] if self._method and turned > 4 else picture.size
+
+    def _load(self) -> None:
+        picture = self._picture
+        if picture.width * picture.height > LARGE:
+            self._turn.enter_context(_TURN.taken())
+        if picture.format == "WEBP":
+            _without_canvases(picture)
+        picture.load()
+
+    def rgb(self, shrink: float = 1) -> Image.Image:
+        """As RGB: upright, over the background, 8 bits by `gray_8bit`; of several frames the first.
+
+        shrink  a JPEG may be decoded 2, 4 or 8 times smaller in width and height, not more than this
+        """
+        with _named(self._path):
+            if self._later:
+                if shrink >= 2:
+                    width, height = self._picture.size
+                    self._picture.draft(None, (int(width / shrink), int(height / shrink)))
+                self._load()
+            rgb = _as_rgb(self._picture, self._reading)
+            return rgb if self._method is None else rgb.transpose(self._method)
+
+
+def read(path: str, reading: Reading, use: Callable[[Picture], Result]) -> Result | Unreadable:
+    """What `use` makes of a file.
 
     Raises MemoryLimitError where memory or file descriptors run out, which is no fault of the file.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), _regular(path) as file:
+        with warnings.catch_warnings(action="ignore"), ExitStack() as stack:
+            with _named(path):
+                file = stack.enter_context(_regular(path))
+            return use(Picture(path, file, reading, stack))
+    except _Refused as error:
+        return Unreadable(path, str(error))
+    except MemoryError as error:
+        raise _no_memory(path) from error
+
+
+def open_rgb(path: str, reading: Reading) -> Image.Image | Unreadable:
+    """The whole picture as RGB, as `Picture.rgb`."""
+    return read(path, reading, Picture.rgb)
+
+
+def pixel_count(path: str, reading: Reading) -> int:
+    """Width times height, from the file's header alone; 0 where it cannot be read."""
+    try:
+        with warnings.catch_warnings(action="ignore"), _named(path), _regular(path) as file:
             picture = _identified(file, reading)
-            turned = _orientation(picture) if picture.format == "TIFF" else None
-            picture.load()
-            return _turned(_as_rgb(picture, reading), picture, reading, turned)
-    except Exception as error:  # PIL raises nearly everything on damaged files, also SyntaxError and struct.error
-        return Unreadable(path, _reason(path, error))
+            return picture.width * picture.height
+    except _Refused:
+        return 0
+
+
+class _Turn:
+    """One at a time, of all threads and (Linux) of all processes forked after the import; a killed one lets go."""
+
+    def __init__(self) -> None:
+        self._threads = threading.Lock()
+        self._file = os.memfd_create("sakd-turn") if sys.platform == "linux" else None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._fresh)
+
+    def _fresh(self) -> None:
+        self._threads = threading.Lock()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for it, and give it back."""
+        with self._threads:
+            if sys.platform != "linux" or self._file is None:
+                yield
+                return
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                with suppress(AttributeError, OSError):  # glibc would keep the memory for later
+                    ctypes.CDLL(None).malloc_trim(0)
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
+_TURN = _Turn()
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the reason why the file is not read."""
+    try:
+        yield
+    except (_Refused, MemoryLimitError):
+        raise
+    except Exception as error:  # Pillow raises nearly everything on damaged files, also SyntaxError and struct.error
+        raise _Refused(_reason(path, error)) from None
+
+
+def _without_canvases(picture: Image.Image) -> None:
+    """Free the two copies of the picture that WebP's decoder keeps, as soon as it has handed out its pixels."""
+    prepare = picture.load_prepare  # type: ignore[attr-defined]
+
+    def free_first() -> None:
+        for name in ("_decoder", "load_prepare"):  # this function too: with it the picture would refer to itself
+            picture.__dict__.pop(name, None)
+        prepare()
+
+    picture.load_prepare = free_first  # type: ignore[attr-defined]
 
 
 def _regular(path: str) -> BinaryIO:
@@ -109,6 +232,8 @@ def _identified(file: BinaryIO, reading: Reading) -> Image.Image:
         raise _Refused("is no picture of a known format" if start else "is empty") from None
     if (pixels := picture.width * picture.height) > reading.max_pixels:
         raise _Refused(f"has {picture.width}x{picture.height} pixels, {pixels:,}: more than data.max_pixels")
+    if pixels > max(LARGE, BLANK * (size := os.fstat(file.fileno()).st_size)):
+        raise _Refused(f"has {picture.width}x{picture.height} pixels in {size} bytes: nothing but memory to fill")
     return picture
 
 
@@ -119,15 +244,6 @@ def _orientation(picture: Image.Image) -> int:
     except Exception:  # as above
         return 1
     return value if value in _UPRIGHT else 1
-
-
-def _turned(rgb: Image.Image, picture: Image.Image, reading: Reading, turned: int | None) -> Image.Image:
-    """Upright, or as it is stored. turned: the orientation that Pillow has carried out itself (TIFF)."""
-    if turned is not None:
-        method = None if reading.orientation else _BACK.get(turned)
-    else:
-        method = _UPRIGHT.get(_orientation(picture)) if reading.orientation else None
-    return rgb if method is None else rgb.transpose(method)
 
 
 def _as_rgb(picture: Image.Image, reading: Reading) -> Image.Image:
@@ -170,19 +286,21 @@ def gray_8bit(values: NDArray[Any], black_white: tuple[float, float] | None) -> 
 
 def _reason(path: str, error: Exception) -> str:
     """What is wrong with a file. Raises MemoryLimitError where nothing is."""
-    if isinstance(error, _Refused):
-        return str(error)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "out of memory" in str(error).lower():
-        raise MemoryLimitError(
-            f"{path}: memory ran out while it was decoded", "--set data.workers=1, or a lower data.max_pixels"
-        ) from None
+        raise _no_memory(path) from error
     if number in (errno.EMFILE, errno.ENFILE):
         raise MemoryLimitError(f"{path}: too many files are open at once to read it", "raise the limit: ulimit -n 4096")
     if number is not None:
-        return (os.strerror(number)).lower()
+        return os.strerror(number).lower()
     message = " ".join(str(error).split()).replace(path, "it")[:60]
     return f"is damaged ({message or type(error).__name__})"
+
+
+def _no_memory(path: str) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"{path}: memory ran out while it was read", "--set data.workers=1, a lower data.max_pixels"
+    )
 
 
 def decode_error(path: str, reading: Reading) -> Unreadable | None:
@@ -206,7 +324,7 @@ def find_unreadable(
     if len(paths) < MIN_FILES or number < 2:
         yield from map(decode, paths)
         return
-    context = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the children touch none

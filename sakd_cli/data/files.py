@@ -1,5 +1,6 @@
 """Images in files: decoded once and cached where they fit into memory, or read on demand by several processes."""
 
+import atexit
 import functools
 import importlib
 import multiprocessing
@@ -7,19 +8,25 @@ import os
 import signal
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sakd_cli.data.decode import Reading, Unreadable, open_rgb
-from sakd_cli.errors import DataError, MemoryLimitError
+from sakd_cli.data.augment import RATIO
+from sakd_cli.data.decode import Picture, Reading, Unreadable, read
+from sakd_cli.errors import DataError, MemoryLimitError, SakdError
 
 Result = TypeVar("Result")
+STRIP = 16  # times longer than wide, and more: a strip
+COPY = 1.1  # side of the smallest crop of a cached copy, over the side of what is made of it
+GAP = 2  # pixels that a JPEG is decoded to at the least, in width and in height, for each one that is made of them
+AHEAD = 4  # pictures for each thread that are made before they are wanted
 HINT = "sakd data check names all such files; --set data.on_bad_image=skip leaves them out"
 
 
@@ -58,7 +65,7 @@ class Files:
         self.shape = torch.Size([len(paths), 3, spec.side, spec.side])
         self.device = torch.device("cpu")
         self._plain: Tensor | None = None
-        self._full: tuple[Tensor, Tensor] | None = None
+        self._full: tuple[list[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -92,24 +99,38 @@ class Files:
             self._plain = pixels
         return pixels
 
-    def full_images(self) -> tuple[Tensor, Tensor]:
-        """All of each picture squeezed to a square, uint8 [N, 3, resize, resize]; height and width before, [N, 2]."""
-        if self._full is not None:
-            return self._full
-        side = self.spec.resize
-        pixels = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
-        sizes = torch.empty(len(self), 2, dtype=torch.int64)
+    def full_images(self, least: float) -> tuple[list[Tensor], Tensor]:
+        """Copies from which random crops are cut: uint8 [3, h, w], each; height and width of the pictures, [N, 2].
 
-        def squeezed(place: int) -> Tensor | Unreadable:
-            picture = open_rgb(self.paths[place], self.spec.reading)
-            if isinstance(picture, Unreadable):
-                return picture
-            sizes[place] = torch.tensor([picture.height, picture.width])
-            return _pixels(v2().resize(picture, [side, side], antialias=True))
+        least  the smallest share of a picture's area that is cut. A picture that has more pixels than such crops need
+               is made smaller (Lanczos), `COPY` of the crop's side for its own: of the gradients of torchvision's crops
+               95 % are left in white noise at that area, 99 % in photographs and in larger crops.
+        """
+        if self._full is None:
+            spec = self.spec
+            pixels = copy_pixels(spec, least)
 
-        _fill(pixels, squeezed)
-        self._full = pixels, sizes
+            def copied(place: int) -> tuple[Tensor, tuple[int, int]] | Unreadable:
+                return read(self.paths[place], spec.reading, lambda picture: _copy(picture, pixels))
+
+            made = list(_each(len(self), copied))
+            self._full = [copy for copy, _ in made], torch.tensor([size for _, size in made])
         return self._full
+
+
+def copy_pixels(spec: ImageSpec, least: float) -> float:
+    """Most pixels of a cached copy from which the share `least` of its area is cut."""
+    return (COPY * spec.side) ** 2 / (least * RATIO[0])
+
+
+def _copy(picture: Picture, most: float) -> tuple[Tensor, tuple[int, int]]:
+    """The picture with at most about so many pixels; its height and width before."""
+    width, height = picture.size
+    smaller = max(1.0, (width * height / most) ** 0.5)
+    rgb = picture.rgb(smaller / GAP)
+    if smaller > 1:
+        rgb = rgb.resize((max(1, round(width / smaller)), max(1, round(height / smaller))), Resampling.LANCZOS)
+    return _pixels(rgb), (height, width)
 
 
 @functools.cache
@@ -124,29 +145,34 @@ def cpu_count() -> int:
 
 
 def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
-    """Fill every row, several at a time: PIL decodes without holding the GIL."""
-
-    def store(row: int) -> Unreadable | None:
-        image = make(row)
-        if isinstance(image, Unreadable):
-            return image
+    """Fill every row."""
+    for row, image in enumerate(_each(len(stack), make)):
         stack[row] = image
-        return None
 
+
+def _each(count: int, make: Callable[[int], Result | Unreadable]) -> Iterator[Result]:
+    """What is made of 0, 1, ...; several at a time: PIL decodes without holding the GIL. DataError names a bad file."""
     v2()  # imported before the threads start
-    with ThreadPoolExecutor(min(32, cpu_count())) as pool:
-        for error in pool.map(store, range(len(stack))):
-            raise_if_unreadable(error)
+    threads = min(32, cpu_count())
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, count, AHEAD * threads):
+            for made in pool.map(make, range(first, min(count, first + AHEAD * threads))):
+                yield raise_if_unreadable(made)
 
 
 def load_eval_image(path: str, spec: ImageSpec) -> Tensor | Unreadable:
     """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
-    picture = open_rgb(path, spec.reading)
-    return picture if isinstance(picture, Unreadable) else _pixels(resize_and_center_crop(picture, spec))
+    return read(path, spec.reading, lambda picture: _pixels(resize_and_center_crop(picture.rgb(), spec)))
 
 
 def resize_and_center_crop(picture: Image, spec: ImageSpec) -> Image:
-    """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already."""
+    """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already.
+
+    Of a strip, the ends are cut off first: resized as a whole, 1x40000 pixels would take gigabytes.
+    """
+    if max(picture.size) > STRIP * min(picture.size):
+        longest = STRIP * min(picture.size)
+        picture = v2().center_crop(picture, [min(side, longest) for side in (picture.height, picture.width)])
     if min(picture.size) != spec.resize:
         picture = v2().resize(picture, [spec.resize], antialias=True)
     return v2().center_crop(picture, [spec.side, spec.side])
@@ -166,7 +192,7 @@ def raise_if_unreadable(found: Result | Unreadable) -> Result:
 
 PREFETCH = 2  # batches that each process makes before they are needed
 GRACE_SECONDS = 10
-Answer = Callable[[Any], Tensor | Unreadable]
+Answer = Callable[[Any], Tensor | Unreadable | SakdError]
 
 
 class _Requests:
@@ -185,8 +211,21 @@ class _RequestDataset(Dataset[Any]):
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
 
-    def __getitem__(self, request: Any) -> Tensor | Unreadable:
-        return self._answer(request)
+    def __getitem__(self, request: Any) -> Tensor | Unreadable | SakdError:
+        try:
+            return self._answer(request)
+        except SakdError as error:  # torch would make another of it
+            return error
+
+
+_POOLS: "weakref.WeakSet[Pool]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_pools() -> None:
+    """Before Python's own end, which would send signals that the processes wait out (`_defer_signals`)."""
+    for pool in list(_POOLS):
+        pool.close()
 
 
 class Pool:
@@ -200,6 +239,7 @@ class Pool:
         self._answer, self._workers, self._persistent, self._device = answer, workers, persistent, device
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = None
+        _POOLS.add(self)
 
     def __call__(self, requests: Iterable[Any]) -> Iterator[Tensor]:
         """The answers in their order. DataError on an unreadable file, MemoryLimitError where a process was killed."""
@@ -210,6 +250,8 @@ class Pool:
             with warnings.catch_warnings(action="ignore"):  # as below
                 answers = iter(loader)
             for answer in answers:
+                if isinstance(answer, SakdError):
+                    raise answer
                 yield raise_if_unreadable(answer)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -220,6 +262,10 @@ class Pool:
             ) from None
         # Not after a pass that was given up: its processes end with the loader, at once, and before anything is saved.
         self._loader = loader if self._persistent else None
+
+    def close(self) -> None:
+        """End the processes, if they wait for further requests."""
+        self._loader = None
 
     def _make_loader(self) -> DataLoader[Any]:
         fork = self._workers > 0 and sys.platform == "linux"

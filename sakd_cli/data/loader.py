@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch, Loader, UpperBatch
-from sakd_cli.data.augment import NUMBERS, channel_tensor, crop_boxes, normalise, random_boxes
+from sakd_cli.data.augment import NUMBERS, channel_tensor, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
 from sakd_cli.data.files import Files, Pool
-from sakd_cli.data.sources import BatchReader, BatchRequest, Views, in_memory
+from sakd_cli.data.sources import BatchReader, BatchRequest, Views, crop_copies, in_memory
 
 MAX_BYTES = 2**27  # of an evaluation batch, as float32: 10,922 images of 32 pixels, 222 of 224
 BLOCK = 64  # places of an epoch whose crop boxes are drawn together, whatever the batches are
@@ -68,7 +68,7 @@ class TrainLoader:
 
     Images in memory are on the device as uint8 (CIFAR: 154 MB, 240 MB with its border) and are cropped from a border
     there. Images in files are read by worker processes. Random resized crops of cached images are cut on the device
-    from the picture at `resize` pixels.
+    from copies that have all pixels which crops need.
 
     views   every way in which augmentation can show the images; None for files and for random resized crops
     """
@@ -83,7 +83,7 @@ class TrainLoader:
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
         self._batch_size, self._seed, self._noise_width = batch_size, seed, noise_width
         self._pool: Pool | None = None
-        self._full_images: tuple[Tensor, Tensor] | None = None
+        self._full_images: tuple[list[Tensor], Tensor] | None = None
         self.steps_per_epoch = -(-len(split) // batch_size)
 
     def __len__(self) -> int:
@@ -143,14 +143,14 @@ class TrainLoader:
     def _crop_cached(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Tensor]:
         assert self._dataset.scale is not None
         if self._full_images is None:
-            pixels, sizes = files.full_images()
-            self._full_images = pixels.to(self._device), sizes
-        pixels, sizes = self._full_images
+            copies, sizes = files.full_images(self._dataset.scale[0])
+            self._full_images = [copy.to(self._device) for copy in copies], sizes
+        copies, sizes = self._full_images
         for rows in steps:
             index = drawn.order[rows]
             box = random_boxes(self._where(drawn, rows, epoch), sizes[index], self._dataset.scale)
-            box, size, flip = (numbers.to(self._device) for numbers in (box, sizes[index], drawn.flip[rows]))
-            yield crop_boxes(pixels[index.to(self._device)], box, size, flip, files.spec.side)
+            shown = [copies[place] for place in index.tolist()]
+            yield crop_copies(shown, box, sizes[index], drawn.flip[rows], files.spec.side)
 
 
 def _crop_views(views: Views, drawn: Draws, steps: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -7,34 +7,46 @@ from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.data.augment import Scale, channel_tensor, crop_and_flip, normalise, pad, random_boxes
+from sakd_cli.data.augment import Scale, boxes_in_copies, channel_tensor, crop_and_flip, normalise, pad, random_boxes
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.decode import Unreadable, open_rgb
-from sakd_cli.data.files import Files, ImageSpec, load_eval_image, resize_and_center_crop, v2
+from sakd_cli.data.decode import Picture, Unreadable, pixel_count, read
+from sakd_cli.data.files import GAP, Files, ImageSpec, copy_pixels, load_eval_image, resize_and_center_crop, v2
 from sakd_cli.errors import UsageError
+
+SAMPLE = 256  # files whose headers say how large the others are
 
 
 def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
     """The splits, the training one first, those in files marked to be cached in memory: as configured, or by size."""
     if not isinstance(config, FilesConfig):
         return list(splits)
-    need = 3 * sum(len(split) * split.side**2 for split in splits)
+    need: float = 3 * sum(len(split) * split.side**2 for split in splits)
     if dataset.scale is not None:
-        need += 3 * len(splits[0]) * config.resized**2  # of the training images, all that crops are cut from
+        need += _copies_need(splits[0], dataset.scale[0])
     cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     files = [split.images for split in splits if isinstance(split.images, Files)]
     images = [Files(one.paths, one.spec, cached=cached, root=one.root, keys=one.keys) for one in files]
     return [replace(split, images=one) for split, one in zip(splits, images, strict=True)]
 
 
-def preload(split: Split, *, full: bool = False) -> None:
-    """Decode what is to be cached in memory, now. DataError names a bad file. full: for random resized crops."""
+def _copies_need(split: Split, least: float) -> float:
+    """Bytes of what random crops are cut from, from the headers of `SAMPLE` files."""
+    files = split.images
+    assert isinstance(files, Files)
+    some = files.paths[:: max(1, len(files) // SAMPLE)]
+    most = copy_pixels(files.spec, least)
+    return 3 * len(files) * sum(min(pixel_count(path, files.spec.reading), most) for path in some) / len(some)
+
+
+def preload(split: Split, *, scale: Scale | None = None) -> None:
+    """Decode what is to be cached in memory, now. DataError names a bad file. scale: of random resized crops."""
     if isinstance(split.images, Files) and split.images.cached:
-        if full:
-            split.images.full_images()
+        if scale is not None:
+            split.images.full_images(scale[0])
         else:
             split.images.read()
 
@@ -103,6 +115,22 @@ def in_memory(split: Split) -> bool:
     return isinstance(split.images, Tensor) or split.images.cached
 
 
+def crop_copies(copies: Sequence[Tensor], box: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:
+    """Parts of pictures as squares of `side` pixels, uint8 [B, 3, side, side], as torchvision's resized_crop.
+
+    copies  B of [3, h, w]  the pictures, or copies of them with fewer pixels, on any device
+    box     [B, 4]          as from `random_boxes`, in pixels of the pictures
+    size    [B, 2]          height and width of the pictures
+    flip    [B]             bool, left and right exchanged
+    """
+    box = boxes_in_copies(box, size, torch.tensor([copy.shape[1:] for copy in copies]))
+    shown = []
+    for copy, where, mirrored in zip(copies, box.tolist(), flip.tolist(), strict=True):
+        cut = v2().resized_crop(copy, *where, size=[side, side], antialias=True)
+        shown.append(cut.flip(2) if mirrored else cut)
+    return torch.stack(shown)
+
+
 class BatchRequest(NamedTuple):
     """A batch to read; `flip` [B]: whether to mirror.
 
@@ -135,15 +163,21 @@ class BatchReader:
         return torch.stack(images)
 
     def _crop(self, path: str, where: NDArray[Any]) -> Tensor | Unreadable:
-        picture = open_rgb(path, self.spec.reading)
-        if isinstance(picture, Unreadable):
-            return picture
-        side = [self.spec.side, self.spec.side]
         if self.scale is None:
-            top, left = map(int, where)
-            shown = v2().crop(v2().pad(resize_and_center_crop(picture, self.spec), [self.padding]), top, left, *side)
-        else:
-            size = torch.tensor([[picture.height, picture.width]])
-            box = random_boxes(torch.from_numpy(where)[None], size, self.scale)[0].tolist()
-            shown = v2().resized_crop(picture, *box, size=side, antialias=True)
-        return v2().pil_to_tensor(shown)
+            return read(path, self.spec.reading, lambda picture: self._from_border(picture.rgb(), where))
+        return read(path, self.spec.reading, lambda picture: self._random_box(picture, where))
+
+    def _from_border(self, picture: Image, where: NDArray[Any]) -> Tensor:
+        top, left = map(int, where)
+        padded = v2().pad(resize_and_center_crop(picture, self.spec), [self.padding])
+        return v2().pil_to_tensor(v2().crop(padded, top, left, self.spec.side, self.spec.side))
+
+    def _random_box(self, picture: Picture, where: NDArray[Any]) -> Tensor:
+        assert self.scale is not None
+        size = torch.tensor([picture.size[::-1]])
+        box = random_boxes(torch.from_numpy(where)[None], size, self.scale)
+        rgb = picture.rgb(float(box[0, 2:].min()) / (GAP * self.spec.side))
+        if rgb.size != picture.size:
+            box = boxes_in_copies(box, size, torch.tensor([rgb.size[::-1]]))
+        side = [self.spec.side, self.spec.side]
+        return v2().pil_to_tensor(v2().resized_crop(rgb, *box[0].tolist(), size=side, antialias=True))

@@ -53,7 +53,7 @@ class Images:
 
     def preload(self) -> None:
         """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
-        preload(self.train, full=self.dataset.scale is not None)
+        preload(self.train, scale=self.dataset.scale)
         for split in (self.held_out, self.calibration, self.dataset.test):
             if split is not None:
                 preload(split)
