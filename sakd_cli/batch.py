@@ -42,6 +42,10 @@ class Batch:
         """Samples of the global batch."""
         return len(self.labels) if self.global_size is None else self.global_size
 
+    def tensors(self) -> list[Tensor]:
+        """All of its own, without what was computed before."""
+        return [x for x in (getattr(self, field.name) for field in fields(self)) if isinstance(x, Tensor)]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor [B, ...] changed, those of a batch in it too."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -120,7 +120,7 @@ def same_as_eager(method: str, backend: str, tolerance: float) -> None:
     torch._dynamo.reset()
     counters.clear()
     task, eager = make(method, compile=True), make(method, compile=True)
-    task.compile(fullgraph=True, dynamic=False, backend=backend) if backend else compile_task(task, torch.device("cpu"))
+    compile_task(task, backend=backend)
     ours, theirs = optimizer(task), optimizer(eager)
     for _ in range(2):
         for size in (8, 8, 3):
@@ -129,11 +129,12 @@ def same_as_eager(method: str, backend: str, tolerance: float) -> None:
             torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0.0)
             ours.step(loss)
             theirs.step(expected)
-        assert counters["stats"]["unique_graphs"] == 2
+        assert counters["stats"]["unique_graphs"] == 2 * len(task.regions)
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
 def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers() -> None:
     same_as_eager("fitnet", "aot_eager", 1e-6)
 
@@ -141,7 +142,7 @@ def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers() -> Non
 @pytest.mark.battery
 @pytest.mark.parametrize("method", ["fitnet", "crd"])
 def test_a_step_compiled_for_this_machine_has_eager_numbers(method: str) -> None:
-    same_as_eager(method, "", 1e-3)
+    same_as_eager(method, "inductor", 1e-3)
 
 
 def test_a_run_says_how_it_computes(cli: CliRunner, pretrained: Any) -> None:

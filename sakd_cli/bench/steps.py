@@ -155,7 +155,7 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
         there += task.teacher_features.network.state_dict().values()
     counted = count(call, there)
     if mode.compiled:
-        compile_task(task, setup.device, graphed=mode.graphed)
+        compile_task(task)
     if isinstance(task, DistillTask) and mode.ahead > 1:
         look = compile_forward(task.precompute) if mode.compiled else task.precompute
         batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)

@@ -1,5 +1,6 @@
 """The device a run works on, in which way, and what is worth knowing about the machine."""
 
+import copy
 import ctypes
 import os
 import platform
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from sakd_cli import __version__, distributed, torchrun
 from sakd_cli.config.training import Runtime
+from sakd_cli.engine.task import Task
 from sakd_cli.errors import MemoryLimitError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -55,6 +57,20 @@ class Mode(NamedTuple):
         return torch.autocast(
             device.type, self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
         )
+
+    def frozen(self, network: Module) -> Module:
+        """A frozen network for use inside of `networks`: autocast would convert its weights anew in every pass.
+
+        The same bits; itself where there is nothing to convert. Not for layers of others' that use their weights in
+        another way than PyTorch's own do.
+        """
+        if self.autocast_dtype is None:
+            return network
+        converted = copy.deepcopy(network)
+        for layer in converted.modules():
+            if type(layer) in (nn.Conv2d, nn.Linear):
+                layer.to(self.autocast_dtype)
+        return converted
 
     def to_memory_format(self, module: Module) -> Module:
         """The same module with its weights in the layout of this mode; who shares them must be made afterwards."""
@@ -94,10 +110,10 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compile_task(task: nn.Module, device: torch.device, *, graphed: bool = False) -> None:
-    """Compile a task in place, as one graph for each batch size; `graphed`: the step becomes a CUDA graph anyway."""
-    launches_at_once = device.type == "cuda" and not graphed
-    task.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if launches_at_once else None)
+def compile_task(task: Task, backend: str = "inductor") -> None:
+    """Compile the regions of a task in place, each as one graph for each batch size."""
+    for name in task.regions:
+        setattr(task, name, torch.compile(getattr(task, name), fullgraph=True, dynamic=False, backend=backend))
 
 
 def compile_forward(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:

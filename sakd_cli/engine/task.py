@@ -51,6 +51,8 @@ class Task(nn.Module, ABC):
 
     network: nn.Module
     """What the task delivers."""
+    regions: tuple[str, ...] = ("forward",)
+    """Names of the methods that are compiled, each as one graph."""
     has_unused_parameters: bool = False
     """Whether some parameters of its groups get no gradient."""
 

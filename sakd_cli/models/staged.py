@@ -120,6 +120,10 @@ class Features(NamedTuple):
         raw = tuple(map(change, self.raw))
         return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks, raw)
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.stages, self.logits, *self.preactivations, *(x for maps in self.blocks for x in maps), *self.raw]
+
     def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
         """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
         none, last = self.logits.new_empty(0), len(self.stages) - 1

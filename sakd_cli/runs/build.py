@@ -174,13 +174,14 @@ def assemble(
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
-        runs = frozen_view(mode.to_memory_format(method.network)).run, teacher.run
+        frozen = mode.frozen(teacher)
+        runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
     published = learned or LearnedConfig(name="none")
     lr = initial_lr(config, config.student)
     task = DistillTask(
         method.network,
-        PlainPass(teacher, method.want),
+        PlainPass(frozen, method.want),
         method,
         router,
         graft,

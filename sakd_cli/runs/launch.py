@@ -218,7 +218,7 @@ def _made_ready(job: Job) -> None:
     if job.mode.compiled:
         torchrun.require_single_process("--compile")
         check_compiler(job.device)
-        compile_task(job.task, job.device, graphed=job.mode.graphed)
+        compile_task(job.task)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:

@@ -3,10 +3,10 @@
 Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
 from sakd_cli.engine.runtime import Mode, to_fp32
+from sakd_cli.engine.streams import Fork
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
@@ -82,6 +83,7 @@ class DistillTask(Task):
     """
 
     network: StagedModel
+    regions = ("learn", "decide", "objective", "route")
 
     def __init__(
         self,
@@ -104,11 +106,7 @@ class DistillTask(Task):
         self.router, self.graft = router, graft
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
         self.noise_width = router.noise_width
-        # Only what is compared is widened to fp32: a cast of a whole batch's maps is a launch and their bytes.
-        places, want = {spot.student for spot in self.spots[:-1]}, distillers.student_want
-        self._compared: Callable[[Features], Features] = partial(
-            Features.only, stages=places, preactivations=places if want == "preactivations" else (), blocks=()
-        )
+        self._fork = Fork(enabled=self.mode.graphed)
 
     def groups(self) -> list[ParamGroup]:
         learners = [self.network, self.feature_distiller, self.logit_distiller]
@@ -127,48 +125,80 @@ class DistillTask(Task):
     def precompute(self, images: Tensor) -> Features:
         """What a step reads of the teacher's plain pass over these images, for `Batch.precomputed`, and no more."""
         assert isinstance(self.teacher_features, PlainPass)
-        compared = {spot.teacher for spot in self.spots[:-1]}
-        want = self.distillers.want
-        stages = compared
-        if want != "stages":
-            stages = {self.spots[0].teacher} if self.graft is not None else set()
         with self.mode.networks(images.device):
-            whole = self.teacher_features.network.features(images, want)
-        return whole.only(stages, compared if want == "preactivations" else (), compared if want == "blocks" else ())
+            whole = self.teacher_features.network.features(images, self.distillers.want)
+        first = {self.spots[0].teacher} if self.graft is not None else set()
+        return self._compared(whole, "teacher", self.distillers.want, first)
+
+    def _compared(
+        self, features: Features, side: Literal["teacher", "student"], want: Want, more: Collection[int] = ()
+    ) -> Features:
+        """What the distillers read of one network's features, and stages `more`: whatever is kept costs its bytes."""
+        places = {getattr(spot, side) for spot in self.spots[:-1]}
+        return features.only(
+            {*more, *(places if want == "stages" else ())},
+            places if want == "preactivations" else (),
+            places if want == "blocks" else (),
+        )
 
     def forward(self, batch: Batch) -> StepOutput:
+        device = batch.images.device
+        with self.mode.networks(device), torch.no_grad():
+            seen = self.teacher_features(batch)
+            offset = None if self.offset is None else to_fp32(self.offset(batch.images))
+        student, ce = self.learn(batch, offset)
+        embedding = to_fp32(seen.embedding)
+        decision = self.decide(embedding, student.embedding.detach(), batch.noise)
+        # Independent of the student's losses and of both backward passes of theirs.
+        alone = ce.detach()
+        gates = [decision.gate] if decision.gate is not None else []
+        with self._fork.beside([*batch.tensors(), *seen.tensors(), *gates, alone]):
+            routing_loss, events = self.route(batch, seen, alone, decision.gate, offset)
+        loss, parts = self.objective(batch, student, seen, ce, decision.weight)
+        self._fork.join([routing_loss, *events.values()])
+        parts |= {"router": routing_loss.detach()} if events else {}
+        use = SpotUse(decision.weight, decision.probability, events, self.doses.lengths)
+        return StepOutput(loss + routing_loss, student.logits, parts, use)
+
+    def learn(self, batch: Batch, offset: Tensor | None) -> tuple[Features, Tensor]:
+        """The student's features with gradient, and its cross-entropy."""
         with self.mode.networks(batch.images.device):
-            with torch.no_grad():
-                teacher = self.teacher_features(batch).map(to_fp32)
-                offset = None if self.offset is None else to_fp32(self.offset(batch.images))
             marks: dict[int, Tensor] = {}
-            student = self.student_features(batch.images, mark=partial(self.doses.mark, marks))
-            student = self.doses.compared(self._compared(student), marks).map(to_fp32)
+            whole = self.student_features(batch.images, mark=partial(self.doses.mark, marks))
+            seen = self._compared(whole, "student", self.distillers.student_want)
+            student = self.doses.compared(seen, marks).map(to_fp32)
         if offset is not None:
             student = student._replace(logits=offset + student.logits)
-        decision = self.router(teacher.embedding, student.embedding.detach(), batch.noise)
+        last = self.spots[-1].student
+        logits = self.doses.mark(marks, last, student.logits)
+        student = student._replace(logits=self.doses.compare(marks, last, logits))
+        return student, F.cross_entropy(logits, batch.labels)
+
+    def decide(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        """Where each sample is distilled, from the pooled vectors of both networks."""
+        decision = self.router(teacher, student, noise)
         if not isinstance(decision, Decision):
             raise UsageError(
                 f"{type(self.router).__name__}.forward: must return a Decision, not a {type(decision).__name__}", GUIDE
             )
-        shape = len(self.spots), len(batch.labels)
+        shape = len(self.spots), len(student)
         _require(self.router, "the weight of its Decision [spots, N]", decision.weight, shape)
-        logits = self.doses.mark(marks, self.spots[-1].student, student.logits)
-        ce = F.cross_entropy(logits, batch.labels)
-        student = student._replace(logits=self.doses.compare(marks, self.spots[-1].student, logits))
-        logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, decision.weight[-1:], batch)
+        return decision
+
+    def objective(
+        self, batch: Batch, student: Features, seen: Features, ce: Tensor, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's loss and its terms for the log."""
+        teacher = self._compared(seen, "teacher", self.distillers.want).map(to_fp32)
+        logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, weight[-1:], batch)
         parts = {"ce": ce, "logit": logit}
         loss = self.factors.ce * ce + logit
         if self.feature_distiller is not None:
-            weight = decision.weight[:-1]
-            feature = self.factors.feature * self._matched(self.feature_distiller, student, teacher, weight, batch)
-            parts["feature"] = feature
-            loss = loss + feature
+            matched = self._matched(self.feature_distiller, student, teacher, weight[:-1], batch)
+            parts["feature"] = self.factors.feature * matched
+            loss = loss + parts["feature"]
         parts["loss"] = loss
-        routing_loss, events = self._route(batch, teacher, ce, decision, offset)
-        parts |= {"router": routing_loss} if events else {}
-        use = SpotUse(decision.weight, decision.probability, events, self.doses.lengths)
-        return StepOutput(loss + routing_loss, logits, {name: part.detach() for name, part in parts.items()}, use)
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     def _matched(
         self, distiller: Distiller, student: Features, teacher: Features, weight: Tensor, batch: Batch
@@ -184,21 +214,21 @@ class DistillTask(Task):
         _require(distiller, "what it returns, a loss per spot [spots],", losses, (len(distiller.spots),))
         return losses.sum()
 
-    def _route(
-        self, batch: Batch, teacher: Features, ce: Tensor, decision: Decision, offset: Tensor | None
+    def route(
+        self, batch: Batch, teacher: Features, ce: Tensor, gate: Tensor | None, offset: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The router's loss and what happened in it; nothing where the router does not learn."""
-        if self.graft is None or decision.gate is None:
+        if self.graft is None or gate is None:
             return torch.zeros_like(ce), {}
         with self.mode.networks(batch.images.device):
-            routed = to_fp32(self.graft(batch.images, teacher, decision.gate))
+            routed = to_fp32(self.graft(batch.images, teacher, gate))
         if offset is not None:  # as far as the routed pass ends in the student's head
-            routed = routed + (1 - decision.gate[:, -1:]) * offset
+            routed = routed + (1 - gate[:, -1:]) * offset
         result = router_loss(
             routed,
             batch,
             ce,
-            decision.gate,
+            gate,
             gamma=self.factors.gamma,
             min_teacher_fraction=self.factors.min_teacher_fraction,
         )
