@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,14 +106,36 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_guards: dict[Path, Callable[[], None]] = {}
+
+
+@contextmanager
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile `check` is called before anything below `folder` is written; it raises where that must not be."""
+    _guards[folder.absolute()] = check
+    try:
+        yield
+    finally:
+        _guards.pop(folder.absolute(), None)
+
+
+def verify(path: Path) -> None:
+    """Raise where a folder above `path` is guarded and is no longer what it was."""
+    for folder, check in list(_guards.items()):
+        if path.absolute().is_relative_to(folder):
+            check()
+
+
 def write_aside(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: aside, flushed to the disk, then renamed over the old one."""
     aside = path.with_name(f".{path.name}.tmp")
+    verify(path)
     try:
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        verify(path)
         aside.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -152,18 +174,33 @@ def yaml_bytes(content: Any) -> bytes:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot."""
-    aside = folder.with_name(f".{folder.name}.new")
+    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot.
+
+    The old one is renamed before and removed after; killed between the two renames, the next call puts it back.
+    """
+    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
     try:
+        if old.is_dir() and not folder.exists():
+            old.replace(folder)
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)
+        flush_folder(aside)
+        if folder.exists():
+            folder.replace(old)
+        try:
+            aside.replace(folder)
+        except OSError:
+            old.replace(folder)
+            raise
+        flush_folder(folder.parent)
     except OSError as error:
         raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -37,6 +37,8 @@ class RunDir:
         self.path = path
         self.silent = silent
         self.fingerprint: dict[str, Any] = {}
+        self._handle: int | None = None  # of the folder, while it is locked
+        self._identity: str | None = None
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @classmethod
@@ -82,17 +84,37 @@ class RunDir:
             raise RunInUseError(f"{self.path}: in use by {name}") from None
         except OSError as error:
             raise DiskError(f"{self.path}: cannot be locked: {error.strerror}") from None
+        self._handle = os.open(self.path, os.O_RDONLY)
         try:
-            files.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
-            yield
+            with files.guarded(self.path, self._require_same):
+                files.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
+                yield
         finally:
-            with suppress(OSError):
+            with suppress(OSError, RunInUseError):
+                self._require_same()
                 holder.unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
             lock.release()
 
+    def _require_same(self) -> None:
+        """RunInUseError where the folder at this path is no longer the one that was locked, or holds another run."""
+        assert self._handle is not None
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._handle))
+        except OSError:
+            same = False
+        if not same or (self._identity is not None and self._read_identity() != self._identity):
+            raise RunInUseError(
+                f"{self.path}: is another folder or run than the one that this process trains; nothing more is written",
+                hint="what was saved resumes where it lies now",
+            )
+
     def clear(self) -> None:
-        """Remove all that a run wrote; keep the folder and its lock."""
-        for path in self.path.iterdir():
+        """Remove all that a run wrote, what says that it is one first; keep the folder and its lock."""
+        files.verify(self.path)
+        self._identity = None
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name not in (SUMMARY, "config.yaml")):
             if path.name not in (".lock", ".holder"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -110,11 +132,15 @@ class RunDir:
     @property
     def identity(self) -> str | None:
         """What tells this run from every other, also of the same settings; None for a folder that never was one."""
+        if self._identity is None:
+            self._identity = self._read_identity()
+        return self._identity
+
+    def _read_identity(self) -> str | None:
         try:
-            name = json.loads((self.path / "env.json").read_bytes())["id"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return str(files.read_json(self.path / "env.json")["id"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return str(name)
 
     @property
     def extended(self) -> list[int]:
@@ -160,14 +186,21 @@ class RunDir:
         if self.silent:
             return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        files.verify(self.path / name)
         try:
-            with (self.path / name).open("ab+") as file:
+            with open(self.path / name, "ab+", opener=self._opened) as file:
                 torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write(b"\n" * torn + line)
         except OSError as error:
             raise files.disk_error(self.path / name, error, len(line)) from None
         for listener in self.listeners:
             listener(name, record)
+
+    def _opened(self, path: str, flags: int) -> int:
+        """A file below the folder that was locked, wherever that lies now."""
+        if self._handle is None:
+            return os.open(path, flags, 0o666)
+        return os.open(os.path.basename(path), flags, 0o666, dir_fd=self._handle)
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of every JSON-lines file, after they were flushed to the disk."""
@@ -183,6 +216,7 @@ class RunDir:
 
     def cut_logs(self, sizes: dict[str, int]) -> None:
         """Take back the lines that were written after `log_sizes` gave these sizes."""
+        files.verify(self.path)
         for path in self.path.glob("*.jsonl") if not self.silent else ():
             if path.stat().st_size > sizes.get(path.name, 0):
                 os.truncate(path, sizes.get(path.name, 0))

@@ -1,13 +1,19 @@
 """A run goes on with what it began with, or says what is another now: settings, length, teacher."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 from conftest import CliRunner
 from safetensors.torch import load_file
+
+from sakd_cli import files
+from sakd_cli.errors import RunInUseError
+from sakd_cli.rundir import RunDir
 
 TINY = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40", "--batch-size", "20"]
 RUN = ["distill", "--teacher", "./t", "--student", "resnet8", *TINY, "-q"]
@@ -130,3 +136,81 @@ def test_a_teacher_that_has_moved_is_taken_if_it_is_the_same(runs: CliRunner) ->
         assert "is not the teacher this run began with" in runs.sakd(*other).err
     finally:
         (runs.path / "elsewhere").rename(runs.path / "t")
+
+
+def test_a_finished_run_counts_and_its_unfinished_double_is_named(runs: CliRunner) -> None:
+    run = runs.path / "again"
+    shutil.copytree(runs.path / "short", run)
+    (run / "summary.json").unlink()
+    alone = runs.sakd("compare", "short", "long", "--json").document
+    document = runs.sakd("compare", "short", "again", "long", "--json").document
+    assert [group["top1"] for group in document["groups"]] == [group["top1"] for group in alone["groups"]]
+    assert document["comparisons"][0]["difference"] == alone["comparisons"][0]["difference"]
+    assert "counts once: short, not again (not finished)" in " ".join(
+        runs.sakd("compare", "short", "again").out.split()
+    )
+
+
+@pytest.mark.parametrize("moment", ["aside", "in"])
+def test_a_folder_is_whole_whenever_its_replacement_is_killed(tmp_path: Path, moment: str) -> None:
+    """Whichever of the two renames is the last, one of both is there, and the next call leaves nothing aside."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "content").write_text("old")
+    renames = []
+
+    def killed(path: Path, target: Path) -> Path:
+        renames.append(path)
+        if len(renames) == {"aside": 1, "in": 3}[moment]:
+            raise KeyboardInterrupt
+        os.rename(path, target)
+        return target
+
+    with (
+        mock.patch.object(Path, "replace", killed),
+        pytest.raises(KeyboardInterrupt),
+        files.whole_folder(folder) as new,
+    ):
+        (new / "content").write_text("new")
+        if moment == "in":
+            files.write_aside(new / "more", b"")
+    there = [path for path in (folder, tmp_path / ".export.old") if path.is_dir()]
+    assert [(path / "content").read_text() for path in there] == ["old"]
+    with files.whole_folder(folder) as new:
+        assert (folder / "content").read_text() == "old", "the old one is back before anything is written"
+        (new / "content").write_text("newer")
+    assert (folder / "content").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_nothing_is_written_where_another_folder_or_run_lies_now(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "run", tmp_path / "moved"
+    path.mkdir()
+    run = RunDir(path)
+    with run.locked():
+        files.write_json(path / "env.json", {"id": "first"})
+        assert run.identity == "first"
+        run.append("metrics.jsonl", {"a": 1})
+        path.rename(elsewhere)
+        path.mkdir()
+        for write in (
+            lambda: run.append("metrics.jsonl", {"a": 2}),
+            lambda: files.write_aside(path / "summary.json", b"{}"),
+            lambda: run.cut_logs({}),
+            run.clear,
+        ):
+            with pytest.raises(RunInUseError, match="another folder or run"):
+                write()
+        assert list(path.iterdir()) == []
+    assert (elsewhere / "metrics.jsonl").read_text() == '{"a": 1}\n'
+    path.rmdir()
+    elsewhere.rename(path)
+    with RunDir(path).locked():
+        (path / "env.json").unlink()
+    again = RunDir(path)
+    with again.locked():
+        files.write_json(path / "env.json", {"id": "second"})
+        assert again.identity == "second"
+        (path / "env.json").write_text('{"id": "third"}')
+        with pytest.raises(RunInUseError):
+            again.append("metrics.jsonl", {"a": 3})

@@ -96,6 +96,24 @@ class Comparison(Document):
     groups: list[SeedGroup]
     comparisons: list[Versus]
 
+    @property
+    def counted(self) -> list[RunRow]:
+        """The runs that count: of several of a group and seed the last finished one, or the last."""
+        found = {(run.group, run.seed): run for run in sorted(self.runs, key=lambda run: run.finished)}
+        return [run for run in self.runs if found[run.group, run.seed] is run]
+
+    @property
+    def doubles(self) -> list[str]:
+        """A sentence for each run that does not count, since another one has its seed."""
+        counted = {(run.group, run.seed): run for run in self.counted}
+        pairs = [(run, counted[run.group, run.seed]) for run in self.runs]
+        return [
+            f"Seed {other.seed} of {self.groups[run.group].label} counts once: {other.run}, not {run.run}"
+            f"{' (not finished)' * (not run.finished)}."
+            for run, other in pairs
+            if run is not other
+        ]
+
 
 class Report(Document):
     """`sakd report RUN --json`: the files that were written, the page first, and the titles of its sections."""

@@ -47,6 +47,7 @@ def write(
 ) -> None:
     """Write checkpoint `folder`; `save_model` writes the network's file. `keep`: the old one becomes `previous`."""
     staging = folder.with_name(f"{folder.name}.new")
+    files.verify(folder)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -58,6 +59,7 @@ def write(
         names = sorted(path.name for path in staging.iterdir())
         files.write_json(staging / MANIFEST, {name: files.sha256(staging / name) for name in names})
         files.flush_folder(staging)
+        files.verify(folder)
         if folder.exists():
             previous = folder.with_name("previous")
             shutil.rmtree(previous if keep else folder, ignore_errors=True)
@@ -140,6 +142,7 @@ def _require_run(run: str | None, loaded: Checkpoint) -> Checkpoint:
 
 def discard(folder: Path) -> None:
     """Remove the checkpoints of one phase."""
+    files.verify(folder)
     for name in ("last", "last.new", "previous", "best", "best.new"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

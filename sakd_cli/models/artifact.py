@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.networks import TRUST, factories
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
-from sakd_cli.files import check_header, disk_error, parse_json, sha256, write_aside, write_json
+from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
@@ -62,6 +62,7 @@ def save_module(path: Path, form: str, module: nn.Module, card: str) -> None:
 
 def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
     """Write the deployable folder; `facts` are further entries of its config.json (figures, the teacher's hash)."""
+    verify(folder)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

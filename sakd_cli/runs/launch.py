@@ -143,6 +143,7 @@ def launch(
     with run.locked(), tensorboard.log_to_tensorboard(run, job.config.log):
         if distributed.is_main_process():
             _begin(job, run, plan, images)
+            assert run.identity is not None, "from here on nothing is written where another run lies"
         distributed.barrier()
         run.fingerprint = fingerprint(job.config, run.path / FILE)
         try:

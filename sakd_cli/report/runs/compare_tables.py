@@ -31,6 +31,7 @@ def comparison_tables(document: Comparison) -> list[RenderableType]:
 def _groups(document: Comparison) -> Sheet:
     teacher = _teacher_top1(document)
     notes = [] if teacher is None else [f"Teacher: top-1 {fixed(teacher, 2)} %."]
+    notes += [plain(text) for text in document.doubles]
     notes += [versus.text for versus in document.comparisons]
     if (tested := sum(versus.p is not None for versus in document.comparisons)) > 1:
         notes.append(f"Paired t-tests, not corrected for being {tested}.")
@@ -134,7 +135,7 @@ def _teacher_top1(document: Comparison) -> float | None:
 
 def _by_epoch(document: Comparison, group: int, key: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
-    for point in (point for run in document.runs if run.group == group for point in run.curve):
+    for point in (point for run in document.counted if run.group == group for point in run.curve):
         if (value := getattr(point, key)) is not None:
             found.setdefault(point.epoch, []).append(value)
     return dict(sorted(found.items()))

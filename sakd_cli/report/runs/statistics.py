@@ -29,9 +29,9 @@ def critical(freedom: float, level: float = LEVEL) -> float:
 
 
 def by_seed(runs: Iterable[RunRow | SweepRun], metric: str = "top1") -> dict[int, float]:
-    """That metric of every finished run by its seed, which counts once: the same seed gives the same bits."""
-    found = {run.seed: getattr(run, metric) for run in runs}
-    return {seed: value for seed, value in found.items() if seed is not None and value is not None}
+    """That metric of every finished run by its seed, which counts once: of several the last finished one."""
+    found = [(run.seed, getattr(run, metric)) for run in runs]
+    return {seed: value for seed, value in found if seed is not None and value is not None}
 
 
 def seed_statistics(values: Collection[float]) -> SeedStatistics | None:
