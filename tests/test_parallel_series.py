@@ -64,7 +64,7 @@ def together(
     ready = {name: f"DONE = {str(done[name])!r}\n{program}" for name, program in zip(names, programs, strict=True)}
 
     def start(command: Sequence[str], **where: Any) -> Any:
-        [name] = [name for name in names if f"{name.replace(' ', '-')}.yaml" in str(command)]
+        [name] = [name for name in names if f"{name.replace(' ', '-')}-" in str(command)]
         return POPEN([sys.executable, "-c", ready[name]], **where)
 
     monkeypatch.setattr("sakd_cli.sweep.executor.subprocess.Popen", start)

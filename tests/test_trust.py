@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -12,8 +13,12 @@ from conftest import CliRunner
 from safetensors.torch import load_file
 
 from sakd_cli import files
-from sakd_cli.errors import RunInUseError
+from sakd_cli.config.grid import Member, Role
+from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.errors import RunInUseError, SeriesError
 from sakd_cli.rundir import RunDir
+from sakd_cli.sweep.executor import Ended, Executor, Job
+from sakd_cli.sweep.scheduler import Scheduler, State
 
 TINY = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40", "--batch-size", "20"]
 RUN = ["distill", "--teacher", "./t", "--student", "resnet8", *TINY, "-q"]
@@ -161,19 +166,18 @@ def test_a_folder_is_whole_whenever_its_replacement_is_killed(tmp_path: Path, mo
 
     def killed(path: Path, target: Path) -> Path:
         renames.append(path)
-        if len(renames) == {"aside": 1, "in": 3}[moment]:
+        if len(renames) == {"aside": 2, "in": 3}[moment]:
             raise KeyboardInterrupt
         os.rename(path, target)
         return target
 
-    with (
-        mock.patch.object(Path, "replace", killed),
-        pytest.raises(KeyboardInterrupt),
-        files.whole_folder(folder) as new,
-    ):
-        (new / "content").write_text("new")
-        if moment == "in":
+    def replace() -> None:
+        with files.whole_folder(folder) as new:
+            (new / "content").write_text("new")
             files.write_aside(new / "more", b"")
+
+    with mock.patch.object(Path, "replace", killed), pytest.raises(KeyboardInterrupt):
+        replace()
     there = [path for path in (folder, tmp_path / ".export.old") if path.is_dir()]
     assert [(path / "content").read_text() for path in there] == ["old"]
     with files.whole_folder(folder) as new:
@@ -214,3 +218,64 @@ def test_nothing_is_written_where_another_folder_or_run_lies_now(tmp_path: Path)
         (path / "env.json").write_text('{"id": "third"}')
         with pytest.raises(RunInUseError):
             again.append("metrics.jsonl", {"a": 3})
+
+
+class Remembering(Executor):
+    """Takes every job; `end` makes the one of that key end."""
+
+    def __init__(self) -> None:
+        self.jobs, self.over = dict[str, Job](), list[Ended]()
+
+    def about(self) -> str:
+        return "nowhere"
+
+    def room(self) -> int:
+        return 9
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self.jobs |= {job.key: job for job in jobs}
+
+    def ended(self) -> list[Ended]:
+        over, self.over = self.over, []
+        return over
+
+
+def a_sweep(folder: Path) -> Scheduler:
+    """Of two teachers whose paths differ in what no file's name would show."""
+    layers = [ConfigSource("", {"teacher": {"sha256": "0" * 64}, "student": "resnet8"})]
+    keys = ["fitnet always ./教师:resnet8 seed 0", "fitnet always ./老师:resnet8 seed 0"]
+    members = []
+    for seed, key in enumerate(keys):
+        own = ConfigSource("", {"seed": seed, "teacher": {"source": f"t{seed}"}})
+        config = resolve("distill", [*layers, own]).config
+        members.append(Member(key, Role.student, config, ("./t", "resnet8")))
+    scheduler = Scheduler(members, folder, folder / "sweeps")
+    for name in ("jobs", "failed"):
+        (folder / "sweeps" / name).mkdir(parents=True, exist_ok=True)
+    return scheduler
+
+
+def test_runs_of_a_sweep_have_files_of_their_own_and_one_sweep_at_a_time_trains_each(tmp_path: Path) -> None:
+    first, second = a_sweep(tmp_path), a_sweep(tmp_path)
+    taking, idle = Remembering(), Remembering()
+    first._start(taking)
+    second._start(idle)
+    assert len({job.log for job in taking.jobs.values()}) == 2, "no two keys share a file"
+    assert idle.jobs == {}, "what another sweep trains is not trained twice"
+    bad, _ = taking.jobs
+    taking.over = [Ended(bad, 3)]
+    first._collect(taking, interrupted=False)
+    for entry in second.entries.values():
+        entry.not_before = 0.0
+    second._start(idle)
+    assert [entry.state for entry in second.entries.values()] == [State.failed, State.waiting], "nor what failed there"
+
+
+def test_a_run_that_ends_well_and_leaves_nothing_fails_the_sweep(tmp_path: Path) -> None:
+    scheduler, executor = a_sweep(tmp_path), Remembering()
+    scheduler._start(executor)
+    executor.over = [Ended(key, code) for key, code in zip(executor.jobs, (0, 3), strict=True)]
+    scheduler._collect(executor, interrupted=False)
+    with pytest.raises(SeriesError, match="left no finished run") as caught:
+        scheduler.check("")
+    assert caught.value.exit_code == 1

@@ -94,8 +94,7 @@ def _impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
         member = entry.member
         if entry.state is State.done or member.pair is None or not isinstance(member.config, DistillConfig):
             continue
-        if member.teacher is not None:
-            cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
+        cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
     if not cells:
         return {}
     from sakd_cli.runs.forecast import Workbench

@@ -81,6 +81,18 @@ def load(path: Path) -> Artifact:
     return Artifact(*load_module(file, FORMAT, "a network", _network))
 
 
+def read_card(path: Path) -> NetworkCard:
+    """The card of a weights file or the folder around one, from its header alone; UsageError as `load`."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    try:
+        check_header(file)
+        with safe_open(file, framework="pt") as opened:
+            header = parse_json((opened.metadata() or {}).get("sakd", "{}"))
+        return _CARD.validate_json(header["card"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file}: not a network saved by sakd ({first_line(error)})", hint=IMPORT) from None
+
+
 def is_ours(path: Path) -> bool:
     """Whether a folder or file is, or may once have been, one of sakd: a safetensors file with our header."""
     if path.is_dir():

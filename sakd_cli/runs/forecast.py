@@ -10,14 +10,17 @@ from torch import nn
 from sakd_cli.batch import Batch
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AlwaysConfig, RandomConfig, RandomMatchedConfig
+from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import keep_freed_memory, pick_device, resolve_mode, translate_oom
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
+from sakd_cli.models import artifact
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import cost_of, create
 from sakd_cli.runs.build import assemble, load_images
+from sakd_cli.runs.locate import weights_at
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import PretrainTask
 
@@ -48,7 +51,7 @@ class Workbench:
         if isinstance(config.router, RandomMatchedConfig):
             config = config.model_copy(update={"router": RandomConfig()})
         student = self.network("student", config.student, config.device)
-        teacher = self.network("teacher", find_network(config.teacher.source).name, config.device)
+        teacher = self.network("teacher", teacher_name(config), config.device)
         labels = torch.arange(self.images) % self.classes
         task = assemble(config, student, teacher.requires_grad_(False).eval(), self.side, labels)
         return task.to(pick_device(config.device)).train()
@@ -63,6 +66,16 @@ class Workbench:
     def macs(self, name: str) -> int:
         """Multiply-accumulates of a network for one image."""
         return cost_of(name, self.classes, self.side).macs
+
+
+def teacher_name(config: DistillConfig) -> str:
+    """The teacher's network, also where a run or a weights file is named. UsageError where there is none."""
+    named = config.teacher.weights or config.teacher.source
+    if config.teacher.weights is not None or is_path(config.teacher.source):
+        path = weights_at(named, "teacher")
+        if path.is_dir() or artifact.is_ours(path):
+            return artifact.read_card(path).architecture
+    return find_network(config.teacher.source).name
 
 
 class Forecast(NamedTuple):
@@ -117,7 +130,7 @@ def _task(config: RunConfig, bench: Workbench) -> tuple[Task, nn.Module, float]:
     size = config.train.batch_size
     if isinstance(config, DistillConfig):
         task = bench.task(config)
-        student, teacher = bench.macs(config.student), bench.macs(find_network(config.teacher.source).name)
+        student, teacher = bench.macs(config.student), bench.macs(teacher_name(config))
         learned = 2 * (student + teacher) if task.graft is not None else 0
         return task, task.network, size * (3.0 * student + teacher + learned)
     assert isinstance(config, PretrainConfig)

@@ -4,6 +4,7 @@ All of it is read from the run directories. The scheduler's own folder holds the
 the error of each that failed; it may be deleted at any time.
 """
 
+import hashlib
 import re
 import signal
 import time
@@ -14,6 +15,8 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from sakd_cli.config.grid import Member
 from sakd_cli.config.routers import RandomMatchedConfig
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
 IN_USE = RunInUseError.exit_code
+CLAIMED_PAUSE = 2.0  # seconds before it is looked again at a run that another sweep trains
+LONGEST = 150  # characters of the name of a run's files
 BUG = 1  # exit code that is worse than any mistake's
 
 
@@ -72,6 +77,8 @@ class Scheduler:
         self.entries = {member.key: ScheduledRun(member) for member in members}
         self.folder, self.fresh, self.index = folder, fresh, RunIndex(runs_dir, fresh=fresh)
         self._running = dict[str, ScheduledRun]()
+        self._claims = dict[str, FileLock]()
+        self._begun = time.time()
         self.changed: Callable[[ScheduledRun], None] = lambda entry: None
         self.refresh()
         for entry in self.entries.values():
@@ -196,10 +203,14 @@ class Scheduler:
         ]
         jobs = list[Job]()
         for entry, config in ready:
-            self._settle(entry)
             # Two of the same settings (a teacher and a student alone) are one run.
             same = config_identity(config)
-            if entry.state is State.done or same in self._running or len(jobs) == executor.room():
+            if same in self._running or len(jobs) == executor.room() or not self._claim(entry):
+                continue
+            self._settle(entry)
+            self._remember(entry, self._begun)
+            if entry.state is not State.waiting:
+                self._unclaim(entry)
                 continue
             self._running[same] = entry
             jobs.append(self._job(entry, config))
@@ -207,6 +218,24 @@ class Scheduler:
             self._into(entry, State.running)
         if jobs:
             executor.submit(jobs)
+
+    def _claim(self, entry: ScheduledRun) -> bool:
+        """Whether this sweep may train the run now, and no other of the same name does; what those did is read."""
+        lock = FileLock(self.log_of(entry).with_suffix(".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            entry.not_before = time.monotonic() + CLAIMED_PAUSE
+            return False
+        except OSError as error:
+            raise DiskError(f"{lock.lock_file}: cannot be locked: {error.strerror}") from None
+        self._claims[entry.member.key] = lock
+        self.index.refresh()
+        return True
+
+    def _unclaim(self, entry: ScheduledRun) -> None:
+        if (lock := self._claims.pop(entry.member.key, None)) is not None:
+            lock.release()
 
     def _job(self, entry: ScheduledRun, config: RunConfig) -> Job:
         if entry.run is not None:
@@ -237,6 +266,7 @@ class Scheduler:
                 self._into(entry, State.waiting)
                 continue
             entry.error, entry.code = self._said(entry, one.code), one.code if one.code >= 0 else 128 - one.code
+            entry.code = entry.code or BUG  # it ended well and has left nothing
             if not again:  # what a signal has ended resumes by itself at the next call
                 write_json(self._note(entry), {"error": entry.error, "code": entry.code})
             self._into(entry, State.failed)
@@ -252,6 +282,7 @@ class Scheduler:
 
     def _into(self, entry: ScheduledRun, state: State) -> None:
         if state is not State.running:
+            self._unclaim(entry)
             self._running = {same: other for same, other in self._running.items() if other is not entry}
         if entry.state is not state:
             entry.state = state
@@ -264,10 +295,10 @@ class Scheduler:
     def _note(self, entry: ScheduledRun) -> Path:
         return self.folder / "failed" / f"{_slug(entry.member.key)}.json"
 
-    def _remember(self, entry: ScheduledRun) -> None:
-        """The failure of an earlier call."""
+    def _remember(self, entry: ScheduledRun, since: float = 0.0) -> None:
+        """The failure of an earlier call, or of another sweep of this name."""
         note = self._note(entry)
-        if note.is_file():
+        if entry.state is State.waiting and note.is_file() and note.stat().st_mtime > since:
             failure: dict[str, Any] = RunDir(note.parent).read_json(note.name)
             entry.error, entry.code = plain(failure.get("error")), int(number(failure.get("code")) or 1)
             self._into(entry, State.failed)
@@ -304,7 +335,8 @@ def received_signals(reporter: "Reporter") -> Iterator[list[int]]:
 
 
 def _slug(key: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "-", key)
+    """A file's name for a run of the sweep: what can be read of its key, and a hash, since two keys may read alike."""
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '-', key)[:LONGEST]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def _with_weights(config: DistillConfig, weights: Path) -> DistillConfig:

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from sakd_cli.config.routers import CLASSICAL
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
-from sakd_cli.report.render.format import DASH, csv_text, fixed, mean_std, named, plain, points, whole
+from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.sweep.results import EPOCHS
 
@@ -15,6 +15,7 @@ FIELDS = ["teacher", "student", "method", "router", "seeds", "top1", "std", "low
 FIELDS += ["gain", "gain_low", "gain_high", "p", "verdict", "published_gain"]
 TITLE = "Top-1 %, last epoch on the test images, mean ± standard deviation over seeds (number of seeds)"
 FAILED = ("failed", "blocked")
+HOUR = 3600.0  # seconds
 
 
 def sweep_tables(document: SweepDocument) -> list[RenderableType]:
@@ -137,13 +138,13 @@ def plan_tables(plan: SweepPlan) -> list[RenderableType]:
         "s/step": lambda row: (
             DASH if row.step_seconds is None else f"{'' if row.measured else '~'}{row.step_seconds:.3g}"
         ),
-        "Hours": lambda row: fixed(row.hours, 2),
+        "Time": lambda row: duration(None if row.hours is None else HOUR * row.hours),
         "MB each": lambda row: fixed(row.run_bytes / 1e6, 1) if row.to_do else DASH,
     }
     measured, to_do = sum(row.measured for row in plan.rows), sum(row.to_do > 0 for row in plan.rows)
     notes = [
         f"{plan.runs} runs: {plan.finished} finished, {plan.in_progress} in progress, {plan.failed} failed before.",
-        f"{fixed(plan.hours, 1)} hours of {plan.device} for the training steps, one run after another; "
+        f"{duration(None if plan.hours is None else HOUR * plan.hours)} of {plan.device} for the training steps, one run after another; "
         "evaluation and stages before the main one come on top.",
         f"{measured} of {to_do} kinds of runs were timed just now; ~: estimated from those by multiply-accumulates.",
         f"{fixed(plan.bytes / 1e9, 2)} GB of disk, {fixed(plan.free_bytes / 1e9, 2)} GB free.",
