@@ -21,6 +21,12 @@ class UsageError(SakdError):
     exit_code = 2
 
 
+class DamagedError(UsageError):
+    """A file that a run left is missing, or is not what was written."""
+
+    exit_code = 4
+
+
 class DataError(SakdError):
     """A data set that cannot be used."""
 

@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sakd_cli.documents.base import Document
-from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.errors import DamagedError, DiskError, UsageError
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -23,6 +25,8 @@ MOST_JSON = 64 * 1024**2  # bytes
 MOST_HEADER = 4 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
 DEEPEST = 32
 MOST_EVENTS = 20_000
+LONGEST_NUMBER = 19  # digits of a whole number: 64 bits
+ODD_NUMBER = re.compile(r"\d{20}|[eE]\+?\d{3}")  # may stand in a hash as well
 
 
 def expanded(path: str | Path) -> Path:
@@ -67,12 +71,31 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("a value cannot be read") from None
 
 
-def parse_json(content: bytes | str) -> Any:
-    """One JSON document. Raises ValueError whatever is wrong with it."""
+def parse_json(content: bytes | str, *, finite: bool = True) -> Any:
+    """One JSON document. Raises ValueError whatever is wrong with it, also for NaN, infinity and numbers without end.
+
+    finite: False lets NaN and infinity through, for a reader that says where they stand
+    """
+    text = content if isinstance(content, str) else content.decode()
+    careful: dict[str, Any] = {"parse_constant": _finite} if finite else {}
+    if ODD_NUMBER.search(text):
+        careful |= {"parse_int": _whole} | ({"parse_float": _finite} if finite else {})
     try:
-        return json.loads(content)
+        return json.loads(text, **careful)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _whole(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError("a number of too many digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number that is not finite")
+    return value
 
 
 def read_json(path: Path) -> Any:
@@ -81,11 +104,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
-    """One of our own documents from a file. Raises UsageError where it is missing, damaged or of another kind."""
+    """One of our own documents from a file. Raises DamagedError where it is missing, damaged or of another kind."""
     try:
-        return kind.model_validate_json(read_bytes(path, MOST_JSON), strict=True)
+        content = read_bytes(path, MOST_JSON)
+        parse_json(content)  # what pydantic takes for a number
+        return kind.model_validate_json(content, strict=True)
     except (OSError, ValueError):
-        raise UsageError(f"{path}: missing or damaged") from None
+        raise DamagedError(f"{path}: missing or damaged") from None
 
 
 def check_header(path: Path) -> None:
@@ -98,6 +123,15 @@ def check_header(path: Path) -> None:
         raise ValueError("a pickle, as torch.save writes them")
     if int.from_bytes(beginning, "little") > MOST_HEADER:
         raise ValueError("no header of such a file")
+
+
+def columns_digest(columns: Mapping[str, Any]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of arrays of numpy in order of name."""
+    summed = hashlib.sha256()
+    for name in sorted(columns):
+        column = columns[name]
+        summed.update(f"{name} {column.dtype} {tuple(column.shape)} ".encode() + column.tobytes())
+    return summed.hexdigest()
 
 
 def sha256(path: Path) -> str:

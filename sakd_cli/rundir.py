@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from sakd_cli import files
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.documents.training import Summary
-from sakd_cli.errors import DiskError, RunInUseError, UsageError
+from sakd_cli.errors import DamagedError, DiskError, RunInUseError, UsageError
 
 DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
+MOST_LOG, MOST_LINE = 2**30, 2**24  # bytes of a log and of a line; 240 epochs of CIFAR-100 leave 1 MB
 OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
 BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml
 BEGINNING |= {"env.json", ".env.json.tmp", "images.json", ".images.json.tmp", ".config.yaml.tmp"}
@@ -126,7 +127,9 @@ class RunDir:
         except (OSError, ValueError, yaml.YAMLError):
             settings = None
         if not isinstance(settings, dict) or not settings:
-            raise UsageError(f"{self.path}: not a run directory, its config.yaml is missing or damaged")
+            missing = not (self.path / "config.yaml").exists()
+            kind = UsageError if missing else DamagedError
+            raise kind(f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}")
         return {key: value for key, value in settings.items() if key != EFFECTIVE}
 
     @property
@@ -222,16 +225,22 @@ class RunDir:
                 os.truncate(path, sizes.get(path.name, 0))
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The records of a JSON-lines file; none if it is not there. Torn lines are left out."""
+        """The records of a JSON-lines file; none if it is not there. Torn lines are left out.
+
+        Raises DamagedError where it is longer than that of any run, or cannot be read.
+        """
         path = self.path / name
-        if not path.is_file():
+        if not path.exists():
             return
-        with path.open("rb") as file:
-            for line in iter(partial(file.readline, files.MOST_JSON), b""):
-                try:
-                    yield files.parse_json(line)
-                except ValueError:
-                    continue
+        try:
+            if not path.is_file() or path.stat().st_size > MOST_LOG:
+                raise DamagedError(f"{path}: not a file, or longer than {MOST_LOG // 2**20} MB")
+            with path.open("rb") as file:
+                for line in iter(partial(file.readline, MOST_LINE), b""):
+                    with suppress(ValueError):
+                        yield files.parse_json(line, finite=False)
+        except OSError as error:
+            raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One JSON document of the run. Raises UsageError if it is missing or damaged."""
@@ -240,7 +249,7 @@ class RunDir:
         except (OSError, ValueError):
             content = None
         if not isinstance(content, dict):
-            raise UsageError(f"{self.path / name}: missing or damaged")
+            raise DamagedError(f"{self.path / name}: missing or damaged")
         return content
 
 

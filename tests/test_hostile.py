@@ -202,8 +202,8 @@ ATTACKS = """
 4 | pretrain-teacher --resume RUN-deep-state -q
 4 | pretrain-teacher --resume RUN-odd-state -q
 4 | pretrain-teacher --resume RUN-wide-tensors -q
-2 | pretrain-teacher --resume RUN-object-config -q
-2 | pretrain-teacher --resume RUN-deep-summary -q
+4 | pretrain-teacher --resume RUN-object-config -q
+4 | pretrain-teacher --resume RUN-deep-summary -q
 2 | inspect-spots RUN-escapes-config
 """
 

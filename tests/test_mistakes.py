@@ -135,7 +135,7 @@ BAD = f"""
 2 | File name too long                                      | PAIR --teacher LONG
 2 | File name too long                                      | inspect-spots --runs-dir LONG
 2 | no such file                                            | eval empty -q
-2 | odd: not a run directory                                | eval odd -q
+4 | odd: not a run directory                                | eval odd -q
 2 | no run with a trained network in empty                  | eval --runs-dir empty
 2 | no distillation in empty                                | inspect-spots --runs-dir empty
 2 | not a run directory                                     | inspect-spots empty

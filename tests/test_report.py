@@ -143,10 +143,10 @@ def test_running_and_finished_run(tmp_path: Path) -> None:
     assert "so far" not in text_of(spot_tables(spots_document(run)), 200)
 
 
-def refusal(run: RunDir) -> str:
+def refusal(run: RunDir, code: int = 2) -> str:
     with pytest.raises(UsageError) as caught:
         spots_document(run)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == code
     assert caught.value.message.isprintable()
     return caught.value.message
 
@@ -170,12 +170,12 @@ def test_run_without_an_epoch_is_refused(tmp_path: Path) -> None:
     + [TWO_EPOCHS[0] | {"epoch": wrong} for wrong in (float("inf"), None, 1.5)],
 )
 def test_damaged_record_is_named(tmp_path: Path, record: Any) -> None:
-    assert refusal(make_run(tmp_path / "run", [TWO_EPOCHS[1], record])).endswith("line 2 is no record of an epoch")
+    assert refusal(make_run(tmp_path / "run", [TWO_EPOCHS[1], record]), 4).endswith("line 2 is no record of an epoch")
 
 
 def test_damaged_file_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [TWO_EPOCHS[0], epoch(2, 10, spot("logits", 0.5, []))])
-    assert refusal(run).endswith("epoch 2 has other spots than epoch 1")
+    assert refusal(run, 4).endswith("epoch 2 has other spots than epoch 1")
     (run.path / "spots.jsonl").write_bytes(b"\xff\xfe\x00")
     assert "no epoch is finished" in refusal(run)
 

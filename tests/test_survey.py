@@ -208,11 +208,13 @@ def test_a_damaged_survey_is_told_and_never_shown(cli: CliRunner, routed: Path) 
     sound = (run / "survey.safetensors").read_bytes()
     for damage in (b"", b"{}", sound[:-9], sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]):
         (run / "survey.safetensors").write_bytes(damage)
-        cli.assert_rejects(["inspect-spots", str(run)], 2, "damaged")
+        cli.assert_rejects(["inspect-spots", str(run)], 4, "damaged")
     assert inspected(cli, run, "--live")["measured"]["source"] == "live"
     (run / "survey.safetensors").unlink()
     assert inspected(cli, run)["measured"]["source"] == "samples"
     (run / "samples.safetensors").write_bytes(b"no tensors")
+    cli.assert_rejects(["inspect-spots", str(run)], 4, "samples.safetensors: damaged")
+    (run / "samples.safetensors").unlink()
     assert inspected(cli, run)["measured"] is None
     shutil.rmtree(run / "checkpoints")
     cli.assert_rejects(["inspect-spots", str(run), "--live", "-q"], 4, "manifest is missing")

@@ -5,8 +5,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 from conftest import CliRunner
@@ -16,6 +18,8 @@ from sakd_cli import files
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.errors import RunInUseError, SeriesError
+from sakd_cli.models.artifact import NetworkCard, save_weights
+from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.executor import Ended, Executor, Job
 from sakd_cli.sweep.scheduler import Scheduler, State
@@ -279,3 +283,37 @@ def test_a_run_that_ends_well_and_leaves_nothing_fails_the_sweep(tmp_path: Path)
     with pytest.raises(SeriesError, match="left no finished run") as caught:
         scheduler.check("")
     assert caught.value.exit_code == 1
+
+
+CARDS = {
+    "std": [(0.3, 0.0, 0.3), (0.3, -0.1, 0.3), (0.3, float("nan"), 0.3), (0.3, float("inf"), 0.3), ()],
+    "mean": [(), (0.5, float("nan"), 0.5), (0.5,)],
+    "side": [0, -1, 10**9],
+    "classes": [()],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in CARDS.items() for value in values])
+def test_a_card_with_impossible_numbers_is_refused_by_every_command(runs: CliRunner, key: str, value: Any) -> None:
+    card = NetworkCard("resnet8", "shapes", tuple("ab"), (0.5,) * 3, (0.3,) * 3, 32)._replace(**{key: value})
+    save_weights(runs.path / "odd.safetensors", create("resnet8", 2), card)
+    for command in (
+        ["eval", "odd.safetensors", "--dataset", "shapes", "-q"],
+        ["export", "odd.safetensors", "--out", "exported", "-q"],
+        [*RUN[:1], "--teacher", "./odd.safetensors", *RUN[3:]],
+    ):
+        runs.assert_rejects(command, 2, {"side": "pixels", "classes": "no classes"}.get(key, f"the {key} ["))
+
+
+def test_the_digest_of_columns_covers_their_type_and_shape() -> None:
+    numbers = np.arange(6, dtype=np.int64)
+    same = [numbers, numbers.reshape(2, 3), numbers.view(np.float64), numbers.view(np.uint64)]
+    assert len({one.tobytes() for one in same}) == 1
+    assert len({files.columns_digest({"a": one}) for one in same}) == len(same)
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": 1e999}', "9" * 400, "-" + "9" * 5000, "[" * 10**5])
+def test_what_no_document_holds_is_no_json(text: str) -> None:
+    with pytest.raises(ValueError, match=r"number|nested|digits|JSON|Expecting"):
+        files.parse_json(text)
+    assert files.parse_json(json.dumps({"sha256": "1234567890" * 6 + "e999"})), "a text may look like one"

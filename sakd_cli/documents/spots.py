@@ -235,13 +235,20 @@ class RoutedNetwork(Part):
 class SurveyHeader(Part):
     """The header of `survey.safetensors`. digest: SHA-256 of its columns, since safetensors has no checksum."""
 
-    format: Literal["sakd.survey/2"] = "sakd.survey/2"
+    format: Literal["sakd.survey/3"] = "sakd.survey/3"
     split: Split
     dataset: str
     classes: list[str]
     spots: list[SpotPlace]
     complement: bool
     routed: RoutedNetwork
+    digest: str
+
+
+class SamplesHeader(Part):
+    """The header of `samples.safetensors`. digest: as in `SurveyHeader`."""
+
+    format: Literal["sakd.samples/1"] = "sakd.samples/1"
     digest: str
 
 

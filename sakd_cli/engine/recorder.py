@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from sakd_cli.batch import Batch
-from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SpotInEpoch
+from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SamplesHeader, SpotInEpoch
 from sakd_cli.engine.task import SpotUse, StepOutput
 from sakd_cli.errors import NonFiniteError, UsageError
+from sakd_cli.files import columns_digest
 
 
 class SpotRecorder:
@@ -105,6 +107,12 @@ class SpotRecorder:
         """What `samples.safetensors` holds: distilled [samples, S], visits [samples], index [samples]."""
         distilled, visits = (self._counts[f"sample_{name}"].cpu().contiguous() for name in ("distilled", "visits"))
         return {"distilled": distilled, "visits": visits, "index": self.origin}
+
+    def file(self) -> bytes:
+        """The content of `samples.safetensors`."""
+        columns = self.by_sample()
+        digest = columns_digest({name: column.numpy() for name, column in columns.items()})
+        return bytes(save(columns, {"sakd": SamplesHeader(digest=digest).model_dump_json()}))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every counter, for a checkpoint."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from sakd_cli import distributed
@@ -196,7 +195,7 @@ class Trainer:
             save_model = self.output.writer.save_weights if self.output else None
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if self.recorder is not None:
-                write_aside(self.run.path / f"samples{self.suffix}.safetensors", save(self.recorder.by_sample()))
+                write_aside(self.run.path / f"samples{self.suffix}.safetensors", self.recorder.file())
             # At its end only: a step later these are no longer the weights that were evaluated.
             if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
                 checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from sakd_cli.models.table import create
 
 FORMAT = "sakd.network/1"
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"
+CHANNELS, LARGEST_SIDE = 3, 4096  # of images; pixels
 Module = TypeVar("Module", bound=nn.Module)
 Card = TypeVar("Card")
 
@@ -37,6 +39,19 @@ class NetworkCard(NamedTuple):
 
 
 _CARD = TypeAdapter(NetworkCard)
+
+
+def _card(text: str) -> NetworkCard:
+    """A card from a header. Raises ValueError naming what no network can have been trained with."""
+    card = _CARD.validate_json(text)
+    for name, numbers in (("mean", card.mean), ("std", card.std)):
+        if len(numbers) != CHANNELS or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+            raise ValueError(f"its card has the {name} {list(numbers)[:CHANNELS]}")
+    if not 0 < card.side <= LARGEST_SIDE:
+        raise ValueError(f"its card has images of {card.side} pixels")
+    if not card.classes:
+        raise ValueError("its card has no classes")
+    return card
 
 
 class Artifact(NamedTuple):
@@ -88,7 +103,7 @@ def read_card(path: Path) -> NetworkCard:
         check_header(file)
         with safe_open(file, framework="pt") as opened:
             header = parse_json((opened.metadata() or {}).get("sakd", "{}"))
-        return _CARD.validate_json(header["card"])
+        return _card(header["card"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: not a network saved by sakd ({first_line(error)})", hint=IMPORT) from None
 
@@ -104,7 +119,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _network(header: str) -> tuple[StagedModel, NetworkCard]:
-    card = _CARD.validate_json(header)
+    card = _card(header)
     trusted = os.environ.get(TRUST, "").split(",")
     if untrusted := [part for part in factories(card.architecture) if part not in trusted]:
         raise UsageError(
@@ -139,7 +154,7 @@ def load_module(
         with torch.device("meta"):
             module, card = build(header["card"])
         module = fill_weights(module, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({first_line(error)})") from None
     check_finite(file, tensors)
     return module, card, sha256(file)

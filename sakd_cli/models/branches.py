@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
-from sakd_cli.models.artifact import Artifact, load_module, save_module
+from sakd_cli.models.artifact import LARGEST_SIDE, Artifact, load_module, save_module
 from sakd_cli.models.staged import Relayout, StagedModel
 from sakd_cli.models.table import create
 
@@ -137,6 +137,8 @@ def load_branches(path: Path, teacher: Artifact) -> Branches | None:
 
     def build(header: str) -> tuple[Branches, BranchCard]:
         card = _CARD.validate_json(header)
+        if not 0 < card.side <= LARGEST_SIDE:
+            raise ValueError(f"its card has images of {card.side} pixels")
         return Branches(teacher.model, card.students, card.side, share=card.share), card
 
     branches, card, _ = load_module(path, FORMAT, "student branches", build)

@@ -30,9 +30,9 @@ from sakd_cli.documents.spots import Split as SplitName
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
-from sakd_cli.files import write_aside
+from sakd_cli.files import columns_digest, write_aside
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.report.spots.survey import FILE, digest
+from sakd_cli.report.spots.survey import FILE
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
@@ -139,7 +139,7 @@ def survey(
         spots=_spots(job),
         complement=complement,
         routed=routed,
-        digest=digest({name: column.numpy() for name, column in columns.items()}),
+        digest=columns_digest({name: column.numpy() for name, column in columns.items()}),
     )
     return bytes(save(columns, {"sakd": header.model_dump_json()}))
 

@@ -16,7 +16,7 @@ from sakd_cli.documents.spots import (
     SpotTotal,
 )
 from sakd_cli.documents.training import Mixtures
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import read_document
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.spots.survey import Survey, by_peak, deviations, measure
@@ -83,14 +83,16 @@ def epoch_records(run: RunDir) -> list[EpochRecord]:
             try:
                 epoch = EpochRecord.model_validate(record, strict=True)
             except ValueError:
-                raise UsageError(f"{where}: line {line} is no record of an epoch") from None
+                raise DamagedError(f"{where}: line {line} is no record of an epoch") from None
             found[epoch.epoch] = epoch
     except OSError:
-        raise UsageError(f"{where}: cannot be read") from None
+        raise DamagedError(f"{where}: cannot be read") from None
     epochs = [found[epoch] for epoch in sorted(found)]
+    if list(found) and sorted(found) != list(range(1, len(found) + 1)):
+        raise DamagedError(f"{where}: has no line for an epoch before epoch {max(found)}")
     for epoch in epochs:
         if [(spot.name, spot.kind) for spot in epoch.spots] != [(spot.name, spot.kind) for spot in epochs[0].spots]:
-            raise UsageError(f"{where}: epoch {epoch.epoch} has other spots than epoch {epochs[0].epoch}")
+            raise DamagedError(f"{where}: epoch {epoch.epoch} has other spots than epoch {epochs[0].epoch}")
     return epochs
 
 

@@ -4,18 +4,19 @@ Read from `survey.safetensors` (`runs/survey.py`), or from `samples.safetensors`
 safetensors are loaded on first use, torch never.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DamagedError, UsageError
+from sakd_cli.files import columns_digest, parse_json, read_bytes
 from sakd_cli.report.render.format import plain
 from sakd_cli.rundir import RunDir
+
+Header = TypeVar("Header", doc.SurveyHeader, doc.SamplesHeader)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +28,7 @@ FILE, COUNTS = "survey.safetensors", "samples.safetensors"
 ANSWERS = ("label", "student_prediction", "teacher_prediction", "student_loss", "teacher_confidence")
 PLACE = set(doc.SpotPlace.model_fields)
 BINS = 10  # deciles of the student's loss and of the teacher's confidence
+MOST_SURVEY = 2**30  # bytes; that of all 1.28 million images of ImageNet has 0.1 GB
 LONGEST = 12  # spots up to which all 2^S paths are counted
 MODES = "Both networks in evaluation mode, images not augmented; the router learned from the student in training mode."
 STAND_IN = "The router has no policy or the run has no survey: the rate at which each image was distilled is shown."
@@ -65,7 +67,11 @@ def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
     path = run.path / FILE
     if live is None and not path.is_file():
         return _counts(run)
-    content, where = (path.read_bytes(), plain(path)) if live is None else (live, "the survey")
+    where = plain(path) if live is None else "the survey"
+    try:
+        content = read_bytes(path, MOST_SURVEY) if live is None else live
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{where}: cannot be read ({error})", hint="--live measures it anew") from None
     survey = _parse(content, where, "survey" if live is None else "live")
     if survey.value is not None or survey.header is None or survey.header.split != "train":
         return survey
@@ -81,11 +87,8 @@ def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Sur
 
     try:
         columns = load(content)
-        text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sakd"]
-        if (version := json.loads(text)["format"]) != doc.SurveyHeader.model_fields["format"].default:
-            raise UsageError(f"{where}: written by another version of sakd ({plain(version)!r})")
-        header = doc.SurveyHeader.model_validate_json(text, strict=True)
-        if header.digest != digest(columns):
+        header = _header(content, doc.SurveyHeader, where)
+        if header.digest != columns_digest(columns):
             raise ValueError
         index, answers = columns["index"], {name: columns[name] for name in ANSWERS}
         images: dict[int, Column] = {}
@@ -93,31 +96,37 @@ def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Sur
             images = dict(zip(index[columns["extreme"]].tolist(), columns["images"], strict=True))
         return Survey(source, header, index, columns.get("probability"), answers=answers, images=images)
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise UsageError(f"{where}: damaged", hint="--live measures it anew") from None
+        raise DamagedError(f"{where}: damaged", hint="--live measures it anew") from None
 
 
-def digest(columns: "dict[str, Column]") -> str:
-    """SHA-256 over the columns' names and bytes in order of name."""
-    summed = hashlib.sha256()
-    for name in sorted(columns):
-        summed.update(name.encode() + columns[name].tobytes())
-    return summed.hexdigest()
+def _header(content: bytes, kind: type[Header], where: str) -> Header:
+    """The entry "sakd" of a safetensors file. Raises ValueError or KeyError where it is damaged."""
+    about = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sakd"]
+    if (version := parse_json(about)["format"]) != kind.model_fields["format"].default:
+        raise DamagedError(f"{where}: written by another version of sakd ({plain(version)!r})")
+    return kind.model_validate_json(about, strict=True)
 
 
 def _counts(run: RunDir) -> Survey | None:
-    """How often each training image was distilled; None where no record of it can be read."""
+    """How often each training image was distilled; None where there is no record. DamagedError where it is damaged."""
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    path = run.path / COUNTS
+    if not path.is_file():
+        return None
     try:
-        columns = load((run.path / COUNTS).read_bytes())
+        content = read_bytes(path, MOST_SURVEY)
+        columns = load(content)
+        if _header(content, doc.SamplesHeader, plain(path)).digest != columns_digest(columns):
+            raise ValueError
         visits, index = columns["visits"], columns["index"]
         rate = columns["distilled"] / np.maximum(visits, 1)[:, None]
         if rate.ndim != 2 or not len(rate) or index.shape != visits.shape or not np.isfinite(rate).all():
             raise ValueError
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
-        return None
+        raise DamagedError(f"{plain(path)}: damaged") from None
     return Survey("samples", None, index, rate, rated=True)
 
 
