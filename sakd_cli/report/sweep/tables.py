@@ -28,6 +28,10 @@ def sweep_tables(document: SweepDocument) -> list[RenderableType]:
     return tables
 
 
+def _time(hours: float | None) -> str:
+    return duration(None if hours is None else HOUR * hours)
+
+
 def sweep_markdown(document: SweepDocument) -> str:
     """The same as a document in Markdown."""
     headers, *rows = _grid(document)
@@ -138,14 +142,14 @@ def plan_tables(plan: SweepPlan) -> list[RenderableType]:
         "s/step": lambda row: (
             DASH if row.step_seconds is None else f"{'' if row.measured else '~'}{row.step_seconds:.3g}"
         ),
-        "Time": lambda row: duration(None if row.hours is None else HOUR * row.hours),
+        "Time": lambda row: _time(row.hours),
         "MB each": lambda row: fixed(row.run_bytes / 1e6, 1) if row.to_do else DASH,
     }
     measured, to_do = sum(row.measured for row in plan.rows), sum(row.to_do > 0 for row in plan.rows)
     notes = [
         f"{plan.runs} runs: {plan.finished} finished, {plan.in_progress} in progress, {plan.failed} failed before.",
-        f"{duration(None if plan.hours is None else HOUR * plan.hours)} of {plan.device} for the training steps, one run "
-        "after another; evaluation and stages before the main one come on top.",
+        f"{_time(plan.hours)} of {plan.device} for the training steps, one run after another; "
+        "evaluation and stages before the main one come on top.",
         f"{measured} of {to_do} kinds of runs were timed just now; ~: estimated from those by multiply-accumulates.",
         f"{fixed(plan.bytes / 1e9, 2)} GB of disk, {fixed(plan.free_bytes / 1e9, 2)} GB free.",
         *(f"Skipped: {one.what}: {one.reason}" for one in plan.skipped),
