@@ -53,6 +53,7 @@ class StandIn:
 def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torch.device = CPU) -> Trainer:
     """Six whole batches of 3 and one of 2 in each of 3 epochs; the rate falls after the second."""
     settings = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "runtime.shapes": "static"}
+    settings |= {"runtime.graph": graphs is not None, "device": str(device)}
     settings |= {"crd": {"method.negatives": 9}, "dfa": {"method.weights": "last"}}.get(method, {})
     torch.manual_seed(42)
     student, teacher = (create("resnet8", CLASSES).to(device) for _ in range(2))

@@ -17,9 +17,9 @@ Run = Callable[[Tensor, int, int], Tensor]
 
 
 def mix(gate: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    """(1 - a) student + a teacher, per sample: gate [N], the others [N, ...]."""
+    """(1 - a) student + a teacher, per sample: gate [N], the others [N, ...]; exact where a is 0 or 1."""
     a = gate.to(student.dtype).view(-1, *[1] * (student.dim() - 1))
-    return (1 - a) * student + a * teacher.to(student.dtype)
+    return torch.lerp(student, teacher.to(student.dtype), a)
 
 
 def split_by_path(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
