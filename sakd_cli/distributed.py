@@ -28,8 +28,12 @@ from sakd_cli.batch import Batch
 from sakd_cli.errors import LostProcessError
 from sakd_cli.torchrun import requested_world_size
 
-TIMEOUT = timedelta(hours=1)  # others wait while the main process writes; one that dies ends all at once
+WAIT = timedelta(hours=1)  # while the main process decodes, writes or reports
+TIMEOUT = timedelta(minutes=5)  # of every exchange within a step: the longest that a lost process can go unnoticed
 Item = TypeVar("Item")
+
+
+_WAITING: list[Any] = []  # the group of those that wait for the main process, where `init_process_group` made one
 
 
 def world_size() -> int:
@@ -54,15 +58,17 @@ def init_process_group(device: torch.device) -> None:
             torch.cuda.set_device(device)
         atexit.register(destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, own, count = next(rendezvous("env://", timeout=TIMEOUT))
+        store, own, count = next(rendezvous("env://", timeout=WAIT))
         # After a restart by torchrun the store still holds the addresses of those that are gone.
         store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=TIMEOUT)
+        _WAITING.append(dist.new_group(backend="gloo", timeout=WAIT))
 
 
 def destroy_process_group() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        _WAITING.clear()
         dist.destroy_process_group()
 
 
@@ -80,10 +86,14 @@ def translate_dist_errors() -> Iterator[None]:
         ) from None
 
 
+def _waiting() -> Any:
+    return _WAITING[0] if _WAITING else None
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # by gloo, whose timeout is ours, whatever the device
+        dist.all_reduce(torch.zeros(1), group=_waiting())
 
 
 def broadcast_object(item: Item) -> Item:
@@ -91,7 +101,7 @@ def broadcast_object(item: Item) -> Item:
     if world_size() == 1:
         return item
     box = [item]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, device=torch.device("cpu"), group=_waiting())
     return box[0]
 
 
@@ -173,8 +183,8 @@ def average_buffers(buffers: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
     dist.all_reduce(flat)
-    for buffer, mean_of in zip(buffers, flat.div_(world_size()).split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean_of.view_as(buffer))
+    means = flat.div_(world_size()).split([buffer.numel() for buffer in buffers])
+    torch._foreach_copy_(list(buffers), [mean.view_as(buffer) for mean, buffer in zip(means, buffers, strict=True)])
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:

@@ -90,6 +90,28 @@ class Stopped(BaseException):
         return 128 + self.signal
 
 
+# What torch and CUDA's libraries say where memory is short, beside an error of their own class or Python's.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had too little memory; without torch, whose error is known by its name."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY))
+
+
+def not_deterministic(error: BaseException) -> UsageError | None:
+    """What torch says where `--deterministic` cannot be, as our error; None for all else."""
+    said = str(error)
+    if isinstance(error, RuntimeError) and " does not have a deterministic implementation" in said:
+        name = said.partition(" does not have")[0].rpartition(" ")[2]
+        return UsageError(f"--deterministic: {name} has no deterministic form here", "leave it out, or another network")
+    if isinstance(error, RuntimeError) and "CUBLAS_WORKSPACE_CONFIG" in said:
+        hint = "set it to :4096:8 before the process begins"
+        return UsageError("--deterministic: CUBLAS_WORKSPACE_CONFIG was not set at this process's first product", hint)
+    return None
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library or program says, as far as it fits into a line."""
     return str(error).strip().partition("\n")[0][:90] or type(error).__name__

@@ -33,7 +33,17 @@ from sakd_cli.cli import (
 from sakd_cli.cli.console import complain
 from sakd_cli.config.keys import option_hint
 from sakd_cli.config.training import PROCEDURES
-from sakd_cli.errors import CheckpointError, DataError, DiskError, MemoryLimitError, SakdError, Stopped, UsageError
+from sakd_cli.errors import (
+    CheckpointError,
+    DataError,
+    DiskError,
+    MemoryLimitError,
+    SakdError,
+    Stopped,
+    UsageError,
+    is_out_of_memory,
+    not_deterministic,
+)
 from sakd_cli.report.render.format import printable
 from sakd_cli.torchrun import is_console_process
 
@@ -131,9 +141,6 @@ def run(arguments: list[str]) -> int:
             f"{'interrupted' if stopped.exit_code == INTERRUPTED else 'terminated'}; {stopped.saved}", stopped.hint
         )
         return stopped.exit_code
-    except MemoryError as error:
-        complain(f"out of memory: {error}", "a smaller --batch-size or less data (--set data.limit=...)")
-        return MemoryLimitError.exit_code
     except Terminated:
         complain("terminated")
         return TERMINATED
@@ -146,9 +153,12 @@ def run(arguments: list[str]) -> int:
         if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
             complain("a process that reads images was killed, probably for lack of memory", "--set data.workers=1")
             return MemoryLimitError.exit_code
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            complain("out of memory on the device", "a smaller --batch-size")
+        if is_out_of_memory(error):
+            complain("out of memory", "a smaller --batch-size or less data (--set data.limit=...)")
             return MemoryLimitError.exit_code
+        if (refused := not_deterministic(error)) is not None:
+            complain(refused.message, refused.hint)
+            return refused.exit_code
         if place := _place_in_method(error):
             complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
             return UsageError.exit_code

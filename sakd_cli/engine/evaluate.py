@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli import distributed
+from sakd_cli.engine.runtime import translate_oom
+
+FEWER = "sakd eval --batch-size {} should fit; in a training, free the device of other programs"
 
 
 class Scores(NamedTuple):
@@ -33,8 +36,13 @@ def evaluate(
     mode = network.training
     network.eval()
     own = distributed.shard(batches) if together else batches
-    answers = ((network(images).float(), labels) for images, labels in own)
-    scores = score_logits(answers, classes, together=together)
+
+    def answer(images: Tensor) -> Tensor:
+        with translate_oom(len(images), FEWER):
+            logits: Tensor = network(images).float()
+            return logits
+
+    scores = score_logits(((answer(images), labels) for images, labels in own), classes, together=together)
     network.train(mode)
     return scores
 

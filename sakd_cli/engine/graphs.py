@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.batch import Batch
+from sakd_cli.errors import is_out_of_memory, not_deterministic
 
 WARMUP = 3  # steps of a size in front of its capture: whatever is made once (momentum, workspaces, plans) is there then
 
@@ -107,9 +108,9 @@ class GraphedStep:
             known.given = batch.map(torch.clone)
             try:
                 known.replay = self._device.capture(partial(self._step, known.given))
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if is_out_of_memory(error) or not_deterministic(error):
+                    raise
                 self._refuse(" ".join(str(error).split())[:100])
                 self._refused = True
                 return self._step(batch)

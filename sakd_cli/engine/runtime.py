@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from sakd_cli import __version__, distributed, torchrun
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.task import Task
-from sakd_cli.errors import MemoryLimitError, UsageError
+from sakd_cli.errors import MemoryLimitError, UsageError, is_out_of_memory, not_deterministic
 
 Module = TypeVar("Module", bound=nn.Module)
 Seen = TypeVar("Seen")
+# torch looks at it once, at a process's first product on a GPU: maybe long before the run that must be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. An estimate, not measured
 
 
@@ -134,16 +136,17 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def translate_oom(batch_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error into a MemoryLimitError that names a batch size that should fit: half of this one."""
+def translate_oom(
+    batch_size: int, hint: str = "--batch-size {} should fit; less data: --set data.limit=..."
+) -> Iterator[None]:
+    """Turn an out-of-memory error into a MemoryLimitError; `hint` with a batch size that should fit: half of this."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        refused = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not refused:
-            raise
-        hint = f"--batch-size {max(1, batch_size // 2)} should fit; less data: --set data.limit=..."
-        raise MemoryLimitError(f"out of memory with batches of {batch_size} images", hint) from None
+        if not is_out_of_memory(error):
+            raise not_deterministic(error) or error from None
+        fits = hint.format(max(1, batch_size // 2))
+        raise MemoryLimitError(f"out of memory with batches of {batch_size} images", fits) from None
 
 
 def set_backends(config: Runtime) -> None:
@@ -151,8 +154,6 @@ def set_backends(config: Runtime) -> None:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
     torch.use_deterministic_algorithms(config.deterministic)
 
 
