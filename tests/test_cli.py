@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sakd_cli import __version__
 from sakd_cli.cli import show
 from sakd_cli.config import datasets, methods, networks, routers
 from sakd_cli.config.resolve import presets
+from sakd_cli.models.staged import StagedModel
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data"
@@ -259,7 +261,14 @@ def test_completion_knows_the_names_and_does_without_torch(cli: CliRunner) -> No
     assert (done.stdout.split(), done.stderr) == (["fitnet"], "")
 
 
-@pytest.mark.parametrize("refusal", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: you tried")])
+SHORT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA"),
+    RuntimeError("can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("refusal", SHORT_OF_MEMORY, ids=str)
 def test_too_little_memory_names_a_batch_size_that_fits(trained_cli: CliRunner, refusal: Exception) -> None:
     with mock.patch("sakd_cli.tasks.distill.DistillTask.forward", side_effect=refusal):
         result = trained_cli.sakd(*PAIR, *TINY, "--batch-size", "96", "-q")
@@ -267,6 +276,40 @@ def test_too_little_memory_names_a_batch_size_that_fits(trained_cli: CliRunner, 
     error, hint = result.err.splitlines()
     assert error == "error: out of memory with batches of 96 images"
     assert hint.startswith("hint: --batch-size 48 should fit")
+
+
+@pytest.mark.parametrize("refusal", SHORT_OF_MEMORY, ids=str)
+def test_too_little_memory_in_an_evaluation_is_told(trained_cli: CliRunner, refusal: Exception) -> None:
+    forward = StagedModel.forward
+
+    def short(network: StagedModel, images: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():
+            raise refusal
+        return forward(network, images)
+
+    with mock.patch.object(StagedModel, "forward", short):
+        result = trained_cli.sakd(*PAIR, *TINY, "-q")
+    assert (result.code, result.out) == (6, "")
+    error, hint = result.err.splitlines()
+    assert re.fullmatch(r"error: out of memory with batches of \d+ images", error)
+    assert re.fullmatch(r"hint: sakd eval --batch-size \d+ should fit; .*", hint)
+
+
+NOT_DETERMINISTIC = {
+    "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but": "adaptive_avg_pool2d_back",
+    "Deterministic behavior was enabled ... you must set an environment variable: CUBLAS_WORKSPACE_CONFIG": "CUBLAS_W",
+}
+
+
+@pytest.mark.parametrize("said", NOT_DETERMINISTIC)
+def test_what_cannot_be_deterministic_costs_one_line(trained_cli: CliRunner, said: str) -> None:
+    """CUDA's words; torch looks at the variable once in a process, so it is set before anything is computed."""
+    with mock.patch("sakd_cli.tasks.distill.DistillTask.forward", side_effect=RuntimeError(said)):
+        result = trained_cli.sakd(*PAIR, *TINY, "-q")
+    assert result.code == 2
+    assert result.err.startswith(f"error: --deterministic: {NOT_DETERMINISTIC[said]}")
+    assert len(result.err.splitlines()) == 2
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_missing_compiler_costs_one_line(trained_cli: CliRunner) -> None:

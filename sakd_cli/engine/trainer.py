@@ -27,6 +27,8 @@ from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
 
 MAIN = "train"  # the phase that a run is for
+SMALL = 2**24  # bytes of a checkpoint beside the network that is written after every epoch
+SAVING = 0.03  # of the time, at most, goes into larger ones (CRD's banks: 51 MB for CIFAR-100)
 
 
 class ModelWriter(Protocol):
@@ -61,10 +63,10 @@ class Trainer:
     """Runs `task` for `epochs` epochs in a run directory; killed at any instant, another resumes to the same bits.
 
     With an `output` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
-    task itself is all there is. A checkpoint is written after every epoch, every `save_every` steps, and when the
-    reporter asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its checkpoints are called; any but
-    the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`. With `graphs` its steps are
-    captured there and replayed.
+    task itself is all there is. A checkpoint is written after every epoch (a large one not after each), every
+    `save_every` steps, and when the reporter asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its
+    checkpoints are called; any but the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`.
+    With `graphs` its steps are captured there and replayed.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Trainer:
         self._advance = step if graphs is None else GraphedStep(step, graphs, optimizer.constants, self._refuse_graph)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
+        self._last_save = -math.inf, 0.0  # when it ended, and seconds that it took
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the time spent and, with an output, metrics of last and best epoch; or Stopped."""
@@ -128,7 +131,7 @@ class Trainer:
         if self.recorder is not None:
             self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch).plain())
         self.epoch = epoch
-        self._save()
+        self._save(at_leisure=True)
         self._publish({"epoch": epoch})
 
     def _train(self, epoch: int) -> None:
@@ -172,13 +175,19 @@ class Trainer:
         evaluated = network if evaluation.wrap is None else evaluation.wrap(network)
         return evaluate(evaluated, batches, evaluation.classes, together=True)
 
-    def _save(self) -> None:
+    def _save(self, *, at_leisure: bool = False) -> None:
         self.guard.check()
         if distributed.is_main_process():
-            self._write()
+            tensors = self._tensors()
+            since, took = self._last_save
+            small = sum(tensor.nbytes for tensor in tensors.values()) <= SMALL
+            due = not at_leisure or self.done or small or time.perf_counter() - since >= took / SAVING
+            self._write(tensors, last=due)
         distributed.barrier()
 
-    def _write(self) -> None:
+    def _write(self, tensors: dict[str, Tensor], *, last: bool) -> None:
+        """The best epoch's network, if this is it, and the last checkpoint."""
+        begin = time.perf_counter()
         with self._timed("save"):
             sums, samples = self.meter.state()
             state = {
@@ -194,12 +203,14 @@ class Trainer:
             }
             save_model = self.output.writer.save_weights if self.output else None
             # All before `last`: a process that dies in between does this epoch again, and this again.
-            if self.recorder is not None:
+            if last and self.recorder is not None:
                 write_aside(self.run.path / f"samples{self.suffix}.safetensors", self.recorder.file())
             # At its end only: a step later these are no longer the weights that were evaluated.
             if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
-                checkpoint.write(self.folder / "best", save_model, self._tensors(), state, keep=False)
-            checkpoint.write(self.folder / "last", save_model, self._tensors(), state, keep=True)
+                checkpoint.write(self.folder / "best", save_model, {}, state, keep=False)
+            if last:
+                checkpoint.write(self.folder / "last", save_model, tensors, state, keep=True)
+                self._last_save = (end := time.perf_counter()), end - begin
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a step depends on or changes, but for the delivered network, which has its own file."""
