@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
 from sakd_cli.config.base import Config, by_name, chosen_by_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1)]  # one per spot, the logits last; one alone: of all
 
 
 class RouterConfig(Config):
@@ -14,6 +15,8 @@ class RouterConfig(Config):
 
     name: str
     """Router, as in `sakd list routers`."""
+    dose: Literal["published", "selected-mean"] = "published"
+    """A spot's loss: the selected samples' mean, as published times their fraction of the batch, or that mean alone."""
 
 
 class LearnedConfig(RouterConfig):
@@ -55,6 +58,24 @@ class NeverConfig(RouterConfig):
     """No sample at any spot: plain training of the network"""
 
     name: Literal["never"] = "never"
+
+
+class FixedConfig(RouterConfig):
+    """The same weight for every sample: one per spot, or a table of them by epoch"""
+
+    name: Literal["fixed"] = "fixed"
+    weights: Fractions | Annotated[tuple[Fractions, ...], Field(min_length=1)] = (0.5,)
+    """Weight of each spot, logits last (one: of all spots); or a list of those, one per epoch, the last one stays."""
+
+
+class ScheduledConfig(RouterConfig):
+    """Every sample at every spot, from a fraction of the run up to another; outside, nothing is computed there"""
+
+    name: Literal["scheduled"] = "scheduled"
+    start: Fractions = (0.0,)
+    """Fraction of the epochs before which a spot rests: one per spot, logits last, or one for all."""
+    stop: Fractions = (0.625,)
+    """Fraction of the epochs after which it does; 0.625 is where the learning rate first falls."""
 
 
 class RandomConfig(RouterConfig):

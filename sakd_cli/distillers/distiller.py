@@ -74,6 +74,7 @@ class Distiller(nn.Module, ABC):
             self.config = config
         self.warmup = warmup
         self.want = want
+        self.active = (True,) * len(spots)  # where the weights are not known to be 0
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
@@ -115,8 +116,11 @@ class SpotwiseDistiller(Distiller, ABC):
         """The loss at spot k, a scalar, from both features there, the teacher's without gradient, and weight [N]."""
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        pairs = zip(self.pairs(student, teacher), weight, strict=True)
-        return torch.stack([self.spot_loss(k, s, t, w) for k, ((s, t), w) in enumerate(pairs)])
+        losses = [weight.new_zeros(())] * len(self.spots)
+        for k, ((s, t), w) in enumerate(zip(self.pairs(student, teacher), weight, strict=True)):
+            if self.active[k]:
+                losses[k] = self.spot_loss(k, s, t, w)
+        return torch.stack(losses)
 
 
 def require_equal_channels(method: str, spots: tuple[Spot, ...]) -> None:

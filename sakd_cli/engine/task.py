@@ -1,6 +1,7 @@
 """The task contract: one training procedure as a module, pure tensor code, the unit that is compiled."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -63,6 +64,10 @@ class Task(nn.Module, ABC):
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch, counted from 1."""
         return
+
+    def constants(self) -> Hashable:
+        """What the host decides of a step beside its batch; a captured step is made anew where it changes."""
+        return ()
 
     @abstractmethod
     def forward(self, batch: Batch) -> StepOutput:

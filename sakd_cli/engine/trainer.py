@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -98,10 +98,13 @@ class Trainer:
         step = TrainStep(task, optimizer, recorder)
         self.meter, self.guard = step.meter, step.guard
         self._stop_signal = distributed.AsyncMax()
-        self._advance = step if graphs is None else GraphedStep(step, graphs, optimizer.constants, self._refuse_graph)
+        self._advance = step if graphs is None else GraphedStep(step, graphs, self._constants, self._refuse_graph)
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
         self._last_save = -math.inf, 0.0  # when it ended, and seconds that it took
+
+    def _constants(self) -> Hashable:
+        return self.optimizer.constants(), self.task.constants()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the time spent and, with an output, metrics of last and best epoch; or Stopped."""

@@ -24,6 +24,10 @@ class Router(nn.Module, ABC):
 
     noise_width: int = 0
     """Uniform numbers that the router needs per sample."""
+    rests: bool = False
+    """Whether there are epochs in which some spots have weight 0 for every sample."""
+    active: tuple[bool, ...] | None = None
+    """Spots where a weight may differ from 0 in this epoch, where that is known: elsewhere no loss is computed."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch, counted from 1."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.effective import teacher_bias
 from sakd_cli.config.routers import RouterConfig
-from sakd_cli.errors import no_row
+from sakd_cli.errors import UsageError, no_row
 from sakd_cli.routing.router import Decision, Router
 
 EPSILON = 1e-20  # keeps both logarithms finite for u = 0 and u = 1
@@ -77,15 +77,28 @@ class Anti(Router):
 
 @final
 class Fixed(Router):
-    """The same weight for every sample at every spot: 1 is ordinary distillation, 0 plain training."""
+    """The same weight for every sample: 1 is ordinary distillation, 0 plain training.
 
-    def __init__(self, spots: int, weight: float) -> None:
+    weights  [epochs, S] of every spot; after the last row, the last row. A spot of weight 0 rests: its loss is not
+             computed, and what only that loss trains is left as it is
+    """
+
+    now: Tensor
+
+    def __init__(self, weights: Tensor) -> None:
         super().__init__()
-        self.spots = spots
-        self.weight = weight
+        self.weights: list[list[float]] = weights.tolist()
+        self.rests = not bool(weights.all())
+        self.register_buffer("now", weights[0].clone(), persistent=False)  # set in every epoch
+        self.begin_epoch(1)
+
+    def begin_epoch(self, epoch: int) -> None:
+        row = self.weights[min(epoch, len(self.weights)) - 1]
+        self.now.copy_(torch.tensor(row))
+        self.active = tuple(weight > 0 for weight in row)
 
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
-        return Decision(student.new_full((self.spots, len(student)), self.weight))
+        return Decision(self.now.to(student.dtype)[:, None].expand(-1, len(student)))
 
 
 @final
@@ -112,6 +125,7 @@ class Random(Router):
 class Pair(NamedTuple):
     """What a router must know of the pair: number of spots, widths of both pooled vectors, whether of one family.
 
+    epochs   of the run
     matched  [epochs, S] rates that another run logged; only `random-matched` needs them
     """
 
@@ -119,12 +133,34 @@ class Pair(NamedTuple):
     teacher: int
     student: int
     one_family: bool
+    epochs: int = 1
     matched: Tensor | None = None
 
 
 def _adaptive(config: Any, pair: Pair) -> Router:
     bias = teacher_bias(config, one_family=pair.one_family)
     return Adaptive(pair.spots, pair.teacher, pair.student, tau=config.tau, teacher_bias=bias)
+
+
+def _per_spot(key: str, values: Any, spots: int) -> list[float]:
+    """One value per spot, from as many or from one for all. Raises UsageError."""
+    if len(values) not in (1, spots):
+        raise UsageError(f"{key}: {len(values)} numbers for {spots} spots; the last spot is the logits")
+    return [*values] * (spots if len(values) == 1 else 1)
+
+
+def _fixed(config: Any, pair: Pair) -> Router:
+    table = config.weights if isinstance(config.weights[0], tuple) else [config.weights]
+    return Fixed(torch.tensor([_per_spot("router.weights", row, pair.spots) for row in table]))
+
+
+def _scheduled(config: Any, pair: Pair) -> Router:
+    start, stop = (_per_spot(f"router.{key}", getattr(config, key), pair.spots) for key in ("start", "stop"))
+    of = pair.epochs
+    table = [
+        [round(a * of) < epoch <= round(b * of) for a, b in zip(start, stop, strict=True)] for epoch in range(1, of + 1)
+    ]
+    return Fixed(torch.tensor(table, dtype=torch.get_default_dtype()))
 
 
 def _matched(config: Any, pair: Pair) -> Router:
@@ -135,8 +171,10 @@ def _matched(config: Any, pair: Pair) -> Router:
 ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
     "adaptive": _adaptive,
     "anti": lambda config, pair: Anti(_adaptive(config, pair)),
-    "always": lambda config, pair: Fixed(pair.spots, 1.0),
-    "never": lambda config, pair: Fixed(pair.spots, 0.0),
+    "always": lambda config, pair: Fixed(torch.ones(1, pair.spots)),
+    "never": lambda config, pair: Fixed(torch.zeros(1, pair.spots)),
+    "fixed": _fixed,
+    "scheduled": _scheduled,
     "random": lambda config, pair: Random(torch.full((1, pair.spots), config.rate)),
     "random-matched": _matched,
 }

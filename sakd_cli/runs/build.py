@@ -169,6 +169,7 @@ def assemble(
         teacher=teacher.infos[-1].channels,
         student=method.network.infos[-1].channels,
         one_family=find_network(student.name).kin == find_network(teacher.name).kin,
+        epochs=config.train.epochs,
         matched=_matched_rates(config, len(method.spots)),
     )
     learned = config.router if isinstance(config.router, LearnedConfig) else None
@@ -201,7 +202,8 @@ def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:
         raise UsageError(f"method.balance: {reason}", "--set method.ce_weight=1")
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     fraction = (learned or LearnedConfig(name="none")).min_teacher_fraction
-    return Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(learned, config), fraction, own.balance)
+    factors = Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(learned, config), fraction, own.balance)
+    return factors._replace(selected_mean=config.router.dose == "selected-mean")
 
 
 def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:

@@ -3,7 +3,7 @@
 Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, final
@@ -27,11 +27,13 @@ from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Decision, Router
 
 GUIDE = "sakd guide extending"
+FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
 
 
 class Factors(NamedTuple):
     """The numbers of the objective: cross-entropy, beta, alpha, gamma, and the share that the count term asks for.
 
+    selected_mean  the loss at a spot is the mean of the selected samples, without their fraction of the batch
     balance  length of the feature loss's gradient over the task's, where it is balanced; 0: it is as beta makes it
     """
 
@@ -41,6 +43,7 @@ class Factors(NamedTuple):
     gamma: float
     min_teacher_fraction: float
     balance: float = 0.0
+    selected_mean: bool = False
 
 
 class Rates(NamedTuple):
@@ -107,6 +110,8 @@ class DistillTask(Task):
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
         self.noise_width = router.noise_width
         self._fork = Fork(enabled=self.mode.graphed)
+        self.has_unused_parameters = router.rests
+        self._rest()
 
     def groups(self) -> list[ParamGroup]:
         learners = [self.network, self.feature_distiller, self.logit_distiller]
@@ -120,6 +125,17 @@ class DistillTask(Task):
 
     def begin_epoch(self, epoch: int) -> None:
         self.router.begin_epoch(epoch)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let the distillers know at which of their spots they need not look."""
+        active = self.router.active or (True,) * len(self.spots)
+        self.logit_distiller.active = active[-1:]
+        if self.feature_distiller is not None:
+            self.feature_distiller.active = active[:-1]
+
+    def constants(self) -> Hashable:
+        return self.router.active
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Features:
@@ -204,6 +220,11 @@ class DistillTask(Task):
         self, distiller: Distiller, student: Features, teacher: Features, weight: Tensor, batch: Batch
     ) -> Tensor:
         """A distiller's loss over all its spots; of the whole batch where processes share it and it has to be."""
+        if not any(distiller.active):
+            return student.logits.new_zeros(())
+        scale = None
+        if self.factors.selected_mean:
+            scale = 1 / distributed.all_reduce_mean(weight.mean(dim=1), batch).clamp(min=FEWEST)
         asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gather_batch)
         if asked and distributed.world_size() > 1:
             student, teacher = (_of_all(features, distiller.spots, batch) for features in (student, teacher))
@@ -212,7 +233,7 @@ class DistillTask(Task):
             batch = Batch(batch.images, labels, index, batch.noise)
         losses: Tensor = distiller(student, teacher, weight, batch)
         _require(distiller, "what it returns, a loss per spot [spots],", losses, (len(distiller.spots),))
-        return losses.sum()
+        return losses.sum() if scale is None else (losses * scale).sum()
 
     def route(
         self, batch: Batch, teacher: Features, ce: Tensor, gate: Tensor | None, offset: Tensor | None

@@ -1,0 +1,120 @@
+"""The routers beside the published one: what each decides, and what a spot that rests costs."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from test_dose import one_step
+from test_step import batches, make, optimizer
+from torch import Tensor
+
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.routers import ROUTERS
+from sakd_cli.errors import UsageError
+from sakd_cli.routing.table import Pair, build
+
+PAIR = Pair(spots=3, teacher=8, student=4, one_family=True, epochs=8)
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def router(name: str, **settings: Any) -> Any:
+    return build(ROUTERS[name](**settings), PAIR)
+
+
+def decided(one: Any, epoch: int) -> list[list[float]]:
+    """Weights by spot in an epoch, of which every sample has the same."""
+    one.begin_epoch(epoch)
+    weight: Tensor = one(torch.zeros(N, 8), torch.zeros(N, 4), torch.rand(N, 8)).weight
+    assert (weight == weight[:, :1]).all()
+    return weight[:, 0].tolist()
+
+
+def test_a_fixed_weight_is_per_spot_or_a_table_by_epoch() -> None:
+    assert decided(router("fixed", weights=[0.25]), 1) == [0.25, 0.25, 0.25]
+    assert decided(router("fixed", weights=[0, 0.5, 1]), 7) == [0, 0.5, 1]
+    table = router("fixed", weights=[[1, 1, 1], [0.5], [0, 0, 1]])
+    assert [decided(table, epoch) for epoch in (1, 2, 3, 9)] == [[1, 1, 1], [0.5] * 3, [0, 0, 1], [0, 0, 1]]
+    with pytest.raises(UsageError, match=r"router.weights: 2 numbers for 3 spots; the last spot is the logits"):
+        router("fixed", weights=[1, 0])
+
+
+def test_a_schedule_starts_and_stops_spots_by_fractions_of_the_run() -> None:
+    hint = router("scheduled", start=[0, 0.25, 0], stop=[0.625, 0.5, 1])
+    epochs = [decided(hint, epoch) for epoch in range(1, 9)]
+    assert [row[0] for row in epochs] == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert [row[1] for row in epochs] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert [row[2] for row in epochs] == [1] * 8
+    assert hint.active == (False, False, True), "known without a look at the device"
+
+
+@pytest.mark.parametrize("text", ["0.5,1", "[0.5, 1]", "[[0.5, 1], [0, 1]]"])
+def test_weights_are_read_from_text(text: str) -> None:
+    given = {"teacher": "resnet14", "student": "resnet8", "router.name": "fixed", "router.weights": text}
+    config = resolve("distill", [ConfigSource("test", nested(given))]).config
+    assert build(config.router, PAIR._replace(spots=2)).weights[0] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("method", ["at", "fitnet", "reviewkd", "crd", "kd"])
+def test_what_rests_costs_nothing_and_gives_what_a_weight_of_0_gives(method: str) -> None:
+    more = {"method.negatives": 9} if method == "crd" else {}
+    task = make(method, "never", **more)
+    given = make(method, "never", **more)
+    given.router.active = None
+    given._rest()
+    calls: list[str] = []
+    for part in filter(None, (task.feature_distiller, task.logit_distiller)):
+        part.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    (_, ours), (_, theirs) = one_step(task), one_step(given)
+    assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+    assert not calls
+
+
+def test_one_spot_rests_while_another_does_not() -> None:
+    one, all_of = make("at", "fixed", **{"router.weights": [0, 1, 0, 1]}), make("at", "always")
+    assert one.feature_distiller.active == (False, True, False)
+    looked: list[int] = []
+    plain = one.feature_distiller.spot_loss
+    one.feature_distiller.spot_loss = lambda k, *rest: looked.append(k) or plain(k, *rest)
+    one_step(one)
+    assert looked == [1]
+    assert all_of.feature_distiller.active == (True, True, True)
+
+
+def test_a_hint_that_stops_leaves_its_regressor_as_it_is() -> None:
+    task = make("fitnet", "scheduled", **{"router.stop": [0.5, 1], "train.epochs": 4})
+    optim, seen, told = optimizer(task), [], []
+    for epoch in range(1, 5):
+        task.train().begin_epoch(epoch)
+        optim.begin_epoch(epoch)
+        for batch in batches(task, 2, seed=epoch):
+            optim.step(task(batch).loss)
+        seen.append([p.detach().clone() for p in task.feature_distiller.parameters()])
+        told.append(task.constants())
+    changed = [any(not torch.equal(a, b) for a, b in zip(*two, strict=True)) for two in itertools.pairwise(seen)]
+    assert changed == [True, False, False]
+    assert told[0] == told[1] != told[2] == told[3], "a captured step is made anew once"
+
+
+@pytest.mark.parametrize("method", ["fitnet", "rkd", "sp", "kd"])
+def test_the_dose_of_the_selected_is_their_mean(method: str) -> None:
+    """A mask of n ones of N: the published loss times N/n; none selected: nothing."""
+    plain = make(method, "adaptive", **{"router.teacher_bias": 0})
+    mean = make(method, "adaptive", **{"router.teacher_bias": 0, "router.dose": "selected-mean"})
+    batch = batches(plain, 1, size=8)[0]
+    ours, theirs = (task.train()(batch) for task in (mean, plain))
+    n = theirs.use.weight.sum(dim=1)
+    assert torch.equal(ours.use.weight, theirs.use.weight), "what is recorded stays a fraction"
+    assert 0 < n[-1] < 8
+    torch.testing.assert_close(ours.parts["logit"], theirs.parts["logit"] * 8 / n[-1])
+    if method != "kd":
+        torch.testing.assert_close(ours.parts["feature"], theirs.parts["feature"] * 8 / n[0])
+    none = make(method, "adaptive", **{"router.teacher_bias": -300, "router.dose": "selected-mean"})
+    assert float(none.train()(batch).parts["logit"]) == 0.0
