@@ -57,6 +57,9 @@ class Task(nn.Module, ABC):
     has_unused_parameters: bool = False
     """Whether some parameters of its groups get no gradient."""
 
+    constants: Hashable = ()
+    """What the host decides of a step beside its batch; a captured step is made anew where it changes."""
+
     @abstractmethod
     def groups(self) -> list[ParamGroup]:
         """Every trained parameter, each in exactly one group."""
@@ -64,10 +67,6 @@ class Task(nn.Module, ABC):
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch, counted from 1."""
         return
-
-    def constants(self) -> Hashable:
-        """What the host decides of a step beside its batch; a captured step is made anew where it changes."""
-        return ()
 
     @abstractmethod
     def forward(self, batch: Batch) -> StepOutput:

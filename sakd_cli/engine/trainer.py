@@ -104,7 +104,7 @@ class Trainer:
         self._last_save = -math.inf, 0.0  # when it ended, and seconds that it took
 
     def _constants(self) -> Hashable:
-        return self.optimizer.constants(), self.task.constants()
+        return self.optimizer.constants(), self.task.constants
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the time spent and, with an output, metrics of last and best epoch; or Stopped."""

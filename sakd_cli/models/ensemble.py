@@ -100,10 +100,10 @@ def fit(config: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[i
         case "accuracy":
             right = (stages.argmax(dim=-1) == labels).double()
             found = _stage_by_stage(uncertainties, right[-1:] - right[:-1], config.delta)
-        case "fixed":
-            found = [config.theta] * len(uncertainties)
         case "budget":
             found = [_within(config.budget * (teacher_macs or sum(macs)), uncertainties, macs)] * len(uncertainties)
+        case _:  # fixed
+            found = [config.theta] * len(uncertainties)
     return exits._replace(thresholds=tuple(found))
 
 

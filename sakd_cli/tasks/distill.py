@@ -3,7 +3,7 @@
 Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, final
@@ -129,13 +129,10 @@ class DistillTask(Task):
 
     def _rest(self) -> None:
         """Let the distillers know at which of their spots they need not look."""
-        active = self.router.active or (True,) * len(self.spots)
+        self.constants = active = self.router.active or (True,) * len(self.spots)
         self.logit_distiller.active = active[-1:]
         if self.feature_distiller is not None:
             self.feature_distiller.active = active[:-1]
-
-    def constants(self) -> Hashable:
-        return self.router.active
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Features:
