@@ -1,17 +1,23 @@
 """`sakd data check`, and runs on own images from the command line: trained, resumed, evaluated, normalised apart."""
 
 import json
+import os
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CliRunner
+from PIL import Image
 from safetensors.torch import load_file
 from test_imagefolder import cut_short, folder, picture
 
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.data.decode import Reading, find_unreadable
+from sakd_cli.data.decode import Reading
+from sakd_cli.data.examine import find_unreadable
 from sakd_cli.documents.table import DataCheck
 from sakd_cli.models.table import create
 from sakd_cli.runs import build
@@ -67,6 +73,81 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     assert found["classes-differ", "train"] == "lacks Bee, which val has"
     table = CliRunner(tmp_path).sakd("data", "check", "photos", COLUMNS="200")
     assert (table.code, "unreadable 3" in table.out, "[red].png" in table.out) == (3, True, True)
+
+
+def notes_of(document: dict[str, Any]) -> dict[tuple[str, str], str]:
+    return {(one["kind"], Path(one["path"]).name): one["text"] for one in document["notes"]}
+
+
+def test_what_is_no_fault_is_told_too(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", {"train": 3, "val": 2})
+    train = photos / "train"
+    with Image.open(train / "ant/1.jpg") as photo:
+        photo.rotate(90).save(train / "ant/turned.jpg", exif=turned(6))
+        photo.rotate(10).save(train / "ant/two.gif", save_all=True, append_images=[photo.rotate(20)])
+        photo.rotate(30).resize((1, 400)).save(train / "bee/strip.png")
+    wide = np.linspace(0, 900, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(wide).save(train / "cat/dark.png")
+    for name in ("ant/notes.txt", "ant/list.txt", "bee/.hidden.png", "cat/README"):
+        (train / name).write_text("no picture")
+    for part in ("train", "val"):
+        picture(photos / part / "odd\tname/0.png", (9, 9), len(part))
+    cli = CliRunner(tmp_path)
+    document = cli.sakd("data", "check", "photos", "--json", "-q", "--set", "data.gray_range=0,4095").document
+    DataCheck.model_validate(document)
+    assert document["findings"] == []
+    assert notes_of(document) == {
+        ("not-taken", "train"): "holds 4 files that are not taken: 2 *.txt, 1 hidden, 1 without an ending",
+        ("turned", "train"): "1 of its pictures are photographs stored turned: turned upright",
+        ("frames", "train"): "1 of its pictures have several frames or pages: the first is taken",
+        ("strip", "strip.png"): "has 1x400 pixels: only its middle is seen",
+        ("range", "dark.png"): "holds greys from 0 to 900, where data.gray_range is 0 to 4095",
+        ("name", "train"): r"the class 'odd\tname' has spaces or signs that are not seen",
+        ("name", "val"): r"the class 'odd\tname' has spaces or signs that are not seen",
+    }
+    refused = json.loads(cli.sakd("data", "check", "photos", "--json", "-q").out)["findings"]
+    assert [(one["kind"], Path(one["path"]).name) for one in refused] == [("unreadable", "dark.png")]
+    run = cli.sakd("pretrain-teacher", "resnet8", *shlex.split(RUN), "--set", "data.gray_range=0,4095", "--epochs", "1")
+    assert run.code == 0, run.err
+    assert "holds 4 files that are not taken" in run.err
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif.tobytes()
+
+
+def test_the_same_picture_in_two_places_is_found_whatever_its_file(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", {"train": 3, "val": 2})
+    with Image.open(photos / "train/ant/0.png") as picture_:
+        picture_.save(photos / "val/ant/copy.bmp")
+        picture_.transpose(Image.Transpose.ROTATE_90).save(photos / "val/bee/turned.png", exif=turned(6))
+    shutil.copy(photos / "train/cat/1.jpg", photos / "train/bee/1b.jpg")
+    shutil.copy(photos / "train/cat/2.png", photos / "train/cat/2b.png")  # of one class: no matter
+    result = CliRunner(tmp_path).sakd("data", "check", "photos", "--json", "-q")
+    assert result.code == 3
+    found = {Path(one["path"]).name: one["text"] for one in json.loads(result.out)["findings"]}
+    assert found.keys() == {"0.png", "1b.jpg"}
+    assert found["0.png"].endswith("val/ant/copy.bmp and 1 more")
+    assert found["1b.jpg"].endswith("train/cat/1.jpg")
+
+
+def test_names_that_are_no_text_are_refused_before_training(tmp_path: Path) -> None:
+    photos = os.fsencode(folder(tmp_path / "photos", {"train": 3, "val": 2}))
+    os.rename(photos + b"/train/ant/0.png", photos + b"/train/ant/caf\xe9.png")
+    for part in (b"train", b"val"):
+        os.rename(photos + b"/" + part + b"/bee", photos + b"/" + part + b"/caf\xe9")
+    cli = CliRunner(tmp_path)
+    result = cli.sakd("data", "check", "photos", "--json", "-q")
+    found = {Path(one["path"]).name: one["text"] for one in json.loads(result.out)["findings"]}
+    assert result.code == 3
+    assert found.keys() == {r"caf\xe9", r"caf\xe9.png"}
+    assert found[r"caf\xe9"] == "the name of this class is not UTF-8, as of an archive from Windows: rename it"
+    fields = ["pretrain-teacher", "resnet8", *shlex.split(RUN)]
+    cli.assert_rejects(fields, 3, r"caf\xe9.png: its name is not UTF-8")
+    os.rename(photos, photos + b"\xe9")
+    cli.assert_rejects([*fields, "--data-root", os.fsdecode(photos + b"\xe9")], 3, r"photos\xe9: its name is not UTF-8")
 
 
 def test_a_named_set_is_checked_too(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
-from sakd_cli.data import imagefolder, table
+from sakd_cli.data import imagefolder, published, table
 from sakd_cli.data.augment import channel_tensor, normalise
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Reading, Unreadable, open_rgb
@@ -37,12 +37,13 @@ def picture(path: Path, size: tuple[int, int], number: int) -> None:
 
 
 def folder(root: Path, parts: dict[str, int], classes: tuple[str, ...] = ("ant", "bee", "cat")) -> Path:
-    """`parts`: pictures of each class by subfolder; the name "" for one folder without parts."""
-    for part, count in parts.items():
+    """`parts`: pictures of each class by subfolder, all different; the name "" for one folder without parts."""
+    for split, (part, count) in enumerate(parts.items()):
         for place, name in enumerate(classes):
             for number in range(count):
                 ending = ("png", "jpg")[number % 2]
-                picture(root / part / name / f"{number}.{ending}", SIZES[number % 5], 100 * place + number)
+                seed = 1000 * split + 100 * place + number
+                picture(root / part / name / f"{number}.{ending}", SIZES[number % 5], seed)
     return root
 
 
@@ -284,7 +285,7 @@ def _dies(request: int) -> Tensor | Unreadable:
 
 
 def small(name: str, monkeypatch: pytest.MonkeyPatch, **counts: int) -> FilesConfig:
-    known = table.PUBLISHED[name]._replace(**counts)
+    known = published.PUBLISHED[CONFIGS[name]]._replace(**counts)
     monkeypatch.setitem(table.DATASETS, name, lambda config: imagefolder.load_published(config, known))
     return CONFIGS[name](validation=0.0, workers=0)
 
@@ -307,18 +308,18 @@ def test_tiny_imagenet_as_its_archive_has_it(tmp_path: Path, monkeypatch: pytest
     (home / "val/images/val_0.JPEG").unlink()
     with pytest.raises(DataError, match=r"val_0\.JPEG: is listed in val_annotations\.txt as 'n03': no such file"):
         load_images(config)
-    result = [one.text for one in imagefolder.scan_published(config, imagefolder.TINY_IMAGENET).findings]
+    result = [one.text for one in published.scan_published(config, published.TINY_IMAGENET).findings]
     assert any("has 200 classes, here are 3; from: tiny-imagenet-200.zip" in text for text in result)
 
 
-@pytest.mark.parametrize("name", sorted(table.PUBLISHED))
+@pytest.mark.parametrize("name", sorted(kind.model_fields["name"].default for kind in published.PUBLISHED))
 def test_a_published_set_counts_its_images(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"train": 2, "test": 1, "val": 1, "valid": 1}
     folder(tmp_path, parts)
     config = small(name, monkeypatch, classes=3, train=6, test=3).model_copy(update={"root": tmp_path, "cache": False})
     images = load_images(config)
     assert (len(images.train), len(images.dataset.test)) == (6, 3)
-    assert images.dataset.mean == table.PUBLISHED[name].mean
+    assert images.dataset.mean == published.PUBLISHED[CONFIGS[name]].mean
     with pytest.raises(DataError, match=f"{name} has 7 training images, here are 6; from: "):
         load_images(small(name, monkeypatch, classes=3, train=7, test=3).model_copy(update={"root": tmp_path}))
     with pytest.raises(DataError, match=f"{name}: .*no such folder"):

@@ -17,7 +17,7 @@ What = Annotated[str, typer.Argument(metavar="DIR|NAME", help="A folder of pictu
 
 @with_options("data-check")
 def check(options: Values, json: bool, quiet: bool, what: What) -> None:
-    """Name every file that cannot be read, empty classes, class lists that differ; exit code 3 if anything is wrong.
+    """Name what is wrong with a data set: unreadable files, empty classes, pictures in two places; exit code 3 if any.
 
     Every picture is decoded as a whole, by several processes. Nothing is changed or downloaded.
 

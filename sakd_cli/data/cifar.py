@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.published import default_root
 from sakd_cli.errors import DataError
-from sakd_cli.files import expanded
 
 PATIENCE = 30.0  # seconds without an answer before a download is given up; Python's own default is for ever
 
@@ -42,12 +42,6 @@ _MORE: dict[str, Any] = {"padding": 4, "flip": True, "train": _NONE, "test": _NO
 CIFAR10 = Dataset("cifar10", tuple(CLASSES_10.split()), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **_MORE)
 # The constants of the published distillation code; the exact ones differ by 0.0002 at most.
 CIFAR100 = Dataset("cifar100", tuple(CLASSES_100.split()), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **_MORE)
-
-
-def default_root() -> Path:
-    """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else expanded("~") / ".cache") / "sakd" / "data"
 
 
 def _torchvision() -> Any:

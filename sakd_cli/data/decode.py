@@ -3,25 +3,21 @@
 import ctypes
 import errno
 import importlib
-import multiprocessing
 import os
-import signal
 import stat
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from sakd_cli.errors import DataError, MemoryLimitError
+from sakd_cli.errors import MemoryLimitError
 
 if sys.platform == "linux":
     import fcntl
@@ -29,8 +25,7 @@ if sys.platform == "linux":
 # What is opened, by content. Never more: Pillow would start Ghostscript for PostScript.
 FORMATS = ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 EXTRA = "HEIF"  # with the extra `heic`
-MIN_FILES = 200  # below this, decoding in this process is faster
-CHUNK = 32  # files that a process gets at a time
+STRIP = 16  # times longer than wide, and more: a strip, of which the middle is taken
 BLANK = 100_000  # pixels for each byte of a large file: more have no content
 LARGE = 2**25  # pixels from which pictures are decoded one at a time: 0.13 to 0.4 GB each, WebP 12 bytes a pixel
 
@@ -72,13 +67,18 @@ class _Refused(Exception):
 
 
 class Picture:
-    """A picture file, open; `read` makes it. size: width and height, upright, in pixels.
+    """A picture file, open; `read` makes it.
+
+    size    width and height, upright, in pixels
+    turned  whether it is stored otherwise
+    greys   least and greatest value where there are more than 8 bits, once `rgb` was called
 
     The pixels of a JPEG are decoded by `rgb` only, since a part of it may want fewer.
     """
 
     def __init__(self, path: str, file: BinaryIO, reading: Reading, turn: ExitStack) -> None:
         self._path, self._reading, self._turn = path, reading, turn
+        self.greys: tuple[float, float] | None = None
         with _named(path):
             self._picture = picture = _identified(file, reading)
             self._later = picture.format in ("JPEG", "MPO")
@@ -88,9 +88,15 @@ class Picture:
                 self._load()
             if not tiff:
                 turned = _orientation(picture)
+        self.turned = turned > 1
         upright = _UPRIGHT if reading.orientation and not tiff else _BACK if tiff and not reading.orientation else {}
         self._method = upright.get(turned)
         self.size = picture.size[::-1] if self._method and turned > 4 else picture.size
+
+    @property
+    def frames(self) -> bool:
+        """Whether there are several, beside what phones store with a photograph (MPO)."""
+        return self._picture.format != "MPO" and bool(getattr(self._picture, "is_animated", False))
 
     def _load(self) -> None:
         picture = self._picture
@@ -111,8 +117,22 @@ class Picture:
                     width, height = self._picture.size
                     self._picture.draft(None, (int(width / shrink), int(height / shrink)))
                 self._load()
-            rgb = _as_rgb(self._picture, self._reading)
+            rgb = self._as_rgb()
             return rgb if self._method is None else rgb.transpose(self._method)
+
+    def _as_rgb(self) -> Image.Image:
+        picture, reading = self._picture, self._reading
+        if picture.mode in _WIDE:
+            values = np.asarray(picture)
+            self.greys = float(values.min()), float(values.max())
+            black_white = (0, 65535) if picture.format in _STRETCHED else reading.gray_range
+            return Image.fromarray(gray_8bit(values, self.greys, black_white)).convert("RGB")
+        if picture.has_transparency_data:
+            over = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+            rgb = Image.new("RGB", over.size, reading.background)
+            rgb.paste(over, mask=over.getchannel("A"))
+            return rgb
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read(path: str, reading: Reading, use: Callable[[Picture], Result]) -> Result | Unreadable:
@@ -246,25 +266,17 @@ def _orientation(picture: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _as_rgb(picture: Image.Image, reading: Reading) -> Image.Image:
-    if picture.mode in _WIDE:
-        black_white = (0, 65535) if picture.format in _STRETCHED else reading.gray_range
-        return Image.fromarray(gray_8bit(np.asarray(picture), black_white)).convert("RGB")
-    if picture.has_transparency_data:
-        over = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        rgb = Image.new("RGB", over.size, reading.background)
-        rgb.paste(over, mask=over.getchannel("A"))
-        return rgb
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def gray_8bit(values: NDArray[Any], black_white: tuple[float, float] | None) -> NDArray[np.uint8]:
+def gray_8bit(
+    values: NDArray[Any], greys: tuple[float, float], black_white: tuple[float, float] | None
+) -> NDArray[np.uint8]:
     """Greys of more than 8 bits as 8: linear from black to white, rounded, what lies outside is clipped.
+
+    greys  the least and the greatest value
 
     None: whole numbers must use the top bit of 16, of which the upper 8 are taken, as Pillow does; floats must lie in
     0 .. 1. Anything else may mean several things: raises `_Refused`.
     """
-    low, high = values.min(), values.max()
+    low, high = greys
     whole = values.dtype.kind in "iu"
     if not whole and not np.isfinite([low, high]).all():
         raise _Refused("holds values that are not finite")
@@ -301,34 +313,3 @@ def _no_memory(path: str) -> MemoryLimitError:
     return MemoryLimitError(
         f"{path}: memory ran out while it was read", "--set data.workers=1, a lower data.max_pixels"
     )
-
-
-def decode_error(path: str, reading: Reading) -> Unreadable | None:
-    """What is wrong with a file, found by decoding all of it; None: nothing."""
-    picture = open_rgb(path, reading)
-    return picture if isinstance(picture, Unreadable) else None
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C goes to all processes of the group; only the main one handles it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def find_unreadable(
-    paths: Sequence[str], reading: Reading, processes: int | None = None
-) -> Iterator[Unreadable | None]:
-    """Per file, in order, what is wrong with it; None: nothing. Raises DataError where a decoder crashes."""
-    number = min(16, os.cpu_count() or 1) if processes is None else processes
-    decode = partial(decode_error, reading=reading)
-    if len(paths) < MIN_FILES or number < 2:
-        yield from map(decode, paths)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the children touch none
-            with ProcessPoolExecutor(number, context, initializer=_ignore_interrupts) as pool:
-                yield from pool.map(decode, paths, chunksize=CHUNK)
-    except BrokenProcessPool:
-        raise DataError("a process that decoded pictures was killed: for lack of memory, or by a picture") from None

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sakd_cli.data.augment import RATIO
-from sakd_cli.data.decode import Picture, Reading, Unreadable, read
+from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
 from sakd_cli.errors import DataError, MemoryLimitError, SakdError
 
 Result = TypeVar("Result")
-STRIP = 16  # times longer than wide, and more: a strip
 COPY = 1.1  # side of the smallest crop of a cached copy, over the side of what is made of it
 GAP = 2  # pixels that a JPEG is decoded to at the least, in width and in height, for each one that is made of them
 AHEAD = 4  # pictures for each thread that are made before they are wanted

@@ -3,6 +3,7 @@
 import errno
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,11 @@ TRAIN, TEST, VAL = ("train", "training"), ("test",), ("val", "valid", "validatio
 # What lies beside the classes of a folder without parts, and is written by programs.
 NO_CLASS = {"runs", "reports", "report", "logs", "exports", "checkpoints", "plots", "figures"}
 RUN = ("config.yaml", "env.json")  # files of a run directory
+NO_TEXT = "is not UTF-8, as of an archive from Windows: rename it"
 
 
 class Finding(NamedTuple):
-    """A fault: `kind` is missing, empty-class, single-class, case, classes-differ, loop, count or unreadable."""
+    """A fault or a note; the kinds are those of `DataFinding`."""
 
     kind: str
     path: str
@@ -141,7 +143,35 @@ def scan_split(folder: Path, findings: list[Finding], notes: list[Finding]) -> S
         if (not part and name.lower() in NO_CLASS) or _holds_runs(folder / name):
             notes.append(Finding("no-class", str(folder / name), "is no class, but what a program writes: not used"))
             names.remove(name)
-    return SplitContents(folder, {name: sorted(_pictures(folder / name, above, findings)) for name in names})
+    left: Counter[str] = Counter()
+    files = {name: sorted(_pictures(folder / name, above, findings, left)) for name in names}
+    if left:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+        notes.append(Finding("not-taken", str(folder), f"holds {left.total()} files that are not taken: {kinds}"))
+    return SplitContents(folder, _readable_names(folder, files, findings))
+
+
+def _readable_names(folder: Path, files: dict[str, list[str]], findings: list[Finding]) -> dict[str, list[str]]:
+    """The same. Names that are no text go to the findings: a network's card could not hold them."""
+    for name, paths in files.items():
+        if not _is_text(name):
+            findings.append(Finding("name", shown(folder / name), f"the name of this class {NO_TEXT}"))
+        else:
+            odd = [path for path in paths if not _is_text(path)]
+            findings += [Finding("name", shown(path), f"its name {NO_TEXT}") for path in odd]
+    return files
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def shown(path: Path | str) -> str:
+    """A path as text; bytes that are none as `\\xe9`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _holds_runs(folder: Path) -> bool:
@@ -156,6 +186,8 @@ def _holds_runs(folder: Path) -> bool:
 
 def _inside(root: Path) -> list[str]:
     """Names of the folders in the data set's folder. Raises DataError where it is none."""
+    if not _is_text(str(root)):
+        raise DataError(f"{shown(root)}: its name {NO_TEXT}")
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
     try:
@@ -181,8 +213,11 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return entry.is_symlink()
 
 
-def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding]) -> Iterator[str]:
-    """Files below a folder that are named like pictures; a link back to a folder above it is not followed."""
+def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding], left: "Counter[str]") -> Iterator[str]:
+    """Files below a folder that are named like pictures; a link back to a folder above it is not followed.
+
+    left  counts the other files, by what they are
+    """
     try:
         real = os.path.realpath(folder, strict=True)
         if real in above:
@@ -195,12 +230,15 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding]) -> 
         findings.append(Finding(kind, str(folder), (error.strerror or "cannot be read").lower()))
         return
     for one in found:
+        ending = os.path.splitext(one.name)[1].lower()
         if _hidden(one.name):
-            continue
-        if _is_folder(one):
-            yield from _pictures(Path(one.path), (*above, real), findings)
-        elif os.path.splitext(one.name)[1].lower() in ENDINGS:
+            left["hidden"] += 1
+        elif _is_folder(one):
+            yield from _pictures(Path(one.path), (*above, real), findings, left)
+        elif ending in ENDINGS:
             yield one.path
+        else:
+            left[f"*{shown(ending)}" if ending else "without an ending"] += 1
 
 
 def _wrong(part: SplitContents) -> list[Finding]:
@@ -213,7 +251,7 @@ def _wrong(part: SplitContents) -> list[Finding]:
     if len(names) == 1:
         findings.append(Finding("single-class", where, f"has one class only ({names[0]}): nothing to tell apart"))
     alike: dict[str, str] = {}
-    for name in names:
+    for name in filter(_is_text, names):
         first = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if first != name:
             text = f"differs from class {first!r} only by case or by spelling of letters"

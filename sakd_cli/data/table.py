@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import imagefolder
 from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar
 from sakd_cli.data.dataset import Dataset, first_classes
-from sakd_cli.data.pictures import FolderContents
 from sakd_cli.data.shapes import load_shapes
 from sakd_cli.errors import no_row
 
@@ -18,19 +16,12 @@ DATASETS: dict[str, Callable[[Any], Dataset]] = {
     "cifar100": load_cifar,
     "shapes": load_shapes,
     "imagefolder": imagefolder.load_imagefolder,
+    "tiny-imagenet": imagefolder.load_published,
+    "cinic10": imagefolder.load_published,
+    "imagenet": imagefolder.load_published,
 }
 # What is known of those that are files, without the files.
 DESCRIBED: dict[str, Dataset] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-# Published sets that are folders of pictures.
-PUBLISHED = {
-    "tiny-imagenet": imagefolder.TINY_IMAGENET,
-    "cinic10": imagefolder.CINIC10,
-    "imagenet": imagefolder.IMAGENET_1K,
-}
-DATASETS |= {name: partial(imagefolder.load_published, known=known) for name, known in PUBLISHED.items()}
-# Those whose folders can be looked through without loading them.
-FOLDERS: dict[str, Callable[[Any], FolderContents]] = {"imagefolder": imagefolder.scan_imagefolder}
-FOLDERS |= {name: partial(imagefolder.scan_published, known=known) for name, known in PUBLISHED.items()}
 
 
 def describe(config: DataConfig) -> Dataset:

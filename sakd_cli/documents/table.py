@@ -172,9 +172,10 @@ class DataPart(Part):
 
 
 class DataFinding(Part):
-    """One thing that is wrong with a data set, and where.
+    """One thing that is wrong with a data set, or worth knowing, and where.
 
-    kind: missing, empty-class, single-class, case, classes-differ, loop, count, unreadable
+    kind of a fault: missing, empty-class, single-class, case, classes-differ, unknown-class, loop, count, name,
+    unreadable, duplicate; of a note: no-class, unlabelled, not-taken, name, turned, frames, strip, range, duplicate
     """
 
     kind: str
@@ -183,15 +184,19 @@ class DataFinding(Part):
 
 
 class DataCheck(Document):
-    """`sakd data check DIR --json`; read: files that were decoded. Nothing is wrong where `findings` is empty."""
+    """`sakd data check DIR --json`; read: files that were decoded. Nothing is wrong where `findings` is empty.
 
-    schema_: Literal["sakd.data-check/2"] = "sakd.data-check/2"
+    notes: what is no fault, but worth knowing
+    """
+
+    schema_: Literal["sakd.data-check/3"] = "sakd.data-check/3"
     dataset: str
     root: str | None
     classes: int
     parts: list[DataPart]
     read: int
     findings: list[DataFinding]
+    notes: list[DataFinding]
 
 
 class WeightsFile(Part):
