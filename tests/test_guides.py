@@ -133,12 +133,13 @@ def small(arguments: list[str]) -> list[str]:
 
 
 def photos(folder: Path) -> None:
-    """Own images, as the guide has them."""
+    """Own images, as the guide has them; no two are the same."""
     for split in ("train", "val"):
         for number, name in enumerate(("cat", "dog")):
             (folder / split / name).mkdir(parents=True)
             for k in range(24):
-                Image.new("RGB", (40, 40), (10 * k, 100 * number, 0)).save(folder / split / name / f"{k}.png")
+                colour = 10 * k, 100 * number, 100 * (split == "val")
+                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{k}.png")
 
 
 @pytest.fixture(scope="module")
