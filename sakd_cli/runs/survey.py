@@ -190,7 +190,8 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
                 uniform = torch.rand(len(labels), task.noise_width, generator=draw).to(images)
                 gate = task.router(teacher.embedding, student.embedding, uniform).gate
                 gates += [] if gate is None else [gate]
-            outputs += [task.graft(images, teacher, gate) for gate in gates]
+            with task.mode.networks(images.device):  # whose precision the graft's frozen weights have
+                outputs += [task.graft(images, teacher, gate) for gate in gates]
         right = [(output.argmax(dim=1) == labels).sum() for output in outputs]
         loss = [F.cross_entropy(output.float(), labels, reduction="sum") for output in outputs]
         sums = sums + torch.stack([torch.stack(right).float(), torch.stack(loss)])
