@@ -106,16 +106,20 @@ def broadcast_object(item: Item) -> Item:
 
 
 def shard_sizes(global_size: int) -> list[int]:
-    """Rows of a batch of `global_size` samples that each process gets; they differ by at most one."""
-    each, more = divmod(global_size, world_size())
-    return [each + (place < more) for place in range(world_size())]
+    """Rows of a batch of `global_size` samples that each process gets; they differ by at most one.
+
+    No process gets a single row, of which BatchNorm could make nothing: of a small batch the last ones get none.
+    """
+    working = min(world_size(), max(1, global_size // 2))
+    each, more = divmod(global_size, working)
+    return [each + (place < more) for place in range(working)] + [0] * (world_size() - working)
 
 
 def shard_rows(global_size: int) -> slice:
-    """This process's rows. Where there are fewer samples than processes, one that has none gets the first (share 0)."""
+    """This process's rows. Where there are too few for all, a process that has none gets the first two (share 0)."""
     parts = shard_sizes(global_size)
     start = sum(parts[: rank()])
-    return slice(start, start + parts[rank()]) if parts[rank()] else slice(0, 1)
+    return slice(start, start + parts[rank()]) if parts[rank()] else slice(0, min(2, global_size))
 
 
 def shard_weight(global_size: int) -> float:

@@ -76,4 +76,14 @@ def effective(
     residual = config.residual if isinstance(config, DistillConfig) else None
     train, validation = counts or image_counts(config.data, residual) or (None, None)
     values |= {"training_images": train, "validation_images": validation}
-    return values | {"steps_per_epoch": None if train is None else -(-train // config.train.batch_size)}
+    return values | {"steps_per_epoch": None if train is None else steps_per_epoch(train, config.train.batch_size)}
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Batches of an epoch. A single image that is left over joins the batch before.
+
+    BatchNorm has no statistics of a map of 1x1 pixels of one image. Where no single image is left over these are the
+    published steps.
+    """
+    full, rest = divmod(images, batch_size)
+    return full + (rest > 1 or (rest == 1 and not full))

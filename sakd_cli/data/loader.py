@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch, Loader, UpperBatch
+from sakd_cli.config.effective import steps_per_epoch
 from sakd_cli.data.augment import NUMBERS, channel_tensor, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
 from sakd_cli.data.files import Files, Pool
@@ -56,15 +57,17 @@ class StepSlice(NamedTuple):
 
 
 def step_slices(samples: int, batch_size: int, start: int) -> Iterator[StepSlice]:
-    """The steps of an epoch from `start` on."""
-    for first in range(start * batch_size, samples, batch_size):
-        size = min(batch_size, samples - first)
+    """The steps of an epoch from `start` on; the last one has what is left (`steps_per_epoch`)."""
+    steps = steps_per_epoch(samples, batch_size)
+    for step in range(start, steps):
+        first = step * batch_size
+        size = batch_size if step < steps - 1 else samples - first
         rows = distributed.shard_rows(size)
         yield StepSlice(slice(first + rows.start, first + rows.stop), size, distributed.shard_weight(size))
 
 
 class TrainLoader:
-    """Shuffled, augmented batches of a split; the last batch of an epoch may be smaller than `batch_size`.
+    """Shuffled, augmented batches of a split; the last batch of an epoch may be smaller, or one image larger.
 
     Images in memory are on the device as uint8 (CIFAR: 154 MB, 240 MB with its border) and are cropped from a border
     there. Images in files are read by worker processes. Random resized crops of cached images are cut on the device
@@ -84,7 +87,7 @@ class TrainLoader:
         self._batch_size, self._seed, self._noise_width = batch_size, seed, noise_width
         self._pool: Pool | None = None
         self._full_images: tuple[list[Tensor], Tensor] | None = None
-        self.steps_per_epoch = -(-len(split) // batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(split), batch_size)
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
