@@ -1,6 +1,5 @@
 """`sakd inspect-spots`: where knowledge flowed, as tables, plots, an HTML file, JSON or CSV."""
 
-import csv as csv_files
 import json as json_files
 import sys
 from pathlib import Path
@@ -59,8 +58,10 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
         emit(report)
     elif options["csv"]:
         from sakd_cli.documents.spots import CSV_HEADER, csv_rows
+        from sakd_cli.report.render.format import csv_text
 
-        csv_files.writer(sys.stdout, lineterminator="\n").writerows([CSV_HEADER, *csv_rows(report)])
+        rows = [dict(zip(CSV_HEADER, row, strict=True)) for row in csv_rows(report)]
+        sys.stdout.write(csv_text(CSV_HEADER, rows))
     elif not (plot or html or samples):
         from sakd_cli.report.spots.tables import spot_tables, survey_tables
 
@@ -72,12 +73,12 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
 def _write_records(records: list[dict[str, Any]], path: Path) -> None:
     if not records:
         raise UsageError("--samples: this run has no record by image", hint="--live measures it")
+    from sakd_cli.report.render.format import csv_text
+
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
-                writer = csv_files.DictWriter(file, list(records[0]))
-                writer.writeheader()
-                writer.writerows(records)
+                file.write(csv_text(list(records[0]), records))
             else:
                 file.writelines(json_files.dumps(record) + "\n" for record in records)
     except OSError as error:

@@ -129,9 +129,17 @@ def bar(value: Any, length: int) -> str:
 
 
 def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV under a header; what a row does not have stays empty."""
+    """Rows as CSV under a header; what a row does not have stays empty. No cell is a formula to a spreadsheet."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({field: _no_formula(value) for field, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _no_formula(value: object) -> object:
+    """A text that a spreadsheet would compute, behind an apostrophe, which it takes for the sign of a text."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", "\\r")  # Python's csv does not quote it
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\\r")) else value

@@ -14,6 +14,7 @@ from sakd_cli.documents.spots import ClassDeviation, SpotsDocument
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
+from sakd_cli.report.render.fonts import all_scripts
 from sakd_cli.report.render.format import WHAT, fixed, fraction, named, plain
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "sakd"}):
+    with rc_context({"svg.hashsalt": "sakd"}), all_scripts(figure, kind):
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
