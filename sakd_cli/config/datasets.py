@@ -14,10 +14,10 @@ from pydantic import (
 )
 
 from sakd_cli.config.base import Config, by_name, chosen_by_name
+from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, shown
 from sakd_cli.files import expanded
 
 Channels = tuple[float, float, float]
-Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 def _positive(values: Channels) -> Channels:
@@ -108,12 +108,20 @@ class FilesConfig(DataConfig):
     """Pictures in files, of any size and kind."""
 
     own: ClassVar[set[str]] = {"name", "classes", "size"}
-    size: Annotated[int, Field(ge=8, le=4096)] = 224
-    """Side in pixels of what a network gets."""
+    preprocessing: str | None = None
+    """Take size, resize, interpolation, mean and std from timm/NAME or torchvision/NAME, as far as they are not set."""
+    size: Size = 224
+    """Side in pixels of what a network gets, or its height and width."""
     resize: PositiveInt | None = None
-    """Shorter side in pixels before that square is cut from the middle; None: 8/7 of size, or size for border."""
-    augment: Literal["auto", "crop", "border"] = "auto"
-    """crop: random resized crop; border: crop from within a border of size/8; auto: border up to 64 pixels."""
+    """Shorter side in pixels before `size` is cut from the middle; None: 8/7 of that of size, the same for border."""
+    resize_mode: ResizeMode = "shorter"
+    """shorter: keep a picture's proportions; squash: make it as wide and high as size is; none: do not resize."""
+    interpolation: Interpolation = "bilinear"
+    """How pixels are resampled: nearest, bilinear, bicubic or lanczos."""
+    antialias: bool = True
+    """Low-pass before making a picture smaller, as Pillow does; off: as torchvision resizes tensors without it."""
+    augment: Literal["auto", "crop", "border", "none"] = "auto"
+    """crop: random resized crop; border: crop from within a border of size/8; none: neither; auto: border up to 64."""
     crop: Annotated[tuple[float, float], AfterValidator(_shares)] = (0.08, 1.0)
     """Fraction of a picture's area that a random resized crop covers, from and to; torchvision's defaults."""
     flip: bool = True
@@ -141,19 +149,31 @@ class FilesConfig(DataConfig):
 
     @model_validator(mode="after")
     def _the_square_fits(self) -> "FilesConfig":
-        if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize {self.resize} is smaller than the square of {self.size} that is cut from it")
+        if self.resize is not None and self.resize < min(height_width(self.size)):
+            raise ValueError(f"resize {self.resize} is smaller than the {shown(self.size)} pixels that are cut from it")
+        if self.resize is not None and self.resize_mode == "none":
+            raise ValueError("resize_mode none leaves pictures as large as they are; resize belongs to the others")
+        if self.interpolation == "lanczos" and not self.antialias:
+            raise ValueError("interpolation lanczos is only there with antialias")
         return self
 
     @property
     def bordered(self) -> bool:
         """Whether a training image is cut from within a border."""
-        return self.size <= 64 if self.augment == "auto" else self.augment == "border"
+        return max(height_width(self.size)) <= 64 if self.augment == "auto" else self.augment == "border"
 
     @property
-    def resized(self) -> int:
-        """Shorter side in pixels before the square is cut."""
-        return self.resize or (self.size if self.bordered else round(self.size * 8 / 7))
+    def border(self) -> int:
+        """Width in pixels of the border that a training image is cut from within."""
+        return min(height_width(self.size)) // 8 if self.bordered else 0
+
+    @property
+    def seen(self) -> Preprocessing:
+        """How pictures are shown, with the values that settings which are left open come to."""
+        side = min(height_width(self.size))
+        margin = not self.bordered and self.augment != "none" and self.resize_mode != "none"
+        resize = self.resize or (round(side * 8 / 7) if margin else side)
+        return Preprocessing(resize=resize, **self.model_dump(include=Preprocessing.model_fields.keys() - {"resize"}))
 
 
 class ImageFolderConfig(FilesConfig):
@@ -169,14 +189,14 @@ class TinyImageNetConfig(FilesConfig):
     """100,000 + 10,000 photographs, 64x64, 200 classes, as the official archive has them"""
 
     name: Literal["tiny-imagenet"] = "tiny-imagenet"
-    size: Annotated[int, Field(ge=8, le=4096)] = 64
+    size: Size = 64
 
 
 class CINIC10Config(FilesConfig):
     """90,000 + 90,000 photographs, 32x32, 10 classes (Darlow et al. 2018); its folder valid is not used"""
 
     name: Literal["cinic10"] = "cinic10"
-    size: Annotated[int, Field(ge=8, le=4096)] = 32
+    size: Size = 32
 
 
 class ImageNetConfig(FilesConfig):

@@ -16,6 +16,8 @@ from sakd_cli.config import datasets, routers
 from sakd_cli.config.base import EFFECTIVE, choose, own_name
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS
+from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
+from sakd_cli.config.preprocessing import Preprocessing, of_library
 from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
@@ -136,7 +138,7 @@ def set_sources(assignments: Iterable[str]) -> list[ConfigSource]:
         except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
             raise UsageError(f"--set {key}: {text[:40]!r} is no YAML value") from None
         found.append(ConfigSource(f"--set {key}", nested({key: value})))
-    return found
+    return sorted(found, key=lambda source: source.origin != f"--set {PREPROCESSING}")  # what is said beside it wins
 
 
 def file_source(path: Path, origin: str) -> ConfigSource:
@@ -189,11 +191,20 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for source in sources:
-        values = _merge(values, _for_task(task, source), origins)
+        values = _merge(values, _with_preprocessing(_for_task(task, source)), origins)
     try:
         return Resolved(TASKS[task].model_validate(values), origins)
     except ValidationError as error:
         raise usage_error(task, error, values, origins) from None
+
+
+def _with_preprocessing(source: ConfigSource) -> ConfigSource:
+    """A source that takes the preprocessing from a library's network, with those settings, as far as it has none."""
+    data = source.values.get("data")
+    name = data.get("preprocessing") if isinstance(data, dict) else None
+    if not isinstance(name, str) or not isinstance(data, dict) or Preprocessing.model_fields.keys() <= data.keys():
+        return source
+    return source._replace(values=source.values | {"data": of_library(name) | data})
 
 
 def _for_task(task: str, source: ConfigSource) -> ConfigSource:

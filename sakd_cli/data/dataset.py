@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, side_of
 from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError
 
@@ -51,9 +52,9 @@ class Split:
         return self.images.read() if isinstance(self.images, Files) else self.images
 
     @property
-    def side(self) -> int:
-        """Height and width of the images in pixels."""
-        return int(self.images.shape[-1])
+    def side(self) -> ImageSize:
+        """Side of the square images in pixels, or their height and width."""
+        return side_of(*map(int, self.images.shape[-2:]))
 
     @property
     def keys(self) -> tuple[str, ...] | None:
@@ -85,6 +86,7 @@ class Dataset:
     scale      share of a picture's area, from and to, that a random resized crop takes instead; None: the border does
     skipped    files that could not be read and were left out
     notes      what was left out of the folder, a line each
+    seen       how its pictures are shown; None: they are no files
     val        what the data set itself sets aside to choose the best epoch; None: nothing
     """
 
@@ -99,6 +101,7 @@ class Dataset:
     scale: tuple[float, float] | None = None
     skipped: int = 0
     val: Split | None = None
+    seen: Preprocessing | None = None
     notes: tuple[str, ...] = ()
 
     def map(self, change: Callable[[Split], Split]) -> "Dataset":

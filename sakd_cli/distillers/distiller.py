@@ -140,7 +140,7 @@ def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     """Average-pool the larger map to the smaller one's height; [N, C, H, W] each."""
     ours, theirs = student.shape[2], teacher.shape[2]
     if ours > theirs:
-        return mean_pool(student, theirs), teacher
+        return mean_pool(student, (theirs, teacher.shape[3])), teacher
     if ours < theirs:
-        return student, mean_pool(teacher, ours)
+        return student, mean_pool(teacher, (ours, student.shape[3]))
     return student, teacher

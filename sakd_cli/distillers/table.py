@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sakd_cli.config import plugins
 from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.cc import CC
@@ -158,7 +159,7 @@ def build(
     config: MethodConfig,
     student: StagedModel,
     teacher: StagedModel,
-    side: int,
+    side: ImageSize,
     *,
     stage_map: Sequence[tuple[int, int]] | None = None,
     labels: Tensor | None = None,

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.documents.evaluation import Quartiles, Speed
 
 Network = Callable[[Tensor], Tensor]  # in evaluation mode
 WARM_UP, LEAST = 2, 3  # passes before the clock starts, passes that are timed at least
 
 
-def speed(network: Network, side: int, device: torch.device, *, batch: int, seconds: float) -> Speed:
+def speed(network: Network, side: ImageSize, device: torch.device, *, batch: int, seconds: float) -> Speed:
     """Latency of one image and throughput of batches in fp32, `seconds` spent on each; no memory on a CPU."""
     single = _times(network, side, device, 1, seconds)
     if device.type == "cuda":
@@ -30,9 +31,9 @@ def speed(network: Network, side: int, device: torch.device, *, batch: int, seco
 
 
 @torch.inference_mode()
-def _times(network: Network, side: int, device: torch.device, batch: int, seconds: float) -> list[float]:
+def _times(network: Network, side: ImageSize, device: torch.device, batch: int, seconds: float) -> list[float]:
     """Seconds per forward pass, repeated until `seconds` are over; the first passes choose kernels and fill caches."""
-    images = torch.zeros(batch, 3, side, side, device=device)
+    images = torch.zeros(batch, 3, *height_width(side), device=device)
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < WARM_UP + LEAST or time.perf_counter() - began < seconds:

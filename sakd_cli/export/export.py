@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.preprocessing import height_width, shown
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.loader import EvalLoader
@@ -90,7 +91,7 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
             latency=_latency(network, opened, found.card, config),
         )
         about = document.model_dump(exclude={"schema_", "folder", "classes"})
-        write_json(aside / "config.json", {"export": FORMAT} | found.card._asdict() | about | found.facts)
+        write_json(aside / "config.json", {"export": FORMAT} | found.card.plain() | about | found.facts)
         write_aside(aside / "README.md", model_card(found.card, found.facts, form, document).encode())
     return document
 
@@ -168,11 +169,11 @@ def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[
         dataset = load_images(settings).dataset
         images, _ = next(iter(EvalLoader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
-        if images.shape[-1] == card.side:
+        if images.shape[-2:] == height_width(card.side):
             return (images * std + mean).clamp(0, 1), True
     except DataError as error:
         reporter.say(f"checked with noise: {error.message}")
-    return torch.rand(IMAGES, 3, card.side, card.side, generator=torch.Generator().manual_seed(0)), False
+    return torch.rand(IMAGES, 3, *height_width(card.side), generator=torch.Generator().manual_seed(0)), False
 
 
 @torch.inference_mode()
@@ -220,7 +221,7 @@ def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: E
     return f"""\
 # {card.architecture} on {card.dataset}, {document.format}
 
-An image classifier for {len(card.classes)} classes of RGB images of {card.side}x{card.side} pixels.
+An image classifier for {len(card.classes)} classes of RGB images of {shown(card.side)} pixels.
 {known}
 `{form.file}` takes {takes}; `config.json` has the class names in the order of the logits. In this folder:
 

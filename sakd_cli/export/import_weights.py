@@ -45,7 +45,7 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
         imported=WeightsFile(file=file.name, sha256=sha256(file)),
         **metrics,
     )
-    card = NetworkCard(name, known.name, known.classes, known.mean, known.std, known.train.side)
+    card = NetworkCard(name, known.name, known.classes, known.mean, known.std, known.train.side, known.seen)
     facts = document.model_dump(include={"top1", "top5", "loss", "images", "split", "imported"})
     with whole_folder(folder) as aside:
         artifact.save_folder(aside, network.cpu(), card, facts)

@@ -7,19 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.models.staged import PLANES, Layout, Shape
 
 
-def mean_pool(x: Tensor, side: int) -> Tensor:
-    """Means over a grid of windows, [N, C, H, W] to [N, C, side, side]: `adaptive_avg_pool2d` to rounding.
+def mean_pool(x: Tensor, size: ImageSize) -> Tensor:
+    """Means over a grid of windows, [N, C, H, W] to [N, C, *size]: `adaptive_avg_pool2d` to rounding.
 
     That one's gradient has no deterministic form on CUDA (`torch.use_deterministic_algorithms`). Where H and W are
-    multiples of `side` the windows are equal; otherwise they overlap, and are sums by matrices.
+    multiples of `size` the windows are equal; otherwise they overlap, and are sums by matrices.
     """
     height, width = x.shape[2:]
-    if height % side == 0 and width % side == 0:
-        return F.avg_pool2d(x, (height // side, width // side))
-    rows, columns = (_windows(length, side, x) for length in (height, width))
+    high, wide = height_width(size)
+    if height % high == 0 and width % wide == 0:
+        return F.avg_pool2d(x, (height // high, width // wide))
+    rows, columns = _windows(height, high, x), _windows(width, wide, x)
     return rows @ x @ columns.T / (rows.sum(dim=1)[:, None] * columns.sum(dim=1))
 
 
@@ -42,9 +44,9 @@ class ConvAdapter(nn.Module):
         super().__init__()
         (c1, h1, w1), (c2, h2, w2) = source, target
         up, kernel, stride, padding = h1 < h2, (3, 3), 2, 1
-        if 2 * h1 == h2:
+        if (2 * h1, 2 * w1) == (h2, w2):
             kernel = (4, 4)
-        elif h1 != 2 * h2:
+        elif (h1, w1) != (2 * h2, 2 * w2):
             (h, w), (low, narrow) = ((h2, w2), (h1, w1)) if up else ((h1, w1), (h2, w2))
             stride, padding = h // low if up or h1 >= 3 * h2 else 1, 0
             kernel = (h - stride * (low - 1), w - stride * (narrow - 1))
@@ -79,14 +81,14 @@ def adapter(source: Shape, target: Shape) -> ConvAdapter | LinearAdapter:
 
 @final
 class MeanPool(nn.Module):
-    """`mean_pool` to a side."""
+    """`mean_pool` to a height and width."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
-        self.side = side
+        self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        return mean_pool(x, self.side)
+        return mean_pool(x, self.size)
 
 
 class Transform(nn.Module):
@@ -100,14 +102,15 @@ class Transform(nn.Module):
     def __init__(self, source: Shape, target: Shape, layout: Layout = PLANES) -> None:
         super().__init__()
         self.layout = layout
-        (c1, h1, _), (c2, h2, _) = source, target
+        (c1, h1, w1), (c2, h2, w2) = source, target
         longer, shorter = max(h1, h2), min(h1, h2)
         doublings, rest = (longer // shorter).bit_length() - 1, longer % shorter
-        pooled = rest > 0 or longer != shorter << doublings
-        sides = [h2] if pooled else [h2 << k if h1 > h2 else h2 >> k for k in range(doublings, -1, -1)]
-        shapes = [(c1, sides[0], sides[0]), *((c2, side, side) for side in sides[1:] or sides)]
+        pooled = rest > 0 or longer != shorter << doublings or w1 * h2 != w2 * h1
+        steps_apart = [0] if pooled else range(doublings, -1, -1)
+        sizes = [(h2 << k, w2 << k) if h1 > h2 else (h2 >> k, w2 >> k) for k in steps_apart]
+        shapes = [(c1, *sizes[0]), *((c2, *size) for size in sizes[1:] or sizes)]
         steps = [ConvAdapter(ours, theirs) for ours, theirs in pairwise(shapes)]
-        self.steps = nn.Sequential(*([MeanPool(h2)] if pooled else []), *steps)
+        self.steps = nn.Sequential(*([MeanPool((h2, w2))] if pooled else []), *steps)
         self.geometry = " ".join(["mean"] * pooled + [step.geometry for step in steps])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sakd_cli.config.networks import TRUST, factories
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
 from sakd_cli.models.staged import StagedModel
@@ -28,14 +29,29 @@ Card = TypeVar("Card")
 
 
 class NetworkCard(NamedTuple):
-    """What the weights need to be used; mean, std: of pixel values in [0, 1]; side: height and width in pixels."""
+    """What the weights need to be used.
+
+    mean, std      of pixel values in [0, 1]
+    side           of the square images in pixels, or their height and width
+    preprocessing  how a picture becomes one of them; None: it was never said, or there were no picture files
+    """
 
     architecture: str
     dataset: str
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    side: int
+    side: ImageSize | tuple[int, int]
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def seen(self) -> Preprocessing:
+        """How a picture is to be shown to the network."""
+        return self.preprocessing or Preprocessing(size=self.side, resize=min(height_width(self.side)))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return self._asdict() | {"preprocessing": self.seen.model_dump(mode="json")}
 
 
 _CARD = TypeAdapter(NetworkCard)
@@ -64,7 +80,7 @@ class Artifact(NamedTuple):
 
 def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
     """Write `model.safetensors` with its card in the header."""
-    save_module(path, FORMAT, model, json.dumps(card._asdict()))
+    save_module(path, FORMAT, model, json.dumps(card.plain()))
 
 
 def save_module(path: Path, form: str, module: nn.Module, card: str) -> None:
@@ -83,7 +99,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
     except OSError as error:
         raise disk_error(folder, error, sum(tensor.nbytes for tensor in model.state_dict().values())) from None
     save_weights(folder / "model.safetensors", model, card)
-    about = card._asdict() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
+    about = card.plain() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
     write_json(folder / "config.json", about)
     write_aside(folder / "README.md", _readme(card, about).encode())
 
@@ -170,7 +186,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise UsageError(f"{file}: damaged or not a safetensors file ({first_line(error)})", hint=IMPORT) from None
 
 
-def ghost(architecture: str, classes: int, side: int) -> StagedModel:
+def ghost(architecture: str, classes: int, side: ImageSize) -> StagedModel:
     """The network without its numbers, on the meta device; one of another library with numbers, on the CPU."""
     with torch.device("meta"):
         return create(architecture, classes, side)
@@ -227,7 +243,7 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
         )
     return (
         f"# {card.architecture} on {card.dataset}\n\n"
-        f"An image classifier for {len(card.classes)} classes, {card.side}x{card.side} pixels, "
+        f"An image classifier for {len(card.classes)} classes, {shown(card.side)} pixels, "
         f"{made}{accuracy}\n"
         f"{learned}\n"
         "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"

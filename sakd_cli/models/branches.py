@@ -17,6 +17,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import LARGEST_SIDE, Artifact, load_module, save_module
@@ -39,7 +40,7 @@ class BranchCard(NamedTuple):
 
     students: tuple[str, ...]
     share: bool
-    side: int
+    side: ImageSize
     teacher: str
 
 
@@ -72,7 +73,7 @@ class Branches(nn.Module):
     share  all branches of a student end in one tail, entered at different stages; otherwise each has its own
     """
 
-    def __init__(self, teacher: StagedModel, students: Sequence[str], side: int, *, share: bool) -> None:
+    def __init__(self, teacher: StagedModel, students: Sequence[str], side: ImageSize, *, share: bool) -> None:
         super().__init__()
         self.students, self.side, self.share = tuple(students), side, share
         self.places: list[BranchPoint] = []

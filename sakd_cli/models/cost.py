@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from sakd_cli.config.preprocessing import ImageSize, height_width
+
 
 class Cost(NamedTuple):
     """parameters: weights and biases; macs: multiply-accumulates of convolutions and linear layers for one image."""
@@ -18,8 +20,8 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(model: nn.Module, side: int) -> Cost:
-    """Counted on the meta device, so that nothing is computed. `side`: height and width of the image in pixels."""
+def cost(model: nn.Module, side: ImageSize) -> Cost:
+    """Counted on the meta device, so that nothing is computed. `side`: of the image in pixels, or height and width."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     on_meta = all(parameter.is_meta for parameter in model.parameters())
     ghost, training = (model if on_meta else copy.deepcopy(model).to("meta")), model.training
@@ -27,7 +29,7 @@ def cost(model: nn.Module, side: int) -> Cost:
     for norm in norms:
         norm.forward = lambda x: x  # type: ignore[method-assign, assignment]  # half of the time, none of the MACs
     with _Flops() as counter, torch.no_grad():
-        ghost(torch.empty(1, 3, side, side, device="meta"))
+        ghost(torch.empty(1, 3, *height_width(side), device="meta"))
     for norm in norms:
         del norm.forward
     ghost.train(training)
@@ -77,7 +79,7 @@ class _Living(TorchDispatchMode):
         return result
 
 
-def peak_memory(model: nn.Module, side: int, batch: int) -> int:
+def peak_memory(model: nn.Module, side: ImageSize, batch: int) -> int:
     """Most bytes alive at once while `batch` images are classified: weights, buffers, activations in fp32.
 
     Counted on the meta device, the same on every machine, without the workspace of kernels and of the allocator.
@@ -85,5 +87,5 @@ def peak_memory(model: nn.Module, side: int, batch: int) -> int:
     ghost = copy.deepcopy(model).to("meta").eval()
     own = [*ghost.parameters(), *ghost.buffers()]
     with _Living(own) as living, torch.no_grad():
-        ghost(torch.empty(batch, 3, side, side, device="meta"))
+        ghost(torch.empty(batch, 3, *height_width(side), device="meta"))
     return living.peak

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sakd_cli.config.preprocessing import ImageSize, height_width, shown
 from sakd_cli.errors import UsageError, first_line
 from sakd_cli.models.staged import Layout, StagedModel, StageInfo
 
@@ -77,33 +78,33 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
-def cut(network: nn.Module, name: str, family: str, num_classes: int, side: int) -> StagedModel:
+def cut(network: nn.Module, name: str, family: str, num_classes: int, side: ImageSize) -> StagedModel:
     """The network as a StagedModel for images of `side` pixels, sharing its modules. UsageError where that fails."""
     training = network.training
-    probe = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    probe = torch.rand(2, 3, *height_width(side), generator=torch.Generator().manual_seed(0)) * 4 - 2
     try:
         with torch.no_grad():
             for module in network.modules():
                 if isinstance(getattr(module, "inplace", None), bool):  # what a spot sees must stay
                     module.inplace = False  # type: ignore[assignment]
             plain = network.eval()(probe)
-            model = _assembled(network, name, family, num_classes, side, probe)
+            model = _assembled(network, name, family, num_classes, probe)
             _check(model.eval(), probe, plain)
     except CannotCutError as error:
         raise UsageError(f"{name}: cannot be cut into stages: {error}") from None
     except Exception as error:  # whatever a network of somebody else's raises
-        raise UsageError(f"{name}: fails on images of {side}x{side} pixels ({first_line(error)})") from None
+        raise UsageError(f"{name}: fails on images of {shown(side)} pixels ({first_line(error)})") from None
     return model.train(training)
 
 
-def _assembled(network: nn.Module, name: str, family: str, num_classes: int, side: int, probe: Tensor) -> StagedModel:
+def _assembled(network: nn.Module, name: str, family: str, num_classes: int, probe: Tensor) -> StagedModel:
     graph = _traced(network, num_classes)
     head, pooled = _head(network, graph, num_classes)
     recorder = _Recorder(fx.GraphModule(network, graph))
     recorder.run(probe)
     if recorder.values[pooled].ndim != 2:
         raise CannotCutError("its last linear layer gets more than one vector per image")
-    places = _chosen(list(_places(network, graph, recorder.values)), side)
+    places = _chosen(list(_places(network, graph, recorder.values)), probe.shape[2])
     if len(places) < 2:
         raise CannotCutError("no two places were found where a single map is alive")
     stages: list[tuple[StageInfo, nn.Module]] = []
@@ -111,7 +112,7 @@ def _assembled(network: nn.Module, name: str, family: str, num_classes: int, sid
     for number, place in enumerate(places):
         c, h, w = place.shape
         signed = bool((recorder.values[place.node] < 0).any())
-        part, stride = f"stage{number}" if number else "stem", max(1, round(side / h))
+        part, stride = f"stage{number}" if number else "stem", max(1, round(probe.shape[2] / h))
         info = StageInfo(part, c, stride, signed=signed, size=(h, w), layout=place.layout)
         stages.append((info, _piece(network, graph, before, place.node)))
         before = place.node
@@ -295,7 +296,7 @@ def _read(value: Tensor, grid: tuple[int, int] | None, last: str) -> tuple[tuple
     return None
 
 
-def _chosen(places: list[CutPoint], side: int) -> list[CutPoint]:
+def _chosen(places: list[CutPoint], high: int) -> list[CutPoint]:
     """Stem and ends of stages: the last place of each size, falling; equal parts where there is one size only."""
     groups: list[list[CutPoint]] = []
     for place in places:
@@ -312,7 +313,7 @@ def _chosen(places: list[CutPoint], side: int) -> list[CutPoint]:
     if len(groups) == 1:
         count = min(SPLIT, len(ends))
         return [stem, *(ends[len(ends) * (part + 1) // count - 1] for part in range(count))]
-    patched = PATCH * groups[0][0].shape[1] <= side and bool(ends)
+    patched = PATCH * groups[0][0].shape[1] <= high and bool(ends)
     return [*[stem] * patched, *(group[-1] for group in groups)]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli.config.preprocessing import shown
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import sha256, write_aside, write_json
@@ -221,7 +222,7 @@ def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, fact
     for stale in set(folder.glob("member-*.safetensors")) - {folder / str(entry["file"]) for entry in members}:
         stale.unlink()
     write_aside(folder / "README.md", _readme(card, members).encode())
-    entries = {key: value for key, value in card._asdict().items() if key != "architecture"}
+    entries = {key: value for key, value in card.plain().items() if key != "architecture"}
     index = {"format": FORMAT, **entries, "members": members, "exits": exits._asdict()}
     write_json(folder / INDEX, index | facts)
 
@@ -262,7 +263,7 @@ def _readme(card: NetworkCard, members: list[dict[str, Any]]) -> str:
     names = " + ".join(str(entry["architecture"]) for entry in members)
     return (
         f"# {names} on {card.dataset}\n\n"
-        f"A student and its residual students for {len(card.classes)} classes, {card.side}x{card.side} pixels, trained "
+        f"A student and its residual students for {len(card.classes)} classes, {shown(card.side)} pixels, trained "
         "with sakd.\nTheir logits are summed; an image whose uncertainty after member n is at most thresholds[n] needs "
         "no further one.\n\n"
         "`ensemble.json` has the order, the thresholds, the class names, and the mean and standard deviation of pixel\n"

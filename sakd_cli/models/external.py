@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.errors import UsageError, first_line, unknown
 from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
@@ -38,14 +39,14 @@ class Call(NamedTuple):
         return f"{self.module}.{self.function}({self.entry!r}{arguments})"
 
 
-def from_library(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
+def from_library(name: str, num_classes: int, side: ImageSize, *, entry: str) -> StagedModel:
     """A network of torchvision or timm with fresh weights. UsageError where there is none or it cannot be cut."""
     library = name.partition("/")[0]
     calls = _CALLS[library](entry, num_classes, side)
     return _cut(name, library, num_classes, side, lambda: _first_that_fits(name, calls)[0])
 
 
-def factory(name: str, num_classes: int, side: int, *, entry: str) -> StagedModel:
+def factory(name: str, num_classes: int, side: ImageSize, *, entry: str) -> StagedModel:
     """The network of a user's function, whose code this runs: the caller checks that the user named it."""
     return _cut(name, "factory", num_classes, side, lambda: _made(entry, num_classes))
 
@@ -70,7 +71,7 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
         ) from None
 
 
-def _cut(name: str, family: str, num_classes: int, side: int, build: Callable[[], nn.Module]) -> StagedModel:
+def _cut(name: str, family: str, num_classes: int, side: ImageSize, build: Callable[[], nn.Module]) -> StagedModel:
     # On the CPU whatever the caller asks for: a cut is checked with numbers, and buffers that are not saved have some.
     with torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,7 +79,7 @@ def _cut(name: str, family: str, num_classes: int, side: int, build: Callable[[]
         return network if isinstance(network, StagedModel) else cut(network, name, family, num_classes, side)
 
 
-def library_call(name: str, num_classes: int, side: int) -> Call | None:
+def library_call(name: str, num_classes: int, side: ImageSize) -> Call | None:
     """How torchvision or timm builds this network; None for others. UsageError where it is unknown or not installed."""
     library, _, entry = name.partition("/")
     if library not in _CALLS:
@@ -86,19 +87,19 @@ def library_call(name: str, num_classes: int, side: int) -> Call | None:
     return _first_that_fits(name, _CALLS[library](entry, num_classes, side))[1]
 
 
-def _of_torchvision(entry: str, num_classes: int, side: int) -> list[Call]:
+def _of_torchvision(entry: str, num_classes: int, side: ImageSize) -> list[Call]:
     from torchvision import models
 
     known = models.list_models(module=models)
     if entry not in known:
         raise UsageError(unknown("torchvision classifier", entry, known))
     fixed = {"weights": None, "num_classes": num_classes}
-    sizes: list[dict[str, Any]] = [{"image_size": side}, {"input_size": (side, side)}]
+    sizes: list[dict[str, Any]] = [{"image_size": side}, {"input_size": height_width(side)}]
     more = [*sizes, {"aux_logits": False, "init_weights": True}, {}]
     return [Call("torchvision.models", "get_model", entry, fixed | arguments) for arguments in more]
 
 
-def _of_timm(entry: str, num_classes: int, side: int) -> list[Call]:
+def _of_timm(entry: str, num_classes: int, side: ImageSize) -> list[Call]:
     try:
         import timm as library
     except ImportError:
@@ -109,7 +110,7 @@ def _of_timm(entry: str, num_classes: int, side: int) -> list[Call]:
     return [Call("timm", "create_model", entry, fixed | arguments) for arguments in ({"img_size": side}, {})]
 
 
-_CALLS: dict[str, Callable[[str, int, int], list[Call]]] = {"torchvision": _of_torchvision, "timm": _of_timm}
+_CALLS: dict[str, Callable[[str, int, ImageSize], list[Call]]] = {"torchvision": _of_torchvision, "timm": _of_timm}
 
 
 def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS, brought, find_network
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
 from sakd_cli.models import mobilenetv2
 from sakd_cli.models.artifact import check_finite, fill_weights, ghost, read_tensors, shapes_of
@@ -37,7 +38,7 @@ def translate_name(name: str, rules: Rules) -> str:
     return next((re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name)), name)
 
 
-def load_foreign(file: Path, architecture: str, classes: int, side: int = 32) -> StagedModel:
+def load_foreign(file: Path, architecture: str, classes: int, side: ImageSize = 32) -> StagedModel:
     """One of our networks with the weights of a foreign file, every tensor filled exactly once.
 
     A network of another library takes its tensors under that library's names; an auxiliary classifier is left out.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import PLANES, Layout, Shape, StagedModel
 
@@ -66,12 +67,22 @@ def resolve_stage_map(
     return list(wanted)
 
 
-def spots_at(student: StagedModel, teacher: StagedModel, places: Sequence[tuple[int, int]], side: int) -> list[Spot]:
-    """The spots at these pairs of stages, then the logit spot, which every method has."""
+def spots_at(
+    student: StagedModel,
+    teacher: StagedModel,
+    places: Sequence[tuple[int, int]],
+    side: ImageSize,
+    teacher_side: ImageSize | None = None,
+) -> list[Spot]:
+    """The spots at these pairs of stages, then the logit spot, which every method has.
+
+    side  of the student's images; teacher_side: of the teacher's, None: the same
+    """
     spots = []
     for s, t in places:
         ours, theirs = student.infos[s], teacher.infos[t]
-        spots.append(Spot(ours.name, ours.kind, s, t, ours.shape(side), theirs.shape(side), ours.layout, theirs.layout))
+        shapes = ours.shape(side), theirs.shape(side if teacher_side is None else teacher_side)
+        spots.append(Spot(ours.name, ours.kind, s, t, *shapes, ours.layout, theirs.layout))
     classes = (student.num_classes,)
     spots.append(Spot("logits", "logits", len(student.infos), len(teacher.infos), classes, classes))
     return spots

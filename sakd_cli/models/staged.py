@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.errors import UsageError
 
 Shape = tuple[int, ...]
@@ -85,17 +86,18 @@ class StageInfo(NamedTuple):
     def kind(self) -> Literal["map", "embedding"]:
         return "map" if self.stride else "embedding"
 
-    def shape(self, side: int) -> Shape:
-        """Shape of one sample's feature for a square image of `side` pixels: (C, H, W), or (C,) when pooled.
+    def shape(self, side: ImageSize) -> Shape:
+        """Shape of one sample's feature for an image of `side` pixels: (C, H, W), or (C,) when pooled.
 
-        `side` is a multiple of the largest stride; elsewhere families round differently.
+        Height and width are multiples of the largest stride; elsewhere families round differently.
         """
         if not self.stride:
             return (self.channels,)
         if self.size is not None:
             return (self.channels, *self.size)
-        stride = self.stride if self.halved_from is None or side < self.halved_from else 2 * self.stride
-        return (self.channels, side // stride, side // stride)
+        height, width = height_width(side)
+        stride = self.stride if self.halved_from is None or height < self.halved_from else 2 * self.stride
+        return (self.channels, height // stride, width // stride)
 
 
 class Features(NamedTuple):

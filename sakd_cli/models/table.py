@@ -7,13 +7,14 @@ import torch
 
 from sakd_cli.config import plugins
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
 from sakd_cli.models import external, mobilenetv2, resnet, reused, shufflenet, vgg, wrn
 from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.staged import StagedModel
 
 
-def _reused(name: str, num_classes: int, side: int, *, student: str, teacher: str, factor: int) -> StagedModel:
+def _reused(name: str, num_classes: int, side: ImageSize, *, student: str, teacher: str, factor: int) -> StagedModel:
     ours, theirs = create(student, num_classes, side), create(teacher, num_classes, side)
     return reused.build(name, num_classes, student=ours, teacher=theirs, factor=factor)
 
@@ -45,7 +46,7 @@ def _callable(name: str, build: object) -> Callable[[str, int], object]:
 PLUGGED = plugins.Table[Callable[[str, int], object]]("network", {}, plugins.NETWORKS, _callable)
 
 
-def create(name: str, num_classes: int, side: int = 32) -> StagedModel:
+def create(name: str, num_classes: int, side: ImageSize = 32) -> StagedModel:
     """A freshly initialised network for images of `side` pixels. Raises UsageError with the nearest name."""
     network = find_network(name)
     if network.plugged:
@@ -59,7 +60,7 @@ def create(name: str, num_classes: int, side: int = 32) -> StagedModel:
 
 
 @cache
-def cost_of(name: str, classes: int, side: int) -> Cost:
+def cost_of(name: str, classes: int, side: ImageSize) -> Cost:
     """What a network of that name costs; nothing is allocated and no random number drawn."""
     with torch.device("meta"):
         return cost(create(name, classes, side), side)

@@ -15,6 +15,7 @@ from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_lr
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
@@ -139,7 +140,7 @@ def assemble(
     config: DistillConfig,
     student: StagedModel,
     teacher: StagedModel,
-    side: int,
+    side: ImageSize,
     labels: Tensor | None = None,
     offset: Logits | None = None,
     mode: Mode | None = None,

@@ -10,6 +10,7 @@ from torch import nn
 from sakd_cli.batch import Batch
 from sakd_cli.config.effective import steps_per_epoch
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.config.routers import AlwaysConfig, RandomConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
@@ -35,7 +36,7 @@ SURVEY = 64  # bytes that a distillation keeps of every training image, about
 class Workbench:
     """Builds tasks to be thrown away, of networks that are made once and shared."""
 
-    def __init__(self, side: int = 32, classes: int = 100, images: int = ENOUGH) -> None:
+    def __init__(self, side: ImageSize = 32, classes: int = 100, images: int = ENOUGH) -> None:
         self.side, self.classes, self.images = side, classes, images
         self._networks: dict[tuple[str, str, str], StagedModel] = {}
 
@@ -148,7 +149,7 @@ def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> flo
     groups = [group._replace(lr=RATE) for group in task.groups()]
     optimizer, best = Optimizer(groups, momentum=0.9, milestones=(), decay=0.1), float("inf")
     optimizer.begin_epoch(1)
-    x = torch.randn(size, 3, bench.side, bench.side)
+    x = torch.randn(size, 3, *height_width(bench.side))
     index = torch.arange(size) % bench.images
     noise = torch.rand(size, task.noise_width)
     labels = index % bench.classes

@@ -70,7 +70,9 @@ def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
     known, name = describe(config.data), config.teacher.source
     side = known.train.side
     model = foreign.load_foreign(path, name, len(known.classes), side)
-    return Artifact(model, NetworkCard(name, known.name, known.classes, known.mean, known.std, side), sha256(path))
+    return Artifact(
+        model, NetworkCard(name, known.name, known.classes, known.mean, known.std, side, known.seen), sha256(path)
+    )
 
 
 def check_classes(network: Artifact, dataset: Dataset, source: str, hint: str | None = None) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.effective import effective
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.training import RunConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.fingerprint import Fingerprint, of_images
@@ -47,8 +48,8 @@ class Images:
         return of_images(self.dataset.classes, self.parts, then.mode if then else mode)
 
     @property
-    def side(self) -> int:
-        """Height and width of the images in pixels."""
+    def side(self) -> ImageSize:
+        """Side of the square images in pixels, or their height and width."""
         return self.train.side
 
     def preload(self) -> None:
@@ -80,7 +81,7 @@ class Job:
     def card(self) -> NetworkCard:
         """How the delivered network introduces itself."""
         data = self.images.dataset
-        return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side)
+        return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side, data.seen)
 
 
 def effective_values(job: Job) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
+import math
 import re
 import shlex
 import uuid
@@ -15,6 +16,7 @@ import torch
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED
+from sakd_cli.config.preprocessing import ImageSize, height_width, shown
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.fingerprint import FILE, Fingerprint, differences, require_none
@@ -375,15 +377,20 @@ class Launcher:
             self.reporter.warn(note)
         if skipped := job.images.dataset.skipped:
             self.reporter.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
-        if job.images.side > 64 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
+        pixels = math.prod(height_width(job.images.side))
+        if pixels > 64**2 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
             self.reporter.warn(
-                f"{job.network.name} is made for images of 32 pixels; those of {job.images.side} take "
-                f"{(job.images.side / 32) ** 2:.0f} times as long (--set data.size=64)"
+                f"{job.network.name} is made for images of 32 pixels; those of {_side(job.images.side)} take "
+                f"{pixels / 32**2:.0f} times as long (--set data.size=64)"
             )
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
         with self.guard():
             return launch(job, extensions, plan, self.reporter, resume_command, images)
+
+
+def _side(size: ImageSize) -> str:
+    return str(size) if isinstance(size, int) else shown(size)
 
 
 def _untrained(config: DistillConfig) -> tuple[Job, Job]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.networks import NETWORKS, find_network
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.training import DistillConfig, ResidualConfig
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.loader import EvalLoader
@@ -70,7 +71,7 @@ def verdict(energies: Sequence[float], settings: ResidualConfig) -> Verdict:
     return Verdict(False, None)
 
 
-def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> str:
+def lighter(first: str, before: str, ratio: float, classes: int, side: ImageSize) -> str:
     """The largest network of the family of `first` with at most `ratio` of the MACs of `before`.
 
     Where there is none, the family's cheapest; but where `first` is that itself, all families are looked through.
@@ -86,7 +87,9 @@ def lighter(first: str, before: str, ratio: float, classes: int, side: int) -> s
     return max(fitting, key=lambda name: fitting[name]) if fitting else min(macs, key=lambda name: macs[name])
 
 
-def planned(student: str, teacher: Cost, settings: ResidualConfig, classes: int, side: int) -> tuple[list[str], str]:
+def planned(
+    student: str, teacher: Cost, settings: ResidualConfig, classes: int, side: ImageSize
+) -> tuple[list[str], str]:
     """Names of the residual students as far as their number and cost allow, and which of the two ends the list."""
     names = [student]
     macs = cost_of(student, classes, side).macs
