@@ -91,7 +91,7 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
             latency=_latency(network, opened, found.card, config),
         )
         about = document.model_dump(exclude={"schema_", "folder", "classes"})
-        write_json(aside / "config.json", {"export": FORMAT} | found.card.plain() | about | found.facts)
+        write_json(aside / "config.json", {"export": FORMAT} | found.card.told() | about | found.facts)
         write_aside(aside / "README.md", model_card(found.card, found.facts, form, document).encode())
     return document
 

@@ -50,7 +50,11 @@ class NetworkCard(NamedTuple):
         return self.preprocessing or Preprocessing(size=self.side, resize=min(height_width(self.side)))
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As the header of the weights has it."""
+        return self._asdict() | {"preprocessing": self.preprocessing and self.preprocessing.model_dump(mode="json")}
+
+    def told(self) -> dict[str, Any]:
+        """As `config.json` has it: how a picture is to be shown is always said."""
         return self._asdict() | {"preprocessing": self.seen.model_dump(mode="json")}
 
 
@@ -99,7 +103,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
     except OSError as error:
         raise disk_error(folder, error, sum(tensor.nbytes for tensor in model.state_dict().values())) from None
     save_weights(folder / "model.safetensors", model, card)
-    about = card.plain() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
+    about = card.told() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
     write_json(folder / "config.json", about)
     write_aside(folder / "README.md", _readme(card, about).encode())
 

@@ -1,14 +1,14 @@
 """Evaluate saved networks and ensembles on the test images, by more than one number."""
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sakd_cli.config.datasets import DATASETS
+from sakd_cli.config.datasets import DATASETS, FilesConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
@@ -71,8 +71,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
     """
     network = artifact.load(target.weights)
-    named = ConfigSource("the weights' header", {"data": seen_in(network.card)})
-    config: EvalConfig = resolve("eval", [named, *target.layers]).config
+    config = config_of(network.card, target.layers, reporter)
     scored = images_to_score(target.weights, target.run, network.card, config, target.wanted, reporter, loaded)
     images = scored.images
     match_normalization(network, images, str(target.weights))
@@ -126,10 +125,27 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     )
 
 
-def seen_in(card: NetworkCard) -> dict[str, Any]:
-    """The settings of the images that a network was trained on, as far as its header knows them."""
-    kind = DATASETS.get(card.dataset)
-    return {"name": card.dataset} | ({"size": card.side} if kind and "size" in kind.model_fields else {})
+def config_of(
+    card: NetworkCard, layers: Sequence[ConfigSource], reporter: Reporter, more: Mapping[str, Any] | None = None
+) -> EvalConfig:
+    """The settings of an evaluation: the layers over what the network's card says. A difference asked for is named.
+
+    more  settings below the layers
+    """
+    said = dict(more or {})
+    chosen = resolve("eval", [ConfigSource("the card", said | {"data": {"name": card.dataset}}), *layers]).config.data
+    own = ConfigSource("the card", said | {"data": seen_in(card, chosen.name)})
+    config: EvalConfig = resolve("eval", [own, *layers]).config
+    if isinstance(config.data, FilesConfig):
+        for difference in config.data.seen.differences(card.seen):
+            reporter.warn(difference)
+    return config
+
+
+def seen_in(card: NetworkCard, name: str | None = None) -> dict[str, Any]:
+    """The settings of a network's images, as far as its header knows them; of another data set, how it shows them."""
+    kind = DATASETS.get(name := name or card.dataset)
+    return {"name": name} | (card.seen.model_dump() if kind and issubclass(kind, FilesConfig) else {})
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
@@ -203,8 +219,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     """
     opened = _opened(target.weights)
     rule = opened.about.get("rule", {})
-    named = ConfigSource("the ensemble's config", {"data": seen_in(opened.card), "residual": rule})
-    config: EvalConfig = resolve("eval", [named, *target.layers]).config
+    config = config_of(opened.card, target.layers, reporter, {"residual": rule})
     device = pick_device(config.device)
     scored = images_to_score(target.weights, target.run, opened.card, config, target.wanted, reporter, {})
     images = scored.images
