@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.data.augment import NUMBERS, boxes_in_copies, random_boxes
 from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.data.files import Files, ImageSpec
@@ -32,14 +33,18 @@ def test_boxes_are_those_of_torchvision() -> None:
         assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.06)
 
 
+def shown(side: int) -> Preprocessing:
+    return Preprocessing(size=side, resize=side)
+
+
 def test_a_cut_of_everything_changes_nothing_and_a_mirrored_one_is_mirrored() -> None:
     whole = torch.randint(256, (2, 3, 12, 12), dtype=torch.uint8, generator=seeded_generator(0, "whole"))
     size = torch.tensor([[30, 60], [12, 12]])  # of the first, a copy with fewer pixels
     everything = torch.tensor([[0, 0, 30, 60], [0, 0, 12, 12]])
-    seen = crop_copies([*whole], everything, size, torch.tensor([False, True]), 12)
+    seen = crop_copies([*whole], everything, size, torch.tensor([False, True]), shown(12))
     assert torch.equal(seen, torch.stack([whole[0], whole[1].flip(2)]))
     corner = torch.tensor([[15, 0, 15, 30], [6, 6, 6, 6]])
-    quarters = crop_copies([*whole], corner, size, torch.tensor([False, False]), 6)
+    quarters = crop_copies([*whole], corner, size, torch.tensor([False, False]), shown(6))
     assert torch.equal(quarters, torch.stack([whole[0, :, 6:, :6], whole[1, :, 6:, 6:]]))
 
 
@@ -63,12 +68,12 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_random_crops_are_as_sharp_as_torchvisions(share: float, noise: Path) -> None:
     """Of cached copies with fewer pixels, and of a JPEG that is decoded at a reduced scale."""
     side, count, scale = 48, 24, (share, share)
-    files = Files((str(noise),), ImageSpec(side, side, 0))
+    files = Files((str(noise),), ImageSpec(shown(side), 0))
     copies, sizes = files.full_images(0.08)
     assert copies[0].numel() < 0.2 * 3 * 800 * 600
     numbers = torch.rand(count, NUMBERS, generator=seeded_generator(0, "sharp"))
     box = random_boxes(numbers, sizes.expand(count, 2), scale)
-    cached = crop_copies(copies * count, box, sizes.expand(count, 2), torch.zeros(count, dtype=torch.bool), side)
+    cached = crop_copies(copies * count, box, sizes.expand(count, 2), torch.zeros(count, dtype=torch.bool), shown(side))
     reduced = BatchReader(files.spec, scale, 0)(BatchRequest([str(noise)] * count, numbers.numpy()))
     whole = v2.functional.pil_to_tensor(Image.open(noise))
     exact = torch.stack([v2.functional.resized_crop(whole, *one, [side, side], antialias=True) for one in box.tolist()])

@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, CliRunner
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,8 +57,10 @@ def lines_of(folder: Path) -> str:
 
 def run_alone(folders: list[Path]) -> list[dict[str, Any]]:
     """What the lines of the cards made of which images, in a process that cannot import sakd."""
+    photo = np.random.default_rng(3).integers(0, 256, (45, 71, 3), dtype=np.uint8)
     for folder in folders:
         (folder / "lines.py").write_text(lines_of(folder))
+        Image.fromarray(photo).save(folder / "photo.jpg")
     program = [sys.executable, "-c", PROGRAM, *map(str, folders)]
     done = subprocess.run(program, capture_output=True, text=True, env={})
     assert done.returncode == 0, done.stderr
@@ -144,8 +148,9 @@ def test_the_architecture_of_a_library_needs_no_source(tmp_path: Path, name: str
     card = NetworkCard(name, "shapes", ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, 32)
     network = create(name, 3, 32).eval()
     images = torch.rand(2, 3, 32, 32)
+    Image.new("RGB", (50, 40), (10, 200, 30)).save(tmp_path / "photo.jpg")
     FORMS["safetensors"].write(network, images, card, tmp_path, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "photo.jpg"}
     lines = FORMS["safetensors"].lines(card, False)
     assert call in lines
     names: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
+from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.data import decode
 from sakd_cli.data.decode import Picture, Reading, Unreadable, open_rgb, read
 from sakd_cli.data.files import ImageSpec, load_eval_image
@@ -253,7 +254,7 @@ def test_a_strip_is_cut_before_it_is_resized(tmp_path: Path) -> None:
     for size in ((1, 40000), (40000, 1)):
         values = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(values).save(tmp_path / "strip.png")
-        seen = load_eval_image(str(tmp_path / "strip.png"), ImageSpec(224, 256, 0))
+        seen = load_eval_image(str(tmp_path / "strip.png"), ImageSpec(Preprocessing(size=224, resize=256), 0))
         assert isinstance(seen, torch.Tensor)
         left, top = ((side - min(side, 16)) // 2 for side in size)
         middle = Image.fromarray(values).crop((left, top, left + min(size[0], 16), top + min(size[1], 16)))

@@ -41,7 +41,7 @@ class Preprocessing(Config):
     The fields are the settings `data.*` of the same names, with their effective values.
     """
 
-    size: Size
+    size: PositiveInt | tuple[PositiveInt, PositiveInt]
     resize: PositiveInt
     resize_mode: ResizeMode = "shorter"
     interpolation: Interpolation = "bilinear"

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sakd_cli.config.preprocessing import Preprocessing, height_width
 from sakd_cli.data.augment import RATIO
 from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
 from sakd_cli.errors import DataError, MemoryLimitError, SakdError
@@ -30,20 +32,20 @@ HINT = "sakd data check names all such files; --set data.on_bad_image=skip leave
 
 
 class ImageSpec(NamedTuple):
-    """Image size: `side` of the network's input, cut from the middle of a picture with shorter side `resize`.
+    """How a file becomes what a network sees: RGB by `reading`, then as `seen` says; `workers`: processes that read."""
 
-    workers  processes that read
-    reading  how a file becomes RGB
-    """
-
-    side: int
-    resize: int
+    seen: Preprocessing
     workers: int
     reading: Reading = Reading()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return height_width(self.seen.size)
+
 
 class Files:
-    """Images in files, used like a tensor [N, 3, side, side] of uint8.
+    """Images in files, used like a tensor [N, 3, H, W] of uint8.
 
     cached  decoded once, then in memory
     root    the data set's folder: a picture's name is its path from there
@@ -61,7 +63,7 @@ class Files:
     ) -> None:
         self.paths, self.spec, self.cached, self.root = paths, spec, cached, root
         self.keys = self.names if keys is None else keys
-        self.shape = torch.Size([len(paths), 3, spec.side, spec.side])
+        self.shape = torch.Size([len(paths), 3, *spec.size])
         self.device = torch.device("cpu")
         self._plain: Tensor | None = None
         self._full: tuple[list[Tensor], Tensor] | None = None
@@ -88,7 +90,7 @@ class Files:
         return tuple(path.removeprefix(start).replace(os.sep, "/") for path in self.paths)
 
     def read(self) -> Tensor:
-        """All of them as evaluation shows them, uint8 [N, 3, side, side]. Raises DataError naming a bad file."""
+        """All of them as evaluation shows them, uint8 [N, 3, H, W]. Raises DataError naming a bad file."""
         if self._plain is not None:
             return self._plain
         with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
@@ -119,7 +121,7 @@ class Files:
 
 def copy_pixels(spec: ImageSpec, least: float) -> float:
     """Most pixels of a cached copy from which the share `least` of its area is cut."""
-    return (COPY * spec.side) ** 2 / (least * RATIO[0])
+    return COPY**2 * math.prod(spec.size) / (least * RATIO[0]) if spec.seen.antialias else math.inf
 
 
 def _copy(picture: Picture, most: float) -> tuple[Tensor, tuple[int, int]]:
@@ -160,21 +162,42 @@ def _each(count: int, make: Callable[[int], Result | Unreadable]) -> Iterator[Re
 
 
 def load_eval_image(path: str, spec: ImageSpec) -> Tensor | Unreadable:
-    """The picture as evaluation shows it: its shorter side made `resize` pixels, the middle square cut out."""
-    return read(path, spec.reading, lambda picture: _pixels(resize_and_center_crop(picture.rgb(), spec)))
+    """The picture as evaluation shows it: resized, its middle cut out."""
+    return read(path, spec.reading, lambda picture: resize_and_center_crop(picture.rgb(), spec.seen))
 
 
-def resize_and_center_crop(picture: Image, spec: ImageSpec) -> Image:
-    """torchvision's Resize and CenterCrop. Nothing is resampled that has its size already.
+def resize_and_center_crop(picture: Image, seen: Preprocessing) -> Tensor:
+    """torchvision's Resize and CenterCrop, uint8 [3, H, W]. Nothing is resampled that has its size already.
 
     Of a strip, the ends are cut off first: resized as a whole, 1x40000 pixels would take gigabytes.
     """
-    if max(picture.size) > STRIP * min(picture.size):
+    if max(picture.size) > STRIP * min(picture.size) and seen.resize_mode == "shorter":
         longest = STRIP * min(picture.size)
         picture = v2().center_crop(picture, [min(side, longest) for side in (picture.height, picture.width)])
-    if min(picture.size) != spec.resize:
-        picture = v2().resize(picture, [spec.resize], antialias=True)
-    return v2().center_crop(picture, [spec.side, spec.side])
+    shown: Any = picture if seen.antialias else _pixels(picture)
+    size = seen.scaled(picture.height, picture.width)
+    if size != (picture.height, picture.width):
+        shown = v2().resize(shown, list(size), **resampling(seen))
+    shown = v2().center_crop(shown, list(height_width(seen.size)))
+    return _pixels(shown) if isinstance(shown, Image) else shown
+
+
+def cut_and_resize(picture: Image | Tensor, box: Sequence[int], seen: Preprocessing) -> Tensor:
+    """torchvision's resized_crop of top, left, height and width, uint8 [3, H, W] on the picture's device."""
+    shown: Any = picture
+    device = None if isinstance(picture, Image) else picture.device
+    if isinstance(picture, Tensor) and seen.interpolation == "lanczos":  # which is Pillow's
+        shown = v2().to_pil_image(picture.cpu())
+    elif isinstance(picture, Image) and not seen.antialias:
+        shown = _pixels(picture)
+    shown = v2().resized_crop(shown, *box, size=list(height_width(seen.size)), **resampling(seen))
+    return _pixels(shown).to(device) if isinstance(shown, Image) else shown
+
+
+def resampling(seen: Preprocessing) -> dict[str, Any]:
+    """Arguments of torchvision's functions that resize."""
+    mode = importlib.import_module("torchvision.transforms").InterpolationMode(seen.interpolation)
+    return {"interpolation": mode, "antialias": seen.antialias}
 
 
 def _pixels(picture: Image) -> Tensor:

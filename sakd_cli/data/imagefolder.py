@@ -59,13 +59,12 @@ def _dataset(
     share: float = 0.0,
 ) -> Dataset:
     workers = min(8, cpu_count()) if config.workers is None else config.workers
-    spec = ImageSpec(config.size, config.resized, workers, reading_of(config))
+    spec = ImageSpec(config.seen, workers, reading_of(config))
     parts = [_split(config, root, spec, *part.pairs(found.classes)) for part in found.parts]
-    border = config.size // 8 if config.bordered else 0
-    scale = None if config.bordered else config.crop
-    plain = Dataset(config.name, names, mean, std, border, config.flip, parts[0], parts[-1], scale)
+    scale = None if config.bordered or config.augment == "none" else config.crop
+    plain = Dataset(config.name, names, mean, std, config.border, config.flip, parts[0], parts[-1], scale)
     plain = first_classes(replace(plain, val=parts[1] if found.val else None), config.classes)
-    plain = replace(plain, notes=tuple(f"{one.path}: {one.text}" for one in found.notes))
+    plain = replace(plain, seen=config.seen, notes=tuple(f"{one.path}: {one.text}" for one in found.notes))
     if config.on_bad_image == "skip":
         plain = _without_bad(plain, one_part=found.test is None)
     if found.test is None:

@@ -153,7 +153,7 @@ class TrainLoader:
             index = drawn.order[rows]
             box = random_boxes(self._where(drawn, rows, epoch), sizes[index], self._dataset.scale)
             shown = [copies[place] for place in index.tolist()]
-            yield crop_copies(shown, box, sizes[index], drawn.flip[rows], files.spec.side)
+            yield crop_copies(shown, box, sizes[index], drawn.flip[rows], files.spec.seen)
 
 
 def _crop_views(views: Views, drawn: Draws, steps: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:

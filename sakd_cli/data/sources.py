@@ -11,10 +11,19 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
+from sakd_cli.config.preprocessing import Preprocessing, shown
 from sakd_cli.data.augment import Scale, boxes_in_copies, channel_tensor, crop_and_flip, normalise, pad, random_boxes
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Picture, Unreadable, pixel_count, read
-from sakd_cli.data.files import GAP, Files, ImageSpec, copy_pixels, load_eval_image, resize_and_center_crop, v2
+from sakd_cli.data.files import (
+    GAP,
+    Files,
+    ImageSpec,
+    copy_pixels,
+    cut_and_resize,
+    load_eval_image,
+    resize_and_center_crop,
+)
 from sakd_cli.errors import UsageError
 
 SAMPLE = 256  # files whose headers say how large the others are
@@ -24,7 +33,7 @@ def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) 
     """The splits, the training one first, those in files marked to be cached in memory: as configured, or by size."""
     if not isinstance(config, FilesConfig):
         return list(splits)
-    need: float = 3 * sum(len(split) * split.side**2 for split in splits)
+    need: float = sum(len(split) * split.images.shape[1:].numel() for split in splits)
     if dataset.scale is not None:
         need += _copies_need(splits[0], dataset.scale[0])
     cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
@@ -57,8 +66,8 @@ def describe_reading(split: Split) -> str | None:
         return None
     spec = split.images.spec
     if split.images.cached:
-        return f"images: all decoded before the first step and cached in memory, {spec.side}x{spec.side}"
-    return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {spec.side}x{spec.side}"
+        return f"images: all decoded before the first step and cached in memory, {shown(spec.seen.size)}"
+    return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {shown(spec.seen.size)}"
 
 
 class Views:
@@ -115,8 +124,8 @@ def in_memory(split: Split) -> bool:
     return isinstance(split.images, Tensor) or split.images.cached
 
 
-def crop_copies(copies: Sequence[Tensor], box: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:
-    """Parts of pictures as squares of `side` pixels, uint8 [B, 3, side, side], as torchvision's resized_crop.
+def crop_copies(copies: Sequence[Tensor], box: Tensor, size: Tensor, flip: Tensor, seen: Preprocessing) -> Tensor:
+    """Parts of pictures as `seen`, uint8 [B, 3, H, W], as torchvision's resized_crop.
 
     copies  B of [3, h, w]  the pictures, or copies of them with fewer pixels, on any device
     box     [B, 4]          as from `random_boxes`, in pixels of the pictures
@@ -124,11 +133,11 @@ def crop_copies(copies: Sequence[Tensor], box: Tensor, size: Tensor, flip: Tenso
     flip    [B]             bool, left and right exchanged
     """
     box = boxes_in_copies(box, size, torch.tensor([copy.shape[1:] for copy in copies]))
-    shown = []
+    images = []
     for copy, where, mirrored in zip(copies, box.tolist(), flip.tolist(), strict=True):
-        cut = v2().resized_crop(copy, *where, size=[side, side], antialias=True)
-        shown.append(cut.flip(2) if mirrored else cut)
-    return torch.stack(shown)
+        cut = cut_and_resize(copy, where, seen)
+        images.append(cut.flip(2) if mirrored else cut)
+    return torch.stack(images)
 
 
 class BatchRequest(NamedTuple):
@@ -144,7 +153,7 @@ class BatchRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads a requested batch, in any process: uint8 [B, 3, side, side].
+    """Reads a requested batch, in any process: uint8 [B, 3, H, W].
 
     scale  of random resized crops; None: the evaluation image, cropped from a border of `padding` pixels
     """
@@ -169,15 +178,15 @@ class BatchReader:
 
     def _from_border(self, picture: Image, where: NDArray[Any]) -> Tensor:
         top, left = map(int, where)
-        padded = v2().pad(resize_and_center_crop(picture, self.spec), [self.padding])
-        return v2().pil_to_tensor(v2().crop(padded, top, left, self.spec.side, self.spec.side))
+        padded = pad(resize_and_center_crop(picture, self.spec.seen), self.padding)
+        height, width = self.spec.size
+        return padded[:, top : top + height, left : left + width]
 
     def _random_box(self, picture: Picture, where: NDArray[Any]) -> Tensor:
         assert self.scale is not None
         size = torch.tensor([picture.size[::-1]])
         box = random_boxes(torch.from_numpy(where)[None], size, self.scale)
-        rgb = picture.rgb(float(box[0, 2:].min()) / (GAP * self.spec.side))
+        rgb = picture.rgb(float((box[0, 2:] / torch.tensor(self.spec.size)).min()) / GAP)
         if rgb.size != picture.size:
             box = boxes_in_copies(box, size, torch.tensor([rgb.size[::-1]]))
-        side = [self.spec.side, self.spec.side]
-        return v2().pil_to_tensor(v2().resized_crop(rgb, *box[0].tolist(), size=side, antialias=True))
+        return cut_and_resize(rgb, box[0].tolist(), self.spec.seen)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.preprocessing import height_width, shown
-from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.documents.table import Check, Export, Latency
@@ -22,6 +22,7 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
+from sakd_cli.runs.scored import config_of
 
 FORMAT = Export.model_fields["schema_"].default
 TOLERANCE = 1e-4  # largest difference of a logit
@@ -66,8 +67,7 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
     base = found.run.path if found.run else target if target.is_dir() else target.parent
     folder = order.out or base / f"export-{order.form}"
     _check_place(folder, order.overwrite)
-    own = ConfigSource("the weights' header", {"data": found.card.dataset})
-    config: EvalConfig = resolve("eval", [own, *settings_of(found.run), *layers]).config
+    config = config_of(found.card, [*settings_of(found.run), *layers], reporter)
     inside = order.normalise and form.inside
     images, real = _images(found.card, config, reporter)
     network = FromPixels(found.network, found.card.mean, found.card.std).eval() if inside else found.network

@@ -6,6 +6,7 @@ Every form is a row of `FORMS`: how its file is written, how it is opened again,
 import importlib
 import importlib.util
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError
+from sakd_cli.export import opening
 from sakd_cli.export.source import executed, source
 from sakd_cli.files import write_aside
 from sakd_cli.models.artifact import NetworkCard
@@ -24,6 +26,7 @@ from sakd_cli.models.staged import StagedModel
 Function = Callable[[Tensor], Tensor]
 WEIGHTS, SOURCE = "model.safetensors", "network.py"
 WEIGHTS_LINES = """\
+{opening}
 import torch
 {imports}
 
@@ -34,6 +37,7 @@ network.eval()
 with torch.inference_mode():
     logits = network(images)"""
 PROGRAM_LINES = """\
+{opening}
 import torch
 
 network = torch.export.load("model.pt2").module()
@@ -41,7 +45,7 @@ network = torch.export.load("model.pt2").module()
 with torch.inference_mode():
     logits = network(images)"""
 ONNX_LINES = """\
-import numpy as np
+{opening}
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
@@ -74,7 +78,7 @@ class Form(NamedTuple):
     write   network in evaluation mode, example images, its card, the folder, opset (None: the exporter's own)
     opened  the file in that folder as a function of images on the CPU
     text    Python that opens it, with nothing of sakd, in the folder itself; then `images` give `logits`
-    arrays  how that draws random pixels of a shape, and makes an array of a list
+    arrays  how that makes its arrays of numpy's and of a list
     needs   packages, which `sakd[onnx]` brings
     inside  whether it can hold the normalisation
     """
@@ -83,7 +87,7 @@ class Form(NamedTuple):
     write: Callable[[nn.Module, Tensor, NetworkCard, Path, int | None], None]
     opened: Callable[[NetworkCard, Path], Function]
     text: str
-    arrays: tuple[str, str] = ("torch.rand({})", "torch.tensor")
+    arrays: tuple[str, str] = ("torch.from_numpy(pixels)", "torch.tensor")
     needs: tuple[str, ...] = ()
     inside: bool = True
 
@@ -94,20 +98,26 @@ class Form(NamedTuple):
             raise UsageError(f"{self.file} needs {', '.join(missing)}", hint="pip install 'sakd[onnx]'")
 
     def lines(self, card: NetworkCard, inside: bool) -> str:
-        """The text for a network; `inside`: its file normalises the images itself."""
-        draw, array = self.arrays
-        pixels = draw.format(f"1, 3, {card.side}, {card.side}") + "  # RGB, between 0 and 1"
-        images = f"images = {pixels}"
+        """The text for a network, which opens a picture file; `inside`: the network's file normalises it itself."""
+        pixels, array = self.arrays
+        images = f"{opening.lines(card.seen)}\nimages = {pixels}"
         if not inside:
-            images = f"mean, std = {array}({list(card.mean)}), {array}({list(card.std)})\npixels = {pixels}\n"
-            images += "images = (pixels - mean[:, None, None]) / std[:, None, None]"
+            images = f"{opening.lines(card.seen)}\nmean, std = {array}({list(card.mean)}), {array}({list(card.std)})\n"
+            images += f"images = ({pixels} - mean[:, None, None]) / std[:, None, None]"
         call = _call_of(card)
         imports = ["from safetensors.torch import load_file"]
         if call:
             imports.insert(0, f"import {call.module}")
         else:
             imports.append("from network import Network  # network.py, beside the weights")
-        return self.text.format(images=images, imports="\n".join(imports), network=call or "Network()")
+        opened = opening.imports(card.seen)
+        return self.text.format(opening=opened, images=images, imports="\n".join(imports), network=call or "Network()")
+
+
+def _metadata(card: NetworkCard) -> dict[str, str]:
+    """What a program needs to know of a file beside the network, each as JSON."""
+    about = card.told()
+    return {key: json.dumps(about[key]) for key in ("classes", "mean", "std", "preprocessing")}
 
 
 def _call_of(card: NetworkCard) -> Call | None:
@@ -156,7 +166,10 @@ def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: 
         raise UsageError(
             f"{card.architecture} cannot be written as ONNX ({first})", hint="--opset N, --format pt2"
         ) from None
-    write_aside(folder / "model.onnx", program.model_proto.SerializeToString())
+    model = program.model_proto
+    for key, text in _metadata(card).items():
+        model.metadata_props.add(key=key, value=text)
+    write_aside(folder / "model.onnx", model.SerializeToString())
 
 
 def _open_onnx(card: NetworkCard, folder: Path) -> Function:
@@ -175,7 +188,7 @@ def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folde
         first = str(error).strip().partition("\n")[0][:100]
         raise UsageError(f"{card.architecture} cannot be exported ({first})", hint="--format safetensors") from None
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={f"{key}.json": text for key, text in _metadata(card).items()})
     write_aside(folder / "model.pt2", buffer.getvalue())
 
 
@@ -190,7 +203,7 @@ FORMS = {
         _write_onnx,
         _open_onnx,
         ONNX_LINES,
-        ("np.random.rand({}).astype(np.float32)", "np.float32"),
+        ("pixels", "np.float32"),
         needs=("onnx", "onnxscript", "onnxruntime"),
     ),
     "pt2": Form("model.pt2", _write_program, _open_program, PROGRAM_LINES),

@@ -8,14 +8,15 @@ picture = {opened}.convert("RGBA")
 rgb = Image.new("RGB", picture.size, {background})
 rgb.paste(picture, mask=picture.getchannel("A"))  # what is transparent shows this colour
 {resized}{cut}
-pixels = np.asarray(rgb, dtype=np.float32).transpose(2, 0, 1)[None] / 255"""
+pixels = {array}[None] / 255"""
 IMPORTS = "import numpy as np\nfrom PIL import Image{more}"
 
 
 def imports(seen: Preprocessing) -> str:
     """What the lines need."""
     more = ", ImageOps" if seen.orientation else ""
-    return IMPORTS.format(more=more) + ("" if _with_pillow(seen) else "\nfrom torchvision.transforms.v2 import functional")
+    torchvision = "" if _with_pillow(seen) else "\nfrom torchvision.transforms.v2 import functional"
+    return IMPORTS.format(more=more) + torchvision
 
 
 def lines(seen: Preprocessing, file: str = "photo.jpg") -> str:
@@ -29,7 +30,10 @@ def lines(seen: Preprocessing, file: str = "photo.jpg") -> str:
     else:
         cut = f"left, top = round((rgb.width - {width}) / 2), round((rgb.height - {height}) / 2)\n"
         cut += f"rgb = rgb.crop((left, top, left + {width}, top + {height}))"
-    return OPENING.format(opened=opened, background=seen.background, resized=_resized(seen), cut=cut)
+    array = "np.asarray(rgb, dtype=np.float32).transpose(2, 0, 1)"
+    if not seen.antialias:
+        array = "rgb.numpy().astype(np.float32)"
+    return OPENING.format(opened=opened, background=seen.background, resized=_resized(seen), cut=cut, array=array)
 
 
 def _with_pillow(seen: Preprocessing) -> bool:
@@ -40,7 +44,7 @@ def _with_pillow(seen: Preprocessing) -> bool:
 def _resized(seen: Preprocessing) -> str:
     """The line that resizes; empty where nothing does."""
     if seen.resize_mode == "none":
-        return ""
+        return "" if seen.antialias else "rgb = functional.pil_to_tensor(rgb)\n"
     height, width = (round(side * seen.resize / min(own)) for own in [height_width(seen.size)] for side in own)
     if seen.resize_mode == "squash":
         size = f"({width}, {height})"
@@ -50,6 +54,6 @@ def _resized(seen: Preprocessing) -> str:
         size = f"(max({width}, {height} * rgb.width // rgb.height), max({height}, {width} * rgb.height // rgb.width))"
     if _with_pillow(seen):
         return f"rgb = rgb.resize({size}, Image.Resampling.{seen.interpolation.upper()})\n"
-    scaled = f"rgb = functional.pil_to_tensor(rgb)\nwide, high = {size}\n"
+    scaled = f"wide, high = {size}\nrgb = functional.pil_to_tensor(rgb)\n"
     mode = f"functional.InterpolationMode.{seen.interpolation.upper()}"
     return scaled + f"rgb = functional.resize(rgb, [high, wide], {mode}, antialias=False)\n"

@@ -1,14 +1,13 @@
 """Evaluate saved networks and ensembles on the test images, by more than one number."""
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sakd_cli.config.datasets import DATASETS, FilesConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
@@ -33,7 +32,7 @@ from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusi
 from sakd_cli.evaluation.speed import speed
 from sakd_cli.models import artifact
 from sakd_cli.models import ensemble as ensembles
-from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import cost, peak_memory
 from sakd_cli.models.ensemble import INDEX, RANGES, Ensemble, Exits, LoadedEnsemble, fit, mean_macs
 from sakd_cli.models.staged import StagedModel
@@ -43,7 +42,7 @@ from sakd_cli.runs.build import load_images, match_normalization
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.job import Images
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
-from sakd_cli.runs.scored import SplitName, Wanted, images_to_score
+from sakd_cli.runs.scored import SplitName, Wanted, config_of, images_to_score
 
 
 class Target(NamedTuple):
@@ -123,29 +122,6 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
             for name, count, top1, teacher_top1, mistake in rows
         ],
     )
-
-
-def config_of(
-    card: NetworkCard, layers: Sequence[ConfigSource], reporter: Reporter, more: Mapping[str, Any] | None = None
-) -> EvalConfig:
-    """The settings of an evaluation: the layers over what the network's card says. A difference asked for is named.
-
-    more  settings below the layers
-    """
-    said = dict(more or {})
-    chosen = resolve("eval", [ConfigSource("the card", said | {"data": {"name": card.dataset}}), *layers]).config.data
-    own = ConfigSource("the card", said | {"data": seen_in(card, chosen.name)})
-    config: EvalConfig = resolve("eval", [own, *layers]).config
-    if isinstance(config.data, FilesConfig):
-        for difference in config.data.seen.differences(card.seen):
-            reporter.warn(difference)
-    return config
-
-
-def seen_in(card: NetworkCard, name: str | None = None) -> dict[str, Any]:
-    """The settings of a network's images, as far as its header knows them; of another data set, how it shows them."""
-    kind = DATASETS.get(name := name or card.dataset)
-    return {"name": name} | (card.seen.model_dump() if kind and issubclass(kind, FilesConfig) else {})
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:

@@ -1,12 +1,13 @@
 """Which images an evaluation is of: a part of the run's own or all of another folder; how many were trained on."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sakd_cli.config.datasets import DataConfig, FilesConfig, ImageFolderConfig
-from sakd_cli.config.resolve import resolve
+from sakd_cli.config.base import own_name
+from sakd_cli.config.datasets import DATASETS, DataConfig, FilesConfig, ImageFolderConfig
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data import fingerprint, table
 from sakd_cli.data.dataset import Split, joined
@@ -39,6 +40,26 @@ class Wanted(NamedTuple):
 
     split: SplitName | None = None
     folder: bool = False
+
+
+def config_of(
+    card: NetworkCard, layers: Sequence[ConfigSource], reporter: Reporter, more: Mapping[str, Any] | None = None
+) -> EvalConfig:
+    """The settings of an evaluation: the layers over what the network's card says. A difference asked for is named.
+
+    more  settings below the layers
+    """
+    given = [one.values.get("data") for one in layers]
+    names = [data if isinstance(data, str) else data.get("name") for data in given if isinstance(data, str | dict)]
+    name = [card.dataset, *(own_name(name, DATASETS) for name in names if isinstance(name, str))][-1] or card.dataset
+    kind = DATASETS.get(name)
+    data = {"name": name} | (card.seen.model_dump() if kind and issubclass(kind, FilesConfig) else {})
+    own = ConfigSource("the network's card", dict(more or {}) | {"data": data})
+    config: EvalConfig = resolve("eval", [own, *layers]).config
+    if isinstance(config.data, FilesConfig):
+        for difference in config.data.seen.differences(card.seen):
+            reporter.warn(difference)
+    return config
 
 
 def images_to_score(
