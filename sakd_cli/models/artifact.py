@@ -41,7 +41,7 @@ class NetworkCard(NamedTuple):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    side: ImageSize | tuple[int, int]
+    side: ImageSize
     preprocessing: Preprocessing | None = None
 
     @property
@@ -67,7 +67,7 @@ def _card(text: str) -> NetworkCard:
     for name, numbers in (("mean", card.mean), ("std", card.std)):
         if len(numbers) != CHANNELS or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
             raise ValueError(f"its card has the {name} {list(numbers)[:CHANNELS]}")
-    if not 0 < card.side <= LARGEST_SIDE:
+    if not all(0 < side <= LARGEST_SIDE for side in height_width(card.side)):
         raise ValueError(f"its card has images of {card.side} pixels")
     if not card.classes:
         raise ValueError("its card has no classes")

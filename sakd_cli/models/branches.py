@@ -17,7 +17,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from sakd_cli.config.preprocessing import ImageSize
+from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import LARGEST_SIDE, Artifact, load_module, save_module
@@ -138,7 +138,7 @@ def load_branches(path: Path, teacher: Artifact) -> Branches | None:
 
     def build(header: str) -> tuple[Branches, BranchCard]:
         card = _CARD.validate_json(header)
-        if not 0 < card.side <= LARGEST_SIDE:
+        if not all(0 < side <= LARGEST_SIDE for side in height_width(card.side)):
             raise ValueError(f"its card has images of {card.side} pixels")
         return Branches(teacher.model, card.students, card.side, share=card.share), card
 

@@ -10,8 +10,9 @@ from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.effective import effective
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.training import RunConfig
+from sakd_cli.data import fingerprint
 from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.fingerprint import Fingerprint, of_images
+from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.sources import preload
 from sakd_cli.documents.training import PlannedNetwork, PlannedSpot
 from sakd_cli.engine.runtime import Mode
@@ -42,10 +43,18 @@ class Images:
         parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def fingerprint(self, config: DataConfig, then: Fingerprint | None = None) -> Fingerprint:
-        """Which images these are, taken like `then`."""
+    def fingerprint(self, config: DataConfig, begun: Path | None = None) -> Fingerprint:
+        """Which images these are.
+
+        begun  a run that goes on with them: DataError, naming the first differences, where it had others
+        """
+        then = None if begun is None else fingerprint.read(begun)
         mode = config.fingerprint if isinstance(config, FilesConfig) else "auto"
-        return of_images(self.dataset.classes, self.parts, then.mode if then else mode)
+        now = fingerprint.of_images(self.dataset.classes, self.parts, then.mode if then else mode)
+        if then is not None:
+            hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
+            fingerprint.require_none(fingerprint.differences(then, now), str(begun), hint)
+        return now
 
     @property
     def side(self) -> ImageSize:

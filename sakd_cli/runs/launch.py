@@ -19,8 +19,7 @@ from sakd_cli.config.identity import EXTENDED, MOVED
 from sakd_cli.config.preprocessing import ImageSize, height_width, shown
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
-from sakd_cli.data.fingerprint import FILE, Fingerprint, differences, require_none
-from sakd_cli.data.fingerprint import read as read_fingerprint
+from sakd_cli.data.fingerprint import FILE, Fingerprint
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import describe_reading
 from sakd_cli.documents.base import rounded
@@ -132,7 +131,7 @@ def launch(
     """Train to the end, from the start or from where an earlier process stopped; the summary names the run.
 
     resume_command  what to type after a stop; None: the command of this very run
-    images          which images these are, by `which_images`
+    images          which images these are
     Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
     """
     tensorboard.check(job.config.log)
@@ -178,21 +177,6 @@ def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> t
     path, resume_config = distributed.broadcast_object(("", False))
     run = RunDir(Path(path), silent=True)
     return run, plan._replace(resume=run if resume_config else None)
-
-
-def which_images(job: Job, plan: ResumePlan) -> Fingerprint | None:
-    """Which images a job has; of a new run only the main process asks.
-
-    Raises DataError, naming the first differences, where the run that is resumed had others.
-    """
-    if plan.resume is None and not distributed.is_main_process():
-        return None
-    then = None if plan.resume is None else read_fingerprint(plan.resume.path)
-    now = job.images.fingerprint(job.config.data, then)
-    if then is not None:
-        hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
-        require_none(differences(then, now), str(plan.resume and plan.resume.path), hint)
-    return now
 
 
 def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) -> None:
@@ -363,7 +347,9 @@ class Launcher:
         return config.model_copy(update={"teacher": teacher}), trial.images
 
     def _launch(self, job: Job, plan: ResumePlan, resume_command: str | None) -> Summary:
-        extensions, images = run_extensions(job), which_images(job, plan)
+        extensions = run_extensions(job)
+        begun = None if plan.resume is None else plan.resume.path
+        images = job.images.fingerprint(job.config.data, begun)
         config, say = job.config, self.reporter.say
         say(
             f"{job.network.name} on {config.data.name}: {len(job.images.train)} images, {config.train.epochs} "
