@@ -122,6 +122,10 @@ class Features(NamedTuple):
         raw = tuple(map(change, self.raw))
         return Features(tuple(map(change, self.stages)), change(self.logits), before, blocks, raw)
 
+    def with_logits(self, logits: Tensor) -> "Features":
+        """The same with other logits. (What `_replace` makes cannot leave a compiled region in torch 2.11.)"""
+        return Features(self.stages, logits, self.preactivations, self.blocks, self.raw)
+
     def tensors(self) -> list[Tensor]:
         """All of them."""
         return [*self.stages, self.logits, *self.preactivations, *(x for maps in self.blocks for x in maps), *self.raw]

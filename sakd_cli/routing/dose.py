@@ -1,6 +1,6 @@
 """HOW MUCH to distil: where a spot compares, the task's gradient and the distillation's meet, and may be balanced."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,29 +19,31 @@ class _Meet(torch.autograd.Function):
 
     Backward, where nothing is balanced: what came to the value, g_task and g_hint, passes as autograd has added them,
     so that a run is the same to the bit with and without. With a share, g_task alone came, and
-    g_task + share |g_task| / |g_hint| g_hint passes. Both lengths are written to `doses.lengths[k]`.
+    g_task + share |g_task| / |g_hint| g_hint passes. Both lengths, [2], are the gradient of `probe`: so nothing is
+    written in passing, and a compiler can follow.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, doses: "Doses", k: int) -> tuple[Tensor, Tensor]:
-        ctx.lengths, ctx.k, ctx.share, ctx.view = doses.lengths, k, doses.shares[k], doses.views[k]
+    def forward(
+        ctx: Any, x: Tensor, probe: Tensor, share: float, view: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.share, ctx.view, ctx.dtype = share, view, probe.dtype
         stand_in = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        return x.view_as(x), stand_in.expand(ctx.view(x).shape)
+        return x.view_as(x), stand_in.expand(view(x).shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         came, hint = gradients
         task = ctx.view(came) if ctx.share else ctx.view(came) - hint
-        lengths = ctx.lengths[ctx.k]
-        for place, gradient in enumerate((task, hint)):
-            torch.linalg.vector_norm(gradient, dtype=lengths.dtype, out=lengths[place])
+        norms = [torch.linalg.vector_norm(gradient, dtype=ctx.dtype) for gradient in (task, hint)]
+        own = lengths = torch.stack(norms)
         if not ctx.share:
-            return came, None, None
+            return came, own, None, None
         if distributed.world_size() > 1:
             lengths = distributed.all_reduce_sum(lengths.square()).sqrt()
         passed = came.clone()
         ctx.view(passed).add_(hint * (ctx.share * lengths[0] / lengths[1].clamp(min=TINY)))
-        return passed, None, None
+        return passed, own, None, None
 
 
 class _Compare(torch.autograd.Function):
@@ -82,11 +84,20 @@ class Doses(nn.Module):
         self.views = [partial(spot.student_layout.to_map, shape=spot.student_shape) for spot in spots]
         self._places = {spot.student: k for k, spot in enumerate(spots)}  # the stage behind the last one is the logits
         self.register_buffer("lengths", torch.zeros(len(spots), 2), persistent=False)
+        self._probes: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Forget the last backward pass; to be called in front of every step."""
+        self.lengths.zero_()
+        if not self._probes or self._probes[0].device != self.lengths.device:
+            self._probes = [torch.zeros_like(row).requires_grad_() for row in self.lengths]
+            for probe, row in zip(self._probes, self.lengths, strict=True):
+                probe.grad = row
 
     def mark(self, stand_ins: dict[int, Tensor], stage: int, x: Tensor) -> Tensor:
         """The student's value at a stage, for the layers behind it; a spot's stand-in is put into `stand_ins`."""
         if (k := self._places.get(stage)) is not None and x.requires_grad:
-            x, stand_ins[stage] = _Meet.apply(x, self, k)
+            x, stand_ins[stage] = _Meet.apply(x, self._probes[k], self.shares[k], self.views[k])
         return x
 
     def compare(self, stand_ins: dict[int, Tensor], stage: int, x: Tensor) -> Tensor:
@@ -99,4 +110,5 @@ class Doses(nn.Module):
     def compared(self, features: Features, stand_ins: dict[int, Tensor]) -> Features:
         """The student's marked features as the spots compare them; the logits are left."""
         seen = tuple(self.compare(stand_ins, k, x) for k, x in enumerate(features.preactivations or features.stages))
-        return features._replace(preactivations=seen) if features.preactivations else features._replace(stages=seen)
+        stages, before = (features.stages, seen) if features.preactivations else (seen, ())
+        return Features(stages, features.logits, before, features.blocks, features.raw)

@@ -159,6 +159,7 @@ class DistillTask(Task):
         with self.mode.networks(device), torch.no_grad():
             seen = self.teacher_features(batch)
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
+        self.doses.begin()
         student, ce = self.learn(batch, offset)
         embedding = to_fp32(seen.embedding)
         decision = self.decide(embedding, student.embedding.detach(), batch.noise)
@@ -181,10 +182,10 @@ class DistillTask(Task):
             seen = self._compared(whole, "student", self.distillers.student_want)
             student = self.doses.compared(seen, marks).map(to_fp32)
         if offset is not None:
-            student = student._replace(logits=offset + student.logits)
+            student = student.with_logits(offset + student.logits)
         last = self.spots[-1].student
         logits = self.doses.mark(marks, last, student.logits)
-        student = student._replace(logits=self.doses.compare(marks, last, logits))
+        student = student.with_logits(self.doses.compare(marks, last, logits))
         return student, F.cross_entropy(logits, batch.labels)
 
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
