@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.engine.runtime import compile_task
 from sakd_cli.errors import UsageError
 from sakd_cli.tasks.distill import DistillTask
 
@@ -137,6 +138,7 @@ def test_lengths_are_balanced_in_every_precision(precision: str, bound: float) -
     assert float((lost - plain).norm() / plain.norm()) < bound, "too weak for fp32: no harm is done"
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
 def test_a_balanced_step_is_one_graph_with_the_same_numbers() -> None:
     torch._dynamo.reset()
     settings = {"runtime.compile": True, "method.balance": 1.0}
