@@ -137,3 +137,29 @@ def test_a_moved_folder_is_the_runs_own_and_any_other_is_scored_whole(home: CliR
     result, found = scored(home, "run", "--data-root", str(others))
     assert (found["images"], 5 < int(str(found["trained_on"])) <= 8) == (18, True)
     assert f"{found['trained_on']} of these 18 images were trained on" in result.err
+
+
+# --- from an extreme image to its photo
+
+
+def test_every_image_of_an_inspection_has_its_file(home: CliRunner) -> None:
+    photos = ["--data-root", "photos", "--epochs", "1", *OPTIONS]
+    words = ["distill", "--teacher", "./run", "--student", "resnet8", "--method", "fitnet", *photos]
+    for router in ("adaptive", "random"):
+        assert home.sakd(*words, "--router", router, "--run-dir", router).code == 0
+        for split in ("train", "test"):
+            out = ["--split", split, "--samples", f"{router}-{split}.jsonl", "-q"]
+            result = home.sakd("inspect-spots", router, *out)
+            assert result.code == 0, result.err
+            rows = [json.loads(line) for line in (home.path / f"{router}-{split}.jsonl").read_text().splitlines()]
+            part = "train" if split == "train" else "val"
+            assert len({row["file"] for row in rows}) == len(rows)
+            for row in rows:
+                assert row["file"].startswith(f"{part}/{CLASSES[row['label']]}/") if "label" in row else True
+                assert (home.path / "photos" / row["file"]).is_file()
+    document = home.sakd("inspect-spots", "adaptive", "--json", "--html", "page.html").document
+    (ends, *_) = document["measured"]["extremes"]
+    names = {image["file"] for image in ends["highest"] + ends["lowest"]}
+    assert all((home.path / "photos" / name).is_file() for name in names)
+    page = (home.path / "page.html").read_text()
+    assert all(name in page for name in names)

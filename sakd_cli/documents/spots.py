@@ -188,9 +188,13 @@ class RoutingPath(Part):
 
 
 class ExtremeImage(Part):
-    """One image: index in the data set's own split, value at the spot, its class and what both networks predict."""
+    """One image: index in the data set's own split, value at the spot, its class and what both networks predict.
+
+    file: its path below the data set's folder; null where it is in no file of its own
+    """
 
     index: int
+    file: str | None = None
     value: float
     label: str | None = None
     student_prediction: str | None = None

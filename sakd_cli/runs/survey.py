@@ -8,11 +8,13 @@
     student_prediction, teacher_prediction, label, index   [N] int64; index: in the data set's own split
     extreme                 [M] int64       rows with the highest and lowest probabilities, per spot
     images                  [M, 3, H, W] uint8   their pixels
+    files                   [K] uint8       JSON list of the images' paths below the data set's folder; absent in memory
 
 and in its header one entry, "sakd", a `SurveyHeader`. Both networks and the adapters are in evaluation mode, images are
 not augmented. The bytes depend on the weights and the seed only.
 """
 
+import json
 import time
 from collections.abc import Iterable
 from typing import Any, final
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.dataset import Split, seeded_generator
+from sakd_cli.data.files import Files
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.documents.spots import EXTREMES, RoutedNetwork, SampledScore, Score, SpotPlace, SurveyHeader
 from sakd_cli.documents.spots import Split as SplitName
@@ -128,6 +131,9 @@ def survey(
     finally:
         task.train(mode)
     columns |= {"label": images.labels.cpu(), "index": images.origins()}
+    if isinstance(images.images, Files):
+        names = json.dumps(images.images.names).encode()
+        columns["files"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
     if "probability" in columns:
         columns["extreme"] = _extremes(columns["probability"], extremes)
         columns["images"] = images.subset(columns["extreme"].to(images.images.device)).pixels.cpu()

@@ -66,5 +66,6 @@ def _tiles(rows: list[ExtremeImage], images: "Images") -> list[Tile]:
         if row.index in images:
             names = [named(row.label), f"S: {named(row.student_prediction)}", f"T: {named(row.teacher_prediction)}"]
             lines = [f"{fraction(row.value)} %", *names, f"loss {fixed(row.student_loss, 2)}"]
+            lines += [] if row.file is None else [named(row.file)]
             tiles.append(Tile(Picture(png(images[row.index]), "png", f"image {row.index}: {names[0]}"), lines))
     return tiles

@@ -47,6 +47,7 @@ class Survey:
     rated   value is such a rate
     answers the columns of `ANSWERS`, [N] each; empty for "samples"
     images  index -> [3, H, W] uint8, for the extremes
+    files   path of each image below the data set's folder; empty where they are not in files, or it is not known
     """
 
     source: Literal["survey", "live", "samples"]
@@ -56,6 +57,7 @@ class Survey:
     rated: bool = False
     answers: "dict[str, Column]" = field(default_factory=dict)
     images: "dict[int, Column]" = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
 
 def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
@@ -94,7 +96,10 @@ def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Sur
         images: dict[int, Column] = {}
         if "extreme" in columns:
             images = dict(zip(index[columns["extreme"]].tolist(), columns["images"], strict=True))
-        return Survey(source, header, index, columns.get("probability"), answers=answers, images=images)
+        files = tuple(map(str, parse_json(columns["files"].tobytes()))) if "files" in columns else ()
+        if files and len(files) != len(index):
+            raise ValueError
+        return Survey(source, header, index, columns.get("probability"), answers=answers, images=images, files=files)
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise DamagedError(f"{where}: damaged", hint="--live measures it anew") from None
 
@@ -127,7 +132,16 @@ def _counts(run: RunDir) -> Survey | None:
             raise ValueError
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
         raise DamagedError(f"{plain(path)}: damaged") from None
-    return Survey("samples", None, index, rate, rated=True)
+    return Survey("samples", None, index, rate, rated=True, files=_files(run, len(index)))
+
+
+def _files(run: RunDir, count: int) -> tuple[str, ...]:
+    """Paths of the training images, as the run has listed them; empty where it has not, or they are in memory."""
+    try:
+        names = [str(row[0]) for row in run.read_json("images.json")["parts"]["train"]]
+    except (UsageError, KeyError, TypeError, IndexError):
+        return ()
+    return tuple(names) if len(names) == count and all(names) else ()
 
 
 def measure(survey: Survey, spots: Sequence[doc.SpotTotal], *, sample: bool, seed: int, extremes: int) -> doc.Measured:
@@ -170,13 +184,17 @@ def measure(survey: Survey, spots: Sequence[doc.SpotTotal], *, sample: bool, see
 
 
 def records(survey: Survey, spots: Sequence[doc.SpotTotal]) -> list[dict[str, Any]]:
-    """One record per image, for `--samples`: index, answers, and per spot `p_NAME` (`distilled_NAME` for a rate)."""
+    """One record per image, for `--samples`: index, file, answers, and per spot `p_NAME` (`distilled_NAME` for a rate).
+
+    file  where the images are in files: the path below the data set's folder
+    """
     prefix = "distilled" if survey.rated else "p"
-    columns = {"index": survey.index, **survey.answers}
+    columns: dict[str, Sequence[Any]] = {"index": survey.index.tolist()}
+    columns |= {"file": survey.files} if survey.files else {}
+    columns |= {name: column.tolist() for name, column in survey.answers.items()}
     if survey.value is not None:
-        columns |= {f"{prefix}_{spot.name}": survey.value[:, k] for k, spot in enumerate(spots)}
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+        columns |= {f"{prefix}_{spot.name}": survey.value[:, k].tolist() for k, spot in enumerate(spots)}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _spots(used: "Column", drawn: "Column", spots: "Spots") -> list[doc.SpotStatistics]:
@@ -281,7 +299,8 @@ def _extremes(
         for key in found.keys() & {"label", "student_prediction", "teacher_prediction"}:
             label = found[key]
             found[key] = classes[label] if 0 <= label < len(classes) else f"class {label}"
-        return doc.ExtremeImage(index=int(survey.index[row]), value=float(chance[row, k]), **found)
+        file = survey.files[row] if survey.files else None
+        return doc.ExtremeImage(index=int(survey.index[row]), file=file, value=float(chance[row, k]), **found)
 
     found = []
     for k, spot in enumerate(spots):

@@ -209,10 +209,11 @@ def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> S
 def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
     predictions = {"Student predicts": "student_prediction", "Teacher predicts": "teacher_prediction"}
     columns = columns_of(fraction, {"Value": "value"}) | columns_of(str, {"Image": "index"})
+    images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
+    columns |= columns_of(named, {"File": "file"} if any(image.file for image in images) else {})
     columns |= columns_of(named, {"Class": "label"} | predictions)
     columns["Student loss"] = lambda row: fixed(row.student_loss, 2)
     columns |= columns_of(fraction, {"Teacher confidence": "teacher_confidence"})
-    images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
     notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
     return table(f"Extremes at {named(ends.spot)} (%)", images, columns, notes, ["Class", *predictions])
 
