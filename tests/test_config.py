@@ -9,6 +9,7 @@ import yaml
 from sakd_cli.config import resolve as resolving
 from sakd_cli.config.base import summary
 from sakd_cli.config.datasets import DATASETS
+from sakd_cli.config.effective import router_gamma
 from sakd_cli.config.methods import METHODS, FitNetConfig
 from sakd_cli.config.networks import NETWORKS, find_network
 from sakd_cli.config.options import OPTIONS as TABLE
@@ -324,6 +325,14 @@ def test_the_published_recipe_can_be_shortened_and_keeps_its_proportions() -> No
     assert (recipe.train.epochs, recipe.train.decay_epochs()) == (240, (150, 180, 210))
     short = resolve("distill", [preset_source("cifar100-sakd"), *option_sources({"epochs": "80"})]).config
     assert short.train.decay_epochs() == (50, 60, 70)
+
+
+@pytest.mark.parametrize("method", ["fitnet", "at", "crd"])
+def test_the_published_recipe_on_tiny_imagenet(method: str) -> None:
+    tiny = resolve("distill", [preset_source("tiny-imagenet-sakd"), *option_sources({"method": method})]).config
+    assert (tiny.data.border, tiny.data.flip, tiny.data.seen.resize) == (0, True, 64)
+    assert (tiny.data.mean, tiny.data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert router_gamma(tiny.router, tiny) == 2
 
 
 def test_a_milestone_that_never_comes_is_refused_with_the_reason() -> None:
