@@ -186,10 +186,11 @@ class ImageFolderConfig(FilesConfig):
 
 
 class TinyImageNetConfig(FilesConfig):
-    """100,000 + 10,000 photographs, 64x64, 200 classes; cropped from a border of 8 (published: flips alone, see its preset)
+    """100,000 + 10,000 photographs, 64x64, 200 classes; cropped from a border of 8 (published: flips alone, a preset)
 
-    The published runs only mirror, and normalise with the statistics of CIFAR-10: preset `tiny-imagenet-sakd`. Our default
-    crops, as every other small set is cropped (240 epochs of flips alone overfit), and normalises with its own statistics.
+    The published runs only mirror, and normalise with CIFAR-10's statistics: preset `tiny-imagenet-sakd`. Our default
+    crops, as every other small set is cropped (240 epochs of flips alone overfit), and normalises with its own
+    statistics.
     """
 
     name: Literal["tiny-imagenet"] = "tiny-imagenet"
