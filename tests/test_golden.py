@@ -19,18 +19,19 @@ from sakd_cli.cli.app import run
 FOLDER = Path(__file__).with_name("golden")
 DATA = "--dataset shapes --set data.train=112 --set data.test=20 --batch-size 10 --epochs 2 --set log_every=1 -q"
 TEACHER = "pretrain-teacher resnet8"
-DISTIL = "distill --teacher {root}/teacher/teacher --student resnet8"
+PLAIN = "distill --teacher {root}/teacher/teacher --student resnet8"
+DISTIL = f"{PLAIN} --set router.recipe=published"
 PROCEDURES = {
     "pretrain": TEACHER,
     "pretrain-friendly": f"{TEACHER} --student-friendly resnet8",
-    "distill-always-at": f"{DISTIL} --method at --router always",
+    "distill-always-at": f"{PLAIN} --method at --router always",
     "distill-adaptive-fitnet": f"{DISTIL} --method fitnet --set router.lr=0.01",
     "distill-adaptive-crd": f"{DISTIL} --method crd --set method.negatives=16 --set router.lr=0.01",
     "distill-simkd": f"{DISTIL} --method simkd --set router.lr=0.01",
     "distill-search-dfa": f"{DISTIL} --method dfa --teacher {{root}}/deeper/teacher --set method.search_epochs=1",
     "distill-residual": f"{DISTIL} --method kd --epochs 1 --residual-students 1 --set residual.architectures=resnet8 "
     "--set residual.max_cost=3 --set residual.loss=inner",
-    "distill-random-ft": f"{DISTIL} --method ft --set method.warmup_epochs=1 --router random",
+    "distill-random-ft": f"{PLAIN} --method ft --set method.warmup_epochs=1 --router random",
 }
 
 

@@ -69,14 +69,14 @@ def test_the_prior_is_on_for_the_pairs_it_was_published_for(
     pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[routers.Pair] = []
-    monkeypatch.setattr(routers, "build", lambda config, pair: seen.append(pair) or Fixed(pair.spots, 1.0))
+    monkeypatch.setattr(routers, "build", lambda config, pair: seen.append(pair) or Fixed([[1.0] * pair.spots]))
     task_of(*pair, "kd")
-    assert seen[0].one_family == (pair in SAME_FAMILY)
+    assert seen[0].prior == (10 if pair in SAME_FAMILY else 0)
 
 
-def test_the_prior_is_ten_for_one_family_and_nothing_for_two() -> None:
-    for one_family, bias in ((True, 10.0), (False, 0.0)):
-        pair = routers.Pair(spots=3, teacher=64, student=64, one_family=one_family)
+def test_the_prior_is_what_every_teacher_score_begins_with() -> None:
+    for bias in (10.0, 0.0):
+        pair = routers.Pair(spots=3, teacher=64, student=64, prior=bias)
         policy = routers.build(AdaptiveConfig(), pair).policy
         assert policy.bias[0::2].mean().item() == pytest.approx(bias, abs=0.2)
         assert policy.bias[1::2].mean().item() == pytest.approx(0.0, abs=0.2)

@@ -9,12 +9,13 @@ from test_dose import one_step
 from test_step import batches, make, optimizer
 from torch import Tensor
 
+from sakd_cli.config.effective import router_start
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.errors import UsageError
 from sakd_cli.routing.table import Pair, build
 
-PAIR = Pair(spots=3, teacher=8, student=4, one_family=True, epochs=8)
+PAIR = Pair(spots=3, teacher=8, student=4, epochs=8)
 N = 5
 
 
@@ -118,3 +119,48 @@ def test_the_dose_of_the_selected_is_their_mean(method: str) -> None:
         torch.testing.assert_close(ours.parts["feature"], theirs.parts["feature"] * 8 / n[0])
     none = make(method, "adaptive", **{"router.teacher_bias": -300, "router.dose": "selected-mean"})
     assert float(none.train()(batch).parts["logit"]) == 0.0
+
+
+def config_of(epochs: int, **settings: Any) -> Any:
+    given = {"teacher": "resnet56", "student": "resnet20", "train.epochs": epochs}
+    return resolve("distill", [ConfigSource("test", nested(given | settings))]).config
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "settings", "lr", "bias"),
+    [
+        (240, 704, {}, 0.025, 10.0),
+        (60, 704, {}, 0.025, 10.0),
+        (12, 57, {}, 2e-4, 0.0),
+        (12, 57, {"router.recipe": "published"}, 0.025, 10.0),
+        (12, 57, {"router.lr": 0.01, "router.teacher_bias": 3}, 0.01, 3.0),
+        (240, 704, {"router.teacher_bias": 0}, 0.025, 0.0),
+    ],
+)
+def test_a_short_run_has_a_router_that_can_act(
+    epochs: int, steps: int, settings: dict[str, Any], lr: float, bias: float
+) -> None:
+    start = router_start(config_of(epochs, **settings), one_family=True, steps=steps)
+    assert (start.lr, start.bias) == (pytest.approx(lr), bias)
+
+
+def test_what_is_left_of_a_prior_is_what_sgd_leaves_of_it() -> None:
+    config = config_of(5, **{"router.recipe": "published", "train.milestones": [2, 3]})
+    start = router_start(config, one_family=True, steps=400)
+    weight = torch.nn.Parameter(torch.tensor(10.0))
+    sgd = torch.optim.SGD([weight], lr=start.lr, momentum=0.9, weight_decay=1e-3)
+    for epoch in range(1, 6):
+        sgd.param_groups[0]["lr"] = start.lr * 0.1 ** sum(epoch > m for m in (2, 3))
+        for _ in range(400):
+            weight.grad = torch.zeros(())
+            sgd.step()
+    assert start.end == pytest.approx(weight.item(), rel=0.02)
+
+
+def test_a_router_that_cannot_act_says_so_before_the_run() -> None:
+    short = router_start(config_of(12, **{"router.recipe": "published"}), one_family=True, steps=57)
+    assert "the router cannot act: its prior of 10 at the teacher only falls to" in str(short.note)
+    assert "--set router.recipe=auto" in str(short.note)
+    for epochs, steps, settings in ((240, 704, {"router.recipe": "published"}), (12, 57, {})):
+        assert router_start(config_of(epochs, **settings), one_family=True, steps=steps).note is None
+    assert router_start(config_of(12), one_family=True, steps=None).note is None, "unknown"

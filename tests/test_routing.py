@@ -14,7 +14,7 @@ from sakd_cli.models.table import create
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.table import ROUTERS, Adaptive, Pair, Random, build, straight_through
 
-PAIR = Pair(spots=3, teacher=5, student=4, one_family=True, matched=torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.5]]))
+PAIR = Pair(spots=3, teacher=5, student=4, matched=torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.5]]))
 
 
 def labelled(labels: torch.Tensor) -> Batch:

@@ -75,6 +75,7 @@ def print_result(result: Summary | Plan, *, json: bool) -> None:
         losses = ", ".join(f"{name} {value:.4g}" for name, value in result.batch.items())
         values = "".join(f"\n  {key}: {value}" for key, value in result.effective.items())
         show(plan_table(result), f"Effective settings:{values}\n")
+        show(*(f"warning: {text}\n" for text in result.warnings))
         show(f"dry run: one batch tried on {result.device} ({losses}), nothing written")
         return
     show(summary_table(result))

@@ -1,7 +1,8 @@
 """The effective values of a config: what the settings that are left open (None) come to, before anything is trained."""
 
+import math
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.methods import WarmedConfig
@@ -11,6 +12,9 @@ from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
 from sakd_cli.errors import UsageError
 
 SAME_FAMILY_BIAS = 10.0  # Song et al. (IEEE TIP 2022), and 0 for networks of two families
+SHORT_RUN = 250  # the student's rate over the router's in a run too short for the published values
+SATURATED = 0.995  # mean teacher-routing probability above which a router decides nothing
+SATURATED_BIAS = math.log(SATURATED / (1 - SATURATED))
 
 
 def initial_lr(config: RunConfig, network: str) -> float:
@@ -18,19 +22,60 @@ def initial_lr(config: RunConfig, network: str) -> float:
     return find_network(network).lr if config.train.lr is None else config.train.lr
 
 
-def router_lr(router: LearnedConfig, lr: float) -> float:
-    """Learning rate of a learned router beside a student's."""
-    return router.lr or lr / 2
+class RouterStart(NamedTuple):
+    """Rate and prior of a learned router, and what weight decay alone leaves of the prior: halfway and at the end.
+
+    The prior is None where the teacher's family is not known.
+    """
+
+    lr: float
+    bias: float | None
+    halfway: float | None = None
+    end: float | None = None
+
+    @property
+    def note(self) -> str | None:
+        """A warning where every sample goes to the teacher to the end."""
+        if self.end is None or self.end < SATURATED_BIAS:
+            return None
+        return (
+            f"the router cannot act: its prior of {self.bias:g} at the teacher only falls to {self.end:.1f} in this "
+            f"schedule, and above {SATURATED_BIAS:.1f} more than 99.5 % of the samples go there. This is ordinary "
+            "distillation at almost twice its cost: --set router.recipe=auto, or --router always"
+        )
+
+
+def router_start(config: DistillConfig, *, one_family: bool | None, steps: int | None) -> RouterStart:
+    """How the learned router of a run starts; `steps` of an epoch, None where it is unknown.
+
+    As published (Song et al., IEEE TIP 2022) the prior is to fade by weight decay: of SGD with momentum m, a factor
+    exp(-decay / (1 - m) sum of rates). `auto` takes the published values where this frees the router in the first half
+    of the run, as in 240 epochs; else no prior, and a rate at which short runs do not saturate (the presets' choice).
+    """
+    router = config.router if isinstance(config.router, LearnedConfig) else LearnedConfig(name="none")
+    student = initial_lr(config, config.student)
+    bias = None if one_family is None else SAME_FAMILY_BIAS if one_family else 0.0
+
+    def start(lr: float, prior: float | None) -> RouterStart:
+        lr, prior = router.lr or lr, prior if router.teacher_bias is None else router.teacher_bias
+        if steps is None or prior is None:
+            return RouterStart(lr, prior)
+        epochs, milestones = config.train.epochs, config.train.decay_epochs()
+        rates = [lr * config.train.lr_decay ** sum(epoch > m for m in milestones) for epoch in range(1, epochs + 1)]
+        factor = steps * router.weight_decay / (1 - config.train.momentum)
+        halfway, end = (prior * math.exp(-factor * sum(rates[:n])) for n in (epochs // 2, epochs))
+        return RouterStart(lr, prior, halfway, end)
+
+    published = start(student / 2, bias)
+    long = start(student / 2, SAME_FAMILY_BIAS).halfway
+    if router.recipe == "published" or long is None or long < SATURATED_BIAS:
+        return published
+    return start(student / SHORT_RUN, 0.0)
 
 
 def router_gamma(router: LearnedConfig | None, config: DistillConfig) -> float:
     """Scale of the routed cross-entropy."""
     return config.method.gamma if router is None or router.gamma is None else router.gamma
-
-
-def teacher_bias(router: LearnedConfig, *, one_family: bool) -> float:
-    """What is added once to every teacher score."""
-    return (SAME_FAMILY_BIAS if one_family else 0.0) if router.teacher_bias is None else router.teacher_bias
 
 
 def calibration_fraction(residual: ResidualConfig, images: int) -> float:
@@ -59,6 +104,9 @@ def effective(
     """
     network = config.student if isinstance(config, DistillConfig) else getattr(config, "model", "")
     lr = initial_lr(config, network)
+    residual = config.residual if isinstance(config, DistillConfig) else None
+    train, validation = counts or image_counts(config.data, residual) or (None, None)
+    steps = None if train is None else steps_per_epoch(train, config.train.batch_size)
     values: dict[str, Any] = {"train.lr": lr, "train.milestones": list(config.train.decay_epochs())}
     if isinstance(config, DistillConfig):
         known: Network | None = None
@@ -66,17 +114,14 @@ def effective(
             known = find_network(teacher or config.teacher.source)
         if isinstance(router := config.router, LearnedConfig):
             one_family = None if known is None else known.kin == find_network(config.student).kin
-            open_bias = router.teacher_bias is None and one_family is None
-            values |= {"router.lr": router_lr(router, lr), "router.gamma": router_gamma(router, config)}
-            values["router.teacher_bias"] = None if open_bias else teacher_bias(router, one_family=bool(one_family))
+            start = router_start(config, one_family=one_family, steps=steps)
+            values |= {"router.lr": start.lr, "router.gamma": router_gamma(router, config)}
+            values["router.teacher_bias"] = start.bias
         if isinstance(config.method, WarmedConfig):
             by_pair = known is None and config.method.warmup_lr is None and config.method.published_lr_of
             warmup_lr = config.method.lr_of_warmup(known.name if known else "", config.student, lr)
             values["method.warmup_lr"] = None if by_pair else warmup_lr
-    residual = config.residual if isinstance(config, DistillConfig) else None
-    train, validation = counts or image_counts(config.data, residual) or (None, None)
-    values |= {"training_images": train, "validation_images": validation}
-    return values | {"steps_per_epoch": None if train is None else steps_per_epoch(train, config.train.batch_size)}
+    return values | {"training_images": train, "validation_images": validation, "steps_per_epoch": steps}
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

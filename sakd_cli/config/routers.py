@@ -20,18 +20,20 @@ class RouterConfig(Config):
 
 
 class LearnedConfig(RouterConfig):
-    """What the two learned routers share (Song et al., IEEE TIP 2022); the defaults are the published ones."""
+    """What the two learned routers share (Song et al., IEEE TIP 2022); the defaults are published, but for `recipe`."""
 
     tau: PositiveFloat = 5.0
     """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
     gamma: PositiveFloat | None = None
     """Scale of the routed cross-entropy; None: the method's."""
+    recipe: Literal["auto", "published"] = "auto"
+    """What teacher_bias and lr are unless set: published; auto: 0 and 1/250 where a run is too short for the former."""
     teacher_bias: float | None = None
-    """Added once to every teacher score; None: 10 for two networks of one family, else 0."""
+    """Added once to every teacher score; None: by recipe, as published 10 for two networks of one family, else 0."""
     min_teacher_fraction: Fraction = 0.5
     """Fraction of the batch below which the count penalty pushes the logit spot; 0 switches it off."""
     lr: PositiveFloat | None = None
-    """Learning rate of the router; None: half the student's."""
+    """Learning rate of the router; None: by recipe, as published half the student's."""
     weight_decay: NonNegativeFloat = 1e-3
     """Weight decay of the router."""
 

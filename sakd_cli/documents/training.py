@@ -182,5 +182,6 @@ class Plan(Document):
     batch: dict[str, float]
     steps_per_epoch: int
     effective: dict[str, Any]
+    warnings: list[str]
     device: str
     mixtures: Mixtures | None = None

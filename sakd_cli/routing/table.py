@@ -3,13 +3,12 @@
 To add a policy: its class and its row of `ROUTERS` here, and a config class in `config/routers.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.effective import teacher_bias
 from sakd_cli.config.routers import RouterConfig
 from sakd_cli.errors import UsageError, no_row
 from sakd_cli.routing.router import Decision, Router
@@ -85,11 +84,11 @@ class Fixed(Router):
 
     now: Tensor
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        self.weights: list[list[float]] = weights.tolist()
-        self.rests = not bool(weights.all())
-        self.register_buffer("now", weights[0].clone(), persistent=False)  # set in every epoch
+        self.weights = weights
+        self.rests = not all(weight for row in weights for weight in row)
+        self.register_buffer("now", torch.empty(len(weights[0])), persistent=False)  # set in every epoch
         self.begin_epoch(1)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -123,8 +122,9 @@ class Random(Router):
 
 
 class Pair(NamedTuple):
-    """What a router must know of the pair: number of spots, widths of both pooled vectors, whether of one family.
+    """What a router must know of the pair: number of spots, widths of both pooled vectors.
 
+    prior    what a learned router adds to every teacher's score at the start
     epochs   of the run
     matched  [epochs, S] rates that another run logged; only `random-matched` needs them
     """
@@ -132,14 +132,13 @@ class Pair(NamedTuple):
     spots: int
     teacher: int
     student: int
-    one_family: bool
+    prior: float = 0.0
     epochs: int = 1
     matched: Tensor | None = None
 
 
 def _adaptive(config: Any, pair: Pair) -> Router:
-    bias = teacher_bias(config, one_family=pair.one_family)
-    return Adaptive(pair.spots, pair.teacher, pair.student, tau=config.tau, teacher_bias=bias)
+    return Adaptive(pair.spots, pair.teacher, pair.student, tau=config.tau, teacher_bias=pair.prior)
 
 
 def _per_spot(key: str, values: Any, spots: int) -> list[float]:
@@ -151,16 +150,17 @@ def _per_spot(key: str, values: Any, spots: int) -> list[float]:
 
 def _fixed(config: Any, pair: Pair) -> Router:
     table = config.weights if isinstance(config.weights[0], tuple) else [config.weights]
-    return Fixed(torch.tensor([_per_spot("router.weights", row, pair.spots) for row in table]))
+    return Fixed([_per_spot("router.weights", row, pair.spots) for row in table])
 
 
 def _scheduled(config: Any, pair: Pair) -> Router:
     start, stop = (_per_spot(f"router.{key}", getattr(config, key), pair.spots) for key in ("start", "stop"))
     of = pair.epochs
     table = [
-        [round(a * of) < epoch <= round(b * of) for a, b in zip(start, stop, strict=True)] for epoch in range(1, of + 1)
+        [float(round(a * of) < epoch <= round(b * of)) for a, b in zip(start, stop, strict=True)]
+        for epoch in range(1, of + 1)
     ]
-    return Fixed(torch.tensor(table, dtype=torch.get_default_dtype()))
+    return Fixed(table)
 
 
 def _matched(config: Any, pair: Pair) -> Router:
@@ -171,8 +171,8 @@ def _matched(config: Any, pair: Pair) -> Router:
 ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
     "adaptive": _adaptive,
     "anti": lambda config, pair: Anti(_adaptive(config, pair)),
-    "always": lambda config, pair: Fixed(torch.ones(1, pair.spots)),
-    "never": lambda config, pair: Fixed(torch.zeros(1, pair.spots)),
+    "always": lambda config, pair: Fixed([[1.0] * pair.spots]),
+    "never": lambda config, pair: Fixed([[0.0] * pair.spots]),
     "fixed": _fixed,
     "scheduled": _scheduled,
     "random": lambda config, pair: Random(torch.full((1, pair.spots), config.rate)),

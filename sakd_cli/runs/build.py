@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.datasets import DataConfig
-from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_lr
+from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_start, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize
@@ -165,22 +165,24 @@ def assemble(
         )
     if method.features is not None:
         method.features.dynamic_shapes = mode.dynamic_shapes
+    learned = config.router if isinstance(config.router, LearnedConfig) else None
+    kin = find_network(config.student).kin == find_network(teacher.name).kin
+    steps = None if labels is None else steps_per_epoch(len(labels), config.train.batch_size)
+    start = router_start(config, one_family=kin, steps=steps)
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
         student=method.network.infos[-1].channels,
-        one_family=find_network(student.name).kin == find_network(teacher.name).kin,
+        prior=start.bias or 0.0,
         epochs=config.train.epochs,
         matched=_matched_rates(config, len(method.spots)),
     )
-    learned = config.router if isinstance(config.router, LearnedConfig) else None
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
         frozen = mode.frozen(teacher)
         runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
     published = learned or LearnedConfig(name="none")
-    lr = initial_lr(config, config.student)
     task = DistillTask(
         method.network,
         PlainPass(frozen, method.want),
@@ -188,7 +190,7 @@ def assemble(
         router,
         graft,
         _factors(config, method),
-        Rates(lr, config.train.weight_decay, router_lr(published, lr), published.weight_decay),
+        Rates(initial_lr(config, config.student), config.train.weight_decay, start.lr, published.weight_decay),
         mode,
         offset,
     )

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.effective import effective
+from sakd_cli.config.effective import effective, router_start, steps_per_epoch
+from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize
-from sakd_cli.config.training import RunConfig
+from sakd_cli.config.routers import LearnedConfig
+from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.fingerprint import Fingerprint
@@ -91,6 +93,18 @@ class Job:
         """How the delivered network introduces itself."""
         data = self.images.dataset
         return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side, data.seen)
+
+
+def warnings_of(job: Job) -> list[str]:
+    """What is worth knowing before hours are spent: about the images, and of a router that cannot act."""
+    notes = list(job.images.dataset.notes)
+    if skipped := job.images.dataset.skipped:
+        notes.append(f"{skipped} files could not be read and are left out (sakd data check names them)")
+    if isinstance(job.config, DistillConfig) and isinstance(job.config.router, LearnedConfig) and job.teacher:
+        kin = find_network(job.config.student).kin == find_network(job.teacher.model.name).kin
+        steps = steps_per_epoch(len(job.images.train), job.config.train.batch_size)
+        notes += filter(None, [router_start(job.config, one_family=kin, steps=steps).note])
+    return notes
 
 
 def effective_values(job: Job) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
-from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, planned_spots
+from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, planned_spots, warnings_of
 from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.phases import training
@@ -115,6 +115,7 @@ def try_one_batch(job: Job) -> Plan:
         steps_per_epoch=loader.steps_per_epoch,
         device=str(job.device),
         effective=effective_values(job),
+        warnings=warnings_of(job),
         **extra,
     )
 
@@ -359,10 +360,8 @@ class Launcher:
         notices = [describe_reading(job.images.train), *(extension.notice for extension in extensions)]
         for notice in filter(None, notices):
             say(notice)
-        for note in job.images.dataset.notes:
+        for note in warnings_of(job):
             self.reporter.warn(note)
-        if skipped := job.images.dataset.skipped:
-            self.reporter.warn(f"{skipped} files could not be read and are left out (sakd data check names them)")
         pixels = math.prod(height_width(job.images.side))
         if pixels > 64**2 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
             self.reporter.warn(

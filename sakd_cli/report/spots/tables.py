@@ -1,5 +1,6 @@
 """The document of `sakd inspect-spots` as tables, for terminal and HTML report alike"""
 
+from sakd_cli.config.effective import SATURATED
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
@@ -9,7 +10,6 @@ from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, columns_of, left
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
 EPOCH_ROWS = 20
 PATHS = 10
-SATURATED = 0.995  # mean teacher-routing probability above which a router decides nothing
 WEAK, STRONG = 0.05, 20.0  # gradient ratios beyond which a loss is hardly there, or drowns the task
 STEPS = {
     "router_loss_scaled_up": "Loss × γ",
@@ -107,7 +107,7 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
     notes += _dose_notes(report) if measured else []
     if with_policy and all((spot.probability or 0) >= SATURATED for spot in spots):
         notes.append(
-            "The router is saturated at the teacher: its prior for networks of one family does this in short runs. "
+            "The router is saturated at the teacher: its published prior and rate do this in short runs. "
             "--set router.teacher_bias=0 --set router.lr=2e-4 lets it decide."
         )
     return Sheet("Samples distilled at each spot (%)", headers, rows, notes, text=2)
