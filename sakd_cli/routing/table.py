@@ -155,12 +155,8 @@ def _fixed(config: Any, pair: Pair) -> Router:
 
 def _scheduled(config: Any, pair: Pair) -> Router:
     start, stop = (_per_spot(f"router.{key}", getattr(config, key), pair.spots) for key in ("start", "stop"))
-    of = pair.epochs
-    table = [
-        [float(round(a * of) < epoch <= round(b * of)) for a, b in zip(start, stop, strict=True)]
-        for epoch in range(1, of + 1)
-    ]
-    return Fixed(table)
+    spans = [(round(a * pair.epochs), round(b * pair.epochs)) for a, b in zip(start, stop, strict=True)]
+    return Fixed([[float(a < epoch <= b) for a, b in spans] for epoch in range(1, pair.epochs + 1)])
 
 
 def _matched(config: Any, pair: Pair) -> Router:
