@@ -1,16 +1,20 @@
 """CUDA graphs played on a CPU: a step is recorded as its operations on fixed tensors, and replayed as just these.
 
 What Python decides in a step is recorded for good, as in a graph; only memory changes from one replay to the next.
+While it records, a tape also notes what would be wrong on a GPU: where the host waits, operations that have no
+deterministic form there, and tensors that are made on the CPU or copied from it.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from launches import FREE
+from launches import FREE, launch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sakd_cli.bench.counting import READS, by_mask
 
 Call = Callable[[], None]
 
@@ -34,16 +38,51 @@ class Operation(NamedTuple):
                 ours.detach().copy_(new)
 
 
+# After the list in the documentation of `torch.use_deterministic_algorithms`, by the names of their operations.
+NOT_DETERMINISTIC = {
+    *(f"_adaptive_avg_pool{n}d_backward" for n in (2, 3)),
+    *(
+        "adaptive_max_pool2d_backward",
+        "avg_pool3d_backward",
+        "bincount",
+        "_ctc_loss_backward",
+        "histc",
+        "median",
+        "put_",
+    ),
+    *(f"fractional_max_pool{n}d_backward" for n in (2, 3)),
+    *(f"grid_sampler_{n}d_backward" for n in (2, 3)),
+    *(f"max_unpool{n}d" for n in (2, 3)),
+    *(f"reflection_pad{n}d_backward" for n in (1, 2, 3)),
+    *("nll_loss2d_forward", "nll_loss2d_backward", "_embedding_bag_dense_backward"),
+    *(f"upsample_{how}_backward" for how in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")),
+}
+ELSEWHERE = torch.device("meta")  # where a tensor lands that is made on no device in particular
+
+
 class Tape(TorchDispatchMode):
-    """Records every operation made while it is on; views are none, they are tensors of what they show."""
+    """Records every operation made while it is on; views are none, they are tensors of what they show.
+
+    faults  "what: operation, place of ours" of all that would be wrong on a GPU
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self.faults: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in FREE and func.namespace != "profiler":
+        name = func.overloadpacket.__name__
+        of, to = ({x.device for x in tree_leaves(side) if isinstance(x, Tensor)} for side in ((args, kwargs), given))
+        for what, wrong in (
+            ("the host waits", name in READS or by_mask(name, args)),
+            ("not deterministic", name in NOT_DETERMINISTIC),
+            ("made on the CPU", ELSEWHERE in to - of or name == "lift_fresh"),
+        ):
+            if wrong:
+                self.faults.append(f"{what}: {name}, {launch(name).place}")
+        if not func.is_view and name not in FREE and func.namespace != "profiler":
             self.operations.append(Operation(func, args, kwargs or {}, given))
         return given
 
@@ -54,7 +93,7 @@ class Tape(TorchDispatchMode):
             operation()
 
 
-class Called(TorchDispatchMode):
+class _Taken(TorchDispatchMode):
     """Changes nothing. Under it operations are taken apart in the same way as under a `Tape`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,13 +108,13 @@ class Emulator:
         self.replays = 0
 
     def warm_up(self, call: Call) -> None:
-        with Called():
+        with _Taken():
             call()
 
     def capture(self, call: Call) -> Call:
         tape, first = Tape(), [True]
         self.tapes.append(tape)
-        with tape:
+        with ELSEWHERE, tape:
             call()
 
         def replay() -> None:
@@ -88,19 +127,19 @@ class Emulator:
         return replay
 
 
-class Uncaptured:
+class Called:
     """In the same place, for the comparison: every step is called."""
 
     def __init__(self, device: object = None) -> None:
         pass
 
     def warm_up(self, call: Call) -> None:
-        with Called():
+        with _Taken():
             call()
 
     def capture(self, call: Call) -> Call:
         def replay() -> None:
-            with Called():
+            with _Taken():
                 call()
 
         return replay

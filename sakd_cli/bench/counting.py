@@ -1,6 +1,6 @@
 """What a step costs, counted instead of timed: FLOPs, bytes saved for the backward pass, reads by the host."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,13 @@ class Count(NamedTuple):
     operations: int
 
 
+def by_mask(name: str, arguments: Sequence[Any]) -> bool:
+    """Whether an operation of this name chooses rows by a mask, whose number the host must know."""
+    given = arguments[1] if name.startswith("index") and len(arguments) > 1 else ()
+    rows = given if isinstance(given, list | tuple) else ()
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in rows)
+
+
 class _Dispatched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -29,13 +36,7 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
-            for argument in args[1:2]
-            if isinstance(argument, list | tuple)
-            for i in argument
-        )
-        self.reads += by_mask or name in READS
+        self.reads += by_mask(name, args) or name in READS
         self.operations += 1
         result = func(*args, **(kwargs or {}))
         if (flops := flop_registry.get(func.overloadpacket)) is not None:

@@ -1,0 +1,270 @@
+"""Training as CUDA graphs would do it, on a CPU (`emulator.py`): recorded and replayed steps are the called ones."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulator import Called, Emulator
+from test_ahead import Halt
+from test_engine import CLASSES, DATASET, SAMPLES, SIDE
+from test_idle import heard
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sakd_cli.batch import Loader
+from sakd_cli.bench.counting import count
+from sakd_cli.config.methods import METHODS, DFAConfig
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.routers import ROUTERS
+from sakd_cli.config.training import FriendlyConfig, ResidualConfig
+from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.distillers import table as distillers
+from sakd_cli.distillers.dfa import mixable_blocks
+from sakd_cli.engine import checkpoint
+from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.graphs import Device
+from sakd_cli.engine.look_ahead import LookAhead
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import SpotRecorder
+from sakd_cli.engine.reporter import NullReporter
+from sakd_cli.engine.task import Task
+from sakd_cli.engine.trainer import Trainer
+from sakd_cli.errors import Stopped
+from sakd_cli.models.branches import Branches
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.models.table import create
+from sakd_cli.rundir import RunDir
+from sakd_cli.runs.build import assemble
+from sakd_cli.tasks.distill import DistillTask, PlainPass
+from sakd_cli.tasks.pretrain import PretrainTask, SftnTask, WarmupTask
+from sakd_cli.tasks.residual import ResidualTask
+from sakd_cli.tasks.search import SearchTask, Sought, batches
+
+CPU = torch.device("cpu")
+EPOCHS, SIZE = 2, 6  # of 20 images: three whole batches and one of 2; the rate falls after the first epoch
+SETTINGS: dict[str, dict[str, Any]] = {
+    "crd": {"method.negatives": 9},
+    "dfa": {"method.weights": "uniform"},
+    "simkd": {"method.ce_weight": 1.0},
+    "fixed": {"router.weights": [[0.3], [0.7]]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused updates, one step in front of a capture, and a record of rates for who asks for one."""
+    monkeypatch.setattr("sakd_cli.engine.optim.updates_on_device", lambda parameter: True)
+    monkeypatch.setattr("sakd_cli.engine.graphs.WARMUP", 1)
+    rates = lambda config, spots: torch.linspace(0.2, 0.8, EPOCHS * spots).view(EPOCHS, spots)  # noqa: E731
+    monkeypatch.setattr(
+        "sakd_cli.runs.build._matched_rates", lambda c, n: rates(c, n) if c.router.name == "random-matched" else None
+    )
+
+
+def task_of(method: str, router: str) -> DistillTask:
+    words = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "router.name": router}
+    words |= {"runtime.shapes": "static", "train.epochs": EPOCHS} | SETTINGS.get(method, {}) | SETTINGS.get(router, {})
+    torch.manual_seed(42)
+    student, teacher = (create("resnet8", CLASSES) for _ in range(2))
+    config = resolve("distill", [ConfigSource("test", nested(words))]).config
+    return assemble(config, student, teacher.requires_grad_(False).eval(), SIDE, DATASET.train.labels)
+
+
+def trainer_of(task: Task, folder: Path, graphs: Device | None, **parts: Any) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    if isinstance(task, SearchTask):
+        settings = task.settings
+        half = partial(LookAhead, forward=task.precompute, steps=2, device=CPU)
+        loader: Loader = batches(settings, DATASET, DATASET.train, batch_size=4, seed=3, device=CPU, wrap=half)
+        optimizer: Any = task.optimizer(momentum=0.9)
+    else:
+        loader = TrainLoader(DATASET.train, DATASET, batch_size=SIZE, seed=3, noise_width=task.noise_width, device=CPU)
+        optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(1,), decay=0.1)
+        if hasattr(task, "precompute"):
+            loader = LookAhead(loader, task.precompute, steps=2, device=CPU)
+    if isinstance(task, DistillTask):
+        names = [(spot.name, spot.kind) for spot in task.spots]
+        parts["recorder"] = SpotRecorder(names, CLASSES, SAMPLES, CPU)
+    parts = {"reporter": NullReporter(), "epochs": EPOCHS, "log_every": 5} | parts
+    trainer = Trainer(task, loader, optimizer, RunDir(folder), graphs=graphs, **parts)
+    trainer.guard.every_step = False
+    return trainer
+
+
+def memory(trainer: Trainer) -> dict[str, Tensor]:
+    """All that training changes."""
+    return trainer._tensors() | {"found": trainer.guard.found, "steps": trainer.guard._steps}
+
+
+def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def trained(task: Task, folder: Path, graphs: Device) -> tuple[Trainer, list[str]]:
+    """After some epochs; and the names by which the host read the device in their steps."""
+    trainer, read = trainer_of(task, folder, graphs), list[str]()
+    for epoch in range(1, EPOCHS + 1):
+        with heard() as names:
+            trainer._train(epoch)
+        read += names
+        if trainer.recorder is not None:
+            trainer.recorder.close_epoch(epoch)
+    return trainer, read
+
+
+def assert_equal_when_replayed(make: Callable[[], Task], folder: Path) -> tuple[Emulator, list[str]]:
+    """And nothing in a step would be wrong on a GPU."""
+    device = Emulator()
+    called, _ = trained(make(), folder / "called", Called())
+    recorded, read = trained(make(), folder / "recorded", device)
+    assert not differing(memory(recorded), memory(called))
+    assert list(recorded.run.lines("metrics.jsonl")) == list(called.run.lines("metrics.jsonl"))
+    assert not [fault for tape in device.tapes for fault in tape.faults]
+    return device, read
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_under_every_router(method: str, router: str, tmp_path: Path) -> None:
+    """Over the end of an epoch, a short batch and another learning rate."""
+    device, read = assert_equal_when_replayed(partial(task_of, method, router), tmp_path)
+    assert device.replays >= 2, "of its 8 steps, 2 are captured, at least 2 called before"
+    assert read == ["item", "tolist"] * 3, "at log points alone: whether all is finite, and the means"
+
+
+def networks(*names: str) -> list[StagedModel]:
+    torch.manual_seed(42)
+    return [create(name, CLASSES, SIDE) for name in names]
+
+
+def warmup(method: str) -> Task:
+    task = task_of(method, "always")
+    assert isinstance(task.teacher_features, PlainPass)
+    teacher, warmup = task.teacher_features.network, task.distillers.warmup
+    return WarmupTask(task.network, teacher, warmup, lr=0.01, weight_decay=1e-4)
+
+
+def search(*, second_order: bool) -> Task:
+    student, teacher = networks("resnet8", "resnet14")
+    settings = DFAConfig(search_epochs=EPOCHS, second_order=second_order)
+    method = distillers.build(settings, student, teacher.requires_grad_(False).eval(), SIDE)
+    sought = [Sought(k, method.spots[k], mixable_blocks(teacher, method.spots[k].teacher)) for k in range(2)]
+    students = networks("resnet8", "resnet8")
+    return SearchTask(students, partial(teacher.features, want="blocks"), sought, settings, lambda *found: None)
+
+
+def friendly() -> Task:
+    (network,) = networks("resnet8")
+    branches = Branches(network, ["resnet8"], SIDE, share=False)
+    return SftnTask(network, branches, FriendlyConfig(students=("resnet8",)), lr=0.01, weight_decay=1e-4)
+
+
+def residual() -> Task:
+    network, teacher, base = networks("resnet8", "resnet8", "resnet8")
+    frozen = (other.requires_grad_(False).eval().forward for other in (teacher, base))
+    return ResidualTask(network, *frozen, ResidualConfig(), lr=0.01, weight_decay=1e-4)
+
+
+OTHERS: dict[str, Callable[[], Task]] = {
+    "pretrain": lambda: PretrainTask(*networks("resnet8"), lr=0.01, weight_decay=1e-4),
+    "student-friendly": friendly,
+    "residual": residual,
+    **{f"warm-up of {method}": partial(warmup, method) for method in ("ft", "ab", "fsp")},
+    "search": partial(search, second_order=False),
+    "search, second order": partial(search, second_order=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_trained_before_and_beside_a_distillation(name: str, tmp_path: Path) -> None:
+    device, _ = assert_equal_when_replayed(OTHERS[name], tmp_path)
+    assert len(device.tapes) == (4 if "search" in name else 2), "two batch sizes, at each level"
+    assert device.replays >= 2
+
+
+@pytest.mark.parametrize(("method", "router"), [("crd", "adaptive"), ("dfa", "random-matched"), ("kd", "scheduled")])
+def test_a_stopped_run_goes_on_with_a_graph_of_its_own(method: str, router: str, tmp_path: Path) -> None:
+    make, names = partial(task_of, method, router), ("whole", "halted")
+    whole, halted = (trainer_of(make(), tmp_path / name, Emulator()) for name in names)
+    whole.fit()
+    halted.reporter = Halt(5)
+    with pytest.raises(Stopped):
+        halted.fit()
+    device = Emulator()
+    again = trainer_of(make(), tmp_path / "halted", device)
+    again.resume(checkpoint.read(tmp_path / "halted" / "checkpoints" / "last"))
+    again.fit()
+    assert (again.step, len(device.tapes)) == (2 * 4, 1), "whole batches: a called one, a recorded one"
+    assert not differing(memory(again), memory(whole))
+    assert list(again.run.lines("metrics.jsonl")) == list(whole.run.lines("metrics.jsonl"))
+
+
+def test_an_evaluation_is_read_once() -> None:
+    test = EvalLoader(DATASET.test, DATASET, device=CPU, batch_size=5)
+    with heard() as names:
+        found = count(lambda: evaluate(networks("resnet8")[0], test, CLASSES), [])
+    assert names == ["cpu", "tolist"], "what is listed lies in main memory then"
+    assert found.reads == 0
+
+
+class Copies(TorchDispatchMode):
+    """Notes operations that take a tensor of the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        of, to = ({x.device.type for x in tree_leaves(side) if isinstance(x, Tensor)} for side in (args, given))
+        if "cpu" in of and "meta" in to:
+            self.seen.append(func.overloadpacket.__name__)
+        return given
+
+
+def test_images_in_memory_are_copied_to_the_device_at_an_epochs_begin_only() -> None:
+    """Another device is played by `meta`, which has shapes and no numbers."""
+    loader = TrainLoader(DATASET.train, DATASET, batch_size=SIZE, seed=3, noise_width=2, device=torch.device("meta"))
+    epoch = loader.epoch(1)
+    with Copies() as at_its_begin:
+        next(epoch)
+    with Copies() as later:
+        assert [len(batch.labels) for batch in epoch] == [6, 6, 2]
+    assert at_its_begin.seen
+    assert not later.seen
+
+
+def wrong_on_a_gpu(x: Tensor) -> None:
+    positive = x[x > 0]
+    pooled = nn.functional.adaptive_avg_pool2d(x, 3)
+    (pooled.sum() + positive.sum()).backward()
+    x.new_tensor([1.0])
+    torch.zeros(2)
+
+
+def test_the_tape_names_what_would_be_wrong_on_a_gpu() -> None:
+    device = Emulator()
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    device.capture(lambda: wrong_on_a_gpu(x))
+    assert {fault.partition(",")[0] for fault in device.tapes[0].faults} == {
+        "the host waits: index",
+        "the host waits: index_put",
+        "not deterministic: _adaptive_avg_pool2d_backward",
+        "made on the CPU: lift_fresh",
+        "made on the CPU: zeros",
+    }
+
+
+def test_a_number_of_the_host_that_changes_is_no_graph() -> None:
+    """As a learning rate that Python hands over: the replay does not know it."""
+    device, rate, x = Emulator(), [1.0], torch.ones(2)
+    replay = device.capture(lambda: x.add_(rate[0]))
+    rate[0] = 5.0
+    replay()
+    replay()
+    assert x.tolist() == [3.0, 3.0]
