@@ -155,17 +155,17 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
         there += task.teacher_features.network.state_dict().values()
     counted = count(call, there)
     if mode.compiled:
-        compile_task(task)
+        compile_task(task, _refused)
     if isinstance(task, DistillTask) and mode.ahead > 1:
         look = compile_forward(task.precompute) if mode.compiled else task.precompute
         batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
     if mode.graphed:
-        advance = GraphedStep(step, Cuda(setup.device), tuple, _not_captured)
+        advance = GraphedStep(step, Cuda(setup.device), tuple, _refused)
     return Step(name, about, call, counted)
 
 
-def _not_captured(reason: str) -> None:
-    raise UsageError(f"runtime.graph: this step cannot be captured ({reason})", "--set runtime.graph=false")
+def _refused(reason: str) -> None:
+    raise UsageError(f"this step cannot be timed as asked for ({reason})", "--set runtime.graph=false, or compile")
 
 
 def adaptive_task(setup: Setup, **settings: Any) -> DistillTask:

@@ -88,8 +88,8 @@ class Runtime(Config):
     """dynamic: the routed pass skips what would be multiplied by 0 (exact); static: it does not; auto: by device."""
     channels_last: Literal["auto"] | bool = "auto"
     """Memory format of maps, channels innermost or not; auto: on a CPU and on CUDA."""
-    compile: bool = False
-    """Compile the step into one graph (torch.compile), on CUDA launched as one; off, since it takes minutes."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the step (torch.compile), which takes minutes once; auto: on CUDA, from 50,000 steps on."""
     deterministic: bool = False
     """Same bits from the same seed on a GPU too, at some cost of speed; a CPU is deterministic anyway."""
     sync_batchnorm: bool = False
@@ -103,7 +103,7 @@ class Runtime(Config):
 
     @model_validator(mode="after")
     def _a_graph_has_fixed_shapes(self) -> "Runtime":
-        if (self.compile or self.graph is True) and self.shapes == "dynamic":
+        if True in (self.compile, self.graph) and self.shapes == "dynamic":
             raise ValueError("a compiled or captured step needs static shapes, not dynamic ones")
         return self
 

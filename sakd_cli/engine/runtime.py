@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from sakd_cli import __version__, distributed, torchrun
 from sakd_cli.config.training import Runtime
@@ -27,6 +28,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Seen = TypeVar("Seen")
 # torch looks at it once, at a process's first product on a GPU: maybe long before the run that must be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+REPAID = 50_000  # steps of a run that win back a minute of compiling
 AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. An estimate, not measured
 
 
@@ -84,21 +86,23 @@ def to_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def resolve_mode(config: Runtime, device: torch.device) -> Mode:
-    """What the settings mean on this device."""
+def resolve_mode(config: Runtime, device: torch.device, steps: int = 0) -> Mode:
+    """What the settings mean on this device, for a run of so many steps."""
     cuda, distributed_run = device.type == "cuda", torchrun.requested_world_size() > 1
     look_ahead = (AHEAD if cuda else 1) if config.look_ahead == "auto" else config.look_ahead
-    auto_shapes = "dynamic" if device.type == "cpu" and not config.compile else "static"
+    auto_shapes = "dynamic" if device.type == "cpu" and config.compile is not True else "static"
     dynamic = (auto_shapes if config.shapes == "auto" else config.shapes) == "dynamic"
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = has_bf16 if config.precision == "auto" else config.precision == "bf16"
+    graphed = bool(config.graph) and cuda and not distributed_run and not dynamic
+    repaid = graphed and steps >= REPAID and not config.deterministic and has_triton()
     return Mode(
         autocast_dtype=torch.bfloat16 if bf16 else None,
         channels_last=device.type in ("cpu", "cuda") if config.channels_last == "auto" else config.channels_last,
         dynamic_shapes=dynamic,
-        compiled=config.compile,
+        compiled=repaid if config.compile == "auto" else config.compile,
         gather_batch=config.global_batch,
-        graphed=bool(config.graph) and cuda and not distributed_run and not dynamic,
+        graphed=graphed,
         ahead=1 if distributed_run else look_ahead,  # a group is cut into steps, not into the shards of each
     )
 
@@ -112,10 +116,35 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compile_task(task: Task, backend: str = "inductor") -> None:
-    """Compile the regions of a task in place, each as one graph for each batch size."""
+def compile_task(task: Task, refuse: Callable[[str], None], backend: str = "inductor") -> None:
+    """Compile the regions of a task in place, each as one graph for each batch size.
+
+    refuse  is told why a region cannot be compiled; it is called as it is from then on
+    """
     for name in task.regions:
-        setattr(task, name, torch.compile(getattr(task, name), fullgraph=True, dynamic=False, backend=backend))
+        setattr(task, name, _compiled(name, getattr(task, name), refuse, backend))
+
+
+def _compiled(
+    name: str, plain: Callable[..., Seen], refuse: Callable[[str], None], backend: str
+) -> Callable[..., Seen]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    chosen: Callable[..., Seen] = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+
+    def call(*given: Any) -> Seen:
+        nonlocal chosen
+        if chosen is plain:
+            return plain(*given)
+        try:
+            return chosen(*given)
+        except TorchDynamoException as error:  # of a user's own mistake too, which the plain call tells
+            chosen = plain
+            result = plain(*given)
+            refuse(f"runtime.compile: {name} cannot be compiled ({' '.join(str(error).split())[:100]}); it is called")
+            return result
+
+    return call
 
 
 def compile_forward(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -42,7 +42,8 @@ class ModelWriter(Protocol):
 class EvaluationData(NamedTuple):
     """Batches that choose the best epoch, with their name, and those of the reported result.
 
-    wrap  the network that is evaluated, given the task's; None: that itself
+    wrap      the network that is evaluated, given the task's; None: that itself
+    networks  the context in which it is run to choose the best epoch; the reported result is in fp32
     """
 
     selected_on: str
@@ -50,6 +51,7 @@ class EvaluationData(NamedTuple):
     test: Iterable[tuple[Tensor, Tensor]]
     classes: int
     wrap: Callable[[nn.Module], nn.Module] | None = None
+    networks: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class TrainingOutput(NamedTuple):
@@ -163,7 +165,8 @@ class Trainer:
         self._log_record({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self.optimizer.rates[0]} | means)
 
     def _evaluate_epoch(self, epoch: int, evaluation: EvaluationData) -> None:
-        scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
+        with evaluation.networks():
+            scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
         self._log_record(

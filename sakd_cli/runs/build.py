@@ -79,7 +79,7 @@ def pretraining(config: PretrainConfig) -> Job:
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device)
     load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
-    mode, costs = resolve_mode(config.runtime, device), cost(network, images.side)
+    mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
     lr, decay = initial_lr(config, config.model), config.train.weight_decay
     settings = config.friendly
     if settings is None:
@@ -89,6 +89,10 @@ def pretraining(config: PretrainConfig) -> Job:
         branches = Branches(network, settings.students, images.side, share=settings.share_branches)
     task = mode.to_memory_format(SftnTask(network, branches, settings, lr=lr, weight_decay=decay, mode=mode))
     return Job(config, device, mode, images, task.to(device), network, costs)
+
+
+def _steps(config: RunConfig, images: Images) -> int:
+    return config.train.epochs * -(-len(images.train) // config.train.batch_size)
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
@@ -118,7 +122,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         claim = read_claim(path, teacher.sha256)
         config = pin_inputs(config, path, teacher.sha256)
     images = images or load_images(config.data, config.residual)
-    mode = resolve_mode(config.runtime, device)
+    mode = resolve_mode(config.runtime, device, _steps(config, images))
     train_one = pretrain_command(config, teacher.card.architecture)
     match_normalization(teacher, images, config.teacher.source, train_one)
     frozen = teacher.model.to(device).requires_grad_(False).eval()

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def launch(
     tensorboard.check(job.config.log)
     distributed.init_process_group(job.device)
     job.images.preload()
-    _made_ready(job)
+    _made_ready(job, reporter)
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
     run, plan = _opened(job, extensions, plan)
@@ -197,7 +198,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
         write_aside(run.path / "config.yaml", content)
 
 
-def _made_ready(job: Job) -> None:
+def _made_ready(job: Job, reporter: Reporter) -> None:
     """The process and the task, for the way in which the run computes."""
     if job.device.type == "cpu":
         keep_freed_memory()
@@ -206,7 +207,7 @@ def _made_ready(job: Job) -> None:
     if job.mode.compiled:
         torchrun.require_single_process("--compile")
         check_compiler(job.device)
-        compile_task(job.task)
+        compile_task(job.task, reporter.warn)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:
@@ -246,7 +247,9 @@ def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     test = InterruptibleBatches(EvalLoader(dataset.test, dataset, device=job.device), reporter)
     held_out = job.images.held_out
     selection = InterruptibleBatches(EvalLoader(held_out, dataset, device=job.device), reporter) if held_out else test
-    return EvaluationData("validation" if held_out else "test", selection, test, len(dataset.classes))
+    networks = partial(job.mode.networks, job.device) if job.device.type == "cuda" else nullcontext
+    selected_on = "validation" if held_out else "test"
+    return EvaluationData(selected_on, selection, test, len(dataset.classes), networks=networks)
 
 
 def _label(job: Job, extensions: Sequence[RunExtension]) -> str:
