@@ -12,7 +12,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import pytest
-from fork_server import ForkServer
+from fork_server import ForkServer, last_of_each
 
 from sakd_cli.cli.app import run
 from sakd_cli.documents.table import DOCUMENTS
@@ -58,7 +58,7 @@ class CliRunner:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            code = run(list(arguments))
+            code = run(last_of_each(arguments))
         return Result(code, out.getvalue(), err.getvalue())
 
     def tree(self) -> dict[str, tuple[int, int]]:

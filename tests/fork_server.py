@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sakd_cli.config.options import FLAG, OPTIONS, SWITCH, TEXTS
 
 ROOT = Path(__file__).parents[1]
 LOGS = ("metrics.jsonl", "spots.jsonl")
@@ -45,6 +47,24 @@ class Faults:
     environment: dict[str, str | None] = field(default_factory=dict)
 
 
+def last_of_each(tokens: Sequence[str]) -> list[str]:
+    """The words with the last of each option that takes one value, so that a test can vary what others share.
+
+    An option that is written with its value as one word (`--epochs=3`) stays.
+    """
+    rows = [row for row in OPTIONS.values() if row.type not in (FLAG, SWITCH, TEXTS)]
+    single = {flag for row in rows for flag in (row.flags or row.flag).split()}
+    found, taken = list[list[str]](), set[str]()
+    words = list(tokens)
+    while words:
+        pair = len(words) > 1 and words[-2] in single
+        group, words = (words[-2:], words[:-2]) if pair else (words[-1:], words[:-1])
+        if not (pair and group[0] in taken):
+            found.append(group)
+            taken |= {group[0]} if pair else set()
+    return [word for group in reversed(found) for word in group]
+
+
 class ForkServer:
     """The test's end of it; `at` another folder it is the same process."""
 
@@ -65,7 +85,7 @@ class ForkServer:
 
     def start(self, *tokens: str, faults: Faults | None = None) -> "Child":
         name = str(self.logs / f"{time.monotonic_ns()}")
-        order = {"sakd": tokens, "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
+        order = {"sakd": last_of_each(tokens), "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
         return Child(self, int(self.ask(order)), name)
 
     def sakd(self, *tokens: str, faults: Faults | None = None) -> "Child":

@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import traceback
+from collections import Counter
 from functools import partial
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperCommand, TyperOption
 
 from sakd_cli import __version__
 from sakd_cli.cli import (
@@ -77,6 +78,25 @@ def _hide_type_of_flags() -> None:
 _hide_type_of_flags()
 
 
+class OnceEach(TyperCommand):
+    """A command that refuses an option with one value which is given several times; the parser would take the last."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        parser = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_args(args: list[str]) -> Any:
+            found = parse(args=args)
+            counts = Counter(option for option in found[2] if isinstance(option, TyperOption))
+            for option, count in counts.items():
+                if count > 1 and not (option.multiple or option.is_flag or option.count):
+                    raise UsageError(f"{option.opts[0]}: is given {count} times, and takes one value")
+            return found
+
+        parser.parse_args = parse_args  # type: ignore[method-assign]
+        return parser
+
+
 def _version(requested: bool) -> None:
     if requested:
         typer.echo(f"sakd {__version__}")
@@ -92,26 +112,26 @@ def _root(
     return
 
 
-app.command("pretrain-teacher", rich_help_panel="Train")(pretrain_teacher.pretrain_teacher)
-app.command("distill", rich_help_panel="Train")(distill.distill)
+app.command("pretrain-teacher", rich_help_panel="Train", cls=OnceEach)(pretrain_teacher.pretrain_teacher)
+app.command("distill", rich_help_panel="Train", cls=OnceEach)(distill.distill)
 for task, procedure in PROCEDURES.items():
     if task not in ("pretrain", "distill"):
-        app.command(procedure.command, rich_help_panel="Train")(pretrain_teacher.command_of(task))
-app.command("sweep", rich_help_panel="Train")(sweep.sweep)
-app.command("import-weights", rich_help_panel="Train")(import_weights.import_weights)
-app.command("export", rich_help_panel="Train")(export.export)
-app.command("eval", rich_help_panel="Evaluate")(evaluate.evaluate)
-app.command("compare", rich_help_panel="Evaluate")(compare.compare)
-app.command("report", rich_help_panel="Evaluate")(report.report)
-app.command("inspect-spots", rich_help_panel="Evaluate")(inspect_spots.inspect_spots)
-app.command("bench", rich_help_panel="Evaluate")(bench.bench)
-app.command("list", rich_help_panel="Reference")(show.listing)
-config_app.command("show")(config.show_config)
-app.command("guide", rich_help_panel="Reference")(guide.guide)
-show_app.command("method")(show.show_method)
-show_app.command("key")(show.show_key)
-show_app.command("schema")(show.show_schema)
-data_app.command("check")(data_check.check)
+        app.command(procedure.command, rich_help_panel="Train", cls=OnceEach)(pretrain_teacher.command_of(task))
+app.command("sweep", rich_help_panel="Train", cls=OnceEach)(sweep.sweep)
+app.command("import-weights", rich_help_panel="Train", cls=OnceEach)(import_weights.import_weights)
+app.command("export", rich_help_panel="Train", cls=OnceEach)(export.export)
+app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
+app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(compare.compare)
+app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(report.report)
+app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(inspect_spots.inspect_spots)
+app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(bench.bench)
+app.command("list", rich_help_panel="Reference", cls=OnceEach)(show.listing)
+config_app.command("show", cls=OnceEach)(config.show_config)
+app.command("guide", rich_help_panel="Reference", cls=OnceEach)(guide.guide)
+show_app.command("method", cls=OnceEach)(show.show_method)
+show_app.command("key", cls=OnceEach)(show.show_key)
+show_app.command("schema", cls=OnceEach)(show.show_schema)
+data_app.command("check", cls=OnceEach)(data_check.check)
 app.add_typer(data_app, name="data", rich_help_panel="Evaluate")
 app.add_typer(show_app, name="show", rich_help_panel="Reference")
 app.add_typer(config_app, name="config", rich_help_panel="Reference")

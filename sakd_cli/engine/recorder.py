@@ -240,8 +240,5 @@ class Guard:
         term = next(name for name, bad in zip(self._names, flags, strict=True) if bad)
         rows = [row for row in noted[len(flags) + 1 :] if row >= 0]
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-        raise NonFiniteError(
-            f"step {step}: {term} is not finite, with training images "
-            f"{', '.join(map(str, rows[:SHOWN]))}{more}; the weights were not changed",
-            LOWER,
-        )
+        images = f", with training images {', '.join(map(str, rows[:SHOWN]))}{more}" if rows else ""
+        raise NonFiniteError(f"step {step}: {term} is not finite{images}; the weights were not changed", LOWER)
