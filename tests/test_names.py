@@ -53,6 +53,10 @@ def test_a_font_of_the_machine_that_has_the_characters_is_used(monkeypatch: pyte
     fonts._fonts_with.cache_clear()
 
 
+def test_a_font_that_has_a_box_for_everything_has_nothing() -> None:
+    assert not any("Last Resort" in name for name in fonts._fonts_with(frozenset("猫𓀀"))[0])
+
+
 def test_latin_names_are_drawn_as_before() -> None:
     assert b"<text" not in plots.rendered(labelled(["cat", "naïve"]), "svg")
 

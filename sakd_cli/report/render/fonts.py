@@ -82,7 +82,8 @@ def _fonts_with(wanted: frozenset[str]) -> tuple[list[str], frozenset[str]]:
     from matplotlib.font_manager import fontManager
 
     missing, fonts = set(wanted), []
-    known = {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}
+    fonts_here = (font for font in fontManager.ttflist if font.style == "normal")
+    known = {font.name: font.fname for font in fonts_here if "Last Resort" not in font.name}  # it has boxes only
     for name, path in sorted(known.items(), key=lambda font: (-len(wanted & characters(font[1])), font[0])):
         if found := missing & characters(path):
             fonts.append(name)
