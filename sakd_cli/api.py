@@ -60,8 +60,8 @@ Inputs = TypedDict("Inputs", {  # noqa: UP013
 }, total=False)
 _Training = TypedDict("_Training", {  # noqa: UP013
     "epochs": int, "batch_size": int, "lr": float, "milestones": Sequence[int], "validation": float, "seed": int,
-    "head": Literal["keep", "replace"], "precision": Literal["auto", "fp32", "bf16"], "compile": bool,
-    "deterministic": bool, "sync_batchnorm": bool, "log": Literal["tensorboard"], "preset": str,
+    "manifest": Place, "head": Literal["keep", "replace"], "precision": Literal["auto", "fp32", "bf16"],
+    "compile": bool, "deterministic": bool, "sync_batchnorm": bool, "log": Literal["tensorboard"], "preset": str,
     "config": Place, "run_dir": Place, "resume": Place, "overwrite": bool,
 }, total=False)
 _Distillation = TypedDict("_Distillation", {  # noqa: UP013

@@ -140,6 +140,9 @@ def photos(folder: Path) -> None:
             for k in range(24):
                 colour = 10 * k, 100 * number, 100 * (split == "val")
                 Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{k}.png")
+    rows = [f"{path.relative_to(folder.parent)},{path.parts[-2]}" for path in sorted(folder.glob("*/*/*.png"))]
+    for name in ("photos.csv", "other.csv"):
+        (folder.parent / name).write_text("\n".join(["path,label", *rows]))
 
 
 @pytest.fixture(scope="module")

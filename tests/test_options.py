@@ -19,7 +19,7 @@ PAIR = ConfigSource("pair", {"teacher": "resnet20", "student": "resnet8"})
 
 def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = dict.fromkeys(OPTIONS, "1") | {"teacher": "resnet8", "student": "resnet8", "method": "dfa"}
-    fields |= {"router": "never", "dataset": "shapes", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
+    fields |= {"router": "never", "dataset": "imagefolder", "pretrain": "yes", "validation": "0.5", "precision": "bf16"}
     fields |= {"log": "tensorboard", "head": "replace", "milestones": "[]"}
     del fields["model"], fields["student_friendly"], fields["eval_batch_size"]  # of other commands
     for name, value in fields.items():
@@ -27,8 +27,9 @@ def test_every_option_has_an_environment_variable_of_its_name(monkeypatch: pytes
     config, origins = resolve("distill", environment_sources(fields))
     assert set(origins) == {OPTIONS[name] for name in fields}
     assert (config.teacher.source, config.teacher.pretrain, config.student) == ("resnet8", True, "resnet8")
-    assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "shapes")
-    assert (config.data.root, config.runs_dir) == (Path("1").absolute(), Path("1"))
+    assert (config.method.name, config.router.name, config.data.name) == ("dfa", "never", "imagefolder")
+    assert (config.data.root, config.data.manifest) == (Path("1").absolute(),) * 2
+    assert config.runs_dir == Path("1")
     assert config.method.weights == str(Path("1").absolute())
     assert (config.train.epochs, config.seed, config.data.validation) == (1, 1, 0.5)
 

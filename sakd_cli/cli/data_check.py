@@ -12,7 +12,10 @@ from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
 from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_sources
 from sakd_cli.errors import DataError
 
-What = Annotated[str, typer.Argument(metavar="DIR|NAME", help="A folder of pictures, or a data set by name.")]
+What = Annotated[
+    str,
+    typer.Argument(metavar="DIR|FILE.csv|NAME", help="A folder of pictures, a list of them, or a data set by name."),
+]
 
 
 @with_options("data-check")
@@ -25,10 +28,14 @@ def check(options: Values, json: bool, quiet: bool, what: What) -> None:
 
         sakd data check photos
 
+        sakd data check photos.csv
+
         sakd data check tiny-imagenet --data-root DIR --json
     """
     name = what if what in DATASETS else None if Path(what).exists() else own_name(what, DATASETS)
-    settings = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"] if name else what}
+    settings = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"]}
+    if not name:
+        settings["data.manifest" if what.lower().endswith(".csv") else "data.root"] = what
     config = resolve(
         "eval", [ConfigSource("the command line", nested(settings)), *set_sources(options["set_"] or [])]
     ).config.data

@@ -18,6 +18,7 @@ from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, Re
 from sakd_cli.files import expanded
 
 Channels = tuple[float, float, float]
+Place = Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())]
 
 
 def _positive(values: Channels) -> Channels:
@@ -45,7 +46,7 @@ class DataConfig(Config):
     published: ClassVar[tuple[int, int] | None] = None  # training images and classes, where every class has as many
     name: str
     """Data set, as in `sakd list datasets`."""
-    root: Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())] | None = None
+    root: Place | None = None
     """Folder of the data set's files; None: the user's cache folder."""
     classes: Annotated[int, Field(ge=2)] | None = None
     """Use only the first so many classes, for training and for testing; None: all of them."""
@@ -179,8 +180,10 @@ class FilesConfig(DataConfig):
 class ImageFolderConfig(FilesConfig):
     """Your own images: --data-root DIR with train/CLASS/* and val/CLASS/*, or with CLASS/* alone"""
 
-    own: ClassVar[set[str]] = {"name", "classes", "size", "root"}
+    own: ClassVar[set[str]] = {"name", "classes", "size", "root", "manifest"}
     name: Literal["imagefolder"] = "imagefolder"
+    manifest: Place | None = None
+    """CSV file that lists the pictures, with columns path, label and perhaps split; paths are from root, or from it."""
     split: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Fraction of each class used for testing where the folder has no train and val."""
 

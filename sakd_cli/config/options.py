@@ -106,6 +106,8 @@ _ROWS: list[Option | str] = [
     "Data",
     Option("dataset", "data.name", "Data set, as in `sakd list datasets`", IMAGES, "NAME", complete="datasets"),
     Option("data_root", "data.root", "Folder of the data set's files", f"{SETTINGS} data-check", "DIR"),
+    Option("manifest", "data.manifest", "With --dataset imagefolder: CSV file that lists path, label and perhaps split",
+           f"{TRAIN} eval", "FILE.csv"),
     Option("validation", "data.validation", "Fraction of the training images to validate on; 0: use the test set",
            TRAIN, "FRACTION"),
     "Images",

@@ -10,7 +10,7 @@ from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_
 from sakd_cli.data.examine import find_unreadable
 from sakd_cli.data.files import Files, ImageSpec, cpu_count
 from sakd_cli.data.fingerprint import content_hashes
-from sakd_cli.data.pictures import FolderContents, SplitContents, raise_on_findings, scan_labelled
+from sakd_cli.data.pictures import FolderContents, SplitContents, raise_on_findings
 from sakd_cli.data.published import (
     IMAGENET,
     PUBLISHED,
@@ -19,6 +19,7 @@ from sakd_cli.data.published import (
     published_root,
     reading_of,
     scan_imagefolder,
+    scan_labelled_images,
     scan_published,
 )
 from sakd_cli.errors import DataError
@@ -35,7 +36,7 @@ def load_labelled(config: ImageFolderConfig, classes: tuple[str, ...]) -> Datase
 
     Raises DataError where a folder is of another class, or something is wrong with one.
     """
-    found = raise_on_findings(scan_labelled(own_root(config), classes))
+    found = raise_on_findings(scan_labelled_images(config, classes))
     every = SplitContents(found.train.folder, {name: found.train.files.get(name, []) for name in classes})
     found = found._replace(train=every, test=every)
     return _dataset(config.model_copy(update={"classes": None}), found, own_root(config), classes, *IMAGENET)

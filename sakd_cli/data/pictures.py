@@ -94,14 +94,14 @@ def scan_folder(root: Path, tests: tuple[str, ...] | None = None) -> FolderConte
                 f"--data-root {train} keeps a share of its images for testing (data.split)",
             )
         one = scan_split(root, findings, notes)
-        return FolderContents(one, None, findings + _wrong(one), notes=tuple(notes))
+        return FolderContents(one, None, findings + faults_of(one), notes=tuple(notes))
     ours = scan_split(train, findings, notes)
     if test is not None and val is not None and not ours.files.keys() & set(_folders(test)):
         notes.append(Finding("unlabelled", str(test), f"has no folder of a class of {train.name}: not used"))
         test = None
     parts = [scan_split(part, findings, notes) for part in (val, test) if part is not None]
-    findings += [fault for part in (ours, *parts) for fault in _wrong(part)]
-    findings += [fault for part in parts for fault in _differ(ours, part)]
+    findings += [fault for part in (ours, *parts) for fault in faults_of(part)]
+    findings += [fault for part in parts for fault in differences(ours, part)]
     return FolderContents(ours, parts[-1], findings, parts[0] if len(parts) > 1 else None, tuple(notes))
 
 
@@ -118,18 +118,21 @@ def scan_labelled(root: Path, classes: tuple[str, ...]) -> FolderContents:
     notes += [
         Finding("unlabelled", str(one), "has no folder of a class: not used") for one in there if one not in labelled
     ]
-    parts = parts or [scan_split(root, findings, notes)]
+    return as_one(root, parts or [scan_split(root, findings, notes)], classes, findings, notes)
+
+
+def as_one(
+    root: Path, parts: list[SplitContents], classes: tuple[str, ...], findings: list[Finding], notes: list[Finding]
+) -> FolderContents:
+    """Several parts as one, for a network of these classes. Raises DataError where there is no picture of them."""
     names = sorted({name for part in parts for name in part.files})
     files = {name: [path for part in parts for path in part.files.get(name, ())] for name in names}
     if not any(files.get(name) for name in classes):
-        raise DataError(
-            f"{root}: has no picture in a folder of a class of the network ({', '.join([*classes][:5])} ...)"
-        )
+        raise DataError(f"{root}: has no picture of a class of the network ({', '.join([*classes][:5])} ...)")
     one = SplitContents(root, files)
-    findings += [
-        Finding("unknown-class", str(root), f"{name} is no class of the network")
-        for name in names
-        if name not in classes
+    unknown = [name for name in names if name not in classes]
+    findings = findings + [
+        Finding("unknown-class", str(root), f"{name} is no class of the network") for name in unknown
     ]
     return FolderContents(one, one, findings, notes=tuple(notes))
 
@@ -154,15 +157,16 @@ def scan_split(folder: Path, findings: list[Finding], notes: list[Finding]) -> S
 def _readable_names(folder: Path, files: dict[str, list[str]], findings: list[Finding]) -> dict[str, list[str]]:
     """The same. Names that are no text go to the findings: a network's card could not hold them."""
     for name, paths in files.items():
-        if not _is_text(name):
+        if not is_text(name):
             findings.append(Finding("name", shown(folder / name), f"the name of this class {NO_TEXT}"))
         else:
-            odd = [path for path in paths if not _is_text(path)]
+            odd = [path for path in paths if not is_text(path)]
             findings += [Finding("name", shown(path), f"its name {NO_TEXT}") for path in odd]
     return files
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8."""
     try:
         return bool(name.encode())
     except UnicodeEncodeError:
@@ -186,7 +190,7 @@ def _holds_runs(folder: Path) -> bool:
 
 def _inside(root: Path) -> list[str]:
     """Names of the folders in the data set's folder. Raises DataError where it is none."""
-    if not _is_text(str(root)):
+    if not is_text(str(root)):
         raise DataError(f"{shown(root)}: its name {NO_TEXT}")
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
@@ -241,7 +245,7 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding], lef
             left[f"*{shown(ending)}" if ending else "without an ending"] += 1
 
 
-def _wrong(part: SplitContents) -> list[Finding]:
+def faults_of(part: SplitContents) -> list[Finding]:
     """Faults of one part alone."""
     where, names = str(part.folder), list(part.files)
     empty = [name for name, files in part.files.items() if not files]
@@ -251,7 +255,7 @@ def _wrong(part: SplitContents) -> list[Finding]:
     if len(names) == 1:
         findings.append(Finding("single-class", where, f"has one class only ({names[0]}): nothing to tell apart"))
     alike: dict[str, str] = {}
-    for name in filter(_is_text, names):
+    for name in filter(is_text, names):
         first = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if first != name:
             text = f"differs from class {first!r} only by case or by spelling of letters"
@@ -259,7 +263,7 @@ def _wrong(part: SplitContents) -> list[Finding]:
     return findings
 
 
-def _differ(train: SplitContents, test: SplitContents) -> list[Finding]:
+def differences(train: SplitContents, test: SplitContents) -> list[Finding]:
     """Classes of one part that the other does not have."""
     findings = []
     for here, there in ((train, test), (test, train)):

@@ -15,7 +15,8 @@ from sakd_cli.config.datasets import (
     TinyImageNetConfig,
 )
 from sakd_cli.data.decode import Reading
-from sakd_cli.data.pictures import Finding, FolderContents, SplitContents, scan_folder
+from sakd_cli.data.manifest import scan_manifest
+from sakd_cli.data.pictures import Finding, FolderContents, SplitContents, as_one, scan_folder, scan_labelled
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import expanded
 
@@ -94,13 +95,27 @@ def default_root() -> Path:
 
 def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:
     """What is there of one's own images."""
+    if config.manifest is not None:
+        return scan_manifest(config.manifest, own_root(config))
     return scan_folder(own_root(config))
 
 
+def scan_labelled_images(config: ImageFolderConfig, classes: tuple[str, ...]) -> FolderContents:
+    """All labelled pictures of a folder or a manifest as one part, for a network of these classes."""
+    if config.manifest is None:
+        return scan_labelled(own_root(config), classes)
+    found = scan_imagefolder(config)
+    faults = [one for one in found.findings if one.kind in ("manifest", "missing", "duplicate")]
+    return as_one(config.manifest, found.parts, classes, faults, [])
+
+
 def own_root(config: ImageFolderConfig) -> Path:
-    if config.root is None:
+    """The folder from which paths count: that of the manifest, where none is named."""
+    if config.root is not None:
+        return config.root
+    if config.manifest is None:
         raise UsageError("imagefolder: which folder? There is no usual place for it", "--data-root DIR")
-    return config.root
+    return config.manifest.parent
 
 
 def scan_published(config: FilesConfig, known: PublishedSet) -> FolderContents:

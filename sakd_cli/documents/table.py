@@ -175,7 +175,8 @@ class DataFinding(Part):
     """One thing that is wrong with a data set, or worth knowing, and where.
 
     kind of a fault: missing, empty-class, single-class, case, classes-differ, unknown-class, loop, count, name,
-    unreadable, duplicate; of a note: no-class, unlabelled, not-taken, name, turned, frames, strip, range, duplicate
+    manifest, unreadable, duplicate; of a note: no-class, unlabelled, not-taken, name, turned, frames, strip, range,
+    duplicate
     """
 
     kind: str

@@ -301,7 +301,8 @@ def evaluate_all(
     early             whether images leave an ensemble early; curve: with the curve over all thresholds
     split             which images; None: the test images, or all of a folder that `layers` name
     """
-    folder = any(isinstance(one.values.get("data"), dict) and "root" in one.values["data"] for one in layers)
+    named = [one.values["data"].keys() for one in layers if isinstance(one.values.get("data"), dict)]
+    folder = any({"root", "manifest"} & keys for keys in named)
     wanted = Wanted(split, folder)
     targets = [Target(weights, run, [*settings_of(run), *layers], teacher_required, wanted) for weights, run in found]
     loaded: dict[Hashable, Images] = {}
