@@ -1,8 +1,8 @@
 """Where the launches of a training step are, by part and line: `python tests/launches.py [METHOD] [--precision fp32]`.
 
-A launch is an operation that PyTorch dispatches and that a GPU would have to start a kernel for: all but views and bare
-allocations. Counted over a whole iteration of the trainer's loop (loader, step, guard, meter, recorder) between two log
-points, on the CPU, so without a clock.
+A launch is an operation that PyTorch dispatches and that a GPU would have to start a kernel for: all but views, bare
+allocations and what has no elements. Counted over a whole iteration of the trainer's loop (loader, step, guard, meter,
+recorder) between two log points, on the CPU, so without a clock.
 """
 
 import argparse
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sakd_cli.bench.steps import Setup, adaptive_task
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
@@ -60,10 +62,13 @@ class Launches(TorchDispatchMode):
         self.seen: list[Launch] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in FREE and func.namespace != "profiler":
+        touched = [x for x in tree_leaves((args, kwargs, given)) if isinstance(x, Tensor)]
+        starts = not func.is_view and name not in FREE and func.namespace != "profiler"
+        if starts and any(x.numel() for x in touched):
             self.seen.append(launch(name))
-        return func(*args, **(kwargs or {}))
+        return given
 
 
 def launch(name: str) -> Launch:
