@@ -157,9 +157,15 @@ class TrainLoader:
 
 
 def _crop_views(views: Views, drawn: Draws, steps: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for rows in steps:
+    """Image by image the same, however many are cropped at once."""
+    for first in range(0, len(steps), views.together):
+        group = steps[first : first + views.together]
+        rows = slice(group[0].start, group[-1].stop)
         view = views.view(drawn.corner[:, rows], drawn.flip[rows])
-        yield views.images(drawn.order[rows], view), view
+        images = views.images(drawn.order[rows], view)
+        for step in group:
+            own = slice(step.start - rows.start, step.stop - rows.start)
+            yield images[own], view[own]
 
 
 class EvalLoader:

@@ -27,6 +27,7 @@ from sakd_cli.data.files import (
 from sakd_cli.errors import UsageError
 
 SAMPLE = 256  # files whose headers say how large the others are
+TOGETHER = 8  # steps whose images a GPU crops at once: an eighth of the launches
 
 
 def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
@@ -79,6 +80,7 @@ class Views:
     def __init__(self, split: Split, dataset: Dataset, device: torch.device) -> None:
         self.labels = split.labels.to(device)
         self.device = device
+        self.together = TOGETHER if device.type == "cuda" else 1
         self.dataset = dataset
         self._padded = pad(split.pixels.to(device), dataset.padding)
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
