@@ -1,5 +1,6 @@
 """The routers beside the published one: what each decides, and what a spot that rests costs."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 from test_dose import one_step
 from test_step import batches, make, optimizer
 from torch import Tensor
+from torch.nn import functional as F
 
 from sakd_cli.config.effective import router_start
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
+from sakd_cli.distillers.kd import softened_kl
 from sakd_cli.errors import UsageError
+from sakd_cli.routing.router import Answers
 from sakd_cli.routing.table import Pair, build
 
 PAIR = Pair(spots=3, teacher=8, student=4, epochs=8)
@@ -164,3 +168,88 @@ def test_a_router_that_cannot_act_says_so_before_the_run() -> None:
     for epochs, steps, settings in ((240, 704, {"router.recipe": "published"}), (12, 57, {})):
         assert router_start(config_of(epochs, **settings), one_family=True, steps=steps).note is None
     assert router_start(config_of(12), one_family=True, steps=None).note is None, "unknown"
+
+
+LOGITS = torch.tensor([[4.0, 0, 0], [0, 1, 0], [0, 0, 9], [1, 1, 1]])
+ANSWERS = Answers(LOGITS, LOGITS.roll(1, dims=0), torch.tensor([0, 1, 0, 2]))
+
+
+def weighed(name: str, **settings: Any) -> Tensor:
+    one = router(name, **settings)
+    weight: Tensor = one(torch.zeros(4, 8), torch.zeros(4, 4), torch.rand(4, 8), ANSWERS).weight
+    assert weight.shape == (3, 4)
+    assert (weight == weight[:1]).all()
+    return weight[0].double()
+
+
+def test_what_the_networks_answer_weighs_the_samples_by_the_formulas() -> None:
+    p = LOGITS.double().softmax(dim=1)
+    assert weighed("teacher-correct").tolist() == [1, 1, 0, 0]
+    confidence = p.amax(dim=1) / p.amax(dim=1).mean()
+    torch.testing.assert_close(weighed("confidence", cap=1.2), confidence.clamp(max=1.2) / 1.2, rtol=1e-5, atol=1e-7)
+    certainty = 1 + (p * p.log()).sum(dim=1) / torch.log(torch.tensor(3.0))
+    expected = (certainty / certainty.mean()).clamp(max=1.5) / 1.5
+    torch.testing.assert_close(weighed("entropy", cap=1.5), expected, rtol=1e-5, atol=1e-7)
+    ce = [F.cross_entropy(logits.double(), ANSWERS.labels, reduction="none") for logits in ANSWERS[:2]]
+    torch.testing.assert_close(weighed("wsld"), 1 - torch.exp(-ce[1] / ce[0]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy"])
+def test_weights_by_certainty_have_a_mean_of_one(name: str) -> None:
+    """So that the loss is that of another weighing and not of another dose."""
+    task, plain = make("kd", name), make("kd", "always")
+    batch = batches(task, 1, size=8)[0]
+    ours, theirs = task.train()(batch), plain.train()(batch)
+    weight = ours.use.weight[0]
+    assert weight.max() <= 1
+    assert weight.std() > 0
+    logits = plain.network.train()(batch.images), plain.teacher_features(batch).logits
+    losses = softened_kl(logits[0], logits[1], 4.0)
+    torch.testing.assert_close(ours.parts["logit"], (losses * weight / weight.mean()).mean())
+    torch.testing.assert_close(theirs.parts["logit"], losses.mean())
+
+
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+def test_a_hint_that_points_against_its_samples_task_is_left_out(balance: float) -> None:
+    task = make("fitnet", "agreement", **{"method.balance": balance})
+    network, place = copy.deepcopy(task.network).train(), task.spots[0].student
+    distiller = copy.deepcopy(task.feature_distiller)
+    batch = batches(task, 1, size=12)[0]
+    task.train()
+    output = task(batch)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in task.network.named_parameters()}
+
+    feature = network.run(batch.images, 0, place + 1)
+    leaf = feature.detach().requires_grad_()
+    logits = network.run(leaf, place + 1, len(network.stages) + 1)
+    theirs = task.teacher_features(batch)
+    hint = distiller.spot_loss(0, leaf, theirs.stages[task.spots[0].teacher], torch.ones(12))
+    (of_hint,) = torch.autograd.grad(hint, leaf)
+    ce, kl = F.cross_entropy(logits, batch.labels), softened_kl(logits, theirs.logits, 4.0).mean()
+    of_ce, of_kl = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ce, kl))
+    kept_logits = (of_ce * of_kl).sum(dim=1) >= 0
+    (of_task,) = torch.autograd.grad(logits, leaf, of_ce + of_kl * kept_logits[:, None])
+    kept = (of_task * of_hint).flatten(1).sum(dim=1) >= 0
+    assert output.use.weight.tolist() == [kept.double().tolist(), kept_logits.double().tolist()]
+    assert 0 < kept.sum() < 12
+    of_hint = of_hint * kept[:, None, None, None]
+    feature.backward(of_task + of_hint * (balance * of_task.norm() / of_hint.norm() if balance else 1))
+    for name, p in network.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_soft_gates_are_the_probabilities_and_their_exact_gradient() -> None:
+    torch.manual_seed(0)
+    one = build(ROUTERS["soft"](tau=2.0), PAIR)
+    x = torch.randn(N, 8), torch.randn(N, 4)
+    decision = one(*x, torch.rand(N, 8))
+    scores = one.policy(torch.cat(x, dim=1)).unflatten(1, (3, 2))
+    torch.testing.assert_close(decision.gate, torch.sigmoid((scores[..., 0] - scores[..., 1]) / 2))
+    assert torch.equal(decision.weight, decision.gate.detach().T)
+    task = make("fitnet", "soft", **{"router.lr": 0.01})
+    assert not task.graft.dynamic_shapes, "a sample follows both networks"
+    output = task.train()(batches(task, 1)[0])
+    output.loss.backward()
+    assert float(task.router.policy.weight.grad.abs().sum()) > 0

@@ -12,6 +12,7 @@ from sakd_cli.models.spot import spots_at
 from sakd_cli.models.staged import frozen_view
 from sakd_cli.models.table import create
 from sakd_cli.routing.graft import Graft, router_loss
+from sakd_cli.routing.router import Answers
 from sakd_cli.routing.table import ROUTERS, Adaptive, Pair, Random, build, straight_through
 
 PAIR = Pair(spots=3, teacher=5, student=4, matched=torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.5]]))
@@ -66,7 +67,8 @@ def test_the_bias_is_added_to_every_teacher_score_and_to_no_other() -> None:
 def test_every_router_gives_weights_of_the_right_shape_between_zero_and_one(name: str) -> None:
     router = build(WORDS[name](), PAIR)
     router.begin_epoch(1)
-    decision = router(torch.randn(6, 5), torch.randn(6, 4), noise(6, router.noise_width))
+    answers = [Answers(torch.randn(6, 7), torch.randn(6, 7), torch.arange(6))] if router.needs_answers else []
+    decision = router(torch.randn(6, 5), torch.randn(6, 4), noise(6, router.noise_width), *answers)
     assert decision.weight.shape == (3, 6)
     assert not decision.weight.requires_grad
     assert ((decision.weight >= 0) & (decision.weight <= 1)).all()

@@ -50,6 +50,52 @@ class AntiConfig(LearnedConfig):
     name: Literal["anti"] = "anti"
 
 
+class SoftConfig(LearnedConfig):
+    """Learned likewise, but without a draw: weights and paths are mixtures by the probabilities"""
+
+    name: Literal["soft"] = "soft"
+    tau: PositiveFloat = 1.0
+
+
+class AgreementConfig(RouterConfig):
+    """Where a sample's distillation does not work against its label: their gradients agree"""
+
+    name: Literal["agreement"] = "agreement"
+    dose: Literal["published"] = "published"
+
+
+class TeacherCorrectConfig(RouterConfig):
+    """The samples that the teacher classifies correctly (Meng et al., ICASSP 2019)"""
+
+    name: Literal["teacher-correct"] = "teacher-correct"
+
+
+class WeightedConfig(RouterConfig):
+    """What weights share whose mean over the batch is 1."""
+
+    dose: Literal["published", "selected-mean"] = "selected-mean"
+    cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """Largest weight of a sample, where the mean is 1."""
+
+
+class ConfidenceConfig(WeightedConfig):
+    """More where the teacher is confident: by its largest probability"""
+
+    name: Literal["confidence"] = "confidence"
+
+
+class EntropyConfig(WeightedConfig):
+    """More where the teacher is certain: by its entropy (after Kwon et al., ICASSP 2020)"""
+
+    name: Literal["entropy"] = "entropy"
+
+
+class WSLDConfig(RouterConfig):
+    """Less where the student is as good as the teacher (Zhou et al., ICLR 2021)"""
+
+    name: Literal["wsld"] = "wsld"
+
+
 class AlwaysConfig(RouterConfig):
     """Every sample at every spot: ordinary distillation"""
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sakd_cli import distributed
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
-TINY = 1e-18  # length of a gradient below which its squares vanish in fp32; a hint so weak is not drawn up further
+FAINT = 1e-6  # |g_hint| / |g_task| below which it may be rounding alone: it is drawn up no further than from there
+TINY = 1e-18  # length of a gradient below which its squares vanish in fp32
 
 
 class _Meet(torch.autograd.Function):
@@ -20,44 +23,52 @@ class _Meet(torch.autograd.Function):
     Backward, where nothing is balanced: what came to the value, g_task and g_hint, passes as autograd has added them,
     so that a run is the same to the bit with and without. With a share, g_task alone came, and
     g_task + share |g_task| / |g_hint| g_hint passes. Both lengths, [2], are the gradient of `probe`: so nothing is
-    written in passing, and a compiler can follow.
+    written in passing, and a compiler can follow. Where samples have to agree (`kept`, [rows], has room for them) a
+    sample's g_hint counts where its inner product with g_task is at least 0, and 1 for each such is the gradient of it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, probe: Tensor, share: float, view: Callable[[Tensor], Tensor]
+        ctx: Any, x: Tensor, probe: Tensor, kept: Tensor, share: float, view: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        ctx.share, ctx.view, ctx.dtype = share, view, probe.dtype
+        ctx.share, ctx.view, ctx.dtype, ctx.room = share, view, probe.dtype, len(kept)
         stand_in = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         return x.view_as(x), stand_in.expand(view(x).shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         came, hint = gradients
-        task = ctx.view(came) if ctx.share else ctx.view(came) - hint
+        kept, whole = None, ctx.share or ctx.room
+        task = ctx.view(came) if whole else ctx.view(came) - hint
+        if ctx.room:
+            agree = ((task * hint).flatten(1).sum(dim=1) >= 0).to(ctx.dtype)
+            hint = hint * agree.view(-1, *[1] * (hint.dim() - 1)).to(hint.dtype)
+            kept = F.pad(agree, (0, ctx.room - len(agree)))
         norms = [torch.linalg.vector_norm(gradient, dtype=ctx.dtype) for gradient in (task, hint)]
         own = lengths = torch.stack(norms)
-        if not ctx.share:
-            return came, own, None, None
+        if not whole:
+            return came, own, None, None, None
         if distributed.world_size() > 1:
             lengths = distributed.all_reduce_sum(lengths.square()).sqrt()
         passed = came.clone()
-        ctx.view(passed).add_(hint * (ctx.share * lengths[0] / lengths[1].clamp(min=TINY)))
-        return passed, own, None, None
+        least = torch.maximum(lengths[1], lengths[0] * FAINT).clamp(min=TINY)
+        factor = ctx.share * lengths[0] / least if ctx.share else 1
+        ctx.view(passed).add_(hint * factor)
+        return passed, own, kept, None, None
 
 
 class _Compare(torch.autograd.Function):
-    """x in at least fp32; its gradient goes to the stand-in, and to x as well where nothing is balanced."""
+    """x in at least fp32; its gradient goes to the stand-in, and to x as well where it may pass as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stand_in: Tensor, balanced: bool) -> Tensor:
-        ctx.balanced, ctx.dtype = balanced, x.dtype
+    def forward(ctx: Any, x: Tensor, stand_in: Tensor, passing: bool) -> Tensor:
+        ctx.passing, ctx.dtype = passing, x.dtype
         return x.view_as(x) if x.dtype == stand_in.dtype else x.to(stand_in.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (hint,) = gradients
-        return None if ctx.balanced else hint.to(ctx.dtype), hint, None
+        return hint.to(ctx.dtype) if ctx.passing else None, hint, None
 
 
 class Doses(nn.Module):
@@ -71,12 +82,15 @@ class Doses(nn.Module):
     spots, which are balanced; of a method without any the logits are, K = 1, and g_task is the cross-entropy's.
 
     balance  0: nothing is changed
+    rows     largest batch, where a sample's hint counts only as far as it agrees with its task; else 0
     lengths  [S, 2] of g_task and g_hint in the last backward pass, in this process's rows
+    kept     [S, rows] 1 for each sample of the last batch whose two gradients have an inner product of at least 0
     """
 
     lengths: Tensor
+    kept: Tensor
 
-    def __init__(self, spots: Sequence[Spot], balance: float) -> None:
+    def __init__(self, spots: Sequence[Spot], balance: float, rows: int = 0) -> None:
         super().__init__()
         features = len(spots) - 1
         share = balance / max(features, 1)
@@ -84,27 +98,31 @@ class Doses(nn.Module):
         self.views = [partial(spot.student_layout.to_map, shape=spot.student_shape) for spot in spots]
         self._places = {spot.student: k for k, spot in enumerate(spots)}  # the stage behind the last one is the logits
         self.register_buffer("lengths", torch.zeros(len(spots), 2), persistent=False)
-        self._probes: list[Tensor] = []
+        self.register_buffer("kept", torch.zeros(len(spots), rows), persistent=False)
+        self._probes: list[list[Tensor]] = []
 
     def begin(self) -> None:
         """Forget the last backward pass; to be called in front of every step."""
         self.lengths.zero_()
-        if not self._probes or self._probes[0].device != self.lengths.device:
-            self._probes = [torch.zeros_like(row).requires_grad_() for row in self.lengths]
-            for probe, row in zip(self._probes, self.lengths, strict=True):
+        self.kept.zero_()
+        if not self._probes or self._probes[0][0].device != self.lengths.device:
+            rows = list(zip(self.lengths, self.kept, strict=True))
+            self._probes = [[torch.zeros_like(row).requires_grad_() for row in two] for two in rows]
+            for probe, row in zip(chain(*self._probes), chain(*rows), strict=True):
                 probe.grad = row
 
     def mark(self, stand_ins: dict[int, Tensor], stage: int, x: Tensor) -> Tensor:
         """The student's value at a stage, for the layers behind it; a spot's stand-in is put into `stand_ins`."""
         if (k := self._places.get(stage)) is not None and x.requires_grad:
-            x, stand_ins[stage] = _Meet.apply(x, self._probes[k], self.shares[k], self.views[k])
+            x, stand_ins[stage] = _Meet.apply(x, *self._probes[k], self.shares[k], self.views[k])
         return x
 
     def compare(self, stand_ins: dict[int, Tensor], stage: int, x: Tensor) -> Tensor:
         """What the spot compares at a stage that was marked, in at least fp32; called when the network has run."""
         if stage not in stand_ins:
             return x
-        compared: Tensor = _Compare.apply(x, stand_ins[stage], self.shares[self._places[stage]] > 0)
+        passing = not self.shares[self._places[stage]] and not self.kept.shape[1]
+        compared: Tensor = _Compare.apply(x, stand_ins[stage], passing)
         return compared
 
     def compared(self, features: Features, stand_ins: dict[int, Tensor]) -> Features:

@@ -19,11 +19,25 @@ class Decision(NamedTuple):
     probability: Tensor | None = None
 
 
+class Answers(NamedTuple):
+    """Logits of both networks [N, classes], without gradient and in at least fp32, and labels [N]."""
+
+    teacher: Tensor
+    student: Tensor
+    labels: Tensor
+
+
 class Router(nn.Module, ABC):
     """Decides per sample and spot whether the student learns there. Subclasses are final."""
 
     noise_width: int = 0
     """Uniform numbers that the router needs per sample."""
+    needs_answers: bool = False
+    """Whether `forward` also gets the networks' `Answers`, as a fourth argument."""
+    soft: bool = False
+    """Whether gates lie between 0 and 1, so that a sample follows both networks."""
+    agreement: bool = False
+    """Whether a weight of 1 becomes 0 in the backward pass where a sample's two gradients disagree (`Doses`)."""
     rests: bool = False
     """Whether there are epochs in which some spots have weight 0 for every sample."""
     active: tuple[bool, ...] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.routers import RouterConfig
 from sakd_cli.errors import UsageError, no_row
+from sakd_cli.routing.answers import WSLD, Confidence, Entropy, TeacherCorrect
 from sakd_cli.routing.router import Decision, Router
 
 EPSILON = 1e-20  # keeps both logarithms finite for u = 0 and u = 1
@@ -58,6 +59,50 @@ class Adaptive(Router):
         gate = straight_through(scores, uniform, self.tau)
         probability = torch.sigmoid(scores[..., 0] - scores[..., 1]).detach()
         return Decision(gate.detach().T, gate, probability.T)
+
+
+@final
+class Soft(Router):
+    """The adaptive router's policy without a draw: gates and weights are the probabilities themselves.
+
+    gate = sigmoid((teacher score - student score) / tau), with its exact gradient. This project's control for the draw
+    of Song et al. (IEEE TIP 2022): no noise, no straight-through estimate; a sample's path is a mixture.
+    """
+
+    soft = True
+
+    def __init__(self, spots: int, teacher: int, student: int, *, tau: float, teacher_bias: float) -> None:
+        super().__init__()
+        self.tau = tau
+        self.policy = nn.Linear(teacher + student, 2 * spots)
+        with torch.no_grad():
+            self.policy.bias[0::2] += teacher_bias
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        scores = self.policy(torch.cat([teacher, student], dim=1)).unflatten(1, (-1, 2))
+        gate = torch.sigmoid((scores[..., 0] - scores[..., 1]) / self.tau)
+        weight = gate.detach().T
+        return Decision(weight, gate, weight)
+
+
+@final
+class Agreement(Router):
+    """Distils a sample at a spot where that does not work against its label.
+
+    1 where <g_task, g_hint> >= 0, the two gradients of sample i at the student's feature there; else its hint is left
+    out of what the student gets. It is decided in the backward pass, where both are known (`Doses`); adapters on the
+    student's side learn from all samples. After Du et al., "Adapting Auxiliary Losses Using Gradient Similarity", arXiv
+    1812.02224, who compare the gradients of whole batches by the parameters.
+    """
+
+    agreement = True
+
+    def __init__(self, spots: int) -> None:
+        super().__init__()
+        self.spots = spots
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
+        return Decision(student.new_ones((self.spots, len(student))))
 
 
 @final
@@ -137,8 +182,8 @@ class Pair(NamedTuple):
     matched: Tensor | None = None
 
 
-def _adaptive(config: Any, pair: Pair) -> Router:
-    return Adaptive(pair.spots, pair.teacher, pair.student, tau=config.tau, teacher_bias=pair.prior)
+def _adaptive(config: Any, pair: Pair, kind: type[Adaptive] | type[Soft] = Adaptive) -> Router:
+    return kind(pair.spots, pair.teacher, pair.student, tau=config.tau, teacher_bias=pair.prior)
 
 
 def _per_spot(key: str, values: Any, spots: int) -> list[float]:
@@ -169,6 +214,12 @@ ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
     "anti": lambda config, pair: Anti(_adaptive(config, pair)),
     "always": lambda config, pair: Fixed([[1.0] * pair.spots]),
     "never": lambda config, pair: Fixed([[0.0] * pair.spots]),
+    "soft": lambda config, pair: _adaptive(config, pair, Soft),
+    "agreement": lambda config, pair: Agreement(pair.spots),
+    "teacher-correct": lambda config, pair: TeacherCorrect(pair.spots),
+    "confidence": lambda config, pair: Confidence(pair.spots, config.cap),
+    "entropy": lambda config, pair: Entropy(pair.spots, config.cap),
+    "wsld": lambda config, pair: WSLD(pair.spots),
     "fixed": _fixed,
     "scheduled": _scheduled,
     "random": lambda config, pair: Random(torch.full((1, pair.spots), config.rate)),

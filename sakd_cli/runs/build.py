@@ -185,7 +185,7 @@ def assemble(
         router = routers.build(config.router, pair)
         frozen = mode.frozen(teacher)
         runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
-        graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes) if learned else None
+        graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes and not router.soft) if learned else None
     published = learned or LearnedConfig(name="none")
     task = DistillTask(
         method.network,
@@ -210,7 +210,8 @@ def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     fraction = (learned or LearnedConfig(name="none")).min_teacher_fraction
     factors = Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(learned, config), fraction, own.balance)
-    return factors._replace(selected_mean=config.router.dose == "selected-mean")
+    largest = config.train.batch_size + 1  # with a single image that is left over
+    return factors._replace(selected_mean=config.router.dose == "selected-mean", largest_batch=largest)
 
 
 def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:

@@ -36,6 +36,7 @@ from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.files import columns_digest, write_aside
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE
+from sakd_cli.routing.router import Answers
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
@@ -165,7 +166,8 @@ def _answers(
     for images, labels in _batches(job, split, reporter):
         teacher, student = job.teacher.model.features(images), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
-        decision = task.router(teacher.embedding, student.embedding, uniform)
+        answers = [Answers(teacher.logits, student.logits, labels)] if task.router.needs_answers else []
+        decision = task.router(teacher.embedding, student.embedding, uniform, *answers)
         if decision.gate is not None:
             complement |= (decision.weight != decision.gate.T).any()
         found = {

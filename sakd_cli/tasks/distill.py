@@ -24,7 +24,7 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.dose import Doses
 from sakd_cli.routing.graft import Graft, router_loss
-from sakd_cli.routing.router import Decision, Router
+from sakd_cli.routing.router import Answers, Decision, Router
 
 GUIDE = "sakd guide extending"
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
@@ -44,6 +44,7 @@ class Factors(NamedTuple):
     min_teacher_fraction: float
     balance: float = 0.0
     selected_mean: bool = False
+    largest_batch: int = 0
 
 
 class Rates(NamedTuple):
@@ -103,7 +104,7 @@ class DistillTask(Task):
         super().__init__()
         self.network, self.distillers, self.spots = network, distillers, distillers.spots
         self.teacher_features = teacher_features
-        self.doses = Doses(self.spots, factors.balance)
+        self.doses = Doses(self.spots, factors.balance, factors.largest_batch if router.agreement else 0)
         self.student_features: Callable[..., Features] = partial(network.features, want=distillers.student_want)
         self.feature_distiller, self.logit_distiller = distillers.features, distillers.logits
         self.router, self.graft = router, graft
@@ -162,7 +163,10 @@ class DistillTask(Task):
         self.doses.begin()
         student, ce = self.learn(batch, offset)
         embedding = to_fp32(seen.embedding)
-        decision = self.decide(embedding, student.embedding.detach(), batch.noise)
+        answers = []
+        if self.router.needs_answers:
+            answers = [Answers(to_fp32(seen.logits), student.logits.detach(), batch.labels)]
+        decision = self.decide(embedding, student.embedding.detach(), batch.noise, *answers)
         # Independent of the student's losses and of both backward passes of theirs.
         alone = ce.detach()
         gates = [decision.gate] if decision.gate is not None else []
@@ -171,7 +175,8 @@ class DistillTask(Task):
         loss, parts = self.objective(batch, student, seen, ce, decision.weight)
         self._fork.join([routing_loss, *events.values()])
         parts |= {"router": routing_loss.detach()} if events else {}
-        use = SpotUse(decision.weight, decision.probability, events, self.doses.lengths)
+        weight = self.doses.kept[:, : len(batch.labels)] if self.router.agreement else decision.weight
+        use = SpotUse(weight, decision.probability, events, self.doses.lengths)
         return StepOutput(loss + routing_loss, student.logits, parts, use)
 
     def learn(self, batch: Batch, offset: Tensor | None) -> tuple[Features, Tensor]:
@@ -188,9 +193,9 @@ class DistillTask(Task):
         student = student.with_logits(self.doses.compare(marks, last, logits))
         return student, F.cross_entropy(logits, batch.labels)
 
-    def decide(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
-        """Where each sample is distilled, from the pooled vectors of both networks."""
-        decision = self.router(teacher, student, noise)
+    def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
+        """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""
+        decision = self.router(teacher, student, noise, *answers)
         if not isinstance(decision, Decision):
             raise UsageError(
                 f"{type(self.router).__name__}.forward: must return a Decision, not a {type(decision).__name__}", GUIDE
