@@ -186,15 +186,17 @@ def test_what_the_networks_answer_weighs_the_samples_by_the_formulas() -> None:
     p = LOGITS.double().softmax(dim=1)
     assert weighed("teacher-correct").tolist() == [1, 1, 0, 0]
     confidence = p.amax(dim=1) / p.amax(dim=1).mean()
-    torch.testing.assert_close(weighed("confidence", cap=1.2), confidence.clamp(max=1.2) / 1.2, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        weighed("teacher-confidence", cap=1.2), confidence.clamp(max=1.2) / 1.2, rtol=1e-5, atol=1e-7
+    )
     certainty = 1 + (p * p.log()).sum(dim=1) / torch.log(torch.tensor(3.0))
     expected = (certainty / certainty.mean()).clamp(max=1.5) / 1.5
-    torch.testing.assert_close(weighed("entropy", cap=1.5), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weighed("teacher-entropy", cap=1.5), expected, rtol=1e-5, atol=1e-7)
     ce = [F.cross_entropy(logits.double(), ANSWERS.labels, reduction="none") for logits in ANSWERS[:2]]
     torch.testing.assert_close(weighed("wsld"), 1 - torch.exp(-ce[1] / ce[0]), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["confidence", "entropy"])
+@pytest.mark.parametrize("name", ["teacher-confidence", "teacher-entropy"])
 def test_weights_by_certainty_have_a_mean_of_one(name: str) -> None:
     """So that the loss is that of another weighing and not of another dose."""
     task, plain = make("kd", name), make("kd", "always")

@@ -81,13 +81,13 @@ class WeightedConfig(RouterConfig):
 class ConfidenceConfig(WeightedConfig):
     """More where the teacher is confident: by its largest probability"""
 
-    name: Literal["confidence"] = "confidence"
+    name: Literal["teacher-confidence"] = "teacher-confidence"
 
 
 class EntropyConfig(WeightedConfig):
     """More where the teacher is certain: by its entropy (after Kwon et al., ICASSP 2020)"""
 
-    name: Literal["entropy"] = "entropy"
+    name: Literal["teacher-entropy"] = "teacher-entropy"
 
 
 class WSLDConfig(RouterConfig):
