@@ -213,7 +213,7 @@ def test_weights_by_certainty_have_a_mean_of_one(name: str) -> None:
 
 @pytest.mark.parametrize("balance", [0.0, 1.0])
 def test_a_hint_that_points_against_its_samples_task_is_left_out(balance: float) -> None:
-    task = make("fitnet", "agreement", **{"method.balance": balance})
+    task = make("fitnet", "gradient-agreement", **{"method.balance": balance})
     network, place = copy.deepcopy(task.network).train(), task.spots[0].student
     distiller = copy.deepcopy(task.feature_distiller)
     batch = batches(task, 1, size=12)[0]

@@ -60,7 +60,7 @@ class SoftConfig(LearnedConfig):
 class AgreementConfig(RouterConfig):
     """Where a sample's distillation does not work against its label: their gradients agree"""
 
-    name: Literal["agreement"] = "agreement"
+    name: Literal["gradient-agreement"] = "gradient-agreement"
     dose: Literal["published"] = "published"
 
 

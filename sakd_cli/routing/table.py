@@ -215,7 +215,7 @@ ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
     "always": lambda config, pair: Fixed([[1.0] * pair.spots]),
     "never": lambda config, pair: Fixed([[0.0] * pair.spots]),
     "soft": lambda config, pair: _adaptive(config, pair, Soft),
-    "agreement": lambda config, pair: Agreement(pair.spots),
+    "gradient-agreement": lambda config, pair: Agreement(pair.spots),
     "teacher-correct": lambda config, pair: TeacherCorrect(pair.spots),
     "teacher-confidence": lambda config, pair: Confidence(pair.spots, config.cap),
     "teacher-entropy": lambda config, pair: Entropy(pair.spots, config.cap),
