@@ -7,7 +7,7 @@ import typer
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.base import own_name
+from sakd_cli.config.base import own_row
 from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
 from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_sources
 from sakd_cli.errors import DataError
@@ -32,7 +32,8 @@ def check(options: Values, json: bool, quiet: bool, what: What) -> None:
 
         sakd data check tiny-imagenet --data-root DIR --json
     """
-    name = what if what in DATASETS else None if Path(what).exists() else own_name(what, DATASETS)
+    row = what if what in DATASETS else None if Path(what).exists() else own_row(what, DATASETS)
+    name = what if row and row.endswith("/NAME") else row
     settings = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"]}
     if not name:
         settings["data.manifest" if what.lower().endswith(".csv") else "data.root"] = what

@@ -61,6 +61,13 @@ def own_name(name: str, table: Iterable[str]) -> str | None:
     return next((known for known in names if _squashed(known) == _squashed(name)), None)
 
 
+def own_row(name: str, table: Iterable[str]) -> str | None:
+    """The same, or the row for all names of a library, such as `torchvision/NAME`."""
+    names = list(table)
+    of_library = f"{name.partition('/')[0]}/NAME"
+    return own_name(name, names) or (of_library if "/" in name and of_library in names else None)
+
+
 def choose(kind: str, name: str, table: Iterable[str], hint: str | None = None) -> str:
     """The name in the table that `name` spells. Raises UsageError with the nearest name."""
     if (own := own_name(name, table)) is None:
@@ -94,12 +101,12 @@ def chosen_by_name(kind: str, table: Mapping[str, type[Config]], default: str) -
         if not isinstance(settings, dict) or not isinstance(settings.get("name", default), str):
             raise PydanticCustomError("no_name", "needs a name, one of: {known}", {"known": ", ".join(sorted(table))})
         settings = {"name": default} | settings
-        if (name := own_name(settings["name"], table)) is None:
+        if (name := own_row(settings["name"], table)) is None:
             text = unknown(kind, settings["name"], table)
             if kind == "data set" and Path(settings["name"]).is_dir():
                 text = f"{settings['name']!r} is a folder: --dataset imagefolder --data-root {settings['name']}"
             raise PydanticCustomError("unknown_name", "{text}", {"text": text})
-        return table[name].model_validate(settings | {"name": name})
+        return table[name].model_validate(settings if name.endswith("/NAME") else settings | {"name": name})
 
     return BeforeValidator(choose)
 

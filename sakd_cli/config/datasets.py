@@ -70,6 +70,11 @@ class DataConfig(Config):
         images, classes = self.published
         return images * min(self.classes or classes, classes) // classes
 
+    @property
+    def row(self) -> str:
+        """Its row in the table of data sets."""
+        return str(type(self).model_fields["name"].default)
+
     def identity(self) -> dict[str, Any]:
         """The settings, with dotted keys, that a student's run must share with its teacher's."""
         settings = self.model_dump(mode="json", include=self.own)
@@ -186,6 +191,14 @@ class ImageFolderConfig(FilesConfig):
     """CSV file that lists the pictures, with columns path, label and perhaps split; paths are from root, or from it."""
     split: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Fraction of each class used for testing where the folder has no train and val."""
+
+
+class TorchvisionConfig(FilesConfig):
+    """A classification data set of torchvision by its class there, such as torchvision/OxfordIIITPet"""
+
+    name: Annotated[str, Field(pattern=r"^torchvision/\w+$")] = "torchvision/NAME"
+    split: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Fraction of each class used for testing where the data set has no test images."""
 
 
 class TinyImageNetConfig(FilesConfig):

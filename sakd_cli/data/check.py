@@ -28,9 +28,10 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     begin, advance  called with the number of files to decode, and after each file with the number done
     Raises DataError where there is no folder.
     """
-    if not isinstance(config, FilesConfig):
+    config = config.model_copy(update={"download": False})
+    found = scan(config) if isinstance(config, FilesConfig) else None
+    if found is None or not isinstance(config, FilesConfig):
         return _loaded(config)
-    found = scan(config)
     findings, notes = list(found.findings), [*found.notes, *_odd_names(found)]
     places = [
         Place(str(part.folder), label, path)
@@ -98,7 +99,7 @@ def _loaded(config: DataConfig) -> DataCheck:
     from sakd_cli.data import table
 
     try:
-        data = table.load(config.model_copy(update={"download": False}))
+        data = table.load(config)
     except DataError as error:
         return _document(config, 0, {}, [Finding("missing", str(config.root or ""), error.message)], [])
     count = len(data.classes)

@@ -125,7 +125,7 @@ def _fetch(name: str, root: Path, kind: Any) -> None:
     tools = _torchvision().utils
     missing = _missing(name, root, kind)
     try:
-        with _made(root), tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside, _quiet():
+        with _made(root), tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside, quiet():
             tools.download_and_extract_archive(kind.url, aside, filename=kind.filename, md5=kind.tgz_md5)
             for file in missing:
                 source = Path(aside) / kind.base_folder / file
@@ -156,7 +156,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing on standard output, which belongs to the command's own result; no waiting for ever for a server."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)

@@ -28,7 +28,7 @@ from sakd_cli.errors import DataError
 def load_imagefolder(config: ImageFolderConfig) -> Dataset:
     """Folders train and val, or one folder of classes cut in two. DataError names what is wrong with them."""
     found = raise_on_findings(scan_imagefolder(config))
-    return _dataset(config, found, own_root(config), found.classes, *IMAGENET, share=config.split)
+    return dataset_of(config, found, own_root(config), found.classes, *IMAGENET, share=config.split)
 
 
 def load_labelled(config: ImageFolderConfig, classes: tuple[str, ...]) -> Dataset:
@@ -39,7 +39,7 @@ def load_labelled(config: ImageFolderConfig, classes: tuple[str, ...]) -> Datase
     found = raise_on_findings(scan_labelled_images(config, classes))
     every = SplitContents(found.train.folder, {name: found.train.files.get(name, []) for name in classes})
     found = found._replace(train=every, test=every)
-    return _dataset(config.model_copy(update={"classes": None}), found, own_root(config), classes, *IMAGENET)
+    return dataset_of(config.model_copy(update={"classes": None}), found, own_root(config), classes, *IMAGENET)
 
 
 def load_published(config: FilesConfig, known: PublishedSet | None = None) -> Dataset:
@@ -47,10 +47,10 @@ def load_published(config: FilesConfig, known: PublishedSet | None = None) -> Da
     known = known or PUBLISHED[type(config)]
     found = raise_on_findings(scan_published(config, known))
     names = found.classes if known.names is None else known.names(published_root(config, known), found.classes)
-    return _dataset(config, found, published_root(config, known), names, known.mean, known.std)
+    return dataset_of(config, found, published_root(config, known), names, known.mean, known.std)
 
 
-def _dataset(
+def dataset_of(
     config: FilesConfig,
     found: FolderContents,
     root: Path,
@@ -59,6 +59,7 @@ def _dataset(
     std: Channels,
     share: float = 0.0,
 ) -> Dataset:
+    """The data set that these files make; share: of the images, for testing where there is no test part."""
     workers = min(8, cpu_count()) if config.workers is None else config.workers
     spec = ImageSpec(config.seen, workers, reading_of(config))
     parts = [_split(config, root, spec, *part.pairs(found.classes)) for part in found.parts]

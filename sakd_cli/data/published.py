@@ -13,6 +13,7 @@ from sakd_cli.config.datasets import (
     ImageFolderConfig,
     ImageNetConfig,
     TinyImageNetConfig,
+    TorchvisionConfig,
 )
 from sakd_cli.data.decode import Reading
 from sakd_cli.data.manifest import scan_manifest
@@ -178,8 +179,16 @@ PUBLISHED: dict[type[FilesConfig], PublishedSet] = {
 }
 
 
-def scan(config: FilesConfig) -> FolderContents:
-    """What is there of a data set of pictures, without loading it. DataError where nothing is."""
+def scan(config: FilesConfig) -> FolderContents | None:
+    """What is there of a data set of pictures, without loading it; None where it has none. DataError where nothing is.
+
+    Only for a data set of torchvision, torch is imported.
+    """
+    if isinstance(config, TorchvisionConfig):
+        found: FolderContents | None = importlib.import_module("sakd_cli.data.torchvision_sets").scan_torchvision(
+            config
+        )
+        return found
     if isinstance(config, ImageFolderConfig):
         return scan_imagefolder(config)
     return scan_published(config, PUBLISHED[type(config)])

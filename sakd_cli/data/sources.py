@@ -32,7 +32,7 @@ TOGETHER = 8  # steps whose images a GPU crops at once: an eighth of the launche
 
 def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
     """The splits, the training one first, those in files marked to be cached in memory: as configured, or by size."""
-    if not isinstance(config, FilesConfig):
+    if not isinstance(config, FilesConfig) or isinstance(splits[0].images, Tensor):
         return list(splits)
     need: float = sum(len(split) * split.images.shape[1:].numel() for split in splits)
     if dataset.scale is not None:

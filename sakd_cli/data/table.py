@@ -9,6 +9,7 @@ from sakd_cli.data import imagefolder
 from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar
 from sakd_cli.data.dataset import Dataset, first_classes
 from sakd_cli.data.shapes import load_shapes
+from sakd_cli.data.torchvision_sets import load_torchvision
 from sakd_cli.errors import no_row
 
 DATASETS: dict[str, Callable[[Any], Dataset]] = {
@@ -19,6 +20,7 @@ DATASETS: dict[str, Callable[[Any], Dataset]] = {
     "tiny-imagenet": imagefolder.load_published,
     "cinic10": imagefolder.load_published,
     "imagenet": imagefolder.load_published,
+    "torchvision/NAME": load_torchvision,
 }
 # What is known of those that are files, without the files.
 DESCRIBED: dict[str, Dataset] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -31,9 +33,9 @@ def describe(config: DataConfig) -> Dataset:
 
 def load(config: DataConfig) -> Dataset:
     """The data set that `config` names, with the classes it asks for: limit and hold-out are the caller's."""
-    if config.name not in DATASETS:
-        raise no_row("data set", config.name, "data")
-    return apply_overrides(DATASETS[config.name](config), config)
+    if config.row not in DATASETS:
+        raise no_row("data set", config.row, "data")
+    return apply_overrides(DATASETS[config.row](config), config)
 
 
 def apply_overrides(dataset: Dataset, config: DataConfig) -> Dataset:

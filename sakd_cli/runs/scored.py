@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sakd_cli.config.base import own_name
+from sakd_cli.config.base import own_name, own_row
 from sakd_cli.config.datasets import DATASETS, DataConfig, FilesConfig, ImageFolderConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
@@ -52,7 +52,7 @@ def config_of(
     given = [one.values.get("data") for one in layers]
     names = [data if isinstance(data, str) else data.get("name") for data in given if isinstance(data, str | dict)]
     name = [card.dataset, *(own_name(name, DATASETS) for name in names if isinstance(name, str))][-1] or card.dataset
-    kind = DATASETS.get(name)
+    kind = DATASETS.get(own_row(name, DATASETS) or "")
     data = {"name": name} | (card.seen.model_dump() if kind and issubclass(kind, FilesConfig) else {})
     own = ConfigSource("the network's card", dict(more or {}) | {"data": data})
     config: EvalConfig = resolve("eval", [own, *layers]).config
