@@ -203,7 +203,7 @@ def _made_ready(job: Job, reporter: Reporter) -> None:
     if job.device.type == "cpu":
         keep_freed_memory()
     if job.device.type == "cuda":
-        set_backends(job.config.runtime)
+        set_backends(job.config.runtime, compiled=job.mode.compiled)
     if job.mode.compiled:
         torchrun.require_single_process("--compile")
         check_compiler(job.device)
