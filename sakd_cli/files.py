@@ -52,6 +52,15 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def parse_yaml(text: str) -> Any:
+    """As `_parse_yaml`, by libyaml where that is installed; what is wrong is said by PyYAML, which names the line."""
+    fast = getattr(yaml, "CSafeLoader", None)
+    if fast is not None:
+        with suppress(yaml.YAMLError, ValueError):
+            return _parse_yaml(text, fast)
+    return _parse_yaml(text, yaml.SafeLoader)
+
+
+def _parse_yaml(text: str, loader: Any) -> Any:
     """YAML of plain values. Raises yaml.YAMLError, or ValueError for what is legal but not taken.
 
     Not taken are aliases: with them, a few lines can stand for more values than a computer holds.
@@ -59,14 +68,14 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MOST_YAML:
         raise ValueError(f"longer than {MOST_YAML // 1024} kB")
     depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+    for count, event in enumerate(yaml.parse(text, Loader=loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("an alias (*name) is not taken; write the value out")
         if depth > DEEPEST or count > MOST_EVENTS:
             raise ValueError("nested too deeply or too long")
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=loader)
     except ValueError:  # the number of a date or of digits
         raise ValueError("a value cannot be read") from None
 

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from filelock import FileLock, Timeout
 
-from sakd_cli import files
+from sakd_cli import files, runindex
 from sakd_cli.config.base import EFFECTIVE
+from sakd_cli.config.identity import EXTENDED, MOVED, PINNED, differences, listed
+from sakd_cli.config.resolve import flat
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import DamagedError, DiskError, RunInUseError, UsageError
 
@@ -35,6 +36,10 @@ class RunDir:
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{path}: the name of a run's folder must be UTF-8") from None
         self.path = path
         self.silent = silent
         self.fingerprint: dict[str, Any] = {}
@@ -122,15 +127,26 @@ class RunDir:
     @property
     def config(self) -> dict[str, Any]:
         """All settings of the run, as a plain tree."""
-        try:
-            settings = files.parse_yaml(files.read_bytes(self.path / "config.yaml", files.MOST_YAML).decode())
-        except (OSError, ValueError, yaml.YAMLError):
-            settings = None
-        if not isinstance(settings, dict) or not settings:
+        settings = runindex.read_config(self.path / "config.yaml")
+        if settings is None:
             missing = not (self.path / "config.yaml").exists()
             kind = UsageError if missing else DamagedError
             raise kind(f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}")
         return {key: value for key, value in settings.items() if key != EFFECTIVE}
+
+    def require_own_settings(self) -> None:
+        """Raise DamagedError where config.yaml is not what the run was trained with, as far as its checkpoint says."""
+        try:
+            trained = files.read_json(self.path / "checkpoints" / "last" / "state.json")["fingerprint"]["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        here = flat(self.config)
+        found = differences(trained, here) if isinstance(trained, dict) else []
+        changed = [one for one in found if one.key in here and one.key not in MOVED | EXTENDED | PINNED]
+        if changed:
+            raise DamagedError(
+                f"{self.path}: config.yaml is not what it was trained with: {listed(changed)}", "put it back as it was"
+            )
 
     @property
     def identity(self) -> str | None:
@@ -284,7 +300,10 @@ class ResumePlan(NamedTuple):
         """Raise UsageError where a new run would stand on something."""
         if self.folder is None and self.overwrite:
             raise UsageError("--overwrite needs --run-dir DIR, the run to replace")
-        if self.folder is None or not self.folder.exists():
+        if self.folder is None:
+            return
+        RunDir(self.folder)
+        if not self.folder.exists():
             return
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {str(self.folder)}
         if not there - BEGINNING:  # empty, or a run that was killed before it began
@@ -311,8 +330,19 @@ class ResumePlan(NamedTuple):
 
 def all_runs(runs_dir: Path) -> list[RunDir]:
     """Every run in the folder, newest first."""
-    found = [RunDir(path.parent) for path in runs_dir.glob("*/config.yaml")]
-    return sorted(found, key=lambda run: ((run.path / "config.yaml").stat().st_mtime_ns, run.path.name), reverse=True)
+    return [RunDir(path.parent) for path in runindex.config_files(runs_dir)]
+
+
+def runs_like(runs_dir: Path, wanted: dict[str, Any]) -> Iterator[RunDir]:
+    """The runs whose config agrees with `wanted` (dotted keys), newest first; damaged ones are left out."""
+    for path, settings in runindex.all_settings(runs_dir).items():
+        if settings is None or any(look_up(settings, key) != value for key, value in wanted.items()):
+            continue
+        run = RunDir(path.parent)
+        with suppress(UsageError):  # the index may be of another time
+            config = run.config
+            if all(look_up(config, key) == value for key, value in wanted.items()):
+                yield run
 
 
 def newest_run(
@@ -322,15 +352,13 @@ def newest_run(
 
     finished: it came to its end; delivered: it has saved a network.
     """
-    for run in all_runs(runs_dir):
+    runs = runs_like(runs_dir, wanted) if wanted else iter(all_runs(runs_dir))
+    for run in runs:
         if (finished and not run.finished) or (delivered and run.deliverable is None):
             continue
-        try:
-            config = run.config
-        except UsageError:
-            continue
-        if all(look_up(config, key) == value for key, value in wanted.items()):
-            return run
+        with suppress(UsageError):
+            if run.config:
+                return run
     return None
 
 

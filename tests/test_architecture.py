@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sakd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From low to high. The package itself holds the version only; `__main__` is the command line.
-FLOORS = ["", "errors", "torchrun", "batch", "documents", "files", "distributed", "config", "rundir"]
+FLOORS = ["", "errors", "torchrun", "batch", "documents", "files", "distributed", "config", "runindex", "rundir"]
 FLOORS += ["data", "engine", "models", "report", "routing", "distillers", "evaluation", "tasks", "runs"]
 FLOORS += ["api", "bench", "export", "sweep", "cli", "__main__"]
 FORBIDDEN = {
@@ -36,9 +36,9 @@ FORBIDDEN = {
     "routing": {"distillers"},
     "data": {"models", "distillers", "routing"},
     "engine": {"models", "distillers", "routing", "data"},
-    "report": set(FLOORS) - {"", "errors", "documents", "files", "config", "rundir", "report"},
+    "report": set(FLOORS) - {"", "errors", "documents", "files", "config", "runindex", "rundir", "report"},
 }
-LIGHT = ("errors", "torchrun", "documents", "files", "config", "rundir", "report", "api", "cli")
+LIGHT = ("errors", "torchrun", "documents", "files", "config", "runindex", "rundir", "report", "api", "cli")
 HEAVY = ("torch", "torchvision", "safetensors", "numpy")
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60
 NOTHING = {"return", "return []", "return {}", "return iter(())"}  # the body of a hook

@@ -1,5 +1,6 @@
 """A run goes on with what it began with, or says what is another now: settings, length, teacher."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,13 +15,13 @@ import yaml
 from conftest import CliRunner
 from safetensors.torch import load_file
 
-from sakd_cli import files
+from sakd_cli import files, runindex
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.errors import RunInUseError, SeriesError
 from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
-from sakd_cli.rundir import RunDir
+from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.sweep.executor import Ended, Executor, Job
 from sakd_cli.sweep.scheduler import Scheduler, State
 
@@ -317,3 +318,43 @@ def test_what_no_document_holds_is_no_json(text: str) -> None:
     with pytest.raises(ValueError, match=r"number|nested|digits|JSON|Expecting"):
         files.parse_json(text)
     assert files.parse_json(json.dumps({"sha256": "1234567890" * 6 + "e999"})), "a text may look like one"
+
+
+def test_many_runs_are_found_by_an_index_that_is_never_trusted_blindly(tmp_path: Path) -> None:
+    for seed in range(runindex.MANY):
+        (tmp_path / f"r{seed:03d}").mkdir()
+        (tmp_path / f"r{seed:03d}" / "config.yaml").write_text(f"task: distill\nseed: {seed}\n")
+    index = tmp_path / runindex.NAME
+
+    def found(seed: int) -> str | None:
+        run = newest_run(tmp_path, {"task": "distill", "seed": seed}, finished=False)
+        return None if run is None else run.path.name
+
+    assert found(7) == "r007"
+    assert index.is_file()
+    whole = index.read_bytes()
+    with mock.patch.object(runindex, "read_config", wraps=runindex.read_config) as read:
+        assert found(7) == "r007"
+        assert {call.args[0].parent.name for call in read.call_args_list} == {"r007"}, "its own file, and no other"
+    for damage in (b"", whole[:-9], whole.replace(b'"seed": 7', b'"seed": 8'), b"[" * 10**5, b"\x00" * 99):
+        index.write_bytes(damage)
+        assert (found(7), found(8)) == ("r007", "r008")
+    (tmp_path / "r007" / "config.yaml").write_text("task: distill\nseed: 99\n")
+    assert (found(7), found(99)) == (None, "r007")
+    forged = json.loads(index.read_bytes().partition(b"\n")[2])
+    forged["r003"][1]["seed"] = 1234
+    body = json.dumps(forged).encode()
+    index.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    assert found(1234) is None, "what it says of a run is read again there"
+    index.unlink()
+    assert found(3) == "r003"
+
+
+@pytest.mark.parametrize("reader", [["compare"], ["inspect-spots"], ["report"]])
+def test_no_reader_shows_settings_that_a_finished_run_was_not_trained_with(runs: CliRunner, reader: list[str]) -> None:
+    run = runs.path / "relabelled"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(runs.path / "short", run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("weight_decay: 0.0005", "weight_decay: 0.5", 1))
+    runs.assert_rejects([*reader, "relabelled"], 4, "weight_decay was 0.0005 and is 0.5")

@@ -8,8 +8,9 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -61,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+NO_ROOM = ("annot allocate memory", "failed to map segment", "bad_alloc")  # to load a library
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode="markdown")
 config_app = group(help="Show the settings of a run and where they come from.")
@@ -173,7 +175,7 @@ def run(arguments: list[str]) -> int:
         if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
             complain("a process that reads images was killed, probably for lack of memory", "--set data.workers=1")
             return MemoryLimitError.exit_code
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or (isinstance(error, ImportError) and any(sign in str(error) for sign in NO_ROOM)):
             complain("out of memory", "a smaller --batch-size or less data (--set data.limit=...)")
             return MemoryLimitError.exit_code
         if (refused := not_deterministic(error)) is not None:
@@ -231,10 +233,58 @@ def _terminate(signum: int, frame: object) -> None:
     raise Terminated
 
 
+class Forgiving:
+    """A stream for messages: what cannot be written (a full disk, a terminal that is gone) ends no work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _somewhere() -> bool:
+    """Whether the current folder is still there; libraries that torch loads abort where it is not."""
+    try:
+        os.getcwd()
+    except OSError:
+        complain("the current folder is no longer there", "cd into one that is")
+        return False
+    return True
+
+
+def _three_streams() -> None:
+    """Open what was closed: the next file would take its number, and all that is printed would go there."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, handle in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(handle, "w", closefd=False))
+
+
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    _three_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(sys.argv[1:]))
+    sys.stderr = cast("TextIO", Forgiving(sys.stderr))
+    code = run(sys.argv[1:]) if _somewhere() else UsageError.exit_code
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # it is told already; at its end Python would say it again, with another code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)

@@ -21,7 +21,7 @@ from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepRun
 from sakd_cli.errors import UsageError
-from sakd_cli.files import write_aside
+from sakd_cli.files import parse_yaml, write_aside
 from sakd_cli.report.render.format import duration, fixed, named, number, plain
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.rundir import RunDir
@@ -142,7 +142,10 @@ def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise UsageError(f"--resource {text!r} is not of the form key=value", "for example --resource num_gpus=0.5")
-    return key, yaml.safe_load(value)
+    try:
+        return key, parse_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        raise UsageError(f"--resource {key}: {value[:40]!r} is no YAML value") from None
 
 
 def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> SweepDocument:

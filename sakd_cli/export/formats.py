@@ -148,6 +148,9 @@ def _open_weights(card: NetworkCard, folder: Path) -> Function:
 
 
 def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
+    known = importlib.import_module("onnx").defs.onnx_opset_version()
+    if opset is not None and opset > known:
+        raise UsageError(f"--opset {opset}: the installed onnx knows opsets up to {known}")
     try:
         shapes = ({0: torch.export.Dim("batch")},)
         program: Any = torch.onnx.export(

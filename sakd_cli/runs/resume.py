@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sakd_cli import runindex
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, listed
 from sakd_cli.config.options import OPTIONS
@@ -12,11 +13,13 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, 
 from sakd_cli.config.training import RunConfig, Train
 from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded, sha256
-from sakd_cli.rundir import ResumePlan, RunDir, all_runs, look_up
+from sakd_cli.rundir import ResumePlan, RunDir, all_runs, look_up, runs_like
 
 AUTO = "auto"
 # Options of a series: its settings must be said.
 SERIES = ("routers", "with_control", "seeds")
+# Settings that stand in every config as they are.
+NAMES = ("task", "seed", "student", "model", "method.name", "router.name", "data.name", "train.epochs")
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir", "log"}
 # What a sweep's config leaves open, or what may lie elsewhere.
@@ -147,11 +150,17 @@ def _check_folder(data: DataConfig) -> None:
 
 def find_matching_run(config: RunConfig) -> ResumePlan:
     """Go on with the newest run of exactly these settings, or make a new one."""
-    for run in all_runs(config.runs_dir):
+    for run in runs_like(config.runs_dir, _plain_names(config)):
         with suppress(UsageError):
             if not _differences(_settings_of(run, config.task), config):
                 return ResumePlan(resume=run, lenient=True)
     return ResumePlan()
+
+
+def _plain_names(config: RunConfig) -> dict[str, Any]:
+    """Settings by which most runs are told from this one without reading them as a config."""
+    known = flat(config.model_dump(mode="json"))
+    return {key: known[key] for key in NAMES if key in known}
 
 
 def resume_config(config: RunConfig) -> tuple[Any, ResumePlan]:
@@ -216,18 +225,30 @@ class RunIndex:
 
     def __init__(self, runs_dir: Path, *, fresh: bool = False) -> None:
         self.runs_dir = runs_dir
-        self._seen: dict[Path, str | None] = {run.path: None for run in all_runs(runs_dir)} if fresh else {}
+        self._old = {run.path for run in all_runs(runs_dir)} if fresh else set[Path]()
+        self._seen = dict[Path, dict[str, Any]]()
+        self._identities = dict[Path, str | None]()
 
     def refresh(self) -> None:
         """Read what was not there at the last call."""
-        for path in {run.path for run in all_runs(self.runs_dir)} - self._seen.keys():
-            self._seen[path] = _identity_at(RunDir(path))
+        there = [run.path for run in all_runs(self.runs_dir)]
+        if set(there) - self._seen.keys() - self._old:
+            found = runindex.all_settings(self.runs_dir)
+            self._seen = {path.parent: known or {} for path, known in found.items() if path.parent not in self._old}
 
     def of(self, config: RunConfig) -> RunDir | None:
         """The run of these settings."""
-        wanted = config_identity(config)
-        same = [RunDir(path) for path, known in self._seen.items() if known == wanted and path.is_dir()]
+        wanted, names = config_identity(config), _plain_names(config)
+        near = [path for path, known in self._seen.items() if _agrees(known, names) and path.is_dir()]
+        for path in near:
+            if path not in self._identities:
+                self._identities[path] = _identity_at(RunDir(path))
+        same = [RunDir(path) for path in near if self._identities[path] == wanted]
         return max(same, key=lambda run: (run.finished, run.path.name), default=None)
+
+
+def _agrees(settings: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
+    return all(look_up(settings, key) == value for key, value in names.items())
 
 
 def _identity_at(run: RunDir) -> str | None:

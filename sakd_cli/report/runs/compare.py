@@ -35,6 +35,7 @@ class _Settings(dict[str, Any]):
 
     @classmethod
     def of(cls, run: RunDir) -> "_Settings":
+        run.require_own_settings()
         settings = cls(flat(run.config))
         if settings["teacher.sha256"] is None:  # a run that has not yet found its teacher
             settings["teacher.sha256"] = settings["teacher.source"]

@@ -22,7 +22,7 @@ from sakd_cli.report.render.format import plain
 from sakd_cli.report.spots.survey import Survey, by_peak, deviations, measure
 from sakd_cli.rundir import RunDir, look_up
 
-RECORD = "spots.jsonl"
+RECORD, CARD = "spots.jsonl", "student/config.json"
 MIXTURES, MIXTURES_PLOT = "dfa.json", "dfa.png"
 
 
@@ -34,6 +34,7 @@ def spots_document(
     sample, seed, extremes: as for `measure`. Raises UsageError if the run has recorded nothing.
     """
     config = run.config
+    run.require_own_settings()
     if (task := config.get("task")) != "distill":
         raise UsageError(
             f"{plain(run.path)}: has no record of spots: it is a {plain(task)!r} run",
@@ -93,6 +94,8 @@ def epoch_records(run: RunDir) -> list[EpochRecord]:
     for epoch in epochs:
         if [(spot.name, spot.kind) for spot in epoch.spots] != [(spot.name, spot.kind) for spot in epochs[0].spots]:
             raise DamagedError(f"{where}: epoch {epoch.epoch} has other spots than epoch {epochs[0].epoch}")
+    if len({len(spot.by_class) for epoch in epochs for spot in epoch.spots if spot.by_class}) > 1:
+        raise DamagedError(f"{where}: not every epoch and spot has the same number of classes")
     return epochs
 
 
@@ -129,11 +132,12 @@ def _total(epochs: list[EpochRecord], index: int) -> SpotTotal:
 
 def _class_names(run: RunDir) -> list[str]:
     """Names of the classes; none for a run that has not saved its student yet."""
-    try:
-        names = run.read_json("student/config.json").get("classes")
-    except UsageError:
+    if not (run.path / CARD).exists():
         return []
-    return [plain(name) for name in names] if isinstance(names, list) else []
+    names = run.read_json(CARD).get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DamagedError(f"{plain(run.path / CARD)}: names no classes")
+    return [plain(name) for name in names]
 
 
 def _by_class(epochs: list[EpochRecord], overall: list[Number], names: list[str]) -> list[ClassFractions]:

@@ -1,0 +1,81 @@
+"""The settings of all runs of a folder, quickly: read once, kept in an index that may be deleted at any time.
+
+`.index.json` of a folder of runs: a line with the SHA-256 of the rest, then the settings of every run beside what its
+`config.yaml` looked like (time, size, inode). An entry counts only as long as that is so, and whoever uses a run reads
+its own file again. A small folder has none.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sakd_cli import files
+from sakd_cli.errors import DiskError
+
+NAME = ".index.json"
+MANY = 50  # runs that were read anew, from which on the index is written
+MOST = 2**28  # bytes: 100,000 runs
+Settings = dict[str, Any]
+
+
+def config_files(runs_dir: Path) -> dict[Path, os.stat_result]:
+    """`config.yaml` of every run in the folder, the newest first."""
+    found: dict[Path, os.stat_result] = {}
+    try:
+        names = [entry.name for entry in os.scandir(runs_dir)]
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    for name in names:
+        path = runs_dir / name / "config.yaml"
+        try:
+            found[path] = path.stat()
+        except OSError:
+            continue
+    return dict(sorted(found.items(), key=lambda one: (one[1].st_mtime_ns, one[0].parent.name), reverse=True))
+
+
+def read_config(path: Path) -> Settings | None:
+    """A config file as a plain tree; None where it is none."""
+    try:
+        settings = files.parse_yaml(files.read_bytes(path, files.MOST_YAML).decode())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) and settings else None
+
+
+def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:
+    """The settings of every run in the folder by its `config.yaml`, the newest first; None where it is damaged."""
+    known, found, anew = _read(runs_dir / NAME), dict[Path, Settings | None](), 0
+    entries: dict[str, Any] = {}
+    for path, about in config_files(runs_dir).items():
+        looks = [about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino]
+        before = known.get(path.parent.name)
+        if isinstance(before, list) and len(before) == 2 and before[0] == looks:
+            found[path] = before[1] if isinstance(before[1], dict) else None
+        else:
+            found[path], anew = read_config(path), anew + 1
+        entries[path.parent.name] = [looks, found[path]]
+    if anew >= MANY or (known and (anew or len(known) > len(entries))):
+        _write(runs_dir / NAME, entries)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        digest, _, body = files.read_bytes(path, MOST).partition(b"\n")
+        entries = files.parse_json(body) if digest.decode() == hashlib.sha256(body).hexdigest() else {}
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _write(path: Path, entries: dict[str, Any]) -> None:
+    try:
+        body = json.dumps(entries).encode()
+        files.write_aside(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    except (DiskError, TypeError, ValueError):  # dates, or a folder that is not ours to write: it is read again then
+        return
