@@ -26,6 +26,7 @@ class Batch:
     precomputed   a frozen network's output for the images, where it was computed ahead (`engine/look_ahead.py`)
     global_size   samples of the global batch, of which each process has a shard; None: these are all
     shard_weight  factor of the mean over these samples, 1 on the average over the processes (`distributed.py`)
+    teacher_images  [B, 3, H', W']  the same crops at the size that the teacher sees; None: `images`
     """
 
     images: Tensor
@@ -36,6 +37,12 @@ class Batch:
     precomputed: Precomputed | None = None
     global_size: int | None = None
     shard_weight: float = 1.0
+    teacher_images: Tensor | None = None
+
+    @property
+    def for_teacher(self) -> Tensor:
+        """What the teacher sees."""
+        return self.images if self.teacher_images is None else self.teacher_images
 
     @property
     def size(self) -> int:

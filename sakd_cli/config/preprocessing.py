@@ -4,19 +4,12 @@ import importlib
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from sakd_cli.config.base import Config
 from sakd_cli.errors import UsageError, first_line
 
-Byte = Annotated[int, Field(ge=0, le=255)]
-Pixels = Annotated[int, Field(ge=8, le=4096)]
-Size = Pixels | tuple[Pixels, Pixels]
 ImageSize = int | tuple[int, int]  # side of a square image, or height and width, in pixels
-ResizeMode = Literal["shorter", "squash", "none"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-SOURCE = "data.preprocessing"  # the setting that takes all from a library's network
-MEANT = f"{SOURCE} is timm/NAME, torchvision/NAME or torchvision/WEIGHTS.VERSION"
 
 
 def height_width(size: ImageSize) -> tuple[int, int]:
@@ -27,6 +20,15 @@ def height_width(size: ImageSize) -> tuple[int, int]:
 def side_of(height: int, width: int) -> ImageSize:
     """The shortest way to say a size: the side of a square, or height and width."""
     return height if height == width else (height, width)
+
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Pixels = Annotated[int, Field(ge=8, le=4096)]
+Size = Annotated[Pixels | tuple[Pixels, Pixels], AfterValidator(lambda size: side_of(*height_width(size)))]
+ResizeMode = Literal["shorter", "squash", "none"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+SOURCE = "data.preprocessing"  # the setting that takes all from a library's network
+MEANT = f"{SOURCE} is timm/NAME, torchvision/NAME or torchvision/WEIGHTS.VERSION"
 
 
 def shown(size: ImageSize) -> str:
@@ -41,7 +43,9 @@ class Preprocessing(Config):
     The fields are the settings `data.*` of the same names, with their effective values.
     """
 
-    size: PositiveInt | tuple[PositiveInt, PositiveInt]
+    size: Annotated[
+        PositiveInt | tuple[PositiveInt, PositiveInt], AfterValidator(lambda size: side_of(*height_width(size)))
+    ]
     resize: PositiveInt
     resize_mode: ResizeMode = "shorter"
     interpolation: Interpolation = "bilinear"
@@ -66,12 +70,25 @@ class Preprocessing(Config):
             return high, max(wide, width * high // height)
         return max(high, height * wide // width), wide
 
-    def differences(self, other: "Preprocessing") -> list[str]:
+    def at(self, other: "Preprocessing") -> "Preprocessing | None":
+        """The same part of a picture at the size of another network, resampled as that one does; None: the same."""
+        alike = {"size", "interpolation", "antialias"}
+        theirs = other.model_dump(include=alike)
+        if theirs == self.model_dump(include=alike):
+            return None
+        ratio = min(height_width(other.size)) / min(height_width(self.size))
+        return self.model_copy(update=theirs | {"resize": max(1, round(self.resize * ratio))})
+
+    def alike(self, other: "Preprocessing") -> bool:
+        """Whether images of both have the same proportions, to within two per cent."""
+        (height, width), (high, wide) = height_width(self.size), height_width(other.size)
+        return abs(height * wide - width * high) <= 0.02 * height * wide
+
+    def differences(self, other: "Preprocessing", whose: str = "its card") -> list[str]:
         """`resize 64; its card says 73`, for each setting that `other`, that of the card, has otherwise."""
         mine, theirs = (one.model_dump(mode="json") for one in (self, other))
-        return [
-            f"{key} {_text(mine[key])}; its card says {_text(theirs[key])}" for key in mine if mine[key] != theirs[key]
-        ]
+        others = [key for key in mine if mine[key] != theirs[key]]
+        return [f"{key} {_text(mine[key])}; {whose} says {_text(theirs[key])}" for key in others]
 
 
 def _text(value: Any) -> str:

@@ -39,6 +39,13 @@ def crop_and_flip(padded: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
     return padded.view(-1).index_select(0, address.view(-1)).view(address.shape)
 
 
+def corners_at(corner: Tensor, padding: int, size: tuple[int, int], other: tuple[int, int]) -> tuple[Tensor, int]:
+    """Upper left corners [2, B] of crops from a border, and that border, as they lie in images of another size."""
+    ratio = torch.tensor([[theirs / ours] for ours, theirs in zip(size, other, strict=True)], device=corner.device)
+    border = math.ceil(padding * float(ratio.max()))
+    return ((corner - padding) * ratio).round().long() + border, border
+
+
 def channel_tensor(values: tuple[float, float, float], device: torch.device) -> Tensor:
     """One number per channel as [3, 1, 1] on the device, for `normalise`; of torch's default type, as weights are."""
     return torch.tensor(values, device=device).view(3, 1, 1)

@@ -32,16 +32,25 @@ HINT = "sakd data check names all such files; --set data.on_bad_image=skip leave
 
 
 class ImageSpec(NamedTuple):
-    """How a file becomes what a network sees: RGB by `reading`, then as `seen` says; `workers`: processes that read."""
+    """How a file becomes what a network sees: RGB by `reading`, then as `seen` says; `workers`: processes that read.
+
+    also  as what a teacher sees the same crop in training; None: as the student does
+    """
 
     seen: Preprocessing
     workers: int
     reading: Reading = Reading()
+    also: Preprocessing | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         return height_width(self.seen.size)
+
+    @property
+    def shown(self) -> tuple[Preprocessing, ...]:
+        """All that is made of one crop."""
+        return (self.seen,) if self.also is None else (self.seen, self.also)
 
 
 class Files:
@@ -83,6 +92,11 @@ class Files:
         paths, keys = (sum(parts, ()) for parts in ([one.paths for one in files], [one.keys for one in files]))
         return cls(paths, files[0].spec, cached=all(one.cached for one in files), root=files[0].root, keys=keys)
 
+    def as_seen(self, seen: Preprocessing) -> "Files":
+        """The same pictures, shown otherwise."""
+        spec = self.spec._replace(seen=seen, also=None)
+        return Files(self.paths, spec, cached=self.cached, root=self.root, keys=self.keys)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Path of every picture from the data set's folder, with `/` on every system."""
@@ -121,7 +135,9 @@ class Files:
 
 def copy_pixels(spec: ImageSpec, least: float) -> float:
     """Most pixels of a cached copy from which the share `least` of its area is cut."""
-    return COPY**2 * math.prod(spec.size) / (least * RATIO[0]) if spec.seen.antialias else math.inf
+    if not all(seen.antialias for seen in spec.shown):
+        return math.inf
+    return COPY**2 * max(math.prod(height_width(seen.size)) for seen in spec.shown) / (least * RATIO[0])
 
 
 def _copy(picture: Picture, most: float) -> tuple[Tensor, tuple[int, int]]:
@@ -214,7 +230,7 @@ def raise_if_unreadable(found: Result | Unreadable) -> Result:
 
 PREFETCH = 2  # batches that each process makes before they are needed
 GRACE_SECONDS = 10
-Answer = Callable[[Any], Tensor | Unreadable | SakdError]
+Answer = Callable[[Any], Tensor | tuple[Tensor, Tensor] | Unreadable | SakdError]
 
 
 class _Requests:
@@ -233,7 +249,7 @@ class _RequestDataset(Dataset[Any]):
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
 
-    def __getitem__(self, request: Any) -> Tensor | Unreadable | SakdError:
+    def __getitem__(self, request: Any) -> Tensor | tuple[Tensor, Tensor] | Unreadable | SakdError:
         try:
             return self._answer(request)
         except SakdError as error:  # torch would make another of it
@@ -263,7 +279,7 @@ class Pool:
         self._loader: DataLoader[Any] | None = None
         _POOLS.add(self)
 
-    def __call__(self, requests: Iterable[Any]) -> Iterator[Tensor]:
+    def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
         """The answers in their order. DataError on an unreadable file, MemoryLimitError where a process was killed."""
         self._requests.now = requests
         loader = self._make_loader() if self._loader is None else self._loader

@@ -7,7 +7,7 @@ however the epoch is cut into batches, and an epoch that is resumed in its middl
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from sakd_cli.config.effective import steps_per_epoch
 from sakd_cli.data.augment import NUMBERS, channel_tensor, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
 from sakd_cli.data.files import Files, Pool
-from sakd_cli.data.sources import BatchReader, BatchRequest, Views, crop_copies, in_memory
+from sakd_cli.data.sources import BatchReader, BatchRequest, TeacherViews, Views, crop_copies, in_memory
 
 MAX_BYTES = 2**27  # of an evaluation batch, as float32: 10,922 images of 32 pixels, 222 of 224
+Shown = tuple[Tensor, Tensor | None, Tensor | None]  # images, number of their view, the same for a teacher
 BLOCK = 64  # places of an epoch whose crop boxes are drawn together, whatever the batches are
 
 
@@ -81,6 +82,8 @@ class TrainLoader:
     ) -> None:
         cropped = dataset.scale is None and in_memory(split)
         self.views = Views(split, dataset, device) if cropped else None
+        also = split.images.spec.also if isinstance(split.images, Files) else None
+        self._teacher_views = TeacherViews(split, dataset, also, device) if cropped and also is not None else None
         self._images, self._dataset, self._device = split.images, dataset, device
         self._labels = split.labels.to(device)
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
@@ -105,14 +108,19 @@ class TrainLoader:
         steps = list(step_slices(len(self._labels), self._batch_size, start))
         rows = [step.rows for step in steps]
         if self.views is not None:
-            images = _crop_views(self.views, drawn, rows)
+            images = _crop_views(self.views, self._teacher_views, drawn, rows)
         else:
             assert isinstance(self._images, Files)
             source = self._crop_cached if self._images.cached else self._read
-            images = ((self._normalise(pixels), None) for pixels in source(self._images, drawn, rows, epoch))
-        for step, (x, view) in zip(steps, images, strict=True):
+            images = map(self._normalised, source(self._images, drawn, rows, epoch))
+        for step, (x, view, y) in zip(steps, images, strict=True):
             index, noise = (numbers[step.rows].to(self._device) for numbers in (drawn.order, drawn.noise))
-            yield Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight)
+            yield Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight, y)
+
+    def _normalised(self, pixels: Tensor | tuple[Tensor, Tensor]) -> Shown:
+        if isinstance(pixels, Tensor):
+            return self._normalise(pixels), None, None
+        return self._normalise(pixels[0]), None, self._normalise(pixels[1])
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         return normalise(pixels.to(self._device, non_blocking=True), self._mean, self._std)
@@ -130,7 +138,7 @@ class TrainLoader:
         start = rows.start - first * BLOCK
         return torch.cat(blocks)[start : start + count]
 
-    def _read(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Tensor]:
+    def _read(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Any]:
         if self._pool is None:
             reader = BatchReader(files.spec, self._dataset.scale, self._dataset.padding)
             self._pool = Pool(reader, workers=files.spec.workers, persistent=True, device=self._device)
@@ -143,7 +151,7 @@ class TrainLoader:
             for rows in steps
         )
 
-    def _crop_cached(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Tensor]:
+    def _crop_cached(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Any]:
         assert self._dataset.scale is not None
         if self._full_images is None:
             copies, sizes = files.full_images(self._dataset.scale[0])
@@ -153,19 +161,22 @@ class TrainLoader:
             index = drawn.order[rows]
             box = random_boxes(self._where(drawn, rows, epoch), sizes[index], self._dataset.scale)
             shown = [copies[place] for place in index.tolist()]
-            yield crop_copies(shown, box, sizes[index], drawn.flip[rows], files.spec.seen)
+            made = [crop_copies(shown, box, sizes[index], drawn.flip[rows], seen) for seen in files.spec.shown]
+            yield tuple(made) if len(made) > 1 else made[0]
 
 
-def _crop_views(views: Views, drawn: Draws, steps: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _crop_views(views: Views, teachers: TeacherViews | None, drawn: Draws, steps: list[slice]) -> Iterator[Shown]:
     """Image by image the same, however many are cropped at once."""
     for first in range(0, len(steps), views.together):
         group = steps[first : first + views.together]
         rows = slice(group[0].start, group[-1].stop)
-        view = views.view(drawn.corner[:, rows], drawn.flip[rows])
-        images = views.images(drawn.order[rows], view)
+        index, corner, flip = drawn.order[rows], drawn.corner[:, rows], drawn.flip[rows]
+        view = views.view(corner, flip)
+        images = views.images(index, view)
+        theirs = None if teachers is None else teachers.images(index, corner, flip)
         for step in group:
             own = slice(step.start - rows.start, step.stop - rows.start)
-            yield images[own], view[own]
+            yield images[own], view[own], None if theirs is None else theirs[own]
 
 
 class EvalLoader:
@@ -198,6 +209,29 @@ class EvalLoader:
             BatchReader(images.spec, None, 0), workers=images.spec.workers, persistent=False, device=self._device
         )
         return pool(BatchRequest(list(images.paths[part])) for part in rows)
+
+
+class EvalPairs:
+    """A split as two networks see it, ((images, the other's images), labels); otherwise like `EvalLoader`."""
+
+    def __init__(
+        self, split: Split, other: Split, dataset: Dataset, *, device: torch.device, batch_size: int = 1000
+    ) -> None:
+        self._one = EvalLoader(split, dataset, device=device, batch_size=batch_size)
+        self._two = None if other is split else EvalLoader(other, dataset, device=device, batch_size=batch_size)
+        if self._two is not None:
+            self._one.batch_size = self._two.batch_size = min(self._one.batch_size, self._two.batch_size)
+        self.batch_size = self._one.batch_size
+
+    def __len__(self) -> int:
+        return len(self._one)
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        if self._two is None:
+            yield from (((images, images), labels) for images, labels in self._one)
+            return
+        for (images, labels), (others, _) in zip(self._one, self._two, strict=True):
+            yield (images, others), labels
 
 
 def split_in_halves(dataset: Dataset, train: Split, share: float, seed: int) -> tuple[Split, Split]:

@@ -1,6 +1,7 @@
 """Where a split's images are, in memory or in files, and how they are read. Nothing else asks."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,8 +12,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.preprocessing import Preprocessing, shown
-from sakd_cli.data.augment import Scale, boxes_in_copies, channel_tensor, crop_and_flip, normalise, pad, random_boxes
+from sakd_cli.config.preprocessing import Preprocessing, height_width, shown
+from sakd_cli.data.augment import (
+    Scale,
+    boxes_in_copies,
+    channel_tensor,
+    corners_at,
+    crop_and_flip,
+    normalise,
+    pad,
+    random_boxes,
+)
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Picture, Unreadable, pixel_count, read
 from sakd_cli.data.files import (
@@ -34,13 +44,32 @@ def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) 
     """The splits, the training one first, those in files marked to be cached in memory: as configured, or by size."""
     if not isinstance(config, FilesConfig) or isinstance(splits[0].images, Tensor):
         return list(splits)
+    shown = [seen for split in splits[:1] if isinstance(split.images, Files) for seen in split.images.spec.shown[1:]]
     need: float = sum(len(split) * split.images.shape[1:].numel() for split in splits)
+    need += sum(3 * len(splits[0]) * math.prod(height_width(seen.size)) for seen in shown)
     if dataset.scale is not None:
         need += _copies_need(splits[0], dataset.scale[0])
     cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     files = [split.images for split in splits if isinstance(split.images, Files)]
     images = [Files(one.paths, one.spec, cached=cached, root=one.root, keys=one.keys) for one in files]
     return [replace(split, images=one) for split, one in zip(splits, images, strict=True)]
+
+
+def shown_to_both(split: Split, also: Preprocessing | None) -> Split:
+    """The split, whose crops a teacher sees as `also`; None: as the student does."""
+    files = split.images
+    if also is None or not isinstance(files, Files):
+        return split
+    spec = files.spec._replace(also=also)
+    return replace(split, images=Files(files.paths, spec, cached=files.cached, root=files.root, keys=files.keys))
+
+
+def as_seen(split: Split, seen: Preprocessing | None) -> Split:
+    """The split as another network sees it in evaluation; None: as it is."""
+    files = split.images
+    if seen is None or not isinstance(files, Files) or seen == files.spec.seen:
+        return split
+    return replace(split, images=files.as_seen(seen))
 
 
 def _copies_need(split: Split, least: float) -> float:
@@ -121,6 +150,23 @@ def views(split: Split, dataset: Dataset, device: torch.device) -> Views:
     return Views(split, dataset, device)
 
 
+class TeacherViews:
+    """What a teacher sees of the same views, in its own size."""
+
+    def __init__(self, split: Split, dataset: Dataset, also: Preprocessing, device: torch.device) -> None:
+        files = split.images
+        assert isinstance(files, Files)
+        self._size, self._other, self._padding = files.spec.size, height_width(also.size), dataset.padding
+        _, self._border = corners_at(torch.zeros(2, 1), dataset.padding, self._size, self._other)
+        self._padded = pad(files.as_seen(also).read().to(device), self._border)
+        self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
+
+    def images(self, index: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
+        """Views with upper left corners [2, B] of the student's, mirrored where `flip` [B], normalised."""
+        (dy, dx), border = corners_at(corner, self._padding, self._size, self._other)
+        return normalise(crop_and_flip(self._padded, index, dy, dx, flip, padding=border), self._mean, self._std)
+
+
 def in_memory(split: Split) -> bool:
     """Whether the images are tensors, or files that are decoded once and cached."""
     return isinstance(split.images, Tensor) or split.images.cached
@@ -155,7 +201,7 @@ class BatchRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads a requested batch, in any process: uint8 [B, 3, H, W].
+    """Reads a requested batch, in any process: uint8 [B, 3, H, W], and the same crops as a teacher sees them, if any.
 
     scale  of random resized crops; None: the evaluation image, cropped from a border of `padding` pixels
     """
@@ -164,31 +210,40 @@ class BatchReader:
     scale: Scale | None
     padding: int
 
-    def __call__(self, request: BatchRequest) -> Tensor | Unreadable:
-        images: list[Tensor] = []
+    def __call__(self, request: BatchRequest) -> Tensor | tuple[Tensor, Tensor] | Unreadable:
+        rows: list[list[Tensor]] = []
         for row, path in enumerate(request.paths):
-            image = load_eval_image(path, self.spec) if request.where is None else self._crop(path, request.where[row])
-            if isinstance(image, Unreadable):
-                return image
-            images.append(image.flip(2) if request.flip is not None and request.flip[row] else image)
-        return torch.stack(images)
+            images = self._read(path, None if request.where is None else request.where[row])
+            if isinstance(images, Unreadable):
+                return images
+            rows.append([x.flip(2) for x in images] if request.flip is not None and request.flip[row] else images)
+        stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+        return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
 
-    def _crop(self, path: str, where: NDArray[Any]) -> Tensor | Unreadable:
+    def _read(self, path: str, where: NDArray[Any] | None) -> list[Tensor] | Unreadable:
+        if where is None:
+            image = load_eval_image(path, self.spec)
+            return image if isinstance(image, Unreadable) else [image]
         if self.scale is None:
             return read(path, self.spec.reading, lambda picture: self._from_border(picture.rgb(), where))
         return read(path, self.spec.reading, lambda picture: self._random_box(picture, where))
 
-    def _from_border(self, picture: Image, where: NDArray[Any]) -> Tensor:
-        top, left = map(int, where)
-        padded = pad(resize_and_center_crop(picture, self.spec.seen), self.padding)
-        height, width = self.spec.size
-        return padded[:, top : top + height, left : left + width]
+    def _from_border(self, picture: Image, where: NDArray[Any]) -> list[Tensor]:
+        found = []
+        for seen in self.spec.shown:
+            height, width = size = height_width(seen.size)
+            corner, border = corners_at(torch.from_numpy(where)[:, None], self.padding, self.spec.size, size)
+            top, left = corner[:, 0].tolist()
+            padded = pad(resize_and_center_crop(picture, seen), border)
+            found.append(padded[:, top : top + height, left : left + width])
+        return found
 
-    def _random_box(self, picture: Picture, where: NDArray[Any]) -> Tensor:
+    def _random_box(self, picture: Picture, where: NDArray[Any]) -> list[Tensor]:
         assert self.scale is not None
         size = torch.tensor([picture.size[::-1]])
         box = random_boxes(torch.from_numpy(where)[None], size, self.scale)
-        rgb = picture.rgb(float((box[0, 2:] / torch.tensor(self.spec.size)).min()) / GAP)
+        sides = torch.tensor([height_width(seen.size) for seen in self.spec.shown])
+        rgb = picture.rgb(float((box[0, 2:] / sides).min()) / GAP)
         if rgb.size != picture.size:
             box = boxes_in_copies(box, size, torch.tensor([rgb.size[::-1]]))
-        return cut_and_resize(rgb, box[0].tolist(), self.spec.seen)
+        return [cut_and_resize(rgb, box[0].tolist(), seen) for seen in self.spec.shown]

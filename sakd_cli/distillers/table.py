@@ -161,19 +161,21 @@ def build(
     teacher: StagedModel,
     side: ImageSize,
     *,
+    teacher_side: ImageSize | None = None,
     stage_map: Sequence[tuple[int, int]] | None = None,
     labels: Tensor | None = None,
     batch_size: int = 64,
 ) -> Distillers:
     """The distillers of a method for this pair of networks and images of `side` pixels; the spots are of `network`.
 
+    teacher_side  of the teacher's images; None: the same
     stage_map   pairs of maps that belong together; None: `align_stages`
     labels      class of every training image, in the order of `Batch.index`; for methods that remember images
     """
     row = DISTILLERS.row(config.name)
     student = student if row.network is None else row.network(config, student, teacher)
     stages = Stages(resolve_stage_map(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
-    spots = tuple(spots_at(student, teacher, row.places(config, stages), side))
+    spots = tuple(spots_at(student, teacher, row.places(config, stages), side, teacher_side))
     given: tuple[Any, ...] = ()
     if row.needs_labels:
         if labels is None:
@@ -188,7 +190,7 @@ def build(
     warmup = features.warmup if features is not None else None
     if row.warmup is not None:
         kind, places = row.warmup
-        warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side)[:-1]), config)
+        warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side, teacher_side)[:-1]), config)
     if warmup is not None:
         warmup.requires_grad_(False)  # but for its own stage
     if any(part is not None and part.want == "preactivations" for part in (features, warmup)):

@@ -67,7 +67,7 @@ class LookAhead:
         group = list(islice(batches, self.steps))
         if not group:
             return []
-        precomputed = self.forward(torch.cat([batch.images for batch in group]))
+        precomputed = self.forward(torch.cat([batch.for_teacher for batch in group]))
         ends = list(accumulate(len(batch.images) for batch in group))
         rows = [slice(end - len(batch.images), end) for batch, end in zip(group, ends, strict=True)]
         parts = [precomputed.map(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]

@@ -1,9 +1,7 @@
 """How the engine reports what it does."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any, Generic, Protocol, TypeVar
 
 from sakd_cli import distributed
 from sakd_cli.errors import Stopped
@@ -51,13 +49,16 @@ def raise_if_stopped(reporter: Reporter) -> None:
         raise Stopped(signal)
 
 
-class InterruptibleBatches:
+Batches = TypeVar("Batches")
+
+
+class InterruptibleBatches(Generic[Batches]):
     """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
 
-    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], reporter: Reporter) -> None:
+    def __init__(self, batches: Iterable[Batches], reporter: Reporter) -> None:
         self._batches, self._reporter = batches, reporter
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batches]:
         for batch in self._batches:
             if distributed.world_size() == 1:  # several stop between two steps only, all at the same one
                 raise_if_stopped(self._reporter)

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.datasets import DataConfig
+from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_start, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.preprocessing import ImageSize
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, shown
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import hold_out, limit_train, seeded_generator
-from sakd_cli.data.sources import cache_policy
+from sakd_cli.data.sources import cache_policy, shown_to_both
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
 from sakd_cli.engine.runtime import Mode, pick_device, resolve_mode
@@ -49,9 +49,24 @@ from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 
 
-def load_images(config: DataConfig, residual: ResidualConfig | None = None) -> Images:
-    """Load, limit and cut a data set; with residual students a calibration split is taken from what would train."""
-    dataset = limit_train(datasets.load(config), config.limit, config.split_seed)
+def load_images(
+    config: DataConfig, residual: ResidualConfig | None = None, teacher: Preprocessing | None = None
+) -> Images:
+    """Load, limit and cut a data set; with residual students a calibration split is taken from what would train.
+
+    teacher  how a teacher sees pictures: in training the same crops as the student, at its own size
+    """
+    dataset = datasets.load(config)
+    if teacher is not None and isinstance(config, FilesConfig):
+        also = config.seen.at(teacher)
+        if also is not None and config.augment != "crop" and not also.alike(config.seen):
+            raise UsageError(
+                f"data.size: {shown(also.size)} pixels of the teacher and {shown(config.size)} of the student are of "
+                "other proportions: no crop from a border is the same for both",
+                "--set data.augment=crop; or sizes of the same proportions",
+            )
+        dataset = dataset.map(partial(shown_to_both, also=also))
+    dataset = limit_train(dataset, config.limit, config.split_seed)
     train, held_out = dataset.train, dataset.val
     if held_out is None:
         train, held_out = hold_out(dataset, config.validation, config.split_seed)
@@ -121,23 +136,37 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         teacher = load_teacher(config, path)
         claim = read_claim(path, teacher.sha256)
         config = pin_inputs(config, path, teacher.sha256)
-    images = images or load_images(config.data, config.residual)
+    images = images or load_images(config.data, config.residual, teacher.card.preprocessing)
+    _require_one_size(config, images)
     mode = resolve_mode(config.runtime, device, _steps(config, images))
     train_one = pretrain_command(config, teacher.card.architecture)
-    match_normalization(teacher, images, config.teacher.source, train_one)
+    match_normalization(teacher, images, config.teacher.source, train_one, images.teacher_side)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)
     load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
-    task = assemble(config, student, frozen, images.side, images.train.labels, mode=mode)
+    task = assemble(
+        config, student, frozen, images.side, images.train.labels, mode=mode, teacher_side=images.teacher_side
+    )
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
-    costs = cost(task.network, images.side), cost(frozen, images.side)
+    costs = cost(task.network, images.side), cost(frozen, images.teacher_side)
     whom = teacher, path, claim, costs[1]
     return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom)
+
+
+def _require_one_size(config: DistillConfig, images: Images) -> None:
+    """Raise UsageError where the teacher sees another size than the student, and something cannot have that."""
+    if images.teacher_sees is None:
+        return
+    sizes = f"the teacher sees {shown(images.teacher_side)} pixels, the student {shown(images.side)}"
+    if config.teacher.cache:
+        raise UsageError(f"teacher.cache: {sizes}; a teacher cache is for one size", "--set teacher.cache=false")
+    if config.residual.students:
+        raise UsageError(f"{sizes}; residual students need one size", "--set residual.students=0")
 
 
 def assemble(
@@ -148,12 +177,13 @@ def assemble(
     labels: Tensor | None = None,
     offset: Logits | None = None,
     mode: Mode | None = None,
+    teacher_side: ImageSize | None = None,
 ) -> DistillTask:
     """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode.
 
     labels  class of every training image, for methods that remember images
     offset  for a residual student: gives the logits of the students before it, frozen and in evaluation mode
-    mode    how it computes; None: as the config says on the student's device
+    mode    how it computes; None: as the config says on the student's device. teacher_side: None: as `side`
     """
     mode = mode or resolve_mode(config.runtime, next(student.parameters()).device)
     student, teacher = mode.to_memory_format(student), mode.to_memory_format(teacher)
@@ -163,16 +193,16 @@ def assemble(
             student,
             teacher,
             side,
+            teacher_side=teacher_side,
             stage_map=config.stage_map,
             labels=labels,
-            batch_size=config.train.batch_size,
+            batch_size=(batch_size := config.train.batch_size),
         )
     if method.features is not None:
         method.features.dynamic_shapes = mode.dynamic_shapes
     learned = config.router if isinstance(config.router, LearnedConfig) else None
-    kin = find_network(config.student).kin == find_network(teacher.name).kin
-    steps = None if labels is None else steps_per_epoch(len(labels), config.train.batch_size)
-    start = router_start(config, one_family=kin, steps=steps)
+    steps = None if labels is None else steps_per_epoch(len(labels), batch_size)
+    start = router_start(config, one_family=_one_family(config.student, teacher.name), steps=steps)
     pair = routers.Pair(
         spots=len(method.spots),
         teacher=teacher.infos[-1].channels,
@@ -186,7 +216,7 @@ def assemble(
         frozen = mode.frozen(teacher)
         runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes and not router.soft) if learned else None
-    published = learned or LearnedConfig(name="none")
+    decay = (learned or LearnedConfig(name="none")).weight_decay
     task = DistillTask(
         method.network,
         PlainPass(frozen, method.want),
@@ -194,11 +224,15 @@ def assemble(
         router,
         graft,
         _factors(config, method),
-        Rates(initial_lr(config, config.student), config.train.weight_decay, start.lr, published.weight_decay),
+        Rates(initial_lr(config, config.student), config.train.weight_decay, start.lr, decay),
         mode,
         offset,
     )
     return mode.to_memory_format(task)
+
+
+def _one_family(student: str, teacher: str) -> bool:
+    return find_network(student).kin == find_network(teacher).kin
 
 
 def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:
@@ -273,14 +307,18 @@ def search_of(job: Job) -> SearchTask | None:
     return job.mode.to_memory_format(task.to(job.device))
 
 
-def match_normalization(network: Artifact, images: Images, source: str, hint: str | None = None) -> None:
+def match_normalization(
+    network: Artifact, images: Images, source: str, hint: str | None = None, side: ImageSize | None = None
+) -> None:
     """Let a trained network see a data set's images as it was trained to.
 
+    side  of its images; None: the data set's
     Raises UsageError where its classes are not those of the data set, or its images of another size.
     """
+    side = images.side if side is None else side
     check_classes(network, images.dataset, source, hint)
-    if network.card.side != images.side and any(info.size for info in network.model.infos):
-        raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {images.side}")
+    if network.card.side != side and any(info.size for info in network.model.infos):
+        raise UsageError(f"{source}: was cut for images of {network.card.side} pixels, not of {side}")
     data = images.dataset
     network.model.set_input_normalization(network.card.mean, network.card.std, given=(data.mean, data.std))
 

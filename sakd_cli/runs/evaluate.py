@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.loader import EvalLoader, EvalPairs
+from sakd_cli.data.sources import as_seen
 from sakd_cli.documents.evaluation import (
     ClassMetrics,
     EnsembleClassMetrics,
@@ -82,24 +84,20 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     if device.type == "cuda":
         set_backends(exact)
     model = mode.to_memory_format(network.model.to(device)).eval()
-    batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+    other = dataset.test if teacher is None else as_seen(dataset.test, teacher[1].card.preprocessing)
+    batches = EvalPairs(dataset.test, other, dataset, device=device, batch_size=config.batch_size)
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     networks = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(networks, followed(batches, reporter, f"evaluating {target.weights}{unfinished}"))
     pairs, mistakes = confusions(answers[0].logits, labels, dataset.classes)
-    own, scores = _quality(model, answers[0], labels, batches.batch_size, images)
+    own, scores = _quality(model, answers[0], labels, batches.batch_size, images.side)
     quality: TeacherQuality | None = None
     of_teacher: Sequence[float | None] = [None] * len(dataset.classes)
     if teacher is not None:
-        theirs, teacher_scores = _quality(teacher[1].model, answers[1], labels, batches.batch_size, images)
+        theirs, teacher_scores = _quality(teacher[1].model, answers[1], labels, batches.batch_size, other.side)
         of_teacher = teacher_scores.top1_of_class
-        quality = TeacherQuality(
-            **dict(theirs),
-            network=teacher[1].model.name,
-            path=str(teacher[0]),
-            sha256=teacher[1].sha256,
-            agreement=agreement(answers[0], answers[1], labels),
-        )
+        known = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
+        quality = TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
     rows = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, of_teacher, mistakes, strict=True)
     return Evaluation(
@@ -115,7 +113,11 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
         memory=Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
         speed=speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
         teacher=quality,
-        branches=None if branches is None else branch_rows(model, branches.to(device), batches),
+        branches=None
+        if branches is None
+        else branch_rows(
+            model, branches.to(device), EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
+        ),
         confusions=pairs,
         classes=[
             ClassMetrics(name=name, images=count, top1=top1, teacher_top1=teacher_top1, confused_with=mistake)
@@ -142,7 +144,8 @@ def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Repor
         teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
-        match_normalization(teacher, images, str(path))
+        side = teacher.card.side if teacher.card.preprocessing else images.side
+        match_normalization(teacher, images, str(path), side=side)
     except UsageError as error:
         if target.teacher_required:
             raise
@@ -152,12 +155,12 @@ def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Repor
 
 
 @torch.inference_mode()
-def _answers(networks: list[StagedModel], batches: Iterable[tuple[Tensor, Tensor]]) -> list[Any]:
-    """Each network's Answers to all images, then the labels [N]; everything stays on the device."""
+def _answers(networks: list[StagedModel], batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]]) -> list[Any]:
+    """Each network's Answers to all images as it sees them, then the labels [N]; everything stays on the device."""
     found: list[list[Answers]] = [[] for _ in networks]
     labels = []
-    for images, truth in batches:
-        for network, answers in zip(networks, found, strict=True):
+    for shown, truth in batches:
+        for network, images, answers in zip(networks, shown, found, strict=False):
             embedding = network.run(images, 0, len(network.stages))
             answers.append(Answers(network.head(embedding).float(), embedding.float()))
         labels.append(truth)
@@ -166,17 +169,17 @@ def _answers(networks: list[StagedModel], batches: Iterable[tuple[Tensor, Tensor
 
 
 def _quality(
-    model: StagedModel, answers: Answers, labels: Tensor, batch_size: int, images: Images
+    model: StagedModel, answers: Answers, labels: Tensor, batch_size: int, side: ImageSize
 ) -> tuple[Quality, Scores]:
     """A network's own metrics, and its scores by class."""
     # In the batches of an evaluation in training: sums are rounded alike, and the metrics are equal to the last bit.
     parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
-    scores = score_logits(parts, len(images.dataset.classes))
-    (brier, ece), costs = calibration(answers.logits, labels), cost(model, images.side)
+    scores = score_logits(parts, answers.logits.shape[1])
+    (brier, ece), costs = calibration(answers.logits, labels), cost(model, side)
     return Quality(**scores.metrics(), brier=brier, ece=ece, **costs._asdict()), scores
 
 
-def followed(batches: EvalLoader, reporter: Reporter, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def followed(batches: EvalLoader | EvalPairs, reporter: Reporter, title: str) -> Iterator[Any]:
     """The same batches, reporting each."""
     reporter.begin(title, len(batches))
     try:

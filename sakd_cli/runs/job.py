@@ -1,5 +1,6 @@
 """One run, built and ready: what `build.py` makes of settings, and everything above it works on."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.preprocessing import ImageSize
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.config.routers import LearnedConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.files import Files
 from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.sources import preload
 from sakd_cli.documents.training import PlannedNetwork, PlannedSpot
@@ -44,6 +46,16 @@ class Images:
         """The parts that there are."""
         parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
         return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def teacher_sees(self) -> Preprocessing | None:
+        """As what a teacher sees the crops of the training images; None: as the student does."""
+        return self.train.images.spec.also if isinstance(self.train.images, Files) else None
+
+    @property
+    def teacher_side(self) -> ImageSize:
+        """Side of a teacher's images in training, or their height and width."""
+        return self.side if self.teacher_sees is None else self.teacher_sees.size
 
     def fingerprint(self, config: DataConfig, begun: Path | None = None) -> Fingerprint:
         """Which images these are.
@@ -100,6 +112,17 @@ def warnings_of(job: Job) -> list[str]:
     notes = list(job.images.dataset.notes)
     if skipped := job.images.dataset.skipped:
         notes.append(f"{skipped} files could not be read and are left out (sakd data check names them)")
+    side, pixels = job.images.side, math.prod(height_width(job.images.side))
+    if pixels > 64**2 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
+        notes.append(
+            f"{job.network.name} is made for images of 32 pixels; those of "
+            f"{side if isinstance(side, int) else shown(side)} take {pixels / 32**2:.0f} times as long "
+            "(--set data.size=64)"
+        )
+    card = job.teacher.card.preprocessing if job.teacher else None
+    if card is not None and isinstance(data := job.config.data, FilesConfig):  # a size of its own is meant
+        sized = card.model_copy(update=data.seen.model_dump(include={"size", "resize"}))
+        notes += data.seen.differences(sized, "the teacher's card")
     if isinstance(job.config, DistillConfig) and isinstance(job.config.router, LearnedConfig) and job.teacher:
         kin = find_network(job.config.student).kin == find_network(job.teacher.model.name).kin
         steps = steps_per_epoch(len(job.images.train), job.config.train.batch_size)

@@ -1,6 +1,5 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
-import math
 import re
 import shlex
 import uuid
@@ -17,12 +16,12 @@ import torch
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED
-from sakd_cli.config.preprocessing import ImageSize, height_width, shown
+from sakd_cli.config.preprocessing import shown
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.fingerprint import FILE, Fingerprint
 from sakd_cli.data.loader import EvalLoader
-from sakd_cli.data.sources import describe_reading
+from sakd_cli.data.sources import as_seen, describe_reading
 from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
 from sakd_cli.engine import checkpoint, tensorboard
@@ -303,7 +302,11 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
     """
     if job.teacher is None or job.teacher_cost is None:
         return {}
-    scores = evaluate(job.teacher.model, evaluation.test, evaluation.classes)
+    own = as_seen(job.images.dataset.test, job.teacher.card.preprocessing)
+    test = evaluation.test
+    if own is not job.images.dataset.test:
+        test = InterruptibleBatches(EvalLoader(own, job.images.dataset, device=job.device), reporter)
+    scores = evaluate(job.teacher.model, test, evaluation.classes)
     if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch
@@ -365,20 +368,12 @@ class Launcher:
             say(notice)
         for note in warnings_of(job):
             self.reporter.warn(note)
-        pixels = math.prod(height_width(job.images.side))
-        if pixels > 64**2 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
-            self.reporter.warn(
-                f"{job.network.name} is made for images of 32 pixels; those of {_side(job.images.side)} take "
-                f"{pixels / 32**2:.0f} times as long (--set data.size=64)"
-            )
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
+            if job.images.teacher_sees is not None:
+                say(f"the teacher sees the same crops with {shown(job.images.teacher_side)} pixels")
         with self.guard():
             return launch(job, extensions, plan, self.reporter, resume_command, images)
-
-
-def _side(size: ImageSize) -> str:
-    return str(size) if isinstance(size, int) else shown(size)
 
 
 def _untrained(config: DistillConfig) -> tuple[Job, Job]:

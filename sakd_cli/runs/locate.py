@@ -1,17 +1,19 @@
 """What a path or a name means: a teacher, weights, a run; and what the card of a teacher's weights says."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.networks import find_network, find_trainable
+from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
-from sakd_cli.files import expanded, read_json
+from sakd_cli.files import check_header, expanded, parse_json, read_json
 from sakd_cli.rundir import RunDir, newest_run
 
 
@@ -54,6 +56,41 @@ def _means_path(source: str) -> bool:
     except UsageError:
         return expanded(source).exists()
     return False
+
+
+def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
+    """The settings of a distillation, whose pictures are shown as its teacher's card says where nothing else is said.
+
+    origins  dotted keys that are said. Who says a size says all of the geometry: size, resize and its mode.
+    """
+    if not isinstance(config, DistillConfig) or not isinstance(config.data, FilesConfig):
+        return config
+    try:
+        seen = read_preprocessing(find_teacher(config))
+    except UsageError:  # it is told where the inputs are located
+        return config
+    if seen is None:
+        return config
+    geometry = {"size", "resize", "resize_mode"}
+    said = {key for key in Preprocessing.model_fields if f"data.{key}" in origins}
+    said |= geometry if said & geometry else set()
+    taken = {key: value for key, value in seen.model_dump().items() if key not in said}
+    data = resolve("eval", [ConfigSource("-", {"data": config.data.model_dump() | taken})]).config.data
+    return config.model_copy(update={"data": data})
+
+
+def read_preprocessing(weights: Path | None) -> Preprocessing | None:
+    """What the header of a network of ours says of its pictures; None where it says nothing, or cannot be read."""
+    file = weights / "model.safetensors" if weights is not None and weights.is_dir() else weights
+    try:
+        assert file is not None
+        check_header(file)
+        with file.open("rb") as opened:
+            header = parse_json(opened.read(int.from_bytes(opened.read(8), "little")))
+        card = parse_json(parse_json(header["__metadata__"]["sakd"])["card"])
+        return Preprocessing.model_validate(card["preprocessing"])
+    except (AssertionError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def locate_inputs(config: Any) -> Any:

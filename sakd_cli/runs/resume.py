@@ -14,6 +14,7 @@ from sakd_cli.config.training import RunConfig, Train
 from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded, sha256
 from sakd_cli.rundir import ResumePlan, RunDir, all_runs, look_up, runs_like
+from sakd_cli.runs.locate import with_teachers_preprocessing
 
 AUTO = "auto"
 # Options of a series: its settings must be said.
@@ -33,7 +34,7 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
     if params["resume"] is None:
         plan = ResumePlan(folder=folder, overwrite=overwrite)
         plan.check()
-        config = resolve(task, given).config
+        config = _resolved(task, given)
         _check_folder(config.data)
         return config, plan
     if folder is not None or overwrite:
@@ -44,6 +45,11 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
     config, extends = _continued(run, given, task)
     _require_last(run, config, extends=extends)
     return config, ResumePlan(resume=run, extends=extends)
+
+
+def _resolved(task: str, given: list[ConfigSource]) -> Any:
+    """The config of a new run."""
+    return with_teachers_preprocessing(*resolve(task, given))
 
 
 def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, bool]:
@@ -179,7 +185,7 @@ def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> 
     """`--resume auto`: with settings, the newest run of these settings or a new one; without any, the newest run."""
     settings = [*(name for name, row in OPTIONS.items() if row.key), "preset", "config", "set_", "settings", *SERIES]
     if not {name for name in settings if params.get(name)} <= PLACES:
-        return resume_config(resolve(task, given).config)
+        return resume_config(_resolved(task, given))
     runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir
     for run in all_runs(runs_dir):
         try:

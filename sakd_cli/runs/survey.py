@@ -16,7 +16,7 @@ not augmented. The bytes depend on the weights and the seed only.
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import torch
@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.dataset import Split, seeded_generator
 from sakd_cli.data.files import Files
-from sakd_cli.data.loader import EvalLoader
+from sakd_cli.data.loader import EvalPairs
+from sakd_cli.data.sources import as_seen
 from sakd_cli.documents.spots import EXTREMES, RoutedNetwork, SampledScore, Score, SpotPlace, SurveyHeader
 from sakd_cli.documents.spots import Split as SplitName
 from sakd_cli.engine import checkpoint
@@ -151,8 +152,11 @@ def survey(
     return bytes(save(columns, {"sakd": header.model_dump_json()}))
 
 
-def _batches(job: Job, split: Split, reporter: Reporter) -> InterruptibleBatches:
-    return InterruptibleBatches(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), reporter)
+def _batches(job: Job, split: Split, reporter: Reporter) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """What the student and what the teacher see of the same parts of the pictures, and the labels."""
+    also = split.images.spec.also if isinstance(split.images, Files) else None
+    pairs = EvalPairs(split, as_seen(split, also), job.images.dataset, device=job.device, batch_size=BATCH)
+    yield from InterruptibleBatches(pairs, reporter)
 
 
 def _answers(
@@ -163,8 +167,8 @@ def _answers(
     noise = seeded_generator(seed, "survey")
     complement = torch.zeros((), dtype=torch.bool, device=job.device)
     columns: dict[str, list[Tensor]] = {}
-    for images, labels in _batches(job, split, reporter):
-        teacher, student = job.teacher.model.features(images), task.student_features(images)
+    for (images, theirs), labels in _batches(job, split, reporter):
+        teacher, student = job.teacher.model.features(theirs), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
         answers = [Answers(teacher.logits, student.logits, labels)] if task.router.needs_answers else []
         decision = task.router(teacher.embedding, student.embedding, uniform, *answers)
@@ -189,8 +193,8 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
     draws = [seeded_generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     assert job.teacher is not None
     sums = torch.zeros((), device=job.device)
-    for images, labels in _batches(job, test, reporter):
-        teacher, student = job.teacher.model.features(images), task.student_features(images)
+    for (images, theirs), labels in _batches(job, test, reporter):
+        teacher, student = job.teacher.model.features(theirs), task.student_features(images)
         outputs = [student.logits, teacher.logits]
         if task.graft is not None:
             gates = [images.new_full((len(labels), len(task.spots)), owner) for owner in (0.0, 1.0)]

@@ -66,7 +66,7 @@ class PlainPass:
     def __call__(self, batch: Batch) -> Features:
         """Features of a batch's images, or what of them came with the batch."""
         if batch.precomputed is None:
-            return self.network.features(batch.images, self.want)
+            return self.network.features(batch.for_teacher, self.want)
         assert isinstance(batch.precomputed, Features)
         return batch.precomputed
 

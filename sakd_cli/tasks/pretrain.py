@@ -134,7 +134,7 @@ class WarmupTask(SingleRateTask):
 
     def forward(self, batch: Batch) -> StepOutput:
         known = batch.precomputed
-        teacher = known if isinstance(known, Features) else self.precompute(batch.images)
+        teacher = known if isinstance(known, Features) else self.precompute(batch.for_teacher)
         student = None
         if self.warmup.trains_student:
             with self.mode.networks(batch.images.device):

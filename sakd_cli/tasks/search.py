@@ -142,7 +142,7 @@ class SearchTask(Task):
     def losses(self, batch: Batch) -> Losses:
         """Every term on this batch."""
         known, networks = batch.precomputed, self.mode.networks(batch.images.device)
-        theirs = (known if isinstance(known, Features) else self.precompute(batch.images)).map(to_fp32).blocks
+        theirs = (known if isinstance(known, Features) else self.precompute(batch.for_teacher)).map(to_fp32).blocks
         with networks:
             ours = [student.features(batch.images).map(to_fp32) for student in self._students]
         ce = torch.stack([F.cross_entropy(features.logits, batch.labels) for features in ours]).sum()
