@@ -96,7 +96,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     if teacher is not None:
         theirs, teacher_scores = _quality(teacher[1].model, answers[1], labels, batches.batch_size, other.side)
         of_teacher = teacher_scores.top1_of_class
-        known = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
+        known: dict[str, Any] = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
         quality = TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
     rows = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, of_teacher, mistakes, strict=True)
