@@ -65,9 +65,10 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def task_of(method: str, router: str) -> DistillTask:
+def task_of(method: str, router: str, precision: str = "fp32") -> DistillTask:
     words = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "router.name": router}
-    words |= {"runtime.shapes": "static", "train.epochs": EPOCHS} | SETTINGS.get(method, {}) | SETTINGS.get(router, {})
+    words |= {"runtime.shapes": "static", "runtime.precision": precision, "train.epochs": EPOCHS}
+    words |= SETTINGS.get(method, {}) | SETTINGS.get(router, {})
     torch.manual_seed(42)
     student, teacher = (create("resnet8", CLASSES) for _ in range(2))
     config = resolve("distill", [ConfigSource("test", nested(words))]).config
@@ -135,6 +136,13 @@ def test_every_method_under_every_router(method: str, router: str, tmp_path: Pat
     device, read = assert_equal_when_replayed(partial(task_of, method, router), tmp_path)
     assert device.replays >= 2, "of its 8 steps, 2 are captured, at least 2 called before"
     assert read == ["item", "tolist"] * 3, "at log points alone: whether all is finite, and the means"
+
+
+@pytest.mark.parametrize("method", ["fitnet", "kdsvd", "crd", "simkd"])
+def test_steps_in_bf16(method: str, tmp_path: Path) -> None:
+    """As on a GPU by default: weights are converted within the step."""
+    device, _ = assert_equal_when_replayed(partial(task_of, method, "adaptive", "bf16"), tmp_path)
+    assert device.replays >= 2
 
 
 def networks(*names: str) -> list[StagedModel]:

@@ -16,6 +16,7 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
+from sakd_cli.engine.converted import ConvertedWeights
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.streams import Fork
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
@@ -111,6 +112,10 @@ class DistillTask(Task):
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
         self.noise_width = router.noise_width
         self._fork = Fork(enabled=self.mode.graphed)
+        trained = [module for module in (network, graft) if module is not None]
+        views = [] if graft is None else [getattr(graft.run_student, "__self__", None)]
+        dtype = None if self.mode.compiled else self.mode.autocast_dtype  # a compiled pass converts them on its way
+        self._converted = ConvertedWeights(trained, [one for one in views if isinstance(one, nn.Module)], dtype)
         self.has_unused_parameters = router.rests
         self._rest()
 
@@ -161,17 +166,18 @@ class DistillTask(Task):
             seen = self.teacher_features(batch)
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
         self.doses.begin()
-        student, ce = self.learn(batch, offset)
-        embedding = to_fp32(seen.embedding)
-        answers = []
-        if self.router.needs_answers:
-            answers = [Answers(to_fp32(seen.logits), student.logits.detach(), batch.labels)]
-        decision = self.decide(embedding, student.embedding.detach(), batch.noise, *answers)
-        # Independent of the student's losses and of both backward passes of theirs.
-        alone = ce.detach()
-        gates = [decision.gate] if decision.gate is not None else []
-        with self._fork.beside([*batch.tensors(), *seen.tensors(), *gates, alone]):
-            routing_loss, events = self.route(batch, seen, alone, decision.gate, offset)
+        with self._converted():
+            student, ce = self.learn(batch, offset)
+            embedding = to_fp32(seen.embedding)
+            answers = []
+            if self.router.needs_answers:
+                answers = [Answers(to_fp32(seen.logits), student.logits.detach(), batch.labels)]
+            decision = self.decide(embedding, student.embedding.detach(), batch.noise, *answers)
+            # Independent of the student's losses and of both backward passes of theirs.
+            alone = ce.detach()
+            gates = [decision.gate] if decision.gate is not None else []
+            with self._fork.beside([*batch.tensors(), *seen.tensors(), *gates, alone]):
+                routing_loss, events = self.route(batch, seen, alone, decision.gate, offset)
         loss, parts = self.objective(batch, student, seen, ce, decision.weight)
         self._fork.join([routing_loss, *events.values()])
         parts |= {"router": routing_loss.detach()} if events else {}
