@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+from sakd_cli.config import networks
 from sakd_cli.config.base import own_name
 from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.methods import MethodConfig
@@ -56,7 +57,7 @@ _HEAVY = {
 }
 Inputs = TypedDict("Inputs", {  # noqa: UP013
     "dataset": str, "data_root": Place, "device": str, "runs_dir": Place, "settings": Mapping[str, Any],
-    "reporter": "Reporter",
+    "reporter": "Reporter", "trust": Sequence[str],
 }, total=False)
 _Training = TypedDict("_Training", {  # noqa: UP013
     "epochs": int, "batch_size": int, "lr": float, "milestones": Sequence[int], "validation": float, "seed": int,
@@ -113,7 +114,8 @@ class RunResult:
 def pretrain_teacher(model: str | None = None, **options: Unpack[PretrainOptions]) -> RunResult:
     """Train one network with cross-entropy: a teacher, or a student from scratch; `sakd pretrain-teacher`.
 
-    options   as of the command, and `settings` (any key by its dotted name)
+    options   as of the command, `settings` (any key by its dotted name), and `trust` (functions of the user's own,
+              `package.module:function`, that a weights file may ask for)
     resume    a run directory, or `"auto"`: resume the newest run with these settings, unless it is finished
     reporter  is called at every step that is logged, and may stop the run; default: none
     """
@@ -143,8 +145,9 @@ def _train(task: str, options: Mapping[str, Any]) -> RunResult:
 
 def _params(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call as the options of its command, with paths as the command line has them."""
-    if wrong := options.keys() - {*options_of(command), "settings", "reporter"}:
+    if wrong := options.keys() - {*options_of(command), "settings", "reporter", "trust"}:
         raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
+    networks.trust(*(options.get("trust") or ()))
     params = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     paths = {name: Path(params[name]) for name in ("config", "run_dir") if params.get(name) is not None}
     return dict.fromkeys(options_of(command)) | params | paths

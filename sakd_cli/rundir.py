@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from sakd_cli import files, runindex
+from sakd_cli.config import networks
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED, PINNED, differences, listed
 from sakd_cli.config.resolve import flat
@@ -178,6 +179,22 @@ class RunDir:
         for name in (SUMMARY, *OF_THE_END):
             (self.path / name).unlink(missing_ok=True)
 
+    def trust_own(self) -> None:
+        """Let its weights ask for the user's own functions that its settings name, if this user has made it here."""
+        names = [look_up(self.config, key) for key in ("model", "student", "teacher.source")]
+        mine = [name for name in names if isinstance(name, str) and networks.factories(name)]
+        if mine and self.identity is not None and self.identity in _made_here():
+            networks.trust(*mine)
+
+    def note_own(self) -> None:
+        """Note, for `trust_own`, that this user has made it, where the user's own functions are in it."""
+        names = [str(look_up(self.config, key)) for key in ("model", "student", "teacher.source")]
+        if self.identity is None or not any(map(networks.factories, names)):
+            return
+        with suppress(OSError, DiskError):
+            _made_file().parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(_made_file(), [*_made_here(), self.identity])
+
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
@@ -267,6 +284,20 @@ class RunDir:
         if not isinstance(content, dict):
             raise DamagedError(f"{self.path / name}: missing or damaged")
         return content
+
+
+def _made_file() -> Path:
+    """Identities of the runs that this user has made on this machine with functions of the user's own."""
+    state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    return Path(state) / "sakd" / "runs.json"
+
+
+def _made_here() -> list[str]:
+    try:
+        found = files.read_json(_made_file())
+    except (OSError, ValueError, RuntimeError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 class ResumePlan(NamedTuple):

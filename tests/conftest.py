@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sakd_cli.documents.table import DOCUMENTS
 
 # Set before torch is imported. On small tensors a second thread wins nothing; on a busy machine waiting for it costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # what a user's runs leave outside of their folders
 
 SCHEMAS = {get_args(kind.model_fields["schema_"].annotation)[0]: kind for kind in DOCUMENTS.values()}
 TINY = shlex.split("--dataset shapes --set data.train=100 --set data.test=60 --epochs 1")

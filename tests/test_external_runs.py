@@ -7,6 +7,8 @@ import torch
 import torchvision
 from conftest import TINY, CliRunner
 
+from sakd_cli.api import evaluate
+from sakd_cli.config.networks import trust_no_more
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import load
 
@@ -43,10 +45,14 @@ def test_a_run_is_saved_and_scored_where_its_code_is_trusted(place: CliRunner, r
     assert "torchvision.shufflenet_v2_x0_5-sakd_test_nets.small" in run.name
     with pytest.raises(UsageError, match="would run code that you have not named"):
         load(run / "student")
-    refused = place.sakd("eval", str(run))
+    refused = place.sakd("eval", str(run), XDG_STATE_HOME=str(place.path / "another user"))
     assert (refused.code, refused.err.count("\n")) == (2, 2)
     scored = place.sakd("eval", str(run), "--json", SAKD_FACTORIES="sakd_test_nets:small").document
     assert 0 <= scored["top1"] <= 100
+    assert place.sakd("eval", str(run), "--json").document["top1"] == scored["top1"], "a run that was made here"
+    settings = {"timing_seconds": 0}
+    assert evaluate(run / "student", trust=["sakd_test_nets:small"], settings=settings).top1 == scored["top1"]
+    trust_no_more()
 
 
 def test_it_goes_on_and_can_be_looked_at(place: CliRunner, run: Path) -> None:

@@ -34,6 +34,7 @@ from sakd_cli.cli import (
 )
 from sakd_cli.cli.console import complain
 from sakd_cli.config.keys import option_hint
+from sakd_cli.config.networks import trust_no_more
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.errors import (
     CheckpointError,
@@ -188,6 +189,8 @@ def run(arguments: list[str]) -> int:
             print(printable(line), file=sys.stderr)
         complain(f"internal error: {type(error).__name__}: {error}", hint="please report it with the lines above")
         return 1
+    finally:
+        trust_no_more()
 
 
 def _place_in_method(error: Exception) -> str | None:

@@ -5,6 +5,7 @@ Names of other libraries and of the user's own code (`brought`) are accepted as 
 network is checked where it is built.
 """
 
+import os
 import re
 from typing import Annotated, Any, NamedTuple
 
@@ -106,6 +107,25 @@ def brought(name: str) -> Network | None:
 
 
 TRUST = "SAKD_FACTORIES"  # environment: names, with commas between them, of what a weights file may ask for
+
+
+_trusted: set[str] = set()  # in this process
+
+
+def trust(*names: str | None) -> None:
+    """Let weights files ask for the factories in these names of networks: the user has named them, or made the run."""
+    _trusted.update(part for name in names if name for part in factories(name))
+
+
+def trust_no_more() -> None:
+    """Forget all that was named: the next command may be about other files."""
+    _trusted.clear()
+
+
+def untrusted(name: str) -> list[str]:
+    """The user's own functions in a network's name whose code nobody has named here."""
+    named = {*_trusted, *os.environ.get(TRUST, "").split(",")}
+    return [part for part in factories(name) if part not in named]
 
 
 def factories(name: str) -> list[str]:

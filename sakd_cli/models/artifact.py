@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sakd_cli.config.networks import TRUST, factories
+from sakd_cli.config.networks import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
@@ -140,11 +139,10 @@ def is_ours(path: Path) -> bool:
 
 def _network(header: str) -> tuple[StagedModel, NetworkCard]:
     card = _card(header)
-    trusted = os.environ.get(TRUST, "").split(",")
-    if untrusted := [part for part in factories(card.architecture) if part not in trusted]:
+    if unknown := untrusted(card.architecture):
         raise UsageError(
-            f"these are the weights of {untrusted[0]}, which would run code that you have not named",
-            hint=f"where you trust it: {TRUST}={untrusted[0]} sakd ...",
+            f"these are the weights of {unknown[0]}, which would run code that you have not named",
+            hint=f"where you trust it: {TRUST}={unknown[0]} sakd ...",
         )
     return create(card.architecture, len(card.classes), card.side), card
 

@@ -146,6 +146,7 @@ def launch(
         if distributed.is_main_process():
             _begin(job, run, plan, images)
             assert run.identity is not None, "from here on nothing is written where another run lies"
+            run.note_own()
         distributed.barrier()
         run.fingerprint = fingerprint(job.config, run.path / FILE)
         try:

@@ -26,10 +26,14 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     if config.teacher is None:
         return None
     if config.teacher.weights is not None:
+        if (run := run_of(config.teacher.weights)) is not None:
+            run.trust_own()
         return config.teacher.weights
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
+        if run is not None:
+            run.trust_own()
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
 
@@ -37,6 +41,8 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
 def weights_at(source: Path | str, key: str) -> Path:
     """The weights file or folder that a path means: of a run directory its network. `key`: the setting, for errors."""
     path = expanded(source)
+    if (run := run_of(path)) is not None:
+        run.trust_own()
     if (path / "config.yaml").is_file():
         folder = RunDir(path).deliverable
         if folder is None:
@@ -223,6 +229,8 @@ def what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | N
     """The weights, and the run they come from (None for a file of no run)."""
     target = target_or_newest(target, runs_dir)
     run = run_of(target)
+    if run is not None:
+        run.trust_own()
     if run is None or run.path != target:
         return target, run
     delivered = run.ensemble or run.deliverable

@@ -8,6 +8,7 @@ from typing import Any
 from sakd_cli import runindex
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, listed
+from sakd_cli.config.networks import trust
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.training import RunConfig, Train
@@ -21,6 +22,7 @@ AUTO = "auto"
 SERIES = ("routers", "with_control", "seeds")
 # Settings that stand in every config as they are.
 NAMES = ("task", "seed", "student", "model", "method.name", "router.name", "data.name", "train.epochs")
+NETWORK_KEYS = ("model", "student", "teacher.source")
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir", "log"}
 # What a sweep's config leaves open, or what may lie elsewhere.
@@ -28,7 +30,16 @@ OPEN = {"method.weights_sha256", "data.root", "data.download"}
 
 
 def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
-    """The config that the options of a training command make, and what is to become of it on the disk."""
+    """The config that the options of a training command make, and what is to become of it on the disk.
+
+    What it names as networks may be built: a user's own function is named by the user, here or when the run began.
+    """
+    config, plan = _resolved(task, params)
+    trust(*(value for key, value in flat(config.model_dump(mode="json")).items() if key in NETWORK_KEYS))
+    return config, plan
+
+
+def _resolved(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
     given = config_sources(params)
     folder, overwrite = params["run_dir"], params["overwrite"]
     if params["resume"] is None:
