@@ -72,7 +72,7 @@ def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torc
         NullReporter(),
         epochs=3,
         log_every=5,
-        output=TrainingOutput(EvaluationData("test", test, test, CLASSES), FileDelivery(student)),
+        output=TrainingOutput(EvaluationData("test", test, test, CLASSES), FileDelivery(task.network)),
         recorder=SpotRecorder([(spot.name, spot.kind) for spot in task.spots], CLASSES, SAMPLES, device),
         graphs=graphs,
     )
