@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,16 +21,23 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
+from sakd_cli.report.runs.questions import holm
 from sakd_cli.report.runs.statistics import critical, paired_test, seed_statistics, two_sided
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]
 
 
-def make(folder: Path, router: str | None, seed: int, top1: float | None, **settings: Any) -> RunDir:
-    """A run; without `router` the network alone, without `top1` not finished."""
+def make(
+    folder: Path, router: str | None, seed: int, top1: float | None, coins_of: str = "", **settings: Any
+) -> RunDir:
+    """A run; without `router` the network alone, without `top1` not finished; `coins_of`: whose rates it has."""
     config: Tree = {"task": "distill", "student": "resnet8", "seed": seed, "device": "cpu", "train": {"epochs": 2}}
-    config |= {"data": {"name": "cifar100"}, "method": {"name": "at"}, "router": {"name": router}}
+    config |= {
+        "data": {"name": "cifar100"},
+        "method": {"name": "at"},
+        "router": {"name": router} | ({"run": coins_of} if coins_of else {}),
+    }
     config["teacher"] = {"source": f"somewhere{seed}", "sha256": "ab", "weights": f"/somewhere{seed}"}
     if router is None:
         config = {key: config[key] for key in ("seed", "device", "train", "data")}
@@ -224,3 +232,40 @@ sys.exit(f"{code} {heavy}" if (heavy := {"torch", "numpy", "matplotlib"} & set(s
     arguments = [sys.executable, "-c", program, *(str(run.path) for run in runs)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_p_values_are_corrected_step_down() -> None:
+    assert holm([0.01, None, 0.04, 0.03, 0.9]) == pytest.approx([0.04, None, 0.09, 0.09, 0.9])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_the_three_questions_are_answered_in_words(tmp_path: Path) -> None:
+    """At the dose that the validation images prefer; coins are those of the router that they repeat."""
+    adaptive = series(tmp_path, "adaptive", [41.0, 41.2, 41.1, 40.9])
+    runs = [*adaptive, *series(tmp_path, "never", [30.0, 30.3, 30.1, 30.2])]
+    runs += series(tmp_path, "always", [45.0, 45.1, 45.3, 45.2])
+    better = series(tmp_path, "always", [44.0, 44.2, 44.1, 44.3], method={"name": "at", "balance": 1.0})
+    for run in better:
+        metrics = run.path / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace("22.0", "29.0"))
+    runs += better
+    for seed, top1 in enumerate([41.2, 41.0, 41.2, 41.1]):
+        runs.append(make(tmp_path, "random-matched", seed, top1, str(adaptive[seed].path)))
+    runs.append(make(tmp_path, "random", 0, 10.0))
+    document = compared(runs)
+    texts = [answer["text"] for answer in document["answers"]]
+    assert [answer["question"] for answer in document["answers"]] == ["help", "dose", "where"]
+    assert texts[0].startswith("Does distilling help? Yes: at always method.balance=1.0 over at never +14.00 points")
+    assert texts[1].startswith("Does the router give more than the dose? No, it takes away: at adaptive over at always")
+    assert texts[2].startswith("Does where it distils add to how much? Not shown: at adaptive over at random-matched")
+    assert all(re.search(r"95 % interval .* to .*, p .* \(Holm\), 4 seeds\.$", text) for text in texts)
+    raw, corrected = ([answer[key] for answer in document["answers"]] for key in ("p", "holm"))
+    assert corrected == pytest.approx(holm(raw))
+    assert "Does distilling help? Yes" in " ".join(text_of(document).split())
+
+
+def test_few_seeds_answer_nothing(tmp_path: Path) -> None:
+    runs = [make(tmp_path, router, 0, top1) for router, top1 in (("always", 45.0), (None, 30.0), ("adaptive", 50.0))]
+    texts = [answer["text"] for answer in compared(runs)["answers"]]
+    assert [text.split("? ")[1].split(":")[0] for text in texts] == ["Not known"] * 2
+    assert texts[0].endswith("+15.00 points, 1 seed.")

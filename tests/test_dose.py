@@ -149,6 +149,10 @@ def test_a_balanced_step_is_one_graph_with_the_same_numbers() -> None:
     torch.testing.assert_close(task.doses.lengths, eager.doses.lengths, rtol=1e-8, atol=0)
 
 
+AUTO_WEIGHT = {"method": {"weight": "auto"}}
+PAIR_OF = {"teacher": "resnet14", "student": "resnet8"}
+
+
 def settings_of(**given: Any) -> Any:
     values = {"teacher": "resnet14", "student": "resnet8"} | {k.replace("__", "."): v for k, v in given.items()}
     return resolve("distill", [ConfigSource("test", nested(values))]).config.method
@@ -160,6 +164,8 @@ def test_auto_is_the_methods_own_weight_in_balance(method: str) -> None:
     assert (auto.balance, plain.balance) == (1.0, 0.0)
     assert auto == plain.model_copy(update={"balance": 1.0})
     assert settings_of(method__name=method, method__weight="auto", method__balance=0.5).balance == 0.5
+    layers = PAIR_OF, {"method": plain.model_dump()}, AUTO_WEIGHT  # over a config that a run has written
+    assert resolve("distill", [ConfigSource("test", layer) for layer in layers]).config.method == auto
 
 
 def test_a_weight_that_would_cancel_is_a_mistake() -> None:

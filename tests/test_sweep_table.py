@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sample_documents import sample
 
 from sakd_cli.cli.sweep import understood
-from sakd_cli.config.grid import Grid
+from sakd_cli.config.grid import Grid, grid
 from sakd_cli.config.options import options_of
+from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.documents.sweep import PublishedPair, SweepRun
 from sakd_cli.report.sweep.results import published_cell, sweep_document
@@ -124,3 +126,44 @@ def test_a_part_of_a_grid_under_a_budget() -> None:
     assert same.members == grid.members
     small = grid_of("sweep-small", budget="0.5").members
     assert [small[k].config.train.milestones for k in (0, 1)] == [(5, 7), (4, 5)]
+
+
+def test_doses_are_multiples_of_each_methods_weight_and_the_balanced_one() -> None:
+    settings = SweepConfig(
+        pairs=["resnet20:resnet8"], methods=["at"], routers=["always", "never"], doses=[0.1, 1, "auto"], seeds=1
+    )
+    made = {member.key: member for member in grid(settings).members if member.method}
+    assert list(made) == [
+        "at x0.1 always resnet20:resnet8 seed 0",
+        "at always resnet20:resnet8 seed 0",
+        "at never resnet20:resnet8 seed 0",
+        "at auto always resnet20:resnet8 seed 0",
+    ]
+    weights = [(one.config.method.weight, one.config.method.balance) for one in made.values()]
+    assert weights == [(100.0, 0.0), (1000.0, 0.0), (1000.0, 0.0), (1000.0, 1.0)]
+    with pytest.raises(ValidationError, match="'much' is neither a multiple of the method's weight nor auto"):
+        SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], doses=["much"])
+
+
+def test_a_sweep_answers_the_three_questions_for_each_pair_and_method() -> None:
+    runs = []
+    for seed in range(3):
+        for method, router, top1, valid in (
+            ("at", "always", 40.0, 45.0),
+            ("at auto", "always", 44.0, 46.0),
+            ("at auto", "adaptive", 42.0, 40.0),
+            ("at auto", "random-matched", 42.5, 40.0),
+            ("at", "never", 30.0, 30.0),
+        ):
+            matched = f"at auto adaptive {seed}" if router == "random-matched" else None
+            own = {"key": f"{method} {router} {seed}", "method": method, "matched": matched, "validation_top1": valid}
+            runs.append(finished(router, seed, top1 + 0.1 * (seed * len(router) % 3), teacher="t", student="s", **own))
+    texts = [answer.text for answer in sweep_document("x", runs, {}, None).answers]
+    assert [text.split("?")[0] for text in texts] == [
+        "Does distilling help",
+        "Does the router give more than the dose",
+        "Does where it distils add to how much",
+    ]
+    assert "Yes: at auto always (t:s) over at never (t:s) +" in texts[0]
+    assert "at auto adaptive (t:s) over at auto always (t:s)" in texts[1]
+    assert "at auto adaptive (t:s) over at auto random-matched (t:s)" in texts[2]

@@ -159,11 +159,14 @@ def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> Sw
 
 def sweep_run(entry: ScheduledRun) -> SweepRun:
     """A run of a sweep as the document has it."""
+    from sakd_cli.report.runs.compare import run_curve
+
     member, config = entry.member, entry.member.config
     results: dict[str, Any] = {} if entry.run is None else {"run": plain(entry.run.path)}
     if entry.run is not None and entry.run.finished:
         summary = entry.run.summary
         results |= {"top1": summary.last.top1, "loss": summary.last.loss, "best_top1": summary.best.top1}
+        results["validation_top1"] = next((point.top1 for point in reversed(run_curve(entry.run))), None)
         results |= {"seconds": summary.seconds, "teacher_top1": summary.teacher and summary.teacher.top1}
     return SweepRun(
         key=member.key,
@@ -172,6 +175,7 @@ def sweep_run(entry: ScheduledRun) -> SweepRun:
         student=config.student if isinstance(config, DistillConfig) else config.model_dump()["model"],
         method=member.method,
         router=member.router,
+        matched=member.matched,
         seed=config.seed,
         epochs=config.train.epochs,
         state=entry.state.value,

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from itertools import product
 from typing import Any, NamedTuple
 
-from sakd_cli.config.methods import KDConfig
+from sakd_cli.config.methods import AUTO, KDConfig
 from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
-from sakd_cli.config.routers import CLASSICAL, ROUTERS, AdaptiveConfig, RandomMatchedConfig
+from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import SweepConfig, is_path
 from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import UsageError
@@ -26,6 +27,7 @@ class Role(StrEnum):
 class Member(NamedTuple):
     """One run of a sweep. `key` names it within the sweep; `teacher` and `matched` are keys of runs it waits for.
 
+    dose     multiple of the method's weight, or auto; 1: its own
     teacher  whose network it learns from; None for what has no teacher, or takes one that is there already
     matched  whose rates its router repeats
     """
@@ -36,6 +38,7 @@ class Member(NamedTuple):
     pair: tuple[str, str] | None = None
     teacher: str | None = None
     matched: str | None = None
+    dose: str = "1"
 
     @property
     def needs(self) -> list[str]:
@@ -44,8 +47,9 @@ class Member(NamedTuple):
 
     @property
     def method(self) -> str | None:
-        """Name of its method."""
-        return flat(self.config.model_dump(mode="json")).get("method.name")
+        """Name of its method, and its dose where that is not the method's own."""
+        name = flat(self.config.model_dump(mode="json")).get("method.name")
+        return None if name is None else _dosed(name, self.dose)
 
     @property
     def router(self) -> str | None:
@@ -105,10 +109,11 @@ class _Plan:
                 config = self._from_scratch(student, [own], [last])
                 yield Member(f"baseline {student} seed {seed}", Role.baseline, config)
             for pair in self.sweep.pairs:
-                cells = [(method, router) for method in self.sweep.methods for router in self.routers]
+                cells = list(product(self.sweep.methods, self.sweep.doses, self.routers))
+                cells = [cell for cell in cells if cell[1] == "1" or cell[2] != PLAIN]  # no dose of nothing
                 if self.sweep.kd:
-                    cells = list(dict.fromkeys([(KD, CLASSICAL), *cells]))
-                yield from filter(None, (self._student(pair, method, router, seed) for method, router in cells))
+                    cells = list(dict.fromkeys([(KD, "1", CLASSICAL), *cells]))
+                yield from filter(None, (self._student(pair, *cell, seed) for cell in cells))
 
     def _from_scratch(self, name: str, own: list[ConfigSource], last: Sequence[ConfigSource] = ()) -> RunConfig:
         below, above = (
@@ -117,9 +122,9 @@ class _Plan:
         )
         return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above, *last])
 
-    def _student(self, pair: tuple[str, str], method: str, router: str, seed: int) -> Member | None:
+    def _student(self, pair: tuple[str, str], method: str, dose: str, router: str, seed: int) -> Member | None:
         label = ":".join(pair)
-        cell = f"{method} {router} {label}"
+        cell = f"{_dosed(method, dose)} {router} {label}"
         named = ConfigSource("the grid", _pair(pair) | {"method": {"name": method}, "router": {"name": router}})
         # The more it says whom it is for, the stronger.
         mine = [key for key in self.sweep.overrides if set(key.split()) <= {label, method, router}]
@@ -127,7 +132,11 @@ class _Plan:
         per = [ConfigSource(f"overrides {key}", self.sweep.overrides[key]) for key in ranked]
         last = ConfigSource("the grid", {"seed": seed})
         try:
-            config = _resolved(cell, "distill", [*self.below, named, *per, *self.above, last])
+            layers = [*self.below, named, *per, *self.above, last]
+            config = _resolved(cell, "distill", layers)
+            if dose != "1":
+                weight = dose if dose == AUTO else config.method.weight * float(dose)
+                config = _resolved(cell, "distill", [*layers, ConfigSource("doses", {"method": {"weight": weight}})])
         except UsageError as error:
             if self.sweep.infeasible == "refuse":
                 raise
@@ -139,8 +148,13 @@ class _Plan:
         if ROUTERS[router] is RandomMatchedConfig and not config.router.run:
             if LEARNED not in self.routers:
                 raise UsageError(f"routers: {router} matches the rates of {LEARNED}, which must be among them")
-            matched = f"{method} {LEARNED} {label} seed {seed}"
-        return Member(f"{cell} seed {seed}", Role.student, config, pair, teacher, matched)
+            matched = f"{_dosed(method, dose)} {LEARNED} {label} seed {seed}"
+        return Member(f"{cell} seed {seed}", Role.student, config, pair, teacher, matched, dose)
+
+
+def _dosed(method: str, dose: str) -> str:
+    """`fitnet`, `fitnet x10`, `fitnet auto`."""
+    return method if dose == "1" else f"{method} {dose}" if dose == AUTO else f"{method} x{dose}"
 
 
 def _pair(pair: tuple[str, str]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class MethodConfig(Config):
     def _auto_is_balanced(cls, values: Any) -> Any:
         """A weight of `auto` is the default one, balanced: the two gradients are as long as each other."""
         if isinstance(values, dict) and values.get("weight") == AUTO:
-            return {"balance": 1.0} | {key: value for key, value in values.items() if key != "weight"}
+            others = {key: value for key, value in values.items() if key != "weight"}
+            return others | {"balance": others.get("balance") or 1.0}
         return values
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """Config of routers: where to distil. One small class per policy; the objects are in `routing/table.py`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
 
@@ -13,6 +13,7 @@ Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1)]  # one per spot
 class RouterConfig(Config):
     """Where to distill."""
 
+    selects: ClassVar[bool] = False  # whether it decides by the sample: what coins of its rates are compared with
     name: str
     """Router, as in `sakd list routers`."""
     dose: Literal["published", "selected-mean"] = "published"
@@ -22,6 +23,7 @@ class RouterConfig(Config):
 class LearnedConfig(RouterConfig):
     """What the two learned routers share (Song et al., IEEE TIP 2022); the defaults are published, but for `recipe`."""
 
+    selects: ClassVar[bool] = True
     tau: PositiveFloat = 5.0
     """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
     gamma: PositiveFloat | None = None
@@ -60,6 +62,7 @@ class SoftConfig(LearnedConfig):
 class AgreementConfig(RouterConfig):
     """Where a sample's distillation does not work against its label: their gradients agree"""
 
+    selects: ClassVar[bool] = True
     name: Literal["gradient-agreement"] = "gradient-agreement"
     dose: Literal["published"] = "published"
 
@@ -67,12 +70,14 @@ class AgreementConfig(RouterConfig):
 class TeacherCorrectConfig(RouterConfig):
     """The samples that the teacher classifies correctly (Meng et al., ICASSP 2019)"""
 
+    selects: ClassVar[bool] = True
     name: Literal["teacher-correct"] = "teacher-correct"
 
 
 class WeightedConfig(RouterConfig):
     """What weights share whose mean over the batch is 1."""
 
+    selects: ClassVar[bool] = True
     dose: Literal["published", "selected-mean"] = "selected-mean"
     cap: Annotated[float, Field(ge=1.0)] = 2.0
     """Largest weight of a sample, where the mean is 1."""
@@ -93,6 +98,7 @@ class EntropyConfig(WeightedConfig):
 class WSLDConfig(RouterConfig):
     """Less where the student is as good as the teacher (Zhou et al., ICLR 2021)"""
 
+    selects: ClassVar[bool] = True
     name: Literal["wsld"] = "wsld"
 
 

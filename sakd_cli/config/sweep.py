@@ -1,14 +1,16 @@
 """Config of many runs: a grid over methods, pairs, routers and seeds, and the controls beside it."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from sakd_cli.config.base import Config, choose, read_by
-from sakd_cli.config.methods import METHODS
+from sakd_cli.config.methods import AUTO, METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
+from sakd_cli.errors import UsageError
 
 
 def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
@@ -43,6 +45,27 @@ def _own_name(name: str) -> str:
     return choose("method, router or pair", name, [*METHODS, *ROUTERS])
 
 
+def _as_texts(values: Any) -> Any:
+    """Numbers of a list as texts."""
+    return (
+        [f"{value:g}" if isinstance(value, int | float) else value for value in values]
+        if isinstance(values, list | tuple)
+        else values
+    )
+
+
+def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Multiples as they are written, each once."""
+    for name in names:
+        try:
+            fits = name == AUTO or 0 < float(name) < math.inf
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UsageError(f"{name!r} is neither a multiple of the method's weight nor {AUTO}")
+    return tuple(dict.fromkeys(names))
+
+
 Pair = Annotated[tuple[Annotated[str, read_by(_teacher)], NetworkName], BeforeValidator(_split)]
 Section = dict[str, Any]
 EMPTY: Section = {}
@@ -64,6 +87,8 @@ class SweepConfig(Config):
     """Methods, as in `sakd list methods`."""
     routers: Annotated[Names, _of("router", ROUTERS)] = ("always", "adaptive")
     """Routers, as in `sakd list routers`."""
+    doses: Annotated[Names, BeforeValidator(_as_texts), read_by(_doses)] = ("1",)
+    """Weights of the feature loss as multiples of the method's own, and auto, which balances it."""
     seeds: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = 1
     """Number of seeds, counted from the seed of common; or a list of seeds."""
     baseline: bool = False

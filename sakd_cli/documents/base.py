@@ -77,3 +77,19 @@ class PairedTest(Part):
     high: Number
     p: Number
     verdict: Verdict
+
+
+Question = Literal["help", "dose", "where"]
+
+
+class Answer(PairedTest):
+    """One of three questions: does distilling help, does a router give more than the dose, does where it distils add.
+
+    ours, theirs: labels of what was compared; holm: p corrected for all answers beside it (Holm 1979).
+    """
+
+    question: Question
+    ours: str
+    theirs: str
+    holm: Number
+    text: str

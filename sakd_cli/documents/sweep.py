@@ -2,13 +2,17 @@
 
 from typing import Literal
 
-from sakd_cli.documents.base import Document, Number, PairedTest, Part, SeedStatistics
+from sakd_cli.documents.base import Answer, Document, Number, PairedTest, Part, SeedStatistics
 
 RunState = Literal["done", "running", "waiting", "failed", "blocked"]
 
 
 class SweepRun(Part):
-    """One run. already_done: finished when the command began; resumed: from a checkpoint; top1, loss: last epoch."""
+    """One run. already_done: finished when the command began; resumed: from a checkpoint; top1, loss: last epoch.
+
+    method: with the dose, where it is not the method's own (`fitnet x10`, `fitnet auto`); validation_top1: last epoch,
+    of the images that choose the best one; matched: key of the run whose rates its coins have.
+    """
 
     key: str
     role: Literal["teacher", "baseline", "student"]
@@ -25,6 +29,8 @@ class SweepRun(Part):
     run: str | None = None
     top1: Number = None
     best_top1: Number = None
+    validation_top1: Number = None
+    matched: str | None = None
     loss: Number = None
     seconds: Number = None
     teacher_top1: Number = None
@@ -107,6 +113,7 @@ class SweepDocument(Document):
     cells: list[SweepCell]
     gains: list[Gain]
     mean_gains: list[MeanGain]
+    answers: list[Answer]
     skipped: list[Skipped]
     published: Provenance | None
     runs: list[SweepRun]

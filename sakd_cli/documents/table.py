@@ -6,7 +6,7 @@ not known is null.
 
 from typing import Any, ClassVar, Literal
 
-from sakd_cli.documents.base import Document, Number, PairedTest, Part, SeedStatistics
+from sakd_cli.documents.base import Answer, Document, Number, PairedTest, Part, SeedStatistics
 from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Quartiles
 from sakd_cli.documents.listing import Listing, ShownConfig, ShownMeaning, ShownMethod
@@ -95,6 +95,7 @@ class Comparison(Document):
     differences: list[Difference]
     groups: list[SeedGroup]
     comparisons: list[Versus]
+    answers: list[Answer]
 
     @property
     def counted(self) -> list[RunRow]:

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sakd_cli.config import methods
 from sakd_cli.config.base import own_name
 from sakd_cli.config.grid import LEARNED, Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
@@ -25,20 +26,26 @@ if TYPE_CHECKING:
     from sakd_cli.runs.launch import Launcher
 
 ALL = "all"
+MATCHED = RandomMatchedConfig().name
 PAUSE = 0.05  # seconds between two looks at the processes
 
 
 def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConfig]:
     """What `--routers`, `--with-control` and `--seeds` make of a config: members that share all but router and seed.
 
-    Seed by seed, and of each seed the learned router first, whose rates another may match.
+    Seed by seed, and of each seed the learned router first, whose rates another may match. The controls are what a
+    claim needs: coins of the router's rates, always, always at the balanced dose, never.
 
     Raises UsageError for options that do not go together, before anything is trained.
     """
     if params["parallel"]:
         require_single_process("--parallel")
     names = _routers(config, params)
-    members = [_member(config, name, config.seed + offset) for offset in range(params["seeds"] or 1) for name in names]
+    variants = [(name, False) for name in names]
+    if params["with_control"] and not config.method.balance:
+        variants.insert(-1, (CLASSICAL, True))
+    seeds = range(config.seed, config.seed + (params["seeds"] or 1))
+    members = [_member(config, name, seed, balanced) for seed in seeds for name, balanced in variants]
     if params["parallel"] and not wants_series(params):
         raise UsageError("--parallel runs a series at once: it goes with --seeds, --with-control or --routers")
     if len(members) > 1:
@@ -57,7 +64,8 @@ def wants_series(params: Mapping[str, Any]) -> bool:
 def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
     own, asked = config.router.name, params["routers"]
     if asked is None:
-        return list(dict.fromkeys([own, CLASSICAL, PLAIN])) if params["with_control"] else [own]
+        coins = [MATCHED] if config.router.selects else []
+        return list(dict.fromkeys([own, *coins, CLASSICAL, PLAIN])) if params["with_control"] else [own]
     if params["router"] is not None or params["with_control"]:
         raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
     names = list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked.split(",")))
@@ -67,15 +75,16 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
             raise UsageError(f"--routers: {unknown('router', name, [*ROUTERS, ALL])}")
     # Stable: what learns comes first, what matches another run's rates comes after that run.
     ranked = sorted(names, key=lambda name: (name != LEARNED, ROUTERS[name] is RandomMatchedConfig))
-    matching = [name for name in ranked if ROUTERS[name] is RandomMatchedConfig]
-    if matching and LEARNED not in names and not config.router.model_dump().get("run"):
-        raise UsageError(f"--routers: {matching[0]} matches the rates of {LEARNED}, which must be among them")
+    there = config.router.model_dump().get("run") or any(ROUTERS[name].selects for name in names)
+    if MATCHED in ranked and not there:
+        raise UsageError(f"--routers: {MATCHED} matches the rates of {LEARNED}, or of another that selects: add it")
     return ranked
 
 
-def _member(config: DistillConfig, router: str, seed: int) -> DistillConfig:
-    """The same settings with that router and seed; settings of the old router that the new one has not are dropped."""
-    changed = {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
+def _member(config: DistillConfig, router: str, seed: int, balanced: bool = False) -> DistillConfig:
+    """The same settings with that router, seed and dose; what the old router has and the new one has not is dropped."""
+    changed: dict[str, Any] = {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
+    changed |= {"method": {"weight": methods.AUTO}} if balanced else {}
     own = ConfigSource("the series' settings", config.model_dump(mode="json"))
     member: DistillConfig = resolve("distill", [own, ConfigSource("--routers", changed)]).config
     return member
@@ -125,17 +134,18 @@ def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]
         begun = [(first if first.teacher.weights else launcher.pretrain(first)[0]).teacher]
     pinned = {"weights": begun[0].weights, "sha256": begun[0].sha256}
     names, members = [_name(config) for config in configs], list[Member]()
+    selecting = {config.seed: _name(config) for config in reversed(configs) if config.router.selects}
     for config, name in zip(configs, names, strict=True):
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update=pinned)})
-        matched = f"{LEARNED}, seed {config.seed}" if isinstance(config.router, RandomMatchedConfig) else None
-        if matched not in names:
+        matched = selecting.get(config.seed) if isinstance(config.router, RandomMatchedConfig) else None
+        if matched is None:
             config, matched = locate_inputs(resume_config(config)[0] if launcher.resume else config), None
         members.append(Member(name, Role.student, config, matched=matched))
     return members
 
 
 def _name(config: DistillConfig) -> str:
-    return f"{config.router.name}, seed {config.seed}"
+    return f"{config.router.name}{' balanced' * bool(config.method.balance)}, seed {config.seed}"
 
 
 class Messages:

@@ -6,6 +6,7 @@ that differs from it in the router only; where there is neither, with the first 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import BestEpoch, Comparison, Difference, Point, RunRow, SeedGroup, Versus
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render.format import fixed, number, plain, points
+from sakd_cli.report.runs.questions import Arm, answers
 from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
 from sakd_cli.rundir import RunDir
 
@@ -78,6 +80,7 @@ def compare(runs: Iterable[RunDir]) -> Comparison:
         differences=_differences(settings),
         groups=[_statistics(group) for group in groups],
         comparisons=[_versus(ours, theirs) for ours, theirs in _pairs(groups)],
+        answers=answers(_arms(groups, rows, settings)),
     )
 
 
@@ -159,6 +162,28 @@ def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
         classical = [other for other in others if other.settings["router.name"] == CLASSICAL]
         pairs += [(ours, o) for o in classical if all(key.startswith("router.") for key in _unequal(ours, o))]
     return pairs or [(group, groups[0]) for group in groups[1:]]
+
+
+def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -> list[Arm]:
+    """The groups as the questions see them; what was trained without a teacher is compared with every method."""
+    labels = {Path(row.run).name: groups[row.group].label for row in rows}
+    matched = {row.group: str(one["router.run"]) for row, one in zip(rows, settings, strict=True) if one["router.run"]}
+    arms = []
+    for group in groups:
+        own = group.settings
+        last = {row.seed: row.curve[-1].top1 for row in group.runs if row.seed is not None and row.curve}
+        whom = own["teacher.sha256"], own["method.name"]
+        arms.append(
+            Arm(
+                label=group.label,
+                about=(own.network, own["data.name"], *(() if own.control else whom)),
+                router=own["router.name"],
+                top1=by_seed(group.runs),
+                validation={seed: top1 for seed, top1 in last.items() if top1 is not None},
+                matched_of=labels.get(Path(matched[group.number]).name) if group.number in matched else None,
+            )
+        )
+    return arms
 
 
 def _same_data(ours: _Group, control: _Group) -> bool:

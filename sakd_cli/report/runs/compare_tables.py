@@ -32,6 +32,7 @@ def _groups(document: Comparison) -> Sheet:
     teacher = _teacher_top1(document)
     notes = [] if teacher is None else [f"Teacher: top-1 {fixed(teacher, 2)} %."]
     notes += [plain(text) for text in document.doubles]
+    notes += [answer.text for answer in document.answers]
     notes += [versus.text for versus in document.comparisons]
     if (tested := sum(versus.p is not None for versus in document.comparisons)) > 1:
         notes.append(f"Paired t-tests, not corrected for being {tested}.")

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
-from sakd_cli.config.routers import CLASSICAL, AdaptiveConfig
+from sakd_cli.config.routers import CLASSICAL, PLAIN, AdaptiveConfig
 from sakd_cli.documents.sweep import (
     Gain,
     MeanGain,
@@ -26,6 +26,7 @@ from sakd_cli.documents.sweep import (
     SweepRun,
 )
 from sakd_cli.report.render.format import plain
+from sakd_cli.report.runs.questions import Arm, answers
 from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
 
 LEARNED = AdaptiveConfig().name
@@ -60,10 +61,35 @@ def sweep_document(
         cells=cells,
         gains=gains,
         mean_gains=list(_mean_gains(gains)),
+        answers=answers(_arms(runs)),
         skipped=[Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
         published=Provenance(**{key: _published()[key] for key in Provenance.model_fields}) if known else None,
         runs=list(runs),
     )
+
+
+def _arms(runs: Sequence[SweepRun]) -> list[Arm]:
+    """Every cell of every pair as the questions see it: doses of a method are compared, and with no distillation."""
+    cells: dict[tuple[str | None, ...], list[SweepRun]] = {}
+    for run in runs:
+        if run.role != "teacher":
+            cells.setdefault((run.teacher, run.student, run.method, run.router), []).append(run)
+    labels = {run.key: _label(run) for run in runs}
+    arms = []
+    for same in cells.values():
+        run = same[0]
+        plain_training = run.role == "baseline" or run.router == PLAIN
+        about = run.student, *(() if plain_training else (run.teacher, (run.method or "").split()[0]))
+        top1, validation = by_seed(same), by_seed(same, "validation_top1")
+        matched = labels.get(run.matched or "")
+        arms.append(Arm(_label(run), about, run.router, top1, validation, matched))
+    return arms
+
+
+def _label(run: SweepRun) -> str:
+    named = [run.method, run.router] if run.method else ["from scratch"]
+    whom = f"({run.teacher}:{run.student})" if run.teacher else run.student
+    return " ".join([*(name for name in named if name), whom])
 
 
 def _pair(teacher: str, student: str, runs: Sequence[SweepRun], dataset: str | None) -> SweepPair:

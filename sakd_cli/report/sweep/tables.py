@@ -116,6 +116,7 @@ def _notes(document: SweepDocument) -> Iterator[str]:
             f"{mean.router} over {mean.against}: above 0 in {mean.above} of {mean.cells} cells, "
             f"below in {mean.below}; mean {points(mean.mean, 2)} points."
         )
+    yield from (answer.text for answer in document.answers)
     if tests := sum(gain.p is not None for gain in document.gains):
         claimed = sum(gain.verdict in ("better", "worse") for gain in document.gains)
         yield (
