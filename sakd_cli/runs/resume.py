@@ -34,12 +34,12 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
 
     What it names as networks may be built: a user's own function is named by the user, here or when the run began.
     """
-    config, plan = _resolved(task, params)
+    config, plan = _planned(task, params)
     trust(*(value for key, value in flat(config.model_dump(mode="json")).items() if key in NETWORK_KEYS))
     return config, plan
 
 
-def _resolved(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
+def _planned(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
     given = config_sources(params)
     folder, overwrite = params["run_dir"], params["overwrite"]
     if params["resume"] is None:
