@@ -1,6 +1,5 @@
 """Evaluate saved networks and ensembles on the test images, by more than one number."""
 
-import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.early_exit import evaluate_batches, exit_costs, exit_curve, never
 from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusions
 from sakd_cli.evaluation.speed import speed
+from sakd_cli.files import read_json
 from sakd_cli.models import artifact
 from sakd_cli.models import ensemble as ensembles
 from sakd_cli.models.artifact import Artifact
@@ -255,7 +255,7 @@ def _opened(target: Path) -> LoadedEnsemble:
         return ensembles.load(folder)
     plain = artifact.load(target)
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "config.json")
         about = {"teacher": dict(about["teacher"])} if about["sha256"] == plain.sha256 else {}
     except (OSError, ValueError, KeyError, TypeError):
         about = {}  # a file alone: its teacher is not known

@@ -23,7 +23,7 @@ from sakd_cli.data.sources import Views
 from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError, UsageError
-from sakd_cli.files import flush_folder, sha256, write_json
+from sakd_cli.files import flush_folder, read_json, sha256, write_json
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
@@ -104,7 +104,7 @@ def open_teacher_cache(
 def _whole(path: Path) -> bool:
     """Whether the file is there as it was written; a damaged one is computed anew."""
     try:
-        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+        known = read_json(path.with_suffix(".json"))["sha256"]
         return bool(sha256(path) == known)
     except (OSError, ValueError, KeyError, TypeError):
         return False
