@@ -154,12 +154,18 @@ def _params(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    target: Place | None = None, *, teacher: Place | None = None, early: bool = True, **options: Unpack[Inputs]
+    target: Place | None = None,
+    *,
+    teacher: Place | None = None,
+    early: bool = True,
+    split: Literal["train", "val", "test", "all"] | None = None,
+    **options: Unpack[Inputs],
 ) -> Evaluation | EnsembleEvaluation:
     """Evaluate a trained network on the test images: the document of `sakd eval --json`.
 
     target  a run, a folder of a network or its file; None: the newest run
     early   whether images exit an ensemble of residual students early
+    split   which images; None: the test images, or all of another folder that `data_root` names
     """
     given = config_sources(_params("eval", {"teacher": teacher, **options}))
     found = [what_to_score(None if target is None else Path(target), runs_dir_of(given))]
@@ -168,7 +174,7 @@ def evaluate(
     from sakd_cli.runs.evaluate import evaluate_all
 
     reporter = options.get("reporter") or NullReporter()
-    (document,) = evaluate_all(found, given, reporter, teacher_required=teacher is not None, early=early)
+    (document,) = evaluate_all(found, given, reporter, teacher_required=teacher is not None, early=early, split=split)
     return document
 
 

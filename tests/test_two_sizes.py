@@ -108,6 +108,15 @@ def test_a_student_takes_the_preprocessing_of_its_teacher(cli: CliRunner, root: 
     assert artifact.load(cli.path / "own/student").card.seen == one.seen.model_copy(update={"interpolation": "nearest"})
 
 
+def test_a_run_is_found_again_before_and_after_its_teacher_was_trained(cli: CliRunner, root: Path) -> None:
+    data = ["--dataset", "imagefolder", "--data-root", str(root), "--epochs", "1", "-q", "--set", "data.size=20"]
+    words = ["distill", "--teacher", "resnet8", "--pretrain", "--student", "resnet8", "--method", "kd", *data]
+    for _ in range(2):
+        again = cli.sakd(*words, "--router", "always", "--runs-dir", "found", "--resume", "auto")
+        assert again.code == 0, again.err
+        assert len(list((cli.path / "found").glob("*/config.yaml"))) == 2
+
+
 def test_what_needs_one_size_says_so(cli: CliRunner, root: Path) -> None:
     data = ["--dataset", "imagefolder", "--data-root", str(root), "--epochs", "1", "-q", "--set", "data.size=16"]
     words = ["distill", "--teacher", "./teacher-adaptive", "--student", "resnet8", *data]

@@ -95,9 +95,9 @@ def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:
         )
         skipped += len(good) - int(good.sum())
         readable = split.subset(good.nonzero().squeeze(1))
-        counts = torch.bincount(readable.labels, minlength=len(dataset.classes))
-        if not bool(counts.all()):
-            name = dataset.classes[int(counts.argmin())]
+        before, counts = (one.labels.bincount(minlength=len(dataset.classes)) for one in (split, readable))
+        if bool((lost := (before > 0) & (counts == 0)).any()):
+            name = dataset.classes[int(lost.int().argmax())]
             raise DataError(f"{dataset.name}: class {name}: none of its pictures can be read", "sakd data check DIR")
         splits.append(readable)
     val = None if dataset.val is None else splits[1]

@@ -80,7 +80,8 @@ def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
     geometry = {"size", "resize", "resize_mode"}
     said = {key for key in Preprocessing.model_fields if f"data.{key}" in origins}
     said |= geometry if said & geometry else set()
-    taken = {key: value for key, value in seen.model_dump().items() if key not in said}
+    own = config.data.seen.model_dump()
+    taken = {key: value for key, value in seen.model_dump().items() if key not in said and value != own[key]}
     data = resolve("eval", [ConfigSource("-", {"data": config.data.model_dump() | taken})]).config.data
     return config.model_copy(update={"data": data})
 
