@@ -10,8 +10,13 @@ from sakd_cli.distillers.distiller import SpotwiseDistiller, pooled_to_smaller, 
 
 
 def attention(x: Tensor, power: int) -> Tensor:
-    """Mean over channels of the map to a power, scaled to length 1: [N, C, H, W] to [N, HW]."""
-    return F.normalize(x.pow(power).mean(dim=1).flatten(1), dim=1)
+    """Mean over channels of the map to a power, scaled to length 1: [N, C, H, W] to [N, HW].
+
+    A sum instead of the mean: the scale cancels. And the product instead of `pow`, whose backward pass is five times
+    as dear on a CPU.
+    """
+    energy = x * x if power == 2 else x.pow(power)
+    return F.normalize(energy.sum(dim=1).flatten(1), dim=1)
 
 
 @final
