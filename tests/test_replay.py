@@ -49,6 +49,7 @@ EPOCHS, SIZE = 2, 6  # of 20 images: three whole batches and one of 2; the rate 
 SETTINGS: dict[str, dict[str, Any]] = {
     "crd": {"method.negatives": 9},
     "dfa": {"method.weights": "uniform"},
+    "kdsvd": {"method.extra": 0},  # one decomposition of many launches for each map
     "simkd": {"method.ce_weight": 1.0},
     "fixed": {"router.weights": [[0.3], [0.7]]},
 }
