@@ -63,6 +63,7 @@ def fitnet(spots: Spots, case: Case, given: Given) -> Distiller:
     """The vectors' student maps have passed the regressor already."""
     distiller = FitNet((), FitNetConfig())
     distiller.spots, distiller.regressors = spots, nn.ModuleList([nn.Identity() for _ in spots])
+    distiller.active = (True,) * len(spots)
     return distiller
 
 
