@@ -70,6 +70,18 @@ class Preprocessing(Config):
             return high, max(wide, width * high // height)
         return max(high, height * wide // width), wide
 
+    @property
+    def text(self) -> str:
+        """In words, for a README."""
+        plain = "" if self.antialias else ", without antialiasing"
+        how = {
+            "shorter": f"shorter side {self.resize}, {self.interpolation}{plain}",
+            "squash": f"squashed to a shorter side of {self.resize}, {self.interpolation}{plain}",
+            "none": "not resized",
+        }
+        upright = "turned upright by EXIF" if self.orientation else "as stored, whatever EXIF says"
+        return f"{upright}, over {self.background}, {how[self.resize_mode]}, the middle {shown(self.size)} cut out"
+
     def at(self, other: "Preprocessing") -> "Preprocessing | None":
         """The same part of a picture at the size of another network, resampled as that one does; None: the same."""
         alike = {"size", "interpolation", "antialias"}

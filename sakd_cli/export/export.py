@@ -223,12 +223,14 @@ def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: E
 
 An image classifier for {len(card.classes)} classes of RGB images of {shown(card.side)} pixels.
 {known}
-`{form.file}` takes {takes}; `config.json` has the class names in the order of the logits. In this folder:
+`{form.file}` takes {takes}; `config.json` has the class names in the order of the logits.
+Pictures: {card.seen.text} (`preprocessing` in `config.json`). In this folder:
 
 ```python
 {form.lines(card, inside)}
 ```
 
+- pictures of more than 8 bits a channel are to be scaled to 8 bits before
 - {document.bytes} bytes, SHA-256 `{document.sha256}`
 - checked on {check.images} {kind}: logits within {check.difference:.1g} of the trained network,
   the same answer for {check.agreement:g} %

@@ -250,6 +250,7 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
         f"{learned}\n"
         "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"
         "standard deviation of pixel values between 0 and 1 that the images are normalised with.\n\n"
+        f"Pictures: {card.seen.text} (`preprocessing` in `config.json`).\n\n"
         f"SHA-256 of the weights: `{about['sha256']}`.\n\n"
         "    sakd eval .\n"
     )

@@ -95,6 +95,8 @@ def images_to_score(
         found += [text for part in parts for text in fingerprint.lost(then, now, part)]
         where = f"{data.name} in {data.root}" if data.root else data.name
         fingerprint.require_none(found, where, "--data-root DIR scores a folder as it is")
+        if new := now.contents(*parts) - then.contents(*parts):
+            reporter.warn(f"{len(new)} of the {split} images are new since the run began")
     shown = replace(images, dataset=replace(images.dataset, test=joined(list(parts.values()))))
     known = _trained_on(then, now)
     if known and split == "test":
