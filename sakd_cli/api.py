@@ -229,4 +229,11 @@ def inspect_run(
         sources = config_sources(options)
         measured = live(run, sources, split, reporter or NullReporter(), seed=seed, extremes=extremes)
     survey = read_survey(run, measured)
-    return spots_document(run, survey, sample=sample, seed=seed, extremes=extremes), survey
+    document = spots_document(run, survey, sample=sample, seed=seed, extremes=extremes)
+    if options.get("probe"):
+        from sakd_cli.engine.reporter import NullReporter
+        from sakd_cli.runs.probe import probe
+
+        probed = probe(run, config_sources(options), reporter or NullReporter(), seed=seed)
+        document = document.model_copy(update={"probe": probed})
+    return document, survey

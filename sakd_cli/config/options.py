@@ -116,6 +116,8 @@ _ROWS: list[Option | str] = [
            type=Literal["train", "validation", "test"], default="train"),
     Option("eval_split", "", "Images to score: train, val, test or all (default: test; of another --data-root, all)",
            "eval", type=Literal["train", "val", "test", "all"] | None, flags="--split"),
+    Option("probe", "", "Measure whether there is anything to route: what distilling single images does for others",
+           "inspect-spots", type=FLAG),
     Option("sample", "", "Sample the decisions once instead of using probabilities", "inspect-spots", type=FLAG),
     Option("sample_seed", "", "Random seed of --sample", "inspect-spots", "N", int, least=0, default=0, flags="--seed"),
     "Ensemble",

@@ -282,6 +282,41 @@ class Measured(Part):
     routed: RoutedNetwork | None
 
 
+class ProbedSpot(Part):
+    """What distilling single images at a spot would do for held-out images (`inspect-spots --probe`).
+
+    product      of an image's distillation gradient with the gradient of the held-out images' cross-entropy
+    helps        fraction of the images whose product is positive
+    mean         of the products, over their standard deviation
+    reliability  of an image's product: correlation of those with two halves of the held-out images (where
+                 it is positive, for their double length by Spearman-Brown)
+    explained    R² of a regression of the product on embeddings and losses, on images it was not fitted to
+    chosen_loss  mean loss of what the router chooses, over the mean loss of all images
+    class_share  share of the variance of the router's decisions that lies between the classes
+    settled      epoch from which on the fraction distilled there stays within 0.02 of its last value
+    """
+
+    name: str
+    kind: str
+    helps: float
+    mean: Number
+    reliability: Number
+    explained: Number
+    chosen_loss: Number
+    class_share: Number
+    settled: int | None
+
+
+class Probe(Part):
+    """Training images that were probed, without augmentation, and the images that were held out."""
+
+    images: int
+    held_out: int
+    held_out_split: Literal["validation", "test"]
+    seed: int
+    spots: list[ProbedSpot]
+
+
 class SpotsDocument(Document):
     """Where a run distilled: from its log, and (`measured`) by image, null for a run without a record by sample.
 
@@ -306,6 +341,7 @@ class SpotsDocument(Document):
     by_class: list[ClassFractions]
     mixtures: Mixtures | None
     measured: Measured | None
+    probe: Probe | None = None
 
 
 CSV_HEADER = ("table", "item", "spot", "measure", "value")

@@ -49,6 +49,7 @@ BATCH = 256  # the features of all stages of both networks are in memory at once
 DRAWS = 3  # of all gates, for the routed network's accuracy
 LEAST = 500  # test images to route at the end of a run, as far as there are so many
 MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the teacher
+LOSSES = ("feature_distiller", "logit_distiller")
 
 
 @final
@@ -79,6 +80,16 @@ def live(
     sources  settings of data and device, which replace the run's own
     Raises UsageError on other classes or where there is no such split, CheckpointError where none can be used.
     """
+    job = trained_job(run, sources)
+    reporter.begin(f"measuring {run.path.name} on {job.images.dataset.name}, {split} images", 1)
+    try:
+        return survey(job, split, reporter, seed=seed, extremes=extremes)
+    finally:
+        reporter.end()
+
+
+def trained_job(run: RunDir, sources: Iterable[ConfigSource], *, losses: bool = False) -> Job:
+    """The job of a run with what its last checkpoint has, also of what only the losses need; raises as `live`."""
     own = ConfigSource(str(run.path), run.config)
     config = resolve("distill", [own]).config
     data = ConfigSource(own.origin, {"data": config.data.model_dump(mode="json")})
@@ -90,24 +101,20 @@ def live(
         saved.folder, saved.state.get("fingerprint"), saved.state.get("epoch"), own_fingerprint, run.extended
     )
     job = build.distillation(config)
-    _restore(job, saved)
-    reporter.begin(f"measuring {run.path.name} on {job.images.dataset.name}, {split} images", 1)
-    try:
-        return survey(job, split, reporter, seed=seed, extremes=extremes)
-    finally:
-        reporter.end()
+    _restore(job, saved, (*MADE_OF, *(LOSSES if losses else ())))
+    return job
 
 
-def _restore(job: Job, saved: checkpoint.Checkpoint) -> None:
-    """The trained student, router and adapters; what only the losses need stays as it was built."""
+def _restore(job: Job, saved: checkpoint.Checkpoint, parts: tuple[str, ...]) -> None:
+    """These parts of the task as they were trained; the others stay as they were built."""
     tensors = {name.removeprefix("task/"): tensor for name, tensor in saved.training.items()}
     tensors |= {f"network.{name}": tensor for name, tensor in (saved.model or {}).items()}
-    decisive = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in MADE_OF}
+    decisive = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in parts}
     try:
         absent = job.task.load_state_dict(decisive, strict=False).missing_keys
     except RuntimeError as error:
         raise CheckpointError(f"{saved.folder}: does not fit ({' '.join(str(error).split())[:120]})") from None
-    if any(name.partition(".")[0] in MADE_OF for name in absent):
+    if any(name.partition(".")[0] in parts for name in absent):
         raise CheckpointError(f"{saved.folder}: is not of this run ({absent[0]} is missing)")
 
 

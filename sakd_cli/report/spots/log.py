@@ -23,6 +23,7 @@ from sakd_cli.report.spots.survey import Survey, by_peak, deviations, measure
 from sakd_cli.rundir import RunDir, look_up
 
 RECORD, CARD = "spots.jsonl", "student/config.json"
+SETTLED = 0.02  # of the samples: how far a spot's fraction may still move
 MIXTURES, MIXTURES_PLOT = "dfa.json", "dfa.png"
 
 
@@ -97,6 +98,17 @@ def epoch_records(run: RunDir) -> list[EpochRecord]:
     if len({len(spot.by_class) for epoch in epochs for spot in epoch.spots if spot.by_class}) > 1:
         raise DamagedError(f"{where}: not every epoch and spot has the same number of classes")
     return epochs
+
+
+def settled_epoch(epochs: list[EpochRecord], index: int) -> int | None:
+    """The epoch from which on a spot's fraction stays within `SETTLED` of its last value; None where it is unknown."""
+    last, found = epochs[-1].spots[index].fraction, None
+    for epoch in reversed(epochs):
+        fraction = epoch.spots[index].fraction
+        if fraction is None or last is None or abs(fraction - last) > SETTLED:
+            break
+        found = epoch.epoch
+    return found
 
 
 def read_mixtures(run: RunDir) -> Mixtures | None:

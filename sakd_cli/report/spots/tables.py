@@ -36,6 +36,7 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
             notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
         rows: list[ClassRow] = [(row, [], row.fraction) for row in report.by_class]
         tables.append(_by_class("By class (% of samples)", [], rows, names, notes, top))
+    tables += [_probe(report.probe)] if report.probe else []
     return tables + ([mixture_table(report.mixtures)] if report.mixtures else [])
 
 
@@ -59,6 +60,23 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
         "routed": [_routed(measured.routed)] if measured.routed else [],
     }
     return {section: sheets for section, sheets in tables.items() if sheets}
+
+
+def _probe(probe: doc.Probe) -> Sheet:
+    columns = {"Spot": lambda spot: named(spot.name), "Helps %": lambda spot: fraction(spot.helps)}
+    columns |= columns_of(lambda value: fixed(value, 2), {"Mean / std": "mean", "Reliability": "reliability"})
+    columns |= columns_of(lambda value: fixed(value, 2), {"Explained": "explained", "Chosen loss": "chosen_loss"})
+    columns |= {"Class share %": lambda spot: fraction(spot.class_share)}
+    columns |= {"Settled": lambda spot: DASH if spot.settled is None else f"epoch {spot.settled}"}
+    notes = [
+        f"{whole(probe.images)} training images, {whole(probe.held_out)} {probe.held_out_split} images held out, seed "
+        f"{probe.seed}. Helps: images whose distillation gradient would lower the held-out cross-entropy.",
+        "Reliability: of that product for single images, by halves of the held-out images. Near 0 there is nothing to "
+        "choose by. Explained: R² by embeddings and losses, which is all that a router sees.",
+        "Chosen loss: mean loss of what the router chooses over that of all. Class share: of the variance of its "
+        "decisions, what lies between classes.",
+    ]
+    return table("Is there anything to route?", probe.spots, columns, notes)
 
 
 def mixture_table(record: Mixtures) -> Sheet:
