@@ -11,6 +11,8 @@ from emulator import Called, Emulator
 from test_ahead import Halt
 from test_engine import CLASSES, DATASET, SAMPLES, SIDE
 from test_idle import heard
+from test_imagefolder import FEEDS, loaded
+from test_imagefolder import folder as pictures
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +23,7 @@ from sakd_cli.config.methods import METHODS, DFAConfig
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.training import FriendlyConfig, ResidualConfig
+from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import mixable_blocks
@@ -231,7 +234,7 @@ def test_an_evaluation_is_read_once() -> None:
 
 
 class Copies(TorchDispatchMode):
-    """Notes operations that take a tensor of the CPU to another device."""
+    """Notes operations that take a tensor of the CPU to another device, and whether the host would wait for them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,20 +244,33 @@ class Copies(TorchDispatchMode):
         given = func(*args, **(kwargs or {}))
         of, to = ({x.device.type for x in tree_leaves(side) if isinstance(x, Tensor)} for side in (args, given))
         if "cpu" in of and "meta" in to:
-            self.seen.append(func.overloadpacket.__name__)
+            self.seen.append("asynchronous" if (kwargs or {}).get("non_blocking") else "pageable")
         return given
 
 
-def test_images_in_memory_are_copied_to_the_device_at_an_epochs_begin_only() -> None:
-    """Another device is played by `meta`, which has shapes and no numbers."""
-    loader = TrainLoader(DATASET.train, DATASET, batch_size=SIZE, seed=3, noise_width=2, device=torch.device("meta"))
+def copies_of(split: Split, dataset: Dataset) -> tuple[list[str], list[str]]:
+    """For the first of some batches, and for two more. Another device is played by `meta`, which has no numbers."""
+    loader = TrainLoader(split, dataset, batch_size=SIZE, seed=3, noise_width=2, device=torch.device("meta"))
     epoch = loader.epoch(1)
     with Copies() as at_its_begin:
         next(epoch)
     with Copies() as later:
-        assert [len(batch.labels) for batch in epoch] == [6, 6, 2]
-    assert at_its_begin.seen
-    assert not later.seen
+        for _ in range(2):
+            next(epoch)
+    return at_its_begin.seen, later.seen
+
+
+def test_images_in_memory_are_copied_to_the_device_at_an_epochs_begin_only() -> None:
+    first, later = copies_of(DATASET.train, DATASET)
+    assert first
+    assert not later
+
+
+@pytest.mark.parametrize("feed", ["files, resized", "files, border"])
+def test_of_images_in_files_their_pixels_alone_are_copied_in_a_step_and_nobody_waits(feed: str, tmp_path: Path) -> None:
+    images = loaded(pictures(tmp_path, {"": 10}), split=0.2, **FEEDS[feed])
+    _, later = copies_of(images.train, images.dataset)
+    assert later == ["asynchronous"] * 2
 
 
 def wrong_on_a_gpu(x: Tensor) -> None:

@@ -113,8 +113,9 @@ class TrainLoader:
             assert isinstance(self._images, Files)
             source = self._crop_cached if self._images.cached else self._read
             images = map(self._normalised, source(self._images, drawn, rows, epoch))
+        order, noise_of_all = (numbers.to(self._device) for numbers in (drawn.order, drawn.noise))  # at once
         for step, (x, view, y) in zip(steps, images, strict=True):
-            index, noise = (numbers[step.rows].to(self._device) for numbers in (drawn.order, drawn.noise))
+            index, noise = order[step.rows], noise_of_all[step.rows]
             yield Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight, y)
 
     def _normalised(self, pixels: Tensor | tuple[Tensor, Tensor]) -> Shown:
