@@ -108,6 +108,15 @@ def test_a_student_takes_the_preprocessing_of_its_teacher(cli: CliRunner, root: 
     assert artifact.load(cli.path / "own/student").card.seen == one.seen.model_copy(update={"interpolation": "nearest"})
 
 
+@pytest.mark.parametrize("method", ["at", "fsp", "ofd", "reviewkd", "kdsvd", "sp"])
+def test_maps_of_two_sides_are_compared(cli: CliRunner, root: Path, method: str) -> None:
+    data = ["--dataset", "imagefolder", "--data-root", str(root), "--epochs", "1", "-q", "--batch-size", "8"]
+    shape = ["--set", "data.size=24,40", "--dry-run"]
+    words = ["distill", "--teacher", "./teacher-always", "--student", "resnet8", "--method", method, *data, *shape]
+    result = cli.sakd(*words)
+    assert result.code == 0, result.err
+
+
 def test_a_run_is_found_again_before_and_after_its_teacher_was_trained(cli: CliRunner, root: Path) -> None:
     data = ["--dataset", "imagefolder", "--data-root", str(root), "--epochs", "1", "-q", "--set", "data.size=20"]
     words = ["distill", "--teacher", "resnet8", "--pretrain", "--student", "resnet8", "--method", "kd", *data]

@@ -52,9 +52,9 @@ class Fusion(nn.Module):
     Returns that map, and what is passed to the shallower ones.
     """
 
-    def __init__(self, student: int, middle: int, teacher: int, height: int, *, deepest: bool) -> None:
+    def __init__(self, student: int, middle: int, teacher: int, size: tuple[int, int], *, deepest: bool) -> None:
         super().__init__()
-        self.height = height
+        self.size = size
         convolutions = nn.Conv2d(student, middle, 1, bias=False), nn.Conv2d(middle, teacher, 3, padding=1, bias=False)
         for convolution in convolutions:
             nn.init.kaiming_uniform_(convolution.weight, a=1)
@@ -68,8 +68,8 @@ class Fusion(nn.Module):
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
             share = self.attend(torch.cat([x, deeper], dim=1))
             x = x * share[:, :1] + deeper * share[:, 1:]
-        if x.shape[2] != self.height:
-            x = F.interpolate(x, (self.height, self.height), mode="nearest")
+        if x.shape[2:] != self.size:
+            x = F.interpolate(x, self.size, mode="nearest")
         return self.leave(x), x
 
 
@@ -91,9 +91,9 @@ class ReviewKD(Distiller):
         middle = min(config.width, spots[-1].student_shape[0])
         self.fusions = nn.ModuleList()
         for spot in spots:
-            height = spot.teacher_shape[1] if len(spot.teacher_shape) == 3 else 1
+            size = spot.teacher_shape[1:] if len(spot.teacher_shape) == 3 else (1, 1)
             channels = spot.student_shape[0], middle, spot.teacher_shape[0]
-            self.fusions.append(Fusion(*channels, height, deepest=spot is spots[-1]))
+            self.fusions.append(Fusion(*channels, size, deepest=spot is spots[-1]))
 
     def fused(self, maps: list[Tensor]) -> list[Tensor]:
         """The student's maps, shallow to deep, fused and in the teacher's shapes."""
