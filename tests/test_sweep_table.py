@@ -167,3 +167,10 @@ def test_a_sweep_answers_the_three_questions_for_each_pair_and_method() -> None:
     assert "Yes: at auto always (t:s) over at never (t:s) +" in texts[0]
     assert "at auto adaptive (t:s) over at auto always (t:s)" in texts[1]
     assert "at auto adaptive (t:s) over at auto random-matched (t:s)" in texts[2]
+
+
+def test_coins_are_of_the_router_that_selects_whichever_it_is() -> None:
+    routers = ["random-matched", "always", "wsld"]
+    settings = SweepConfig(pairs=["resnet20:resnet8"], methods=["kd"], routers=routers, doses=["auto"])
+    found = {member.router: member.matched for member in grid(settings).members if member.method}
+    assert found == {"always": None, "wsld": None, "random-matched": "kd auto wsld resnet20:resnet8 seed 0"}

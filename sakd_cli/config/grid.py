@@ -146,9 +146,12 @@ class _Plan:
         teacher = None if there else f"teacher {pair[0]}"
         matched = None
         if ROUTERS[router] is RandomMatchedConfig and not config.router.run:
-            if LEARNED not in self.routers:
-                raise UsageError(f"routers: {router} matches the rates of {LEARNED}, which must be among them")
-            matched = f"{_dosed(method, dose)} {LEARNED} {label} seed {seed}"
+            source = next((name for name in self.routers if ROUTERS[name].selects), None)
+            if source is None:
+                raise UsageError(
+                    f"routers: {router} matches the rates of {LEARNED}, or of another that selects: add it"
+                )
+            matched = f"{_dosed(method, dose)} {source} {label} seed {seed}"
         return Member(f"{cell} seed {seed}", Role.student, config, pair, teacher, matched, dose)
 
 
