@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from sakd_cli import files, runindex
-from sakd_cli.config import networks
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED, PINNED, differences, listed
 from sakd_cli.config.resolve import flat
@@ -179,26 +178,21 @@ class RunDir:
         for name in (SUMMARY, *OF_THE_END):
             (self.path / name).unlink(missing_ok=True)
 
-    def trust_own(self) -> None:
-        """Let its weights ask for the user's own functions that its settings name, if this user has made it here."""
-        names = [look_up(self.config, key) for key in ("model", "student", "teacher.source")]
-        mine = [name for name in names if isinstance(name, str) and networks.factories(name)]
-        if mine and self.identity is not None and self.identity in _made_here():
-            networks.trust(*mine)
-
-    def note_own(self) -> None:
-        """Note, for `trust_own`, that this user has made it, where the user's own functions are in it."""
-        names = [str(look_up(self.config, key)) for key in ("model", "student", "teacher.source")]
-        if self.identity is None or not any(map(networks.factories, names)):
-            return
-        with suppress(OSError, DiskError):
-            _made_file().parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(_made_file(), [*_made_here(), self.identity])
-
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.path / SUMMARY).is_file()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process works on it now."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except (Timeout, OSError):
+            return True
 
     @property
     def summary(self) -> Summary:
@@ -286,20 +280,6 @@ class RunDir:
         return content
 
 
-def _made_file() -> Path:
-    """Identities of the runs that this user has made on this machine with functions of the user's own."""
-    state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-    return Path(state) / "sakd" / "runs.json"
-
-
-def _made_here() -> list[str]:
-    try:
-        found = files.read_json(_made_file())
-    except (OSError, ValueError, RuntimeError):
-        return []
-    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-
-
 class ResumePlan(NamedTuple):
     """What a command means to do: make a new run, resume one, or replace one. Nothing is replaced unasked.
 
@@ -334,6 +314,9 @@ class ResumePlan(NamedTuple):
         if self.folder is None:
             return
         RunDir(self.folder)
+        above = next(path for path in self.folder.absolute().parents if path.exists())
+        if not os.access(above, os.W_OK):
+            raise DiskError(f"{self.folder}: cannot be made: {above} is not to be written", hint="another --run-dir")
         if not self.folder.exists():
             return
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {str(self.folder)}

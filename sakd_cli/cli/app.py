@@ -29,6 +29,7 @@ from sakd_cli.cli import (
     inspect_spots,
     pretrain_teacher,
     report,
+    runs,
     show,
     sweep,
 )
@@ -125,6 +126,7 @@ app.command("import-weights", rich_help_panel="Train", cls=OnceEach)(import_weig
 app.command("export", rich_help_panel="Train", cls=OnceEach)(export.export)
 app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
 app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(compare.compare)
+app.command("runs", rich_help_panel="Evaluate", cls=OnceEach)(runs.runs)
 app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(report.report)
 app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(inspect_spots.inspect_spots)
 app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(bench.bench)

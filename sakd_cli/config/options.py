@@ -11,9 +11,9 @@ TRAIN = "pretrain-teacher distill"
 NETWORKS = "distill eval bench"
 IMAGES = f"{TRAIN} eval import-weights inspect-spots"
 SETTINGS = f"{IMAGES} sweep export"
-PLACES = f"{TRAIN} eval sweep export inspect-spots"
+PLACES = f"{TRAIN} eval sweep export inspect-spots runs"
 MACHINE = f"{TRAIN} eval sweep import-weights inspect-spots bench"
-DOCUMENTS = f"{SETTINGS} bench data-check list show-method show-key show-schema config-show compare report"
+DOCUMENTS = f"{SETTINGS} bench data-check list show-method show-key show-schema config-show compare report runs"
 
 
 class Option(NamedTuple):
@@ -162,6 +162,11 @@ _ROWS: list[Option | str] = [
     Option("retry_failed", "", "Retry runs that failed in an earlier call", "sweep", type=FLAG),
     Option("estimate", "", "Estimate runs, hours and bytes; write nothing", "sweep", type=FLAG, flags="--dry-run"),
     Option("measure", "", "With --dry-run: seconds to time steps for", "sweep", "SECONDS", float, default=60.0),
+    "Selection of runs",
+    Option("where", "", "Only runs with this setting or column, such as method.name=fitnet; may be repeated", "runs",
+           "KEY=VALUE", TEXTS),
+    Option("sort", "", "Sort by this column; with a hyphen before it the largest first: -top1", "runs", "COLUMN"),
+    Option("yes", "", "With rm: remove without a question", "runs", type=FLAG),
     "Comparison",
     Option("compare", "", "Compare with an earlier --json of this machine", "bench", "FILE", FILE),
     Option("peer", "", "Time the step of another checkout beside ours; runs its code", "bench", "DIR", FILE),

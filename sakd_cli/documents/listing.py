@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from sakd_cli.documents.base import Document, Part
+from sakd_cli.documents.base import Document, Number, Part
 
 
 class Listed(Part):
@@ -21,6 +21,33 @@ class Listing(Document):
     schema_: Literal["sakd.list/1"] = "sakd.list/1"
     kind: str
     rows: list[Listed]
+
+
+class RunEntry(Part):
+    """A run; top1: percent of the test images after the last epoch; settings: by `runs show`, null otherwise."""
+
+    exact: ClassVar[frozenset[str]] = frozenset({"settings"})
+    run: str
+    state: Literal["finished", "in progress", "stopped", "damaged"]
+    task: str | None = None
+    network: str | None = None
+    teacher: str | None = None
+    method: str | None = None
+    router: str | None = None
+    dataset: str | None = None
+    seed: int | None = None
+    epochs: int | None = None
+    top1: Number = None
+    changed: str
+    settings: dict[str, Any] | None = None
+
+
+class RunEntries(Document):
+    """`sakd runs --json`: the runs of a folder; removed: those that `runs rm` has removed."""
+
+    schema_: Literal["sakd.runs/1"] = "sakd.runs/1"
+    rows: list[RunEntry]
+    removed: list[str]
 
 
 class ShownKey(Part):

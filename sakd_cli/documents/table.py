@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from sakd_cli.documents.base import Answer, Document, Number, PairedTest, Part, SeedStatistics
 from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Quartiles
-from sakd_cli.documents.listing import Listing, ShownConfig, ShownMeaning, ShownMethod
+from sakd_cli.documents.listing import Listing, RunEntries, ShownConfig, ShownMeaning, ShownMethod
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
 from sakd_cli.documents.training import Plan, Summary
@@ -240,6 +240,7 @@ DOCUMENTS: dict[str, type[Document]] = {
     "bench": Bench,
     "import": Imported,
     "list": Listing,
+    "runs": RunEntries,
     "config": ShownConfig,
     "method": ShownMethod,
     "key": ShownMeaning,

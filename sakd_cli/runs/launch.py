@@ -46,6 +46,7 @@ from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, planned_spots, warnings_of
 from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.mixtures import Mixed, of_job
+from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import Chain, MemberWriter
 from sakd_cli.runs.resume import find_matching_run, fingerprint, require_fingerprint
@@ -146,7 +147,7 @@ def launch(
         if distributed.is_main_process():
             _begin(job, run, plan, images)
             assert run.identity is not None, "from here on nothing is written where another run lies"
-            run.note_own()
+            note_own(run)
         distributed.barrier()
         run.fingerprint = fingerprint(job.config, run.path / FILE)
         try:

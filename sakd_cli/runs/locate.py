@@ -15,6 +15,7 @@ from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import check_header, expanded, parse_json, read_json
 from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.runs.own import trust_own
 
 
 def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
@@ -26,14 +27,12 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     if config.teacher is None:
         return None
     if config.teacher.weights is not None:
-        if (run := run_of(config.teacher.weights)) is not None:
-            run.trust_own()
+        trust_own(run_of(config.teacher.weights))
         return config.teacher.weights
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
-        if run is not None:
-            run.trust_own()
+        trust_own(run)
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
 
@@ -41,8 +40,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
 def weights_at(source: Path | str, key: str) -> Path:
     """The weights file or folder that a path means: of a run directory its network. `key`: the setting, for errors."""
     path = expanded(source)
-    if (run := run_of(path)) is not None:
-        run.trust_own()
+    trust_own(run_of(path))
     if (path / "config.yaml").is_file():
         folder = RunDir(path).deliverable
         if folder is None:
@@ -230,8 +228,7 @@ def what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | N
     """The weights, and the run they come from (None for a file of no run)."""
     target = target_or_newest(target, runs_dir)
     run = run_of(target)
-    if run is not None:
-        run.trust_own()
+    trust_own(run)
     if run is None or run.path != target:
         return target, run
     delivered = run.ensemble or run.deliverable

@@ -48,8 +48,10 @@ def _planned(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
         config = _resolved(task, given)
         _check_folder(config.data)
         return config, plan
+    if folder is not None and params["resume"] == AUTO and not overwrite:
+        return _at(folder, task, given)
     if folder is not None or overwrite:
-        raise UsageError("--resume continues an existing run; it goes with neither --run-dir nor --overwrite")
+        raise UsageError("--resume RUN continues an existing run; it goes with neither --run-dir nor --overwrite")
     if params["resume"] == AUTO:
         return _newest(task, given, params)
     run = RunDir(expanded(params["resume"]))
@@ -61,6 +63,18 @@ def _planned(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
 def _resolved(task: str, given: list[ConfigSource]) -> Any:
     """The config of a new run."""
     return with_teachers_preprocessing(*resolve(task, given))
+
+
+def _at(folder: Path, task: str, given: list[ConfigSource]) -> tuple[Any, ResumePlan]:
+    """`--run-dir DIR --resume auto`: the run in this folder, which must be of these settings, or a new one there."""
+    config, run = _resolved(task, given), RunDir(folder)
+    if not (folder / "config.yaml").is_file():
+        plan = ResumePlan(folder=folder)
+        plan.check()
+        return config, plan
+    if found := _differences(_settings_of(run, task), config):
+        raise UsageError(f"{folder}: the run there has other settings: {listed(found)}", "another --run-dir")
+    return own_settings(run, config), ResumePlan(resume=run, lenient=True)
 
 
 def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, bool]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sakd_cli.runs.launch import Launcher
 
 ALL = "all"
+MOST = 10_000  # seeds
 MATCHED = RandomMatchedConfig().name
 PAUSE = 0.05  # seconds between two looks at the processes
 
@@ -40,6 +41,8 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     """
     if params["parallel"]:
         require_single_process("--parallel")
+    if (params["seeds"] or 1) > MOST:
+        raise UsageError(f"--seeds {params['seeds']}: a series has at most {MOST} runs")
     names = _routers(config, params)
     variants = [(name, False) for name in names]
     if params["with_control"] and not config.method.balance:

@@ -1,0 +1,77 @@
+"""`sakd runs`: which runs there are, and the removal of those that nothing needs"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from sakd_cli.cli.console import emit, show
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.resolve import config_sources, resolve
+from sakd_cli.documents.listing import RunEntries
+from sakd_cli.errors import UsageError
+from sakd_cli.files import parse_yaml
+from sakd_cli.rundir import RunDir, all_runs
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[show|rm] [RUN...]", help="Show, or remove, these runs.")]
+SHOW, REMOVE = "show", "rm"
+
+
+@with_options("runs")
+def runs(options: Values, json: bool, yes: bool, words: Words = None) -> None:
+    """List runs, show some of them with their settings, or remove them.
+
+    Examples:
+
+        sakd runs --where method.name=fitnet --sort -top1
+
+        sakd runs show runs/A
+
+        sakd runs rm runs/A runs/B
+    """
+    from sakd_cli.report.runs.entries import entry_tables, run_entries, run_entry
+
+    action, *named = words or [""]
+    if action not in ("", SHOW, REMOVE) or (action and not named):
+        raise UsageError(f"sakd runs {action}: is neither `show RUN...` nor `rm RUN...`", "sakd runs --help")
+    chosen = [RunDir(Path(name)) for name in named]
+    removed = _remove(chosen, yes=yes) if action == REMOVE else []
+    if action == SHOW:
+        rows = [run_entry(run, run.config, shown=True) for run in chosen]
+    else:
+        runs_dir = resolve("eval", config_sources({"runs_dir": options["runs_dir"]})).config.runs_dir
+        where = dict(_assignment(text) for text in options["where"] or [])
+        rows = [] if action == REMOVE else run_entries(runs_dir, where, options["sort"])
+    document = RunEntries(rows=rows, removed=removed)
+    emit(document) if json else show(*entry_tables(document))
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UsageError(f"--where {text!r} is not of the form key=value", "for example --where method.name=fitnet")
+    try:
+        return key, parse_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        raise UsageError(f"--where {key}: {value[:40]!r} is no YAML value") from None
+
+
+def _remove(chosen: list[RunDir], *, yes: bool) -> list[str]:
+    """Remove these runs, all or none. UsageError where one is needed, or nobody says yes."""
+    from sakd_cli.report.runs.entries import remove, why_kept
+
+    for run in chosen:
+        assert run.config
+        others = [other.path for other in all_runs(run.path.resolve().parent)]
+        kept = why_kept(run, [path for path in others if path not in {one.path.resolve() for one in chosen}])
+        if kept is not None:
+            raise UsageError(f"{run.path}: is not removed, {kept}")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"{len(chosen)} runs would be removed for ever", "--yes removes them without a question")
+        typer.confirm(f"Remove {', '.join(str(run.path) for run in chosen)} for ever?", abort=True)
+    for run in chosen:
+        remove(run)
+    return [str(run.path) for run in chosen]

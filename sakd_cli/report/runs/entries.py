@@ -1,0 +1,107 @@
+"""The runs of a folder: what there is, filtered and sorted, and what may be removed"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from sakd_cli import runindex
+from sakd_cli.config.resolve import flat
+from sakd_cli.documents.listing import RunEntries, RunEntry
+from sakd_cli.errors import UsageError
+from sakd_cli.files import sha256
+from sakd_cli.report.render.format import fixed, named, plain
+from sakd_cli.report.render.sheet import columns_of, table
+from sakd_cli.rundir import RunDir, look_up
+
+KEYS = {"task": "task", "teacher": "teacher.source", "method": "method.name", "router": "router.name"}
+KEYS |= {"dataset": "data.name", "seed": "seed", "epochs": "train.epochs"}
+COLUMNS = {"Run": "run", "State": "state", "Task": "task", "Network": "network", "Method": "method"}
+COLUMNS |= {"Router": "router", "Data": "dataset", "Seed": "seed", "Epochs": "epochs", "Changed": "changed"}
+
+
+def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> list[RunEntry]:
+    """The runs of a folder that agree with `where` (dotted keys, or columns), the newest first or by a column.
+
+    sort  name of a column, with a hyphen before it for the largest first. Raises UsageError for an unknown one.
+    """
+    columns = set(RunEntry.model_fields) - {"settings"}
+    found = []
+    for path, settings in runindex.all_settings(runs_dir).items():
+        entry = run_entry(RunDir(path.parent), settings)
+        known = {key: getattr(entry, key) for key in columns}
+        if all(_same(known.get(key, look_up(settings, key)), value) for key, value in where.items()):
+            found.append(entry)
+    if sort is None:
+        return found
+    column = sort.removeprefix("-")
+    if column not in columns:
+        raise UsageError(f"--sort {sort}: no such column; there are {', '.join(sorted(columns))}")
+    there = [entry for entry in found if getattr(entry, column) is not None]
+    there.sort(key=lambda entry: getattr(entry, column), reverse=sort.startswith("-"))
+    return there + [entry for entry in found if getattr(entry, column) is None]
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    return bool(value == wanted) or (value is not None and str(value) == str(wanted))
+
+
+def run_entry(run: RunDir, settings: Mapping[str, Any] | None, *, shown: bool = False) -> RunEntry:
+    """A run; `shown`: with its settings."""
+    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.path / "config.yaml").stat().st_mtime))
+    names = {name: look_up(settings, key) for name, key in KEYS.items()}
+    names["network"] = look_up(settings, "student") or look_up(settings, "model")
+    for name, value in names.items():
+        kind = int if name in ("seed", "epochs") else str
+        names[name] = value if isinstance(value, kind) and not isinstance(value, bool) else None
+    state, top1 = "finished", None
+    try:
+        top1 = run.summary.last.top1 if run.finished else None
+    except UsageError:
+        state = "damaged"
+    if settings is None:
+        state = "damaged"
+    elif not run.finished:
+        state = "in progress" if run.in_use else "stopped"
+    own = dict(settings or {}) if shown else None
+    return RunEntry.model_validate(
+        names | {"run": plain(run.path), "state": state, "top1": top1, "changed": changed, "settings": own}
+    )
+
+
+def entry_tables(document: RunEntries) -> list[RenderableType]:
+    """The runs, and the settings of those that are shown."""
+    columns = columns_of(named, COLUMNS) | {"Top-1 %": lambda row: fixed(row.top1, 2)}
+    notes = [f"{len(document.rows)} runs", *(f"removed: {name}" for name in document.removed)]
+    tables: list[RenderableType] = [table("Runs", document.rows, columns, notes, text=6)]
+    for row in document.rows:
+        if row.settings is not None:
+            lines = [f"{key}: {plain(value)}" for key, value in flat(row.settings).items()]
+            tables.append("\n".join([plain(row.run), *lines]))
+    return tables
+
+
+def why_kept(run: RunDir, others: Sequence[Path]) -> str | None:
+    """Why a run must not be removed: it is in use, or others have learned from it; None where nothing speaks for it."""
+    if run.in_use:
+        return "a process works on it"
+    weights = None if run.deliverable is None else sha256(run.deliverable / "model.safetensors")
+    for path in others:
+        settings = runindex.read_config(path / "config.yaml")
+        pinned, matched = look_up(settings, "teacher.sha256"), look_up(settings, "router.run")
+        if path.resolve() != run.path.resolve() and weights is not None and pinned == weights:
+            return f"it is the teacher of {plain(path)}"
+        if isinstance(matched, str) and Path(matched).resolve() == run.path.resolve():
+            return f"{plain(path)} repeats its rates"
+    return None
+
+
+def remove(run: RunDir) -> None:
+    """Remove a run: out of the way at once, then piece by piece."""
+    with run.locked():
+        aside = run.path.with_name(f".{run.path.name}.removed")
+        run.path.rename(aside)
+    shutil.rmtree(aside)

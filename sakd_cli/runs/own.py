@@ -1,0 +1,43 @@
+"""Functions of the user's own in networks: the runs with them that this user has made here, which need no trust."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from sakd_cli.config.networks import factories, trust
+from sakd_cli.errors import DiskError
+from sakd_cli.files import read_json, write_json
+from sakd_cli.rundir import RunDir, look_up
+
+KEYS = ("model", "student", "teacher.source")  # settings that name networks
+
+
+def trust_own(run: RunDir | None) -> None:
+    """Let the weights of a run ask for the functions that its settings name, if this user has made it here."""
+    names = [look_up(run.config, key) for key in KEYS] if run is not None else []
+    mine = [name for name in names if isinstance(name, str) and factories(name)]
+    if mine and run is not None and run.identity is not None and run.identity in _made_here():
+        trust(*mine)
+
+
+def note_own(run: RunDir) -> None:
+    """Note, for `trust_own`, that this user has made a run, where the user's own functions are in it."""
+    if run.identity is None or not any(factories(str(look_up(run.config, key))) for key in KEYS):
+        return
+    with suppress(OSError, DiskError, RuntimeError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(), [*_made_here(), run.identity])
+
+
+def _file() -> Path:
+    """Identities of the runs that this user has made on this machine with functions of the user's own."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path("~/.local/state").expanduser()) / "sakd" / "runs.json"
+
+
+def _made_here() -> list[str]:
+    try:
+        found = read_json(_file())
+    except (OSError, ValueError, RuntimeError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

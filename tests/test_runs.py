@@ -1,0 +1,81 @@
+"""`sakd runs`, and the one line of a script that makes, resumes or reports a run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import CliRunner
+from filelock import FileLock
+
+TINY = [
+    "--dataset",
+    "shapes",
+    "--set",
+    "data.train=60",
+    "--set",
+    "data.test=40",
+    "--batch-size",
+    "20",
+    "--epochs",
+    "1",
+    "-q",
+]
+RUN = ["distill", "--teacher", "./runs/t", "--student", "resnet8", *TINY]
+
+
+@pytest.fixture(scope="module")
+def there(cli: CliRunner) -> CliRunner:
+    """A teacher `t`, a student `s` of it, and `broken`, whose settings are damaged."""
+    for command in (["pretrain-teacher", "resnet14", *TINY, "--run-dir", "runs/t"], [*RUN, "--run-dir", "runs/s"]):
+        result = cli.sakd(*command)
+        assert result.code == 0, result.err
+    (cli.path / "runs" / "broken").mkdir()
+    (cli.path / "runs" / "broken" / "config.yaml").write_text("a: [")
+    return cli
+
+
+def names(cli: CliRunner, *words: str) -> list[str]:
+    return [Path(row["run"]).name for row in cli.sakd("runs", *words, "--json").document["rows"]]
+
+
+def test_runs_are_listed_filtered_and_sorted(there: CliRunner) -> None:
+    assert sorted(names(there)) == ["broken", "s", "t"]
+    assert names(there, "--where", "method.name=fitnet") == ["s"]
+    assert names(there, "--where", "network=resnet14", "--where", "seed=0") == ["t"]
+    assert names(there, "--where", "state=damaged") == ["broken"]
+    assert names(there, "--where", "seed=9") == []
+    assert names(there, "--sort", "network") == ["t", "s", "broken"]
+    assert names(there, "--sort=-network") == ["s", "t", "broken"]
+    assert "resnet14" in there.sakd("runs").out
+    there.assert_rejects(["runs", "--sort", "size"], 2, "no such column")
+    there.assert_rejects(["runs", "--where", "seed"], 2, "key=value")
+    there.assert_rejects(["runs", "move", "runs/s"], 2, "neither")
+
+
+def test_a_run_is_shown_with_its_settings(there: CliRunner) -> None:
+    (row,) = there.sakd("runs", "show", "runs/s", "--json").document["rows"]
+    assert row["settings"]["method"]["name"] == "fitnet"
+    assert "train.momentum: 0.9" in there.sakd("runs", "show", "runs/s").out
+
+
+def test_only_what_nobody_needs_is_removed_and_only_when_meant(there: CliRunner) -> None:
+    there.assert_rejects(["runs", "rm", "runs/t", "--yes"], 2, "it is the teacher of")
+    there.assert_rejects(["runs", "rm", "runs/s"], 2, "would be removed for ever")
+    shutil.copytree(there.path / "runs" / "s", there.path / "runs" / "copy")
+    with FileLock(there.path / "runs" / "copy" / ".lock"):
+        there.assert_rejects(["runs", "rm", "runs/copy", "--yes"], 2, "a process works on it")
+    assert there.sakd("runs", "rm", "runs/copy", "--yes", "--json").document["removed"] == ["runs/copy"]
+    assert sorted(path.name for path in (there.path / "runs").iterdir()) == ["broken", "s", "t"]
+
+
+def test_one_line_makes_resumes_and_reports_a_run(there: CliRunner) -> None:
+    line = [*RUN, "--run-dir", "once", "--resume", "auto", "--json"]
+    made = there.sakd(*line).document
+    before = there.tree()
+    assert there.sakd(*line).document == made
+    assert there.tree() == before
+    (there.path / "once" / "summary.json").unlink()
+    assert there.sakd(*line).document["last"] == made["last"]
+    there.assert_rejects([*line, "--seed", "3"], 2, "seed was 0 and is 3")
+    refused = [*RUN, "--seeds", "100000000", "--dry-run"]
+    there.assert_rejects(refused, 2, "at most 10000 runs")
