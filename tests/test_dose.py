@@ -197,3 +197,16 @@ def test_a_run_records_the_ratio_and_says_when_a_weight_is_far_off(
     assert "before it was balanced to 1 over 1 at each feature spot" in notes["auto"]
     assert ratios["weak"] < 0.05 < ratios["auto"] < 20 < ratios["strong"]
     assert len(set(itertools.chain(ratios.values()))) == 3
+
+
+@pytest.mark.parametrize("weights", [[0.5], [0.5, 1], [[1, 1], [0.2, 1]]])
+def test_weights_that_would_cancel_are_a_mistake_too(weights: list[Any]) -> None:
+    with pytest.raises(UsageError, match="weights between 0 and 1 cancel at feature spots"):
+        make("fitnet", "fixed", **{"router.weights": weights, "method.balance": 1.0})
+    make("fitnet", "fixed", **{"router.weights": weights})
+    make("fitnet", "fixed", **{"router.weights": [1, 0.5], "method.balance": 1.0})
+
+
+def test_a_balance_has_no_state() -> None:
+    task = make("at", "adaptive", **{"method.balance": 1.0})
+    assert not [name for name in task.state_dict() if name.startswith("doses")]

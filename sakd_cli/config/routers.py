@@ -1,6 +1,6 @@
 """Config of routers: where to distil. One small class per policy; the objects are in `routing/table.py`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
 
@@ -120,6 +120,17 @@ class FixedConfig(RouterConfig):
     name: Literal["fixed"] = "fixed"
     weights: Fractions | Annotated[tuple[Fractions, ...], Field(min_length=1)] = (0.5,)
     """Weight of each spot, logits last (one: of all spots); or a list of those, one per epoch, the last one stays."""
+
+    @property
+    def table(self) -> tuple[Fractions, ...]:
+        """One row per epoch."""
+        rows: Any = self.weights if isinstance(self.weights[0], tuple) else (self.weights,)
+        return tuple(rows)
+
+    @property
+    def scales(self) -> bool:
+        """Whether a feature spot has a weight between 0 and 1."""
+        return any(0 < weight < 1 for row in self.table for weight in (row[:-1] or row))
 
 
 class ScheduledConfig(RouterConfig):

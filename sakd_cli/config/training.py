@@ -20,7 +20,7 @@ from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.routers import AdaptiveConfig, NeverConfig, Router, RouterConfig
+from sakd_cli.config.routers import AdaptiveConfig, FixedConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.files import expanded
 
@@ -297,6 +297,11 @@ class DistillConfig(RunConfig):
             raise ValueError(
                 f"{router.name} leaves only the cross-entropy, and method {method.name} has it with factor 0: "
                 "nothing would be learned; --set method.ce_weight=1"
+            )
+        if isinstance(router, FixedConfig) and method is not None and method.balance and router.scales:
+            raise ValueError(
+                "weights between 0 and 1 cancel at feature spots whose dose is balanced; --set method.balance=... says "
+                "how much, and a weight of 0 or 1 where"
             )
         return router
 

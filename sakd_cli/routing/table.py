@@ -194,8 +194,7 @@ def _per_spot(key: str, values: Any, spots: int) -> list[float]:
 
 
 def _fixed(config: Any, pair: Pair) -> Router:
-    table = config.weights if isinstance(config.weights[0], tuple) else [config.weights]
-    return Fixed([_per_spot("router.weights", row, pair.spots) for row in table])
+    return Fixed([_per_spot("router.weights", row, pair.spots) for row in config.table])
 
 
 def _scheduled(config: Any, pair: Pair) -> Router:
