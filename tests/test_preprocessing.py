@@ -251,6 +251,15 @@ def test_the_lines_of_an_export_open_any_photo_as_it_was_trained(cli: CliRunner,
     assert (told["classes"], told["preprocessing"]) == (list(CLASSES), SEEN.model_dump(mode="json"))
 
 
+def test_a_program_file_carries_its_preprocessing(cli: CliRunner, trained: Path, photos: Path) -> None:
+    out = ["--out", str(cli.path / "pt2"), "--json", "--data-root", str(photos), "--set", "timing_seconds=0"]
+    document = cli.sakd("export", str(trained), "--format", "pt2", *out).document
+    told = {"preprocessing.json": "", "classes.json": ""}
+    torch.export.load(Path(document["folder"]) / "model.pt2", extra_files=told)
+    assert json.loads(told["preprocessing.json"]) == SEEN.model_dump(mode="json")
+    assert json.loads(told["classes.json"]) == list(CLASSES)
+
+
 def test_a_difference_from_the_card_is_named(cli: CliRunner, trained: Path, photos: Path) -> None:
     same = ["eval", str(trained), "--data-root", str(photos), "--set", "timing_seconds=0"]
     assert "card says" not in cli.sakd(*same).err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sakd_cli.config.datasets import ImageFolderConfig
+from sakd_cli.config.datasets import ImageFolderConfig, ShapesConfig
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data.files import Files
@@ -166,7 +166,7 @@ def test_all_of_a_labelled_folder_is_test_images(tmp_path: Path) -> None:
     assert labelled(tmp_path / "flat") == (10, [5, 0, 5])
     with pytest.raises(DataError, match="bee is no class of the network"):
         labelled(three, ("ant", "cat"))
-    with pytest.raises(DataError, match="no picture in a folder of a class of the network"):
+    with pytest.raises(DataError, match="has no picture of a class of the network"):
         labelled(tmp_path / "flat", ("dog",))
 
 
@@ -186,6 +186,24 @@ def test_a_fingerprint_is_the_same_when_it_is_read_and_where_the_folder_has_move
     (tmp_path / "here").rename(tmp_path / "there")
     now = taken(tmp_path / "there")
     assert (now.digest, fingerprint.differences(then, now)) == (then.digest, [])
+
+
+def test_of_many_bytes_the_sizes_alone_are_kept(tmp_path: Path) -> None:
+    images = load(folder(tmp_path, count=6))
+    sizes = fingerprint.of_images(images.dataset.classes, images.parts, "sizes")
+    assert (sizes.mode, taken(tmp_path).mode) == ("sizes", "content")
+    Image.new("RGB", (30, 30), (1, 2, 3)).save(tmp_path / "bee/3.png")
+    images = load(tmp_path)
+    now = fingerprint.of_images(images.dataset.classes, images.parts, sizes.mode)
+    assert fingerprint.differences(sizes, now) == ["bee/3.png: another content"]
+
+
+def test_images_in_memory_have_one_sum_for_each_part() -> None:
+    few, other = (load_images(ShapesConfig(train=40, test=20, seed=seed)) for seed in (0, 1))
+    then, now = (fingerprint.of_images(one.dataset.classes, one.parts) for one in (few, other))
+    assert {part: images[0].label for part, images in then.parts.items()} == {"train": 36, "val": 4, "test": 20}
+    assert fingerprint.differences(then, then) == []
+    assert fingerprint.differences(then, now) == [f"{part}: another content" for part in ("train", "val", "test")]
 
 
 DIFFERENCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {

@@ -53,7 +53,7 @@ class DataConfig(Config):
     limit: PositiveInt | None = None
     """Train on this many images only, equally many of each class as far as possible; None: all of them."""
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Fraction of the training images that selects the best epoch; 0: the test set does, as in the literature."""
+    """Fraction of the training images that selects the best epoch; 0: the test set does; unused beside a folder val."""
     split_seed: NonNegativeInt = 0
     """Random seed of limit and validation, whatever the run's seed is, so that all runs leave out the same images."""
     download: bool = True
