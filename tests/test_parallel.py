@@ -5,12 +5,15 @@ import multiprocessing
 import pickle
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from launches import Launches
 from torch import nn
 
 from sakd_cli import distributed
@@ -206,3 +209,36 @@ def test_evaluation_in_turn_scores_what_one_process_scores(tmp_path: Path) -> No
     found = in_processes(4, tmp_path / "p", lambda: evaluate(network, batches, CLASSES, together=True))
     assert all(one._replace(loss=0) == whole._replace(loss=0) for one in found)
     assert all(one.loss == pytest.approx(whole.loss) for one in found)
+
+
+def test_a_lost_process_is_noticed_within_minutes_and_one_that_writes_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL sees no closed connection: its exchanges end by their timeout alone."""
+    joined, made, exchanged = Mock(), Mock(return_value="those who wait"), Mock()
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed, "requested_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_WAITING", [])
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    monkeypatch.setattr(dist, "new_group", made)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("atexit.register", lambda call: None)
+    distributed.init_process_group(torch.device("cuda:0"))
+    assert joined.call_args.kwargs["timeout"] <= timedelta(minutes=10)
+    assert made.call_args.kwargs["timeout"] >= timedelta(minutes=30)
+    assert made.call_args.kwargs["backend"] == "gloo"
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", exchanged)
+    distributed.barrier()
+    assert exchanged.call_args.kwargs == {"group": "those who wait"}
+
+
+def test_statistics_are_averaged_in_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are; without the exchange."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2))
+    buffers = [torch.full((k + 1,), float(k)) for k in range(30)]
+    with Launches() as seen:
+        distributed.average_buffers(buffers)
+    assert [one.name for one in seen.seen] == ["cat", "mul_", "div_", "_foreach_copy_"]
+    assert all(torch.equal(buffer, torch.full((k + 1,), float(k))) for k, buffer in enumerate(buffers))

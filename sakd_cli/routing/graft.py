@@ -66,23 +66,24 @@ class Graft(nn.Module):
 
     def forward(self, images: Tensor, teacher: Features, gate: Tensor) -> Tensor:
         """images [N, 3, H, W], the teacher's plain features, gate [N, S] to routed logits [N, classes]."""
+        *gates, last = gate.unbind(dim=1)  # one launch backward for all of them
         if not self.to_teacher:
             with torch.no_grad():
                 alone = self.run_student(images, 0, self.spots[-1].student + 1)
-            return mix(gate[:, -1], alone, teacher.logits)
-        to_s, to_t = self._to_last_part(images, (teacher.raw or teacher.stages)[self.spots[0].teacher], gate)
+            return mix(last, alone, teacher.logits)
+        to_s, to_t = self._to_last_part(images, (teacher.raw or teacher.stages)[self.spots[0].teacher], gates)
         if not self.dynamic_shapes:
-            return mix(gate[:, -1], self._student_end(to_s), self._teacher_end(to_t))
+            return mix(last, self._student_end(to_s), self._teacher_end(to_t))
         teachers, students, followers = split_by_path(gate.detach())
         ls, lt = self._student_end(to_s[torch.cat([students, followers])]), self._teacher_end(to_t[teachers])
         with torch.no_grad():
             ls_of_teachers, lt_of_students = self._student_end(to_s[teachers]), self._teacher_end(to_t[students])
         lt = torch.cat([lt, lt_of_students, teacher.logits[followers].to(lt.dtype)])
         order = torch.cat([teachers, students, followers])
-        routed = mix(gate[order, -1], torch.cat([ls_of_teachers, ls]), lt)
+        routed = mix(last[order], torch.cat([ls_of_teachers, ls]), lt)
         return torch.empty_like(routed).index_copy(0, order, routed)
 
-    def _to_last_part(self, images: Tensor, q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_last_part(self, images: Tensor, q: Tensor, gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the last parts of student and teacher get; q: the teacher's plain activation at the first spot."""
         to_s = to_t = images
         at_s = at_t = 0
@@ -97,7 +98,7 @@ class Graft(nn.Module):
             ours, theirs = spot.student_layout, spot.teacher_layout
             lifted = theirs.from_map(up(ours.to_map(p, spot.student_shape)))
             dropped = ours.from_map(down(theirs.to_map(q, spot.teacher_shape)))
-            to_t, to_s = mix(gate[:, k], lifted, q), mix(gate[:, k], p, dropped)
+            to_t, to_s = mix(gates[k], lifted, q), mix(gates[k], p, dropped)
         return to_s, to_t
 
     def _student_end(self, x: Tensor) -> Tensor:
