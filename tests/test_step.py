@@ -303,3 +303,20 @@ def test_every_region_of_the_step_is_one_graph(method: str) -> None:
     task.load_state_dict(before)
     compile_task(task, pytest.fail, backend="eager")
     assert close(task(made).loss, called, 1e-12)
+
+
+def test_a_router_that_is_trained_in_every_second_step_decides_in_all() -> None:
+    """The student learns in every step; the router where it has its turn."""
+    task = make("fitnet", "adaptive", **{"router.update_every": 2}).train()
+    optimizer, seen = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1), []
+    optimizer.begin_epoch(1)
+    parts = [nn.utils.parameters_to_vector(part.parameters()) for part in (task.router, task.network)]
+    for step, given in enumerate(batches(task, 4)):
+        task.begin_step(step)
+        output = task(given)
+        optimizer.step(output.loss)
+        now = [nn.utils.parameters_to_vector(part.parameters()) for part in (task.router, task.network)]
+        moved = [not torch.equal(before, after) for before, after in zip(parts, now, strict=True)]
+        seen.append((*moved, "router" in output.parts, output.use.probability is not None))
+        parts = now
+    assert seen == [(True, True, True, True), (False, True, False, True)] * 2

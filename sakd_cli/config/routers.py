@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
 
 from sakd_cli.config.base import Config, by_name, chosen_by_name
 
@@ -38,6 +38,8 @@ class LearnedConfig(RouterConfig):
     """Learning rate of the router; None: by recipe, as published half the student's."""
     weight_decay: NonNegativeFloat = 1e-3
     """Weight decay of the router."""
+    update_every: PositiveInt = 1
+    """The routed pass, which trains the router, in every so many steps only; it decides in every step. Published: 1."""
 
 
 class AdaptiveConfig(LearnedConfig):

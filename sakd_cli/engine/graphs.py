@@ -17,6 +17,7 @@ from torch import Tensor
 from sakd_cli.batch import Batch
 from sakd_cli.errors import is_out_of_memory, not_deterministic
 
+KEPT = 8  # graphs: of whole and last batches, of steps in which a router learns or does not, of levels
 WARMUP = 3  # steps of a size in front of its capture: whatever is made once (momentum, workspaces, plans) is there then
 
 Step = Callable[[Batch], None]
@@ -83,24 +84,23 @@ class GraphedStep:
     A part of a batch that several processes share is not: they communicate within the step.
 
     step    one step in fixed shapes: it changes tensors in place only and reads nothing back
-    key     what the host decides of a step beside its batch; where it changes, all graphs are made anew
+    key     what the host decides of a step beside its batch: each has graphs of its own
     refuse  is told why a step cannot be captured; from then on all are called
     """
 
     def __init__(self, step: Step, device: Device, key: Callable[[], Hashable], refuse: Callable[[str], None]) -> None:
         self._step, self._device, self._key, self._refuse = step, device, key, refuse
-        self._about: Hashable = None
-        self._graphs: dict[Hashable, _Captured] = defaultdict(_Captured)
+        self._graphs: dict[Hashable, _Captured] = {}
         self._refused = False
 
     def __call__(self, batch: Batch) -> None:
         """One step."""
         if self._refused or len(batch.labels) < batch.size:
             return self._step(batch)
-        if (about := self._key()) != self._about:
-            self._graphs.clear()
-            self._about = about
-        known = self._graphs[type(batch), *(tensor.shape for tensor in _tensors(batch))]
+        key = self._key(), type(batch), *(tensor.shape for tensor in _tensors(batch))
+        known = self._graphs[key] = self._graphs.pop(key) if key in self._graphs else _Captured()
+        if len(self._graphs) > KEPT:
+            del self._graphs[next(iter(self._graphs))]  # the one that was not used for the longest time
         if known.seen < WARMUP:
             known.seen += 1
             return self._device.warm_up(partial(self._step, batch))

@@ -37,7 +37,7 @@ class SpotRecorder:
         # Every counter is a part of one of four tensors: a step has four additions to make.
         of_samples, of_classes, of_spots, of_steps = (
             torch.zeros(shape, dtype=torch.float32, device=device)
-            for shape in ((samples, spots + 1), (spots + 1, classes), (4, spots), (2,))
+            for shape in ((samples, spots + 1), (spots + 1, classes), (4, spots), (3,))
         )
         self._tables = of_samples, of_classes, of_spots, of_steps
         self._counts = {
@@ -50,6 +50,7 @@ class SpotRecorder:
             "gradients": of_spots[2:],
             "steps": of_steps[0],
             "steps_with_policy": of_steps[1],
+            "steps_with_events": of_steps[2],
         }
         self._event_names: tuple[str, ...] = ()
         self._events = torch.zeros(0, device=device)
@@ -66,10 +67,11 @@ class SpotRecorder:
             of_steps[0] += 1
         else:
             of_spots[1] += use.probability.sum(dim=1, dtype=torch.float32)
-            of_steps += 1
+            of_steps[:2] += 1
         if use.lengths is not None:
             of_spots[2:] += use.lengths.T.square()
         if use.events:
+            of_steps[2] += 1
             names = tuple(sorted(use.events))
             events = torch.stack([use.events[name] for name in names])
             if not self._event_names:
@@ -97,7 +99,8 @@ class SpotRecorder:
         if any(not 0 <= (spot.fraction or 0) <= 1 for spot in spots):
             raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
         means: dict[str, float | None] = dict.fromkeys(STEP_MEANS)
-        means |= {name: count / steps for name, count in zip(self._event_names, self._events.tolist(), strict=True)}
+        sums, counted = self._events.tolist(), max(counts["steps_with_events"], 1)
+        means |= {name: count / counted for name, count in zip(self._event_names, sums, strict=True)}
         for count in (*self._tables[1:], self._events):
             count.zero_()
         empty = [times / steps for times in counts["empty"]]

@@ -68,6 +68,10 @@ class Task(nn.Module, ABC):
         """Called before the first step of each epoch, counted from 1."""
         return
 
+    def begin_step(self, step: int) -> None:
+        """Called before each step, counted from 0 over the whole run."""
+        return
+
     @abstractmethod
     def forward(self, batch: Batch) -> StepOutput:
         """One step's loss, without reading anything back from the device."""

@@ -148,6 +148,7 @@ class Trainer:
         for batch in self.loader.epoch(epoch, start=self.step - first):
             if signal := self._stop_signal(self.reporter.stop()):
                 raise Stopped(signal)
+            self.task.begin_step(self.step)
             self._advance(batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:

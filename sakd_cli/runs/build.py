@@ -216,7 +216,7 @@ def assemble(
         frozen = mode.frozen(teacher)
         runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes and not router.soft) if learned else None
-    decay = (learned or LearnedConfig(name="none")).weight_decay
+    training = learned or LearnedConfig(name="none")
     task = DistillTask(
         method.network,
         PlainPass(frozen, method.want),
@@ -224,7 +224,13 @@ def assemble(
         router,
         graft,
         _factors(config, method),
-        Rates(initial_lr(config, config.student), config.train.weight_decay, start.lr, decay),
+        Rates(
+            initial_lr(config, config.student),
+            config.train.weight_decay,
+            start.lr,
+            training.weight_decay,
+            training.update_every,
+        ),
         mode,
         offset,
     )

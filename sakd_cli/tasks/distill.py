@@ -49,12 +49,13 @@ class Factors(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Learning rate and weight decay of the student's group and of the router's."""
+    """Learning rate and weight decay of the student's group and of the router's, and in which steps that learns."""
 
     lr: float
     weight_decay: float
     router_lr: float
     router_weight_decay: float
+    update_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class DistillTask(Task):
         dtype = None if self.mode.compiled else self.mode.autocast_dtype  # a compiled pass converts them on its way
         self._converted = ConvertedWeights(trained, [one for one in views if isinstance(one, nn.Module)], dtype)
         self.has_unused_parameters = router.rests
+        self._routed = True
+        self.has_unused_parameters = graft is not None and rates.update_every > 1
         self._rest()
 
     def groups(self) -> list[ParamGroup]:
@@ -133,9 +136,14 @@ class DistillTask(Task):
         self.router.begin_epoch(epoch)
         self._rest()
 
+    def begin_step(self, step: int) -> None:
+        self._routed = step % self.rates.update_every == 0
+        self.constants = self._active, self._routed
+
     def _rest(self) -> None:
         """Let the distillers know at which of their spots they need not look."""
-        self.constants = active = self.router.active or (True,) * len(self.spots)
+        self._active = active = self.router.active or (True,) * len(self.spots)
+        self.constants = active, self._routed
         self.logit_distiller.active = active[-1:]
         if self.feature_distiller is not None:
             self.feature_distiller.active = active[:-1]
@@ -247,8 +255,8 @@ class DistillTask(Task):
     def route(
         self, batch: Batch, teacher: Features, ce: Tensor, gate: Tensor | None, offset: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The router's loss and what happened in it; nothing where the router does not learn."""
-        if self.graft is None or gate is None:
+        """The router's loss and what happened in it; nothing where the router does not learn, or not in this step."""
+        if self.graft is None or gate is None or not self._routed:
             return torch.zeros_like(ce), {}
         with self.mode.networks(batch.images.device):
             routed = to_fp32(self.graft(batch.images, teacher, gate))
