@@ -24,7 +24,7 @@ def step(fields):
     assert (fields["teacher"], fields["batch"], fields["device"]) == ("resnet8", 4, "cpu")
     return lambda: sum(range(1000))
 """
-NAMES = ["plain", "kd", "always", "adaptive", "literal", "peer"]
+NAMES = ["plain", "kd", "always", "balanced", "adaptive", "literal", "peer"]
 STEP = {"name", "about", "ms", "ms_low", "ms_high", "images_per_second", "gflop", "gflop_per_second", "operations"}
 STEP |= {"synchronisations", "saved_bytes", "peak_bytes"}
 

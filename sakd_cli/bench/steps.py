@@ -193,9 +193,19 @@ def steps(setup: Setup) -> list[Step]:
         make_step(setup, "plain", "the student alone", alone),
         plain_distillation(setup),
         make_step(setup, "always", f"{setup.config.method.name}, every sample", everywhere),
+        *balanced(setup),
         adaptive(setup),
     ]
     return [*made, *filter(None, [_literal(setup)])]
+
+
+def balanced(setup: Setup) -> list[Step]:
+    """Distillation of every sample at the balanced dose; none of a method without a task to be balanced by."""
+    if not setup.config.method.ce_weight:
+        return []
+    method = setup.config.method.model_copy(update={"balance": 1.0})
+    task = build_task(setup, router=AlwaysConfig(), method=method)
+    return [make_step(setup, "balanced", f"{method.name}, every sample, balanced dose", task)]
 
 
 def _literal(setup: Setup) -> Step | None:
