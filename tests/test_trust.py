@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import CliRunner
 from safetensors.torch import load_file
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from sakd_cli import files, runindex
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.errors import RunInUseError, SeriesError
+from sakd_cli.errors import RunInUseError, SeriesError, UsageError
+from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir, newest_run
@@ -358,3 +360,14 @@ def test_no_reader_shows_settings_that_a_finished_run_was_not_trained_with(runs:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("weight_decay: 0.0005", "weight_decay: 0.5", 1))
     runs.assert_rejects([*reader, "relabelled"], 4, "weight_decay was 0.0005 and is 0.5")
+
+
+@pytest.mark.parametrize("name", ["torchvision/vit_h_14", "timm/eva_giant_patch14_224", "torchvision/vit_l_16"])
+def test_a_small_file_that_names_a_large_network_builds_none(tmp_path: Path, name: str) -> None:
+    card = json.dumps(NetworkCard(name, "shapes", ("a", "b"), (0.5,) * 3, (0.3,) * 3, 224)._asdict())
+    artifact.save_module(tmp_path / "small.safetensors", artifact.FORMAT, torch.nn.Linear(1, 1), card)
+    with (
+        mock.patch.object(artifact, "create", side_effect=AssertionError),
+        pytest.raises(UsageError, match="numbers, the file 2"),
+    ):
+        artifact.load(tmp_path / "small.safetensors")

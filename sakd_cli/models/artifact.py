@@ -17,12 +17,13 @@ from sakd_cli.config.networks import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
+from sakd_cli.models.external import check_size
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
 FORMAT = "sakd.network/1"
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"
-CHANNELS, LARGEST_SIDE = 3, 4096  # of images; pixels
+CHANNELS, LARGEST_SIDE = 3, 2048  # of images; pixels
 Module = TypeVar("Module", bound=nn.Module)
 Card = TypeVar("Card")
 
@@ -137,22 +138,24 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _network(header: str) -> tuple[StagedModel, NetworkCard]:
+def _network(header: str, numbers: int) -> tuple[StagedModel, NetworkCard]:
     card = _card(header)
     if unknown := untrusted(card.architecture):
         raise UsageError(
             f"these are the weights of {unknown[0]}, which would run code that you have not named",
             hint=f"where you trust it: {TRUST}={unknown[0]} sakd ...",
         )
+    check_size(card.architecture, len(card.classes), card.side, numbers)
     return create(card.architecture, len(card.classes), card.side), card
 
 
 def load_module(
-    file: Path, form: str, kind: str, build: Callable[[str], tuple[Module, Card]]
+    file: Path, form: str, kind: str, build: Callable[[str, int], tuple[Module, Card]]
 ) -> tuple[Module, Card, str]:
     """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
 
-    `build` makes module and card on the meta device, since a header may name what fills the memory. Raises UsageError
+    `build` makes module and card of the header's text on the meta device, since it may name what fills the memory, and
+    is told how many numbers there are for it. Raises UsageError
     where the file is damaged or not `kind`, NonFiniteError where a weight is NaN or infinite.
     """
     entries, tensors = read_tensors(file)
@@ -170,7 +173,7 @@ def load_module(
         raise UsageError(f"{file}: damaged, its content does not fit the digest in its header")
     try:
         with torch.device("meta"):
-            module, card = build(header["card"])
+            module, card = build(header["card"], sum(tensor.numel() for tensor in tensors.values()))
         module = fill_weights(module, tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"{file}: its weights do not fit its header ({first_line(error)})") from None

@@ -136,7 +136,7 @@ def save_branches(path: Path, branches: Branches, teacher: str) -> None:
 def load_branches(path: Path, teacher: Artifact) -> Branches | None:
     """Read branches; None where they were trained with another teacher's weights. UsageError where damaged."""
 
-    def build(header: str) -> tuple[Branches, BranchCard]:
+    def build(header: str, numbers: int) -> tuple[Branches, BranchCard]:
         card = _CARD.validate_json(header)
         if not all(0 < side <= LARGEST_SIDE for side in height_width(card.side)):
             raise ValueError(f"its card has images of {card.side} pixels")

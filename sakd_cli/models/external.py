@@ -51,6 +51,25 @@ def factory(name: str, num_classes: int, side: ImageSize, *, entry: str) -> Stag
     return _cut(name, "factory", num_classes, side, lambda: _made(entry, num_classes))
 
 
+def check_size(name: str, num_classes: int, side: ImageSize, numbers: int) -> None:
+    """Raise ValueError where a network of a library has more numbers than a file that is to fill it.
+
+    Its library builds it on the meta device for that, where it can; a network of our own is built there anyway.
+    """
+    for part in name.split("-", 2) if name.startswith("simkd") else [name]:
+        library, _, entry = part.partition("/")
+        if library not in _CALLS:
+            continue
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                network = _first_that_fits(part, _CALLS[library](entry, num_classes, side))[0]
+        except UsageError:  # said where it is built in earnest
+            continue
+        if (size := sum(tensor.numel() for tensor in network.state_dict().values())) > numbers:
+            raise ValueError(f"{part} has {size} numbers, the file {numbers}")
+
+
 def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
     """The library's own trained weights of a network, downloaded where needed. UsageError where there are none."""
     try:

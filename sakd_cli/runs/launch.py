@@ -1,5 +1,6 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
+import math
 import re
 import shlex
 import uuid
@@ -36,7 +37,7 @@ from sakd_cli.engine.runtime import (
     translate_oom,
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
-from sakd_cli.errors import CheckpointError, Stopped, UsageError
+from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
 from sakd_cli.files import write_aside, write_document, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
@@ -103,6 +104,11 @@ def try_one_batch(job: Job) -> Plan:
     with translate_oom(job.config.train.batch_size):
         output = job.task(next(loader.epoch(1)))
         output.loss.backward()
+    parts = {name: float(part) for name, part in output.parts.items()}
+    if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
+        raise NonFiniteError(
+            f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses, or a lower lr"
+        )
     if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
         raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
     networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
@@ -112,7 +118,7 @@ def try_one_batch(job: Job) -> Plan:
         spots=planned_spots(job),
         trainable={group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()},
         images=len(job.images.train),
-        batch={name: float(part) for name, part in output.parts.items()},
+        batch=parts,
         steps_per_epoch=loader.steps_per_epoch,
         device=str(job.device),
         effective=effective_values(job),
