@@ -18,6 +18,9 @@ from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.runtime import compile_task
 from sakd_cli.errors import UsageError
+from sakd_cli.models.spot import Spot
+from sakd_cli.models.staged import Layout
+from sakd_cli.routing.dose import Doses
 from sakd_cli.tasks.distill import DistillTask
 
 FEATURES = ["at", "cc", "crd", "fitnet", "ft", "kdsvd", "nst", "ofd", "pkt", "reviewkd", "rkd", "sp", "vid"]
@@ -210,3 +213,22 @@ def test_weights_that_would_cancel_are_a_mistake_too(weights: list[Any]) -> None
 def test_a_balance_has_no_state() -> None:
     task = make("at", "adaptive", **{"method.balance": 1.0})
     assert not [name for name in task.state_dict() if name.startswith("doses")]
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_tokens_of_no_place_are_no_part_of_what_is_balanced(balance: float) -> None:
+    layout, shape = Layout("tokens", prefix=1), (3, 2, 2)
+    spot = Spot("stage1", "map", 0, 0, shape, shape, layout, layout)
+    logits = Spot("logits", "logits", 1, 1, (4,), (4,))
+    doses, marks = Doses([spot, logits], balance), dict[int, torch.Tensor]()
+    doses.begin()
+    x, task_way, hint_way = torch.randn(6, 5, 3, requires_grad=True), torch.randn(6, 5, 3), torch.randn(6, 3, 2, 2)
+    on = doses.mark(marks, 0, x * 1)
+    compared = doses.compare(marks, 0, layout.to_map(on, shape))
+    ((on * task_way).sum() + (compared * hint_way).sum()).backward()
+    of_task = layout.to_map(task_way, shape).norm()
+    factor = balance * of_task / hint_way.norm() if balance else 1.0
+    expected = task_way.clone()
+    layout.to_map(expected, shape).add_(factor * hint_way)
+    torch.testing.assert_close(x.grad, expected)
+    torch.testing.assert_close(doses.lengths[0], torch.stack([of_task, hint_way.norm()]))

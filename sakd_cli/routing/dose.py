@@ -50,9 +50,11 @@ class _Meet(torch.autograd.Function):
             return came, own, None, None, None
         if distributed.world_size() > 1:
             lengths = distributed.all_reduce_sum(lengths.square()).sqrt()
-        passed = came.clone()
         least = torch.maximum(lengths[1], lengths[0] * FAINT).clamp(min=TINY)
-        factor = ctx.share * lengths[0] / least if ctx.share else 1
+        factor = (ctx.share * lengths[0] / least).to(hint.dtype) if ctx.share else hint.new_ones(())
+        if task is came:  # in one pass over the memory
+            return torch.addcmul(came.to(hint.dtype), hint, factor).to(came.dtype), own, kept, None, None
+        passed = came.clone()
         ctx.view(passed).add_(hint * factor)
         return passed, own, kept, None, None
 
