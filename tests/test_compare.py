@@ -267,5 +267,5 @@ def test_the_three_questions_are_answered_in_words(tmp_path: Path) -> None:
 def test_few_seeds_answer_nothing(tmp_path: Path) -> None:
     runs = [make(tmp_path, router, 0, top1) for router, top1 in (("always", 45.0), (None, 30.0), ("adaptive", 50.0))]
     texts = [answer["text"] for answer in compared(runs)["answers"]]
-    assert [text.split("? ")[1].split(":")[0] for text in texts] == ["Not known"] * 2
+    assert [text.split("? ")[1].split(":")[0] for text in texts] == ["Not known (too few seeds)"] * 2
     assert texts[0].endswith("+15.00 points, 1 seed.")

@@ -95,7 +95,7 @@ def _answer(question: Question, ours: Arm, theirs: Arm, found: PairedTest, p: fl
             figure += f", 95 % interval {points(found.low, 2)} to {points(found.high, 2)}"
         figure += "" if p is None else f", p {fixed(p, 3)} (Holm)"
         figure += f", {seeds} seed{'s' * (seeds != 1)}"
-    said = "Not known: too few seeds" if p is None else "Not shown"
+    said = "Not known (too few seeds)" if p is None else "Not shown"
     if p is not None and p < 1 - LEVEL:
         said = "Yes" if (found.difference or 0) > 0 else "No, it takes away"
     return Answer(
