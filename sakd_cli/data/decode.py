@@ -23,7 +23,7 @@ if sys.platform == "linux":
     import fcntl
 
 # What is opened, by content. Never more: Pillow would start Ghostscript for PostScript.
-FORMATS = ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TIFF"]  # tried in this order
 EXTRA = "HEIF"  # with the extra `heic`
 STRIP = 16  # times longer than wide, and more: a strip, of which the middle is taken
 BLANK = 100_000  # pixels for each byte of a large file: more have no content
@@ -34,6 +34,7 @@ _WIDE = {"I;16", "I;16B", "I;16L", "I;16N", "I", "F"}  # modes of one channel wi
 _STRETCHED = {"PPM", "JPEG2000"}  # these say what white is, and Pillow makes it 65535
 _HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 274  # in EXIF
+_WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow looks for it
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -259,6 +260,8 @@ def _identified(file: BinaryIO, reading: Reading) -> Image.Image:
 
 def _orientation(picture: Image.Image) -> int:
     """1 to 8, as EXIF or XMP have it; 1 where they are missing or damaged."""
+    if picture.format != "TIFF" and not _WITH_ORIENTATION & picture.info.keys():
+        return 1
     try:
         value = picture.getexif().get(_ORIENTATION, 1)
     except Exception:  # as above

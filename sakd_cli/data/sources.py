@@ -242,8 +242,9 @@ class BatchReader:
         assert self.scale is not None
         size = torch.tensor([picture.size[::-1]])
         box = random_boxes(torch.from_numpy(where)[None], size, self.scale)
-        sides = torch.tensor([height_width(seen.size) for seen in self.spec.shown])
-        rgb = picture.rgb(float((box[0, 2:] / sides).min()) / GAP)
+        _, _, high, wide = box[0].tolist()
+        sides = [height_width(seen.size) for seen in self.spec.shown]
+        rgb = picture.rgb(min(min(high / height, wide / width) for height, width in sides) / GAP)
         if rgb.size != picture.size:
             box = boxes_in_copies(box, size, torch.tensor([rgb.size[::-1]]))
         return [cut_and_resize(rgb, box[0].tolist(), seen) for seen in self.spec.shown]
