@@ -22,6 +22,7 @@ from sakd_cli.errors import DamagedError, DiskError, RunInUseError, UsageError
 
 DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
+IMAGES = "images.json"  # which images the run has (`data/fingerprint.py`)
 MOST_LOG, MOST_LINE = 2**30, 2**24  # bytes of a log and of a line; 240 epochs of CIFAR-100 leave 1 MB
 OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
 BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml

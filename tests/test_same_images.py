@@ -74,8 +74,10 @@ def test_a_moved_folder_goes_on_to_the_same_bits(home: CliRunner, tmp_path: Path
     listing = tmp_path / "stopped/images.json"
     assert json.loads(listing.read_text())["classes"] == list(CLASSES)
     listing.write_text(listing.read_text().replace("0.png", "1.png", 1))
-    again = cli.sakd("pretrain-teacher", "--resume", "stopped", "--epochs", "3")
-    assert again.code in (3, 4)  # an edited list is no way around
+    longer = ["pretrain-teacher", "--resume", "stopped", "--epochs", "3"]
+    cli.assert_rejects(longer, 4, "made with other images than images.json lists")
+    listing.unlink()  # no way around, either
+    cli.assert_rejects(longer, 4, "made with other images than images.json lists")
 
 
 # --- evaluation
@@ -115,6 +117,11 @@ def test_other_test_images_are_refused_and_more_are_told(home: CliRunner, tmp_pa
     assert "1 of the test images are new since the run began" in result.err
     if found["trained_on"]:
         assert "1 of the 25 test images were trained on" in result.err
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part / "ant").rename(tmp_path / "photos" / part / "zebra")
+    own.assert_rejects(["eval", "run"], 3, "the classes were ant, bee, cat and are bee, cat, zebra")
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part / "zebra").rename(tmp_path / "photos" / part / "ant")
     paint(tmp_path / "photos/val/bee/1.png", 999)
     own.assert_rejects(["eval", "run"], 3, "not the images that the run began with: val/bee/1.png: another content")
     assert scored(own, "run", "--data-root", "photos")[1]["split"] == "all"

@@ -12,9 +12,10 @@ from sakd_cli.data.dataset import Split
 from sakd_cli.data.files import Files, cpu_count
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import parse_json, read_bytes
+from sakd_cli.rundir import IMAGES
 
 FORMAT = "sakd.images/1"
-FILE = "images.json"
+FILE = IMAGES
 MOST = 2**30  # bytes of such a file: some ten million images
 LARGE = 20e9  # bytes of all pictures from which on their content is not read for it
 SHOWN = 3  # differences that an error names

@@ -14,7 +14,7 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, 
 from sakd_cli.config.training import RunConfig, Train
 from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded, sha256
-from sakd_cli.rundir import ResumePlan, RunDir, all_runs, look_up, runs_like
+from sakd_cli.rundir import IMAGES, ResumePlan, RunDir, all_runs, look_up, runs_like
 from sakd_cli.runs.locate import with_teachers_preprocessing
 
 AUTO = "auto"
@@ -115,7 +115,9 @@ def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
     folder, before = run.path / "checkpoints" / "last", run.extended
     if extends:
         before = [*before, look_up(run.config, "train.epochs")]
-    require_fingerprint(folder, state.get("fingerprint"), state.get("epoch"), fingerprint(config), before)
+    require_fingerprint(
+        folder, state.get("fingerprint"), state.get("epoch"), fingerprint(config, run.path / IMAGES), before
+    )
 
 
 def _said(origin: str) -> bool:
@@ -161,7 +163,7 @@ def fingerprint(config: RunConfig, images: Path | None = None) -> dict[str, Any]
 
     images  the run's list of its images
     """
-    known = {"images": sha256(images)} if images is not None and images.is_file() else {}
+    known = {} if images is None else {"images": sha256(images) if images.is_file() else None}
     return {"settings": flat(config.model_dump(mode="json"))} | known
 
 
