@@ -117,7 +117,7 @@ def steps(task: Task) -> dict[str, Any]:
         assert use.lengths is not None
         ratio = use.lengths[:, 1] / use.lengths[:, 0].clamp(min=1e-30)
         seen = (use.weight, labels, index, *use.events.values(), ratio)
-        result.append([part.double() for part in parts.values()] + [tensor.double() for tensor in seen])
+        result.append([part.double() for part in parts.values()] + [tensor.double().clone() for tensor in seen])
     return {"state": copy.deepcopy(task.state_dict()), "result": result}
 
 
@@ -158,6 +158,7 @@ def alike(ours: dict[str, Any], whole: dict[str, Any], tolerance: float) -> None
 
 
 CASES = [("fitnet", "adaptive"), ("fitnet", "anti"), ("at", "always"), ("sp", "adaptive"), ("rkd", "adaptive")]
+CASES += [("fitnet", "never"), ("kd", "wsld"), ("fitnet", "gradient-agreement")]
 CASES += [("pkt", "adaptive"), ("cc", "random"), ("dist", "adaptive"), ("crd", "adaptive"), ("vid", "adaptive")]
 
 

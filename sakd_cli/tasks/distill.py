@@ -117,9 +117,8 @@ class DistillTask(Task):
         views = [] if graft is None else [getattr(graft.run_student, "__self__", None)]
         dtype = None if self.mode.compiled else self.mode.autocast_dtype  # a compiled pass converts them on its way
         self._converted = ConvertedWeights(trained, [one for one in views if isinstance(one, nn.Module)], dtype)
-        self.has_unused_parameters = router.rests
         self._routed = True
-        self.has_unused_parameters = graft is not None and rates.update_every > 1
+        self.has_unused_parameters = router.rests or (graft is not None and rates.update_every > 1)
         self._rest()
 
     def groups(self) -> list[ParamGroup]:
