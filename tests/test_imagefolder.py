@@ -273,6 +273,17 @@ def test_a_process_that_is_killed_is_one_line() -> None:
         list(Pool(_dies, workers=1, persistent=True, device=CPU)([1, 2, 3]))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_reader_lacks_is_told_as_it_is(workers: int) -> None:
+    with pytest.raises(MemoryLimitError, match=r"^x\.png: memory ran out$") as found:
+        list(Pool(_lacks, workers=workers, persistent=True, device=CPU)([1]))
+    assert found.value.hint == "fewer"
+
+
+def _lacks(request: int) -> Tensor | Unreadable:
+    raise MemoryLimitError("x.png: memory ran out", "fewer")
+
+
 def _dies(request: int) -> Tensor | Unreadable:
     import os
     import signal

@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -240,6 +242,26 @@ def test_what_the_machine_lacks_is_no_bad_picture(
     monkeypatch.setattr(decode, "_regular", fail)
     with pytest.raises(MemoryLimitError, match=r"x\.png"):
         open_rgb(str(tmp_path / "x.png"), Reading())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+def test_a_decoder_without_memory_calls_no_picture_damaged(tmp_path: Path) -> None:
+    """libwebp says that it failed to read the frame."""
+    Image.new("RGB", (6000, 6000), (1, 2, 3)).save(tmp_path / "large.webp", lossless=True)
+    code = """
+import resource, sys
+from sakd_cli.data.decode import Reading, open_rgb
+from sakd_cli.errors import MemoryLimitError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)
+try:
+    print(open_rgb(sys.argv[1], Reading()))
+except MemoryLimitError as error:
+    print("lacks", error.message)
+"""
+    made = subprocess.run([sys.executable, "-c", code, tmp_path / "large.webp"], capture_output=True, text=True)
+    assert made.stdout.startswith("lacks"), made.stdout + made.stderr
+    assert "large.webp: memory ran out" in made.stdout
 
 
 def test_a_photo_of_100_megapixels_is_within_the_limit(tmp_path: Path) -> None:

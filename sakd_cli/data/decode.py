@@ -27,6 +27,8 @@ FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM"
 EXTRA = "HEIF"  # with the extra `heic`
 STRIP = 16  # times longer than wide, and more: a strip, of which the middle is taken
 BLANK = 100_000  # pixels for each byte of a large file: more have no content
+BYTES = 12  # of memory for each pixel that a decoder may need
+CANVASES = 2**29  # bytes of memory that a WebP of 67 million pixels needs to begin with
 LARGE = 2**25  # pixels from which pictures are decoded one at a time: 0.13 to 0.4 GB each, WebP 12 bytes a pixel
 
 Result = TypeVar("Result")
@@ -105,7 +107,12 @@ class Picture:
             self._turn.enter_context(_TURN.taken())
         if picture.format == "WEBP":
             _without_canvases(picture)
-        picture.load()
+        try:
+            picture.load()
+        except Exception:
+            # Decoders say "damaged" of what they had no memory for. This touches none.
+            np.empty(BYTES * picture.width * picture.height, np.uint8)
+            raise
 
     def rgb(self, shrink: float = 1) -> Image.Image:
         """As RGB: upright, over the background, 8 bits by `gray_8bit`; of several frames the first.
@@ -302,6 +309,11 @@ def gray_8bit(
 def _reason(path: str, error: Exception) -> str:
     """What is wrong with a file. Raises MemoryLimitError where nothing is."""
     number = error.errno if isinstance(error, OSError) else None
+    if "create decoder" in str(error):  # WebP's, which allocates at once, and says no more
+        try:
+            np.empty(CANVASES, np.uint8)
+        except MemoryError:
+            raise _no_memory(path) from error
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "out of memory" in str(error).lower():
         raise _no_memory(path) from error
     if number in (errno.EMFILE, errno.ENFILE):
