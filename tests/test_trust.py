@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -371,3 +374,20 @@ def test_a_small_file_that_names_a_large_network_builds_none(tmp_path: Path, nam
         pytest.raises(UsageError, match="numbers, the file 2"),
     ):
         artifact.load(tmp_path / "small.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("deaf", [False, True], ids=["", "one that hears no signal"])
+def test_a_process_of_torchrun_ends_when_that_is_killed(tmp_path: Path, deaf: bool) -> None:
+    """As it waits for another process in a call of a library, which lets no handler of Python's run."""
+    own = ["import signal, time", "from sakd_cli.cli import child", "child.PATIENCE = 0.5", "child.bound_to_launcher()"]
+    own += ["signal.signal(signal.SIGTERM, signal.SIG_IGN)"] * deaf + ["print('ready', flush=True)", "time.sleep(60)"]
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {chr(10).join(own)!r}])"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", worker], env=environment, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"ready\n"
+        launcher.kill()
+        begun = time.monotonic()
+        assert launcher.stdout.read() == b"", "until the last that holds the pipe has ended"
+        assert time.monotonic() - begun < 10

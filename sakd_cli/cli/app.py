@@ -33,6 +33,7 @@ from sakd_cli.cli import (
     show,
     sweep,
 )
+from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
 from sakd_cli.config.keys import option_hint
 from sakd_cli.config.networks import trust_no_more
@@ -282,6 +283,7 @@ def _three_streams() -> None:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    bound_to_launcher()
     _three_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not

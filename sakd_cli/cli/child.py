@@ -7,7 +7,10 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
+PATIENCE = 8  # seconds in which a step is finished and saved
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -18,6 +21,22 @@ def bound_to(parent: int) -> None:
     ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:  # it died before
         sys.exit(128 + signal.SIGTERM)
+
+
+def bound_to_launcher() -> None:
+    """Under torchrun, as `bound_to`; a process that waits for another one meanwhile ends after `PATIENCE` seconds."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    bound_to(parent)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(PATIENCE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

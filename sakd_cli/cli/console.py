@@ -1,7 +1,9 @@
 """Output: data to stdout, log messages to stderr; colours and progress bars only on a terminal."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,9 @@ class ConsoleReporter:
             if self._signal:
                 os._exit(128 + signum)
             self._signal = signum
+            if sys.platform != "win32":
+                for child in multiprocessing.active_children():  # one that is stopped would keep the step from its end
+                    os.kill(child.pid or os.getpid(), signal.SIGCONT)
             self.say("stopping: the step is finished and the state saved; once more to exit at once")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -106,9 +106,7 @@ def try_one_batch(job: Job) -> Plan:
         output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
     if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
-        raise NonFiniteError(
-            f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses, or a lower lr"
-        )
+        raise NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
     if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
         raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
     networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
