@@ -216,7 +216,6 @@ def assemble(
         frozen = mode.frozen(teacher)
         runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
         graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes and not router.soft) if learned else None
-    training = learned or LearnedConfig(name="none")
     task = DistillTask(
         method.network,
         PlainPass(frozen, method.want),
@@ -224,17 +223,16 @@ def assemble(
         router,
         graft,
         _factors(config, method),
-        Rates(
-            initial_lr(config, config.student),
-            config.train.weight_decay,
-            start.lr,
-            training.weight_decay,
-            training.update_every,
-        ),
+        _rates(config, learned or LearnedConfig(name="none"), start.lr),
         mode,
         offset,
     )
     return mode.to_memory_format(task)
+
+
+def _rates(config: DistillConfig, router: LearnedConfig, router_lr: float) -> Rates:
+    own = initial_lr(config, config.student), config.train.weight_decay
+    return Rates(*own, router_lr, router.weight_decay, router.update_every)
 
 
 def _one_family(student: str, teacher: str) -> bool:
