@@ -1,5 +1,6 @@
 """Folders of pictures: what is found, how it is read, and that neither workers nor a resume change a bit."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
-from sakd_cli.data import imagefolder, published, table
+from sakd_cli.data import files, imagefolder, published, table
 from sakd_cli.data.augment import channel_tensor, normalise
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Reading, Unreadable, open_rgb
@@ -278,6 +279,20 @@ def test_what_a_reader_lacks_is_told_as_it_is(workers: int) -> None:
     with pytest.raises(MemoryLimitError, match=r"^x\.png: memory ran out$") as found:
         list(Pool(_lacks, workers=workers, persistent=True, device=CPU)([1]))
     assert found.value.hint == "fewer"
+
+
+def test_processes_that_wait_are_ended_before_python_does_it_by_signals() -> None:
+    pool = Pool(_answers, workers=1, persistent=True, device=CPU)
+    assert len(list(pool([1, 2]))) == 2
+    (worker,) = multiprocessing.active_children()
+    files.close_pools()
+    worker.join(5)
+    assert worker.exitcode == 0
+    assert len(list(pool([1]))) == 1  # a new one
+
+
+def _answers(request: int) -> Tensor | Unreadable:
+    return torch.zeros(request)
 
 
 def _lacks(request: int) -> Tensor | Unreadable:

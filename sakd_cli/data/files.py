@@ -260,7 +260,7 @@ _POOLS: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 
 
 @atexit.register
-def _close_pools() -> None:
+def close_pools() -> None:
     """Before Python's own end, which would send signals that the processes wait out (`_defer_signals`)."""
     for pool in list(_POOLS):
         pool.close()
