@@ -23,6 +23,7 @@ AnyDocument = TypeVar("AnyDocument", bound=Document)
 MOST_YAML = 64 * 1024  # bytes; a whole config has 2 kB, and PyYAML reads 100 kB a second
 MOST_JSON = 64 * 1024**2  # bytes
 MOST_HEADER = 4 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
+SEAL = "sha256"  # key of a document in a file: the digest of its other entries
 DEEPEST = 32
 MOST_EVENTS = 20_000
 LONGEST_NUMBER = 19  # digits of a whole number: 64 bits
@@ -116,7 +117,11 @@ def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
     """One of our own documents from a file. Raises DamagedError where it is missing, damaged or of another kind."""
     try:
         content = read_bytes(path, MOST_JSON)
-        parse_json(content)  # what pydantic takes for a number
+        found = parse_json(content)  # pydantic takes more for a number
+        if isinstance(found, dict) and SEAL in found:
+            if found.pop(SEAL) != _seal(found):
+                raise ValueError
+            content = json_bytes(found)
         return kind.model_validate_json(content, strict=True)
     except (OSError, ValueError):
         raise DamagedError(f"{path}: missing or damaged") from None
@@ -200,9 +205,14 @@ def write_json(path: Path, content: Any) -> None:
     write_aside(path, json_bytes(content))
 
 
-def write_document(path: Path, document: Document) -> None:
-    """Write what a run or a command leaves, atomically."""
-    write_aside(path, f"{document.text}\n".encode())
+def write_document(path: Path, document: Document, *, sealed: bool = False) -> None:
+    """Write what a run or a command leaves, atomically; `sealed`: with a digest of all else under `SEAL`."""
+    content = document.plain()
+    write_json(path, content | ({SEAL: _seal(content)} if sealed else {}))
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_bytes({key: content[key] for key in content if key != SEAL})).hexdigest()
 
 
 def json_bytes(content: Any) -> bytes:

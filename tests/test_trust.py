@@ -391,3 +391,13 @@ def test_a_process_of_torchrun_ends_when_that_is_killed(tmp_path: Path, deaf: bo
         begun = time.monotonic()
         assert launcher.stdout.read() == b"", "until the last that holds the pipe has ended"
         assert time.monotonic() - begun < 10
+
+
+def test_no_figure_of_a_summary_can_be_changed_without_a_word(runs: CliRunner) -> None:
+    run = runs.path / "better"
+    shutil.copytree(runs.path / "short", run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["last"]["top1"] += 1
+    (run / "summary.json").write_text(json.dumps(summary, indent=2))
+    for command in (["compare", "better"], ["distill", "--resume", "better"], ["report", "better"]):
+        runs.assert_rejects(command, 4, "summary.json: missing or damaged")

@@ -166,7 +166,9 @@ def launch(
             if distributed.is_main_process():
                 for extension in extensions:
                     facts |= extension.finalize(factory, figures)
-                write_document(run.path / SUMMARY, _summary(job, figures[MAIN], facts | _extension(job, run)))
+                write_document(
+                    run.path / SUMMARY, _summary(job, figures[MAIN], facts | _extension(job, run)), sealed=True
+                )
             distributed.barrier()
         except Stopped as stopped:
             command = PROCEDURES[job.config.task].command
