@@ -1,0 +1,222 @@
+"""What a run and a sweep leave is theirs: folders that are replaced or moved, names, claims, digests, the index."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from sakd_cli import files, runindex
+from sakd_cli.config.grid import Member, Role
+from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.errors import RunInUseError, SeriesError, UsageError
+from sakd_cli.models import artifact
+from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.sweep.executor import Ended, Executor, Job
+from sakd_cli.sweep.scheduler import Scheduler, State
+
+
+@pytest.mark.parametrize("moment", ["aside", "in"])
+def test_a_folder_is_whole_whenever_its_replacement_is_killed(tmp_path: Path, moment: str) -> None:
+    """Whichever of the two renames is the last, one of both is there, and the next call leaves nothing aside."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "content").write_text("old")
+    renames = []
+
+    def killed(path: Path, target: Path) -> Path:
+        renames.append(path)
+        if len(renames) == {"aside": 2, "in": 3}[moment]:
+            raise KeyboardInterrupt
+        os.rename(path, target)
+        return target
+
+    def replace() -> None:
+        with files.whole_folder(folder) as new:
+            (new / "content").write_text("new")
+            files.write_aside(new / "more", b"")
+
+    with mock.patch.object(Path, "replace", killed), pytest.raises(KeyboardInterrupt):
+        replace()
+    there = [path for path in (folder, tmp_path / ".export.old") if path.is_dir()]
+    assert [(path / "content").read_text() for path in there] == ["old"]
+    with files.whole_folder(folder) as new:
+        assert (folder / "content").read_text() == "old", "the old one is back before anything is written"
+        (new / "content").write_text("newer")
+    assert (folder / "content").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_nothing_is_written_where_another_folder_or_run_lies_now(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "run", tmp_path / "moved"
+    path.mkdir()
+    run = RunDir(path)
+    with run.locked():
+        files.write_json(path / "env.json", {"id": "first"})
+        assert run.identity == "first"
+        run.append("metrics.jsonl", {"a": 1})
+        path.rename(elsewhere)
+        path.mkdir()
+        for write in (
+            lambda: run.append("metrics.jsonl", {"a": 2}),
+            lambda: files.write_aside(path / "summary.json", b"{}"),
+            lambda: run.cut_logs({}),
+            run.clear,
+        ):
+            with pytest.raises(RunInUseError, match="another folder or run"):
+                write()
+        assert list(path.iterdir()) == []
+    assert (elsewhere / "metrics.jsonl").read_text() == '{"a": 1}\n'
+    path.rmdir()
+    elsewhere.rename(path)
+    with RunDir(path).locked():
+        (path / "env.json").unlink()
+    again = RunDir(path)
+    with again.locked():
+        files.write_json(path / "env.json", {"id": "second"})
+        assert again.identity == "second"
+        (path / "env.json").write_text('{"id": "third"}')
+        with pytest.raises(RunInUseError):
+            again.append("metrics.jsonl", {"a": 3})
+
+
+class Remembering(Executor):
+    """Takes every job; `end` makes the one of that key end."""
+
+    def __init__(self) -> None:
+        self.jobs, self.over = dict[str, Job](), list[Ended]()
+
+    def about(self) -> str:
+        return "nowhere"
+
+    def room(self) -> int:
+        return 9
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self.jobs |= {job.key: job for job in jobs}
+
+    def ended(self) -> list[Ended]:
+        over, self.over = self.over, []
+        return over
+
+
+def a_sweep(folder: Path) -> Scheduler:
+    """Of two teachers whose paths differ in what no file's name would show."""
+    layers = [ConfigSource("", {"teacher": {"sha256": "0" * 64}, "student": "resnet8"})]
+    keys = ["fitnet always ./教师:resnet8 seed 0", "fitnet always ./老师:resnet8 seed 0"]
+    members = []
+    for seed, key in enumerate(keys):
+        own = ConfigSource("", {"seed": seed, "teacher": {"source": f"t{seed}"}})
+        config = resolve("distill", [*layers, own]).config
+        members.append(Member(key, Role.student, config, ("./t", "resnet8")))
+    scheduler = Scheduler(members, folder, folder / "sweeps")
+    for name in ("jobs", "failed"):
+        (folder / "sweeps" / name).mkdir(parents=True, exist_ok=True)
+    return scheduler
+
+
+def test_runs_of_a_sweep_have_files_of_their_own_and_one_sweep_at_a_time_trains_each(tmp_path: Path) -> None:
+    first, second = a_sweep(tmp_path), a_sweep(tmp_path)
+    taking, idle = Remembering(), Remembering()
+    first._start(taking)
+    second._start(idle)
+    assert len({job.log for job in taking.jobs.values()}) == 2, "no two keys share a file"
+    assert idle.jobs == {}, "what another sweep trains is not trained twice"
+    bad, _ = taking.jobs
+    taking.over = [Ended(bad, 3)]
+    first._collect(taking, interrupted=False)
+    for entry in second.entries.values():
+        entry.not_before = 0.0
+    second._start(idle)
+    assert [entry.state for entry in second.entries.values()] == [State.failed, State.waiting], "nor what failed there"
+
+
+def test_a_run_that_ends_well_and_leaves_nothing_fails_the_sweep(tmp_path: Path) -> None:
+    scheduler, executor = a_sweep(tmp_path), Remembering()
+    scheduler._start(executor)
+    executor.over = [Ended(key, code) for key, code in zip(executor.jobs, (0, 3), strict=True)]
+    scheduler._collect(executor, interrupted=False)
+    with pytest.raises(SeriesError, match="left no finished run") as caught:
+        scheduler.check("")
+    assert caught.value.exit_code == 1
+
+
+def test_the_digest_of_columns_covers_their_type_and_shape() -> None:
+    numbers = np.arange(6, dtype=np.int64)
+    same = [numbers, numbers.reshape(2, 3), numbers.view(np.float64), numbers.view(np.uint64)]
+    assert len({one.tobytes() for one in same}) == 1
+    assert len({files.columns_digest({"a": one}) for one in same}) == len(same)
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": 1e999}', "9" * 400, "-" + "9" * 5000, "[" * 10**5])
+def test_what_no_document_holds_is_no_json(text: str) -> None:
+    with pytest.raises(ValueError, match=r"number|nested|digits|JSON|Expecting"):
+        files.parse_json(text)
+    assert files.parse_json(json.dumps({"sha256": "1234567890" * 6 + "e999"})), "a text may look like one"
+
+
+def test_many_runs_are_found_by_an_index_that_is_never_trusted_blindly(tmp_path: Path) -> None:
+    for seed in range(runindex.MANY):
+        (tmp_path / f"r{seed:03d}").mkdir()
+        (tmp_path / f"r{seed:03d}" / "config.yaml").write_text(f"task: distill\nseed: {seed}\n")
+    index = tmp_path / runindex.NAME
+
+    def found(seed: int) -> str | None:
+        run = newest_run(tmp_path, {"task": "distill", "seed": seed}, finished=False)
+        return None if run is None else run.path.name
+
+    assert found(7) == "r007"
+    assert index.is_file()
+    whole = index.read_bytes()
+    with mock.patch.object(runindex, "read_config", wraps=runindex.read_config) as read:
+        assert found(7) == "r007"
+        assert {call.args[0].parent.name for call in read.call_args_list} == {"r007"}, "its own file, and no other"
+    for damage in (b"", whole[:-9], whole.replace(b'"seed": 7', b'"seed": 8'), b"[" * 10**5, b"\x00" * 99):
+        index.write_bytes(damage)
+        assert (found(7), found(8)) == ("r007", "r008")
+    (tmp_path / "r007" / "config.yaml").write_text("task: distill\nseed: 99\n")
+    assert (found(7), found(99)) == (None, "r007")
+    forged = json.loads(index.read_bytes().partition(b"\n")[2])
+    forged["r003"][1]["seed"] = 1234
+    body = json.dumps(forged).encode()
+    index.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    assert found(1234) is None, "what it says of a run is read again there"
+    index.unlink()
+    assert found(3) == "r003"
+
+
+@pytest.mark.parametrize("name", ["torchvision/vit_h_14", "timm/eva_giant_patch14_224", "torchvision/vit_l_16"])
+def test_a_small_file_that_names_a_large_network_builds_none(tmp_path: Path, name: str) -> None:
+    card = json.dumps(NetworkCard(name, "shapes", ("a", "b"), (0.5,) * 3, (0.3,) * 3, 224)._asdict())
+    artifact.save_module(tmp_path / "small.safetensors", artifact.FORMAT, torch.nn.Linear(1, 1), card)
+    with (
+        mock.patch.object(artifact, "create", side_effect=AssertionError),
+        pytest.raises(UsageError, match="numbers, the file 2"),
+    ):
+        artifact.load(tmp_path / "small.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("deaf", [False, True], ids=["", "one that hears no signal"])
+def test_a_process_of_torchrun_ends_when_that_is_killed(tmp_path: Path, deaf: bool) -> None:
+    """As it waits for another process in a call of a library, which lets no handler of Python's run."""
+    own = ["import signal, time", "from sakd_cli.cli import child", "child.PATIENCE = 0.5", "child.bound_to_launcher()"]
+    own += ["signal.signal(signal.SIGTERM, signal.SIG_IGN)"] * deaf + ["print('ready', flush=True)", "time.sleep(60)"]
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {chr(10).join(own)!r}])"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", worker], env=environment, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"ready\n"
+        launcher.kill()
+        begun = time.monotonic()
+        assert launcher.stdout.read() == b"", "until the last that holds the pipe has ended"
+        assert time.monotonic() - begun < 10
