@@ -1,7 +1,10 @@
 """The effective values of a config: what the settings that are left open (None) come to, before anything is trained."""
 
+import importlib
 import math
+import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import DataConfig
@@ -15,6 +18,17 @@ SAME_FAMILY_BIAS = 10.0  # Song et al. (IEEE TIP 2022), and 0 for networks of tw
 SHORT_RUN = 250  # the student's rate over the router's in a run too short for the published values
 SATURATED = 0.995  # mean teacher-routing probability above which a router decides nothing
 SATURATED_BIAS = math.log(SATURATED / (1 - SATURATED))
+
+
+def automatic_precision(device: str) -> str:
+    """Number type of the networks where none is asked for: bf16 on a GPU that has it, else fp32."""
+    gpu = device.startswith("cuda") or (
+        device == "auto" and (sys.platform == "win32" or any(Path("/dev").glob("nvidia*")))
+    )
+    if not gpu:  # torch takes seconds to load, and is not asked
+        return "fp32"
+    cuda = importlib.import_module("torch").cuda
+    return "bf16" if cuda.is_available() and cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def initial_lr(config: RunConfig, network: str) -> float:

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 
 from sakd_cli.config import datasets, routers
 from sakd_cli.config.base import EFFECTIVE, choose, own_name
+from sakd_cli.config.effective import automatic_precision
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
 from sakd_cli.config.preprocessing import Preprocessing, of_library
-from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig
+from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
 
@@ -193,9 +194,13 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
     for source in sources:
         values = _merge(values, _with_preprocessing(_for_task(task, source)), origins)
     try:
-        return Resolved(TASKS[task].model_validate(values), origins)
+        config = TASKS[task].model_validate(values)
     except ValidationError as error:
         raise usage_error(task, error, values, origins) from None
+    if isinstance(config, RunConfig) and config.runtime.precision == "auto":
+        chosen = config.runtime.model_copy(update={"precision": automatic_precision(config.device)})
+        config = config.model_copy(update={"runtime": chosen})  # written down: a run keeps it on another machine
+    return Resolved(config, origins)
 
 
 def _with_preprocessing(source: ConfigSource) -> ConfigSource:
