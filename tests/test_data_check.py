@@ -150,6 +150,17 @@ def test_names_that_are_no_text_are_refused_before_training(tmp_path: Path) -> N
     cli.assert_rejects([*fields, "--data-root", os.fsdecode(photos + b"\xe9")], 3, r"photos\xe9: its name is not UTF-8")
 
 
+def test_signs_that_are_not_seen_are_shown(tmp_path: Path) -> None:
+    bad = folder(tmp_path / "photos", {"train": 3, "val": 2}) / "train/ant/a\nb\t\u202e c.png"
+    bad.write_text("no picture")
+    cli = CliRunner(tmp_path)
+    (found,) = json.loads(cli.sakd("data", "check", "photos", "--json", "-q").out)["findings"]
+    assert found["path"].endswith(r"train/ant/a\nb\t\u202e c.png")
+    cli.assert_rejects(
+        ["pretrain-teacher", "resnet8", *shlex.split(RUN)], 3, r"a\nb\t\u202e c.png (class ant): is no picture"
+    )
+
+
 def test_a_named_set_is_checked_too(tmp_path: Path) -> None:
     cli = CliRunner(tmp_path)
     assert cli.sakd("data", "check", "shapes", "--set", "data.train=40", "--set", "data.test=20", "--json").code == 0

@@ -174,8 +174,9 @@ def is_text(name: str) -> bool:
 
 
 def shown(path: Path | str) -> str:
-    """A path as text; bytes that are none as `\\xe9`."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path as text on one line; bytes that are none as `\\xe9`, signs that are not seen as `\\n` or `\\u202e`."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _holds_runs(folder: Path) -> bool:
