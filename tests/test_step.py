@@ -78,7 +78,7 @@ def fit(task: Any, made: list[Batch]) -> list[Tensor]:
 )
 @pytest.mark.parametrize("method", ["kd", "fitnet", "at", "nst", "vid", "sp", "pkt", "rkd", "cc", "ft", "crd"])
 def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, bias: float) -> None:
-    arguments = {"router.teacher_bias": bias, "train.lr": 0.05, "runtime.shapes": shapes}
+    arguments = {"router.teacher_bias": bias, "train.lr": 0.05, "runtime.shapes": shapes, "router.recipe": "published"}
     task = make(method, "adaptive", **arguments | ({"method.negatives": 9} if method == "crd" else {}))
     slow, optim = published(task, method), optimizer(task)
     optim.begin_epoch(1)
