@@ -18,7 +18,7 @@ from sakd_cli.files import sha256, write_aside, write_json
 from sakd_cli.models.artifact import FORMAT, load, save_weights
 from sakd_cli.rundir import RunDir, all_runs, newest_run
 
-OF_A_RUN = {"config.yaml", "env.json", "metrics.jsonl", "summary.json", ".lock"}
+OF_A_RUN = {"config.yaml", "env.json", "images.json", "metrics.jsonl", "summary.json", ".lock"}
 OF_A_DISTILLATION = OF_A_RUN | {"spots.jsonl", "samples.safetensors", "survey.safetensors"}
 OF_A_CHECKPOINT = {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}
 OF_A_NETWORK = {"model.safetensors", "config.json", "README.md"}
