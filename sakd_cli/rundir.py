@@ -143,7 +143,7 @@ class RunDir:
             return
         here = flat(self.config)
         found = differences(trained, here) if isinstance(trained, dict) else []
-        changed = [one for one in found if one.key in here and one.key not in MOVED | EXTENDED | PINNED]
+        changed = [one for one in found if one.key not in MOVED | EXTENDED | PINNED]
         if changed:
             raise DamagedError(
                 f"{self.path}: config.yaml is not what it was trained with: {listed(changed)}", "put it back as it was"
