@@ -41,7 +41,8 @@ def test_without_a_held_out_part_the_summary_says_so(cli: CliRunner, tmp_path: P
 @pytest.mark.parametrize(("router", "method"), [("always", "at"), ("never", "sp"), ("anti", "kd"), ("random", "sp")])
 def test_every_router_leaves_the_record_it_promises(trained_cli: CliRunner, router: str, method: str) -> None:
     tokens = [*PAIR, *TINY, "--method", method, "--router", router, "--quiet", "--json"]
-    tokens += ["--set", "router.rate=0.25"] if router == "random" else []
+    set_too = {"random": ["--set", "router.rate=0.25"], "anti": ["--set", "router.recipe=published"]}
+    tokens += set_too.get(router, [])
     summary = trained_cli.sakd(*tokens).document
     report = trained_cli.sakd("inspect-spots", summary["run"], "--json").document
     shares = [spot["fraction"] for spot in report["overall"]]

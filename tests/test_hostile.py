@@ -204,7 +204,7 @@ ATTACKS = """
 4 | pretrain-teacher --resume RUN-wide-tensors -q
 4 | pretrain-teacher --resume RUN-object-config -q
 4 | pretrain-teacher --resume RUN-deep-summary -q
-2 | inspect-spots RUN-escapes-config
+4 | inspect-spots RUN-escapes-config
 """
 
 

@@ -189,7 +189,7 @@ def test_shared_batchnorm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
         return steps(single(task))
 
     for ours in in_processes(2, tmp_path / "p", work):
-        alike(ours, whole, 1e-5)
+        alike(ours, whole, 2e-5)  # fp32, four steps: rounding of sums over other parts of a batch
 
 
 def single(task: Task) -> Task:

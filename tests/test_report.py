@@ -84,11 +84,12 @@ def test_overall_fraction_is_weighted_by_samples_and_epochs_are_kept(tmp_path: P
     report = spots_document(make_run(tmp_path / "run", TWO_EPOCHS))
     stage, logits = report.overall
     assert stage.fraction == pytest.approx((0.8 * 100 + 0.4 * 300) / 400)
-    of_epochs = {"first": 0.8, "last": 0.4, "min": 0.4, "max": 0.8, "probability": 0.3}
+    of_epochs = {"first": 0.8, "last": 0.4, "min": 0.4, "max": 0.8, "probability": 0.3, "gradient_ratio": None}
     assert stage.plain() == {"name": "stage2", "kind": "map", "fraction": stage.fraction, **of_epochs}
     assert (logits.name, logits.kind, logits.fraction) == ("logits", "logits", 0.5)
     steps = dict.fromkeys(STEPS, 0.25) | {"routed_ce": None, "student_ce": None, "empty_selection": [0.125, 0.125]}
     known = {"epoch": 2, "samples": 300, "fraction": [0.4, 0.5], "probability": [0.3, 0.5]}
+    known |= {"gradient_ratio": [None, None]}
     assert report.by_epoch[1].plain() == known | steps
 
 

@@ -171,6 +171,8 @@ class DistillTask(Task):
         device = batch.images.device
         with self.mode.networks(device), torch.no_grad():
             seen = self.teacher_features(batch)
+            if self.mode.autocast_dtype is None:  # a cache's are in 16 bits
+                seen = seen.map(to_fp32)
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
         self.doses.begin()
         with self._converted():
