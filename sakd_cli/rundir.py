@@ -38,8 +38,8 @@ class RunDir:
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
         try:
-            str(path).encode()
-        except UnicodeEncodeError:
+            os.fsencode(path).decode()  # the bytes: Python may be in a locale without UTF-8
+        except UnicodeDecodeError:
             raise UsageError(f"{path}: the name of a run's folder must be UTF-8") from None
         self.path = path
         self.silent = silent

@@ -140,6 +140,7 @@ def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers() -> Non
 
 
 @pytest.mark.battery
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
 @pytest.mark.parametrize("method", ["fitnet", "crd"])
 def test_a_step_compiled_for_this_machine_has_eager_numbers(method: str) -> None:
     same_as_eager(method, "inductor", 1e-3)
