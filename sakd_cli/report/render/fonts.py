@@ -1,5 +1,6 @@
 """Names in any script in plots: by fonts of this machine that have their characters, and told where there is none."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +33,20 @@ def all_scripts(figure: "Figure", kind: str) -> Iterator[None]:
     fonttype = "none" if missing else matplotlib.rcParams["svg.fonttype"]
     with matplotlib.rc_context({"svg.fonttype": fonttype}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-        with _spelled(figure, odd, missing if kind == "png" else frozenset()):
+        with _spelled(figure, odd, missing if kind == "png" else frozenset()), _quiet_search():
             yield
+
+
+@contextmanager
+def _quiet_search() -> Iterator[None]:
+    """Inside, matplotlib does not log that a font has no regular weight and it takes the nearest."""
+    log = logging.getLogger("matplotlib.font_manager")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager
