@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PAIR, TINY, CliRunner
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from sakd_cli.batch import Batch
@@ -15,7 +16,7 @@ from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import compile_task, resolve_mode
+from sakd_cli.engine.runtime import compile_task, compiled, resolve_mode
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
@@ -137,6 +138,27 @@ def same_as_eager(method: str, backend: str, tolerance: float) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
 def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers() -> None:
     same_as_eager("fitnet", "aot_eager", 1e-6)
+
+
+def test_what_cannot_be_compiled_backward_either_is_called_after_one_line() -> None:
+    def lower(module: Any, inputs: Any) -> Any:
+        raise ValueError("no kernel for this backward pass")
+
+    torch._dynamo.reset()
+    task, eager, said = make("fitnet", compile=True), make("fitnet", compile=True), []
+    compile_task(task, said.append, backend=aot_autograd(fw_compiler=lambda module, inputs: module, bw_compiler=lower))
+    given = batch(task)
+    optimizer(task).step(task(given).loss)
+    optimizer(eager).step(eager(given).loss)
+    assert [line.split(" (")[0] for line in said] == [
+        f"runtime.compile: {name} cannot be compiled" for name in ("learn", "decide", "route", "objective")
+    ]
+    ours, theirs = task.state_dict(), eager.state_dict()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    said.clear()
+    look = compiled(task.precompute, said.append, backend=aot_autograd(fw_compiler=lower))
+    assert torch.equal(look(given.images).logits, eager.precompute(given.images).logits)
+    assert len(said) == 1
 
 
 @pytest.mark.battery

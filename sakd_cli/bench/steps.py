@@ -22,7 +22,7 @@ from sakd_cli.engine.graphs import Cuda, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import compile_forward, compile_task, pick_device, resolve_mode
+from sakd_cli.engine.runtime import compile_task, compiled, pick_device, resolve_mode
 from sakd_cli.engine.step import TrainStep
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
@@ -157,7 +157,7 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
     if mode.compiled:
         compile_task(task, _refused)
     if isinstance(task, DistillTask) and mode.ahead > 1:
-        look = compile_forward(task.precompute) if mode.compiled else task.precompute
+        look = compiled(task.precompute, _refused) if mode.compiled else task.precompute
         batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
     if mode.graphed:
         advance = GraphedStep(step, Cuda(setup.device), tuple, _refused)

@@ -116,20 +116,24 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compile_task(task: Task, refuse: Callable[[str], None], backend: str = "inductor") -> None:
-    """Compile the regions of a task in place, each as one graph for each batch size.
-
-    refuse  is told why a region cannot be compiled; it is called as it is from then on
-    """
+def compile_task(task: Task, refuse: Callable[[str], None], backend: Any = "inductor") -> None:
+    """Compile the regions of a task in place, each as one graph for each batch size, backward passes included."""
     for name in task.regions:
-        setattr(task, name, _compiled(name, getattr(task, name), refuse, backend))
+        setattr(task, name, compiled(getattr(task, name), refuse, backend))
 
 
-def _compiled(
-    name: str, plain: Callable[..., Seen], refuse: Callable[[str], None], backend: str
+def compiled(
+    plain: Callable[..., Seen], refuse: Callable[[str], None], backend: Any = "inductor"
 ) -> Callable[..., Seen]:
+    """A function compiled whole at its first call; never a CUDA graph, whose results the next call would overwrite.
+
+    refuse  is told why it cannot be compiled; it is called as it is from then on
+    """
+    import torch._functorch.config
     from torch._dynamo.exc import TorchDynamoException
 
+    # Else a backward pass is lowered in the first one, and what cannot be raises there.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     chosen: Callable[..., Seen] = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
 
     def call(*given: Any) -> Seen:
@@ -141,15 +145,11 @@ def _compiled(
         except TorchDynamoException as error:  # of a user's own mistake too, which the plain call tells
             chosen = plain
             result = plain(*given)
-            refuse(f"runtime.compile: {name} cannot be compiled ({' '.join(str(error).split())[:100]}); it is called")
+            reason = " ".join(str(error).split())[:100]
+            refuse(f"runtime.compile: {plain.__name__} cannot be compiled ({reason}); it is called")
             return result
 
     return call
-
-
-def compile_forward(see: Callable[[Tensor], Seen]) -> Callable[[Tensor], Seen]:
-    """A pass without gradient, compiled whole; never a CUDA graph, whose results the next call would overwrite."""
-    return torch.compile(see, fullgraph=True, dynamic=False)
 
 
 def keep_freed_memory() -> None:

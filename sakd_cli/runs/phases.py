@@ -11,7 +11,8 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.sources import views
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.recorder import SpotRecorder
-from sakd_cli.engine.runtime import compile_forward
+from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.runtime import compiled
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.files import write_document
@@ -40,18 +41,19 @@ def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFacto
     if job.spots:
         names = [(spot.name, spot.kind) for spot in job.spots]
         recorder = SpotRecorder(names, len(job.images.dataset.classes), len(train), job.device, train.origins())
-    epochs, loader = job.config.train.epochs, _looking_ahead(job, job.task, loader_of(job))
+    epochs, loader = job.config.train.epochs, _looking_ahead(job, job.task, loader_of(job), factory.reporter)
     yield factory.trainer(job, job.task, phase, epochs, loader=loader, output=output, recorder=recorder)
 
 
-def _looking_ahead(job: Job, task: Task, loader: Loader) -> Loader:
+def _looking_ahead(job: Job, task: Task, loader: Loader, reporter: Reporter) -> Loader:
     """The batches, with what frozen networks make of them where these look ahead; otherwise each step asks them."""
     steps = job.mode.ahead
     from_bank = isinstance(task, DistillTask) and not isinstance(task.teacher_features, PlainPass)
     if steps == 1 or from_bank or not isinstance(task, DistillTask | ResidualTask | WarmupTask | SearchTask):
         return loader
-    compiled = job.mode.compiled and task is job.task
-    look: Callable[[Tensor], Precomputed] = compile_forward(task.precompute) if compiled else task.precompute
+    look: Callable[[Tensor], Precomputed] = task.precompute
+    if job.mode.compiled and task is job.task:
+        look = compiled(look, reporter.warn)
     return LookAhead(loader, look, steps=steps, device=job.device)
 
 
@@ -60,7 +62,7 @@ def _warm_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage
         optimizer = optimizer_of(task, job.config.train, ())
-        loader = _looking_ahead(job, task, loader_of(job))
+        loader = _looking_ahead(job, task, loader_of(job), factory.reporter)
         yield factory.trainer(job, task, f"{before}warmup", epochs, loader=loader, optimizer=optimizer)
         task.warmup.requires_grad_(False)
 
@@ -69,7 +71,11 @@ def _search(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]
     """The search for a method's mixtures, where they are not known, and their file."""
     if (search := search_of(job)) is not None:
         config, settings, images = job.config, search.settings, job.images
-        size, device, wrap = config.train.batch_size, job.device, partial(_looking_ahead, job, search)
+        size, device, wrap = (
+            config.train.batch_size,
+            job.device,
+            partial(_looking_ahead, job, search, reporter=factory.reporter),
+        )
         loader = batches(
             settings, images.dataset, images.train, batch_size=size, seed=config.seed, device=device, wrap=wrap
         )
