@@ -169,6 +169,9 @@ def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:
     assert (first.probability, last.probability) == (0.625, 0.375)
     scaling = (line.router_loss_scaled_up, line.router_loss_scaled_down, line.count_penalty_active)
     assert scaling == (0.5, None, None)
+    assert [(image.index, image.visits, image.distilled) for image in line.tracked] == [
+        (0, 1, [0, 0]), (1, 1, [1, 1]), (2, 1, [1, 0]), (3, 0, [0, 0]), (4, 1, [1, 0])
+    ]  # fmt: skip
     tensors = recorder.by_sample()
     assert tensors["visits"].tolist() == [1, 1, 1, 0, 1]
     assert tensors["distilled"].tolist() == [[0, 0], [1, 1], [1, 0], [0, 0], [1, 0]]

@@ -87,6 +87,31 @@ def test_paths_are_expected_fractions() -> None:
     assert paths == pytest.approx({"TT": 0.3125, "ST": 0.3125, "TS": 0.1875, "SS": 0.1875})
 
 
+def test_what_knowing_the_image_explains_of_the_decisions() -> None:
+    stage, logits = measured().spots
+    assert stage.by_image == pytest.approx(np.var([0.25, 0.75, 0.5, 0.5]) / 0.25)
+    assert logits.by_image == pytest.approx(np.var([1, 1, 0, 0.5]) / (0.625 * 0.375))
+    coins = measured(value=np.full((4, 2), [0.3, 1.0], dtype=np.float32)).spots
+    assert [coins[0].by_image, coins[1].by_image] == [pytest.approx(0, abs=1e-9), None]
+
+
+def test_agreement_of_the_networks_in_five_groups() -> None:
+    answers = ANSWERS | {"student_prediction": np.array([0, 1, 0, 0]), "teacher_prediction": np.array([0, 0, 0, 2])}
+    groups = measured(answers=answers).difficulty.by_agreement
+    assert [group.images for group in groups] == [1, 1, 0, 1, 1]
+    assert [group.mean[0] for group in groups] == [0.25, 0.5, None, 0.75, 0.5]
+    (same, *_) = measured().difficulty.by_agreement
+    assert (same.images, same.mean, same.error) == (2, [0.375, 0.5], pytest.approx([0.125, 0.5]))
+
+
+def test_the_clearest_images_of_the_most_common_paths() -> None:
+    value = np.array([[0.9, 0.9], [0.6, 0.8], [0.1, 0.6], [0.2, 0.9]], dtype=np.float32)
+    one, both = measured(value=value).path_examples
+    assert (both.path, both.images, [image.index for image in both.examples]) == ("TT", 2, [10, 11])
+    assert (one.path, [image.index for image in one.examples]) == ("ST", [13, 12])
+    assert [image.value for image in one.examples] == pytest.approx([0.72, 0.54])
+
+
 def test_extremes_name_the_images_and_ties_keep_their_order() -> None:
     stage, logits = measured().extremes
     assert [row.index for row in stage.highest] == [11, 12]

@@ -14,8 +14,9 @@ from conftest import PAIR, TINY, CliRunner, Result
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
-from sakd_cli.documents.spots import CSV_HEADER, SpotsDocument
+from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.models import artifact
+from sakd_cli.report.spots.log import CSV_HEADER
 from sakd_cli.runs.build import load_images
 
 SETTINGS = ["--set", "router.teacher_bias=0", "--set", "router.lr=0.002"]
@@ -87,6 +88,21 @@ def test_the_fixed_paths_are_the_networks_alone_and_their_figures_those_of_the_s
         assert figures[path] == pytest.approx(figures[network], rel=1e-6)
         assert figures[network]["top1"] == pytest.approx(summary[known]["top1"])
     assert (figures["images"], figures["sampled"]["draws"]) == (60, 3)
+
+
+def test_the_reliability_bins_hold_every_test_image_and_the_tracked_ones_every_epoch(
+    cli: CliRunner, routed: Path
+) -> None:
+    figures = inspected(cli, routed)["measured"]["routed"]
+    for who in ("student", "teacher"):
+        bins = [one for one in figures[f"{who}_reliability"] if one["images"]]
+        assert sum(one["images"] for one in bins) == 60
+        right = sum(one["images"] * one["correct"] for one in bins) / 60
+        assert 100 * right == pytest.approx(figures[who]["top1"])
+    lines = [json.loads(line) for line in (cli.path / routed / "spots.jsonl").read_text().splitlines()]
+    kept, tracked = columns(routed, cli), lines[-1]["tracked"]
+    assert [image["visits"] for image in tracked] == [len(lines)] * 8
+    assert {image["index"] for image in tracked} <= set(kept["index"][kept["extreme"]].tolist())
 
 
 def test_live_on_the_same_images_says_the_same(cli: CliRunner, routed: Path) -> None:
@@ -184,6 +200,7 @@ def test_csv_holds_every_figure_of_the_document(cli: CliRunner, routed: Path) ->
         "student_loss",
         "teacher_confidence",
         "correctness",
+        "agreement",
     }
     assert {row[0] for row in rows} == tables | {"path", "highest", "lowest", "routed"}
 

@@ -57,8 +57,8 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
     if json:
         emit(report)
     elif options["csv"]:
-        from sakd_cli.documents.spots import CSV_HEADER, csv_rows
         from sakd_cli.report.render.format import csv_text
+        from sakd_cli.report.spots.log import CSV_HEADER, csv_rows
 
         rows = [dict(zip(CSV_HEADER, row, strict=True)) for row in csv_rows(report)]
         sys.stdout.write(csv_text(CSV_HEADER, rows))

@@ -1,11 +1,10 @@
-"""What `sakd inspect-spots --json` prints, the same as CSV, and the two records of a run that it is made from
+"""What `sakd inspect-spots --json` prints, and the two records of a run that it is made from
 
 Fractions and probabilities lie in [0, 1], accuracies (top1) are in percent, losses are mean cross-entropies in nats,
 entropies in bits. Lists with one entry per spot are in the order of `overall`. What is not known is null.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +12,7 @@ from sakd_cli.documents.base import Document, Number, Part
 from sakd_cli.documents.training import Mixtures
 
 EXTREMES = 12  # images at each end of a spot; a run saves the pixels of as many
+TRACKED = 8  # training images whose route is recorded epoch by epoch
 Split = Literal["train", "validation", "test"]
 STEP_MEANS = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active", "routed_ce", "student_ce")
 
@@ -49,16 +49,31 @@ class SpotInEpoch(Part):
     gradient_ratio: Number = None
 
 
+class TrackedImage(Part):
+    """One training image: index in the data set's own split; visits and, per spot, distillations up to this epoch."""
+
+    index: int
+    visits: float
+    distilled: list[float]
+
+
 class EpochRecord(EpochSteps):
-    """One line of `spots.jsonl`."""
+    """One line of `spots.jsonl`. tracked: the images of `tracked_places`; empty in records of earlier versions."""
 
     spots: list[SpotInEpoch] = Field(min_length=1)
+    tracked: list[TrackedImage] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _complete(self) -> "EpochRecord":
         if len(self.empty_selection) != len(self.spots):
             raise ValueError("empty_selection has another number of spots")
         return self
+
+
+def tracked_places(samples: int) -> list[int]:
+    """Places of the tracked images among so many training images, evenly spaced."""
+    most = min(TRACKED, samples)
+    return [k * samples // most for k in range(most)]
 
 
 class SpotTotal(Part):
@@ -119,7 +134,11 @@ class SpotPlace(Part):
 
 
 class SpotStatistics(SpotPlace):
-    """One spot over the images: the value's mean, the mean of one sample, fraction above 0.5, entropy, quantiles."""
+    """One spot over the images: the value's mean, the mean of one sample, fraction above 0.5, entropy, quantiles.
+
+    by_image: of the variance of the decisions, the share that knowing the image explains, var(p) / (m (1 - m)) with m
+    the mean of p: 0 for a coin of one rate, 1 where every image is decided; null where all are distilled or none.
+    """
 
     mean: float
     sampled: float
@@ -128,6 +147,7 @@ class SpotStatistics(SpotPlace):
     p05: float
     p50: float
     p95: float
+    by_image: Number = None
 
 
 class ImageGroup(Part):
@@ -172,12 +192,22 @@ class Correctness(Part):
         return f"student {student}, teacher {teacher}"
 
 
+class AgreementGroup(Part):
+    """Images by whether both networks give one answer, and who is right; error: standard error of each mean."""
+
+    name: str
+    images: int
+    mean: list[Number]
+    error: list[Number]
+
+
 class Difficulty(Part):
     """By deciles of the student's cross-entropy and of the teacher's confidence (largest probability)."""
 
     by_student_loss: list[Decile]
     by_teacher_confidence: list[Decile]
     by_correctness: list[Correctness]
+    by_agreement: list[AgreementGroup] = Field(default_factory=list)
 
 
 class RoutingPath(Part):
@@ -211,6 +241,14 @@ class SpotExtremes(Part):
     lowest: list[ExtremeImage]
 
 
+class PathExamples(Part):
+    """The images for which a path is the most probable: how many, and those for which it is so most clearly."""
+
+    path: str
+    images: int
+    examples: list[ExtremeImage]
+
+
 class Score(Part):
     """Top-1 and loss on the test images."""
 
@@ -225,8 +263,19 @@ class SampledScore(Score):
     top1_std: float
 
 
+class ReliabilityBin(Part):
+    """Images whose largest probability lies in one of equal intervals: its mean there, and the fraction right."""
+
+    images: int
+    confidence: Number
+    correct: Number
+
+
 class RoutedNetwork(Part):
-    """The routed network on the test images, beside both networks alone; null without a multi-path network."""
+    """The routed network on the test images, beside both networks alone; null without a multi-path network.
+
+    reliability: of both networks alone, from the least confident images to the most; empty where it was not recorded
+    """
 
     images: int
     student: Score
@@ -234,6 +283,8 @@ class RoutedNetwork(Part):
     sampled: SampledScore | None = None
     all_student: Score | None = None
     all_teacher: Score | None = None
+    student_reliability: list[ReliabilityBin] = Field(default_factory=list)
+    teacher_reliability: list[ReliabilityBin] = Field(default_factory=list)
 
 
 class SurveyHeader(Part):
@@ -279,6 +330,7 @@ class Measured(Part):
     difficulty: Difficulty | None
     paths: list[RoutingPath] | None
     extremes: list[SpotExtremes]
+    path_examples: list[PathExamples] = Field(default_factory=list)
     routed: RoutedNetwork | None
 
 
@@ -342,43 +394,3 @@ class SpotsDocument(Document):
     mixtures: Mixtures | None
     measured: Measured | None
     probe: Probe | None = None
-
-
-CSV_HEADER = ("table", "item", "spot", "measure", "value")
-Row = tuple[str, str, str, str, Any]
-PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "correlation", "gradient_ratio"}
-
-
-def csv_rows(document: SpotsDocument) -> Iterator[Row]:
-    """The document as one long table with the columns of `CSV_HEADER`; one number a row, empty where it is null.
-
-    table    overall, epoch, class_distilled, spot, class, student_loss, teacher_confidence, correctness, path, highest,
-             lowest, routed: the lists of the document in that order
-    item     which epoch, class, decile (from 1), path, image (its index), network; empty for tables by spot
-    spot     name of the spot; empty where the number belongs to none
-    measure  key of the number in the document
-    """
-    names = [spot.name for spot in document.overall]
-    rows: list[tuple[str, object, str, Part]] = [("overall", "", spot.name, spot) for spot in document.overall]
-    rows += [("epoch", epoch.epoch, "", epoch) for epoch in document.by_epoch]
-    rows += [("class_distilled", one.name, "", one) for one in document.by_class]
-    if measured := document.measured:
-        rows += [("spot", "", spot.name, spot) for spot in measured.spots]
-        if classes := measured.classes:
-            rows += [("class", "", "", classes), *(("class", one.name, "", one) for one in classes.rows)]
-        if by := measured.difficulty:
-            rows += [("student_loss", number, "", one) for number, one in enumerate(by.by_student_loss, start=1)]
-            rows += [("teacher_confidence", n, "", one) for n, one in enumerate(by.by_teacher_confidence, start=1)]
-            rows += [("correctness", cell.name, "", cell) for cell in by.by_correctness]
-        rows += [("path", path.path, "", path) for path in measured.paths or ()]
-        for ends in measured.extremes:
-            rows += [("highest", image.index, ends.spot, image) for image in ends.highest]
-            rows += [("lowest", image.index, ends.spot, image) for image in ends.lowest]
-        rows += [("routed", name, "", score) for name, score in measured.routed or () if isinstance(score, Score)]
-    for table, item, spot_name, part in rows:
-        for measure, value in part:
-            if isinstance(value, list) and measure in PER_SPOT:
-                for name, number in zip(names, value, strict=False):
-                    yield table, str(item), name, measure, number
-            elif isinstance(value, int | float) and not isinstance(value, bool) and measure not in ("epoch", "index"):
-                yield table, str(item), spot_name, measure.removesuffix("_"), value

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from sakd_cli.batch import Batch
-from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SamplesHeader, SpotInEpoch
+from sakd_cli.documents.spots import (
+    STEP_MEANS,
+    EpochRecord,
+    SamplesHeader,
+    SpotInEpoch,
+    TrackedImage,
+    tracked_places,
+)
 from sakd_cli.engine.task import SpotUse, StepOutput
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.files import columns_digest
@@ -104,7 +111,13 @@ class SpotRecorder:
         for count in (*self._tables[1:], self._events):
             count.zero_()
         empty = [times / steps for times in counts["empty"]]
-        return EpochRecord(epoch=epoch, samples=round(samples), spots=spots, empty_selection=empty, **means)
+        # Up to now and not of this epoch alone: a resumed run then has nothing to remember.
+        places = tracked_places(len(self.origin))
+        sofar = zip(self.origin[places].tolist(), self._tables[0][places].tolist(), strict=True)
+        tracked = [TrackedImage(index=index, visits=row[-1], distilled=row[:-1]) for index, row in sofar]
+        return EpochRecord(
+            epoch=epoch, samples=round(samples), spots=spots, empty_selection=empty, tracked=tracked, **means
+        )
 
     def by_sample(self) -> dict[str, Tensor]:
         """What `samples.safetensors` holds: distilled [samples, S], visits [samples], index [samples]."""

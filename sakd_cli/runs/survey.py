@@ -6,7 +6,8 @@
     student_loss            [N] float32     cross-entropy of the student alone, in nats
     teacher_confidence      [N] float32     the teacher's largest class probability
     student_prediction, teacher_prediction, label, index   [N] int64; index: in the data set's own split
-    extreme                 [M] int64       rows with the highest and lowest probabilities, per spot
+    extreme                 [M] int64       rows with pixels: highest and lowest probabilities per spot, the clearest of
+                                            the most common paths, and those whose route was recorded
     images                  [M, 3, H, W] uint8   their pixels
     files                   [K] uint8       JSON list of the images' paths below the data set's folder; absent in memory
 
@@ -29,14 +30,23 @@ from sakd_cli.data.dataset import Split, seeded_generator
 from sakd_cli.data.files import Files
 from sakd_cli.data.loader import EvalPairs
 from sakd_cli.data.sources import as_seen
-from sakd_cli.documents.spots import EXTREMES, RoutedNetwork, SampledScore, Score, SpotPlace, SurveyHeader
+from sakd_cli.documents.spots import (
+    EXTREMES,
+    ReliabilityBin,
+    RoutedNetwork,
+    SampledScore,
+    Score,
+    SpotPlace,
+    SurveyHeader,
+    tracked_places,
+)
 from sakd_cli.documents.spots import Split as SplitName
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.files import columns_digest, write_aside
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.report.spots.survey import FILE
+from sakd_cli.report.spots.survey import FILE, common_paths
 from sakd_cli.routing.router import Answers
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
@@ -46,6 +56,7 @@ from sakd_cli.runs.resume import fingerprint, require_fingerprint
 from sakd_cli.tasks.distill import DistillTask
 
 BATCH = 256  # the features of all stages of both networks are in memory at once: no more than in a training step
+BINS = 10  # of the reliability diagrams, of equal width
 DRAWS = 3  # of all gates, for the routed network's accuracy
 LEAST = 500  # test images to route at the end of a run, as far as there are so many
 MADE_OF = ("network", "router", "graft")  # what of a task decides, beside the teacher
@@ -144,7 +155,7 @@ def survey(
         names = json.dumps(images.images.names).encode()
         columns["files"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
     if "probability" in columns:
-        columns["extreme"] = _extremes(columns["probability"], extremes)
+        columns["extreme"] = _shown(columns["probability"], extremes)
         columns["images"] = images.subset(columns["extreme"].to(images.images.device)).pixels.cpu()
     columns = {name: column.contiguous() for name, column in columns.items()}
     header = SurveyHeader(
@@ -200,6 +211,7 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
     draws = [seeded_generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     assert job.teacher is not None
     sums = torch.zeros((), device=job.device)
+    bins = torch.zeros(2, BINS, 3, device=job.device)
     for (images, theirs), labels in _batches(job, test, reporter):
         teacher, student = job.teacher.model.features(theirs), task.student_features(images)
         outputs = [student.logits, teacher.logits]
@@ -211,24 +223,42 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
                 gates += [] if gate is None else [gate]
             with task.mode.networks(images.device):  # whose precision the graft's frozen weights have
                 outputs += [task.graft(images, teacher, gate) for gate in gates]
+        for network, output in zip(bins, outputs, strict=False):
+            sure, answer = output.float().softmax(dim=1).max(dim=1)
+            row = torch.stack([sure, (answer == labels).float(), torch.ones_like(sure)], dim=1)
+            network.index_add_(0, (sure * BINS).long().clamp(max=BINS - 1), row)
         right = [(output.argmax(dim=1) == labels).sum() for output in outputs]
         loss = [F.cross_entropy(output.float(), labels, reduction="sum") for output in outputs]
         sums = sums + torch.stack([torch.stack(right).float(), torch.stack(loss)])
     hits, losses = (sums.double().cpu() / len(test)).tolist()
     scores = [Score(top1=100 * hit, loss=loss) for hit, loss in zip(hits, losses, strict=True)]
-    fixed = dict(zip(("student", "teacher", "all_student", "all_teacher"), scores, strict=False))
+    fixed: dict[str, Any] = dict(zip(("student", "teacher", "all_student", "all_teacher"), scores, strict=False))
     drawn = torch.tensor([(score.top1, score.loss) for score in scores[len(fixed) :]], dtype=torch.float64)
     sampled = None
     if len(drawn):
         top1, mean_loss = drawn.mean(dim=0).tolist()
         sampled = SampledScore(top1=top1, loss=mean_loss, draws=len(drawn), top1_std=float(drawn[:, 0].std()))
+    fixed |= {f"{who}_reliability": _reliability(sums) for who, sums in zip(("student", "teacher"), bins, strict=True)}
     return RoutedNetwork(images=len(test), sampled=sampled, **fixed)
 
 
-def _extremes(probability: Tensor, count: int) -> Tensor:
-    """Rows of the `count` lowest and highest of each spot, rising, each once; ties in the order of the images."""
+def _reliability(chances: Tensor) -> list[ReliabilityBin]:
+    """Of the sums [BINS, 3] of confidences, of right answers and of images."""
+    return [
+        ReliabilityBin(images=int(n), confidence=sure / n if n else None, correct=right / n if n else None)
+        for sure, right, n in chances.double().cpu().tolist()
+    ]
+
+
+def _shown(probability: Tensor, count: int) -> Tensor:
+    """Rows of the images that a page shows, rising, each once; ties in the order of the images.
+
+    The `count` lowest and highest of each spot, the clearest of the most common paths, and the tracked ones.
+    """
     ends = [probability.sort(dim=0, descending=down, stable=True).indices[:count] for down in (False, True)]
-    return torch.cat(ends).flatten().unique()
+    examples = [row for *_, rows in common_paths(probability.numpy()) for row in rows]
+    more = torch.tensor([*examples, *tracked_places(len(probability))])
+    return torch.cat([torch.cat(ends).flatten(), more]).unique()
 
 
 def _spots(job: Job) -> list[SpotPlace]:

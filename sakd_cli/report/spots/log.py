@@ -1,17 +1,18 @@
-"""Where a run distilled: `spots.jsonl` over epochs and classes, and what its survey says by image, as one document."""
+"""Where a run distilled: `spots.jsonl` over epochs and classes, and its survey by image, as one document or as CSV."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
 
-from sakd_cli.documents.base import Number
+from sakd_cli.documents.base import Number, Part
 from sakd_cli.documents.spots import (
     EXTREMES,
     ClassFractions,
     EpochFractions,
     EpochRecord,
     EpochSteps,
+    Score,
     SpotsDocument,
     SpotTotal,
 )
@@ -163,3 +164,44 @@ def _by_class(epochs: list[EpochRecord], overall: list[Number], names: list[str]
         name = (names[label] if label < len(names) else "") or f"class {label}"
         rows.append(ClassFractions(name=name, fraction=fractions, deviation=deviations(fractions, overall)))
     return sorted(rows, key=by_peak)  # stable: classes that deviate alike stay in the order of their labels
+
+
+CSV_HEADER = ("table", "item", "spot", "measure", "value")
+Row = tuple[str, str, str, str, Any]
+PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "correlation", "gradient_ratio", "error"}
+
+
+def csv_rows(document: SpotsDocument) -> Iterator[Row]:
+    """The document as one long table with the columns of `CSV_HEADER`; one number a row, empty where it is null.
+
+    table    overall, epoch, class_distilled, spot, class, student_loss, teacher_confidence, correctness, agreement,
+             path, highest, lowest, routed: the lists of the document in that order
+    item     which epoch, class, decile (from 1), path, image (its index), network; empty for tables by spot
+    spot     name of the spot; empty where the number belongs to none
+    measure  key of the number in the document
+    """
+    names = [spot.name for spot in document.overall]
+    rows: list[tuple[str, object, str, Part]] = [("overall", "", spot.name, spot) for spot in document.overall]
+    rows += [("epoch", epoch.epoch, "", epoch) for epoch in document.by_epoch]
+    rows += [("class_distilled", one.name, "", one) for one in document.by_class]
+    if measured := document.measured:
+        rows += [("spot", "", spot.name, spot) for spot in measured.spots]
+        if classes := measured.classes:
+            rows += [("class", "", "", classes), *(("class", one.name, "", one) for one in classes.rows)]
+        if by := measured.difficulty:
+            rows += [("student_loss", number, "", one) for number, one in enumerate(by.by_student_loss, start=1)]
+            rows += [("teacher_confidence", n, "", one) for n, one in enumerate(by.by_teacher_confidence, start=1)]
+            rows += [("correctness", cell.name, "", cell) for cell in by.by_correctness]
+            rows += [("agreement", group.name, "", group) for group in by.by_agreement]
+        rows += [("path", path.path, "", path) for path in measured.paths or ()]
+        for ends in measured.extremes:
+            rows += [("highest", image.index, ends.spot, image) for image in ends.highest]
+            rows += [("lowest", image.index, ends.spot, image) for image in ends.lowest]
+        rows += [("routed", name, "", score) for name, score in measured.routed or () if isinstance(score, Score)]
+    for kind, item, spot_name, part in rows:
+        for key, value in part:
+            if isinstance(value, list) and key in PER_SPOT:
+                for name, number in zip(names, value, strict=False):
+                    yield kind, str(item), name, key, number
+            elif isinstance(value, int | float) and not isinstance(value, bool) and key not in ("epoch", "index"):
+                yield kind, str(item), spot_name, key.removesuffix("_"), value

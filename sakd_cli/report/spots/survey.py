@@ -7,6 +7,7 @@ safetensors are loaded on first use, torch never.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sakd_cli.documents import spots as doc
@@ -33,6 +34,8 @@ LONGEST = 12  # spots up to which all 2^S paths are counted
 MODES = "Both networks in evaluation mode, images not augmented; the router learned from the student in training mode."
 STAND_IN = "The router has no policy or the run has no survey: the rate at which each image was distilled is shown."
 COMPLEMENT = "p is the teacher-routing probability of the routed network; this router distilled the other images."
+COMMON, EXAMPLES = 4, 6  # paths whose images are shown, and how many of each
+GROUPS = ("one answer, right", "one answer, wrong", "student alone right", "teacher alone right", "two wrong answers")
 ALL_ALIKE = "No image differs from another at any spot: the router is saturated, and there is nothing to compare."
 
 
@@ -179,6 +182,7 @@ def measure(survey: Survey, spots: Sequence[doc.SpotTotal], *, sample: bool, see
         difficulty=_difficulty(used, answers) if by_answers else None,
         paths=None if value is None or survey.rated else _paths(used),
         extremes=_extremes(survey, chance, names, classes, extremes),
+        path_examples=_path_examples(survey, chance, classes) if by_answers and not survey.rated else [],
         routed=header.routed if header else None,
     )
 
@@ -205,9 +209,11 @@ def _spots(used: "Column", drawn: "Column", spots: "Spots") -> list[doc.SpotStat
     columns = [used.mean(axis=0), drawn.mean(axis=0), (used > 0.5).mean(axis=0), np.maximum(entropy, 0)]
     columns += list(np.quantile(used, (0.05, 0.5, 0.95), axis=0))
     keys = ("mean", "sampled", "above_half", "entropy", "p05", "p50", "p95")
+    coins = columns[0] * (1 - columns[0])  # the variance of a coin that knows no image
+    by_image = [float(v / c) if c > 1e-6 else None for v, c in zip(used.var(axis=0), coins, strict=True)]
     return [
-        doc.SpotStatistics(**spot.model_dump(include=PLACE), **dict(zip(keys, row, strict=True)))
-        for spot, row in zip(spots, np.stack(columns, axis=1).tolist(), strict=True)
+        doc.SpotStatistics(**spot.model_dump(include=PLACE), **dict(zip(keys, row, strict=True)), by_image=explained)
+        for spot, row, explained in zip(spots, np.stack(columns, axis=1).tolist(), by_image, strict=True)
     ]
 
 
@@ -273,7 +279,23 @@ def _difficulty(used: "Column", answers: "dict[str, Column]") -> doc.Difficulty:
         by_student_loss=deciles(answers["student_loss"]),
         by_teacher_confidence=deciles(answers["teacher_confidence"]),
         by_correctness=cells,
+        by_agreement=_agreement(used, answers),
     )
+
+
+def _agreement(used: "Column", answers: "dict[str, Column]") -> list[doc.AgreementGroup]:
+    """One of GROUPS for every image; a group of one image has no error."""
+    student, teacher = _correct(answers)
+    one = answers["student_prediction"] == answers["teacher_prediction"]
+    masks = (one & student, one & ~student, student & ~teacher, teacher & ~student, ~one & ~student & ~teacher)
+    found = []
+    for name, rows in zip(GROUPS, masks, strict=True):
+        group = _group(used, answers, rows)
+        error: list[Number] = [None] * used.shape[1]
+        if group.images > 1:
+            error = (used[rows].std(axis=0, ddof=1) / group.images**0.5).tolist()
+        found.append(doc.AgreementGroup(name=name, images=group.images, mean=group.mean, error=error))
+    return found
 
 
 def _paths(used: "Column") -> list[doc.RoutingPath] | None:
@@ -289,22 +311,45 @@ def _paths(used: "Column") -> list[doc.RoutingPath] | None:
     return sorted(paths, key=lambda row: -row.fraction)
 
 
+def common_paths(chance: "Column") -> list[tuple[str, int, list[int]]]:
+    """(path, images whose most probable one it is, rows of the clearest EXAMPLES) of COMMON paths; `chance` [N, S]."""
+    import numpy as np
+
+    owners = chance > 0.5
+    certain = np.maximum(chance, 1 - chance).prod(axis=1)
+    found = []
+    for path in np.unique(owners, axis=0) if owners.shape[1] else ():
+        rows = np.flatnonzero((owners == path).all(axis=1))
+        clearest = rows[np.argsort(-certain[rows], kind="stable")[:EXAMPLES]]
+        found.append(("".join("T" if owner else "S" for owner in path), len(rows), clearest.tolist()))
+    return sorted(found, key=lambda one: -one[1])[:COMMON]
+
+
+def _path_examples(survey: Survey, chance: "Column", classes: list[str]) -> list[doc.PathExamples]:
+    def named_images(rows: list[int]) -> list[doc.ExtremeImage]:
+        found = zip(rows, chance[rows].tolist(), strict=True)
+        return [_image(survey, row, prod(max(p, 1 - p) for p in spots), classes) for row, spots in found]
+
+    paths = common_paths(chance)
+    return [doc.PathExamples(path=path, images=n, examples=named_images(rows)) for path, n, rows in paths]
+
+
+def _image(survey: Survey, row: int, value: float, classes: list[str]) -> doc.ExtremeImage:
+    found: dict[str, Any] = {name: column[row].item() for name, column in survey.answers.items()}
+    for key in found.keys() & {"label", "student_prediction", "teacher_prediction"}:
+        label = found[key]
+        found[key] = classes[label] if 0 <= label < len(classes) else f"class {label}"
+    file = survey.files[row] if survey.files else None
+    return doc.ExtremeImage(index=int(survey.index[row]), file=file, value=value, **found)
+
+
 def _extremes(
     survey: Survey, chance: "Column", spots: list[str], classes: list[str], most: int
 ) -> list[doc.SpotExtremes]:
     """The images with the highest and the lowest value at each spot; ties in the order of the images."""
-
-    def image(row: int, k: int) -> doc.ExtremeImage:
-        found: dict[str, Any] = {name: column[row].item() for name, column in survey.answers.items()}
-        for key in found.keys() & {"label", "student_prediction", "teacher_prediction"}:
-            label = found[key]
-            found[key] = classes[label] if 0 <= label < len(classes) else f"class {label}"
-        file = survey.files[row] if survey.files else None
-        return doc.ExtremeImage(index=int(survey.index[row]), file=file, value=float(chance[row, k]), **found)
-
     found = []
     for k, spot in enumerate(spots):
         down, up = ((sign * chance[:, k]).argsort(kind="stable")[:most].tolist() for sign in (-1, 1))
-        highest, lowest = ([image(row, k) for row in rows] for rows in (down, up))
+        highest, lowest = ([_image(survey, row, float(chance[row, k]), classes) for row in rows] for rows in (down, up))
         found.append(doc.SpotExtremes(spot=spot, highest=highest, lowest=lowest))
     return found
