@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import CliRunner
 from rich.console import Console
 from sample_documents import sample
+from scipy import stats
 
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import Comparison
@@ -21,8 +23,7 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
-from sakd_cli.report.runs.questions import holm
-from sakd_cli.report.runs.statistics import critical, paired_test, seed_statistics, two_sided
+from sakd_cli.report.runs.statistics import corrected, holm, in_words, paired_test, seed_statistics, seeds_needed
 from sakd_cli.rundir import RunDir
 
 Tree = dict[str, Any]
@@ -87,17 +88,60 @@ def text_of(document: Tree, width: int = 150) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-# scipy 1.17: stats.t.ppf(0.975, n), 2 * stats.t.sf(t, n), stats.ttest_rel
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706204736), (2, 4.30265273), (4, 2.776445105), (30, 2.042272456)])
-def test_the_t_distribution_is_that_of_the_tables(freedom: int, t: float) -> None:
-    assert critical(freedom) == pytest.approx(t, rel=1e-8)
-    assert two_sided(t, freedom) == pytest.approx(0.05, rel=1e-8)
-    assert two_sided(-t, freedom) == two_sided(t, freedom)
-    assert (two_sided(0.0, freedom), two_sided(1e6, freedom) < 1e-5) == (1.0, True)
-
-
 def paired(differences: list[float]) -> PairedTest:
-    return paired_test(dict(enumerate(differences)), dict.fromkeys(range(3), 0.0))
+    return paired_test(dict(enumerate(differences)), dict.fromkeys(range(20), 0.0))
+
+
+def test_a_thousand_simulated_cases_are_as_scipy_has_them_and_intervals_cover_the_truth() -> None:
+    """Half of them without an effect, 2 to 12 seeds, what both runs of a seed share being larger than the rest."""
+    draw, covered, found = np.random.default_rng(1029), 0, 0
+    for case in range(1000):
+        seeds, truth = 2 + case % 11, 0.0 if case % 2 else 0.4
+        shared = draw.normal(70.0, 2.0, seeds)
+        ours, theirs = shared + truth + draw.normal(0, 0.3, seeds), shared + draw.normal(0, 0.3, seeds)
+        test = paired_test(dict(enumerate(ours.tolist())), dict(enumerate(theirs.tolist())))
+        expected = stats.ttest_rel(ours, theirs)
+        bounds = expected.confidence_interval(0.95)
+        assert (test.p, test.low, test.high) == pytest.approx((expected.pvalue, bounds.low, bounds.high), rel=1e-6)
+        assert test.effect == pytest.approx(np.mean(ours - theirs) / np.std(ours - theirs, ddof=1), rel=1e-6)
+        assert test.low is not None
+        assert test.high is not None
+        assert test.verdict == ("better" if test.low > 0 else "worse" if test.high < 0 else "not shown"), test
+        covered, found = (
+            covered + (test.low <= truth <= test.high),
+            found + (truth == 0 and test.verdict != "not shown"),
+        )
+    assert abs(covered / 1000 - 0.95) <= 0.015
+    assert 0.02 <= found / 500 <= 0.08, "of 500 cases without an effect"
+
+
+def test_the_seeds_that_are_needed_are_those_of_the_noncentral_t_distribution() -> None:
+    assert seeds_needed(1.0) == 34, "d = 0.5: the textbook's number of pairs"
+    for std in (0.01, 0.1, 0.3, 2.0, 7.0):
+        seeds = seeds_needed(std)
+        assert seeds is not None
+        powers = []
+        for n in (seeds - 1, seeds):
+            shift, limit = 0.5 * n**0.5 / std, stats.t.ppf(0.975, max(n - 1, 1))
+            nct = stats.nct(max(n - 1, 1), shift)
+            powers.append(np.nan_to_num(nct.sf(limit), nan=1.0) + np.nan_to_num(nct.cdf(-limit)))
+        assert powers[0] < 0.8 <= powers[1] or (seeds == 2 and powers[1] >= 0.8)
+    assert seeds_needed(30.0) is None, "more than 10 000"
+
+
+def test_a_deviation_of_rounding_is_none_and_many_tests_claim_less() -> None:
+    same = paired_test({0: 71.1, 1: 70.2, 2: 60.3}, {0: 70.1, 1: 69.2, 2: 59.3})
+    assert (same.verdict, same.p, same.difference) == ("not shown", None, 1.0)
+    assert "+1.00 points top-1 in each of 3 seeds: without a deviation nothing can be tested" in in_words(same)
+    tests = [paired([1.0, 1.2, 1.4]), paired([0.1, 0.5, 0.9]), paired([5.0])]
+    assert [test.verdict for test in tests] == ["better", "not shown", "one seed"]
+    many = corrected([tests[0]] * 10)
+    assert {test.verdict for test in many} == {"not shown"}
+    assert many[0].holm == pytest.approx(10 * (tests[0].p or 0.0))
+    said = (
+        "inconclusive after the correction: an effect between +0.70 and +1.70 points is compatible; p 0.009, Holm 0.091"
+    )
+    assert said in in_words(many[0])
 
 
 def test_statistics_and_paired_test_of_three_seeds() -> None:
@@ -109,14 +153,20 @@ def test_statistics_and_paired_test_of_three_seeds() -> None:
     assert found.high - found.mean == pytest.approx(4.30265273 * (7 / 9) ** 0.5)
     # t = 2.6458 with two degrees of freedom, in closed form p = 1 - t / sqrt(t^2 + 2).
     assert paired([1.0, 2.0, 4.0]).p == pytest.approx(1 - (7 / 9) ** 0.5, rel=1e-6)
-    assert [paired(few).p for few in ([], [1.0], [1.0, 2.0], [1.0, 1.0, 1.0])] == [None] * 4
+    assert [paired(few).p for few in ([], [1.0], [1.0, 1.0, 1.0])] == [None] * 3
+    two = paired([1.0, 2.0])
+    assert (two.p, two.verdict) == (pytest.approx(0.2048, abs=1e-4), "not shown")
+    assert (two.low, two.high) == (
+        pytest.approx(1.5 - 12.7062 / 2, abs=1e-4),
+        pytest.approx(1.5 + 12.7062 / 2, abs=1e-4),
+    )
     assert seed_statistics([]) is None
     one = seed_statistics([2.0])
     assert one is not None
     assert one.plain() == {"mean": 2.0, "std": None, "low": None, "high": None}
 
 
-def test_a_loss_that_is_more_than_noise_is_said_plainly(tmp_path: Path) -> None:
+def test_a_loss_is_said_plainly(tmp_path: Path) -> None:
     runs = series(tmp_path, "adaptive", [40.0, 41.0, 42.0]) + series(tmp_path, "never", [43.0, 44.1, 44.9])
     document = compared(runs)
     assert [group["seeds"] for group in document["groups"]] == [[0, 1, 2], [0, 1, 2]]
@@ -126,17 +176,46 @@ def test_a_loss_that_is_more_than_noise_is_said_plainly(tmp_path: Path) -> None:
     assert versus["text"].startswith(
         "at adaptive against at never: distillation hurt, −3.00 points top-1 (95 % interval"
     )
-    assert "distillation hurt" in text_of(document)
+    row = next(line for line in text_of(document).splitlines() if line.startswith("at adaptive  at never"))
+    assert re.fullmatch(r"at adaptive +at never +−3.00 +−3.25 to −2.75 +0.000 +−30.00 +3 +3 +worse *", row)
+    assert "corrected for being 1 test (Holm)" in text_of(document)
 
 
-def test_noise_is_called_noise_and_few_seeds_decide_nothing(tmp_path: Path) -> None:
+def test_what_is_not_shown_is_inconclusive_and_one_seed_decides_nothing(tmp_path: Path) -> None:
     runs = series(tmp_path, "adaptive", [40.0, 44.0, 42.0]) + series(tmp_path, "always", [41.0, 42.0, 41.0])
-    [noise] = compared(runs)["comparisons"]
-    assert (noise["verdict"], "the difference is noise" in noise["text"]) == ("noise", True)
+    document = compared(runs)
+    [open_] = document["comparisons"]
+    said = (
+        "not shown, +0.67 points top-1 (inconclusive: an effect between −3.13 and +4.46 points is compatible; p 0.529"
+    )
+    assert (open_["verdict"], said in open_["text"]) == ("not shown", True)
+    assert "3 seeds; to see 0.5 points at 80 % power: 76 seeds)" in open_["text"]
+    assert not re.search("noise|no effect", text_of(document) + document["answers"][0]["text"])
     runs = series(tmp_path, "anti", [40.0]) + series(tmp_path, "never", [41.0])
     [few] = compared(runs)["comparisons"]
-    assert (few["verdict"], few["p"]) == ("few seeds", None)
-    assert few["text"].endswith("with 1 seed, too few to tell it from noise.")
+    assert (few["verdict"], few["p"]) == ("one seed", None)
+    assert few["text"].endswith("−1.00 points top-1, 1 seed: one seed cannot tell a difference from chance.")
+
+
+def test_methods_meet_under_one_router_and_all_meet_a_baseline(tmp_path: Path) -> None:
+    runs = [
+        make(tmp_path, router, 0, 40.0, method={"name": name}) for name in ("at", "sp") for router in ("always", "anti")
+    ]
+    document = compared(runs)
+    labels = [group["label"] for group in document["groups"]]
+
+    def pairs(document: Tree) -> set[tuple[str, str]]:
+        return {(labels[one["group"]], labels[one["against"]]) for one in document["comparisons"]}
+
+    classical = {("at anti", "at always"), ("sp anti", "sp always")}
+    assert pairs(document) == classical | {("sp always", "at always"), ("sp anti", "at anti")}
+    assert pairs(json.loads(compare(runs, "always").text)) == classical
+    everything = {("at always", "sp anti"), ("sp always", "sp anti"), ("at anti", "sp anti")}
+    for baseline in ("anti sp", str(runs[3].path)):
+        assert pairs(json.loads(compare(runs, baseline).text)) == everything
+    with pytest.raises(UsageError, match="--baseline 'kd': no such group") as error:
+        compare(runs, "kd")
+    assert "sp anti" in str(error.value.hint)
 
 
 def test_each_router_meets_plain_training_and_its_classical_twin(tmp_path: Path) -> None:
@@ -227,7 +306,7 @@ def test_runs_are_compared_without_torch(tmp_path: Path) -> None:
 import sys
 from sakd_cli.cli.app import run
 code = run(["compare", *sys.argv[1:], "--csv"]) or run(["compare", *sys.argv[1:]])
-sys.exit(f"{code} {heavy}" if (heavy := {"torch", "numpy", "matplotlib"} & set(sys.modules)) or code else 0)
+sys.exit(f"{code} {heavy}" if (heavy := {"torch", "scipy.stats", "matplotlib"} & set(sys.modules)) or code else 0)
 """
     arguments = [sys.executable, "-c", program, *(str(run.path) for run in runs)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -258,14 +337,19 @@ def test_the_three_questions_are_answered_in_words(tmp_path: Path) -> None:
     assert texts[0].startswith("Does distilling help? Yes: at always method.balance=1.0 over at never +14.00 points")
     assert texts[1].startswith("Does the router give more than the dose? No, it takes away: at adaptive over at always")
     assert texts[2].startswith("Does where it distils add to how much? Not shown: at adaptive over at random-matched")
-    assert all(re.search(r"95 % interval .* to .*, p .* \(Holm\), 4 seeds\.$", text) for text in texts)
-    raw, corrected = ([answer[key] for answer in document["answers"]] for key in ("p", "holm"))
-    assert corrected == pytest.approx(holm(raw))
+    assert all(re.search(r"95 % interval .* to .*; p .*, Holm .*, 4 seeds; ", text) for text in texts[:2])
+    assert re.search(r"inconclusive: an effect between −\d.\d\d and \+\d.\d\d points is compatible; p", texts[2])
+    tests = document["comparisons"]
+    assert [test["holm"] for test in tests] == pytest.approx(holm([test["p"] for test in tests]))
+    known = {(test["difference"], test["p"], test["holm"]) for test in tests}
+    assert known >= {(answer["difference"], answer["p"], answer["holm"]) for answer in document["answers"]}
+    counted = sum(test["p"] is not None for test in tests)
+    assert f"corrected for being {counted} tests (Holm)" in " ".join(text_of(document).split())
     assert "Does distilling help? Yes" in " ".join(text_of(document).split())
 
 
 def test_few_seeds_answer_nothing(tmp_path: Path) -> None:
     runs = [make(tmp_path, router, 0, top1) for router, top1 in (("always", 45.0), (None, 30.0), ("adaptive", 50.0))]
     texts = [answer["text"] for answer in compared(runs)["answers"]]
-    assert [text.split("? ")[1].split(":")[0] for text in texts] == ["Not known (too few seeds)"] * 2
-    assert texts[0].endswith("+15.00 points, 1 seed.")
+    assert [text.split("? ")[1].split(":")[0] for text in texts] == ["Not known"] * 2
+    assert texts[0].endswith("+15.00 points top-1, 1 seed: one seed cannot tell a difference from chance.")

@@ -15,12 +15,12 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run director
 
 
 @with_options("compare")
-def compare(options: Values, json: bool, csv: bool, plot: Path | None, runs: Runs) -> None:
-    """Compare runs: settings that differ, curves, final figures, seeds, and whether a difference is more than noise.
+def compare(options: Values, json: bool, csv: bool, plot: Path | None, baseline: str | None, runs: Runs) -> None:
+    """Compare runs: settings that differ, curves, final figures, seeds, and what the differences show.
 
     Examples:
 
-        sakd compare runs/A runs/B runs/C
+        sakd compare runs/A runs/B runs/C --baseline always
 
         sakd compare runs/A runs/B --plot curves.png --csv > curves.csv
     """
@@ -28,15 +28,17 @@ def compare(options: Values, json: bool, csv: bool, plot: Path | None, runs: Run
         from sakd_cli.report.render import plots
 
         plots.checked(plot)
-    print_comparison([RunDir(run) for run in runs], json=json, csv=csv, plot=plot)
+    print_comparison([RunDir(run) for run in runs], json=json, csv=csv, plot=plot, baseline=baseline)
 
 
-def print_comparison(runs: Iterable[RunDir], *, json: bool, csv: bool = False, plot: Path | None = None) -> None:
+def print_comparison(
+    runs: Iterable[RunDir], *, json: bool, csv: bool = False, plot: Path | None = None, baseline: str | None = None
+) -> None:
     """Compare these runs."""
     from sakd_cli.report.runs.compare import compare as compare_runs
     from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables, curve_figure
 
-    document = compare_runs(runs)
+    document = compare_runs(runs, baseline)
     if plot:
         from sakd_cli.report.render import plots
 

@@ -45,7 +45,8 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
         return summary
 
     if several:
-        print_comparison(train_series(configs, train, launcher, parallel=options["parallel"], again=again), json=json)
+        runs = train_series(configs, train, launcher, parallel=options["parallel"], again=again)
+        print_comparison(runs, json=json, baseline=options["baseline"])
     else:
         print_result(launch.dry_run(config) if dry_run else train(config, plan), json=json)
 

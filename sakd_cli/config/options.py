@@ -88,6 +88,8 @@ _ROWS: list[Option | str] = [
     Option("seeds", "", "Run N seeds, starting at --seed, and report mean and standard deviation", "distill", "N",
            int | None, least=1),
     Option("parallel", "", "Run all members of a series at once, each in its own process", "distill", type=FLAG),
+    Option("baseline", "", "Compare every group with this one: a run, or words of its label (always, 'fitnet never')",
+           "compare distill", "RUN|WORDS"),
     "Selection",
     Option("methods", "", "Only these methods", "sweep", "NAME,..."),
     Option("pairs", "", "Only these pairs", "sweep", "TEACHER:STUDENT,..."),

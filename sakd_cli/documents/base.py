@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 DIGITS = 9  # significant digits of a number: all that a float32 can hold; 45.800000000000004 becomes 45.8
 Number = float | None
-Verdict = Literal["better", "worse", "noise", "few seeds", "unknown"]
+Verdict = Literal["better", "worse", "not shown", "one seed", "unknown"]
 
 
 def rounded(value: Any) -> Any:
@@ -68,14 +68,23 @@ class SeedStatistics(Part):
 class PairedTest(Part):
     """Differences in points of top-1, paired by seed: mean, its 95 % interval, p of a paired t-test.
 
-    few seeds: below three, or all differences equal; then nothing is claimed. unknown: no seed is finished in both.
+    holm     p corrected for all tests of the document (Holm 1979); the verdict goes by it
+    effect   mean over the standard deviation of the differences (Cohen's d)
+    needed   seeds to find 0.5 points with a probability of 80 %, were that deviation the true one; null: above 10,000
+    verdict  not shown: inconclusive, every effect in the interval is compatible; one seed: which cannot tell a
+             difference from chance; unknown: no seed is finished in both
+
+    Interval, p, effect and needed are null of fewer than two seeds, and where all have the same difference.
     """
 
     seeds: list[int]
-    difference: Number
-    low: Number
-    high: Number
-    p: Number
+    difference: Number = None
+    low: Number = None
+    high: Number = None
+    p: Number = None
+    holm: Number = None
+    effect: Number = None
+    needed: int | None = None
     verdict: Verdict
 
 
@@ -85,11 +94,10 @@ Question = Literal["help", "dose", "where"]
 class Answer(PairedTest):
     """One of three questions: does distilling help, does a router give more than the dose, does where it distils add.
 
-    ours, theirs: labels of what was compared; holm: p corrected for all answers beside it (Holm 1979).
+    ours, theirs: labels of what was compared; the test is one of those of the document.
     """
 
     question: Question
     ours: str
     theirs: str
-    holm: Number
     text: str

@@ -103,9 +103,9 @@ class Skipped(Part):
 
 
 class SweepDocument(Document):
-    """`sakd sweep FILE --json`."""
+    """`sakd sweep FILE --json`. tests: how many there are in gains and answers together, which p is corrected for."""
 
-    schema_: Literal["sakd.sweep/2"] = "sakd.sweep/2"
+    schema_: Literal["sakd.sweep/3"] = "sakd.sweep/3"
     name: str
     level: float
     counts: dict[RunState, int]
@@ -114,6 +114,7 @@ class SweepDocument(Document):
     gains: list[Gain]
     mean_gains: list[MeanGain]
     answers: list[Answer]
+    tests: int
     skipped: list[Skipped]
     published: Provenance | None
     runs: list[SweepRun]

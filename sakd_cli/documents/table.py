@@ -89,7 +89,7 @@ class Versus(PairedTest):
 class Comparison(Document):
     """`sakd compare RUN... --json`, and what `sakd distill --with-control`, `--routers` or `--seeds` prints."""
 
-    schema_: Literal["sakd.compare/2"] = "sakd.compare/2"
+    schema_: Literal["sakd.compare/3"] = "sakd.compare/3"
     level: float
     runs: list[RunRow]
     differences: list[Difference]

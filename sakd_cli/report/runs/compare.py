@@ -1,11 +1,12 @@
 """Compare runs from their directories alone: settings, curves, results, seeds, and a plain verdict
 
-Runs that differ in nothing but the seed (and in settings that change no result) form a group. A group is compared, seed
-by seed, with plain training of the same network (router never, or a pretraining) and with the classical distillation
-that differs from it in the router only; where there is neither, with the first group.
+Runs that differ in nothing but the seed (and in settings that change no result) form a group. Groups are compared seed
+by seed: with plain training of the same network (router never, or a pretraining), with the classical distillation that
+differs in the router only (how much), with coins of its own rates (where), and with another method or dose under the
+same router; where there is nothing of the kind, with the first group. Or all with a baseline. The tests are one family.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from sakd_cli.config.routers import CLASSICAL, PLAIN
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import BestEpoch, Comparison, Difference, Point, RunRow, SeedGroup, Versus
 from sakd_cli.errors import UsageError
-from sakd_cli.report.render.format import fixed, number, plain, points
-from sakd_cli.report.runs.questions import Arm, answers
-from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
+from sakd_cli.report.render.format import number, plain
+from sakd_cli.report.runs.questions import Arm, answer, asked
+from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, in_words, paired_test, seed_statistics
 from sakd_cli.rundir import RunDir
 
 # Where something lies; the teacher itself is known by its SHA-256, the matched run is another one for every seed.
@@ -65,8 +66,8 @@ class _Group(NamedTuple):
     runs: list[RunRow]
 
 
-def compare(runs: Iterable[RunDir]) -> Comparison:
-    """See above. Raises UsageError where a path is no run."""
+def compare(runs: Iterable[RunDir], baseline: str | None = None) -> Comparison:
+    """See above; `baseline`: a run, or words of a group's label. Raises UsageError where a path is no run."""
     given = list(runs)
     if not given:
         raise UsageError("nothing to compare", hint="name runs: sakd compare runs/*")
@@ -74,13 +75,25 @@ def compare(runs: Iterable[RunDir]) -> Comparison:
     identities = list(dict.fromkeys(one.identity for one in settings))
     rows = [_row(run, one, identities.index(one.identity)) for run, one in zip(given, settings, strict=True)]
     groups = _groups(settings, rows)
+    questions = asked(_arms(groups, rows, settings))
+    pairs = dict.fromkeys((ours.number, theirs.number) for _, ours, theirs in questions)
+    pairs |= dict.fromkeys((ours.number, theirs.number) for ours, theirs in _pairs(groups))
+    if baseline is not None:
+        pairs = dict.fromkeys(_against(_baseline(baseline, groups), groups))
+    pairs = pairs or {(group.number, 0): None for group in groups[1:]}
+    tests = [paired_test(by_seed(groups[ours].runs), by_seed(groups[theirs].runs)) for ours, theirs in pairs]
+    found = dict(zip(pairs, corrected(tests), strict=True))
     return Comparison(
         level=LEVEL,
         runs=rows,
         differences=_differences(settings),
         groups=[_statistics(group) for group in groups],
-        comparisons=[_versus(ours, theirs) for ours, theirs in _pairs(groups)],
-        answers=answers(_arms(groups, rows, settings)),
+        comparisons=[_versus(groups[ours], groups[theirs], test) for (ours, theirs), test in found.items()],
+        answers=[
+            answer(question, ours, theirs, found[ours.number, theirs.number])
+            for question, ours, theirs in questions
+            if (ours.number, theirs.number) in found
+        ],
     )
 
 
@@ -159,9 +172,30 @@ def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
     for ours in groups:
         others = [other for other in groups if other is not ours and not ours.settings.control]
         pairs += [(ours, other) for other in others if other.settings.control and _same_data(ours, other)]
-        classical = [other for other in others if other.settings["router.name"] == CLASSICAL]
-        pairs += [(ours, o) for o in classical if all(key.startswith("router.") for key in _unequal(ours, o))]
-    return pairs or [(group, groups[0]) for group in groups[1:]]
+        for theirs in others:
+            unequal = _unequal(ours, theirs)
+            classical = theirs.settings["router.name"] == CLASSICAL and all(k.startswith("router.") for k in unequal)
+            method = theirs.number < ours.number and all(k.startswith(("method.", "router.run")) for k in unequal)
+            pairs += [(ours, theirs)] * (classical or method)
+    return pairs
+
+
+def _baseline(wanted: str, groups: list[_Group]) -> list[_Group]:
+    """The groups with this run, or with all these words in their labels. Raises UsageError where there is none."""
+    path = Path(wanted).resolve()
+    found = [group for group in groups if any(Path(run.run).resolve() == path for run in group.runs)]
+    found = found or [group for group in groups if {*wanted.split()} <= {*group.label.split()}]
+    if not found:
+        labels = ", ".join(group.label for group in groups)
+        raise UsageError(f"--baseline {wanted!r}: no such group", f"a run's folder, or words of one of: {labels}")
+    return found
+
+
+def _against(baseline: list[_Group], groups: list[_Group]) -> Iterator[tuple[int, int]]:
+    """Every other group with the one of the baseline that differs least from it."""
+    for group in groups:
+        if group not in baseline:
+            yield group.number, min(baseline, key=lambda theirs: len(_unequal(group, theirs))).number
 
 
 def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -> list[Arm]:
@@ -175,6 +209,7 @@ def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -
         whom = own["teacher.sha256"], own["method.name"]
         arms.append(
             Arm(
+                number=group.number,
                 label=group.label,
                 about=(own.network, own["data.name"], *(() if own.control else whom)),
                 router=own["router.name"],
@@ -197,23 +232,11 @@ def _unequal(ours: _Group, theirs: _Group) -> list[str]:
     return [row.key for row in _differences([ours.settings, theirs.settings]) if row.key != "seed"]
 
 
-def _versus(ours: _Group, theirs: _Group) -> Versus:
-    found = paired_test(by_seed(ours.runs), by_seed(theirs.runs))
+def _versus(ours: _Group, theirs: _Group, test: PairedTest) -> Versus:
     unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in DISTILLATION]
     budget = f" Not under one budget: {', '.join(unequal)}." * bool(unequal)
-    text = _sentence(ours, theirs, found) + budget
-    return Versus(**dict(found), group=ours.number, against=theirs.number, unequal=unequal, text=text)
-
-
-def _sentence(ours: _Group, theirs: _Group, found: PairedTest) -> str:
-    names, seeds = f"{ours.label} against {theirs.label}", len(found.seeds)
-    if found.difference is None:
-        return f"{names}: no seed is finished in both."
-    figure = f"{points(found.difference, 2)} points top-1"
-    if found.low is None or found.high is None or found.verdict == "few seeds":
-        return f"{names}: {figure} with {seeds} seed{'s' * (seeds > 1)}, too few to tell it from noise."
-    interval = f"95 % interval {points(found.low, 2)} to {points(found.high, 2)}"
-    what: str = "the difference is noise" if found.verdict == "noise" else found.verdict
-    if theirs.settings.control and not ours.settings.control and found.verdict != "noise":
-        what = {"better": "distillation helped", "worse": "distillation hurt"}[found.verdict]
-    return f"{names}: {what}, {figure} ({interval}, p = {fixed(found.p, 3)}, {seeds} seeds)."
+    helps = theirs.settings.control and not ours.settings.control
+    said = {"better": "distillation helped", "worse": "distillation hurt"} if helps else {}
+    verdict = f"{said.get(test.verdict, test.verdict)}, " * (test.verdict in ("better", "worse", "not shown"))
+    text = f"{ours.label} against {theirs.label}: {verdict}{in_words(test)}.{budget}"
+    return Versus(**dict(test), group=ours.number, against=theirs.number, unequal=unequal, text=text)

@@ -6,21 +6,30 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from sakd_cli.documents.table import Comparison
-from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain
+from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
 from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure
-from sakd_cli.report.render.sheet import Sheet, left_out, table, thinned
+from sakd_cli.report.render.sheet import Columns, Sheet, left_out, table, thinned
+from sakd_cli.report.runs.statistics import MOST_SEEDS, about_tests, interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
 FEW = 2  # groups up to which the training images have a curve too
+VERDICT: Columns = {
+    "Difference": lambda test: DASH if test.difference is None else points(test.difference, 2),
+    "95 %": lambda test: interval(test) or DASH,
+    "p": lambda test: fixed(test.holm, 3),
+    "d": lambda test: fixed(test.effect, 2),
+    "Seeds": lambda test: whole(len(test.seeds)),
+    "Needed": lambda test: DASH if test.p is None else whole(test.needed) if test.needed else f"> {whole(MOST_SEEDS)}",
+}
 FIELDS = ["run", "group", "method", "router", "seed", "epoch", "split", "top1", "top5", "loss"]
 
 
 def comparison_tables(document: Comparison) -> list[RenderableType]:
     """Groups and verdicts first, then runs, settings and curves."""
-    tables: list[RenderableType] = [_groups(document)]
+    tables: list[RenderableType] = [_groups(document), *([_verdicts(document)] if document.comparisons else [])]
     if len(document.runs) > len(document.groups):
         tables.append(_runs(document))
     if len(document.groups) <= MOST:
@@ -33,9 +42,6 @@ def _groups(document: Comparison) -> Sheet:
     notes = [] if teacher is None else [f"Teacher: top-1 {fixed(teacher, 2)} %."]
     notes += [plain(text) for text in document.doubles]
     notes += [answer.text for answer in document.answers]
-    notes += [versus.text for versus in document.comparisons]
-    if (tested := sum(versus.p is not None for versus in document.comparisons)) > 1:
-        notes.append(f"Paired t-tests, not corrected for being {tested}.")
     columns = {
         "Group": lambda group: named(group.label),
         "Seeds": lambda group: str(len(group.seeds)),
@@ -50,6 +56,27 @@ def _groups(document: Comparison) -> Sheet:
     }
     title = "Last epoch on the test images, mean ± standard deviation over seeds"
     return table(title, document.groups, columns, notes)
+
+
+def _verdicts(document: Comparison) -> Sheet:
+    """Every test, a row each."""
+    labels = [named(group.label) for group in document.groups]
+    columns: Columns = {"Group": lambda versus: labels[versus.group], "Less": lambda versus: labels[versus.against]}
+    columns |= VERDICT | {"Verdict": lambda versus: versus.verdict}
+    tests = sum(test.p is not None for test in document.comparisons)
+    notes = [about_tests(tests)]
+    notes += [
+        "d: difference over its standard deviation. Needed: seeds with which a paired t-test would see 0.5 points at "
+        "80 % power, were that deviation the true one."
+    ] * bool(tests)
+    notes += [
+        f"{labels[one.group]} against {labels[one.against]}: not under one budget: {', '.join(one.unequal)}."
+        for one in document.comparisons
+        if one.unequal
+    ]
+    return table(
+        "Differences in top-1, in points", document.comparisons, columns, notes, text=("Group", "Less", "Verdict")
+    )
 
 
 def _runs(document: Comparison) -> Sheet:

@@ -5,7 +5,7 @@
 3. that router, against coins of its own rates
 
 The best dose is that with the best validation accuracy of those that were tried, so that the test images choose
-nothing. p values are Holm's (Scandinavian Journal of Statistics 1979) over all answers given together.
+nothing. An answer is one of the tests of the document that it stands in, and is corrected with all of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, RandomMatchedConfig
 from sakd_cli.documents.base import Answer, PairedTest, Question
-from sakd_cli.report.render.format import fixed, plain, points
-from sakd_cli.report.runs.statistics import LEVEL, paired_test
+from sakd_cli.report.render.format import plain
+from sakd_cli.report.runs.statistics import in_words
 
 ASKED: dict[Question, str] = {
     "help": "Does distilling help?",
@@ -27,6 +27,7 @@ ASKED: dict[Question, str] = {
 class Arm(NamedTuple):
     """Runs that differ in the seed only.
 
+    number      of the arm, among those that are compared
     label       in the text
     about       what arms must share to be compared: student and data; and of those with a teacher: it and the method
     router      None: trained without a teacher
@@ -34,6 +35,7 @@ class Arm(NamedTuple):
     matched_of  label of the arm whose rates its coins have; None: it has none, or that is not known
     """
 
+    number: int
     label: str
     about: tuple[Any, ...]
     router: str | None
@@ -47,25 +49,13 @@ class Arm(NamedTuple):
         return self.router in (None, PLAIN)
 
 
-def answers(arms: Sequence[Arm]) -> list[Answer]:
-    """The questions that these arms can answer, in order; p corrected over all of them."""
-    asked = [
-        (question, ours, theirs, paired_test(ours.top1, theirs.top1))
+def asked(arms: Sequence[Arm]) -> list[tuple[Question, Arm, Arm]]:
+    """The questions that these arms can answer, in order: each with the arm it is about, and the one to compare with"""
+    return [
+        one
         for about in dict.fromkeys(arm.about for arm in arms if not arm.plain)
-        for question, ours, theirs in _asked([arm for arm in arms if arm.about == about[: len(arm.about)]])
+        for one in _asked([arm for arm in arms if arm.about == about[: len(arm.about)]])
     ]
-    corrected = holm([found.p for *_, found in asked])
-    return [_answer(*one, p) for one, p in zip(asked, corrected, strict=True)]
-
-
-def holm(values: Sequence[float | None]) -> list[float | None]:
-    """p values corrected for being several (step-down); None stays None."""
-    known = sorted((p, place) for place, p in enumerate(values) if p is not None)
-    found: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (p, place) in enumerate(known):
-        found[place] = largest = max(largest, min(1.0, p * (len(known) - rank)))
-    return found
 
 
 def best_dose(arms: Sequence[Arm]) -> Arm | None:
@@ -86,23 +76,13 @@ def _asked(arms: Sequence[Arm]) -> Iterator[tuple[Question, Arm, Arm]]:
         yield from (("where", ours, coin) for coin in coins if coin.matched_of == ours.label)
 
 
-def _answer(question: Question, ours: Arm, theirs: Arm, found: PairedTest, p: float | None) -> Answer:
-    seeds, names = len(found.seeds), f"{plain(ours.label)} over {plain(theirs.label)}"
-    figure = "no seed is finished in both"
-    if found.difference is not None:
-        figure = f"{points(found.difference, 2)} points"
-        if found.low is not None and found.high is not None:
-            figure += f", 95 % interval {points(found.low, 2)} to {points(found.high, 2)}"
-        figure += "" if p is None else f", p {fixed(p, 3)} (Holm)"
-        figure += f", {seeds} seed{'s' * (seeds != 1)}"
-    said = "Not known (too few seeds)" if p is None else "Not shown"
-    if p is not None and p < 1 - LEVEL:
-        said = "Yes" if (found.difference or 0) > 0 else "No, it takes away"
+def answer(question: Question, ours: Arm, theirs: Arm, test: PairedTest) -> Answer:
+    """The answer that the test of the two arms gives."""
+    said = {"better": "Yes", "worse": "No, it takes away", "not shown": "Not shown"}.get(test.verdict, "Not known")
     return Answer(
-        **dict(found),
+        **{key: getattr(test, key) for key in PairedTest.model_fields},
         question=question,
         ours=plain(ours.label),
         theirs=plain(theirs.label),
-        holm=p,
-        text=f"{ASKED[question]} {said}: {names} {figure}.",
+        text=f"{ASKED[question]} {said}: {plain(ours.label)} over {plain(theirs.label)} {in_words(test)}.",
     )

@@ -1,31 +1,22 @@
-"""Results of several seeds: mean, deviation, interval of the mean, and whether a paired difference is noise"""
+"""Results of several seeds: mean, deviation, interval of the mean, and what a paired difference shows
+
+A test that finds nothing shows nothing: its verdict is "not shown", and the interval says which effects are compatible.
+"""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import TypeVar
 
-from sakd_cli.documents.base import PairedTest, SeedStatistics, Verdict
+from sakd_cli.documents.base import PairedTest, SeedStatistics
 from sakd_cli.documents.sweep import SweepRun
 from sakd_cli.documents.table import RunRow
+from sakd_cli.report.render.format import fixed, points, whole
 
 LEVEL = 0.95
-FEWEST = 3  # seeds for a verdict
-
-
-def two_sided(t: float, freedom: float) -> float:
-    """Probability of a Student t at least this far from 0 (Abramowitz and Stegun, 26.7.1)."""
-    from mpmath import betainc  # comes with torch (through sympy); half a second that only groups of seeds need
-
-    return float(betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
-
-
-def critical(freedom: float, level: float = LEVEL) -> float:
-    """The t within which that fraction of the distribution lies: half the width of an interval, in standard errors."""
-    low, high = 0.0, 1e4
-    while high - low > 1e-9 * max(low, 1.0):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, freedom) > 1 - level else (low, middle)
-    return high
+EFFECT, POWER = 0.5, 0.8  # points of top-1 that are worth seeing, and how probably they should be seen
+MOST_SEEDS = 10_000
+Test = TypeVar("Test", bound=PairedTest)
 
 
 def by_seed(runs: Iterable[RunRow | SweepRun], metric: str = "top1") -> dict[int, float]:
@@ -38,21 +29,103 @@ def seed_statistics(values: Collection[float]) -> SeedStatistics | None:
     """None for no value; only the mean for one value."""
     if len(values) < 2:
         return SeedStatistics(mean=fmean(values), std=None, low=None, high=None) if values else None
+    from scipy.special import stdtrit  # a fifth of a second that only groups of seeds need
+
     mean, std = fmean(values), stdev(values)
-    half = critical(len(values) - 1) * std / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * std / math.sqrt(len(values))
     return SeedStatistics(mean=mean, std=std, low=mean - half, high=mean + half)
 
 
+def seeds_needed(std: float) -> int | None:
+    """Seeds with which a paired t-test finds `EFFECT` points with a probability of at least `POWER`.
+
+    std  of the differences, in points, as if it were known. None: more than `MOST_SEEDS`.
+    """
+    from scipy.special import nctdtr, stdtrit
+
+    def power(seeds: int) -> float:
+        limit, shift = stdtrit(seeds - 1, (1 + LEVEL) / 2), EFFECT * math.sqrt(seeds) / std
+        below, above = (float(nctdtr(seeds - 1, shift, t)) for t in (-limit, limit))  # NaN: it is as good as 0
+        return 1 - (0.0 if math.isnan(above) else above) + (0.0 if math.isnan(below) else below)
+
+    few, many = 1, 2
+    while power(many) < POWER:
+        if many == MOST_SEEDS:
+            return None
+        few, many = many, min(2 * many, MOST_SEEDS)
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if power(middle) >= POWER else (middle, many)
+    return many
+
+
 def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedTest:
-    """Ours less theirs over the seeds that both have."""
-    differences = {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
-    values, p = list(differences.values()), None
-    if (found := seed_statistics(values)) is None:
-        return PairedTest(seeds=[], difference=None, low=None, high=None, p=None, verdict="unknown")
-    if len(values) >= FEWEST and (error := stdev(values) / math.sqrt(len(values))):
-        p = two_sided(fmean(values) / error, len(values) - 1)
-    verdict: Verdict = "better" if found.mean > 0 else "worse"
-    if p is None or p >= 1 - LEVEL:
-        verdict = "few seeds" if p is None else "noise"
-    low, high = found.low, found.high
-    return PairedTest(seeds=list(differences), difference=found.mean, low=low, high=high, p=p, verdict=verdict)
+    """Ours less theirs over the seeds that both have, as if it were the only test (see `corrected`)."""
+    # Accuracies have few digits; what is left of 71.1 - 70.1 behind the ninth is no deviation between seeds.
+    differences = {seed: round(value - theirs[seed], 9) for seed, value in ours.items() if seed in theirs}
+    found, seeds = seed_statistics(differences.values()), list(differences)
+    if found is None:
+        return PairedTest(seeds=[], verdict="unknown")
+    if not found.std:
+        return PairedTest(seeds=seeds, difference=found.mean, verdict="one seed" if len(seeds) == 1 else "not shown")
+    from scipy.special import stdtr
+
+    effect = found.mean / found.std
+    p = 2 * float(stdtr(len(seeds) - 1, -abs(effect) * math.sqrt(len(seeds))))
+    figures = {"difference": found.mean, "low": found.low, "high": found.high, "effect": effect, "p": p}
+    return corrected([PairedTest(seeds=seeds, **figures, needed=seeds_needed(found.std), verdict="not shown")])[0]
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p values corrected for being several (step-down, Holm 1979); None stays None."""
+    known = sorted((p, place) for place, p in enumerate(values) if p is not None)
+    found: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        found[place] = largest = max(largest, min(1.0, p * (len(known) - rank)))
+    return found
+
+
+def corrected(tests: Sequence[Test]) -> list[Test]:
+    """The same tests as one family: p corrected for being several, and the verdicts that follow from it."""
+    done = []
+    for test, p in zip(tests, holm([test.p for test in tests]), strict=True):
+        verdict = test.verdict
+        if p is not None:
+            verdict = "not shown" if p >= 1 - LEVEL else "better" if (test.difference or 0.0) > 0 else "worse"
+        done.append(test.model_copy(update={"holm": p, "verdict": verdict}))
+    return done
+
+
+def interval(test: PairedTest) -> str | None:
+    """`+1.58 to +6.46`; None where there is none."""
+    return None if test.low is None or test.high is None else f"{points(test.low, 2)} to {points(test.high, 2)}"
+
+
+def in_words(test: PairedTest) -> str:
+    """What a test has found, behind its verdict: the difference, what is compatible with it, how sure it is."""
+    if test.difference is None:
+        return "no seed is finished in both"
+    seeds, figure = len(test.seeds), f"{points(test.difference, 2)} points top-1"
+    if seeds == 1:
+        return f"{figure}, 1 seed: one seed cannot tell a difference from chance"
+    if test.p is None:
+        return f"{figure} in each of {seeds} seeds: without a deviation nothing can be tested"
+    compatible = f"an effect between {' and '.join(str(interval(test)).split(' to '))} points is compatible"
+    undecided = "inconclusive" + " after the correction" * (test.p < 1 - LEVEL)
+    said = f"95 % interval {interval(test)}" if test.verdict != "not shown" else f"{undecided}: {compatible}"
+    several = "" if test.holm == test.p else f", Holm {fixed(test.holm, 3)}"
+    need = "more than 10 000" if test.needed is None else whole(test.needed)
+    return (
+        f"{figure} ({said}; p {fixed(test.p, 3)}{several}, d {fixed(test.effect, 2)}, {seeds} seeds; to see "
+        f"{EFFECT:g} points at {100 * POWER:g} % power: {need} seeds)"
+    )
+
+
+def about_tests(count: int) -> str:
+    """The note below tests that are one family of so many."""
+    return (
+        "Paired by seed; 95 % intervals of each difference by itself; p of a paired t-test, corrected for being "
+        f"{count} test{'s' * (count != 1)} (Holm), by which the verdicts go. Not shown: inconclusive, every effect in "
+        "the interval is compatible. One seed cannot tell a difference from chance."
+    )

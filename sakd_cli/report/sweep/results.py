@@ -1,7 +1,7 @@
 """What a sweep has found: every cell over its seeds, gains paired by seed, the published figures beside them
 
 A cell is a method under a router for a pair; its results are of the last epoch on the test images. A gain is a cell
-less that of another router of the same method and pair, over the seeds that both have.
+less that of another router of the same method and pair, over the seeds that both have. All tests are one family.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 
 from sakd_cli.config.routers import CLASSICAL, PLAIN, AdaptiveConfig
+from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.sweep import (
     Gain,
     MeanGain,
@@ -26,8 +27,8 @@ from sakd_cli.documents.sweep import (
     SweepRun,
 )
 from sakd_cli.report.render.format import plain
-from sakd_cli.report.runs.questions import Arm, answers
-from sakd_cli.report.runs.statistics import LEVEL, by_seed, paired_test, seed_statistics
+from sakd_cli.report.runs.questions import Arm, answer, asked
+from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, paired_test, seed_statistics
 
 LEARNED = AdaptiveConfig().name
 PUBLISHED = Path(__file__).with_name("published.yaml")  # numbers only, with their source
@@ -43,7 +44,7 @@ def sweep_document(
     """See above; `dataset`: whose published figures may stand beside these, None where these are not on all of it."""
     students = [run for run in runs if run.role == "student"]
     pairs = list(dict.fromkeys((run.teacher, run.student) for run in students if run.teacher))
-    cells, gains = list[SweepCell](), list[Gain]()
+    cells, gains, questions = list[SweepCell](), list[Gain](), asked(_arms(runs))
     for k, pair in enumerate(pairs):
         own: Cells = {}
         for run in students:
@@ -51,6 +52,11 @@ def sweep_document(
                 own.setdefault((run.method, run.router), []).append(run)
         cells += [_cell(k, f"{pair[0]}:{pair[1]}", key, same, dataset) for key, same in own.items()]
         gains += _gains(k, own, {(cell.method, cell.router): cell.published for cell in cells if cell.pair == k})
+    tests: dict[tuple[str, ...], PairedTest] = {_labels(gain, pairs[gain.pair]): gain for gain in gains}
+    for _, ours, theirs in questions:
+        tests.setdefault((ours.label, theirs.label), paired_test(ours.top1, theirs.top1))
+    tests = dict(zip(tests, corrected(list(tests.values())), strict=True))
+    gains = [test for test in tests.values() if isinstance(test, Gain)]
     found = [_pair(str(teacher), student, runs, dataset) for teacher, student in pairs]
     states, known = [run.state for run in runs], any(pair.published for pair in found)
     return SweepDocument(
@@ -61,7 +67,10 @@ def sweep_document(
         cells=cells,
         gains=gains,
         mean_gains=list(_mean_gains(gains)),
-        answers=answers(_arms(runs)),
+        answers=[
+            answer(question, ours, theirs, tests[ours.label, theirs.label]) for question, ours, theirs in questions
+        ],
+        tests=sum(test.p is not None for test in tests.values()),
         skipped=[Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
         published=Provenance(**{key: _published()[key] for key in Provenance.model_fields}) if known else None,
         runs=list(runs),
@@ -75,14 +84,14 @@ def _arms(runs: Sequence[SweepRun]) -> list[Arm]:
         if run.role != "teacher":
             cells.setdefault((run.teacher, run.student, run.method, run.router), []).append(run)
     labels = {run.key: _label(run) for run in runs}
-    arms = []
+    arms = list[Arm]()
     for same in cells.values():
         run = same[0]
         plain_training = run.role == "baseline" or run.router == PLAIN
         about = run.student, *(() if plain_training else (run.teacher, (run.method or "").split()[0]))
         top1, validation = by_seed(same), by_seed(same, "validation_top1")
         matched = labels.get(run.matched or "")
-        arms.append(Arm(_label(run), about, run.router, top1, validation, matched))
+        arms.append(Arm(len(arms), _label(run), about, run.router, top1, validation, matched))
     return arms
 
 
@@ -90,6 +99,11 @@ def _label(run: SweepRun) -> str:
     named = [run.method, run.router] if run.method else ["from scratch"]
     whom = f"({run.teacher}:{run.student})" if run.teacher else run.student
     return " ".join([*(name for name in named if name), whom])
+
+
+def _labels(gain: Gain, pair: tuple[str | None, str]) -> tuple[str, ...]:
+    """Those of the two cells."""
+    return tuple(f"{gain.method} {router} ({pair[0]}:{pair[1]})" for router in (gain.router, gain.against))
 
 
 def _pair(teacher: str, student: str, runs: Sequence[SweepRun], dataset: str | None) -> SweepPair:

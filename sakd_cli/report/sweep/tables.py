@@ -9,10 +9,11 @@ from sakd_cli.config.routers import CLASSICAL
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
 from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
 from sakd_cli.report.render.sheet import Sheet, table
+from sakd_cli.report.runs.statistics import about_tests, interval
 from sakd_cli.report.sweep.results import EPOCHS
 
 FIELDS = ["teacher", "student", "method", "router", "seeds", "top1", "std", "low", "high", "best", "published"]
-FIELDS += ["gain", "gain_low", "gain_high", "p", "verdict", "published_gain"]
+FIELDS += ["gain", "gain_low", "gain_high", "p", "holm", "effect", "needed", "verdict", "published_gain"]
 TITLE = "Top-1 %, last epoch on the test images, mean ± standard deviation over seeds (number of seeds)"
 FAILED = ("failed", "blocked")
 HOUR = 3600.0  # seconds
@@ -58,6 +59,7 @@ def sweep_csv(document: SweepDocument) -> str:
         row["top1"] = row.pop("mean", None)
         if gain is not None:
             row |= {"gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high, "p": gain.p}
+            row |= {"holm": gain.holm, "effect": gain.effect, "needed": gain.needed}
             row |= {"verdict": gain.verdict, "published_gain": gain.published}
         rows.append(row)
     return csv_text(FIELDS, rows)
@@ -105,7 +107,8 @@ def _result(cell: SweepCell | None) -> str:
 def _gain(gain: Gain | None) -> str:
     if gain is None or gain.difference is None:
         return DASH
-    return points(gain.difference, 2) + ("" if gain.p is None else f", p {fixed(gain.p, 3)}")
+    known = "" if gain.p is None else f" ({interval(gain)}), p {fixed(gain.holm, 3)}, {gain.verdict}"
+    return points(gain.difference, 2) + known
 
 
 def _notes(document: SweepDocument) -> Iterator[str]:
@@ -117,14 +120,10 @@ def _notes(document: SweepDocument) -> Iterator[str]:
             f"below in {mean.below}; mean {points(mean.mean, 2)} points."
         )
     yield from (answer.text for answer in document.answers)
-    if tests := sum(gain.p is not None for gain in document.gains):
-        claimed = sum(gain.verdict in ("better", "worse") for gain in document.gains)
-        yield (
-            f"Gains are paired by seed; p of a paired t-test, not corrected for being {tests} "
-            f"({claimed} below 0.05; by chance alone about {fixed(0.05 * tests, 1)})."
-        )
-    if any(gain.verdict == "few seeds" for gain in document.gains):
-        yield "A gain without p has fewer than three seeds (or no deviation): nothing is claimed of it."
+    if any(gain.p is not None for gain in document.gains):
+        yield about_tests(document.tests)
+    if any(gain.p is None for gain in document.gains):
+        yield "A gain without p has fewer than two seeds (or no deviation): nothing is claimed of it."
     yield from (f"Skipped: {one.what}: {one.reason}" for one in document.skipped)
     if (printed := document.published) is not None:
         epochs = sorted({run.epochs for run in document.runs if run.role == "student"})
