@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ from conftest import PAIR, TINY, CliRunner
 from safetensors.torch import load_file
 from test_step import batches, fit, make
 from torch import Tensor
+from torch.nn import functional as F
 
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.config.resolve import ConfigSource, resolve
@@ -41,7 +43,7 @@ FACTS = {"stopped": "why", "rule": {}, "teacher": {"architecture": "resnet20", "
 def sides(seed: int = 0) -> Sides:
     torch.manual_seed(seed)
     teacher, base, own = 3 * torch.randn(3, 12, 7, dtype=torch.float64)
-    return Sides(teacher, base, own.requires_grad_(True), torch.randint(7, (12,)))
+    return Sides(teacher, base, own.requires_grad_(True), partial(F.cross_entropy, target=torch.randint(7, (12,))))
 
 
 def test_the_gradient_of_kl_is_the_softened_residual() -> None:

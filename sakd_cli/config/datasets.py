@@ -54,6 +54,10 @@ class DataConfig(Config):
     """Train on this many images only, equally many of each class as far as possible; None: all of them."""
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Fraction of the training images that selects the best epoch; 0: the test set does; unused beside a folder val."""
+    balance: Literal["balanced", "repeated-factor"] | None = None
+    """Show rare classes more often: balanced: all equally; repeated-factor: those below a share; None: as they are."""
+    balance_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the images below which repeated-factor repeats a class; None: 1 / classes."""
     split_seed: NonNegativeInt = 0
     """Random seed of limit and validation, whatever the run's seed is, so that all runs leave out the same images."""
     download: bool = True
@@ -62,6 +66,12 @@ class DataConfig(Config):
     """Mean per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
     std: Annotated[Channels, AfterValidator(_positive)] | None = None
     """Standard deviation per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
+
+    @model_validator(mode="after")
+    def _a_threshold_has_a_use(self) -> "DataConfig":
+        if self.balance_threshold is not None and self.balance != "repeated-factor":
+            raise ValueError("balance_threshold is of balance=repeated-factor alone")
+        return self
 
     def training_images(self) -> int | None:
         """Training images before limit and validation; None where only the files say it."""

@@ -36,7 +36,9 @@ _THEIRS = {
     "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size",
     "train.lr_decay": "lr_decay_rate lr_gamma decay_rate", "train.momentum": "solver.momentum",
     "train.weight_decay": "solver.weight_decay wd", "data.name": "dataset.type", "data.root": "data_path",
-    "data.workers": "num_workers", "runtime.precision": "amp", "seed": "trial", "log_every": "print_freq",
+    "data.workers": "num_workers", "data.balance": "sampler balanced_sampling weighted_sampler class_balanced",
+    "train.class_weights": "class_weight cls_weights loss_weights", "train.focal_gamma": "focal focal_loss fl_gamma",
+    "runtime.precision": "amp", "seed": "trial", "log_every": "print_freq",
     "save_every": "save_freq", "runs_dir": "output_dir",
 }
 # fmt: on

@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from yaml import YAMLError
 
 from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
@@ -22,7 +23,7 @@ from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.routers import AdaptiveConfig, FixedConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.sweep import SweepConfig
-from sakd_cli.files import expanded
+from sakd_cli.files import MOST_YAML, expanded, parse_yaml, read_bytes
 
 Folder = Annotated[Path, AfterValidator(expanded)]
 # `library`: what torchvision or timm has trained; a folder of that name is ./library.
@@ -31,6 +32,19 @@ Weights = Literal["library"] | Folder
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 EXITS = ("rule", "delta", "theta", "budget", "uncertainty")
+
+
+def _read(weights: Any) -> Any:
+    """The content of a file of class weights; anything else as it is."""
+    if not isinstance(weights, str) or weights in ("balanced", "None", "null"):
+        return weights
+    try:
+        return parse_yaml(read_bytes(expanded(weights), MOST_YAML).decode())
+    except OSError as error:
+        reason = (error.strerror or "cannot be read").lower()
+        raise ValueError(f"{weights}: {reason}; balanced, a number per class, or a file of them") from None
+    except (YAMLError, ValueError):
+        raise ValueError(f"{weights}: neither JSON nor YAML of a number per class") from None
 
 
 def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -58,6 +72,12 @@ class Train(Config):
     """Epochs at whose end lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)."""
     lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Factor of the learning rate at each milestone; 0.1 is the published recipe."""
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[NonNegativeFloat, ...] | dict[str, NonNegativeFloat] | None, BeforeValidator(_read)
+    ] = None
+    """Weights in the cross-entropy: balanced (1/images), one per class, or a YAML or JSON file; None: all alike."""
+    focal_gamma: NonNegativeFloat = 0.0
+    """Exponent of the focal loss in place of the cross-entropy (Lin et al. 2017: 2); 0: the cross-entropy."""
 
     @model_validator(mode="after")
     def _milestones_fit(self) -> "Train":

@@ -87,6 +87,7 @@ class Dataset:
     skipped    files that could not be read and were left out
     notes      what was left out of the folder, a line each
     seen       how its pictures are shown; None: they are no files
+    rates      how often an epoch shows each training image, from their labels [N]: mean 1; None: each once
     val        what the data set itself sets aside to choose the best epoch; None: nothing
     """
 
@@ -103,11 +104,27 @@ class Dataset:
     val: Split | None = None
     seen: Preprocessing | None = None
     notes: tuple[str, ...] = ()
+    rates: Callable[[Tensor], Tensor] | None = None
 
     def map(self, change: Callable[[Split], Split]) -> "Dataset":
         """The same with every split changed."""
         val = None if self.val is None else change(self.val)
         return replace(self, train=change(self.train), test=change(self.test), val=val)
+
+
+def balanced_rates(labels: Tensor, classes: int, threshold: float | None = None) -> Tensor:
+    """How often an epoch shows each image, [N] in float64 with mean 1; images without a label (-1) once.
+
+    Without a threshold every class is shown equally often. With one, an image is shown in proportion to max(1,
+    sqrt(threshold / f)), f being its class's share of the images: Gupta, Dollar, Girshick, "LVIS", CVPR 2019, section
+    4.1. Theirs makes epochs longer; ours are as long as before, so that schedules and shapes stay.
+    """
+    known = labels[labels >= 0].cpu()
+    share = torch.bincount(known, minlength=classes).double() / max(len(known), 1)
+    factor = 1 / share if threshold is None else (threshold / share).sqrt().clamp(min=1)
+    rates = torch.ones(len(labels), dtype=torch.float64)
+    rates[labels.cpu() >= 0] = factor[known] / factor[known].mean() if len(known) else 1.0
+    return rates
 
 
 def first_classes(dataset: Dataset, count: int | None) -> Dataset:

@@ -28,7 +28,7 @@ BLOCK = 64  # places of an epoch whose crop boxes are drawn together, whatever t
 class Draws(NamedTuple):
     """All random numbers of one epoch; row k belongs to the k-th place in the epoch's order, whatever sample is there.
 
-    order   [N]     int64 which sample comes k-th: a permutation
+    order   [N]     int64 which sample comes k-th: a permutation, unless classes are balanced
     corner  [2, N]  int64 upper left corner of the crop, (dy, dx), each 0 .. 2 padding
     flip    [N]     bool
     noise   [N, W]  float32 uniform in [0, 1)
@@ -40,13 +40,26 @@ class Draws(NamedTuple):
     noise: Tensor
 
 
-def draws(count: int, padding: int, flip: bool, seed: int, epoch: int, noise_width: int) -> Draws:
+def draws(
+    count: int, padding: int, flip: bool, seed: int, epoch: int, noise_width: int, rates: Tensor | None = None
+) -> Draws:
     """The random numbers of an epoch over `count` samples, on the CPU: a pure function of the arguments."""
-    order = torch.randperm(count, generator=seeded_generator(seed, "order", epoch))
+    shuffle = seeded_generator(seed, "order", epoch)
+    order = torch.randperm(count, generator=shuffle)
+    if rates is not None:
+        order = _repeated(order, rates, shuffle)
     corner = torch.randint(2 * padding + 1, (2, count), generator=seeded_generator(seed, "crop", epoch))
     mirrored = torch.rand(count, generator=seeded_generator(seed, "flip", epoch))
     noise = torch.rand(count, noise_width, generator=seeded_generator(seed, "noise", epoch))
     return Draws(order, corner, (mirrored < 0.5) & flip, noise)
+
+
+def _repeated(order: Tensor, rates: Tensor, draw: torch.Generator) -> Tensor:
+    """As many samples as in `order`, [N], each floor(rate) or ceil(rate) times, on the average `rates` [N] times."""
+    ends = rates[order].cumsum(0)
+    places = (torch.arange(len(order)) + torch.rand(1, dtype=torch.float64, generator=draw)) * (ends[-1] / len(order))
+    taken = order[torch.searchsorted(ends, places, right=True).clamp(max=len(order) - 1)]
+    return taken[torch.randperm(len(order), generator=draw)]
 
 
 class StepSlice(NamedTuple):
@@ -90,6 +103,7 @@ class TrainLoader:
         self._batch_size, self._seed, self._noise_width = batch_size, seed, noise_width
         self._pool: Pool | None = None
         self._full_images: tuple[list[Tensor], Tensor] | None = None
+        self._rates = None if dataset.rates is None else dataset.rates(split.labels)
         self.steps_per_epoch = steps_per_epoch(len(split), batch_size)
 
     def __len__(self) -> int:
@@ -99,7 +113,7 @@ class TrainLoader:
     def draw(self, epoch: int) -> Draws:
         """The epoch's random numbers: a pure function of the loader's seed and `epoch`."""
         padding = self._dataset.padding if self._dataset.scale is None else 0
-        drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width)
+        drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width, self._rates)
         return drawn if self.views is None else Draws(*(numbers.to(self._device) for numbers in drawn))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

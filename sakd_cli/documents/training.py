@@ -115,11 +115,25 @@ class EnsembleTraining(Part):
     stage_top1: list[float]
 
 
+class ClassBalance(Part):
+    """A class of a run that balances them: training images, how often an epoch shows one of them, weight in the loss.
+
+    top1: of the last epoch, on the test images.
+    """
+
+    class_: str
+    images: int
+    shown: float
+    weight: float
+    top1: Number
+
+
 class Summary(Document):
     """`sakd pretrain-teacher --json`, `sakd distill --json`, and `summary.json` of a run (there, run is null).
 
     last, best: the last epoch (the reported result) and the one that the validation set chose; seconds: of the main
-    training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended.
+    training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended;
+    classes: where a run balances them.
     """
 
     schema_: Literal["sakd.summary/2"] = "sakd.summary/2"
@@ -146,6 +160,7 @@ class Summary(Document):
     search_seconds: Number = None
     survey_seconds: Number = None
     extended: list[int] = Field(default_factory=list)
+    classes: list[ClassBalance] = Field(default_factory=list)
 
 
 class PlannedNetwork(Part):

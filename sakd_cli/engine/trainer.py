@@ -276,6 +276,7 @@ class Trainer:
         return {
             "last": {"epoch": self.epochs, "split": "test"} | last_scores.metrics(),
             "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.metrics(),
+            "top1_of_class": last_scores.top1_of_class,
         }
 
     def _publish(self, facts: dict[str, Any]) -> None:

@@ -126,16 +126,28 @@ class RouterLoss(NamedTuple):
     count_active: Tensor
 
 
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """The mean over the batch."""
+    return F.cross_entropy(logits, batch.labels)
+
+
 def router_loss(
-    routed: Tensor, batch: Batch, student_ce: Tensor, gate: Tensor, *, gamma: float, min_teacher_fraction: float
+    routed: Tensor,
+    batch: Batch,
+    student_ce: Tensor,
+    gate: Tensor,
+    *,
+    gamma: float,
+    min_teacher_fraction: float,
+    criterion: Callable[[Tensor, Batch], Tensor] = cross_entropy,
 ) -> RouterLoss:
     """c CE(routed) + max(0, fraction N - number of samples with the teacher's logits) (Song et al., IEEE TIP 2022).
 
     c = gamma where the routed network is worse than the student alone, 1/gamma where it is better, 1 where equal. The
     comparison carries no gradient; the count is neither scaled by c nor by 1/N. routed [N, classes], gate [N, S].
-    Comparison and count are of the whole batch where several processes share it.
+    Comparison and count are of the whole batch where several processes share it. CE is `criterion`, as the student's.
     """
-    ce = F.cross_entropy(routed, batch.labels)
+    ce = criterion(routed, batch)
     routed_ce, alone = distributed.all_reduce_mean(ce, batch), distributed.all_reduce_mean(student_ce, batch)
     raised, lowered = routed_ce > alone, routed_ce < alone
     one = torch.ones_like(ce)

@@ -1,7 +1,7 @@
 """From settings to objects: the only reader of all tables."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -20,7 +20,7 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
 from sakd_cli.data import table as datasets
-from sakd_cli.data.dataset import hold_out, limit_train, seeded_generator
+from sakd_cli.data.dataset import balanced_rates, hold_out, limit_train, seeded_generator
 from sakd_cli.data.sources import cache_policy, shown_to_both
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
@@ -43,8 +43,10 @@ from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, l
 from sakd_cli.runs.job import Images, Job
 from sakd_cli.runs.locate import pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
+from sakd_cli.runs.together import require_possible
+from sakd_cli.tasks.criterion import Criterion
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
-from sakd_cli.tasks.pretrain import PretrainTask, SftnTask, WarmupTask
+from sakd_cli.tasks.pretrain import PretrainTask, Recipe, SftnTask, WarmupTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
 
@@ -77,8 +79,14 @@ def load_images(
     there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
     cut = {name: split for name, split in there.items() if split is not None}
     placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
-    dataset = replace(dataset, test=placed["test"])
+    dataset = replace(dataset, test=placed["test"], rates=_rates_of(config, len(dataset.classes)))
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
+
+
+def _rates_of(config: DataConfig, classes: int) -> Callable[[Tensor], Tensor] | None:
+    """How often an epoch is to show each image."""
+    threshold = (config.balance_threshold or 1 / classes) if config.balance == "repeated-factor" else None
+    return None if config.balance is None else partial(balanced_rates, classes=classes, threshold=threshold)
 
 
 def build(config: RunConfig) -> Job:
@@ -95,15 +103,20 @@ def pretraining(config: PretrainConfig) -> Job:
     network = _fresh(config.model, images, config.seed, "network", device)
     load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
-    lr, decay = initial_lr(config, config.model), config.train.weight_decay
+    recipe: Recipe = {"lr": initial_lr(config, config.model), "weight_decay": config.train.weight_decay, "mode": mode}
+    recipe["criterion"] = _criterion(config, images)
     settings = config.friendly
     if settings is None:
-        task: Task = PretrainTask(mode.to_memory_format(network), lr=lr, weight_decay=decay, mode=mode)
+        task: Task = PretrainTask(mode.to_memory_format(network), **recipe)
         return Job(config, device, mode, images, task.to(device), network, costs)
     with _initialised(config.seed, "branches"):
         branches = Branches(network, settings.students, images.side, share=settings.share_branches)
-    task = mode.to_memory_format(SftnTask(network, branches, settings, lr=lr, weight_decay=decay, mode=mode))
+    task = mode.to_memory_format(SftnTask(network, branches, settings, **recipe))
     return Job(config, device, mode, images, task.to(device), network, costs)
+
+
+def _criterion(config: RunConfig, images: Images) -> Criterion:
+    return Criterion.of(config.train, images.train.labels, images.dataset.classes)
 
 
 def _steps(config: RunConfig, images: Images) -> int:
@@ -146,9 +159,9 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
-    task = assemble(
-        config, student, frozen, images.side, images.train.labels, mode=mode, teacher_side=images.teacher_side
-    )
+    sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
+    task = assemble(config, student, frozen, sides[0], images.train.labels, None, mode, sides[1], criterion)
+    require_possible(config, task.distillers)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
@@ -178,12 +191,14 @@ def assemble(
     offset: Logits | None = None,
     mode: Mode | None = None,
     teacher_side: ImageSize | None = None,
+    criterion: Criterion | None = None,
 ) -> DistillTask:
     """The task for two networks that are on their device; `teacher` is frozen and in evaluation mode.
 
     labels  class of every training image, for methods that remember images
     offset  for a residual student: gives the logits of the students before it, frozen and in evaluation mode
     mode    how it computes; None: as the config says on the student's device. teacher_side: None: as `side`
+    criterion  of the classification; None: plain cross-entropy
     """
     mode = mode or resolve_mode(config.runtime, next(student.parameters()).device)
     student, teacher = mode.to_memory_format(student), mode.to_memory_format(teacher)
@@ -226,6 +241,7 @@ def assemble(
         _rates(config, learned or LearnedConfig(name="none"), start.lr),
         mode,
         offset,
+        criterion,
     )
     return mode.to_memory_format(task)
 
@@ -268,12 +284,15 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
         if network.head.bias is not None:
             nn.init.zeros_(network.head.bias)
     task: Task
+    criterion = _criterion(config, job.images)
     if settings.loss == "inner":
-        task = assemble(config, network, teacher, side, job.images.train.labels, base, job.mode)
+        labels = job.images.train.labels
+        task = assemble(config, network, teacher, side, labels, base, job.mode, criterion=criterion)
     else:
         lr, decay, mode = initial_lr(config, name), config.train.weight_decay, job.mode
         network = mode.to_memory_format(network)
-        task = ResidualTask(network, teacher.forward, base, settings, lr=lr, weight_decay=decay, mode=mode)
+        recipe: Recipe = {"lr": lr, "weight_decay": decay, "mode": mode, "criterion": criterion}
+        task = ResidualTask(network, teacher.forward, base, settings, **recipe)
     spots = task.spots if isinstance(task, DistillTask) else ()
     return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
 

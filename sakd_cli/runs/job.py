@@ -1,6 +1,7 @@
 """One run, built and ready: what `build.py` makes of settings, and everything above it works on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.files import Files
 from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.sources import preload
-from sakd_cli.documents.training import PlannedNetwork, PlannedSpot
+from sakd_cli.documents.training import ClassBalance, PlannedNetwork, PlannedSpot
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.engine.task import Task
 from sakd_cli.models.artifact import Artifact, NetworkCard
@@ -26,6 +27,7 @@ from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.locate import Claim
+from sakd_cli.tasks.criterion import class_weights
 from sakd_cli.tasks.distill import DistillTask
 
 
@@ -128,6 +130,20 @@ def warnings_of(job: Job) -> list[str]:
         steps = steps_per_epoch(len(job.images.train), job.config.train.batch_size)
         notes += filter(None, [router_start(job.config, one_family=kin, steps=steps).note])
     return notes
+
+
+def balance_of(job: Job, top1: Sequence[float | None]) -> list[ClassBalance]:
+    """The classes of a run that balances them, by sampling or in its loss; top1: of each, in percent."""
+    config, data, labels = job.config, job.images.dataset, job.images.train.labels.cpu()
+    if config.data.balance is None and config.train.class_weights is None and not config.train.focal_gamma:
+        return []
+    labels, rates = labels[labels >= 0], torch.ones(len(labels)) if data.rates is None else data.rates(labels)
+    images = torch.bincount(labels, minlength=len(data.classes))
+    shown = torch.bincount(labels, rates[labels >= 0], len(data.classes)) / images.clamp(min=1)
+    weights = class_weights(config.train.class_weights, labels, data.classes)
+    weights = torch.ones(len(data.classes)) if weights is None else weights
+    columns = data.classes, images.tolist(), shown.tolist(), weights.tolist(), top1
+    return [ClassBalance(class_=a, images=b, shown=c, weight=d, top1=e) for a, b, c, d, e in zip(*columns, strict=True)]
 
 
 def effective_values(job: Job) -> dict[str, Any]:

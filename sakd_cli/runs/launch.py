@@ -44,7 +44,7 @@ from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
-from sakd_cli.runs.job import Images, Job, effective_values, planned_networks, planned_spots, warnings_of
+from sakd_cli.runs.job import Images, Job, balance_of, effective_values, planned_networks, planned_spots, warnings_of
 from sakd_cli.runs.locate import Claim, compare_with_card
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.own import note_own
@@ -294,6 +294,7 @@ def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
         best=EpochMetrics(**main["best"]),
         seconds=main["seconds"],
         phases=main["phases"],
+        classes=balance_of(job, main["top1_of_class"]),
         **parts,
     )
 

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
@@ -26,6 +25,7 @@ from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.dose import Doses
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
+from sakd_cli.tasks.criterion import Criterion
 
 GUIDE = "sakd guide extending"
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
@@ -102,6 +102,7 @@ class DistillTask(Task):
         rates: Rates,
         mode: Mode | None = None,
         offset: Callable[[Tensor], Tensor] | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
         self.network, self.distillers, self.spots = network, distillers, distillers.spots
@@ -111,6 +112,7 @@ class DistillTask(Task):
         self.feature_distiller, self.logit_distiller = distillers.features, distillers.logits
         self.router, self.graft = router, graft
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
+        self.criterion = criterion or Criterion()
         self.noise_width = router.noise_width
         self._fork = Fork(enabled=self.mode.graphed)
         trained = [module for module in (network, graft) if module is not None]
@@ -206,7 +208,7 @@ class DistillTask(Task):
         last = self.spots[-1].student
         logits = self.doses.mark(marks, last, student.logits)
         student = student.with_logits(self.doses.compare(marks, last, logits))
-        return student, F.cross_entropy(logits, batch.labels)
+        return student, self.criterion(logits, batch)
 
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
         """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""
@@ -270,6 +272,7 @@ class DistillTask(Task):
             gate,
             gamma=self.factors.gamma,
             min_teacher_fraction=self.factors.min_teacher_fraction,
+            criterion=self.criterion,
         )
         events = {"router_loss_scaled_up": result.raised, "router_loss_scaled_down": result.lowered}
         events |= {"count_penalty_active": result.count_active}

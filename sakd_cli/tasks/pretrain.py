@@ -19,14 +19,16 @@ from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.branches import Branches
 from sakd_cli.models.staged import Features, StagedModel
+from sakd_cli.tasks.criterion import Criterion
 
 
 class Recipe(TypedDict):
-    """Learning rate and weight decay of all groups, and how the task computes."""
+    """Learning rate and weight decay of all groups, how the task computes, and its classification term."""
 
     lr: float
     weight_decay: float
     mode: NotRequired[Mode]
+    criterion: NotRequired[Criterion]
 
 
 class SingleRateTask(Task, ABC):
@@ -37,6 +39,7 @@ class SingleRateTask(Task, ABC):
     def __init__(self, network: StagedModel, **recipe: Unpack[Recipe]) -> None:
         super().__init__()
         self.network, self.recipe, self.mode = network, recipe, recipe.get("mode") or Mode()
+        self.criterion = recipe.get("criterion") or Criterion()
 
     def group(self, name: str, *modules: nn.Module) -> ParamGroup:
         """All parameters of these modules."""
@@ -54,7 +57,7 @@ class PretrainTask(SingleRateTask):
     def forward(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             logits = to_fp32(self.network(batch.images))
-        loss = F.cross_entropy(logits, batch.labels)
+        loss = self.criterion(logits, batch)
         return StepOutput(loss, logits, {"loss": loss.detach()})
 
 
@@ -95,9 +98,9 @@ class SftnTask(SingleRateTask):
         features = features.map(to_fp32)
         target = features.logits.detach() if settings.detach_target else features.logits
         parts = {
-            "ce": F.cross_entropy(features.logits, batch.labels),
+            "ce": self.criterion(features.logits, batch),
             "branch_kl": imitation(target, branches, settings.tau, reverse=settings.kl == "reverse"),
-            "branch_ce": F.cross_entropy(branches.flatten(0, 1), batch.labels.repeat(len(branches))),
+            "branch_ce": self.criterion(branches, batch),
         }
         loss = (
             settings.lambda_t * parts["ce"]

@@ -5,11 +5,11 @@ public; in ours logits are summed and earlier members are frozen.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Unpack, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.training import ResidualConfig
@@ -45,19 +45,19 @@ class Targets(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Logits [N, K]: the teacher's, the base's (without gradient both) and the residual student's; labels [N]."""
+    """Logits [N, K]: the teacher's, the base's (without gradient both), the residual student's; logits to their CE."""
 
     teacher: Tensor
     base: Tensor
     own: Tensor
-    labels: Tensor
+    ce: Callable[[Tensor], Tensor]
 
 
 def kl(sides: Sides, settings: ResidualConfig) -> Tensor:
     """(1 - alpha) CE(z, y) + alpha T^2 KL(softmax(t/T) || softmax(z/T)) of the summed logits z."""
     summed = sides.base + sides.own
     missing = softened_kl(summed, sides.teacher, settings.temperature).mean()
-    return (1 - settings.alpha) * F.cross_entropy(summed, sides.labels) + settings.alpha * missing
+    return (1 - settings.alpha) * sides.ce(summed) + settings.alpha * missing
 
 
 def mse(sides: Sides, settings: ResidualConfig) -> Tensor:
@@ -92,6 +92,6 @@ class ResidualTask(SingleRateTask):
         teacher, base = (known if isinstance(known, Targets) else self.precompute(batch.images)).map(to_fp32)
         with self.mode.networks(batch.images.device):
             own = to_fp32(self.network(batch.images))
-        sides = Sides(teacher, base, own, batch.labels)
+        sides = Sides(teacher, base, own, partial(self.criterion, batch=batch))
         loss = LOSSES[self.settings.loss](sides, self.settings)
         return StepOutput(loss, base + sides.own, {"loss": loss.detach()})

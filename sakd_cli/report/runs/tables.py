@@ -9,6 +9,8 @@ from sakd_cli.report.render.format import duration, fixed, large, named, points,
 from sakd_cli.report.render.sheet import Sheet, columns_of, table
 from sakd_cli.report.spots.tables import mixture_table
 
+RAREST = 20  # classes that a table shows
+
 
 def summary_table(summary: Summary) -> RenderableType:
     """The student's last epoch, its best one and the teacher side by side."""
@@ -34,7 +36,21 @@ def summary_table(summary: Summary) -> RenderableType:
     ]
     title = f"{names} on {named(summary.dataset)} ({named(summary.last.split)})"
     sheet = Sheet(title, ["", *(header for header, *_ in sides)], rows, _notes(summary))
-    return Group(sheet, branch_table(summary.friendly.branches)) if summary.friendly else sheet
+    more = [branch_table(summary.friendly.branches)] if summary.friendly else []
+    more += [_balance(summary)] if summary.classes else []
+    return Group(sheet, *more) if more else sheet
+
+
+def _balance(summary: Summary) -> Sheet:
+    """The classes, the rarest first."""
+    rarest = sorted(summary.classes, key=lambda one: one.images)[:RAREST]
+    columns = columns_of(named, {"Class": "class_"}) | columns_of(whole, {"Images": "images"})
+    columns |= {"Shown": lambda one: fixed(one.shown, 2), "Weight": lambda one: fixed(one.weight, 2)}
+    columns |= {"Top-1 %": lambda one: fixed(one.top1, 2)}
+    rest = len(summary.classes) - len(rarest)
+    notes = ["Shown: times an epoch shows one of its images; weight: in the cross-entropy; top-1: of the last epoch."]
+    notes += [f"{whole(rest)} more classes are in summary.json."] if rest else []
+    return table("Classes, the rarest first", rarest, columns, notes, text=1)
 
 
 def _notes(summary: Summary) -> list[str]:
