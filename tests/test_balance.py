@@ -103,7 +103,7 @@ def test_weights_by_name_and_from_a_file(tmp_path: Path) -> None:
         (["train.class_weights=[1,-2]"], 2, "train.class_weights"),
         (["data.balance_threshold=0.1"], 2, "balance_threshold is of balance=repeated-factor alone"),
         (["data.balance=even"], 2, "data.balance"),
-        (["train.class_weight=balanced"], 2, "did you mean 'train.class_weights'?"),
+        (["train.class_weight=balanced"], 2, "unknown key 'train.class_weight'; here it is 'train.class_weights'"),
     ],
 )
 def test_mistakes_cost_a_line(trained_cli: CliRunner, settings: list[str], code: int, text: str) -> None:
