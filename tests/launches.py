@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from sakd_cli.bench.steps import Setup, adaptive_task
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.optim import Optimizer
@@ -143,8 +144,8 @@ def launches(setup: Setup) -> list[Launch]:
         dataset.train, dataset, batch_size=setup.size, seed=0, noise_width=task.noise_width, device=device
     )
     recorder = SpotRecorder([(spot.name, spot.kind) for spot in task.spots], setup.classes, setup.images, device)
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
-    for settings in optimizer.sgd.param_groups:  # as on CUDA
+    optimizer = Optimizer(task.groups(), Train())
+    for settings in optimizer.parts[0][0].param_groups:  # as on CUDA
         settings["foreach"], settings["fused"] = False, True
     with tempfile.TemporaryDirectory() as folder, torch.autograd.set_detect_anomaly(True, check_nan=False):
         trainer = Trainer(

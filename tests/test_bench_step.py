@@ -22,6 +22,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.bench.measure import Ratio, interleaved
 from sakd_cli.bench.steps import half_routed
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.optim import Optimizer
@@ -73,7 +74,7 @@ def step(pair: str, method: str, *, literal: bool = False, **options: Any) -> Ca
         rows = task.feature_distiller.draw(index, labels[:SIZE]) if method == "crd" else None
         return lambda: slow.step(x, labels[:SIZE], noise, rows)
     batch = Batch(images=x, labels=labels[:SIZE], index=index, noise=noise)
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    optimizer = Optimizer(task.groups(), Train())
     optimizer.begin_epoch(1)
     return lambda: optimizer.step(task(batch).loss)
 

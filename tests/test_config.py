@@ -26,7 +26,8 @@ from sakd_cli.config.resolve import (
     set_sources,
 )
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.config.training import DistillConfig, PretrainConfig, Train
+from sakd_cli.config.train import Train
+from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.errors import UsageError, unknown
 
 OPTIONS = {name: row.key for name, row in TABLE.items() if row.key}

@@ -12,6 +12,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.bench.counting import Count, count
 from sakd_cli.bench.steps import half_routed
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -53,7 +54,7 @@ def counted(pair: str, method: str, size: int) -> tuple[Count, Count]:
     x, index = torch.randn(size, 3, 32, 32), torch.arange(size)
     batch = Batch(images=x, labels=labels[:size], index=index, noise=noise)
     rows = task.feature_distiller.draw(index, batch.labels) if method == "crd" else None
-    slow, optimizer = published(task, method), Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    slow, optimizer = published(task, method), Optimizer(task.groups(), Train())
 
     def ours() -> None:
         output = task(batch)

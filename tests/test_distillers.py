@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS, WarmedConfig
+from sakd_cli.config.train import Train
 from sakd_cli.distillers.crd import CRD, memory_need
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import DISTILLERS, build
@@ -316,8 +317,7 @@ def test_a_warmup_lowers_its_loss_and_is_frozen_afterwards(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in warmup.parameters())
     images = torch.randn(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     task = WarmupTask(student, teacher, warmup, lr=0.01, weight_decay=0.0).train()
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
-    optimizer.begin_epoch(1)
+    optimizer = Optimizer(task.groups(), Train())
     batch = Batch(images=images, labels=LABELS[:N], index=torch.arange(N), noise=torch.empty(N, 0))
     losses = []
     for _ in range(5):

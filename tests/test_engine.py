@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
@@ -94,7 +95,7 @@ def trainer_of(
     test = EvalLoader(DATASET.test, DATASET, device=CPU)
     evaluation = evaluation or EvaluationData("test", test, test, CLASSES)
     loader = TrainLoader(DATASET.train, DATASET, batch_size=8, seed=3, noise_width=task.noise_width, device=CPU)
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(2,), decay=0.1)
+    optimizer = Optimizer(task.groups(), Train(milestones=(2,)))
     parts = {"reporter": NullReporter(), "output": TrainingOutput(evaluation, FileDelivery(task.network))} | parts
     return Trainer(task, loader, optimizer, RunDir(folder), epochs=epochs, log_every=2, **parts)
 
@@ -128,16 +129,18 @@ TENTHS = [(1, 1), (150, 1), (151, 0.1), (180, 0.1), (181, 0.01), (210, 0.01), (2
 @pytest.mark.parametrize(("epoch", "factor"), TENTHS)
 def test_every_groups_rate_falls_to_a_tenth_after_each_milestone(epoch: int, factor: float) -> None:
     groups = [ParamGroup(name, [nn.Parameter(torch.ones(1))], lr, 0.0) for name, lr in (("a", 0.05), ("b", 0.025))]
-    optimizer = Optimizer(groups, momentum=0.9, milestones=(150, 180, 210), decay=0.1)
+    optimizer = Optimizer(groups, Train(milestones=(150, 180, 210)))
     optimizer.begin_epoch(epoch)
-    assert [group["lr"] for group in optimizer.sgd.param_groups] == pytest.approx([0.05 * factor, 0.025 * factor])
+    assert [group["lr"] for group in optimizer.parts[0][0].param_groups] == pytest.approx(
+        [0.05 * factor, 0.025 * factor]
+    )
 
 
 def test_a_step_is_sgd_with_momentum_and_each_groups_own_decay() -> None:
     first, second = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
     none = ParamGroup("none", [], 9.0, 0.0)
     groups = [ParamGroup("a", [first], 0.1, 0.5), none, ParamGroup("b", [second], 0.01, 0.0)]
-    optimizer = Optimizer(groups, momentum=0.5, milestones=(), decay=0.1)
+    optimizer = Optimizer(groups, Train(momentum=0.5))
     optimizer.begin_epoch(1)
     for _ in range(2):
         optimizer.step((3 * first + 4 * second).sum())
@@ -145,7 +148,7 @@ def test_a_step_is_sgd_with_momentum_and_each_groups_own_decay() -> None:
     assert first.item() == pytest.approx(0.1425)
     assert second.item() == pytest.approx(2 - 0.04 - 0.06)
     momenta = {name: tensor.item() for name, tensor in optimizer.tensors().items()}
-    assert momenta == pytest.approx({"a/0": 5.075, "b/0": 6})
+    assert momenta == pytest.approx({"a/0/momentum_buffer": 5.075, "b/0/momentum_buffer": 6})
 
 
 def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:

@@ -11,6 +11,7 @@ from test_engine import CLASSES, DATASET, SAMPLES, SIDE, FileDelivery
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import Runtime
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine.graphs import WARMUP, Cuda, Device, GraphedStep
@@ -67,7 +68,7 @@ def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torc
     return Trainer(
         task,
         loader,
-        Optimizer(task.groups(), momentum=0.9, milestones=(2,), decay=0.1),
+        Optimizer(task.groups(), Train(milestones=(2,))),
         RunDir(folder),
         NullReporter(),
         epochs=3,

@@ -19,6 +19,7 @@ from torch import nn
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.data.loader import step_slices
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
@@ -104,7 +105,7 @@ def steps(task: Task) -> dict[str, Any]:
     """An epoch over 22 images in batches of 8, 8 and 6; the state afterwards and what the log would say."""
     task = task.train()
     spread_task, result = wrap_ddp(task), []
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    optimizer = Optimizer(task.groups(), Train())
     task.begin_epoch(1)
     optimizer.begin_epoch(1)
     for turn in step_slices(IMAGES, BATCH, 0):

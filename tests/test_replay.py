@@ -22,6 +22,7 @@ from sakd_cli.bench.counting import count
 from sakd_cli.config.methods import METHODS, DFAConfig
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import FriendlyConfig, ResidualConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
@@ -90,7 +91,7 @@ def trainer_of(task: Task, folder: Path, graphs: Device | None, size: int = SIZE
         optimizer: Any = task.optimizer(momentum=0.9)
     else:
         loader = TrainLoader(DATASET.train, DATASET, batch_size=size, seed=3, noise_width=task.noise_width, device=CPU)
-        optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(1,), decay=0.1)
+        optimizer = Optimizer(task.groups(), Train(milestones=(1,)))
         if hasattr(task, "precompute"):
             loader = LookAhead(loader, task.precompute, steps=2, device=CPU)
     if isinstance(task, DistillTask):

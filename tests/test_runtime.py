@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import compile_task, compiled, resolve_mode
@@ -46,7 +47,7 @@ def batch(task: DistillTask, size: int = 8, seed: int = 0) -> Batch:
 
 
 def optimizer(task: DistillTask) -> Optimizer:
-    made = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    made = Optimizer(task.groups(), Train())
     made.begin_epoch(1)
     return made
 

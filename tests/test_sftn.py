@@ -16,6 +16,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import FriendlyConfig
 from sakd_cli.documents.base import rounded
 from sakd_cli.engine import checkpoint
@@ -266,7 +267,7 @@ def test_the_teacher_is_saved_plain_and_every_method_distils_from_it(tmp_path: P
 def distance_after(steps: int, **arguments: Any) -> float:
     """KL between the teacher and its branches in nats, on new images, after so many steps."""
     task = sftn(**arguments)
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    optimizer = Optimizer(task.groups(), Train())
     optimizer.begin_epoch(1)
     for step in range(steps):
         optimizer.step(task(batch_of(32, step)).loss)

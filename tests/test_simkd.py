@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.networks import find_network, find_trainable
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.train import Train
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
@@ -125,7 +126,7 @@ def test_always_is_the_published_training(pair: tuple[str, str]) -> None:
     assert {layer.weight.shape[0] for layer in layers[:6:3]} == {teacher.infos[-2].channels // 2}
     parts = {"student": nn.Sequential(*body).train(), "projector": nn.Sequential(*kept).train()}
     sgd = torch.optim.SGD(nn.ModuleDict(parts).parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    optimizer = Optimizer(task.groups(), Train())
     optimizer.begin_epoch(1)
     task.train()
     for batch in batches(task, 3):
@@ -147,7 +148,7 @@ def test_what_is_borrowed_never_changes(teacher: str, router: str) -> None:
     trained = {id(parameter) for group in task.groups() for parameter in group.parameters}
     assert not [p for part in borrowed for p in part.parameters() if id(p) in trained or p.requires_grad]
     assert trained >= {id(p) for stage in task.network.stages[:-1] for p in stage.parameters()}
-    optimizer = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    optimizer = Optimizer(task.groups(), Train())
     optimizer.begin_epoch(1)
     task.train()
     first = copy.deepcopy(task.network.stages[0].state_dict())

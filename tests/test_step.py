@@ -15,6 +15,7 @@ from sakd_cli.bench.counting import count
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
+from sakd_cli.config.train import Train
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import compile_task
 from sakd_cli.models.table import create
@@ -57,7 +58,7 @@ def batches(task: DistillTask, count: int, size: int = 6, seed: int = 0) -> list
 
 
 def optimizer(task: Any) -> Optimizer:
-    return Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    return Optimizer(task.groups(), Train())
 
 
 def fit(task: Any, made: list[Batch]) -> list[Tensor]:
@@ -308,7 +309,7 @@ def test_every_region_of_the_step_is_one_graph(method: str) -> None:
 def test_a_router_that_is_trained_in_every_second_step_decides_in_all() -> None:
     """The student learns in every step; the router where it has its turn."""
     task = make("fitnet", "adaptive", **{"router.update_every": 2}).train()
-    optimizer, seen = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1), []
+    optimizer, seen = Optimizer(task.groups(), Train()), []
     optimizer.begin_epoch(1)
     parts = [torch.cat([p.detach().flatten() for p in part.parameters()]) for part in (task.router, task.network)]
     for step, given in enumerate(batches(task, 4)):

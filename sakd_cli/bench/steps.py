@@ -16,6 +16,7 @@ from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
 from sakd_cli.config.methods import KDConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AdaptiveConfig, AlwaysConfig
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.crd import CRD
 from sakd_cli.engine.graphs import Cuda, GraphedStep
@@ -117,7 +118,7 @@ def build_task(setup: Setup, **settings: Any) -> DistillTask:
 
 
 def optimizer_of(task: Task) -> Optimizer:
-    made = Optimizer(task.groups(), momentum=0.9, milestones=(), decay=0.1)
+    made = Optimizer(task.groups(), Train())
     made.begin_epoch(1)
     return made
 

@@ -11,6 +11,7 @@ from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.methods import WarmedConfig
 from sakd_cli.config.networks import Network, find_network
 from sakd_cli.config.routers import LearnedConfig
+from sakd_cli.config.train import OPTIMIZERS, Train, rate_factor
 from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
 from sakd_cli.errors import UsageError
 
@@ -32,8 +33,25 @@ def automatic_precision(device: str) -> str:
 
 
 def initial_lr(config: RunConfig, network: str) -> float:
-    """Learning rate of a network that this run trains."""
-    return find_network(network).lr if config.train.lr is None else config.train.lr
+    """Learning rate of a network that this run trains. Raises UsageError where its optimizer has no usual one."""
+    if config.train.lr is not None:
+        return config.train.lr
+    if (own := config.train.optimizer) == "sgd":
+        return find_network(network).lr
+    if (usual := OPTIMIZERS.get(own)) is None:
+        raise UsageError(f"train.lr: missing, and {own} has no usual one", "--lr RATE")
+    return usual
+
+
+def router_train(config: DistillConfig) -> Train:
+    """The settings of `train` as they are for the router's group: its own where it has some."""
+    if not isinstance(router := config.router, LearnedConfig):
+        return config.train
+    shared = LearnedConfig.model_fields.keys() & Train.model_fields.keys() - {"lr", "weight_decay"}
+    own = {key: value for key in shared if (value := getattr(router, key)) is not None}
+    if own.get("optimizer", config.train.optimizer) != config.train.optimizer:
+        own |= {"betas": None, "eps": None, "nesterov": False}
+    return config.train.model_copy(update={"layer_decay": 1.0} | own)
 
 
 class RouterStart(NamedTuple):
@@ -63,28 +81,29 @@ def router_start(config: DistillConfig, *, one_family: bool | None, steps: int |
     """How the learned router of a run starts; `steps` of an epoch, None where it is unknown.
 
     As published (Song et al., IEEE TIP 2022) the prior is to fade by weight decay: of SGD with momentum m, a factor
-    exp(-decay / (1 - m) sum of rates). `auto` takes the published values where this frees the router in the first half
-    of the run, as in 240 epochs; else no prior, and a rate at which short runs do not saturate (the presets' choice).
+    exp(-decay / (1 - m) sum of rates), of AdamW the same with m = 0; of others it is not known. `auto` takes the
+    published values where this frees the router in the first half of the run, as in 240 epochs; else no prior, and a
+    rate at which short runs do not saturate (the presets' choice; of others than SGD half the student's).
     """
     router = config.router if isinstance(config.router, LearnedConfig) else LearnedConfig(name="none")
-    student = initial_lr(config, config.student)
+    student, train = initial_lr(config, config.student), router_train(config)
     bias = None if one_family is None else SAME_FAMILY_BIAS if one_family else 0.0
+    momentum = {"sgd": train.momentum, "adamw": 0.0}.get(train.optimizer)
 
     def start(lr: float, prior: float | None) -> RouterStart:
         lr, prior = router.lr or lr, prior if router.teacher_bias is None else router.teacher_bias
-        if steps is None or prior is None:
+        if steps is None or prior is None or momentum is None:
             return RouterStart(lr, prior)
-        epochs, milestones = config.train.epochs, config.train.decay_epochs()
-        rates = [lr * config.train.lr_decay ** sum(epoch > m for m in milestones) for epoch in range(1, epochs + 1)]
-        factor = steps * router.weight_decay / (1 - config.train.momentum)
-        halfway, end = (prior * math.exp(-factor * sum(rates[:n])) for n in (epochs // 2, epochs))
+        rates = [lr * rate_factor(train, epoch, 1) for epoch in range(train.epochs)]
+        factor = steps * router.weight_decay / (1 - momentum)
+        halfway, end = (prior * math.exp(-factor * sum(rates[:n])) for n in (train.epochs // 2, train.epochs))
         return RouterStart(lr, prior, halfway, end)
 
     published = start(student / 2, bias)
     long = start(student / 2, SAME_FAMILY_BIAS).halfway
     if router.recipe == "published" or long is None or long < SATURATED_BIAS:
         return published
-    return start(student / SHORT_RUN, 0.0)
+    return start(student / (SHORT_RUN if train.optimizer == "sgd" else 2), 0.0)
 
 
 def router_gamma(router: LearnedConfig | None, config: DistillConfig) -> float:

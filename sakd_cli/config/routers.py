@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
 
 from sakd_cli.config.base import Config, by_name, chosen_by_name
+from sakd_cli.config.train import Optimizer, Schedule
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1)]  # one per spot, the logits last; one alone: of all
@@ -38,6 +39,20 @@ class LearnedConfig(RouterConfig):
     """Learning rate of the router; None: by recipe, as published half the student's."""
     weight_decay: NonNegativeFloat = 1e-3
     """Weight decay of the router."""
+    optimizer: Optimizer | None = None
+    """Optimizer of the router; None: train.optimizer."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Momentum of the router's optimizer; None: train.momentum."""
+    norm_decay: bool | None = None
+    """Whether norms and biases of the router and of its adapters are decayed; None: train.norm_decay."""
+    schedule: Schedule | None = None
+    """Learning rate of the router over the run; None: train.schedule."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Epochs in which the router's rate rises; None: train.warmup_epochs."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the router's gradients together; None: train.clip_norm."""
+    clip_value: PositiveFloat | None = None
+    """Largest absolute value in the router's gradients; None: train.clip_value."""
     update_every: PositiveInt = 1
     """The routed pass, which trains the router, in every so many steps only; it decides in every step. Published: 1."""
 

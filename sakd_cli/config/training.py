@@ -15,7 +15,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from yaml import YAMLError
 
 from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
@@ -23,78 +22,21 @@ from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
 from sakd_cli.config.routers import AdaptiveConfig, FixedConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.sweep import SweepConfig
-from sakd_cli.files import MOST_YAML, expanded, parse_yaml, read_bytes
+from sakd_cli.config.train import Share, Train
+from sakd_cli.files import expanded
 
 Folder = Annotated[Path, AfterValidator(expanded)]
 # `library`: what torchvision or timm has trained; a folder of that name is ./library.
 Weights = Literal["library"] | Folder
 # A trained network to start from: a quarter of the epochs, at a fifth of the rate (as Park et al., NeurIPS 2021).
 FINE_TUNING = {"epochs": 60, "lr": 0.01}
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 EXITS = ("rule", "delta", "theta", "budget", "uncertainty")
-
-
-def _read(weights: Any) -> Any:
-    """The content of a file of class weights; anything else as it is."""
-    if not isinstance(weights, str) or weights in ("balanced", "None", "null"):
-        return weights
-    try:
-        return parse_yaml(read_bytes(expanded(weights), MOST_YAML).decode())
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise ValueError(f"{weights}: {reason}; balanced, a number per class, or a file of them") from None
-    except (YAMLError, ValueError):
-        raise ValueError(f"{weights}: neither JSON nor YAML of a number per class") from None
 
 
 def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(names)}: a student is named twice")
     return names
-
-
-class Train(Config):
-    """SGD as the field trains CIFAR networks: the recipe of RepDistiller (Tian et al., ICLR 2020)."""
-
-    epochs: PositiveInt = 240
-    """Passes over the training images; 240 is the published recipe."""
-    batch_size: PositiveInt = 64
-    """Images per optimizer step, of all processes; 64 is the published recipe."""
-    lr: PositiveFloat | None = None
-    """Initial learning rate; None: the network's published one, 0.05, or 0.01 for MobileNetV2 and ShuffleNet."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Momentum of SGD; 0.9 is the published recipe."""
-    weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay of SGD; 5e-4 is the published recipe."""
-    nesterov: bool = False
-    """Whether SGD uses Nesterov momentum; not in the published recipe."""
-    milestones: tuple[PositiveInt, ...] | None = None
-    """Epochs at whose end lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)."""
-    lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Factor of the learning rate at each milestone; 0.1 is the published recipe."""
-    class_weights: Annotated[
-        Literal["balanced"] | tuple[NonNegativeFloat, ...] | dict[str, NonNegativeFloat] | None, BeforeValidator(_read)
-    ] = None
-    """Weights in the cross-entropy: balanced (1/images), one per class, or a YAML or JSON file; None: all alike."""
-    focal_gamma: NonNegativeFloat = 0.0
-    """Exponent of the focal loss in place of the cross-entropy (Lin et al. 2017: 2); 0: the cross-entropy."""
-
-    @model_validator(mode="after")
-    def _milestones_fit(self) -> "Train":
-        steps = self.milestones or ()
-        if list(steps) != sorted(set(steps)):
-            raise ValueError(f"milestones {list(steps)} must rise")
-        if steps and steps[-1] >= self.epochs:
-            raise ValueError(f"milestone {steps[-1]} must come before the last epoch ({self.epochs})")
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-    def decay_epochs(self) -> tuple[int, ...]:
-        """Epochs (counted from 1) after which the learning rate falls."""
-        if self.milestones is not None:
-            return self.milestones
-        return tuple(sorted({self.epochs * eighth // 8 for eighth in (5, 6, 7)} - {0}))
 
 
 class Runtime(Config):

@@ -1,106 +1,248 @@
-"""The optimizers: SGD over the task's parameter groups, and two in turn for a task of two levels.
+"""The optimizers: torch's or timm's over the task's parameter groups, and two in turn for a task of two levels.
 
-Learning rates are pure functions of the epoch. Of two levels, what the lower learns depends on what the upper sets.
+Learning rates are pure functions of the step. Of two levels, what the lower learns depends on what the upper sets.
 """
 
+import importlib
+import inspect
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.train import Train, rate_factor
 from sakd_cli.engine.task import ParamGroup
+from sakd_cli.errors import UsageError
 
 GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
+FUSED = ("sgd", "adam", "adamw")  # whose kernels read on the device what their rate is, and whether to skip
 
 
 def updates_on_device(parameter: nn.Parameter) -> bool:
-    """Whether they are made by fused kernels, which read their rate, and whether to skip, where the parameter is."""
+    """Whether they are made by kernels that read their rate where the parameter is."""
     return parameter.is_cuda
 
 
+def _reads_rate(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+
+
 def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Set each group's rate; where the updates are fused, in a tensor that captured updates read too."""
-    for settings, rate in zip(optimizer.param_groups, rates, strict=True):
-        if not optimizer.defaults["fused"]:
-            settings["lr"] = rate
-        elif isinstance(settings["lr"], Tensor):
-            settings["lr"].fill_(rate)
-        else:
-            settings["lr"] = torch.full((), rate, device=settings["params"][0].device)
+    """Set each group's rate; where the updates are on a device, in a tensor that captured updates read too."""
+    settings = optimizer.param_groups
+    if not _reads_rate(optimizer):
+        for group, rate in zip(settings, rates, strict=True):
+            group["lr"] = rate
+    elif isinstance(settings[0]["lr"], Tensor):
+        there = [group["lr"] for group in settings]
+        torch._foreach_zero_(there)
+        torch._foreach_add_(there, list(rates))
+    else:
+        for group, rate in zip(settings, rates, strict=True):
+            group["lr"] = torch.full((), rate, device=group["params"][0].device)
 
 
-def update(optimizer: torch.optim.Optimizer, gradient_hook: GradientHook | None) -> None:
-    """Make the update. `gradient_hook` gets the gradients; it may raise, or return a scalar on the device: where that
-    is 1 no fused update is made.
-    """
-    if gradient_hook is not None:
-        parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
-        skip = gradient_hook([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if optimizer.defaults["fused"]:
-            setattr(optimizer, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Those that there are, in order."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def update(optimizer: torch.optim.Optimizer, skip: Tensor | None) -> None:
+    """Make the update; none on a device where `skip` is 1."""
+    if skip is not None and optimizer.defaults.get("fused"):
+        setattr(optimizer, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
+    elif skip is not None and _reads_rate(optimizer):  # a step of length 0 along gradients of 0
+        for gradient in gradients_of(optimizer):
+            gradient.masked_fill_(skip > 0, 0)
+        torch._foreach_mul_([group["lr"] for group in optimizer.param_groups], 1 - skip)
     optimizer.step()
 
 
-class Optimizer:
-    """SGD with momentum; every group's rate is multiplied by `decay` after each of the `milestones` (epochs from 1).
+def made(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer that `train` names over torch's parameter groups. UsageError where it cannot be made."""
+    name = train.optimizer
+    given = {"momentum": train.momentum, "nesterov": train.nesterov, "betas": train.betas, "eps": train.eps}
+    if name.startswith("timm/"):
+        try:
+            factory: Any = importlib.import_module("timm.optim").create_optimizer_v2
+        except ImportError:
+            raise UsageError(f"train.optimizer: {name}: timm is not installed", "pip install 'sakd[timm]'") from None
+        own = {key: value for key, value in given.items() if value is not None and key in ("betas", "eps")}
+        try:
+            found: torch.optim.Optimizer = factory(
+                groups, opt=name.removeprefix("timm/"), lr=groups[0]["lr"], momentum=train.momentum, **own
+            )
+        except (ValueError, TypeError, AssertionError, KeyError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UsageError(f"train.optimizer: {name}: {reason}", "one of timm.optim.list_optimizers()") from None
+        return found
+    kind = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}[name]
+    known = inspect.signature(kind).parameters
+    on_device = updates_on_device(groups[0]["params"][0])
+    given |= {"fused": on_device and name in FUSED, "capturable": on_device}
+    own = {key: value for key, value in given.items() if key in known and value is not None}
+    return kind(groups, lr=groups[0]["lr"], **own)
+
+
+class Remembered(ABC):
+    """What optimizers remember of parameters, as tensors for a checkpoint."""
+
+    @abstractmethod
+    def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+        """Every parameter by its place, `group/position`, and who updates it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is remembered of every parameter, `group/position/what`; of a number its type too, `...:int`."""
+        of_parameters = {
+            f"{place}/{what}": value
+            for place, (optimizer, parameter) in self._places().items()
+            for what, value in optimizer.state[parameter].items()
+        }
+        counts = {  # some of timm's count their steps in their settings
+            f"#{k}/{number}/{what}": value
+            for k, optimizer in enumerate(self._optimizers())
+            for number, group in enumerate(optimizer.param_groups)
+            for what, value in group.items()
+            if what == "step"
+        }
+        return dict(_as_tensors(of_parameters | counts))
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put it back. ValueError where it is of other parameters."""
+        known, all_of_them = self._places(), self._optimizers()
+        for name, tensor in tensors.items():
+            place, _, what = name.rpartition("/")
+            if name in known:  # as it was saved while there was SGD alone
+                place, what = name, "momentum_buffer"
+            what, _, kind = what.partition(":")
+            value: Any = {"int": int, "float": float}[kind](tensor) if kind else tensor
+            if place.startswith("#"):
+                k, number = map(int, place[1:].split("/"))
+                all_of_them[k].param_groups[number][what] = value
+                continue
+            if place not in known or (tensor.dim() == known[place][1].dim() and tensor.shape != known[place][1].shape):
+                raise ValueError(f"memory of an unknown parameter: {name} {tuple(tensor.shape)}")
+            optimizer, parameter = known[place]
+            if tensor.dim() and tensor.shape == parameter.shape:
+                value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            elif isinstance(value, Tensor):  # steps are counted on the CPU, unless updates are made on the device
+                value = tensor.to(parameter.device) if tensor.dim() or _reads_rate(optimizer) else tensor.clone()
+            optimizer.state[parameter][what] = value
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return list({id(optimizer): optimizer for optimizer, _ in self._places().values()}.values())
+
+
+def _as_tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, int | float):
+            yield f"{name}:{type(value).__name__}", torch.tensor(value, dtype=torch.float64)
+
+
+class Slice(NamedTuple):
+    """Parameters of a task's group that share all: its settings, its rate at the start, and one of torch's groups."""
+
+    train: Train
+    lr: float
+    settings: dict[str, Any]
+
+
+@final
+class Optimizer(Remembered):
+    """The optimizer that the settings name, with their schedule; groups whose settings name another have their own.
 
     Fixed-shape losses give zeros where nothing was selected, never a missing gradient, so momentum and weight decay
     act on every parameter in every step, as in the published runs.
+
+    own     settings of the groups of these names
+    scales  factor of the rate of parameters (layer-wise decay); undecayed: beside norms and biases without norm_decay
     """
 
     def __init__(
         self,
         groups: Sequence[ParamGroup],
+        train: Train,
         *,
-        momentum: float,
-        milestones: Sequence[int],
-        decay: float,
-        nesterov: bool = False,
+        own: Mapping[str, Train] | None = None,
+        scales: Mapping[nn.Parameter, float] | None = None,
+        undecayed: Collection[nn.Parameter] = (),
     ) -> None:
         self.groups = tuple(group for group in groups if group.parameters)
-        self.milestones = tuple(milestones)
-        self.decay = decay
-        settings = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
-        self._fused = updates_on_device(self.groups[0].parameters[0])
-        self.sgd = torch.optim.SGD(settings, lr=0.0, momentum=momentum, nesterov=nesterov, fused=self._fused)
-        self.rates = tuple(group.lr for group in self.groups)  # of this epoch
+        self.floor = train.min_lr / self.groups[0].lr
+        self._clipped: list[tuple[Train, list[nn.Parameter]]] = []
+        slices: dict[Hashable, list[Slice]] = {}
+        for group in self.groups:
+            settings = (own or {}).get(group.name, train)
+            self._clipped += [(settings, group.parameters)] if settings.clip_norm or settings.clip_value else []
+            kind = settings.optimizer, settings.momentum, settings.nesterov, settings.betas, settings.eps
+            slices.setdefault(kind, []).extend(_slices(group, settings, scales or {}, undecayed))
+        self.parts = [(made(of[0].train, [one.settings for one in of]), of) for of in slices.values()]
+        self._on_device = updates_on_device(self.groups[0].parameters[0])
+        self.capturable = not self._on_device or all(_reads_rate(optimizer) for optimizer, _ in self.parts)
+        self.accumulate = train.accumulate
+        self.rates: tuple[float, ...] = ()  # of this step
 
-    def factor(self, epoch: int) -> float:
-        """What the starting rates are multiplied by in this epoch, counted from 1."""
-        return float(self.decay ** sum(epoch > milestone for milestone in self.milestones))
+    def begin_step(self, step: int, steps_per_epoch: int) -> None:
+        """Set the rates of this step, counted from 0 over the whole run."""
+        before, self.rates = self.rates, ()
+        for optimizer, of in self.parts:
+            rates = [one.lr * rate_factor(one.train, step, steps_per_epoch, self.floor) for one in of]
+            start, self.rates = len(self.rates), (*self.rates, *rates)
+            if tuple(rates) != before[start : len(self.rates)]:
+                set_rates(optimizer, rates)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set the rates of this epoch."""
-        self.rates = tuple(group.lr * self.factor(epoch) for group in self.groups)
-        set_rates(self.sgd, self.rates)
+        """Set the rates of the first step of this epoch, counted from 1."""
+        self.begin_step(epoch - 1, 1)
 
     def constants(self) -> Hashable:
         """What a captured update would hold for good; on CUDA the rates are read from the device."""
-        return () if self._fused else self.rates
+        return () if self._on_device and self.capturable else self.rates
 
-    def step(self, loss: torch.Tensor, gradient_hook: GradientHook | None = None) -> None:
-        """One backward pass and one update of all groups, with the hook of `update` in between."""
-        self.sgd.zero_grad(set_to_none=True)
-        loss.backward()
-        update(self.sgd, gradient_hook)
+    def step(self, loss: Tensor | Iterator[Tensor], gradient_hook: GradientHook | None = None) -> None:
+        """One backward pass and one update of all groups; of several losses, the sum of their gradients.
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Momentum of every parameter that has one, keyed by its place: `group/position`."""
-        return {
-            name: self.sgd.state[parameter]["momentum_buffer"]
-            for name, parameter in places(self.groups).items()
-            if "momentum_buffer" in self.sgd.state[parameter]
-        }
+        `gradient_hook` gets the gradients; it may raise, or return a scalar on the device: where that is 1 no update
+        is made there. Clipping follows: by value, then by the norm of a task's group.
+        """
+        for optimizer, _ in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+        for one in [loss] if isinstance(loss, Tensor) else loss:
+            one.backward()
+        skip = None
+        if gradient_hook is not None:
+            skip = gradient_hook([gradient for optimizer, _ in self.parts for gradient in gradients_of(optimizer)])
+        for train, parameters in self._clipped:
+            if train.clip_value is not None:
+                nn.utils.clip_grad_value_(parameters, train.clip_value)
+            if train.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+        for optimizer, _ in self.parts:
+            update(optimizer, skip)
 
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put the momentum back. ValueError where it is that of other parameters."""
-        known = places(self.groups)
-        for name, buffer in tensors.items():
-            if name not in known or known[name].shape != buffer.shape:
-                raise ValueError(f"momentum of an unknown parameter: {name} {tuple(buffer.shape)}")
-            self.sgd.state[known[name]]["momentum_buffer"] = torch.empty_like(known[name]).copy_(buffer)
+    def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+        who = {p: optimizer for optimizer, _ in self.parts for group in optimizer.param_groups for p in group["params"]}
+        return {name: (who[parameter], parameter) for name, parameter in places(self.groups).items()}
+
+
+def _slices(
+    group: ParamGroup, train: Train, scales: Mapping[nn.Parameter, float], undecayed: Collection[nn.Parameter]
+) -> list[Slice]:
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    apart = set(undecayed)
+    for parameter in group.parameters:
+        plain = not train.norm_decay and (parameter.ndim <= 1 or parameter in apart)
+        key = scales.get(parameter, 1.0), 0.0 if plain else group.weight_decay
+        found.setdefault(key, []).append(parameter)
+    return [
+        Slice(train, group.lr * scale, {"params": parameters, "lr": group.lr * scale, "weight_decay": decay})
+        for (scale, decay), parameters in found.items()
+    ]
 
 
 def places(groups: Sequence[ParamGroup]) -> dict[str, torch.nn.Parameter]:
@@ -160,7 +302,8 @@ def unrolled_gradient(
     return [d - rate * (plus - minus) / (2 * length) for d, plus, minus in zip(direct, *sides, strict=True)]
 
 
-class BilevelOptimizer:
+@final
+class BilevelOptimizer(Remembered):
     """Adam for the upper level's parameters, SGD with Nesterov momentum for the lower's, whichever has its turn.
 
     The lower rate falls to 0 as half a cosine, from epoch to epoch. `second_order`: the upper level's gradient is that
@@ -188,6 +331,13 @@ class BilevelOptimizer:
         self.adam = torch.optim.Adam(of_upper, betas=(0.5, 0.999), fused=fused, capturable=fused)
         self.sgd = torch.optim.SGD(of_lower, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
+    accumulate = 1
+    capturable = True
+
+    def begin_step(self, step: int, steps_per_epoch: int) -> None:
+        """Set the rate of this step's epoch."""
+        self.begin_epoch(step // steps_per_epoch + 1)
+
     def begin_epoch(self, epoch: int) -> None:
         """Set the lower rate of this epoch, counted from 1."""
         self.rates = (self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2,)
@@ -206,7 +356,7 @@ class BilevelOptimizer:
             self._look_ahead()
         else:
             loss.backward(inputs=group.parameters)
-        update(optimizer, gradient_hook)
+        update(optimizer, None if gradient_hook is None else gradient_hook(gradients_of(optimizer)))
 
     def _look_ahead(self) -> None:
         rate = self.sgd.param_groups[0]["lr"]
@@ -214,27 +364,6 @@ class BilevelOptimizer:
         gradients = unrolled_gradient(*losses, self.upper.parameters, self.lower.parameters, rate)
         for parameter, gradient in zip(self.upper.parameters, gradients, strict=True):
             parameter.grad = gradient
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that both remember of every parameter: `group/position/what`."""
-        return {
-            f"{place}/{what}": tensor
-            for place, (optimizer, parameter) in self._places().items()
-            for what, tensor in optimizer.state[parameter].items()
-            if tensor is not None
-        }
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put it back. ValueError where it is of other parameters."""
-        known = self._places()
-        for name, tensor in tensors.items():
-            place, _, what = name.rpartition("/")
-            if place not in known or tensor.shape not in (torch.Size(), known[place][1].shape):
-                raise ValueError(f"memory of an unknown parameter: {name} {tuple(tensor.shape)}")
-            optimizer, parameter = known[place]
-            # Adam counts its steps on the CPU, unless it is fused.
-            there = tensor.dim() or self._fused
-            optimizer.state[parameter][what] = tensor.to(parameter) if there else tensor.clone()
 
     def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
         levels = (self.upper, self.adam), (self.lower, self.sgd)

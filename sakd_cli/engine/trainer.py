@@ -142,13 +142,13 @@ class Trainer:
     def _train(self, epoch: int) -> None:
         self.task.train()
         self.task.begin_epoch(epoch)
-        self.optimizer.begin_epoch(epoch)
         first = (epoch - 1) * self.loader.steps_per_epoch
         last = first + self.loader.steps_per_epoch
         for batch in self.loader.epoch(epoch, start=self.step - first):
             if signal := self._stop_signal(self.reporter.stop()):
                 raise Stopped(signal)
             self.task.begin_step(self.step)
+            self.optimizer.begin_step(self.step, self.loader.steps_per_epoch)
             self._advance(batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:

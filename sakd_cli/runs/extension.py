@@ -8,7 +8,8 @@ from typing import Any
 
 from sakd_cli import distributed
 from sakd_cli.batch import Loader
-from sakd_cli.config.training import Train
+from sakd_cli.config.effective import router_train
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.documents.training import PlannedNetwork
 from sakd_cli.engine.graphs import Cuda
@@ -17,19 +18,19 @@ from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
+from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
+from sakd_cli.tasks.distill import ROUTER
 
 
-def optimizer_of(task: Task, settings: Train, milestones: tuple[int, ...]) -> Optimizer:
-    """The optimizer of an ordinary training; without milestones the learning rate stays as it is."""
-    return Optimizer(
-        task.groups(),
-        momentum=settings.momentum,
-        milestones=milestones,
-        decay=settings.lr_decay,
-        nesterov=settings.nesterov,
-    )
+def optimizer_of(job: Job, task: Task) -> Optimizer:
+    """The optimizer of an ordinary training."""
+    train, config = job.config.train, job.config
+    if train.accumulate > 1 and distributed.world_size() > 1:
+        raise UsageError("train.accumulate: each process of torchrun has a part of the batch already", "more processes")
+    own = {ROUTER: router_train(config)} if isinstance(config, DistillConfig) else {}
+    return Optimizer(task.groups(), train, own=own)
 
 
 def loader_of(job: Job) -> TrainLoader:
@@ -71,7 +72,7 @@ class TrainerFactory:
         return Trainer(
             task,
             loader or loader_of(job),
-            optimizer or optimizer_of(task, settings.train, settings.train.decay_epochs()),
+            optimizer or optimizer_of(job, task),
             self.run,
             self.reporter,
             epochs=epochs,

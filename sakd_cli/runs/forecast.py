@@ -13,6 +13,7 @@ from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.config.routers import AlwaysConfig, RandomConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import keep_freed_memory, pick_device, resolve_mode, translate_oom
@@ -147,7 +148,7 @@ def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> flo
     device, size = pick_device(config.device), config.train.batch_size
     # The learning rates of the settings would let random weights run away; the arithmetic is the same.
     groups = [group._replace(lr=RATE) for group in task.groups()]
-    optimizer, best = Optimizer(groups, momentum=0.9, milestones=(), decay=0.1), float("inf")
+    optimizer, best = Optimizer(groups, Train()), float("inf")
     optimizer.begin_epoch(1)
     x = torch.randn(size, 3, *height_width(bench.side))
     index = torch.arange(size) % bench.images

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from sakd_cli import distributed
 from sakd_cli.batch import Loader, Precomputed
+from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.sources import views
 from sakd_cli.engine.look_ahead import LookAhead
+from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import compiled
@@ -18,7 +20,7 @@ from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.files import write_document
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
-from sakd_cli.runs.extension import TrainerFactory, loader_of, optimizer_of
+from sakd_cli.runs.extension import TrainerFactory, loader_of
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.teacher_cache import open_teacher_cache
 from sakd_cli.tasks.distill import DistillTask, PlainPass
@@ -58,10 +60,12 @@ def _looking_ahead(job: Job, task: Task, loader: Loader, reporter: Reporter) -> 
 
 
 def _warm_up(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]:
-    """A method's own warm-up, at a constant learning rate."""
+    """A method's own warm-up, by SGD at a constant learning rate."""
     if (stage := warmup_of(job)) is not None:
         task, epochs = stage
-        optimizer = optimizer_of(task, job.config.train, ())
+        train = job.config.train
+        plain = Train(momentum=train.momentum, nesterov=train.nesterov, schedule="constant")
+        optimizer = Optimizer(task.groups(), plain)
         loader = _looking_ahead(job, task, loader_of(job), factory.reporter)
         yield factory.trainer(job, task, f"{before}warmup", epochs, loader=loader, optimizer=optimizer)
         task.warmup.requires_grad_(False)

@@ -11,7 +11,8 @@ from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differen
 from sakd_cli.config.networks import trust
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
-from sakd_cli.config.training import RunConfig, Train
+from sakd_cli.config.train import Train
+from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded, sha256
 from sakd_cli.rundir import IMAGES, ResumePlan, RunDir, all_runs, look_up, runs_like

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
-from sakd_cli.config.training import Train
+from sakd_cli.config.train import Train
 from sakd_cli.errors import UsageError
 
 BALANCED = "balanced"

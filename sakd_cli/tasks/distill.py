@@ -28,6 +28,7 @@ from sakd_cli.routing.router import Answers, Decision, Router
 from sakd_cli.tasks.criterion import Criterion
 
 GUIDE = "sakd guide extending"
+ROUTER = "router"  # the group of what decides and of the adapters on its paths
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
 
 
@@ -130,7 +131,7 @@ class DistillTask(Task):
         router = [p for module in routing if module is not None for p in module.parameters()]
         return [
             ParamGroup("student", student, self.rates.lr, self.rates.weight_decay),
-            ParamGroup("router", router, self.rates.router_lr, self.rates.router_weight_decay),
+            ParamGroup(ROUTER, router, self.rates.router_lr, self.rates.router_weight_decay),
         ]
 
     def begin_epoch(self, epoch: int) -> None:
