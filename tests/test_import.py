@@ -17,7 +17,8 @@ from sakd_cli.data.cifar import CIFAR100
 from sakd_cli.documents.table import Imported
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
-from sakd_cli.models.foreign import DIALECTS, KEYS, load_foreign, read_foreign, translate_name
+from sakd_cli.models.dialects import DIALECTS, translate_name
+from sakd_cli.models.foreign import load_foreign, read_foreign
 from sakd_cli.models.table import create
 
 
@@ -119,7 +120,14 @@ def test_no_two_tensors_have_one_foreign_name(name: str) -> None:
 def test_where_the_weights_may_stand_in_a_file(tmp_path: Path) -> None:
     tensors, network = foreign("resnet20", 10)
     few = {key: tensor.double() for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
-    contents: list[Any] = [tensors, few, *({"epoch": 3, key: tensors} for key in KEYS)]
+    contents: list[Any] = [
+        tensors,
+        few,
+        *(
+            {"epoch": 3, key: tensors}
+            for key in ("model", "state_dict", "net", "student", "model_state_dict", "weights")
+        ),
+    ]
     for number, content in enumerate(contents):
         torch.save(content, tmp_path / f"{number}.pth", _use_new_zipfile_serialization=number != 1)
         loaded = load_foreign(tmp_path / f"{number}.pth", "resnet20", 10).state_dict()

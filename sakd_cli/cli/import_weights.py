@@ -7,7 +7,7 @@ import typer
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources, resolve
+from sakd_cli.config.resolve import config_sources
 
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="PyTorch (.pth, .pt) or .safetensors file of a state dict.")
@@ -15,23 +15,25 @@ FileArgument = Annotated[
 
 
 @with_options("import-weights")
-def import_weights(
-    options: Values, json: bool, quiet: bool, network: str, import_dir: Path | None, file: FileArgument
-) -> None:
+def import_weights(options: Values, json: bool, quiet: bool, import_dir: Path | None, file: FileArgument) -> None:
     """Convert weights of another program (RepDistiller, mdistiller) to a folder for --teacher, and evaluate them.
 
-    The file is read as plain tensors only; every tensor of the network is filled exactly once.
+    The file is read as plain tensors only; every tensor of the network is filled exactly once. The weights are found
+    wherever the trainer has put them; what is left in the file is told.
 
     Examples:
 
-        sakd import-weights resnet32x4.pth --model resnet32x4 --dataset cifar100
+        sakd import-weights save/models/resnet32x4_vanilla/ckpt_epoch_240.pth
+
+        sakd import-weights model_best.pth.tar --model timm/resnet18 --key state_dict_ema --classes order.txt
 
         sakd distill --teacher resnet32x4-cifar100 --student resnet8x4
     """
-    config = resolve("eval", config_sources(options)).config
+    from sakd_cli.export.import_weights import Source
     from sakd_cli.export.import_weights import import_weights as carry_out
 
-    result = carry_out(file, network, config, import_dir, ConsoleReporter(quiet=quiet))
+    source = Source(file, options["network"], options["key"], options["class_order"])
+    result = carry_out(source, config_sources(options), import_dir, ConsoleReporter(quiet=quiet))
     if json:
         emit(result)
         return

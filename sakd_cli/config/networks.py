@@ -106,6 +106,31 @@ def brought(name: str) -> Network | None:
     return None
 
 
+class Release(NamedTuple):
+    """A teacher that others have published: its network, data set and top-1 there in percent, and who says so."""
+
+    network: str
+    dataset: str
+    top1: float
+    source: str
+
+
+_CRD, _ZOO = "RepDistiller, the CRD benchmark", "pytorch-cifar-models"
+_CRD_TEACHERS = {"wrn_40_2": 75.61, "resnet56": 72.34, "resnet110": 74.31}
+_CRD_TEACHERS |= {"resnet32x4": 79.42, "vgg13": 74.64, "ResNet50": 79.34}
+_ZOO_TEACHERS = {  # on CIFAR-10 and CIFAR-100
+    "resnet20": (92.60, 68.83),
+    "resnet32": (93.53, 70.16),
+    "resnet44": (94.01, 71.63),
+    "resnet56": (94.37, 72.63),
+}
+RELEASES = {f"{name}_vanilla": Release(name, "cifar100", top1, _CRD) for name, top1 in _CRD_TEACHERS.items()} | {
+    f"cifar{count}_{name}": Release(name, f"cifar{count}", top1, _ZOO)
+    for name, both in _ZOO_TEACHERS.items()
+    for count, top1 in zip((10, 100), both, strict=True)
+}  # by the name of the folder or the file that they come in
+
+
 TRUST = "SAKD_FACTORIES"  # environment: names, with commas between them, of what a weights file may ask for
 
 

@@ -202,10 +202,12 @@ class DataCheck(Document):
 
 
 class WeightsFile(Part):
-    """The file that weights were read from."""
+    """The file that weights were read from; of a published teacher its name, and its published top-1 in percent."""
 
     file: str
     sha256: str
+    release: str | None = None
+    published_top1: Number = None
 
 
 class Imported(Document):

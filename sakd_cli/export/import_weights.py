@@ -1,48 +1,83 @@
 """Bring in weights that another program has trained: read, fill one of our networks, score it, write the folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sakd_cli.config.networks import find_network
+from sakd_cli.config.networks import RELEASES, Release, find_network
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.table import describe
 from sakd_cli.documents.table import Imported, WeightsFile
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import sha256, whole_folder
+from sakd_cli.files import MOST_YAML, parse_json, read_bytes, sha256, whole_folder
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.evaluate import test_scores
+from sakd_cli.runs.initial_weights import differing_classes
+from sakd_cli.runs.locate import GAP, chance
 
 
-def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None, reporter: Reporter) -> Imported:
+class Source(NamedTuple):
+    """What to bring in.
+
+    model    the network's name, or that of a published teacher; None: by the names of file and folder
+    key      which weights, where the file holds several
+    classes  file with the classes in the order of its logits; None: the data set's order
+    """
+
+    file: Path
+    model: str | None = None
+    key: str | None = None
+    classes: Path | None = None
+
+
+def import_weights(source: Source, layers: Sequence[ConfigSource], out: Path | None, reporter: Reporter) -> Imported:
     """Write the deployable folder `out` (None: `<network>-<data set>` here) from a foreign weights file.
 
     The network is scored where the data set's files are at hand; nothing is downloaded for it. Raises UsageError where
     the file is not this network's weights or `out` exists, NonFiniteError where a weight is no number.
     """
-    name = find_network(model).name
+    file, (name, title, release) = source.file, _named(source)
+    below = [ConfigSource("the published teacher", {"data": {"name": release.dataset}})] if release else []
+    config: EvalConfig = resolve("eval", [*below, *layers]).config
     device = pick_device(config.device)
     known = describe(config.data)
     folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: exists already and is not overwritten", hint="--out DIR")
-    network = foreign.load_foreign(file, name, len(known.classes), known.train.side)
+    order = None if source.classes is None else _order(source.classes, known.classes, known.name)
+    about: dict[str, Any] = {"key": source.key, "order": order, "tell": reporter.say}
+    network = foreign.load_foreign(file, name, len(known.classes), known.train.side, **about)
     metrics: dict[str, Any] = {}
     try:
         known = load_images(config.data.model_copy(update={"validation": 0.0, "download": False})).dataset
         scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
         metrics = scores.metrics() | {"split": "test", "images": scores.images}
+        if text := chance(scores.top1, scores.images, len(known.classes)):
+            reporter.warn(text)
     except DataError as error:
         reporter.warn(f"not scored: {error.message}")
+    published = release if release and release.dataset == known.name else None
+    if published and metrics and abs(metrics["top1"] - published.top1) > GAP:
+        reporter.warn(
+            f"{title} is published with top-1 {published.top1:.2f} % ({published.source}); "
+            f"here {metrics['top1']:.2f} % on {metrics['images']} test images"
+        )
     document = Imported(
         folder=str(folder),
         network=name,
         dataset=known.name,
         classes=len(known.classes),
-        imported=WeightsFile(file=file.name, sha256=sha256(file)),
+        imported=WeightsFile(
+            file=file.name,
+            sha256=sha256(file),
+            release=title if published else None,
+            published_top1=published.top1 if published else None,
+        ),
         **metrics,
     )
     card = NetworkCard(name, known.name, known.classes, known.mean, known.std, known.train.side, known.seen)
@@ -50,3 +85,40 @@ def import_weights(file: Path, model: str, config: EvalConfig, out: Path | None,
     with whole_folder(folder) as aside:
         artifact.save_folder(aside, network.cpu(), card, facts)
     return document
+
+
+def _named(source: Source) -> tuple[str, str, Release | None]:
+    """Name of the network, of the published teacher, and what is known of it, where the names say that it is one."""
+    titles = [source.model or "", source.file.absolute().parent.name, source.file.stem.partition("-")[0]]
+    title = next((title for title in titles if title in RELEASES), "")
+    release, model = RELEASES.get(title), source.model
+    if model is None or model in RELEASES:
+        if release is None:
+            hint = f"the names of {source.file.name} and its folder do not say"
+            raise UsageError("Missing option '--model': whose weights are these?", hint)
+        model = release.network
+    name = find_network(model).name
+    return name, title, release if release and release.network == name else None
+
+
+def _order(file: Path, ours: tuple[str, ...], dataset: str) -> list[int]:
+    """For every class of ours its place in a file of class names. Raises UsageError where these are other classes.
+
+    The file has one name a line, or is JSON: a list, {"0": name, ...} or {name: 0, ...}.
+    """
+    try:
+        text = read_bytes(file, MOST_YAML * 8).decode("utf-8-sig")
+        content: Any = parse_json(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+        if isinstance(content, dict):
+            pairs = [(name, place) if isinstance(place, int) else (place, int(name)) for name, place in content.items()]
+            content = [name for name, _ in sorted(pairs, key=lambda pair: pair[1])]
+        theirs = tuple(str(name).strip() for name in content if str(name).strip())
+    except OSError as error:
+        raise UsageError(f"--classes {file}: {(error.strerror or 'cannot be read').lower()}") from None
+    except (ValueError, TypeError):
+        raise UsageError(f"--classes {file}: holds no names of classes", "one a line, or a list in JSON") from None
+    if sorted(theirs) != sorted(ours):
+        raise UsageError(
+            f"--classes {file}: is not the {len(ours)} classes of {dataset}: {differing_classes(theirs, ours)}"
+        )
+    return [theirs.index(name) for name in ours]

@@ -75,11 +75,12 @@ def _card(text: str) -> NetworkCard:
 
 
 class Artifact(NamedTuple):
-    """A network that was read back: the model on the CPU, its card, the SHA-256 of its file."""
+    """A network that was read back: the model on the CPU, its card, the SHA-256 of its file, what is worth telling."""
 
     model: StagedModel
     card: NetworkCard
     sha256: str
+    notes: tuple[str, ...] = ()
 
 
 def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:

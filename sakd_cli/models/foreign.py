@@ -1,18 +1,18 @@
 """Weights of other programs, tensor by tensor into one of our networks; the only reader of pickled weights.
 
-A PyTorch file is read with `weights_only=True` and in no other way, whatever fails. `DIALECTS` says how other programs
-name the tensors of our networks: as the CIFAR teachers that the CRD benchmark (RepDistiller) and mdistiller publish;
-ResNet18 to ResNet152 also as torchvision. The first rule whose regular expression fits the start of our name says how
-theirs starts; the rest of the name is the same.
+A PyTorch file is read with `weights_only=True` and in no other way, whatever fails. What training scripts keep beside
+the weights (`HARMLESS`) becomes an empty object, of which no code runs. The weights are looked for by the names of
+their tensors (`models/dialects.py`), wherever in the file they stand and whatever wrapper is in front of them.
 """
 
 import re
 import warnings
 import zipfile
-from collections.abc import Collection
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,51 +20,132 @@ from torch import Tensor
 from sakd_cli.config.networks import NETWORKS, brought, find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
-from sakd_cli.models import mobilenetv2
 from sakd_cli.models.artifact import check_finite, fill_weights, ghost, read_tensors, shapes_of
+from sakd_cli.models.dialects import DIALECTS, OWN_NAMES, tables, translate_name
 from sakd_cli.models.staged import StagedModel
 
-Rules = tuple[tuple[str, str], ...]
-
-KEYS = ("model", "state_dict", "net", "student", "model_state_dict", "weights")  # where training scripts put them
-OWN_NAMES: tuple[Rules, ...] = ((),)  # of a family without rules: a plug-in, a new one
 COUNTER = "num_batches_tracked"  # PyTorch before 0.4.1 had none, and no result depends on it
-ROOM = 64 * 1024**2  # bytes beside the weights: a memory bank of CRD has 50 MB
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # parts of names
+EMA = re.compile(r"(^|[^a-z])ema|ema($|[^a-z])|averaged|(^|[^a-z])swa")  # in a lower-case place: an average of weights
+ROOM = 512 * 1024**2  # bytes beside the weights: another network, an optimizer, a memory bank of CRD (50 MB)
+DEEPEST, WIDEST = 5, 8  # dicts in dicts; entries of a list that may hold a state dict
 ALONE = "where you trust the file, save its weights alone: torch.save(model.state_dict(), FILE)"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def translate_name(name: str, rules: Rules) -> str:
-    """What others call our tensor; our own name where no rule fits."""
-    return next((re.sub(ours, theirs, name, count=1) for ours, theirs in rules if re.match(ours, name)), name)
+class _Aside:
+    """Stands for an object beside the weights: takes what the file has of it, and keeps nothing."""
+
+    def __new__(cls, *_: Any) -> "_Aside":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        return
+
+    def __setstate__(self, _: Any) -> None:
+        return
 
 
-def load_foreign(file: Path, architecture: str, classes: int, side: ImageSize = 32) -> StagedModel:
+class _AsideDict:
+    """Stands for a class of dicts, which the unpickler fills."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+_PATHS = [f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")]
+_ATTRIBUTE_DICTS = [
+    f"{package}.AttributeDict"
+    for package in (
+        *("lightning.fabric.utilities.data", "lightning_fabric.utilities.data"),
+        *("lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing"),
+    )
+]
+_PLAIN = [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "frozenset")]
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray")),
+    *((_Aside, name) for name in (*_NUMPY, *_PATHS, *_PLAIN)),
+    *((_AsideDict, name) for name in ("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict")),
+    *((_AsideDict, name) for name in _ATTRIBUTE_DICTS),
+]
+
+
+class Place(NamedTuple):
+    """Where in a file a network may stand.
+
+    label    keys from the top of the file and what its names begin with: `state_dict`, `model.module.student`
+    path     the keys alone
+    names    our name -> theirs, without what they begin with
+    tensors  by their names; also what is no tensor
+    beside   other parts of the same dict and their numbers of entries
+    """
+
+    label: str
+    path: tuple[str, ...]
+    names: dict[str, str]
+    tensors: dict[str, Any]
+    beside: Counter[str]
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.names.values() if name not in self.tensors and not name.endswith(COUNTER)]
+
+    @property
+    def left(self) -> list[str]:
+        return sorted(self.tensors.keys() - set(self.names.values()))
+
+    @property
+    def averaged(self) -> bool:
+        return bool(EMA.search(self.label.lower()))
+
+    def unlike(self, shapes: Shapes) -> int:
+        """Number of tensors of another shape; of the head's, whatever the number of classes."""
+        odd = 0
+        for ours, theirs in self.names.items():
+            cut = int(ours.startswith("head."))
+            odd += tuple(getattr(self.tensors.get(theirs), "shape", shapes[ours]))[cut:] != shapes[ours][cut:]
+        return odd
+
+
+class Found(NamedTuple):
+    """Weights in a file: `Place.names`, the tensors by their names, and what is worth telling of the rest."""
+
+    names: dict[str, str]
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def load_foreign(
+    file: Path,
+    architecture: str,
+    classes: int,
+    side: ImageSize = 32,
+    *,
+    key: str | None = None,
+    order: Sequence[int] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> StagedModel:
     """One of our networks with the weights of a foreign file, every tensor filled exactly once.
 
     A network of another library takes its tensors under that library's names; an auxiliary classifier is left out.
+
+    key    where the weights stand, of several that fit: `state_dict_ema`, `module.student`
+    order  for every class of ours the row of their head; None: theirs are in our order
+    tell   is given what is worth knowing: which weights were taken, and what was left
 
     Raises UsageError where it is no file of plain tensors, or not of this network; NonFiniteError where a weight is no
     number.
     """
     network = ghost(architecture, classes, side)
     ours = shapes_of(network)
-    most = ROOM + 8 * sum(4 * torch.Size(shape).numel() for shape in ours.values())  # with momentum, doubles, a copy
-    names = network.plain_names()
-    kinds = {names[name]: tensor.dtype for name, tensor in network.state_dict().items()}
+    plain = network.plain_names()
+    kinds = {plain[name]: tensor.dtype for name, tensor in network.state_dict().items()}
     known = brought(architecture) is not None
+    ways = [plain] if known else tables(find_network(architecture).family, ours)
+    content = read_foreign(file, ROOM + 8 * sum(4 * torch.Size(shape).numel() for shape in ours.values()))
     integers = {name for name, kind in kinds.items() if known and not kind.is_floating_point}
-    theirs = read_foreign(file, most, integers)
-    if known:
-        theirs = {name: tensor for name, tensor in theirs.items() if not name.lower().startswith("aux")}
-    else:
-        names = _closest(architecture, ours, theirs)
-    missing = [names[name] for name in ours if names[name] not in theirs and not name.endswith(COUNTER)]
-    left = sorted(theirs.keys() - set(names.values()))
-    if missing or left:
-        parts = [(missing, "missing"), (left, "left over")]
-        both = "; ".join(f"{len(part)} tensors {what}: {_few(part)}" for part, what in parts if part)
-        few = not 5 <= len(missing) + len(left) < 5000
-        raise UsageError(f"{file}: is no {architecture}; {both}", hint=None if few else _advice(theirs))
+    names, theirs, notes = find_weights(file, content, architecture, ways, ours, integers, key)
     tensors = {}
     for name, shape in ours.items():
         tensor = theirs.get(names[name], torch.zeros(()))  # a missing counter
@@ -75,35 +156,160 @@ def load_foreign(file: Path, architecture: str, classes: int, side: ImageSize = 
                 reason = f"is for {there[0]} classes, not for {classes}"
             raise UsageError(f"{file}: {reason}", hint=_advice(theirs))
         kind = kinds[names[name]] if names[name] in integers else torch.float32
-        tensors[name] = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
+        tensor = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
+        tensors[name] = tensor[list(order)] if order is not None and name.startswith("head.") else tensor
     check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
+    for note in notes:
+        tell(note)
     return fill_weights(network, tensors)
 
 
-def read_foreign(file: Path, most: int, integers: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a state dict, bare or under one of `KEYS`, without `module.` in front. Raises UsageError.
-
-    integers  names of those that need not be floating-point numbers
-    """
+def read_foreign(file: Path, most: int) -> Any:
+    """What a file of weights holds, as plain data. Raises UsageError where it has more than `most` bytes, or other."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     if file.stat().st_size > most:
         raise UsageError(f"{file}: has {file.stat().st_size >> 20} MB, too many for this network", hint=ALONE)
-    content: Any = read_tensors(file)[1] if file.suffix == ".safetensors" else _unpickled(file)
-    if isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        content = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
-    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
-        raise UsageError(f"{file}: holds no state dict, bare or under {', '.join(KEYS)}", hint=ALONE)
-    while all(key.startswith("module.") for key in content):  # of DataParallel
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    for name, value in content.items():
+    return read_tensors(file)[1] if file.suffix == ".safetensors" else _unpickled(file)
+
+
+def find_weights(
+    file: Path,
+    content: Any,
+    architecture: str,
+    ways: Sequence[dict[str, str]],
+    shapes: Shapes,
+    integers: Collection[str] = (),
+    key: str | None = None,
+) -> Found:
+    """The one state dict in a file that has all tensors of a network, under one of the tables of names `ways`.
+
+    shapes    of ours
+    integers  their names of those that need not be floating-point numbers
+
+    Raw weights are taken before averaged ones (EMA). Raises UsageError where none fits, several do and none was asked
+    for by `key`, or a tensor is not plain.
+    """
+    auxiliary = brought(architecture) is not None
+    inside = content if isinstance(content, dict | list | tuple) else ()
+    places = [place for path, part in _dicts(inside, (), set()) for place in _places(path, part, ways, auxiliary)]
+    if not places:
+        raise UsageError(f"{file}: holds no state dict of tensors with names", hint=ALONE)
+    if key is not None:
+        asked = [place for place in places if f".{key}." in f".{place.label}."]
+        if not asked:
+            there = dict.fromkeys(place.label for place in places if not place.missing) or {places[0].label: None}
+            raise UsageError(f"{file}: has no weights under {key!r}", f"there are: {', '.join(filter(None, there))}")
+        places = asked
+    fits = [place for place in places if not (place.missing or place.left)]
+    if not fits:
+        nearest = min(places, key=lambda place: len(place.missing) + len(place.left))
+        _check_plain(file, nearest, integers)
+        raise UsageError(*_misfit(file, architecture, nearest))
+    alike = min(place.unlike(shapes) for place in fits)
+    fits = [place for place in fits if place.unlike(shapes) == alike]
+    raw, averaged = ([place for place in fits if place.averaged is kind] for kind in (False, True))
+    if len(raw or averaged) > 1:
+        labels = ", ".join(place.label or "the names without a prefix" for place in raw or averaged)
+        hint = f"say which: sakd import-weights {file} --model {architecture} --key {(raw or averaged)[-1].label}"
+        raise UsageError(f"{file}: holds {len(raw or averaged)} networks that fit: {labels}", hint)
+    (chosen,) = raw or averaged
+    _check_plain(file, chosen, integers)
+    return Found(chosen.names, chosen.tensors, tuple(_notes(content, chosen, averaged if raw else [])))
+
+
+def _dicts(content: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
+    """Every dict in the content that has tensors under names, with the keys that lead there; each once."""
+    seen.add(id(content))
+    parts: list[tuple[Any, Any]] = list(content.items() if isinstance(content, dict) else enumerate(content))
+    if isinstance(content, dict) and any(isinstance(one, Tensor) and isinstance(name, str) for name, one in parts):
+        yield path, content
+    if len(path) < DEEPEST and (isinstance(content, dict) or len(parts) <= WIDEST):
+        for name, part in parts:
+            if isinstance(part, dict | list | tuple) and id(part) not in seen:
+                yield from _dicts(part, (*path, str(name)), seen)
+
+
+def _places(
+    path: tuple[str, ...], part: dict[Any, Any], ways: Sequence[dict[str, str]], auxiliary: bool
+) -> Iterator[Place]:
+    """Where in a dict a network of these names may stand: behind what stands in front of its first or last tensor."""
+    if not all(isinstance(name, str) for name in part):
+        return
+    wrappers = WRAPPERS - {word for names in ways for name in names.values() for word in name.split(".")}
+    bare: dict[str, str] = {}
+    for name in part:
+        short = ".".join(word for word in name.split(".") if word not in wrappers)
+        bare[name if short in bare else short] = name  # there twice: what is meant is not known, and one is left over
+    for names in ways:
+        counted = [name for name in names.values() if not name.endswith(COUNTER)]
+        ends = [(short, end) for short in bare for end in (counted[0], counted[-1]) if f".{short}".endswith(f".{end}")]
+        for front in dict.fromkeys(["", *(short.removesuffix(end) for short, end in ends)]):
+            inside = {short.removeprefix(front): name for short, name in bare.items() if short.startswith(front)}
+            if front and len(inside) < len(counted) // 2:
+                continue
+            needed, depth = set(names.values()), front.count(".")
+            aside = {name for short, name in inside.items() if short not in needed and _beside(short, part[name])}
+            aside |= {name for short, name in inside.items() if auxiliary and short.lower().startswith("aux")}
+            tensors = {short: part[name] for short, name in inside.items() if name not in aside}
+            others = (part.keys() - inside.values()) | aside
+            beside = Counter(_start(name, max(depth, 1), wrappers) for name in part if name in others)
+            own = _start(next(iter(inside.values()), ""), depth, wrappers)
+            yield Place(".".join(filter(None, (*path, own))), path, names, tensors, beside)
+
+
+def _beside(name: str, value: Any) -> bool:
+    """Whether an entry of a state dict is plainly no weight: no tensor, or a number with a name of its own."""
+    return not isinstance(value, Tensor) or (value.ndim == 0 and "." not in name)
+
+
+def _start(name: str, depth: int, wrappers: Collection[str]) -> str:
+    """The first words of a tensor's name, so many that are no wrapper's."""
+    words = name.split(".")
+    counts = list(accumulate(int(word not in wrappers) for word in words))
+    return ".".join(words[: counts.index(depth) + 1]) if depth in counts and depth else ""
+
+
+def _notes(content: Any, chosen: Place, averaged: Sequence[Place]) -> Iterator[str]:
+    """What is worth knowing of a file: which of several weights were taken, and what else there is."""
+    if averaged:
+        where = chosen.label or "what has no prefix"
+        yield f"raw weights taken ({where}); averaged ones (EMA) are there too: --key {averaged[0].label}"
+    elif chosen.averaged:
+        yield f"averaged weights (EMA) taken ({chosen.label})"
+    others: list[str] = []
+    for depth, key in enumerate(chosen.path):
+        names = content if isinstance(content, dict) else range(len(content))
+        others += [".".join((*chosen.path[:depth], str(name))) for name in names if str(name) != key]
+        content = _at(content, key)
+    others += [name if count == 1 else f"{name} ({count} entries)" for name, count in chosen.beside.items()]
+    if others:
+        yield f"left in the file, beside the weights: {_few(others, 12)}"
+
+
+def _at(content: Any, key: str) -> Any:
+    """The entry of that name in a list, or in a dict whose keys are numbers."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    return next(value for name, value in pairs if str(name) == key)
+
+
+def _misfit(file: Path, architecture: str, place: Place) -> tuple[str, str | None]:
+    """What is missing and what is left over, and whose weights these are where that is known."""
+    parts = [(place.missing, "missing"), (place.left, "left over")]
+    both = "; ".join(f"{len(part)} tensors {what}: {_few(part)}" for part, what in parts if part)
+    few = not 5 <= len(place.missing) + len(place.left) < 5000
+    return f"{file}: is no {architecture}; {both}", None if few else _advice(place.tensors)
+
+
+def _check_plain(file: Path, place: Place, integers: Collection[str]) -> None:
+    """Raise UsageError where an entry of a state dict is no plain tensor of numbers."""
+    for name, value in place.tensors.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{file}: {name[:40]!r} in its state dict is no tensor", hint=ALONE)
         counts = name in integers or name.endswith(COUNTER)
         kind = torch.is_floating_point(value) or (counts and not value.is_complex())
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or not kind:
             raise UsageError(f"{file}: {name[:40]!r} is no plain tensor of floating-point numbers")
-    return content
 
 
 def _unpickled(file: Path) -> Any:
@@ -118,7 +324,7 @@ def _unpickled(file: Path) -> Any:
         if packed or sum(member.file_size for member in members) > file.stat().st_size:
             raise UsageError(f"{file}: its members are compressed, which PyTorch never does; not opened")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file makes the unpickler raise anything; there is no second way
@@ -127,22 +333,21 @@ def _unpickled(file: Path) -> Any:
         raise UsageError(f"{file}: {what}; it was not loaded", hint=ALONE) from None
 
 
-def _closest(architecture: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, Tensor]) -> dict[str, str]:
+def _closest(ways: Sequence[dict[str, str]], theirs: dict[str, Tensor]) -> dict[str, str]:
     """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
-    dialects = DIALECTS.get(find_network(architecture).family, OWN_NAMES)
-    tables = [{name: translate_name(name, rules) for name in ours} for rules in dialects]
-    return min(tables, key=lambda names: len(set(names.values()) ^ theirs.keys()))
+    return min(ways, key=lambda names: len(set(names.values()) ^ theirs.keys()))
 
 
-def _advice(theirs: dict[str, Tensor]) -> str | None:
+def _advice(theirs: dict[str, Any]) -> str | None:
     """Which of our networks the tensors would fit, whatever the number of classes."""
-    there = {name: tuple(tensor.shape) for name, tensor in theirs.items() if not name.endswith(COUNTER)}
+    there = {name: tuple(one.shape) for name, one in theirs.items() if isinstance(one, Tensor)}
+    there = {name: shape for name, shape in there.items() if not name.endswith(COUNTER)}
     for network in NETWORKS.values():
         if not any(translate_name("head.weight", rules) in theirs for rules in DIALECTS.get(network.family, OWN_NAMES)):
             continue
         every = shapes_of(ghost(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
-        names = _closest(network.name, ours, theirs)
+        names = _closest(tables(network.family, ours), theirs)
         body = {names[name]: shape for name, shape in ours.items() if not name.startswith("head.")}
         heads = {names[name] for name in ours if name.startswith("head.")}
         if {name: shape for name, shape in there.items() if name not in heads} == body:
@@ -151,74 +356,9 @@ def _advice(theirs: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(name[:40] for name in names[:2]) + (" ..." if len(names) > 2 else "")
+def _few(names: list[str], most: int = 2) -> str:
+    return ", ".join(name[:40] for name in names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _cross(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "()"
-
-
-_STEM = ((r"stages\.0\.0\.", "conv1."), (r"stages\.0\.1\.", "bn1."))
-_STEM_UNIT = ((r"stages\.0\.conv\.", "conv1."), (r"stages\.0\.bn\.", "bn1."))
-_LAYERS = ((r"stages\.(\d)\.(\d+)\.", r"layer\1.\2."),)
-_DOWNSAMPLE = ((r"stages\.(\d)\.(\d+)\.shortcut\.", r"layer\1.\2.downsample."),)
-_FC, _LINEAR = ((r"head\.", "fc."),), ((r"head\.", "linear."),)
-
-_WRN: Rules = (
-    (r"stages\.0\.", "conv1."),
-    (r"stages\.4\.0\.", "bn1."),
-    (r"stages\.(\d)\.(\d+)\.shortcut\.", r"block\1.layer.\2.convShortcut."),
-    (r"stages\.(\d)\.(\d+)\.", r"block\1.layer.\2."),
-)
-
-# Theirs counts the convolutions, BatchNorms and ReLUs of a group in one row.
-_VGG: Rules = tuple(
-    (rf"stages\.(\d)\.{block}\.{part}\.", rf"block\1.{3 * block + place}.")
-    for block in range(4)
-    for place, part in enumerate(("conv", "bn"))
-)
-
-
-def _mobile() -> Rules:
-    """Theirs has a list of seven groups, ours four stages of one or two of them."""
-    parts = {r"expand\.conv": 0, r"expand\.bn": 1, r"depthwise\.conv": 3, r"depthwise\.bn": 4}
-    parts |= {r"linear\.0": 6, r"linear\.1": 7}
-    rules = [(r"stages\.0\.conv\.", "conv1.0."), (r"stages\.0\.bn\.", "conv1.1.")]
-    rules += [(r"stages\.5\.0\.conv\.", "conv2.0."), (r"stages\.5\.0\.bn\.", "conv2.1.")]
-    theirs = 0
-    for stage, groups in enumerate(mobilenetv2.STAGES, start=1):
-        for first, group in zip(accumulate((g.blocks for g in groups), initial=0), groups, strict=False):
-            for block in range(group.blocks):
-                ours = rf"stages\.{stage}\.{first + block}\."
-                rules += [(rf"{ours}{part}\.", f"blocks.{theirs}.{block}.conv.{n}.") for part, n in parts.items()]
-            theirs += 1
-    return tuple(rules)
-
-
-def _numbered(*ours: str) -> Rules:
-    """Parts of a unit that theirs calls conv1, bn1, conv2, bn2 and so on, in this order."""
-    return tuple(
-        (rf"stages\.([123])\.(\d+)\.{part}\.", rf"layer\1.\2.{('conv', 'bn')[place % 2]}{place // 2 + 1}.")
-        for place, part in enumerate(ours)
-    )
-
-
-_SHUFFLE1 = _numbered(r"squeeze\.conv", r"squeeze\.bn", r"depthwise\.conv", r"depthwise\.bn", "conv", "bn")
-_DOWN = _numbered(
-    *(r"left\.0\.0", r"left\.0\.1", r"left\.1\.conv", r"left\.1\.bn", r"right\.0\.conv", r"right\.0\.bn"),
-    *(r"right\.1\.0", r"right\.1\.1", r"right\.2\.conv", r"right\.2\.bn"),
-)
-_SPLIT = _numbered(r"inner\.0\.conv", r"inner\.0\.bn", r"inner\.1\.0", r"inner\.1\.1", "conv", "bn")
-_SHUFFLE2 = (*_DOWN, *_SPLIT, (r"stages\.4\.0\.conv\.", "conv2."), (r"stages\.4\.0\.bn\.", "bn2."))
-
-# Family -> the ways in which its tensors are named.
-DIALECTS: dict[str, tuple[Rules, ...]] = {
-    "resnet": ((*_STEM, *_DOWNSAMPLE, *_LAYERS, *_FC),),
-    "resnet_imagenet": ((*_STEM, *_LAYERS, *_LINEAR), (*_STEM, *_DOWNSAMPLE, *_LAYERS, *_FC)),
-    "wrn": ((*_WRN, *_FC),),
-    "vgg": ((*_VGG, (r"head\.", "classifier.")),),
-    "mobilenetv2": tuple((*_mobile(), (r"head\.", head)) for head in ("classifier.0.", "classifier.")),
-    "shufflenetv1": ((*_STEM_UNIT, *_SHUFFLE1, *_LINEAR),),
-    "shufflenetv2": ((*_STEM_UNIT, *_SHUFFLE2, *_LINEAR),),
-}

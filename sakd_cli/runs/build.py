@@ -101,18 +101,18 @@ def pretraining(config: PretrainConfig) -> Job:
     device = pick_device(config.device)
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device)
-    load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
+    notes = load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
     recipe: Recipe = {"lr": initial_lr(config, config.model), "weight_decay": config.train.weight_decay, "mode": mode}
     recipe["criterion"] = _criterion(config, images)
     settings = config.friendly
     if settings is None:
         task: Task = PretrainTask(mode.to_memory_format(network), **recipe)
-        return Job(config, device, mode, images, task.to(device), network, costs)
+        return Job(config, device, mode, images, task.to(device), network, costs, notes=notes)
     with _initialised(config.seed, "branches"):
         branches = Branches(network, settings.students, images.side, share=settings.share_branches)
     task = mode.to_memory_format(SftnTask(network, branches, settings, **recipe))
-    return Job(config, device, mode, images, task.to(device), network, costs)
+    return Job(config, device, mode, images, task.to(device), network, costs, notes=notes)
 
 
 def _criterion(config: RunConfig, images: Images) -> Criterion:
@@ -156,7 +156,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     match_normalization(teacher, images, config.teacher.source, train_one, images.teacher_side)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device)
-    load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
+    notes = load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
@@ -168,7 +168,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.teacher_side)
     whom = teacher, path, claim, costs[1]
-    return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom)
+    notes = (*teacher.notes, *notes)
+    return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom, notes)
 
 
 def _require_one_size(config: DistillConfig, images: Images) -> None:

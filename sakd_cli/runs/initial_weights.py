@@ -1,7 +1,8 @@
 """What a training starts from: weights of sakd, of another program or a library's own; what becomes of their head."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ Head = Literal["keep", "replace"]
 
 def load_initial_weights(
     network: StagedModel, source: Path | str | None, head: Head, dataset: Dataset, key: str
-) -> None:
+) -> tuple[str, ...]:
     """Put the weights of `source` into a fresh network; None: leave it fresh. `key`: the setting, for errors.
+
+    Returns what is worth telling of the file.
 
     source  a run directory, a file of sakd, a file under the names of torchvision or timm, or `library`
     head    replace: the last layer stays fresh; keep: it comes too, and must be for the classes of the data set
@@ -32,10 +35,11 @@ def load_initial_weights(
     Raises UsageError where the weights are another network's or for other classes.
     """
     if source is None:
-        return
+        return ()
+    notes: tuple[str, ...] = ()
     path = None if source == "library" else weights_at(source, key)
     if path is None or not artifact.is_ours(path):
-        tensors = _foreign(network, path, key)
+        tensors, notes = _foreign(network, path, key)
     else:
         saved = artifact.load(path)
         if head == "keep":
@@ -57,6 +61,7 @@ def load_initial_weights(
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UsageError(f"{key}: {source} does not fit {network.name} ({name[:60]})")
     network.load_state_dict({name: tensors[name] for name in mine})
+    return notes
 
 
 def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
@@ -69,10 +74,10 @@ def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
         return artifact.load(path)
     known, name = describe(config.data), config.teacher.source
     side = known.train.side
-    model = foreign.load_foreign(path, name, len(known.classes), side)
-    return Artifact(
-        model, NetworkCard(name, known.name, known.classes, known.mean, known.std, side, known.seen), sha256(path)
-    )
+    notes: list[str] = []
+    model = foreign.load_foreign(path, name, len(known.classes), side, tell=notes.append)
+    card = NetworkCard(name, known.name, known.classes, known.mean, known.std, side, known.seen)
+    return Artifact(model, card, sha256(path), tuple(f"{path.name}: {note}" for note in notes))
 
 
 def check_classes(network: Artifact, dataset: Dataset, source: str, hint: str | None = None) -> None:
@@ -81,27 +86,38 @@ def check_classes(network: Artifact, dataset: Dataset, source: str, hint: str | 
     if theirs != ours:
         raise UsageError(
             f"{source}: was trained for the {len(theirs)} classes of {network.card.dataset}, "
-            f"not for the {len(ours)} of {dataset.name}",
+            f"not for the {len(ours)} of {dataset.name}: {differing_classes(theirs, ours)}",
             hint,
         )
 
 
-def _foreign(network: StagedModel, path: Path | None, key: str) -> dict[str, Tensor]:
-    """Tensors under our names, from a file of another program or (None) from the library the network is of."""
+def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """The first classes in which two lists differ, counted from 0: `class 3 is 'cat' there and 'dog' here`."""
+    if set(theirs) == set(ours) and len(theirs) == len(ours):
+        place = next(n for n, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
+        return f"another order, class {place} is {theirs[place][:40]!r} there and {ours[place][:40]!r} here"
+    known, wanted = set(theirs), set(ours)
+    parts = [[name for name in theirs if name not in wanted], [name for name in ours if name not in known]]
+    words = [", ".join(repr(name[:40]) for name in names[:2]) + ", ..." * (len(names) > 2) for names in parts]
+    return "; ".join(f"only {where}: {text}" for where, text in zip(("there", "here"), words, strict=True) if text)
+
+
+def _foreign(network: StagedModel, path: Path | None, key: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors under our names, from a file of another program or (None) from the library the network is of; notes."""
     known = find_network(network.name)
     if brought(network.name) is None or (path is None and known.family == "factory"):
         raise UsageError(
             f"{key}: {path or 'library'} is not a file of sakd, and {network.name} is no network of a library",
             hint=artifact.IMPORT,
         )
-    names = network.plain_names()
+    names, file, mine = network.plain_names(), path or Path("library"), network.state_dict()
     if path is None:
-        theirs = library_weights(network.name, known.arguments["entry"], known.family)
+        content: Any = library_weights(network.name, known.arguments["entry"], known.family)
     else:
-        most = foreign.ROOM + 16 * sum(tensor.nbytes for tensor in network.state_dict().values())
-        theirs = foreign.read_foreign(path, most, set(names.values()))
-        artifact.check_finite(path, theirs)
-    missing = [theirs_ for theirs_ in names.values() if theirs_ not in theirs and not theirs_.endswith(foreign.COUNTER)]
-    if missing:
-        raise UsageError(f"{key}: {path or 'library'} is no {network.name}: {missing[0][:60]} is missing")
-    return {name: theirs.get(plain, torch.zeros((), dtype=torch.int64)) for name, plain in names.items()}
+        content = foreign.read_foreign(path, foreign.ROOM + 16 * sum(tensor.nbytes for tensor in mine.values()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
+    found = foreign.find_weights(file, content, network.name, [names], shapes, set(names.values()))
+    artifact.check_finite(file, found.tensors)
+    zero = torch.zeros((), dtype=torch.int64)
+    notes = tuple(f"{file.name}: {note}" for note in found.notes)
+    return {name: found.tensors.get(plain, zero) for name, plain in names.items()}, notes

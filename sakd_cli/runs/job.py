@@ -101,6 +101,7 @@ class Job:
     teacher_path: Path | None = None
     teacher_claim: Claim | None = None
     teacher_cost: Cost | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def card(self) -> NetworkCard:
@@ -111,7 +112,7 @@ class Job:
 
 def warnings_of(job: Job) -> list[str]:
     """What is worth knowing before hours are spent: about the images, and of a router that cannot act."""
-    notes = list(job.images.dataset.notes)
+    notes = [*job.images.dataset.notes, *job.notes]
     if skipped := job.images.dataset.skipped:
         notes.append(f"{skipped} files could not be read and are left out (sakd data check names them)")
     side, pixels = job.images.side, math.prod(height_width(job.images.side))

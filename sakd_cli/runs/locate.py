@@ -145,6 +145,7 @@ def pretrain_command(config: DistillConfig, name: str) -> str:
 
 
 GAP = 0.2  # percentage points of top-1
+PUBLISHED_ON = 10_000  # test images of CIFAR, on which teachers of `RELEASES` were scored
 
 
 class Claim(NamedTuple):
@@ -169,6 +170,8 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
         known: str = about["sha256"]
         values: tuple[tuple[Any, str], ...] = ((str, "dataset"), (int, "images"), (float, "top1"))
         claim = Claim(*(None if about.get(key) is None else kind(about[key]) for kind, key in values))
+        if claim.top1 is None and (about.get("imported") or {}).get("published_top1") is not None:
+            claim = Claim(claim.dataset, PUBLISHED_ON, float(about["imported"]["published_top1"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{card}: the teacher's card is damaged") from None
     if known != sha256:
@@ -177,6 +180,17 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
             hint="take the whole folder from where it came, or remove the card",
         )
     return claim
+
+
+def chance(top1: float, images: int, classes: int) -> str | None:
+    """What to say of a top-1 in percent that so many images cannot tell from chance (3 standard errors); else None."""
+    share = 1 / classes
+    if images and top1 / 100 <= share + 3 * (share * (1 - share) / images) ** 0.5:
+        return (
+            f"top-1 {top1:.2f} % on {images} test images is chance for {classes} classes: another order of classes "
+            "(import-weights --classes), other preprocessing, or untrained weights"
+        )
+    return None
 
 
 def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allowed: bool) -> str | None:
