@@ -17,6 +17,7 @@ from rich.console import Console
 from sample_documents import sample
 from scipy import stats
 
+from sakd_cli.config.identity import identity
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import Comparison
 from sakd_cli.documents.training import Summary
@@ -195,6 +196,28 @@ def test_what_is_not_shown_is_inconclusive_and_one_seed_decides_nothing(tmp_path
     [few] = compared(runs)["comparisons"]
     assert (few["verdict"], few["p"]) == ("one seed", None)
     assert few["text"].endswith("−1.00 points top-1, 1 seed: one seed cannot tell a difference from chance.")
+
+
+def test_a_control_is_one_group_for_all_methods_and_what_has_no_effect_makes_none(tmp_path: Path) -> None:
+    at, sp, ab = ({"name": name, "ce_weight": 1.0} for name in ("at", "sp", "ab"))
+    runs = [make(tmp_path, router, 0, 40.0, method=method) for method in (at, sp) for router in ("adaptive", "never")]
+    runs.append(make(tmp_path, "never", 1, 40.0, method=sp | {"gamma": 3.0}, teacher={"sha256": "cd"}))
+    document = compared(runs)
+    assert [group["label"] for group in document["groups"]] == ["at adaptive", "never", "sp adaptive"]
+    assert document["groups"][1]["seeds"] == [0, 1]
+    pairs = [(one["group"], one["against"]) for one in document["comparisons"]]
+    assert pairs == [(0, 1), (2, 1), (2, 0)]
+    kept = [
+        make(tmp_path, "never", 0, 40.0, method=ab),
+        make(tmp_path, "never", 0, 40.0, method=at | {"ce_weight": 0.5}),
+    ]
+    kept.append(make(tmp_path, "never", 0, 40.0, method=at, residual={"students": 1}))
+    assert len(compared([*runs, *kept])["groups"]) == 6, "a warm-up of the student, another loss, more students"
+    always = {"router.name": "always", "router.dose": "published", "method.name": "at", "method.gamma": 1.0}
+    same = always | {"router.dose": "selected-mean", "method.gamma": 2.0}
+    assert identity(always, without=()) == identity(same, without=())
+    routed = [settings | {"router.name": "adaptive"} for settings in (always, same)]
+    assert identity(routed[0], without=()) != identity(routed[1], without=())
 
 
 def test_methods_meet_under_one_router_and_all_meet_a_baseline(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from conftest import CliRunner, Result
+from conftest import TINY, CliRunner, Result
 from fork_server import Child, ForkServer
 
 from sakd_cli.cli import sweep
@@ -113,7 +113,7 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     matched = yaml.safe_load((swept.path / runs[made[1]]["run"] / "config.yaml").read_text())["router"]["run"]
     assert Path(matched).name == Path(distilled["run"]).name, "the rates of its own seed"
     [gain] = [g for g in document["gains"] if (g["router"], g["against"]) == ("adaptive", "always")]
-    assert (gain["verdict"], gain["p"], gain["published"]) == ("few seeds", None, None)
+    assert (gain["verdict"], gain["p"], gain["published"]) == ("one seed", None, None)
     assert document["published"] is None, "figures of CIFAR-100 do not stand beside shapes"
     assert "| fitnet | always |" in (swept.path / "table.md").read_text()
     before = swept.tree()
@@ -125,10 +125,35 @@ def test_what_was_made_by_hand_is_left_alone_and_what_is_missing_is_made(
     }
     rows = list(csv.DictReader(io.StringIO(run(GRID, "--csv")[0].out)))
     assert [(row["router"], row["verdict"]) for row in rows] == [
-        ("adaptive", "few seeds"),
+        ("adaptive", "one seed"),
         ("always", ""),
-        ("random-matched", "few seeds"),
+        ("random-matched", "one seed"),
     ]
+
+
+def test_what_distils_nowhere_is_trained_once_for_all_methods_teachers_and_the_baseline(
+    swept: CliRunner, fork_server: ForkServer, teacher: Path
+) -> None:
+    """To the bit: so is a training without a teacher, which the run directory of another seed shows."""
+    run = runner(swept, fork_server)
+    fields = GRID | {"methods": ["kd", "fitnet", "ab"], "routers": ["never"], "baseline": True, "seeds": [3]}
+    fields |= {"overrides": {"ab": {"method": {"warmup_epochs": 1}}}}
+    plan = run(fields, "--dry-run", "--measure", "0", "--json")[0].document
+    assert (plan["runs"], [row["what"] for row in plan["rows"]]) == (
+        3,
+        ["teacher resnet8", "baseline resnet8", "ab never resnet8:resnet8"],
+    )
+    result, made = run(fields)
+    assert made == ["baseline resnet8 seed 3", "ab never resnet8:resnet8 seed 3"]
+    said = "One run, since nothing is distilled: baseline resnet8 seed 3, kd never resnet8:resnet8 seed 3, fitnet never"
+    assert said in " ".join(result.out.split())
+    document = run(fields, "--json")[0].document
+    used = {row["key"]: row["run"] for row in document["runs"]}
+    never = used["baseline resnet8 seed 3"]
+    assert used["fitnet never resnet8:resnet8 seed 3"] == never != used["ab never resnet8:resnet8 seed 3"]
+    assert swept.sakd("pretrain-teacher", "resnet8", *TINY, "--seed", "3", "--run-dir", "alone").code == 0
+    both = [swept.path / "alone" / "teacher", swept.path / never / "student"]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in both}) == 1
 
 
 def test_a_dry_run_counts_times_and_writes_nothing(swept: CliRunner, fork_server: ForkServer) -> None:

@@ -167,13 +167,15 @@ def sweep_run(entry: ScheduledRun) -> SweepRun:
         summary = entry.run.summary
         results |= {"top1": summary.last.top1, "loss": summary.last.loss, "best_top1": summary.best.top1}
         results["validation_top1"] = next((point.top1 for point in reversed(run_curve(entry.run))), None)
-        results |= {"seconds": summary.seconds, "teacher_top1": summary.teacher and summary.teacher.top1}
+        shared = member.control is not None  # with other teachers
+        results |= {"seconds": summary.seconds}
+        results["teacher_top1"] = None if shared or summary.teacher is None else summary.teacher.top1
     return SweepRun(
         key=member.key,
         role=member.role.value,
         teacher=member.pair[0] if member.pair else None,
         student=config.student if isinstance(config, DistillConfig) else config.model_dump()["model"],
-        method=member.method,
+        method=None if member.role is Role.baseline else member.method,
         router=member.router,
         matched=member.matched,
         seed=config.seed,

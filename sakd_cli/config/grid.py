@@ -5,6 +5,7 @@ from enum import StrEnum
 from itertools import product
 from typing import Any, NamedTuple
 
+from sakd_cli.config.identity import identity, is_plain
 from sakd_cli.config.methods import AUTO, KDConfig
 from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
@@ -56,6 +57,12 @@ class Member(NamedTuple):
         """Name of its router."""
         return flat(self.config.model_dump(mode="json")).get("router.name")
 
+    @property
+    def control(self) -> str | None:
+        """What all members share that distil nowhere and are one run, whatever their method and teacher; else None."""
+        settings = flat(self.config.model_dump(mode="json"))
+        return identity(settings, without=()) if is_plain(settings) else None
+
 
 class Grid(NamedTuple):
     """The runs of a sweep, and what was left out of it: method, router and pair, and the reason."""
@@ -104,16 +111,28 @@ class _Plan:
 
     def _made(self) -> Iterator[Member]:
         for seed in self.seeds:
-            for student in dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ():
-                own, last = ConfigSource("the grid", {"model": student}), ConfigSource("the grid", {"seed": seed})
-                config = self._from_scratch(student, [own], [last])
-                yield Member(f"baseline {student} seed {seed}", Role.baseline, config)
+            students = list[Member]()
             for pair in self.sweep.pairs:
                 cells = list(product(self.sweep.methods, self.sweep.doses, self.routers))
                 cells = [cell for cell in cells if cell[1] == "1" or cell[2] != PLAIN]  # no dose of nothing
                 if self.sweep.kd:
                     cells = list(dict.fromkeys([(KD, "1", CLASSICAL), *cells]))
-                yield from filter(None, (self._student(pair, *cell, seed) for cell in cells))
+                students += filter(None, (self._student(pair, *cell, seed) for cell in cells))
+            names = dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ()
+            yield from (self._baseline(name, seed, students) for name in names)
+            yield from students
+
+    def _baseline(self, student: str, seed: int, others: list[Member]) -> Member:
+        """From scratch; the run of one that distils nowhere where there is one, which is the same to the bit."""
+        own, last = ConfigSource("the grid", {"model": student}), ConfigSource("the grid", {"seed": seed})
+        key, config = f"baseline {student} seed {seed}", self._from_scratch(student, [own], [last])
+        wanted = flat(config.model_dump(mode="json", exclude={"task"}))
+        for other in others:
+            found = flat(other.config.model_dump(mode="json"))
+            same = all(found[name] == value for name, value in wanted.items() if name in found)
+            if other.control and found["student"] == student and same:
+                return Member(key, Role.baseline, other.config, teacher=other.teacher)
+        return Member(key, Role.baseline, config)
 
     def _from_scratch(self, name: str, own: list[ConfigSource], last: Sequence[ConfigSource] = ()) -> RunConfig:
         below, above = (

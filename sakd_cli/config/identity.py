@@ -4,6 +4,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from sakd_cli.config.methods import METHODS
+from sakd_cli.config.routers import PLAIN, ROUTERS
+
 # May change between two parts of one run: where and how it works, not what it computes.
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
@@ -18,9 +21,28 @@ EXTENDED = {"train.epochs", "train.milestones"}
 LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
 
 
+def is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these flat settings trains its student to the bit as if there were neither teacher nor method.
+
+    Not where the method or the residual students train beside the losses.
+    """
+    method = METHODS.get(str(settings.get("method.name")))
+    own = settings.get("residual.students") or settings.get("init_from_branches")
+    return settings.get("router.name") == PLAIN and not own and method is not None and not method.trains_student
+
+
+def idle(settings: Mapping[str, Any]) -> set[str]:
+    """The keys of these flat settings that change no result."""
+    router = ROUTERS.get(str(settings.get("router.name")))
+    keys = set[str]() if router is None else {*router.idle}
+    if is_plain(settings):
+        keys |= {key for key in settings if key.startswith(("method.", "teacher.", "stage_map"))} - {"method.ce_weight"}
+    return keys
+
+
 def identity(settings: Mapping[str, Any], *, without: Collection[str]) -> str:
     """What two runs with these flat settings share if they compute the same, apart from the keys `without`."""
-    ignored = LOCATIONS.union(without)
+    ignored = LOCATIONS.union(without, idle(settings))
     return json.dumps({key: settings[key] for key in sorted(settings) if key not in ignored}, default=str)
 
 

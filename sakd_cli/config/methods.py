@@ -29,6 +29,7 @@ AUTO = "auto"
 class MethodConfig(Config):
     """What to distill. The defaults of each method are those of its paper, or of RepDistiller where that differs."""
 
+    trains_student: ClassVar[bool] = False  # beside its losses: by a warm-up, or by another last layer
     name: str
     """Distillation method, as in `sakd list methods`."""
     weight: NonNegativeFloat = 1.0
@@ -206,6 +207,7 @@ class KDSVDConfig(MethodConfig):
 class SimKDConfig(MethodConfig):
     """The teacher's pooling and classifier reused behind a projector (Chen et al., CVPR 2022)"""
 
+    trains_student: ClassVar[bool] = True
     name: Literal["simkd"] = "simkd"
     kl_weight: NonNegativeFloat = 0.0
     ce_weight: NonNegativeFloat = 0.0
@@ -221,6 +223,7 @@ class WarmedConfig(MethodConfig):
     warmup_lr: PositiveFloat | None = None
     """Its learning rate; None: the published one for the pair, or the student's."""
 
+    trains_student: ClassVar[bool] = True
     published_lr: ClassVar[float | None] = None
     published_lr_of: ClassVar[Mapping[tuple[str, str], float]] = {}  # (teacher, student), where it is another one
 
@@ -232,6 +235,7 @@ class WarmedConfig(MethodConfig):
 class FTConfig(WarmedConfig):
     """Translated factors of the last map (Kim et al., NeurIPS 2018)"""
 
+    trains_student: ClassVar[bool] = False  # but a paraphraser of the teacher's maps
     name: Literal["ft"] = "ft"
     weight: NonNegativeFloat = 200.0
     rate: Annotated[float, Field(gt=0, le=1)] = 0.5

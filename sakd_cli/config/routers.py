@@ -15,6 +15,7 @@ class RouterConfig(Config):
     """Where to distill."""
 
     selects: ClassVar[bool] = False  # whether it decides by the sample: what coins of its rates are compared with
+    idle: ClassVar[tuple[str, ...]] = ("method.gamma",)  # settings without effect under it
     name: str
     """Router, as in `sakd list routers`."""
     dose: Literal["published", "selected-mean"] = "published"
@@ -25,6 +26,7 @@ class LearnedConfig(RouterConfig):
     """What the two learned routers share (Song et al., IEEE TIP 2022); the defaults are published, but for `recipe`."""
 
     selects: ClassVar[bool] = True
+    idle: ClassVar[tuple[str, ...]] = ()
     tau: PositiveFloat = 5.0
     """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
     gamma: PositiveFloat | None = None
@@ -122,12 +124,14 @@ class WSLDConfig(RouterConfig):
 class AlwaysConfig(RouterConfig):
     """Every sample at every spot: ordinary distillation"""
 
+    idle: ClassVar[tuple[str, ...]] = ("method.gamma", "router.dose")
     name: Literal["always"] = "always"
 
 
 class NeverConfig(RouterConfig):
     """No sample at any spot: plain training of the network"""
 
+    idle: ClassVar[tuple[str, ...]] = ("method.gamma", "router.dose")
     name: Literal["never"] = "never"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sakd_cli import runindex
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, listed
+from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, idle, listed
 from sakd_cli.config.networks import trust
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
@@ -194,7 +194,7 @@ def find_matching_run(config: RunConfig) -> ResumePlan:
 def _plain_names(config: RunConfig) -> dict[str, Any]:
     """Settings by which most runs are told from this one without reading them as a config."""
     known = flat(config.model_dump(mode="json"))
-    return {key: known[key] for key in NAMES if key in known}
+    return {key: known[key] for key in NAMES if key in known and key not in idle(known)}
 
 
 def resume_config(config: RunConfig) -> tuple[Any, ResumePlan]:

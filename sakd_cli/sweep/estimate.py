@@ -24,7 +24,12 @@ def plan(
     from sakd_cli.runs.forecast import forecast
 
     kinds: dict[str, list[ScheduledRun]] = {}
+    entries, controls = list[ScheduledRun](), set[str]()
     for entry in scheduler.entries.values():
+        if (control := entry.member.control) in controls:
+            continue  # one run for all methods
+        controls |= {control} if control else set()
+        entries.append(entry)
         kind = entry.member.key.partition(" seed ")[0]  # runs of one kind differ in their seed only
         kinds.setdefault(kind, []).append(entry)
     to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
@@ -32,7 +37,6 @@ def plan(
     reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
     found = forecast(_spread_out(configs, to_do), seconds)
     rows = [_planned(kind, len(same), len(to_do[kind]), found.get(kind)) for kind, same in kinds.items()]
-    entries = list(scheduler.entries.values())
     there = next(path for path in [scheduler.folder, *scheduler.folder.absolute().parents] if path.exists())
     hours = [row.hours for row in rows]
     return SweepPlan(

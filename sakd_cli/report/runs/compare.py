@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from sakd_cli.config.identity import LOCATIONS, identity
+from sakd_cli.config.identity import LOCATIONS, identity, is_plain
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import CLASSICAL, PLAIN
 from sakd_cli.documents.base import PairedTest
@@ -150,7 +150,8 @@ def _groups(settings: list[_Settings], rows: list[RunRow]) -> list[_Group]:
     groups: list[_Group] = []
     for index, first in firsts.items():
         names = [first.network] if len({run.network for run in runs}) > 1 else []
-        names += [first["method.name"] or "from scratch", first["router.name"]]
+        shared = is_plain(first) and len({run["method.name"] for run in runs} - {None}) > 1
+        names += [*([] if shared else [first["method.name"] or "from scratch"]), first["router.name"]]
         # Settings of a method or a router follow from its name, unless the name is the same.
         alike = [run for run in runs if all(run[key] == first[key] for key in NAMES)]
         own = [key for key in extra if len({str(run[key]) for run in alike}) > 1]
@@ -223,8 +224,9 @@ def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -
 
 def _same_data(ours: _Group, control: _Group) -> bool:
     mine, other = ours.settings, control.settings
-    # Without distillation the method makes no difference, but for what it says of the cross-entropy.
-    method = other["method.name"] in (None, mine["method.name"])
+    # Without distillation most methods make no difference, but for what they say of the cross-entropy.
+    same = mine["method.name"] if not is_plain(other) else other["method.name"]
+    method = other["method.name"] in (None, same) and other["method.ce_weight"] in (None, mine["method.ce_weight"])
     return method and mine.network == other.network and mine["data.name"] == other["data.name"]
 
 

@@ -4,7 +4,7 @@ A cell is a method under a router for a pair; its results are of the last epoch 
 less that of another router of the same method and pair, over the seeds that both have. All tests are one family.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -42,17 +42,20 @@ def sweep_document(
     name: str, runs: Sequence[SweepRun], skipped: Mapping[str, str], dataset: str | None
 ) -> SweepDocument:
     """See above; `dataset`: whose published figures may stand beside these, None where these are not on all of it."""
-    students = [run for run in runs if run.role == "student"]
+    students, shared = [run for run in runs if run.role == "student"], shared_controls(runs)
     pairs = list(dict.fromkeys((run.teacher, run.student) for run in students if run.teacher))
-    cells, gains, questions = list[SweepCell](), list[Gain](), asked(_arms(runs))
+    cells, questions, tests = list[SweepCell](), asked(_arms(runs)), dict[tuple[str, str], PairedTest]()
     for k, pair in enumerate(pairs):
         own: Cells = {}
         for run in students:
             if (run.teacher, run.student) == pair and run.method and run.router:
                 own.setdefault((run.method, run.router), []).append(run)
         cells += [_cell(k, f"{pair[0]}:{pair[1]}", key, same, dataset) for key, same in own.items()]
-        gains += _gains(k, own, {(cell.method, cell.router): cell.published for cell in cells if cell.pair == k})
-    tests: dict[tuple[str, ...], PairedTest] = {_labels(gain, pairs[gain.pair]): gain for gain in gains}
+        published = {(cell.method, cell.router): cell.published for cell in cells if cell.pair == k}
+        tests |= {
+            (_label(own[gain.method, gain.router][0], shared), _label(own[gain.method, gain.against][0], shared)): gain
+            for gain in _gains(k, own, published)
+        }
     for _, ours, theirs in questions:
         tests.setdefault((ours.label, theirs.label), paired_test(ours.top1, theirs.top1))
     tests = dict(zip(tests, corrected(list(tests.values())), strict=True))
@@ -79,31 +82,37 @@ def sweep_document(
 
 def _arms(runs: Sequence[SweepRun]) -> list[Arm]:
     """Every cell of every pair as the questions see it: doses of a method are compared, and with no distillation."""
-    cells: dict[tuple[str | None, ...], list[SweepRun]] = {}
+    shared, cells = shared_controls(runs), dict[str, list[SweepRun]]()
+    labels = {run.key: _label(run, shared) for run in runs}
     for run in runs:
         if run.role != "teacher":
-            cells.setdefault((run.teacher, run.student, run.method, run.router), []).append(run)
-    labels = {run.key: _label(run) for run in runs}
+            cells.setdefault(labels[run.key], []).append(run)
     arms = list[Arm]()
-    for same in cells.values():
+    for label, same in cells.items():
         run = same[0]
         plain_training = run.role == "baseline" or run.router == PLAIN
         about = run.student, *(() if plain_training else (run.teacher, (run.method or "").split()[0]))
         top1, validation = by_seed(same), by_seed(same, "validation_top1")
         matched = labels.get(run.matched or "")
-        arms.append(Arm(len(arms), _label(run), about, run.router, top1, validation, matched))
+        arms.append(Arm(len(arms), label, about, run.router, top1, validation, matched))
     return arms
 
 
-def _label(run: SweepRun) -> str:
+def shared_controls(runs: Iterable[SweepRun]) -> dict[str, list[str]]:
+    """The runs that distil nowhere and serve several cells: their directories, and the keys of the cells' runs."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.router == PLAIN and run.run is not None:
+            found.setdefault(run.run, []).append(run.key)
+    return {path: keys for path, keys in found.items() if len(keys) > 1}
+
+
+def _label(run: SweepRun, shared: Container[str | None]) -> str:
+    if run.run in shared:
+        return f"{run.router} {run.student}"
     named = [run.method, run.router] if run.method else ["from scratch"]
     whom = f"({run.teacher}:{run.student})" if run.teacher else run.student
     return " ".join([*(name for name in named if name), whom])
-
-
-def _labels(gain: Gain, pair: tuple[str | None, str]) -> tuple[str, ...]:
-    """Those of the two cells."""
-    return tuple(f"{gain.method} {router} ({pair[0]}:{pair[1]})" for router in (gain.router, gain.against))
 
 
 def _pair(teacher: str, student: str, runs: Sequence[SweepRun], dataset: str | None) -> SweepPair:

@@ -10,7 +10,7 @@ from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
 from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.statistics import about_tests, interval
-from sakd_cli.report.sweep.results import EPOCHS
+from sakd_cli.report.sweep.results import EPOCHS, shared_controls
 
 FIELDS = ["teacher", "student", "method", "router", "seeds", "top1", "std", "low", "high", "best", "published"]
 FIELDS += ["gain", "gain_low", "gain_high", "p", "holm", "effect", "needed", "verdict", "published_gain"]
@@ -124,6 +124,8 @@ def _notes(document: SweepDocument) -> Iterator[str]:
         yield about_tests(document.tests)
     if any(gain.p is None for gain in document.gains):
         yield "A gain without p has fewer than two seeds (or no deviation): nothing is claimed of it."
+    for keys in shared_controls(document.runs).values():
+        yield f"One run, since nothing is distilled: {', '.join(keys)}."
     yield from (f"Skipped: {one.what}: {one.reason}" for one in document.skipped)
     if (printed := document.published) is not None:
         epochs = sorted({run.epochs for run in document.runs if run.role == "student"})
