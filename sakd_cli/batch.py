@@ -27,6 +27,7 @@ class Batch:
     global_size   samples of the global batch, of which each process has a shard; None: these are all
     shard_weight  factor of the mean over these samples, 1 on the average over the processes (`distributed.py`)
     teacher_images  [B, 3, H', W']  the same crops at the size that the teacher sees; None: `images`
+    held_out      a batch of images that the student does not train on, for a router that learns from such
     """
 
     images: Tensor
@@ -38,6 +39,7 @@ class Batch:
     global_size: int | None = None
     shard_weight: float = 1.0
     teacher_images: Tensor | None = None
+    held_out: "Batch | None" = None
 
     @property
     def for_teacher(self) -> Tensor:

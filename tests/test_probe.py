@@ -9,8 +9,9 @@ from conftest import CliRunner
 from test_step import batches, make
 from torch.nn import functional as F
 
-from sakd_cli.runs import probe
-from sakd_cli.runs.probe import along, class_share, explained, held_out_gradient, losses_of
+from sakd_cli.routing import ahead
+from sakd_cli.routing.ahead import along, held_out_gradient
+from sakd_cli.runs.probe import class_share, explained
 
 
 @pytest.fixture
@@ -22,14 +23,14 @@ def float64() -> Any:
 
 @pytest.mark.parametrize("method", ["fitnet", "at", "vid"])
 def test_a_product_is_that_of_the_two_gradients(method: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "STEP", 1e-7)  # in float64; over kinks of ReLUs a longer one errs by a percent
+    monkeypatch.setattr(ahead, "STEP", 1e-7)  # in float64; over kinks of ReLUs a longer one errs by a percent
     task = make(method, "always").eval()
     batch, other = batches(task, 2)
     weights = [p for p in task.network.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in weights]
     way = held_out_gradient(task.network, [(other.images, other.labels)])
     assert float(sum(part.square().sum() for part in way)) == pytest.approx(1.0)
-    found = along(task.network, way, lambda: losses_of(task, batch.images, batch.labels))
+    found = along(task.network, way, lambda: task.sample_losses(batch))
     assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True)), "the weights stay as they are"
     student = task.student_features(batch.images)
     ones = torch.ones(len(task.spots), len(batch.labels))
@@ -47,7 +48,7 @@ def test_an_images_loss_is_its_own_part(float64: None) -> None:
         s, t = task.student_features(batch.images), task.teacher_features(batch)
         (spot, _), (regressor,) = task.spots, task.feature_distiller.regressors
         error = F.mse_loss(regressor(s.stages[spot.student]), t.stages[spot.teacher], reduction="none")
-    found = losses_of(task, batch.images, batch.labels)
+    found = task.sample_losses(batch)
     torch.testing.assert_close(found[0], error.flatten(1).mean(dim=1))
     assert found.shape == (2, len(batch.labels))
 

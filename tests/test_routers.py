@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.distillers.kd import softened_kl
 from sakd_cli.errors import UsageError
+from sakd_cli.routing import ahead
 from sakd_cli.routing.router import Answers
 from sakd_cli.routing.table import Pair, build
 
@@ -255,3 +257,55 @@ def test_soft_gates_are_the_probabilities_and_their_exact_gradient() -> None:
     output = task.train()(batches(task, 1)[0])
     output.loss.backward()
     assert float(task.router.policy.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("sees", ["features", "class"])
+def test_a_meta_router_learns_where_distilling_lowers_the_loss_of_held_out_images(
+    sees: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "STEP", 1e-7)
+    task = make("fitnet", "meta", **{"router.sees": sees})
+    plain = make("fitnet", "always")
+    batch = replace(batches(task, 1, size=12)[0], held_out=batches(task, 1, seed=1)[0])
+    weights = [p for p in plain.network.parameters() if p.requires_grad]
+    held_out = F.cross_entropy(plain.network.eval()(batch.held_out.images), batch.held_out.labels, reduction="sum")
+    way = torch.autograd.grad(held_out, weights)
+    of_its_own = plain.eval().sample_losses(batch)
+    student, teacher = plain.student_features(batch.images), plain.teacher_features(batch)
+    products = torch.zeros(2, 12)
+    for i, k in itertools.product(range(12), range(2)):
+        one = torch.zeros(2, 12)
+        one[k, i] = 12
+        loss = [
+            d(student, teacher, part, batch)
+            for d, part in ((plain.feature_distiller, one[:1]), (plain.logit_distiller, one[1:]))
+        ]
+        total = plain.factors.feature * loss[0].sum() + plain.factors.logit * loss[1].sum()
+        torch.testing.assert_close(total, of_its_own[k, i])
+        found = torch.autograd.grad(total, weights, retain_graph=True, materialize_grads=True, allow_unused=True)
+        products[k, i] = sum((a * b).sum() for a, b in zip(found, way, strict=True))
+    products /= products.square().mean(dim=1, keepdim=True).sqrt()
+
+    before = copy.deepcopy(task.network.state_dict())
+    output = task.train()(batch)
+    output.loss.backward()
+    assert (output.use.weight == 0.5).all(), "it knows nothing yet"
+    pushed = -products.T / 4 / 12  # of a sigmoid at 1/2
+    if sees == "class":
+        seen = F.one_hot(batch.labels, task.router.classes).double()
+    else:
+        seen = torch.cat(
+            [teacher.embedding, make("fitnet", "always").train().student_features(batch.images).embedding], 1
+        )
+    torch.testing.assert_close(task.router.policy.weight.grad, pushed.T @ seen, rtol=1e-3, atol=1e-4)  # over kinks
+    changed = [name for name, value in task.network.state_dict().items() if not torch.equal(value, before[name])]
+    assert all("running" in name or "tracked" in name for name in changed)
+    assert all(module.training for module in task.network.modules())
+
+
+def test_a_meta_router_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(UsageError, match=r"router meta: the loss of crd depends on a memory of earlier batches"):
+        make("crd", "meta")
+    settings = {"teacher": "resnet14", "student": "resnet8", "router.name": "meta", "residual.students": 1}
+    with pytest.raises(UsageError, match=r"router meta has images set aside for one student"):
+        resolve("distill", [ConfigSource("test", nested(settings))])

@@ -1,6 +1,7 @@
 """The routed step: against the oracles, against the literal published step, and its invariants."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,8 @@ def batches(task: DistillTask, count: int, size: int = 6, seed: int = 0) -> list
         y = torch.randint(CLASSES, (size,), generator=generator)
         noise = torch.rand(size, task.noise_width, generator=generator)
         made.append(Batch(images=x, labels=y, index=torch.arange(size), noise=noise))
+    if task.router.meta:
+        made = [replace(batch, held_out=made[0]) for batch in made]
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.methods import WarmedConfig
 from sakd_cli.config.networks import Network, find_network
-from sakd_cli.config.routers import LearnedConfig
+from sakd_cli.config.routers import LearnedConfig, MetaConfig, TrainedConfig
 from sakd_cli.config.train import OPTIMIZERS, Train, rate_factor
 from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
 from sakd_cli.errors import UsageError
@@ -45,9 +45,9 @@ def initial_lr(config: RunConfig, network: str) -> float:
 
 def router_train(config: DistillConfig) -> Train:
     """The settings of `train` as they are for the router's group: its own where it has some."""
-    if not isinstance(router := config.router, LearnedConfig):
+    if not isinstance(router := config.router, TrainedConfig):
         return config.train
-    shared = LearnedConfig.model_fields.keys() & Train.model_fields.keys() - {"lr", "weight_decay"}
+    shared = TrainedConfig.model_fields.keys() & Train.model_fields.keys() - {"lr", "weight_decay"}
     own = {key: value for key in shared if (value := getattr(router, key)) is not None}
     if own.get("optimizer", config.train.optimizer) != config.train.optimizer:
         own |= {"betas": None, "eps": None, "nesterov": False}
@@ -111,20 +111,15 @@ def router_gamma(router: LearnedConfig | None, config: DistillConfig) -> float:
     return config.method.gamma if router is None or router.gamma is None else router.gamma
 
 
-def calibration_fraction(residual: ResidualConfig, images: int) -> float:
-    """Fraction of the training images that calibrates residual students."""
-    return max(residual.calibration, min(residual.calibration_min / images, 0.2))
-
-
-def image_counts(config: DataConfig, residual: ResidualConfig | None = None) -> tuple[int, int] | None:
+def image_counts(config: DataConfig, aside: ResidualConfig | MetaConfig | None = None) -> tuple[int, int] | None:
     """Number of training and of validation images; None where only the files say it."""
     if (total := config.training_images()) is None:
         return None
     total = min(total, config.limit or total)
     validation = round(config.validation * total)
     train = total - validation
-    if residual is not None and residual.students:
-        train -= round(calibration_fraction(residual, train) * train)
+    if aside is not None:
+        train -= round(aside.set_aside(train) * train)
     return train, validation
 
 
@@ -137,15 +132,17 @@ def effective(
     """
     network = config.student if isinstance(config, DistillConfig) else getattr(config, "model", "")
     lr = initial_lr(config, network)
-    residual = config.residual if isinstance(config, DistillConfig) else None
-    train, validation = counts or image_counts(config.data, residual) or (None, None)
+    aside = config.aside if isinstance(config, DistillConfig) else None
+    train, validation = counts or image_counts(config.data, aside) or (None, None)
     steps = None if train is None else steps_per_epoch(train, config.train.batch_size)
     values: dict[str, Any] = {"train.lr": lr, "train.milestones": list(config.train.decay_epochs())}
     if isinstance(config, DistillConfig):
         known: Network | None = None
         with suppress(UsageError):  # a path names no network
             known = find_network(teacher or config.teacher.source)
-        if isinstance(router := config.router, LearnedConfig):
+        if isinstance(router := config.router, TrainedConfig):
+            values["router.lr"] = router.lr or lr / 2
+        if isinstance(router, LearnedConfig):
             one_family = None if known is None else known.kin == find_network(config.student).kin
             start = router_start(config, one_family=one_family, steps=steps)
             values |= {"router.lr": start.lr, "router.gamma": router_gamma(router, config)}

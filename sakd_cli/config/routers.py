@@ -22,23 +22,13 @@ class RouterConfig(Config):
     """A spot's loss: the selected samples' mean, as published times their fraction of the batch, or that mean alone."""
 
 
-class LearnedConfig(RouterConfig):
-    """What the two learned routers share (Song et al., IEEE TIP 2022); the defaults are published, but for `recipe`."""
+class TrainedConfig(RouterConfig):
+    """What routers with parameters share."""
 
     selects: ClassVar[bool] = True
     idle: ClassVar[tuple[str, ...]] = ()
-    tau: PositiveFloat = 5.0
-    """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
-    gamma: PositiveFloat | None = None
-    """Scale of the routed cross-entropy; None: the method's."""
-    recipe: Literal["auto", "published"] = "auto"
-    """What teacher_bias and lr are unless set: published; auto: 0 and 1/250 where a run is too short for the former."""
-    teacher_bias: float | None = None
-    """Added once to every teacher score; None: by recipe, as published 10 for two networks of one family, else 0."""
-    min_teacher_fraction: Fraction = 0.5
-    """Fraction of the batch below which the count penalty pushes the logit spot; 0 switches it off."""
     lr: PositiveFloat | None = None
-    """Learning rate of the router; None: by recipe, as published half the student's."""
+    """Learning rate of the router; None: half the student's, as published, or by recipe where the router has one."""
     weight_decay: NonNegativeFloat = 1e-3
     """Weight decay of the router."""
     optimizer: Optimizer | None = None
@@ -56,7 +46,25 @@ class LearnedConfig(RouterConfig):
     clip_value: PositiveFloat | None = None
     """Largest absolute value in the router's gradients; None: train.clip_value."""
     update_every: PositiveInt = 1
-    """The routed pass, which trains the router, in every so many steps only; it decides in every step. Published: 1."""
+    """The pass that trains the router, in every so many steps only; it decides in every step. Published: 1."""
+
+
+class LearnedConfig(TrainedConfig):
+    """What routers share that learn from the routed network; the defaults are published, but for `recipe`.
+
+    Song et al., IEEE TIP 2022.
+    """
+
+    tau: PositiveFloat = 5.0
+    """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
+    gamma: PositiveFloat | None = None
+    """Scale of the routed cross-entropy; None: the method's."""
+    recipe: Literal["auto", "published"] = "auto"
+    """What teacher_bias and lr are unless set: published; auto: 0 and 1/250 where a run is too short for the former."""
+    teacher_bias: float | None = None
+    """Added once to every teacher score; None: by recipe, as published 10 for two networks of one family, else 0."""
+    min_teacher_fraction: Fraction = 0.5
+    """Fraction of the batch below which the count penalty pushes the logit spot; 0 switches it off."""
 
 
 class AdaptiveConfig(LearnedConfig):
@@ -76,6 +84,21 @@ class SoftConfig(LearnedConfig):
 
     name: Literal["soft"] = "soft"
     tau: PositiveFloat = 1.0
+
+
+class MetaConfig(TrainedConfig):
+    """Learned from held-out images: where a small step of distilling lowers their cross-entropy"""
+
+    name: Literal["meta"] = "meta"
+    dose: Literal["published", "selected-mean"] = "selected-mean"
+    sees: Literal["features", "class"] = "features"
+    """What it decides by: the last features of both networks, or the label alone, so that it routes whole classes."""
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Fraction of the training images that the student does not train on, and the router learns from."""
+
+    def set_aside(self, images: int) -> float:
+        """Fraction of so many training images that do not train the student."""
+        return self.held_out
 
 
 class AgreementConfig(RouterConfig):

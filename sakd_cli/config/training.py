@@ -20,7 +20,7 @@ from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.routers import AdaptiveConfig, FixedConfig, NeverConfig, Router, RouterConfig
+from sakd_cli.config.routers import AdaptiveConfig, FixedConfig, MetaConfig, NeverConfig, Router, RouterConfig
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.train import Share, Train
 from sakd_cli.files import expanded
@@ -132,6 +132,10 @@ class ResidualConfig(Config):
     """Mean cost of rule budget, as a fraction of the teacher's MACs."""
     uncertainty: Literal["entropy", "maxprob", "margin", "energy"] = "entropy"
     """What is compared with the threshold: entropy, maxprob, margin or energy of the logits, in [0, 1]."""
+
+    def set_aside(self, images: int) -> float:
+        """Fraction of so many training images that do not train any student."""
+        return max(self.calibration, min(self.calibration_min / images, 0.2)) if self.students else 0.0
 
     @model_validator(mode="after")
     def _one_name_per_student(self) -> "ResidualConfig":
@@ -266,6 +270,17 @@ class DistillConfig(RunConfig):
                 "how much, and a weight of 0 or 1 where"
             )
         return router
+
+    @model_validator(mode="after")
+    def _a_meta_router_is_of_one_student(self) -> "DistillConfig":
+        if isinstance(self.router, MetaConfig) and self.residual.students:
+            raise ValueError(f"router {self.router.name} has images set aside for one student, not for residual ones")
+        return self
+
+    @property
+    def aside(self) -> ResidualConfig | MetaConfig:
+        """What says how many of the training images are set aside."""
+        return self.router if isinstance(self.router, MetaConfig) else self.residual
 
     def pretraining(self) -> dict[str, Any]:
         """The settings of the run that trains this run's teacher."""

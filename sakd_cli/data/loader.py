@@ -256,6 +256,19 @@ def split_in_halves(dataset: Dataset, train: Split, share: float, seed: int) -> 
     return upper, lower
 
 
+class HeldOutLoader:
+    """Each batch of a loader with one of held-out images, which go round and round beside them."""
+
+    def __init__(self, loader: Loader, held_out: Loader) -> None:
+        self.loader, self.held_out = loader, held_out
+        self.steps_per_epoch = loader.steps_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
+        beside = _endless(self.held_out, (epoch - 1) * self.steps_per_epoch + start)
+        return (replace(batch, held_out=next(beside)) for batch in self.loader.epoch(epoch, start))
+
+
 class AlternatingLoader:
     """A batch of the upper level, as an UpperBatch, then one of the lower, and so on.
 

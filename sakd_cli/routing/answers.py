@@ -83,7 +83,7 @@ class WSLD(AnswerRouter):
     """w_i = 1 - exp(-CE(s_i, y_i) / CE(t_i, y_i)): less where the student is already as good as the teacher.
 
     Zhou, Song, Chen, Zhou, Wang, Yuan, Zhang, "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
-    Tradeoff Perspective", ICLR 2021, equation 9, for the softened logits; here at every spot.
+    Tradeoff Perspective", ICLR 2021, for the softened logits; here at every spot.
     """
 
     def weigh(self, answers: Answers) -> Tensor:

@@ -38,6 +38,8 @@ class Router(nn.Module, ABC):
     """Whether gates lie between 0 and 1, so that a sample follows both networks."""
     agreement: bool = False
     """Whether a weight of 1 becomes 0 in the backward pass where a sample's two gradients disagree (`Doses`)."""
+    meta: bool = False
+    """Whether it learns from what each sample's distillation at each spot does for held-out images, by its gates."""
     rests: bool = False
     """Whether there are epochs in which some spots have weight 0 for every sample."""
     active: tuple[bool, ...] | None = None

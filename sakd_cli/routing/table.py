@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sakd_cli.config.routers import RouterConfig
 from sakd_cli.errors import UsageError, no_row
 from sakd_cli.routing.answers import WSLD, Confidence, Entropy, TeacherCorrect
-from sakd_cli.routing.router import Decision, Router
+from sakd_cli.routing.router import Answers, Decision, Router
 
 EPSILON = 1e-20  # keeps both logarithms finite for u = 0 and u = 1
 
@@ -83,6 +84,38 @@ class Soft(Router):
         gate = torch.sigmoid((scores[..., 0] - scores[..., 1]) / self.tau)
         weight = gate.detach().T
         return Decision(weight, gate, weight)
+
+
+@final
+class Meta(Router):
+    """A policy that learns from held-out images where distilling helps, one small step ahead.
+
+    p_ik = sigmoid(W [teacher; student]_i + b)_k is the weight of sample i at spot k, or one number for each class
+    L_router = - sum_k mean_i p_ik a_ik / rms_i(a_ik),   a_ik = <d l_ik / d theta, d CE_held_out / d theta>
+
+    theta: the student's weights; l_ik: the distillation loss of sample i at spot k. A gradient step of length eta by
+    sum_ik p_ik l_ik changes the held-out cross-entropy by -eta sum_ik p_ik a_ik, to first order. After Ren et al.,
+    "Learning to Reweight Examples for Robust Deep Learning", ICML 2018: there max(0, a_i) of the batch at hand are its
+    weights, one for all of a sample's loss; here a policy averages over batches, and each spot has weights of its own.
+    """
+
+    soft = meta = True
+
+    def __init__(self, spots: int, teacher: int, student: int, classes: int | None) -> None:
+        """classes: None where it sees features, else it has one number for each of them and spot."""
+        super().__init__()
+        self.classes, self.needs_answers = classes, classes is not None
+        self.policy = nn.Linear(classes or teacher + student, spots)
+        nn.init.zeros_(self.policy.weight)  # 1/2 for every sample at first
+        nn.init.zeros_(self.policy.bias)
+
+    def forward(self, teacher: Tensor, student: Tensor, noise: Tensor, answers: Answers | None = None) -> Decision:
+        if answers is None or self.classes is None:
+            seen = torch.cat([teacher, student], dim=1)
+        else:
+            seen = F.one_hot(answers.labels, self.classes).to(student.dtype)
+        gate = torch.sigmoid(self.policy(seen))
+        return Decision(gate.detach().T, gate, gate.detach().T)
 
 
 @final
@@ -172,6 +205,7 @@ class Pair(NamedTuple):
     prior    what a learned router adds to every teacher's score at the start
     epochs   of the run
     matched  [epochs, S] rates that another run logged; only `random-matched` needs them
+    classes  of the student's logits
     """
 
     spots: int
@@ -180,6 +214,7 @@ class Pair(NamedTuple):
     prior: float = 0.0
     epochs: int = 1
     matched: Tensor | None = None
+    classes: int = 0
 
 
 def _adaptive(config: Any, pair: Pair, kind: type[Adaptive] | type[Soft] = Adaptive) -> Router:
@@ -214,6 +249,9 @@ ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
     "always": lambda config, pair: Fixed([[1.0] * pair.spots]),
     "never": lambda config, pair: Fixed([[0.0] * pair.spots]),
     "soft": lambda config, pair: _adaptive(config, pair, Soft),
+    "meta": lambda config, pair: Meta(
+        pair.spots, pair.teacher, pair.student, pair.classes if config.sees == "class" else None
+    ),
     "gradient-agreement": lambda config, pair: Agreement(pair.spots),
     "teacher-correct": lambda config, pair: TeacherCorrect(pair.spots),
     "teacher-confidence": lambda config, pair: Confidence(pair.spots, config.cap),

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.effective import calibration_fraction, initial_lr, router_gamma, router_start, steps_per_epoch
+from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig, WarmedConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, shown
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.config.routers import LearnedConfig, RandomMatchedConfig
+from sakd_cli.config.routers import LearnedConfig, MetaConfig, RandomMatchedConfig, TrainedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
 from sakd_cli.data import table as datasets
 from sakd_cli.data.dataset import balanced_rates, hold_out, limit_train, seeded_generator
@@ -52,9 +52,9 @@ from sakd_cli.tasks.search import SearchTask, Sought
 
 
 def load_images(
-    config: DataConfig, residual: ResidualConfig | None = None, teacher: Preprocessing | None = None
+    config: DataConfig, aside: ResidualConfig | MetaConfig | None = None, teacher: Preprocessing | None = None
 ) -> Images:
-    """Load, limit and cut a data set; with residual students a calibration split is taken from what would train.
+    """Load, limit and cut a data set; what sets images aside takes a calibration split from what would train.
 
     teacher  how a teacher sees pictures: in training the same crops as the student, at its own size
     """
@@ -73,8 +73,7 @@ def load_images(
     if held_out is None:
         train, held_out = hold_out(dataset, config.validation, config.split_seed)
     calibration = None
-    if residual is not None and residual.students:
-        share = calibration_fraction(residual, len(train))
+    if aside is not None and (share := aside.set_aside(len(train))):
         train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
     there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
     cut = {name: split for name, split in there.items() if split is not None}
@@ -149,7 +148,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         teacher = load_teacher(config, path)
         claim = read_claim(path, teacher.sha256)
         config = pin_inputs(config, path, teacher.sha256)
-    images = images or load_images(config.data, config.residual, teacher.card.preprocessing)
+    images = images or load_images(config.data, config.aside, teacher.card.preprocessing)
     _require_one_size(config, images)
     mode = resolve_mode(config.runtime, device, _steps(config, images))
     train_one = pretrain_command(config, teacher.card.architecture)
@@ -219,14 +218,7 @@ def assemble(
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     steps = None if labels is None else steps_per_epoch(len(labels), batch_size)
     start = router_start(config, one_family=_one_family(config.student, teacher.name), steps=steps)
-    pair = routers.Pair(
-        spots=len(method.spots),
-        teacher=teacher.infos[-1].channels,
-        student=method.network.infos[-1].channels,
-        prior=start.bias or 0.0,
-        epochs=config.train.epochs,
-        matched=_matched_rates(config, len(method.spots)),
-    )
+    pair = _pair(config, method, teacher, start.bias)
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
         frozen = mode.frozen(teacher)
@@ -239,7 +231,7 @@ def assemble(
         router,
         graft,
         _factors(config, method),
-        _rates(config, learned or LearnedConfig(name="none"), start.lr),
+        _rates(config, start.lr),
         mode,
         offset,
         criterion,
@@ -247,9 +239,31 @@ def assemble(
     return mode.to_memory_format(task)
 
 
-def _rates(config: DistillConfig, router: LearnedConfig, router_lr: float) -> Rates:
-    own = initial_lr(config, config.student), config.train.weight_decay
-    return Rates(*own, router_lr, router.weight_decay, router.update_every)
+def _pair(
+    config: DistillConfig, method: distillers.Distillers, teacher: StagedModel, prior: float | None
+) -> routers.Pair:
+    """What the router is told. UsageError where it cannot be with this method."""
+    if isinstance(config.router, MetaConfig) and method.features is not None and method.features.scope == "memory":
+        raise UsageError(
+            f"router {config.router.name}: the loss of {config.method.name} depends on a memory of earlier batches",
+            "another router, or another method",
+        )
+    return routers.Pair(
+        spots=len(method.spots),
+        teacher=teacher.infos[-1].channels,
+        student=method.network.infos[-1].channels,
+        prior=prior or 0.0,
+        epochs=config.train.epochs,
+        matched=_matched_rates(config, len(method.spots)),
+        classes=method.network.num_classes,
+    )
+
+
+def _rates(config: DistillConfig, learned_lr: float) -> Rates:
+    router = config.router if isinstance(config.router, TrainedConfig) else LearnedConfig(name="none")
+    lr = initial_lr(config, config.student)
+    router_lr = learned_lr if isinstance(router, LearnedConfig) else router.lr or lr / 2
+    return Rates(lr, config.train.weight_decay, router_lr, router.weight_decay, router.update_every)
 
 
 def _one_family(student: str, teacher: str) -> bool:

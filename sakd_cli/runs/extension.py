@@ -3,14 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sakd_cli import distributed
 from sakd_cli.batch import Loader
 from sakd_cli.config.effective import router_train
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.data.loader import TrainLoader
+from sakd_cli.data.loader import HeldOutLoader, TrainLoader
 from sakd_cli.documents.training import PlannedNetwork
 from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
@@ -21,7 +24,7 @@ from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
-from sakd_cli.tasks.distill import ROUTER
+from sakd_cli.tasks.distill import ROUTER, DistillTask
 
 
 def optimizer_of(job: Job, task: Task) -> Optimizer:
@@ -33,16 +36,17 @@ def optimizer_of(job: Job, task: Task) -> Optimizer:
     return Optimizer(task.groups(), train, own=own)
 
 
-def loader_of(job: Job) -> TrainLoader:
-    """The training images of a job in batches."""
-    return TrainLoader(
-        job.images.train,
-        job.images.dataset,
-        batch_size=job.config.train.batch_size,
-        seed=job.config.seed,
-        noise_width=job.task.noise_width,
-        device=job.device,
-    )
+def loader_of(job: Job) -> Loader:
+    """The training images of a job in batches; each with held-out ones for a router that learns from such."""
+    config, task = job.config, job.task
+    loader = partial(TrainLoader, dataset=job.images.dataset, seed=config.seed, device=job.device)
+    train = loader(job.images.train, batch_size=config.train.batch_size, noise_width=task.noise_width)
+    held_out = job.images.calibration
+    if held_out is None or not (isinstance(task, DistillTask) and task.router.meta):
+        return train
+    size = min(config.train.batch_size, len(held_out))
+    whole = held_out.subset(torch.arange(len(held_out) // size * size))  # batches of one size
+    return HeldOutLoader(train, loader(whole, batch_size=size, noise_width=0))
 
 
 @dataclass(frozen=True)

@@ -390,7 +390,7 @@ class Launcher:
 def _untrained(config: DistillConfig) -> tuple[Job, Job]:
     """The jobs of a teacher that is yet to be trained and, with it as it is, of its student; they share the images."""
     first = build.pretraining(build.teacher_config(config))
-    images = None if config.residual.students else first.images  # a part of them is set aside for calibration
+    images = None if config.aside.set_aside(1000) else first.images  # a part of them does not train the student
     return first, build.distillation(config, build.untrained_teacher(first), images)
 
 

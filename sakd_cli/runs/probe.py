@@ -5,7 +5,7 @@ cross-entropy of held-out images. Where it is positive, a small step along the f
 difference: the loss of every image, with the weights moved a little along the second gradient, and against it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from sakd_cli.documents.spots import Probe, ProbedSpot
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.errors import UsageError
-from sakd_cli.models.staged import Features, StagedModel
 from sakd_cli.report.spots.log import epoch_records, settled_epoch
+from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.routing.router import Answers
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
@@ -29,7 +29,6 @@ from sakd_cli.runs.survey import BATCH, trained_job
 from sakd_cli.tasks.distill import DistillTask
 
 MOST = 2000  # training images that are probed
-STEP = 1e-3  # of the finite difference, as a fraction of the length of all weights
 RIDGE = 1.0  # penalty of the regression on standardised values, per image
 
 
@@ -96,16 +95,8 @@ def _pairs(job: Job, split: Split, reporter: Reporter) -> Iterable[tuple[Tensor,
     return InterruptibleBatches(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), reporter)
 
 
-def held_out_gradient(network: StagedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Of the summed cross-entropy by every weight that is trained, at length 1."""
-    weights = [p for p in network.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p) for p in weights]
-    for images, labels in batches:
-        loss = F.cross_entropy(network(images).float(), labels, reduction="sum")
-        found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        total = [a + b for a, b in zip(total, found, strict=True)]
-    length = torch.stack([part.norm() for part in total]).norm().clamp(min=1e-30)
-    return [part / length for part in total]
+def _batch(images: Tensor, labels: Tensor) -> Batch:
+    return Batch(images, labels, torch.arange(len(labels), device=labels.device), images.new_zeros(len(labels), 0))
 
 
 def _products(job: Job, task: DistillTask, images: Split, held_out: Split, reporter: Reporter) -> Tensor:
@@ -114,60 +105,18 @@ def _products(job: Job, task: DistillTask, images: Split, held_out: Split, repor
 
     def losses() -> Tensor:
         batches = _pairs(job, images, reporter)
-        return torch.cat([losses_of(task, pixels, labels) for pixels, labels in batches], dim=1).cpu()
+        return torch.cat([task.sample_losses(_batch(pixels, labels)) for pixels, labels in batches], dim=1).cpu()
 
     return along(task.network, way, losses)
-
-
-def along(network: StagedModel, way: Sequence[Tensor], value: Callable[[], Tensor]) -> Tensor:
-    """The derivative of `value` by the network's trained weights in a direction of length 1; they stay as they are."""
-    weights = [p for p in network.parameters() if p.requires_grad]
-    origins = [p.detach().clone() for p in weights]
-    step = STEP * float(torch.stack([p.detach().norm() for p in weights]).norm())
-    sides = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            for weight, origin, part in zip(weights, origins, way, strict=True):
-                weight.copy_(origin + sign * step * part)
-        sides.append(value())
-    with torch.no_grad():
-        for weight, origin in zip(weights, origins, strict=True):
-            weight.copy_(origin)
-    return (sides[0] - sides[1]) / (2 * step)
-
-
-def _seen(task: DistillTask, batch: Batch) -> tuple[Features, Features]:
-    """The features of teacher and student, as in training but in evaluation mode."""
-    with task.mode.networks(batch.images.device):
-        teacher, student = task.teacher_features(batch), task.student_features(batch.images)
-    return teacher.map(to_fp32), student.map(to_fp32)
-
-
-def losses_of(task: DistillTask, images: Tensor, labels: Tensor) -> Tensor:
-    """[S, n] the distillation loss of every image at every spot, as it is weighted in training.
-
-    A loss that is a mean over images is linear in their weights, so an image's part is its derivative by that image's
-    weight, times n; of a loss between images it is what the derivative says: what that image's weight changes.
-    """
-    with torch.no_grad():
-        batch = Batch(images, labels, torch.arange(len(labels), device=labels.device), images.new_zeros(len(labels), 0))
-        teacher, student = _seen(task, batch)
-    weight = torch.ones(len(task.spots), len(labels), device=images.device, requires_grad=True)
-    total = task.factors.logit * task.logit_distiller(student, teacher, weight[-1:], batch).sum()
-    if task.feature_distiller is not None:
-        task.feature_distiller.dynamic_shapes = False
-        total = total + task.factors.feature * task.feature_distiller(student, teacher, weight[:-1], batch).sum()
-    (found,) = torch.autograd.grad(total, weight)
-    return found * len(labels)
 
 
 def _answers(job: Job, task: DistillTask, images: Split, reporter: Reporter, seed: int) -> Answered:
     noise, columns = seeded_generator(seed, "probe/noise"), list[tuple[Tensor, Tensor, Tensor]]()
     for pixels, labels in _pairs(job, images, reporter):
-        losses = losses_of(task, pixels, labels)
-        with torch.no_grad():
-            batch = Batch(pixels, labels, labels, pixels.new_zeros(len(labels), 0))
-            teacher, student = _seen(task, batch)
+        batch = _batch(pixels, labels)
+        losses = task.sample_losses(batch)
+        with torch.no_grad(), task.mode.networks(pixels.device):
+            teacher, student = (x.map(to_fp32) for x in (task.teacher_features(batch), task.student_features(pixels)))
             uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(pixels)
             answers = [Answers(teacher.logits, student.logits, labels)] if task.router.needs_answers else []
             decision = task.router(teacher.embedding, student.embedding, uniform, *answers)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from sakd_cli.config.base import own_name, own_row
 from sakd_cli.config.datasets import DATASETS, DataConfig, FilesConfig, ImageFolderConfig
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.config.training import EvalConfig
+from sakd_cli.config.training import PROCEDURES, DistillConfig, EvalConfig, RunConfig
 from sakd_cli.data import fingerprint, table
 from sakd_cli.data.dataset import Split, joined
 from sakd_cli.data.fingerprint import Fingerprint
@@ -20,7 +20,6 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.job import Images
-from sakd_cli.runs.locate import settings_of
 
 SplitName = Literal["train", "val", "test", "all"]
 # Settings of the data that choose images; the others say how they are read and shown.
@@ -81,16 +80,16 @@ def images_to_score(
     if wanted.folder and isinstance(data, ImageFolderConfig) and wanted.split in (None, "all"):
         own = None if wanted.split == "all" else _own_test_images(data, weights, then)
         return Scored(own, "test", 0 if then else None) if own else _labelled(data, card, then, reporter)
-    cut = resolve("eval", settings_of(run)).config if run else config
     chosen = data if split != "test" else data.model_copy(update={"validation": 0.0})
-    residual = cut.residual if split != "test" else None
-    key = (chosen, residual)
-    images = loaded[key] if key in loaded else loaded.setdefault(key, load_images(chosen, residual))
+    trained = config if run is None else _trained(run)
+    aside = trained.aside if isinstance(trained, DistillConfig) and split != "test" else None
+    key = (chosen, aside)
+    images = loaded[key] if key in loaded else loaded.setdefault(key, load_images(chosen, aside))
     parts: dict[str, Split] = {name: part for name, part in images.parts.items() if split in (name, "all")}
     if not parts:
         raise UsageError(f"{weights}: there is no validation part (data.validation is 0)", "--split test, or all")
     now = _taken(data, images.dataset.classes, parts, then)
-    if then is not None and not wanted.folder and _choice(cut.data) == _choice(data):
+    if then is not None and not wanted.folder and _choice(trained.data) == _choice(data):
         found = fingerprint.differences(then, now)[:1] if then.classes != now.classes else []
         found += [text for part in parts for text in fingerprint.lost(then, now, part)]
         where = f"{data.name} in {data.root}" if data.root else data.name
@@ -102,6 +101,13 @@ def images_to_score(
     if known and split == "test":
         reporter.warn(f"{known} of the {len(shown.dataset.test)} test images were trained on")
     return Scored(shown, split, known)
+
+
+def _trained(run: RunDir) -> RunConfig:
+    task = run.config.get("task")
+    own = ConfigSource(f"{run.path}", run.config)
+    settings: RunConfig = resolve(task if task in PROCEDURES else "distill", [own]).config
+    return settings
 
 
 def _choice(data: DataConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, final
 
@@ -22,6 +22,7 @@ from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, Want
+from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.routing.dose import Doses
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
@@ -29,6 +30,7 @@ from sakd_cli.tasks.criterion import Criterion
 
 GUIDE = "sakd guide extending"
 ROUTER = "router"  # the group of what decides and of the adapters on its paths
+TINY = 1e-30  # of a product of gradients
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
 
 
@@ -177,6 +179,7 @@ class DistillTask(Task):
             if self.mode.autocast_dtype is None:  # a cache's are in 16 bits
                 seen = seen.map(to_fp32)
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
+        benefits = self._benefits(batch, seen) if self.router.meta and self._routed else None
         self.doses.begin()
         with self._converted():
             student, ce = self.learn(batch, offset)
@@ -189,13 +192,55 @@ class DistillTask(Task):
             alone = ce.detach()
             gates = [decision.gate] if decision.gate is not None else []
             with self._fork.beside([*batch.tensors(), *seen.tensors(), *gates, alone]):
-                routing_loss, events = self.route(batch, seen, alone, decision.gate, offset)
+                if benefits is None or decision.gate is None:
+                    routing_loss, events = self.route(batch, seen, alone, decision.gate, offset)
+                else:
+                    routing_loss, events = -(decision.gate * benefits.T).mean(dim=0).sum(), {}
         loss, parts = self.objective(batch, student, seen, ce, decision.weight)
         self._fork.join([routing_loss, *events.values()])
-        parts |= {"router": routing_loss.detach()} if events else {}
+        parts |= {"router": routing_loss.detach()} if events or benefits is not None else {}
         weight = self.doses.kept[:, : len(batch.labels)] if self.router.agreement else decision.weight
         use = SpotUse(weight, decision.probability, events, self.doses.lengths)
         return StepOutput(loss + routing_loss, student.logits, parts, use)
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """[S, N] the distillation loss of every sample at every spot, as it is weighted in training, without gradient.
+
+        A loss that is a mean over samples is linear in their weights, so a sample's part is its derivative by that
+        sample's weight, times N; of a loss between samples it is what the derivative says: what that weight changes.
+        """
+        with torch.no_grad(), self.mode.networks(batch.images.device):
+            student, teacher = self.student_features(batch.images).map(to_fp32), self.teacher_features(batch)
+        weight = batch.images.new_ones(len(self.spots), len(batch.labels), requires_grad=True)
+        with torch.enable_grad():
+            teacher = teacher.map(to_fp32)
+            total = self.factors.logit * self.logit_distiller(student, teacher, weight[-1:], batch).sum()
+            if (features := self.feature_distiller) is not None:
+                dynamic, features.dynamic_shapes = features.dynamic_shapes, False
+                total = total + self.factors.feature * features(student, teacher, weight[:-1], batch).sum()
+                features.dynamic_shapes = dynamic
+            (found,) = torch.autograd.grad(total, weight)
+        return found * len(batch.labels)
+
+    def _benefits(self, batch: Batch, seen: Features) -> Tensor:
+        """[S, N] by how much distilling a sample at a spot lowers the held-out cross-entropy, at root mean square 1.
+
+        In evaluation mode, so that nothing is recorded; in fp32, in whose last bits the difference lies.
+        """
+        assert batch.held_out is not None, "the builder gives such a router held-out images"
+        modules = [module for module in self.modules() if module.training]
+        mode, self.mode = self.mode, Mode()
+        for module in modules:
+            module.training = False
+        try:
+            way = held_out_gradient(self.network, [(batch.held_out.images, batch.held_out.labels)])
+            known = replace(batch, precomputed=seen)
+            products = along(self.network, way, lambda: self.sample_losses(known))
+        finally:
+            self.mode = mode
+            for module in modules:
+                module.training = True
+        return products / products.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
 
     def learn(self, batch: Batch, offset: Tensor | None) -> tuple[Features, Tensor]:
         """The student's features with gradient, and its cross-entropy."""

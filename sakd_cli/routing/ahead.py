@@ -1,0 +1,40 @@
+"""What a small change of a network's weights does: the gradient of held-out images, and derivatives along it."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STEP = 1e-3  # of the finite difference, as a fraction of the length of all weights
+
+
+def held_out_gradient(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Of the summed cross-entropy of (images, labels) by every weight that is trained, at length 1."""
+    weights = [p for p in network.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in weights]
+    for images, labels in batches:
+        loss = F.cross_entropy(network(images).float(), labels, reduction="sum")
+        found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        total = [a + b for a, b in zip(total, found, strict=True)]
+    length = torch.stack([part.norm() for part in total]).norm().clamp(min=1e-30)
+    return [part / length for part in total]
+
+
+@torch.no_grad()
+def along(network: nn.Module, way: Sequence[Tensor], value: Callable[[], Tensor]) -> Tensor:
+    """The derivative of `value` by the network's trained weights in a direction of length 1; they stay as they are.
+
+    A central difference, which reads nothing back from the device.
+    """
+    weights = [p for p in network.parameters() if p.requires_grad]
+    origins = [p.clone() for p in weights]
+    step = STEP * torch.stack([p.norm() for p in weights]).norm()
+    sides = []
+    for sign in (1, -1):
+        for weight, origin, part in zip(weights, origins, way, strict=True):
+            weight.copy_(origin + sign * step * part)
+        sides.append(value())
+    for weight, origin in zip(weights, origins, strict=True):
+        weight.copy_(origin)
+    return (sides[0] - sides[1]) / (2 * step)
