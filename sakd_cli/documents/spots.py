@@ -374,7 +374,8 @@ class SpotsDocument(Document):
 
     balance: what the gradient ratio was set to in training, over all feature spots; 0: it was as it is told here.
     samples: an image counts once per epoch; teacher: its source, an architecture or a path; mixtures: `dfa.json` of
-    the run, null where it has none; classes are in order of their largest deviation.
+    the run, null where it has none; classes are in order of their largest deviation. saturated: a sentence with the
+    cure where the router decided the same for all in every epoch; then nothing is said by class or image.
     """
 
     schema_: Literal["sakd.spots/2"] = "sakd.spots/2"
@@ -386,6 +387,7 @@ class SpotsDocument(Document):
     student: str | None
     dataset: str | None
     finished: bool
+    saturated: str | None = None
     epochs: int
     samples: int
     overall: list[SpotTotal]

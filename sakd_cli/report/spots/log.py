@@ -1,10 +1,11 @@
 """Where a run distilled: `spots.jsonl` over epochs and classes, and its survey by image, as one document or as CSV."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
+from sakd_cli.config.effective import SATURATED
 from sakd_cli.documents.base import Number, Part
 from sakd_cli.documents.spots import (
     EXTREMES,
@@ -52,18 +53,42 @@ def spots_document(
     keys |= {"student": "student", "dataset": "data.name"}
     found = {name: look_up(config, key) for name, key in keys.items()}
     names: dict[str, Any] = {name: None if value is None else plain(value) for name, value in found.items()}
+    saturated = _saturated(epochs, config)
+    measured = measure(survey, overall, sample=sample, seed=seed, extremes=extremes) if survey else None
+    if saturated and measured:
+        nothing = dict.fromkeys(("classes", "difficulty", "paths")) | {"extremes": [], "path_examples": []}
+        measured = measured.model_copy(update=nothing | {"spots": [], "notes": [*measured.notes, saturated]})
     return SpotsDocument(
         run=str(run.path),
         **names,
+        saturated=saturated,
         balance=look_up(config, "method.balance") or 0.0,
         finished=run.finished,
         epochs=len(epochs),
         samples=sum(epoch.samples for epoch in epochs),
         overall=overall,
         by_epoch=[_fractions(epoch) for epoch in epochs],
-        by_class=_by_class(epochs, [spot.fraction for spot in overall], _class_names(run)),
+        by_class=[] if saturated else _by_class(epochs, [spot.fraction for spot in overall], _class_names(run)),
         mixtures=read_mixtures(run),
-        measured=measure(survey, overall, sample=sample, seed=seed, extremes=extremes) if survey else None,
+        measured=measured,
+    )
+
+
+def _saturated(epochs: list[EpochRecord], config: Mapping[str, Any]) -> str | None:
+    """A sentence with the cure where every p is within 0.5 points of 0 or 1: at every spot, in every epoch."""
+    spots = [spot for epoch in epochs for spot in epoch.spots]
+    if not all(p is not None and (p >= SATURATED or p <= 1 - SATURATED) for p in (spot.probability for spot in spots)):
+        return None
+    where = " or ".join(sorted({f"{100 * round(spot.probability or 0.0)} %" for spot in spots}))
+    shares = {round(spot.fraction) for spot in spots if spot.fraction is not None}
+    same = "router always" if shares == {1} else "router never" if shares == {0} else "one fixed weight per spot"
+    keys = [f"router.{key}" for key in ("teacher_bias", "lr") if look_up(config, f"router.{key}") is not None]
+    cure = "a smaller --set router.lr lets it decide"
+    if keys or look_up(config, "router.recipe") == "published":
+        cure = "--set router.recipe=auto lets it decide" + f" (without {' and '.join(keys)})" * bool(keys)
+    return (
+        f"The router is saturated: its teacher-routing probability is within 0.5 points of {where} at every spot in "
+        f"every epoch. It decided nothing and did what {same} does, at almost twice the cost; {cure}."
     )
 
 

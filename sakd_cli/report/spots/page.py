@@ -36,7 +36,8 @@ def spot_sections(report: SpotsDocument, images: "Images", *, drawn: bool) -> li
     drawn   with plots, which need matplotlib
     """
     measured = report.measured
-    overall, by_epoch, *by_class = spot_tables(report, top=None)
+    overall, *by_epoch = spot_tables(report, top=None)
+    by_epoch, by_class = by_epoch[:1], by_epoch[1:]
     plotted, found, galleries = defaultdict[str, list[Block]](list), defaultdict[str, list[Block]](list), list[Block]()
     for name in plots.panels_of(report) if drawn else ():
         plotted[name] = [Picture(plots.rendered(plots.spot_figure(report, name), "svg"), "svg+xml", ALT[name])]
@@ -49,7 +50,7 @@ def spot_sections(report: SpotsDocument, images: "Images", *, drawn: bool) -> li
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
                 galleries.append(Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
     blocks = {
-        "In training": [overall, *plotted["epochs"], by_epoch],
+        "In training": [overall, *plotted["epochs"], *by_epoch],
         "The trained router": found["spots"],
         "By class": [*plotted["classes"], *found["classes"], *by_class],
         "By difficulty": [*plotted["difficulty"], *found["difficulty"]],

@@ -1,6 +1,5 @@
 """The document of `sakd inspect-spots` as tables, for terminal and HTML report alike"""
 
-from sakd_cli.config.effective import SATURATED
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
@@ -28,7 +27,9 @@ NETWORKS = {
 
 def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Sheet]:
     """The training: overall, by epoch, the `top` classes above and below the average (None: all), mixtures."""
-    tables = [_overall(report), _by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch))]
+    tables = [_overall(report)]
+    if not report.saturated:
+        tables.append(_by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch)))
     names = [spot.name for spot in report.overall]
     if top != 0 and any(row.peak is not None for row in report.by_class):
         notes = ["Mean over the epochs, then the difference from the spot's fraction in points."]
@@ -46,7 +47,7 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
     answers = by.by_correctness if by else []
     correctness = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in answers]
     tables = {
-        "spots": [_spots(measured)],
+        "spots": [_spots(measured)] if measured.spots or measured.value is None else [],
         "classes": [_classes(measured.classes, names, top)] if measured.classes else [],
         "difficulty": [
             _deciles("By difficulty: the student's loss (%)", "Loss", by.by_student_loss, names),
@@ -123,11 +124,8 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
         + "." * (not with_policy),
     ]
     notes += _dose_notes(report) if measured else []
-    if with_policy and all((spot.probability or 0) >= SATURATED for spot in spots):
-        notes.append(
-            "The router is saturated at the teacher: its published prior and rate do this in short runs. "
-            "--set router.teacher_bias=0 --set router.lr=2e-4 lets it decide."
-        )
+    if report.saturated:
+        return Sheet(report.saturated, [], [], [notes[0], *notes[2:]])
     return Sheet("Samples distilled at each spot (%)", headers, rows, notes, text=2)
 
 
