@@ -398,8 +398,3 @@ def test_crd_refuses_before_it_takes_the_memory() -> None:
 
 def test_every_plain_definition_belongs_to_a_method() -> None:
     assert set(PLAIN) == set(DISTILLERS)
-
-
-def test_every_method_that_trains_the_student_beside_its_losses_says_so() -> None:
-    beside = {name for name, row in DISTILLERS.items() if row.network is not None} | {"ab", "fsp"}
-    assert {name for name, kind in METHODS.items() if kind.trains_student} == beside

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.engine.runtime import compile_task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import Spot
@@ -232,3 +233,8 @@ def test_tokens_of_no_place_are_no_part_of_what_is_balanced(balance: float) -> N
     layout.to_map(expected, shape).add_(factor * hint_way)
     torch.testing.assert_close(x.grad, expected)
     torch.testing.assert_close(doses.lengths[0], torch.stack([of_task, hint_way.norm()]))
+
+
+def test_every_method_that_trains_the_student_beside_its_losses_says_so() -> None:
+    beside = {name for name, row in DISTILLERS.items() if row.network is not None} | {"ab", "fsp"}
+    assert {name for name, kind in METHODS.items() if kind.trains_student} == beside

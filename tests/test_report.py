@@ -23,7 +23,6 @@ from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import Sheet, listing_table
 from sakd_cli.report.runs.tables import plan_table, summary_table
 from sakd_cli.report.spots.log import spots_document
-from sakd_cli.report.spots.page import spot_sections
 from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir
 
@@ -126,43 +125,6 @@ def test_router_without_policy_and_epoch_without_samples(tmp_path: Path) -> None
     assert [row.fraction, row.first, row.last, row.min, row.max, row.probability] == [None] * 6
     text = text_of(spot_tables(report))
     assert [part in text for part in ("γ", "Count", "ount penalty", format.DASH)] == [False, False, False, True]
-
-
-ALWAYS = "of 100 % at every spot in every epoch. It decided nothing and did what router always does, at almost twice"
-RECIPE = "--set router.recipe=auto lets it decide"
-
-
-@pytest.mark.parametrize(
-    ("chances", "shares", "router", "said"),
-    [
-        ((0.996, 1.0), (1.0, 0.999), {"recipe": "published"}, [ALWAYS, f"the cost; {RECIPE}."]),
-        ((0.004, 0.0), (0.0, 0.0), {"lr": 0.1}, ["of 0 % at", "router never does", f"{RECIPE} (without router.lr)."]),
-        (
-            (0.004, 0.996),
-            (0.0, 1.0),
-            {},
-            ["of 0 % or 100 % at", "one fixed weight", "a smaller --set router.lr"],
-        ),
-        ((0.994, 1.0), (1.0, 1.0), {}, []),
-        ((1.0, None), (1.0, 1.0), {}, []),
-    ],
-)
-def test_a_saturated_router_is_one_sentence_with_the_cure(
-    tmp_path: Path, chances: Any, shares: Any, router: Tree, said: list[str]
-) -> None:
-    names = ("stage2", "logits")
-    spots = [spot(name, share, [share], p) for name, share, p in zip(names, shares, chances, strict=True)]
-    config = CONFIG | {"router": {"name": "adaptive"} | router}
-    report = spots_document(make_run(tmp_path / "run", [epoch(n, 10, *spots) for n in (1, 2)], config=config))
-    if not said:
-        assert (report.saturated, len(spot_tables(report))) == (None, 3)
-        return
-    assert report.saturated is not None
-    assert all(part in report.saturated for part in said)
-    [sheet] = spot_tables(report)
-    assert (sheet.rows, report.by_class, "100.0" in text_of([sheet])) == ([], [], False)
-    [section] = spot_sections(report, {}, drawn=False)
-    assert [block.title for block in section.blocks] == [report.saturated]
 
 
 def test_resumed_run_counts_an_epoch_once(tmp_path: Path) -> None:
