@@ -27,6 +27,7 @@ from sakd_cli.cli import (
     guide,
     import_weights,
     inspect_spots,
+    predict,
     pretrain_teacher,
     report,
     runs,
@@ -126,6 +127,7 @@ app.command("sweep", rich_help_panel="Train", cls=OnceEach)(sweep.sweep)
 app.command("import-weights", rich_help_panel="Train", cls=OnceEach)(import_weights.import_weights)
 app.command("export", rich_help_panel="Train", cls=OnceEach)(export.export)
 app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
+app.command("predict", rich_help_panel="Evaluate", cls=OnceEach)(predict.predict)
 app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(compare.compare)
 app.command("runs", rich_help_panel="Evaluate", cls=OnceEach)(runs.runs)
 app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(report.report)

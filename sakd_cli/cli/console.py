@@ -11,7 +11,17 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from sakd_cli.documents.base import Document
 from sakd_cli.report.render.format import plain, printable
@@ -61,6 +71,13 @@ def complain(message: str, hint: str | None = None) -> None:
     console.print(f"[bold red]error:[/] {escape(clean(message))}")
     if hint:
         console.print(f"[dim]hint:[/] {escape(clean(hint, LONGEST_HINT))}")
+
+
+class _Throughput(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.4g}/s" if task.speed else "")
 
 
 class ConsoleReporter:
@@ -114,8 +131,8 @@ class ConsoleReporter:
         self.steps = steps
         self.say(f"{title}, from step {done}" if done else title)
         if self.console.is_terminal and not self.quiet:
-            columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            columns = (BarColumn(None), MofNCompleteColumn(), _Throughput(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
             self._task = self._bar.add_task("", total=steps, completed=done)
             self._bar.start()
 

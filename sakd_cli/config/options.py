@@ -11,9 +11,9 @@ TRAIN = "pretrain-teacher distill"
 NETWORKS = "distill eval bench"
 IMAGES = f"{TRAIN} eval import-weights inspect-spots"
 SETTINGS = f"{IMAGES} sweep export"
-PLACES = f"{TRAIN} eval sweep export inspect-spots runs"
-MACHINE = f"{TRAIN} eval sweep import-weights inspect-spots bench"
-DOCUMENTS = f"{SETTINGS} bench data-check list show-method show-key show-schema config-show compare report runs"
+PLACES = f"{TRAIN} eval predict sweep export inspect-spots runs"
+MACHINE = f"{TRAIN} eval predict sweep import-weights inspect-spots bench"
+DOCUMENTS = f"{SETTINGS} predict bench data-check list show-method show-key show-schema config-show compare report runs"
 
 
 class Option(NamedTuple):
@@ -128,7 +128,7 @@ _ROWS: list[Option | str] = [
     Option("sample_seed", "", "Random seed of --sample", "inspect-spots", "N", int, least=0, default=0, flags="--seed"),
     "Ensemble",
     Option("early_exit", "", "Let images exit early where the thresholds allow it, as by default", "eval", type=FLAG),
-    Option("always_on", "", "Pass every image through all members", "eval", type=FLAG),
+    Option("always_on", "", "Pass every image through all members", "eval predict", type=FLAG),
     Option("curve", "", "Also report accuracy and cost over all thresholds", "eval", type=FLAG),
     "Configuration",
     Option("task", "", "Command whose configuration to show", "config-show", type=Literal["distill", "pretrain"],
@@ -156,7 +156,7 @@ _ROWS: list[Option | str] = [
            "distill", type=SWITCH),
     Option("log", "log", "Also log to TensorBoard, in the run directory", TRAIN, "tensorboard"),
     Option("dry_run", "", "Build everything and try one real batch; write nothing", TRAIN, type=FLAG),
-    Option("eval_batch_size", "batch_size", "Images per forward pass", "eval", "N", flags="--batch-size"),
+    Option("eval_batch_size", "batch_size", "Images per forward pass", "eval predict", "N", flags="--batch-size"),
     Option("rounds", "", "Number of timings of each step", "bench", "N", int, least=1, default=7),
     Option("scaling", "", "Also time along one axis: batch, side, spots, images, bank, depth or runs", "bench", "AXIS"),
     Option("jobs", "", "Runs at a time (default: 1, or one per GPU)", "sweep", "N", int | None, least=1),
@@ -191,6 +191,8 @@ _ROWS: list[Option | str] = [
     Option("page", "", "HTML file to write (default: RUN/report.html)", "report", "FILE", FILE, flags="--out"),
     Option("origin", "", "Show who set each key", "config-show", type=FLAG),
     Option("describe", "", "Show what each key means", "config-show", type=FLAG),
+    Option("top_classes", "", "Number of classes for each picture, the likeliest first", "predict", "K", int, least=1,
+           default=5, flags="--top"),
     Option("top", "", "Classes to show at each end", "inspect-spots", "N", int, least=1, default=10),
     Option("extremes", "", "Images to show at each end of each spot", "inspect-spots", "N", int, least=0, default=3),
     Option("plot", "", "Write the plots to this .png or .svg file; needs matplotlib", "eval compare inspect-spots",
@@ -199,11 +201,11 @@ _ROWS: list[Option | str] = [
            type=Literal["epochs", "classes", "difficulty", "paths"] | None),
     Option("html", "", "Write everything to one HTML file", "inspect-spots", "FILE", FILE),
     Option("samples", "", "Write one record per image, .jsonl or .csv", "inspect-spots", "FILE", FILE),
-    Option("csv", "", "Print the results as CSV to stdout", "compare sweep inspect-spots", type=FLAG),
+    Option("csv", "", "Print the results as CSV to stdout", "predict compare sweep inspect-spots", type=FLAG),
     Option("markdown", "", "Also write the table as Markdown", "sweep", "FILE", FILE),
     Option("json", "", "Print exactly one JSON document to stdout", DOCUMENTS, type=FLAG),
     Option("quiet", "", "Print no log messages and no progress to stderr, only errors",
-           f"{SETTINGS} bench data-check report", type=FLAG, flags="--quiet -q"),
+           f"{SETTINGS} predict bench data-check report", type=FLAG, flags="--quiet -q"),
 ]
 # fmt: on
 OPTIONS: dict[str, Option] = {}

@@ -246,6 +246,11 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding], lef
             left[f"*{shown(ending)}" if ending else "without an ending"] += 1
 
 
+def pictures_below(folder: Path, findings: list[Finding]) -> Iterator[str]:
+    """Files below a folder that are named like pictures, in order of their names; what cannot be read is a finding."""
+    return _pictures(folder, (), findings, Counter())
+
+
 def faults_of(part: SplitContents) -> list[Finding]:
     """Faults of one part alone."""
     where, names = str(part.folder), list(part.files)

@@ -10,6 +10,7 @@ from sakd_cli.documents.base import Answer, Document, Number, PairedTest, Part, 
 from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Quartiles
 from sakd_cli.documents.listing import Listing, RunEntries, ShownConfig, ShownMeaning, ShownMethod
+from sakd_cli.documents.prediction import Predictions
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
 from sakd_cli.documents.training import Plan, Summary
@@ -232,6 +233,7 @@ DOCUMENTS: dict[str, type[Document]] = {
     "eval": Evaluation,
     "ensemble": EnsembleEvaluation,
     "evals": Evaluations,
+    "predict": Predictions,
     "compare": Comparison,
     "report": Report,
     "export": Export,

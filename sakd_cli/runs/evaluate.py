@@ -196,20 +196,20 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     early: images leave where they may; else all go to the end. curve: with the curve over all thresholds.
     Raises UsageError on other classes, and where the thresholds are to be fitted anew and the run is not known.
     """
-    opened = _opened(target.weights)
-    rule = opened.about.get("rule", {})
-    config = config_of(opened.card, target.layers, reporter, {"residual": rule})
+    saved = opened(target.weights)
+    rule = saved.about.get("rule", {})
+    config = config_of(saved.card, target.layers, reporter, {"residual": rule})
     device = pick_device(config.device)
-    scored = images_to_score(target.weights, target.run, opened.card, config, target.wanted, reporter, {})
+    scored = images_to_score(target.weights, target.run, saved.card, config, target.wanted, reporter, {})
     images = scored.images
-    for member in opened.ensemble.members:
+    for member in saved.ensemble.members:
         assert isinstance(member, StagedModel)
-        match_normalization(Artifact(member, opened.card, opened.sha256), images, str(target.weights))
-    whole, dataset, run = opened.ensemble.to(device), images.dataset, target.run
+        match_normalization(Artifact(member, saved.card, saved.sha256), images, str(target.weights))
+    whole, dataset, run = saved.ensemble.to(device), images.dataset, target.run
     costs = [cost(member, images.side) for member in whole.members]
-    macs, teacher = [one.macs for one in costs], opened.about.get("teacher") or {}
+    macs, teacher = [one.macs for one in costs], saved.about.get("teacher") or {}
     teacher_macs = teacher.get("macs")
-    exits = opened.exits
+    exits = saved.exits
     if exits.thresholds and config.residual.exits() != rule:
         exits = _refitted(whole, run, config, macs, teacher_macs, device)
     batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
@@ -224,7 +224,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
         classes.append(EnsembleClassMetrics(name=name, images=count, top1=scores.top1_of_class[place], macs=mean))
     return EnsembleEvaluation(
         **target.origin(),
-        sha256=opened.sha256,
+        sha256=saved.sha256,
         network=" + ".join(names),
         dataset=dataset.name,
         split=scored.split,
@@ -248,7 +248,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     )
 
 
-def _opened(target: Path) -> LoadedEnsemble:
+def opened(target: Path) -> LoadedEnsemble:
     """An ensemble, or a plain network as one without residual students."""
     folder = target if target.is_dir() else target.parent
     if (folder / INDEX).is_file() and (target.is_dir() or target.name == INDEX):

@@ -1,0 +1,60 @@
+"""`sakd predict`: what a trained network answers for pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sakd_cli.cli.console import ConsoleReporter, emit, show
+from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.resolve import config_sources
+from sakd_cli.errors import DataError
+from sakd_cli.runs.locate import runs_dir_of, what_to_score
+
+Network = Annotated[Path, typer.Argument(metavar="NETWORK", help="Run directory, folder of a network, or its file.")]
+Pictures = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH...", help="Pictures, folders or quoted patterns; - reads a list from stdin."),
+]
+
+
+@with_options("predict")
+def predict(
+    options: Values,
+    json: bool,
+    csv: bool,
+    quiet: bool,
+    top_classes: int,
+    always_on: bool,
+    target: Network,
+    paths: Pictures,
+) -> None:
+    """Predict the classes of pictures: files, whole folders, patterns, or a list on stdin.
+
+    Pictures are shown to the network as its card says. One that cannot be read costs one line and an exit code of 3 at
+    the end; the others are answered.
+
+    Examples:
+
+        sakd predict runs/A holiday.jpg --top 3
+
+        find photos -name '*.png' | sakd predict runs/A - --csv
+    """
+    sources = config_sources(options)
+    weights, _ = what_to_score(target, runs_dir_of(sources))
+    from sakd_cli.report.evaluation.predictions import predictions_csv, predictions_text
+    from sakd_cli.runs.predict import find_pictures
+    from sakd_cli.runs.predict import predict as carry_out
+
+    reporter = ConsoleReporter(quiet=quiet)
+    document = carry_out(weights, find_pictures(paths), sources, reporter, top=top_classes, early=not always_on)
+    if json:
+        emit(document)
+    elif csv:
+        print(predictions_csv(document), end="")
+    else:
+        show(predictions_text(document))
+    if (speed := document.images_per_second) is not None:
+        reporter.say(f"{document.images} pictures in {document.seconds:.2f} s, {speed:,.4g} a second")
+    if document.failed:
+        raise DataError(f"{document.failed} of {document.images} pictures could not be read; the others are answered")
