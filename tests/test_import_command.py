@@ -14,7 +14,7 @@ from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS, translate_name
 from sakd_cli.models.table import create
 from sakd_cli.runs.initial_weights import differing_classes
-from sakd_cli.runs.locate import chance, read_claim
+from sakd_cli.runs.locate import read_claim, warn_of_chance
 
 
 def published(name: str, seed: int) -> dict[str, Tensor]:
@@ -67,8 +67,11 @@ def test_a_teacher_at_chance_is_told_at_import_and_before_a_distillation(cli: Cl
     distilled = cli.sakd("distill", "--teacher", "chance", "--student", "resnet8", *small, "--epochs", "1", "-q")
     assert distilled.code == 0, distilled.err
     assert "warning: teacher: top-1 " in distilled.err
-    assert chance(1.4, 10_000, 100) is None
-    assert chance(1.1, 10_000, 100) is not None
+    told: list[str] = []
+    for top1 in (1.4, 1.1):
+        warn_of_chance(top1, 10_000, 100, told.append, "teacher: ")
+    assert [text[:22] for text in told] == ["teacher: top-1 1.10 % "]
+    assert len(told[0]) <= 192, "a message is cut there"
 
 
 @pytest.mark.parametrize(

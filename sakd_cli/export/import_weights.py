@@ -18,7 +18,7 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.runs.build import load_images
 from sakd_cli.runs.evaluate import test_scores
 from sakd_cli.runs.initial_weights import differing_classes
-from sakd_cli.runs.locate import GAP, chance
+from sakd_cli.runs.locate import GAP, warn_of_chance
 
 
 class Source(NamedTuple):
@@ -57,8 +57,7 @@ def import_weights(source: Source, layers: Sequence[ConfigSource], out: Path | N
         known = load_images(config.data.model_copy(update={"validation": 0.0, "download": False})).dataset
         scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
         metrics = scores.metrics() | {"split": "test", "images": scores.images}
-        if text := chance(scores.top1, scores.images, len(known.classes)):
-            reporter.warn(text)
+        warn_of_chance(scores.top1, scores.images, len(known.classes), reporter.warn)
     except DataError as error:
         reporter.warn(f"not scored: {error.message}")
     published = release if release and release.dataset == known.name else None

@@ -166,9 +166,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.teacher_side)
-    whom = teacher, path, claim, costs[1]
-    notes = (*teacher.notes, *notes)
-    return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom, notes)
+    whom = teacher, path, claim, costs[1], (*teacher.notes, *notes)
+    return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom)
 
 
 def _require_one_size(config: DistillConfig, images: Images) -> None:

@@ -45,7 +45,7 @@ from sakd_cli.runs import build
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.job import Images, Job, balance_of, effective_values, planned_networks, planned_spots, warnings_of
-from sakd_cli.runs.locate import Claim, chance, compare_with_card
+from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
@@ -316,8 +316,7 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
     if own is not job.images.dataset.test:
         test = InterruptibleBatches(EvalLoader(own, job.images.dataset, device=job.device), reporter)
     scores = evaluate(job.teacher.model, test, evaluation.classes)
-    if text := chance(scores.top1, scores.images, evaluation.classes):
-        reporter.warn(f"teacher: {text}")
+    warn_of_chance(scores.top1, scores.images, evaluation.classes, reporter.warn, "teacher: ")
     if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch

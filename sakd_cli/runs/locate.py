@@ -1,7 +1,7 @@
 """What a path or a name means: a teacher, weights, a run; and what the card of a teacher's weights says."""
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,15 +182,14 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
     return claim
 
 
-def chance(top1: float, images: int, classes: int) -> str | None:
-    """What to say of a top-1 in percent that so many images cannot tell from chance (3 standard errors); else None."""
+def warn_of_chance(top1: float, images: int, classes: int, warn: Callable[[str], None], whose: str = "") -> None:
+    """Say so where a top-1 in percent on so many images cannot be told from chance, within 3 standard errors."""
     share = 1 / classes
     if images and top1 / 100 <= share + 3 * (share * (1 - share) / images) ** 0.5:
-        return (
-            f"top-1 {top1:.2f} % on {images} test images is chance for {classes} classes: another order of classes "
-            "(import-weights --classes), other preprocessing, or untrained weights"
+        warn(
+            f"{whose}top-1 {top1:.2f} % on {images} test images is chance for {classes} classes: another order of "
+            "classes (import-weights --classes), other preprocessing, or untrained weights"
         )
-    return None
 
 
 def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allowed: bool) -> str | None:

@@ -90,16 +90,15 @@ def predict(
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (card.mean, card.std))
     height, width = height_width(card.side)
     size = max(1, min(config.batch_size, MAX_BYTES // (12 * height * width)))
-    found: list[Prediction] = []
-    reporter.begin(f"{len(pictures)} pictures", len(pictures))
-    begun = time.perf_counter()
     seen = card.seen
     spec = ImageSpec(seen, 0, Reading(seen.background, seen.orientation, seen.gray_range))
+    reporter.begin(f"{len(pictures)} pictures", len(pictures))
+    found: list[Prediction] = []
+    begun = time.perf_counter()
     try:
         for batch, images in _read(pictures, spec, size):
-            sound = [image for image in images if isinstance(image, Tensor)]
             answers: Iterator[tuple[list[ClassProbability], int]] = iter(())
-            if sound:
+            if sound := [image for image in images if isinstance(image, Tensor)]:
                 logits, left = model.adaptive(normalise(torch.stack(sound).to(device), mean, std), exits)
                 best = logits.float().softmax(dim=1).topk(min(top, len(card.classes)), dim=1)
                 answers = zip(_named(best.values, best.indices, card.classes), left.tolist(), strict=True)
@@ -107,15 +106,14 @@ def predict(
                 if isinstance(image, Unreadable):
                     reporter.warn(f"{shown(picture.path)}: {image.reason}")
                     found.append(Prediction(file=shown(picture.path), classes=[], error=image.reason))
-                    continue
-                classes, stage = next(answers)
-                last = stage if exits.thresholds else None
-                found.append(Prediction(file=shown(picture.path), classes=classes, exit=last))
+                else:
+                    classes, stage = next(answers)
+                    last = stage if exits.thresholds else None
+                    found.append(Prediction(file=shown(picture.path), classes=classes, exit=last))
             reporter.advance(len(found))
     finally:
         reporter.end()
-    seconds = time.perf_counter() - begun
-    failed = sum(one.error is not None for one in found)
+    seconds, failed = time.perf_counter() - begun, sum(one.error is not None for one in found)
     return Predictions(
         weights=str(weights),
         sha256=network.sha256,
