@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 from sakd_cli.config import networks
 from sakd_cli.config.base import own_name
 from sakd_cli.config.datasets import DATASETS
-from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.options import options_of
 from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.config.training import PROCEDURES

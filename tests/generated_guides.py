@@ -80,7 +80,8 @@ def settings() -> str:
     """Every setting with its default and what it means, by section."""
     from sakd_cli.config.base import summary
     from sakd_cli.config.datasets import DATASETS
-    from sakd_cli.config.methods import METHODS, MethodConfig
+    from sakd_cli.config.method import MethodConfig
+    from sakd_cli.config.methods import METHODS
     from sakd_cli.config.routers import ROUTERS
     from sakd_cli.config.training import DistillConfig, PretrainConfig
 

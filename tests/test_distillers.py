@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.methods import METHODS, WarmedConfig
+from sakd_cli.config.method import WarmedConfig
+from sakd_cli.config.methods import METHODS
 from sakd_cli.config.train import Train
 from sakd_cli.distillers.crd import CRD, memory_need
 from sakd_cli.distillers.distiller import Distiller

@@ -79,7 +79,7 @@ def by_hand(task: DistillTask, batch: Batch, balance: float) -> tuple[dict[str, 
     return found, ratios
 
 
-@pytest.mark.parametrize("method", ["fitnet", "at", "vid", "rkd", "sp"])
+@pytest.mark.parametrize("method", ["fitnet", "at", "vid", "rkd", "sp", "fitnet+rkd", "at+vid"])
 def test_the_balanced_gradient_is_that_of_the_formula(method: str) -> None:
     task = make(method, "always", **{"method.balance": 0.7})
     expected, ratios = by_hand(copy.deepcopy(task), batches(task, 1)[0], 0.7)
@@ -90,7 +90,7 @@ def test_the_balanced_gradient_is_that_of_the_formula(method: str) -> None:
     assert (of_hint / of_task)[:-1].tolist() == pytest.approx(ratios)
 
 
-@pytest.mark.parametrize("method", FEATURES)
+@pytest.mark.parametrize("method", [*FEATURES, "fitnet+at"])
 def test_the_weight_cancels(method: str) -> None:
     more = {"method.balance": 1.0} | ({"method.negatives": 9} if method == "crd" else {})
     task = make(method, "adaptive", **more)

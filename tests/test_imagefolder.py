@@ -23,8 +23,7 @@ from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.data.sources import views
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
-from sakd_cli.runs.build import load_images
-from sakd_cli.runs.job import Images
+from sakd_cli.runs.images import Images, load_images
 
 CPU = torch.device("cpu")
 SIZES = [(40, 30), (33, 64), (24, 24), (90, 20), (31, 57)]  # width, height

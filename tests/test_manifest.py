@@ -13,8 +13,7 @@ from test_imagefolder import folder
 from sakd_cli.config.datasets import ImageFolderConfig
 from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError
-from sakd_cli.runs.build import load_images
-from sakd_cli.runs.job import Images
+from sakd_cli.runs.images import Images, load_images
 
 RUN = "--dataset imagefolder --set data.size=16 --set data.workers=0 --batch-size 10 --epochs 1 -q"
 

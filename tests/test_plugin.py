@@ -101,7 +101,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 POINT = "[sakd.methods]\n{name} = {module}:{what}\n"
 WORDS = """
 from typing import Literal
-from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.method import MethodConfig
 
 class Own(MethodConfig):
     \"\"\"Mine\"\"\"

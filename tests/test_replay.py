@@ -54,6 +54,8 @@ EPOCHS, SIZE = 2, 6  # of 20 images: three whole batches and one of 2; the rate 
 RECIPE: Any = {"lr": 0.01, "weight_decay": 1e-4, "mode": Mode(autocast_dtype=torch.bfloat16)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "crd": {"method.negatives": 9},
+    "fitnet+crd": {"method.crd.negatives": 9, "method.weight_warmup": 2},
+    "fitnet+rkd": {"method.balance": 1.0, "method.weight_warmup": 2},
     "dfa": {"method.weights": "uniform"},
     "kdsvd": {"method.extra": 0},  # one decomposition of many launches for each map
     "simkd": {"method.ce_weight": 1.0},
@@ -139,7 +141,7 @@ def assert_equal_when_replayed(make: Callable[[], Task], folder: Path, size: int
     return device, read
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "fitnet+crd", "fitnet+rkd", "at+dkd"])
 def test_every_method(method: str, tmp_path: Path) -> None:
     """Over the end of an epoch, a short batch and another learning rate."""
     device, read = assert_equal_when_replayed(partial(task_of, method, "adaptive"), tmp_path)
@@ -219,7 +221,15 @@ def test_what_is_trained_before_and_beside_a_distillation(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("method", "router"), [("crd", "adaptive"), ("dfa", "random-matched"), ("kd", "scheduled"), ("at", "meta")]
+    ("method", "router"),
+    [
+        ("crd", "adaptive"),
+        ("dfa", "random-matched"),
+        ("kd", "scheduled"),
+        ("at", "meta"),
+        ("fitnet+crd", "adaptive"),
+        ("fitnet+rkd", "gradient-agreement"),
+    ],
 )
 def test_a_stopped_run_goes_on_with_a_graph_of_its_own(method: str, router: str, tmp_path: Path) -> None:
     make, names = partial(task_of, method, router), ("whole", "halted")

@@ -14,8 +14,7 @@ from sakd_cli.data import fingerprint
 from sakd_cli.data.files import Files
 from sakd_cli.data.imagefolder import load_labelled
 from sakd_cli.errors import DataError
-from sakd_cli.runs.build import load_images
-from sakd_cli.runs.job import Images
+from sakd_cli.runs.images import Images, load_images
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file as load_tensors
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.models import artifact
 from sakd_cli.report.spots.log import CSV_HEADER
-from sakd_cli.runs.build import load_images
+from sakd_cli.runs.images import load_images
 
 SETTINGS = ["--set", "router.teacher_bias=0", "--set", "router.lr=0.002"]
 

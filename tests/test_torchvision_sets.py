@@ -17,8 +17,7 @@ from sakd_cli.config.datasets import TorchvisionConfig
 from sakd_cli.data import torchvision_sets
 from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.runs.build import load_images
-from sakd_cli.runs.job import Images
+from sakd_cli.runs.images import Images, load_images
 
 RUN = "--set data.size=16 --set data.workers=0 --batch-size 10 --epochs 1 -q --set data.download=false"
 

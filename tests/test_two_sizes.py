@@ -16,8 +16,7 @@ from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
-from sakd_cli.runs.build import load_images
-from sakd_cli.runs.job import Images
+from sakd_cli.runs.images import Images, load_images
 
 CPU = torch.device("cpu")
 TEACHER = Preprocessing(size=48, resize=56, interpolation="bicubic")

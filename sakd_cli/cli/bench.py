@@ -9,6 +9,7 @@ from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import ConfigSource, config_sources, nested, resolve
 from sakd_cli.documents.bench import Bench
+from sakd_cli.errors import UsageError
 
 DEFAULTS = {"teacher.source": "resnet56", "student": "resnet20"}
 
@@ -25,6 +26,8 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
     """
     sources = [ConfigSource("the bench's default", nested(DEFAULTS)), *config_sources(options)]
     config = resolve("distill", sources).config
+    if len(config.method.parts) > 1:
+        raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
         found = _measured(config, options, ConsoleReporter(quiet=quiet).say)
     if json:

@@ -81,7 +81,7 @@ def show_method(
 
         sakd show method sp --json
     """
-    name = choose("method", name, methods.METHODS, "sakd list methods")
+    name = choose("method", name, list(methods.METHODS), "sakd list methods")
     from sakd_cli.distillers.table import DISTILLERS
 
     entry = DISTILLERS.row(name)

@@ -54,18 +54,23 @@ def _listed(text: str, annotation: Any) -> Any:
 
 
 def own_name(name: str, table: Iterable[str]) -> str | None:
-    """The name in the table that `name` spells, in any case and with `-` or `_`; None where there is none."""
+    """The name in the table that `name` spells, in any case and with `-` or `_`; None where there is none.
+
+    Where rows of a table can be composed, each part of `a+b` is such a name.
+    """
     names = list(table)
     if name in names:
         return name
+    if "+" in name and getattr(table, "compose", None) is not None:
+        parts = [own_name(part, names) for part in name.split("+")]
+        return None if None in parts else "+".join(filter(None, parts))
     return next((known for known in names if _squashed(known) == _squashed(name)), None)
 
 
 def own_row(name: str, table: Iterable[str]) -> str | None:
     """The same, or the row for all names of a library, such as `torchvision/NAME`."""
-    names = list(table)
     of_library = f"{name.partition('/')[0]}/NAME"
-    return own_name(name, names) or (of_library if "/" in name and of_library in names else None)
+    return own_name(name, table) or (of_library if "/" in name and of_library in table else None)
 
 
 def choose(kind: str, name: str, table: Iterable[str], hint: str | None = None) -> str:

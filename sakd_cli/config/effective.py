@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import DataConfig
-from sakd_cli.config.methods import WarmedConfig
 from sakd_cli.config.networks import Network, find_network
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, TrainedConfig
 from sakd_cli.config.train import OPTIMIZERS, Train, rate_factor
@@ -147,10 +146,11 @@ def effective(
             start = router_start(config, one_family=one_family, steps=steps)
             values |= {"router.lr": start.lr, "router.gamma": router_gamma(router, config)}
             values["router.teacher_bias"] = start.bias
-        if isinstance(config.method, WarmedConfig):
-            by_pair = known is None and config.method.warmup_lr is None and config.method.published_lr_of
-            warmup_lr = config.method.lr_of_warmup(known.name if known else "", config.student, lr)
-            values["method.warmup_lr"] = None if by_pair else warmup_lr
+        if (warmed := config.method.warmed) is not None:
+            by_pair = known is None and warmed.warmup_lr is None and warmed.published_lr_of
+            warmup_lr = warmed.lr_of_warmup(known.name if known else "", config.student, lr)
+            section = "method" if warmed is config.method else f"method.{warmed.name}"
+            values[f"{section}.warmup_lr"] = None if by_pair else warmup_lr
     return values | {"training_images": train, "validation_images": validation, "steps_per_epoch": steps}
 
 

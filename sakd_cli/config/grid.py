@@ -6,7 +6,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from sakd_cli.config.identity import identity, is_plain
-from sakd_cli.config.methods import AUTO, KDConfig
+from sakd_cli.config.method import AUTO
+from sakd_cli.config.methods import KDConfig
 from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import SweepConfig, is_path

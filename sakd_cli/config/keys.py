@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from sakd_cli.config.base import Config, description, own_name, summary
 from sakd_cli.config.datasets import DATASETS, DataConfig
-from sakd_cli.config.methods import METHODS, MethodConfig
+from sakd_cli.config.method import MethodConfig
+from sakd_cli.config.methods import METHODS
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.plugins import usable
 from sakd_cli.config.routers import ROUTERS, RouterConfig
@@ -30,7 +31,8 @@ _THEIRS = {
     "method.distance": "rkd.distance_weight", "method.angle": "rkd.angle_weight", "method.stage": "hint_layer",
     "method.power": "at.p", "method.width": "feat_dim", "method.negatives": "nce_k nce.k",
     "method.momentum": "nce_m nce.momentum", "method.contrast_temperature": "nce_t nce.temperature",
-    "method.warmup_epochs": "init_epochs", "student": "model_s distiller.student",
+    "method.warmup_epochs": "init_epochs", "method.weight_warmup": "dkd.warmup loss_warmup",
+    "student": "model_s distiller.student",
     "teacher.source": "path_t model_t distiller.teacher", "train.epochs": "solver.epochs max_epochs",
     "train.batch_size": "solver.batch_size", "train.lr": "learning_rate solver.lr",
     "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size",
@@ -176,15 +178,21 @@ def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], or
 def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
     # Inside a section that is chosen by name, pydantic's place begins with the section.
     key, leaf, known = ".".join(place), place[-1], keys_of(task)
+    chosen = values.get("method")
+    chosen = str(chosen.get("name") if isinstance(chosen, dict) else chosen)
+    parts = [part for part in chosen.split("+") if part in METHODS] if place[0] == "method" else []
+    if parts[1:] and (part := next((part for part in parts if leaf in METHODS[part].model_fields), None)):
+        return f"unknown key {key!r}; did you mean 'method.{part}.{leaf}'?"
     if key in known and len(place) > 1:
         others = [kind.model_fields["name"].default for _, kind in places_of(key, task) if "name" in kind.model_fields]
         return f"{key}: belongs to another {place[0]}: {', '.join(map(str, others))}"
-    chosen = values.get("method")
-    method = chosen.get("name") if isinstance(chosen, dict) else chosen
+    method = place[-2] if len(place) > 2 else chosen
     full = ".".join(values_path) if (values_path := _deepest(values, place)) else key
-    if foreign := ours(full, own_name(str(method), METHODS) or ""):
+    if foreign := ours(full, own_name(method, METHODS) or ""):
         return f"unknown key {full!r}; here it is {foreign!r}"
     section = key.rpartition(".")[0]
+    if len(place) > 2 and place[-2] in METHODS:  # a part of a composed method
+        known = [*known, *(f"{section}.{name}" for name in METHODS[place[-2]].model_fields)]
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     near = [siblings[name] for name in difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6)]
     meant = [*near, *(name for name in known if name.rpartition(".")[2] == leaf)]

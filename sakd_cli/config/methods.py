@@ -17,48 +17,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
-    model_validator,
+    create_model,
 )
 
 from sakd_cli.config import plugins
-from sakd_cli.config.base import Config, by_name, chosen_by_name
-
-AUTO = "auto"
-
-
-class MethodConfig(Config):
-    """What to distill. The defaults of each method are those of its paper, or of RepDistiller where that differs."""
-
-    trains_student: ClassVar[bool] = False  # beside its losses: by a warm-up, or by another last layer
-    name: str
-    """Distillation method, as in `sakd list methods`."""
-    weight: NonNegativeFloat = 1.0
-    """Weight of the feature loss (beta)."""
-    balance: NonNegativeFloat = 0.0
-    """Gradient of the feature loss over the task's, set so in each step and shared by the spots; 0: as weight says."""
-    kl_weight: NonNegativeFloat = 1.0
-    """Weight of the logit loss (alpha)."""
-    ce_weight: NonNegativeFloat = 1.0
-    """Weight of the cross-entropy."""
-    temperature: PositiveFloat = 4.0
-    """Softmax temperature of the logit loss."""
-    gamma: PositiveFloat = 1.0
-    """Scale of the router's cross-entropy, used unless router.gamma is set."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _auto_is_balanced(cls, values: Any) -> Any:
-        """A weight of `auto` is the default one, balanced: the two gradients are as long as each other."""
-        if isinstance(values, dict) and values.get("weight") == AUTO:
-            others = {key: value for key, value in values.items() if key != "weight"}
-            return others | {"balance": others.get("balance") or 1.0}
-        return values
-
-    @model_validator(mode="after")
-    def _a_balance_has_no_weight(self) -> "MethodConfig":
-        if self.balance and self.weight != type(self).model_fields["weight"].default:
-            raise ValueError(f"weight {self.weight:g} cancels under balance {self.balance:g}: leave one of them out")
-        return self
+from sakd_cli.config.base import by_name, chosen_by_name
+from sakd_cli.config.method import SHARED, ComposedConfig, MethodConfig, WarmedConfig
+from sakd_cli.errors import UsageError
 
 
 class KDConfig(MethodConfig):
@@ -215,23 +180,6 @@ class SimKDConfig(MethodConfig):
     """Factor by which the projector's inner width is less than the teacher's."""
 
 
-class WarmedConfig(MethodConfig):
-    """What methods share that train something before the distillation proper."""
-
-    warmup_epochs: PositiveInt = 30
-    """Epochs of that stage."""
-    warmup_lr: PositiveFloat | None = None
-    """Its learning rate; None: the published one for the pair, or the student's."""
-
-    trains_student: ClassVar[bool] = True
-    published_lr: ClassVar[float | None] = None
-    published_lr_of: ClassVar[Mapping[tuple[str, str], float]] = {}  # (teacher, student), where it is another one
-
-    def lr_of_warmup(self, teacher: str, student: str, own: float) -> float:
-        """Rate of the stage for these two networks; `own`: the student's."""
-        return self.warmup_lr or self.published_lr_of.get((teacher, student)) or self.published_lr or own
-
-
 class FTConfig(WarmedConfig):
     """Translated factors of the last map (Kim et al., NeurIPS 2018)"""
 
@@ -327,5 +275,25 @@ def _plugged(name: str, kind: object) -> type[MethodConfig]:
     return kind
 
 
-METHODS = plugins.Table[type[Any]]("method", by_name(MethodConfig), plugins.METHODS, _plugged)
+ALONE: Mapping[type, str] = {SimKDConfig: "makes another network of the student", DFAConfig: "has a search of its own"}
+
+
+def _composed(kinds: Mapping[str, type[Any]]) -> type[MethodConfig]:
+    """The config class of several; what they share is as in the one that has the logit loss, or else in the first."""
+    name = "+".join(kinds)
+    if unfit := next((f"{one} {ALONE[kind]}" for one, kind in kinds.items() if kind in ALONE), None):
+        raise UsageError(f"method {name}: {unfit}, and goes with no other")
+    if len(warmed := [one for one, kind in kinds.items() if issubclass(kind, WarmedConfig)]) > 1:
+        raise UsageError(f"method {name}: {' and '.join(warmed)} both train something before; one of them can")
+    main = next((kind for kind in kinds.values() if kind in OF_LOGITS), next(iter(kinds.values())))
+    fields: dict[str, Any] = {"name": (Literal[name], name)} | {one: (kind, kind()) for one, kind in kinds.items()}
+    for key in (*SHARED[1:], "gamma"):
+        fields[key] = (MethodConfig.__annotations__[key], main.model_fields[key].default)
+    made = create_model(f"Composed_{name}", __base__=ComposedConfig, **fields)
+    made.trains_student = any(kind.trains_student for kind in kinds.values())
+    return made
+
+
+OF_LOGITS = (DKDConfig, DISTConfig, LSConfig)
+METHODS = plugins.Table[type[Any]]("method", by_name(MethodConfig), plugins.METHODS, _plugged, _composed)
 Method = Annotated[SerializeAsAny[MethodConfig], chosen_by_name("method", METHODS, default="fitnet")]

@@ -50,13 +50,28 @@ class Table(Mapping[str, Row]):
     """Our own rows, and those of plug-ins.
 
     kind   what is in it, for messages; check: makes a row of what an entry point names, or raises ValueError
+    compose  makes the row `a+b` of the names and rows of several; None: there are no such rows
     """
 
-    def __init__(self, kind: str, own: Mapping[str, Row], group: str, check: Callable[[str, Any], Row]) -> None:
-        self.kind, self.own, self.group, self.check = kind, own, group, check
+    def __init__(
+        self,
+        kind: str,
+        own: Mapping[str, Row],
+        group: str,
+        check: Callable[[str, Any], Row],
+        compose: Callable[[Mapping[str, Row]], Row] | None = None,
+    ) -> None:
+        self.kind, self.own, self.group, self.check, self.compose = kind, own, group, check, compose
         self._loaded: dict[str, Row] = {}
 
     def __getitem__(self, name: str) -> Row:
+        if self.compose is not None and "+" in name:
+            if name not in self._loaded:
+                parts = name.split("+")
+                if len({*parts}) < len(parts):
+                    raise UsageError(f"{self.kind} {name!r}: names one twice")
+                self._loaded[name] = self.compose({part: self[part] for part in parts})
+            return self._loaded[name]
         others = plugged(self.group).get(name, ())
         if not others:
             return self.own[name]

@@ -179,7 +179,8 @@ def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str])
             section = {name: old for name, old in section.items() if name not in dropped}
             for name in dropped:
                 origins.pop(f"{key}.{name}", None)
-        merged[key] = section | value
+        both = [name for name in value if isinstance(value[name], dict) and isinstance(section.get(name), dict)]
+        merged[key] = section | value | {name: section[name] | value[name] for name in both if key in TABLES}
         origins |= {f"{key}.{leaf}": source.origin for leaf in flat(value)}
     return merged
 

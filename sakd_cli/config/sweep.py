@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from sakd_cli.config.base import Config, choose, read_by
-from sakd_cli.config.methods import AUTO, METHODS
+from sakd_cli.config.method import AUTO
+from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.errors import UsageError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.method import MethodConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import mean_pool
 from sakd_cli.models.spot import Spot
@@ -75,6 +75,10 @@ class Distiller(nn.Module, ABC):
         self.warmup = warmup
         self.want = want
         self.active = (True,) * len(spots)  # where the weights are not known to be 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch, counted from 1."""
+        return
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:

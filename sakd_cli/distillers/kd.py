@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.method import MethodConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
 from sakd_cli.models.staged import Features
 

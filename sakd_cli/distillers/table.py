@@ -1,16 +1,18 @@
 """Method -> its distillers and the places where it distils. The only place where a method's name meets an object."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sakd_cli.config import plugins
-from sakd_cli.config.methods import MethodConfig
+from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.cc import CC
+from sakd_cli.distillers.composed import Composed, Ingredient
 from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
 from sakd_cli.distillers.dist import DIST
@@ -137,6 +139,7 @@ class Distillers(NamedTuple):
 
     network  what learns and is delivered: the student, but for methods that make another network of it
     warmup   what is trained before; None for most
+    schedule  factor of the logit loss by epoch, of a part of a composed method; None: always 1
     """
 
     network: StagedModel
@@ -144,6 +147,7 @@ class Distillers(NamedTuple):
     features: Distiller | None
     logits: Distiller
     warmup: Warmup | None = None
+    schedule: Callable[[int], float] | None = None
 
     @property
     def want(self) -> Want:
@@ -165,37 +169,75 @@ def build(
     stage_map: Sequence[tuple[int, int]] | None = None,
     labels: Tensor | None = None,
     batch_size: int = 64,
+    epochs: int = 1,
 ) -> Distillers:
     """The distillers of a method for this pair of networks and images of `side` pixels; the spots are of `network`.
 
     teacher_side  of the teacher's images; None: the same
     stage_map   pairs of maps that belong together; None: `align_stages`
     labels      class of every training image, in the order of `Batch.index`; for methods that remember images
+    epochs      of the run
     """
-    row = DISTILLERS.row(config.name)
-    student = student if row.network is None else row.network(config, student, teacher)
+    rows = [(part, DISTILLERS.row(part.name)) for part in config.parts]
+    for part, row in rows:
+        student = student if row.network is None else row.network(part, student, teacher)
     stages = Stages(resolve_stage_map(student, teacher, stage_map), (len(student.infos) - 1, len(teacher.infos) - 1))
-    spots = tuple(spots_at(student, teacher, row.places(config, stages), side, teacher_side))
-    given: tuple[Any, ...] = ()
-    if row.needs_labels:
-        if labels is None:
-            raise UsageError(f"method {config.name} needs the labels of the training images")
-        given = labels, batch_size
-    if row.needs_norms:
-        _need_preactivations(config, student, teacher)
-        given = ([teacher.affine_before_activation(spot.teacher) for spot in spots[:-1]],)
-    if row.needs_blocks:
-        given = ([mixable_blocks(teacher, spot.teacher) for spot in spots[:-1]],)
-    features = None if row.features is None else row.features(spots[:-1], config, *given)
-    warmup = features.warmup if features is not None else None
-    if row.warmup is not None:
-        kind, places = row.warmup
-        warmup = kind(tuple(spots_at(student, teacher, places(config, stages), side, teacher_side)[:-1]), config)
+    at = partial(spots_at, student, teacher, side=side, teacher_side=teacher_side)
+    places = [row.places(part, stages) for part, row in rows]
+    spots = tuple(at(places[0] if len(rows) == 1 else sorted({place for some in places for place in some})))
+    ingredients, warmup = list[Ingredient](), None
+    of_logits: tuple[MethodConfig, Callable[..., Distiller]] = (config, KD)
+    for (part, row), own in zip(rows, places, strict=True):
+        if row.features is not None:
+            here = spots[:-1] if len(rows) == 1 else tuple(at(own)[:-1])
+            distiller = row.features(here, part, *_given(row, part, student, teacher, here, labels, batch_size))
+            ingredients.append(Ingredient(distiller, part.weight, part.schedule(epochs)))
+            warmup = warmup or distiller.warmup
+        if row.warmup is not None:
+            kind, before = row.warmup
+            warmup = kind(tuple(at(before(part, stages))[:-1]), part)
+        if row.logits is not KD:
+            if of_logits[1] is not KD:
+                raise UsageError(f"method {config.name}: two of these replace the softened logits; one can")
+            of_logits = (part, row.logits)
+    if len(rows) == 1:
+        features, schedule = (ingredients[0].distiller if ingredients else None), None
+    else:
+        features = _together(config, spots[:-1], ingredients)
+        schedule = None if of_logits[0] is config else of_logits[0].schedule(epochs)
     if warmup is not None:
         warmup.requires_grad_(False)  # but for its own stage
     if any(part is not None and part.want == "preactivations" for part in (features, warmup)):
         _need_preactivations(config, student, teacher)
-    return Distillers(student, spots, features, row.logits(spots[-1:], config), warmup)
+    return Distillers(student, spots, features, of_logits[1](spots[-1:], of_logits[0]), warmup, schedule)
+
+
+def _given(
+    row: DistillerRow,
+    config: MethodConfig,
+    student: StagedModel,
+    teacher: StagedModel,
+    spots: tuple[Spot, ...],
+    labels: Tensor | None,
+    batch_size: int,
+) -> tuple[Any, ...]:
+    """What a feature distiller is built with beside its spots and settings."""
+    if row.needs_labels:
+        if labels is None:
+            raise UsageError(f"method {config.name} needs the labels of the training images")
+        return labels, batch_size
+    if row.needs_norms:
+        _need_preactivations(config, student, teacher)
+        return ([teacher.affine_before_activation(spot.teacher) for spot in spots],)
+    if row.needs_blocks:
+        return ([mixable_blocks(teacher, spot.teacher) for spot in spots],)
+    return ()
+
+
+def _together(config: MethodConfig, spots: tuple[Spot, ...], ingredients: Sequence[Ingredient]) -> Distiller | None:
+    if len({one.distiller.want for one in ingredients}) > 1:
+        raise UsageError(f"method {config.name}: one compares in front of an activation, the others behind it")
+    return Composed(spots, ingredients) if ingredients else None
 
 
 def _need_preactivations(config: MethodConfig, student: StagedModel, teacher: StagedModel) -> None:

@@ -20,7 +20,7 @@ from sakd_cli.files import read_json, sha256, whole_folder, write_aside, write_j
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.build import load_images
+from sakd_cli.runs.images import load_images
 from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
 from sakd_cli.runs.scored import config_of
 

@@ -29,14 +29,21 @@ class _Meet(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, probe: Tensor, kept: Tensor, share: float, view: Callable[[Tensor], Tensor]
+        ctx: Any,
+        x: Tensor,
+        probe: Tensor,
+        kept: Tensor,
+        share: float,
+        view: Callable[[Tensor], Tensor],
+        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(scale)
         ctx.share, ctx.view, ctx.dtype, ctx.room = share, view, probe.dtype, len(kept)
         stand_in = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         return x.view_as(x), stand_in.expand(view(x).shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
         came, hint = gradients
         kept, whole = None, ctx.share or ctx.room
         task = ctx.view(came) if whole else ctx.view(came) - hint
@@ -47,16 +54,18 @@ class _Meet(torch.autograd.Function):
         norms = [torch.linalg.vector_norm(gradient, dtype=ctx.dtype) for gradient in (task, hint)]
         own = lengths = torch.stack(norms)
         if not whole:
-            return came, own, None, None, None
+            return came, own, None, None, None, None
         if distributed.world_size() > 1:
             lengths = distributed.all_reduce_sum(lengths.square()).sqrt()
         least = torch.maximum(lengths[1], lengths[0] * FAINT).clamp(min=TINY)
         factor = (ctx.share * lengths[0] / least).to(hint.dtype) if ctx.share else hint.new_ones(())
+        (scale,) = ctx.saved_tensors
+        factor = factor if scale is None else factor * scale.to(factor.dtype)
         if task is came:  # in one pass over the memory
-            return torch.addcmul(came.to(hint.dtype), hint, factor).to(came.dtype), own, kept, None, None
+            return torch.addcmul(came.to(hint.dtype), hint, factor).to(came.dtype), own, kept, None, None, None
         passed = came.clone()
         ctx.view(passed).add_(hint * factor)
-        return passed, own, kept, None, None
+        return passed, own, kept, None, None, None
 
 
 class _Compare(torch.autograd.Function):
@@ -86,14 +95,17 @@ class Doses(nn.Module):
     balance  0: nothing is changed
     rows     largest batch, where a sample's hint counts only as far as it agrees with its task; else 0
     lengths  [S, 2] of g_task and g_hint in the last backward pass, in this process's rows
+    scale    factor of the balance in this epoch, where it has a schedule
     kept     [S, rows] 1 for each sample of the last batch whose two gradients have an inner product of at least 0
     """
 
     lengths: Tensor
     kept: Tensor
+    scale: Tensor | None
 
-    def __init__(self, spots: Sequence[Spot], balance: float, rows: int = 0) -> None:
+    def __init__(self, spots: Sequence[Spot], balance: float, rows: int = 0, *, scheduled: bool = False) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.ones(()) if scheduled and balance else None, persistent=False)
         features = len(spots) - 1
         share = balance / max(features, 1)
         self.shares = [share] * features + [0.0 if features else share]
@@ -116,7 +128,7 @@ class Doses(nn.Module):
     def mark(self, stand_ins: dict[int, Tensor], stage: int, x: Tensor) -> Tensor:
         """The student's value at a stage, for the layers behind it; a spot's stand-in is put into `stand_ins`."""
         if (k := self._places.get(stage)) is not None and x.requires_grad:
-            x, stand_ins[stage] = _Meet.apply(x, *self._probes[k], self.shares[k], self.views[k])
+            x, stand_ins[stage] = _Meet.apply(x, *self._probes[k], self.shares[k], self.views[k], self.scale)
         return x
 
     def compare(self, stand_ins: dict[int, Tensor], stage: int, x: Tensor) -> Tensor:

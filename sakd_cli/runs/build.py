@@ -1,7 +1,7 @@
 """From settings to objects: the only reader of all tables."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -11,17 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_per_epoch
-from sakd_cli.config.methods import DFAConfig, WarmedConfig
+from sakd_cli.config.methods import DFAConfig
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.preprocessing import ImageSize, Preprocessing, shown
+from sakd_cli.config.preprocessing import ImageSize, shown
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, RandomMatchedConfig, TrainedConfig
-from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, ResidualConfig, RunConfig
-from sakd_cli.data import table as datasets
-from sakd_cli.data.dataset import balanced_rates, hold_out, limit_train, seeded_generator
-from sakd_cli.data.sources import cache_policy, shown_to_both
+from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
 from sakd_cli.engine.runtime import Mode, pick_device, resolve_mode
@@ -39,8 +36,9 @@ from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.branches import start_from_branches
+from sakd_cli.runs.images import Images, load_images
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
-from sakd_cli.runs.job import Images, Job
+from sakd_cli.runs.job import Job
 from sakd_cli.runs.locate import pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
 from sakd_cli.runs.together import require_possible
@@ -49,43 +47,6 @@ from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask, Recipe, SftnTask, WarmupTask
 from sakd_cli.tasks.residual import Logits, ResidualTask
 from sakd_cli.tasks.search import SearchTask, Sought
-
-
-def load_images(
-    config: DataConfig, aside: ResidualConfig | MetaConfig | None = None, teacher: Preprocessing | None = None
-) -> Images:
-    """Load, limit and cut a data set; what sets images aside takes a calibration split from what would train.
-
-    teacher  how a teacher sees pictures: in training the same crops as the student, at its own size
-    """
-    dataset = datasets.load(config)
-    if teacher is not None and isinstance(config, FilesConfig):
-        also = config.seen.at(teacher)
-        if also is not None and config.augment != "crop" and not also.alike(config.seen):
-            raise UsageError(
-                f"data.size: {shown(also.size)} pixels of the teacher and {shown(config.size)} of the student are of "
-                "other proportions: no crop from a border is the same for both",
-                "--set data.augment=crop; or sizes of the same proportions",
-            )
-        dataset = dataset.map(partial(shown_to_both, also=also))
-    dataset = limit_train(dataset, config.limit, config.split_seed)
-    train, held_out = dataset.train, dataset.val
-    if held_out is None:
-        train, held_out = hold_out(dataset, config.validation, config.split_seed)
-    calibration = None
-    if aside is not None and (share := aside.set_aside(len(train))):
-        train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
-    there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
-    cut = {name: split for name, split in there.items() if split is not None}
-    placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
-    dataset = replace(dataset, test=placed["test"], rates=_rates_of(config, len(dataset.classes)))
-    return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
-
-
-def _rates_of(config: DataConfig, classes: int) -> Callable[[Tensor], Tensor] | None:
-    """How often an epoch is to show each image."""
-    threshold = (config.balance_threshold or 1 / classes) if config.balance == "repeated-factor" else None
-    return None if config.balance is None else partial(balanced_rates, classes=classes, threshold=threshold)
 
 
 def build(config: RunConfig) -> Job:
@@ -211,6 +172,7 @@ def assemble(
             stage_map=config.stage_map,
             labels=labels,
             batch_size=(batch_size := config.train.batch_size),
+            epochs=config.train.epochs,
         )
     if method.features is not None:
         method.features.dynamic_shapes = mode.dynamic_shapes
@@ -279,7 +241,8 @@ def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:
     fraction = (learned or LearnedConfig(name="none")).min_teacher_fraction
     factors = Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(learned, config), fraction, own.balance)
     largest = config.train.batch_size + 1  # with a single image that is left over
-    return factors._replace(selected_mean=config.router.dose == "selected-mean", largest_batch=largest)
+    selected, schedule = config.router.dose == "selected-mean", own.schedule(config.train.epochs)
+    return factors._replace(selected_mean=selected, largest_batch=largest, schedule=schedule)
 
 
 def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
@@ -315,8 +278,8 @@ def warmup_of(job: Job) -> tuple[WarmupTask, int] | None:
     """The stage in front of a distillation and its number of epochs; None for methods without one."""
     if not (isinstance(job.task, DistillTask) and isinstance(job.config, DistillConfig)):
         return None
-    warmup, settings = job.task.distillers.warmup, job.config.method
-    if warmup is None or job.teacher is None or not isinstance(settings, WarmedConfig):
+    warmup, settings = job.task.distillers.warmup, job.config.method.warmed
+    if warmup is None or job.teacher is None or settings is None:
         return None
     own, decay = initial_lr(job.config, job.config.student), job.config.train.weight_decay
     lr = settings.lr_of_warmup(job.teacher.model.name, job.config.student, own)

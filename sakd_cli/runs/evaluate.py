@@ -40,9 +40,9 @@ from sakd_cli.models.ensemble import INDEX, RANGES, Ensemble, Exits, LoadedEnsem
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.branches import branch_rows, branches_of
-from sakd_cli.runs.build import load_images, match_normalization
+from sakd_cli.runs.build import match_normalization
+from sakd_cli.runs.images import Images, load_images
 from sakd_cli.runs.initial_weights import load_teacher
-from sakd_cli.runs.job import Images
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
 from sakd_cli.runs.scored import SplitName, Wanted, config_of, images_to_score
 

@@ -22,7 +22,8 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import cost_of, create
-from sakd_cli.runs.build import assemble, load_images
+from sakd_cli.runs.build import assemble
+from sakd_cli.runs.images import load_images
 from sakd_cli.runs.locate import weights_at
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import PretrainTask

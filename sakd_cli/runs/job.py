@@ -1,24 +1,20 @@
 """One run, built and ready: what `build.py` makes of settings, and everything above it works on."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sakd_cli.config.datasets import DataConfig, FilesConfig
+from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
+from sakd_cli.config.preprocessing import height_width, shown
 from sakd_cli.config.routers import LearnedConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
-from sakd_cli.data import fingerprint
-from sakd_cli.data.dataset import Dataset, Split
-from sakd_cli.data.files import Files
-from sakd_cli.data.fingerprint import Fingerprint
-from sakd_cli.data.sources import preload
 from sakd_cli.documents.training import ClassBalance, PlannedNetwork, PlannedSpot
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.engine.task import Task
@@ -26,63 +22,10 @@ from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
+from sakd_cli.runs.images import Images
 from sakd_cli.runs.locate import Claim
 from sakd_cli.tasks.criterion import class_weights
 from sakd_cli.tasks.distill import DistillTask
-
-
-@dataclass(frozen=True)
-class Images:
-    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests.
-
-    calibration   where there are residual students: decides when to stop and who leaves early
-    """
-
-    dataset: Dataset
-    train: Split
-    held_out: Split | None
-    calibration: Split | None = None
-
-    @property
-    def parts(self) -> dict[str, Split]:
-        """The parts that there are."""
-        parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    @property
-    def teacher_sees(self) -> Preprocessing | None:
-        """As what a teacher sees the crops of the training images; None: as the student does."""
-        return self.train.images.spec.also if isinstance(self.train.images, Files) else None
-
-    @property
-    def teacher_side(self) -> ImageSize:
-        """Side of a teacher's images in training, or their height and width."""
-        return self.side if self.teacher_sees is None else self.teacher_sees.size
-
-    def fingerprint(self, config: DataConfig, begun: Path | None = None) -> Fingerprint:
-        """Which images these are.
-
-        begun  a run that goes on with them: DataError, naming the first differences, where it had others
-        """
-        then = None if begun is None else fingerprint.read(begun)
-        mode = config.fingerprint if isinstance(config, FilesConfig) else "auto"
-        now = fingerprint.of_images(self.dataset.classes, self.parts, then.mode if then else mode)
-        if then is not None:
-            hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
-            fingerprint.require_none(fingerprint.differences(then, now), str(begun), hint)
-        return now
-
-    @property
-    def side(self) -> ImageSize:
-        """Side of the square images in pixels, or their height and width."""
-        return self.train.side
-
-    def preload(self) -> None:
-        """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
-        preload(self.train, scale=self.dataset.scale)
-        for split in (self.held_out, self.calibration, self.dataset.test):
-            if split is not None:
-                preload(split)
 
 
 @dataclass(frozen=True)
@@ -145,6 +88,18 @@ def balance_of(job: Job, top1: Sequence[float | None]) -> list[ClassBalance]:
     weights = torch.ones(len(data.classes)) if weights is None else weights
     columns = data.classes, images.tolist(), shown.tolist(), weights.tolist(), top1
     return [ClassBalance(class_=a, images=b, shown=c, weight=d, top1=e) for a, b, c, d, e in zip(*columns, strict=True)]
+
+
+def label_of(job: Job, more: Iterable[str]) -> str:
+    """What the folder of a new run is called, behind its date."""
+    settings = job.config.model_dump()
+    parts = [settings["task"], job.network.name, job.images.dataset.name]
+    if job.teacher:
+        parts[1:1] = [job.teacher.model.name]
+        parts += [settings["method"]["name"], settings["router"]["name"]]
+    parts += filter(None, more)
+    parts += [f"seed{job.config.seed}"] if job.config.seed else []
+    return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
 def effective_values(job: Job) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
 import math
-import re
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +43,8 @@ from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
-from sakd_cli.runs.job import Images, Job, balance_of, effective_values, planned_networks, planned_spots, warnings_of
+from sakd_cli.runs.images import Images
+from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots, warnings_of
 from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.own import note_own
@@ -180,7 +180,7 @@ def launch(
 def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
     """The run directory and what is to become of it: the first process says it, the others read and are silent."""
     if distributed.is_main_process():
-        run = plan.open(job.config.runs_dir, _label(job, extensions))
+        run = plan.open(job.config.runs_dir, label_of(job, (extension.label for extension in extensions)))
         distributed.broadcast_object((str(run.path), plan.resume is not None))
         return run, plan
     path, resume_config = distributed.broadcast_object(("", False))
@@ -257,17 +257,6 @@ def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     networks = partial(job.mode.networks, job.device) if job.device.type == "cuda" else nullcontext
     selected_on = "validation" if held_out else "test"
     return EvaluationData(selected_on, selection, test, len(dataset.classes), networks=networks)
-
-
-def _label(job: Job, extensions: Sequence[RunExtension]) -> str:
-    settings = job.config.model_dump()
-    parts = [settings["task"], job.network.name, job.images.dataset.name]
-    if job.teacher:
-        parts[1:1] = [job.teacher.model.name]
-        parts += [settings["method"]["name"], settings["router"]["name"]]
-    parts += filter(None, (extension.label for extension in extensions))
-    parts += [f"seed{job.config.seed}"] if job.config.seed else []
-    return re.sub(r"[/:]", ".", "-".join(parts))  # torchvision/resnet18, my.nets:small
 
 
 def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:

@@ -8,7 +8,8 @@ from typing import Any, final
 import torch
 
 from sakd_cli import __version__, torchrun
-from sakd_cli.config.methods import DFAConfig, MethodConfig
+from sakd_cli.config.method import MethodConfig
+from sakd_cli.config.methods import DFAConfig
 from sakd_cli.config.methods import Mixtures as Names
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.dfa import DFA

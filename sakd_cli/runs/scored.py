@@ -18,8 +18,7 @@ from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import read_json
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.build import load_images
-from sakd_cli.runs.job import Images
+from sakd_cli.runs.images import Images, load_images
 
 SplitName = Literal["train", "val", "test", "all"]
 # Settings of the data that choose images; the others say how they are read and shown.

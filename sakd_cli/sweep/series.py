@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sakd_cli.config import methods
 from sakd_cli.config.base import own_name
 from sakd_cli.config.grid import LEARNED, Member, Role
+from sakd_cli.config.method import AUTO as BALANCED
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig
@@ -87,7 +87,7 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
 def _member(config: DistillConfig, router: str, seed: int, balanced: bool = False) -> DistillConfig:
     """The same settings with that router, seed and dose; what the old router has and the new one has not is dropped."""
     changed: dict[str, Any] = {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
-    changed |= {"method": {"weight": methods.AUTO}} if balanced else {}
+    changed |= {"method": {"weight": BALANCED}} if balanced else {}
     own = ConfigSource("the series' settings", config.model_dump(mode="json"))
     member: DistillConfig = resolve("distill", [own, ConfigSource("--routers", changed)]).config
     return member

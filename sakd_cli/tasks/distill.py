@@ -39,6 +39,7 @@ class Factors(NamedTuple):
 
     selected_mean  the loss at a spot is the mean of the selected samples, without their fraction of the batch
     balance  length of the feature loss's gradient over the task's, where it is balanced; 0: it is as beta makes it
+    schedule  factor of beta, alpha and balance by epoch, counted from 1; None: always 1
     """
 
     ce: float
@@ -49,6 +50,7 @@ class Factors(NamedTuple):
     balance: float = 0.0
     selected_mean: bool = False
     largest_batch: int = 0
+    schedule: Callable[[int], float] | None = None
 
 
 class Rates(NamedTuple):
@@ -92,6 +94,7 @@ class DistillTask(Task):
     """
 
     network: StagedModel
+    scales: Tensor | None
     regions = ("learn", "decide", "objective", "route")
 
     def __init__(
@@ -110,7 +113,11 @@ class DistillTask(Task):
         super().__init__()
         self.network, self.distillers, self.spots = network, distillers, distillers.spots
         self.teacher_features = teacher_features
-        self.doses = Doses(self.spots, factors.balance, factors.largest_batch if router.agreement else 0)
+        self._schedules = factors.schedule, distillers.schedule
+        scheduled, rows = self._schedules != (None, None), factors.largest_batch if router.agreement else 0
+        self.doses = Doses(self.spots, factors.balance, rows, scheduled=scheduled)
+        # Of feature and logit loss, set in every epoch.
+        self.register_buffer("scales", torch.ones(2) if scheduled else None, persistent=False)
         self.student_features: Callable[..., Features] = partial(network.features, want=distillers.student_want)
         self.feature_distiller, self.logit_distiller = distillers.features, distillers.logits
         self.router, self.graft = router, graft
@@ -138,6 +145,13 @@ class DistillTask(Task):
 
     def begin_epoch(self, epoch: int) -> None:
         self.router.begin_epoch(epoch)
+        if self.feature_distiller is not None:
+            self.feature_distiller.begin_epoch(epoch)
+        if self.scales is not None:
+            whole, of_logits = (1.0 if factor is None else factor(epoch) for factor in self._schedules)
+            self.scales.copy_(torch.tensor([whole, whole * of_logits]))
+            if self.doses.scale is not None:
+                self.doses.scale.copy_(self.scales[0 if self.feature_distiller is not None else 1])
         self._rest()
 
     def begin_step(self, step: int) -> None:
@@ -273,11 +287,15 @@ class DistillTask(Task):
         """The student's loss and its terms for the log."""
         teacher = self._compared(seen, "teacher", self.distillers.want).map(to_fp32)
         logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, weight[-1:], batch)
+        if self.scales is not None:
+            logit = logit * self.scales[1].to(logit.dtype)
         parts = {"ce": ce, "logit": logit}
         loss = self.factors.ce * ce + logit
         if self.feature_distiller is not None:
             matched = self._matched(self.feature_distiller, student, teacher, weight[:-1], batch)
             parts["feature"] = self.factors.feature * matched
+            if self.scales is not None:
+                parts["feature"] = parts["feature"] * self.scales[0].to(matched.dtype)
             loss = loss + parts["feature"]
         parts["loss"] = loss
         return loss, {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,111 @@
+"""The images of a run: loaded, limited, and cut into what trains, what chooses and what tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from sakd_cli.config.datasets import DataConfig, FilesConfig
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, shown
+from sakd_cli.config.routers import MetaConfig
+from sakd_cli.config.training import ResidualConfig
+from sakd_cli.data import fingerprint
+from sakd_cli.data import table as datasets
+from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, limit_train
+from sakd_cli.data.files import Files
+from sakd_cli.data.fingerprint import Fingerprint
+from sakd_cli.data.sources import cache_policy, preload, shown_to_both
+from sakd_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set cut into what trains, what chooses the best epoch (None: the test set does) and what tests.
+
+    calibration   where there are residual students: decides when to stop and who leaves early
+    """
+
+    dataset: Dataset
+    train: Split
+    held_out: Split | None
+    calibration: Split | None = None
+
+    @property
+    def parts(self) -> dict[str, Split]:
+        """The parts that there are."""
+        parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def teacher_sees(self) -> Preprocessing | None:
+        """As what a teacher sees the crops of the training images; None: as the student does."""
+        return self.train.images.spec.also if isinstance(self.train.images, Files) else None
+
+    @property
+    def teacher_side(self) -> ImageSize:
+        """Side of a teacher's images in training, or their height and width."""
+        return self.side if self.teacher_sees is None else self.teacher_sees.size
+
+    def fingerprint(self, config: DataConfig, begun: Path | None = None) -> Fingerprint:
+        """Which images these are.
+
+        begun  a run that goes on with them: DataError, naming the first differences, where it had others
+        """
+        then = None if begun is None else fingerprint.read(begun)
+        mode = config.fingerprint if isinstance(config, FilesConfig) else "auto"
+        now = fingerprint.of_images(self.dataset.classes, self.parts, then.mode if then else mode)
+        if then is not None:
+            hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
+            fingerprint.require_none(fingerprint.differences(then, now), str(begun), hint)
+        return now
+
+    @property
+    def side(self) -> ImageSize:
+        """Side of the square images in pixels, or their height and width."""
+        return self.train.side
+
+    def preload(self) -> None:
+        """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
+        preload(self.train, scale=self.dataset.scale)
+        for split in (self.held_out, self.calibration, self.dataset.test):
+            if split is not None:
+                preload(split)
+
+
+def load_images(
+    config: DataConfig, aside: ResidualConfig | MetaConfig | None = None, teacher: Preprocessing | None = None
+) -> Images:
+    """Load, limit and cut a data set; what sets images aside takes a calibration split from what would train.
+
+    teacher  how a teacher sees pictures: in training the same crops as the student, at its own size
+    """
+    dataset = datasets.load(config)
+    if teacher is not None and isinstance(config, FilesConfig):
+        also = config.seen.at(teacher)
+        if also is not None and config.augment != "crop" and not also.alike(config.seen):
+            raise UsageError(
+                f"data.size: {shown(also.size)} pixels of the teacher and {shown(config.size)} of the student are of "
+                "other proportions: no crop from a border is the same for both",
+                "--set data.augment=crop; or sizes of the same proportions",
+            )
+        dataset = dataset.map(partial(shown_to_both, also=also))
+    dataset = limit_train(dataset, config.limit, config.split_seed)
+    train, held_out = dataset.train, dataset.val
+    if held_out is None:
+        train, held_out = hold_out(dataset, config.validation, config.split_seed)
+    calibration = None
+    if aside is not None and (share := aside.set_aside(len(train))):
+        train, calibration = hold_out(replace(dataset, train=train), share, config.split_seed, "calibration")
+    there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
+    cut = {name: split for name, split in there.items() if split is not None}
+    placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
+    dataset = replace(dataset, test=placed["test"], rates=_rates_of(config, len(dataset.classes)))
+    return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
+
+
+def _rates_of(config: DataConfig, classes: int) -> Callable[[Tensor], Tensor] | None:
+    """How often an epoch is to show each image."""
+    threshold = (config.balance_threshold or 1 / classes) if config.balance == "repeated-factor" else None
+    return None if config.balance is None else partial(balanced_rates, classes=classes, threshold=threshold)
