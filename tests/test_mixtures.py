@@ -16,6 +16,7 @@ from sakd_cli.documents.training import Mixtures
 from sakd_cli.models.artifact import load
 from sakd_cli.models.table import create
 from sakd_cli.report.render import plots
+from sakd_cli.report.spots.charts import mixture_chart
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.runs import build
 from sakd_cli.runs.locate import locate_inputs
@@ -185,7 +186,7 @@ def test_the_picture_is_drawn_or_one_line_says_what_is_missing(
     assert "Mixtures of the teacher's blocks" in page["sections"]
     assert "searched/report-mixtures.png" in page["written"]
     groups = [{"name": "a", "alpha": [1 / 36] * 36}, {"name": "b", "alpha": [1.0]}]
-    plots.write(plots.mixture_map(sample(Mixtures, groups=groups)), tmp_path / "long.png")
+    plots.write(plots.figure_of([mixture_chart(sample(Mixtures, groups=groups))]), tmp_path / "long.png")
     assert (tmp_path / "long.png").stat().st_size > 1000
 
 

@@ -18,12 +18,15 @@ from sample_documents import sample
 from test_inspection import SPOTS, header, survey
 
 from sakd_cli.cli.app import run
-from sakd_cli.documents.spots import SpotsDocument
+from sakd_cli.documents.spots import EpochRecord, SpotsDocument, TrackedImage
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
-from sakd_cli.report.render.html import Gallery, Picture, Section, Tile
+from sakd_cli.report.render.charts import Heat, Lines, Series, drawn, shades, ticks
+from sakd_cli.report.render.html import Answer, Gallery, Opening, Picture, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
-from sakd_cli.report.spots.page import spot_page
+from sakd_cli.report.spots import charts
+from sakd_cli.report.spots.log import History
+from sakd_cli.report.spots.page import Seen, spot_page
 from sakd_cli.report.spots.survey import measure
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
@@ -52,10 +55,10 @@ def document(epochs: int = 3, **other: Any) -> SpotsDocument:
     return sample(SpotsDocument, names | given | other)
 
 
-@pytest.mark.parametrize("panel", [*plots.PANELS, None])
+@pytest.mark.parametrize("panel", [*charts.PANELS, None])
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_every_panel_is_drawn_and_drawn_the_same_again(panel: str | None, kind: str) -> None:
-    first, again = (plots.rendered(plots.spot_figure(document(), panel), kind) for _ in range(2))
+    first, again = (plots.rendered(charts.spot_figure(document(), panel), kind) for _ in range(2))
     assert first == again
     if kind == "png":
         pixels = np.asarray(Image.open(io.BytesIO(first)).convert("RGB"))
@@ -65,32 +68,32 @@ def test_every_panel_is_drawn_and_drawn_the_same_again(panel: str | None, kind: 
 
 
 def test_the_lines_are_those_of_the_report() -> None:
-    axes = plots.spot_figure(document(), "epochs").get_axes()[0]
+    axes = charts.spot_figure(document(), "epochs").get_axes()[0]
     solid = [line for line in axes.lines if line.get_linestyle() == "-"]
     assert [line.get_label() for line in solid] == ["stage2", "logits"]
     assert solid[0].get_ydata() == pytest.approx([10, 20, 30])
-    heat = plots.spot_figure(document(), "classes").get_axes()[0].images[0]
+    heat = charts.spot_figure(document(), "classes").get_axes()[0].images[0]
     assert heat.get_array().shape == (2, 2), "a class without images is left out"
-    axes = plots.spot_figure(document(), "paths").get_axes()[0]
+    axes = charts.spot_figure(document(), "paths").get_axes()[0]
     assert sorted(patch.get_width() for patch in axes.patches) == pytest.approx([18.75, 18.75, 31.25, 31.25])
-    axes = plots.spot_figure(document(), "difficulty").get_axes()[0]
+    axes = charts.spot_figure(document(), "difficulty").get_axes()[0]
     assert axes.lines[1].get_ydata() == pytest.approx([100, 0, 100, 50])
 
 
 def test_many_classes_are_shown_at_both_ends() -> None:
     rows = [{"name": f"n{label}", "fraction": [0.5], "deviation": [0.01 * label]} for label in range(100)]
     report = document(by_class=rows, overall=document().overall[:1], measured=None)
-    axes = plots.spot_figure(report, "classes").get_axes()[0]
+    axes = charts.spot_figure(report, "classes").get_axes()[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert (names[0], names[-1], len(names)) == ("n99", "n0", 24)
 
 
 def test_what_was_not_kept_is_not_drawn() -> None:
     bare = document(measured=None)
-    assert plots.panels_of(bare) == ["epochs", "classes"]
-    plots.spot_figure(bare, None)
+    assert charts.panels_of(bare) == ["epochs", "classes"]
+    charts.spot_figure(bare, None)
     with pytest.raises(UsageError, match="nothing to draw it from"):
-        plots.spot_figure(bare, "paths")
+        charts.spot_figure(bare, "paths")
 
 
 def test_without_matplotlib_one_line_says_so(
@@ -101,8 +104,8 @@ def test_without_matplotlib_one_line_says_so(
     error, hint = capsys.readouterr().err.splitlines()
     assert error == "error: plots need matplotlib, which is not installed"
     assert hint == "hint: pip install 'sakd[plots]'"
-    page = spot_page(document(), {}, drawn=False)
-    assert "image/svg" not in page
+    page = spot_page(document(), Seen({}))
+    assert "Samples distilled at each spot, by epoch" in page, "a page needs no matplotlib"
     assert "The trained router by class" in page
 
 
@@ -122,8 +125,21 @@ class Reader(HTMLParser):
         self.text += data
 
 
+def a_history() -> History:
+    """Of three epochs; image 11 was distilled at the first spot in the second, and not seen in the third."""
+    rows = [[1, 0, 1], [2, 1, 2], [2, 1, 2]]
+    spots = [{"name": spot.name, "kind": spot.kind, "by_class": [0.25, 0.5, 1.0]} for spot in SPOTS]
+    epochs = [
+        sample(EpochRecord, {"epoch": n, "spots": spots, "empty_selection": [0.0, 0.0]}).model_copy(
+            update={"tracked": [TrackedImage(index=11, visits=visits, distilled=distilled)]}
+        )
+        for n, (visits, *distilled) in enumerate(rows, start=1)
+    ]
+    return History(epochs, ["ball", NASTY, "doll"], {11: "ball"})
+
+
 def a_page() -> str:
-    return spot_page(document(), {10: PIXELS, 11: PIXELS, 12: PIXELS[:1]}, drawn=True)
+    return spot_page(document(), Seen({10: PIXELS, 11: PIXELS, 12: PIXELS[:1]}, a_history(), ["It helped: 1 < 2."]))
 
 
 def test_the_page_escapes_every_name_and_loads_nothing() -> None:
@@ -134,7 +150,7 @@ def test_the_page_escapes_every_name_and_loads_nothing() -> None:
         assert not [name for name in attributes if name.startswith("on")], tag
         for name in ("src", "href"):
             if (target := attributes.get(name)) is not None:
-                assert re.match(r"#s\d+$|data:image/(png|svg\+xml);base64,", target)
+                assert re.match(r"#s\d+$|data:image/png;base64,", target)
     assert [tag for tag, _ in Reader(page).tags].count("script") == 1
     assert "http" not in re.sub(r"base64,[^\"]*", "", page).replace("http-equiv", "")
     script = re.search(r"<script>(.*)</script>", page, re.DOTALL)
@@ -143,8 +159,58 @@ def test_the_page_escapes_every_name_and_loads_nothing() -> None:
     assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
 
 
+def test_the_page_begins_with_the_answer() -> None:
+    first = a_page().partition("<nav>")[0]
+    for said in (
+        "None: all alike, 50.0 % of the training samples at each.",
+        "They differ most at logits: most often ball (+37.5), least often",
+        "It chooses: of the variance of its decisions, knowing the image explains 12.5 % at stage2, 73.3 % at logits",
+        "It helped: 1 &lt; 2.",
+        "Distilled most often at logits",
+    ):
+        assert said in first
+    alone = spot_page(document(measured=None), Seen({})).partition("<nav>")[0]
+    assert "--with-control" in alone
+    assert "--live" in alone
+
+
+def test_a_saturated_router_is_one_sentence_there_too() -> None:
+    page = spot_page(document(saturated="It is saturated.", by_class=[], measured=None), Seen({}, a_history()))
+    assert page.count("It is saturated.") == 2, "in the opening, and in front of the details"
+    assert page.count("<figure>") == 1, "no charts of the same number everywhere but the first"
+    value = np.full((4, 2), [1.0, 0.0], dtype=np.float32)
+    same = measure(survey(header=header(), value=value), SPOTS, sample=False, seed=0, extremes=2)
+    assert "decides the same for every image" in spot_page(document(measured=same), Seen({}))
+
+
+def test_the_complement_of_the_highest_is_distilled_least() -> None:
+    other = measure(survey(header=header(complement=True)), SPOTS, sample=False, seed=0, extremes=2)
+    first = spot_page(document(measured=other), Seen({10: PIXELS, 11: PIXELS})).partition("<nav>")[0]
+    assert "<br>100.0 %" in first.partition("Distilled least often")[2]
+
+
+def test_the_route_of_an_image_is_the_difference_of_its_counts() -> None:
+    chart = charts.route_chart(document(), a_history(), 11)
+    assert (chart.title, list(chart.rows), list(chart.columns)) == ("ball", ["stage2", "logits"], ["1", "2", "3"])
+    assert chart.cells == [[0, 100, None], [100, 100, None]]
+    first, _ = charts.history_charts(document(), a_history())
+    assert dict(zip(first.rows, first.cells, strict=True))["ball"] == [25, 25, 25]
+
+
+def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> None:
+    curve = Lines("t", "epoch", "top-1, %", [Series("a & b", [1, 2, 3], [10, None, 30], 0)])
+    assert "<title>a &amp; b, epoch 3: 30.00 (top-1, %)</title>" in drawn(curve)
+    assert drawn(curve).count('class="l" stroke-width') == 2, "a gap is no line"
+    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    heat = Heat("t", ["r"], ["c"], [[5.0]], 10.0, ("less", "more"), signed=True)
+    assert "<title>r, c: +5.0</title>" in drawn(heat)
+    assert [shades(heat, value)[1] for value in (-10, 0, 10)] == ["#fff", "#000", "#fff"]
+
+
 def test_the_page_shows_the_extreme_images() -> None:
-    sources = [tag["src"] or "" for name, tag in Reader(a_page()).tags if name == "img"]
+    extremes = re.search(r'<section id="s\d+"><h2>Extremes</h2>.*?</section>', a_page(), re.DOTALL)
+    assert extremes is not None
+    sources = [tag["src"] or "" for name, tag in Reader(extremes[0]).tags if name == "img"]
     images = [base64.b64decode(source.partition(",")[2]) for source in sources if source.startswith("data:image/png")]
     assert len(images) == 2 * 2 * 2 - 1, "two at each end of two spots; one has no picture"
     shown = np.asarray(Image.open(io.BytesIO(images[0])))
@@ -152,10 +218,11 @@ def test_the_page_shows_the_extreme_images() -> None:
 
 
 def test_a_page_of_any_sections() -> None:
-    blocks = [Sheet("T", ["a"], [["1"]], ["note"], text=0), Picture(b"x", "png", "alt"), Gallery("G", [])]
+    blocks = [Sheet("T", ["a"], [["1"]], ["note"], text=0), Gallery("G", [])]
     blocks.append(Gallery("H", [Tile(Picture(b"y", "png", "tile"), ["one", "two"])]))
-    reader = Reader(html.page("title", [("fact", "value")], [Section("section", blocks)]))
-    for word in ("title", "fact", "value", "section", "note", "T", "G", "one", "two"):
+    opening = Opening([Answer("why?", "so")], blocks[:1])
+    reader = Reader(html.page("title", [("fact", "value")], [Section("section", blocks, "what?")], opening))
+    for word in ("title", "fact", "value", "section", "note", "T", "G", "one", "two", "why?", "so", "what?"):
         assert word in reader.text
 
 
@@ -175,15 +242,91 @@ def browser() -> Iterator[Any]:
         yield opened
 
 
+# Every text on the page that is seen: its colour against the first background below it that is opaque, its box against
+# the window and the picture that it is in, and what is larger than its box though it cannot be scrolled.
+MEASURED = """
+const seen = (e, key) => {while (e) {const c = getComputedStyle(e)[key].match(/[\\d.]+/g).map(Number);
+  if (c.length < 4 || c[3] > 0.99) return c.slice(0, 3); e = e.parentElement} return [255, 255, 255]};
+const light = c => c.map(v => (v /= 255) <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
+const faults = [], width = document.documentElement.clientWidth;
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode, e = node.parentElement, said = node.textContent.trim().slice(0, 40);
+  if (!said || e.closest("title,script")) continue;
+  const range = document.createRange(); range.selectNodeContents(node);
+  const box = range.getBoundingClientRect(), svg = e.closest("svg");
+  const cell = svg && e.parentElement.querySelector("rect[fill^='#']");
+  const under = cell && cell.parentElement === e.parentElement && cell.parentElement.tagName === "g"
+    ? seen(cell, "fill") : seen(svg ? svg.parentElement : e, "backgroundColor");
+  const [a, b] = [light(seen(e, svg ? "fill" : "color")), light(under)].sort((x, y) => y - x);
+  if ((a + 0.05) / (b + 0.05) < 4.5) faults.push(["contrast", said]);
+  if (e.closest(".wide")) continue;
+  if (box.left < -1 || box.right > width + 1) faults.push(["outside", said]);
+  if (svg) {const frame = svg.getBoundingClientRect();
+    if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1
+        || box.top < frame.top - 1) faults.push(["cut", said])}
+}
+document.querySelectorAll("body *").forEach(e => {
+  if (!e.closest(".wide,svg") && e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+    faults.push(["wide", e.outerHTML.slice(0, 60)]);
+  if (e.matches("th button") && e.scrollWidth > e.clientWidth) faults.push(["head", e.textContent])});
+if (document.documentElement.scrollWidth > width) faults.push(["overflow", "page"]);
+return faults"""
+
+
+def shown(browser: Any, page: Path, width: int, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen", "features": features})
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+
+
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_nothing_is_cut_or_pale_at_any_width_in_light_or_dark(browser: Any, tmp_path: Path, width: int) -> None:
+    rows = [
+        {"name": f"{'猫' * 30} {label}", "fraction": [0.5, 0.5], "deviation": [0.01 * label, 0.1]}
+        for label in range(40)
+    ]
+    page = tmp_path / "page.html"
+    other = spot_page(document(by_class=rows, measured=None), Seen({}, a_history()))
+    for content in (a_page(), other):
+        page.write_text(content, encoding="utf-8")
+        for scheme in ("light", "dark"):
+            shown(browser, page, width, scheme)
+            dark = browser.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches")
+            assert dark == (scheme == "dark")
+            assert browser.execute_script(MEASURED) == []
+
+
+def test_the_measures_see_what_is_wrong(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(a_page().replace("--soft:#57606a", "--soft:#c7cdd3"), encoding="utf-8")
+    shown(browser, page, 390, "light")
+    assert {kind for kind, _ in browser.execute_script(MEASURED)} == {"contrast"}
+    browser.execute_script("document.querySelector('section figcaption').style.width = '500px'")
+    browser.execute_script("document.querySelector('figure svg').viewBox.baseVal.width = 150")
+    assert {"wide", "overflow", "cut"} <= {kind for kind, _ in browser.execute_script(MEASURED)}
+
+
+def test_on_paper_tables_are_whole(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(a_page(), encoding="utf-8")
+    shown(browser, tmp_path / "page.html", 700, "dark")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    cut = "return Array.from(document.querySelectorAll('.wide')).filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.execute_script(cut) == 0
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen"})
+
+
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_the_page_at_every_width(browser: Any, tmp_path: Path, width: int) -> None:
     (tmp_path / "page.html").write_text(a_page(), encoding="utf-8")
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get((tmp_path / "page.html").as_uri())
+    shown(browser, tmp_path / "page.html", width, "light")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     loaded = browser.execute_script("return Array.from(document.images).map(i => i.complete && i.naturalWidth > 0)")
-    assert len(loaded) == 11
+    assert len(loaded) == 3 + 3 + 7 + 1, "opening, paths, extremes, tracked: image 13 has no picture"
     assert all(loaded)
     heads = (
         "return Array.from(document.querySelectorAll('th button')).filter(b => b.scrollWidth > b.clientWidth).length"

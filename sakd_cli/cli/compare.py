@@ -36,13 +36,13 @@ def print_comparison(
 ) -> None:
     """Compare these runs."""
     from sakd_cli.report.runs.compare import compare as compare_runs
-    from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables, curve_figure
+    from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables, curve_charts
 
     document = compare_runs(runs, baseline)
     if plot:
         from sakd_cli.report.render import plots
 
-        plots.write(curve_figure(document), plot)
+        plots.write(plots.figure_of(curve_charts(document)), plot)
     if json:
         emit(document)
     elif csv:

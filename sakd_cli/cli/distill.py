@@ -58,9 +58,10 @@ def _draw_mixtures(run: RunDir, reporter: ConsoleReporter) -> None:
     if (record := read_mixtures(run)) is None:
         return
     from sakd_cli.report.render import plots
+    from sakd_cli.report.spots.charts import mixture_chart
 
     if plots.available(lambda reason: reporter.say(f"no {MIXTURES_PLOT}: {reason}")):
-        plots.write(plots.mixture_map(record), run.path / MIXTURES_PLOT)
+        plots.write(plots.figure_of([mixture_chart(record)]), run.path / MIXTURES_PLOT)
 
 
 def print_result(result: Summary | Plan, *, json: bool) -> None:

@@ -68,7 +68,10 @@ def evaluate(
         result = results[0]
         assert isinstance(result, EnsembleEvaluation)
         label = "thresholds in use" if result.ensemble.early_exit else "all members for every image"
-        plots.write(plots.exit_curve(result.ensemble.curve or [], result.ensemble, result.top1, label), plot)
+        from sakd_cli.report.evaluation.ensemble import exit_chart
+
+        chart = exit_chart(result.ensemble.curve or [], result.ensemble, result.top1, label)
+        plots.write(plots.figure_of([chart]), plot)
     if json:
         emit(results[0] if len(results) == 1 else Evaluations(evaluations=results))
         return

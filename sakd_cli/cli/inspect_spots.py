@@ -13,6 +13,7 @@ from sakd_cli.cli.options import Values, with_options
 from sakd_cli.documents.spots import EXTREMES
 from sakd_cli.errors import DiskError, UsageError
 from sakd_cli.files import write_aside
+from sakd_cli.rundir import RunDir
 
 Run = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest distillation.")]
 
@@ -31,7 +32,10 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
         sakd inspect-spots runs/20261121-120000-distill-... --split test --json | jq '.measured.routed'
     """
     from sakd_cli.report.render import plots
-    from sakd_cli.report.spots.page import spot_page
+    from sakd_cli.report.runs.beside import helped
+    from sakd_cli.report.spots.charts import spot_figure
+    from sakd_cli.report.spots.log import history
+    from sakd_cli.report.spots.page import Seen, spot_page
     from sakd_cli.report.spots.survey import records
 
     reporter, plot = ConsoleReporter(quiet=options["quiet"]), options["plot"]
@@ -46,10 +50,11 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
         run, options, options["split"], reporter, sample=options["sample"], seed=seed, extremes=most
     )
     if plot:
-        plots.write(plots.spot_figure(report, options["panel"]), plot)
+        plots.write(spot_figure(report, options["panel"]), plot)
     if html:
-        pixels = survey.images if survey else {}
-        write_aside(html, spot_page(report, pixels, drawn=plots.available(reporter.warn)).encode())
+        inspected = RunDir(Path(report.run))
+        seen = Seen(survey.images if survey else {}, history(inspected, survey), helped(inspected))
+        write_aside(html, spot_page(report, seen).encode())
     if samples:
         _write_records(records(survey, report.overall) if survey else [], samples)
     for path in filter(None, (plot, html, samples)):

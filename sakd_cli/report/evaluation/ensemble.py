@@ -1,11 +1,13 @@
 """A student with its residual students, as tables: stage by stage, where images leave, and the cost/accuracy curve."""
 
 from collections.abc import Sequence
+from math import ceil, floor
 
 from rich.console import RenderableType
 
-from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, ExitPoint
+from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, ExitCosts, ExitPoint
 from sakd_cli.documents.training import EnsembleTraining
+from sakd_cli.report.render.charts import Lines, Series
 from sakd_cli.report.render.format import fixed, fraction, large, named, whole
 from sakd_cli.report.render.sheet import Sheet, table
 
@@ -63,6 +65,26 @@ def _cost_note(found: EnsembleExits) -> str:
         f"the student alone {fraction(found.member_macs[0] / teacher)} %, "
         f"all members {fraction(sum(found.member_macs) / teacher)} %."
     )
+
+
+def exit_chart(curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: str) -> Lines:
+    """Top-1 over mean cost of an ensemble: every shared threshold, the Pareto front, and what is in use (`used`)."""
+
+    def cost(point: ExitCosts) -> float:
+        return 100 * point.cost if point.cost is not None else 1e-6 * point.macs
+
+    best = sorted((cost(point), point.top1) for point in curve if point.pareto)
+    series = [
+        Series("one threshold for all stages", list(map(cost, curve)), [point.top1 for point in curve], 0, "marks"),
+        Series("Pareto front", [x for x, _ in best], [y for _, y in best], 1),
+        Series(label, [cost(used)], [top1], 3, "marks"),
+    ]
+    unit = "million MACs" if used.cost is None else "% of the teacher's MACs"
+    shown = [top1, *(point.top1 for point in curve)]
+    limits = max(0.0, floor(min(shown)) - 1.0), min(100.0, ceil(max(shown)) + 1.0)
+    note = "Test images. Each point is a threshold: images that are less certain go on to the next student. "
+    note += f"Zoom: the upright axis shows {limits[0]:g} to {limits[1]:g} % only."
+    return Lines("Accuracy and cost", f"mean cost per image, {unit}", "top-1, %", series, limits, note)
 
 
 def curve_table(points: Sequence[ExitPoint]) -> Sheet:

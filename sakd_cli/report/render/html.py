@@ -1,18 +1,19 @@
 """Reports as one web page: no server, no network, no framework; everything it shows is inside the file.
 
-A section is a title and blocks: tables (the same `Sheet`s that the terminal shows, sortable), pictures, galleries.
-Every name is escaped, and the page's own policy forbids whatever could load or send anything. Readable at phone width.
+A section is a title and blocks: tables (the same `Sheet`s that the terminal shows, sortable), charts, galleries.
+Every name is escaped, and the page's own policy forbids whatever could load or send anything. Light and dark, on a
+phone and on paper.
 """
 
 import base64
 import hashlib
 import io
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.base import Part
-from sakd_cli.report.render.format import named, plain
+from sakd_cli.report.render.charts import Chart, drawn, text
+from sakd_cli.report.render.format import named
 from sakd_cli.report.render.sheet import MORE, Sheet
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ class Picture(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One small image of a gallery with lines of text below it."""
+    """One small image of a gallery with lines of text below it, and perhaps a chart beside it."""
 
-    picture: Picture
+    picture: Picture | None
     lines: Sequence[str]
+    chart: Chart | None = None
 
 
 class Gallery(NamedTuple):
@@ -41,42 +43,105 @@ class Gallery(NamedTuple):
     tiles: Sequence[Tile]
 
 
-Block = Sheet | Picture | Gallery
+Block = Sheet | Gallery | Chart
 
 
 class Section(NamedTuple):
-    """A part of the page with a link in the contents."""
+    """A part of the page with a link in the contents, and the question that it answers."""
 
     title: str
+    blocks: Sequence[Block]
+    question: str = ""
+
+
+class Answer(NamedTuple):
+    """A question that whoever opens the page has, and the answer in a sentence."""
+
+    question: str
+    answer: str
+
+
+class Opening(NamedTuple):
+    """What a page begins with."""
+
+    answers: Sequence[Answer]
     blocks: Sequence[Block]
 
 
 STYLE = """
-:root{color-scheme:light;--ink:#1b1f24;--soft:#57606a;--line:#d8dee4;--link:#0b5cad}
+:root{color-scheme:light;--bg:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dbe1;--head:#eef1f4;--card:#f7f9fb;
+--link:#0b5cad;--0:#0072b2;--1:#d55e00;--2:#008f68;--3:#b3548c;--4:#8a6d00;--5:#4d5560}
+@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--bg:#11151a;--ink:#e6edf3;--soft:#a3afbb;
+--line:#343c45;--head:#1f2730;--card:#181e25;--link:#7cb8ff;--0:#56b4e9;--1:#ff8f3f;--2:#2cc79b;--3:#e69ac6;
+--4:#e3c13c;--5:#aab4be}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:72rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
-h1{font-size:1.5rem;margin:.5rem 0;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:1rem}
-h3{font-size:1rem;margin:1.2rem 0 .3rem;overflow-wrap:anywhere}
+body{margin:0 auto;max-width:74rem;padding:1rem;font:16px/1.5 system-ui,sans-serif}
+body{color:var(--ink);background:var(--bg)}
+h1{font-size:1.5rem;line-height:1.25;margin:.3rem 0;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:2rem 0 0;border-top:1px solid var(--line);padding-top:1rem}
+h3,figcaption{font-size:1rem;font-weight:600;margin:1rem 0 .3rem;overflow-wrap:anywhere}
+figcaption{margin:0 0 .2rem}
 a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:.3rem 1rem;list-style:none;padding:0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}
+dl.facts{display:flex;flex-wrap:wrap;gap:0 1.2rem;margin:.3rem 0;font-size:.85rem}
+dl.facts div{display:flex;gap:.4rem;min-width:0}
 dt{color:var(--soft)}
-dd{margin:0;overflow-wrap:anywhere}
+dd{margin:0;overflow-wrap:anywhere;min-width:0}
+.opening{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:0 2rem;margin:.8rem 0;
+padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
+.opening dt{font-weight:600;color:var(--ink)}
+.opening dd{margin:0 0 .7rem}
+.opening dl{margin:0}
+.opening>div{min-width:0}
+.question{font-size:1.05rem;font-style:italic;margin:.2rem 0 .8rem}
+figure{display:inline-block;vertical-align:top;width:min(100%,35rem);margin:.6rem 0 1rem;break-inside:avoid}
+@media (min-width:48rem){section>figure{margin-right:1rem}}
+figure.small{width:100%;margin:0}
+figure.small figcaption{font-size:.8rem}
+figure svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums}
+svg text{fill:var(--ink)}
+svg .soft{fill:var(--soft)}
+svg .mid{text-anchor:middle}
+svg .end{text-anchor:end}
+.g{stroke:var(--line);stroke-width:1;fill:none}
+.l{stroke:var(--c);fill:none;stroke-linejoin:round;stroke-linecap:round}
+.m,.f rect{fill:var(--c)}
+figure .m{stroke:var(--bg);stroke-width:.9}
+.b{fill:var(--c);opacity:.18}
+.h{fill:transparent}
+.w{stroke:var(--ink);stroke-width:1.5;fill:none}
+g:hover>.h{stroke:var(--ink)}
+.c0{--c:var(--0)}.c1{--c:var(--1)}.c2{--c:var(--2)}.c3{--c:var(--3)}.c4{--c:var(--4)}.c5{--c:var(--5)}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:0 0 .3rem;padding:0;font-size:.85rem}
+.legend li{display:flex;align-items:center;gap:.3rem;overflow-wrap:anywhere}
+.legend svg{width:26px;height:12px;flex:none}
+.legend .l{stroke-width:2}
 .wide{overflow:auto;max-height:34rem;border:1px solid var(--line);border-radius:4px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
+table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th.t,td.t{text-align:left}
-thead th{position:sticky;top:0;background:#f3f5f7;padding:0}
+thead th{position:sticky;top:0;background:var(--head);padding:0;z-index:2}
+th.t:first-child,td.t:first-child{position:sticky;left:0;z-index:1;white-space:normal;min-width:min(9rem,36vw)}
+td.t:first-child{background:var(--bg);overflow-wrap:anywhere}
+thead th.t:first-child{z-index:3}
 th button{all:unset;box-sizing:border-box;display:block;width:100%;padding:.35rem .6rem;cursor:pointer;font-weight:600}
-th button:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
+th button:focus-visible,.wide:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
 .note{color:var(--soft);font-size:.85rem;margin:.25rem 0;overflow-wrap:anywhere}
-section>img{width:min(100%,44rem);height:auto;display:block}
-.tiles{display:flex;flex-wrap:wrap;gap:.6rem;padding:0;margin:.3rem 0;list-style:none}
-.tiles li{width:6.5rem;font-size:.75rem;line-height:1.3;overflow-wrap:anywhere}
+.tiles{display:flex;flex-wrap:wrap;gap:.5rem;padding:0;margin:.3rem 0;list-style:none}
+.tiles li{width:5.5rem;font-size:.8rem;line-height:1.3;overflow-wrap:anywhere;break-inside:avoid}
 .tiles img{width:100%;image-rendering:pixelated;display:block;border:1px solid var(--line)}
+.opening .tiles li{width:4.4rem}
+.tiles li.plotted{width:min(100%,20rem);display:grid;grid-template-columns:4.5rem 1fr;gap:.2rem .6rem;padding:.4rem 0}
+.plotted figure{grid-column:2;grid-row:1/3}
+@media print{body{max-width:none;padding:0;font-size:11pt}nav{display:none}
+.wide{overflow:visible;max-height:none;border:0}
+table{font-size:7.5pt;min-width:0;width:100%}th,td{white-space:normal;padding:1pt 3pt;overflow-wrap:anywhere}
+thead th,th.t:first-child,td.t:first-child{position:static}th button{padding:1pt 3pt}tr{break-inside:avoid}
+h2,h3,.question{break-after:avoid}
+.opening,rect,.m,thead th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+figure{width:48%;margin-right:1%}}
 """
 
 # Sorts by number where both cells begin with one (as figures.py writes it), else by name; ties keep their order.
@@ -104,14 +169,22 @@ def facts_of(document: Part, keys: Sequence[str]) -> list[tuple[str, str]]:
     return [(key.capitalize(), named(value)) for key in keys if (value := getattr(document, key)) is not None]
 
 
-def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
-    """The whole page: title, a list of (name, value) facts, contents, sections."""
-    said = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
-    links = "".join(f'<li><a href="#s{n}">{_text(s.title)}</a></li>' for n, s in enumerate(sections))
+def page(
+    title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], opening: Opening | None = None
+) -> str:
+    """The whole page: title, a list of (name, value) facts, the answer, contents, sections."""
+    said = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
+    links = "".join(f'<li><a href="#s{n}">{text(s.title)}</a></li>' for n, s in enumerate(sections))
     body = "".join(
-        f'<section id="s{number}"><h2>{_text(section.title)}</h2>{"".join(map(_block, section.blocks))}</section>\n'
+        f'<section id="s{number}"><h2>{text(section.title)}</h2>'
+        + (f'<p class="question">{text(section.question)}</p>' if section.question else "")
+        + f"{''.join(map(_block, section.blocks))}</section>\n"
         for number, section in enumerate(sections)
     )
+    first = ""
+    if opening:
+        answers = "".join(f"<dt>{text(one.question)}</dt><dd>{text(one.answer)}</dd>" for one in opening.answers)
+        first = f'<div class="opening"><dl>{answers}</dl><div>{"".join(map(_block, opening.blocks))}</div></div>'
     # Only this very script may run, and nothing may be fetched but what is written into the page.
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -119,8 +192,8 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>\n"
-        f"<h1>{_text(title)}</h1><dl>{said}</dl><nav><ul>{links}</ul></nav>\n{body}"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>\n"
+        f'<h1>{text(title)}</h1><dl class="facts">{said}</dl>{first}<nav><ul>{links}</ul></nav>\n{body}'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -135,35 +208,37 @@ def png(pixels: "NDArray[Any]") -> bytes:
     return buffer.getvalue()
 
 
-def _text(value: str) -> str:
-    return escape(plain(value), quote=True)
-
-
 def _block(block: Block) -> str:
     if isinstance(block, Sheet):
         return _table(block)
-    if isinstance(block, Picture):
-        return _image(block)
-    tiles = "".join(f"<li>{_image(tile.picture)}{'<br>'.join(map(_text, tile.lines))}</li>" for tile in block.tiles)
-    return f'<h3>{_text(block.title)}</h3><ul class="tiles">{tiles}</ul>'
+    if not isinstance(block, Gallery):
+        return drawn(block)
+    return f'<h3>{text(block.title)}</h3><ul class="tiles">{"".join(map(_tile, block.tiles))}</ul>'
+
+
+def _tile(tile: Tile) -> str:
+    image, lines = _image(tile.picture) if tile.picture else "", "<br>".join(map(text, tile.lines))
+    if tile.chart is None:
+        return f"<li>{image}{lines}</li>"
+    return f'<li class="plotted"><div>{image}{lines}</div>{drawn(tile.chart)}</li>'
 
 
 def _image(picture: Picture) -> str:
     data = base64.b64encode(picture.content).decode()
-    return f'<img alt="{_text(picture.alt)}" src="data:image/{picture.kind};base64,{data}">'
+    return f'<img alt="{text(picture.alt)}" src="data:image/{picture.kind};base64,{data}">'
 
 
 def _table(sheet: Sheet) -> str:
-    kinds = [' class="t"' if text else "" for text in sheet.are_text]
+    kinds = [' class="t"' if left else "" for left in sheet.are_text]
     heads = "".join(
-        f'<th scope="col"{kind}><button type="button">{_text(header) or "&nbsp;"}</button></th>'
+        f'<th scope="col"{kind}><button type="button">{text(header) or "&nbsp;"}</button></th>'
         for header, kind in zip(sheet.headers, kinds, strict=True)
     )
     rows = "".join(
-        "<tr>" + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        "<tr>" + "".join(f"<td{kind}>{text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
         for row in sheet.rows
         if row != MORE
     )
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in sheet.notes)
+    notes = "".join(f'<p class="note">{text(note)}</p>' for note in sheet.notes)
     table = f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<h3>{_text(sheet.title)}</h3>{table if sheet.headers else ''}{notes}"
+    return f"<h3>{text(sheet.title)}</h3>{table if sheet.headers else ''}{notes}"

@@ -1,18 +1,15 @@
 """Comparisons as text, as CSV and as curves"""
 
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import RenderableType
 
 from sakd_cli.documents.table import Comparison
+from sakd_cli.report.render.charts import SHARE, Chart, Lines, Series
 from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
-from sakd_cli.report.render.plots import COLOURS, INCHES, framed, legend, new_figure
 from sakd_cli.report.render.sheet import Columns, Sheet, left_out, table, thinned
 from sakd_cli.report.runs.statistics import MOST_SEEDS, about_tests, interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
 FEW = 2  # groups up to which the training images have a curve too
@@ -24,6 +21,7 @@ VERDICT: Columns = {
     "Seeds": lambda test: whole(len(test.seeds)),
     "Needed": lambda test: DASH if test.p is None else whole(test.needed) if test.needed else f"> {whole(MOST_SEEDS)}",
 }
+LOSS = "cross-entropy, nats"
 FIELDS = ["run", "group", "method", "router", "seed", "epoch", "split", "top1", "top5", "loss"]
 
 
@@ -126,33 +124,31 @@ def comparison_csv(document: Comparison) -> str:
     return csv_text(FIELDS, rows)
 
 
-def curve_figure(document: Comparison) -> "Figure":
+def curve_charts(document: Comparison) -> list[Chart]:
     """Top-1 and loss by epoch: of each group the mean over its runs, and the range of them as a band.
 
-    solid   on the validation set
-    dashed  on the training images as augmented (of few groups only)
-    dotted  the teacher on the test images, where all runs have the same one
+    On the validation set; of few groups on the training images as augmented, too; the teacher on the test images, where
+    all runs have the same one.
     """
-    figure = new_figure(2 * INCHES[0], INCHES[1])
-    left, right = figure.subplots(1, 2)
-    few = len(document.groups) <= FEW
-    for axes, key in ((left, "top1"), (right, "loss")):
+    few, several = len(document.groups) <= FEW, len(document.runs) > len(document.groups)
+    selected = {point.selected_on for run in document.runs for point in run.curve} - {None}
+    split = f"{selected.pop()} images" if len(selected) == 1 else "images that select"
+    charts: list[Chart] = []
+    for title, key, unit, limits in (("Accuracy", "top1", "top-1, %", SHARE), ("Loss", "loss", LOSS, None)):
+        series = []
         for k, group in enumerate(document.groups):
-            colour = COLOURS[k % len(COLOURS)]
-            curve = _by_epoch(document, k, key)
-            epochs, values = list(curve), list(curve.values())
-            axes.plot(epochs, list(map(fmean, values)), color=colour, label=plain(group.label), marker=".")
-            axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15)
-            if few:
-                trained = _by_epoch(document, k, f"train_{key}")
-                axes.plot(list(trained), list(map(fmean, trained.values())), "--", color=colour, alpha=0.7)
-        axes.locator_params(axis="x", integer=True)
-    if (teacher := _teacher_top1(document)) is not None:
-        left.axhline(teacher, linestyle=":", color="#000000", linewidth=1)
-    framed(left, "Accuracy", "epoch", "top-1, %")
-    framed(right, "Loss", "epoch", "cross-entropy, nats")
-    legend(figure, right, ", ".join(["solid: validation", *["dashed: training"] * few, "dotted: teacher, test"]))
-    return figure
+            for kind, of, name in (("solid", key, split), ("dashed", f"train_{key}", "training images, augmented")):
+                if (curve := _by_epoch(document, k, of)) and (few or kind == "solid"):
+                    band = [(min(values), max(values)) for values in curve.values()] if several else []
+                    label = f"{plain(group.label)}: {name}" if few else plain(group.label)
+                    means = list(map(fmean, curve.values()))
+                    series.append(Series(label, list(curve), means, k, "solid" if kind == "solid" else "dashed", band))
+        if key == "top1" and (teacher := _teacher_top1(document)) is not None and series:
+            ends = [min(series[0].x), max(series[0].x)]
+            series.append(Series("teacher: test images", ends, [teacher, teacher], len(document.groups), "dotted"))
+        note = (f"On {split}. " if not few else "") + "Line: mean of the seeds; band: their range." * several
+        charts.append(Lines(f"{title} by epoch", "epoch", unit, series, limits, note))
+    return charts
 
 
 def _teacher_top1(document: Comparison) -> float | None:

@@ -4,10 +4,10 @@ PARTS is what the page is made of. A training procedure that leaves something of
 function there, which adds nothing for runs that have nothing of the kind.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 
@@ -15,54 +15,50 @@ from sakd_cli.config.resolve import flat
 from sakd_cli.documents.table import Comparison, Report
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary
+from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, exit_chart
 from sakd_cli.report.render import html, plots
+from sakd_cli.report.render.charts import Chart
 from sakd_cli.report.render.format import fixed, named
-from sakd_cli.report.render.html import Block, Picture, Section
+from sakd_cli.report.render.html import Opening, Section
 from sakd_cli.report.render.sheet import Sheet, table
+from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.runs.compare import compare
-from sakd_cli.report.runs.compare_tables import curve_figure
+from sakd_cli.report.runs.compare_tables import curve_charts
 from sakd_cli.report.runs.tables import summary_table
-from sakd_cli.report.spots.log import RECORD, read_mixtures, spots_document
-from sakd_cli.report.spots.page import spot_sections
+from sakd_cli.report.spots.charts import mixture_chart, spot_figure
+from sakd_cli.report.spots.log import RECORD, history, read_mixtures, spots_document
+from sakd_cli.report.spots.page import Seen, spot_opening, spot_sections
 from sakd_cli.report.spots.survey import read_survey
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 class RunPage:
-    """The page of a run while it is made; `plotted`: with plots, which need matplotlib, as PNG files beside it too."""
+    """The page of a run while it is made; `plotted`: its charts as PNG files beside it too, which need matplotlib."""
 
     def __init__(self, run: RunDir, *, plotted: bool) -> None:
         self.run, self.plotted = run, plotted
         self.comparison: Comparison = compare([run])
         self.sections: list[Section] = []
         self.plots: dict[str, bytes] = {}
+        self.opening: Opening | None = None
         for part in PARTS:
             part(self)
 
-    def add(self, title: str, blocks: Sequence[Any]) -> None:
-        """A section."""
-        self.sections.append(Section(title, blocks))
-
-    def add_plot(self, title: str, blocks: list[Block], name: str, alt: str, draw: Callable[[], "Figure"]) -> None:
-        """A section below a plot."""
-        if self.plotted:
-            figure = draw()
-            blocks = [Picture(plots.rendered(figure, "svg"), "svg+xml", alt), *blocks]
-            self.plots[name] = plots.rendered(figure, "png")
-        self.add(title, blocks)
+    def add(self, title: str, blocks: Sequence[Any], question: str = "", plot: str = "") -> None:
+        """A section; plot: the name of the PNG file with its charts."""
+        self.sections.append(Section(title, blocks, question))
+        charts = [block for block in blocks if isinstance(block, Chart)]
+        if plot and charts and self.plotted:
+            self.plots[plot] = plots.rendered(plots.figure_of(charts), "png")
 
     def write(self, path: Path) -> Report:
         """Save the page, and each plot as `<page>-<name>.png` beside it."""
         row = self.comparison.runs[0]
         facts = html.facts_of(row, ("network", "dataset", "method", "router", "seed", "epochs"))
         facts += [("State", "finished" if row.finished else "not finished"), ("Run", named(row.run))]
-        page = html.page(f"{named(row.task)}: {named(self.run.path.name)}", facts, self.sections)
-        write_aside(path, page.encode())
+        title = f"{named(row.task)}: {named(self.run.path.name)}"
+        write_aside(path, html.page(title, facts, self.sections, self.opening).encode())
         pictures = {path.with_name(f"{path.stem}-{name}.png"): content for name, content in self.plots.items()}
         for picture, content in pictures.items():
             write_aside(picture, content)
@@ -73,7 +69,8 @@ class RunPage:
 def _result(page: RunPage) -> None:
     if page.run.finished:
         summary = summary_table(page.run.summary)
-        page.add("Result", summary.renderables if isinstance(summary, Group) else [summary])
+        blocks = summary.renderables if isinstance(summary, Group) else [summary]
+        page.add("Result", blocks, "How good are student and teacher on the test images?")
 
 
 def _curves(page: RunPage) -> None:
@@ -88,8 +85,9 @@ def _curves(page: RunPage) -> None:
     }
     selected = next((point.selected_on for point in curve if point.selected_on), None)
     sheet = table("By epoch", curve, columns, [f"Top-1 and loss on the validation set ({named(selected)})."], text=0)
-    alt = "Lines: accuracy and loss by epoch"
-    page.add_plot("Curves", [sheet], "curves", alt, lambda: curve_figure(page.comparison))
+    page.add(
+        "Curves", [*curve_charts(page.comparison), sheet], "Was the training long enough, and did it overfit?", "curves"
+    )
 
 
 def _spots(page: RunPage) -> None:
@@ -101,8 +99,10 @@ def _spots(page: RunPage) -> None:
     except UsageError:  # no epoch is finished, or the record is damaged: `inspect-spots` says which
         return
     if page.plotted:
-        page.plots["spots"] = plots.rendered(plots.spot_figure(report, None), "png")
-    page.sections += spot_sections(report, survey.images if survey else {}, drawn=page.plotted)
+        page.plots["spots"] = plots.rendered(spot_figure(report, None), "png")
+    seen = Seen(survey.images if survey else {}, history(page.run, survey), helped(page.run))
+    page.opening = spot_opening(report, seen)
+    page.sections += spot_sections(report, seen)
 
 
 def _mixtures(page: RunPage) -> None:
@@ -111,16 +111,16 @@ def _mixtures(page: RunPage) -> None:
     except UsageError:  # damaged: `inspect-spots` says how
         return
     if record is not None:
-        title, alt = "Mixtures of the teacher's blocks", "Heat map: weight of every block"
-        page.add_plot(title, [mixture_table(record)], "mixtures", alt, lambda: plots.mixture_map(record))
+        question = "Which blocks of the teacher does the student learn from?"
+        blocks = [mixture_chart(record), mixture_table(record)]
+        page.add("Mixtures of the teacher's blocks", blocks, question, "mixtures")
 
 
 def _residual(page: RunPage) -> None:
     if page.run.finished and (found := page.run.summary.ensemble):
-        tables: list[Any] = [ensemble_summary(found), curve_table(found.curve)]
-        plot = (found.curve, found.early, found.early.top1, "thresholds in use")
-        alt = "Curve: accuracy by mean cost"
-        page.add_plot("Residual students", tables, "exits", alt, lambda: plots.exit_curve(*plot))
+        chart = exit_chart(found.curve, found.early, found.early.top1, "thresholds in use")
+        question = "How much accuracy does each further student buy, and at what cost?"
+        page.add("Residual students", [chart, ensemble_summary(found), curve_table(found.curve)], question, "exits")
 
 
 def _environment(page: RunPage) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from sakd_cli.config.effective import SATURATED
 from sakd_cli.documents.base import Number, Part
@@ -90,6 +90,26 @@ def _saturated(epochs: list[EpochRecord], config: Mapping[str, Any]) -> str | No
         f"The router is saturated: its teacher-routing probability is within 0.5 points of {where} at every spot in "
         f"every epoch. It decided nothing and did what {same} does, at almost twice the cost; {cure}."
     )
+
+
+class History(NamedTuple):
+    """The record by epoch: with the names of the classes by label, and the class of each tracked image by its index."""
+
+    epochs: list[EpochRecord]
+    classes: list[str]
+    labels: dict[int, str]
+
+
+def history(run: RunDir, survey: Survey | None) -> History:
+    """What a page shows of every epoch; raises as `spots_document`."""
+    epochs, classes = epoch_records(run), _class_names(run)
+    if not classes:
+        classes = [f"class {label}" for label in range(max(len(spot.by_class) for spot in epochs[-1].spots))]
+    known = survey.answers.get("label") if survey else None
+    found = {} if known is None or survey is None else dict(zip(survey.index.tolist(), known.tolist(), strict=True))
+    tracked = [image.index for image in epochs[-1].tracked]
+    labels = {index: classes[found[index]] for index in tracked if found.get(index, len(classes)) < len(classes)}
+    return History(epochs, classes, labels)
 
 
 def _fractions(epoch: EpochRecord) -> EpochFractions:

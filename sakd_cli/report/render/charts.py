@@ -1,0 +1,287 @@
+"""Charts as data, and as inline SVG: sharp at every size, in the colours of the page, with a value under every pointer.
+
+`plots.py` draws the same charts with matplotlib, for files. Shares stand on a whole axis from 0 to 100.
+"""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from math import floor, log10
+from typing import Literal, NamedTuple
+
+from rich.cells import cell_len, chop_cells
+
+from sakd_cli.documents.base import Number
+from sakd_cli.report.render.format import DASH, fixed, plain, points
+
+SHARE = (0.0, 100.0)
+WIDTH, HEIGHT, LINE, CHARACTER = 400, 230, 16, 6.3  # of a drawing, of a row and of a character, in its own units
+MARKS = ("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-2.7-2.7h5.4v5.4h-5.4z", "M0-3.6L3.4 2.6h-6.8z", "M0-4L4 0L0 4L-4 0z")
+KINDS = {"solid": "", "dashed": "7 4", "dotted": "1.5 3.5", "marks": ""}
+COLOURS = 6  # of `html.STYLE`, after Okabe and Ito
+PALE, MORE, LESS = (246, 247, 248), (0, 84, 148), (178, 71, 0)  # of cells: in the middle or none, and at both ends
+MOST_MARKED = 40  # points of a curve that have marks
+
+
+class Series(NamedTuple):
+    """A curve: y over x, None where it is not known, and perhaps a band (low, high) around it.
+
+    name    in the legend; None: a further curve of the one before, as the chart's note says
+    colour  its number, and that of its mark
+    """
+
+    name: str | None
+    x: Sequence[float]
+    y: Sequence[Number]
+    colour: int
+    kind: Literal["solid", "dashed", "dotted", "marks"] = "solid"
+    band: Sequence[tuple[float, float]] = ()
+
+
+class Lines(NamedTuple):
+    """Curves in one frame; x and y name the axes with their units. limits: of y; None: as the values are."""
+
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series]
+    limits: tuple[float, float] | None = SHARE
+    note: str = ""
+
+
+class Heat(NamedTuple):
+    """Rows by columns of numbers, None where one is not known.
+
+    most     the value with the strongest colour; of signed values also its negative
+    ends     what the weakest (or most negative) and the strongest colour mean, with units
+    numbers  whether they stand in the cells
+    width    of the drawing; a narrow one has no colour bar of its own
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    cells: Sequence[Sequence[Number]]
+    most: float
+    ends: tuple[str, str]
+    signed: bool = False
+    numbers: bool = True
+    note: str = ""
+    width: int = WIDTH
+
+
+Row = tuple[str, Sequence[Number], Sequence[Number]]  # name, value of each series, half length of its interval
+
+
+class Bars(NamedTuple):
+    """Bars from 0 to 100."""
+
+    title: str
+    x: str
+    series: Sequence[str]
+    rows: Sequence[Row]
+    note: str = ""
+
+
+Chart = Lines | Heat | Bars
+
+
+def text(value: str) -> str:
+    """As HTML."""
+    return escape(plain(value), quote=True)
+
+
+def drawn(chart: Chart) -> str:
+    """The chart as a figure: title, legend, drawing, note."""
+    names: list[tuple[str, int, str]] = []
+    if isinstance(chart, Lines):
+        names = [(s.name, s.colour, s.kind) for s in chart.series if s.name is not None]
+        drawing = _lines(chart)
+    elif isinstance(chart, Bars):
+        names = [(name, k, "") for k, name in enumerate(chart.series)] if len(chart.series) > 1 else []
+        drawing = _bars(chart)
+    else:
+        drawing = _heat(chart)
+    keys = "".join(f"<li>{_swatch(colour, kind)}{text(name)}</li>" for name, colour, kind in names)
+    legend = f'<ul class="legend">{keys}</ul>' if names else ""
+    note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
+    small = ' class="small"' if isinstance(chart, Heat) and chart.width < WIDTH else ""
+    return f"<figure{small}><figcaption>{text(chart.title)}</figcaption>{legend}{drawing}{note}</figure>"
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers between two ends."""
+    rough = max(high - low, 1e-9) / (most - 1)
+    power = 10.0 ** floor(log10(rough))
+    step = next(power * n for n in (1, 2, 5, 10) if power * n >= rough * 0.999)
+    return [n * step for n in range(-floor(-low / step + 1e-9), floor(high / step + 1e-9) + 1)]
+
+
+def frame(chart: Lines) -> tuple[float, float, float, float]:
+    """The least and the largest x, and y: the limits, or round numbers around all curves and bands."""
+    xs = [x for series in chart.series for x in series.x] or [0.0]
+    left, right = min(xs), max(xs)
+    if right == left:
+        left, right = left - 0.5, right + 0.5
+    known = [y for series in chart.series for y in series.y if y is not None]
+    known += [end for series in chart.series for band in series.band for end in band]
+    low, high = chart.limits or (min([0.0, *known]), max([1e-6, *known]))
+    return left, right, low, high if chart.limits else ticks(low, high)[-1] + (ticks(low, high)[1] if known else 0)
+
+
+def shades(chart: Heat, value: float) -> tuple[str, str]:
+    """The colour of a cell, and that of the number in it, which is the one of black and white with more contrast."""
+    share = max(-1.0, min(1.0, value / chart.most if chart.most else 0.0))
+    end = LESS if share < 0 else MORE
+    rgb = [round(a + abs(share) * (b - a)) for a, b in zip(PALE, end, strict=True)]
+    linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#{:02x}{:02x}{:02x}".format(*rgb), "#000" if light > 0.179 else "#fff"
+
+
+def number(chart: Heat, value: Number) -> str:
+    """A cell's number as it is written."""
+    return DASH if value is None else points(value, 1) if chart.signed else fixed(value, 0)
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
+
+
+def _label(x: float, y: float, words: str, kind: str = "", room: float = 1e4) -> str:
+    """Text; what does not fit into `room` is shortened, and whole under the pointer."""
+    words = plain(words)
+    fits = max(2, int(room / CHARACTER))
+    short = words if cell_len(words) <= fits else f"{chop_cells(words, fits - 1)[0]}…"
+    whole = f"<title>{text(words)}</title>" if short != words else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{whole}{text(short)}</text>'
+
+
+def _swatch(colour: int, kind: str) -> str:
+    mark = f'<path class="m" transform="translate(13 6)" d="{MARKS[colour % len(MARKS)]}"/>'
+    if not kind:
+        mark = '<path class="m" d="M3 1h20v10h-20z"/>'
+    line = f'<path class="l" stroke-dasharray="{KINDS[kind]}" d="M1 6H25"/>' if kind and kind != "marks" else ""
+    return f'<svg class="c{colour % COLOURS}" viewBox="0 0 26 12" aria-hidden="true">{line}{mark}</svg>'
+
+
+def _lines(chart: Lines) -> str:
+    left, right, low, high = frame(chart)
+    x0, x1, y0, y1 = 38.0, WIDTH - 12.0, HEIGHT - 34.0, 22.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - left) / (right - left), (min(max(y, low), high) - low) / (high - low)
+        return x0 + across * (x1 - x0), y0 + up * (y1 - y0)
+
+    parts = [_label(0, 11, chart.y, "soft"), _label((x0 + x1) / 2, HEIGHT - 4, chart.x, "soft mid")]
+    for y in ticks(low, high):
+        height = at(left, y)[1]
+        parts += [f'<path class="g" d="M{x0} {height:.1f}H{x1}"/>', _label(x0 - 5, height + 4, f"{y:g}", "soft end")]
+    across = ticks(left, right, 13 if right - left <= 12 else 9)
+    across = [x for x in across if x == round(x) or right - left < 3]
+    parts += [_label(at(x, low)[0], y0 + 15, f"{x:g}", "soft mid") for x in across]
+    for k, series in enumerate(chart.series):
+        # The first are the broadest, so that curves which coincide are all seen.
+        wide = 1.8 + 0.8 * (len(chart.series) - 1 - k) * (series.kind == "solid")
+        parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, min(wide, 5.0))}</g>')
+    return _svg(WIDTH, HEIGHT, chart.title, parts)
+
+
+def _curve(chart: Lines, series: Series, at: Callable[[float, float], tuple[float, float]], wide: float) -> str:
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        return "L".join("{:.1f} {:.1f}".format(*at(*point)) for point in points)
+
+    parts, run, runs = [], list[tuple[float, float]](), list[list[tuple[float, float]]]()
+    if series.band:
+        ends = list(zip(series.x, series.band, strict=True))
+        outline = [(x, high) for x, (_, high) in ends] + [(x, low) for x, (low, _) in reversed(ends)]
+        parts.append(f'<path class="b" d="M{path(outline)}Z"/>')
+    for x, y in [*zip(series.x, series.y, strict=True), (0, None)]:
+        if y is not None:
+            run.append((x, y))
+        elif run:
+            runs.append(run)
+            run = []
+    if series.kind != "marks":
+        dashes = KINDS[series.kind]
+        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+        parts += [f'<path class="l" stroke-width="{wide:.1f}"{dash} d="M{path(run)}"/>' for run in runs]
+    mark = MARKS[series.colour % len(MARKS)] if len(series.x) <= MOST_MARKED and series.kind != "dotted" else ""
+    unit = chart.x.partition(",")[0].partition(" (")[0]
+    for x, y in (point for run in runs for point in run):
+        place = 'transform="translate({:.1f} {:.1f})"'.format(*at(x, y))
+        said = f"{series.name or series.kind}, {unit} {x:g}: {fixed(y, 2)} ({chart.y})"
+        shape = f'<path class="m" d="{mark}"/>' if mark else ""
+        parts.append(f'<g {place}><title>{text(said)}</title>{shape}<circle class="h" r="7"/></g>')
+    return "".join(parts)
+
+
+def _heat(chart: Heat) -> str:
+    longest = max([cell_len(plain(name)) for name in chart.rows], default=0) * CHARACTER
+    x0 = min(longest + 8, 0.36 * chart.width)
+    wide, step = (chart.width - x0) / max(len(chart.columns), 1), 1
+    needed = max([cell_len(plain(name)) for name in chart.columns], default=1) * CHARACTER + 4
+    if not chart.numbers:  # a scale such as epochs: only as many names as there is room for
+        step = max(1, -(-int(needed) // max(int(wide), 1)))
+    high, top = (LINE + 2 if chart.numbers else LINE - 2), 18
+    parts = []
+    for k, name in enumerate(chart.columns):
+        if k % step == 0:
+            parts.append(_label(x0 + (k + 0.5) * wide, 12, name, "soft mid", step * wide - 2))
+    for r, (name, row) in enumerate(zip(chart.rows, chart.cells, strict=True)):
+        y = top + r * high
+        parts.append(_label(x0 - 6, y + high / 2 + 4, name, "end", x0 - 8))
+        for k, value in enumerate(row):
+            fill, ink = shades(chart, value or 0.0)
+            said = f"{name}, {chart.columns[k]}: {number(chart, value)}"
+            box = f'<rect x="{x0 + k * wide:.2f}" y="{y}" width="{wide - 1:.2f}" height="{high - 1}"'
+            box += f' fill="{fill if value is not None else "none"}"/>'
+            inside = f'<text x="{x0 + (k + 0.5) * wide:.1f}" y="{y + high / 2 + 4:.1f}" class="mid" style="fill:{ink}">'
+            inside = f"{inside}{number(chart, value)}</text>" if chart.numbers and value is not None else ""
+            parts.append(f"<g><title>{text(said)}</title>{box}{inside}</g>")
+    bottom = top + len(chart.rows) * high + 8
+    if chart.width < WIDTH:
+        return _svg(chart.width, bottom, chart.title, parts)
+    return _svg(chart.width, bottom + 36, chart.title, [*parts, *_scale(chart, bottom)])
+
+
+def _scale(chart: Heat, y: float) -> list[str]:
+    """The colour bar, with what its ends mean."""
+    steps, least = 20, -chart.most if chart.signed else 0.0
+    width = chart.width / 2 / steps
+    values = [least + (chart.most - least) * k / (steps - 1) for k in range(steps)]
+    x0 = chart.width / 4
+    boxes = [
+        f'<rect x="{x0 + k * width:.2f}" y="{y}" width="{width + 0.2:.2f}" height="9" fill="{colour}"/>'
+        for k, (colour, _) in enumerate(shades(chart, value) for value in values)
+    ]
+    low, high = number(chart, least), number(chart, chart.most)
+    boxes += [_label(x0 - 5, y + 9, low, "soft end"), _label(chart.width - x0 + 5, y + 9, high, "soft")]
+    return [*boxes, _label(0, y + 24, chart.ends[0], "soft"), _label(chart.width, y + 24, chart.ends[1], "soft end")]
+
+
+def _bars(chart: Bars) -> str:
+    longest = max([cell_len(plain(name)) for name, *_ in chart.rows], default=0) * CHARACTER
+    x0, x1, thick = min(longest + 8, 0.47 * WIDTH), WIDTH - 40.0, 12
+    several = max(len(chart.series), 1)
+    high = several * thick + 8
+    bottom = 6 + high * len(chart.rows)
+    parts = []
+    for x in ticks(*SHARE):
+        place = x0 + x / 100 * (x1 - x0)
+        parts += [f'<path class="g" d="M{place:.1f} 2V{bottom}"/>', _label(place, bottom + 14, f"{x:g}", "soft mid")]
+    for r, (name, values, errors) in enumerate(chart.rows):
+        y = 6 + r * high
+        parts.append(_label(x0 - 6, y + (high - 8) / 2 + 4, name, "end", x0 - 8))
+        for k, value in enumerate(values):
+            error = errors[k] if k < len(errors) else None
+            length = (value or 0.0) / 100 * (x1 - x0)
+            said = fixed(value, 1) + ("" if error is None else f" ± {fixed(error, 1)}")
+            middle, reach = y + k * thick + thick / 2, (error or 0.0) / 100 * (x1 - x0)
+            ends = [x0 + min(max(length + side * reach, 0.0), x1 - x0) for side in (-1, 1)]
+            whisker = f'<path class="w" d="M{ends[0]:.1f} {middle}H{ends[1]:.1f}"/>' if reach else ""
+            bar = f'<rect x="{x0:.1f}" y="{y + k * thick + 1}" width="{max(length, 0.8):.1f}" height="{thick - 2}"/>'
+            about = f"{name}, {chart.series[k] if several > 1 else chart.x}: {said}"
+            parts.append(f'<g class="c{k % COLOURS} f"><title>{text(about)}</title>{bar}{whisker}</g>')
+            parts.append(_label(ends[1] + 4, middle + 4, fixed(value, 1)))
+    parts.append(_label((x0 + x1) / 2, bottom + 28, chart.x, "soft mid"))
+    return _svg(WIDTH, bottom + 34, chart.title, parts)

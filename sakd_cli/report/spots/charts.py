@@ -1,0 +1,204 @@
+"""The document of `sakd inspect-spots` as charts"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from sakd_cli.documents import spots as doc
+from sakd_cli.documents.base import Number
+from sakd_cli.documents.training import Mixtures
+from sakd_cli.errors import UsageError
+from sakd_cli.report.render import plots
+from sakd_cli.report.render.charts import Bars, Chart, Heat, Lines, Row, Series
+from sakd_cli.report.render.format import WHAT, fixed, named, plain, whole
+from sakd_cli.report.render.sheet import thinned
+from sakd_cli.report.spots.log import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLASSES_SHOWN = 12  # at each end of the heat map; all where there are no more than three times as many
+PATHS_SHOWN = 12
+EPOCHS_SHOWN, ENDS_SHOWN = 24, 8  # columns, and classes at each end, of the maps of every class by epoch
+BLOCKS_NUMBERED = 12  # beside each other that have room for a number
+SURE = 1.96  # standard errors of a 95 % interval
+
+
+def epoch_chart(report: doc.SpotsDocument) -> Lines:
+    """Fraction distilled at each spot by epoch; dotted: mean teacher-routing probability, where there is one."""
+    epochs, series = [row.epoch for row in report.by_epoch], list[Series]()
+    for k, spot in enumerate(report.overall):
+        distilled, routed = ([getattr(row, key)[k] for row in report.by_epoch] for key in ("fraction", "probability"))
+        series.append(Series(plain(spot.name), epochs, percent(distilled), k))
+        series += [Series(None, epochs, percent(routed), k, "dotted")] if any(p is not None for p in routed) else []
+    note = "Training images, one round of coins per step."
+    if any(one.kind == "dotted" for one in series):
+        note = "Training images. Solid: samples distilled. Dotted: mean teacher-routing probability."
+    return Lines(
+        "Samples distilled at each spot, by epoch", "epoch", "training samples distilled, %", series, note=note
+    )
+
+
+def class_chart(report: doc.SpotsDocument) -> Heat:
+    """Classes by spots: the difference from the spot's mean in points, of the trained router where it was measured."""
+    shown, classes = _classes_shown(report, CLASSES_SHOWN)
+    measured = report.measured if report.measured and report.measured.classes else None
+    cells = [percent(row.deviation) for row in shown]
+    means = [spot.mean for spot in measured.spots] if measured else [spot.fraction for spot in report.overall]
+    heads = [f"{plain(s.name)} {fixed(100 * (mean or 0), 0)} %" for s, mean in zip(report.overall, means, strict=True)]
+    what = f"{WHAT[measured.value]} of {measured.split} images" if measured else "training samples distilled, %"
+    note = f"Points above or below the spot's mean, which stands above its column. {what[0].upper()}{what[1:]}."
+    note += "" if len(shown) == classes else f" {CLASSES_SHOWN} classes at each end of {classes}."
+    most = max([1.0, *(abs(cell or 0) for row in cells for cell in row)])
+    ends = ("less often than the mean", "more often than the mean")
+    return Heat("Classes by spot", [plain(row.name) for row in shown], heads, cells, most, ends, signed=True, note=note)
+
+
+def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[list[doc.ClassDeviation], int]:
+    """The highest deviation first, `most` at each end where there are more than three times as many; and how many."""
+    measured = report.measured.classes if report.measured else None
+    rows: Sequence[doc.ClassDeviation] = measured.rows if measured else report.by_class
+    known = [row for row in rows if None not in row.deviation]
+    ranked = sorted(known, key=lambda row: -sum(one or 0 for one in row.deviation))
+    return ranked if len(ranked) <= 3 * most else ranked[:most] + ranked[-most:], len(ranked)
+
+
+def difficulty_charts(report: doc.SpotsDocument) -> list[Chart]:
+    """Mean value by deciles of the images: of the student's loss and of the teacher's confidence."""
+    if not ((measured := report.measured) and (by := measured.difficulty)):
+        return []
+    charts: list[Chart] = []
+    for measure, deciles in (
+        ("student's loss", by.by_student_loss),
+        ("teacher's confidence", by.by_teacher_confidence),
+    ):
+        places = range(1, len(deciles) + 1)
+        series = [
+            Series(plain(spot.name), places, percent(row.mean[k] for row in deciles), k)
+            for k, spot in enumerate(measured.spots)
+        ]
+        x, note = "tenth of the images, low to high", f"{whole(measured.images)} {measured.split} images."
+        charts.append(Lines(f"By the {measure}", x, WHAT[measured.value], series, note=note))
+    return charts
+
+
+def path_chart(report: doc.SpotsDocument) -> Bars:
+    """Expected fractions of the most frequent paths."""
+    measured = report.measured
+    paths = (measured.paths if measured else None) or []
+    shown = paths[:PATHS_SHOWN]
+    names = ", ".join(plain(spot.name) for spot in measured.spots) if measured else ""
+    note = f"A letter per spot ({names}): T the teacher's part, S the student's."
+    note += "" if len(shown) == len(paths) else f" {len(shown)} of {len(paths)} paths."
+    rows: list[Row] = [(row.path, percent([row.fraction]), []) for row in shown]
+    return Bars("The most frequent paths", f"{measured.split if measured else ''} images, %", ["images"], rows, note)
+
+
+PANELS: dict[str, Callable[[doc.SpotsDocument], list[Chart]]] = {
+    "epochs": lambda report: [epoch_chart(report)],
+    "classes": lambda report: [class_chart(report)],
+    "difficulty": difficulty_charts,
+    "paths": lambda report: [path_chart(report)],
+}
+
+
+def panels_of(report: doc.SpotsDocument) -> list[str]:
+    """Names of the panels that a report has the data for."""
+    found = report.measured
+    there = {
+        "classes": bool(report.by_class or (found and found.classes)),
+        "difficulty": bool(found and found.difficulty),
+        "paths": bool(found and found.paths),
+    }
+    return [name for name in PANELS if there.get(name, True)]
+
+
+def spot_figure(report: doc.SpotsDocument, panel: str | None) -> "Figure":
+    """One panel, or (None) all that there are in one figure. UsageError where the report lacks the data."""
+    there = panels_of(report)
+    if panel is not None and panel not in there:
+        raise UsageError(f"--panel {panel}: this run has nothing to draw it from", "--live measures it")
+    return plots.figure_of([chart for name in ([panel] if panel else there) for chart in PANELS[name](report)])
+
+
+def history_charts(report: doc.SpotsDocument, history: History) -> list[Chart]:
+    """Of each spot a map of classes by epochs: the fraction of the class's samples that were distilled there."""
+    shown, classes = _classes_shown(report, ENDS_SHOWN)
+    labels = {name: label for label, name in enumerate(history.classes)}
+    rows = [(plain(row.name), labels[row.name]) for row in shown if row.name in labels]
+    epochs = thinned(history.epochs, EPOCHS_SHOWN)
+    columns, charts = [whole(epoch.epoch) for epoch in epochs], list[Chart]()
+    note = f"{len(rows)} of {classes} classes: those most above and below the mean." if len(rows) < classes else ""
+    for k, spot in enumerate(report.overall if rows else ()):
+        seen = [epoch.spots[k].by_class for epoch in epochs]
+        cells = [percent(row[label] if label < len(row) else None for row in seen) for _, label in rows]
+        title = f"{named(spot.name)}: classes by epoch"
+        ends = ("0 %: no sample distilled", "100 %: all training samples")
+        names = [name for name, _ in rows]
+        charts.append(Heat(title, names, columns, cells, 100.0, ends, numbers=False, note=note))
+    return charts
+
+
+def route_chart(report: doc.SpotsDocument, history: History, index: int) -> Heat:
+    """One training image: at which spots it was distilled, in the epochs that are shown."""
+    found = [next(image for image in epoch.tracked if image.index == index) for epoch in history.epochs]
+    none = doc.TrackedImage(index=index, visits=0, distilled=[0.0] * len(report.overall))
+    steps = list(zip(history.epochs, [none, *found], found, strict=False))
+    shown = thinned(steps, EPOCHS_SHOWN)
+    cells: list[list[Number]] = [
+        [
+            100 * (now.distilled[k] - old.distilled[k]) / n if (n := now.visits - old.visits) else None
+            for _, old, now in shown
+        ]
+        for k in range(len(report.overall))
+    ]
+    title = history.labels.get(index, f"image {index}")
+    rows, columns = [named(spot.name) for spot in report.overall], [whole(epoch.epoch) for epoch, *_ in shown]
+    return Heat(title, rows, columns, cells, 100.0, ("not distilled", "distilled"), numbers=False, width=230)
+
+
+def agreement_chart(measured: doc.Measured) -> Bars:
+    """The router's mean value by whether both networks give one answer, and who is right."""
+    groups = [group for group in (measured.difficulty.by_agreement if measured.difficulty else []) if group.images]
+    rows = [
+        (
+            f"{group.name} ({whole(group.images)})",
+            percent(group.mean),
+            percent(None if e is None else SURE * e for e in group.error),
+        )
+        for group in groups
+    ]
+    note = f"{whole(measured.images)} {measured.split} images. Line at a bar's end: 95 % interval of the mean."
+    names = [plain(spot.name) for spot in measured.spots]
+    return Bars("By the answers of student and teacher (number of images)", WHAT[measured.value], names, rows, note)
+
+
+def reliability_chart(routed: doc.RoutedNetwork) -> Lines:
+    """How often each network is right where it is so sure, with the 95 % interval of every point."""
+    series = [Series("as sure as right", [0, 100], [0, 100], 3, "dotted")]
+    for k, (name, bins) in enumerate(
+        (("student", routed.student_reliability), ("teacher", routed.teacher_reliability))
+    ):
+        known = [(one.confidence, one.correct, one.images) for one in bins if one.confidence is not None]
+        x, y = [100 * sure for sure, *_ in known], [100 * (right or 0) for _, right, _ in known]
+        reach = [100 * SURE * ((right or 0) * (1 - (right or 0)) / n) ** 0.5 for _, right, n in known]
+        band = [(max(0.0, mean - r), min(100.0, mean + r)) for mean, r in zip(y, reach, strict=True)]
+        series.append(Series(name, x, y, k, band=band))
+    note = f"{whole(routed.images)} test images. Below the dotted line a network is surer than it is right. "
+    note += "Band: 95 % interval of the fraction right."
+    return Lines("Reliability", "confidence (largest probability), %", "right answers, %", series, note=note)
+
+
+def mixture_chart(record: Mixtures) -> Heat:
+    """Weights of a run's mixtures (`dfa.json`): groups by blocks."""
+    most = max(len(group.alpha) for group in record.groups)
+    cells = [[*(100 * value for value in group.alpha), *[None] * (most - len(group.alpha))] for group in record.groups]
+    highest = max(value or 0.0 for row in cells for value in row)
+    names, blocks = [named(group.name) for group in record.groups], [str(1 + k) for k in range(most)]
+    note, ends = f"{named(record.teacher)} on {named(record.dataset)}.", ("0 %", "largest weight, %")
+    title = "Weight of each block of the teacher, %"
+    return Heat(title, names, blocks, cells, highest, ends, numbers=most <= BLOCKS_NUMBERED, note=note)
+
+
+def percent(fractions: Iterable[Number]) -> list[Number]:
+    """Fractions as percentages."""
+    return [None if value is None else 100.0 * value for value in fractions]
