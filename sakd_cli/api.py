@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from sakd_cli.config import networks
+from sakd_cli.config import code
 from sakd_cli.config.base import own_name
-from sakd_cli.config.datasets import DATASETS
+from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.options import options_of
 from sakd_cli.config.resolve import config_sources, resolve
+from sakd_cli.config.routers import LearnedConfig, RouterConfig
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.spots import EXTREMES, Split, SpotsDocument
@@ -32,28 +33,33 @@ from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.survey import Survey, read_survey
 from sakd_cli.rundir import RunDir, look_up, newest_run
 from sakd_cli.runs.locate import check_teacher, locate_inputs, runs_dir_of, what_to_score
+from sakd_cli.runs.own import trust_own
 from sakd_cli.runs.resume import resolve_command
 
 if TYPE_CHECKING:
     from sakd_cli.batch import Batch
-    from sakd_cli.distillers.distiller import Distiller
+    from sakd_cli.data.dataset import Dataset
+    from sakd_cli.distillers.distiller import Distiller, SpotwiseDistiller
     from sakd_cli.engine.reporter import Reporter
     from sakd_cli.models.spot import Spot
     from sakd_cli.models.staged import Features, StagedModel, StageInfo
-    from sakd_cli.routing.router import Router
+    from sakd_cli.routing.router import Decision, Router, Seen
 
 # fmt: off
 __all__ = [
-    "Batch", "DistillOptions", "Distiller", "EnsembleEvaluation", "Evaluation", "Features", "MethodConfig",
-    "PretrainOptions", "Reporter", "Router", "RunResult", "Spot", "SpotsDocument", "StageInfo", "StagedModel",
-    "distill", "evaluate", "inspect_spots", "pretrain_teacher",
+    "Batch", "DataConfig", "Dataset", "Decision", "DistillOptions", "Distiller", "EnsembleEvaluation", "Evaluation",
+    "Features", "LearnedConfig", "MethodConfig", "PretrainOptions", "Reporter", "Router", "RouterConfig", "RunResult",
+    "Seen", "Spot", "SpotsDocument", "SpotwiseDistiller", "StageInfo", "StagedModel", "distill", "evaluate",
+    "inspect_spots", "pretrain_teacher",
 ]
 Place = str | Path
 # Options about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
 _HEAVY = {
-    "Batch": "batch", "Distiller": "distillers.distiller", "Reporter": "engine.reporter", "Spot": "models.spot",
-    **dict.fromkeys(("Features", "StageInfo", "StagedModel"), "models.staged"), "Router": "routing.router",
+    "Batch": "batch", "SpotwiseDistiller": "distillers.distiller",
+    "Distiller": "distillers.distiller", "Reporter": "engine.reporter", "Spot": "models.spot",
+    **dict.fromkeys(("Features", "StageInfo", "StagedModel"), "models.staged"),
+    **dict.fromkeys(("Decision", "Router", "Seen"), "routing.router"), "Dataset": "data.dataset",
 }
 Inputs = TypedDict("Inputs", {  # noqa: UP013
     "dataset": str, "data_root": Place, "device": str, "runs_dir": Place, "settings": Mapping[str, Any],
@@ -139,7 +145,8 @@ def _train(task: str, options: Mapping[str, Any]) -> RunResult:
         from sakd_cli.runs.launch import Launcher
 
         launcher = Launcher(options.get("reporter") or NullReporter(), options.get("resume") is not None)
-        summary = launcher.train(locate_inputs(config) if task == "distill" else config, plan)
+        with code.told():
+            summary = launcher.train(locate_inputs(config) if task == "distill" else config, plan)
     return RunResult(Path(str(summary.run)), summary)
 
 
@@ -147,7 +154,7 @@ def _params(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call as the options of its command, with paths as the command line has them."""
     if wrong := options.keys() - {*options_of(command), "settings", "reporter", "trust"}:
         raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
-    networks.trust(*(options.get("trust") or ()))
+    code.trust(*(options.get("trust") or ()))
     params = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     paths = {name: Path(params[name]) for name in ("config", "run_dir") if params.get(name) is not None}
     return dict.fromkeys(options_of(command)) | params | paths
@@ -220,6 +227,7 @@ def inspect_run(
             raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
         named = found.path
     run, measured = RunDir(named), None
+    trust_own(run)
     another = dataset not in (None, look_up(run.config, "data.name"))
     if another or split != "train" or any(options.get(name) for name in OF_LIVE):
         spots_document(run)  # whatever is wrong with the record of the run is reported before

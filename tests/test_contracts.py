@@ -85,8 +85,8 @@ def test_an_error_of_their_own_code_is_shown_with_its_line(
     ("table", "name", "told"),
     [
         (DISTILLERS.own, "at", "method 'at' has settings but no row in sakd_cli/distillers/table.py"),
-        (ROUTERS, "always", "router 'always' has settings but no row in sakd_cli/routing/table.py"),
-        (DATASETS, "shapes", "data set 'shapes' has settings but no row in sakd_cli/data/table.py"),
+        (ROUTERS.own, "always", "router 'always' has settings but no row in sakd_cli/routing/table.py"),
+        (DATASETS.own, "shapes", "data set 'shapes' has settings but no row in sakd_cli/data/table.py"),
     ],
 )
 def test_settings_without_a_row_say_which_table_lacks_it(

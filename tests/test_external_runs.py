@@ -8,7 +8,7 @@ import torchvision
 from conftest import TINY, CliRunner
 
 from sakd_cli.api import evaluate
-from sakd_cli.config.networks import trust_no_more
+from sakd_cli.config.code import trust_no_more
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import load
 

@@ -36,8 +36,8 @@ from sakd_cli.cli import (
 )
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
+from sakd_cli.config.code import place_of, trust_no_more
 from sakd_cli.config.keys import option_hint
-from sakd_cli.config.networks import trust_no_more
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.errors import (
     CheckpointError,
@@ -137,6 +137,7 @@ app.command("list", rich_help_panel="Reference", cls=OnceEach)(show.listing)
 config_app.command("show", cls=OnceEach)(config.show_config)
 app.command("guide", rich_help_panel="Reference", cls=OnceEach)(guide.guide)
 show_app.command("method", cls=OnceEach)(show.show_method)
+show_app.command("router", cls=OnceEach)(show.show_router)
 show_app.command("key", cls=OnceEach)(show.show_key)
 show_app.command("schema", cls=OnceEach)(show.show_schema)
 data_app.command("check", cls=OnceEach)(data_check.check)
@@ -187,7 +188,7 @@ def run(arguments: list[str]) -> int:
         if (refused := not_deterministic(error)) is not None:
             complain(refused.message, refused.hint)
             return refused.exit_code
-        if place := _place_in_method(error):
+        if place := place_of(error) or _place_in_method(error):
             complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
             return UsageError.exit_code
         for line in traceback.format_exc().splitlines():

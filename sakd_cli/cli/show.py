@@ -9,10 +9,10 @@ import yaml
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import NAMES, Values, completion, with_options
-from sakd_cli.config import methods, networks
-from sakd_cli.config.base import choose, summary
+from sakd_cli.config import code, methods, networks, routers
+from sakd_cli.config.base import choose, of_file, summary
 from sakd_cli.config.keys import explain
-from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
+from sakd_cli.config.plugins import NETWORKS, Table, ancestors, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
 from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
 from sakd_cli.documents.table import DOCUMENTS
@@ -22,7 +22,12 @@ Kind = Literal["models", "methods", "datasets", "presets", "routers"]
 
 
 @with_options("list")
-def listing(options: Values, json: bool, kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+def listing(
+    options: Values,
+    json: bool,
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    file: Annotated[str | None, typer.Argument(metavar="[my.py]", help="Also what this file of yours has.")] = None,
+) -> None:
     """List models, methods, datasets, presets or routers.
 
     Examples:
@@ -31,7 +36,7 @@ def listing(options: Values, json: bool, kind: Annotated[Kind, typer.Argument(he
 
         sakd list models --json
     """
-    document = Listing(kind=kind, rows=_rows(kind))
+    document = Listing(kind=kind, rows=[*_rows(kind), *(_of_file(kind, file) if file else [])])
     if json:
         emit(document)
         return
@@ -49,7 +54,7 @@ def _rows(kind: Kind) -> list[Listed]:
     if kind == "presets":
         return [Listed(name=name, about=preset_summary(path)) for name, path in presets().items()]
     table = NAMES[kind]()
-    found = usable(table, ConsoleReporter(quiet=True).warn)
+    found = dict(usable(table, ConsoleReporter(quiet=True).warn))
     packages = {name: table.package(name) for name in found} if isinstance(table, Table) else {}
     theirs = {name: package for name, package in packages.items() if package != "sakd"}
     return [Listed(name=name, about=summary(of), package=theirs.get(name)) for name, of in found.items()]
@@ -67,6 +72,44 @@ def _plugged_networks() -> list[Listed]:
     return rows
 
 
+def _of_file(kind: Kind, file: str) -> list[Listed]:
+    """What of this kind a file of the user's own defines."""
+    if kind not in ("methods", "routers"):
+        raise UsageError(f"sakd list {kind}: shows no file; every function of {file} may be named")
+    base, table = {"methods": ("Distiller", methods.METHODS), "routers": ("Router", routers.ROUTERS)}[kind]
+    names = [f"{file}:{name}" for name, found in code.contents(file).items() if base in ancestors(found)]
+    code.trust(*names)
+    return [Listed(name=name, about=summary(table[name]), package=file) for name in names]
+
+
+@with_options("show-router")
+def show_router(
+    options: Values,
+    json: bool,
+    name: Annotated[str, typer.Argument(help="A router of `sakd list routers`.", autocompletion=completion("routers"))],
+) -> None:
+    """Explain a router: what it decides, its settings and its source.
+
+    Examples:
+
+        sakd show router adaptive
+
+        sakd show router my.py:Hard
+    """
+    code.trust(name)
+    name = choose("router", name, routers.ROUTERS, "sakd list routers")
+    config = routers.ROUTERS[name]
+    of = code.load(name) if of_file(name) else config
+    document = ShownMethod(
+        name=name,
+        about=summary(config),
+        description=inspect.getdoc(of) or "",
+        spots="all",
+        defaults=config().model_dump(mode="json", exclude={"name"}),
+    )
+    _explained(document, "router", json=json)
+
+
 @with_options("show-method")
 def show_method(
     options: Values,
@@ -81,6 +124,7 @@ def show_method(
 
         sakd show method sp --json
     """
+    code.trust(name)
     name = choose("method", name, list(methods.METHODS), "sakd list methods")
     from sakd_cli.distillers.table import DISTILLERS
 
@@ -94,14 +138,18 @@ def show_method(
         spots=f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits",
         defaults=config().model_dump(mode="json", exclude={"name"}),
     )
+    _explained(document, "method", json=json)
+
+
+def _explained(document: ShownMethod, section: str, *, json: bool) -> None:
     if json:
         emit(document)
         return
     from sakd_cli.report.render.sheet import listing_table
 
-    rows = [{"key": f"method.{key}", "default": value} for key, value in document.defaults.items()]
+    rows = [{"key": f"{section}.{key}", "default": value} for key, value in document.defaults.items()]
     show(
-        f"{name}: {document.about}\n",
+        f"{document.name}: {document.about}\n",
         f"{document.description}\n",
         f"Spots: {document.spots}\n",
         listing_table("Defaults", rows),

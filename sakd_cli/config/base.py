@@ -18,6 +18,7 @@ from yaml import YAMLError
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.files import parse_yaml
 
+OBJECTS: dict[str, Any] = {}  # of a program that calls `sakd_cli.api`, by the names that they have in settings
 EFFECTIVE = "effective"  # section of a written config that says what open settings came to; it is not read
 
 
@@ -53,13 +54,18 @@ def _listed(text: str, annotation: Any) -> Any:
         return text
 
 
+def of_file(name: str) -> bool:
+    """Whether a name means something in a file of one's own, `my.py:Name`, or an object of a program."""
+    return name in OBJECTS or re.fullmatch(r"[^:\0,+]+\.py:[A-Za-z_]\w*", name) is not None
+
+
 def own_name(name: str, table: Iterable[str]) -> str | None:
     """The name in the table that `name` spells, in any case and with `-` or `_`; None where there is none.
 
-    Where rows of a table can be composed, each part of `a+b` is such a name.
+    Where rows of a table can be composed, each part of `a+b` is such a name. What is in a file is itself.
     """
     names = list(table)
-    if name in names:
+    if name in names or of_file(name):
         return name
     if "+" in name and getattr(table, "compose", None) is not None:
         parts = [own_name(part, names) for part in name.split("+")]

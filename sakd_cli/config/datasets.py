@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from sakd_cli.config import code, plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name
 from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, shown
 from sakd_cli.files import expanded
@@ -236,5 +237,14 @@ class ImageNetConfig(FilesConfig):
     name: Literal["imagenet"] = "imagenet"
 
 
-DATASETS = by_name(DataConfig)
+def _plugged(name: str, function: object) -> type[DataConfig]:
+    """The settings of somebody's data set; a student's run shares them with its teacher's."""
+    if not callable(function):
+        raise ValueError("is no function")
+    found = code.settings_class(name, function, DataConfig, ("config", "root"))
+    found.own = {"name", "classes", *(found.model_fields.keys() - DataConfig.model_fields.keys())}
+    return found
+
+
+DATASETS = plugins.Table[type[Any]]("data set", by_name(DataConfig), plugins.DATASETS, _plugged)
 Data = Annotated[SerializeAsAny[DataConfig], chosen_by_name("data set", DATASETS, default="cifar100")]

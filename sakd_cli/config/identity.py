@@ -11,7 +11,7 @@ from sakd_cli.config.routers import PLAIN, ROUTERS
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 # Filled in by a run when it begins (`build.pin_inputs`).
-PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256"}
+PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256", "code"}
 # What may have moved between two parts of one run: the teacher, which its SHA-256 holds to what it was, and the images,
 # which the run's `images.json` does.
 MOVED = {"teacher.source", "teacher.weights", "data.root"}
@@ -26,14 +26,14 @@ def is_plain(settings: Mapping[str, Any]) -> bool:
 
     Not where the method or the residual students train beside the losses.
     """
-    method = METHODS.get(str(settings.get("method.name")))
+    method = METHODS.installed(str(settings.get("method.name")))
     own = settings.get("residual.students") or settings.get("init_from_branches")
     return settings.get("router.name") == PLAIN and not own and method is not None and not method.trains_student
 
 
 def idle(settings: Mapping[str, Any]) -> set[str]:
     """The keys of these flat settings that change no result."""
-    router = ROUTERS.get(str(settings.get("router.name")))
+    router = ROUTERS.installed(str(settings.get("router.name")))
     keys = set[str]() if router is None else {*router.idle}
     if is_plain(settings):
         keys |= {key for key in settings if key.startswith(("method.", "teacher.", "stage_map"))} - {"method.ce_weight"}

@@ -2,12 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from sakd_cli.config.base import Config, description, own_name, summary
+from sakd_cli.config.base import Config, description, of_file, own_name, summary
 from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.methods import METHODS
@@ -54,23 +56,24 @@ _PLAIN = {
 }
 
 
-def classes_of(parent: type[Config], name: str) -> list[type[Config]]:
-    """The config classes that a section may have; none for a plain key or an unknown one."""
+def classes_of(parent: type[Config], name: str) -> Iterator[type[Config]]:
+    """The config classes that a section may have, ours first; none for a plain key or an unknown one."""
     if name not in parent.model_fields:
-        return []
+        return
     annotation = parent.model_fields[name].annotation
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
     found = [kind for kind in kinds if issubclass(kind, Config)]
-    return [kind for base in found for kind in (usable(_BY_NAME[base]).values() if base in _BY_NAME else [base])]
+    for base in found:
+        yield from (kind for _, kind in usable(_BY_NAME[base])) if base in _BY_NAME else [base]
 
 
 def places_of(key: str, task: str | None = None) -> Iterator[tuple[str, type[Config]]]:
     """The task and class of every place where a dotted key stands."""
     *sections, leaf = key.split(".")
     for name in [task] if task else TASKS:
-        kinds: list[type[Config]] = [TASKS[name]]
-        for section in sections:
-            kinds = [kind for parent in kinds for kind in classes_of(parent, section)]
+        kinds: Iterable[type[Config]] = [TASKS[name]]
+        for section in sections:  # lazily: a plug-in of which nothing is asked is not loaded
+            kinds = chain.from_iterable(map(partial(classes_of, name=section), kinds))
         yield from ((name, kind) for kind in kinds if leaf in kind.model_fields)
 
 
@@ -193,6 +196,9 @@ def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
     section = key.rpartition(".")[0]
     if len(place) > 2 and place[-2] in METHODS:  # a part of a composed method
         known = [*known, *(f"{section}.{name}" for name in METHODS[place[-2]].model_fields)]
+    name = (values.get(section) or {}).get("name") if isinstance(values.get(section), dict) else None
+    if section in TABLES and isinstance(name, str) and of_file(name):
+        known += [f"{section}.{leaf}" for leaf in TABLES[section][name].model_fields]
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     near = [siblings[name] for name in difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6)]
     meant = [*near, *(name for name in known if name.rpartition(".")[2] == leaf)]

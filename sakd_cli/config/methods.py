@@ -20,7 +20,7 @@ from pydantic import (
     create_model,
 )
 
-from sakd_cli.config import plugins
+from sakd_cli.config import code, plugins
 from sakd_cli.config.base import by_name, chosen_by_name
 from sakd_cli.config.method import SHARED, ComposedConfig, MethodConfig, WarmedConfig
 from sakd_cli.errors import UsageError
@@ -267,9 +267,11 @@ class DFAConfig(MethodConfig):
 
 
 def _plugged(name: str, kind: object) -> type[MethodConfig]:
-    """A plug-in's config class. Raises ValueError where it is none, or of another name."""
+    """A plug-in's config class, or that of a distiller. Raises ValueError where it is none, or of another name."""
+    if "Distiller" in plugins.ancestors(kind):
+        return code.settings_class(name, kind, MethodConfig, ("spots", "labels", "batch_size", "config"))
     if not (isinstance(kind, type) and issubclass(kind, MethodConfig)):
-        raise ValueError("is no MethodConfig")
+        raise ValueError("is no MethodConfig, and no Distiller")
     if kind.model_fields["name"].default != name:
         raise ValueError(f"calls itself {kind.model_fields['name'].default!r}")
     return kind

@@ -5,12 +5,11 @@ Names of other libraries and of the user's own code (`brought`) are accepted as 
 network is checked where it is built.
 """
 
-import os
 import re
 from typing import Annotated, Any, NamedTuple
 
 from sakd_cli.config import plugins
-from sakd_cli.config.base import read_by
+from sakd_cli.config.base import of_file, read_by
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -83,6 +82,8 @@ def reusing(student: str, teacher: str, factor: int) -> Network:
     A student's name holds no hyphen, so the rest behind the second hyphen is the teacher's, which may be of this kind.
     """
     inner, outer = find_network(student), find_network(teacher)
+    if "-" in inner.name:
+        raise UsageError(f"{inner.name}: method simkd needs a name without a hyphen", "rename the file or its folder")
     parts = {"student": inner.name, "teacher": outer.name, "factor": factor}
     return Network(f"simkd{factor}-{inner.name}-{outer.name}", "reused", parts, inner.lr, student=inner)
 
@@ -93,7 +94,7 @@ def all_names() -> list[str]:
 
 
 def brought(name: str) -> Network | None:
-    """`torchvision/NAME`, `timm/NAME` or `package.module:factory`; None for a name of none of these forms.
+    """`torchvision/NAME`, `timm/NAME`, `package.module:factory` or `my.py:factory`; None for a name of no such form.
 
     Networks of one library are kin where their names begin with the same letters (resnet18 and resnet50; vit_b_16 and
     vit_l_16); a factory's network has no kin but itself. lr: transformers do not learn at 0.05.
@@ -101,7 +102,7 @@ def brought(name: str) -> Network | None:
     if (of_library := re.fullmatch(r"(torchvision|timm)/(([A-Za-z]+)[\w.]*)", name)) is not None:
         family, entry, line = of_library.groups()
         return Network(name, family, {"entry": entry}, 0.01, line=line)
-    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
+    if of_file(name) or re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
         return Network(name, "factory", {"entry": name}, 0.01, line=name)
     return None
 
@@ -129,33 +130,6 @@ RELEASES = {f"{name}_vanilla": Release(name, "cifar100", top1, _CRD) for name, t
     for name, both in _ZOO_TEACHERS.items()
     for count, top1 in zip((10, 100), both, strict=True)
 }  # by the name of the folder or the file that they come in
-
-
-TRUST = "SAKD_FACTORIES"  # environment: names, with commas between them, of what a weights file may ask for
-
-
-_trusted: set[str] = set()  # in this process
-
-
-def trust(*names: str | None) -> None:
-    """Let weights files ask for the factories in these names of networks: the user has named them, or made the run."""
-    _trusted.update(part for name in names if name for part in factories(name))
-
-
-def trust_no_more() -> None:
-    """Forget all that was named: the next command may be about other files."""
-    _trusted.clear()
-
-
-def untrusted(name: str) -> list[str]:
-    """The user's own functions in a network's name whose code nobody has named here."""
-    named = {*_trusted, *os.environ.get(TRUST, "").split(",")}
-    return [part for part in factories(name) if part not in named]
-
-
-def factories(name: str) -> list[str]:
-    """The user's own functions in the name of a network, which may be made of several."""
-    return [part for part in name.split("-") if ":" in part]
 
 
 LONGEST = 200  # letters of a name; what is distilled from what was distilled is named after all of them

@@ -13,7 +13,8 @@ IMAGES = f"{TRAIN} eval import-weights inspect-spots"
 SETTINGS = f"{IMAGES} sweep export"
 PLACES = f"{TRAIN} eval predict sweep export inspect-spots runs"
 MACHINE = f"{TRAIN} eval predict sweep import-weights inspect-spots bench"
-DOCUMENTS = f"{SETTINGS} predict bench data-check list show-method show-key show-schema config-show compare report runs"
+_SHOWN = "list show-method show-router show-key show-schema config-show"
+DOCUMENTS = f"{SETTINGS} predict bench data-check {_SHOWN} compare report runs"
 
 
 class Option(NamedTuple):

@@ -1,8 +1,12 @@
-"""Rows that installed packages add to our tables, by entry points; loaded when they are used.
+"""Rows of our tables that others bring: packages, by entry points, and files, as `my.py:Name`; loaded when used.
 
     [project.entry-points."sakd.methods"]       name = "package.config:Config"  a MethodConfig of that name, no torch
     [project.entry-points."sakd.distillers"]    name = "package.loss:ENTRY"     its row of `distillers/table.py`
     [project.entry-points."sakd.networks"]      name = "package.net:build"      build(name, classes) -> StagedModel
+    [project.entry-points."sakd.routers"]       name = "package.module:Class"   a Router
+    [project.entry-points."sakd.datasets"]      name = "package.module:load"    load(**settings) -> Dataset
+
+`sakd.methods` may also name a Distiller class, which needs no row then: what a file may name, an entry point may.
 
 A row that cannot be used spoils no other: UsageError, naming the package, where it is asked for.
 """
@@ -13,10 +17,13 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, TypeVar
 
+from sakd_cli.config import code
+from sakd_cli.config.base import of_file
 from sakd_cli.errors import UsageError, no_row
 
 Row = TypeVar("Row")
 METHODS, DISTILLERS, NETWORKS = "sakd.methods", "sakd.distillers", "sakd.networks"
+ROUTERS, DATASETS = "sakd.routers", "sakd.datasets"
 NAME = r"[A-Za-z]\w*"  # of the names of networks others are made, with hyphens
 
 
@@ -49,7 +56,10 @@ def plugged(group: str) -> dict[str, tuple[Plugged, ...]]:
 class Table(Mapping[str, Row]):
     """Our own rows, and those of plug-ins.
 
-    kind   what is in it, for messages; check: makes a row of what an entry point names, or raises ValueError
+    kind    what is in it, for messages
+    group   of the entry points; a second one, behind a blank, for what stands in the first nowhere
+    check   makes a row of what an entry point or a file names, or raises ValueError; KeyError: it is none of these
+    folder  where our rows are, for messages
     compose  makes the row `a+b` of the names and rows of several; None: there are no such rows
     """
 
@@ -60,19 +70,32 @@ class Table(Mapping[str, Row]):
         group: str,
         check: Callable[[str, Any], Row],
         compose: Callable[[Mapping[str, Row]], Row] | None = None,
+        folder: str = "",
     ) -> None:
-        self.kind, self.own, self.group, self.check, self.compose = kind, own, group, check, compose
-        self._loaded: dict[str, Row] = {}
+        self.kind, self.own, self.groups, self.check, self.folder = kind, own, group.split(), check, folder
+        self.compose = compose
+        self._loaded: dict[str, tuple[Any, Row]] = {}
+
+    def _plugged(self, name: str) -> tuple[Plugged, ...]:
+        return next((found for group in self.groups if (found := plugged(group).get(name))), ())
+
+    def _composed(self, name: str, compose: Callable[[Mapping[str, Row]], Row]) -> Row:
+        parts = name.split("+")
+        if len({*parts}) < len(parts):
+            raise UsageError(f"{self.kind} {name!r}: names one twice")
+        rows = {part: self[part] for part in parts}
+        known = self._loaded.get(name)
+        if known is None or known[0] != [*map(id, rows.values())]:
+            self._loaded[name] = known = [*map(id, rows.values())], compose(rows)
+        return known[1]
 
     def __getitem__(self, name: str) -> Row:
         if self.compose is not None and "+" in name:
-            if name not in self._loaded:
-                parts = name.split("+")
-                if len({*parts}) < len(parts):
-                    raise UsageError(f"{self.kind} {name!r}: names one twice")
-                self._loaded[name] = self.compose({part: self[part] for part in parts})
-            return self._loaded[name]
-        others = plugged(self.group).get(name, ())
+            return self._composed(name, self.compose)
+        if of_file(name):
+            code.require_trust(name)
+            return self._row(name, code.load(name), name)
+        others = self._plugged(name)
         if not others:
             return self.own[name]
         packages = [*(["sakd"] if name in self.own else []), *(one.package for one in others)]
@@ -83,14 +106,21 @@ class Table(Mapping[str, Row]):
         if name not in self._loaded:
             if re.fullmatch(NAME, name) is None:
                 raise UsageError(f"plug-in {packages[0]}: {name!r} is no name for a {self.kind}")
+            return self._row(name, others[0].load(), f"plug-in {packages[0]}: {self.kind} {name!r}")
+        return self._loaded[name][1]
+
+    def _row(self, name: str, found: Any, who: str) -> Row:
+        known = self._loaded.get(name)
+        if known is None or known[0] is not found:  # a file may have changed
             try:
-                self._loaded[name] = self.check(name, others[0].load())
+                self._loaded[name] = known = found, self.check(name, found)
             except (ValueError, TypeError) as error:
-                raise UsageError(f"plug-in {packages[0]}: {self.kind} {name!r} {error}") from None
-        return self._loaded[name]
+                line = code.line_of(found, "__init__") if of_file(name) else ""
+                raise UsageError(f"{line}: {who} {error}" if line else f"{who} {error}") from None
+        return known[1]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.own, *(name for name in plugged(self.group) if name not in self.own)])
+        return iter([*self.own, *(name for name in plugged(self.groups[0]) if name not in self.own)])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -100,22 +130,31 @@ class Table(Mapping[str, Row]):
         try:
             return self[name]
         except KeyError:
-            if name not in plugged(METHODS):
-                raise no_row(self.kind, name, "distillers") from None
-            raise UsageError(f"{self.kind} {name!r}: no package has an entry point {self.group!r} for it") from None
+            if not any(name in plugged(group) for group in (METHODS, ROUTERS, DATASETS)):
+                raise no_row(self.kind, name, self.folder) from None
+            raise UsageError(f"{self.kind} {name!r}: no package has an entry point {self.groups[0]!r} for it") from None
+
+    def installed(self, name: str) -> Row | None:
+        """The row of that name that is ours or a package's; None for others, and no file is executed."""
+        return None if of_file(name) else self.get(name)
 
     def package(self, name: str) -> str:
         """Who brought a row."""
-        return "sakd" if name in self.own else plugged(self.group)[name][0].package
+        if of_file(name):
+            return name.rpartition(":")[0]
+        return "sakd" if name in self.own else self._plugged(name)[0].package
 
 
-def usable(table: Mapping[str, Row], complain: Callable[[str], None] | None = None) -> dict[str, Row]:
-    """All rows that can be loaded; what is wrong with the others is reported."""
-    rows = {}
+def usable(table: Mapping[str, Row], complain: Callable[[str], None] | None = None) -> Iterator[tuple[str, Row]]:
+    """All rows that can be loaded, each when it is asked for; what is wrong with the others is reported."""
     for name in table:
         try:
-            rows[name] = table[name]
+            yield name, table[name]
         except UsageError as error:
             if complain is not None:
                 complain(error.message)
-    return rows
+
+
+def ancestors(found: object) -> set[str]:
+    """Names of the classes that a class is made of: what it is a kind of, without torch."""
+    return {kind.__name__ for kind in found.__mro__} if isinstance(found, type) else set()

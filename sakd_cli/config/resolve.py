@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from sakd_cli.config import datasets, routers
-from sakd_cli.config.base import EFFECTIVE, choose, own_name
+from sakd_cli.config import code, datasets, routers
+from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name
 from sakd_cli.config.effective import automatic_precision
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS
@@ -83,7 +83,10 @@ def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     found += [file_source(params["config"], f"file {params['config']}")] if params.get("config") else []
     found += [*environment_sources(given), *option_sources(given), *set_sources(params.get("set_") or [])]
     settings = params.get("settings") or {}
-    return found + [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
+    found += [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
+    named = [value for source in found for value in flat(source.values).values() if isinstance(value, str)]
+    code.trust(*(name for name in named if any(map(of_file, code.functions(name)))))
+    return found
 
 
 def preset_folder() -> Path:
@@ -201,6 +204,9 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
     if isinstance(config, RunConfig) and config.runtime.precision == "auto":
         chosen = config.runtime.model_copy(update={"precision": automatic_precision(config.device)})
         config = config.model_copy(update={"runtime": chosen})  # written down: a run keeps it on another machine
+    if isinstance(config, RunConfig):  # a run keeps what it has, and a file that has changed is told
+        files = code.hashes(flat(config.model_dump(mode="json")).values(), config.code or ())
+        config = config.model_copy(update={"code": files})
     return Resolved(config, origins)
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
 
+from sakd_cli.config import code, plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name
 from sakd_cli.config.train import Optimizer, Schedule
 
@@ -203,6 +204,28 @@ class RandomMatchedConfig(RouterConfig):
     """Adaptive run whose rates per spot and epoch are used; None: the newest with these settings."""
 
 
-ROUTERS = by_name(RouterConfig)
+def _plugged(name: str, kind: object) -> type[RouterConfig]:
+    """The settings of somebody's router, which decides by the sample as far as is known."""
+    if "Router" not in plugins.ancestors(kind):
+        raise ValueError("is no Router of sakd_cli.api")
+    if getattr(kind, "__abstractmethods__", None):
+        raise ValueError("has no method decide")
+    found = code.settings_class(name, kind, RouterConfig, GIVEN)
+    found.selects = True
+    return found
+
+
+# What the class of a router may take by name; all else are settings (`routing.table.Pair`).
+GIVEN = ("spots", "teacher", "student", "epochs", "classes", "config")
+ROUTERS = plugins.Table[type[Any]]("router", by_name(RouterConfig), plugins.ROUTERS, _plugged)
 PLAIN, CLASSICAL = NeverConfig().name, AlwaysConfig().name  # the two controls: no distillation, and the ordinary one
+MATCHED = RandomMatchedConfig().name
+
+
+def selects(name: str) -> bool:
+    """Whether a router decides by the sample, as far as is known: nothing of others is loaded."""
+    kind = ROUTERS.own.get(name)
+    return kind is None or bool(kind.selects)
+
+
 Router = Annotated[SerializeAsAny[RouterConfig], chosen_by_name("router", ROUTERS, default="adaptive")]

@@ -171,6 +171,8 @@ class RunConfig(Config):
     """Optimizer steps between two checkpoints inside an epoch; None: a checkpoint at each epoch's end only."""
     runtime: Runtime = Runtime()
     """How the run computes, not what."""
+    code: tuple[str, ...] | None = None
+    """SHA-256 and path of every file of one's own code that the settings name; filled in when a run begins."""
 
 
 class PretrainConfig(RunConfig):

@@ -106,6 +106,44 @@ class Dataset:
     notes: tuple[str, ...] = ()
     rates: Callable[[Tensor], Tensor] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+        classes: Sequence[str] | None = None,
+        *,
+        val: tuple[Tensor, Tensor] | None = None,
+        padding: int = 4,
+        flip: bool = True,
+    ) -> "Dataset":
+        """A data set of one's own: images [N, 3, H, W] uint8 and labels [N] int64 of each part.
+
+        Mean and std are those of the training images. val: images that choose the best epoch; None: some of `train`.
+        """
+        names = tuple(classes or map(str, range(int(train[1].max()) + 1)))
+        pixels = train[0].double() / 255
+        mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3), correction=0).clamp(min=1e-3).tolist()
+        held_out = None if val is None else Split(*val)
+        return cls("", names, tuple(mean), tuple(std), padding, flip, Split(*train), Split(*test), val=held_out)
+
+    def wrong(self) -> str | None:
+        """What no training can use of it, in a line; None: nothing."""
+        for name, split in {"train": self.train, "test": self.test, "val": self.val}.items():
+            if split is None or isinstance(split.images, Files):
+                continue
+            images, labels, known = split.images, split.labels, len(self.classes)
+            shape = list(images.shape)
+            if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not len(images):
+                return f"the images of {name} must be uint8 [N, 3, H, W], not {images.dtype} {shape}"
+            if labels.dtype != torch.int64 or list(labels.shape) != shape[:1]:
+                return f"the labels of {name} must be int64 [{shape[0]}], not {labels.dtype} {list(labels.shape)}"
+            if not 0 <= int(labels.min()) <= int(labels.max()) < known:
+                return f"the labels of {name} must be 0 to {known - 1}, not {int(labels.min())} to {int(labels.max())}"
+            if shape[2:] != list(self.train.images.shape[-2:]):
+                return f"the images of {name} have {shape[2:]} pixels, those of train {[*self.train.images.shape[-2:]]}"
+        return None
+
     def map(self, change: Callable[[Split], Split]) -> "Dataset":
         """The same with every split changed."""
         val = None if self.val is None else change(self.val)

@@ -44,12 +44,14 @@ class Warmup(nn.Module, ABC):
 class Distiller(nn.Module, ABC):
     """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source.
 
+    places  where it acts, for a class that stands in no row of a table: a name of `distillers/table.py`
     dynamic_shapes  shapes may depend on the selection, which the host must read: good on a CPU, bad on a GPU (`Mode`)
     scope           what a sample's loss depends on beside the sample: nothing, the other samples of the batch, or a
                     memory of earlier batches, which must see the whole batch in every process
     """
 
     config: MethodConfig
+    places: str = "last_map"
     dynamic_shapes = False
     scope: Literal["sample", "batch", "memory"] = "sample"
 

@@ -1,13 +1,15 @@
 """Method -> its distillers and the places where it distils. The only place where a method's name meets an object."""
 
+import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sakd_cli.config import plugins
+from sakd_cli.config import code, plugins
 from sakd_cli.config.method import MethodConfig
+from sakd_cli.config.methods import METHODS
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.distillers.ab import AB
 from sakd_cli.distillers.at import AT
@@ -32,7 +34,7 @@ from sakd_cli.distillers.rkd import RKD
 from sakd_cli.distillers.simkd import SimKD, reuse
 from sakd_cli.distillers.sp import SP
 from sakd_cli.distillers.vid import VID
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, unknown
 from sakd_cli.models.spot import Spot, resolve_stage_map, spots_at
 from sakd_cli.models.staged import StagedModel, Want
 
@@ -80,6 +82,14 @@ def chosen_map(config: Any, stages: Stages) -> StagePairs:
     return [stages.maps[config.stage - 1]]
 
 
+# What a class says of itself as `places`, where it stands in no row.
+PLACES: dict[str, Callable[[Any, Stages], StagePairs]] = {
+    one.__name__: one
+    for one in (nowhere, stem_and_maps, every_map, last_map, in_front_of_pooling, every_map_and_pooled, pooled)
+}
+PLACES |= {chosen_map.__name__: chosen_map}
+
+
 class DistillerRow(NamedTuple):
     """Class of the feature distiller (None: the logits are all there is), where it distils, class at the logit spot.
 
@@ -125,13 +135,30 @@ _BUILTIN = {
 }
 
 
-def _plugged(name: str, row: object) -> DistillerRow:
-    if not isinstance(row, DistillerRow):
-        raise ValueError("is no DistillerRow of sakd_cli.distillers.table")
-    return row
+def _plugged(name: str, row: Any) -> DistillerRow:
+    if isinstance(row, DistillerRow):
+        return row
+    if "MethodConfig" in plugins.ancestors(row):  # settings alone
+        raise KeyError(name)
+    if not (isinstance(row, type) and issubclass(row, Distiller)):
+        raise ValueError("is no DistillerRow of sakd_cli.distillers.table, and no Distiller")
+    if (places := PLACES.get(row.places)) is None:
+        raise ValueError(unknown("place", str(row.places), PLACES))
+    if places is chosen_map and "stage" not in METHODS[name].model_fields:
+        raise ValueError("acts at `chosen_map` and has no setting `stage`")
+
+    @wraps(row, updated=())
+    def make(spots: tuple[Spot, ...], config: MethodConfig, *given: Any) -> Distiller:
+        several = dict(zip(("spots", "config", "labels", "batch_size"), (spots, config, *given), strict=False))
+        distiller: Distiller = code.made(row, config, several)
+        return distiller
+
+    remembers = bool({"labels", "batch_size"} & inspect.signature(row).parameters.keys())
+    return DistillerRow(None, places, make) if places is nowhere else DistillerRow(make, places, needs_labels=remembers)
 
 
-DISTILLERS = plugins.Table[DistillerRow]("method", _BUILTIN, plugins.DISTILLERS, _plugged)
+GROUPS = f"{plugins.DISTILLERS} {plugins.METHODS}"
+DISTILLERS = plugins.Table("method", _BUILTIN, GROUPS, _plugged, folder="distillers")
 
 
 class Distillers(NamedTuple):

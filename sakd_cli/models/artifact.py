@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sakd_cli.config.networks import TRUST, untrusted
+from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json

@@ -3,6 +3,7 @@
 `torchvision/NAME` and `timm/NAME` are built by their library, for the classes and the side of the images; transformers
 get that side as their image size. `package.module:factory` is called with `num_classes=N` and returns an nn.Module or a
 StagedModel; its module is imported from the installed packages or from the folder that sakd is run in.
+`my.py:factory` is the same in a file.
 """
 
 import importlib
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config import code
+from sakd_cli.config.base import of_file
 from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.errors import UsageError, first_line, unknown
 from sakd_cli.models.cutting import cut
@@ -150,8 +153,11 @@ def _made(entry: str, num_classes: int) -> nn.Module:
     module, _, function = entry.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        make = getattr(importlib.import_module(module), function)
-        found = make(num_classes=num_classes)
+        with code.told():
+            make = code.load(entry) if of_file(entry) else getattr(importlib.import_module(module), function)
+            found = make(num_classes=num_classes)
+    except UsageError:
+        raise
     except Exception as error:  # whatever the user's code raises
         raise UsageError(f"{entry}: {type(error).__name__}: {first_line(error)}") from None
     finally:

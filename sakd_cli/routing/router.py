@@ -1,9 +1,11 @@
-"""The router contract: WHERE to distil."""
+"""The router contract: WHERE to distil. Somebody's own router overrides `decide`; ours override `forward`."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Decision(NamedTuple):
@@ -27,6 +29,26 @@ class Answers(NamedTuple):
     labels: Tensor
 
 
+class Seen(NamedTuple):
+    """All that is known of a batch when it is decided where its N samples are distilled; nothing has a gradient.
+
+    teacher, student  pooled vectors [N, C] of both networks; their logits [N, classes] and their cross-entropies [N];
+                      `labels` [N] int64; an image without one has label -1 and loss 0
+    epoch  counted from 1, a scalar on the device: a captured or compiled step reads it anew
+    noise  [N, noise_width] uniform in [0, 1), the same when a run is resumed
+    """
+
+    teacher: Tensor
+    student: Tensor
+    teacher_logits: Tensor
+    student_logits: Tensor
+    teacher_loss: Tensor
+    student_loss: Tensor
+    labels: Tensor
+    epoch: Tensor
+    noise: Tensor
+
+
 class Router(nn.Module, ABC):
     """Decides per sample and spot whether the student learns there. Subclasses are final."""
 
@@ -45,10 +67,50 @@ class Router(nn.Module, ABC):
     active: tuple[bool, ...] | None = None
     """Spots where a weight may differ from 0 in this epoch, where that is known: elsewhere no loss is computed."""
 
+    decides: bool = False
+    """Whether it overrides `decide`."""
+    spots: int = 0
+    """Number of spots, the logits last, of a router that does."""
+
+    def __init__(self, spots: int = 0) -> None:
+        super().__init__()
+        if spots:
+            self.stand_at(spots)
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "decide" in vars(cls):
+            cls.needs_answers = cls.decides = cls.soft = True  # its gates may be anything
+            cls.forward = _decided  # type: ignore[assignment, method-assign]
+
+    def stand_at(self, spots: int) -> None:
+        """Let it know how many spots there are, and hold the epoch."""
+        self.spots = spots
+        self.epoch = nn.Buffer(torch.ones((), dtype=torch.int64), persistent=False)
+
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch, counted from 1."""
         return
 
+    def decide(self, seen: Seen) -> Tensor | Decision:
+        """Weights [spots, N], or [N] for every spot, true or false or between 0 and 1; or a whole decision."""
+        raise NotImplementedError
+
     @abstractmethod
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
         """Pooled vectors [N, C_T] and [N, C_S] without gradient, uniform noise [N, noise_width], to a decision."""
+
+
+def _decided(router: Router, teacher: Tensor, student: Tensor, noise: Tensor, answers: Answers) -> Decision:
+    """`forward` of a router that overrides `decide`."""
+    logits = answers.teacher, answers.student
+    first, second = (F.cross_entropy(one, answers.labels, reduction="none", ignore_index=-1) for one in logits)
+    noise = noise[:, : router.noise_width]
+    found = router.decide(Seen(teacher, student, *logits, first, second, answers.labels, router.epoch, noise))
+    if isinstance(found, Tensor):
+        found = Decision(found.expand(router.spots, -1) if found.shape == answers.labels.shape else found)
+    if not isinstance(found, Decision) or not isinstance(found.weight, Tensor):
+        return found  # whoever asked says what is wrong with it
+    weight = found.weight.detach().to(student.dtype)
+    weight = torch.where((weight >= 0) & (weight <= 1), weight, torch.nan)  # the step's guard stops there
+    return found._replace(weight=weight)

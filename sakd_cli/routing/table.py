@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.config.routers import RouterConfig
-from sakd_cli.errors import UsageError, no_row
+from sakd_cli.config import code, plugins
+from sakd_cli.config.routers import LearnedConfig, RouterConfig
+from sakd_cli.errors import UsageError
 from sakd_cli.routing.answers import WSLD, Confidence, Entropy, TeacherCorrect
 from sakd_cli.routing.router import Answers, Decision, Router
 
@@ -243,7 +244,21 @@ def _matched(config: Any, pair: Pair) -> Router:
     return Random(pair.matched)
 
 
-ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
+def _plugged(name: str, kind: type[Router]) -> Callable[[Any, Pair], Router]:
+    def made(config: Any, pair: Pair) -> Router:
+        router: Router = code.made(kind, config, pair._asdict() | {"config": config})
+        where = code.line_of(router, "__init__") or name
+        if not isinstance(config, LearnedConfig) and any(one.requires_grad for one in router.parameters()):
+            text = "has weights, and nothing trains them: that needs `settings` of a LearnedConfig, and a gate"
+            raise UsageError(f"{where}: {kind.__name__} {text}", code.GUIDE)
+        if kind.decides:
+            router.stand_at(pair.spots)  # its own constructor need not have said so
+        return router
+
+    return made
+
+
+_BUILTIN: dict[str, Callable[[Any, Pair], Router]] = {
     "adaptive": _adaptive,
     "anti": lambda config, pair: Anti(_adaptive(config, pair)),
     "always": lambda config, pair: Fixed([[1.0] * pair.spots]),
@@ -264,8 +279,9 @@ ROUTERS: dict[str, Callable[[Any, Pair], Router]] = {
 }
 
 
+ROUTERS = plugins.Table("router", _BUILTIN, plugins.ROUTERS, _plugged, folder="routing")
+
+
 def build(config: RouterConfig, pair: Pair) -> Router:
     """The router that the config names."""
-    if config.name not in ROUTERS:
-        raise no_row("router", config.name, "routing")
-    return ROUTERS[config.name](config, pair)
+    return ROUTERS.row(config.name)(config, pair)

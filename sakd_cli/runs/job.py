@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sakd_cli.config.code import changed
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
 from sakd_cli.config.networks import find_network
@@ -55,7 +56,7 @@ class Job:
 
 def warnings_of(job: Job) -> list[str]:
     """What is worth knowing before hours are spent: about the images, and of a router that cannot act."""
-    notes = [*job.images.dataset.notes, *job.notes]
+    notes = [*job.images.dataset.notes, *job.notes, *changed(job.config.code or ())]
     if skipped := job.images.dataset.skipped:
         notes.append(f"{skipped} files could not be read and are left out (sakd data check names them)")
     side, pixels = job.images.side, math.prod(height_width(job.images.side))

@@ -52,7 +52,7 @@ from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import Chain, MemberWriter
 from sakd_cli.runs.resume import find_matching_run, fingerprint, require_fingerprint
 from sakd_cli.runs.survey import Surveyed
-from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.distill import DistillTask, naming_own_code, of_own_code
 from sakd_cli.tasks.pretrain import SftnTask
 
 
@@ -106,7 +106,8 @@ def try_one_batch(job: Job) -> Plan:
         output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
     if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
-        raise NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
+        error = NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
+        raise of_own_code(error, job.task)
     if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
         raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
     networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
@@ -161,7 +162,7 @@ def launch(
             output = TrainingOutput(evaluation, FolderWriter(job, facts, extensions, images))
             trainings = [training(job, MAIN, output, factory), *(one.trainings(factory) for one in extensions)]
             phases = _resumed(chain.from_iterable(trainings), run, plan, reporter)
-            with translate_oom(job.config.train.batch_size):
+            with translate_oom(job.config.train.batch_size), naming_own_code(job.task):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
             if distributed.is_main_process():
                 for extension in extensions:

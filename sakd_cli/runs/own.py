@@ -4,25 +4,25 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from sakd_cli.config.networks import factories, trust
+from sakd_cli.config.code import functions, trust
 from sakd_cli.errors import DiskError
 from sakd_cli.files import read_json, write_json
 from sakd_cli.rundir import RunDir, look_up
 
-KEYS = ("model", "student", "teacher.source")  # settings that name networks
+KEYS = ("model", "student", "teacher.source", "method.name", "router.name", "data.name")  # settings that name code
 
 
 def trust_own(run: RunDir | None) -> None:
     """Let the weights of a run ask for the functions that its settings name, if this user has made it here."""
     names = [look_up(run.config, key) for key in KEYS] if run is not None else []
-    mine = [name for name in names if isinstance(name, str) and factories(name)]
+    mine = [name for name in names if isinstance(name, str) and functions(name)]
     if mine and run is not None and run.identity is not None and run.identity in _made_here():
         trust(*mine)
 
 
 def note_own(run: RunDir) -> None:
     """Note, for `trust_own`, that this user has made a run, where the user's own functions are in it."""
-    if run.identity is None or not any(factories(str(look_up(run.config, key))) for key in KEYS):
+    if run.identity is None or not any(functions(str(look_up(run.config, key))) for key in KEYS):
         return
     with suppress(OSError, DiskError, RuntimeError):
         _file().parent.mkdir(parents=True, exist_ok=True)

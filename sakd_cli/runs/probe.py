@@ -22,7 +22,6 @@ from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.errors import UsageError
 from sakd_cli.report.spots.log import epoch_records, settled_epoch
 from sakd_cli.routing.ahead import along, held_out_gradient
-from sakd_cli.routing.router import Answers
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.survey import BATCH, trained_job
@@ -118,7 +117,7 @@ def _answers(job: Job, task: DistillTask, images: Split, reporter: Reporter, see
         with torch.no_grad(), task.mode.networks(pixels.device):
             teacher, student = (x.map(to_fp32) for x in (task.teacher_features(batch), task.student_features(pixels)))
             uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(pixels)
-            answers = [Answers(teacher.logits, student.logits, labels)] if task.router.needs_answers else []
+            answers = task.answers(teacher, student, labels)
             decision = task.router(teacher.embedding, student.embedding, uniform, *answers)
             weight = decision.weight if decision.probability is None else decision.probability
             ce = [F.cross_entropy(one.logits.float(), labels, reduction="none") for one in (student, teacher)]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli import runindex
+from sakd_cli.config.code import trust
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, idle, listed
-from sakd_cli.config.networks import trust
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.train import Train
@@ -17,6 +17,7 @@ from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded, sha256
 from sakd_cli.rundir import IMAGES, ResumePlan, RunDir, all_runs, look_up, runs_like
 from sakd_cli.runs.locate import with_teachers_preprocessing
+from sakd_cli.runs.own import trust_own
 
 AUTO = "auto"
 # Options of a series: its settings must be said.
@@ -226,6 +227,7 @@ def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> 
 
 def _settings_of(run: RunDir, task: str) -> ConfigSource:
     settings = run.config
+    trust_own(run)
     if settings.get("task") != task:
         raise UsageError(f"{run.path}: is a run of {settings.get('task')!r}, not of {task!r}")
     return ConfigSource(f"{run.path}", settings)

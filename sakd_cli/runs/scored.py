@@ -104,7 +104,8 @@ def images_to_score(
 
 def _trained(run: RunDir) -> RunConfig:
     task = run.config.get("task")
-    own = ConfigSource(f"{run.path}", run.config)
+    without = ("method", "router")  # which may be code of others, and say nothing of the images
+    own = ConfigSource(f"{run.path}", {key: value for key, value in run.config.items() if key not in without})
     settings: RunConfig = resolve(task if task in PROCEDURES else "distill", [own]).config
     return settings
 

@@ -47,7 +47,6 @@ from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.files import columns_digest, write_aside
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE, common_paths
-from sakd_cli.routing.router import Answers
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
@@ -113,6 +112,8 @@ def trained_job(run: RunDir, sources: Iterable[ConfigSource], *, losses: bool = 
     )
     job = build.distillation(config)
     _restore(job, saved, (*MADE_OF, *(LOSSES if losses else ())))
+    if isinstance(job.task, DistillTask) and job.task.router.decides:
+        job.task.begin_epoch(max(1, int(saved.state.get("epoch", 1))))
     return job
 
 
@@ -188,7 +189,7 @@ def _answers(
     for (images, theirs), labels in _batches(job, split, reporter):
         teacher, student = job.teacher.model.features(theirs), task.student_features(images)
         uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
-        answers = [Answers(teacher.logits, student.logits, labels)] if task.router.needs_answers else []
+        answers = task.answers(teacher, student, labels)
         decision = task.router(teacher.embedding, student.embedding, uniform, *answers)
         if decision.gate is not None:
             complement |= (decision.weight != decision.gate.T).any()
@@ -219,7 +220,8 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
             gates = [images.new_full((len(labels), len(task.spots)), owner) for owner in (0.0, 1.0)]
             for draw in draws:
                 uniform = torch.rand(len(labels), task.noise_width, generator=draw).to(images)
-                gate = task.router(teacher.embedding, student.embedding, uniform).gate
+                answers = task.answers(teacher, student, labels)
+                gate = task.router(teacher.embedding, student.embedding, uniform, *answers).gate
                 gates += [] if gate is None else [gate]
             with task.mode.networks(images.device):  # whose precision the graft's frozen weights have
                 outputs += [task.graft(images, teacher, gate) for gate in gates]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import sakd_cli
-from sakd_cli.config.networks import TRUST
+from sakd_cli.config.code import TRUST
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 

@@ -6,11 +6,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sakd_cli.config.base import own_name
+from sakd_cli.config import code
+from sakd_cli.config.base import of_file, own_name
 from sakd_cli.config.grid import LEARNED, Member, Role
 from sakd_cli.config.method import AUTO as BALANCED
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, RandomMatchedConfig
+from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN, ROUTERS, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError, unknown
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 ALL = "all"
 MOST = 10_000  # seeds
-MATCHED = RandomMatchedConfig().name
 PAUSE = 0.05  # seconds between two looks at the processes
 
 
@@ -72,6 +72,7 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
     if params["router"] is not None or params["with_control"]:
         raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
     names = list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked.split(",")))
+    code.trust(*filter(of_file, names))
     names = list(ROUTERS) if asked == ALL else names
     for name in names:
         if name not in ROUTERS:

@@ -3,7 +3,8 @@
 Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, final
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
+from sakd_cli.config.code import GUIDE, line_of
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
 from sakd_cli.engine.converted import ConvertedWeights
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.streams import Fork
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.ahead import along, held_out_gradient
@@ -28,7 +30,6 @@ from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
 from sakd_cli.tasks.criterion import Criterion
 
-GUIDE = "sakd guide extending"
 ROUTER = "router"  # the group of what decides and of the adapters on its paths
 TINY = 1e-30  # of a product of gradients
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
@@ -145,6 +146,8 @@ class DistillTask(Task):
 
     def begin_epoch(self, epoch: int) -> None:
         self.router.begin_epoch(epoch)
+        if self.router.decides:
+            self.router.epoch.fill_(epoch)
         if self.feature_distiller is not None:
             self.feature_distiller.begin_epoch(epoch)
         if self.scales is not None:
@@ -198,9 +201,7 @@ class DistillTask(Task):
         with self._converted():
             student, ce = self.learn(batch, offset)
             embedding = to_fp32(seen.embedding)
-            answers = []
-            if self.router.needs_answers:
-                answers = [Answers(to_fp32(seen.logits), student.logits.detach(), batch.labels)]
+            answers = self.answers(seen, student, batch.labels)
             decision = self.decide(embedding, student.embedding.detach(), batch.noise, *answers)
             # Independent of the student's losses and of both backward passes of theirs.
             alone = ce.detach()
@@ -270,15 +271,24 @@ class DistillTask(Task):
         student = student.with_logits(self.doses.compare(marks, last, logits))
         return student, self.criterion(logits, batch)
 
+    def answers(self, teacher: Features, student: Features, labels: Tensor) -> list[Answers]:
+        """What a router that needs answers gets beside the pooled vectors; nothing for the others."""
+        logits = to_fp32(teacher.logits), student.logits.detach()
+        return [Answers(*logits, labels)] if self.router.needs_answers else []
+
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
         """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""
         decision = self.router(teacher, student, noise, *answers)
         if not isinstance(decision, Decision):
-            raise UsageError(
-                f"{type(self.router).__name__}.forward: must return a Decision, not a {type(decision).__name__}", GUIDE
-            )
+            where = _method(self.router)
+            raise UsageError(f"{where}: must return a Decision, not a {type(decision).__name__}", GUIDE)
         shape = len(self.spots), len(student)
         _require(self.router, "the weight of its Decision [spots, N]", decision.weight, shape)
+        if self.router.decides and decision.gate is not None:
+            _require(self.router, "the gate of its Decision [N, spots]", decision.gate, shape[::-1])
+            if self.graft is None:
+                text = "gives a gate, and nothing is routed by it: that needs `settings` of a LearnedConfig"
+                raise UsageError(f"{_method(self.router)}: {text}", GUIDE)
         return decision
 
     def objective(
@@ -289,7 +299,8 @@ class DistillTask(Task):
         logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, weight[-1:], batch)
         if self.scales is not None:
             logit = logit * self.scales[1].to(logit.dtype)
-        parts = {"ce": ce, "logit": logit}
+        parts = {"router_weight": weight.mean()} if self.router.decides else {}
+        parts |= {"ce": ce, "logit": logit}
         loss = self.factors.ce * ce + logit
         if self.feature_distiller is not None:
             matched = self._matched(self.feature_distiller, student, teacher, weight[:-1], batch)
@@ -348,9 +359,35 @@ def _require(module: nn.Module, what: str, value: object, shape: tuple[int, ...]
     if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
         return
     got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise UsageError(
-        f"{type(module).__name__}.forward: {what} must be a floating tensor of shape {list(shape)}, not {got}", GUIDE
-    )
+    raise UsageError(f"{_method(module)}: {what} must be a floating tensor of shape {list(shape)}, not {got}", GUIDE)
+
+
+def _method(module: nn.Module) -> str:
+    """The method that a module is called by, and where it stands if that is somebody's own code."""
+    line = line_of(module, "decide", "spot_loss", "forward")
+    name = next((name for name in ("decide", "spot_loss") if line and name in vars(type(module))), "forward")
+    return f"{f'{line}: ' if line else ''}{type(module).__name__}.{name}"
+
+
+def of_own_code(error: NonFiniteError, task: Task) -> NonFiniteError:
+    """The same, with the place of somebody's own code where that gave the number."""
+    if not isinstance(task, DistillTask):
+        return error
+    given = {"router_weight": task.router, "feature": task.feature_distiller, "logit": task.logit_distiller}
+    for term, module in given.items():
+        if module is not None and term in error.message and line_of(module):
+            text = "gives weights that are NaN or outside of 0 to 1: " if module is task.router else ""
+            return NonFiniteError(f"{_method(module)}: {text}{error.message}", GUIDE)
+    return error
+
+
+@contextmanager
+def naming_own_code(task: Task) -> Iterator[None]:
+    """Whatever is not finite is told as `of_own_code` has it."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise of_own_code(error, task) from None
 
 
 def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, RandomMatchedConfig
+from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN, selects
 from sakd_cli.documents.base import Answer, PairedTest, Question
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.statistics import in_words
@@ -69,10 +69,10 @@ def _asked(arms: Sequence[Arm]) -> Iterator[tuple[Question, Arm, Arm]]:
     for plainly in (arm for arm in arms if arm.plain):
         if best is not None:
             yield "help", best, plainly
-    for ours in (arm for arm in arms if arm.router is not None and ROUTERS[arm.router].selects):
+    for ours in (arm for arm in arms if arm.router is not None and selects(arm.router)):
         if best is not None:
             yield "dose", ours, best
-        coins = [a for a in arms if a.router is not None and ROUTERS[a.router] is RandomMatchedConfig]
+        coins = [a for a in arms if a.router == MATCHED]
         yield from (("where", ours, coin) for coin in coins if coin.matched_of == ours.label)
 
 

@@ -1,0 +1,216 @@
+"""One's own code in a file, `my.py:Name`: who lets it run, how it is loaded, which settings it has. No torch.
+
+A file is executed once for each content that it has, from the bytes that its SHA-256 is of. Whatever is wrong with it
+is a UsageError that names file and line.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from pydantic import create_model
+from pydantic.errors import PydanticUserError
+
+from sakd_cli.config.base import OBJECTS, Config, of_file
+from sakd_cli.errors import SakdError, UsageError, first_line, is_out_of_memory, unknown
+from sakd_cli.files import read_bytes
+
+GUIDE = "sakd guide extending"
+TRUST = "SAKD_FACTORIES"  # environment: names, with commas between them, of what a file may ask for
+MOST = 2**24  # bytes of a file
+OURS = ("sakd_cli", "torch", "builtins", "abc")  # whose constructors have no settings
+Kind = TypeVar("Kind", bound=Config)
+_trusted: set[str] = set()  # in this process
+_modules: dict[tuple[Path, str], ModuleType] = {}
+
+
+def functions(name: str) -> list[str]:
+    """What of a name is code of the user's own; the name of a network may be made of several."""
+    of_files = [part for part in name.split("+") if of_file(part)]
+    return of_files or [part for part in name.split("-") if ":" in part]
+
+
+def trust(*names: str | None) -> None:
+    """Let runs and weights files ask for the code in these names: the user has named it, or made the run."""
+    _trusted.update(part for name in names if name for part in functions(name))
+
+
+def trust_no_more() -> None:
+    """Forget all that was named: the next command may be about other files."""
+    _trusted.clear()
+
+
+def untrusted(name: str) -> list[str]:
+    """The user's own code in a name that nobody has named here."""
+    named = {*_trusted, *OBJECTS, *os.environ.get(TRUST, "").split(",")}
+    return [part for part in functions(name) if part not in named]
+
+
+def require_trust(name: str) -> None:
+    """Raise UsageError where a name would run code that the user has not named."""
+    if found := untrusted(name):
+        hint = f"where you trust it: {TRUST}={found[0]} sakd ..."
+        raise UsageError(f"{found[0]} would run code that you have not named", hint)
+
+
+def load(name: str) -> Any:
+    """What `my.py:Name` means; the caller has seen to the trust."""
+    if name in OBJECTS:
+        return OBJECTS[name]
+    path, _, entry = name.rpartition(":")
+    if (found := getattr(_module(path), entry, None)) is None:
+        raise UsageError(f"{path}: {unknown('name', entry, contents(path))}", GUIDE)
+    return found
+
+
+def contents(path: str) -> dict[str, Any]:
+    """What a file defines."""
+    module = _module(path)
+    return {name: one for name, one in vars(module).items() if getattr(one, "__module__", "") == module.__name__}
+
+
+def _read(path: str) -> tuple[bytes, str]:
+    try:
+        content = read_bytes(Path(path), MOST)
+    except OSError as error:
+        where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+        raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}{where}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def _module(path: str) -> ModuleType:
+    content, digest = _read(path)
+    place = Path(path).resolve()
+    if (place, digest) in _modules:
+        return _modules[place, digest]
+    module = ModuleType(f"{place.stem}_{digest[:8]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    sys.path.insert(0, str(place.parent))
+    try:
+        with told(path), contextlib.redirect_stdout(sys.stderr):
+            exec(compile(content, path, "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[module.__name__]
+        raise
+    finally:
+        sys.path.remove(str(place.parent))
+    _modules[place, digest] = module
+    return module
+
+
+def place_of(error: BaseException) -> str | None:
+    """File and line in one's own code where an error arose; None where it did not."""
+    files = {str(module.__file__) for module in _modules.values()}
+    found = [f"{file}, line {line}" for file, line, *_ in traceback.extract_tb(error.__traceback__) if file in files]
+    return found[-1] if found else None
+
+
+@contextlib.contextmanager
+def told(path: str | None = None) -> Iterator[None]:
+    """Whatever own code raises becomes a UsageError with file and line. `path`: a file that is being executed."""
+    try:
+        yield
+    except SakdError:
+        raise
+    except SyntaxError as error:
+        raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}", GUIDE) from None
+    except (Exception, SystemExit) as error:
+        lines = [line for file, line, *_ in traceback.extract_tb(error.__traceback__) if file == path]
+        place = f"{path}, line {lines[-1]}" if lines else place_of(error) or path
+        if is_out_of_memory(error) or place is None or (isinstance(error, SystemExit) and path is None):
+            raise
+        raise UsageError(f"{place}: {type(error).__name__}: {first_line(Exception(error))}", GUIDE) from error
+
+
+def line_of(found: Any, *methods: str) -> str:
+    """File and line of own code, of the first of these methods that it has; empty for code of ours."""
+    kind = found if inspect.isclass(found) or inspect.isfunction(found) else type(found)
+    if str(getattr(kind, "__module__", "")).partition(".")[0] in OURS:
+        return ""
+    own = [getattr(kind, name) for name in methods if name in vars(kind)]
+    code = getattr(own[0] if own else kind, "__code__", None)
+    try:
+        return f"{inspect.getsourcefile(kind)}, line {code.co_firstlineno if code else inspect.getsourcelines(kind)[1]}"
+    except (OSError, TypeError):
+        return ""
+
+
+def _parameters(found: Any, given: Iterable[str]) -> dict[str, inspect.Parameter]:
+    """What own code takes by name; a constructor of ours takes only what is given."""
+    maker = next((kind for kind in getattr(found, "__mro__", ()) if "__init__" in vars(kind)), found)
+    try:
+        taken = inspect.signature(found, eval_str=True).parameters
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(f"has a signature that cannot be read ({first_line(error)})") from None
+    ours = maker.__module__.partition(".")[0] in OURS
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {n: p for n, p in taken.items() if p.kind in named and (n in given or not ours)}
+
+
+def settings_class(name: str, found: Any, base: type[Kind], given: Iterable[str]) -> type[Kind]:
+    """The settings of own code: the class that it carries as `settings`, or its arguments with their defaults.
+
+    base   what all settings of the kind are; given: names of arguments that are no settings
+    Raises ValueError where there is something that nobody would give.
+    """
+    declared, fields = getattr(found, "settings", None), dict[str, Any]()
+    if declared is not None and not (isinstance(declared, type) and issubclass(declared, base)):
+        raise ValueError(f"carries `settings` that are no {base.__name__}")
+    if inspect.isabstract(found):
+        raise ValueError(f"has no method {' and no '.join(sorted(found.__abstractmethods__))}")
+    for key, one in _parameters(found, given).items() if declared is None else ():
+        if key in given:
+            continue
+        if one.default is inspect.Parameter.empty or key == "name" or key.startswith(("_", "model_")):
+            told = ", ".join(given)
+            raise ValueError(f"takes {key!r}, which is neither of {told}, nor a setting with a default and a free name")
+        known, said = base.model_fields.get(key), one.annotation is not inspect.Parameter.empty
+        plain = one.annotation if said else type(one.default) if one.default is not None else Any
+        fields[key] = (known.rebuild_annotation() if known is not None else plain, one.default)
+    about: Any = {"__doc__": getattr(found, "__doc__", None) or "", "__module__": __name__}
+    try:
+        kind: type[Kind] = create_model(
+            getattr(found, "__name__", "Own"), __base__=declared or base, name=(str, name), **fields, **about
+        )
+        kind.model_rebuild()
+        kind()
+    except (PydanticUserError, TypeError, ValueError) as error:
+        raise ValueError(f"has settings that are none ({' '.join(str(error).split())[:120]})") from None
+    return kind
+
+
+def made(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
+    """What own code makes of what is given and of its settings. UsageError, naming file and line, where it fails."""
+    known = type(config).model_fields
+    taken = {key: given[key] if key in given else getattr(config, key, None) for key in _parameters(found, given)}
+    with told(getattr(sys.modules.get(found.__module__), "__file__", None)):
+        return found(**{key: value for key, value in taken.items() if key in given or key in known})
+
+
+def hashes(values: Iterable[Any], known: Iterable[str]) -> tuple[str, ...] | None:
+    """`SHA-256  my.py` of every file that these settings name, or the line that is `known`; None: they name none."""
+    texts = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    parts = [part for text in texts if isinstance(text, str) for part in text.split("+")]
+    paths = {part.rpartition(":")[0] for part in parts if of_file(part) and part not in OBJECTS}
+    lines = {line.partition("  ")[2]: line for line in known}
+    return tuple(lines.get(path) or f"{_read(path)[1]}  {path}" for path in sorted(paths)) or None
+
+
+def changed(known: Iterable[str]) -> list[str]:
+    """A line for every file that is no longer what its SHA-256 in the settings says."""
+    notes = []
+    for digest, _, path in (line.partition("  ") for line in known):
+        now = _read(path)[1]
+        if now != digest:
+            notes.append(f"{path}: has changed since this run began (SHA-256 {digest[:12]}, now {now[:12]})")
+    return notes

@@ -1,0 +1,285 @@
+"""One's own router, loss, network and data set in a file that is named, and by entry points: used as ours are."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from conftest import TINY, CliRunner
+from test_plugin import packages  # noqa: F401
+
+from sakd_cli.cli.console import ConsoleReporter
+
+MINE = '''
+"""All four kinds."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sakd_cli.api import Dataset, Decision, Distiller, LearnedConfig, Router, Seen
+from helper import WIDTH
+
+
+class Hard(Router):
+    """The samples that the student finds harder than most"""
+
+    noise_width = 1
+
+    def __init__(self, spots: int, *, share: float = 1.0) -> None:
+        super().__init__()
+        self.share = share
+        self.seen = nn.Buffer(torch.zeros(()))
+
+    def decide(self, seen: Seen):
+        self.seen.add_(1)
+        kept = seen.noise[:, 0] < 0.9 / seen.epoch
+        return kept & (seen.student_loss > self.share * seen.student_loss.mean())
+
+
+class LearnedSettings(LearnedConfig):
+    """Learned, from both networks' logits"""
+
+
+class Learned(Router):
+    settings = LearnedSettings
+
+    def __init__(self, spots: int, classes: int, config: LearnedSettings) -> None:
+        super().__init__(spots)
+        self.policy = nn.Linear(2 * classes, spots)
+
+    def decide(self, seen: Seen) -> Decision:
+        gate = self.policy(torch.cat([seen.teacher_logits, seen.student_logits], dim=1)).sigmoid()
+        return Decision(gate.T, gate, gate.detach().T)
+
+
+class Cosine(Distiller):
+    """One minus the cosine of the pooled vectors"""
+
+    places = "pooled"
+
+    def __init__(self, spots, *, weight: float = 2.0, power: int = 1) -> None:
+        super().__init__(spots)
+        self.power = power
+        self.maps = nn.ModuleList([nn.Linear(s.student_shape[0], s.teacher_shape[0]) for s in spots])
+
+    def forward(self, student, teacher, weight, batch):
+        pairs = zip(self.maps, self.pairs(student, teacher), weight)
+        return torch.stack([(w * (1 - F.cosine_similarity(m(s), t)) ** self.power).mean() for m, (s, t), w in pairs])
+
+
+def small(num_classes):
+    body = [nn.Conv2d(3, WIDTH, 3, 2, 1), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, 16, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def stripes(train: int = 60, test: int = 40):
+    def draw(count):
+        labels = torch.arange(count) % 2
+        images = (torch.arange(16) % 2 * 200)[None, None, None].expand(count, 3, 16, 16).clone()
+        images[labels == 1] = images[labels == 1].transpose(2, 3)
+        return images.to(torch.uint8), labels
+    return Dataset.of(draw(train), draw(test), ["level", "upright"])
+'''
+PAIR = ["distill", "--teacher", "resnet8", "--student", "resnet8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
+    """A folder with the file, one that it imports, and a teacher."""
+    runner = CliRunner(tmp_path_factory.mktemp("own"))
+    (runner.path / "my.py").write_text(MINE)
+    (runner.path / "helper.py").write_text("WIDTH = 8\n")
+    assert runner.sakd("pretrain-teacher", "resnet8", *TINY, "-q").code == 0
+    return runner
+
+
+@pytest.fixture(scope="module")
+def hard(place: CliRunner) -> dict[str, Any]:
+    """A run with the router of one's own."""
+    settings = ["--router", "my.py:Hard", "--set", "router.share=0.9"]
+    return place.sakd(*PAIR, *TINY, "--epochs", "2", *settings, "--run-dir", "hard", "--json").document  # type: ignore[no-any-return]
+
+
+def test_a_router_of_a_file_is_trained_shown_and_compared(place: CliRunner, hard: dict[str, Any]) -> None:
+    listed = place.sakd("list", "routers", "my.py", "--json").document["rows"]
+    assert [row["name"] for row in listed if row["package"] == "my.py"] == ["my.py:Hard", "my.py:Learned"]
+    assert listed[-2]["about"] == "The samples that the student finds harder than most"
+    shown = place.sakd("show", "router", "my.py:Hard", "--json").document
+    assert shown["defaults"] == {"dose": "published", "share": 1.0}
+    assert place.sakd("show", "router", "random", "--json").document["defaults"]["rate"] == 0.5
+    assert 0 < hard["spots"][0]["fraction"] < 100 if "spots" in hard else True
+    spots = place.sakd("inspect-spots", "hard", "--json").document
+    assert [0 < spot["fraction"] < 1 for spot in spots["overall"]] == [True, True]
+    assert place.sakd("runs", "--where", "router.name=my.py:Hard", "--runs-dir", ".", "--json").document["rows"]
+    assert "my.py:Hard" in place.sakd("compare", "hard").out
+    assert place.sakd("eval", "hard", "--json", "--set", "timing_seconds=0").document["top1"] == hard["last"]["top1"]
+
+
+def test_it_resumes_bit_for_bit_inside_an_epoch(place: CliRunner, hard: dict[str, Any]) -> None:
+    arguments = [*PAIR, *TINY, "--epochs", "2", "--router", "my.py:Hard", "--set", "router.share=0.9"]
+    calls = [0, 0, 0, *[15] * 9]
+    with mock.patch.object(ConsoleReporter, "stop", side_effect=calls):
+        assert place.sakd(*arguments, "--run-dir", "stopped", "-q").code == 143
+    assert place.sakd("distill", "--resume", "stopped", "-q").code == 0
+    for file in ("student/model.safetensors", "checkpoints/last/training.safetensors"):
+        assert (place.path / "stopped" / file).read_bytes() == (place.path / "hard" / file).read_bytes()
+
+
+def test_a_changed_file_is_told_and_a_new_run_is_another(place: CliRunner, tmp_path: Path) -> None:
+    shutil.copytree(place.path, tmp_path / "copy")
+    here = CliRunner(tmp_path / "copy")
+    arguments = [*PAIR, *TINY, "--router", "my.py:Hard", "-q", "--json"]
+    first = here.sakd(*arguments).document["run"]
+    (code,) = here.sakd("runs", "show", first, "--json").document["rows"][0]["settings"]["code"]
+    (here.path / "my.py").write_text(MINE + "\n# changed\n")
+    (here.path / first / "summary.json").unlink()
+    resumed = here.sakd("distill", "--resume", first, "-q")
+    assert resumed.code == 0
+    assert f"warning: my.py: has changed since this run began (SHA-256 {code[:12]}" in resumed.err
+    assert here.sakd(*arguments, "--resume", "auto").document["run"] != first
+    (here.path / "my.py").unlink()
+    assert "my.py: no such file" in here.sakd(*arguments).err
+
+
+def test_a_run_of_another_asks_before_its_code_runs(place: CliRunner, hard: dict[str, Any]) -> None:
+    elsewhere = {"XDG_STATE_HOME": str(place.path / "nobody")}
+    for words in (["distill", "--resume", "hard"], ["eval", "hard", "--dataset", "shapes"]):
+        refused = place.sakd(*words, "-q", **elsewhere)
+        if words[0] == "distill":
+            assert (refused.code, refused.err.count("\n")) == (2, 2), refused.err
+            assert "my.py:Hard would run code that you have not named" in refused.err
+            assert place.sakd(*words, "-q", **elsewhere, SAKD_FACTORIES="my.py:Hard").code == 0
+        else:
+            assert refused.code == 0, "the student is ours, and needs none of it"
+
+
+def test_loss_network_and_data_of_a_file(place: CliRunner) -> None:
+    words = ["--dataset", "my.py:stripes", "--set", "data.train=50", "--epochs", "1", "-q", "--json"]
+    teacher = place.sakd("pretrain-teacher", "my.py:small", *words).document
+    assert (teacher["network"], teacher["images"]) == ("my.py:small", 45)
+    words += ["--method", "my.py:Cosine", "--set", "method.power=2", "--router", "my.py:Learned"]
+    run = place.sakd("distill", "--teacher", teacher["run"], "--student", "my.py:small", *words).document["run"]
+    scored = place.sakd("eval", run, "--json", "--set", "timing_seconds=0").document
+    assert (scored["dataset"], scored["images"]) == ("my.py:stripes", 40)
+    settings = place.sakd("runs", "show", run, "--json").document["rows"][0]["settings"]
+    assert (settings["method"]["weight"], settings["method"]["power"], settings["data"]["train"]) == (2.0, 2, 50)
+    assert "router" in json.loads((place.path / run / "metrics.jsonl").read_text().splitlines()[0])
+    assert place.sakd("show", "method", "my.py:Cosine", "--json").document["spots"] == "pooled, logits"
+    routed = place.sakd("inspect-spots", run, "--json").document
+    assert all(spot["probability"] is not None for spot in routed["overall"])
+    assert place.sakd("inspect-spots", run, "--live", "--json").code == 0
+
+
+BASE = "import torch\nfrom sakd_cli.api import *\nfrom sakd_cli.api import Dataset, Decision\n"
+ROUTER = BASE + "class R(Router):\n    def decide(self, seen):\n        return {}\n"
+LOSS = BASE + "class R(SpotwiseDistiller):\n    def spot_loss(self, k, student, teacher, weight):\n        return {}\n"
+DATA = BASE + "def R():\n    one = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2\n    return {}\n"
+# Kind, content of the file, exit code, what is told.
+WARNED = ["warning", "error", "hint"]  # of a teacher at chance, before the first batch
+WRONG = [
+    ("router", "class R(\n", 2, r"bad\.py, line 1: '\(' was never closed"),
+    ("router", "import torch\nimport nothing_like_it\n", 2, r"bad\.py, line 2: ModuleNotFoundError"),
+    ("router", "x = 1\n\n1 / 0\n", 2, r"bad\.py, line 3: ZeroDivisionError"),
+    ("router", "class S: pass\n", 2, r"bad\.py: unknown name 'R'; known: S"),
+    ("router", "class R: pass\n", 2, r"bad\.py, line 1: bad\.py:R is no Router"),
+    ("router", "import sys\nsys.exit(3)\n", 2, r"bad\.py, line 2: SystemExit"),
+    ("router", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* has no method decide"),
+    ("router", ROUTER.format("seen.nothing"), 2, r"bad\.py, line 6: AttributeError"),
+    ("router", ROUTER.format("None"), 2, r"bad\.py, line 5: R\.decide: must return a Decision, not a NoneType"),
+    (
+        "router",
+        ROUTER.format("torch.ones(7, 3)"),
+        2,
+        r"line 5: R\.decide: the weight .* shape \[2, \d+\], not .*7, 3",
+    ),
+    (
+        "router",
+        ROUTER.format("Decision(torch.ones(2, len(seen.labels)), torch.ones(1))"),
+        2,
+        r"line 5: R\.decide: the gate",
+    ),
+    (
+        "router",
+        ROUTER.format("seen.student_loss * torch.nan"),
+        7,
+        r"line 5: R\.decide: .*NaN or outside of 0 to 1",
+    ),
+    (
+        "router",
+        ROUTER.format("seen.student_loss * 0 + 2"),
+        7,
+        r"line 5: R\.decide: .*NaN or outside of 0 to 1",
+    ),
+    (
+        "router",
+        BASE + "class R(Router):\n def __init__(self, spots, rate):\n  pass\n decide = 1\n",
+        2,
+        r"bad\.py, line 5: .* takes 'rate'",
+    ),
+    ("router", BASE + "class R(Router):\n settings = decide = int\n", 2, r"bad\.py, line 4: .* carries `settings`"),
+    (
+        "router",
+        BASE + "class R(Router):\n def __init__(self):\n  super().__init__()\n  self.a = torch.nn.Linear(2, 2)\n"
+        " def decide(self, seen):\n  return seen.student_loss\n",
+        2,
+        r"bad\.py, line 5: R has weights, and nothing trains them",
+    ),
+    ("method", LOSS.format("student.nothing"), 2, r"bad\.py, line 6: AttributeError"),
+    ("method", LOSS.format("weight"), 2, r"bad\.py, line 5: R\.spot_loss: .* shape \[1\]"),
+    ("method", LOSS.format("weight.sum() * torch.inf"), 7, r"bad\.py, line 5: R\.spot_loss: .*feature is not finite"),
+    ("method", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* is no MethodConfig, and no Distiller"),
+    (
+        "method",
+        LOSS.replace("    def", "    places = 'nowhre'\n    def").format("0"),
+        2,
+        r"unknown place 'nowhre'",
+    ),
+    ("dataset", DATA.format("3"), 3, r"bad\.py, line 4: returned a int, not a Dataset"),
+    ("dataset", DATA.format("Dataset.of((one[0].float(), one[1]), one)"), 3, r"the images of train must be uint8"),
+    ("dataset", DATA.format("Dataset.of(one, one, ['a'])"), 3, r"the labels of train must be 0 to 0, not 0 to 1"),
+    ("dataset", DATA.format("one.nothing"), 2, r"bad\.py, line 6: AttributeError"),
+    ("student", "def R(num_classes):\n    return num_classes.nothing\n", 2, r"bad\.py, line 2: AttributeError"),
+    ("student", "def R(num_classes):\n    return 3\n", 2, r"bad\.py:R: returned a int, not an nn\.Module"),
+]
+
+
+@pytest.mark.parametrize(("kind", "content", "code", "told"), WRONG, ids=[f"{w[0]}-{k}" for k, w in enumerate(WRONG)])
+def test_what_is_wrong_with_a_file_is_one_line_with_its_place(
+    place: CliRunner, kind: str, content: str, code: int, told: str
+) -> None:
+    (place.path / "bad.py").write_text(content)
+    words = [*PAIR, *TINY] if kind != "dataset" else ["pretrain-teacher", "resnet8"]
+    result = place.sakd(*words, f"--{kind}", "bad.py:R", "-q")
+    assert (result.code, result.out) == (code, ""), result.err
+    assert re.search(told, result.err), result.err
+    assert [line.partition(":")[0] for line in result.err.splitlines()] in (["error"], ["error", "hint"], WARNED), (
+        result
+    )
+    shutil.rmtree(place.path / "__pycache__", ignore_errors=True)
+
+
+def test_settings_of_a_file_are_checked_as_ours(place: CliRunner) -> None:
+    words = [*PAIR, *TINY, "--router", "my.py:Hard", "--set"]
+    assert "router.share: must be a number, got 'much'" in place.sakd(*words, "router.share=much").err
+    assert "unknown key 'router.shear'; did you mean 'router.share'?" in place.sakd(*words, "router.shear=1").err
+
+
+def test_entry_points_of_all_kinds(cli: CliRunner, packages: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    points = "[sakd.routers]\nhard_ones = own_four:Hard\n[sakd.datasets]\nbars = own_four:stripes\n"
+    points += "[sakd.methods]\ncosine_of = own_four:Cosine\n[sakd.networks]\ntiny_one = own_four:build\n"
+    packages("own_four", points, MINE.replace("from helper import WIDTH", "WIDTH = 8"))
+    for kind, name in (("routers", "hard_ones"), ("datasets", "bars"), ("methods", "cosine_of")):
+        row = next(row for row in cli.sakd("list", kind, "--json").document["rows"] if row["name"] == name)
+        assert row["package"] == "own_four"
+    words = ["--dataset", "bars", "--epochs", "1", "-q", "--json"]
+    assert cli.sakd("pretrain-teacher", "resnet8", *words).code == 0
+    chosen = ["--router", "hard_ones", "--method", "cosine_of", "--set", "router.share=0.9"]
+    assert cli.sakd(*PAIR, *words, *chosen).document["images"] == 54
+    help_of_all = cli.sakd("distill", "--help")
+    assert help_of_all.code == 0
+    assert os.environ is not None
