@@ -69,6 +69,7 @@ _Training = TypedDict("_Training", {  # noqa: UP013
     "epochs": int, "batch_size": int, "lr": float, "milestones": Sequence[int], "validation": float, "seed": int,
     "manifest": Place, "head": Literal["keep", "replace"], "precision": Literal["auto", "fp32", "bf16"],
     "compile": bool, "deterministic": bool, "sync_batchnorm": bool, "log": Literal["tensorboard"], "preset": str,
+    "protocol": Literal["honest", "published"],
     "config": Place, "run_dir": Place, "resume": Place, "overwrite": bool,
 }, total=False)
 _Distillation = TypedDict("_Distillation", {  # noqa: UP013

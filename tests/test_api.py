@@ -97,6 +97,7 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
 def test_a_call_has_every_option_of_its_command(command: str) -> None:
     options = {"distill": api.DistillOptions, "pretrain-teacher": api.PretrainOptions}[command]
     printed = {"dry_run", "json", "quiet", "set_", "routers", "with_control", "seeds", "parallel", "model"}
+    printed |= {"baseline"}
     assert {*options.__annotations__} - {"settings", "reporter", "trust"} == {*options_of(command)} - printed
     with pytest.raises(TypeError, match="unknown option: epoch"):
         api.distill(epoch=3)  # type: ignore[call-arg]

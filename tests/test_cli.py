@@ -27,7 +27,13 @@ CLASSES = 20
 
 
 def test_talk_goes_to_stderr_line_by_line_without_control_characters(pretrained: Result) -> None:
-    assert [line.split()[0] for line in pretrained.err.splitlines()] == ["resnet8", "train:", "step", "epoch"]
+    assert [line.split()[0] for line in pretrained.err.splitlines()] == [
+        "resnet8",
+        "protocol:",
+        "train:",
+        "step",
+        "epoch",
+    ]
     assert not {"\r", "\x1b"} & set(pretrained.err + pretrained.out)
 
 

@@ -1,6 +1,7 @@
 """The table of options: what each row makes, how a value may be written, and what a foreign word is answered with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CliRunner
@@ -148,6 +149,24 @@ def test_what_is_computed_beforehand_is_what_a_run_has(cli: CliRunner) -> None:
     assert (before["train.lr"], before["router.teacher_bias"], before["validation_images"]) == (0.01, 0.0, 30)
     plan = cli.sakd("distill", *pair, "--pretrain", "--dry-run", "--json").document
     assert (plan["effective"], plan["steps_per_epoch"]) == (before, before["steps_per_epoch"])
+
+
+def test_the_published_protocol_sets_what_the_authors_did_and_options_beside_it_win(cli: CliRunner) -> None:
+    def settings(*options: str) -> tuple[Any, ...]:
+        shown = cli.sakd("config", "show", "--teacher", "wrn40_2", "--student", "wrn16_2", *options, "--json").document
+        config, router = shown["config"], shown["config"]["router"]
+        return config["seed"], config["data"]["validation"], router.get("recipe"), shown["effective"]["training_images"]
+
+    published = ("--protocol", "published")
+    assert settings(*published) == (1029, 0.0, "published", 50_000)
+    assert settings(*published, "--seed", "2", "--set", "router.recipe=auto") == (2, 0.0, "auto", 50_000)
+    assert settings(*published, "--router", "Always") == (1029, 0.0, None, 50_000)
+    assert settings("--protocol", "honest", "--preset", "cifar100-sakd") == settings("--preset", "cifar100-sakd")
+    assert settings() == (0, 0.1, "auto", 45_000)
+    shown = cli.sakd("config", "show", "--task", "pretrain", "--model", "resnet8", *published, "--json").document
+    assert (shown["config"]["seed"], shown["effective"]["validation_images"]) == (1029, 0)
+    shown = cli.sakd("config", "show", *published, "--preset", "cifar100-sakd", "--epochs", "12", "--json").document
+    assert shown["effective"]["router.teacher_bias"] == 10.0, "in a short run as well"
 
 
 def test_a_written_config_is_read_without_its_effective_values() -> None:

@@ -1,4 +1,4 @@
-"""What is said of results: one sentence where there is one thing to say, and nothing beside each other that is not alike"""
+"""What is said of results: one sentence for one thing, and nothing side by side that is not alike."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from test_report import CONFIG, Tree, epoch, make_run, spot, text_of
 
+from sakd_cli.report.spots.charts import panels_of
 from sakd_cli.report.spots.log import spots_document
-from sakd_cli.report.spots.page import spot_sections
+from sakd_cli.report.spots.page import Seen, spot_sections
 from sakd_cli.report.spots.tables import spot_tables
 
 ALWAYS = "of 100 % at every spot in every epoch. It decided nothing and did what router always does, at almost twice"
@@ -42,6 +43,6 @@ def test_a_saturated_router_is_one_sentence_with_the_cure(
     assert report.saturated is not None
     assert all(part in report.saturated for part in said)
     [sheet] = spot_tables(report)
-    assert (sheet.rows, report.by_class, "100.0" in text_of([sheet])) == ([], [], False)
-    [section] = spot_sections(report, {}, drawn=False)
+    assert (sheet.rows, panels_of(report), "100.0" in text_of([sheet])) == ([], ["epochs"], False)
+    [section] = spot_sections(report, Seen({}))
     assert [block.title for block in section.blocks] == [report.saturated]

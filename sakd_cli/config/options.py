@@ -51,6 +51,11 @@ class Option(NamedTuple):
         return f"SAKD_{self.name.upper()}"
 
 
+# What `--protocol` sets, each unless another option says otherwise; published: by Song et al. (IEEE TIP 2022).
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "honest": {"data.validation": 0.1},
+    "published": {"data.validation": 0.0, "seed": 1029, "router.recipe": "published"},
+}
 SWITCH, FLAG, TEXTS, FILE = bool | None, bool, list[str] | None, Path | None
 # fmt: off
 _ROWS: list[Option | str] = [
@@ -86,6 +91,8 @@ _ROWS: list[Option | str] = [
            "KEY"),
     Option("class_order", "", "Classes in the order of FILE's logits: a text file, one a line, or JSON",
            "import-weights", "FILE", FILE, flags="--classes"),
+    Option("protocol", "", "Honest: held-out images choose; published: the test set does, seed 1029, prior 10",
+           f"{TRAIN} config-show", type=Literal["honest", "published"] | None),
     "Series",
     Option("with_control", "", "Also run what a claim needs: coins of its rates, always, always balanced, never",
            "distill", type=FLAG),

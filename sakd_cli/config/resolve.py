@@ -5,7 +5,7 @@ key remembers who set it, so that an error and `sakd config show --origin` can n
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from sakd_cli.config import code, datasets, routers
 from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name
 from sakd_cli.config.effective import automatic_precision
 from sakd_cli.config.keys import TABLES, usage_error
-from sakd_cli.config.options import OPTIONS
+from sakd_cli.config.options import OPTIONS, PROTOCOLS
 from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
 from sakd_cli.config.preprocessing import Preprocessing, of_library
 from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig, RunConfig
@@ -81,12 +81,26 @@ def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     }
     found = [preset_source(params["preset"])] if params.get("preset") else []
     found += [file_source(params["config"], f"file {params['config']}")] if params.get("config") else []
-    found += [*environment_sources(given), *option_sources(given), *set_sources(params.get("set_") or [])]
+    found += environment_sources(given)
+    above = [*option_sources(given), *set_sources(params.get("set_") or [])]
+    found += [*protocol_sources(params.get("protocol"), [*found, *above]), *above]
     settings = params.get("settings") or {}
     found += [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
     named = [value for source in found for value in flat(source.values).values() if isinstance(value, str)]
     code.trust(*(name for name in named if any(map(of_file, code.functions(name)))))
     return found
+
+
+def protocol_sources(name: str | None, others: Iterable[ConfigSource]) -> Iterator[ConfigSource]:
+    """What `--protocol` sets; the recipe of the router only where the other sources say one that has it."""
+    routed = [value for source in others if (value := source.values.get("router"))]
+    names = [value.get("name") if isinstance(value, dict) else value for value in routed]
+    named = next((str(name) for name in reversed(names) if name), "adaptive")
+    router = routers.ROUTERS.get(own_name(named, routers.ROUTERS) or named)
+    for key, value in PROTOCOLS.get(name or "", {}).items():
+        section, _, leaf = key.partition(".")
+        if section != "router" or (router is not None and leaf in router.model_fields):
+            yield ConfigSource(f"--protocol {name}", {"task": "distill"} | nested({key: value}))
 
 
 def preset_folder() -> Path:

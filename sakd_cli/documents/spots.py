@@ -375,7 +375,7 @@ class SpotsDocument(Document):
     balance: what the gradient ratio was set to in training, over all feature spots; 0: it was as it is told here.
     samples: an image counts once per epoch; teacher: its source, an architecture or a path; mixtures: `dfa.json` of
     the run, null where it has none; classes are in order of their largest deviation. saturated: a sentence with the
-    cure where the router decided the same for all in every epoch; then nothing is said by class or image.
+    cure where the router decided the same for all in every epoch; then nothing is measured by class or image.
     """
 
     schema_: Literal["sakd.spots/2"] = "sakd.spots/2"

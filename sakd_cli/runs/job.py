@@ -13,7 +13,9 @@ from sakd_cli.config.code import changed
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.options import PROTOCOLS
 from sakd_cli.config.preprocessing import height_width, shown
+from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import LearnedConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import ClassBalance, PlannedNetwork, PlannedSpot
@@ -52,6 +54,21 @@ class Job:
         """How the delivered network introduces itself."""
         data = self.images.dataset
         return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side, data.seen)
+
+    @property
+    def protocol(self) -> str:
+        """Which images choose the best epoch, and whether all is as published (`--protocol`)."""
+        chosen = (
+            "best epoch chosen on the data set's own validation images"
+            if self.images.dataset.val
+            else f"best epoch chosen on {100 * self.config.data.validation:g} % of the training images, held out"
+            if self.images.held_out
+            else "best epoch chosen on the test set (the literature's habit: optimistic)"
+        )
+        settings = flat(self.config.model_dump(mode="json"))
+        if all(settings.get(key, value) == value for key, value in PROTOCOLS["published"].items()):
+            return f"published, seed {self.config.seed}: the papers report the best epoch, not the last one; {chosen}"
+        return f"the reported result is the last epoch on the test set; {chosen}"
 
 
 def warnings_of(job: Job) -> list[str]:

@@ -262,13 +262,6 @@ def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
 
 def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
     """main: what the main training returned; parts: what the teacher and the extensions add."""
-    chosen = (
-        "best epoch chosen on the data set's own validation images"
-        if job.images.dataset.val
-        else f"best epoch chosen on {100 * job.config.data.validation:g} % of the training images, held out"
-        if job.images.held_out
-        else "best epoch chosen on the test set (the literature's habit: optimistic)"
-    )
     return Summary(
         task=job.config.task,
         network=job.network.name,
@@ -276,7 +269,7 @@ def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
         epochs=job.config.train.epochs,
         images=len(job.images.train),
         skipped_images=job.images.dataset.skipped,
-        protocol=f"the reported result is the last epoch on the test set; {chosen}",
+        protocol=job.protocol,
         **job.cost._asdict(),
         device=str(job.device),
         torch=torch.__version__,
@@ -364,7 +357,7 @@ class Launcher:
             f"lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} ({job.mode})"
         )
         notices = [describe_reading(job.images.train), *(extension.notice for extension in extensions)]
-        for notice in filter(None, notices):
+        for notice in filter(None, [f"protocol: {job.protocol}", *notices]):
             say(notice)
         for note in warnings_of(job):
             self.reporter.warn(note)

@@ -105,7 +105,7 @@ def panels_of(report: doc.SpotsDocument) -> list[str]:
     """Names of the panels that a report has the data for."""
     found = report.measured
     there = {
-        "classes": bool(report.by_class or (found and found.classes)),
+        "classes": bool(report.by_class or (found and found.classes)) and not report.saturated,
         "difficulty": bool(found and found.difficulty),
         "paths": bool(found and found.paths),
     }

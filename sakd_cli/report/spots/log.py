@@ -68,7 +68,7 @@ def spots_document(
         samples=sum(epoch.samples for epoch in epochs),
         overall=overall,
         by_epoch=[_fractions(epoch) for epoch in epochs],
-        by_class=[] if saturated else _by_class(epochs, [spot.fraction for spot in overall], _class_names(run)),
+        by_class=_by_class(epochs, [spot.fraction for spot in overall], _class_names(run)),
         mixtures=read_mixtures(run),
         measured=measured,
     )

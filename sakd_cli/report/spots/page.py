@@ -141,7 +141,9 @@ def spot_sections(report: SpotsDocument, seen: Seen) -> list[Section]:
         "In training": [*plotted["epochs"], overall, *by_epoch],
         "The trained router": found["spots"],
         "By class": [*plotted["classes"], *found["classes"], *by_class],
-        "Class by epoch": charts.history_charts(report, history) if history and report.by_class else [],
+        "Class by epoch": charts.history_charts(report, history)
+        if history and report.by_class and not report.saturated
+        else [],
         "By difficulty": [*plotted["difficulty"], *found["difficulty"]],
         "By agreement": [charts.agreement_chart(measured)] if measured and found["difficulty"] else [],
         "Paths": [*plotted["paths"], *_path_galleries(measured, seen.images), *found["paths"]],

@@ -31,7 +31,7 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
     if not report.saturated:
         tables.append(_by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch)))
     names = [spot.name for spot in report.overall]
-    if top != 0 and any(row.peak is not None for row in report.by_class):
+    if top != 0 and not report.saturated and any(row.peak is not None for row in report.by_class):
         notes = ["Mean over the epochs, then the difference from the spot's fraction in points."]
         if len(names) > 1:
             notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
