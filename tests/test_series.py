@@ -1,5 +1,6 @@
 """A run and its controls: one budget, one teacher, one comparison; what is finished is skipped, the rest is resumed."""
 
+import html
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ from conftest import PAIR, TINY, CliRunner
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.documents.table import DOCUMENTS, Comparison, Report
+from sakd_cli.report.runs.beside import helped
+from sakd_cli.rundir import RunDir
 
 WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
 
@@ -208,6 +211,20 @@ def test_a_page_of_a_run_that_has_only_begun_and_one_without_matplotlib(
     assert result.document["written"] == [out]
     trained_cli.assert_rejects(["report", distilled["run"], "--out", "page.pdf"], 2, "ends in .html")
     trained_cli.assert_rejects(["compare", distilled["run"], "--plot", "x.png"], 2, "matplotlib")
+
+
+def test_a_page_says_what_the_runs_beside_it_found(
+    trained_cli: CliRunner, controlled: dict[str, Any], tmp_path: Path
+) -> None:
+    run = trained_cli.path / controlled["runs"][0]["run"]
+    texts = {answer["question"]: answer["text"] for answer in controlled["answers"]}
+    assert helped(RunDir(run)) == [texts["where"], texts["dose"]]
+    assert trained_cli.sakd("inspect-spots", str(run), "--html", str(tmp_path / "spots.html"), "-q").code == 0
+    first = (tmp_path / "spots.html").read_text().partition("<nav>")[0]
+    assert html.escape(texts["where"]) in first
+    assert "--with-control" not in first
+    alone = trained_cli.path / controlled["runs"][4]["run"]
+    assert helped(RunDir(alone)) == [], "nothing was routed there"
 
 
 def test_curves_of_a_comparison_are_drawn(trained_cli: CliRunner, controlled: dict[str, Any], tmp_path: Path) -> None:

@@ -67,8 +67,13 @@ def _cost_note(found: EnsembleExits) -> str:
     )
 
 
-def exit_chart(curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: str) -> Lines:
-    """Top-1 over mean cost of an ensemble: every shared threshold, the Pareto front, and what is in use (`used`)."""
+def exit_chart(
+    curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: str, stages: Sequence[tuple[float, float]] = ()
+) -> Lines:
+    """Top-1 over mean cost of an ensemble: every shared threshold, the Pareto front, and what is in use (`used`).
+
+    stages  (cost as in the curve, top-1) where every image goes on to that stage, from the student alone to all
+    """
 
     def cost(point: ExitCosts) -> float:
         return 100 * point.cost if point.cost is not None else 1e-6 * point.macs
@@ -79,11 +84,14 @@ def exit_chart(curve: Sequence[ExitPoint], used: ExitCosts, top1: float, label: 
         Series("Pareto front", [x for x, _ in best], [y for _, y in best], 1),
         Series(label, [cost(used)], [top1], 3, "marks"),
     ]
+    if stages:
+        name = "every image up to each stage"
+        series.append(Series(name, [x for x, _ in stages], [y for _, y in stages], 2, "dashed"))
     unit = "million MACs" if used.cost is None else "% of the teacher's MACs"
-    shown = [top1, *(point.top1 for point in curve)]
+    shown = [top1, *(point.top1 for point in curve), *(y for _, y in stages)]
     limits = max(0.0, floor(min(shown)) - 1.0), min(100.0, ceil(max(shown)) + 1.0)
     note = "Test images. Each point is a threshold: images that are less certain go on to the next student. "
-    note += f"Zoom: the upright axis shows {limits[0]:g} to {limits[1]:g} % only."
+    note += f"Zoom: the upright axis shows {limits[0]:g} to {limits[1]:g} % only, the other one the costs that occur."
     return Lines("Accuracy and cost", f"mean cost per image, {unit}", "top-1, %", series, limits, note)
 
 

@@ -55,10 +55,10 @@ class Section(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A question that whoever opens the page has, and the answer in a sentence."""
+    """A question that whoever opens the page has, and the answer in sentences."""
 
     question: str
-    answer: str
+    answer: Sequence[str]
 
 
 class Opening(NamedTuple):
@@ -90,7 +90,8 @@ dd{margin:0;overflow-wrap:anywhere;min-width:0}
 .opening{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:0 2rem;margin:.8rem 0;
 padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
 .opening dt{font-weight:600;color:var(--ink)}
-.opening dd{margin:0 0 .7rem}
+.opening dd{margin:0 0 .3rem}
+.opening dd+dt{margin-top:.5rem}
 .opening dl{margin:0}
 .opening>div{min-width:0}
 .question{font-size:1.05rem;font-style:italic;margin:.2rem 0 .8rem}
@@ -182,8 +183,11 @@ def page(
         for number, section in enumerate(sections)
     )
     first = ""
-    if opening:
-        answers = "".join(f"<dt>{text(one.question)}</dt><dd>{text(one.answer)}</dd>" for one in opening.answers)
+    if opening and opening.answers:
+        answers = "".join(
+            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{text(said)}</dd>' for said in one.answer)}"
+            for one in opening.answers
+        )
         first = f'<div class="opening"><dl>{answers}</dl><div>{"".join(map(_block, opening.blocks))}</div></div>'
     # Only this very script may run, and nothing may be fetched but what is written into the page.
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

@@ -1,39 +1,36 @@
 """Runs in the same folder that a run can be compared with: its controls and other seeds, and what they say of it"""
 
-from sakd_cli.config.identity import identity
+from collections.abc import Mapping
+from typing import Any
+
+from sakd_cli.config.identity import LOCATIONS, is_plain
 from sakd_cli.config.resolve import flat
-from sakd_cli.config.routers import PLAIN
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.rundir import RunDir
 from sakd_cli.runindex import all_settings
 
-FREE = ("router.", "seed", "method.balance")  # by which a control, or another seed, differs
+FREE = ("router.", "seed", "method.balance", "effective.")  # by which a control, or another seed, differs
+DISTILLATION = ("method.", "teacher.", "stage_map")  # what does not matter where nothing is distilled
 
 
 def beside(run: RunDir) -> list[RunDir]:
-    """The run, and the finished ones of its folder that differ from it in router, balance or seed alone.
+    """The run, and the finished ones of its folder that differ from it in router, balance or seed alone."""
 
-    Of those without distillation the method does not matter.
-    """
+    def kept(settings: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+        return {key: settings[key] for key in settings if key not in LOCATIONS and not key.startswith(free)}
 
-    def alike(settings: dict[str, object]) -> str:
-        own = flat(settings)
-        free = (*FREE, "method.") if own.get("router.name") == PLAIN else FREE
-        return identity(own, without={key for key in {*own, *known} if key.startswith(free)})
-
-    known = flat(run.config)
-    plainly = identity(known, without={key for key in known if key.startswith((*FREE, "method."))})
-    wanted, found = {alike(run.config), plainly}, [run]
+    own, found = flat(run.config), [run]
     for path, settings in all_settings(run.path.absolute().parent).items():
-        other = RunDir(path.parent)
-        if settings and path.parent != run.path.absolute() and alike(settings) in wanted and other.finished:
-            found.append(other)
+        other, folder = flat(settings or {}), RunDir(path.parent)
+        free = (*FREE, *DISTILLATION) if is_plain(other) else FREE
+        if path.parent != run.path.absolute() and kept(own, free) == kept(other, free) and folder.finished:
+            found.append(folder)
     return found
 
 
 def helped(run: RunDir) -> list[str]:
-    """What the runs beside a run say of it, in sentences; none where they answer nothing."""
+    """What the runs beside a run say of its router, in sentences; none where they answer nothing."""
     if len(found := beside(run)) == 1:
         return []
     try:
@@ -41,4 +38,4 @@ def helped(run: RunDir) -> list[str]:
     except UsageError:  # one of the others is damaged
         return []
     own = compared.groups[compared.runs[0].group].label
-    return [one.text for one in compared.answers if one.ours == own or one.question == "help"]
+    return [one.text for one in reversed(compared.answers) if one.ours == own and one.question != "help"]

@@ -6,6 +6,7 @@ function there, which adds nothing for runs that have nothing of the kind.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, e
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.charts import Chart
 from sakd_cli.report.render.format import fixed, named
-from sakd_cli.report.render.html import Opening, Section
+from sakd_cli.report.render.html import Answer, Opening, Section
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.runs.compare import compare
@@ -41,7 +42,7 @@ class RunPage:
         self.comparison: Comparison = compare([run])
         self.sections: list[Section] = []
         self.plots: dict[str, bytes] = {}
-        self.opening: Opening | None = None
+        self.opening = Opening([], [])
         for part in PARTS:
             part(self)
 
@@ -71,6 +72,10 @@ def _result(page: RunPage) -> None:
         summary = summary_table(page.run.summary)
         blocks = summary.renderables if isinstance(summary, Group) else [summary]
         page.add("Result", blocks, "How good are student and teacher on the test images?")
+        last, teacher = page.run.summary.last, page.run.summary.teacher
+        said = f"Top-1 {fixed(last.top1, 2)} % on the test images after the last epoch"
+        said += f"; its teacher {fixed(teacher.top1, 2)} %." if teacher else "."
+        page.opening = Opening([Answer("How good is it?", [said])], [])
 
 
 def _curves(page: RunPage) -> None:
@@ -101,7 +106,8 @@ def _spots(page: RunPage) -> None:
     if page.plotted:
         page.plots["spots"] = plots.rendered(spot_figure(report, None), "png")
     seen = Seen(survey.images if survey else {}, history(page.run, survey), helped(page.run))
-    page.opening = spot_opening(report, seen)
+    opening = spot_opening(report, seen)
+    page.opening = Opening([*page.opening.answers, *opening.answers], opening.blocks)
     page.sections += spot_sections(report, seen)
 
 
@@ -118,7 +124,10 @@ def _mixtures(page: RunPage) -> None:
 
 def _residual(page: RunPage) -> None:
     if page.run.finished and (found := page.run.summary.ensemble):
-        chart = exit_chart(found.curve, found.early, found.early.top1, "thresholds in use")
+        unit = 100 / found.teacher.macs if found.early.cost is not None and found.teacher.macs else 1e-6
+        costs = [unit * macs for macs in accumulate(found.member_macs)]
+        stages = list(zip(costs, found.stage_top1, strict=False))
+        chart = exit_chart(found.curve, found.early, found.early.top1, "thresholds in use", stages)
         question = "How much accuracy does each further student buy, and at what cost?"
         page.add("Residual students", [chart, ensemble_summary(found), curve_table(found.curve)], question, "exits")
 

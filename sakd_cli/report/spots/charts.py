@@ -180,12 +180,18 @@ def reliability_chart(routed: doc.RoutedNetwork) -> Lines:
     ):
         known = [(one.confidence, one.correct, one.images) for one in bins if one.confidence is not None]
         x, y = [100 * sure for sure, *_ in known], [100 * (right or 0) for _, right, _ in known]
-        reach = [100 * SURE * ((right or 0) * (1 - (right or 0)) / n) ** 0.5 for _, right, n in known]
-        band = [(max(0.0, mean - r), min(100.0, mean + r)) for mean, r in zip(y, reach, strict=True)]
+        band = [_wilson(right or 0.0, n) for _, right, n in known]
         series.append(Series(name, x, y, k, band=band))
     note = f"{whole(routed.images)} test images. Below the dotted line a network is surer than it is right. "
     note += "Band: 95 % interval of the fraction right."
     return Lines("Reliability", "confidence (largest probability), %", "right answers, %", series, note=note)
+
+
+def _wilson(fraction: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction of `count`, in percent (Wilson, JASA 1927)."""
+    square = SURE**2 / count
+    middle, reach = fraction + square / 2, SURE * ((fraction * (1 - fraction) + square / 4) / count) ** 0.5
+    return 100 * (middle - reach) / (1 + square), 100 * (middle + reach) / (1 + square)
 
 
 def mixture_chart(record: Mixtures) -> Heat:

@@ -60,21 +60,35 @@ def spot_page(report: SpotsDocument, seen: Seen) -> str:
 
 def spot_opening(report: SpotsDocument, seen: Seen) -> Opening:
     """The answer: sentences, how often each spot was used, the images at both ends of the spot that differs most."""
-    answers = [Answer("Which spot was used most?", _most_used(report))]
-    answers.append(Answer("For which classes?", _which_classes(report)))
-    answers.append(Answer("Does it choose, or toss coins?", _more_than_coins(report)))
-    answers.append(Answer("Did routing help?", " ".join(seen.helped) or CONTROLS))
+    answers = [
+        Answer("Which spot was used most?", [_most_used(report)]),
+        Answer("For which classes?", [_which_classes(report)]),
+        Answer("Does it choose, or toss coins?", [_more_than_coins(report)]),
+        Answer("Did routing help?", seen.helped or [CONTROLS]),
+    ]
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
     note = f"All {whole(report.epochs)} epochs."
     blocks: list[Block] = [Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note)]
-    measured = report.measured
-    spots = {spot.name: spot.p95 - spot.p05 for spot in measured.spots} if measured else {}
-    if measured and seen.images and spots:
-        ends = max(measured.extremes, key=lambda ends: spots[ends.spot])
+    measured, (place, _) = report.measured, _widest(report)
+    if measured and measured.extremes and seen.images:
+        ends = measured.extremes[place]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
         for end, images in zip(names, (ends.highest[:OPENING], ends.lowest[:OPENING]), strict=True):
             blocks.append(Gallery(f"Distilled {end} at {named(ends.spot)}", _tiles(images, seen.images, short=True)))
     return Opening(answers, blocks)
+
+
+def _widest(report: SpotsDocument) -> tuple[int, list[tuple[float, str]]]:
+    """The spot at which classes differ most, and there (deviation, class) from the highest to the lowest."""
+    measured = report.measured.classes if report.measured and not report.measured.complement else None
+    rows: Sequence[ClassDeviation] = measured.rows if measured else report.by_class
+    known = [row for row in rows if None not in row.deviation]
+    if not known:
+        return 0, []
+    of_spots = [[float(row.deviation[k] or 0) for row in known] for k in range(len(report.overall))]
+    place, values = max(enumerate(of_spots), key=lambda one: max(one[1]) - min(one[1]))
+    names = [named(row.name) for row in known]
+    return place, sorted(zip(values, names, strict=True), key=lambda one: -one[0])
 
 
 def _most_used(report: SpotsDocument) -> str:
@@ -89,23 +103,18 @@ def _most_used(report: SpotsDocument) -> str:
 
 
 def _which_classes(report: SpotsDocument) -> str:
-    measured = report.measured.classes if report.measured and not report.measured.complement else None
-    rows: Sequence[ClassDeviation] = measured.rows if measured else report.by_class
-    known = [row for row in rows if None not in row.deviation]
+    place, ranked = _widest(report)
     if report.saturated:
         return "For all alike."
-    if len(known) < 2:
+    if len(ranked) < 2:
         return "This run has no record by class."
-    of_spots = [[float(row.deviation[k] or 0) for row in known] for k in range(len(report.overall))]
-    k, values = max(enumerate(of_spots), key=lambda one: max(one[1]) - min(one[1]))
-    when = "by the trained router" if measured else "in training"
-    if max(values) - min(values) < ALIKE:
+    when = "by the trained router" if report.measured and report.measured.value == "probability" else "in training"
+    if ranked[0][0] - ranked[-1][0] < ALIKE:
         return f"For all alike, {when}: at no spot do two classes differ by a point."
-    ranked = sorted(zip(values, (named(row.name) for row in known), strict=True), key=lambda one: -one[0])
-    shown = min(2, len(known) // 2)
+    shown = min(2, len(ranked) // 2)
     most, least = ([f"{name} ({deviation(value)})" for value, name in part[:shown]] for part in (ranked, ranked[::-1]))
     said = f"most often {', '.join(most)}, least often {', '.join(least)}; points from the mean, {when}"
-    return f"They differ most at {named(report.overall[k].name)}: {said}."
+    return f"They differ most at {named(report.overall[place].name)}: {said}."
 
 
 def _more_than_coins(report: SpotsDocument) -> str:
