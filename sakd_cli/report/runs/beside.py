@@ -21,7 +21,7 @@ def beside(run: RunDir) -> list[RunDir]:
         return {key: settings[key] for key in settings if key not in LOCATIONS and not key.startswith(free)}
 
     own, found = flat(run.config), [run]
-    for path, settings in all_settings(run.path.absolute().parent).items():
+    for path, settings in sorted(all_settings(run.path.absolute().parent).items()):
         other, folder = flat(settings or {}), RunDir(path.parent)
         free = (*FREE, *DISTILLATION) if is_plain(other) else FREE
         if path.parent != run.path.absolute() and kept(own, free) == kept(other, free) and folder.finished:
