@@ -10,18 +10,21 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from sakd_cli.documents.base import Document
+from sakd_cli.documents.training import LogEnd
 from sakd_cli.errors import DamagedError, DiskError, UsageError
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 MOST_YAML = 64 * 1024  # bytes; a whole config has 2 kB, and PyYAML reads 100 kB a second
 MOST_JSON = 64 * 1024**2  # bytes
+MOST_LOG, MOST_LINE = 2**30, 2**24  # bytes of a log and of a line; 240 epochs of CIFAR-100 leave 1 MB
 MOST_HEADER = 4 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
 SEAL = "sha256"  # key of a document in a file: the digest of its other entries
 DEEPEST = 32
@@ -108,23 +111,59 @@ def _finite(text: str) -> float:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """One JSON document from a file. Raises OSError or ValueError."""
-    return parse_json(read_bytes(path, MOST_JSON))
+def read_json(path: Path, *, sealed: bool = False) -> Any:
+    """One JSON document from a file. Raises OSError or ValueError; `sealed`: also where its seal says otherwise."""
+    found = parse_json(read_bytes(path, MOST_JSON))
+    if sealed and isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
+        raise ValueError("was changed")
+    return found
 
 
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
     """One of our own documents from a file. Raises DamagedError where it is missing, damaged or of another kind."""
     try:
-        content = read_bytes(path, MOST_JSON)
-        found = parse_json(content)  # pydantic takes more for a number
-        if isinstance(found, dict) and SEAL in found:
-            if found.pop(SEAL) != _seal(found):
-                raise ValueError
-            content = json_bytes(found)
-        return kind.model_validate_json(content, strict=True)
+        return kind.model_validate_json(json_bytes(read_json(path, sealed=True)), strict=True)
     except (OSError, ValueError):
         raise DamagedError(f"{path}: missing or damaged") from None
+
+
+def line_digest(before: str, line: bytes) -> str:
+    """SHA-256 of a log that had the digest `before` and got another line; "" is that of an empty log.
+
+    A digest of digests, so that a writer goes on with it without the lines.
+    """
+    return hashlib.sha256(before.encode() + line.removesuffix(b"\n")).hexdigest()
+
+
+def log_digest(path: Path) -> str:
+    """That of a whole log; of none that of an empty one."""
+    digest = ""
+    with suppress(OSError), path.open("rb") as file:
+        for line in file:
+            digest = line_digest(digest, line)
+    return digest
+
+
+def read_lines(path: Path, known: LogEnd | None = None, *, whole: bool = False) -> Iterator[Any]:
+    """The records of a log. Lines that are no JSON are left out.
+
+    known, whole: where its writer says that it came to, and that nothing followed. Raises DamagedError, after the last
+    record, where that is not so; before, where the log cannot be read or is longer than that of any run.
+    """
+    length, digest, same = 0, "", known is None or known.bytes == 0
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_LOG:
+            raise DamagedError(f"{path}: not a file, or longer than {MOST_LOG // 2**20} MB")
+        with path.open("rb") as file:
+            for line in iter(partial(file.readline, MOST_LINE), b""):
+                length, digest = length + len(line), line_digest(digest, line)
+                same = same or (known is not None and known == LogEnd(bytes=length, sha256=digest))
+                with suppress(ValueError):
+                    yield parse_json(line, finite=False)
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
+    if not same or (whole and known is not None and known.bytes != length):
+        raise DamagedError(f"{path}: is not what its run wrote: it was changed by others", "put it back as it was")
 
 
 def check_header(path: Path) -> None:
@@ -137,6 +176,14 @@ def check_header(path: Path) -> None:
         raise ValueError("a pickle, as torch.save writes them")
     if int.from_bytes(beginning, "little") > MOST_HEADER:
         raise ValueError("no header of such a file")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """What a weights file of ours says of its network. Raises OSError, ValueError, KeyError or TypeError."""
+    check_header(path)
+    with path.open("rb") as opened:
+        header = parse_json(opened.read(int.from_bytes(opened.read(8), "little")))
+    return dict(parse_json(parse_json(header["__metadata__"]["sakd"])["card"]))
 
 
 def columns_digest(columns: Mapping[str, Any]) -> str:
@@ -200,19 +247,18 @@ def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write one JSON document, atomically."""
-    write_aside(path, json_bytes(content))
+def write_json(path: Path, content: Any, *, sealed: bool = False) -> None:
+    """Write one JSON document, atomically; `sealed`: with a digest of all else under `SEAL`."""
+    write_aside(path, json_bytes(content | {SEAL: _seal(content)} if sealed else content))
 
 
 def write_document(path: Path, document: Document, *, sealed: bool = False) -> None:
-    """Write what a run or a command leaves, atomically; `sealed`: with a digest of all else under `SEAL`."""
-    content = document.plain()
-    write_json(path, content | ({SEAL: _seal(content)} if sealed else {}))
+    """Write what a run or a command leaves, as `write_json`."""
+    write_json(path, document.plain(), sealed=sealed)
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json_bytes({key: content[key] for key in content if key != SEAL})).hexdigest()
+    return hashlib.sha256(json_bytes(content)).hexdigest()
 
 
 def json_bytes(content: Any) -> bytes:
@@ -239,7 +285,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        flush_folder(aside)
+        flush(aside)
         if folder.exists():
             folder.replace(old)
         try:
@@ -247,7 +293,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         except OSError:
             old.replace(folder)
             raise
-        flush_folder(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
     finally:
@@ -256,9 +302,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +14,14 @@ from filelock import FileLock, Timeout
 
 from sakd_cli import files, runindex
 from sakd_cli.config.base import EFFECTIVE
-from sakd_cli.config.identity import EXTENDED, MOVED, PINNED, differences, listed
+from sakd_cli.config.identity import EXTENDED, MOVED, differences, listed
 from sakd_cli.config.resolve import flat
-from sakd_cli.documents.training import Summary
+from sakd_cli.documents.training import LogEnd, Summary
 from sakd_cli.errors import DamagedError, DiskError, RunInUseError, UsageError
 
 DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
 IMAGES = "images.json"  # which images the run has (`data/fingerprint.py`)
-MOST_LOG, MOST_LINE = 2**30, 2**24  # bytes of a log and of a line; 240 epochs of CIFAR-100 leave 1 MB
 OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
 BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml
 BEGINNING |= {"env.json", ".env.json.tmp", "images.json", ".images.json.tmp", ".config.yaml.tmp"}
@@ -46,6 +44,7 @@ class RunDir:
         self.fingerprint: dict[str, Any] = {}
         self._handle: int | None = None  # of the folder, while it is locked
         self._identity: str | None = None
+        self._digests: dict[str, str] = {}  # of what was written into each log
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     @classmethod
@@ -121,6 +120,7 @@ class RunDir:
         """Remove all that a run wrote, what says that it is one first; keep the folder and its lock."""
         files.verify(self.path)
         self._identity = None
+        self._digests = {}
         for path in sorted(self.path.iterdir(), key=lambda path: path.name not in (SUMMARY, "config.yaml")):
             if path.name not in (".lock", ".holder"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -135,16 +135,16 @@ class RunDir:
             raise kind(f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}")
         return {key: value for key, value in settings.items() if key != EFFECTIVE}
 
-    def require_own_settings(self) -> None:
-        """Raise DamagedError where config.yaml is not what the run was trained with, as far as its checkpoint says."""
+    def require_own_settings(self, settings: dict[str, Any] | None = None) -> None:
+        """Raise DamagedError where config.yaml (`settings`) is not what the run's last checkpoint was trained with."""
         try:
             trained = files.read_json(self.path / "checkpoints" / "last" / "state.json")["fingerprint"]["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return
-        here = flat(self.config)
+        here = {key: value for key, value in flat(settings or self.config).items() if not key.startswith(EFFECTIVE)}
         found = differences(trained, here) if isinstance(trained, dict) else []
-        changed = [one for one in found if one.key not in MOVED | EXTENDED | PINNED]
-        if changed:
+        allowed = MOVED | EXTENDED if trained.get("train.epochs") in self.extended else MOVED
+        if changed := [one for one in found if one.key not in allowed]:
             raise DamagedError(
                 f"{self.path}: config.yaml is not what it was trained with: {listed(changed)}", "put it back as it was"
             )
@@ -157,25 +157,24 @@ class RunDir:
         return self._identity
 
     def _read_identity(self) -> str | None:
-        try:
-            return str(files.read_json(self.path / "env.json")["id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return None if (known := self._about().get("id")) is None else str(known)
+
+    def _about(self) -> dict[str, Any]:
+        with suppress(UsageError):
+            return self.read_json("env.json", sealed=True)
+        return {}
 
     @property
     def extended(self) -> list[int]:
         """The numbers of epochs after which it would have ended before it was extended, in that order."""
-        try:
-            known = files.read_json(self.path / "env.json").get("extended", [])
-        except (OSError, ValueError, AttributeError):
-            return []
+        known = self._about().get("extended")
         return [epochs for epochs in known if isinstance(epochs, int)] if isinstance(known, list) else []
 
     def extend(self, epochs: int) -> None:
         """Note that the run was to end after so many epochs, and take back what it left at its end."""
         if epochs not in self.extended:
-            about = self.read_json("env.json")
-            files.write_json(self.path / "env.json", about | {"extended": [*self.extended, epochs]})
+            about = self._about() | {"extended": [*self.extended, epochs]}
+            files.write_json(self.path / "env.json", about, sealed=True)
         for name in (SUMMARY, *OF_THE_END):
             (self.path / name).unlink(missing_ok=True)
 
@@ -218,12 +217,14 @@ class RunDir:
             return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         files.verify(self.path / name)
+        digest = self._digest(name)
         try:
             with open(self.path / name, "ab+", opener=self._opened) as file:
                 torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write(b"\n" * torn + line)
         except OSError as error:
             raise files.disk_error(self.path / name, error, len(line)) from None
+        self._digests[name] = files.line_digest(digest, line)
         for listener in self.listeners:
             listener(name, record)
 
@@ -233,49 +234,64 @@ class RunDir:
             return os.open(path, flags, 0o666)
         return os.open(os.path.basename(path), flags, 0o666, dir_fd=self._handle)
 
-    def log_sizes(self) -> dict[str, int]:
-        """Bytes of every JSON-lines file, after they were flushed to the disk."""
-        sizes = {}
-        for path in sorted(self.path.glob("*.jsonl")):
-            sizes[path.name] = path.stat().st_size
-            try:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise files.disk_error(path, error, sizes[path.name]) from None
-        return sizes
+    def _digest(self, name: str) -> str:
+        """That of a log as it was written, which another process may have begun."""
+        known = self._digests.get(name)
+        return files.log_digest(self.path / name) if known is None else known
 
-    def cut_logs(self, sizes: dict[str, int]) -> None:
-        """Take back the lines that were written after `log_sizes` gave these sizes."""
+    def log_ends(self) -> dict[str, LogEnd]:
+        """Where every log ends, after they were flushed to the disk; the mixtures' file counts as one."""
+        ends = {}
+        for path in sorted([*self.path.glob("*.jsonl"), *self.path.glob("*dfa.json")]):
+            ends[path.name] = LogEnd(bytes=path.stat().st_size, sha256=self._digest(path.name))
+            try:
+                files.flush(path)
+            except OSError as error:
+                raise files.disk_error(path, error, ends[path.name].bytes) from None
+        return ends
+
+    def cut_logs(self, sizes: dict[str, int], digests: dict[str, str] | None = None) -> None:
+        """Take back what was written after `log_ends` said this, and the checkpoints of stages that come again."""
         files.verify(self.path)
+        for path, known in self._checkpointed().items() if not self.silent else ():
+            if any(end.bytes > sizes.get(name, 0) for name, end in known.items()):
+                shutil.rmtree(path)
         for path in self.path.glob("*.jsonl") if not self.silent else ():
             if path.stat().st_size > sizes.get(path.name, 0):
                 os.truncate(path, sizes.get(path.name, 0))
+        self._digests = dict(digests or {})
+
+    def _checkpointed(self) -> dict[Path, dict[str, LogEnd]]:
+        """Where the logs ended when each last checkpoint was written, as far as those say it."""
+        found = {}
+        for path in (self.path / "checkpoints").glob("**/last"):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                state = files.read_json(path / "state.json")
+                sizes, digests = state["logs"], state["log_sha256"]
+                found[path] = {name: LogEnd(bytes=sizes[name], sha256=digests[name]) for name in sizes}
+        return found
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The records of a JSON-lines file; none if it is not there. Torn lines are left out.
+        """The records of a log; none if there is none. Raises DamagedError as `files.read_lines`.
 
-        Raises DamagedError where it is longer than that of any run, or cannot be read.
+        It must be what the run says in its summary or, while it is not finished, in its last checkpoint.
         """
-        path = self.path / name
-        if not path.exists():
-            return
-        try:
-            if not path.is_file() or path.stat().st_size > MOST_LOG:
-                raise DamagedError(f"{path}: not a file, or longer than {MOST_LOG // 2**20} MB")
-            with path.open("rb") as file:
-                for line in iter(partial(file.readline, MOST_LINE), b""):
-                    with suppress(ValueError):
-                        yield files.parse_json(line, finite=False)
-        except OSError as error:
-            raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
+        known, whole = None, False
+        if self.finished:
+            with suppress(UsageError):  # who shows anything of the summary says what is wrong with it
+                if logs := self.summary.logs:
+                    known, whole = logs.get(name, LogEnd(bytes=0, sha256="")), True
+        else:
+            saved = [ends[name] for ends in self._checkpointed().values() if name in ends]
+            known = max(saved, key=lambda end: end.bytes, default=None)
+        if (self.path / name).exists() or (known and known.bytes):
+            yield from files.read_lines(self.path / name, known, whole=whole)
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """One JSON document of the run. Raises UsageError if it is missing or damaged."""
-        try:
-            content = files.read_json(self.path / name)
-        except (OSError, ValueError):
-            content = None
+    def read_json(self, name: str, *, sealed: bool = False) -> dict[str, Any]:
+        """One JSON document of the run, as `files.read_json`. Raises UsageError if it is missing or damaged."""
+        content = None
+        with suppress(OSError, ValueError):
+            content = files.read_json(self.path / name, sealed=sealed)
         if not isinstance(content, dict):
             raise DamagedError(f"{self.path / name}: missing or damaged")
         return content

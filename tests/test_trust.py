@@ -10,8 +10,11 @@ import yaml
 from conftest import CliRunner
 from safetensors.torch import load_file
 
+from sakd_cli import files
+from sakd_cli.errors import DamagedError
 from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
+from sakd_cli.rundir import RunDir
 
 TINY = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40", "--batch-size", "20"]
 RUN = ["distill", "--teacher", "./t", "--student", "resnet8", *TINY, "-q"]
@@ -187,3 +190,61 @@ def test_no_figure_of_a_summary_can_be_changed_without_a_word(runs: CliRunner) -
     (run / "summary.json").write_text(json.dumps(summary, indent=2))
     for command in (["compare", "better"], ["distill", "--resume", "better"], ["report", "better"]):
         runs.assert_rejects(command, 4, "summary.json: missing or damaged")
+
+
+def edits(run: Path) -> dict[str, Any]:
+    """What may happen to the files of a run that have no digest of their own: file -> its new content."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    spots = (run / "spots.jsonl").read_text()
+    card = json.loads((run / "student/config.json").read_text())
+    return {
+        "metrics.jsonl": lines[0].replace(b'"loss": ', b'"loss": 1') + b"".join(lines[1:]),
+        "metrics.jsonl, a line less": b"".join(lines[1:]),
+        "metrics.jsonl, a line more": b"".join([lines[0], *lines]),
+        "metrics.jsonl, missing": None,
+        "spots.jsonl": spots.replace('"fraction": 0.', '"fraction": 0.1').encode(),
+        "student/config.json": json.dumps(card | {"classes": card["classes"][::-1]}).encode(),
+        "env.json": (run / "env.json").read_bytes().replace(b'"cpu"', b'"gpu"'),
+    }
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["finished", "stopped"])
+def test_a_figure_that_others_changed_is_not_shown(runs: CliRunner, ended: bool) -> None:
+    run = stopped(runs, "touched")
+    if ended:
+        shutil.rmtree(run)
+        shutil.copytree(runs.path / "short", run)
+    readers = {"compare": ["compare", "touched"], "spots": ["inspect-spots", "touched"]}
+    readers["report"] = ["report", "touched", "--out", "page.html", "-q"]
+    for what, content in edits(run).items():
+        name = what.partition(",")[0]
+        before = (run / name).read_bytes()
+        (run / name).unlink()
+        if content is not None:
+            (run / name).write_bytes(content)
+        whose = {"metrics.jsonl": ("compare",), "env.json": ()}.get(name, ("spots",))
+        for reader in (*whose, "report"):
+            runs.assert_rejects(readers[reader], 4, f"touched/{name}")
+        (run / name).write_bytes(before)
+    assert all(runs.sakd(*readers[name]).code == 0 for name in ("compare", "spots"))
+
+
+def test_a_log_goes_on_with_its_digest_and_a_checkpoint_of_later_goes_with_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.append("metrics.jsonl", {"a": 1})
+    first = run.log_ends()["metrics.jsonl"]
+    run.append("metrics.jsonl", {"a": 2})
+    later = run.log_ends()["metrics.jsonl"]
+    for name, end in (("last", first), ("residual-1/last", later)):
+        state = {"logs": {"metrics.jsonl": end.bytes}, "log_sha256": {"metrics.jsonl": end.sha256}}
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        files.write_json(tmp_path / "checkpoints" / name / "state.json", state)
+    assert list(RunDir(tmp_path).lines("metrics.jsonl")) == [{"a": 1}, {"a": 2}]
+    again = RunDir(tmp_path)
+    again.cut_logs({"metrics.jsonl": first.bytes}, {"metrics.jsonl": first.sha256})
+    assert not (tmp_path / "checkpoints/residual-1/last").exists(), "it knows of lines that are no longer there"
+    again.append("metrics.jsonl", {"a": 2})
+    assert again.log_ends()["metrics.jsonl"] == later
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"a": 3}\n{"a": 2}\n')
+    with pytest.raises(DamagedError, match="changed by others"):
+        list(again.lines("metrics.jsonl"))

@@ -128,12 +128,20 @@ class ClassBalance(Part):
     top1: Number
 
 
+class LogEnd(Part):
+    """How long a log of a run is; its digest: d(n) = SHA-256 of d(n - 1) and line n without its end, d(0) is empty."""
+
+    bytes: int
+    sha256: str
+
+
 class Summary(Document):
     """`sakd pretrain-teacher --json`, `sakd distill --json`, and `summary.json` of a run (there, run is null).
 
     last, best: the last epoch (the reported result) and the one that the validation set chose; seconds: of the main
     training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended;
-    classes: where a run balances them.
+    classes: where a run balances them;
+    logs: where `metrics.jsonl` and the others ended.
     """
 
     schema_: Literal["sakd.summary/2"] = "sakd.summary/2"
@@ -161,6 +169,7 @@ class Summary(Document):
     survey_seconds: Number = None
     extended: list[int] = Field(default_factory=list)
     classes: list[ClassBalance] = Field(default_factory=list)
+    logs: dict[str, LogEnd] = Field(default_factory=dict)
 
 
 class PlannedNetwork(Part):

@@ -58,7 +58,7 @@ def write(
         files.write_json(staging / STATE, {"format": FORMAT} | state)
         names = sorted(path.name for path in staging.iterdir())
         files.write_json(staging / MANIFEST, {name: files.sha256(staging / name) for name in names})
-        files.flush_folder(staging)
+        files.flush(staging)
         files.verify(folder)
         if folder.exists():
             previous = folder.with_name("previous")
@@ -66,7 +66,7 @@ def write(
             if keep:
                 folder.replace(previous)
         staging.replace(folder)
-        files.flush_folder(folder.parent)
+        files.flush(folder.parent)
     except OSError as error:
         raise files.disk_error(folder, error, sum(tensor.nbytes for tensor in training.values())) from None
 

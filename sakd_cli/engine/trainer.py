@@ -197,6 +197,7 @@ class Trainer:
         begin = time.perf_counter()
         with self._timed("save"):
             sums, samples = self.meter.state()
+            logs = self.run.log_ends()
             state = {
                 "run": self.run.identity,
                 "fingerprint": self.run.fingerprint,
@@ -206,7 +207,8 @@ class Trainer:
                 "best": self.best,
                 "meter": {"samples": round(samples), "names": list(sums)},
                 "seconds": self.seconds,
-                "logs": self.run.log_sizes(),
+                "logs": {name: end.bytes for name, end in logs.items()},
+                "log_sha256": {name: end.sha256 for name, end in logs.items()},
             }
             save_model = self.output.writer.save_weights if self.output else None
             # All before `last`: a process that dies in between does this epoch again, and this again.

@@ -167,9 +167,8 @@ def launch(
             if distributed.is_main_process():
                 for extension in extensions:
                     facts |= extension.finalize(factory, figures)
-                write_document(
-                    run.path / SUMMARY, _summary(job, figures[MAIN], facts | _extension(job, run)), sealed=True
-                )
+                facts |= _extension(job, run) | {"logs": run.log_ends()}
+                write_document(run.path / SUMMARY, _summary(job, figures[MAIN], facts), sealed=True)
             distributed.barrier()
         except Stopped as stopped:
             command = PROCEDURES[job.config.task].command
@@ -196,9 +195,10 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
     if plan.resume is None and images is not None:
         write_aside(run.path / FILE, images.text.encode())
     settings = job.config.model_dump(mode="json")
-    known = {} if plan.resume is None else flat(run.config)
+    known = {} if plan.resume is None else flat(run.config) | run.read_json("env.json", sealed=True)
     if plan.resume is None:
-        write_json(run.path / "env.json", {"id": uuid.uuid4().hex} | environment(job.device, job.mode))
+        about = {"id": uuid.uuid4().hex} | environment(job.device, job.mode)
+        write_json(run.path / "env.json", about, sealed=True)
     elif plan.extends:
         run.extend(known["train.epochs"])
     if any(known.get(key) != value for key, value in flat(settings).items() if key in MOVED | EXTENDED | {"task"}):
@@ -223,7 +223,7 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
 
     Lines that were logged after that checkpoint are taken back: they will be written again.
     """
-    resume_config, logs = plan.resume is not None, dict[str, int]()
+    resume_config, logs = plan.resume is not None, (dict[str, int](), dict[str, str]())
     for trainer in phases:
         complain = reporter.warn if plan.lenient else None
         point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
@@ -231,23 +231,23 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
             saved, epoch = point.state.get("fingerprint"), point.state.get("epoch")
             require_fingerprint(point.folder, saved, epoch, run.fingerprint, run.extended)
             trainer.resume(point)
-            logs = _sizes(point)
+            logs = _logs(point)
         elif plan.resume is not None and distributed.is_main_process():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if resume_config and not trainer.done:
             resume_config = False
-            run.cut_logs(logs)
+            run.cut_logs(*logs)
         yield trainer
     if resume_config:
-        run.cut_logs(logs)
+        run.cut_logs(*logs)
 
 
-def _sizes(point: checkpoint.Checkpoint) -> dict[str, int]:
-    """How long the logs were when the checkpoint was written."""
-    sizes = point.state.get("logs")
+def _logs(point: checkpoint.Checkpoint) -> tuple[dict[str, int], dict[str, str]]:
+    """How long the logs were when the checkpoint was written, and their digests, where it says them."""
+    sizes, digests = point.state.get("logs"), point.state.get("log_sha256", {})
     if not isinstance(sizes, dict) or not all(isinstance(size, int) and size >= 0 for size in sizes.values()):
         raise CheckpointError(f"{point.folder}: does not say how long the logs were")
-    return sizes
+    return sizes, digests if isinstance(digests, dict) else {}
 
 
 def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:

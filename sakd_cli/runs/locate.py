@@ -13,7 +13,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.errors import UsageError
-from sakd_cli.files import check_header, expanded, parse_json, read_json
+from sakd_cli.files import expanded, read_card, read_json
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
 
@@ -89,11 +89,7 @@ def read_preprocessing(weights: Path | None) -> Preprocessing | None:
     file = weights / "model.safetensors" if weights is not None and weights.is_dir() else weights
     try:
         assert file is not None
-        check_header(file)
-        with file.open("rb") as opened:
-            header = parse_json(opened.read(int.from_bytes(opened.read(8), "little")))
-        card = parse_json(parse_json(header["__metadata__"]["sakd"])["card"])
-        return Preprocessing.model_validate(card["preprocessing"])
+        return Preprocessing.model_validate(read_card(file)["preprocessing"])
     except (AssertionError, OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -23,7 +23,7 @@ from sakd_cli.data.sources import Views
 from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError, UsageError
-from sakd_cli.files import flush_folder, read_json, sha256, write_json
+from sakd_cli.files import flush, read_json, sha256, write_json
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
@@ -131,7 +131,7 @@ def _compute(
         array.flush()
     write_json(path.with_suffix(".json"), {"format": FORMAT, "teacher": teacher.sha256, "sha256": sha256(aside)})
     aside.replace(path)
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from sakd_cli import runindex
 from sakd_cli.config.resolve import flat
 from sakd_cli.documents.listing import RunEntries, RunEntry
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import sha256
 from sakd_cli.report.render.format import fixed, named, plain
 from sakd_cli.report.render.sheet import columns_of, table
@@ -57,15 +57,14 @@ def run_entry(run: RunDir, settings: Mapping[str, Any] | None, *, shown: bool = 
     for name, value in names.items():
         kind = int if name in ("seed", "epochs") else str
         names[name] = value if isinstance(value, kind) and not isinstance(value, bool) else None
-    state, top1 = "finished", None
+    state, top1 = "finished" if run.finished else "in progress" if run.in_use else "stopped", None
     try:
+        if settings is None:
+            raise DamagedError(f"{run.path}: config.yaml is damaged")
+        run.require_own_settings(dict(settings))
         top1 = run.summary.last.top1 if run.finished else None
     except UsageError:
         state = "damaged"
-    if settings is None:
-        state = "damaged"
-    elif not run.finished:
-        state = "in progress" if run.in_use else "stopped"
     own = dict(settings or {}) if shown else None
     return RunEntry.model_validate(
         names | {"run": plain(run.path), "state": state, "top1": top1, "changed": changed, "settings": own}

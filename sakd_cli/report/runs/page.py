@@ -5,7 +5,6 @@ function there, which adds nothing for runs that have nothing of the kind.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.console import Group
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.documents.table import Comparison, Report
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, exit_chart
 from sakd_cli.report.render import html, plots
@@ -101,7 +100,9 @@ def _spots(page: RunPage) -> None:
     try:
         survey = read_survey(page.run)
         report = spots_document(page.run, survey)
-    except UsageError:  # no epoch is finished, or the record is damaged: `inspect-spots` says which
+    except DamagedError:
+        raise
+    except UsageError:  # no epoch is finished
         return
     if page.plotted:
         page.plots["spots"] = plots.rendered(spot_figure(report, None), "png")
@@ -112,11 +113,7 @@ def _spots(page: RunPage) -> None:
 
 
 def _mixtures(page: RunPage) -> None:
-    try:
-        record = read_mixtures(page.run)
-    except UsageError:  # damaged: `inspect-spots` says how
-        return
-    if record is not None:
+    if (record := read_mixtures(page.run)) is not None:
         question = "Which blocks of the teacher does the student learn from?"
         blocks = [mixture_chart(record), mixture_table(record)]
         page.add("Mixtures of the teacher's blocks", blocks, question, "mixtures")
@@ -133,8 +130,8 @@ def _residual(page: RunPage) -> None:
 
 
 def _environment(page: RunPage) -> None:
-    with suppress(UsageError):  # there is no such file, or it is damaged
-        page.add("Environment", [_keys("Where and how it ran", page.run.read_json("env.json"))])
+    if (page.run.path / "env.json").exists():
+        page.add("Environment", [_keys("Where and how it ran", page.run.read_json("env.json", sealed=True))])
 
 
 def _settings(page: RunPage) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from sakd_cli.documents.spots import (
 )
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import read_document
+from sakd_cli.files import read_card, read_document
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.spots.survey import Survey, by_peak, deviations, measure
 from sakd_cli.rundir import RunDir, look_up
 
-RECORD, CARD = "spots.jsonl", "student/config.json"
+RECORD, CARD, WEIGHTS = "spots.jsonl", "student/config.json", "student/model.safetensors"
 SETTLED = 0.02  # of the samples: how far a spot's fraction may still move
 MIXTURES, MIXTURES_PLOT = "dfa.json", "dfa.png"
 
@@ -159,6 +160,8 @@ def settled_epoch(epochs: list[EpochRecord], index: int) -> int | None:
 
 def read_mixtures(run: RunDir) -> Mixtures | None:
     """The mixtures of a run's teacher; None where there are none. Raises UsageError where they are damaged."""
+    for _ in run.lines(MIXTURES):
+        pass  # at its end it is known to be what the run wrote
     path = run.path / MIXTURES
     return read_document(path, Mixtures) if path.is_file() else None
 
@@ -195,6 +198,9 @@ def _class_names(run: RunDir) -> list[str]:
     names = run.read_json(CARD).get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DamagedError(f"{plain(run.path / CARD)}: names no classes")
+    with suppress(OSError, ValueError, KeyError, TypeError):  # whoever uses the weights says what is wrong with them
+        if read_card(run.path / WEIGHTS)["classes"] != names:
+            raise DamagedError(f"{plain(run.path / CARD)}: names other classes than {WEIGHTS}")
     return [plain(name) for name in names]
 
 
