@@ -8,6 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from sample_documents import sample
+from scipy import stats
 
 from sakd_cli.documents.spots import Measured, RoutedNetwork, SpotTotal, SurveyHeader
 from sakd_cli.errors import UsageError
@@ -63,7 +64,8 @@ def test_by_class_with_correlation_and_a_class_without_images() -> None:
     assert classes.correlation == [None, None], "two classes make no correlation"
     answers = ANSWERS | {"label": np.arange(4), "student_prediction": np.array([0, 9, 2, 9])}
     tied = measured(answers=answers, header=header(classes=list("abcd")), value=VALUE[:, ::-1]).classes
-    assert tied.correlation[0] == pytest.approx(np.corrcoef([1.0, 1.0, 0.0, 0.5], [100, 0, 100, 0])[0, 1])
+    expected = stats.pearsonr([1.0, 1.0, 0.0, 0.5], [100, 0, 100, 0])
+    assert (tied.correlation[0], tied.correlation_p[0]) == pytest.approx((expected.statistic, expected.pvalue))
 
 
 def test_by_difficulty() -> None:

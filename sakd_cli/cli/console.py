@@ -150,7 +150,7 @@ class ConsoleReporter:
             return
         text = f"epoch {record['epoch']}  loss {record['loss']:.4f}"
         if "top1" in record:
-            text += f"  top-1 {record['top1']:.1f} %"
+            text += f"  training top-1 {record['top1']:.1f} %"
         if self._bar is not None:
             self._bar.update(self._task, description=text)
             return

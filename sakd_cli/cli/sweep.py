@@ -242,7 +242,7 @@ class ProgressTable:
             )
 
     def _table(self) -> RenderableType:
-        names = ("Run", "State", "Epoch", "Step", "Top-1 %", "Left")
+        names = ("Run", "State", "Epoch", "Step", "Validation top-1 %", "Left")
         rows = [self._row(entry) for entry in [*self.scheduler.locate(), *reversed(self.ended[-SHOWN:])]]
         counts = ", ".join(f"{count} {state}" for state, count in self.scheduler.counts().items() if count)
         notes = [f"{counts}. Ctrl-C saves every run; the same command resumes them."]

@@ -164,9 +164,10 @@ class ClassGroup(ImageGroup, ClassDeviation):
 
 
 class Classes(Part):
-    """correlation: Pearson's, per spot, between a class's mean value and the student's top-1 on it."""
+    """correlation: Pearson's, per spot, between a class's mean value and the student's top-1; correlation_p: its p."""
 
     correlation: list[Number]
+    correlation_p: list[Number]
     rows: list[ClassGroup]
 
 

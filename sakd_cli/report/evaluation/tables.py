@@ -70,7 +70,7 @@ def _teacher(result: AnyEvaluation) -> Cells:
         "Teacher's top-1 %": fixed(result.teacher.top1, 2),
         "Same answer as teacher, %": fixed(found.top1, 2),
         "KL from teacher, nats": fixed(found.kl, 3),
-        "Linear CKA": fixed(found.cka, 3),
+        "Linear CKA of the pooled features": fixed(found.cka, 3),
         "Both wrong": whole(found.both_wrong),
         "  of these the same wrong answer": whole(found.same_wrong_answer),
         "Teacher only wrong": whole(found.teacher_only_wrong),
@@ -99,7 +99,8 @@ def _details(result: Evaluation) -> Sheet:
 def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
     names = [NAMES[place] if len(results) <= len(NAMES) else str(place + 1) for place in range(len(results))]
     cells = [
-        {"Network": named(result.network), "Data": named(result.dataset)}
+        {"Network": named(result.network), "Data": named(result.dataset), "Split": named(result.split)}
+        | {"Images": whole(result.images)}
         | {"Top-1 %": fixed(result.top1, 2), "Top-5 %": fixed(result.top5, 2)}
         | _calibration(result)
         | {"Parameters": large(result.parameters), "MACs": large(result.macs)}
@@ -107,7 +108,9 @@ def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
         | _teacher(result)
         for result in results
     ]
-    legend = [f"{name}: {named(result.weights)}" for name, result in zip(names, results, strict=True)]
+    sets = {(result.dataset, result.split, result.images) for result in results}
+    other = ["Not on the same images: these figures cannot be compared."] * (len(sets) > 1)
+    legend = [*other, *(f"{name}: {named(result.weights)}" for name, result in zip(names, results, strict=True))]
     return Sheet("Evaluation", ["", *names], _rows(cells), [*_notes(results), *legend])
 
 

@@ -77,6 +77,12 @@ def points(value: float, digits: int) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
+def difference(value: float, ours: SeedStatistics | None, theirs: SeedStatistics | None) -> str:
+    """In points, to two digits as `mean_std` has those that it is of; to three where these two would not agree."""
+    shown = None if ours is None or theirs is None else points(round(ours.mean, 2) - round(theirs.mean, 2), 2)
+    return points(value, 2 if shown in (None, points(value, 2)) else 3)
+
+
 def mean_std(found: SeedStatistics | None, digits: int = 2) -> str:
     """`71.05 ± 0.24` over seeds; the value alone of one seed."""
     if found is None:

@@ -5,16 +5,25 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from sakd_cli.documents.table import Comparison
+from sakd_cli.documents.table import Comparison, Versus
 from sakd_cli.report.render.charts import SHARE, Chart, Lines, Series
-from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
+from sakd_cli.report.render.format import (
+    DASH,
+    csv_text,
+    difference,
+    duration,
+    fixed,
+    mean_std,
+    named,
+    plain,
+    whole,
+)
 from sakd_cli.report.render.sheet import Columns, Sheet, left_out, table, thinned
 from sakd_cli.report.runs.statistics import MOST_SEEDS, about_tests, interval
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
 FEW = 2  # groups up to which the training images have a curve too
 VERDICT: Columns = {
-    "Difference": lambda test: DASH if test.difference is None else points(test.difference, 2),
     "95 %": lambda test: interval(test) or DASH,
     "p": lambda test: fixed(test.holm, 3),
     "d": lambda test: fixed(test.effect, 2),
@@ -60,6 +69,13 @@ def _verdicts(document: Comparison) -> Sheet:
     """Every test, a row each."""
     labels = [named(group.label) for group in document.groups]
     columns: Columns = {"Group": lambda versus: labels[versus.group], "Less": lambda versus: labels[versus.against]}
+    of = [(group.top1, set(group.seeds)) for group in document.groups]
+
+    def shown(test: Versus) -> str:
+        means = [mean if seeds == set(test.seeds) else None for mean, seeds in (of[test.group], of[test.against])]
+        return DASH if test.difference is None else difference(test.difference, *means)
+
+    columns["Difference"] = shown
     columns |= VERDICT | {"Verdict": lambda versus: versus.verdict}
     tests = sum(test.p is not None for test in document.comparisons)
     notes = [about_tests(tests)]

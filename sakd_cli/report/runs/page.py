@@ -80,15 +80,18 @@ def _result(page: RunPage) -> None:
 def _curves(page: RunPage) -> None:
     if not (curve := page.comparison.runs[0].curve):
         return
+    selected = named(next((point.selected_on for point in curve if point.selected_on), None)).capitalize()
     columns = {
         "Epoch": lambda point: str(point.epoch),
-        "Top-1 %": lambda point: fixed(point.top1, 2),
-        "Loss": lambda point: fixed(point.loss, 3),
+        f"{selected} top-1 %": lambda point: fixed(point.top1, 2),
+        f"{selected} loss": lambda point: fixed(point.loss, 3),
         "Training top-1 %": lambda point: fixed(point.train_top1, 2),
         "Training loss": lambda point: fixed(point.train_loss, 3),
     }
-    selected = next((point.selected_on for point in curve if point.selected_on), None)
-    sheet = table("By epoch", curve, columns, [f"Top-1 and loss on the validation set ({named(selected)})."], text=0)
+    notes = [
+        f"{selected}: the images that choose the best epoch. Training: means over the epoch's steps, as augmented."
+    ]
+    sheet = table("By epoch", curve, columns, notes, text=0)
     page.add(
         "Curves", [*curve_charts(page.comparison), sheet], "Was the training long enough, and did it overfit?", "curves"
     )

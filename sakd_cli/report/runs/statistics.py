@@ -76,6 +76,13 @@ def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paire
     return corrected([PairedTest(seeds=seeds, **figures, needed=seeds_needed(found.std), verdict="not shown")])[0]
 
 
+def p_of_correlation(r: float, pairs: int) -> float:
+    """Two-sided p of Pearson's correlation of so many pairs, by Student's t with two degrees of freedom less."""
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(pairs - 2, -abs(r) * math.sqrt((pairs - 2) / max(1 - r * r, 1e-300))))
+
+
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """p values corrected for being several (step-down, Holm 1979); None stays None."""
     known = sorted((p, place) for place, p in enumerate(values) if p is not None)

@@ -57,7 +57,7 @@ def _notes(summary: Summary) -> list[str]:
     notes = [f"Protocol: {named(summary.protocol).removesuffix('.')}."]
     if teacher := summary.teacher:
         notes.append(
-            f"Student against teacher: {points(summary.last.top1 - teacher.top1, 2)} points top-1, "
+            f"Student against teacher: {points(round(summary.last.top1, 2) - round(teacher.top1, 2), 2)} points top-1, "
             f"{fixed(100 * summary.parameters / teacher.parameters, 0)} % of the parameters, "
             f"{fixed(100 * summary.macs / teacher.macs, 0)} % of the MACs."
         )

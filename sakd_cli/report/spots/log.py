@@ -219,7 +219,18 @@ def _by_class(epochs: list[EpochRecord], overall: list[Number], names: list[str]
 
 CSV_HEADER = ("table", "item", "spot", "measure", "value")
 Row = tuple[str, str, str, str, Any]
-PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "correlation", "gradient_ratio", "error"}
+PER_SPOT = {
+    "mean",
+    "fraction",
+    "deviation",
+    "probability",
+    "empty_selection",
+    "correlation",
+    "correlation_p",
+    "gradient_ratio",
+    "error",
+}
+PER_SPOT |= {"correlation_p"}
 
 
 def csv_rows(document: SpotsDocument) -> Iterator[Row]:

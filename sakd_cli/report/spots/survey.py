@@ -15,6 +15,7 @@ from sakd_cli.documents.base import Number
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import columns_digest, parse_json, read_bytes
 from sakd_cli.report.render.format import plain
+from sakd_cli.report.runs.statistics import p_of_correlation
 from sakd_cli.rundir import RunDir
 
 Header = TypeVar("Header", doc.SurveyHeader, doc.SamplesHeader)
@@ -255,7 +256,8 @@ def _classes(used: "Column", answers: "dict[str, Column]", names: list[str]) -> 
         pairs = np.array([[group.mean[k], group.student_top1] for group in seen])
         vary = len(seen) >= 3 and bool((pairs.std(axis=0) >= 1e-9).all())
         correlation.append(float(np.corrcoef(pairs.T)[0, 1]) if vary else None)
-    return doc.Classes(correlation=correlation, rows=sorted(rows, key=by_peak))
+    chances = [None if r is None else p_of_correlation(r, len(seen)) for r in correlation]
+    return doc.Classes(correlation=correlation, correlation_p=chances, rows=sorted(rows, key=by_peak))
 
 
 def _difficulty(used: "Column", answers: "dict[str, Column]") -> doc.Difficulty:

@@ -45,13 +45,14 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
     """The sections that are there; `top` classes and `extremes` images at each end, None: all that there are."""
     names, by = [spot.name for spot in measured.spots], measured.difficulty
     answers = by.by_correctness if by else []
+    where = [f"Top-1: on these {whole(measured.images)} {measured.split} images."]
     correctness = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in answers]
     tables = {
         "spots": [_spots(measured)] if measured.spots or measured.value is None else [],
-        "classes": [_classes(measured.classes, names, top)] if measured.classes else [],
+        "classes": [_classes(measured.classes, names, where, top)] if measured.classes else [],
         "difficulty": [
-            _deciles("By difficulty: the student's loss (%)", "Loss", by.by_student_loss, names),
-            _deciles("By difficulty: the teacher's confidence (%)", "Confidence", by.by_teacher_confidence, names),
+            _deciles("the student's loss", "Loss", by.by_student_loss, names, where),
+            _deciles("the teacher's confidence", "Confidence", by.by_teacher_confidence, names, where),
             Sheet("By correctness (%)", ["Correctness", "Images", *map(named, names)], correctness),
         ]
         if by
@@ -198,20 +199,23 @@ def _spots(measured: doc.Measured) -> Sheet:
     return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], text=3)
 
 
-def _classes(classes: doc.Classes, names: list[str], top: int | None) -> Sheet:
-    related = zip(names, classes.correlation, strict=True)
-    related_text = ", ".join(f"{named(name)} {DASH if r is None else fixed(r, 2)}" for name, r in related)
-    notes = [f"Correlation of a class's mean with the student's top-1 on it: {related_text}."]
+def _classes(classes: doc.Classes, names: list[str], where: list[str], top: int | None) -> Sheet:
+    known = [*classes.correlation_p, *[None] * len(names)]
+    related = [(named(name), r, p) for name, r, p in zip(names, classes.correlation, known, strict=False)]
+    text = ", ".join(f"{name} {DASH if r is None else f'{fixed(r, 2)} (p {fixed(p, 3)})'}" for name, r, p in related)
+    count = sum(row.images > 0 for row in classes.rows)
+    notes = [f"Pearson's correlation of a class's mean with the student's top-1 on it, n = {count} classes: {text}."]
+    notes += where
     rows: list[ClassRow] = [(row, [whole(row.images), fixed(row.student_top1, 1)], row.mean) for row in classes.rows]
     return _by_class("The trained router by class (%)", ["Images", "Student top-1 %"], rows, names, notes, top)
 
 
-def _deciles(title: str, measure: str, deciles: list[doc.Decile], names: list[str]) -> Sheet:
+def _deciles(of: str, measure: str, deciles: list[doc.Decile], names: list[str], notes: list[str]) -> Sheet:
     rows = []
     for row in deciles:
         cells = [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
         rows.append([*cells, fixed(row.teacher_top1, 1), *map(fraction, row.mean)])
-    return Sheet(title, [f"{measure} from", *DECILE, *map(named, names)], rows, text=0)
+    return Sheet(f"By difficulty: {of} (%)", [f"{measure} from", *DECILE, *map(named, names)], rows, notes, text=0)
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
@@ -237,8 +241,13 @@ def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
 def _routed(routed: doc.RoutedNetwork) -> Sheet:
     scores = [(NETWORKS[key], score) for key, score in routed if isinstance(score, doc.Score)]
     rows = [[name, fixed(score.top1, 2), fixed(score.loss, 3)] for name, score in scores]
-    notes = [f"{whole(routed.images)} test images."]
+    notes = [f"All on {whole(routed.images)} test images, not on those of the tables by class and by difficulty."]
     if sampled := routed.sampled:
         std = fixed(sampled.top1_std, 2)
         notes.append(f"Sampled gates: mean of {sampled.draws} draws, standard deviation of top-1 {std}.")
+        if sampled.top1 < min(routed.student.top1, routed.teacher.top1):
+            notes.append(
+                "They are below both networks: where a path changes from one to the other, only the adapter was "
+                "trained for it, and neither network for the other's features. It trains the router, and is no product."
+            )
     return Sheet("The routed network", ("Network", "Top-1 %", "Loss"), rows, notes)

@@ -1,13 +1,24 @@
 """What a sweep has found, as tables, as Markdown and as CSV"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 
 from sakd_cli.config.routers import CLASSICAL
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
-from sakd_cli.report.render.format import DASH, csv_text, duration, fixed, mean_std, named, plain, points, whole
+from sakd_cli.report.render.format import (
+    DASH,
+    csv_text,
+    difference,
+    duration,
+    fixed,
+    mean_std,
+    named,
+    plain,
+    points,
+    whole,
+)
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.statistics import about_tests, interval
 from sakd_cli.report.sweep.results import EPOCHS, shared_controls
@@ -94,7 +105,7 @@ def _rows_of(method: str, document: SweepDocument) -> Iterator[list[str]]:
             yield ["", f"{router}, published", *(fixed(value, 2) for value in printed)]
     for router, against in dict.fromkeys((gain.router, gain.against) for gain in gains):
         there = {gain.pair: gain for gain in gains if (gain.router, gain.against) == (router, against)}
-        yield ["", f"{router} − {against}", *(_gain(there.get(k)) for k in numbers)]
+        yield ["", f"{router} − {against}", *(_gain(there.get(k), cells) for k in numbers)]
         if any(gain.published is not None for gain in there.values()):
             printed = [there[k].published if k in there else None for k in numbers]
             yield ["", "the same, published", *(DASH if value is None else points(value, 2) for value in printed)]
@@ -104,11 +115,12 @@ def _result(cell: SweepCell | None) -> str:
     return DASH if cell is None or cell.top1 is None else f"{mean_std(cell.top1)} ({len(cell.seeds)})"
 
 
-def _gain(gain: Gain | None) -> str:
+def _gain(gain: Gain | None, cells: Sequence[SweepCell]) -> str:
     if gain is None or gain.difference is None:
         return DASH
     known = "" if gain.p is None else f" ({interval(gain)}), p {fixed(gain.holm, 3)}, {gain.verdict}"
-    return points(gain.difference, 2) + known
+    of = {one.router: one.top1 for one in cells if one.pair == gain.pair and set(one.seeds) == set(gain.seeds)}
+    return difference(gain.difference, of.get(gain.router), of.get(gain.against)) + known
 
 
 def _notes(document: SweepDocument) -> Iterator[str]:
