@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -28,6 +29,9 @@ class Batch:
     shard_weight  factor of the mean over these samples, 1 on the average over the processes (`distributed.py`)
     teacher_images  [B, 3, H', W']  the same crops at the size that the teacher sees; None: `images`
     held_out      a batch of images that the student does not train on, for a router that learns from such
+    ratio   [B]           of mixed images: how much of each is the sample `index` with its label, 0 to 1; the rest is
+    other_index, other_labels  [B]  of the other sample in it; None: nothing is mixed
+    part    share of the batch that this is, where gradients of several parts are added up (`cut`)
     """
 
     images: Tensor
@@ -40,6 +44,10 @@ class Batch:
     shard_weight: float = 1.0
     teacher_images: Tensor | None = None
     held_out: "Batch | None" = None
+    ratio: Tensor | None = None
+    other_index: Tensor | None = None
+    other_labels: Tensor | None = None
+    part: float = 1.0
 
     @property
     def for_teacher(self) -> Tensor:
@@ -61,6 +69,15 @@ class Batch:
         changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
         changed |= {name: x.map(change) for name, x in values.items() if isinstance(x, Batch)}
         return replace(self, **changed, precomputed=None if self.precomputed is None else self.precomputed.map(change))
+
+    def cut(self, parts: int) -> Iterator[Self]:
+        """At most so many parts of two samples or more, alike in size."""
+        count = len(self.labels)
+        parts = max(1, min(parts, count // 2))
+        ends = [count * k // parts for k in range(parts + 1)]
+        for start, end in pairwise(ends):
+            part = self.map(lambda x, rows=slice(start, end): x[rows])  # type: ignore[misc]
+            yield replace(part, global_size=None, held_out=self.held_out, part=(end - start) / count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.recorder import Meter, SpotRecorder, top1
+from sakd_cli.engine.recorder import Meter, Rows, SpotRecorder, top1
 from sakd_cli.engine.reporter import InterruptibleBatches, NullReporter, Reporter
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
@@ -120,7 +120,7 @@ def test_the_meter_counts_every_batch_with_its_size() -> None:
     assert meter.read() == {"loss": 2.0, "top1": 40.0}
     meter.add(2, {"loss": torch.tensor(7.0)})
     assert meter.read() == {"loss": 7.0}, "a read starts anew"
-    assert top1(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1])).item() == 50.0
+    assert top1(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), Rows(torch.tensor([1, 1]), torch.arange(2))).item() == 50.0
 
 
 TENTHS = [(1, 1), (150, 1), (151, 0.1), (180, 0.1), (181, 0.01), (210, 0.01), (211, 0.001), (240, 0.001)]
@@ -160,8 +160,7 @@ def test_the_recorder_counts_by_class_by_sample_and_by_step() -> None:
         chosen = torch.tensor(weight, dtype=torch.float32)
         recorder.add(
             SpotUse(chosen, chosen * 0.5 + 0.25, {"router_loss_scaled_up": torch.tensor(float(size == 1))}),
-            batch.labels,
-            batch.index,
+            Rows(batch.labels, batch.index),
         )
     line = recorder.close_epoch(7)
     first, last = line.spots

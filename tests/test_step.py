@@ -103,7 +103,7 @@ def test_four_steps_equal_the_literal_published_step(method: str, shapes: str, b
     sgds = zip(task.groups(), (slow.student_sgd, slow.router_sgd), strict=True)
     for group, sgd in sgds:
         for a, b in zip(group.parameters, sgd.param_groups[0]["params"], strict=True):
-            tensors += [(a, b), (optim.sgd.state[a]["momentum_buffer"], sgd.state[b]["momentum_buffer"])]
+            tensors += [(a, b), (optim.parts[0][0].state[a]["momentum_buffer"], sgd.state[b]["momentum_buffer"])]
     if method == "crd":
         banks = slow.compared[0].banks
         tensors += [(task.feature_distiller.bank_s, banks["s"]), (task.feature_distiller.bank_t, banks["t"])]

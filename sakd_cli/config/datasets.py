@@ -59,6 +59,10 @@ class DataConfig(Config):
     """Show rare classes more often: balanced: all equally; repeated-factor: those below a share; None: as they are."""
     balance_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of the images below which repeated-factor repeats a class; None: 1 / classes."""
+    mixup: NonNegativeFloat = 0.0
+    """Blend pairs of training images by shares from Beta(mixup, mixup), 0.2 to 1 (Zhang et al. 2018); 0: do not."""
+    cutmix: NonNegativeFloat = 0.0
+    """Paste a box of one training image into another, its area from Beta(cutmix, cutmix) (Yun et al. 2019); 0: not."""
     split_seed: NonNegativeInt = 0
     """Random seed of limit and validation, whatever the run's seed is, so that all runs leave out the same images."""
     download: bool = True

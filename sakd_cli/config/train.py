@@ -150,6 +150,8 @@ class Train(Config):
             raise ValueError(f"milestones belong to schedule step, not to {self.schedule}")
         if self.min_lr and self.schedule != "cosine":
             raise ValueError(f"min_lr belongs to schedule cosine, not to {self.schedule}")
+        if self.focal_gamma and self.label_smoothing:
+            raise ValueError("focal_gamma is of the label's probability alone; it goes with label_smoothing 0")
         if self.freeze_epochs and not self.freeze:
             raise ValueError("freeze_epochs needs freeze, which says what is frozen")
         return self

@@ -1,6 +1,7 @@
 """Augmentation of a whole batch at once, on the images' device; shapes are static, nothing is read by the host."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,3 +107,37 @@ def boxes_in_copies(box: Tensor, size: Tensor, copy: Tensor) -> Tensor:
     corners = (torch.cat([start, start + box[:, 2:]], dim=1) * scale).round().long()
     first = torch.minimum(corners[:, :2], copy - 1)
     return torch.cat([first, (corners[:, 2:] - first).clamp(min=1)], dim=1)
+
+
+class Mixing(NamedTuple):
+    """Pairs of images become one: blended (mixup, Zhang et al., ICLR 2018) or pasted (cutmix, Yun et al., ICCV 2019).
+
+    Each image is paired with the one that is as far from the other end of its batch, as timm does it, and each has a
+    share r and, where both kinds are asked for, a coin of its own. mixup, cutmix: a of r ~ Beta(a, a); 0: not.
+    """
+
+    mixup: float
+    cutmix: float
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Of `count` images, [count, 4]: share of its own image, 1 where a box is pasted, the box's centre (y, x)."""
+        pasted = torch.rand(count, generator=generator) < (0.5 if self.mixup else 1.0) * (self.cutmix > 0)
+        alpha = torch.where(pasted, self.cutmix, self.mixup)[:, None].expand(count, 2).contiguous()
+        share = torch._sample_dirichlet(alpha, generator=generator)[:, :1]
+        return torch.cat([share, pasted[:, None], torch.rand(count, 2, generator=generator)], dim=1)
+
+    def __call__(self, images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W], mixed, and the share [B] of its own image that each has kept, to the pixel."""
+        others, (height, width) = images.flip(0), images.shape[2:]
+        share, pasted, *centre = drawn.to(images.dtype).unbind(dim=1)
+        inside, area = torch.ones_like(images[:, :1], dtype=torch.bool), torch.ones_like(share)
+        for side, middle, shape in zip((height, width), centre, ((-1, 1, height, 1), (-1, 1, 1, width)), strict=True):
+            half = side * (1 - share).clamp(min=0).sqrt() / 2
+            start, end = ((middle * side + sign * half).round().clamp(0, side) for sign in (-1, 1))
+            along = torch.arange(side, device=images.device)
+            inside = inside & ((along >= start[:, None]) & (along < end[:, None])).view(shape)
+            area = area * (end - start)
+        kept = torch.where(pasted > 0, 1 - area / (height * width), share)
+        box = inside & (pasted > 0).view(-1, 1, 1, 1)
+        blend = torch.where(pasted > 0, 1.0, share).to(images.dtype).view(-1, 1, 1, 1)
+        return torch.where(box, others, torch.lerp(others, images, blend)), kept

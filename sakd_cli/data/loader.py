@@ -15,7 +15,7 @@ from torch import Tensor
 from sakd_cli import distributed
 from sakd_cli.batch import Batch, Loader, UpperBatch
 from sakd_cli.config.effective import steps_per_epoch
-from sakd_cli.data.augment import NUMBERS, channel_tensor, normalise, random_boxes
+from sakd_cli.data.augment import NUMBERS, Mixing, channel_tensor, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
 from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.sources import BatchReader, BatchRequest, TeacherViews, Views, crop_copies, in_memory
@@ -32,12 +32,14 @@ class Draws(NamedTuple):
     corner  [2, N]  int64 upper left corner of the crop, (dy, dx), each 0 .. 2 padding
     flip    [N]     bool
     noise   [N, W]  float32 uniform in [0, 1)
+    mixing  [N, 4]  of `Mixing.draw`; [N, 0] where nothing is mixed
     """
 
     order: Tensor
     corner: Tensor
     flip: Tensor
     noise: Tensor
+    mixing: Tensor
 
 
 def draws(
@@ -51,7 +53,7 @@ def draws(
     corner = torch.randint(2 * padding + 1, (2, count), generator=seeded_generator(seed, "crop", epoch))
     mirrored = torch.rand(count, generator=seeded_generator(seed, "flip", epoch))
     noise = torch.rand(count, noise_width, generator=seeded_generator(seed, "noise", epoch))
-    return Draws(order, corner, (mirrored < 0.5) & flip, noise)
+    return Draws(order, corner, (mirrored < 0.5) & flip, noise, torch.empty(count, 0))
 
 
 def _repeated(order: Tensor, rates: Tensor, draw: torch.Generator) -> Tensor:
@@ -114,6 +116,9 @@ class TrainLoader:
         """The epoch's random numbers: a pure function of the loader's seed and `epoch`."""
         padding = self._dataset.padding if self._dataset.scale is None else 0
         drawn = draws(len(self._labels), padding, self._dataset.flip, self._seed, epoch, self._noise_width, self._rates)
+        if self._dataset.mixing is not None:
+            draw = seeded_generator(self._seed, "mixing", epoch)
+            drawn = drawn._replace(mixing=self._dataset.mixing.draw(len(self._labels), draw))
         return drawn if self.views is None else Draws(*(numbers.to(self._device) for numbers in drawn))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -127,10 +132,15 @@ class TrainLoader:
             assert isinstance(self._images, Files)
             source = self._crop_cached if self._images.cached else self._read
             images = map(self._normalised, source(self._images, drawn, rows, epoch))
-        order, noise_of_all = (numbers.to(self._device) for numbers in (drawn.order, drawn.noise))  # at once
+        order, noise_of_all, mixing_of_all = (
+            numbers.to(self._device)
+            for numbers in (drawn.order, drawn.noise, drawn.mixing)  # at once
+        )
+        mixing = self._dataset.mixing
         for step, (x, view, y) in zip(steps, images, strict=True):
             index, noise = order[step.rows], noise_of_all[step.rows]
-            yield Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight, y)
+            batch = Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight, y)
+            yield batch if mixing is None else _mixed(batch, mixing, mixing_of_all[step.rows])
 
     def _normalised(self, pixels: Tensor | tuple[Tensor, Tensor]) -> Shown:
         if isinstance(pixels, Tensor):
@@ -178,6 +188,14 @@ class TrainLoader:
             shown = [copies[place] for place in index.tolist()]
             made = [crop_copies(shown, box, sizes[index], drawn.flip[rows], seen) for seen in files.spec.shown]
             yield tuple(made) if len(made) > 1 else made[0]
+
+
+def _mixed(batch: Batch, mixing: Mixing, drawn: Tensor) -> Batch:
+    """A batch, mixed in pairs, also as a teacher sees it, with labels and places of both images."""
+    images, ratio = mixing(batch.images, drawn)
+    theirs = None if batch.teacher_images is None else mixing(batch.teacher_images, drawn)[0]
+    mixed = replace(batch, images=images, teacher_images=theirs, ratio=ratio)
+    return replace(mixed, other_index=batch.index.flip(0), other_labels=batch.labels.flip(0))
 
 
 def _crop_views(views: Views, teachers: TeacherViews | None, drawn: Draws, steps: list[slice]) -> Iterator[Shown]:

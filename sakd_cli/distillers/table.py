@@ -96,6 +96,7 @@ class DistillerRow(NamedTuple):
     needs_labels  the feature distiller remembers every training image: it is built with their labels and batch size
     needs_norms   it is built with the BatchNorms in front of the teacher's activations
     needs_blocks   it is built with the teacher's blocks at every place
+    unmixed     why images cannot be mixed in pairs (mixup, cutmix); empty: they can
     warmup      a stage of the student's in front of the distillation proper, and its places
     network     what is trained and delivered, made of the config, the student and the teacher; None: the student
     """
@@ -106,6 +107,7 @@ class DistillerRow(NamedTuple):
     needs_labels: bool = False
     needs_norms: bool = False
     needs_blocks: bool = False
+    unmixed: str = ""
     warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], StagePairs]] | None = None
     network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
@@ -118,10 +120,12 @@ _BUILTIN = {
     "nst": DistillerRow(NST, every_map),
     "rkd": DistillerRow(RKD, pooled),
     "pkt": DistillerRow(PKT, pooled),
-    "cc": DistillerRow(CC, pooled),
+    "cc": DistillerRow(CC, pooled, unmixed="compares neighbours in the batch, which may be of the same pair"),
     "vid": DistillerRow(VID, every_map),
-    "crd": DistillerRow(CRD, pooled, needs_labels=True),
-    "dkd": DistillerRow(None, nowhere, DKD),
+    "crd": DistillerRow(
+        CRD, pooled, needs_labels=True, unmixed="keeps one row per image, with images of other classes"
+    ),
+    "dkd": DistillerRow(None, nowhere, DKD, unmixed="sets the one class of the label apart from all others"),
     "dist": DistillerRow(None, nowhere, DIST),
     "ls": DistillerRow(None, nowhere, LS),
     "reviewkd": DistillerRow(ReviewKD, every_map_and_pooled),

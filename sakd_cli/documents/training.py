@@ -138,7 +138,8 @@ class LogEnd(Part):
 class Summary(Document):
     """`sakd pretrain-teacher --json`, `sakd distill --json`, and `summary.json` of a run (there, run is null).
 
-    last, best: the last epoch (the reported result) and the one that the validation set chose; seconds: of the main
+    last, best: the last epoch (the reported result) and the one that the validation set chose; trained: the last one's
+    weights as they were trained, where others are delivered (train.ema, train.batchnorm); seconds: of the main
     training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended;
     classes: where a run balances them;
     logs: where `metrics.jsonl` and the others ended.
@@ -159,6 +160,7 @@ class Summary(Document):
     torch: str
     last: EpochMetrics
     best: EpochMetrics
+    trained: EpochMetrics | None = None
     seconds: float
     phases: dict[Literal["train", "evaluate", "save", "other"], float]
     teacher: TrainingTeacher | None = None

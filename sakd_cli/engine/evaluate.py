@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli import distributed
+from sakd_cli.config.train import Metric
 from sakd_cli.engine.runtime import translate_oom
 
 FEWER = "sakd eval --batch-size {} should fit; in a training, free the device of other programs"
 
 
 class Scores(NamedTuple):
-    """top1, top5 in percent, loss: mean cross-entropy in nats; by class: images and top-1 in percent."""
+    """top1, top5 in percent, loss: mean cross-entropy in nats; by class: images, top-1 in percent, times answered."""
 
     images: int
     top1: float
@@ -22,6 +23,17 @@ class Scores(NamedTuple):
     loss: float
     images_of_class: tuple[int, ...]
     top1_of_class: tuple[float | None, ...]
+    answers_of_class: tuple[int, ...] = ()
+
+    def value(self, metric: Metric) -> float:
+        """A metric, the higher the better: in percent, or the loss with a minus; of classes that have images."""
+        if metric in ("top1", "nll"):
+            return self.top1 if metric == "top1" else -self.loss
+        rows = zip(self.top1_of_class, self.images_of_class, self.answers_of_class, strict=True)
+        there = [(recall, images, answers) for recall, images, answers in rows if recall is not None]
+        if metric == "balanced_accuracy":
+            return sum(recall for recall, *_ in there) / len(there)
+        return sum(2 * recall * images / (images + answers) for recall, images, answers in there) / len(there)
 
     def metrics(self) -> dict[str, Any]:
         """The three metrics that the logs hold."""
@@ -51,15 +63,18 @@ def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, toge
     """The same from (logits [N, classes] in fp32, labels [N]) batches; together: of every process."""
     sums = []
     for logits, labels in batches:
-        ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        first5 = logits.topk(min(5, classes), dim=1).indices
+        ranked = first5 == labels[:, None]
         # Added at an index, which CUDA can do deterministically; a histogram would read back the number of classes.
         counted = torch.stack([ranked[:, 0], torch.ones_like(labels)]).float()
-        by_class = counted.new_zeros(2, classes).index_add_(1, labels, counted)
+        by_class = counted.new_zeros(3, classes)
+        by_class[:2].index_add_(1, labels, counted)
+        by_class[2].index_add_(0, first5[:, 0], counted[1])
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums.append(torch.cat([by_class.flatten(), ranked.any(dim=1).sum()[None], loss[None]]))
-    own = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2 * classes + 2, dtype=torch.float64)
+    own = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(3 * classes + 2, dtype=torch.float64)
     *of_class, right5, loss_sum = (distributed.all_reduce_sum(own) if together else own).tolist()
-    hits, counts = of_class[:classes], of_class[classes:]
+    hits, counts, answers = (of_class[k * classes : (k + 1) * classes] for k in range(3))
     images_seen = sum(counts)
     return Scores(
         images=round(images_seen),
@@ -68,4 +83,5 @@ def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, toge
         loss=loss_sum / images_seen,
         images_of_class=tuple(round(count) for count in counts),
         top1_of_class=tuple(100.0 * hit / n if n else None for hit, n in zip(hits, counts, strict=True)),
+        answers_of_class=tuple(round(count) for count in answers),
     )

@@ -123,7 +123,7 @@ class Remembered(ABC):
                 k, number = map(int, place[1:].split("/"))
                 all_of_them[k].param_groups[number][what] = value
                 continue
-            if place not in known or (tensor.dim() == known[place][1].dim() and tensor.shape != known[place][1].shape):
+            if place not in known or not _fits(tensor, known[place][1]):
                 raise ValueError(f"memory of an unknown parameter: {name} {tuple(tensor.shape)}")
             optimizer, parameter = known[place]
             if tensor.dim() and tensor.shape == parameter.shape:
@@ -134,6 +134,12 @@ class Remembered(ABC):
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return list({id(optimizer): optimizer for optimizer, _ in self._places().values()}.values())
+
+
+def _fits(tensor: Tensor, parameter: nn.Parameter) -> bool:
+    """A number of the parameter, or one for each entry, row or column."""
+    sides = zip(tensor.shape, parameter.shape, strict=False)
+    return not tensor.dim() or (tensor.dim() == parameter.dim() and all(one in (1, side) for one, side in sides))
 
 
 def _as_tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -347,8 +353,9 @@ class BilevelOptimizer(Remembered):
         """What a captured update would hold for good; on CUDA the rate is read from the device."""
         return () if self._fused else self.rates
 
-    def step(self, loss: Tensor, gradient_hook: GradientHook | None = None) -> None:
-        """One update of the level whose turn it is, with the hook of `update`; the other one gets no gradient."""
+    def step(self, loss: Tensor | Iterator[Tensor], gradient_hook: GradientHook | None = None) -> None:
+        """One update of the level whose turn it is, with a hook as above; the other one gets no gradient."""
+        loss = loss if isinstance(loss, Tensor) else next(loss)
         turn = self.levels.upper_turn
         optimizer, group = (self.adam, self.upper) if turn else (self.sgd, self.lower)
         optimizer.zero_grad(set_to_none=True)

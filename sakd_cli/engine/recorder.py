@@ -1,8 +1,8 @@
 """What is counted on the device and read at times: spots of every sample, running means, numbers that go wrong."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -21,6 +21,22 @@ from sakd_cli.documents.spots import (
 from sakd_cli.engine.task import SpotUse, StepOutput
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.files import columns_digest
+
+
+class Rows(NamedTuple):
+    """The samples of a batch: labels [N], places [N]; of mixed ones those of both sources, and the first one's share."""
+
+    labels: Tensor
+    places: Tensor
+    ratio: Tensor | None = None
+    other_labels: Tensor | None = None
+    other_places: Tensor | None = None
+
+    def sources(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Labels, places and share of each source; None: it is all there is."""
+        yield self.labels, self.places, self.ratio
+        if self.ratio is not None and self.other_labels is not None and self.other_places is not None:
+            yield self.other_labels, self.other_places, 1 - self.ratio
 
 
 class SpotRecorder:
@@ -62,12 +78,15 @@ class SpotRecorder:
         self._event_names: tuple[str, ...] = ()
         self._events = torch.zeros(0, device=device)
 
-    def add(self, use: SpotUse, labels: Tensor, index: Tensor) -> None:
-        """Count one batch, of samples with these labels [N] and places [N]; in place, and nothing is read back."""
+    def add(self, use: SpotUse, rows: Rows) -> None:
+        """Count one batch; in place, and nothing is read back. A mixed sample counts for both its sources, by share."""
         of_samples, of_classes, of_spots, of_steps = self._tables
-        weight = functional.pad(use.weight.float(), (0, 0, 0, 1), value=1.0)  # a last row counts the samples themselves
-        of_classes.index_add_(1, labels, weight)
-        of_samples.index_add_(0, index, weight.T)
+        # A last row counts the samples themselves.
+        counted = functional.pad(use.weight.float(), (0, 0, 0, 1), value=1.0)
+        for labels, index, share in rows.sources():
+            weight = counted if share is None else counted * share.float()
+            of_classes.index_add_(1, labels, weight)
+            of_samples.index_add_(0, index, weight.T)
         empty = (use.weight == 0).all(dim=1)
         of_spots[0] += empty
         if use.probability is None:
@@ -186,9 +205,13 @@ class Meter:
             self._sums = {tuple(sums): torch.cat([values, values.new_tensor([samples])])}
 
 
-def top1(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers in percent, a scalar on the device."""
-    return (logits.argmax(dim=1) == labels).float().mean() * 100.0
+def top1(logits: Tensor, rows: Rows) -> Tensor:
+    """Share of right answers in percent, a scalar on the device; of mixed samples, the right one's share."""
+    answer, right = logits.argmax(dim=1), []
+    for labels, _, share in rows.sources():
+        hit = (answer == labels).float()
+        right.append(hit if share is None else hit * share)
+    return sum(right[1:], right[0]).mean() * 100.0
 
 
 LOWER = "a lower learning rate may help: --set train.lr=..."

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from sakd_cli import distributed
 from sakd_cli.batch import Loader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.checkpoint import Checkpoint
+from sakd_cli.engine.control import ESTIMATED, Control
 from sakd_cli.engine.evaluate import Scores, evaluate
 from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
@@ -68,7 +70,8 @@ class Trainer:
     task itself is all there is. A checkpoint is written after every epoch (a large one not after each), every
     `save_every` steps, and when the reporter asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its
     checkpoints are called; any but the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`.
-    With `graphs` its steps are captured there and replayed.
+    With `graphs` its steps are captured there and replayed. What is delivered, and evaluated, may be other weights than
+    those that are trained (`control`), which are then evaluated beside.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Trainer:
         recorder: SpotRecorder | None = None,
         phase: str = MAIN,
         graphs: Device | None = None,
+        control: Control | None = None,
     ) -> None:
         self.task, self.loader, self.optimizer = task, loader, optimizer
         self.run, self.reporter, self.output, self.recorder = run, reporter, output, recorder
@@ -97,16 +101,23 @@ class Trainer:
         self.epoch = 0  # epochs done: trained, evaluated, recorded
         self.best: dict[str, Any] = {}
         self.device = next(task.parameters()).device
-        step = TrainStep(task, optimizer, recorder)
+        self.control = control or Control()
+        step = TrainStep(task, optimizer, recorder, self.control.delivered)
         self.meter, self.guard = step.meter, step.guard
         self._stop_signal = distributed.AsyncMax()
         self._advance = step if graphs is None else GraphedStep(step, graphs, self._constants, self._refuse_graph)
+        if not optimizer.capturable:
+            self.guard.every_step = True
+            if graphs is not None:
+                self._refuse_graph("its optimizer counts on the host")
+                self._advance = step
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
         self._last_save = -math.inf, 0.0  # when it ended, and seconds that it took
 
     def _constants(self) -> Hashable:
-        return self.optimizer.constants(), self.task.constants
+        frozen = self.control.frozen
+        return self.optimizer.constants(), self.task.constants, frozen is not None and frozen.holds
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the time spent and, with an output, metrics of last and best epoch; or Stopped."""
@@ -118,6 +129,8 @@ class Trainer:
                 self._one_epoch(self.epoch + 1)
             if self.output is not None:
                 figures = self._final_metrics(self.output)
+                if self.control.delivered is not None:
+                    self.control.delivered.swap()  # for whatever comes after the training
         except Stopped as stopped:
             self._save()
             raise Stopped(stopped.signal, f"step {self.step} of {self.steps} is saved") from None
@@ -141,6 +154,8 @@ class Trainer:
 
     def _train(self, epoch: int) -> None:
         self.task.train()
+        if self.control.frozen is not None:
+            self.control.frozen.begin_epoch(epoch)
         self.task.begin_epoch(epoch)
         first = (epoch - 1) * self.loader.steps_per_epoch
         last = first + self.loader.steps_per_epoch
@@ -166,15 +181,30 @@ class Trainer:
         self._log_record({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self.optimizer.rates[0]} | means)
 
     def _evaluate_epoch(self, epoch: int, evaluation: EvaluationData) -> None:
+        record = {"phase": self.phase, "epoch": epoch, "split": evaluation.selected_on}
         with evaluation.networks():
-            scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
+            if (delivered := self.control.delivered) is not None:
+                beside = self._evaluate(self.task.network, evaluation, evaluation.validation)
+                self._log_record({"kind": "eval-trained"} | record | beside.metrics())
+                delivered.estimate(self._some_images())
+            with self._delivered():
+                scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
         if not math.isfinite(scores.loss):
             raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
-        self._log_record(
-            {"kind": "eval", "phase": self.phase, "epoch": epoch, "split": evaluation.selected_on} | scores.metrics()
-        )
-        if not self.best or scores.top1 > self.best["validation_top1"]:
-            self.best = {"epoch": epoch, "selected_on": evaluation.selected_on, "validation_top1": scores.top1}
+        metric, value = self.control.metric, scores.value(self.control.metric)
+        chosen_by = {} if metric == "top1" else {metric: abs(value)}
+        self._log_record({"kind": "eval"} | record | scores.metrics() | chosen_by)
+        if not self.best or value > self.best["value"]:
+            self.best = {"epoch": epoch, "selected_on": evaluation.selected_on, "metric": metric, "value": value}
+
+    def _delivered(self) -> AbstractContextManager[None]:
+        """Inside the network has the weights that are delivered."""
+        return nullcontext() if self.control.delivered is None else self.control.delivered.in_place()
+
+    def _some_images(self) -> Iterator[Tensor]:
+        """Those of the first batches of an epoch, as they are trained with."""
+        loader = getattr(self.loader, "loader", self.loader)  # nobody need look ahead for them
+        return (batch.images for batch in islice(loader.epoch(1), ESTIMATED))
 
     def _evaluate(
         self, network: nn.Module, evaluation: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]
@@ -216,9 +246,11 @@ class Trainer:
                 write_aside(self.run.path / f"samples{self.suffix}.safetensors", self.recorder.file())
             # At its end only: a step later these are no longer the weights that were evaluated.
             if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
-                checkpoint.write(self.folder / "best", save_model, {}, state, keep=False)
+                with self._delivered():
+                    checkpoint.write(self.folder / "best", save_model, {}, state, keep=False)
             if last:
-                checkpoint.write(self.folder / "last", save_model, tensors, state, keep=True)
+                with self._delivered():
+                    checkpoint.write(self.folder / "last", save_model, tensors, state, keep=True)
                 self._last_save = (end := time.perf_counter()), end - begin
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -226,6 +258,8 @@ class Trainer:
         own = "network." if self.output is not None else None
         state = self.task.state_dict().items()
         tensors = {f"task/{name}": tensor for name, tensor in state if own is None or not name.startswith(own)}
+        if (delivered := self.control.delivered) is not None:
+            tensors |= {f"trained/{name}": tensor.clone() for name, tensor in delivered.tensors().items()}
         tensors |= {f"momentum/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         tensors |= {f"meter/{name}": tensor for name, tensor in self.meter.state()[0].items()}
         if self.recorder is not None:
@@ -234,12 +268,15 @@ class Trainer:
 
     def resume(self, loaded: Checkpoint) -> None:
         """Go on from a checkpoint of the same run. Raises CheckpointError where it is that of another one."""
-        kinds = ("task", "momentum", "meter", "samples")
+        kinds = ("task", "momentum", "meter", "samples", "trained")
         saved = loaded.training.items()
         parts = {kind: {k.removeprefix(f"{kind}/"): v for k, v in saved if k.startswith(f"{kind}/")} for kind in kinds}
-        network = {f"network.{name}": tensor for name, tensor in (loaded.model or {}).items()}
-        state = loaded.state
+        state, delivered = loaded.state, self.control.delivered
+        trained = (parts["trained"] if delivered else loaded.model) or {}
+        network = {f"network.{name}": tensor for name, tensor in trained.items()}
         try:
+            if delivered is not None:
+                delivered.load(loaded.model or {})
             self.task.load_state_dict(parts["task"] | network)
             self.optimizer.load_tensors(parts["momentum"])
             if self.recorder is not None:
@@ -260,30 +297,37 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.epoch == self.epochs
+        """Whether nothing is left to train, or nothing has become better for so long that it ends."""
+        waited = self.epoch - self.best["epoch"] if self.best else 0
+        return self.epoch == self.epochs or (self.control.patience is not None and waited >= self.control.patience)
 
     def _final_metrics(self, output: TrainingOutput) -> dict[str, Any]:
         evaluation = output.evaluation
-        best = self.best or {"epoch": self.epochs, "selected_on": evaluation.selected_on}
+        best = self.best or {"epoch": self.epoch, "selected_on": evaluation.selected_on}
+        beside: dict[str, Any] = {}
         with self._timed("evaluate"):
-            last_scores = best_scores = self._evaluate(self.task.network, evaluation, evaluation.test)
-            if best["epoch"] != self.epochs:
+            if self.control.delivered is not None:
+                trained = self._evaluate(self.task.network, evaluation, evaluation.test)
+                beside = {"trained": {"epoch": self.epoch, "split": "test"} | trained.metrics()}
+            with self._delivered():
+                last_scores = best_scores = self._evaluate(self.task.network, evaluation, evaluation.test)
+            if best["epoch"] != self.epoch:
                 saved = checkpoint.read(self.folder / "best")
                 network = copy.deepcopy(self.task.network)
                 network.load_state_dict(saved.model or {})
                 best, best_scores = saved.state["best"], self._evaluate(network, evaluation, evaluation.test)
         measured = {"split": "test", "images": last_scores.images} | last_scores.metrics()
-        self._publish({"epoch": self.epochs} | measured)
-        return {
-            "last": {"epoch": self.epochs, "split": "test"} | last_scores.metrics(),
+        self._publish({"epoch": self.epoch} | measured)
+        return beside | {
+            "last": {"epoch": self.epoch, "split": "test"} | last_scores.metrics(),
             "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.metrics(),
             "top1_of_class": last_scores.top1_of_class,
         }
 
     def _publish(self, facts: dict[str, Any]) -> None:
         if self.output is not None and distributed.is_main_process():
-            self.output.writer.publish(self.run, facts)
+            with self._delivered():
+                self.output.writer.publish(self.run, facts)
 
     def _log_record(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)

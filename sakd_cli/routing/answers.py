@@ -41,6 +41,8 @@ class TeacherCorrect(AnswerRouter):
     stands in for the softened loss; here it has its weight for all samples, as under every router.
     """
 
+    unmixed = "asks whether the teacher's answer is the label"
+
     def weigh(self, answers: Answers) -> Tensor:
         return answers.teacher.argmax(dim=1) == answers.labels
 
@@ -85,6 +87,8 @@ class WSLD(AnswerRouter):
     Zhou, Song, Chen, Zhou, Wang, Yuan, Zhang, "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
     Tradeoff Perspective", ICLR 2021, for the softened logits; here at every spot.
     """
+
+    unmixed = "compares both networks on the one label"
 
     def weigh(self, answers: Answers) -> Tensor:
         student, teacher = (

@@ -154,6 +154,7 @@ def router_loss(
     factor = torch.where(raised, one * gamma, torch.where(lowered, one / gamma, one)).detach()
     missing = min_teacher_fraction * batch.size - distributed.all_reduce_sum_with_grad(gate[:, -1].sum(), batch)
     active = (missing > 0).detach()
+    penalty = F.relu(missing) if batch.part == 1 else F.relu(missing) / batch.part  # no mean: parts add up to it
     return RouterLoss(
-        factor * ce + F.relu(missing), routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))
+        factor * ce + penalty, routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))
     )

@@ -56,6 +56,8 @@ class Router(nn.Module, ABC):
     """Uniform numbers that the router needs per sample."""
     needs_answers: bool = False
     """Whether `forward` also gets the networks' `Answers`, as a fourth argument."""
+    unmixed: str = ""
+    """Why images cannot be mixed in pairs; empty: they can."""
     soft: bool = False
     """Whether gates lie between 0 and 1, so that a sample follows both networks."""
     agreement: bool = False

@@ -121,7 +121,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         start_from_branches(student, path, teacher)
     sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
     task = assemble(config, student, frozen, sides[0], images.train.labels, None, mode, sides[1], criterion)
-    require_possible(config, task.distillers)
+    require_possible(config, task.distillers, task.router)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None

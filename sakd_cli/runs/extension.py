@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ import torch
 
 from sakd_cli import distributed
 from sakd_cli.batch import Loader
-from sakd_cli.config.effective import router_train
-from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.loader import HeldOutLoader, TrainLoader
 from sakd_cli.documents.training import PlannedNetwork
 from sakd_cli.engine.graphs import Cuda
@@ -21,19 +19,10 @@ from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
-from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
-from sakd_cli.tasks.distill import ROUTER, DistillTask
-
-
-def optimizer_of(job: Job, task: Task) -> Optimizer:
-    """The optimizer of an ordinary training."""
-    train, config = job.config.train, job.config
-    if train.accumulate > 1 and distributed.world_size() > 1:
-        raise UsageError("train.accumulate: each process of torchrun has a part of the batch already", "more processes")
-    own = {ROUTER: router_train(config)} if isinstance(config, DistillConfig) else {}
-    return Optimizer(task.groups(), train, own=own)
+from sakd_cli.runs.recipe import control_of, optimizer_of
+from sakd_cli.tasks.distill import DistillTask
 
 
 def loader_of(job: Job) -> Loader:
@@ -46,7 +35,8 @@ def loader_of(job: Job) -> Loader:
         return train
     size = min(config.train.batch_size, len(held_out))
     whole = held_out.subset(torch.arange(len(held_out) // size * size))  # batches of one size
-    return HeldOutLoader(train, loader(whole, batch_size=size, noise_width=0))
+    plain = replace(job.images.dataset, mixing=None)
+    return HeldOutLoader(train, loader(whole, dataset=plain, batch_size=size, noise_width=0))
 
 
 @dataclass(frozen=True)
@@ -86,6 +76,7 @@ class TrainerFactory:
             recorder=recorder,
             phase=phase,
             graphs=Cuda(job.device) if job.mode.graphed else None,
+            control=None if output is None else control_of(job, task),
         )
 
 

@@ -13,6 +13,7 @@ from sakd_cli.config.routers import MetaConfig
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data import table as datasets
+from sakd_cli.data.augment import Mixing
 from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, limit_train
 from sakd_cli.data.files import Files
 from sakd_cli.data.fingerprint import Fingerprint
@@ -101,7 +102,8 @@ def load_images(
     there = {"train": train, "test": dataset.test, "held_out": held_out, "calibration": calibration}
     cut = {name: split for name, split in there.items() if split is not None}
     placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
-    dataset = replace(dataset, test=placed["test"], rates=_rates_of(config, len(dataset.classes)))
+    mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
+    dataset = replace(dataset, test=placed["test"], rates=_rates_of(config, len(dataset.classes)), mixing=mixing)
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
 

@@ -40,11 +40,11 @@ from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
 from sakd_cli.files import write_aside, write_document, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
-from sakd_cli.runs import build
+from sakd_cli.runs import build, recipe
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.images import Images
-from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots, warnings_of
+from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
 from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
 from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.own import note_own
@@ -81,6 +81,7 @@ class FolderWriter(MemberWriter):
 def run_extensions(job: Job) -> list[RunExtension]:
     """What this job has beside its main training, validated. Raises UsageError where something cannot be."""
     config, task = job.config, job.task
+    recipe.check(job)
     found: list[RunExtension] = []
     if isinstance(task, SftnTask):
         found.append(StudentBranches(task))
@@ -121,7 +122,7 @@ def try_one_batch(job: Job) -> Plan:
         steps_per_epoch=loader.steps_per_epoch,
         device=str(job.device),
         effective=effective_values(job),
-        warnings=warnings_of(job),
+        warnings=recipe.notes(job),
         **extra,
     )
 
@@ -269,12 +270,13 @@ def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
         epochs=job.config.train.epochs,
         images=len(job.images.train),
         skipped_images=job.images.dataset.skipped,
-        protocol=job.protocol,
+        protocol="; ".join([job.protocol, *recipe.deviations(job, main["last"]["epoch"])]),
         **job.cost._asdict(),
         device=str(job.device),
         torch=torch.__version__,
         last=EpochMetrics(**main["last"]),
         best=EpochMetrics(**main["best"]),
+        trained=EpochMetrics(**main["trained"]) if "trained" in main else None,
         seconds=main["seconds"],
         phases=main["phases"],
         classes=balance_of(job, main["top1_of_class"]),
@@ -359,7 +361,7 @@ class Launcher:
         notices = [describe_reading(job.images.train), *(extension.notice for extension in extensions)]
         for notice in filter(None, [f"protocol: {job.protocol}", *notices]):
             say(notice)
-        for note in warnings_of(job):
+        for note in recipe.notes(job):
             self.reporter.warn(note)
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")

@@ -1,12 +1,20 @@
 """What of a run's settings cannot be together: each is refused in one line, before anything is trained."""
 
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.distillers.table import Distillers
+from sakd_cli.distillers.table import DISTILLERS, Distillers
 from sakd_cli.errors import UsageError
+from sakd_cli.routing.router import Router
 
 
-def require_possible(config: DistillConfig, method: Distillers) -> None:
+def require_possible(config: DistillConfig, method: Distillers, router: Router) -> None:
     """Raise UsageError where a method cannot be had with what else is asked for."""
+    mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
+    reasons = {f"method {config.method.name}": DISTILLERS.row(config.method.name).unmixed}
+    reasons[f"router {config.router.name}"] = router.unmixed
+    reasons["teacher.cache"] = "has the answers for single images" if config.teacher.cache else ""
+    for what, why in reasons.items():
+        if mixed and why:
+            raise UsageError(f"data.{mixed[0]}: {what} {why}", f"--set data.{mixed[0]}=0; guide methods says which mix")
     name, memory = config.method.name, method.features is not None and method.features.scope == "memory"
     if config.data.balance is not None and memory:
         raise UsageError(

@@ -40,6 +40,9 @@ def class_weights(wanted: Any, labels: Tensor, classes: Sequence[str]) -> Tensor
 class Criterion(nn.Module):
     """sum_i w(y_i) l_i / sum_i w(y_i), w = 1 unless classes have weights; l = cross-entropy, or (1 - p_y)^g times it.
 
+    Of a mixed image, r of it of label y and the rest of label y': r w(y) l(y) + (1 - r) w(y') l(y') above and r w(y) +
+    (1 - r) w(y') below, which without weights is the cross-entropy with the mixed label. Labels may be smoothed.
+
     The focal factor is that of Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection", ICCV 2017,
     equation 4, for the softmax of several classes; as there it has a gradient. Weights as torch.nn.CrossEntropyLoss has
     them. Both sums are of the whole batch where several processes share it. Logits are [..., N, classes].
@@ -47,24 +50,42 @@ class Criterion(nn.Module):
 
     weights: Tensor | None
 
-    def __init__(self, weights: Tensor | None = None, *, focal: float = 0.0) -> None:
+    def __init__(self, weights: Tensor | None = None, *, focal: float = 0.0, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.focal = focal
+        self.focal, self.smoothing = focal, smoothing
         self.register_buffer("weights", weights, persistent=False)  # a setting, or known from the images
 
     @classmethod
     def of(cls, train: Train, labels: Tensor, classes: Sequence[str]) -> "Criterion":
         """As the settings say, for training images of these labels."""
-        return cls(class_weights(train.class_weights, labels, classes), focal=train.focal_gamma)
+        weights = class_weights(train.class_weights, labels, classes)
+        return cls(weights, focal=train.focal_gamma, smoothing=train.label_smoothing)
 
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         labels = batch.labels.expand(logits.shape[:-1])
-        if self.weights is None and not self.focal:
-            return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
-        each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+        if self.weights is None and not self.focal and batch.ratio is None:
+            return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=self.smoothing)
+        each, weight = self._each(logits, labels)
+        if batch.ratio is not None and batch.other_labels is not None:
+            others, weight_of_others = self._each(logits, batch.other_labels.expand(logits.shape[:-1]))
+            ratio = batch.ratio.to(each.dtype)
+            each = ratio * each + (1 - ratio) * others
+            if weight is not None and weight_of_others is not None:
+                weight = ratio * weight + (1 - ratio) * weight_of_others
+        return each.mean() if weight is None else each.mean() / distributed.all_reduce_mean(weight.mean(), batch)
+
+    def _each(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight times loss of every sample, and the weight."""
+        weights = None if self.weights is None else self.weights.to(logits.dtype)
+        each = F.cross_entropy(
+            logits.flatten(0, -2),
+            labels.flatten(),
+            None if self.focal else weights,
+            label_smoothing=self.smoothing,
+            reduction="none",
+        ).view(labels.shape)
+        weight = None if weights is None else weights[labels]
         if self.focal:
             each = (-torch.expm1(-each)).clamp(min=1e-12) ** self.focal * each
-        if self.weights is None:
-            return each.mean()
-        weight = self.weights.to(each.dtype)[labels]
-        return (weight * each).mean() / distributed.all_reduce_mean(weight.mean(), batch)
+            each = each if weight is None else weight * each
+        return each, weight

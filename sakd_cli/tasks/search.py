@@ -1,6 +1,7 @@
 """The search in front of a distillation by mixtures: which blocks of the teacher to mix, and how much of each."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, final
 
 import torch
@@ -47,6 +48,7 @@ def batches(
     wrap: Callable[[Loader], Loader] = lambda loader: loader,
 ) -> AlternatingLoader:
     """Those of the two levels in turn, from two parts of the training images; `wrap`: what is made of either part's."""
+    dataset = replace(dataset, mixing=None)
     upper, lower = (
         wrap(TrainLoader(half, dataset, batch_size=batch_size, seed=seed, noise_width=0, device=device))
         for half in split_in_halves(dataset, train, settings.search_split, seed)

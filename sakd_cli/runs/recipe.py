@@ -1,0 +1,148 @@
+"""How a job's networks are trained, from its section `train`: optimizer, what is frozen, what is delivered."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sakd_cli import distributed
+from sakd_cli.config.effective import router_train, steps_per_epoch
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.engine.control import Control, Delivered, Frozen
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.task import Task
+from sakd_cli.errors import UsageError
+from sakd_cli.models.staged import StagedModel
+from sakd_cli.runs.job import Job, warnings_of
+from sakd_cli.tasks.distill import ROUTER
+
+BLOCKS = ("Block", "Bottleneck", "EncoderLayer")  # ends of the class names of what a network has many of
+EMBEDDINGS = {"pos_embed", "pos_embedding", "cls_token", "class_token", "reg_token", "dist_token"}
+EMBEDDINGS |= {"relative_position_bias_table"}
+USUAL = 0.1  # momentum of BatchNorm
+REMAINS = 0.01  # share of the initial statistics above which running averages say too little of a network
+
+
+def optimizer_of(job: Job, task: Task) -> Optimizer:
+    """The optimizer of an ordinary training. Raises UsageError where it cannot be had."""
+    config, train = job.config, job.config.train
+    if train.accumulate > 1 and distributed.world_size() > 1:
+        raise UsageError("train.accumulate: under torchrun each process has a part of the batch", "more processes")
+    own = {ROUTER: router_train(config)} if isinstance(config, DistillConfig) else {}
+    scales = layer_scales(task.network, train.layer_decay) if train.layer_decay < 1 else {}
+    named = task.network.named_parameters()
+    embeddings = [parameter for name, parameter in named if name.rpartition(".")[2] in EMBEDDINGS]
+    return Optimizer(task.groups(), train, own=own, scales=scales, undecayed=embeddings)
+
+
+def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """decay^(L + 1 - l) for a parameter of layer l of L: blocks in order, 0 in front of them, L + 1 behind (the head).
+
+    As in the fine-tuning of BEiT (Bao et al., ICLR 2022) and in timm; blocks are known by the names of their classes,
+    and in a network without any a stage is one.
+    """
+    names: list[str] = []
+    for name, module in network.named_modules():
+        if type(module).__name__.endswith(BLOCKS) and not any(name.startswith(f"{other}.") for other in names):
+            names.append(name)
+    if len(names) < 2:
+        names = [name for name, _ in network.named_modules() if name.count(".") == 1 and name.startswith("stages.")]
+    found, behind = {}, 0
+    for name, parameter in network.named_parameters():
+        inside = next((k for k, block in enumerate(names, start=1) if name.startswith(f"{block}.")), None)
+        behind = max(behind, inside or 0)
+        layer = inside or (len(names) + 1 if behind == len(names) or name.startswith("head.") else behind)
+        found[parameter] = decay ** (len(names) + 1 - layer)
+    return found
+
+
+def control_of(job: Job, task: Task) -> Control:
+    """What steers an ordinary training. Raises UsageError where it cannot be had."""
+    train, network = job.config.train, task.network
+    if train.patience is not None and job.images.held_out is None:
+        raise UsageError("train.patience: there are no validation images to wait for", "--validation 0.1")
+    frozen = _frozen(network, train.freeze)
+    if frozen:
+        task.has_unused_parameters = True
+    if frozen and train.freeze_epochs is None and len(frozen) == len(_trained(network)):
+        raise UsageError("train.freeze: leaves nothing of the network to train", "--set train.freeze_epochs=N")
+    norms = train.batchnorm == "frozen"
+    re_estimate = train.batchnorm == "re-estimate" or bool(
+        train.batchnorm == "auto" and _forgets_too_late(job, network)
+    )
+    return Control(
+        train.metric,
+        train.patience,
+        Frozen(network, frozen, train.freeze_epochs, norms=norms) if frozen or norms else None,
+        Delivered(network, train.ema, re_estimate=re_estimate) if train.ema or re_estimate else None,
+    )
+
+
+def check(job: Job) -> None:
+    """Raise UsageError, before anything is trained, where the settings cannot be had."""
+    optimizer_of(job, job.task)
+    control_of(job, job.task)
+
+
+def notes(job: Job) -> list[str]:
+    """What is worth knowing before hours are spent, also of the recipe."""
+    train, steps, found = job.config.train, _steps(job), warnings_of(job)
+    if train.ema is not None and (over := 1 / (1 - train.ema)) > steps / 5:
+        found.append(
+            f"train.ema={train.ema:g} averages over about {over:,.0f} steps, of {steps:,} that this run has: what is "
+            f"delivered is close to the initial weights (--set train.ema={max(0.5, 1 - 10 / steps):.4g})"
+        )
+    if train.batchnorm == "auto" and (momentum := _forgets_too_late(job, job.task.network)):
+        found.append(
+            f"BatchNorm in {job.network.name} has momentum {momentum:g}, too little for a run of {steps:,} steps: its "
+            "statistics are re-estimated on training images for every evaluation (--set train.batchnorm=running: not)"
+        )
+    return found
+
+
+def deviations(job: Job, epoch: int) -> Iterator[str]:
+    """What the protocol of a run that ended with this epoch says of its recipe."""
+    train = job.config.train
+    if train.ema is not None:
+        yield "the running average of the weights is what is evaluated and delivered"
+    if epoch < train.epochs:
+        yield f"ended after epoch {epoch}: {train.patience} without a better {train.metric}"
+
+
+def _steps(job: Job) -> int:
+    return job.config.train.epochs * steps_per_epoch(len(job.images.train), job.config.train.batch_size)
+
+
+def _forgets_too_late(job: Job, network: nn.Module) -> float | None:
+    """Least momentum of a BatchNorm whose averages still hold much of their start when the run ends; None: of none."""
+    momenta = {module.momentum for module in network.modules() if isinstance(module, _BatchNorm)}
+    late = [one for one in momenta if one is not None and one < USUAL and (1 - one) ** _steps(job) > REMAINS]
+    return min(late, default=None)
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def _frozen(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Parameter]:
+    """Parameters by patterns of their names, of the names they have in their library, or of their stages."""
+    parts = (
+        {info.name: f"stages.{k}.*" for k, info in enumerate(network.infos)} if isinstance(network, StagedModel) else {}
+    )
+    parts |= {"head": "head.*"}
+    found: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        names = {name: parameter for name, parameter in _trained(network).items() if _matches(name, pattern, parts)}
+        if not names:
+            some = ", ".join(list(_trained(network))[:3])
+            raise UsageError(
+                f"train.freeze: {pattern!r} is no part of the network: {', '.join(parts)}, or a pattern of {some} ..."
+            )
+        found |= names
+    return list(found.values())
+
+
+def _matches(name: str, pattern: str, parts: dict[str, str]) -> bool:
+    pattern, own = parts.get(pattern, pattern), name.split(".", 2)[-1] if name.startswith("stages.") else name
+    return fnmatchcase(name, pattern) or fnmatchcase(own, pattern)
