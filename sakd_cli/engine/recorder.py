@@ -24,7 +24,7 @@ from sakd_cli.files import columns_digest
 
 
 class Rows(NamedTuple):
-    """The samples of a batch: labels [N], places [N]; of mixed ones those of both sources, and the first one's share."""
+    """The samples of a batch: labels [N], places [N]; of mixed ones those of both sources, and a share."""
 
     labels: Tensor
     places: Tensor
