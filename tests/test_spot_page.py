@@ -21,7 +21,7 @@ from sakd_cli.cli.app import run
 from sakd_cli.documents.spots import EpochRecord, SpotsDocument, TrackedImage
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
-from sakd_cli.report.render.charts import Heat, Lines, Series, drawn, shades, ticks
+from sakd_cli.report.render.charts import Heat, Lines, Series, drawn, shades, ticks, zoom
 from sakd_cli.report.render.html import Answer, Gallery, Opening, Picture, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
@@ -202,8 +202,14 @@ def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> 
     assert "<title>a &amp; b, epoch 3: 30.00 (top-1, %)</title>" in drawn(curve)
     assert drawn(curve).count('class="l" stroke-width') == 2, "a gap is no line"
     assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
-    heat = Heat("t", ["r"], ["c"], [[5.0]], 10.0, ("less", "more"), signed=True)
-    assert "<title>r, c: +5.0</title>" in drawn(heat)
+    close, far = ([Series("a", [1, 2], ys, 0)] for ys in ([96.5, 98.2], [60, 98]))
+    plainly, part = zoom(curve._replace(series=close))
+    assert (plainly.limits, part.limits, part.title) == ((0, 100), (95, 100), "t (zoom)")
+    assert "shows 95 to 100 only" in part.note
+    assert len(zoom(curve._replace(series=far))) == 1
+    heat = Heat("t", ["a name of which the end matters 17"], ["c"], [[5.0]], 10.0, ("less", "more"), signed=True)
+    assert "<title>a name of which the end matters 17, c: +5.0</title>" in drawn(heat)
+    assert "</title>a name of …matters 17</text>" in drawn(heat)
     assert [shades(heat, value)[1] for value in (-10, 0, 10)] == ["#fff", "#000", "#fff"]
 
 

@@ -20,6 +20,7 @@ KINDS = {"solid": "", "dashed": "7 4", "dotted": "1.5 3.5", "marks": ""}
 COLOURS = 6  # of `html.STYLE`, after Okabe and Ito
 PALE, MORE, LESS = (246, 247, 248), (0, 84, 148), (178, 71, 0)  # of cells: in the middle or none, and at both ends
 MOST_MARKED = 40  # points of a curve that have marks
+CLOSE = 15.0  # points within which curves are shown once more on a part of the axis
 
 
 class Series(NamedTuple):
@@ -54,6 +55,7 @@ class Heat(NamedTuple):
     most     the value with the strongest colour; of signed values also its negative
     ends     what the weakest (or most negative) and the strongest colour mean, with units
     numbers  whether they stand in the cells
+    means    what stands below the names of the columns
     width    of the drawing; a narrow one has no colour bar of its own
     """
 
@@ -67,6 +69,7 @@ class Heat(NamedTuple):
     numbers: bool = True
     note: str = ""
     width: int = WIDTH
+    means: Sequence[str] = ()
 
 
 Row = tuple[str, Sequence[Number], Sequence[Number]]  # name, value of each series, half length of its interval
@@ -83,6 +86,16 @@ class Bars(NamedTuple):
 
 
 Chart = Lines | Heat | Bars
+
+
+def zoom(chart: Lines) -> list[Chart]:
+    """The chart, and the same with a part of its axis where all curves lie within `CLOSE` of each other."""
+    known = [y for series in chart.series for y in series.y if y is not None]
+    if not known or max(known) - min(known) > CLOSE:
+        return [chart]
+    low, high = max(SHARE[0], floor(min(known)) - 1.0), min(SHARE[1], floor(max(known)) + 2.0)
+    note = f"Zoom: the upright axis shows {low:g} to {high:g} only. {chart.note}"
+    return [chart, chart._replace(title=f"{chart.title} (zoom)", limits=(low, high), note=note)]
 
 
 def text(value: str) -> str:
@@ -148,10 +161,13 @@ def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
 
 
 def _label(x: float, y: float, words: str, kind: str = "", room: float = 1e4) -> str:
-    """Text; what does not fit into `room` is shortened, and whole under the pointer."""
+    """Text; what does not fit into `room` loses its middle (names differ at their ends), and is whole on hover."""
     words = plain(words)
     fits = max(2, int(room / CHARACTER))
-    short = words if cell_len(words) <= fits else f"{chop_cells(words, fits - 1)[0]}…"
+    short = words
+    if cell_len(words) > fits:
+        ends = chop_cells(words, max(2, fits // 2)), chop_cells(words[::-1], max(2, (fits - 1) // 2))
+        short = f"{ends[0][0]}…{ends[1][0][::-1]}"
     whole = f"<title>{text(words)}</title>" if short != words else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{whole}{text(short)}</text>'
 
@@ -181,7 +197,8 @@ def _lines(chart: Lines) -> str:
     parts += [_label(at(x, low)[0], y0 + 15, f"{x:g}", "soft mid") for x in across]
     for k, series in enumerate(chart.series):
         # The first are the broadest, so that curves which coincide are all seen.
-        wide = 1.8 + 0.8 * (len(chart.series) - 1 - k) * (series.kind == "solid")
+        few = len(series.x) <= MOST_MARKED
+        wide = (1.8 if few else 1.2) + 0.8 * (len(chart.series) - 1 - k) * (few and series.kind == "solid")
         parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, min(wide, 5.0))}</g>')
     return _svg(WIDTH, HEIGHT, chart.title, parts)
 
@@ -222,8 +239,9 @@ def _heat(chart: Heat) -> str:
     needed = max([cell_len(plain(name)) for name in chart.columns], default=1) * CHARACTER + 4
     if not chart.numbers:  # a scale such as epochs: only as many names as there is room for
         step = max(1, -(-int(needed) // max(int(wide), 1)))
-    high, top = (LINE + 2 if chart.numbers else LINE - 2), 18
-    parts = []
+    high, top = (LINE + 2 if chart.numbers else LINE - 2), 32 if chart.means else 18
+    below = [_label(x0 + (k + 0.5) * wide, 26, mean, "soft mid") for k, mean in enumerate(chart.means)]
+    parts = below
     for k, name in enumerate(chart.columns):
         if k % step == 0:
             parts.append(_label(x0 + (k + 0.5) * wide, 12, name, "soft mid", step * wide - 2))

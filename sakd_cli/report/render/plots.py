@@ -133,7 +133,9 @@ def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
             ink = shades(chart, value or 0.0)[1]
             axes.text(x, y, number(chart, value), ha="center", va="center", fontsize=7, color=ink)
     step = -(-len(chart.columns) // 12)
-    axes.set_xticks(range(0, len(chart.columns), step), list(map(plain, chart.columns[::step])), fontsize=8)
+    means = chart.means or [""] * len(chart.columns)
+    heads = [f"{plain(name)}\n{mean}".strip() for name, mean in zip(chart.columns, means, strict=True)]
+    axes.set_xticks(range(0, len(chart.columns), step), heads[::step], fontsize=8)
     axes.set_yticks(range(len(chart.rows)), list(map(plain, chart.rows)), fontsize=7)
     figure.colorbar(image, ax=axes).set_label(f"{chart.ends[0]}  |  {chart.ends[1]}", size=8)
 

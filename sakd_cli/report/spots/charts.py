@@ -44,13 +44,17 @@ def class_chart(report: doc.SpotsDocument) -> Heat:
     measured = report.measured if report.measured and report.measured.classes else None
     cells = [percent(row.deviation) for row in shown]
     means = [spot.mean for spot in measured.spots] if measured else [spot.fraction for spot in report.overall]
-    heads = [f"{plain(s.name)} {fixed(100 * (mean or 0), 0)} %" for s, mean in zip(report.overall, means, strict=True)]
+    heads, mean_of = (
+        [plain(spot.name) for spot in report.overall],
+        [fixed(100 * (mean or 0), 0, " %") for mean in means],
+    )
     what = f"{WHAT[measured.value]} of {measured.split} images" if measured else "training samples distilled, %"
-    note = f"Points above or below the spot's mean, which stands above its column. {what[0].upper()}{what[1:]}."
+    note = f"Points above or below the spot's mean, which stands below its name. {what[0].upper()}{what[1:]}."
     note += "" if len(shown) == classes else f" {CLASSES_SHOWN} classes at each end of {classes}."
     most = max([1.0, *(abs(cell or 0) for row in cells for cell in row)])
     ends = ("less often than the mean", "more often than the mean")
-    return Heat("Classes by spot", [plain(row.name) for row in shown], heads, cells, most, ends, signed=True, note=note)
+    names = [plain(row.name) for row in shown]
+    return Heat("Classes by spot", names, heads, cells, most, ends, signed=True, note=note, means=mean_of)
 
 
 def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[list[doc.ClassDeviation], int]:
@@ -127,7 +131,8 @@ def history_charts(report: doc.SpotsDocument, history: History) -> list[Chart]:
     rows = [(plain(row.name), labels[row.name]) for row in shown if row.name in labels]
     epochs = thinned(history.epochs, EPOCHS_SHOWN)
     columns, charts = [whole(epoch.epoch) for epoch in epochs], list[Chart]()
-    note = f"{len(rows)} of {classes} classes: those most above and below the mean." if len(rows) < classes else ""
+    note = f"{len(rows)} of {classes} classes: those most above and below the mean. " if len(rows) < classes else ""
+    note += f"{len(epochs)} of {len(history.epochs)} epochs." if len(epochs) < len(history.epochs) else ""
     for k, spot in enumerate(report.overall if rows else ()):
         seen = [epoch.spots[k].by_class for epoch in epochs]
         cells = [percent(row[label] if label < len(row) else None for row in seen) for _, label in rows]

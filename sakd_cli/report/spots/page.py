@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.spots import ClassDeviation, ExtremeImage, Measured, SpotsDocument
-from sakd_cli.report.render.charts import Bars, Row
+from sakd_cli.report.render.charts import Bars, Lines, Row, zoom
 from sakd_cli.report.render.format import WHAT, deviation, fixed, fraction, named, whole
 from sakd_cli.report.render.html import Answer, Block, Gallery, Opening, Picture, Section, Tile, facts_of, page, png
 from sakd_cli.report.spots import charts
@@ -142,7 +142,8 @@ def spot_sections(report: SpotsDocument, seen: Seen) -> list[Section]:
     by_epoch, by_class = by_epoch[:1], by_epoch[1:]
     found, plotted = defaultdict[str, list[Block]](list), defaultdict[str, list[Block]](list)
     for name in () if report.saturated else charts.panels_of(report):
-        plotted[name] = list(charts.PANELS[name](report))
+        for chart in charts.PANELS[name](report):
+            plotted[name] += zoom(chart) if isinstance(chart, Lines) else [chart]
     if measured:
         found.update((name, list(sheets)) for name, sheets in survey_tables(measured, top=None, extremes=None).items())
     tracked = history.epochs[-1].tracked if history else []
