@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sakd_cli.batch import Batch
-from sakd_cli.errors import LostProcessError
+from sakd_cli.errors import LostProcessError, first_line
 from sakd_cli.torchrun import requested_world_size
 
 WAIT = timedelta(hours=1)  # while the main process decodes, writes or reports
@@ -58,7 +58,12 @@ def init_process_group(device: torch.device) -> None:
             torch.cuda.set_device(device)
         atexit.register(destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, own, count = next(rendezvous("env://", timeout=WAIT))
+        try:
+            store, own, count = next(rendezvous("env://", timeout=WAIT))
+        except (dist.DistError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            text = f"process {os.environ['RANK']}: the others were not found at {where}: {first_line(error)}"
+            raise LostProcessError(text) from None
         # After a restart by torchrun the store still holds the addresses of those that are gone.
         store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=TIMEOUT)

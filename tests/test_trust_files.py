@@ -13,8 +13,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, CliRunner
 
-from sakd_cli import files, runindex
+from sakd_cli import files, runindex, torchrun
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.errors import RunInUseError, SeriesError, UsageError
@@ -220,3 +221,27 @@ def test_a_process_of_torchrun_ends_when_that_is_killed(tmp_path: Path, deaf: bo
         begun = time.monotonic()
         assert launcher.stdout.read() == b"", "until the last that holds the pipe has ended"
         assert time.monotonic() - begun < 10
+
+
+TOGETHER = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def test_what_a_scheduler_sets_makes_no_command_silent(cli: CliRunner, teacher: Path) -> None:
+    assert cli.sakd("list", "routers", **TOGETHER).out
+    words = ["distill", "--teacher", str(teacher), "--student", "resnet8", *TINY, "-q"]
+    assert cli.sakd(*words, "--dry-run", **TOGETHER).out
+    assert cli.sakd("list", "routers", **TOGETHER, LOCAL_RANK="x").out == "", "torchrun's second process"
+    result = cli.sakd(*words, **TOGETHER)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: WORLD_SIZE=2 is set, but torchrun has not started this process\n")
+    for variables in ({"RANK": "7"}, {"RANK": "0", "MASTER_PORT": "99999"}, {"RANK": "0", "MASTER_PORT": "x"}):
+        assert cli.sakd(*words, **TOGETHER | variables, LOCAL_RANK="0").code == 2
+
+
+def test_of_processes_with_the_same_error_the_first_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TOGETHER.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (torchrun.tells("a", common=True), torchrun.tells("a", common=False)) == (False, True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
+    assert [torchrun.tells(message, common=True) for message in ("a", "a", "b")] == [True, False, True]

@@ -51,7 +51,7 @@ from sakd_cli.errors import (
     not_deterministic,
 )
 from sakd_cli.report.render.format import printable
-from sakd_cli.torchrun import is_console_process
+from sakd_cli.torchrun import tells
 
 EPILOG = (
     "Precedence of settings: option > environment (SAKD_EPOCHS ...) > --config file > --preset > default. "
@@ -155,9 +155,7 @@ def run(arguments: list[str]) -> int:
             complain("interrupted")
         return code
     except SakdError as error:
-        if is_console_process() or not isinstance(
-            error, UsageError | DataError | CheckpointError
-        ):  # every process finds those
+        if tells(error.message, common=isinstance(error, UsageError | DataError | CheckpointError)):
             complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
@@ -166,12 +164,13 @@ def run(arguments: list[str]) -> int:
         complain(f"{error.filename or 'file system'}: {error.strerror or error}")
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
     except Stopped as stopped:
-        complain(
-            f"{'interrupted' if stopped.exit_code == INTERRUPTED else 'terminated'}; {stopped.saved}", stopped.hint
-        )
+        how = "interrupted" if stopped.exit_code == INTERRUPTED else "terminated"
+        if tells(how, common=False):
+            complain(f"{how}; {stopped.saved}", stopped.hint)
         return stopped.exit_code
     except Terminated:
-        complain("terminated")
+        if tells("terminated", common=False):
+            complain("terminated")
         return TERMINATED
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors

@@ -35,6 +35,9 @@ class Image(NamedTuple):
         return self.sha256 or f"{self.file}:{self.bytes}"
 
 
+KINDS = (str, int, int, str)  # of its values
+
+
 class Fingerprint(NamedTuple):
     """The classes and, for each part (train, val, calibration, test), its images in their order."""
 
@@ -117,6 +120,10 @@ def read(folder: Path) -> Fingerprint | None:
         if content["format"] != FORMAT:
             raise ValueError
         parts = {str(name): tuple(Image(*row) for row in rows) for name, rows in content["parts"].items()}
+        values: list[tuple[Any, type]] = [(name, str) for name in content["classes"]]
+        values += [one for images in parts.values() for image in images for one in zip(image, KINDS, strict=True)]
+        if not all(isinstance(value, kind) for value, kind in values):
+            raise ValueError
         return Fingerprint(tuple(content["classes"]), parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: damaged") from None

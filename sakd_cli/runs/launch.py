@@ -333,6 +333,7 @@ class Launcher:
 
     def train(self, config: RunConfig, plan: ResumePlan, resume_command: str | None = None) -> Summary:
         """Train a config whose inputs are located, after its teacher where that is missing; its summary."""
+        torchrun.require_launcher()
         if isinstance(config, DistillConfig) and config.teacher.weights is None:
             with_teacher, images = self.pretrain(config)
             return self._launch(build.distillation(with_teacher, images=images), plan, resume_command)

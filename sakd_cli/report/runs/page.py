@@ -26,7 +26,7 @@ from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import curve_charts
 from sakd_cli.report.runs.tables import summary_table
 from sakd_cli.report.spots.charts import mixture_chart, spot_figure
-from sakd_cli.report.spots.log import RECORD, history, read_mixtures, spots_document
+from sakd_cli.report.spots.log import history, read_mixtures, spots_document
 from sakd_cli.report.spots.page import Seen, spot_opening, spot_sections
 from sakd_cli.report.spots.survey import read_survey
 from sakd_cli.report.spots.tables import mixture_table
@@ -98,8 +98,6 @@ def _curves(page: RunPage) -> None:
 
 
 def _spots(page: RunPage) -> None:
-    if not (page.run.path / RECORD).is_file():
-        return
     try:
         survey = read_survey(page.run)
         report = spots_document(page.run, survey)
