@@ -14,8 +14,10 @@ from sakd_cli.config.options import options_of
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig, PretrainConfig
 from sakd_cli.documents.sweep import PublishedPair, SweepRun
+from sakd_cli.errors import UsageError
 from sakd_cli.report.sweep.results import published_cell, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
+from sakd_cli.sweep.halving import halved
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))
 
@@ -170,6 +172,55 @@ def test_a_sweep_answers_the_three_questions_for_each_pair_and_method() -> None:
     assert "Yes: at auto always (t:s) over at never (t:s) +" in texts[0]
     assert "at auto adaptive (t:s) over at auto always (t:s)" in texts[1]
     assert "at auto adaptive (t:s) over at auto random-matched (t:s)" in texts[2]
+
+
+def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:
+    tried = {"lr": [0.05, 0.1], "router.tau": [1, 5], "method.power": [2]}
+    routers = ["adaptive", "random-matched", "never"]
+    settings = SweepConfig(pairs=["resnet20:resnet8"], methods=["at", "kd"], routers=routers, grid=tried)
+    made = {member.key: member for member in grid(settings).members if member.method}
+    varied = [f"train.lr={lr} router.tau={tau}" for lr in (0.05, 0.1) for tau in (1, 5)]
+    at = [f"at {one} method.power=2 {router}" for router in ("adaptive", "random-matched") for one in varied]
+    assert {key.partition(" resnet20")[0] for key in made if key.startswith("at") and "never" not in key} == set(at)
+    assert [key.partition(" resnet20")[0] for key in made if key.startswith("kd") and "never" in key] == [
+        "kd train.lr=0.05 never",
+        "kd train.lr=0.1 never",
+    ]
+    coins = made["kd train.lr=0.1 router.tau=5 random-matched resnet20:resnet8 seed 0"]
+    assert coins.matched == "kd train.lr=0.1 router.tau=5 adaptive resnet20:resnet8 seed 0"
+    router = made[coins.matched].config.model_dump()["router"]
+    assert (coins.config.train.lr, router["tau"]) == (0.1, 5)
+    assert made["kd train.lr=0.05 never resnet20:resnet8 seed 0"].config.train.lr == 0.05
+    for wrong, said in (({"seed": [1, 2]}, "seed has a field of its own: seeds"), ({"lr": []}, "values, each once")):
+        with pytest.raises(ValidationError, match=said):
+            SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid=wrong)
+    with pytest.raises(UsageError, match=r"at train\.lrr=1 adaptive resnet20:resnet8: .*train\.lrr"):
+        grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid={"train.lrr": [1]}))
+
+
+def test_successive_halving_trains_few_settings_to_the_end() -> None:
+    pytest.importorskip("optuna")
+    rates = [0.05, 0.03, 0.06, 0.02, 0.07, 0.01]
+    routers = ["adaptive", "random-matched"]
+    settings = SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], routers=routers, grid={"lr": rates}, seeds=2)
+    stages = [grid(settings, part=1 / 3 ** (2 - stage)).members for stage in range(2)]
+    assert [stage[-1].config.train.epochs for stage in stages] == [27, 80]
+    trained: list[tuple[int, float | None]] = []
+
+    def train(members: Any) -> dict[str, float]:
+        assert all(member.teacher in {one.key for one in members} for member in members if member.pair)
+        own = [member for member in members if member.pair]
+        trained.append((own[0].config.train.epochs, own[0].config.train.lr))
+        return {member.key: 100 * (member.config.train.lr or 0.0) for member in own}
+
+    out = halved(stages, 3, train)
+    assert [lr for epochs, lr in trained if epochs == 27] == rates
+    assert [lr for epochs, lr in trained if epochs == 80] == [0.05, 0.06, 0.07], "each was the best so far"
+    assert {cell for cell in out if "adaptive" in cell} == {
+        f"at train.lr={lr} adaptive resnet20:resnet8" for lr in (0.03, 0.02, 0.01)
+    }
+    assert out["at train.lr=0.02 adaptive resnet20:resnet8"] == "halving: top-1 2.00 % on validation after 27 epochs"
+    assert "at train.lr=0.02 random-matched resnet20:resnet8" in out
 
 
 def test_coins_are_of_the_router_that_selects_whichever_it_is() -> None:

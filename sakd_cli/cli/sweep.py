@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from rich.live import Live
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.grid import Grid, Role, grid
+from sakd_cli.config.grid import Grid, Member, Role, grid
 from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
@@ -28,6 +28,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
+from sakd_cli.sweep.halving import STAGES, cell_of, halved, require_optuna
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
 
@@ -64,13 +65,40 @@ def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | 
         return
     if options["retry_failed"]:
         scheduler.refresh(forgive=True)
+    if settings.halving:
+        skipped |= _halved(file, options, settings.halving, scheduler, reporter)
     _carry_out(scheduler, options, reporter)
     document = _document(name, scheduler, skipped)
     _printed(document, csv=csv, json=json, markdown=markdown)
     scheduler.check(f"--retry-failed tries them again; their messages: {scheduler.folder / 'jobs'}")
 
 
-def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, Grid]:
+def _halved(file: str, options: Values, factor: int, scheduler: Scheduler, reporter: ConsoleReporter) -> dict[str, str]:
+    """Cells of the grid that are left out after fewer epochs, with the reason."""
+    require_optuna()
+    whole = {key: entry.member for key, entry in scheduler.entries.items()}
+    stages = [
+        # Teachers are whole ones from the beginning.
+        [whole[one.key] if one.role is Role.teacher else one for one in short.members if one.key in whole]
+        for stage in range(STAGES)
+        for short in [understood(file, options, factor ** (stage - STAGES))[2]]
+    ]
+
+    def train(members: Sequence[Member]) -> dict[str, float]:
+        part = Scheduler(members, scheduler.index.runs_dir, scheduler.folder)
+        _carry_out(part, options, reporter)
+        runs = [sweep_run(entry) for entry in part.entries.values() if entry.member.role is Role.student]
+        return {run.key: run.validation_top1 for run in runs if run.validation_top1 is not None}
+
+    out = halved(stages, factor, train)
+    scheduler.leave_out([key for key, member in whole.items() if cell_of(member) in out])
+    reporter.say(
+        f"halving: {len(out)} of {len({cell_of(member) for member in whole.values() if member.pair})} settings are left out"
+    )
+    return out
+
+
+def understood(file: str, params: Mapping[str, Any], share: float = 1.0) -> tuple[str, SweepConfig, Grid]:
     """Name of the sweep, its settings and its runs. Raises UsageError where they do not go together."""
     path = Path(file).expanduser()
     if not path.exists() and path.stem in presets():
@@ -84,7 +112,7 @@ def understood(file: str, params: Mapping[str, Any]) -> tuple[str, SweepConfig, 
     assert isinstance(settings, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
     layers = config_sources({**given, "set_": params["set_"]})
-    return path.stem, settings, grid(settings, layers, params["budget"])
+    return path.stem, settings, grid(settings, layers, params["budget"], share)
 
 
 def _impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A sweep's config as single runs, in the order in which they can be made: teachers first, what matches rates last."""
 
+import json
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from itertools import product
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sakd_cli.config.identity import identity, is_plain
 from sakd_cli.config.method import AUTO
-from sakd_cli.config.methods import KDConfig
+from sakd_cli.config.methods import METHODS, KDConfig
 from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import SweepConfig, is_path
@@ -15,6 +16,7 @@ from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import UsageError
 
 LEARNED, KD = AdaptiveConfig().name, KDConfig().name
+Tried = tuple[tuple[str, Any], ...]
 CHOSEN = ("method", "router")  # sections whose settings depend on a name of the grid
 
 
@@ -30,6 +32,7 @@ class Member(NamedTuple):
     """One run of a sweep. `key` names it within the sweep; `teacher` and `matched` are keys of runs it waits for.
 
     dose     multiple of the method's weight, or auto; 1: its own
+    tried    values of the sweep's grid, by key
     teacher  whose network it learns from; None for what has no teacher, or takes one that is there already
     matched  whose rates its router repeats
     """
@@ -41,6 +44,7 @@ class Member(NamedTuple):
     teacher: str | None = None
     matched: str | None = None
     dose: str = "1"
+    tried: Tried = ()
 
     @property
     def needs(self) -> list[str]:
@@ -49,9 +53,9 @@ class Member(NamedTuple):
 
     @property
     def method(self) -> str | None:
-        """Name of its method, and its dose where that is not the method's own."""
+        """Name of its method, its dose where that is not the method's own, and what is tried."""
         name = flat(self.config.model_dump(mode="json")).get("method.name")
-        return None if name is None else _dosed(name, self.dose)
+        return None if name is None else _varied(name, self.dose, self.tried)
 
     @property
     def router(self) -> str | None:
@@ -72,17 +76,18 @@ class Grid(NamedTuple):
     skipped: dict[str, str]
 
 
-def grid(sweep: SweepConfig, given: Sequence[ConfigSource] = (), budget: str | None = None) -> Grid:
+def grid(sweep: SweepConfig, given: Sequence[ConfigSource] = (), budget: str | None = None, part: float = 1.0) -> Grid:
     """Every run, each behind those that it waits for; seed by seed, so that a first answer comes early.
 
     given   settings from the command line and the environment, stronger than those of the file
     budget  share of the epochs ("0.1", "10%") or a number of epochs for the students ("24"): every schedule is
             shortened in proportion
+    part    of that, once more (for successive halving)
 
     Raises UsageError, naming the run, for settings that exclude each other, unless those are to be skipped.
     """
     plan = _Plan(sweep, given)
-    share = _share(budget, plan.epochs) if budget else 1.0
+    share = part * (_share(budget, plan.epochs) if budget else 1.0)
     made = {member.key: member._replace(config=_shortened(member.config, share)) for member in plan.members()}
     return Grid(list(made.values()), plan.skipped)
 
@@ -118,7 +123,8 @@ class _Plan:
                 cells = [cell for cell in cells if cell[1] == "1" or cell[2] != PLAIN]  # no dose of nothing
                 if self.sweep.kd:
                     cells = list(dict.fromkeys([(KD, "1", CLASSICAL), *cells]))
-                students += filter(None, (self._student(pair, *cell, seed) for cell in cells))
+                varied = [(*cell, tried) for cell in cells for tried in self._tried(cell[0], cell[2])]
+                students += filter(None, (self._student(pair, *cell, seed) for cell in varied))
             names = dict.fromkeys(student for _, student in self.sweep.pairs) if self.sweep.baseline else ()
             yield from (self._baseline(name, seed, students) for name in names)
             yield from students
@@ -142,15 +148,23 @@ class _Plan:
         )
         return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above, *last])
 
-    def _student(self, pair: tuple[str, str], method: str, dose: str, router: str, seed: int) -> Member | None:
+    def _tried(self, method: str, router: str) -> list[Tried]:
+        """Every combination of the grid's values, of the settings that a cell of this method and router has."""
+        keys = [key for key in self.sweep.grid if _has(key, method, self._source(router) or router)]
+        return [tuple(zip(keys, values, strict=True)) for values in product(*(self.sweep.grid[key] for key in keys))]
+
+    def _student(
+        self, pair: tuple[str, str], method: str, dose: str, router: str, tried: Tried, seed: int
+    ) -> Member | None:
         label = ":".join(pair)
-        cell = f"{_dosed(method, dose)} {router} {label}"
+        cell = f"{_varied(method, dose, tried)} {router} {label}"
         named = ConfigSource("the grid", _pair(pair) | {"method": {"name": method}, "router": {"name": router}})
         # The more it says whom it is for, the stronger.
         mine = [key for key in self.sweep.overrides if set(key.split()) <= {label, method, router}]
         ranked = sorted(mine, key=lambda key: len(key.split()))
         per = [ConfigSource(f"overrides {key}", self.sweep.overrides[key]) for key in ranked]
-        last = ConfigSource("the grid", {"seed": seed})
+        own = {key: value for key, value in tried if _has(key, method, router)}
+        last = ConfigSource("grid", nested(own | {"seed": seed}))
         try:
             layers = [*self.below, named, *per, *self.above, last]
             config = _resolved(cell, "distill", layers)
@@ -166,18 +180,30 @@ class _Plan:
         teacher = None if there else f"teacher {pair[0]}"
         matched = None
         if ROUTERS[router] is RandomMatchedConfig and not config.router.run:
-            source = next((name for name in self.routers if ROUTERS[name].selects), None)
-            if source is None:
+            if (source := self._source(router)) is None:
                 raise UsageError(
                     f"routers: {router} matches the rates of {LEARNED}, or of another that selects: add it"
                 )
-            matched = f"{_dosed(method, dose)} {source} {label} seed {seed}"
-        return Member(f"{cell} seed {seed}", Role.student, config, pair, teacher, matched, dose)
+            matched = f"{_varied(method, dose, tried)} {source} {label} seed {seed}"
+        return Member(f"{cell} seed {seed}", Role.student, config, pair, teacher, matched, dose, tried)
+
+    def _source(self, router: str) -> str | None:
+        """Whose rates coins of this sweep have; None for what matches none."""
+        coins = ROUTERS[router] is RandomMatchedConfig
+        return next((name for name in self.routers if ROUTERS[name].selects), None) if coins else None
 
 
-def _dosed(method: str, dose: str) -> str:
-    """`fitnet`, `fitnet x10`, `fitnet auto`."""
-    return method if dose == "1" else f"{method} {dose}" if dose == AUTO else f"{method} x{dose}"
+def _has(key: str, method: str, router: str) -> bool:
+    """Whether a run of this method and router has the setting; what belongs to neither, all have."""
+    section, _, leaf = key.partition(".")
+    kind = {"method": METHODS[method], "router": ROUTERS[router]}.get(section)
+    return kind is None or leaf in kind.model_fields
+
+
+def _varied(method: str, dose: str, tried: Tried) -> str:
+    """`fitnet`, `fitnet x10`, `fitnet auto`, `fitnet train.lr=0.1`."""
+    doses = [] if dose == "1" else [dose if dose == AUTO else f"x{dose}"]
+    return " ".join([method, *doses, *(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in tried)])
 
 
 def _pair(pair: tuple[str, str]) -> dict[str, Any]:

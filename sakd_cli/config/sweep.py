@@ -10,6 +10,7 @@ from sakd_cli.config.base import Config, choose, read_by
 from sakd_cli.config.method import AUTO
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
+from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.errors import UsageError
 
@@ -55,6 +56,17 @@ def _as_texts(values: Any) -> Any:
     )
 
 
+def _tried(grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """Values by dotted key; an option's name stands for its key."""
+    keys = {OPTIONS[key].key if key in OPTIONS and OPTIONS[key].key else key: values for key, values in grid.items()}
+    for key, values in keys.items():
+        if key in FIELDS:
+            raise UsageError(f"grid: {key} has a field of its own: {FIELDS[key]}")
+        if not values or len({str(value) for value in values}) < len(values):
+            raise UsageError(f"grid: {key}: values, each once, are needed: [{', '.join(map(str, values))}]")
+    return keys
+
+
 def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
     """Multiples as they are written, each once."""
     for name in names:
@@ -69,6 +81,9 @@ def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
 
 Pair = Annotated[tuple[Annotated[str, read_by(_teacher)], NetworkName], BeforeValidator(_split)]
 Section = dict[str, Any]
+# What a sweep has a field for.
+FIELDS = {"seed": "seeds", "student": "pairs", "teacher.source": "pairs", "method.name": "methods", "method": "methods"}
+FIELDS |= {"router.name": "routers", "router": "routers", "task": "the command"}
 EMPTY: Section = {}
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -90,6 +105,10 @@ class SweepConfig(Config):
     """Routers, as in `sakd list routers`."""
     doses: Annotated[Names, BeforeValidator(_as_texts), read_by(_doses)] = ("1",)
     """Weights of the feature loss as multiples of the method's own, and auto, which balances it."""
+    grid: Annotated[dict[str, tuple[Any, ...]], read_by(_tried)] = EMPTY
+    """Values to try of any other settings, by dotted key or option: {lr: [0.05, 0.1], method.kl_weight: [1, 2]}."""
+    halving: Annotated[int, Field(ge=2)] | None = None
+    """Successive halving of grid and doses (Optuna): after 1/halving² and 1/halving of the run one in so many stays."""
     seeds: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = 1
     """Number of seeds, counted from the seed of common; or a list of seeds."""
     baseline: bool = False
