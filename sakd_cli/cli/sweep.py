@@ -92,9 +92,8 @@ def _halved(file: str, options: Values, factor: int, scheduler: Scheduler, repor
 
     out = halved(stages, factor, train)
     scheduler.leave_out([key for key, member in whole.items() if cell_of(member) in out])
-    reporter.say(
-        f"halving: {len(out)} of {len({cell_of(member) for member in whole.values() if member.pair})} settings are left out"
-    )
+    cells = {cell_of(member) for member in whole.values() if member.pair}
+    reporter.say(f"halving: {len(out)} of {len(cells)} settings are left out")
     return out
 
 
