@@ -34,6 +34,8 @@ def test_a_character_without_a_font_stands_as_its_number_in_a_png_and_as_text_in
         assert figure.axes[0].get_title() == "猫"
         with fonts.all_scripts(figure, "png"):
             shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+            figure.draw_without_rendering()
+            assert all(label.get_text() for label in figure.axes[0].get_xticklabels()), "numbers stay where they are"
     assert shown == ["U+732B ", *NAMES[1:]]
     assert ">猫<" in svg
     assert ">a$b$c^<" in svg

@@ -121,6 +121,13 @@ def drawn(chart: Chart) -> str:
     return f"<figure{small}><figcaption>{text(chart.title)}</figcaption>{legend}{drawing}{note}</figure>"
 
 
+def thickness(chart: Lines) -> list[float]:
+    """Of every curve: the first are the broadest, so that those that coincide are all seen; of many points thin."""
+    solid = [series.kind == "solid" and len(series.x) <= MOST_MARKED for series in chart.series]
+    above = [min(sum(solid[k + 1 :]), 4) if own else 0 for k, own in enumerate(solid)]
+    return [(1.8 if len(one.x) <= MOST_MARKED else 1.2) + n for one, n in zip(chart.series, above, strict=True)]
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers between two ends."""
     rough = max(high - low, 1e-9) / (most - 1)
@@ -195,11 +202,8 @@ def _lines(chart: Lines) -> str:
     across = ticks(left, right, 13 if right - left <= 12 else 9)
     across = [x for x in across if x == round(x) or right - left < 3]
     parts += [_label(at(x, low)[0], y0 + 15, f"{x:g}", "soft mid") for x in across]
-    for k, series in enumerate(chart.series):
-        # The first are the broadest, so that curves which coincide are all seen.
-        few = len(series.x) <= MOST_MARKED
-        wide = (1.8 if few else 1.2) + 0.8 * (len(chart.series) - 1 - k) * (few and series.kind == "solid")
-        parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, min(wide, 5.0))}</g>')
+    for series, wide in zip(chart.series, thickness(chart), strict=True):
+        parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, wide)}</g>')
     return _svg(WIDTH, HEIGHT, chart.title, parts)
 
 

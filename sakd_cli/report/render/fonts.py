@@ -52,12 +52,13 @@ def _quiet_search() -> Iterator[None]:
 @contextmanager
 def _spelled(figure: "Figure", texts: "Mapping[Text, str]", missing: frozenset[str]) -> Iterator[None]:
     """Inside, code points stand for these characters, also in the labels of axes, which are made anew when drawn."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
     def spelled(words: str) -> str:
         return "".join(f"U+{ord(c):04X} " if c in missing else c for c in words)
 
     axes = [axis for one in figure.axes for axis in (one.xaxis, one.yaxis)] if missing else []
+    axes = [axis for axis in axes if not isinstance(axis.get_major_formatter(), ScalarFormatter)]  # numbers
     formatters = [axis.get_major_formatter() for axis in axes]
     for axis, formatter in zip(axes, formatters, strict=True):
         axis.set_major_formatter(FuncFormatter(lambda x, place, old=formatter: spelled(old(x, place))))

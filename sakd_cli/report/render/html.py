@@ -121,9 +121,11 @@ g:hover>.h{stroke:var(--ink)}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th.t,td.t{text-align:left}
+td.t{white-space:normal;overflow-wrap:anywhere;min-width:6rem}
 thead th{position:sticky;top:0;background:var(--head);padding:0;z-index:2}
 th.t:first-child,td.t:first-child{position:sticky;left:0;z-index:1;white-space:normal;min-width:min(9rem,36vw)}
-td.t:first-child{background:var(--bg);overflow-wrap:anywhere}
+td.t:first-child{background:var(--bg)}
+td.bar{white-space:nowrap;color:var(--0);letter-spacing:-.5px}
 thead th.t:first-child{z-index:3}
 th button{all:unset;box-sizing:border-box;display:block;width:100%;padding:.35rem .6rem;cursor:pointer;font-weight:600}
 th button:focus-visible,.wide:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
@@ -233,7 +235,10 @@ def _image(picture: Picture) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    kinds = [' class="t"' if left else "" for left in sheet.are_text]
+    kinds = [
+        ' class="t bar"' if number and not header else ' class="t"' if left else ""
+        for number, (header, left) in enumerate(zip(sheet.headers, sheet.are_text, strict=True))
+    ]
     heads = "".join(
         f'<th scope="col"{kind}><button type="button">{text(header) or "&nbsp;"}</button></th>'
         for header, kind in zip(sheet.headers, kinds, strict=True)

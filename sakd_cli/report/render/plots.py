@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 from sakd_cli.documents.base import Number
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
-from sakd_cli.report.render.charts import LESS, MORE, PALE, Bars, Chart, Heat, Lines, frame, number, shades
+from sakd_cli.report.render.charts import (
+    LESS,
+    MORE,
+    MOST_MARKED,
+    PALE,
+    Bars,
+    Chart,
+    Heat,
+    Lines,
+    frame,
+    number,
+    shades,
+    thickness,
+)
 from sakd_cli.report.render.fonts import all_scripts
 from sakd_cli.report.render.format import plain
 
@@ -21,7 +34,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKS = "os^Dv<>p"
 FORMATS = (".png", ".svg")
 KINDS = {"solid": "-", "dashed": "--", "dotted": ":", "marks": ""}
-MOST_MARKED = 40
 INCHES = (5.2, 3.9)
 
 
@@ -71,13 +83,13 @@ def write(figure: "Figure", path: Path) -> None:
 
 def figure_of(charts: Sequence[Chart]) -> "Figure":
     """Charts in two columns; one alone is as tall as its rows need."""
-    columns, tall = min(len(charts), 2), INCHES[1] + 0.4 * (len(charts) > 1)
+    across, tall = min(len(charts), 2), INCHES[1] + 0.4 * (len(charts) > 1)
     for chart in charts:
         if not isinstance(chart, Lines):
             tall = max(tall, 1.8 + 0.17 * len(chart.rows))
     lines = -(-len(charts) // 2)
-    whole = new_figure(columns * INCHES[0], tall * lines)
-    parts = whole.subfigures(lines, columns, squeeze=False).flatten()
+    whole = new_figure(across * INCHES[0], tall * lines)
+    parts = whole.subfigures(lines, across, squeeze=False).flatten()
     for chart, part in zip(charts, parts, strict=False):
         axes = part.subplots()
         axes.set_title(plain(chart.title), fontsize=11, loc="left")
@@ -89,9 +101,8 @@ def figure_of(charts: Sequence[Chart]) -> "Figure":
             axes.spines[["top", "right"]].set_visible(False)
             handles, names = axes.get_legend_handles_labels()
             if len(names) > 1:
-                part.legend(
-                    handles, names, loc="outside upper left", ncols=min(len(names), 4), fontsize=9, frameon=False
-                )
+                columns = 4 if max(map(len, names)) < 12 else 2
+                part.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=9, frameon=False)
         if chart.note:
             part.supxlabel(fill(plain(chart.note), 84), fontsize=7, color="#57606a", x=0.01, ha="left")
     return whole
@@ -102,11 +113,11 @@ def _known(values: Sequence[Number]) -> list[float]:
 
 
 def _lines(chart: Lines, axes: Any) -> None:
-    for k, series in enumerate(chart.series):
+    for series, width in zip(chart.series, thickness(chart), strict=True):
         colour, label = COLOURS[series.colour % len(COLOURS)], plain(series.name) if series.name else "_further"
         marked = series.kind != "dotted" and len(series.x) <= MOST_MARKED
         style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "markersize": 4, "label": label}
-        style["linewidth"] = 1.5 + 0.8 * (len(chart.series) - 1 - k) * (series.kind == "solid")
+        style["linewidth"] = width
         axes.plot(series.x, _known(series.y), marker=MARKS[series.colour % len(MARKS)] if marked else None, **style)
         if series.band:
             axes.fill_between(series.x, *zip(*series.band, strict=True), color=colour, alpha=0.15)

@@ -157,6 +157,7 @@ def curve_charts(document: Comparison) -> list[Chart]:
                 if (curve := _by_epoch(document, k, of)) and (few or kind == "solid"):
                     band = [(min(values), max(values)) for values in curve.values()] if several else []
                     label = f"{plain(group.label)}: {name}" if few else plain(group.label)
+                    label = name if len(document.groups) == 1 else label
                     means = list(map(fmean, curve.values()))
                     series.append(Series(label, list(curve), means, k, "solid" if kind == "solid" else "dashed", band))
         if key == "top1" and (teacher := _teacher_top1(document)) is not None and series:

@@ -30,9 +30,9 @@ QUESTIONS = {
     "Class by epoch": "When in training did the classes part?",
     "By difficulty": "Are hard images distilled more often, or easy ones?",
     "By agreement": "Is it distilled where the networks agree, or where the student can still learn?",
-    "Paths": "Which ways through both networks are frequent, and which images take them?",
+    "Paths": "Which ways through both networks are frequent, and which images take them? S, T: the networks' answers.",
     "One image": "What happened to a single image, epoch by epoch?",
-    "Extremes": "Which images are distilled most, and which least?",
+    "Extremes": "Which images are distilled most, and which least? S, T: the answers of student and teacher.",
     "Reliability": "How far can the answers' confidence be trusted?",
     "The routed network": "How good is the network that is made of both?",
 }
