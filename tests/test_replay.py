@@ -161,6 +161,13 @@ def test_every_method_under_every_other_router(method: str, router: str, tmp_pat
     assert read == ["item", "tolist"] * 2
 
 
+def test_a_hint_that_starts_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter has no gradient before, and no momentum then, unlike the others' parameters."""
+    monkeypatch.setitem(SETTINGS, "scheduled", {"router.start": [0.5, 0.0], "router.stop": [1.0]})
+    device, _ = assert_equal_when_replayed(partial(task_of, "fitnet", "scheduled"), tmp_path)
+    assert len(device.tapes) == 2
+
+
 @pytest.mark.parametrize("method", ["fitnet", "kdsvd", "crd", "simkd"])
 def test_steps_in_bf16(method: str, tmp_path: Path) -> None:
     """As on a GPU by default: weights are converted within the step."""

@@ -154,15 +154,18 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
     there = [given.images, given.labels, given.index, given.noise, *task.state_dict().values()]
     if isinstance(task, DistillTask) and isinstance(task.teacher_features, PlainPass):
         there += task.teacher_features.network.state_dict().values()
-    counted = count(call, there)
+    cuda, counts = Cuda(setup.device) if mode.graphed else None, list[Count]()
+    counting: Callable[[], None] = lambda: counts.append(count(call, there))  # noqa: E731
+    # Where a parameter was first used autograd accumulates its gradients: on the stream that is captured later.
+    counting() if cuda is None else cuda.warm_up(counting)
     if mode.compiled:
         compile_task(task, _refused)
     if isinstance(task, DistillTask) and mode.ahead > 1:
         look = compiled(task.precompute, _refused) if mode.compiled else task.precompute
         batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
-    if mode.graphed:
-        advance = GraphedStep(step, Cuda(setup.device), tuple, _refused)
-    return Step(name, about, call, counted)
+    if cuda is not None:
+        advance = GraphedStep(step, cuda, tuple, _refused)
+    return Step(name, about, call, counts[0])
 
 
 def _refused(reason: str) -> None:
