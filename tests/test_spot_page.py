@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import re
 import shutil
 import sys
@@ -25,9 +26,10 @@ from sakd_cli.report.render.charts import Heat, Lines, Series, drawn, shades, ti
 from sakd_cli.report.render.html import Answer, Gallery, Opening, Picture, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
-from sakd_cli.report.spots.log import History
+from sakd_cli.report.spots.log import History, history
 from sakd_cli.report.spots.page import Seen, spot_page
 from sakd_cli.report.spots.survey import measure
+from sakd_cli.rundir import RunDir
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
 PIXELS = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
@@ -183,6 +185,22 @@ def test_a_saturated_router_is_one_sentence_there_too() -> None:
     assert "decides the same for every image" in spot_page(document(measured=same), Seen({}))
 
 
+def test_images_of_another_survey_are_not_taken_for_the_tracked_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: distill\n")
+    records = [epoch.plain() for epoch in a_history().epochs]
+    lines = "".join(json.dumps(record) + "\n" for record in [records[0] | {"tracked": []}, *records[1:]])
+    (tmp_path / "spots.jsonl").write_text(lines)
+    other, own = (history(RunDir(tmp_path), survey(source=source)) for source in ("live", "survey"))
+    assert (other.labels, own.labels) == ({}, {11: "class 0"})
+    page = spot_page(document(measured=None), Seen({11: PIXELS}, other))
+    assert "image 11" in page
+    assert 'alt="image 11' not in page
+    chart = charts.route_chart(document(), own, 11)
+    assert (list(chart.columns), chart.cells) == (["2", "3"], [[50, None], [100, None]]), (
+        "from the first epoch on record"
+    )
+
+
 def test_the_complement_of_the_highest_is_distilled_least() -> None:
     other = measure(survey(header=header(complement=True)), SPOTS, sample=False, seed=0, extremes=2)
     first = spot_page(document(measured=other), Seen({10: PIXELS, 11: PIXELS})).partition("<nav>")[0]
@@ -225,7 +243,7 @@ def test_the_page_shows_the_extreme_images() -> None:
 
 def test_a_page_of_any_sections() -> None:
     blocks = [Sheet("T", ["a"], [["1"]], ["note"], text=0), Gallery("G", [])]
-    blocks.append(Gallery("H", [Tile(Picture(b"y", "png", "tile"), ["one", "two"])]))
+    blocks.append(Gallery("H", [Tile(Picture(b"y", "tile"), ["one", "two"])]))
     opening = Opening([Answer("why?", ["so"])], blocks[:1])
     reader = Reader(html.page("title", [("fact", "value")], [Section("section", blocks, "what?")], opening))
     for word in ("title", "fact", "value", "section", "note", "T", "G", "one", "two", "why?", "so", "what?"):

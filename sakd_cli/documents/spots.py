@@ -65,8 +65,9 @@ class EpochRecord(EpochSteps):
 
     @model_validator(mode="after")
     def _complete(self) -> "EpochRecord":
-        if len(self.empty_selection) != len(self.spots):
-            raise ValueError("empty_selection has another number of spots")
+        lengths = {len(self.empty_selection), *(len(image.distilled) for image in self.tracked)}
+        if lengths != {len(self.spots)}:
+            raise ValueError("empty_selection or tracked has another number of spots")
         return self
 
 

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
-    """An image file's bytes and type (`svg+xml`, `png`), and its alternative text."""
+    """A PNG file's bytes, and its alternative text."""
 
     content: bytes
-    kind: str
     alt: str
 
 
@@ -231,7 +230,7 @@ def _tile(tile: Tile) -> str:
 
 def _image(picture: Picture) -> str:
     data = base64.b64encode(picture.content).decode()
-    return f'<img alt="{text(picture.alt)}" src="data:image/{picture.kind};base64,{data}">'
+    return f'<img alt="{text(picture.alt)}" src="data:image/png;base64,{data}">'
 
 
 def _table(sheet: Sheet) -> str:

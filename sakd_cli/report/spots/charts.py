@@ -145,9 +145,9 @@ def history_charts(report: doc.SpotsDocument, history: History) -> list[Chart]:
 
 def route_chart(report: doc.SpotsDocument, history: History, index: int) -> Heat:
     """One training image: at which spots it was distilled, in the epochs that are shown."""
-    found = [next(image for image in epoch.tracked if image.index == index) for epoch in history.epochs]
+    found = [(epoch, image) for epoch in history.epochs for image in epoch.tracked if image.index == index]
     none = doc.TrackedImage(index=index, visits=0, distilled=[0.0] * len(report.overall))
-    steps = list(zip(history.epochs, [none, *found], found, strict=False))
+    steps = [(epoch, old, now) for (epoch, now), (_, old) in zip(found, [(None, none), *found], strict=False)]
     shown = thinned(steps, EPOCHS_SHOWN)
     cells: list[list[Number]] = [
         [

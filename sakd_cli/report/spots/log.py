@@ -102,12 +102,13 @@ class History(NamedTuple):
 
 
 def history(run: RunDir, survey: Survey | None) -> History:
-    """What a page shows of every epoch; raises as `spots_document`."""
+    """What a page shows of every epoch, with the classes by the run's own survey; raises as `spots_document`."""
     epochs, classes = epoch_records(run), _class_names(run)
     if not classes:
         classes = [f"class {label}" for label in range(max(len(spot.by_class) for spot in epochs[-1].spots))]
-    known = survey.answers.get("label") if survey else None
-    found = {} if known is None or survey is None else dict(zip(survey.index.tolist(), known.tolist(), strict=True))
+    found = dict[int, int]()
+    if survey and survey.source == "survey":  # a live one may be of other images with the same numbers
+        found = dict(zip(survey.index.tolist(), survey.answers["label"].tolist(), strict=True))
     tracked = [image.index for image in epochs[-1].tracked]
     labels = {index: classes[found[index]] for index in tracked if found.get(index, len(classes)) < len(classes)}
     return History(epochs, classes, labels)

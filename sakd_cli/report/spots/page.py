@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sakd_cli.config.routers import selects
 from sakd_cli.documents.spots import ClassDeviation, ExtremeImage, Measured, SpotsDocument
 from sakd_cli.report.render.charts import Bars, Lines, Row, zoom
 from sakd_cli.report.render.format import WHAT, deviation, fixed, fraction, named, whole
@@ -23,6 +24,7 @@ COINS, LITTLE = 0.01, 0.1  # of the decisions' variance: explained by the image,
 CONTROLS = (
     "Not known from this run alone. Train what a claim needs: sakd distill ... --with-control, then sakd compare."
 )
+NOT_ROUTED = "Nothing was routed: this router does not decide by the image."
 QUESTIONS = {
     "In training": "At which spots was the student distilled, and how did that change with the epochs?",
     "The trained router": "What does the router want at the end, and how much do its wishes differ between images?",
@@ -64,7 +66,7 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> Opening:
         Answer("Which spot was used most?", [_most_used(report)]),
         Answer("For which classes?", [_which_classes(report)]),
         Answer("Does it choose, or toss coins?", [_more_than_coins(report)]),
-        Answer("Did routing help?", seen.helped or [CONTROLS]),
+        Answer("Did routing help?", seen.helped or [CONTROLS if selects(report.router or "") else NOT_ROUTED]),
     ]
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
     note = f"All {whole(report.epochs)} epochs."
@@ -191,9 +193,9 @@ def _routes(report: SpotsDocument, history: History, images: "Images") -> list[B
     """A tile for each tracked image: the picture, and its spots by epoch."""
     tiles = []
     for image in history.epochs[-1].tracked:
-        name = history.labels.get(image.index, "")
-        pixels = images.get(image.index)
-        picture = None if pixels is None else Picture(png(pixels), "png", f"image {image.index}: {name}")
+        name = history.labels.get(image.index)
+        pixels = images.get(image.index) if name else None
+        picture = None if pixels is None else Picture(png(pixels), f"image {image.index}: {name}")
         tiles.append(Tile(picture, [f"image {image.index}"], charts.route_chart(report, history, image.index)))
     return [Gallery("Evenly spaced training images, spots by epoch. Dark: distilled; pale: not", tiles)]
 
@@ -206,5 +208,5 @@ def _tiles(rows: Sequence[ExtremeImage], images: "Images", *, short: bool = Fals
             lines = [f"{fraction(row.value)} %", *names, f"loss {fixed(row.student_loss, 2)}"]
             lines += [] if row.file is None else [named(row.file)]
             lines = [f"{names[0]}", f"{fraction(row.value)} %"] if short else lines
-            tiles.append(Tile(Picture(png(images[row.index]), "png", f"image {row.index}: {names[0]}"), lines))
+            tiles.append(Tile(Picture(png(images[row.index]), f"image {row.index}: {names[0]}"), lines))
     return tiles
