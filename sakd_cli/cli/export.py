@@ -8,6 +8,7 @@ import typer
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import config_sources
+from sakd_cli.errors import UsageError
 from sakd_cli.runs.locate import runs_dir_of, target_or_newest
 
 Target = Annotated[
@@ -24,7 +25,7 @@ def export(options: Values, json: bool, quiet: bool, target: Target = None) -> N
 
     Examples:
 
-        sakd export --format onnx
+        sakd export --format onnx --int8
 
         sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
     """
@@ -33,17 +34,33 @@ def export(options: Values, json: bool, quiet: bool, target: Target = None) -> N
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out
 
-    order = Order(*(options[name] for name in ("format", "export_dir", "replace", "normalisation", "opset")))
+    if options["fp16"] and options["int8"]:
+        raise UsageError("--fp16 and --int8 exclude each other")
+    order = Order(
+        form=options["format"],
+        out=options["export_dir"],
+        overwrite=options["replace"],
+        normalise=options["normalisation"],
+        opset=options["opset"],
+        precision="fp16" if options["fp16"] else "int8" if options["int8"] else "fp32",
+        max_drop=options["max_drop"],
+        images=options["score_images"],
+    )
     document = carry_out(where, order, sources, ConsoleReporter(quiet=quiet))
     if json:
         emit(document)
         return
-    check, latency = document.check, document.latency
+    check, accuracy, latency = document.check, document.accuracy, document.latency
     show(
-        f"{document.network} as {document.format}: {document.bytes / 1e6:.2f} MB, logits within "
-        f"{check.difference:.1g} on {check.images} images{'' if check.real else ' of noise'}"
+        f"{document.network} as {document.format}, {document.precision}: {document.bytes / 1e6:.2f} MB (in PyTorch "
+        f"{document.network_bytes / 1e6:.2f}), logits within {check.difference:.1g} on {check.images} images"
+        f"{'' if check.real else ' of noise'}"
     )
+    if accuracy is not None:
+        show(f"top-1 on {accuracy.images} images: {accuracy.after:.2f} %, in PyTorch {accuracy.before:.2f} %")
     if latency is not None:
         file, network = latency.file.median, latency.network.median
         show(f"one image on this CPU: {file:.2f} ms, in PyTorch {network:.2f} ms")
+        many, own = latency.file_throughput, latency.network_throughput
+        show(f"in batches of {many.batch}: {many.median:.0f} images a second, in PyTorch {own.median:.0f}")
     show(f"folder: {document.folder} (README.md says how to load it)")

@@ -129,7 +129,7 @@ class Report(Document):
 class Check(Part):
     """The file's outputs beside the network's. difference: largest of a logit; agreement: % of the same answers.
 
-    real: on test images of its data set; otherwise on noise, as the data set was not at hand
+    real: on pictures, test images or those of a folder that was named; otherwise on noise, as none were at hand
     """
 
     images: int
@@ -139,27 +139,45 @@ class Check(Part):
 
 
 class Latency(Part):
-    """Milliseconds for one image on the CPU: of the network in PyTorch and of the file."""
+    """On the CPU, of the network in PyTorch and of the file: milliseconds for one image, and images a second of 32."""
 
     threads: int
     network: Quartiles
     file: Quartiles
+    network_throughput: Quartiles
+    file_throughput: Quartiles
+
+
+class Accuracy(Part):
+    """Top-1 in percent on the same images: of the network in PyTorch and of the file."""
+
+    images: int
+    before: float
+    after: float
 
 
 class Export(Document):
-    """`sakd export RUN --json`. input: pixels (between 0 and 1) or normalised (by mean and std)."""
+    """`sakd export RUN --json`. input: pixels (between 0 and 1) or normalised (by mean and std).
 
-    schema_: Literal["sakd.export/2"] = "sakd.export/2"
+    bytes: of all files of the network; network_bytes: of its tensors in PyTorch; accuracy: null where no labelled
+    images were at hand; calibration: images that int8 was fitted on
+    """
+
+    schema_: Literal["sakd.export/3"] = "sakd.export/3"
     folder: str
     format: str
+    precision: Literal["fp32", "fp16", "int8"]
     file: str
     bytes: int
+    network_bytes: int
     sha256: str
     network: str
     dataset: str
     classes: int
     input: Literal["pixels", "normalised"]
+    calibration: int
     check: Check
+    accuracy: Accuracy | None
     latency: Latency | None
 
 

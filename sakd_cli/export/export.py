@@ -1,26 +1,28 @@
 """Write a trained network for programs that do not have sakd, and check what was written before anyone uses it."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.preprocessing import height_width, shown
+from sakd_cli.config.preprocessing import shown
 from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.config.training import EvalConfig
-from sakd_cli.data.loader import EvalLoader
-from sakd_cli.documents.table import Check, Export, Latency
+from sakd_cli.documents.table import Accuracy, Check, Export, Latency
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.errors import CheckpointError, DataError, UsageError
+from sakd_cli.errors import CheckpointError, UsageError
 from sakd_cli.evaluation.speed import speed
-from sakd_cli.export.formats import FORMS, Form, FromPixels, Function
+from sakd_cli.export.formats import FORMS, Form, FromPixels, Function, Precision, Writing
+from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
+from sakd_cli.export.quantise import COUNT
 from sakd_cli.files import read_json, sha256, whole_folder, write_aside, write_json
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.images import load_images
 from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
 from sakd_cli.runs.scored import config_of
 
@@ -38,6 +40,10 @@ class Exportable(NamedTuple):
     facts: dict[str, Any]
     run: RunDir | None
 
+    def base(self, target: Path) -> Path:
+        """The folder that exports of what a path means are written into."""
+        return self.run.path if self.run else target if target.is_dir() else target.parent
+
 
 class Order(NamedTuple):
     """How it is to be exported.
@@ -46,6 +52,9 @@ class Order(NamedTuple):
     overwrite   an export that is there goes first
     normalise   whether the file takes pixel values between 0 and 1 and normalises them itself, if its form can
     opset       of ONNX; None: the exporter's own
+    precision   of its numbers; int8 is calibrated on training images
+    max_drop    points of top-1 that the file may be worse than the network
+    images      how many test images both are scored on at most
     """
 
     form: str
@@ -53,41 +62,63 @@ class Order(NamedTuple):
     overwrite: bool = False
     normalise: bool = True
     opset: int | None = None
+    precision: Precision = "fp32"
+    max_drop: float = 1.0
+    images: int = 2000
+
+    @property
+    def reduced(self) -> bool:
+        """Whether its numbers are shorter than the network's."""
+        return self.precision != "fp32"
 
 
 def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Reporter) -> Export:
     """Write the folder.
 
-    Raises UsageError where it exists, a package is missing, the network does not fit the form, or the file's outputs
-    differ from the network's by more than 1e-4 (then nothing is left).
+    Raises UsageError where it exists, a package is missing, the network does not fit the form, the outputs of a file in
+    fp32 differ from the network's by more than 1e-4, or its top-1 is lower by more than `max_drop` (nothing is left).
     """
     form = FORMS[order.form]
     form.check()
+    if order.precision == "int8" and not form.int8:
+        fit = ", ".join(name for name, one in FORMS.items() if one.int8)
+        raise UsageError(f"--int8: {order.form} has no 8-bit form", f"--format {fit}")
     found = _found(target, reporter)
-    base = found.run.path if found.run else target if target.is_dir() else target.parent
-    folder = order.out or base / f"export-{order.form}"
+    folder = order.out or found.base(target) / "-".join(["export", order.form, order.precision][: 2 + order.reduced])
     _check_place(folder, order.overwrite)
     config = config_of(found.card, [*settings_of(found.run), *layers], reporter)
+    pictures = pictures_of(target, found.run, found.card, config, layers, reporter)
     inside = order.normalise and form.inside
-    images, real = _images(found.card, config, reporter)
     network = FromPixels(found.network, found.card.mean, found.card.std).eval() if inside else found.network
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (found.card.mean, found.card.std))
-    given = images if inside else (images - mean) / std
-    reporter.say(f"exporting {found.card.architecture} as {order.form}")
+
+    def given(pixels: Tensor) -> Tensor:
+        return pixels if inside else (pixels - mean) / std
+
+    calibration: list[Tensor] = []
+    if order.precision == "int8":
+        source = calibration_images(found.run, found.card, config, pictures, reporter)
+        calibration = [given(pixels) for pixels, _ in source.batches(COUNT)]
+    reporter.say(f"exporting {found.card.architecture} as {order.form}, {order.precision}")
     with whole_folder(folder) as aside:
-        form.write(network, given[:2].clone(), found.card, aside, order.opset)
+        first = given(pictures.first(IMAGES))
+        form.write(network, first[:2].clone(), found.card, aside, Writing(order.opset, order.precision, calibration))
         opened = form.opened(found.card, aside)
         document = Export(
             folder=str(folder),
             format=order.form,
+            precision=order.precision,
             file=form.file,
-            bytes=(aside / form.file).stat().st_size,
+            bytes=sum((aside / name).stat().st_size for name in form.files),
+            network_bytes=sum(tensor.nbytes for tensor in found.network.state_dict().values()),
             sha256=sha256(aside / form.file),
             network=found.card.architecture,
             dataset=found.card.dataset,
             classes=len(found.card.classes),
             input="pixels" if inside else "normalised",
-            check=_check(network, opened, given, real=real),
+            calibration=sum(map(len, calibration)),
+            check=_check(network, opened, first, real=pictures.split is not None, exact=not order.reduced),
+            accuracy=_accuracy(network, opened, pictures, given, order),
             latency=_latency(network, opened, found.card, config),
         )
         about = document.model_dump(exclude={"schema_", "folder", "classes"})
@@ -162,41 +193,62 @@ def _card_of(folder: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _images(card: NetworkCard, config: EvalConfig, reporter: Reporter) -> tuple[Tensor, bool]:
-    """[64, 3, side, side] in [0, 1] to check with, and whether they are test images; noise where none are at hand."""
-    settings = config.data.model_copy(update={"validation": 0.0, "download": False})
-    try:
-        dataset = load_images(settings).dataset
-        images, _ = next(iter(EvalLoader(dataset.test, dataset, device=torch.device("cpu"), batch_size=IMAGES)))
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
-        if images.shape[-2:] == height_width(card.side):
-            return (images * std + mean).clamp(0, 1), True
-    except DataError as error:
-        reporter.say(f"checked with noise: {error.message}")
-    return torch.rand(IMAGES, 3, *height_width(card.side), generator=torch.Generator().manual_seed(0)), False
-
-
 @torch.inference_mode()
-def _check(network: nn.Module, opened: Function, images: Tensor, *, real: bool) -> Check:
-    """Of all images as one batch, and of four one by one. Raises UsageError above the tolerance."""
+def _check(network: nn.Module, opened: Function, images: Tensor, *, real: bool, exact: bool) -> Check:
+    """Of all images as one batch, and of four one by one.
+
+    exact  the logits must be the network's to within the tolerance. Raises UsageError where they are not, or no numbers
+    """
     expected = network(images)
     singly = torch.cat([opened(image[None]) for image in images[:4]])
     found = opened(images)
     difference = max(float((found - expected).abs().max()), float((singly - expected[:4]).abs().max()))
-    if not difference <= TOLERANCE:
-        raise UsageError(f"the file's outputs differ by {difference:.2g} (at most {TOLERANCE:g}); nothing is written")
+    if not difference <= (TOLERANCE if exact else float("inf")) or not math.isfinite(difference):
+        most = f"at most {TOLERANCE:g}" if exact else "a weight or a value is too large"
+        raise UsageError(f"the file's outputs differ by {difference:.2g} ({most}); nothing is written")
     same = 100 * float((found.argmax(1) == expected.argmax(1)).double().mean())
     return Check(images=len(images), difference=difference, agreement=same, real=real)
+
+
+@torch.inference_mode()
+def _accuracy(
+    network: nn.Module, opened: Function, pictures: Pictures, given: Callable[[Tensor], Tensor], order: Order
+) -> Accuracy | None:
+    """Top-1 of both on the labelled images; None without. UsageError where it falls by more than is allowed."""
+    right = torch.zeros(2, dtype=torch.int64)
+    images = 0
+    for pixels, labels in pictures.batches(order.images):
+        known = labels != UNKNOWN
+        if bool(known.any()):
+            shown, truth = given(pixels[known]), labels[known]
+            right += torch.stack([(answer(shown).argmax(1) == truth).sum() for answer in (network, opened)])
+            images += len(truth)
+    if not images:
+        return None
+    before, after = (100 * right / images).tolist()
+    if before - after > order.max_drop + 1e-9:
+        raise UsageError(
+            f"{order.precision}: top-1 falls from {before:.2f} to {after:.2f} % on {images} images, by more than "
+            f"{order.max_drop:g} points; nothing is written",
+            hint="--max-drop POINTS allows it",
+        )
+    return Accuracy(images=images, before=before, after=after)
 
 
 def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: EvalConfig) -> Latency | None:
     if not config.timing_seconds:
         return None
     own, file = (
-        speed(kind, card.side, torch.device("cpu"), batch=1, seconds=config.timing_seconds).latency
+        speed(kind, card.side, torch.device("cpu"), batch=BATCH, seconds=config.timing_seconds)
         for kind in (network, opened)
     )
-    return Latency(threads=torch.get_num_threads(), network=own, file=file)
+    return Latency(
+        threads=torch.get_num_threads(),
+        network=own.latency,
+        file=file.latency,
+        network_throughput=own.throughput,
+        file_throughput=file.throughput,
+    )
 
 
 def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: Export) -> str:
@@ -213,11 +265,6 @@ def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: E
         known += f"From a training that was not finished ({facts['unfinished']}).\n"
     if teacher is not None:
         known += f"It learned from {teacher['network']}, SHA-256 `{teacher['sha256']}`.\n"
-    timed = ""
-    if (latency := document.latency) is not None:
-        file = latency.file
-        timed = f"{file.median:.2f} ms (quartiles {file.low:.2f} to {file.high:.2f}), in PyTorch "
-        timed = f"- one image on the CPU that wrote it: {timed}{latency.network.median:.2f} ms\n"
     return f"""\
 # {card.architecture} on {card.dataset}, {document.format}
 
@@ -231,7 +278,23 @@ Pictures: {card.seen.text} (`preprocessing` in `config.json`). In this folder:
 ```
 
 - pictures of more than 8 bits a channel are to be scaled to 8 bits before
-- {document.bytes} bytes, SHA-256 `{document.sha256}`
+- {document.bytes} bytes in {document.precision} (the network in PyTorch: {document.network_bytes}), SHA-256 of
+  `{document.file}`: `{document.sha256}`
 - checked on {check.images} {kind}: logits within {check.difference:.1g} of the trained network,
   the same answer for {check.agreement:g} %
-{timed}"""
+{_measured(document)}"""
+
+
+def _measured(document: Export) -> str:
+    """Lines of a card: accuracy and speed before and after."""
+    text = f"- calibrated on {document.calibration} training images\n" if document.calibration else ""
+    if (accuracy := document.accuracy) is not None:
+        text += f"- top-1 on {accuracy.images} images: {accuracy.after:.2f} %, of the network in PyTorch "
+        text += f"{accuracy.before:.2f} %\n"
+    if (latency := document.latency) is not None:
+        file = latency.file
+        text += f"- one image on the CPU that wrote it ({latency.threads} threads): {file.median:.2f} ms (quartiles "
+        text += f"{file.low:.2f} to {file.high:.2f}), in PyTorch {latency.network.median:.2f} ms\n"
+        ours, theirs = (1000 * BATCH / one.median for one in (latency.file_throughput, latency.network_throughput))
+        text += f"- {BATCH} images there: {ours:.2f} ms, in PyTorch {theirs:.2f} ms\n"
+    return text

@@ -1,22 +1,28 @@
-"""Networks as files for programs that do not have sakd: safetensors with plain source, ONNX, torch's own `.pt2`.
+"""Networks as files for programs that do not have sakd: safetensors with plain source, ONNX, `.pt2`, OpenVINO.
 
 Every form is a row of `FORMS`: how its file is written, how it is opened again, and the lines that open it elsewhere.
 """
 
+import copy
 import importlib
 import importlib.util
 import io
 import json
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, first_line
 from sakd_cli.export import opening
+from sakd_cli.export.quantise import quantised
 from sakd_cli.export.source import executed, source
 from sakd_cli.files import write_aside
 from sakd_cli.models.artifact import NetworkCard
@@ -24,6 +30,8 @@ from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
 
 Function = Callable[[Tensor], Tensor]
+Precision = Literal["fp32", "fp16", "int8"]
+TRACED = 18  # the first opset that torch's exporter of programs writes; older ones come from that of traces
 WEIGHTS, SOURCE = "model.safetensors", "network.py"
 WEIGHTS_LINES = """\
 {opening}
@@ -51,6 +59,13 @@ import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
 {images}
 (logits,) = session.run(None, {{"images": images}})"""
+OPENVINO_LINES = """\
+{opening}
+import openvino
+
+network = openvino.Core().compile_model("model.xml", "CPU")
+{images}
+logits = network(images)[0]"""
 
 
 class FromPixels(nn.Module):
@@ -71,31 +86,68 @@ class FromPixels(nn.Module):
         return logits
 
 
+class Half(nn.Module):
+    """A network in fp16 between fp32 images and fp32 logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to logits [N, classes]."""
+        logits: Tensor = self.network(images.half())
+        return logits.float()
+
+
+def halved(network: nn.Module) -> nn.Module:
+    """The same in fp16; pixels are still normalised in fp32."""
+    if not isinstance(network, FromPixels):
+        return Half(network).eval()
+    mean, std = (numbers.flatten().tolist() for numbers in (network.mean, network.std))
+    return FromPixels(Half(network.network), mean, std).eval()
+
+
+class Writing(NamedTuple):
+    """How a file is written: the opset of ONNX (None: the exporter's own), the numbers, images to calibrate int8 on."""
+
+    opset: int | None = None
+    precision: Precision = "fp32"
+    calibration: Sequence[Tensor] = ()
+
+
 class Form(NamedTuple):
     """One form of export.
 
-    file    its name
-    write   network in evaluation mode, example images, its card, the folder, opset (None: the exporter's own)
+    files   their names, the first of which opens the network
+    write   network in evaluation mode, example images, its card, the folder, how; None: as by default
     opened  the file in that folder as a function of images on the CPU
     text    Python that opens it, with nothing of sakd, in the folder itself; then `images` give `logits`
     arrays  how that makes its arrays of numpy's and of a list
-    needs   packages, which `sakd[onnx]` brings
+    needs   packages; extra: what of sakd brings them
     inside  whether it can hold the normalisation
+    int8    whether it can be quantised
     """
 
-    file: str
-    write: Callable[[nn.Module, Tensor, NetworkCard, Path, int | None], None]
+    files: tuple[str, ...]
+    write: Callable[[nn.Module, Tensor, NetworkCard, Path, Writing | None], None]
     opened: Callable[[NetworkCard, Path], Function]
     text: str
     arrays: tuple[str, str] = ("torch.from_numpy(pixels)", "torch.tensor")
     needs: tuple[str, ...] = ()
+    extra: str = ""
     inside: bool = True
+    int8: bool = False
+
+    @property
+    def file(self) -> str:
+        """The file that opens the network."""
+        return self.files[0]
 
     def check(self) -> None:
         """Raise UsageError where a package is missing."""
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
-            raise UsageError(f"{self.file} needs {', '.join(missing)}", hint="pip install 'sakd[onnx]'")
+            raise UsageError(f"{self.file} needs {', '.join(missing)}", hint=f"pip install 'sakd[{self.extra}]'")
 
     def lines(self, card: NetworkCard, inside: bool) -> str:
         """The text for a network, which opens a picture file; `inside`: the network's file normalises it itself."""
@@ -125,7 +177,7 @@ def _call_of(card: NetworkCard) -> Call | None:
     return library_call(card.architecture, len(card.classes), card.side)
 
 
-def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
+def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
     tensors = network.state_dict()
     if _call_of(card) is not None:
         assert isinstance(network, StagedModel)
@@ -137,6 +189,8 @@ def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folde
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+    if how and how.precision == "fp16":
+        tensors = {name: one.half() if one.is_floating_point() else one for name, one in tensors.items()}
     write_aside(folder / WEIGHTS, save(tensors, {"format": "pt"}))
 
 
@@ -147,32 +201,65 @@ def _open_weights(card: NetworkCard, folder: Path) -> Function:
     return cast(Function, network.eval().forward)
 
 
-def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
-    known = importlib.import_module("onnx").defs.onnx_opset_version()
-    if opset is not None and opset > known:
-        raise UsageError(f"--opset {opset}: the installed onnx knows opsets up to {known}")
+def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
+    write_aside(folder / "model.onnx", _onnx(network, example, card, how or Writing()))
+
+
+def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) -> bytes:
+    """The network as ONNX in the numbers that are asked for, with what its card says as metadata."""
+    onnx = importlib.import_module("onnx")
+    known = onnx.defs.onnx_opset_version()
+    if how.opset is not None and how.opset > known:
+        raise UsageError(f"--opset {how.opset}: the installed onnx knows opsets up to {known}")
+    network = halved(network) if how.precision == "fp16" else network
+    traced = how.opset is not None and how.opset < TRACED
+    named: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "opset_version": how.opset}
+    buffer: Any = io.BytesIO()
     try:
-        shapes = ({0: torch.export.Dim("batch")},)
-        program: Any = torch.onnx.export(
-            network,
-            (example,),
-            None,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=shapes,
-            opset_version=opset,
-            input_names=["images"],
-            output_names=["logits"],
-        )
+        # Where it fails, the exporter of traces would print its whole graph.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), patch("torch._C._jit_onnx_log", create=True):
+            warnings.simplefilter("ignore")
+            if traced:
+                axes = {name: {0: "batch"} for name in ("images", "logits")}
+                torch.onnx.export(network, (example,), buffer, dynamo=False, dynamic_axes=axes, **named)
+                model = buffer.getvalue()
+            else:
+                shapes = ({0: torch.export.Dim("batch")},)
+                program: Any = torch.onnx.export(
+                    network, (example,), None, dynamo=True, verbose=False, dynamic_shapes=shapes, **named
+                )
+                model = program.model_proto.SerializeToString()
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0][:100]
-        raise UsageError(
-            f"{card.architecture} cannot be written as ONNX ({first})", hint="--opset N, --format pt2"
-        ) from None
-    model = program.model_proto
+        hint = f"--opset {TRACED} or later" if traced else "--opset N, --format pt2"
+        raise UsageError(f"{card.architecture} cannot be written as ONNX ({first_line(error)})", hint) from None
+    if how.precision == "int8":
+        model = quantised(model, how.calibration)
+    proto = onnx.load_model_from_string(model)
     for key, text in _metadata(card).items():
-        model.metadata_props.add(key=key, value=text)
-    write_aside(folder / "model.onnx", model.SerializeToString())
+        proto.metadata_props.add(key=key, value=text)
+    return bytes(proto.SerializeToString())
+
+
+def _write_openvino(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
+    how = how or Writing()
+    openvino = importlib.import_module("openvino")
+    plain = how._replace(precision="fp32") if how.precision == "fp16" else how
+    with tempfile.TemporaryDirectory() as aside:
+        (Path(aside) / "model.onnx").write_bytes(_onnx(network, example, card, plain))
+        try:
+            model = openvino.convert_model(Path(aside) / "model.onnx")
+        except Exception as error:  # whatever its front end raises on an operator that it does not know
+            raise UsageError(f"{card.architecture} cannot be written for OpenVINO ({first_line(error)})") from None
+        for key, text in _metadata(card).items():
+            model.set_rt_info(text, ["model_info", key])
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=how.precision == "fp16")
+
+
+def _open_openvino(card: NetworkCard, folder: Path) -> Function:
+    openvino = importlib.import_module("openvino")
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    network = openvino.Core().compile_model(folder / "model.xml", "CPU", exact)
+    return lambda images: torch.from_numpy(network(images.numpy())[0].copy())
 
 
 def _open_onnx(card: NetworkCard, folder: Path) -> Function:
@@ -184,7 +271,8 @@ def _open_onnx(card: NetworkCard, folder: Path) -> Function:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, opset: int | None) -> None:
+def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
+    network = halved(network) if how and how.precision == "fp16" else network
     try:
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except (RuntimeError, ValueError) as error:
@@ -199,15 +287,19 @@ def _open_program(card: NetworkCard, folder: Path) -> Function:
     return cast(Function, torch.export.load(folder / "model.pt2").module().forward)
 
 
+_ONNX, _NUMPY = ("onnx", "onnxscript", "onnxruntime"), ("pixels", "np.float32")
 FORMS = {
-    "safetensors": Form(WEIGHTS, _write_weights, _open_weights, WEIGHTS_LINES, inside=False),
-    "onnx": Form(
-        "model.onnx",
-        _write_onnx,
-        _open_onnx,
-        ONNX_LINES,
-        ("pixels", "np.float32"),
-        needs=("onnx", "onnxscript", "onnxruntime"),
+    "safetensors": Form((WEIGHTS,), _write_weights, _open_weights, WEIGHTS_LINES, inside=False),
+    "onnx": Form(("model.onnx",), _write_onnx, _open_onnx, ONNX_LINES, _NUMPY, _ONNX, "onnx", int8=True),
+    "pt2": Form(("model.pt2",), _write_program, _open_program, PROGRAM_LINES),
+    "openvino": Form(
+        ("model.xml", "model.bin"),
+        _write_openvino,
+        _open_openvino,
+        OPENVINO_LINES,
+        _NUMPY,
+        (*_ONNX, "openvino"),
+        "openvino",
+        int8=True,
     ),
-    "pt2": Form("model.pt2", _write_program, _open_program, PROGRAM_LINES),
 }
