@@ -1,10 +1,11 @@
 """Config of data sets; the loaders are in `data/`."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -40,6 +41,26 @@ def _rising(values: tuple[float, float]) -> tuple[float, float]:
     return values
 
 
+Geometry = Literal["auto", "crop", "border", "none"]
+Policy = Literal["randaugment", "autoaugment", "trivialaugment"]
+POLICIES = get_args(Policy)
+
+
+def _words(value: Any) -> Any:
+    """One policy alone is a list of one."""
+    return (value,) if value in POLICIES else value
+
+
+def _one_of_a_kind(words: Any) -> Any:
+    for kind in (POLICIES, get_args(Geometry)):
+        if not isinstance(words, str) and len([word for word in words if word in kind]) > 1:
+            raise ValueError(f"{', '.join(words)}: one of {', '.join(kind)} at most")
+    return words
+
+
+Augment = Annotated[Geometry | tuple[Geometry | Policy, ...], BeforeValidator(_words), AfterValidator(_one_of_a_kind)]
+
+
 class DataConfig(Config):
     """Which images, and how many."""
 
@@ -59,6 +80,14 @@ class DataConfig(Config):
     """Show rare classes more often: balanced: all equally; repeated-factor: those below a share; None: as they are."""
     balance_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of the images below which repeated-factor repeats a class; None: 1 / classes."""
+    augment: Augment = "auto"
+    """auto: as the data set is cropped and mirrored; and/or randaugment, autoaugment or trivialaugment."""
+    randaugment: tuple[PositiveInt, Annotated[int, Field(ge=0, le=30)]] = (2, 9)
+    """Operations for each image and their magnitude, 0 to 30, of randaugment (Cubuk et al. 2020)."""
+    jitter: NonNegativeFloat = 0.0
+    """Change brightness, contrast and saturation by up to this factor, 0.4 is usual; 0: do not."""
+    erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Chance that a random box of a training image is erased, 0.1 to 0.25 is usual (Zhong et al. 2020)."""
     mixup: NonNegativeFloat = 0.0
     """Blend pairs of training images by shares from Beta(mixup, mixup), 0.2 to 1 (Zhang et al. 2018); 0: do not."""
     cutmix: NonNegativeFloat = 0.0
@@ -71,6 +100,24 @@ class DataConfig(Config):
     """Mean per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
     std: Annotated[Channels, AfterValidator(_positive)] | None = None
     """Standard deviation per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How training images are cropped."""
+        words = (self.augment,) if isinstance(self.augment, str) else self.augment
+        found: list[Any] = [word for word in words if word not in POLICIES]
+        return found[0] if found else "auto"
+
+    @property
+    def policy(self) -> str | None:
+        """What changes their colours and shapes."""
+        return next((word for word in self.augment if word in POLICIES), None)
+
+    @model_validator(mode="after")
+    def _cropped_as_ever(self) -> "DataConfig":
+        if self.geometry != "auto" and not isinstance(self, FilesConfig):
+            raise ValueError(f"augment {self.geometry} is of pictures in files; {self.name} is cropped from a border")
+        return self
 
     @model_validator(mode="after")
     def _a_threshold_has_a_use(self) -> "DataConfig":
@@ -141,8 +188,8 @@ class FilesConfig(DataConfig):
     """How pixels are resampled: nearest, bilinear, bicubic or lanczos."""
     antialias: bool = True
     """Low-pass before making a picture smaller, as Pillow does; off: as torchvision resizes tensors without it."""
-    augment: Literal["auto", "crop", "border", "none"] = "auto"
-    """crop: random resized crop; border: crop from within a border of size/8; none: neither; auto: border up to 64."""
+    augment: Augment = "auto"
+    """crop: random resized crop, border: from a border of size/8, none, auto: border up to 64; or a policy as well."""
     crop: Annotated[tuple[float, float], AfterValidator(_shares)] = (0.08, 1.0)
     """Fraction of a picture's area that a random resized crop covers, from and to; torchvision's defaults."""
     flip: bool = True
@@ -181,7 +228,7 @@ class FilesConfig(DataConfig):
     @property
     def bordered(self) -> bool:
         """Whether a training image is cut from within a border."""
-        return max(height_width(self.size)) <= 64 if self.augment == "auto" else self.augment == "border"
+        return max(height_width(self.size)) <= 64 if self.geometry == "auto" else self.geometry == "border"
 
     @property
     def border(self) -> int:
@@ -192,7 +239,7 @@ class FilesConfig(DataConfig):
     def seen(self) -> Preprocessing:
         """How pictures are shown, with the values that settings which are left open come to."""
         side = min(height_width(self.size))
-        margin = not self.bordered and self.augment != "none" and self.resize_mode != "none"
+        margin = not self.bordered and self.geometry != "none" and self.resize_mode != "none"
         resize = self.resize or (round(side * 8 / 7) if margin else side)
         return Preprocessing(resize=resize, **self.model_dump(include=Preprocessing.model_fields.keys() - {"resize"}))
 

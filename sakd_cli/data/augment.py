@@ -1,7 +1,11 @@
 """Augmentation of a whole batch at once, on the images' device; shapes are static, nothing is read by the host."""
 
+import importlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +16,8 @@ from torch.nn import functional
 TRIES = 10  # of which the first that fits is taken, as torchvision does
 NUMBERS = 4 * TRIES  # that one box takes
 RATIO = (3 / 4, 4 / 3)  # width over height
+ALIKE = 4  # images in a row of an epoch whose random changes are the same: a call of torchvision takes them at once
+SMALL = 64  # pixels
 
 Scale = tuple[float, float]
 Floats = NDArray[np.float64]
@@ -141,3 +147,56 @@ class Mixing(NamedTuple):
         box = inside & (pasted > 0).view(-1, 1, 1, 1)
         blend = torch.where(pasted > 0, 1.0, share).to(images.dtype).view(-1, 1, 1, 1)
         return torch.where(box, others, torch.lerp(others, images, blend)), kept
+
+
+class Changes(NamedTuple):
+    """Random changes of colour, shape and area by torchvision's transforms, of uint8 images.
+
+    policy, ops, magnitude  randaugment, autoaugment or trivialaugment, and of the first its settings; None: none of it
+    jitter  of brightness, contrast and saturation; erase: chance of a box of the colour `mean`, of pixels / 255
+    """
+
+    policy: str | None
+    ops: int
+    magnitude: int
+    jitter: float
+    erase: float
+    mean: tuple[float, ...]
+
+    def seeds(self, count: int, generator: torch.Generator) -> list[int]:
+        """One for each place of an epoch; `ALIKE` places in a row share theirs, for fewer calls."""
+        groups = torch.randint(2**31, (-(-count // ALIKE),), generator=generator).tolist()
+        return [groups[place // ALIKE] for place in range(count)]
+
+    def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Images [B, 3, H, W] changed, each by its seed alone; torch's own generator is left as it was."""
+        change, state, made, first = _transform(self, max(images.shape[2:]) > SMALL), torch.get_rng_state(), [], 0
+        try:
+            for seed, group in groupby(seeds):
+                last = first + len(list(group))
+                torch.default_generator.manual_seed(seed)
+                made.append(change(images[first:last]))
+                first = last
+        finally:
+            torch.set_rng_state(state)
+        return torch.cat(made)
+
+
+@cache
+def _transform(changes: Changes, large: bool) -> Any:
+    """torchvision's transform; what AutoAugment has learned is of ImageNet for large images, else of CIFAR-10."""
+    v2 = importlib.import_module("torchvision.transforms.v2")
+    bilinear = {"interpolation": v2.InterpolationMode.BILINEAR}
+    learned = v2.AutoAugmentPolicy.IMAGENET if large else v2.AutoAugmentPolicy.CIFAR10
+    policies: dict[str | None, Callable[[], Any]] = {
+        "randaugment": lambda: v2.RandAugment(changes.ops, changes.magnitude, **bilinear),
+        "autoaugment": lambda: v2.AutoAugment(learned, **bilinear),
+        "trivialaugment": lambda: v2.TrivialAugmentWide(**bilinear),
+        None: v2.Identity,
+    }
+    steps = [policies[changes.policy]()]
+    if changes.jitter:
+        steps.append(v2.ColorJitter(changes.jitter, changes.jitter, changes.jitter))
+    if changes.erase:
+        steps.append(v2.RandomErasing(changes.erase, value=[round(255 * mean) for mean in changes.mean]))
+    return v2.Compose(steps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, side_of
-from sakd_cli.data.augment import Mixing
+from sakd_cli.data.augment import Changes, Mixing
 from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError
 
@@ -89,6 +89,7 @@ class Dataset:
     notes      what was left out of the folder, a line each
     seen       how its pictures are shown; None: they are no files
     rates      how often an epoch shows each training image, from their labels [N]: mean 1; None: each once
+    changes    of colours and shapes of training images; None: none
     mixing     how training images are mixed in pairs; None: they are not
     val        what the data set itself sets aside to choose the best epoch; None: nothing
     """
@@ -108,6 +109,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     rates: Callable[[Tensor], Tensor] | None = None
     mixing: Mixing | None = None
+    changes: Changes | None = None
 
     @classmethod
     def of(

@@ -63,7 +63,7 @@ def dataset_of(
     workers = min(8, cpu_count()) if config.workers is None else config.workers
     spec = ImageSpec(config.seen, workers, reading_of(config))
     parts = [_split(config, root, spec, *part.pairs(found.classes)) for part in found.parts]
-    scale = None if config.bordered or config.augment == "none" else config.crop
+    scale = None if config.bordered or config.geometry == "none" else config.crop
     plain = Dataset(config.name, names, mean, std, config.border, config.flip, parts[0], parts[-1], scale)
     plain = first_classes(replace(plain, val=parts[1] if found.val else None), config.classes)
     plain = replace(plain, seen=config.seen, notes=tuple(f"{one.path}: {one.text}" for one in found.notes))

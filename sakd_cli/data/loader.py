@@ -7,6 +7,7 @@ however the epoch is cut into batches, and an epoch that is resumed in its middl
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -126,12 +127,13 @@ class TrainLoader:
         drawn = self.draw(epoch)
         steps = list(step_slices(len(self._labels), self._batch_size, start))
         rows = [step.rows for step in steps]
+        seeds = self._seeds(epoch)
         if self.views is not None:
-            images = _crop_views(self.views, self._teacher_views, drawn, rows)
+            images = self._crop_views(self.views, drawn, rows, seeds)
         else:
             assert isinstance(self._images, Files)
             source = self._crop_cached if self._images.cached else self._read
-            images = map(self._normalised, source(self._images, drawn, rows, epoch))
+            images = map(self._normalised, source(self._images, drawn, rows, epoch, seeds))
         order, noise_of_all, mixing_of_all = (
             numbers.to(self._device)
             for numbers in (drawn.order, drawn.noise, drawn.mixing)  # at once
@@ -163,20 +165,29 @@ class TrainLoader:
         start = rows.start - first * BLOCK
         return torch.cat(blocks)[start : start + count]
 
-    def _read(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Any]:
+    def _seeds(self, epoch: int) -> list[int]:
+        """Of random changes, one for each place of the epoch; 0 where there are none."""
+        if self._dataset.changes is None:
+            return [0] * len(self._labels)
+        return self._dataset.changes.seeds(len(self._labels), seeded_generator(self._seed, "changes", epoch))
+
+    def _read(self, files: Files, drawn: Draws, steps: list[slice], epoch: int, seeds: list[int]) -> Iterator[Any]:
         if self._pool is None:
-            reader = BatchReader(files.spec, self._dataset.scale, self._dataset.padding)
+            reader = BatchReader(files.spec, self._dataset.scale, self._dataset.padding, self._dataset.changes)
             self._pool = Pool(reader, workers=files.spec.workers, persistent=True, device=self._device)
         return self._pool(
             BatchRequest(
                 [files.paths[place] for place in drawn.order[rows].tolist()],
                 self._where(drawn, rows, epoch).numpy(),
                 drawn.flip[rows].numpy(),
+                seeds[rows],
             )
             for rows in steps
         )
 
-    def _crop_cached(self, files: Files, drawn: Draws, steps: list[slice], epoch: int) -> Iterator[Any]:
+    def _crop_cached(
+        self, files: Files, drawn: Draws, steps: list[slice], epoch: int, seeds: list[int]
+    ) -> Iterator[Any]:
         assert self._dataset.scale is not None
         if self._full_images is None:
             copies, sizes = files.full_images(self._dataset.scale[0])
@@ -187,7 +198,26 @@ class TrainLoader:
             box = random_boxes(self._where(drawn, rows, epoch), sizes[index], self._dataset.scale)
             shown = [copies[place] for place in index.tolist()]
             made = [crop_copies(shown, box, sizes[index], drawn.flip[rows], seen) for seen in files.spec.shown]
+            if (changes := self._dataset.changes) is not None:
+                made = [changes(images, seeds[rows]) for images in made]
             yield tuple(made) if len(made) > 1 else made[0]
+
+    def _crop_views(self, views: Views, drawn: Draws, steps: list[slice], seeds: list[int]) -> Iterator[Shown]:
+        """Image by image the same, however many are cropped at once."""
+        changes, teachers = self._dataset.changes, self._teacher_views
+        for first in range(0, len(steps), views.together):
+            group = steps[first : first + views.together]
+            rows = slice(group[0].start, group[-1].stop)
+            index, corner, flip = drawn.order[rows], drawn.corner[:, rows], drawn.flip[rows]
+            view, change = (
+                views.view(corner, flip),
+                None if changes is None else partial(changes.__call__, seeds=seeds[rows]),
+            )
+            images = views.images(index, view, change)
+            theirs = None if teachers is None else teachers.images(index, corner, flip, change)
+            for step in group:
+                own = slice(step.start - rows.start, step.stop - rows.start)
+                yield images[own], view[own], None if theirs is None else theirs[own]
 
 
 def _mixed(batch: Batch, mixing: Mixing, drawn: Tensor) -> Batch:
@@ -196,20 +226,6 @@ def _mixed(batch: Batch, mixing: Mixing, drawn: Tensor) -> Batch:
     theirs = None if batch.teacher_images is None else mixing(batch.teacher_images, drawn)[0]
     mixed = replace(batch, images=images, teacher_images=theirs, ratio=ratio)
     return replace(mixed, other_index=batch.index.flip(0), other_labels=batch.labels.flip(0))
-
-
-def _crop_views(views: Views, teachers: TeacherViews | None, drawn: Draws, steps: list[slice]) -> Iterator[Shown]:
-    """Image by image the same, however many are cropped at once."""
-    for first in range(0, len(steps), views.together):
-        group = steps[first : first + views.together]
-        rows = slice(group[0].start, group[-1].stop)
-        index, corner, flip = drawn.order[rows], drawn.corner[:, rows], drawn.flip[rows]
-        view = views.view(corner, flip)
-        images = views.images(index, view)
-        theirs = None if teachers is None else teachers.images(index, corner, flip)
-        for step in group:
-            own = slice(step.start - rows.start, step.stop - rows.start)
-            yield images[own], view[own], None if theirs is None else theirs[own]
 
 
 class EvalLoader:

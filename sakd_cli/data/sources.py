@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.preprocessing import Preprocessing, height_width, shown
 from sakd_cli.data.augment import (
+    Changes,
     Scale,
     boxes_in_copies,
     channel_tensor,
@@ -37,6 +38,7 @@ from sakd_cli.data.files import (
 from sakd_cli.errors import UsageError
 
 SAMPLE = 256  # files whose headers say how large the others are
+Change = Callable[[Tensor], Tensor] | None  # of uint8 images
 TOGETHER = 8  # steps whose images a GPU crops at once: an eighth of the launches
 
 
@@ -119,13 +121,13 @@ class Views:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def images(self, index: Tensor, view: Tensor) -> Tensor:
-        """Views [B] of the images at `index` [B], normalised: [B, 3, H, W]."""
+    def images(self, index: Tensor, view: Tensor, change: Change = None) -> Tensor:
+        """Views [B] of the images at `index` [B], changed and normalised: [B, 3, H, W]."""
         index, view = index.to(self.device), view.to(self.device)
         corner, flip = view // self._mirrored, view % self._mirrored == 1
         dy, dx = corner // self._sides, corner % self._sides
         images = crop_and_flip(self._padded, index, dy, dx, flip, padding=self.dataset.padding)
-        return normalise(images, self._mean, self._std)
+        return normalise(images if change is None else change(images), self._mean, self._std)
 
     def view(self, corner: Tensor, flip: Tensor) -> Tensor:
         """Number [B] of the view with upper left corner (dy, dx) [2, B], mirrored where `flip` [B]."""
@@ -161,10 +163,11 @@ class TeacherViews:
         self._padded = pad(files.as_seen(also).read().to(device), self._border)
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
 
-    def images(self, index: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
-        """Views with upper left corners [2, B] of the student's, mirrored where `flip` [B], normalised."""
+    def images(self, index: Tensor, corner: Tensor, flip: Tensor, change: Change = None) -> Tensor:
+        """Views with upper left corners [2, B] of the student's, mirrored where `flip` [B], changed, normalised."""
         (dy, dx), border = corners_at(corner, self._padding, self._size, self._other)
-        return normalise(crop_and_flip(self._padded, index, dy, dx, flip, padding=border), self._mean, self._std)
+        images = crop_and_flip(self._padded, index, dy, dx, flip, padding=border)
+        return normalise(images if change is None else change(images), self._mean, self._std)
 
 
 def in_memory(split: Split) -> bool:
@@ -192,11 +195,13 @@ class BatchRequest(NamedTuple):
     """A batch to read; `flip` [B]: whether to mirror.
 
     where  40 numbers of a random resized crop, [B, 40], or the corner (dy, dx) in the border, [B, 2]
+    seeds  of random changes, one for each image
     """
 
     paths: list[str]
     where: NDArray[Any] | None = None
     flip: NDArray[Any] | None = None
+    seeds: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,7 @@ class BatchReader:
     spec: ImageSpec
     scale: Scale | None
     padding: int
+    changes: Changes | None = None
 
     def __call__(self, request: BatchRequest) -> Tensor | tuple[Tensor, Tensor] | Unreadable:
         rows: list[list[Tensor]] = []
@@ -218,6 +224,8 @@ class BatchReader:
                 return images
             rows.append([x.flip(2) for x in images] if request.flip is not None and request.flip[row] else images)
         stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+        if self.changes is not None and request.seeds is not None:
+            stacked = [self.changes(images, request.seeds) for images in stacked]
         return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
 
     def _read(self, path: str, where: NDArray[Any] | None) -> list[Tensor] | Unreadable:

@@ -13,7 +13,7 @@ from sakd_cli.config.routers import MetaConfig
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data import table as datasets
-from sakd_cli.data.augment import Mixing
+from sakd_cli.data.augment import Changes, Mixing
 from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, limit_train
 from sakd_cli.data.files import Files
 from sakd_cli.data.fingerprint import Fingerprint
@@ -85,12 +85,14 @@ def load_images(
     dataset = datasets.load(config)
     if teacher is not None and isinstance(config, FilesConfig):
         also = config.seen.at(teacher)
-        if also is not None and config.augment != "crop" and not also.alike(config.seen):
+        if also is not None and config.geometry != "crop" and not also.alike(config.seen):
             raise UsageError(
                 f"data.size: {shown(also.size)} pixels of the teacher and {shown(config.size)} of the student are of "
                 "other proportions: no crop from a border is the same for both",
                 "--set data.augment=crop; or sizes of the same proportions",
             )
+        if also is not None and config.erase:
+            raise UsageError("data.erase: no box is the same for a teacher of another size", "--set data.erase=0")
         dataset = dataset.map(partial(shown_to_both, also=also))
     dataset = limit_train(dataset, config.limit, config.split_seed)
     train, held_out = dataset.train, dataset.val
@@ -103,7 +105,10 @@ def load_images(
     cut = {name: split for name, split in there.items() if split is not None}
     placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
     mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
-    dataset = replace(dataset, test=placed["test"], rates=_rates_of(config, len(dataset.classes)), mixing=mixing)
+    changes = Changes(config.policy, *config.randaugment, config.jitter, config.erase, dataset.mean)
+    wanted = config.policy or config.jitter or config.erase
+    rates = _rates_of(config, len(dataset.classes))
+    dataset = replace(dataset, test=placed["test"], rates=rates, mixing=mixing, changes=changes if wanted else None)
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
 

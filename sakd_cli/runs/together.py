@@ -15,6 +15,10 @@ def require_possible(config: DistillConfig, method: Distillers, router: Router) 
     for what, why in reasons.items():
         if mixed and why:
             raise UsageError(f"data.{mixed[0]}: {what} {why}", f"--set data.{mixed[0]}=0; guide methods says which mix")
+    changed = [key for key in ("jitter", "erase") if getattr(config.data, key)] + ["augment"] * bool(config.data.policy)
+    if changed and config.teacher.cache:
+        reason = "changes images in more ways than a teacher cache has answers for"
+        raise UsageError(f"data.{changed[0]}: {reason}", "--set teacher.cache=false")
     name, memory = config.method.name, method.features is not None and method.features.scope == "memory"
     if config.data.balance is not None and memory:
         raise UsageError(
