@@ -42,11 +42,24 @@ class Call(NamedTuple):
         return f"{self.module}.{self.function}({self.entry!r}{arguments})"
 
 
-def from_library(name: str, num_classes: int, side: ImageSize, *, entry: str) -> StagedModel:
-    """A network of torchvision or timm with fresh weights. UsageError where there is none or it cannot be cut."""
+def from_library(name: str, num_classes: int, side: ImageSize, *, entry: str, drop_path: float = 0.0) -> StagedModel:
+    """A network of torchvision or timm with fresh weights. UsageError where there is none or it cannot be cut.
+
+    drop_path  largest chance that a residual block is skipped in training; UsageError where the network has no such
+    """
     library = name.partition("/")[0]
     calls = _CALLS[library](entry, num_classes, side)
-    return _cut(name, library, num_classes, side, lambda: _first_that_fits(name, calls)[0])
+    if not drop_path:
+        return _cut(name, library, num_classes, side, lambda: _first_that_fits(name, calls)[0])
+    calls = [call._replace(arguments=call.arguments | {_DROP_PATH[library]: drop_path}) for call in calls]
+    try:
+        made = _cut(name, library, num_classes, side, lambda: _first_that_fits(name, calls)[0])
+        if any(getattr(m, "drop_prob", 0) or (hasattr(m, "mode") and getattr(m, "p", 0)) for m in made.modules()):
+            return made
+        reason = "nothing in it is skipped"
+    except UsageError as error:
+        reason = error.message
+    raise UsageError(f"train.drop_path: {name} has no stochastic depth ({reason})", "--set train.drop_path=0")
 
 
 def factory(name: str, num_classes: int, side: ImageSize, *, entry: str) -> StagedModel:
@@ -133,6 +146,9 @@ def _of_timm(entry: str, num_classes: int, side: ImageSize) -> list[Call]:
 
 
 _CALLS: dict[str, Callable[[str, int, ImageSize], list[Call]]] = {"torchvision": _of_torchvision, "timm": _of_timm}
+
+
+_DROP_PATH = {"torchvision": "stochastic_depth_prob", "timm": "drop_path_rate"}
 
 
 def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]:

@@ -46,16 +46,19 @@ def _callable(name: str, build: object) -> Callable[[str, int], object]:
 PLUGGED = plugins.Table[Callable[[str, int], object]]("network", {}, plugins.NETWORKS, _callable)
 
 
-def create(name: str, num_classes: int, side: ImageSize = 32) -> StagedModel:
+def create(name: str, num_classes: int, side: ImageSize = 32, *, drop_path: float = 0.0) -> StagedModel:
     """A freshly initialised network for images of `side` pixels. Raises UsageError with the nearest name."""
     network = find_network(name)
+    more = {"drop_path": drop_path} if drop_path else {}
+    if more and FITTED.get(network.family) is not external.from_library:
+        raise UsageError(f"train.drop_path: {name} has no stochastic depth", "networks of timm and torchvision have it")
     if network.plugged:
         made = PLUGGED.row(network.name)(network.name, num_classes)
         if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
             raise UsageError(f"{network.family}: {name} is no StagedModel of that name for {num_classes} classes")
         return made
     if network.family in FITTED:
-        return FITTED[network.family](network.name, num_classes, side, **network.arguments)
+        return FITTED[network.family](network.name, num_classes, side, **network.arguments, **more)
     return FAMILIES[network.family](network.name, num_classes, **network.arguments)
 
 

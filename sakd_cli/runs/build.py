@@ -60,7 +60,7 @@ def pretraining(config: PretrainConfig) -> Job:
     """A network trained with cross-entropy, alone or together with branches of its students."""
     device = pick_device(config.device)
     images = load_images(config.data)
-    network = _fresh(config.model, images, config.seed, "network", device)
+    network = _fresh(config.model, images, config.seed, "network", device, config.train.drop_path)
     notes = load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
     recipe: Recipe = {"lr": initial_lr(config, config.model), "weight_decay": config.train.weight_decay, "mode": mode}
@@ -115,7 +115,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     train_one = pretrain_command(config, teacher.card.architecture)
     match_normalization(teacher, images, config.teacher.source, train_one, images.teacher_side)
     frozen = teacher.model.to(device).requires_grad_(False).eval()
-    student = _fresh(config.student, images, config.seed, "network", device)
+    student = _fresh(config.student, images, config.seed, "network", device, config.train.drop_path)
     notes = load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
@@ -334,9 +334,11 @@ def pin_inputs(config: DistillConfig, teacher: Path, sha256: str) -> DistillConf
     return config.model_copy(update={"teacher": chosen, "method": mixtures.pinned(config.method)})
 
 
-def _fresh(name: str, images: Images, seed: int, purpose: str, device: torch.device) -> StagedModel:
+def _fresh(
+    name: str, images: Images, seed: int, purpose: str, device: torch.device, drop_path: float = 0.0
+) -> StagedModel:
     with _initialised(seed, purpose):
-        return create(name, len(images.dataset.classes), images.side).to(device)
+        return create(name, len(images.dataset.classes), images.side, drop_path=drop_path).to(device)
 
 
 @contextmanager

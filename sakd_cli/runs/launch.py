@@ -19,6 +19,7 @@ from sakd_cli.config.identity import EXTENDED, MOVED
 from sakd_cli.config.preprocessing import shown
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
+from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.data.fingerprint import FILE, Fingerprint
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import as_seen, describe_reading
@@ -209,6 +210,8 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
 
 def _made_ready(job: Job, reporter: Reporter) -> None:
     """The process and the task, for the way in which the run computes."""
+    # What layers of others' draw in training (dropout, drop path); a resumed run goes on with the state that was saved.
+    torch.manual_seed(seeded_generator(job.config.seed, "layers").initial_seed())
     if job.device.type == "cpu":
         keep_freed_memory()
     if job.device.type == "cuda":
