@@ -9,7 +9,7 @@ from sakd_cli.routing.router import Router
 def require_possible(config: DistillConfig, method: Distillers, router: Router) -> None:
     """Raise UsageError where a method cannot be had with what else is asked for."""
     mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
-    reasons = {f"method {config.method.name}": DISTILLERS.row(config.method.name).unmixed}
+    reasons = {f"method {part.name}": DISTILLERS.row(part.name).unmixed for part in config.method.parts}
     reasons[f"router {config.router.name}"] = router.unmixed
     reasons["teacher.cache"] = "has the answers for single images" if config.teacher.cache else ""
     for what, why in reasons.items():
