@@ -100,7 +100,7 @@ def trainer_of(task: Task, folder: Path, graphs: Device | None, size: int = SIZE
         if hasattr(task, "precompute"):
             loader = LookAhead(loader, task.precompute, steps=2, device=CPU)
     if isinstance(task, DistillTask):
-        names = [(spot.name, spot.kind) for spot in task.spots]
+        names = [(spot.name, spot.kind) for member in task.members for spot in member.spots]
         parts["recorder"] = SpotRecorder(names, CLASSES, SAMPLES, CPU)
     parts = {"reporter": NullReporter(), "epochs": EPOCHS, "log_every": 5} | parts
     trainer = Trainer(task, loader, optimizer, RunDir(folder), graphs=graphs, **parts)

@@ -26,6 +26,8 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
     """
     sources = [ConfigSource("the bench's default", nested(DEFAULTS)), *config_sources(options)]
     config = resolve("distill", sources).config
+    if config.teacher.others:
+        raise UsageError("bench: times one teacher, as was published")
     if len(config.method.parts) > 1:
         raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print

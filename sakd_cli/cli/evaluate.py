@@ -57,7 +57,7 @@ def evaluate(
     runs_dir = runs_dir_of(given)
     found = [what_to_score(target, runs_dir) for target in targets or (None,)]
     forced = early_exit or always_on or curve or plot is not None
-    teacher = options["teacher"]
+    teacher = options["teacher"] or None
     check_teacher(found, forced=forced, teacher=teacher)
     from sakd_cli.runs.evaluate import evaluate_all
 

@@ -12,13 +12,14 @@ FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 # Filled in by a run when it begins (`build.pin_inputs`).
 PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256", "code"}
+PINNED |= {"teacher.other_weights", "teacher.other_sha256"}
 # What may have moved between two parts of one run: the teacher, which its SHA-256 holds to what it was, and the images,
 # which the run's `images.json` does.
-MOVED = {"teacher.source", "teacher.weights", "data.root"}
+MOVED = {"teacher.source", "teacher.weights", "teacher.others", "teacher.other_weights", "data.root"}
 # The length of a run, which `--resume RUN --epochs N` extends.
 EXTENDED = {"train.epochs", "train.milestones"}
 # A teacher is known by its SHA-256, wherever it lies and however it is named.
-LOCATIONS = FREE | {"teacher.weights", "teacher.source", "teacher.epochs"}
+LOCATIONS = FREE | MOVED - {"data.root"} | {"teacher.epochs"}
 
 
 def is_plain(settings: Mapping[str, Any]) -> bool:

@@ -61,7 +61,7 @@ SWITCH, FLAG, TEXTS, FILE = bool | None, bool, list[str] | None, Path | None
 _ROWS: list[Option | str] = [
     "Distillation",
     Option("teacher", "teacher.source", "Teacher: architecture (its newest finished run), run directory or file",
-           NETWORKS, "TEACHER", complete="models"),
+           NETWORKS, "TEACHER", TEXTS, "models"),
     Option("teacher_weights", "teacher.weights", "Weights file of the teacher: sakd's, or its library's (timm/...)",
            "distill", "FILE"),
     Option("student", "student", "Network to train", "distill bench", "NAME", complete="models"),

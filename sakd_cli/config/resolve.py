@@ -73,9 +73,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     """The sources that a command's options name, from the weakest to the strongest; a program's `settings` are last."""
-    # An option that may be repeated and was not given is empty.
+    # An option that may be repeated and was not given is empty; given once, it is one value where one is expected.
     given = {
-        name: None if params[name] in ([], ()) else params[name]
+        name: None if params[name] in ([], ()) else _single(params[name]) if name == "teacher" else params[name]
         for name, row in OPTIONS.items()
         if row.key and name in params
     }
@@ -101,6 +101,10 @@ def protocol_sources(name: str | None, others: Iterable[ConfigSource]) -> Iterat
         section, _, leaf = key.partition(".")
         if section != "router" or (router is not None and leaf in router.model_fields):
             yield ConfigSource(f"--protocol {name}", {"task": "distill"} | nested({key: value}))
+
+
+def _single(value: Any) -> Any:
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def preset_folder() -> Path:
@@ -246,7 +250,8 @@ def _for_task(task: str, source: ConfigSource) -> ConfigSource:
     teacher = values.pop("teacher", {})
     teacher = teacher if isinstance(teacher, dict) else {"source": teacher}
     shared = {key: value for key, value in values.items() if key not in STUDENT_KEYS}
-    shared |= {"model": teacher["source"]} if "source" in teacher else {}
+    first = [teacher["source"]] if isinstance(teacher.get("source"), str) else teacher.get("source") or []
+    shared |= {"model": first[0]} if first else {}
     if teacher.get("epochs") is not None and isinstance(shared.get("train", {}), dict):
         shared["train"] = {**shared.get("train", {}), "epochs": teacher["epochs"]}
     return ConfigSource(source.origin, shared)

@@ -198,7 +198,7 @@ class PretrainConfig(RunConfig):
 
 
 def _source(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
+    return {"source": value} if isinstance(value, str | list | tuple) else value
 
 
 class TeacherConfig(Config):
@@ -214,6 +214,14 @@ class TeacherConfig(Config):
     """Weights file that source stood for when the run began, or the file to use, also torchvision's or timm's."""
     sha256: str | None = None
     """SHA-256 of that file; a resumed or repeated run uses these weights and no newer ones."""
+    others: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further teachers, each named as source is; --teacher may be repeated."""
+    other_weights: tuple[Folder, ...] | None = None
+    """Their weights files."""
+    other_sha256: tuple[str, ...] | None = None
+    """SHA-256 of these files when the run began."""
+    combine: Literal["mean", "confidence", "draw"] = "mean"
+    """Several teachers: mean; confidence: less of those that are wrong about a sample (CA-MKD); draw: one per step."""
     cache: bool = False
     """Cache the teacher's outputs for every view of every image on disk, for this run and later ones."""
     allow_mismatch: bool = False
@@ -224,7 +232,18 @@ class TeacherConfig(Config):
     def _weights_say_whose_they_are(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("weights") is not None and values.get("source") is None:
             return values | {"source": str(values["weights"])}
+        if isinstance(values, dict) and isinstance(values.get("source"), list | tuple):
+            first, *others = [str(source) for source in values["source"]] or [""]
+            return values | {"source": first, "others": others or values.get("others", ())}
         return values
+
+    @property
+    def each_other(self) -> "list[TeacherConfig]":
+        """Every further teacher as the only one."""
+        alone = {"others": (), "other_weights": None, "other_sha256": None, "pretrain": False}
+        weights, sums = ((found or (None,) * len(self.others)) for found in (self.other_weights, self.other_sha256))
+        named = zip(self.others, weights, sums, strict=True)
+        return [self.model_copy(update=alone | {"source": a, "weights": b, "sha256": c}) for a, b, c in named]
 
 
 # Settings of a distillation about its student, which a pretraining does not have.

@@ -141,7 +141,7 @@ class Summary(Document):
     last, best: the last epoch (the reported result) and the one that the validation set chose; trained: the last one's
     weights as they were trained, where others are delivered (train.ema, train.batchnorm); seconds: of the main
     training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended;
-    classes: where a run balances them;
+    classes: where a run balances them; more_teachers: where there are several;
     logs: where `metrics.jsonl` and the others ended.
     """
 
@@ -164,6 +164,7 @@ class Summary(Document):
     seconds: float
     phases: dict[Literal["train", "evaluate", "save", "other"], float]
     teacher: TrainingTeacher | None = None
+    more_teachers: list[TrainingTeacher] = Field(default_factory=list)
     friendly: FriendlyTraining | None = None
     ensemble: EnsembleTraining | None = None
     mixtures: Mixtures | None = None

@@ -34,7 +34,7 @@ from sakd_cli.report.spots.log import epoch_records
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs import mixtures
+from sakd_cli.runs import mixtures, team
 from sakd_cli.runs.branches import start_from_branches
 from sakd_cli.runs.images import Images, load_images
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
@@ -121,6 +121,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         start_from_branches(student, path, teacher)
     sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
     task = assemble(config, student, frozen, sides[0], images.train.labels, None, mode, sides[1], criterion)
+    config, more = _joined(config, task, images, student, teacher)
     require_possible(config, task.distillers, task.router)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.cache:
@@ -128,7 +129,36 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         check_use(config.method.name, task.spots, teacher, others=others)
     costs = cost(task.network, images.side), cost(frozen, images.teacher_side)
     whom = teacher, path, claim, costs[1], (*teacher.notes, *notes)
-    return Job(config, device, mode, images, task.to(device), task.network, costs[0], task.spots, *whom)
+    spots = team.spots_of(task, [teacher.model.name, *(one.network.model.name for one in more)])
+    return Job(config, device, mode, images, task.to(device), task.network, costs[0], spots, *whom, more)
+
+
+def _joined(
+    config: DistillConfig, task: DistillTask, images: Images, student: StagedModel, first: Artifact
+) -> tuple[DistillConfig, tuple[team.Teacher, ...]]:
+    """Join the further teachers of a config to its task; the config with their digests, and they themselves."""
+    if not config.teacher.others:
+        return config, ()
+    team.require_team(config, task)
+    found, tasks = list[team.Teacher](), list[DistillTask]()
+    for number, one in enumerate(config.teacher.each_other, start=2):
+        assert one.weights is not None, "the config's inputs are located first"
+        seed = seeded_generator(config.seed, f"teacher-{number}").initial_seed()
+        alone = config.model_copy(update={"teacher": one, "seed": seed})
+        path = one.weights.resolve()
+        artifact = load_teacher(alone, path)
+        claim = read_claim(path, artifact.sha256)
+        pin_inputs(alone, path, artifact.sha256)
+        team.require_alike(first, artifact, one.source)
+        match_normalization(artifact, images, one.source, None, images.teacher_side)
+        frozen = artifact.model.to(next(student.parameters()).device).requires_grad_(False).eval()
+        sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
+        labels = images.train.labels
+        tasks.append(assemble(alone, student, frozen, sides[0], labels, None, task.mode, sides[1], criterion))
+        found.append(team.Teacher(artifact, path, claim, cost(frozen, images.teacher_side)))
+    team.join(task, tasks, config)
+    sums = tuple(one.network.sha256 for one in found)
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"other_sha256": sums})}), tuple(found)
 
 
 def _require_one_size(config: DistillConfig, images: Images) -> None:

@@ -27,6 +27,7 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.locate import Claim
+from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.criterion import class_weights
 from sakd_cli.tasks.distill import DistillTask
 
@@ -48,6 +49,7 @@ class Job:
     teacher_claim: Claim | None = None
     teacher_cost: Cost | None = None
     notes: tuple[str, ...] = ()
+    more_teachers: tuple[Teacher, ...] = ()
 
     @property
     def card(self) -> NetworkCard:
@@ -131,15 +133,17 @@ def planned_networks(job: Job) -> list[PlannedNetwork]:
     costs = [("student" if job.teacher else "network", job.network.name, job.cost)]
     if job.teacher and job.teacher_cost:
         costs.insert(0, ("teacher", job.teacher.model.name, job.teacher_cost))
+    costs[1:1] = [("teacher", one.network.model.name, one.cost) for one in job.more_teachers]
     return [PlannedNetwork(role=role, name=name, **cost._asdict()) for role, name, cost in costs]
 
 
 def planned_spots(job: Job) -> list[PlannedSpot]:
     """The spots with their stages, shapes and adapters."""
-    graft = job.task.graft if isinstance(job.task, DistillTask) else None
+    members = job.task.members if isinstance(job.task, DistillTask) else []
     spots = []
-    for k, spot in enumerate(job.spots):
-        adapted = graft if spot.kind != "logits" else None
+    for place, spot in enumerate(job.spots):
+        of, k = divmod(place, len(job.spots) // max(len(members), 1))
+        adapted = members[of].graft if members and spot.kind != "logits" else None
         planned = PlannedSpot(
             name=spot.name,
             kind=spot.kind,

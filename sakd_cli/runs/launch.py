@@ -53,7 +53,9 @@ from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import Chain, MemberWriter
 from sakd_cli.runs.resume import find_matching_run, fingerprint, require_fingerprint
 from sakd_cli.runs.survey import Surveyed
-from sakd_cli.tasks.distill import DistillTask, naming_own_code, of_own_code
+from sakd_cli.runs.team import Teacher
+from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.own_code import naming_own_code, of_own_code
 from sakd_cli.tasks.pretrain import SftnTask
 
 
@@ -68,7 +70,8 @@ class FolderWriter(MemberWriter):
     ) -> None:
         super().__init__(job.network, job.card)
         self.extensions = extensions
-        self.facts = {name: part.plain() for name, part in facts.items()}
+        several = {name: [one.plain() for one in part] for name, part in facts.items() if isinstance(part, list)}
+        self.facts = {name: part.plain() for name, part in facts.items() if name not in several} | several
         if images is not None:
             self.facts["fingerprint"] = {part: images.sum(part) for part in images.parts}
         self.folder = "student" if job.teacher else "teacher"
@@ -88,7 +91,7 @@ def run_extensions(job: Job) -> list[RunExtension]:
         found.append(StudentBranches(task))
     if isinstance(config, DistillConfig) and config.residual.students > 0:
         found.append(Chain(job))
-    if isinstance(task, DistillTask) and task.graft is not None:
+    if isinstance(task, DistillTask) and task.graft is not None and not task.others:
         found.append(Surveyed(job))
     if of_job(job):
         found.append(Mixed(job))
@@ -293,31 +296,31 @@ def _extension(job: Job, run: RunDir) -> dict[str, Any]:
 
 
 def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> dict[str, Any]:
-    """The teacher's figures, measured anew on the test images; nothing where there is no teacher.
+    """The teachers' figures, measured anew on the test images; nothing where there is no teacher.
 
-    Raises UsageError where its card says otherwise.
+    Raises UsageError where a card says otherwise.
     """
     if job.teacher is None or job.teacher_cost is None:
         return {}
-    own = as_seen(job.images.dataset.test, job.teacher.card.preprocessing)
+    first = Teacher(job.teacher, job.teacher_path, job.teacher_claim, job.teacher_cost)
+    found = [_measured(job, one, evaluation, reporter) for one in (first, *job.more_teachers)]
+    return {"teacher": found[0]} | ({"more_teachers": found[1:]} if job.more_teachers else {})
+
+
+def _measured(job: Job, one: Teacher, evaluation: EvaluationData, reporter: Reporter) -> TrainingTeacher:
+    own = as_seen(job.images.dataset.test, one.network.card.preprocessing)
     test = evaluation.test
     if own is not job.images.dataset.test:
         test = InterruptibleBatches(EvalLoader(own, job.images.dataset, device=job.device), reporter)
-    scores = evaluate(job.teacher.model, test, evaluation.classes)
+    scores = evaluate(one.network.model, test, evaluation.classes)
     warn_of_chance(scores.top1, scores.images, evaluation.classes, reporter.warn, "teacher: ")
-    if isinstance(job.config, DistillConfig) and job.teacher_path is not None:
+    if isinstance(job.config, DistillConfig) and one.path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch
-        if text := compare_with_card(job.teacher_path, job.teacher_claim, measured, allowed=allowed):
+        if text := compare_with_card(one.path, one.claim, measured, allowed=allowed):
             reporter.say(text)
-    teacher = TrainingTeacher(
-        network=job.teacher.model.name,
-        path=str(job.teacher_path),
-        sha256=job.teacher.sha256,
-        **job.teacher_cost._asdict(),
-        **scores.metrics(),
-    )
-    return {"teacher": teacher}
+    network, path, digest = one.network.model.name, str(one.path), one.network.sha256
+    return TrainingTeacher(network=network, path=path, sha256=digest, **one.cost._asdict(), **scores.metrics())
 
 
 @dataclass(frozen=True)
@@ -369,6 +372,8 @@ class Launcher:
             self.reporter.warn(note)
         if job.teacher is not None:
             say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
+            for one in job.more_teachers:
+                say(f"and {one.network.model.name} from {one.path}")
             if job.images.teacher_sees is not None:
                 say(f"the teacher sees the same crops with {shown(job.images.teacher_side)} pixels")
         with self.guard():

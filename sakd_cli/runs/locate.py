@@ -11,7 +11,7 @@ from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
-from sakd_cli.config.training import DistillConfig, EvalConfig
+from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import expanded, read_card, read_json
 from sakd_cli.rundir import RunDir, newest_run
@@ -109,7 +109,20 @@ def locate_inputs(config: Any) -> Any:
         raise UsageError(f"{text}, or train it first", hint=pretrain_command(config, name))
     if isinstance(router, RandomMatchedConfig) and router.run is None:
         router = router.model_copy(update={"run": str(find_adaptive_run(config).path.resolve())})
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": path}), "router": router})
+    places: dict[str, Any] = {"weights": path}
+    if config.teacher.others:
+        places["other_weights"] = tuple(_finished(config, one) for one in config.teacher.each_other)
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=places), "router": router})
+
+
+def _finished(config: DistillConfig, teacher: TeacherConfig) -> Path:
+    """The weights of a further teacher, which must be there."""
+    alone = config.model_copy(update={"teacher": teacher})
+    if (path := find_teacher(alone)) is None:
+        name = find_network(teacher.source).name
+        text = f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; of several, --pretrain trains"
+        raise UsageError(f"{text} the first alone", hint=pretrain_command(alone, name))
+    return path.resolve()
 
 
 def find_adaptive_run(config: DistillConfig) -> RunDir:
@@ -269,5 +282,7 @@ def is_ensemble(path: Path) -> bool:
 
 def check_teacher(found: Sequence[tuple[Path, RunDir | None]], *, forced: bool, teacher: object) -> None:
     """Raise UsageError where a teacher is named for an ensemble; `forced`: all are taken for one."""
-    if teacher is not None and (forced or any(is_ensemble(weights) for weights, _ in found)):
+    if isinstance(teacher, list | tuple) and len(teacher) > 1:
+        raise UsageError("--teacher: a network is scored beside one teacher")
+    if teacher not in (None, [], ()) and (forced or any(is_ensemble(weights) for weights, _ in found)):
         raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")

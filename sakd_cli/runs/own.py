@@ -9,12 +9,20 @@ from sakd_cli.errors import DiskError
 from sakd_cli.files import read_json, write_json
 from sakd_cli.rundir import RunDir, look_up
 
-KEYS = ("model", "student", "teacher.source", "method.name", "router.name", "data.name")  # settings that name code
+KEYS = (
+    "model",
+    "student",
+    "teacher.source",
+    "teacher.others",
+    "method.name",
+    "router.name",
+    "data.name",
+)  # that name code
 
 
 def trust_own(run: RunDir | None) -> None:
     """Let the weights of a run ask for the functions that its settings name, if this user has made it here."""
-    names = [look_up(run.config, key) for key in KEYS] if run is not None else []
+    names = _named(run) if run is not None else []
     mine = [name for name in names if isinstance(name, str) and functions(name)]
     if mine and run is not None and run.identity is not None and run.identity in _made_here():
         trust(*mine)
@@ -22,11 +30,17 @@ def trust_own(run: RunDir | None) -> None:
 
 def note_own(run: RunDir) -> None:
     """Note, for `trust_own`, that this user has made a run, where the user's own functions are in it."""
-    if run.identity is None or not any(functions(str(look_up(run.config, key))) for key in KEYS):
+    if run.identity is None or not any(functions(str(name)) for name in _named(run)):
         return
     with suppress(OSError, DiskError, RuntimeError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_json(_file(), [*_made_here(), run.identity])
+
+
+def _named(run: RunDir) -> list[object]:
+    """What its settings name as networks."""
+    found = [look_up(run.config, key) for key in KEYS]
+    return [name for value in found for name in (value if isinstance(value, list) else [value])]
 
 
 def _file() -> Path:

@@ -25,6 +25,7 @@ from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.survey import BATCH, trained_job
+from sakd_cli.runs.team import require_one_teacher
 from sakd_cli.tasks.distill import DistillTask
 
 MOST = 2000  # training images that are probed
@@ -47,6 +48,7 @@ def probe(run: RunDir, sources: Iterable[ConfigSource], reporter: Reporter, *, s
     job = trained_job(run, sources, losses=True)
     task, data = job.task, job.images.dataset
     assert isinstance(task, DistillTask)
+    require_one_teacher(task)
     if task.feature_distiller is not None and task.feature_distiller.scope == "memory":
         raise UsageError("--probe: this method's loss depends on a memory of earlier batches")
     held_out = job.images.held_out or data.test

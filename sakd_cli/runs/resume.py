@@ -24,7 +24,7 @@ AUTO = "auto"
 SERIES = ("routers", "with_control", "seeds")
 # Settings that stand in every config as they are.
 NAMES = ("task", "seed", "student", "model", "method.name", "router.name", "data.name", "train.epochs")
-NETWORK_KEYS = ("model", "student", "teacher.source")
+NETWORK_KEYS = ("model", "student", "teacher.source", "teacher.others")
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir", "log"}
 # What a sweep's config leaves open, or what may lie elsewhere.
@@ -37,7 +37,8 @@ def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePl
     What it names as networks may be built: a user's own function is named by the user, here or when the run began.
     """
     config, plan = _planned(task, params)
-    trust(*(value for key, value in flat(config.model_dump(mode="json")).items() if key in NETWORK_KEYS))
+    named = [value for key, value in flat(config.model_dump(mode="json")).items() if key in NETWORK_KEYS]
+    trust(*(name for value in named for name in (value if isinstance(value, list) else [value])))
     return config, plan
 
 
@@ -103,7 +104,7 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
         config = config.model_copy(update={"train": config.train.model_copy(update=length)})
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": asked.config.data.root})})
     if (teacher := getattr(asked.config, "teacher", None)) is not None:
-        moved = {key: getattr(teacher, key) for key in ("source", "weights")}
+        moved = {key: getattr(teacher, key) for key in ("source", "weights", "others", "other_weights")}
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update=moved)})
     return config, extends
 

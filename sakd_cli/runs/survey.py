@@ -52,6 +52,7 @@ from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job, planned_spots
 from sakd_cli.runs.resume import fingerprint, require_fingerprint
+from sakd_cli.runs.team import require_one_teacher
 from sakd_cli.tasks.distill import DistillTask
 
 BATCH = 256  # the features of all stages of both networks are in memory at once: no more than in a training step
@@ -141,6 +142,7 @@ def survey(
     """
     task, data = job.task, job.images.dataset
     assert isinstance(task, DistillTask)
+    require_one_teacher(task)
     images = {"train": job.images.train, "validation": job.images.held_out, "test": data.test}[split]
     if images is None:
         raise UsageError("this run has no validation set (data.validation is 0)", hint="--split train, or --split test")

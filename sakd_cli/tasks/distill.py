@@ -3,32 +3,30 @@
 Song, Chen, Ye, Song, "Spot-adaptive Knowledge Distillation", IEEE TIP 31, 2022.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple, final
+from typing import Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from sakd_cli import distributed
 from sakd_cli.batch import Batch
-from sakd_cli.config.code import GUIDE, line_of
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
 from sakd_cli.engine.converted import ConvertedWeights
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.streams import Fork
-from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
-from sakd_cli.errors import NonFiniteError, UsageError
-from sakd_cli.models.spot import Spot
+from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.routing.dose import Doses
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
 from sakd_cli.tasks.criterion import Criterion
+from sakd_cli.tasks.own_code import checked, require_floating
+from sakd_cli.tasks.team import COMBINE, Seen, of_all, used
 
 ROUTER = "router"  # the group of what decides and of the adapters on its paths
 TINY = 1e-30  # of a product of gradients
@@ -91,6 +89,8 @@ class DistillTask(Task):
     student's training pass comes first, because the routed pass uses the BatchNorm statistics it has updated. The part
     "ce" of the log is without its factor.
 
+    others: tasks of further teachers, without a student of their own (`join`); `combine` says how much each counts
+
     offset: logits that the student's are added to, wherever a pass ends in the student's head (a residual student)
     """
 
@@ -130,13 +130,31 @@ class DistillTask(Task):
         views = [] if graft is None else [getattr(graft.run_student, "__self__", None)]
         dtype = None if self.mode.compiled else self.mode.autocast_dtype  # a compiled pass converts them on its way
         self._converted = ConvertedWeights(trained, [one for one in views if isinstance(one, nn.Module)], dtype)
+        self.others, self.combine = nn.ModuleList(), COMBINE["mean"]
         self._routed = True
         self.has_unused_parameters = router.rests or (graft is not None and rates.update_every > 1)
         self._rest()
 
+    @property
+    def members(self) -> "list[DistillTask]":
+        """One task for each teacher, this one first."""
+        return [self, *cast("list[DistillTask]", list(self.others))]
+
+    def join(self, others: "Sequence[DistillTask]", combine: str) -> None:
+        """Learn from their teachers as well. Their spots are at the same stages of the same student."""
+        self.combine = COMBINE[combine]
+        for other in others:
+            other._modules.pop("network")
+            other.__dict__["network"] = self.network  # is this task's to save and to train
+            self.noise_width += other.noise_width
+            self.has_unused_parameters |= other.has_unused_parameters
+        self.noise_width += self.combine is COMBINE["draw"]
+        self.others.extend(others)
+
     def groups(self) -> list[ParamGroup]:
-        learners = [self.network, self.feature_distiller, self.logit_distiller]
-        routing = [self.router, self.graft]
+        distillers = [one for task in self.members for one in (task.feature_distiller, task.logit_distiller)]
+        learners = [self.network, *distillers]
+        routing = [module for task in self.members for module in (task.router, task.graft)]
         student = [p for module in learners if module is not None for p in module.parameters() if p.requires_grad]
         router = [p for module in routing if module is not None for p in module.parameters()]
         return [
@@ -145,6 +163,8 @@ class DistillTask(Task):
         ]
 
     def begin_epoch(self, epoch: int) -> None:
+        for other in self.members[1:]:
+            other.begin_epoch(epoch)
         self.router.begin_epoch(epoch)
         if self.router.decides:
             self.router.epoch.fill_(epoch)
@@ -158,6 +178,8 @@ class DistillTask(Task):
         self._rest()
 
     def begin_step(self, step: int) -> None:
+        for other in self.members[1:]:
+            other.begin_step(step)
         self._routed = step % self.rates.update_every == 0
         self.constants = self._active, self._routed
 
@@ -169,9 +191,13 @@ class DistillTask(Task):
         if self.feature_distiller is not None:
             self.feature_distiller.active = active[:-1]
 
+    def precompute(self, images: Tensor) -> Features | Seen:
+        """What a step reads of the teachers' plain passes over these images, for `Batch.precomputed`, and no more."""
+        seen = tuple(task._precomputed(images) for task in self.members)
+        return Seen(seen) if len(seen) > 1 else seen[0]
+
     @torch.no_grad()
-    def precompute(self, images: Tensor) -> Features:
-        """What a step reads of the teacher's plain pass over these images, for `Batch.precomputed`, and no more."""
+    def _precomputed(self, images: Tensor) -> Features:
         assert isinstance(self.teacher_features, PlainPass)
         with self.mode.networks(images.device):
             whole = self.teacher_features.network.features(images, self.distillers.want)
@@ -192,31 +218,60 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         device = batch.images.device
         with self.mode.networks(device), torch.no_grad():
-            seen = self.teacher_features(batch)
+            all_seen = [task.teacher_features(own) for task, own in zip(self.members, self._own(batch), strict=True)]
             if self.mode.autocast_dtype is None:  # a cache's are in 16 bits
-                seen = seen.map(to_fp32)
+                all_seen = [seen.map(to_fp32) for seen in all_seen]
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
-        benefits = self._benefits(batch, seen) if self.router.meta and self._routed else None
+        benefits = self._benefits(batch, all_seen[0]) if self.router.meta and self._routed else None
         self.doses.begin()
         with self._converted():
             student, ce = self.learn(batch, offset)
-            embedding = to_fp32(seen.embedding)
-            answers = self.answers(seen, student, batch.labels)
-            decision = self.decide(embedding, student.embedding.detach(), batch.noise, *answers)
+            decisions = self._decisions(batch, student, all_seen)
             # Independent of the student's losses and of both backward passes of theirs.
             alone = ce.detach()
-            gates = [decision.gate] if decision.gate is not None else []
-            with self._fork.beside([*batch.tensors(), *seen.tensors(), *gates, alone]):
-                if benefits is None or decision.gate is None:
-                    routing_loss, events = self.route(batch, seen, alone, decision.gate, offset)
+            gates = [decision.gate for decision in decisions if decision.gate is not None]
+            tensors = [tensor for seen in all_seen for tensor in seen.tensors()]
+            with self._fork.beside([*batch.tensors(), *tensors, *gates, alone]):
+                if benefits is None or not gates:
+                    routed = [
+                        task.route(batch, seen, alone, decision.gate, offset)
+                        for task, seen, decision in zip(self.members, all_seen, decisions, strict=True)
+                    ]
+                    routing_loss, events = routed[0]
+                    for more, _ in routed[1:]:
+                        routing_loss = routing_loss + more
                 else:
-                    routing_loss, events = -(decision.gate * benefits.T).mean(dim=0).sum(), {}
-        loss, parts = self.objective(batch, student, seen, ce, decision.weight)
+                    routing_loss, events = -(gates[0] * benefits.T).mean(dim=0).sum(), {}
+        loss, parts = self.objective(batch, student, all_seen[0], ce, decisions[0].weight)
+        for other, seen, decision in zip(self.members[1:], all_seen[1:], decisions[1:], strict=True):
+            more_loss, more_parts = other.objective(batch, student, seen, None, decision.weight)
+            loss = loss + more_loss
+            parts |= {name: parts[name] + more_parts[name] for name in ("logit", "feature") if name in parts}
         self._fork.join([routing_loss, *events.values()])
-        parts |= {"router": routing_loss.detach()} if events or benefits is not None else {}
-        weight = self.doses.kept[:, : len(batch.labels)] if self.router.agreement else decision.weight
-        use = SpotUse(weight, decision.probability, events, self.doses.lengths)
+        parts |= {"loss": loss.detach()} | ({"router": routing_loss.detach()} if events or benefits is not None else {})
+        kept = self.doses.kept[:, : len(batch.labels)] if self.router.agreement else None
+        use = used(decisions, events, self.doses.lengths, kept)
         return StepOutput(loss + routing_loss, student.logits, parts, use)
+
+    def _own(self, batch: Batch) -> list[Batch]:
+        """The batch for each teacher, with what was computed of its own pass."""
+        if isinstance(batch.precomputed, Seen):
+            return [replace(batch, precomputed=known) for known in batch.precomputed.of]
+        return [batch] * len(self.members)
+
+    def _decisions(self, batch: Batch, student: Features, all_seen: list[Features]) -> list[Decision]:
+        """Where each sample is distilled from each teacher, the teacher's share of the sample in its weights."""
+        decisions, first = [], 0
+        for task, seen in zip(self.members, all_seen, strict=True):
+            answers = task.answers(seen, student, batch.labels)
+            width = task.router.noise_width
+            noise = batch.noise[:, first : first + width] if self.others else batch.noise
+            decisions.append(task.decide(to_fp32(seen.embedding), student.embedding.detach(), noise, *answers))
+            first += width
+        if not self.others:
+            return decisions
+        shares = self.combine([to_fp32(seen.logits) for seen in all_seen], batch.labels, batch.noise)
+        return [d._replace(weight=d.weight * c.to(d.weight.dtype)) for d, c in zip(decisions, shares, strict=True)]
 
     def sample_losses(self, batch: Batch) -> Tensor:
         """[S, N] the distillation loss of every sample at every spot, as it is weighted in training, without gradient.
@@ -279,29 +334,19 @@ class DistillTask(Task):
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
         """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""
         decision = self.router(teacher, student, noise, *answers)
-        if not isinstance(decision, Decision):
-            where = _method(self.router)
-            raise UsageError(f"{where}: must return a Decision, not a {type(decision).__name__}", GUIDE)
-        shape = len(self.spots), len(student)
-        _require(self.router, "the weight of its Decision [spots, N]", decision.weight, shape)
-        if self.router.decides and decision.gate is not None:
-            _require(self.router, "the gate of its Decision [N, spots]", decision.gate, shape[::-1])
-            if self.graft is None:
-                text = "gives a gate, and nothing is routed by it: that needs `settings` of a LearnedConfig"
-                raise UsageError(f"{_method(self.router)}: {text}", GUIDE)
-        return decision
+        return checked(self.router, decision, (len(self.spots), len(student)), routed=self.graft is not None)
 
     def objective(
-        self, batch: Batch, student: Features, seen: Features, ce: Tensor, weight: Tensor
+        self, batch: Batch, student: Features, seen: Features, ce: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's loss and its terms for the log."""
+        """The student's loss and its terms for the log; without the cross-entropy, what a further teacher adds."""
         teacher = self._compared(seen, "teacher", self.distillers.want).map(to_fp32)
         logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, weight[-1:], batch)
         if self.scales is not None:
             logit = logit * self.scales[1].to(logit.dtype)
         parts = {"router_weight": weight.mean()} if self.router.decides else {}
-        parts |= {"ce": ce, "logit": logit}
-        loss = self.factors.ce * ce + logit
+        parts |= {"logit": logit} if ce is None else {"ce": ce, "logit": logit}
+        loss = logit if ce is None else self.factors.ce * ce + logit
         if self.feature_distiller is not None:
             matched = self._matched(self.feature_distiller, student, teacher, weight[:-1], batch)
             parts["feature"] = self.factors.feature * matched
@@ -322,12 +367,12 @@ class DistillTask(Task):
             scale = 1 / distributed.all_reduce_mean(weight.mean(dim=1), batch).clamp(min=FEWEST)
         asked = distiller.scope == "memory" or (distiller.scope == "batch" and self.mode.gather_batch)
         if asked and distributed.world_size() > 1:
-            student, teacher = (_of_all(features, distiller.spots, batch) for features in (student, teacher))
+            student, teacher = (of_all(features, distiller.spots, batch) for features in (student, teacher))
             weight = distributed.all_gather(weight.T, batch).T
             labels, index = (distributed.all_gather(rows, batch) for rows in (batch.labels, batch.index))
             batch = Batch(batch.images, labels, index, batch.noise)
         losses: Tensor = distiller(student, teacher, weight, batch)
-        _require(distiller, "what it returns, a loss per spot [spots],", losses, (len(distiller.spots),))
+        require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(distiller.spots),))
         return losses.sum() if scale is None else (losses * scale).sum()
 
     def route(
@@ -352,46 +397,3 @@ class DistillTask(Task):
         events = {"router_loss_scaled_up": result.raised, "router_loss_scaled_down": result.lowered}
         events |= {"count_penalty_active": result.count_active}
         return result.loss, events | {"routed_ce": result.ce, "student_ce": result.student_ce}
-
-
-def _require(module: nn.Module, what: str, value: object, shape: tuple[int, ...]) -> None:
-    """Raise UsageError where it is no floating tensor of this shape. Nothing is read from the device."""
-    if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
-        return
-    got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise UsageError(f"{_method(module)}: {what} must be a floating tensor of shape {list(shape)}, not {got}", GUIDE)
-
-
-def _method(module: nn.Module) -> str:
-    """The method that a module is called by, and where it stands if that is somebody's own code."""
-    line = line_of(module, "decide", "spot_loss", "forward")
-    name = next((name for name in ("decide", "spot_loss") if line and name in vars(type(module))), "forward")
-    return f"{f'{line}: ' if line else ''}{type(module).__name__}.{name}"
-
-
-def of_own_code(error: NonFiniteError, task: Task) -> NonFiniteError:
-    """The same, with the place of somebody's own code where that gave the number."""
-    if not isinstance(task, DistillTask):
-        return error
-    given = {"router_weight": task.router, "feature": task.feature_distiller, "logit": task.logit_distiller}
-    for term, module in given.items():
-        if module is not None and term in error.message and line_of(module):
-            text = "gives weights that are NaN or outside of 0 to 1: " if module is task.router else ""
-            return NonFiniteError(f"{_method(module)}: {text}{error.message}", GUIDE)
-    return error
-
-
-@contextmanager
-def naming_own_code(task: Task) -> Iterator[None]:
-    """Whatever is not finite is told as `of_own_code` has it."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise of_own_code(error, task) from None
-
-
-def _of_all(features: Features, spots: tuple[Spot, ...], batch: Batch) -> Features:
-    """The logits and what the spots need of the stages, of all processes' samples; the other stages as they are."""
-    places = {place for spot in spots for place in (spot.student, spot.teacher)}
-    stages = [distributed.all_gather(x, batch) if k in places else x for k, x in enumerate(features.stages)]
-    return Features(tuple(stages), distributed.all_gather(features.logits, batch))

@@ -22,12 +22,13 @@ def summary_table(summary: Summary) -> RenderableType:
     ]
     names = named(summary.network)
     if teacher := summary.teacher:
-        sides.append(("Teacher", teacher, None, teacher.network, teacher.parameters, teacher.macs))
-        names = f"{named(teacher.network)} → {names}"
+        for one in (teacher, *summary.more_teachers):
+            sides.append(("Teacher", one, None, one.network, one.parameters, one.macs))
+        names = f"{', '.join(named(one.network) for one in (teacher, *summary.more_teachers))} → {names}"
     rows = [
         ["Network", *(named(network) for *_, network, _, _ in sides)],
         ["Epoch", *(whole(epoch) for _, _, epoch, *_ in sides)],
-        ["Chosen on", named(None), named(summary.best.selected_on), *([named(None)] if teacher else [])],
+        ["Chosen on", named(None), named(summary.best.selected_on), *[named(None)] * len(sides[2:])],
         ["Top-1", *(fixed(side.top1, 2, " %") for _, side, *_ in sides)],
         ["Top-5", *(fixed(side.top5, 2, " %") for _, side, *_ in sides)],
         ["Loss", *(fixed(side.loss, 3) for _, side, *_ in sides)],
