@@ -11,6 +11,8 @@ def require_possible(config: DistillConfig, method: Distillers, router: Router) 
     mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
     reasons = {f"method {part.name}": DISTILLERS.row(part.name).unmixed for part in config.method.parts}
     reasons[f"router {config.router.name}"] = router.unmixed
+    by_label = config.teacher.others and config.teacher.combine == "confidence"
+    reasons["teacher.combine"] = "confidence is of one label" if by_label else ""
     reasons["teacher.cache"] = "has the answers for single images" if config.teacher.cache else ""
     for what, why in reasons.items():
         if mixed and why:
