@@ -5,24 +5,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
+from sakd_cli.cli.progress import Bars
 from sakd_cli.documents.base import Document
 from sakd_cli.report.render.format import plain, printable
 from sakd_cli.torchrun import is_console_process
@@ -73,13 +63,6 @@ def complain(message: str, hint: str | None = None) -> None:
         console.print(f"[dim]hint:[/] {escape(clean(hint, LONGEST_HINT))}")
 
 
-class _Throughput(ProgressColumn):
-    """Steps a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.4g}/s" if task.speed else "")
-
-
 class ConsoleReporter:
     """Reports a run on stderr: a bar on a terminal, one line per interval elsewhere, nothing when quiet."""
 
@@ -87,8 +70,7 @@ class ConsoleReporter:
         self.quiet = quiet or not is_console_process()
         self.console = err()
         self.steps = 0
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._bars: Bars | None = None
         self._signal = 0
         self._last = time.monotonic()
 
@@ -131,18 +113,26 @@ class ConsoleReporter:
         self.steps = steps
         self.say(f"{title}, from step {done}" if done else title)
         if self.console.is_terminal and not self.quiet:
-            columns = (BarColumn(None), MofNCompleteColumn(), _Throughput(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
-            self._task = self._bar.add_task("", total=steps, completed=done)
-            self._bar.start()
+            self._bars = Bars(self.console, steps, done)
+            self._bars.start()
+
+    def plan(self, epochs: int, images: int) -> None:
+        if self._bars is not None and self._bars.epochs == 0:
+            self._bars.plan(epochs, images)
+
+    def spots(self, fractions: Sequence[float | None]) -> None:
+        if self._bars is not None:
+            self._bars.spots(fractions)
 
     def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        if self._bars is not None:
+            self._bars.advance(step)
         elif time.monotonic() - self._last > SILENCE:
             self.say(f"step {step}/{self.steps}")
 
     def record(self, record: dict[str, Any]) -> None:
+        if self._bars is not None and record["kind"] != "eval-trained":
+            self._bars.record(record)
         if record["kind"] == "eval":
             self.say(
                 f"epoch {record['epoch']}  {record['split']}  top-1 {record['top1']:.2f} %  loss {record['loss']:.4f}"
@@ -151,12 +141,10 @@ class ConsoleReporter:
         text = f"epoch {record['epoch']}  loss {record['loss']:.4f}"
         if "top1" in record:
             text += f"  training top-1 {record['top1']:.1f} %"
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
-            return
-        self.say(f"step {record['step']}/{self.steps}  {text}")
+        if self._bars is None:
+            self.say(f"step {record['step']}/{self.steps}  {text}")
 
     def end(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None

@@ -1,6 +1,6 @@
 """How the engine reports what it does."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from sakd_cli import distributed
@@ -12,6 +12,14 @@ class Reporter(Protocol):
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         """A run of `steps` training steps starts; `done` of them were done before."""
+        return
+
+    def plan(self, epochs: int, images: int) -> None:
+        """The training that began has so many epochs in all, and so many images in a step."""
+        return
+
+    def spots(self, fractions: Sequence[float | None]) -> None:
+        """Fractions of the samples that were distilled in the epoch that has ended, by spot."""
         return
 
     def advance(self, step: int) -> None:

@@ -147,7 +147,9 @@ class Trainer:
             with self._timed("evaluate"):
                 self._evaluate_epoch(epoch, self.output.evaluation)
         if self.recorder is not None:
-            self.run.append(f"spots{self.suffix}.jsonl", self.recorder.close_epoch(epoch).plain())
+            record = self.recorder.close_epoch(epoch)
+            self.run.append(f"spots{self.suffix}.jsonl", record.plain())
+            self.reporter.spots([spot.fraction for spot in record.spots])
         self.epoch = epoch
         self._save(at_leisure=True)
         self._publish({"epoch": epoch})
@@ -159,7 +161,9 @@ class Trainer:
         self.task.begin_epoch(epoch)
         first = (epoch - 1) * self.loader.steps_per_epoch
         last = first + self.loader.steps_per_epoch
-        for batch in self.loader.epoch(epoch, start=self.step - first):
+        for place, batch in enumerate(self.loader.epoch(epoch, start=self.step - first)):
+            if not place:
+                self.reporter.plan(self.epochs, len(batch.index) * distributed.world_size())
             if signal := self._stop_signal(self.reporter.stop()):
                 raise Stopped(signal)
             self.task.begin_step(self.step)
