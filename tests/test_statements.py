@@ -1,21 +1,35 @@
 """What is said of results: one sentence for one thing, and nothing side by side that is not alike."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 from sample_documents import sample
-from test_report import CONFIG, Tree, epoch, make_run, spot, text_of
+from test_compare import make
+from test_inspection import measured
+from test_report import CONFIG, Tree, epoch, everything, long_run, make_run, spot, text_of
+from test_sweep_table import finished
 
+from sakd_cli.cli.progress import Bars
 from sakd_cli.documents.base import SeedStatistics
 from sakd_cli.documents.evaluation import Evaluation
+from sakd_cli.documents.listing import RunEntries
 from sakd_cli.documents.spots import Measured
 from sakd_cli.report.evaluation.tables import score_tables
 from sakd_cli.report.render import format
+from sakd_cli.report.render.sheet import parts
+from sakd_cli.report.runs.compare import compare
+from sakd_cli.report.runs.compare_tables import comparison_tables
+from sakd_cli.report.runs.entries import entry_tables, run_entries
 from sakd_cli.report.spots.charts import panels_of
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.page import Seen, spot_sections
 from sakd_cli.report.spots.tables import spot_tables, survey_tables
+from sakd_cli.report.sweep.results import sweep_document
+from sakd_cli.report.sweep.tables import sweep_tables
 
 ALWAYS = "of 100 % at every spot in every epoch. It decided nothing and did what router always does, at almost twice"
 RECIPE = "--set router.recipe=auto lets it decide"
@@ -84,3 +98,49 @@ def test_accuracies_on_two_sets_of_images_say_so() -> None:
     two = [sample(Evaluation, {"split": split, "dataset": "shapes", "images": 9}) for split in ("test", "val")]
     assert "Not on the same images: these figures cannot be compared." in text_of(score_tables(two), 120)
     assert "Not on the same images" not in text_of(score_tables(two[:1] * 2), 120)
+
+
+def fragments(word: str) -> set[str]:
+    """All of a word that may stand in a line: it may be broken behind a hyphen, a slash or an underscore."""
+    cut = parts(word)
+    return {"".join(cut[start:stop]) for start in range(len(cut)) for stop in range(start + 1, len(cut) + 1)}
+
+
+def test_no_table_breaks_a_word_at_any_width(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    routers = ("adaptive", "random-matched", "never")
+    runs = [make(tmp_path / "runs", router, seed, 40.0 + seed) for router in routers for seed in (0, 1)]
+    swept = [finished(router, seed, 70.0 + seed) for router in ("always", "random-matched") for seed in (0, 1)]
+    sheets: list[Any] = [*everything(spots_document(long_run(tmp_path / "run", 3))), *comparison_tables(compare(runs))]
+    sheets += [sheet for found in survey_tables(measured()).values() for sheet in found]
+    sheets += sweep_tables(sweep_document("mine", swept, {"fitnet always": "no such stage"}, "cifar100"))
+    sheets += entry_tables(RunEntries(rows=run_entries(tmp_path / "runs", {}, None), removed=[]))
+    for sheet in sheets:
+        whole = {piece for word in text_of([sheet], 1000).split() for piece in fragments(word)}
+        for width in (60, 72, 80, 96, 100, 118, 132, 160, 200):
+            lines = text_of([sheet], width).splitlines()
+            assert max(map(cell_len, lines), default=0) <= width
+            words = {word for line in lines for word in line.split() if not set(word) <= {"─"}}
+            assert not {word for word in words if word not in whole and word.rstrip(":") not in whole}, width
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_progress_is_a_bar_for_the_epoch_one_for_the_run_and_whole_figures(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bars = Bars(console, steps=120, done=40)
+    bars.plan(3, 64)
+    for step in range(41, 91):
+        bars.advance(step)
+    bars.record({"kind": "train", "epoch": 3, "step": 90, "lr": 0.005, "loss": 1.25, "top1": 61.3})
+    bars.record({"kind": "eval", "epoch": 2, "split": "validation", "top1": 57.125, "loss": 1.5})
+    bars.spots([0.5, 0.875])
+    with console.capture() as capture:
+        console.print(bars.renderable())
+    text = capture.get()
+    assert "epoch 3/3" in text.splitlines()[1]
+    assert text.startswith("run")
+    assert ("90/120" in text, "10/40" in text) == (width >= 80, width >= 80)
+    for figure in ("lr 0.005", "loss 1.2500", "training top-1 61.3 %", "validation top-1 57.12 %", "images/s "):
+        assert figure in text
+    assert "selected, by spot 50.0 87.5 %" in text
+    assert max(map(cell_len, text.splitlines())) <= width

@@ -4,6 +4,7 @@ rich would cut numbers (`6…`) or drop columns on a narrow terminal; here a fig
 nothing in it is read as markup, and control characters are gone, so names from files can be shown as they are.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -75,8 +76,10 @@ class Sheet:
         for index, (text, header) in enumerate(zip(self.are_text, headers, strict=True)):
             cells = max((cell_len(row[index]) for row in rows if index < len(row)), default=0)
             widths.append(max(cell_len(header), cells, 1))
-            parts = max((cell_len(part) for part in header.split()), default=1)
-            least.append(max(parts, min(cells, TEXT_LEAST) if text else cells))
+            words = header.split()
+            words += [part for row in rows if text and index < len(row) for part in parts(row[index])]
+            longest = max((cell_len(word.strip()) for word in words), default=1)
+            least.append(max(longest, min(cells, TEXT_LEAST) if text else cells))
         room = available - GAP * (len(widths) - 1)
         if sum(least) > room:
             return None
@@ -93,7 +96,8 @@ class Sheet:
             justify: Literal["left", "right"] = "left" if text else "right"
             table.add_column(Text(header), justify=justify, style=style, width=width, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            cells = zip(row, self.are_text, widths, strict=False)
+            table.add_row(*(Text("\n".join(wrapped(cell, width)) if text else cell) for cell, text, width in cells))
         return table
 
     def _stacked(self, headers: list[str], rows: list[list[str]]) -> Iterator[Text]:
@@ -107,6 +111,20 @@ class Sheet:
                     yield Text(f"  {header}: {cell}", overflow="fold")
 
 
+def parts(text: str) -> list[str]:
+    """Where a line may end: behind a blank, a hyphen, a slash or an underscore."""
+    return re.findall(r"[^\s/_-]*[\s/_-]+|[^\s/_-]+", text)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most so many columns, as far as no part of a word is longer."""
+    lines = [""]
+    for part in parts(text):
+        fits = cell_len(lines[-1] + part.rstrip()) <= width or not lines[-1]
+        lines = [*lines[:-1], lines[-1] + part] if fits else [*lines, part]
+    return [line.rstrip() for line in lines]
+
+
 def table(
     title: str,
     rows: Iterable[Any],
@@ -114,8 +132,22 @@ def table(
     notes: Sequence[str] = (),
     text: int | Collection[str] = 1,
 ) -> Sheet:
-    """A table of one line per row; `columns` gives by header how a row's cell is written; `text` as in `Sheet`."""
-    return Sheet(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows], notes, text)
+    """A table of one line per row; `columns` gives by header how a row's cell is written; `text` as in `Sheet`.
+
+    A column of figures of which none is known is left out.
+    """
+    cells = {header: [cell(row) for row in rows] for rows in [list(rows)] for header, cell in columns.items()}
+    named_text = {*list(columns)[:text]} if isinstance(text, int) else {*text}
+    known = {header: own for header, own in cells.items() if header in named_text or {*own} != {DASH}}
+    return Sheet(title, list(known), [list(row) for row in zip(*known.values(), strict=True)], notes, named_text)
+
+
+def varying(rows: Sequence[Any], columns: Columns) -> tuple[Columns, list[str]]:
+    """The columns that differ between rows, and the first; a note of what all rows share."""
+    cells = {header: {cell(row) for row in rows} for header, cell in list(columns.items())[1:]}
+    same = {header: own.pop() for header, own in cells.items() if len(rows) > 1 and len(own) == 1}
+    note = ", ".join(f"{header.lower()} {cell}" for header, cell in same.items() if cell != DASH)
+    return {header: cell for header, cell in columns.items() if header not in same}, [f"All: {note}."] * bool(note)
 
 
 def columns_of(show: Callable[[Any], str], attributes: Mapping[str, str]) -> Columns:

@@ -14,7 +14,7 @@ from sakd_cli.documents.listing import RunEntries, RunEntry
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import sha256
 from sakd_cli.report.render.format import fixed, named, plain
-from sakd_cli.report.render.sheet import columns_of, table
+from sakd_cli.report.render.sheet import columns_of, table, varying
 from sakd_cli.rundir import RunDir, look_up
 
 KEYS = {"task": "task", "teacher": "teacher.source", "method": "method.name", "router": "router.name"}
@@ -74,8 +74,10 @@ def run_entry(run: RunDir, settings: Mapping[str, Any] | None, *, shown: bool = 
 def entry_tables(document: RunEntries) -> list[RenderableType]:
     """The runs, and the settings of those that are shown."""
     columns = columns_of(named, COLUMNS) | {"Top-1 %": lambda row: fixed(row.top1, 2)}
-    notes = [f"{len(document.rows)} runs", *(f"removed: {name}" for name in document.removed)]
-    tables: list[RenderableType] = [table("Runs", document.rows, columns, notes, text=6)]
+    text = [*columns][:6]
+    columns, same = varying(document.rows, columns)
+    notes = [f"{len(document.rows)} runs", *same, *(f"removed: {name}" for name in document.removed)]
+    tables: list[RenderableType] = [table("Runs", document.rows, columns, notes, text)]
     for row in document.rows:
         if row.settings is not None:
             lines = [f"{key}: {plain(value)}" for key, value in flat(row.settings).items()]
