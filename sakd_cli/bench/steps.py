@@ -4,13 +4,14 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.batch import Batch
+from sakd_cli.batch import Batch, Loader
 from sakd_cli.bench.counting import Count, count
 from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
 from sakd_cli.config.methods import KDConfig
@@ -18,6 +19,8 @@ from sakd_cli.config.networks import find_network
 from sakd_cli.config.routers import AdaptiveConfig, AlwaysConfig
 from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig
+from sakd_cli.data.dataset import Dataset, Split
+from sakd_cli.data.loader import TrainLoader
 from sakd_cli.distillers.crd import CRD
 from sakd_cli.engine.graphs import Cuda, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
@@ -34,6 +37,7 @@ from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import PretrainTask
 
 OURS = "adaptive"  # the step that all others are compared with
+PIXELS = 4_200_000  # of the noise that stands for images: 4,096 of 32x32
 RATE = 1e-9  # learning rate: the arithmetic of every step is that of the first
 
 
@@ -123,16 +127,23 @@ def optimizer_of(task: Task) -> Optimizer:
     return made
 
 
-class Endless:
-    """One batch again and again."""
+class NoiseLoader:
+    """The trainer's loader on an epoch of noise, again and again, every batch with the draws of `given`."""
 
-    steps_per_epoch = 1
-
-    def __init__(self, given: Batch) -> None:
+    def __init__(self, setup: Setup, given: Batch) -> None:
+        draw = torch.Generator().manual_seed(2)
+        count = setup.size * max(2, min(setup.images, PIXELS // setup.side**2) // setup.size)
+        pixels = torch.randint(256, (count, 3, setup.side, setup.side), dtype=torch.uint8, generator=draw)
+        split, names = Split(pixels, torch.arange(count) % setup.classes), tuple(map(str, range(setup.classes)))
+        data = Dataset("noise", names, (0.5,) * 3, (0.29,) * 3, setup.side // 8, flip=True, train=split, test=split)
         self.given = given
+        self._loader = TrainLoader(split, data, batch_size=setup.size, seed=0, noise_width=0, device=setup.device)
+        self.steps_per_epoch = self._loader.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        return itertools.repeat(self.given)
+        for number in itertools.count(epoch):
+            for batch in self._loader.epoch(number):
+                yield replace(batch, noise=self.given.noise, index=self.given.index)
 
 
 def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
@@ -160,9 +171,11 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
     counting() if cuda is None else cuda.warm_up(counting)
     if mode.compiled:
         compile_task(task, _refused)
+    loader: Loader = NoiseLoader(setup, given)
     if isinstance(task, DistillTask) and mode.ahead > 1:
         look = compiled(task.precompute, _refused) if mode.compiled else task.precompute
-        batches = LookAhead(Endless(given), look, steps=mode.ahead, device=setup.device).epoch(1)
+        loader = LookAhead(loader, look, steps=mode.ahead, device=setup.device)
+    batches = loader.epoch(1)
     if cuda is not None:
         advance = GraphedStep(step, cuda, tuple, _refused)
     return Step(name, about, call, counts[0])
