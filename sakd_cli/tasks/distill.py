@@ -328,8 +328,9 @@ class DistillTask(Task):
 
     def answers(self, teacher: Features, student: Features, labels: Tensor) -> list[Answers]:
         """What a router that needs answers gets beside the pooled vectors; nothing for the others."""
-        logits = to_fp32(teacher.logits), student.logits.detach()
-        return [Answers(*logits, labels)] if self.router.needs_answers else []
+        if not self.router.needs_answers:
+            return []
+        return [Answers(to_fp32(teacher.logits), student.logits.detach(), labels)]
 
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
         """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""
