@@ -164,9 +164,9 @@ def test_the_page_escapes_every_name_and_loads_nothing() -> None:
 def test_the_page_begins_with_the_answer() -> None:
     first = a_page().partition("<nav>")[0]
     for said in (
-        "None: all alike, 50.0 % of the training samples at each.",
+        "None: all alike, 50.0&nbsp;% of the training samples at each.",
         "They differ most at logits: most often ball (+37.5), least often",
-        "It chooses: of the variance of its decisions, knowing the image explains 12.5 % at stage2, 73.3 % at logits",
+        "It chooses: of the variance of its decisions, knowing the image explains 12.5&nbsp;% at stage2, 73.3&nbsp;%",
         "It helped: 1 &lt; 2.",
         "Distilled most often at logits",
     ):

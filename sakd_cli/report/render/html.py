@@ -143,7 +143,8 @@ table{font-size:7.5pt;min-width:0;width:100%}th,td{white-space:normal;padding:1p
 thead th,th.t:first-child,td.t:first-child{position:static}th button{padding:1pt 3pt}tr{break-inside:avoid}
 h2,h3,.question{break-after:avoid}
 .opening,rect,.m,thead th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-figure{width:48%;margin-right:1%}}
+figure{width:48%;margin-right:1%}.opening{grid-template-columns:1fr 1fr}.opening figure{width:100%}
+.tiles{break-inside:avoid}}
 """
 
 # Sorts by number where both cells begin with one (as figures.py writes it), else by name; ties keep their order.
@@ -186,7 +187,7 @@ def page(
     first = ""
     if opening and opening.answers:
         answers = "".join(
-            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{text(said)}</dd>' for said in one.answer)}"
+            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{_kept(said)}</dd>' for said in one.answer)}"
             for one in opening.answers
         )
         first = f'<div class="opening"><dl>{answers}</dl><div>{"".join(map(_block, opening.blocks))}</div></div>'
@@ -211,6 +212,11 @@ def png(pixels: "NDArray[Any]") -> bytes:
     channels = pixels if len(pixels) == 3 else pixels[:1].repeat(3, axis=0)
     Image.fromarray(channels.transpose(1, 2, 0).copy()).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _kept(sentence: str) -> str:
+    """A sentence in which no figure is parted from its percent sign at the end of a line."""
+    return text(sentence).replace(" %", "&nbsp;%")
 
 
 def _block(block: Block) -> str:

@@ -20,6 +20,7 @@ CLASSES_SHOWN = 12  # at each end of the heat map; all where there are no more t
 PATHS_SHOWN = 12
 EPOCHS_SHOWN, ENDS_SHOWN = 24, 8  # columns, and classes at each end, of the maps of every class by epoch
 BLOCKS_NUMBERED = 12  # beside each other that have room for a number
+SPLITS = {"train": "training images", "validation": "validation images", "test": "test images"}
 SURE = 1.96  # standard errors of a 95 % interval
 
 
@@ -48,7 +49,7 @@ def class_chart(report: doc.SpotsDocument) -> Heat:
         [plain(spot.name) for spot in report.overall],
         [fixed(100 * (mean or 0), 0, " %") for mean in means],
     )
-    what = f"{WHAT[measured.value]} of {measured.split} images" if measured else "training samples distilled, %"
+    what = f"{WHAT[measured.value]} of {SPLITS[measured.split]}" if measured else "training samples distilled, %"
     note = f"Points above or below the spot's mean, which stands below its name. {what[0].upper()}{what[1:]}."
     note += "" if len(shown) == classes else f" {CLASSES_SHOWN} classes at each end of {classes}."
     most = max([1.0, *(abs(cell or 0) for row in cells for cell in row)])
@@ -80,7 +81,7 @@ def difficulty_charts(report: doc.SpotsDocument) -> list[Chart]:
             Series(plain(spot.name), places, percent(row.mean[k] for row in deciles), k)
             for k, spot in enumerate(measured.spots)
         ]
-        x, note = "tenth of the images, low to high", f"{whole(measured.images)} {measured.split} images."
+        x, note = "tenth of the images, low to high", f"{whole(measured.images)} {SPLITS[measured.split]}."
         charts.append(Lines(f"By the {measure}", x, WHAT[measured.value], series, note=note))
     return charts
 
@@ -94,7 +95,9 @@ def path_chart(report: doc.SpotsDocument) -> Bars:
     note = f"A letter per spot ({names}): T the teacher's part, S the student's."
     note += "" if len(shown) == len(paths) else f" {len(shown)} of {len(paths)} paths."
     rows: list[Row] = [(row.path, percent([row.fraction]), []) for row in shown]
-    return Bars("The most frequent paths", f"{measured.split if measured else ''} images, %", ["images"], rows, note)
+    return Bars(
+        "The most frequent paths", f"{SPLITS[measured.split] if measured else 'images'}, %", ["images"], rows, note
+    )
 
 
 PANELS: dict[str, Callable[[doc.SpotsDocument], list[Chart]]] = {
@@ -172,7 +175,7 @@ def agreement_chart(measured: doc.Measured) -> Bars:
         )
         for group in groups
     ]
-    note = f"{whole(measured.images)} {measured.split} images. Line at a bar's end: 95 % interval of the mean."
+    note = f"{whole(measured.images)} {SPLITS[measured.split]}. Line at a bar's end: 95 % interval of the mean."
     names = [plain(spot.name) for spot in measured.spots]
     return Bars("By the answers of student and teacher (number of images)", WHAT[measured.value], names, rows, note)
 
