@@ -32,7 +32,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.survey import Survey, read_survey
 from sakd_cli.rundir import RunDir, look_up, newest_run
-from sakd_cli.runs.locate import check_teacher, locate_inputs, runs_dir_of, what_to_score
+from sakd_cli.runs.locate import check_teacher, library_or_path, locate_inputs, runs_dir_of, what_to_score
 from sakd_cli.runs.own import trust_own
 from sakd_cli.runs.resume import resolve_command
 
@@ -176,7 +176,7 @@ def evaluate(
     split   which images; None: the test images, or all of another folder that `data_root` names
     """
     given = config_sources(_params("eval", {"teacher": teacher, **options}))
-    found = [what_to_score(None if target is None else Path(target), runs_dir_of(given))]
+    found = [what_to_score(library_or_path(None if target is None else Path(target), given), runs_dir_of(given))]
     check_teacher(found, forced=False, teacher=teacher)
     from sakd_cli.engine.reporter import NullReporter
     from sakd_cli.runs.evaluate import evaluate_all

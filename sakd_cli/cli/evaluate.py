@@ -11,7 +11,7 @@ from sakd_cli.config.resolve import config_sources
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluations
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
-from sakd_cli.runs.locate import check_teacher, runs_dir_of, what_to_score
+from sakd_cli.runs.locate import check_teacher, library_or_path, runs_dir_of, what_to_score
 
 SplitName = Literal["train", "val", "test", "all"]
 Targets = Annotated[
@@ -55,7 +55,7 @@ def evaluate(
         plots.checked(plot)
     given = config_sources(options)
     runs_dir = runs_dir_of(given)
-    found = [what_to_score(target, runs_dir) for target in targets or (None,)]
+    found = [what_to_score(library_or_path(target, given), runs_dir) for target in targets or (None,)]
     forced = early_exit or always_on or curve or plot is not None
     teacher = options["teacher"] or None
     check_teacher(found, forced=forced, teacher=teacher)

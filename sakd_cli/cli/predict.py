@@ -9,7 +9,7 @@ from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import config_sources
 from sakd_cli.errors import DataError
-from sakd_cli.runs.locate import runs_dir_of, what_to_score
+from sakd_cli.runs.locate import library_or_path, runs_dir_of, what_to_score
 
 Network = Annotated[Path, typer.Argument(metavar="NETWORK", help="Run directory, folder of a network, or its file.")]
 Pictures = Annotated[
@@ -41,7 +41,7 @@ def predict(
         find photos -name '*.png' | sakd predict runs/A - --csv
     """
     sources = config_sources(options)
-    weights, _ = what_to_score(target, runs_dir_of(sources))
+    weights, _ = what_to_score(library_or_path(target, sources) or target, runs_dir_of(sources))
     from sakd_cli.report.evaluation.predictions import predictions_csv, predictions_text
     from sakd_cli.runs.predict import find_pictures
     from sakd_cli.runs.predict import predict as carry_out

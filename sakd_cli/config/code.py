@@ -34,7 +34,8 @@ _modules: dict[tuple[Path, str], ModuleType] = {}
 def functions(name: str) -> list[str]:
     """What of a name is code of the user's own; the name of a network may be made of several."""
     of_files = [part for part in name.split("+") if of_file(part)]
-    return of_files or [part for part in name.split("-") if ":" in part]
+    # `hf-hub:owner/name` is a place on the Hugging Face hub, no code.
+    return of_files or [part for part in name.split("-") if ":" in part and "/" not in part]
 
 
 def trust(*names: str | None) -> None:

@@ -96,12 +96,16 @@ def all_names() -> list[str]:
 def brought(name: str) -> Network | None:
     """`torchvision/NAME`, `timm/NAME`, `package.module:factory` or `my.py:factory`; None for a name of no such form.
 
+    `hf-hub:owner/name`, a network of timm's on the Hugging Face hub, is `timm/hf-hub:owner/name`.
+
     Networks of one library are kin where their names begin with the same letters (resnet18 and resnet50; vit_b_16 and
     vit_l_16); a factory's network has no kin but itself. lr: transformers do not learn at 0.05.
     """
     if (of_library := re.fullmatch(r"(torchvision|timm)/(([A-Za-z]+)[\w.]*)", name)) is not None:
         family, entry, line = of_library.groups()
         return Network(name, family, {"entry": entry}, 0.01, line=line)
+    if of_hub := re.fullmatch(r"(?:timm/)?(hf-hub:[\w.-]+/([A-Za-z]*)[\w.-]*(?:@[\w.-]+)?)", name):
+        return Network(f"timm/{of_hub[1]}", "timm", {"entry": of_hub[1]}, 0.01, line=of_hub[2])
     if of_file(name) or re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
         return Network(name, "factory", {"entry": name}, 0.01, line=name)
     return None

@@ -140,7 +140,8 @@ def _of_timm(entry: str) -> dict[str, Any]:
         timm = importlib.import_module("timm")
     except ImportError:
         raise UsageError(f"timm/{entry}: timm is not installed", hint="pip install 'sakd[timm]'") from None
-    found = timm.get_pretrained_cfg(entry)
+    hub = entry.startswith("hf-hub:")
+    found = _of_hub(entry) if hub else timm.get_pretrained_cfg(entry)
     if found is None:
         raise UsageError(f"timm/{entry}: timm does not say how it was trained", MEANT)
     _, height, width = found.input_size
@@ -155,6 +156,14 @@ def _of_timm(entry: str) -> dict[str, Any]:
         "mean": tuple(found.mean),
         "std": tuple(found.std),
     }
+
+
+def _of_hub(entry: str) -> Any:
+    """What the config.json of a network on the Hugging Face hub says, with timm's values where it says nothing."""
+    models = importlib.import_module("timm.models")
+    said = models.load_model_config_from_hf(entry.removeprefix("hf-hub:"))[0]
+    kind = importlib.import_module("timm.models._pretrained").PretrainedCfg
+    return kind(**{key: value for key, value in said.items() if key in kind.__dataclass_fields__ and value is not None})
 
 
 _LIBRARIES = {"timm": _of_timm, "torchvision": _of_torchvision}

@@ -210,8 +210,8 @@ class TeacherConfig(Config):
     """Train the teacher first if it has no finished run."""
     epochs: PositiveInt | None = None
     """Epochs of that training; None: as many as the student's."""
-    weights: Folder | None = None
-    """Weights file that source stood for when the run began, or the file to use, also torchvision's or timm's."""
+    weights: Weights | None = None
+    """Weights file that source stood for when the run began, or one to use; `library`: what its library has trained."""
     sha256: str | None = None
     """SHA-256 of that file; a resumed or repeated run uses these weights and no newer ones."""
     others: tuple[Annotated[str, Field(min_length=1)], ...] = ()

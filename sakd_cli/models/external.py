@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
 
 NO_TIMM = "timm is not installed"
+HUB = "hf-hub:"  # of the Hugging Face hub, whose config.json says which network of timm's it is
 
 
 class Call(NamedTuple):
@@ -106,6 +107,25 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
         ) from None
 
 
+def library_classes(entry: str, library: str) -> tuple[str, ...] | None:
+    """The names of the classes that a library's weights are for, in their order; None where it does not say."""
+    if library == "torchvision":
+        weights = importlib.import_module("torchvision.models").get_model_weights(entry).DEFAULT
+        return tuple(weights.meta["categories"])
+    names = dict(_pretrained_cfg(entry)).get("label_names")
+    return tuple(map(str, names)) if names else None
+
+
+def _pretrained_cfg(entry: str) -> Mapping[str, Any]:
+    if entry.startswith(HUB):
+        found: Mapping[str, Any] = importlib.import_module("timm.models").load_model_config_from_hf(
+            entry.removeprefix(HUB)
+        )[0]
+        return found
+    cfg = importlib.import_module("timm").get_pretrained_cfg(entry)
+    return {} if cfg is None else cfg.to_dict()
+
+
 def _cut(name: str, family: str, num_classes: int, side: ImageSize, build: Callable[[], nn.Module]) -> StagedModel:
     # On the CPU whatever the caller asks for: a cut is checked with numbers, and buffers that are not saved have some.
     with torch.device("cpu"), warnings.catch_warnings():
@@ -139,7 +159,7 @@ def _of_timm(entry: str, num_classes: int, side: ImageSize) -> list[Call]:
         import timm as library
     except ImportError:
         raise UsageError(f"timm/{entry}: {NO_TIMM}", hint="pip install 'sakd[timm]'") from None
-    if not library.is_model(entry):
+    if not (entry.startswith(HUB) or library.is_model(entry)):
         raise UsageError(unknown("timm classifier", entry, library.list_models()))
     fixed = {"pretrained": False, "num_classes": num_classes}
     return [Call("timm", "create_model", entry, fixed | arguments) for arguments in ({"img_size": side}, {})]

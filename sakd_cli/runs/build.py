@@ -104,7 +104,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     device = pick_device(config.device)
     path = claim = None
     if teacher is None:
-        assert config.teacher.weights is not None, "the config's inputs are located first"
+        assert isinstance(config.teacher.weights, Path), "the config's inputs are located first"
         path = config.teacher.weights.resolve()
         teacher = load_teacher(config, path)
         claim = read_claim(path, teacher.sha256)

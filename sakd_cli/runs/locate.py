@@ -1,18 +1,19 @@
 """What a path or a name means: a teacher, weights, a run; and what the card of a teacher's weights says."""
 
+import importlib
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import FilesConfig
-from sakd_cli.config.networks import find_network, find_trainable
+from sakd_cli.config.networks import brought, find_network, find_trainable
 from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import expanded, read_card, read_json
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
@@ -26,6 +27,11 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     """
     if config.teacher is None:
         return None
+    if config.teacher.weights == "library":
+        if (network := brought(config.teacher.source)) is None:
+            hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
+            raise UsageError(f"teacher: {config.teacher.source} is no network of a library", hint)
+        return _of_library(network.name, config.data)
     if config.teacher.weights is not None:
         trust_own(run_of(config.teacher.weights))
         return config.teacher.weights
@@ -35,6 +41,20 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         trust_own(run)
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
+
+
+def _of_library(name: str, data: Any) -> Path:
+    folder: Path = importlib.import_module("sakd_cli.runs.library").trained_by_library(name, data)  # which loads torch
+    return folder
+
+
+def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path | None:
+    """A path as it is; of the name of a library's network the folder with what the library has trained."""
+    network = None if target is None or target.exists() else brought(str(target))
+    if network is None or network.family == "factory":
+        return target
+    found: Path = importlib.import_module("sakd_cli.runs.library").network_by_name(network.name, layers)
+    return found
 
 
 def weights_at(source: Path | str, key: str) -> Path:
@@ -71,7 +91,7 @@ def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
         return config
     try:
         seen = read_preprocessing(find_teacher(config))
-    except UsageError:  # it is told where the inputs are located
+    except (DataError, UsageError):  # it is told where the inputs are located
         return config
     if seen is None:
         return config

@@ -25,7 +25,7 @@ from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
 from sakd_cli.files import sha256, write_aside, write_json, yaml_bytes
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.locate import weights_at
+from sakd_cli.runs.locate import find_teacher, weights_at
 from sakd_cli.runs.resume import AUTO, RunIndex, config_identity, own_settings
 from sakd_cli.sweep.executor import Executor, Job
 
@@ -163,7 +163,8 @@ class Scheduler:
             weights = teacher.deliverable if teacher else None
             config = config if weights is None else _with_weights(config, weights)
         elif config.teacher.sha256 is None:
-            config = _with_weights(config, weights_at(config.teacher.weights or config.teacher.source, "pairs"))
+            named = find_teacher(config) if config.teacher.weights == "library" else config.teacher.weights
+            config = _with_weights(config, weights_at(named or config.teacher.source, "pairs"))
         if member.matched is not None and isinstance(config.router, RandomMatchedConfig):
             rates = self.entries[member.matched].run
             assert rates is not None
