@@ -142,7 +142,7 @@ def _joined(
     team.require_team(config, task)
     found, tasks = list[team.Teacher](), list[DistillTask]()
     for number, one in enumerate(config.teacher.each_other, start=2):
-        assert one.weights is not None, "the config's inputs are located first"
+        assert isinstance(one.weights, Path), "the config's inputs are located first"
         seed = seeded_generator(config.seed, f"teacher-{number}").initial_seed()
         alone = config.model_copy(update={"teacher": one, "seed": seed})
         path = one.weights.resolve()
