@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sakd_cli.config.methods import ALONE
-from sakd_cli.config.routers import MetaConfig, RandomMatchedConfig
+from sakd_cli.config.routers import AgreementConfig, MetaConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
@@ -29,7 +29,11 @@ def require_team(config: DistillConfig, task: DistillTask) -> None:
     for text, refused, hint in (
         (f"method {method.name} trains something before, from one", task.distillers.warmup is not None, None),
         (f"method {method.name} {ALONE.get(type(method), '')}, of one", type(method) in ALONE, None),
-        (f"router {router.name} is of one", isinstance(router, MetaConfig | RandomMatchedConfig), None),
+        (
+            f"router {router.name} is of one",
+            isinstance(router, MetaConfig | RandomMatchedConfig | AgreementConfig),
+            None,
+        ),
         ("router.dose=selected-mean would undo their shares", selected, "--set router.dose=published"),
         ("teacher.cache keeps the answers of one", config.teacher.cache, None),
         ("residual students complete one", config.residual.students > 0, "--set residual.students=0"),

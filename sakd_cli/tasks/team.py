@@ -56,9 +56,9 @@ def used(
 ) -> SpotUse:
     """Of the spots of all teachers, one after another: their weights at a spot add up to what is distilled there.
 
-    kept  [S, N] 1 where a sample's hint was kept in the backward pass; None: they all were
+    kept  [S, N] of a single teacher, whose every weight is 1: where a hint is kept in the backward pass that is to come
     """
-    weights = [decision.weight if kept is None else decision.weight * kept for decision in decisions]
+    weights = [decision.weight for decision in decisions] if kept is None else [kept]
     chances = [decision.probability for decision in decisions if decision.probability is not None]
     many = lengths.repeat(len(decisions), 1) if len(decisions) > 1 else lengths
     return SpotUse(together(weights), together(chances) if chances else None, events, many)
