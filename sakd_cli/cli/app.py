@@ -33,6 +33,7 @@ from sakd_cli.cli import (
     runs,
     show,
     sweep,
+    watch,
 )
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
@@ -130,6 +131,7 @@ app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
 app.command("predict", rich_help_panel="Evaluate", cls=OnceEach)(predict.predict)
 app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(compare.compare)
 app.command("runs", rich_help_panel="Evaluate", cls=OnceEach)(runs.runs)
+app.command("watch", rich_help_panel="Evaluate", cls=OnceEach)(watch.watch)
 app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(report.report)
 app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(inspect_spots.inspect_spots)
 app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(bench.bench)

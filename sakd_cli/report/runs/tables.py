@@ -59,8 +59,8 @@ def _notes(summary: Summary) -> list[str]:
     if teacher := summary.teacher:
         notes.append(
             f"Student against teacher: {points(round(summary.last.top1, 2) - round(teacher.top1, 2), 2)} points top-1, "
-            f"{fixed(100 * summary.parameters / teacher.parameters, 0)} % of the parameters, "
-            f"{fixed(100 * summary.macs / teacher.macs, 0)} % of the MACs."
+            f"{fixed(100 * summary.parameters / (teacher.parameters or 1), 0)} % of the parameters, "
+            f"{fixed(100 * summary.macs / (teacher.macs or 1), 0)} % of the MACs."
         )
     spent = ", ".join(f"{name} {fixed(100 * part, 0)} %" for name, part in summary.phases.items())
     epochs = f"{whole(summary.epochs)} epoch{'s' * (summary.epochs != 1)}"
