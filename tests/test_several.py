@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sakd_cli.config.methods import METHODS
+from sakd_cli.config.resolve import option_sources, preset_source, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.composed import Composed
@@ -163,3 +164,35 @@ def test_what_is_of_one_method_says_so(trained_cli: CliRunner, command: str, tex
 def test_an_unknown_row_is_an_error_of_ours() -> None:
     with pytest.raises(UsageError):
         distillers.DISTILLERS.row("fitnet+crd")
+
+
+@pytest.mark.usefixtures("_float64")
+def test_hard_distillation_is_the_cross_entropy_with_the_teachers_answer() -> None:
+    for name in ("kd", "fitnet+kd"):
+        key = "method.hard" if name == "kd" else "method.kd.hard"
+        task = make(name, "always", **{key: True})
+        batch = batches(task, 1)[0]
+        ours, theirs = task.network.eval().features(batch.images), task.teacher_features(batch)
+        found = task.logit_distiller(ours, theirs, torch.ones(1, len(batch.labels)), batch)
+        assert torch.allclose(found[0], F.cross_entropy(ours.logits, theirs.logits.argmax(1)))
+
+
+@pytest.mark.parametrize("name", ["imagenet-resnet18", "vit-deit", "finetune-small", "dfa-cifar100"])
+def test_a_preset_shrinks_with_its_epochs(name: str) -> None:
+    whole = resolve("distill", [preset_source(name)]).config.train
+    short = resolve("distill", [preset_source(name), *option_sources({"epochs": "4"})]).config.train
+    assert short.warmup_epochs == pytest.approx(whole.warmup_epochs * 4 / whole.epochs)
+    assert all(0 < milestone < 4 for milestone in short.decay_epochs())
+    said = (
+        resolve("distill", [preset_source(name), *option_sources({"epochs": "4", "milestones": "3"})])
+        if whole.schedule == "step"
+        else None
+    )
+    assert said is None or said.config.train.milestones == (3,)
+
+
+def test_vit_deit_is_the_published_recipe() -> None:
+    config = resolve("distill", [preset_source("vit-deit")]).config
+    assert (config.train.lr, config.train.weight_decay, config.train.warmup_epochs) == (1e-3, 0.05, 5)
+    assert (config.data.mixup, config.data.cutmix, config.data.erase) == (0.8, 1.0, 0.25)
+    assert (config.method.hard, config.method.ce_weight, config.method.kl_weight) == (True, 0.5, 0.5)

@@ -30,6 +30,8 @@ class KDConfig(MethodConfig):
     """Softened logits (Hinton et al. 2015)"""
 
     name: Literal["kd"] = "kd"
+    hard: bool = False
+    """Cross-entropy with the class of the teacher's largest logit (DeiT) in place of softened logits."""
 
 
 class FitNetConfig(MethodConfig):

@@ -213,8 +213,10 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    sources = list(sources)
     for source in sources:
         values = _merge(values, _with_preprocessing(_for_task(task, source)), origins)
+    _shrink(values, origins, sources)
     try:
         config = TASKS[task].model_validate(values)
     except ValidationError as error:
@@ -226,6 +228,23 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
         files = code.hashes(flat(config.model_dump(mode="json")).values(), config.code or ())
         config = config.model_copy(update={"code": files})
     return Resolved(config, origins)
+
+
+def _shrink(values: dict[str, Any], origins: Mapping[str, str], sources: list[ConfigSource]) -> None:
+    """What a preset counts in epochs, in proportion to the epochs of a shorter or longer run."""
+    preset = next((source for source in sources if source.origin.startswith("preset ")), None)
+    own, train = None if preset is None else preset.values.get("train"), values.get("train")
+    if preset is None or not isinstance(own, dict) or not isinstance(train, dict):
+        return
+    try:
+        epochs, ratio = int(train["epochs"]), int(train["epochs"]) / own["epochs"]
+    except (KeyError, TypeError, ValueError):  # it is told where the whole is read
+        return
+    mine = {key: own[key] for key in own if origins.get(f"train.{key}") == preset.origin and ratio != 1}
+    if steps := mine.get("milestones"):
+        values["train"] |= {"milestones": sorted({n for m in steps if 0 < (n := round(m * ratio)) < epochs})}
+    if warmup := mine.get("warmup_epochs"):
+        values["train"] |= {"warmup_epochs": warmup * ratio}
 
 
 def _with_preprocessing(source: ConfigSource) -> ConfigSource:

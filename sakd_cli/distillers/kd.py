@@ -25,11 +25,16 @@ class KD(Distiller):
     loss = T^2 mean_i sum_c p_ic ln(p_ic / q_ic),  p = softmax(t/T), q = softmax(s/T)
 
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The weight of
-    the cross-entropy stays 1 (the CRD benchmark uses 0.1 / 0.9).
+    the cross-entropy stays 1 (the CRD benchmark uses 0.1 / 0.9). `hard`: the cross-entropy with the class of the
+    teacher's largest logit in place of it: Touvron et al., "Training data-efficient image transformers" (DeiT), ICML
+    2021, equation 3, on the same head.
     """
 
     config: MethodConfig
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        if getattr(self.config, "hard", False):
+            answer = teacher.logits.argmax(dim=1)
+            return weighted_mean(F.cross_entropy(student.logits, answer, reduction="none"), weight[0])[None]
         per_sample = softened_kl(student.logits, teacher.logits.detach(), self.config.temperature)
         return weighted_mean(per_sample, weight[0])[None]

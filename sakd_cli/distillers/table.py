@@ -227,6 +227,8 @@ def build(
         if row.warmup is not None:
             kind, before = row.warmup
             warmup = kind(tuple(at(before(part, stages))[:-1]), part)
+        if row.features is None and row.warmup is None and row.logits is KD:
+            of_logits = (part, KD)
         if row.logits is not KD:
             if of_logits[1] is not KD:
                 raise UsageError(f"method {config.name}: two of these replace the softened logits; one can")
