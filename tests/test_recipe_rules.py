@@ -1,0 +1,158 @@
+"""What a recipe does to images, routing and the run's end; and what of it cannot be, each in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_recipe import PRETRAIN, STEPS, _float64, job_of, of, trainer_of
+from torch import nn
+from torchvision.transforms import v2
+
+from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.engine.evaluate import score_logits
+from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import Rows, SpotRecorder
+from sakd_cli.engine.task import SpotUse
+from sakd_cli.errors import UsageError
+from sakd_cli.runs import build
+from sakd_cli.runs.extension import loader_of
+from sakd_cli.runs.recipe import control_of, notes
+
+__all__ = ["_float64"]  # the fixture of both files
+
+
+@pytest.mark.parametrize(
+    "settings", [{"augment": "randaugment"}, {"augment": "autoaugment"}, {"jitter": 0.4, "erase": 1.0}]
+)
+def test_changed_images_are_torchvisions(settings: dict[str, Any]) -> None:
+    """Four in a row are changed by one call, whatever the batches are; torch's own generator is not touched."""
+    loaders = [loader_of(job_of(of(**given))) for given in ({}, settings)]
+    state = torch.get_rng_state()
+    plain, changed = (torch.cat([batch.images for batch in loader.epoch(2)]) for loader in loaders)
+    assert torch.equal(torch.get_rng_state(), state)
+    data = loaders[0]._dataset
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    pixels = ((plain * std + mean) * 255).round().to(torch.uint8)
+    fill = [round(255 * value) for value in data.mean]
+    policies = {
+        "randaugment": v2.RandAugment(2, 9, interpolation=v2.InterpolationMode.BILINEAR),
+        "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, v2.InterpolationMode.BILINEAR),
+    }
+    own = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomErasing(1.0, value=fill)])
+    transform = policies.get(settings.get("augment", ""), own)
+    seeds = loaders[1]._seeds(2)
+    assert len(set(seeds)) == len(seeds) // 4 + 1
+    for first in range(0, len(seeds), 4):
+        torch.manual_seed(seeds[first])
+        expected = (transform(pixels[first : first + 4]).double() / 255 - mean) / std
+        torch.testing.assert_close(changed[first : first + 4], expected)
+
+
+def test_a_mixed_image_is_two_by_their_shares_and_counts_for_both() -> None:
+    loader = loader_of(job_of(of(mixup=1.0, cutmix=1.0)))
+    single = {
+        int(k): x for batch in loader_of(job_of({})).epoch(1) for k, x in zip(batch.index, batch.images, strict=True)
+    }
+    for batch in loader.epoch(1):
+        pairs = zip(batch.images, batch.index, batch.other_index, batch.ratio, strict=True)
+        for image, one, other, ratio in pairs:
+            ours, theirs = single[int(one)], single[int(other)]
+            blended = torch.allclose(image, ratio * ours + (1 - ratio) * theirs)
+            kept = (image == ours).all(dim=0).double().mean()
+            assert blended or kept >= ratio - 1e-9
+            assert ((image == ours) | (image == theirs)).all() or blended
+    recorder = SpotRecorder([("logits", "logits")], 4, 3, torch.device("cpu"))
+    rows = Rows(*map(torch.tensor, ([0, 1], [0, 1], [0.75, 0.5], [1, 2], [1, 2])))
+    recorder.add(SpotUse(torch.tensor([[1.0, 0.0]]), None, {}), rows)
+    record = recorder.by_sample()
+    assert record["visits"].tolist() == [0.75, 0.75, 0.5]
+    assert record["distilled"][:, 0].tolist() == [0.75, 0.25, 0.0]
+
+
+REFUSED = {
+    "method crd keeps one row per image": of(mixup=0.2) | {"method": "crd"},
+    "method dkd sets the one class": of(cutmix=1.0) | {"method": "dkd"},
+    "method cc compares neighbours": of(mixup=0.2) | {"method": "cc", "router": "always"},
+    "router wsld compares both networks on the one label": of(mixup=0.2) | {"router": "wsld"},
+    "router teacher-correct asks whether": of(mixup=0.2) | {"router": "teacher-correct"},
+    "data.mixup: teacher.cache has": of(mixup=0.2) | {"teacher.cache": True},
+    "data.augment: changes images in more ways": of(augment="randaugment") | {"teacher.cache": True},
+    "unknown optimizer 'adm'; did you mean 'adam'": of(optimizer="adm"),
+    "train.optimizer: timm/nothing": of(optimizer="timm/nothing"),
+    "train.lr: missing, and timm/lamb has no usual one": of(optimizer="timm/lamb") | {"train.lr": None},
+    "nesterov belongs to sgd": of(optimizer="adam", nesterov=True),
+    "betas belong to adam": of(betas=(0.9, 0.99)),
+    "milestones belong to schedule step": of(schedule="cosine", milestones=[2]),
+    "warmup_epochs 4 must be fewer": of(warmup_epochs=4),
+    "'stage9' is no part of the network: stem, stage1": of(freeze=["stage9"]),
+    "leaves nothing of the network to train": of(freeze=["*"]),
+    "freeze_epochs needs freeze": of(freeze_epochs=1),
+    "train.drop_path: resnet8 has no stochastic depth": of(drop_path=0.1),
+    "train.patience: there are no validation images": of(patience=1) | {"data.validation": 0},
+    "augment crop is of pictures in files": of(augment="crop"),
+    "did you mean 'train.warmup_epochs'": of(warmup_epoch=1),
+    "here it is 'train.clip_norm'": of(clip_grad=1),
+    "here it is 'train.ema'": of(model_ema=0.9),
+    "here it is 'train.accumulate'": of(grad_accum_steps=2),
+    "did you mean 'data.mixup'": {"train.mixup": 0.2},
+    "did you mean 'data.cutmix'": {"data.cut_mix": 1},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line_before_anything_is_trained(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        job_of(REFUSED[text])
+    assert text in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_a_run_ends_when_its_metric_gets_no_better(tmp_path: Path) -> None:
+    trainer = trainer_of(job_of(of(patience=1, metric="macro_f1", lr=1e-12)), tmp_path)
+    figures = trainer.fit()
+    assert (trainer.epoch, figures["last"]["epoch"], trainer.best["epoch"]) == (2, 2, 1)
+    lines = [line for line in trainer.run.lines("metrics.jsonl") if line["kind"] == "eval"]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[0]["macro_f1"] == pytest.approx(trainer.best["value"], abs=1e-3)
+
+
+def test_metrics_of_unequal_classes() -> None:
+    """Answers 0 0 0 1 of labels 0 0 1 1: recalls 1 and 1/2, F1 0.8 and 2/3; class 2 has no images."""
+    logits = torch.eye(3)[[0, 0, 0, 1]] * 9
+    scores = score_logits([(logits, torch.tensor([0, 0, 1, 1]))], 3)
+    assert scores.value("top1") == 75
+    assert scores.value("balanced_accuracy") == 75
+    assert scores.value("macro_f1") == pytest.approx(100 * (0.8 + 2 / 3) / 2)
+    assert scores.value("nll") == -scores.loss
+
+
+def test_the_routers_group_has_settings_of_its_own(tmp_path: Path) -> None:
+    words = of(optimizer="adamw", schedule="cosine", clip_norm=1.0, norm_decay=False)
+    own = {
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "lr": 0.02,
+        "momentum": 0.5,
+        "norm_decay": True,
+        "clip_norm": 2.0,
+    }
+    job = job_of(words | {"router": {"name": "adaptive"} | own})
+    optimizer = trainer_of(job, tmp_path).optimizer
+    assert isinstance(optimizer, Optimizer)
+    optimizer.begin_step(10, STEPS)
+    (adamw, _), (sgd, _) = optimizer.parts
+    assert (type(adamw), type(sgd)) == (torch.optim.AdamW, torch.optim.SGD)
+    assert [(group["lr"], group["weight_decay"]) for group in adamw.param_groups] == [(0.005, 5e-4), (0.005, 0)]
+    assert [(group["lr"], group["weight_decay"]) for group in sgd.param_groups] == [(0.02, 1e-3)]
+    assert [settings.clip_norm for settings, _ in optimizer._clipped] == [1.0, 2.0]
+
+
+def test_statistics_are_re_estimated_where_their_momentum_is_too_small(tmp_path: Path) -> None:
+    config = resolve("pretrain", [ConfigSource("test", nested(PRETRAIN | {"model": "resnet8"}))]).config
+    job = build.build(config)
+    assert not notes(job)
+    for norm in [module for module in job.network.modules() if isinstance(module, nn.BatchNorm2d)]:
+        norm.momentum = 0.01
+    assert "BatchNorm in resnet8 has momentum 0.01, too little for a run of 20 steps" in notes(job)[0]
+    assert control_of(job, job.task).delivered is not None
