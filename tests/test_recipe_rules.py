@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from emulator import Called, Emulator
+from test_idle import heard
 from test_recipe import PRETRAIN, STEPS, _float64, job_of, of, trainer_of
 from torch import nn
 from torchvision.transforms import v2
 
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.evaluate import score_logits
+from sakd_cli.engine.graphs import Device, GraphedStep
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import Rows, SpotRecorder
 from sakd_cli.engine.task import SpotUse
+from sakd_cli.engine.trainer import Trainer
 from sakd_cli.errors import UsageError
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import loader_of
@@ -156,3 +160,33 @@ def test_statistics_are_re_estimated_where_their_momentum_is_too_small(tmp_path:
         norm.momentum = 0.01
     assert "BatchNorm in resnet8 has momentum 0.01, too little for a run of 20 steps" in notes(job)[0]
     assert control_of(job, job.task).delivered is not None
+
+
+@pytest.mark.parametrize("router", ["adaptive", "always"])
+def test_a_step_with_all_of_it_is_replayed_by_a_graph(
+    router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole batches of three parts, mixed; the rate changes in every step, the frozen part after the first epoch."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr("sakd_cli.engine.optim.updates_on_device", lambda parameter: True)
+    monkeypatch.setattr("sakd_cli.engine.graphs.WARMUP", 1)
+    words = of(optimizer="adamw", schedule="cosine", clip_norm=1.0, clip_value=0.1, accumulate=3, mixup=0.2, cutmix=1.0)
+    words |= of(ema=0.9, freeze=["stem"], freeze_epochs=1, label_smoothing=0.1, layer_decay=0.7, norm_decay=False)
+    words |= {"method": "fitnet", "router": router, "runtime.shapes": "static"}
+
+    def trained(device: Device) -> tuple[Trainer, list[str]]:
+        trainer = trainer_of(job_of(words), tmp_path / type(device).__name__)
+        trainer._advance = GraphedStep(trainer._advance, device, trainer._constants, trainer._refuse_graph)
+        trainer.guard.every_step = False
+        with heard() as names:
+            for epoch in (1, 2):
+                trainer._train(epoch)
+        return trainer, names
+
+    emulator = Emulator()
+    (called, _), (recorded, names) = trained(Called()), trained(emulator)
+    assert (len(emulator.tapes), emulator.replays) == (2, 6), "one for each epoch, behind a called step"
+    assert not [fault for tape in emulator.tapes for fault in tape.faults]
+    assert names == ["item", "tolist"] * 2, "at log points alone"
+    ours, theirs = recorded._tensors(), called._tensors()
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
