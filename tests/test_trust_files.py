@@ -245,3 +245,29 @@ def test_of_processes_with_the_same_error_the_first_tells_it(tmp_path: Path, mon
     assert (torchrun.tells("a", common=True), torchrun.tells("a", common=False)) == (False, True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
     assert [torchrun.tells(message, common=True) for message in ("a", "a", "b")] == [True, False, True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP")
+def test_a_command_that_was_stopped_waits_for_no_process_of_its_own(tmp_path: Path) -> None:
+    lines = ["import multiprocessing, os, signal, time", "from sakd_cli.cli import app"]
+    lines += ["child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,), daemon=True)"]
+    lines += [
+        "child.start()",
+        "os.kill(child.pid, signal.SIGSTOP)",
+        "print(time.time(), flush=True)",
+        "app._leave(130)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert time.time() - float(done.stdout) < 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.parametrize("gigabytes", [1.0, 3.1])
+def test_an_address_space_without_room_for_torch_costs_one_line(gigabytes: float) -> None:
+    """In the larger one torch ends the process itself, by abort(3), where nobody looks before."""
+    words = f"ulimit -v {gigabytes * 1e6:.0f}; exec {sys.executable} -m sakd_cli eval none.safetensors"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) in ((6, ""), (2, "")), "2: a small build of torch found room"
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()][:1] == ["error"]
+    assert "Traceback" not in done.stderr

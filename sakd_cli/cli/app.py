@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import importlib
 import io
 import itertools
 import multiprocessing
@@ -12,6 +13,7 @@ import traceback
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from importlib.abc import MetaPathFinder
 from typing import Annotated, Any, TextIO, cast
 
 import typer
@@ -69,6 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+ENOUGH = 8 * 2**30  # bytes of address space in which PyTorch of any kind can be imported
 NO_ROOM = ("annot allocate memory", "failed to map segment", "bad_alloc")  # to load a library
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode="markdown")
@@ -286,6 +289,37 @@ def _three_streams() -> None:
             setattr(sys, name, os.fdopen(handle, "w", closefd=False))
 
 
+class AbortingTorch(MetaPathFinder):
+    """Sees whether torch can be imported within a limit of the address space (`ulimit -v`): it may abort the process.
+
+    Then MemoryLimitError, where nobody could be told any more. A child tries it where the limit is small enough.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname != "torch" or self not in sys.meta_path:
+            return
+        sys.meta_path.remove(self)
+        if sys.platform == "win32":
+            return
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if not 0 <= most < ENOUGH:
+            return
+        if (child := os.fork()) == 0:
+            with suppress(BaseException):
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                importlib.import_module("torch")
+                importlib.import_module("torchvision")
+                os._exit(0)
+            os._exit(1)
+        if os.waitpid(child, 0)[1]:
+            raise MemoryLimitError(
+                f"PyTorch does not fit into {most / 1e9:.1f} GB of address space", "a larger limit: ulimit -v"
+            )
+
+
 def _leave(code: int) -> None:
     """End at once: Python's own end waits for processes that read images and frees torch, seconds on a busy machine."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say of each that it was killed
@@ -304,7 +338,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
     sys.stderr = cast("TextIO", Forgiving(sys.stderr))
-    code = run(sys.argv[1:]) if _somewhere() else UsageError.exit_code
+    sys.meta_path.insert(0, AbortingTorch())
+    try:
+        code = run(sys.argv[1:]) if _somewhere() else UsageError.exit_code
+    except MemoryError:  # even to say it as all else is said
+        os.write(2, b"error: out of memory\n")
+        os._exit(MemoryLimitError.exit_code)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # it is told already; at its end Python would say it again, with another code
