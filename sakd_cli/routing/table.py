@@ -36,6 +36,14 @@ def straight_through(scores: Tensor, uniform: Tensor, tau: float) -> Tensor:
     return hard + (soft - soft.detach())
 
 
+def policy(spots: int, teacher: int, student: int, teacher_bias: float) -> nn.Linear:
+    """Scores of teacher and student for every spot, from both pooled vectors; `teacher_bias` is added to the former."""
+    layer = nn.Linear(teacher + student, 2 * spots)
+    with torch.no_grad():
+        layer.bias[0::2] += teacher_bias
+    return layer
+
+
 @final
 class Adaptive(Router):
     """One linear layer on both pooled vectors scores teacher against student at every spot, and one is drawn.
@@ -51,9 +59,7 @@ class Adaptive(Router):
         super().__init__()
         self.noise_width = 2 * spots
         self.tau = tau
-        self.policy = nn.Linear(teacher + student, 2 * spots)
-        with torch.no_grad():
-            self.policy.bias[0::2] += teacher_bias
+        self.policy = policy(spots, teacher, student, teacher_bias)
 
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
         scores = self.policy(torch.cat([teacher, student], dim=1)).unflatten(1, (-1, 2))
@@ -76,9 +82,7 @@ class Soft(Router):
     def __init__(self, spots: int, teacher: int, student: int, *, tau: float, teacher_bias: float) -> None:
         super().__init__()
         self.tau = tau
-        self.policy = nn.Linear(teacher + student, 2 * spots)
-        with torch.no_grad():
-            self.policy.bias[0::2] += teacher_bias
+        self.policy = policy(spots, teacher, student, teacher_bias)
 
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
         scores = self.policy(torch.cat([teacher, student], dim=1)).unflatten(1, (-1, 2))

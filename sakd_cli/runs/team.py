@@ -13,6 +13,8 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.runs.locate import Claim
 from sakd_cli.tasks.distill import DistillTask
 
+OF_ONE = (AgreementConfig, MetaConfig, RandomMatchedConfig)  # routers that cannot be shared among teachers
+
 
 class Teacher(NamedTuple):
     """A network to learn from, where its weights lie, what its card says, and what it costs."""
@@ -31,7 +33,7 @@ def require_team(config: DistillConfig, task: DistillTask) -> None:
         (f"method {method.name} {ALONE.get(type(method), '')}, of one", type(method) in ALONE, None),
         (
             f"router {router.name} is of one",
-            isinstance(router, MetaConfig | RandomMatchedConfig | AgreementConfig),
+            isinstance(router, OF_ONE),
             None,
         ),
         ("router.dose=selected-mean would undo their shares", selected, "--set router.dose=published"),
