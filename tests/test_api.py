@@ -9,12 +9,23 @@ from typing import Any, get_type_hints
 
 import pytest
 from conftest import CliRunner
+from PIL import Image
 
 from sakd_cli import api
 from sakd_cli.config.options import options_of
 from sakd_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
+CALLS: dict[str, Any] = {
+    "distill": api.DistillOptions,
+    "pretrain-teacher": api.PretrainOptions,
+    "predict": api.PredictOptions,
+    "export": api.ExportOptions,
+    "import-weights": api.ImportOptions,
+    "bench": api.BenchOptions,
+    "sweep": api.SweepOptions,
+}
+OTHERS = ("evaluate", "inspect_spots", "compare", "report", "prepare")
 FEW = {"data.train": 100, "data.test": 60}
 
 
@@ -93,12 +104,14 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
         api.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("command", ["pretrain-teacher", "distill"])
+@pytest.mark.parametrize("command", [*CALLS])
 def test_a_call_has_every_option_of_its_command(command: str) -> None:
-    options = {"distill": api.DistillOptions, "pretrain-teacher": api.PretrainOptions}[command]
-    printed = {"dry_run", "json", "quiet", "set_", "routers", "with_control", "seeds", "parallel", "model"}
-    printed |= {"baseline"}
-    assert {*options.__annotations__} - {"settings", "reporter", "trust"} == {*options_of(command)} - printed
+    """But those that print, and those of a series."""
+    printed = {"dry_run", "json", "quiet", "set", "csv", "markdown", "measure", "plot"}
+    series = {"routers", "with_control", "seeds", "parallel", "baseline"} if command == "distill" else set()
+    printed |= {"model"} if command == "pretrain-teacher" else series
+    flags = [row.flag.partition("/")[0].removeprefix("--").replace("-", "_") for row in options_of(command).values()]
+    assert {*CALLS[command].__annotations__} - {"settings", "reporter", "trust"} == {*flags} - printed
     with pytest.raises(TypeError, match="unknown option: epoch"):
         api.distill(epoch=3)  # type: ignore[call-arg]
 
@@ -118,5 +131,39 @@ def test_the_contracts_are_there_and_the_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
     for name in api.__all__:
         assert getattr(api, name).__doc__, name
-    for call in (api.pretrain_teacher, api.distill, api.evaluate, api.inspect_spots):
-        assert "return" in get_type_hints(call, {**vars(api), "Reporter": api.Reporter})
+    for call in (getattr(api, name.replace("-", "_")) for name in (*CALLS, *OTHERS)):
+        assert "return" in get_type_hints(call, {**vars(api), "Reporter": api.Reporter, "Job": api.Job})
+
+
+def test_every_other_call_gives_the_document_of_its_command(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
+    run = trained_cli.path / distilled["run"]
+    assert api.compare(run).plain() == trained_cli.sakd("compare", str(run), "--json").document
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(trained_cli.path / "red.png")
+    found = api.predict(run, "red.png", top=2)
+    assert [len(one.classes) for one in found.predictions] == [2]
+    weights = run / "student" / "model.safetensors"
+    with pytest.raises(UsageError, match="is no resnet14"):
+        api.import_weights(weights, model="resnet14", dataset="shapes", out="brought", settings=FEW)
+    assert Path(api.report(run, "page.html").written[0]).name == "page.html"
+
+
+def test_objects_stand_where_names_stand(teacher: Path) -> None:
+    import torch
+    from torch import nn
+
+    class Sure(api.Router):
+        """Where the teacher is sure"""
+
+        def decide(self, seen: api.Seen) -> Any:
+            return seen.teacher_loss < seen.teacher_loss.mean()
+
+    labels = torch.arange(60) % 3
+    images = (labels[:, None, None, None] * 80 + torch.arange(8)).expand(60, 3, 8, 8).to(torch.uint8)
+    data = api.Dataset.of((images, labels), (images, labels))
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    chosen: dict[str, Any] = {"teacher": net, "student": net, "dataset": data, "router": Sure, "method": "kd"}
+    run = api.distill(**chosen, epochs=1, batch_size=20)
+    assert (run.summary.network, run.summary.dataset) == ("python:sequential", "python:dataset")
+    assert api.distill(**chosen, epochs=1, batch_size=20, resume=run.path).top1 == run.top1
+    assert api.evaluate(run.path, settings={"timing_seconds": 0}).top1 == run.top1

@@ -5,6 +5,7 @@ is a UsageError that names file and line.
 """
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import os
@@ -23,11 +24,13 @@ from sakd_cli.errors import SakdError, UsageError, first_line, is_out_of_memory,
 from sakd_cli.files import read_bytes
 
 GUIDE = "sakd guide extending"
+PYTHON = "python:"  # begins the name of an object that has no file
 TRUST = "SAKD_FACTORIES"  # environment: names, with commas between them, of what a file may ask for
 MOST = 2**24  # bytes of a file
 OURS = ("sakd_cli", "torch", "builtins", "abc")  # whose constructors have no settings
 Kind = TypeVar("Kind", bound=Config)
 _trusted: set[str] = set()  # in this process
+_named: dict[str, tuple[Any, Any]] = {}  # objects of a program by their names, and what they stand for
 _modules: dict[tuple[Path, str], ModuleType] = {}
 
 
@@ -198,11 +201,42 @@ def made(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
         return found(**{key: value for key, value in taken.items() if key in given or key in known})
 
 
+def named(values: Iterable[Any]) -> list[str]:
+    """The names of own code in settings: texts, and lists of them."""
+    texts = [text for value in values for text in (value if isinstance(value, list | tuple) else [value])]
+    return [part for text in texts if isinstance(text, str) for part in text.split("+") if of_file(part)]
+
+
+def name_of(given: Any) -> str:
+    """The name in settings of an object of a program: by its file where it has one, so that others may find it there.
+
+    A class, a function, or an object, which stands for a function that returns a copy of it.
+    """
+    kind = given if callable(given) and hasattr(given, "__qualname__") else type(given)
+    made, name = (given, kind.__name__) if kind is given else (lambda **_: copy.deepcopy(given), kind.__name__.lower())
+    place = None
+    with contextlib.suppress(TypeError, OSError):  # typed into an interpreter
+        place = inspect.getsourcefile(kind) if kind is given and kind.__qualname__ == kind.__name__ else None
+    if place is not None and place.endswith(".py") and os.path.isfile(place):
+        relative = os.path.relpath(place)
+        name = f"{place if relative.startswith(os.pardir) else relative}:{name}"
+    else:
+        known = [key for key, (whose, _) in _named.items() if whose is given]
+        number = sum(key.startswith(f"{PYTHON}{name}") for key in _named)
+        name = known[0] if known else f"{PYTHON}{name}{number or ''}"
+    _named[name] = given, made
+    OBJECTS[name] = made
+    return name
+
+
+def is_object(name: str) -> bool:
+    """Whether a name is that of an object which is copied, as a trained network, and not of a class or a function."""
+    return name in _named and _named[name][0] is not _named[name][1]
+
+
 def hashes(values: Iterable[Any], known: Iterable[str]) -> tuple[str, ...] | None:
     """`SHA-256  my.py` of every file that these settings name, or the line that is `known`; None: they name none."""
-    texts = [part for value in values for part in (value if isinstance(value, list) else [value])]
-    parts = [part for text in texts if isinstance(text, str) for part in text.split("+")]
-    paths = {part.rpartition(":")[0] for part in parts if of_file(part) and part not in OBJECTS}
+    paths = {name.rpartition(":")[0] for name in named(values) if not name.startswith(PYTHON)}
     lines = {line.partition("  ")[2]: line for line in known}
     return tuple(lines.get(path) or f"{_read(path)[1]}  {path}" for path in sorted(paths)) or None
 

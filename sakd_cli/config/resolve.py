@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import code, datasets, routers
-from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name
+from sakd_cli.config.base import EFFECTIVE, choose, own_name
 from sakd_cli.config.effective import automatic_precision
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS, PROTOCOLS
@@ -32,6 +32,9 @@ _PRIMARY_KEYS = {
     "teacher": ("source", {"pretrain", "epochs", "cache", "allow_mismatch"}),
     "friendly": ("students", set(FriendlyConfig.model_fields)),
 }
+
+
+BENCHED = {"teacher.source": "resnet56", "student": "resnet20"}  # what `sakd bench` times unless more is said
 
 
 class ConfigSource(NamedTuple):
@@ -86,8 +89,7 @@ def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     found += [*protocol_sources(params.get("protocol"), [*found, *above]), *above]
     settings = params.get("settings") or {}
     found += [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
-    named = [value for source in found for value in flat(source.values).values() if isinstance(value, str)]
-    code.trust(*(name for name in named if any(map(of_file, code.functions(name)))))
+    code.trust(*code.named(value for source in found for value in flat(source.values).values()))
     return found
 
 

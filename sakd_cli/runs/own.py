@@ -1,10 +1,14 @@
 """Functions of the user's own in networks: the runs with them that this user has made here, which need no trust."""
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from sakd_cli.config.code import functions, trust
+from sakd_cli.config.base import OBJECTS
+from sakd_cli.config.code import functions, is_object, trust
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import DiskError
 from sakd_cli.files import read_json, write_json
 from sakd_cli.rundir import RunDir, look_up
@@ -41,6 +45,30 @@ def _named(run: RunDir) -> list[object]:
     """What its settings name as networks."""
     found = [look_up(run.config, key) for key in KEYS]
     return [name for value in found for name in (value if isinstance(value, list) else [value])]
+
+
+def keep_teacher(config: Any) -> Any:
+    """The settings with a folder for a trained network that a program has given as its teacher; others as they are.
+
+    It gets images as the data set normalises them, and is kept in `teachers` beside the runs.
+    """
+    name = config.teacher.source if isinstance(config, DistillConfig) else ""
+    if name not in OBJECTS or not is_object(name) or config.teacher.weights is not None:
+        return config
+    from safetensors.torch import save
+
+    from sakd_cli.data.table import describe
+    from sakd_cli.models.artifact import NetworkCard, save_folder
+    from sakd_cli.models.table import create
+
+    data = describe(config.data)
+    card = NetworkCard(name, data.name, data.classes, data.mean, data.std, data.train.side, data.seen)
+    network = create(name, len(data.classes), data.train.side)
+    numbers = save({key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()})
+    folder = config.runs_dir / "teachers" / hashlib.sha256(numbers).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_folder(folder, network, card, {})
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": folder})})
 
 
 def _file() -> Path:

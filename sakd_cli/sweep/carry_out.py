@@ -1,0 +1,182 @@
+"""A sweep from its settings to its document, without a terminal."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sakd_cli.config import code
+from sakd_cli.config.grid import Grid, Member, Role, grid
+from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
+from sakd_cli.config.sweep import SweepConfig
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.documents.sweep import SweepDocument, SweepRun
+from sakd_cli.errors import UsageError
+from sakd_cli.files import parse_yaml
+from sakd_cli.report.render.format import plain
+from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
+from sakd_cli.sweep.executor import Executor, LocalExecutor
+from sakd_cli.sweep.halving import STAGES, cell_of, halved, require_optuna
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
+
+SWEEP = "sweep"
+SIDE = 32  # pixels of the images of a data set whose settings do not say it
+
+
+def understood(
+    file: str | Mapping[str, Any], params: Mapping[str, Any], share: float = 1.0
+) -> tuple[str, SweepConfig, Grid]:
+    """Name of the sweep, its settings and its runs. Raises UsageError where they do not go together.
+
+    file  or the name of a preset, or what such a file has
+    """
+    path = Path(SWEEP) if isinstance(file, Mapping) else Path(file).expanduser()
+    if not path.exists() and path.stem in presets():
+        path = presets()[path.stem]
+    layer = ConfigSource("settings", dict(file)) if isinstance(file, Mapping) else file_source(path, str(file))
+    code.trust(*code.named(layer.values.values()))
+    if layer.values.get("task") != SWEEP:
+        raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
+    part = {"methods": "methods", "pairs": "pairs", "routers": "some_routers", "seeds": "seed_count"}
+    chosen = [ConfigSource(f"--{key}", {key: params[name]}) for key, name in part.items() if params[name]]
+    settings = resolve(SWEEP, [layer, *chosen]).config
+    assert isinstance(settings, SweepConfig)
+    given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
+    layers = config_sources({**given, "set_": params["set_"]})
+    return path.stem, settings, grid(settings, layers, params["budget"], share)
+
+
+def leave_out_impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
+    """Methods that cannot be used for a pair, left out with the reason. Raises UsageError where they are refused."""
+    cells: dict[str, tuple[DistillConfig, list[str]]] = {}
+    for key, entry in scheduler.entries.items():
+        member = entry.member
+        if entry.state is State.done or member.pair is None or not isinstance(member.config, DistillConfig):
+            continue
+        cells.setdefault(f"{member.method} {':'.join(member.pair)}", (member.config, []))[1].append(key)
+    if not cells:
+        return {}
+    from sakd_cli.runs.forecast import Workbench
+
+    benches, skipped = dict[int, Workbench](), dict[str, str]()
+    for cell, (config, keys) in cells.items():
+        side = config.data.model_dump().get("size", SIDE)
+        if (reason := benches.setdefault(side, Workbench(side)).refusal(config)) is None:
+            continue
+        if settings.infeasible == "refuse":
+            raise UsageError(f"{cell}: {reason}", "leave it out, or say infeasible: skip")
+        skipped[cell] = reason
+        scheduler.leave_out(keys)
+    return skipped
+
+
+def train(
+    file: str | Mapping[str, Any],
+    params: Mapping[str, Any],
+    settings: SweepConfig,
+    scheduler: Scheduler,
+    run: Callable[[Scheduler], None],
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Have `run` train what is not finished; what halving leaves out, with the reason."""
+    if params["retry_failed"]:
+        scheduler.refresh(forgive=True)
+    left_out = _halved(file, params, settings.halving, scheduler, run, say) if settings.halving else {}
+    run(scheduler)
+    return left_out
+
+
+def _halved(
+    file: str | Mapping[str, Any],
+    params: Mapping[str, Any],
+    factor: int,
+    scheduler: Scheduler,
+    run: Callable[[Scheduler], None],
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Cells of the grid that are left out after fewer epochs, with the reason."""
+    require_optuna()
+    whole = {key: entry.member for key, entry in scheduler.entries.items()}
+    stages = [
+        # Teachers are whole ones from the beginning.
+        [whole[one.key] if one.role is Role.teacher else one for one in short.members if one.key in whole]
+        for stage in range(STAGES)
+        for short in [understood(file, params, factor ** (stage - STAGES))[2]]
+    ]
+
+    def trained(members: Sequence[Member]) -> dict[str, float]:
+        part = Scheduler(members, scheduler.index.runs_dir, scheduler.folder)
+        run(part)
+        runs = [sweep_run(entry) for entry in part.entries.values() if entry.member.role is Role.student]
+        return {run.key: run.validation_top1 for run in runs if run.validation_top1 is not None}
+
+    out = halved(stages, factor, trained)
+    scheduler.leave_out([key for key, member in whole.items() if cell_of(member) in out])
+    cells = {cell_of(member) for member in whole.values() if member.pair}
+    say(f"halving: {len(out)} of {len(cells)} settings are left out")
+    return out
+
+
+def executor_of(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
+    """Raises UsageError where it is not to be had, or the settings are not for it."""
+    resources = dict(_assignment(named) for named in params["resource"] or [])
+    per_gpu, where = params["jobs_per_gpu"], params["executor"]
+    if where == "local":
+        if resources:
+            raise UsageError("--resource is for --executor ray or slurm; here it is --jobs and --jobs-per-gpu")
+        device = next(iter(scheduler.entries.values())).member.config.device
+        return LocalExecutor(params["jobs"], per_gpu, device)
+    if where == "ray":
+        return RayExecutor(params["jobs"], per_gpu, resources)
+    return SlurmExecutor(params["jobs"], resources, scheduler.folder)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise UsageError(f"--resource {text!r} is not of the form key=value", "for example --resource num_gpus=0.5")
+    try:
+        return key, parse_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        raise UsageError(f"--resource {key}: {value[:40]!r} is no YAML value") from None
+
+
+def document_of(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> SweepDocument:
+    from sakd_cli.report.sweep.results import sweep_document
+
+    entries = list(scheduler.entries.values())
+    data = [entry.member.config.data for entry in entries if entry.member.role is Role.student]
+    names = {one.name if one.classes is None and one.limit is None else None for one in data}  # None: a part of it
+    return sweep_document(name, list(map(sweep_run, entries)), skipped, names.pop() if len(names) == 1 else None)
+
+
+def sweep_run(entry: ScheduledRun) -> SweepRun:
+    """A run of a sweep as the document has it."""
+    from sakd_cli.report.runs.compare import run_curve
+
+    member, config = entry.member, entry.member.config
+    results: dict[str, Any] = {} if entry.run is None else {"run": plain(entry.run.path)}
+    if entry.run is not None and entry.run.finished:
+        summary = entry.run.summary
+        results |= {"top1": summary.last.top1, "loss": summary.last.loss, "best_top1": summary.best.top1}
+        results["validation_top1"] = next((point.top1 for point in reversed(run_curve(entry.run))), None)
+        shared = member.control is not None  # with other teachers
+        results |= {"seconds": summary.seconds}
+        results["teacher_top1"] = None if shared or summary.teacher is None else summary.teacher.top1
+    return SweepRun(
+        key=member.key,
+        role=member.role.value,
+        teacher=member.pair[0] if member.pair else None,
+        student=config.student if isinstance(config, DistillConfig) else config.model_dump()["model"],
+        method=None if member.role is Role.baseline else member.method,
+        router=member.router,
+        matched=member.matched,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        state=entry.state.value,
+        already_done=entry.already_done,
+        resumed=entry.resumed,
+        error=entry.error,
+        **results,
+    )
