@@ -86,11 +86,10 @@ def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     found += [file_source(params["config"], f"file {params['config']}")] if params.get("config") else []
     found += environment_sources(given)
     above = [*option_sources(given), *set_sources(params.get("set_") or [])]
-    found += [*protocol_sources(params.get("protocol"), [*found, *above]), *above]
     settings = params.get("settings") or {}
-    found += [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
-    code.trust(*code.named(value for source in found for value in flat(source.values).values()))
-    return found
+    last = [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
+    code.trust(*code.named(value for one in (*found, *above, *last) for value in flat(one.values).values()))
+    return [*found, *protocol_sources(params.get("protocol"), [*found, *above]), *above, *last]
 
 
 def protocol_sources(name: str | None, others: Iterable[ConfigSource]) -> Iterator[ConfigSource]:
