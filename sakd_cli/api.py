@@ -312,8 +312,7 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out
 
-    order = Order(*(params[name] for name in ("format", "export_dir", "replace", "normalisation", "opset")))
-    return carry_out(where, order, sources, _reporter(options))
+    return carry_out(where, Order.of(params), sources, _reporter(options))
 
 
 def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:

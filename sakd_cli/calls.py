@@ -53,7 +53,11 @@ class ExportOptions(_Common, total=False):
 
     data_root: Place
     runs_dir: Place
-    format: Literal["safetensors", "onnx", "pt2"]
+    format: Literal["safetensors", "onnx", "pt2", "openvino"]
+    fp16: bool
+    int8: bool
+    max_drop: float
+    images: int
     out: Place
     overwrite: bool
     with_normalisation: bool

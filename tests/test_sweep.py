@@ -69,7 +69,7 @@ Run = Callable[..., tuple[Result, list[str]]]
 
 @contextmanager
 def by(executor: Executor) -> Iterator[None]:
-    with mock.patch.object(sweep, "_executor", return_value=executor), mock.patch.object(sweep, "PAUSE", 0.0):
+    with mock.patch.object(sweep, "executor_of", return_value=executor), mock.patch.object(sweep, "PAUSE", 0.0):
         yield
 
 

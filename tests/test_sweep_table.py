@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 from sample_documents import sample
 
-from sakd_cli.cli.sweep import understood
 from sakd_cli.config.grid import Grid, grid
 from sakd_cli.config.options import options_of
 from sakd_cli.config.sweep import SweepConfig
@@ -17,6 +16,7 @@ from sakd_cli.documents.sweep import PublishedPair, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.report.sweep.results import published_cell, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
+from sakd_cli.sweep.carry_out import understood
 from sakd_cli.sweep.halving import halved
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))

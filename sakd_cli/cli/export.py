@@ -8,7 +8,6 @@ import typer
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import config_sources
-from sakd_cli.errors import UsageError
 from sakd_cli.runs.locate import library_or_path, runs_dir_of, target_or_newest
 
 Target = Annotated[
@@ -34,19 +33,7 @@ def export(options: Values, json: bool, quiet: bool, target: Target = None) -> N
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out
 
-    if options["fp16"] and options["int8"]:
-        raise UsageError("--fp16 and --int8 exclude each other")
-    order = Order(
-        form=options["format"],
-        out=options["export_dir"],
-        overwrite=options["replace"],
-        normalise=options["normalisation"],
-        opset=options["opset"],
-        precision="fp16" if options["fp16"] else "int8" if options["int8"] else "fp32",
-        max_drop=options["max_drop"],
-        images=options["score_images"],
-    )
-    document = carry_out(where, order, sources, ConsoleReporter(quiet=quiet))
+    document = carry_out(where, Order.of(options), sources, ConsoleReporter(quiet=quiet))
     if json:
         emit(document)
         return

@@ -1,7 +1,7 @@
 """Write a trained network for programs that do not have sakd, and check what was written before anyone uses it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,22 @@ class Order(NamedTuple):
     precision: Precision = "fp32"
     max_drop: float = 1.0
     images: int = 2000
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Order":
+        """As the options of `sakd export` say. Raises UsageError where they exclude each other."""
+        if options["fp16"] and options["int8"]:
+            raise UsageError("--fp16 and --int8 exclude each other")
+        return cls(
+            form=options["format"],
+            out=options["export_dir"],
+            overwrite=options["replace"],
+            normalise=options["normalisation"],
+            opset=options["opset"],
+            precision="fp16" if options["fp16"] else "int8" if options["int8"] else "fp32",
+            max_drop=options["max_drop"],
+            images=options["score_images"],
+        )
 
     @property
     def reduced(self) -> bool:
