@@ -14,7 +14,7 @@ it.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +194,10 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)
 
 
+def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
+    return library_or_path(None if target is None else Path(target), sources)
+
+
 def _reporter(options: Mapping[str, Any]) -> "Reporter":
     from sakd_cli.engine.reporter import NullReporter
 
@@ -215,7 +219,7 @@ def evaluate(
     split   which images; None: the test images, or all of another folder that `data_root` names
     """
     given = config_sources(_params("eval", {"teacher": teacher, **options}))
-    found = [what_to_score(library_or_path(None if target is None else Path(target), given), runs_dir_of(given))]
+    found = [what_to_score(_path(target, given), runs_dir_of(given))]
     check_teacher(found, forced=False, teacher=teacher)
     from sakd_cli.runs.evaluate import evaluate_all
 
@@ -293,7 +297,7 @@ def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions])
     """
     params = _params("predict", options)
     sources = config_sources(params)
-    weights, _ = what_to_score(Path(network), runs_dir_of(sources))
+    weights, _ = what_to_score(_path(network, sources), runs_dir_of(sources))
     from sakd_cli.runs.predict import find_pictures
     from sakd_cli.runs.predict import predict as carry_out
 
@@ -308,7 +312,7 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
     """
     params = _params("export", options)
     sources = config_sources(params)
-    where = target_or_newest(None if target is None else Path(target), runs_dir_of(sources))
+    where = target_or_newest(_path(target, sources), runs_dir_of(sources))
     from sakd_cli.export.export import Order
     from sakd_cli.export.export import export as carry_out
 
