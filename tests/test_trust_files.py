@@ -195,7 +195,9 @@ def test_many_runs_are_found_by_an_index_that_is_never_trusted_blindly(tmp_path:
     assert found(3) == "r003"
 
 
-@pytest.mark.parametrize("name", ["torchvision/vit_h_14", "timm/eva_giant_patch14_224", "torchvision/vit_l_16"])
+@pytest.mark.parametrize(
+    "name", ["torchvision/vit_h_14", "torchvision/regnet_y_128gf", "timm/eva_giant_patch14_224", "torchvision/vit_l_16"]
+)
 def test_a_small_file_that_names_a_large_network_builds_none(tmp_path: Path, name: str) -> None:
     card = json.dumps(NetworkCard(name, "shapes", ("a", "b"), (0.5,) * 3, (0.3,) * 3, 224)._asdict())
     artifact.save_module(tmp_path / "small.safetensors", artifact.FORMAT, torch.nn.Linear(1, 1), card)

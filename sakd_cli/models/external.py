@@ -10,7 +10,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,20 +72,36 @@ def factory(name: str, num_classes: int, side: ImageSize, *, entry: str) -> Stag
 def check_size(name: str, num_classes: int, side: ImageSize, numbers: int) -> None:
     """Raise ValueError where a network of a library has more numbers than a file that is to fill it.
 
-    Its library builds it on the meta device for that, where it can; a network of our own is built there anyway.
+    Its library builds it without its numbers for that; a network of our own is built without them anyway.
     """
     for part in name.split("-", 2) if name.startswith("simkd") else [name]:
         library, _, entry = part.partition("/")
         if library not in _CALLS:
             continue
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with _parameters_on_meta(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 network = _first_that_fits(part, _CALLS[library](entry, num_classes, side))[0]
         except UsageError:  # said where it is built in earnest
             continue
         if (size := sum(tensor.numel() for tensor in network.state_dict().values())) > numbers:
             raise ValueError(f"{part} has {size} numbers, the file {numbers}")
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Each parameter of a module loses its numbers as it is made; RegNets cannot be built on the meta device."""
+    register = nn.Module.register_parameter
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        kept = None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, kept)
+
+    nn.Module.register_parameter = emptied  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
