@@ -30,8 +30,7 @@ from sakd_cli.models.table import create
 from sakd_cli.tasks.pretrain import WarmupTask
 
 CLASSES, SIDE, N, IMAGES = 10, 16, 7, 60
-PAIR = ("resnet8", "wrn_10_2")
-ONE_WIDTH = ("resnet8", "resnet14")
+PAIR, ONE_WIDTH = ("resnet8", "wrn_10_2"), ("resnet8", "resnet14")
 SEVERAL_BLOCKS = ("resnet8", "wrn_16_2")
 NEED_ONE_WIDTH = {"fsp", "kdsvd"}
 LABELS = torch.arange(IMAGES) * 7 % CLASSES

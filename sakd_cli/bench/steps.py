@@ -141,9 +141,8 @@ class NoiseLoader:
         self.steps_per_epoch = self._loader.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for number in itertools.count(epoch):
-            for batch in self._loader.epoch(number):
-                yield replace(batch, noise=self.given.noise, index=self.given.index)
+        batches = itertools.chain.from_iterable(map(self._loader.epoch, itertools.count(epoch)))
+        return (replace(batch, noise=self.given.noise, index=self.given.index) for batch in batches)
 
 
 def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
