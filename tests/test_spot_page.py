@@ -310,11 +310,16 @@ def shown(browser: Any, page: Path, width: int, scheme: str) -> None:
 @pytest.mark.parametrize("width", [390, 768, 1440])
 def test_nothing_is_cut_or_pale_at_any_width_in_light_or_dark(browser: Any, tmp_path: Path, width: int) -> None:
     rows = [
-        {"name": f"{'猫' * 30} {label}", "fraction": [0.5, 0.5], "deviation": [0.01 * label, 0.1]}
+        {"name": f"{'猫' * 30} {label}", "fraction": [0.5] * 10, "deviation": [0.01 * label - 0.2] * 10}
         for label in range(40)
     ]
     page = tmp_path / "page.html"
-    other = spot_page(document(by_class=rows, measured=None), Seen({}, a_history()))
+    first = document().overall[0]
+    spots = [first.model_copy(update={"name": f"WIDEST{k}.stage"}) for k in range(10)]
+    epochs = [document().by_epoch[0].model_copy(update=dict.fromkeys(("fraction", "probability"), [0.5] * 10))]
+    many = document().model_copy(update={"overall": spots, "by_epoch": epochs, "measured": None})
+    many = many.model_copy(update={"by_class": document(by_class=rows).by_class})
+    other = spot_page(many, Seen({}))
     for content in (a_page(), other):
         page.write_text(content, encoding="utf-8")
         for scheme in ("light", "dark"):

@@ -54,9 +54,9 @@ class Heat(NamedTuple):
 
     most     the value with the strongest colour; of signed values also its negative
     ends     what the weakest (or most negative) and the strongest colour mean, with units
-    numbers  whether they stand in the cells
+    numbers  whether they stand in the cells, where these are wide enough
     means    what stands below the names of the columns
-    width    of the drawing; a narrow one has no colour bar of its own
+    width    of the drawing; a narrow one has no colour bar of its own, a broad one scrolls in its own box
     """
 
     title: str
@@ -98,6 +98,12 @@ def zoom(chart: Lines) -> list[Chart]:
     return [chart, chart._replace(title=f"{chart.title} (zoom)", limits=(low, high), note=note)]
 
 
+def extent(words: str) -> float:
+    """How wide a text is, about, in the font of the reader's machine."""
+    words = plain(words)
+    return CHARACTER * cell_len(words) + 1.8 * sum(c.isupper() or c in "mw%@" for c in words)
+
+
 def text(value: str) -> str:
     """As HTML."""
     return escape(plain(value), quote=True)
@@ -117,8 +123,12 @@ def drawn(chart: Chart) -> str:
     keys = "".join(f"<li>{_swatch(colour, kind)}{text(name)}</li>" for name, colour, kind in names)
     legend = f'<ul class="legend">{keys}</ul>' if names else ""
     note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
-    small = ' class="small"' if isinstance(chart, Heat) and chart.width < WIDTH else ""
-    return f"<figure{small}><figcaption>{text(chart.title)}</figcaption>{legend}{drawing}{note}</figure>"
+    kind = ""
+    if isinstance(chart, Heat) and chart.width != WIDTH:
+        kind = ' class="small"' if chart.width < WIDTH else ' class="broad"'
+        if chart.width > WIDTH:
+            drawing = f'<div class="wide" tabindex="0"><div style="min-width:{chart.width}px">{drawing}</div></div>'
+    return f"<figure{kind}><figcaption>{text(chart.title)}</figcaption>{legend}{drawing}{note}</figure>"
 
 
 def thickness(chart: Lines) -> list[float]:
@@ -145,7 +155,10 @@ def frame(chart: Lines) -> tuple[float, float, float, float]:
     known = [y for series in chart.series for y in series.y if y is not None]
     known += [end for series in chart.series for band in series.band for end in band]
     low, high = chart.limits or (min([0.0, *known]), max([1e-6, *known]))
-    return left, right, low, high if chart.limits else ticks(low, high)[-1] + (ticks(low, high)[1] if known else 0)
+    if chart.limits:
+        return left, right, low, high
+    first, second, *_ = steps = ticks(low, high)
+    return left, right, low, steps[-1] + second - first
 
 
 def shades(chart: Heat, value: float) -> tuple[str, str]:
@@ -169,10 +182,9 @@ def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
 
 def _label(x: float, y: float, words: str, kind: str = "", room: float = 1e4) -> str:
     """Text; what does not fit into `room` loses its middle (names differ at their ends), and is whole on hover."""
-    words = plain(words)
-    fits = max(2, int(room / CHARACTER))
-    short = words
-    if cell_len(words) > fits:
+    short = words = plain(words)
+    if extent(words) > room:
+        fits = max(2, int(room / extent(words) * cell_len(words)))
         ends = chop_cells(words, max(2, fits // 2)), chop_cells(words[::-1], max(2, (fits - 1) // 2))
         short = f"{ends[0][0]}…{ends[1][0][::-1]}"
     whole = f"<title>{text(words)}</title>" if short != words else ""
@@ -237,10 +249,10 @@ def _curve(chart: Lines, series: Series, at: Callable[[float, float], tuple[floa
 
 
 def _heat(chart: Heat) -> str:
-    longest = max([cell_len(plain(name)) for name in chart.rows], default=0) * CHARACTER
-    x0 = min(longest + 8, 0.36 * chart.width)
+    longest = max(map(extent, chart.rows), default=0.0)
+    x0 = min(longest + 8, 0.36 * min(chart.width, WIDTH))
     wide, step = (chart.width - x0) / max(len(chart.columns), 1), 1
-    needed = max([cell_len(plain(name)) for name in chart.columns], default=1) * CHARACTER + 4
+    needed = max(map(extent, chart.columns), default=1.0) + 4
     if not chart.numbers:  # a scale such as epochs: only as many names as there is room for
         step = max(1, -(-int(needed) // max(int(wide), 1)))
     high, top = (LINE + 2 if chart.numbers else LINE - 2), 32 if chart.means else 18
@@ -257,8 +269,10 @@ def _heat(chart: Heat) -> str:
             said = f"{name}, {chart.columns[k]}: {number(chart, value)}"
             box = f'<rect x="{x0 + k * wide:.2f}" y="{y}" width="{wide - 1:.2f}" height="{high - 1}"'
             box += f' fill="{fill if value is not None else "none"}"/>'
-            inside = f'<text x="{x0 + (k + 0.5) * wide:.1f}" y="{y + high / 2 + 4:.1f}" class="mid" style="fill:{ink}">'
-            inside = f"{inside}{number(chart, value)}</text>" if chart.numbers and value is not None else ""
+            inside = ""
+            if chart.numbers and value is not None and extent(number(chart, value)) + 4 < wide:
+                at = f'x="{x0 + (k + 0.5) * wide:.1f}" y="{y + high / 2 + 4:.1f}"'
+                inside = f'<text {at} class="mid" style="fill:{ink}">{number(chart, value)}</text>'
             parts.append(f"<g><title>{text(said)}</title>{box}{inside}</g>")
     bottom = top + len(chart.rows) * high + 8
     if chart.width < WIDTH:
@@ -282,7 +296,7 @@ def _scale(chart: Heat, y: float) -> list[str]:
 
 
 def _bars(chart: Bars) -> str:
-    longest = max([cell_len(plain(name)) for name, *_ in chart.rows], default=0) * CHARACTER
+    longest = max([extent(name) for name, *_ in chart.rows], default=0.0)
     x0, x1, thick = min(longest + 8, 0.47 * WIDTH), WIDTH - 40.0, 12
     several = max(len(chart.series), 1)
     high = several * thick + 8

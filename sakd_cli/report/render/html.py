@@ -95,7 +95,9 @@ padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-ra
 .opening>div{min-width:0}
 .question{font-size:1.05rem;font-style:italic;margin:.2rem 0 .8rem}
 figure{display:inline-block;vertical-align:top;width:min(100%,35rem);margin:.6rem 0 1rem;break-inside:avoid}
-@media (min-width:48rem){section>figure{margin-right:1rem}}
+@media (min-width:48rem){section>figure:not(.broad){margin-right:1rem}}
+figure.broad{width:min(100%,50rem)}
+figure.broad .wide{max-height:none;border:0}
 figure.small{width:100%;margin:0}
 figure.small figcaption{font-size:.8rem}
 figure svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums}
@@ -120,7 +122,7 @@ g:hover>.h{stroke:var(--ink)}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th.t,td.t{text-align:left}
-td.t{white-space:normal;overflow-wrap:anywhere;min-width:6rem}
+td.t{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 thead th{position:sticky;top:0;background:var(--head);padding:0;z-index:2}
 th.t:first-child,td.t:first-child{position:sticky;left:0;z-index:1;white-space:normal;min-width:min(9rem,36vw)}
 td.t:first-child{background:var(--bg)}

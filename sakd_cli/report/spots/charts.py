@@ -8,7 +8,7 @@ from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
-from sakd_cli.report.render.charts import Bars, Chart, Heat, Lines, Row, Series
+from sakd_cli.report.render.charts import WIDTH, Bars, Chart, Heat, Lines, Row, Series
 from sakd_cli.report.render.format import WHAT, fixed, named, plain, whole
 from sakd_cli.report.render.sheet import thinned
 from sakd_cli.report.spots.log import History
@@ -45,17 +45,16 @@ def class_chart(report: doc.SpotsDocument) -> Heat:
     measured = report.measured if report.measured and report.measured.classes else None
     cells = [percent(row.deviation) for row in shown]
     means = [spot.mean for spot in measured.spots] if measured else [spot.fraction for spot in report.overall]
-    heads, mean_of = (
-        [plain(spot.name) for spot in report.overall],
-        [fixed(100 * (mean or 0), 0, " %") for mean in means],
-    )
+    heads = [plain(spot.name) for spot in report.overall]
+    below = [fixed(100 * (mean or 0), 0, " %") for mean in means]
     what = f"{WHAT[measured.value]} of {SPLITS[measured.split]}" if measured else "training samples distilled, %"
     note = f"Points above or below the spot's mean, which stands below its name. {what[0].upper()}{what[1:]}."
     note += "" if len(shown) == classes else f" {CLASSES_SHOWN} classes at each end of {classes}."
     most = max([1.0, *(abs(cell or 0) for row in cells for cell in row)])
     ends = ("less often than the mean", "more often than the mean")
     names = [plain(row.name) for row in shown]
-    return Heat("Classes by spot", names, heads, cells, most, ends, signed=True, note=note, means=mean_of)
+    wide = max(WIDTH, int(0.36 * WIDTH) + 45 * len(heads))
+    return Heat("Classes by spot", names, heads, cells, most, ends, signed=True, note=note, width=wide, means=below)
 
 
 def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[list[doc.ClassDeviation], int]:
