@@ -238,11 +238,18 @@ def write_aside(path: Path, content: bytes) -> None:
         raise disk_error(path, error, len(content)) from None
 
 
+def require_room(folder: Path, needed: int) -> None:
+    """Raise DiskError where the disk of a folder that is there, or will be made, has no room for so many bytes."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if shutil.disk_usage(there).free < needed:
+        raise disk_error(folder, OSError(errno.ENOSPC, ""), needed)
+
+
 def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
     """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"{path}: cannot be written: {error.strerror}")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(there).free))
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
 

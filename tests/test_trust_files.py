@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from sakd_cli.errors import RunInUseError, SeriesError, UsageError
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.runs.images import Images
 from sakd_cli.sweep.executor import Ended, Executor, Job
 from sakd_cli.sweep.scheduler import Scheduler, State
 
@@ -273,3 +275,13 @@ def test_an_address_space_without_room_for_torch_costs_one_line(gigabytes: float
     assert (done.returncode, done.stdout) in ((6, ""), (2, "")), "2: a small build of torch found room"
     assert [line.partition(":")[0] for line in done.stderr.splitlines()][:1] == ["error"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_told_before_a_picture_is_read(
+    cli: CliRunner, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(Images, "preload", mock.Mock(side_effect=AssertionError))
+    words = ["distill", "--teacher", str(teacher), "--student", "resnet8", *TINY, "-q", "--run-dir", "no/room"]
+    assert "needed, 0.001 MB free" in cli.assert_rejects(words, 5, "no/room: the disk is full").err

@@ -79,7 +79,7 @@ def check_size(name: str, num_classes: int, side: ImageSize, numbers: int) -> No
         if library not in _CALLS:
             continue
         try:
-            with _parameters_on_meta(), warnings.catch_warnings():
+            with torch.device("cpu"), _parameters_on_meta(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 network = _first_that_fits(part, _CALLS[library](entry, num_classes, side))[0]
         except UsageError:  # said where it is built in earnest

@@ -38,7 +38,7 @@ from sakd_cli.engine.runtime import (
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
-from sakd_cli.files import write_aside, write_document, write_json, yaml_bytes
+from sakd_cli.files import require_room, write_aside, write_document, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import build, recipe
@@ -148,6 +148,9 @@ def launch(
     """
     tensorboard.check(job.config.log)
     distributed.init_process_group(job.device)
+    place = plan.resume.path if plan.resume else plan.folder or job.config.runs_dir
+    # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network.
+    require_room(place, 6 * sum(p.nbytes for p in job.network.parameters()))
     job.images.preload()
     _made_ready(job, reporter)
     evaluation = evaluation_data(job, reporter)
