@@ -87,6 +87,20 @@ def test_a_resumed_series_leaves_alone_what_is_finished_and_makes_what_is_missin
     assert again["groups"] == controlled["groups"]
 
 
+def test_controls_that_are_there_are_named_and_taken_for_another_method(
+    trained_cli: CliRunner, named: list[str], runs: list[str], controlled: dict[str, Any]
+) -> None:
+    """`never` for every method; `always` is another run under another loss."""
+    arguments = [word for word in [*named, *runs, "--routers", "always,never"] if word != "--quiet"]
+    arguments[arguments.index("--method") + 1] = "at"
+    never = [row["run"] for row in controlled["runs"] if row["router"] == "never"]
+    document = trained_cli.sakd(*arguments, "--seeds", "2", "--resume", "auto", "--json").document
+    assert [row["run"] for row in document["runs"] if row["router"] == "never"] == never
+    assert [group["label"] for group in document["groups"]] == ["at always", "never"]
+    fresh = trained_cli.sakd(*arguments)
+    assert "always, seed 0; never, seed 0 (--resume auto takes them)" in " ".join(fresh.err.split())
+
+
 def test_a_series_goes_on_with_the_teacher_it_began_with(
     trained_cli: CliRunner, runs: list[str], controlled: dict[str, Any], teacher: Path
 ) -> None:
@@ -130,6 +144,8 @@ MISTAKES = {
     "a series makes several": ["--with-control", "--run-dir", "one"],
     "a series needs --resume auto": ["--seeds", "2", "--resume", "RUN"],
     "--parallel runs a series at once": ["--parallel", "--seeds", "1"],
+    "--baseline 'kd wsld': no group of this series": ["--with-control", "--baseline", "kd wsld"],
+    "--baseline is for what a series compares": ["--baseline", "always"],
     "teacher: missing": ["--resume", "auto", "--with-control", "ALONE"],
 }
 

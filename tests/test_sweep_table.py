@@ -56,7 +56,7 @@ def test_gains_are_paired_by_seed_and_stand_beside_the_published_ones(runs: list
     assert (pair.teacher_top1, pair.baseline.mean) == (72.5, 68.0)
     text = sweep_markdown(document)
     for line in (
-        "| fitnet | always | 70.17 ± 0.17 (4) |",
+        "| fitnet | always | 70.17 ± 0.17 (69.90 to 70.45; 4) |",
         "|  | adaptive − always | +0.50 (+0.25 to +0.75), p 0.013, better |",
     ):
         assert line in text

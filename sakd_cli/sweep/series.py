@@ -1,7 +1,7 @@
 """Several distillations under one budget: a run and its controls, every router, several seeds"""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import locate_inputs
-from sakd_cli.runs.resume import AUTO, resume_config
+from sakd_cli.runs.resume import AUTO, RunIndex, resume_config
 from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
@@ -47,6 +47,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     variants = [(name, False) for name in names]
     if params["with_control"] and not config.method.balance:
         variants.insert(-1, (CLASSICAL, True))
+    _check_baseline(params, config, names)
     seeds = range(config.seed, config.seed + (params["seeds"] or 1))
     members = [_member(config, name, seed, balanced) for seed in seeds for name, balanced in variants]
     if params["parallel"] and not wants_series(params):
@@ -57,6 +58,19 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
         if params["resume"] not in (None, AUTO):
             raise UsageError("--resume RUN resumes one run; a series needs --resume auto")
     return members
+
+
+def _check_baseline(params: Mapping[str, Any], config: DistillConfig, routers: Sequence[str]) -> None:
+    """Raise UsageError for a `--baseline` that no group of the series will have, before anything is trained."""
+    if (baseline := params.get("baseline")) is None:
+        return
+    if not wants_series(params):
+        raise UsageError("--baseline is for what a series compares: --seeds, --with-control or --routers")
+    words = {*baseline.split()} - {config.method.name}
+    if len(words) > 1 or not words <= {*routers}:
+        raise UsageError(
+            f"--baseline {baseline!r}: no group of this series", f"the name of one of its routers: {', '.join(routers)}"
+        )
 
 
 def wants_series(params: Mapping[str, Any]) -> bool:
@@ -145,7 +159,19 @@ def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]
         if matched is None:
             config, matched = locate_inputs(resume_config(config)[0] if launcher.resume else config), None
         members.append(Member(name, Role.student, config, matched=matched))
+    if not launcher.resume:
+        _hint(members, launcher.reporter)
     return members
+
+
+def _hint(members: Sequence[Member], reporter: "Reporter") -> None:
+    """Say which controls are there already, made for another router or method, or before."""
+    index = RunIndex(members[0].config.runs_dir)
+    index.refresh()
+    controls = [member for member in members if member.router in (CLASSICAL, PLAIN)]
+    there = [one.key for one in controls if (run := index.of(one.config)) is not None and run.finished]
+    if there:
+        reporter.say(f"already finished in {index.runs_dir}: {'; '.join(there)} (--resume auto takes them)")
 
 
 def _name(config: DistillConfig) -> str:

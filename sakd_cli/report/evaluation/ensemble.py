@@ -50,7 +50,11 @@ def _stages(
     measured = ["Top-1 %", "Energy", "on train"] if trained else []
     headers = ["Stage", "Network", "MACs", "Cost so far %", *measured, "Threshold", "Exit", "Exit %"]
     if trained:
-        notes = [*notes, "Energy: mean square of what the logits lack, as a fraction of the teacher's."]
+        notes = [
+            *notes,
+            "Energy: mean square of what the logits lack, as a fraction of the teacher's, on the calibration images",
+        ]
+        notes[-1] += "; on train: on the training images; top-1 and exits: on the test images."
     return Sheet("Student and residual students", headers, rows, notes, text=["Network"])
 
 

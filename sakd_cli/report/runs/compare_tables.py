@@ -115,13 +115,15 @@ def _settings(document: Comparison) -> Sheet:
 
 
 def _curves(document: Comparison) -> Sheet:
-    """Top-1 on the validation set by epoch: of each group the mean over its runs that have come so far."""
+    """Top-1 by epoch on the images that choose: of each group the mean over its runs that have come so far."""
     curves = [_by_epoch(document, k, "top1") for k in range(len(document.groups))]
     epochs = sorted({epoch for curve in curves for epoch in curve})
     shown = thinned(epochs, EPOCH_ROWS)
     rows = [[str(n), *(fixed(fmean(curve[n]), 2) if n in curve else DASH for curve in curves)] for n in shown]
     headers = ["Epoch", *(group.label for group in document.groups)]
-    return Sheet("Top-1 % on the validation set", headers, rows, left_out(len(rows), len(epochs), "epochs"), text=0)
+    on = {named(point.selected_on) for run in document.runs for point in run.curve if point.selected_on}
+    title = f"Top-1 % on the images that choose the best epoch ({' or '.join(sorted(on)) or DASH})"
+    return Sheet(title, headers, rows, left_out(len(rows), len(epochs), "epochs"), text=0)
 
 
 def comparison_csv(document: Comparison) -> str:

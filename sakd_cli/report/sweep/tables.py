@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from sakd_cli.config.routers import CLASSICAL
+from sakd_cli.documents.base import SeedStatistics
 from sakd_cli.documents.sweep import Gain, SweepCell, SweepDocument, SweepPlan
 from sakd_cli.report.render.format import (
     DASH,
@@ -25,7 +26,9 @@ from sakd_cli.report.sweep.results import EPOCHS, shared_controls
 
 FIELDS = ["teacher", "student", "method", "router", "seeds", "top1", "std", "low", "high", "best", "published"]
 FIELDS += ["gain", "gain_low", "gain_high", "p", "holm", "effect", "needed", "verdict", "published_gain"]
-TITLE = "Top-1 %, last epoch on the test images, mean ± standard deviation over seeds (number of seeds)"
+TITLE = (
+    "Top-1 %, last epoch on the test images, mean ± standard deviation over seeds (95 % interval of the mean; seeds)"
+)
 FAILED = ("failed", "blocked")
 HOUR = 3600.0  # seconds
 
@@ -84,8 +87,7 @@ def _grid(document: SweepDocument) -> list[list[str]]:
     rows.append(["teacher", "", *(fixed(pair.teacher_top1, 2) for pair in pairs)])
     rows += [["", "published", *(fixed(one and one.teacher, 2) for one in printed)]] if printed else []
     if any(run.role == "baseline" for run in document.runs):
-        seeds = [f" ({len(pair.baseline_seeds)})" if pair.baseline else "" for pair in pairs]
-        rows.append(["baseline", "", *(mean_std(pair.baseline) + n for pair, n in zip(pairs, seeds, strict=True))])
+        rows.append(["baseline", "", *(_mean(pair.baseline, len(pair.baseline_seeds)) for pair in pairs)])
         rows += [["", "published", *(fixed(one and one.baseline, 2) for one in printed)]] if printed else []
     for method in dict.fromkeys(cell.method for cell in document.cells):
         rows += _rows_of(method, document)
@@ -112,7 +114,15 @@ def _rows_of(method: str, document: SweepDocument) -> Iterator[list[str]]:
 
 
 def _result(cell: SweepCell | None) -> str:
-    return DASH if cell is None or cell.top1 is None else f"{mean_std(cell.top1)} ({len(cell.seeds)})"
+    return DASH if cell is None else _mean(cell.top1, len(cell.seeds))
+
+
+def _mean(found: SeedStatistics | None, seeds: int) -> str:
+    """`70.17 ± 0.17 (69.90 to 70.45; 4)`."""
+    if found is None:
+        return DASH
+    interval = "" if found.low is None else f"{fixed(found.low, 2)} to {fixed(found.high, 2)}; "
+    return f"{mean_std(found)} ({interval}{seeds})"
 
 
 def _gain(gain: Gain | None, cells: Sequence[SweepCell]) -> str:
