@@ -30,7 +30,7 @@ def beside(run: RunDir) -> list[RunDir]:
 
 
 def helped(run: RunDir) -> list[str]:
-    """What the runs beside a run say of its router, in sentences; none where they answer nothing."""
+    """What the runs beside a run say of its routing, in sentences; none where they answer nothing."""
     if len(found := beside(run)) == 1:
         return []
     try:
@@ -38,4 +38,4 @@ def helped(run: RunDir) -> list[str]:
     except UsageError:  # one of the others is damaged
         return []
     own = compared.groups[compared.runs[0].group].label
-    return [one.text for one in reversed(compared.answers) if one.ours == own and one.question != "help"]
+    return [one.text for one in reversed(compared.answers) if one.ours == own]

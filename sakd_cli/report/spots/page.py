@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 OPENING = 6  # images at each end that stand beside the answer
 ALIKE = 0.01  # classes whose fractions differ by less are treated alike
-COINS, LITTLE = 0.01, 0.1  # of the decisions' variance: explained by the image, below which a router tosses coins
+# What is said of a router by how much of the variance of its decisions the image explains, at the spot with the most.
+CHOICE = ((0.5, "It chooses"), (0.1, "It chooses in part"), (0.01, "Little more than coins"), (0.0, "It tosses coins"))
 CONTROLS = (
     "Not known from this run alone. Train what a claim needs: sakd distill ... --with-control, then sakd compare."
 )
@@ -131,7 +132,7 @@ def _more_than_coins(report: SpotsDocument) -> str:
     if not known:
         return "Neither: it decides the same for every image."
     most = max(share for share, _ in known)
-    verdict = "It tosses coins" if most < COINS else "Little more than coins" if most < LITTLE else "It chooses"
+    verdict = next(words for least, words in CHOICE if most >= least)
     shares = ", ".join(f"{fixed(100 * share, 1)} % at {name}" for share, name in known)
     scale = "coins: 0 %; every image decided: 100 %"
     return f"{verdict}: of the variance of its decisions, knowing the image explains {shares} ({scale})."
