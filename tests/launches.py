@@ -24,6 +24,7 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
+from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
 from sakd_cli.engine.reporter import NullReporter
@@ -35,13 +36,13 @@ FREE = {"detach", "alias", "empty", "empty_like", "new_empty", "new_empty_stride
 FREE |= {"set_", "resize_", "promote_types", "_unsafe_view"}
 ROOT = Path(__file__).parents[1]
 PARTS = (  # the innermost of our functions that stands in the way from the loop to the launch
+    ("teacher", ("tasks/distill.py:__call__", "tasks/distill.py:precompute")),
     ("loader", ("data/loader.py:", "engine/look_ahead.py:")),
     ("guard", (":inspect",)),
     ("recorder", ("engine/recorder.py:add", "engine/recorder.py:top1", "engine/trainer.py:_count")),
     ("optimizer", ("optimizer",)),
     ("router and graft", ("routing/", "tasks/distill.py:_route")),
     ("distillers", ("distillers/",)),
-    ("teacher", ("tasks/distill.py:__call__", "tasks/distill.py:precompute")),
     ("networks", ("models/",)),
 )
 
@@ -109,15 +110,15 @@ def part_of(places: list[str]) -> str:
 
 
 class Watching(NullReporter):
-    """Turns the count on for one whole iteration: from the end of a step to the end of the next."""
+    """Turns the count on for whole iterations: from the end of a step to the end of the next, or of a later one."""
 
-    def __init__(self, launches: Launches, step: int) -> None:
-        self.launches, self.step = launches, step
+    def __init__(self, launches: Launches, step: int, steps: int = 1) -> None:
+        self.launches, self.step, self.steps = launches, step, steps
 
     def advance(self, step: int) -> None:
         if step == self.step:
             self.launches.__enter__()
-        if step == self.step + 1:
+        if step == self.step + self.steps:
             self.launches.__exit__(None, None, None)
 
 
@@ -136,20 +137,26 @@ def pictures(setup: Setup) -> Dataset:
     return Dataset("noise", names, (0.5,) * 3, (0.3,) * 3, padding=4, flip=True, train=split, test=split)
 
 
-def launches(setup: Setup) -> list[Launch]:
-    """Those of the third iteration of the trainer's loop: nothing of it is done for the first time."""
+def launches(setup: Setup, ahead: int = 1) -> list[Launch]:
+    """Those of the third iteration of the trainer's loop: nothing of it is done for the first time.
+
+    ahead  steps of one pass of the teacher: then of as many iterations, with one such pass
+    """
     seen = Launches()
     task, dataset, device = adaptive_task(setup), pictures(setup), torch.device("cpu")
-    loader = TrainLoader(
+    loader: Any = TrainLoader(
         dataset.train, dataset, batch_size=setup.size, seed=0, noise_width=task.noise_width, device=device
     )
+    if ahead > 1:
+        loader = LookAhead(loader, task.precompute, steps=ahead, device=device)
+    watching = Watching(seen, max(2, ahead), ahead)
     recorder = SpotRecorder([(spot.name, spot.kind) for spot in task.spots], setup.classes, setup.images, device)
     optimizer = Optimizer(task.groups(), Train())
     for settings in optimizer.parts[0][0].param_groups:  # as on CUDA
         settings["foreach"], settings["fused"] = False, True
     with tempfile.TemporaryDirectory() as folder, torch.autograd.set_detect_anomaly(True, check_nan=False):
         trainer = Trainer(
-            task, loader, optimizer, RunDir(Path(folder)), Watching(seen, 2), epochs=1, log_every=4, recorder=recorder
+            task, loader, optimizer, RunDir(Path(folder)), watching, epochs=1, log_every=4 * ahead, recorder=recorder
         )
         trainer.guard.every_step = False  # as on CUDA: nothing is read back while looking
         trainer.fit()
