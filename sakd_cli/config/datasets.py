@@ -92,6 +92,8 @@ class DataConfig(Config):
     """Blend pairs of training images by shares from Beta(mixup, mixup), 0.2 to 1 (Zhang et al. 2018); 0: do not."""
     cutmix: NonNegativeFloat = 0.0
     """Paste a box of one training image into another, its area from Beta(cutmix, cutmix) (Yun et al. 2019); 0: not."""
+    unlabeled: Place | None = None
+    """Folder of pictures without labels, mixed into a distillation's training images: the teacher alone counts."""
     split_seed: NonNegativeInt = 0
     """Random seed of limit and validation, whatever the run's seed is, so that all runs leave out the same images."""
     download: bool = True

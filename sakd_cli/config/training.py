@@ -306,6 +306,7 @@ class DistillConfig(RunConfig):
     def pretraining(self) -> dict[str, Any]:
         """The settings of the run that trains this run's teacher."""
         settings = self.model_dump(mode="json", exclude={"task", "teacher", *STUDENT_KEYS})
+        settings["data"]["unlabeled"] = None
         return settings | {
             "model": self.teacher.source,
             "train": settings["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),

@@ -101,7 +101,9 @@ class TrainLoader:
         also = split.images.spec.also if isinstance(split.images, Files) else None
         self._teacher_views = TeacherViews(split, dataset, also, device) if cropped and also is not None else None
         self._images, self._dataset, self._device = split.images, dataset, device
-        self._labels = split.labels.to(device)
+        known = split.labels >= 0
+        self._known = None if bool(known.all()) else known.to(device, torch.float32)
+        self._labels = split.labels.clamp(min=0).to(device)
         self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
         self._batch_size, self._seed, self._noise_width = batch_size, seed, noise_width
         self._pool: Pool | None = None
@@ -142,6 +144,7 @@ class TrainLoader:
         for step, (x, view, y) in zip(steps, images, strict=True):
             index, noise = order[step.rows], noise_of_all[step.rows]
             batch = Batch(x, self._labels[index], index, noise, view, None, step.global_size, step.shard_weight, y)
+            batch = batch if self._known is None else replace(batch, ratio=self._known[index])
             yield batch if mixing is None else _mixed(batch, mixing, mixing_of_all[step.rows])
 
     def _normalised(self, pixels: Tensor | tuple[Tensor, Tensor]) -> Shown:

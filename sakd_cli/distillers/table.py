@@ -108,6 +108,12 @@ class DistillerRow(NamedTuple):
     needs_norms: bool = False
     needs_blocks: bool = False
     unmixed: str = ""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether a loss of it needs the label of every image."""
+        return self.needs_labels or self.logits is DKD
+
     warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], StagePairs]] | None = None
     network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 

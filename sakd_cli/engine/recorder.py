@@ -24,7 +24,10 @@ from sakd_cli.files import columns_digest
 
 
 class Rows(NamedTuple):
-    """The samples of a batch: labels [N], places [N]; of mixed ones those of both sources, and a share."""
+    """The samples of a batch: labels [N], places [N]; of mixed ones those of both sources, and a share.
+
+    A share without other sources: 1 where a label is known, else 0.
+    """
 
     labels: Tensor
     places: Tensor
@@ -83,6 +86,8 @@ class SpotRecorder:
         of_samples, of_classes, of_spots, of_steps = self._tables
         # A last row counts the samples themselves.
         counted = functional.pad(use.weight.float(), (0, 0, 0, 1), value=1.0)
+        if without := rows.ratio is not None and rows.other_labels is None:  # behind the others, and not counted
+            rows = rows._replace(places=rows.places.clamp(max=len(of_samples) - 1))
         for labels, index, share in rows.sources():
             weight = counted if share is None else counted * share.float()
             of_classes.index_add_(1, labels, weight)
@@ -92,7 +97,9 @@ class SpotRecorder:
         if use.probability is None:
             of_steps[0] += 1
         else:
-            of_spots[1] += use.probability.sum(dim=1, dtype=torch.float32)
+            known = rows.ratio if without else None
+            chance = use.probability if known is None else use.probability * known
+            of_spots[1] += chance.sum(dim=1, dtype=torch.float32)
             of_steps[:2] += 1
         if use.lengths is not None:
             of_spots[2:] += use.lengths.T.square()
@@ -211,7 +218,8 @@ def top1(logits: Tensor, rows: Rows) -> Tensor:
     for labels, _, share in rows.sources():
         hit = (answer == labels).float()
         right.append(hit if share is None else hit * share)
-    return sum(right[1:], right[0]).mean() * 100.0
+    known = rows.ratio.mean().clamp(min=1e-12) if rows.ratio is not None and rows.other_labels is None else 1.0
+    return sum(right[1:], right[0]).mean() / known * 100.0
 
 
 LOWER = "a lower learning rate may help: --set train.lr=..."

@@ -36,12 +36,12 @@ from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import mixtures, team
 from sakd_cli.runs.branches import start_from_branches
-from sakd_cli.runs.images import Images, load_images
+from sakd_cli.runs.images import Images, load_images, with_unlabeled
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.locate import pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
-from sakd_cli.runs.together import require_possible
+from sakd_cli.runs.together import require_labels, require_possible
 from sakd_cli.tasks.criterion import Criterion
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask, Recipe, SftnTask, WarmupTask
@@ -59,6 +59,8 @@ def build(config: RunConfig) -> Job:
 def pretraining(config: PretrainConfig) -> Job:
     """A network trained with cross-entropy, alone or together with branches of its students."""
     device = pick_device(config.device)
+    if config.data.unlabeled is not None:
+        raise UsageError("data.unlabeled: without a teacher there is nothing to learn from images without labels")
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device, config.train.drop_path)
     notes = load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
@@ -80,7 +82,7 @@ def _criterion(config: RunConfig, images: Images) -> Criterion:
 
 
 def _steps(config: RunConfig, images: Images) -> int:
-    return config.train.epochs * -(-len(images.train) // config.train.batch_size)
+    return config.train.epochs * -(-len(images.shown) // config.train.batch_size)
 
 
 def teacher_config(config: DistillConfig) -> PretrainConfig:
@@ -109,7 +111,8 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         teacher = load_teacher(config, path)
         claim = read_claim(path, teacher.sha256)
         config = pin_inputs(config, path, teacher.sha256)
-    images = images or load_images(config.data, config.aside, teacher.card.preprocessing)
+    require_labels(config)
+    images = with_unlabeled(images or load_images(config.data, config.aside, teacher.card.preprocessing), config.data)
     _require_one_size(config, images)
     mode = resolve_mode(config.runtime, device, _steps(config, images))
     train_one = pretrain_command(config, teacher.card.architecture)
@@ -120,7 +123,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
-    task = assemble(config, student, frozen, sides[0], images.train.labels, None, mode, sides[1], criterion)
+    task = assemble(config, student, frozen, sides[0], images.shown.labels, None, mode, sides[1], criterion)
     config, more = _joined(config, task, images, student, teacher)
     require_possible(config, task.distillers, task.router)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
@@ -153,7 +156,7 @@ def _joined(
         match_normalization(artifact, images, one.source, None, images.teacher_side)
         frozen = artifact.model.to(next(student.parameters()).device).requires_grad_(False).eval()
         sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
-        labels = images.train.labels
+        labels = images.shown.labels
         tasks.append(assemble(alone, student, frozen, sides[0], labels, None, task.mode, sides[1], criterion))
         found.append(team.Teacher(artifact, path, claim, cost(frozen, images.teacher_side)))
     team.join(task, tasks, config)

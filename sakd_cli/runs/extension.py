@@ -29,7 +29,7 @@ def loader_of(job: Job) -> Loader:
     """The training images of a job in batches; each with held-out ones for a router that learns from such."""
     config, task = job.config, job.task
     loader = partial(TrainLoader, dataset=job.images.dataset, seed=config.seed, device=job.device)
-    train = loader(job.images.train, batch_size=config.train.batch_size, noise_width=task.noise_width)
+    train = loader(job.images.shown, batch_size=config.train.batch_size, noise_width=task.noise_width)
     held_out = job.images.calibration
     if held_out is None or not (isinstance(task, DistillTask) and task.router.meta):
         return train

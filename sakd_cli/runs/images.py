@@ -5,20 +5,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.preprocessing import ImageSize, Preprocessing, shown
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.config.routers import MetaConfig
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data import table as datasets
 from sakd_cli.data.augment import Changes, Mixing
-from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, limit_train
-from sakd_cli.data.files import Files
+from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, joined, limit_train
+from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.fingerprint import Fingerprint
+from sakd_cli.data.pictures import Finding, pictures_below
 from sakd_cli.data.sources import cache_policy, preload, shown_to_both
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,18 @@ class Images:
     train: Split
     held_out: Split | None
     calibration: Split | None = None
+    unlabeled: Split | None = None
+
+    @property
+    def shown(self) -> Split:
+        """What training shows: its images, and behind them those without labels."""
+        return self.train if self.unlabeled is None else joined([self.train, self.unlabeled])
 
     @property
     def parts(self) -> dict[str, Split]:
         """The parts that there are."""
         parts = {"train": self.train, "val": self.held_out, "calibration": self.calibration, "test": self.dataset.test}
+        parts["unlabeled"] = self.unlabeled
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
@@ -70,6 +79,8 @@ class Images:
     def preload(self) -> None:
         """Decode what is to be held in memory, before anything else. Raises DataError naming a file that is bad."""
         preload(self.train, scale=self.dataset.scale)
+        if self.unlabeled is not None:
+            preload(self.unlabeled, scale=self.dataset.scale)
         for split in (self.held_out, self.calibration, self.dataset.test):
             if split is not None:
                 preload(split)
@@ -110,6 +121,23 @@ def load_images(
     rates = _rates_of(config, len(dataset.classes))
     dataset = replace(dataset, test=placed["test"], rates=rates, mixing=mixing, changes=changes if wanted else None)
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
+
+
+def with_unlabeled(images: Images, config: DataConfig) -> Images:
+    """The same with the pictures of `data.unlabeled`. DataError where there are none, or one cannot be read."""
+    if (folder := config.unlabeled) is None:
+        return images
+    findings = list[Finding]()
+    paths = tuple(pictures_below(folder, findings))
+    if findings or not paths:
+        text = findings[0].text if findings else "holds no picture"
+        raise DataError(f"data.unlabeled: {findings[0].path if findings else folder}: {text}")
+    if isinstance(own := images.train.images, Files):
+        shown: Files | Tensor = Files(paths, own.spec, cached=own.cached, root=str(folder))
+    else:
+        side = height_width(images.side)
+        shown = Files(paths, ImageSpec(Preprocessing(size=side, resize=min(side)), 0), root=str(folder)).read()
+    return replace(images, unlabeled=Split(shown, torch.full((len(paths),), -1)))
 
 
 def _rates_of(config: DataConfig, classes: int) -> Callable[[Tensor], Tensor] | None:

@@ -91,7 +91,7 @@ def warnings_of(job: Job) -> list[str]:
         notes += data.seen.differences(sized, "the teacher's card")
     if isinstance(job.config, DistillConfig) and isinstance(job.config.router, LearnedConfig) and job.teacher:
         kin = find_network(job.config.student).kin == find_network(job.teacher.model.name).kin
-        steps = steps_per_epoch(len(job.images.train), job.config.train.batch_size)
+        steps = steps_per_epoch(len(job.images.shown), job.config.train.batch_size)
         notes += filter(None, [router_start(job.config, one_family=kin, steps=steps).note])
     return notes
 
@@ -125,7 +125,7 @@ def label_of(job: Job, more: Iterable[str]) -> str:
 def effective_values(job: Job) -> dict[str, Any]:
     """What the settings that the config leaves open came to."""
     teacher = job.teacher.model.name if job.teacher else None
-    return effective(job.config, teacher=teacher, counts=(len(job.images.train), len(job.images.held_out or ())))
+    return effective(job.config, teacher=teacher, counts=(len(job.images.shown), len(job.images.held_out or ())))
 
 
 def planned_networks(job: Job) -> list[PlannedNetwork]:

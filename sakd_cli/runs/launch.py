@@ -368,6 +368,8 @@ class Launcher:
             f"epoch{'s' * (config.train.epochs > 1)} of batches of {config.train.batch_size}, "
             f"lr {job.task.groups()[0].lr:g}, seed {config.seed}, {job.device} ({job.mode})"
         )
+        if job.images.unlabeled is not None:
+            say(f"and {len(job.images.unlabeled)} images without labels, for which the teacher alone counts")
         notices = [describe_reading(job.images.train), *(extension.notice for extension in extensions)]
         for notice in filter(None, [f"protocol: {job.protocol}", *notices]):
             say(notice)

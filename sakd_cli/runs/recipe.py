@@ -111,7 +111,7 @@ def deviations(job: Job, epoch: int) -> Iterator[str]:
 
 
 def _steps(job: Job) -> int:
-    return job.config.train.epochs * steps_per_epoch(len(job.images.train), job.config.train.batch_size)
+    return job.config.train.epochs * steps_per_epoch(len(job.images.shown), job.config.train.batch_size)
 
 
 def _forgets_too_late(job: Job, network: nn.Module) -> float | None:

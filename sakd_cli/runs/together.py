@@ -1,9 +1,35 @@
 """What of a run's settings cannot be together: each is refused in one line, before anything is trained."""
 
+from sakd_cli import torchrun
+from sakd_cli.config.methods import DFAConfig
+from sakd_cli.config.routers import MetaConfig, TeacherCorrectConfig, WSLDConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.table import DISTILLERS, Distillers
 from sakd_cli.errors import UsageError
 from sakd_cli.routing.router import Router
+
+
+def require_labels(config: DistillConfig) -> None:
+    """Raise UsageError where images without labels cannot be mixed into the others."""
+    if config.data.unlabeled is None:
+        return
+    torchrun.require_single_process("data.unlabeled")
+    mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
+    several = config.teacher.others and config.teacher.combine == "confidence"
+    for what in (
+        *(f"method {part.name}" for part in config.method.parts if DISTILLERS.row(part.name).reads_labels),
+        *([f"router {config.router.name}"] if isinstance(config.router, OF_LABELS) else []),
+        *([f"data.{mixed[0]}"] if mixed else []),
+        *(["train.accumulate"] if config.train.accumulate > 1 else []),
+        *(["teacher.cache"] if config.teacher.cache else []),
+        *(["residual.students"] if config.residual.students else []),
+        *(["teacher.combine=confidence"] if several else []),
+        *(["method dfa's search"] if isinstance(config.method, DFAConfig) else []),
+    ):
+        raise UsageError(f"data.unlabeled: {what} needs labelled images alone")
+
+
+OF_LABELS = (TeacherCorrectConfig, WSLDConfig, MetaConfig)
 
 
 def require_possible(config: DistillConfig, method: Distillers, router: Router) -> None:

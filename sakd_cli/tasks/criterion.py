@@ -41,7 +41,8 @@ class Criterion(nn.Module):
     """sum_i w(y_i) l_i / sum_i w(y_i), w = 1 unless classes have weights; l = cross-entropy, or (1 - p_y)^g times it.
 
     Of a mixed image, r of it of label y and the rest of label y': r w(y) l(y) + (1 - r) w(y') l(y') above and r w(y) +
-    (1 - r) w(y') below, which without weights is the cross-entropy with the mixed label. Labels may be smoothed.
+    (1 - r) w(y') below, which without weights is the cross-entropy with the mixed label. Labels may be smoothed. An
+    image without a label has r = 0 and no y': the mean is over the others, and 0 where there are none.
 
     The focal factor is that of Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection", ICCV 2017,
     equation 4, for the softmax of several classes; as there it has a gradient. Weights as torch.nn.CrossEntropyLoss has
@@ -72,6 +73,10 @@ class Criterion(nn.Module):
             each = ratio * each + (1 - ratio) * others
             if weight is not None and weight_of_others is not None:
                 weight = ratio * weight + (1 - ratio) * weight_of_others
+        elif batch.ratio is not None:  # 0 for images without a label
+            known = batch.ratio.to(each.dtype)
+            each, weight = known * each, known if weight is None else known * weight
+            return each.mean() / distributed.all_reduce_mean(weight.mean(), batch).clamp(min=1e-12)
         return each.mean() if weight is None else each.mean() / distributed.all_reduce_mean(weight.mean(), batch)
 
     def _each(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
