@@ -239,4 +239,7 @@ def _shortened(config: RunConfig, share: float) -> Any:
     if settings["train.milestones"] is not None:
         scaled = sorted({max(1, round(epoch * share)) for epoch in settings["train.milestones"]})
         settings["train.milestones"] = [epoch for epoch in scaled if epoch < settings["train.epochs"]]
+    for key in ("train.warmup_epochs", "router.warmup_epochs"):
+        if settings.get(key):
+            settings[key] *= share
     return resolve(config.task, [ConfigSource("--budget", nested(settings))]).config

@@ -156,8 +156,15 @@ class Train(Config):
             raise ValueError("freeze_epochs needs freeze, which says what is frozen")
         return self
 
+    def for_another(self) -> "Train":
+        """The same for another network than the one whose blocks and parameters these settings speak of."""
+        own = {"drop_path": 0.0, "layer_decay": 1.0, "freeze": (), "freeze_epochs": None}
+        return self.model_copy(update=own)
+
     def decay_epochs(self) -> tuple[int, ...]:
-        """Epochs (counted from 1) after which the learning rate falls."""
+        """Epochs (counted from 1) after which the learning rate falls; none of schedules without such."""
+        if self.schedule != "step":
+            return ()
         if self.milestones is not None:
             return self.milestones
         return tuple(sorted({self.epochs * eighth // 8 for eighth in (5, 6, 7)} - {0}))

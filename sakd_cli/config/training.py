@@ -309,7 +309,8 @@ class DistillConfig(RunConfig):
         settings["data"]["unlabeled"] = None
         return settings | {
             "model": self.teacher.source,
-            "train": settings["train"] | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),
+            "train": self.train.for_another().model_dump(mode="json")
+            | ({"epochs": self.teacher.epochs} if self.teacher.epochs else {}),
         }
 
 

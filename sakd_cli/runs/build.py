@@ -286,7 +286,7 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
     assert isinstance(job.config, DistillConfig)
     assert job.teacher is not None
     seed = seeded_generator(job.config.seed, f"residual-{number}").initial_seed()
-    config = job.config.model_copy(update={"student": name, "seed": seed})
+    config = job.config.model_copy(update={"student": name, "seed": seed, "train": job.config.train.for_another()})
     settings, side, teacher = config.residual, job.images.side, job.teacher.model
     network = _fresh(name, job.images, seed, "network", job.device)
     if settings.init == "zero":

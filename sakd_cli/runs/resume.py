@@ -98,9 +98,17 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
             hint="a run can be extended, not shortened: --epochs N" if fewer else "start a new run instead",
         )
     config = _in_place(here, given, task)
-    if extends:
+    schedules = {own.train.schedule, getattr(getattr(own, "router", None), "schedule", None)}
+    if extends and (fixed := schedules & {"cosine", "one-cycle"}):
+        raise UsageError(
+            f"{run.path}: schedule {min(map(str, fixed))} has fallen to its end in {own.train.epochs} epochs",
+            "a new run that starts with its weights: --set student_weights=RUN, or init_from of a network alone",
+        )
+    if extends and own.train.schedule == "step":
         milestones = asked.config.train.milestones or own.train.decay_epochs()
-        length = {"epochs": asked.config.train.epochs, "milestones": milestones}
+        config = config.model_copy(update={"train": config.train.model_copy(update={"milestones": milestones})})
+    if extends:
+        length = {"epochs": asked.config.train.epochs}
         config = config.model_copy(update={"train": config.train.model_copy(update=length)})
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": asked.config.data.root})})
     if (teacher := getattr(asked.config, "teacher", None)) is not None:

@@ -20,6 +20,8 @@ def summary_table(summary: Summary) -> RenderableType:
         (f"{who}, last epoch", summary.last, summary.last.epoch, *own),
         (f"{who}, best epoch", summary.best, summary.best.epoch, *own),
     ]
+    if summary.trained is not None:
+        sides.append((f"{who}, last epoch as trained", summary.trained, summary.trained.epoch, *own))
     names = named(summary.network)
     if teacher := summary.teacher:
         for one in (teacher, *summary.more_teachers):
