@@ -11,6 +11,7 @@ from test_recipe import PRETRAIN, STEPS, _float64, job_of, of, trainer_of
 from torch import nn
 from torchvision.transforms import v2
 
+from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.evaluate import score_logits
 from sakd_cli.engine.graphs import Device, GraphedStep
@@ -190,3 +191,11 @@ def test_a_step_with_all_of_it_is_replayed_by_a_graph(
     assert names == ["item", "tolist"] * 2, "at log points alone"
     ours, theirs = recorded._tensors(), called._tensors()
     assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+def test_both_sets_of_weights_are_said_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    trainer_of(job_of(of(ema=0.5)), tmp_path, ConsoleReporter()).fit()
+    told = capsys.readouterr().err
+    assert told.count("as trained  top-1") == 4
+    assert told.count("validation  top-1") == 4

@@ -133,10 +133,10 @@ class ConsoleReporter:
     def record(self, record: dict[str, Any]) -> None:
         if self._bars is not None and record["kind"] != "eval-trained":
             self._bars.record(record)
-        if record["kind"] == "eval":
-            self.say(
-                f"epoch {record['epoch']}  {record['split']}  top-1 {record['top1']:.2f} %  loss {record['loss']:.4f}"
-            )
+        if record["kind"].startswith("eval"):
+            which = "  as trained" * (record["kind"] != "eval")
+            scores = f"top-1 {record['top1']:.2f} %  loss {record['loss']:.4f}"
+            self.say(f"epoch {record['epoch']}  {record['split']}{which}  {scores}")
             return
         text = f"epoch {record['epoch']}  loss {record['loss']:.4f}"
         if "top1" in record:

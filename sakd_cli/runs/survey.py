@@ -216,7 +216,7 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
     draws = [seeded_generator(seed, "survey/draw", number) for number in range(DRAWS if task.graft else 0)]
     assert job.teacher is not None
     sums = torch.zeros((), device=job.device)
-    bins = torch.zeros(2, BINS, 3, device=job.device)
+    bins = torch.zeros(2, BINS, 3, dtype=torch.float32, device=job.device)
     for (images, theirs), labels in _batches(job, test, reporter):
         teacher, student = job.teacher.model.features(theirs), task.student_features(images)
         outputs = [student.logits, teacher.logits]
