@@ -219,6 +219,8 @@ def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> 
     curve = Lines("t", "epoch", "top-1, %", [Series("a & b", [1, 2, 3], [10, None, 30], 0)])
     assert "<title>a &amp; b, epoch 3: 30.00 (top-1, %)</title>" in drawn(curve)
     assert drawn(curve).count('class="l" stroke-width') == 2, "a gap is no line"
+    cloud = Lines("t", "cost", "top-1, %", [Series("a", range(90), range(90), 0, "marks")])
+    assert drawn(cloud).count('<path class="m" d=') == 90, "points without a line always have marks"
     assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
     close, far = ([Series("a", [1, 2], ys, 0)] for ys in ([96.5, 98.2], [60, 98]))
     plainly, part = zoom(curve._replace(series=close))

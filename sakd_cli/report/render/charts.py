@@ -131,6 +131,11 @@ def drawn(chart: Chart) -> str:
     return f"<figure{kind}><figcaption>{text(chart.title)}</figcaption>{legend}{drawing}{note}</figure>"
 
 
+def marked(series: Series) -> bool:
+    """Whether every point has a mark: where there is no line, or a line of few points."""
+    return series.kind == "marks" or (series.kind != "dotted" and len(series.x) <= MOST_MARKED)
+
+
 def thickness(chart: Lines) -> list[float]:
     """Of every curve: the first are the broadest, so that those that coincide are all seen; of many points thin."""
     solid = [series.kind == "solid" and len(series.x) <= MOST_MARKED for series in chart.series]
@@ -238,7 +243,7 @@ def _curve(chart: Lines, series: Series, at: Callable[[float, float], tuple[floa
         dashes = KINDS[series.kind]
         dash = f' stroke-dasharray="{dashes}"' if dashes else ""
         parts += [f'<path class="l" stroke-width="{wide:.1f}"{dash} d="M{path(run)}"/>' for run in runs]
-    mark = MARKS[series.colour % len(MARKS)] if len(series.x) <= MOST_MARKED and series.kind != "dotted" else ""
+    mark = MARKS[series.colour % len(MARKS)] if marked(series) else ""
     unit = chart.x.partition(",")[0].partition(" (")[0]
     for x, y in (point for run in runs for point in run):
         place = 'transform="translate({:.1f} {:.1f})"'.format(*at(x, y))

@@ -12,13 +12,13 @@ from sakd_cli.files import write_aside
 from sakd_cli.report.render.charts import (
     LESS,
     MORE,
-    MOST_MARKED,
     PALE,
     Bars,
     Chart,
     Heat,
     Lines,
     frame,
+    marked,
     number,
     shades,
     thickness,
@@ -115,10 +115,11 @@ def _known(values: Sequence[Number]) -> list[float]:
 def _lines(chart: Lines, axes: Any) -> None:
     for series, width in zip(chart.series, thickness(chart), strict=True):
         colour, label = COLOURS[series.colour % len(COLOURS)], plain(series.name) if series.name else "_further"
-        marked = series.kind != "dotted" and len(series.x) <= MOST_MARKED
         style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "markersize": 4, "label": label}
         style["linewidth"] = width
-        axes.plot(series.x, _known(series.y), marker=MARKS[series.colour % len(MARKS)] if marked else None, **style)
+        axes.plot(
+            series.x, _known(series.y), marker=MARKS[series.colour % len(MARKS)] if marked(series) else None, **style
+        )
         if series.band:
             axes.fill_between(series.x, *zip(*series.band, strict=True), color=colour, alpha=0.15)
     left, right, *limits = frame(chart)
