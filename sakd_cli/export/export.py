@@ -22,6 +22,7 @@ from sakd_cli.export.quantise import COUNT
 from sakd_cli.files import read_json, sha256, whole_folder, write_aside, write_json
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
+from sakd_cli.models.hub import metadata_block, timm_config
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
 from sakd_cli.runs.scored import config_of
@@ -138,8 +139,11 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
             latency=_latency(network, opened, found.card, config),
         )
         about = document.model_dump(exclude={"schema_", "folder", "classes"})
-        write_json(aside / "config.json", {"export": FORMAT} | found.card.told() | about | found.facts)
-        write_aside(aside / "README.md", model_card(found.card, found.facts, form, document).encode())
+        of_timm = timm_config(found.card) if order.form == "safetensors" else {}
+        library = "timm" if of_timm else form.library
+        block = metadata_block(found.card, found.facts, library, order.form, order.precision)
+        write_json(aside / "config.json", {"export": FORMAT} | found.card.told() | about | found.facts | of_timm)
+        write_aside(aside / "README.md", (block + model_card(found.card, found.facts, form, document)).encode())
     return document
 
 

@@ -126,6 +126,7 @@ class Form(NamedTuple):
     needs   packages; extra: what of sakd brings them
     inside  whether it can hold the normalisation
     int8    whether it can be quantised
+    library what opens it, as the Hugging Face hub calls it
     """
 
     files: tuple[str, ...]
@@ -137,6 +138,7 @@ class Form(NamedTuple):
     extra: str = ""
     inside: bool = True
     int8: bool = False
+    library: str = "pytorch"
 
     @property
     def file(self) -> str:
@@ -290,7 +292,9 @@ def _open_program(card: NetworkCard, folder: Path) -> Function:
 _ONNX, _NUMPY = ("onnx", "onnxscript", "onnxruntime"), ("pixels", "np.float32")
 FORMS = {
     "safetensors": Form((WEIGHTS,), _write_weights, _open_weights, WEIGHTS_LINES, inside=False),
-    "onnx": Form(("model.onnx",), _write_onnx, _open_onnx, ONNX_LINES, _NUMPY, _ONNX, "onnx", int8=True),
+    "onnx": Form(
+        ("model.onnx",), _write_onnx, _open_onnx, ONNX_LINES, _NUMPY, _ONNX, "onnx", int8=True, library="onnx"
+    ),
     "pt2": Form(("model.pt2",), _write_program, _open_program, PROGRAM_LINES),
     "openvino": Form(
         ("model.xml", "model.bin"),
@@ -301,5 +305,6 @@ FORMS = {
         (*_ONNX, "openvino"),
         "openvino",
         int8=True,
+        library="openvino",
     ),
 }

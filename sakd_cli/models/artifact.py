@@ -18,6 +18,7 @@ from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
 from sakd_cli.models.external import check_size
+from sakd_cli.models.hub import metadata_block
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 
@@ -106,7 +107,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
     save_weights(folder / "model.safetensors", model, card)
     about = card.told() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
     write_json(folder / "config.json", about)
-    write_aside(folder / "README.md", _readme(card, about).encode())
+    write_aside(folder / "README.md", (metadata_block(card, about, "pytorch") + _readme(card, about)).encode())
 
 
 def load(path: Path) -> Artifact:

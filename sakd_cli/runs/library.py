@@ -1,4 +1,4 @@
-"""Networks that torchvision, timm or the Hugging Face hub has trained, each made once a folder like ours in the cache."""
+"""Networks that torchvision, timm or the Hugging Face hub has trained: each a folder like ours, in the cache."""
 
 import hashlib
 import importlib.metadata
