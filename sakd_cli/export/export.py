@@ -245,7 +245,7 @@ def _accuracy(
             images += len(truth)
     if not images:
         return None
-    before, after = (100 * right / images).tolist()
+    before, after = (100 * right.double() / images).tolist()
     if before - after > order.max_drop + 1e-9:
         raise UsageError(
             f"{order.precision}: top-1 falls from {before:.2f} to {after:.2f} % on {images} images, by more than "
