@@ -128,6 +128,8 @@ def train_series(
     members = _members(configs, launcher)
     with tempfile.TemporaryDirectory() as folder:
         scheduler = Scheduler(members, configs[0].runs_dir, Path(folder), fresh=not resume)
+        if not resume:
+            _hint(scheduler, reporter)
         if parallel:
             several = sum(member.matched is None for member in members)
             executor, messages = LocalExecutor(several, several, configs[0].device), Messages(scheduler, reporter)
@@ -159,17 +161,16 @@ def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]
         if matched is None:
             config, matched = locate_inputs(resume_config(config)[0] if launcher.resume else config), None
         members.append(Member(name, Role.student, config, matched=matched))
-    if not launcher.resume:
-        _hint(members, launcher.reporter)
     return members
 
 
-def _hint(members: Sequence[Member], reporter: "Reporter") -> None:
+def _hint(scheduler: Scheduler, reporter: "Reporter") -> None:
     """Say which controls are there already, made for another router or method, or before."""
-    index = RunIndex(members[0].config.runs_dir)
+    index = RunIndex(scheduler.index.runs_dir)
     index.refresh()
-    controls = [member for member in members if member.router in (CLASSICAL, PLAIN)]
-    there = [one.key for one in controls if (run := index.of(one.config)) is not None and run.finished]
+    controls = [entry for entry in scheduler.entries.values() if entry.member.router in (CLASSICAL, PLAIN)]
+    known = [(one.member.key, config) for one in controls if (config := scheduler.config_of(one)) is not None]
+    there = [key for key, config in known if (run := index.of(config)) is not None and run.finished]
     if there:
         reporter.say(f"already finished in {index.runs_dir}: {'; '.join(there)} (--resume auto takes them)")
 

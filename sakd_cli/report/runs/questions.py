@@ -61,7 +61,8 @@ def asked(arms: Sequence[Arm]) -> list[tuple[Question, Arm, Arm]]:
 def best_dose(arms: Sequence[Arm]) -> Arm | None:
     """Of those that distil everywhere the one with the best mean validation accuracy."""
     everywhere = [arm for arm in arms if arm.router == CLASSICAL]
-    return max(everywhere, key=lambda arm: fmean(arm.validation.values() or [0.0]), default=None)
+    # Of equals the first by label, whatever the order of the runs.
+    return min(everywhere, key=lambda arm: (-fmean(arm.validation.values() or [0.0]), arm.label), default=None)
 
 
 def _asked(arms: Sequence[Arm]) -> Iterator[tuple[Question, Arm, Arm]]:
