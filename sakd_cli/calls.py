@@ -20,7 +20,7 @@ Inputs = TypedDict("Inputs", {  # noqa: UP013
 _Training = TypedDict("_Training", {  # noqa: UP013
     "epochs": int, "batch_size": int, "lr": float, "milestones": Sequence[int], "validation": float, "seed": int,
     "manifest": Place, "head": Literal["keep", "replace"], "precision": Literal["auto", "fp32", "bf16"],
-    "compile": bool, "deterministic": bool, "sync_batchnorm": bool, "log": Literal["tensorboard"], "preset": str,
+    "compile": bool, "deterministic": bool, "sync_batchnorm": bool, "log": str | Sequence[str], "preset": str,
     "protocol": Literal["honest", "published"],
     "config": Place, "run_dir": Place, "resume": Place, "overwrite": bool,
 }, total=False)

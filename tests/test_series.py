@@ -167,7 +167,7 @@ def test_the_figures_of_a_run_go_to_tensorboard_too(trained_cli: CliRunner, name
     [point] = events.Scalars("eval/top1")
     record = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert (point.step, point.value) == (summary["epochs"], pytest.approx(record["top1"]))
-    trained_cli.assert_rejects([*named, "--log", "wandb"], 2, "log: ")
+    trained_cli.assert_rejects([*named, "--log", "wandboard"], 2, "log.0: ")
 
 
 @pytest.mark.parametrize("name", sorted(DOCUMENTS))

@@ -162,7 +162,7 @@ _ROWS: list[Option | str] = [
            type=SWITCH),
     Option("global_batch", "runtime.global_batch", "Under torchrun: losses between samples use the global batch",
            "distill", type=SWITCH),
-    Option("log", "log", "Also log to TensorBoard, in the run directory", TRAIN, "tensorboard"),
+    Option("log", "log", "Also log to csv, mlflow, tensorboard, wandb: in the run directory", TRAIN, "NAME,..."),
     Option("dry_run", "", "Build everything and try one real batch; write nothing", TRAIN, type=FLAG),
     Option("eval_batch_size", "batch_size", "Images per forward pass", "eval predict", "N", flags="--batch-size"),
     Option("rounds", "", "Number of timings of each step", "bench", "N", int, least=1, default=7),

@@ -25,6 +25,7 @@ from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.train import Share, Train
 from sakd_cli.files import expanded
 
+Loggers = Annotated[tuple[Literal["csv", "mlflow", "tensorboard", "wandb"], ...], Field(min_length=1)]
 Folder = Annotated[Path, AfterValidator(expanded)]
 # `library`: what torchvision or timm has trained; a folder of that name is ./library.
 Weights = Literal["library"] | Folder
@@ -163,8 +164,8 @@ class RunConfig(Config):
     """Where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps."""
     runs_dir: Folder = Path("runs")
     """Folder in which run directories are made."""
-    log: Literal["tensorboard"] | None = None
-    """tensorboard: also write the metrics for TensorBoard into the run directory; None: only the run's own logs."""
+    log: Loggers | None = None
+    """Also log to csv, mlflow, tensorboard or wandb, or several of them; None: only the run's own logs."""
     log_every: PositiveInt = 50
     """Optimizer steps between two lines of metrics."""
     save_every: PositiveInt | None = None

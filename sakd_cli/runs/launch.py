@@ -25,7 +25,7 @@ from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import as_seen, describe_reading
 from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
-from sakd_cli.engine import checkpoint, tensorboard
+from sakd_cli.engine import checkpoint, loggers
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.engine.runtime import (
@@ -146,7 +146,7 @@ def launch(
     images          which images these are
     Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
     """
-    tensorboard.check(job.config.log)
+    loggers.check(job.config.log)
     distributed.init_process_group(job.device)
     place = plan.resume.path if plan.resume else plan.folder or job.config.runs_dir
     # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network.
@@ -156,7 +156,7 @@ def launch(
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
     run, plan = _opened(job, extensions, plan)
-    with run.locked(), tensorboard.log_to_tensorboard(run, job.config.log):
+    with run.locked(), loggers.logging_to(run, job.config.log, reporter.warn):
         if distributed.is_main_process():
             _begin(job, run, plan, images)
             assert run.identity is not None, "from here on nothing is written where another run lies"
