@@ -122,7 +122,7 @@ def read_json(path: Path, *, sealed: bool = False) -> Any:
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
     """One of our own documents from a file. Raises DamagedError where it is missing, damaged or of another kind."""
     try:
-        return kind.model_validate_json(json_bytes(read_json(path, sealed=True)), strict=True)
+        return kind.model_validate_json(json.dumps(read_json(path, sealed=True)), strict=True)
     except (OSError, ValueError):
         raise DamagedError(f"{path}: missing or damaged") from None
 
@@ -153,7 +153,7 @@ def read_lines(path: Path, known: LogEnd | None = None, *, whole: bool = False) 
     length, digest, same = 0, "", known is None or known.bytes == 0
     try:
         if not path.is_file() or path.stat().st_size > MOST_LOG:
-            raise DamagedError(f"{path}: not a file, or longer than {MOST_LOG // 2**20} MB")
+            raise DamagedError(f"{path}: missing, not a file, or longer than {MOST_LOG // 2**20} MB")
         with path.open("rb") as file:
             for line in iter(partial(file.readline, MOST_LINE), b""):
                 length, digest = length + len(line), line_digest(digest, line)

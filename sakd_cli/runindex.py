@@ -8,6 +8,7 @@ its own file again. A small folder has none.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,16 @@ Settings = dict[str, Any]
 
 def config_files(runs_dir: Path) -> dict[Path, os.stat_result]:
     """`config.yaml` of every run in the folder, the newest first."""
-    found: dict[Path, os.stat_result] = {}
+    found = []
     try:
         names = [entry.name for entry in os.scandir(runs_dir)]
     except (FileNotFoundError, NotADirectoryError):
-        return found
+        return {}
     for name in names:
-        path = runs_dir / name / "config.yaml"
-        try:
-            found[path] = path.stat()
-        except OSError:
-            continue
-    return dict(sorted(found.items(), key=lambda one: (one[1].st_mtime_ns, one[0].parent.name), reverse=True))
+        with suppress(OSError):
+            about = os.stat(os.path.join(runs_dir, name, "config.yaml"))
+            found.append((about.st_mtime_ns, name, about))
+    return {Path(runs_dir, name, "config.yaml"): about for _, name, about in sorted(found, reverse=True)}
 
 
 def read_config(path: Path) -> Settings | None:
@@ -67,8 +66,8 @@ def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         digest, _, body = files.read_bytes(path, MOST).partition(b"\n")
-        entries = files.parse_json(body) if digest.decode() == hashlib.sha256(body).hexdigest() else {}
-    except (OSError, ValueError):
+        entries = json.loads(body) if digest.decode() == hashlib.sha256(body).hexdigest() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sakd_cli import runindex
 from sakd_cli.config.code import trust
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, idle, listed
@@ -16,6 +15,7 @@ from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import CheckpointError, DataError, UsageError
 from sakd_cli.files import expanded, sha256
 from sakd_cli.rundir import IMAGES, ResumePlan, RunDir, all_runs, look_up, runs_like
+from sakd_cli.runindex import all_settings, config_files
 from sakd_cli.runs.locate import with_teachers_preprocessing
 from sakd_cli.runs.own import trust_own
 
@@ -270,15 +270,14 @@ class RunIndex:
 
     def __init__(self, runs_dir: Path, *, fresh: bool = False) -> None:
         self.runs_dir = runs_dir
-        self._old = {run.path for run in all_runs(runs_dir)} if fresh else set[Path]()
+        self._old = {path.parent for path in config_files(runs_dir)} if fresh else set[Path]()
         self._seen = dict[Path, dict[str, Any]]()
         self._identities = dict[Path, str | None]()
 
     def refresh(self) -> None:
         """Read what was not there at the last call."""
-        there = [run.path for run in all_runs(self.runs_dir)]
-        if set(there) - self._seen.keys() - self._old:
-            found = runindex.all_settings(self.runs_dir)
+        if not self._seen or {path.parent for path in config_files(self.runs_dir)} - self._seen.keys() - self._old:
+            found = all_settings(self.runs_dir)
             self._seen = {path.parent: known or {} for path, known in found.items() if path.parent not in self._old}
 
     def of(self, config: RunConfig) -> RunDir | None:
