@@ -7,6 +7,7 @@ import pytest
 import torch
 from emulator import Called, Emulator
 from test_idle import heard
+from test_imagefolder import folder, loaded, train
 from test_recipe import PRETRAIN, STEPS, _float64, job_of, of, trainer_of
 from torch import nn
 from torchvision.transforms import v2
@@ -195,7 +196,24 @@ def test_a_step_with_all_of_it_is_replayed_by_a_graph(
 
 def test_both_sets_of_weights_are_said_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
-    trainer_of(job_of(of(ema=0.5)), tmp_path, ConsoleReporter()).fit()
+    trainer_of(job_of(of(ema=0.5)), tmp_path, ConsoleReporter(quiet=False)).fit()
     told = capsys.readouterr().err
     assert told.count("as trained  top-1") == 4
     assert told.count("validation  top-1") == 4
+
+
+@pytest.mark.parametrize("geometry", ["crop", "border"])
+def test_files_are_changed_alike_whoever_reads_them(geometry: str, tmp_path: Path) -> None:
+    """One by one or in batches, in this process or in another; an epoch may be taken up in its middle."""
+    torch.set_default_dtype(torch.float32)
+    root = folder(tmp_path, {"": 6})
+    given = {"augment": [geometry, "trivialaugment"], "jitter": 0.4, "erase": 0.5, "validation": 0.1}
+
+    def shown(start: int, **feed: Any) -> list[torch.Tensor]:
+        loader = train(loaded(root, **given, **feed), batch_size=5)
+        return [batch.images for batch in loader.epoch(2, start)]
+
+    files = shown(0, cache=False)
+    assert all(map(torch.equal, shown(1, cache=False, workers=1), files[1:]))
+    cached = shown(0, cache=True)
+    assert torch.stack([(a - b).abs().mean() for a, b in zip(cached, files, strict=True)]).max() < 0.05
