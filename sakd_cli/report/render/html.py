@@ -69,10 +69,10 @@ class Opening(NamedTuple):
 
 STYLE = """
 :root{color-scheme:light;--bg:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dbe1;--head:#eef1f4;--card:#f7f9fb;
---link:#0b5cad;--0:#0072b2;--1:#d55e00;--2:#008f68;--3:#b3548c;--4:#8a6d00;--5:#4d5560}
+--link:#0b5cad;--0:#0072b2;--1:#d55e00;--2:#008f68;--3:#b3548c;--4:#7722dd;--5:#2b2b2b}
 @media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--bg:#11151a;--ink:#e6edf3;--soft:#a3afbb;
 --line:#343c45;--head:#1f2730;--card:#181e25;--link:#7cb8ff;--0:#56b4e9;--1:#ff8f3f;--2:#2cc79b;--3:#e69ac6;
---4:#e3c13c;--5:#aab4be}}
+--4:#8f70ff;--5:#ffee44}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:74rem;padding:1rem;font:16px/1.5 system-ui,sans-serif}
 body{color:var(--ink);background:var(--bg)}
