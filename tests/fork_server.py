@@ -50,9 +50,9 @@ class Faults:
 def last_of_each(tokens: Sequence[str]) -> list[str]:
     """The words with the last of each option that takes one value, so that a test can vary what others share.
 
-    An option that is written with its value as one word (`--epochs=3`) stays.
+    An option that is written with its value as one word (`--epochs=3`) stays, such as further teachers.
     """
-    rows = [row for row in OPTIONS.values() if row.type not in (FLAG, SWITCH, TEXTS)]
+    rows = [row for row in OPTIONS.values() if row.type not in (FLAG, SWITCH, TEXTS) or row.name == "teacher"]
     single = {flag for row in rows for flag in (row.flags or row.flag).split()}
     found, taken = list[list[str]](), set[str]()
     words = list(tokens)

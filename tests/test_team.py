@@ -148,7 +148,7 @@ def two(trained_cli: CliRunner) -> CliRunner:
     return trained_cli
 
 
-PAIR = ["distill", "--teacher", "resnet8", "--teacher", "resnet14", "--student", "resnet8"]
+PAIR = ["distill", "--teacher=resnet8", "--teacher=resnet14", "--student", "resnet8"]
 
 
 def test_a_run_with_two_teachers_is_resumed_and_reported(two: CliRunner) -> None:
@@ -172,7 +172,7 @@ def test_a_run_with_two_teachers_is_resumed_and_reported(two: CliRunner) -> None
         ("--router teacher-entropy", "teacher: 2 are named, and router.dose=selected-mean would undo their shares"),
         ("--method kd --cache-teacher", "teacher: 2 are named, and teacher.cache keeps the answers of one"),
         ("--residual-students 1", "teacher: 2 are named, and residual students complete one"),
-        ("--teacher resnet20", "teacher: no finished resnet20 on shapes in runs"),
+        ("--teacher=resnet20", "teacher: no finished resnet20 on shapes in runs"),
         ("--set teacher.combine=median", "teacher.combine"),
     ],
 )
