@@ -1,7 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON with a manifest of SHA-256 sums. Nothing is a pickle.
 
     model.safetensors     the delivered network, if the stage delivers one; opens alone
-    training.safetensors  the rest of the task (router, adapters, distiller), momentum, spot record, random state
+    training.safetensors  the rest of the task (router, adapters, distiller), what the optimizer remembers, spot record,
+                          random state; the trained weights, where others are delivered
     state.json            step, epoch and figures
     manifest.json         SHA-256 of the others, written last
 

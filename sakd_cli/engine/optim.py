@@ -21,6 +21,9 @@ GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
 FUSED = ("sgd", "adam", "adamw")  # whose kernels read on the device what their rate is, and whether to skip
 
 
+UNUSABLE = ("adahessian", "kron")  # of timm's
+
+
 def updates_on_device(parameter: nn.Parameter) -> bool:
     """Whether they are made by kernels that read their rate where the parameter is."""
     return parameter.is_cuda
@@ -75,6 +78,8 @@ def made(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer that `train` names over torch's parameter groups. UsageError where it cannot be made."""
     name = train.optimizer
     given = {"momentum": train.momentum, "nesterov": train.nesterov, "betas": train.betas, "eps": train.eps}
+    if name.removeprefix("timm/").startswith(UNUSABLE):
+        raise UsageError(f"train.optimizer: {name} needs second derivatives, or keeps what a checkpoint cannot hold")
     if name.startswith("timm/"):
         try:
             factory: Any = importlib.import_module("timm.optim").create_optimizer_v2
@@ -128,7 +133,7 @@ class Remembered(ABC):
             if name in known:  # as it was saved while there was SGD alone
                 place, what = name, "momentum_buffer"
             what, _, kind = what.partition(":")
-            value: Any = {"int": int, "float": float}[kind](tensor) if kind else tensor
+            value: Any = {"int": int, "float": float, "bool": bool}[kind](tensor) if kind else tensor
             if place.startswith("#"):
                 k, number = map(int, place[1:].split("/"))
                 all_of_them[k].param_groups[number][what] = value
