@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sakd_cli import distributed
+from sakd_cli import torchrun
 from sakd_cli.config.effective import router_train, steps_per_epoch
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.engine.control import Control, Delivered, Frozen
@@ -27,8 +27,8 @@ REMAINS = 0.01  # share of the initial statistics above which running averages s
 def optimizer_of(job: Job, task: Task) -> Optimizer:
     """The optimizer of an ordinary training. Raises UsageError where it cannot be had."""
     config, train = job.config, job.config.train
-    if train.accumulate > 1 and distributed.world_size() > 1:
-        raise UsageError("train.accumulate: under torchrun each process has a part of the batch", "more processes")
+    if train.accumulate > 1:  # each process has a part of the batch already
+        torchrun.require_single_process("train.accumulate")
     own = {ROUTER: router_train(config)} if isinstance(config, DistillConfig) else {}
     scales = layer_scales(task.network, train.layer_decay) if train.layer_decay < 1 else {}
     named = task.network.named_parameters()
