@@ -77,6 +77,12 @@ def points(value: float, digits: int) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
+def p_value(p: Any) -> str:
+    """`0.043`, `< 0.001`."""
+    known = number(p)
+    return "< 0.001" if known is not None and known < 0.0005 else fixed(known, 3)
+
+
 def difference(value: float, ours: SeedStatistics | None, theirs: SeedStatistics | None) -> str:
     """In points, to two digits as `mean_std` has those that it is of; to three where these two would not agree."""
     shown = None if ours is None or theirs is None else points(round(ours.mean, 2) - round(theirs.mean, 2), 2)

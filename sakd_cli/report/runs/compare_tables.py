@@ -15,6 +15,7 @@ from sakd_cli.report.render.format import (
     fixed,
     mean_std,
     named,
+    p_value,
     plain,
     whole,
 )
@@ -25,7 +26,7 @@ EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other 
 FEW = 2  # groups up to which the training images have a curve too
 VERDICT: Columns = {
     "95 %": lambda test: interval(test) or DASH,
-    "p": lambda test: fixed(test.holm, 3),
+    "p": lambda test: p_value(test.holm),
     "d": lambda test: fixed(test.effect, 2),
     "Seeds": lambda test: whole(len(test.seeds)),
     "Needed": lambda test: DASH if test.p is None else whole(test.needed) if test.needed else f"> {whole(MOST_SEEDS)}",

@@ -11,7 +11,7 @@ from typing import TypeVar
 from sakd_cli.documents.base import PairedTest, SeedStatistics
 from sakd_cli.documents.sweep import SweepRun
 from sakd_cli.documents.table import RunRow
-from sakd_cli.report.render.format import fixed, points, whole
+from sakd_cli.report.render.format import fixed, p_value, points, whole
 
 LEVEL = 0.95
 EFFECT, POWER = 0.5, 0.8  # points of top-1 that are worth seeing, and how probably they should be seen
@@ -121,16 +121,18 @@ def in_words(test: PairedTest) -> str:
     compatible = f"an effect between {' and '.join(str(interval(test)).split(' to '))} points is compatible"
     undecided = "inconclusive" + " after the correction" * (test.p < 1 - LEVEL)
     said = f"95 % interval {interval(test)}" if test.verdict != "not shown" else f"{undecided}: {compatible}"
-    several = "" if test.holm == test.p else f", Holm {fixed(test.holm, 3)}"
+    several = "" if test.holm == test.p else f", Holm {p_value(test.holm)}"
     need = "more than 10 000" if test.needed is None else whole(test.needed)
     return (
-        f"{figure} ({said}; p {fixed(test.p, 3)}{several}, d {fixed(test.effect, 2)}, {seeds} seeds; to see "
+        f"{figure} ({said}; p {p_value(test.p)}{several}, d {fixed(test.effect, 2)}, {seeds} seeds; to see "
         f"{EFFECT:g} points at {100 * POWER:g} % power: {need} seeds)"
     )
 
 
 def about_tests(count: int) -> str:
     """The note below tests that are one family of so many."""
+    if not count:
+        return "Paired by seed. One seed, or the same difference in all, cannot tell a difference from chance."
     return (
         "Paired by seed; 95 % intervals of each difference by itself; p of a paired t-test, corrected for being "
         f"{count} test{'s' * (count != 1)} (Holm), by which the verdicts go. Not shown: inconclusive, every effect in "

@@ -3,7 +3,7 @@
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
-from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, named, whole
+from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, named, p_value, whole
 from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, columns_of, left_out, table, thinned
 
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
@@ -202,7 +202,7 @@ def _spots(measured: doc.Measured) -> Sheet:
 def _classes(classes: doc.Classes, names: list[str], where: list[str], top: int | None) -> Sheet:
     known = [*classes.correlation_p, *[None] * len(names)]
     related = [(named(name), r, p) for name, r, p in zip(names, classes.correlation, known, strict=False)]
-    text = ", ".join(f"{name} {DASH if r is None else f'{fixed(r, 2)} (p {fixed(p, 3)})'}" for name, r, p in related)
+    text = ", ".join(f"{name} {DASH if r is None else f'{fixed(r, 2)} (p {p_value(p)})'}" for name, r, p in related)
     count = sum(row.images > 0 for row in classes.rows)
     notes = [f"Pearson's correlation of a class's mean with the student's top-1 on it, n = {count} classes: {text}."]
     notes += where

@@ -16,6 +16,7 @@ from sakd_cli.report.render.format import (
     fixed,
     mean_std,
     named,
+    p_value,
     plain,
     points,
     whole,
@@ -128,7 +129,7 @@ def _mean(found: SeedStatistics | None, seeds: int) -> str:
 def _gain(gain: Gain | None, cells: Sequence[SweepCell]) -> str:
     if gain is None or gain.difference is None:
         return DASH
-    known = "" if gain.p is None else f" ({interval(gain)}), p {fixed(gain.holm, 3)}, {gain.verdict}"
+    known = "" if gain.p is None else f" ({interval(gain)}), p {p_value(gain.holm)}, {gain.verdict}"
     of = {one.router: one.top1 for one in cells if one.pair == gain.pair and set(one.seeds) == set(gain.seeds)}
     return difference(gain.difference, of.get(gain.router), of.get(gain.against)) + known
 
