@@ -221,6 +221,8 @@ class TeacherConfig(Config):
     """Their weights files."""
     other_sha256: tuple[str, ...] | None = None
     """SHA-256 of these files when the run began."""
+    logits: Folder | None = None
+    """Safetensors file with the teacher's `logits` of every training image, in place of a network (kd, dkd, ...)."""
     combine: Literal["mean", "confidence", "draw"] = "mean"
     """Several teachers: mean; confidence: less of those that are wrong about a sample (CA-MKD); draw: one per step."""
     cache: bool = False
@@ -231,6 +233,8 @@ class TeacherConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _weights_say_whose_they_are(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("logits") is not None and values.get("source") is None:
+            return values | {"source": str(values["logits"])}
         if isinstance(values, dict) and values.get("weights") is not None and values.get("source") is None:
             return values | {"source": str(values["weights"])}
         if isinstance(values, dict) and isinstance(values.get("source"), list | tuple):

@@ -34,7 +34,7 @@ from sakd_cli.report.spots.log import epoch_records
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs import mixtures, team
+from sakd_cli.runs import answers, mixtures, team
 from sakd_cli.runs.branches import start_from_branches
 from sakd_cli.runs.images import Images, load_images, with_unlabeled
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
@@ -109,7 +109,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
         assert isinstance(config.teacher.weights, Path), "the config's inputs are located first"
         path = config.teacher.weights.resolve()
         teacher = load_teacher(config, path)
-        claim = read_claim(path, teacher.sha256)
+        claim = None if config.teacher.logits else read_claim(path, teacher.sha256)
         config = pin_inputs(config, path, teacher.sha256)
     require_labels(config)
     images = with_unlabeled(images or load_images(config.data, config.aside, teacher.card.preprocessing), config.data)
@@ -126,6 +126,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     task = assemble(config, student, frozen, sides[0], images.shown.labels, None, mode, sides[1], criterion)
     config, more = _joined(config, task, images, student, teacher)
     require_possible(config, task.distillers, task.router)
+    answers.give(config, task, images)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
     if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
@@ -261,7 +262,7 @@ def _rates(config: DistillConfig, learned_lr: float) -> Rates:
 
 
 def _one_family(student: str, teacher: str) -> bool:
-    return find_network(student).kin == find_network(teacher).kin
+    return teacher != answers.NAME and find_network(student).kin == find_network(teacher).kin
 
 
 def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:

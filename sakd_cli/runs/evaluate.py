@@ -134,7 +134,7 @@ def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, repo
 
 def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Reporter) -> tuple[Path, Artifact] | None:
     """The teacher that the settings name, and where it lies; None where they name none."""
-    if config.teacher is None:
+    if config.teacher is None or config.teacher.logits is not None:
         return None
     try:
         path = find_teacher(config)

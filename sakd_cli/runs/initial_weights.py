@@ -17,6 +17,7 @@ from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.external import library_weights
 from sakd_cli.models.staged import StagedModel
+from sakd_cli.runs.answers import artifact_of
 from sakd_cli.runs.locate import weights_at
 
 Head = Literal["keep", "replace"]
@@ -70,6 +71,8 @@ def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
     Raises UsageError where it is none.
     """
     assert config.teacher is not None
+    if config.teacher.logits is not None:
+        return artifact_of(path, describe(config.data))
     if brought(config.teacher.source) is None or not path.is_file() or artifact.is_ours(path):
         return artifact.load(path)
     known, name = describe(config.data), config.teacher.source

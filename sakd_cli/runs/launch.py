@@ -41,7 +41,7 @@ from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
 from sakd_cli.files import require_room, write_aside, write_document, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
-from sakd_cli.runs import build, recipe
+from sakd_cli.runs import answers, build, recipe
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
 from sakd_cli.runs.images import Images
@@ -303,7 +303,7 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
 
     Raises UsageError where a card says otherwise.
     """
-    if job.teacher is None or job.teacher_cost is None:
+    if job.teacher is None or job.teacher_cost is None or job.teacher.model.name == answers.NAME:
         return {}
     first = Teacher(job.teacher, job.teacher_path, job.teacher_claim, job.teacher_cost)
     found = [_measured(job, one, evaluation, reporter) for one in (first, *job.more_teachers)]

@@ -27,6 +27,8 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     """
     if config.teacher is None:
         return None
+    if config.teacher.logits is not None:
+        return weights_at(config.teacher.logits, "teacher.logits")
     if config.teacher.weights == "library":
         if (network := brought(config.teacher.source)) is None:
             hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"

@@ -10,6 +10,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
+from sakd_cli.runs.answers import Given
 from sakd_cli.runs.locate import Claim
 from sakd_cli.tasks.distill import DistillTask
 
@@ -56,6 +57,8 @@ def require_alike(first: Artifact, other: Artifact, source: str) -> None:
 
 def require_one_teacher(task: DistillTask) -> None:
     """Raise UsageError for what is measured between a student and its one teacher."""
+    if isinstance(task.teacher_features, Given):
+        raise UsageError("this run has a teacher's logits of its training images alone; there is nothing to measure")
     if task.others:
         raise UsageError(
             f"this run has {len(task.members)} teachers; images are measured one by one for runs with one",

@@ -7,10 +7,12 @@ from sakd_cli.config.training import DistillConfig
 from sakd_cli.distillers.table import DISTILLERS, Distillers
 from sakd_cli.errors import UsageError
 from sakd_cli.routing.router import Router
+from sakd_cli.runs.answers import require_answers
 
 
 def require_labels(config: DistillConfig) -> None:
-    """Raise UsageError where images without labels cannot be mixed into the others."""
+    """Raise UsageError where images without labels cannot be mixed into the others, or logits are not enough."""
+    require_answers(config)
     if config.data.unlabeled is None:
         return
     torchrun.require_single_process("data.unlabeled")

@@ -1,0 +1,97 @@
+"""A teacher of which only the answers are known: logits of every training image from a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sakd_cli.batch import Batch
+from sakd_cli.config.routers import TrainedConfig
+from sakd_cli.config.training import DistillConfig
+from sakd_cli.data.dataset import Dataset
+from sakd_cli.distillers.table import DISTILLERS
+from sakd_cli.errors import UsageError
+from sakd_cli.files import check_header, parse_json, sha256
+from sakd_cli.models.artifact import Artifact, NetworkCard
+from sakd_cli.models.layers import GlobalPool
+from sakd_cli.models.staged import Features, StagedModel, StageInfo
+from sakd_cli.runs.images import Images
+from sakd_cli.tasks.distill import DistillTask
+
+NAME = "logits"  # what stands for the network's name
+
+
+@dataclass(frozen=True)
+class Given:
+    """Logits [images, classes] by place in the training split; called like a teacher's plain pass."""
+
+    logits: Tensor
+
+    def __call__(self, batch: Batch) -> Features:
+        """The batch's; all that looks at a feature is refused before."""
+        found = self.logits[batch.index]
+        return Features((found.new_empty(0), found.new_empty(0), found), found)
+
+
+def artifact_of(path: Path, dataset: Dataset) -> Artifact:
+    """In the place of a network: no more than the shape of one."""
+    stages: list[tuple[StageInfo, nn.Module]] = [
+        (StageInfo("stem", 1, 1), nn.Conv2d(3, 1, 1)),
+        (StageInfo("stage1", 1, 1), nn.Identity()),
+        (StageInfo("pool", 1, 0), GlobalPool()),
+    ]
+    model = StagedModel(name=NAME, family=NAME, stages=stages, num_classes=len(dataset.classes), preactivation=None)
+    side = dataset.train.side
+    card = NetworkCard(NAME, dataset.name, dataset.classes, dataset.mean, dataset.std, side, dataset.seen)
+    return Artifact(model, card, sha256(path))
+
+
+def require_answers(config: DistillConfig) -> None:
+    """Raise UsageError where something needs more of a teacher than the logits of single images."""
+    if config.teacher.logits is None:
+        return
+    rows = [DISTILLERS.row(part.name) for part in config.method.parts]
+    mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
+    for what, refused in (
+        (f"method {config.method.name} needs features", any(row.features or row.warmup for row in rows)),
+        (f"router {config.router.name} needs features", isinstance(config.router, TrainedConfig)),
+        (f"data.{''.join(mixed[:1])} needs answers for mixed images", mixed),
+        ("teacher.cache needs a network", config.teacher.cache),
+        ("several teachers need networks", config.teacher.others),
+        ("residual students need a network", config.residual.students),
+    ):
+        if refused:
+            raise UsageError(f"teacher.logits: {what}, and a file has logits of images alone")
+
+
+def give(config: DistillConfig, task: DistillTask, images: Images) -> None:
+    """Let the file that `teacher.logits` names stand for the teacher. UsageError where it is not of these images."""
+    if (path := config.teacher.logits) is not None:
+        task.teacher_features = Given(_read(path, images, config).to(next(task.parameters()).device))
+
+
+def _read(path: Path, images: Images, config: DistillConfig) -> Tensor:
+    shape = len(images.shown), len(images.dataset.classes)
+    try:
+        check_header(path)
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = file.metadata() or {}
+            logits: Tensor = file.get_tensor("logits").float()
+        classes = parse_json(about["classes"]) if "classes" in about else None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UsageError(f"teacher.logits: {path}: no safetensors file with a tensor `logits` ({reason})") from None
+    if tuple(logits.shape) != shape or not bool(logits.isfinite().all()):
+        text = f"holds {list(logits.shape)}, or numbers that are not finite; wanted are {list(shape)} (images, classes)"
+        raise UsageError(f"teacher.logits: {path}: {text}")
+    if classes is not None and tuple(classes) != images.dataset.classes:
+        raise UsageError(f"teacher.logits: {path}: its classes are not those of {images.dataset.name}")
+    digest = images.fingerprint(config.data).digest
+    if about.get("images") != digest:
+        raise UsageError(
+            f"teacher.logits: {path}: is of other images ({str(about.get('images'))[:12]}, these are {digest[:12]})",
+            "its metadata names the SHA-256 of the images.json of a run with these data settings",
+        )
+    return logits
