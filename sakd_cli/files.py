@@ -114,9 +114,19 @@ def _finite(text: str) -> float:
 def read_json(path: Path, *, sealed: bool = False) -> Any:
     """One JSON document from a file. Raises OSError or ValueError; `sealed`: also where its seal says otherwise."""
     found = parse_json(read_bytes(path, MOST_JSON))
-    if sealed and isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
+    return unsealed(found) if sealed else found
+
+
+def unsealed(found: Any) -> Any:
+    """A document without its seal, if it has one. Raises ValueError where it is another than was sealed."""
+    if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
         raise ValueError("was changed")
     return found
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with a digest of all of it under `SEAL`."""
+    return {**content, SEAL: _seal(content)}
 
 
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
@@ -254,14 +264,14 @@ def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
 
 
-def write_json(path: Path, content: Any, *, sealed: bool = False) -> None:
-    """Write one JSON document, atomically; `sealed`: with a digest of all else under `SEAL`."""
-    write_aside(path, json_bytes(content | {SEAL: _seal(content)} if sealed else content))
+def write_json(path: Path, content: Any) -> None:
+    """Write one JSON document, atomically."""
+    write_aside(path, json_bytes(content))
 
 
-def write_document(path: Path, document: Document, *, sealed: bool = False) -> None:
-    """Write what a run or a command leaves, as `write_json`."""
-    write_json(path, document.plain(), sealed=sealed)
+def write_document(path: Path, document: Document) -> None:
+    """Write what a run or a command leaves, atomically."""
+    write_json(path, document.plain())
 
 
 def _seal(content: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from sakd_cli import files, runindex
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED, differences, listed
-from sakd_cli.config.resolve import flat
+from sakd_cli.config.resolve import flat, found_again
 from sakd_cli.documents.training import LogEnd, Summary
 from sakd_cli.errors import DamagedError, DiskError, RunInUseError, UsageError
 
@@ -133,7 +133,7 @@ class RunDir:
             missing = not (self.path / "config.yaml").exists()
             kind = UsageError if missing else DamagedError
             raise kind(f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}")
-        return {key: value for key, value in settings.items() if key != EFFECTIVE}
+        return found_again({key: value for key, value in settings.items() if key != EFFECTIVE}, self.path)
 
     def require_own_settings(self, settings: dict[str, Any] | None = None) -> None:
         """Raise DamagedError where config.yaml (`settings`) is not what the run's last checkpoint was trained with."""
@@ -174,7 +174,7 @@ class RunDir:
         """Note that the run was to end after so many epochs, and take back what it left at its end."""
         if epochs not in self.extended:
             about = self._about() | {"extended": [*self.extended, epochs]}
-            files.write_json(self.path / "env.json", about, sealed=True)
+            files.write_json(self.path / "env.json", files.sealed(about))
         for name in (SUMMARY, *OF_THE_END):
             (self.path / name).unlink(missing_ok=True)
 

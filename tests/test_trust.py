@@ -248,3 +248,19 @@ def test_a_log_goes_on_with_its_digest_and_a_checkpoint_of_later_goes_with_it(tm
     (tmp_path / "metrics.jsonl").write_bytes(b'{"a": 3}\n{"a": 2}\n')
     with pytest.raises(DamagedError, match="changed by others"):
         list(again.lines("metrics.jsonl"))
+
+
+def test_a_folder_of_runs_may_be_moved_and_its_runs_go_on(runs: CliRunner) -> None:
+    """From any working folder: the teacher is named from the old one, and found above the run."""
+    run = stopped(runs, "project")
+    text = (run / "config.yaml").read_text()
+    assert "weights: t/teacher\n" in text
+    elsewhere = runs.path / "else" / "where"
+    (elsewhere / "inner").mkdir(parents=True)
+    (runs.path / "project").rename(elsewhere / "project")
+    (runs.path / "t").rename(elsewhere / "t")
+    try:
+        assert runs.sakd("distill", "--resume", "else/where/project", "-q").code == 0
+        assert CliRunner(elsewhere / "inner").sakd("compare", "../project").code == 0
+    finally:
+        (elsewhere / "t").rename(runs.path / "t")

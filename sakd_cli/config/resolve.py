@@ -179,7 +179,25 @@ def file_source(path: Path, origin: str) -> ConfigSource:
         raise UsageError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path}: a config is a mapping of keys to values")
-    return ConfigSource(origin, values)
+    return ConfigSource(origin, found_again(values, path.parent))
+
+
+def relative(settings: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The settings as a run writes them: its teacher from the working folder, where both lie below it."""
+    here, weights = Path.cwd(), (settings.get("teacher") or {}).get("weights")
+    if weights is None or not (Path(weights).is_relative_to(here) and run.resolve().is_relative_to(here)):
+        return settings
+    return settings | {"teacher": settings["teacher"] | {"weights": str(Path(weights).relative_to(here))}}
+
+
+def found_again(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a file in this folder; a teacher that is not below the working folder is looked for above it."""
+    teacher = settings.get("teacher")
+    weights = teacher.get("weights") if isinstance(teacher, dict) else None
+    if not isinstance(weights, str) or not weights or "\0" in weights or os.path.exists(weights):
+        return settings
+    there = next((above / weights for above in folder.resolve().parents if os.path.exists(above / weights)), weights)
+    return settings | {"teacher": teacher | {"weights": str(there)}} if isinstance(teacher, dict) else settings
 
 
 def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str]) -> dict[str, Any]:

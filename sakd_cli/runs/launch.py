@@ -17,7 +17,7 @@ from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, MOVED
 from sakd_cli.config.preprocessing import shown
-from sakd_cli.config.resolve import flat
+from sakd_cli.config.resolve import flat, relative
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.data.fingerprint import FILE, Fingerprint
@@ -38,7 +38,7 @@ from sakd_cli.engine.runtime import (
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
-from sakd_cli.files import require_room, write_aside, write_document, write_json, yaml_bytes
+from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import answers, build, recipe
@@ -176,7 +176,7 @@ def launch(
                 for extension in extensions:
                     facts |= extension.finalize(factory, figures)
                 facts |= _extension(job, run) | {"logs": run.log_ends()}
-                write_document(run.path / SUMMARY, _summary(job, figures[MAIN], facts), sealed=True)
+                write_json(run.path / SUMMARY, sealed(_summary(job, figures[MAIN], facts).plain()))
             distributed.barrier()
         except Stopped as stopped:
             command = PROCEDURES[job.config.task].command
@@ -206,11 +206,11 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
     known = {} if plan.resume is None else flat(run.config) | run.read_json("env.json", sealed=True)
     if plan.resume is None:
         about = {"id": uuid.uuid4().hex} | environment(job.device, job.mode)
-        write_json(run.path / "env.json", about, sealed=True)
+        write_json(run.path / "env.json", sealed(about))
     elif plan.extends:
         run.extend(known["train.epochs"])
     if any(known.get(key) != value for key, value in flat(settings).items() if key in MOVED | EXTENDED | {"task"}):
-        content = yaml_bytes(settings | {EFFECTIVE: effective_values(job)})
+        content = yaml_bytes(relative(settings, run.path) | {EFFECTIVE: effective_values(job)})
         write_aside(run.path / "config.yaml", content)
 
 

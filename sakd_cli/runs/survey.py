@@ -11,11 +11,10 @@
     images                  [M, 3, H, W] uint8   their pixels
     files                   [K] uint8       JSON list of the images' paths below the data set's folder; absent in memory
 
-and in its header "sakd", a `SurveyHeader`, and its SHA-256. Both networks and the adapters are in evaluation mode,
+and in its header one entry, "sakd", a sealed `SurveyHeader`. Both networks and the adapters are in evaluation mode,
 images are not augmented. The bytes depend on the weights and the seed only.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -45,7 +44,7 @@ from sakd_cli.documents.spots import Split as SplitName
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
-from sakd_cli.files import SEAL, columns_digest, write_aside
+from sakd_cli.files import columns_digest, sealed, write_aside
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE, common_paths
 from sakd_cli.rundir import RunDir
@@ -171,8 +170,7 @@ def survey(
         routed=routed,
         digest=columns_digest({name: column.numpy() for name, column in columns.items()}),
     )
-    text = header.model_dump_json()
-    return bytes(save(columns, {"sakd": text, SEAL: hashlib.sha256(text.encode()).hexdigest()}))
+    return bytes(save(columns, {"sakd": json.dumps(sealed(header.plain()))}))
 
 
 def _batches(job: Job, split: Split, reporter: Reporter) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:

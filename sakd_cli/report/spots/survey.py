@@ -4,7 +4,7 @@ Read from `survey.safetensors` (`runs/survey.py`), or from `samples.safetensors`
 safetensors are loaded on first use, torch never.
 """
 
-import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import SEAL, columns_digest, parse_json, read_bytes
+from sakd_cli.files import columns_digest, parse_json, read_bytes, unsealed
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.statistics import p_of_correlation
 from sakd_cli.rundir import RunDir
@@ -111,13 +111,10 @@ def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Sur
 
 def _header(content: bytes, kind: type[Header], where: str) -> Header:
     """The entry "sakd" of a safetensors file. Raises ValueError or KeyError where it is damaged."""
-    entries = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    about = entries["sakd"]
-    if entries.get(SEAL) not in (None, hashlib.sha256(about.encode()).hexdigest()):
-        raise ValueError
-    if (version := parse_json(about)["format"]) != kind.model_fields["format"].default:
+    text = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sakd"]
+    if (version := parse_json(text)["format"]) != kind.model_fields["format"].default:
         raise DamagedError(f"{where}: written by another version of sakd ({plain(version)!r})")
-    return kind.model_validate_json(about, strict=True)
+    return kind.model_validate_json(json.dumps(unsealed(parse_json(text))), strict=True)
 
 
 def _counts(run: RunDir) -> Survey | None:
