@@ -145,11 +145,12 @@ def _cell(k: int, pair: str, key: tuple[str, str], runs: list[SweepRun], dataset
 
 
 def _gains(k: int, cells: Cells, published: Mapping[tuple[str, str], float | None]) -> Iterator[Gain]:
-    """Every router over the classical one, and the learned one over every other."""
+    """Every router over the classical one, that over none, and the learned one over every other."""
     for method, router in cells:
         others = [other for name, other in cells if name == method and other != router]
         for against in others:
-            if against != CLASSICAL and (router != LEARNED or CLASSICAL not in others):
+            asked = against == CLASSICAL or (router, against) == (CLASSICAL, PLAIN)
+            if router == PLAIN or not (asked or (router == LEARNED and CLASSICAL in others)):
                 continue
             found = paired_test(by_seed(cells[method, router]), by_seed(cells[method, against]))
             ours, theirs = published[method, router], published[method, against]

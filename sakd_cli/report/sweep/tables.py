@@ -147,8 +147,9 @@ def _notes(document: SweepDocument) -> Iterator[str]:
         yield about_tests(document.tests)
     if any(gain.p is None for gain in document.gains):
         yield "A gain without p has fewer than two seeds (or no deviation): nothing is claimed of it."
-    for keys in shared_controls(document.runs).values():
-        yield f"One run, since nothing is distilled: {', '.join(keys)}."
+    shared = [[key.partition(" seed ")[0] for key in keys] for keys in shared_controls(document.runs).values()]
+    for cells in dict.fromkeys(", ".join(keys) for keys in shared):
+        yield f"One run per seed, since nothing is distilled: {cells}."
     yield from (f"Skipped: {one.what}: {one.reason}" for one in document.skipped)
     if (printed := document.published) is not None:
         epochs = sorted({run.epochs for run in document.runs if run.role == "student"})
