@@ -218,8 +218,10 @@ def top1(logits: Tensor, rows: Rows) -> Tensor:
     for labels, _, share in rows.sources():
         hit = (answer == labels).float()
         right.append(hit if share is None else hit * share)
-    known = rows.ratio.mean().clamp(min=1e-12) if rows.ratio is not None and rows.other_labels is None else 1.0
-    return sum(right[1:], right[0]).mean() / known * 100.0
+    share_right = sum(right[1:], right[0]).mean()
+    if rows.ratio is not None and rows.other_labels is None:
+        share_right = share_right / rows.ratio.mean().clamp(min=1e-12)
+    return share_right * 100.0
 
 
 LOWER = "a lower learning rate may help: --set train.lr=..."
