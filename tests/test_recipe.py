@@ -32,8 +32,9 @@ from sakd_cli.runs import build
 from sakd_cli.runs.extension import TrainerFactory, loader_of
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job
-from sakd_cli.runs.launch import FolderWriter, _untrained, run_extensions
+from sakd_cli.runs.launch import _untrained, run_extensions
 from sakd_cli.runs.phases import training
+from sakd_cli.runs.residual_chain import MemberWriter
 
 EPOCHS, STEPS, SIZE = 4, 5, 6  # 30 images
 WORDS = {"teacher.source": "resnet8", "student": "resnet8", "method": "kd", "router": "never", "teacher.pretrain": True}
@@ -197,7 +198,7 @@ def trainer_of(job: Job, folder: Path, reporter: Any = None) -> Trainer:
     batches = EvalLoader(job.images.held_out, data, device=job.device)
     evaluation = EvaluationData("validation", batches, batches, len(data.classes))
     factory = TrainerFactory(RunDir(folder), evaluation, reporter)
-    return next(training(job, "train", TrainingOutput(evaluation, FolderWriter(job, {}, [], None)), factory))
+    return next(training(job, "train", TrainingOutput(evaluation, MemberWriter(job.network, job.card)), factory))
 
 
 def scripted(net: nn.Module, plain: Plain, job: Job) -> dict[str, Tensor]:
