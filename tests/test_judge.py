@@ -9,9 +9,9 @@ import torch
 from conftest import CliRunner
 from torch import nn
 
-from sakd_cli.documents.evaluation import Evaluation, Evaluations
-from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusions
-from sakd_cli.evaluation.speed import speed
+from sakd_cli.documents.evaluation import Evaluation, Evaluations, Speed
+from sakd_cli.evaluation.quality import Answers, agreement, averages, calibration, confusions
+from sakd_cli.evaluation.speed import _others, speed
 from sakd_cli.models.cost import peak_memory
 
 FAST = ("--quiet", "--set", "timing_seconds=0")
@@ -146,3 +146,51 @@ def test_a_teacher_that_is_gone_costs_the_comparison_only(
     assert "not compared with its teacher" in result.err
     assert "its SHA-256 differs" in result.err
     trained_cli.assert_rejects(["eval", str(run), "--teacher", str(tmp_path / "nowhere"), *FAST], 2, "no such file")
+
+
+def test_averages_are_as_defined() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    answers = torch.tensor([0, 0, 1, 1, 3, 2, 2, 0, 2])  # of class 3 there is none, class 4 is nowhere
+    draw = torch.rand(9, 5, generator=torch.Generator().manual_seed(0))
+    logits = 4 * torch.nn.functional.one_hot(answers, 5).float() + draw
+    chances = logits.softmax(dim=1)
+    found, of_class = averages(logits, labels)
+    recalls, precisions = [2 / 3, 1 / 2, 3 / 4, 0.0], [2 / 3, 1 / 2, 1.0, 0.0]
+    f1 = [2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precisions, recalls, strict=True)]
+    weights = [3, 2, 4, 0]
+    for name, values in (("recall", recalls), ("precision", precisions), ("f1", f1)):
+        assert getattr(found, f"{name}_macro") == pytest.approx(100 * sum(values) / 4)
+        weighted = sum(w * v for w, v in zip(weights, values, strict=True)) / 9
+        assert getattr(found, f"{name}_weighted") == pytest.approx(100 * weighted)
+    assert found.balanced_accuracy == pytest.approx(100 * sum(recalls[:3]) / 3)
+    areas = []
+    for c in (0, 1, 2):  # of every pair of an image of the class and another one: how often the first is ahead
+        mine, others = chances[labels == c, c], chances[labels != c, c]
+        ahead = (mine[:, None] > others).double() + 0.5 * (mine[:, None] == others)
+        areas.append(float(ahead.mean()))
+    assert found.auroc == pytest.approx(100 * sum(areas) / 3)
+    assert [pair == (None, None) for pair in of_class] == [False, False, False, False, True]
+    assert of_class[3] == (0.0, 0.0)
+
+
+def test_the_matrix_is_written_as_csv_and_as_a_picture(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
+    words = ["eval", distilled["run"], "--json", "-q", "--set", "timing_seconds=0", "--confusion"]
+    document = trained_cli.sakd(*words, "matrix.csv").document
+    matrix = document["confusion_matrix"]
+    assert [sum(row) for row in matrix] == [one["images"] for one in document["classes"]]
+    rows = [line.split(",") for line in (trained_cli.path / "matrix.csv").read_text().splitlines()]
+    assert rows[0] == ["class", *(f"predicted {one['name']}" for one in document["classes"])]
+    assert [list(map(int, row[1:])) for row in rows[1:]] == matrix
+    assert trained_cli.sakd(*words, "matrix.png").code == 0
+    assert (trained_cli.path / "matrix.png").read_bytes().startswith(b"\x89PNG")
+    trained_cli.assert_rejects([*words, "matrix.pdf"], 2, "--confusion matrix.pdf: the name ends in")
+    assert trained_cli.sakd(*words[:-1]).document["confusion_matrix"] is None
+
+
+def test_a_busy_machine_is_told() -> None:
+    part = {"batch": 1, "runs": 5, "median": 1.0, "low": 1.0, "high": 1.0}
+    common: dict[str, Any] = {"device": "cpu", "latency": part, "throughput": part, "memory": None}
+    assert not Speed(**common, threads=1, busy=1.0, cores=2).disturbed
+    assert Speed(**common, threads=2, busy=1.0, cores=2).disturbed
+    assert not Speed(**common, threads=2, busy=None, cores=2).disturbed
+    assert _others((0.0, 10.0, 1.0), (2.0, 15.0, 3.0)) == pytest.approx(1.5)

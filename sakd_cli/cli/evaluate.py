@@ -31,6 +31,7 @@ def evaluate(
     always_on: bool,
     curve: bool,
     plot: Path | None,
+    confusion: Path | None,
     eval_split: SplitName | None,
     targets: Targets = None,
 ) -> None:
@@ -53,6 +54,8 @@ def evaluate(
         if len(targets or ()) > 1:
             raise UsageError("--plot draws the curve of one network")
         plots.checked(plot)
+    if confusion is not None:
+        _check_matrix(confusion, alone=len(targets or ()) < 2 and not (early_exit or always_on or curve or plot))
     given = config_sources(options)
     runs_dir = runs_dir_of(given)
     found = [what_to_score(library_or_path(target, given), runs_dir) for target in targets or (None,)]
@@ -62,7 +65,7 @@ def evaluate(
     from sakd_cli.runs.evaluate import evaluate_all
 
     kinds: dict[str, Any] = {"as_ensembles": forced, "early": not always_on, "curve": curve or plot is not None}
-    kinds |= {"split": eval_split, "teacher_required": teacher is not None}
+    kinds |= {"split": eval_split, "teacher_required": teacher is not None, "matrix": confusion is not None}
     results = evaluate_all(found, given, ConsoleReporter(quiet=quiet), **kinds)
     if plot is not None:
         result = results[0]
@@ -72,9 +75,19 @@ def evaluate(
 
         chart = exit_chart(result.ensemble.curve or [], result.ensemble, result.top1, label)
         plots.write(plots.figure_of([chart]), plot)
+    from sakd_cli.report.evaluation.tables import score_tables, write_matrix
+
+    if confusion is not None:
+        write_matrix(results[0], confusion)
     if json:
         emit(results[0] if len(results) == 1 else Evaluations(evaluations=results))
         return
-    from sakd_cli.report.evaluation.tables import score_tables
-
     show(*score_tables(results))
+
+
+def _check_matrix(path: Path, *, alone: bool) -> None:
+    """Raise UsageError where no confusion matrix can be written there."""
+    if not alone:
+        raise UsageError("--confusion writes the matrix of one plain network")
+    if path.suffix.lower() != ".csv":
+        plots.checked(path, "--confusion")

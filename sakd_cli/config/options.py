@@ -213,6 +213,7 @@ _ROWS: list[Option | str] = [
     Option("extremes", "", "Images to show at each end of each spot", "inspect-spots", "N", int, least=0, default=3),
     Option("plot", "", "Write the plots to this .png or .svg file; needs matplotlib", "eval compare inspect-spots",
            "FILE", FILE),
+    Option("confusion", "", "Write the full confusion matrix to this .csv, .png or .svg file", "eval", "FILE", FILE),
     Option("panel", "", "Only this panel of --plot", "inspect-spots",
            type=Literal["epochs", "classes", "difficulty", "paths"] | None),
     Option("html", "", "Write everything to one HTML file", "inspect-spots", "FILE", FILE),

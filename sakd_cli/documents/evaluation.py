@@ -17,15 +17,33 @@ class Metrics(Part):
     loss: float
 
 
+class Averages(Part):
+    """Means over the classes, in percent: macro counts each alike, weighted each by its images.
+
+    balanced_accuracy: mean recall of the classes that have images; auroc: area under the ROC curve of each class
+    against the others, mean over the classes where there are both, 0 to 100; null where there are none.
+    """
+
+    precision_macro: float
+    recall_macro: float
+    f1_macro: float
+    precision_weighted: float
+    recall_weighted: float
+    f1_weighted: float
+    balanced_accuracy: float
+    auroc: Number
+
+
 class Quality(Metrics):
     """A network's own metrics on the test images.
 
     brier: mean squared distance of the probabilities from the one-hot label, 0 to 2; ece: expected calibration error in
-    15 bins, 0 to 1.
+    15 bins, 0 to 1; averages: null in documents of earlier versions.
     """
 
     brier: float
     ece: float
+    averages: Averages | None = None
     parameters: int
     macs: int
 
@@ -66,13 +84,24 @@ class Quartiles(Part):
 
 
 class Speed(Part):
-    """latency in milliseconds, throughput in images per second; memory: the GPU allocator's peak in bytes."""
+    """latency in milliseconds, throughput in images per second; memory: the GPU allocator's peak in bytes.
+
+    busy: cores that other programs used meanwhile, null where that is not known, of `cores` of the machine; where these
+    are more than it had to spare, the figures are of a busy machine, and too slow.
+    """
 
     device: str
     threads: int
     latency: Quartiles
     throughput: Quartiles
     memory: int | None
+    busy: Number = None
+    cores: int | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs took cores that this one wanted."""
+        return self.busy is not None and self.cores is not None and self.threads + self.busy > self.cores + 0.25
 
 
 class Memory(Part):
@@ -105,12 +134,17 @@ class Confusion(Part):
 
 
 class ClassMetrics(Part):
-    """One class: top1 is null where it has no image; confused_with: its most frequent wrong answer."""
+    """One class: top1 (its recall) is null where it has no image; confused_with: its most frequent wrong answer.
+
+    precision, f1: in percent; precision is null where it is never predicted.
+    """
 
     name: str
     images: int
     top1: Number
     teacher_top1: Number = None
+    precision: Number = None
+    f1: Number = None
     confused_with: Confusion | None
 
 
@@ -133,7 +167,10 @@ class EvaluationBase(Document):
 
 
 class Evaluation(Quality, EvaluationBase):
-    """`sakd eval RUN --json`. teacher: null where none is known or to be found; branches: of a student-friendly one."""
+    """`sakd eval RUN --json`. teacher: null where none is known or to be found; branches: of a student-friendly one.
+
+    confusion_matrix: images of each class (row) by predicted class, with --confusion; else null.
+    """
 
     schema_: Literal["sakd.eval/3"] = "sakd.eval/3"
     memory: Memory
@@ -141,6 +178,7 @@ class Evaluation(Quality, EvaluationBase):
     teacher: TeacherQuality | None
     branches: list[Branch] | None
     confusions: list[Confusion]
+    confusion_matrix: list[list[int]] | None = None
     classes: list[ClassMetrics]
 
 

@@ -1,14 +1,22 @@
 """What can be read from a network's answers beside accuracy: calibration, confusions, agreement with a teacher"""
 
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    multiclass_auroc,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
-from sakd_cli.documents.evaluation import Agreement, Confusion
+from sakd_cli.documents.evaluation import Agreement, Averages, Confusion
 
 BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
 WORST = 20  # confusions that are listed
@@ -34,9 +42,14 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return float(brier), float(ece)
 
 
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """Images of each class, a row, by what they are predicted as, [classes, classes] int64 on the CPU."""
+    return multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu()
+
+
 def confusions(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[list[Confusion], list[Confusion | None]]:
     """The most frequent pairs (class, predicted as); of each class its most frequent wrong answer, None without one."""
-    counts = multiclass_confusion_matrix(logits, labels, num_classes=len(names)).cpu()
+    counts = confusion_matrix(logits, labels)
     images = counts.sum(dim=1)
     counts.fill_diagonal_(0)
 
@@ -49,6 +62,35 @@ def confusions(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[li
     order = counts.flatten().sort(descending=True, stable=True).indices[:WORST].tolist()
     pairs = [found for place in order if (found := pair(*divmod(place, len(names))))]
     return pairs, [pair(true, predicted) for true, predicted in enumerate(counts.argmax(dim=1).tolist())]
+
+
+def averages(logits: Tensor, labels: Tensor) -> tuple[Averages, list[tuple[float | None, float | None]]]:
+    """Precision, recall and F1 over the classes, balanced accuracy and ROC-AUC; precision and F1 of each class.
+
+    Of classes that are neither there nor predicted nothing is counted, as torchmetrics and scikit-learn have it.
+    """
+    classes = logits.shape[1]
+    scores = {"precision": multiclass_precision, "recall": multiclass_recall, "f1": multiclass_f1_score}
+    given: dict[str, Any] = {"preds": logits.argmax(dim=1), "target": labels, "num_classes": classes}
+    found = {
+        f"{name}_{kind}": 100 * float(score(**given, average=kind))
+        for name, score in scores.items()
+        for kind in ("macro", "weighted")
+    }
+    images, answers = (torch.bincount(one, minlength=classes) for one in (labels, given["preds"]))
+    recall = multiclass_recall(**given, average="none")[images > 0].mean()
+    both = (images > 0) & (images < len(labels))
+    auroc = None
+    if bool(both.any()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes without images, which are left out
+            chances = logits.softmax(dim=1)
+            areas = multiclass_auroc(chances, labels, num_classes=classes, average="none")
+        auroc = 100 * float(areas[both].mean())
+    per_class = (multiclass_precision(**given, average="none"), multiclass_f1_score(**given, average="none"))
+    rows = zip(*(100 * one.double() for one in per_class), answers.tolist(), images.tolist(), strict=True)
+    each = [(float(p) if said else None, float(f) if said + there else None) for p, f, said, there in rows]
+    return Averages(**found, balanced_accuracy=100 * float(recall), auroc=auroc), each
 
 
 def agreement(student: Answers, teacher: Answers, labels: Tensor) -> Agreement:

@@ -15,6 +15,7 @@ from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents.evaluation import (
     ClassMetrics,
+    Confusion,
     EnsembleClassMetrics,
     EnsembleEvaluation,
     EnsembleExits,
@@ -29,7 +30,14 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
 from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.early_exit import evaluate_batches, exit_costs, exit_curve, never
-from sakd_cli.evaluation.quality import Answers, agreement, calibration, confusions
+from sakd_cli.evaluation.quality import (
+    Answers,
+    agreement,
+    averages,
+    calibration,
+    confusion_matrix,
+    confusions,
+)
 from sakd_cli.evaluation.speed import speed
 from sakd_cli.files import read_json
 from sakd_cli.models import artifact
@@ -90,16 +98,16 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     networks = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(networks, followed(batches, reporter, f"evaluating {target.weights}{unfinished}"))
     pairs, mistakes = confusions(answers[0].logits, labels, dataset.classes)
-    own, scores = _quality(model, answers[0], labels, batches.batch_size, images.side)
+    own, scores, of_class = _quality(model, answers[0], labels, batches.batch_size, images.side)
     quality: TeacherQuality | None = None
     of_teacher: Sequence[float | None] = [None] * len(dataset.classes)
     if teacher is not None:
-        theirs, teacher_scores = _quality(teacher[1].model, answers[1], labels, batches.batch_size, other.side)
+        theirs, teacher_scores, _ = _quality(teacher[1].model, answers[1], labels, batches.batch_size, other.side)
         of_teacher = teacher_scores.top1_of_class
         known: dict[str, Any] = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
         quality = TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
-    rows = zip(dataset.classes, scores.images_of_class, scores.top1_of_class, of_teacher, mistakes, strict=True)
+    matrix = confusion_matrix(answers[0].logits, labels).tolist() if target.wanted.matrix else None
     return Evaluation(
         **dict(own),
         **target.origin(),
@@ -119,11 +127,21 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
             model, branches.to(device), EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
         ),
         confusions=pairs,
-        classes=[
-            ClassMetrics(name=name, images=count, top1=top1, teacher_top1=teacher_top1, confused_with=mistake)
-            for name, count, top1, teacher_top1, mistake in rows
-        ],
+        confusion_matrix=matrix,
+        classes=_class_rows(dataset.classes, scores, of_teacher, of_class, mistakes),
     )
+
+
+def _class_rows(
+    names: Sequence[str],
+    scores: Scores,
+    of_teacher: Sequence[float | None],
+    of_class: Sequence[tuple[float | None, float | None]],
+    mistakes: Sequence[Confusion | None],
+) -> list[ClassMetrics]:
+    rows = zip(names, scores.images_of_class, scores.top1_of_class, of_teacher, mistakes, of_class, strict=True)
+    keys = ("name", "images", "top1", "teacher_top1", "confused_with")
+    return [ClassMetrics(**dict(zip(keys, row, strict=True)), precision=p, f1=f1) for *row, (p, f1) in rows]
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
@@ -170,13 +188,14 @@ def _answers(networks: list[StagedModel], batches: Iterable[tuple[tuple[Tensor, 
 
 def _quality(
     model: StagedModel, answers: Answers, labels: Tensor, batch_size: int, side: ImageSize
-) -> tuple[Quality, Scores]:
-    """A network's own metrics, and its scores by class."""
+) -> tuple[Quality, Scores, list[tuple[float | None, float | None]]]:
+    """A network's own metrics, its scores by class, and precision and F1 of each class."""
     # In the batches of an evaluation in training: sums are rounded alike, and the metrics are equal to the last bit.
     parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
     scores = score_logits(parts, answers.logits.shape[1])
     (brier, ece), costs = calibration(answers.logits, labels), cost(model, side)
-    return Quality(**scores.metrics(), brier=brier, ece=ece, **costs._asdict()), scores
+    means, of_class = averages(answers.logits, labels)
+    return Quality(**scores.metrics(), brier=brier, ece=ece, averages=means, **costs._asdict()), scores, of_class
 
 
 def followed(batches: EvalLoader | EvalPairs, reporter: Reporter, title: str) -> Iterator[Any]:
@@ -296,6 +315,7 @@ def evaluate_all(
     early: bool = True,
     curve: bool = False,
     split: SplitName | None = None,
+    matrix: bool = False,
 ) -> list[Evaluation | EnsembleEvaluation]:
     """One document of `sakd eval` for each of the weights and the runs that they come from.
 
@@ -303,10 +323,11 @@ def evaluate_all(
     as_ensembles      plain networks are evaluated as ensembles of one
     early             whether images leave an ensemble early; curve: with the curve over all thresholds
     split             which images; None: the test images, or all of a folder that `layers` name
+    matrix            with the full confusion matrix
     """
     named = [one.values["data"].keys() for one in layers if isinstance(one.values.get("data"), dict)]
     folder = any({"root", "manifest"} & keys for keys in named)
-    wanted = Wanted(split, folder)
+    wanted = Wanted(split, folder, matrix)
     targets = [Target(weights, run, [*settings_of(run), *layers], teacher_required, wanted) for weights, run in found]
     loaded: dict[Hashable, Images] = {}
     return [

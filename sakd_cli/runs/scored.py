@@ -38,6 +38,7 @@ class Wanted(NamedTuple):
 
     split: SplitName | None = None
     folder: bool = False
+    matrix: bool = False
 
 
 def config_of(

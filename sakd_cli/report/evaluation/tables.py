@@ -1,12 +1,17 @@
 """Evaluations as text: one network in full, with its best and worst classes, or several side by side"""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import RenderableType
 
 from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Quartiles
+from sakd_cli.errors import UsageError
+from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
-from sakd_cli.report.render.format import bar, fixed, fraction, large, named, whole
+from sakd_cli.report.render import plots
+from sakd_cli.report.render.charts import Heat
+from sakd_cli.report.render.format import bar, csv_text, fixed, fraction, large, named, whole
 from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
 
 EXTREMES = 10  # best and worst classes ...
@@ -37,6 +42,13 @@ def _calibration(result: AnyEvaluation) -> Cells:
     figures = {"NLL, nats": fixed(result.loss, 3)}
     if isinstance(result, Evaluation):
         figures |= {"Brier score": fixed(result.brier, 4), "ECE": fixed(result.ece, 4)}
+        means = result.averages
+        if means is not None:
+            for name in ("precision", "recall", "f1"):
+                both = (fixed(getattr(means, f"{name}_{kind}"), 2) for kind in ("macro", "weighted"))
+                figures[f"{name.capitalize()} %, macro | weighted"] = " | ".join(both)
+            figures["Balanced accuracy %"] = fixed(means.balanced_accuracy, 2)
+            figures["ROC-AUC %, one against the others"] = fixed(means.auroc, 2)
     return figures
 
 
@@ -57,6 +69,9 @@ def _speed(result: AnyEvaluation) -> Cells:
     speed = result.speed
     if speed is not None:
         cells |= {"Latency, ms, batch 1": _timed(speed.latency, 2), "Images/s": _timed(speed.throughput, 0)}
+        cells |= {"  threads": whole(speed.threads)}
+        if speed.disturbed:
+            cells |= {"  BUSY MACHINE: too slow; others used": f"{fixed(speed.busy, 1)} of {whole(speed.cores)} cores"}
     cells |= {"  in batches of": whole(result.memory.batch)}
     cells |= {"Peak of live tensors, MiB": _mebibytes(result.memory.bytes)}
     return cells | ({"Allocator's peak, MiB": _mebibytes(speed.memory)} if speed and speed.memory is not None else {})
@@ -119,6 +134,30 @@ def _confusions(result: Evaluation) -> list[RenderableType]:
     columns |= columns_of(whole, {"Images": "images"}) | columns_of(fraction, {"% of class": "fraction"})
     pairs = result.confusions[:PAIRS]
     return [table("Most frequent confusions", pairs, columns, text=2)] if pairs else []
+
+
+def matrix_chart(result: Evaluation) -> Heat:
+    """The confusion matrix, each row as a share of its class's images."""
+    names = [named(entry.name) for entry in result.classes]
+    rows = result.confusion_matrix or []
+    cells: list[list[float | None]] = [[100 * n / sum(row) if sum(row) else None for n in row] for row in rows]
+    ends = "0 % of the class", "100 %"
+    title = f"Predicted as (columns) by class: {named(result.network)} on {named(result.dataset)}"
+    return Heat(title, names, names, cells, 100.0, ends, numbers=len(names) <= 20)
+
+
+def write_matrix(result: AnyEvaluation, path: Path) -> None:
+    """The full confusion matrix as CSV, or as a picture. UsageError for an ensemble, which has none."""
+    if not isinstance(result, Evaluation) or result.confusion_matrix is None:
+        raise UsageError("--confusion: an ensemble has no confusion matrix here")
+    if path.suffix.lower() != ".csv":
+        plots.write(plots.figure_of([matrix_chart(result)]), path)
+        return
+    names = [entry.name for entry in result.classes]
+    heads = [f"predicted {name}" for name in names]
+    rows = zip(names, result.confusion_matrix, strict=True)
+    table = csv_text(["class", *heads], ({"class": name} | dict(zip(heads, row, strict=True)) for name, row in rows))
+    write_aside(path, table.encode())
 
 
 def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:

@@ -66,12 +66,12 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def checked(path: Path) -> Path:
+def checked(path: Path, option: str = "--plot") -> Path:
     """A file that a plot can be written to. UsageError for other formats, without its folder or matplotlib."""
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path}: the name ends in {' or '.join(FORMATS)}")
+        raise UsageError(f"{option} {path}: the name ends in {' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot {path}: no such folder")
+        raise UsageError(f"{option} {path}: no such folder")
     new_figure()
     return path
 
