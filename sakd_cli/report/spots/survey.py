@@ -132,7 +132,7 @@ def _counts(run: RunDir) -> Survey | None:
         if _header(content, doc.SamplesHeader, plain(path)).digest != columns_digest(columns):
             raise ValueError
         visits, index = columns["visits"], columns["index"]
-        rate = columns["distilled"] / np.maximum(visits, 1)[:, None]
+        rate = columns["distilled"] / np.where(visits > 0, visits, 1)[:, None]
         if rate.ndim != 2 or not len(rate) or index.shape != visits.shape or not np.isfinite(rate).all():
             raise ValueError
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
