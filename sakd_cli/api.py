@@ -138,7 +138,7 @@ def pretrain_teacher(model: str | None = None, **options: Unpack[PretrainOptions
 def distill(**options: Unpack[DistillOptions]) -> RunResult:
     """Train a student from a teacher, deciding per sample and step where it learns; `sakd distill`.
 
-    teacher   an architecture (its newest finished run), a run directory, or a weights file or folder
+    teacher   an architecture (its newest finished run), a run directory, a weights file or folder; or a list of them
     pretrain  train the teacher first if it has no finished run
     resume, reporter   as for `pretrain_teacher`
     """

@@ -104,7 +104,7 @@ def test_twenty_steps_are_those_of_a_plain_script(combine: str) -> None:
         ("fitnet", "adaptive", "mean"),
         ("at", "soft", "draw"),
         ("kd", "random", "confidence"),
-        ("fitnet+rkd", "gradient-agreement", "mean"),
+        ("fitnet+rkd", "random", "mean"),
         ("crd", "anti", "draw"),
         ("sp", "teacher-confidence", "confidence"),
     ],
@@ -168,7 +168,8 @@ def test_a_run_with_two_teachers_is_resumed_and_reported(two: CliRunner) -> None
     [
         ("--method ft", "teacher: 2 are named, and method ft trains something before, from one"),
         ("--method simkd", "teacher: 2 are named, and method simkd makes another network of the student, of one"),
-        ("--router meta", "teacher: 2 are named, and router meta is of one"),
+        ("--router meta", "router: meta is of one teacher, and 2 are named"),
+        ("--with-control", "random-matched is of one teacher, and 2 are named"),
         ("--router teacher-entropy", "teacher: 2 are named, and router.dose=selected-mean would undo their shares"),
         ("--method kd --cache-teacher", "teacher: 2 are named, and teacher.cache keeps the answers of one"),
         ("--residual-students 1", "teacher: 2 are named, and residual students complete one"),

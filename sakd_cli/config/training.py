@@ -20,7 +20,16 @@ from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName
-from sakd_cli.config.routers import AdaptiveConfig, FixedConfig, MetaConfig, NeverConfig, Router, RouterConfig
+from sakd_cli.config.routers import (
+    AdaptiveConfig,
+    AgreementConfig,
+    FixedConfig,
+    MetaConfig,
+    NeverConfig,
+    RandomMatchedConfig,
+    Router,
+    RouterConfig,
+)
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.train import Share, Train
 from sakd_cli.files import expanded
@@ -284,6 +293,9 @@ class DistillConfig(RunConfig):
     @field_validator("router")
     @classmethod
     def _something_is_learned(cls, router: RouterConfig, info: ValidationInfo) -> RouterConfig:
+        named = 1 + len(getattr(info.data.get("teacher"), "others", ()))
+        if named > 1 and isinstance(router, AgreementConfig | MetaConfig | RandomMatchedConfig):
+            raise ValueError(f"{router.name} is of one teacher, and {named} are named")
         method = info.data.get("method")
         if isinstance(router, NeverConfig) and method is not None and not method.ce_weight:
             raise ValueError(

@@ -14,7 +14,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import expanded, read_card, read_json
+from sakd_cli.files import expanded, read_card, read_json, sha256
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
 
@@ -133,7 +133,10 @@ def locate_inputs(config: Any) -> Any:
         router = router.model_copy(update={"run": str(find_adaptive_run(config).path.resolve())})
     places: dict[str, Any] = {"weights": path}
     if config.teacher.others:
-        places["other_weights"] = tuple(_finished(config, one) for one in config.teacher.each_other)
+        found = [_finished(config, one) for one in config.teacher.each_other]
+        files = [path / "model.safetensors" if path.is_dir() else path for path in found]
+        sums = config.teacher.other_sha256 or tuple(sha256(file) if file.is_file() else "" for file in files)
+        places |= {"other_weights": tuple(found), "other_sha256": sums}
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=places), "router": router})
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sakd_cli.config.methods import ALONE
-from sakd_cli.config.routers import AgreementConfig, MetaConfig, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
@@ -13,8 +12,6 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.runs.answers import Given
 from sakd_cli.runs.locate import Claim
 from sakd_cli.tasks.distill import DistillTask
-
-OF_ONE = (AgreementConfig, MetaConfig, RandomMatchedConfig)  # routers that cannot be shared among teachers
 
 
 class Teacher(NamedTuple):
@@ -28,15 +25,10 @@ class Teacher(NamedTuple):
 
 def require_team(config: DistillConfig, task: DistillTask) -> None:
     """Raise UsageError where something cannot be with several teachers."""
-    router, method, selected = config.router, config.method, config.router.dose == "selected-mean"
+    method, selected = config.method, config.router.dose == "selected-mean"
     for text, refused, hint in (
         (f"method {method.name} trains something before, from one", task.distillers.warmup is not None, None),
         (f"method {method.name} {ALONE.get(type(method), '')}, of one", type(method) in ALONE, None),
-        (
-            f"router {router.name} is of one",
-            isinstance(router, OF_ONE),
-            None,
-        ),
         ("router.dose=selected-mean would undo their shares", selected, "--set router.dose=published"),
         ("teacher.cache keeps the answers of one", config.teacher.cache, None),
         ("residual students complete one", config.residual.students > 0, "--set residual.students=0"),
