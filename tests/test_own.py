@@ -269,6 +269,14 @@ def test_settings_of_a_file_are_checked_as_ours(place: CliRunner) -> None:
     assert "unknown key 'router.shear'; did you mean 'router.share'?" in place.sakd(*words, "router.shear=1").err
 
 
+def test_a_setting_of_the_same_name_is_another_ones(place: CliRunner) -> None:
+    """A series changes from the file's router to ours and back; `momentum` is another setting there."""
+    (place.path / "same.py").write_text(MINE.replace("share", "momentum"))
+    words = ["--routers", "same.py:Hard,random-matched,adaptive", "--set", "method.weight=1", "-q", "--json"]
+    rows = place.sakd(*PAIR, *TINY, *words).document["runs"]
+    assert [row["router"] for row in rows] == ["adaptive", "same.py:Hard", "random-matched"]
+
+
 def test_entry_points_of_all_kinds(cli: CliRunner, packages: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     points = "[sakd.routers]\nhard_ones = own_four:Hard\n[sakd.datasets]\nbars = own_four:stripes\n"
     points += "[sakd.methods]\ncosine_of = own_four:Cosine\n[sakd.networks]\ntiny_one = own_four:build\n"

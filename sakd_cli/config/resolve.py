@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from sakd_cli.config import code, datasets, routers
-from sakd_cli.config.base import EFFECTIVE, choose, own_name
+from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name
 from sakd_cli.config.effective import automatic_precision
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS, PROTOCOLS
@@ -216,6 +216,12 @@ def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str])
         if primary in value and primary in section and value[primary] != section[primary]:
             kind = TABLES.get(key, {}).get(str(value[primary]))
             dropped = section.keys() - (surviving & kind.model_fields.keys() if kind else surviving)
+            if kind and (
+                of_file(value[primary]) or of_file(str(section[primary]))
+            ):  # whose keys may mean another thing
+                old = TABLES[key].get(str(section[primary]), kind)
+                shared: Any = next(base for base in kind.__mro__ if issubclass(old, base))
+                dropped |= section.keys() - shared.model_fields.keys()
             section = {name: old for name, old in section.items() if name not in dropped}
             for name in dropped:
                 origins.pop(f"{key}.{name}", None)
