@@ -40,7 +40,7 @@ def load_initial_weights(
     notes: tuple[str, ...] = ()
     path = None if source == "library" else weights_at(source, key)
     if path is None or not artifact.is_ours(path):
-        tensors, notes = _foreign(network, path, key)
+        tensors, notes = foreign_tensors(network, path, key)
     else:
         saved = artifact.load(path)
         if head == "keep":
@@ -105,7 +105,7 @@ def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> str:
     return "; ".join(f"only {where}: {text}" for where, text in zip(("there", "here"), words, strict=True) if text)
 
 
-def _foreign(network: StagedModel, path: Path | None, key: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def foreign_tensors(network: StagedModel, path: Path | None, key: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Tensors under our names, from a file of another program or (None) from the library the network is of; notes."""
     known = find_network(network.name)
     if brought(network.name) is None or (path is None and known.family == "factory"):

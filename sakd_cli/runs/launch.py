@@ -316,7 +316,7 @@ def _measured(job: Job, one: Teacher, evaluation: EvaluationData, reporter: Repo
     if own is not job.images.dataset.test:
         test = InterruptibleBatches(EvalLoader(own, job.images.dataset, device=job.device), reporter)
     scores = evaluate(one.network.model, test, evaluation.classes)
-    warn_of_chance(scores.top1, scores.images, evaluation.classes, reporter.warn, "teacher: ")
+    warn_of_chance(scores.top1, scores.images, evaluation.classes, reporter.say, "teacher: ")
     if isinstance(job.config, DistillConfig) and one.path is not None:
         measured = Claim(job.images.dataset.name, scores.images, scores.top1)
         allowed = job.config.teacher.allow_mismatch

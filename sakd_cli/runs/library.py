@@ -5,8 +5,6 @@ import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import Preprocessing, of_library
@@ -15,10 +13,11 @@ from sakd_cli.data.published import default_root
 from sakd_cli.data.table import describe
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import whole_folder
-from sakd_cli.models import artifact, foreign
+from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.external import library_classes, library_weights
+from sakd_cli.models.external import library_classes
 from sakd_cli.models.table import create
+from sakd_cli.runs.initial_weights import foreign_tensors
 
 IMAGENET = {"data": {"name": "imagenet"}}  # what nearly all of them were trained on
 
@@ -72,13 +71,8 @@ def trained_by_library(name: str, data: DataConfig | None) -> Path:
 def _write(folder: Path, card: NetworkCard, theirs: tuple[str, ...] | None) -> None:
     network = find_network(card.architecture)
     model = create(network.name, len(card.classes), card.side)
-    names, mine = model.plain_names(), model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
-    content = library_weights(network.name, network.arguments["entry"], network.family)
-    library = Path(network.name)
-    found = foreign.find_weights(library, content, network.name, [names], shapes, set(names.values())).tensors
-    zero = torch.zeros((), dtype=torch.int64)
-    tensors = {name: found.get(plain, zero) for name, plain in names.items()}
+    mine = model.state_dict()
+    tensors, _ = foreign_tensors(model, None, "teacher")
     if (count := len(tensors["head.weight"])) != len(card.classes):
         text = f"{network.name}: its library's weights are for {count} classes, not for the {len(card.classes)} of "
         hint = f"sakd pretrain-teacher {network.name} --set init_from=library --head replace trains it for them"
@@ -86,9 +80,8 @@ def _write(folder: Path, card: NetworkCard, theirs: tuple[str, ...] | None) -> N
     if theirs is not None and theirs != card.classes and sorted(theirs) == sorted(card.classes):
         order = [theirs.index(name) for name in card.classes]
         tensors |= {name: tensor[order] for name, tensor in tensors.items() if name.startswith("head.")}
-    if odd := [name for name, tensor in tensors.items() if tuple(tensor.shape) != shapes[name]]:
+    if odd := [name for name, tensor in tensors.items() if tensor.shape != mine[name].shape]:
         raise UsageError(f"{network.name}: its weights are for other images than {card.side} pixels ({odd[0]})")
-    artifact.check_finite(library, tensors)
     model.load_state_dict({name: tensor.to(mine[name].dtype) for name, tensor in tensors.items()})
     with whole_folder(folder) as aside:
         artifact.save_folder(aside, model, card, {"imported": {"file": network.name, "library": network.family}})

@@ -216,11 +216,11 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
     return claim
 
 
-def warn_of_chance(top1: float, images: int, classes: int, warn: Callable[[str], None], whose: str = "") -> None:
+def warn_of_chance(top1: float, images: int, classes: int, tell: Callable[[str], None], whose: str = "") -> None:
     """Say so where a top-1 in percent on so many images cannot be told from chance, within 3 standard errors."""
     share = 1 / classes
     if images and top1 / 100 <= share + 3 * (share * (1 - share) / images) ** 0.5:
-        warn(
+        tell(
             f"{whose}top-1 {top1:.2f} % on {images} test images is chance for {classes} classes: another order of "
             "classes (import-weights --classes), other preprocessing, or untrained weights"
         )
