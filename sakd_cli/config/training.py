@@ -208,7 +208,8 @@ class PretrainConfig(RunConfig):
 
 
 def _source(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str | list | tuple) else value
+    several = isinstance(value, list | tuple) and len(value) > 1
+    return {"source": value} if isinstance(value, str) or several else value
 
 
 class TeacherConfig(Config):
