@@ -1,5 +1,6 @@
 """One's own router, loss, network and data set in a file that is named, and by entry points: used as ours are."""
 
+import hashlib
 import json
 import os
 import re
@@ -117,6 +118,8 @@ def test_a_router_of_a_file_is_trained_shown_and_compared(place: CliRunner, hard
     assert [0 < spot["fraction"] < 1 for spot in spots["overall"]] == [True, True]
     assert place.sakd("runs", "--where", "router.name=my.py:Hard", "--runs-dir", ".", "--json").document["rows"]
     assert "my.py:Hard" in place.sakd("compare", "hard").out
+    card = json.loads((place.path / "hard" / "student" / "config.json").read_text())
+    assert card["code"] == [f"{hashlib.sha256(MINE.encode()).hexdigest()}  my.py"]
     assert place.sakd("eval", "hard", "--json", "--set", "timing_seconds=0").document["top1"] == hard["last"]["top1"]
 
 

@@ -72,6 +72,7 @@ class FolderWriter(MemberWriter):
         self.extensions = extensions
         several = {name: [one.plain() for one in part] for name, part in facts.items() if isinstance(part, list)}
         self.facts = {name: part.plain() for name, part in facts.items() if name not in several} | several
+        self.facts |= {"code": [*job.config.code]} if job.config.code else {}
         if images is not None:
             self.facts["fingerprint"] = {part: images.sum(part) for part in images.parts}
         self.folder = "student" if job.teacher else "teacher"
