@@ -194,7 +194,7 @@ def _total(epochs: list[EpochRecord], index: int) -> SpotTotal:
 
 def _class_names(run: RunDir) -> list[str]:
     """Names of the classes; none for a run that has not saved its student yet."""
-    if not (run.path / CARD).exists():
+    if not (run.path / CARD).exists() and not (run.path / WEIGHTS).exists():
         return []
     names = run.read_json(CARD).get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
