@@ -357,9 +357,15 @@ def test_the_three_questions_are_answered_in_words(tmp_path: Path) -> None:
     document = compared(runs)
     texts = [answer["text"] for answer in document["answers"]]
     assert [answer["question"] for answer in document["answers"]] == ["help", "dose", "where"]
-    assert texts[0].startswith("Does distilling help? Yes: at always method.balance=1.0 over at never +14.00 points")
-    assert texts[1].startswith("Does the router give more than the dose? No, it takes away: at adaptive over at always")
-    assert texts[2].startswith("Does where it distils add to how much? Not shown: at adaptive over at random-matched")
+    assert texts[0].startswith(
+        "Does distilling help? Yes: method at, router always, method.balance=1.0, over method at, router never: +14"
+    )
+    assert texts[1].startswith(
+        "Does the router give more than the dose? No, it takes away: method at, router adaptive, over method at"
+    )
+    assert texts[2].startswith(
+        "Does where it distils add to how much? Not shown: method at, router adaptive, over method at, router random"
+    )
     assert all(re.search(r"95 % interval .* to .*; p .*, Holm .*, 4 seeds; ", text) for text in texts[:2])
     assert re.search(r"inconclusive: an effect between −\d.\d\d and \+\d.\d\d points is compatible; p", texts[2])
     tests = document["comparisons"]

@@ -220,13 +220,21 @@ def test_a_page_says_what_the_runs_beside_it_found(
 ) -> None:
     run = trained_cli.path / controlled["runs"][0]["run"]
     texts = {answer["question"]: answer["text"] for answer in controlled["answers"]}
-    assert helped(RunDir(run)) == [texts["where"], texts["dose"]]
+    verdict, table = helped(RunDir(run))
+    assert verdict.startswith("Not shown: "), "two seeds at most, of tiny networks"
+    assert "against distilling as often at random" in verdict
+    assert "where" in texts
+    assert table is not None
+    assert [row[0] for row in table.rows][:2] == ["teacher", "student alone"]
+    own = next(row for row in table.rows if row[0] == "this run: adaptive")
+    mean = controlled["groups"][controlled["runs"][0]["group"]]["top1"]["mean"]
+    assert (own[1].split()[0], own[2]) == (f"{mean:.2f}", "–")
     assert trained_cli.sakd("inspect-spots", str(run), "--html", str(tmp_path / "spots.html"), "-q").code == 0
     first = (tmp_path / "spots.html").read_text().partition("<nav>")[0]
-    assert html.escape(texts["where"]) in first
+    assert html.escape(verdict) in first.replace("&nbsp;", " ")
     assert "--with-control" not in first
     alone = trained_cli.path / controlled["runs"][4]["run"]
-    assert helped(RunDir(alone)) == [], "nothing was routed there"
+    assert helped(RunDir(alone)).verdict == "", "nothing was routed there"
 
 
 def test_curves_of_a_comparison_are_drawn(trained_cli: CliRunner, controlled: dict[str, Any], tmp_path: Path) -> None:

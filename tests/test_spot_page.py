@@ -172,7 +172,7 @@ def a_history() -> History:
 
 
 def a_page() -> str:
-    return spot_page(document(), Seen({10: PIXELS, 11: PIXELS, 12: PIXELS[:1]}, a_history(), ["It helped: 1 < 2."]))
+    return spot_page(document(), Seen({10: PIXELS, 11: PIXELS, 12: PIXELS[:1]}, a_history(), "It helped: 1 < 2."))
 
 
 def test_the_page_escapes_every_name_and_loads_nothing() -> None:
@@ -195,7 +195,8 @@ def test_the_page_escapes_every_name_and_loads_nothing() -> None:
 def test_the_page_begins_with_the_answer() -> None:
     first = a_page().partition("<nav>")[0]
     for said in (
-        "None: all alike, 50.0&nbsp;% of the training samples at each.",
+        "logits, with a mean probability of 62.5&nbsp;%; then stage2 50.0&nbsp;%.",
+        "so the shares add up to more than 100&nbsp;%.",
         "They differ most at logits: most often ball (+37.5), least often",
         "It chooses: of the variance of its decisions, knowing the image explains 12.5&nbsp;% at stage2, 73.3&nbsp;%",
         "It helped: 1 &lt; 2.",
@@ -205,6 +206,9 @@ def test_the_page_begins_with_the_answer() -> None:
     alone = spot_page(document(measured=None), Seen({})).partition("<nav>")[0]
     assert "--with-control" in alone
     assert "--live" in alone
+    assert "None: all alike, 50.0&nbsp;% of the training samples at each." in alone
+    weak = [spot.model_copy(update={"gradient_ratio": 0.013}) for spot in document().overall]
+    assert "gradient ratio 0.013: hardly acts" in spot_page(document(overall=weak), Seen({})).partition("<nav>")[0]
 
 
 def test_a_saturated_router_is_one_sentence_there_too() -> None:
@@ -260,7 +264,7 @@ def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> 
     assert len(zoom(curve._replace(series=far))) == 1
     heat = Heat("t", ["a name of which the end matters 17"], ["c"], [[5.0]], 10.0, ("less", "more"), signed=True)
     assert "<title>a name of which the end matters 17, c: +5.0</title>" in drawn(heat)
-    assert "</title>a name of …matters 17</text>" in drawn(heat)
+    assert "</title>a name o…ters 17</text>" in drawn(heat)
     assert [shades(heat, value)[1] for value in (-10, 0, 10)] == ["#fff", "#000", "#fff"]
 
 

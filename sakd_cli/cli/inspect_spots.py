@@ -53,7 +53,7 @@ def inspect_spots(options: Values, json: bool, html: Path | None, samples: Path 
         plots.write(spot_figure(report, options["panel"]), plot)
     if html:
         inspected = RunDir(Path(report.run))
-        seen = Seen(survey.images if survey else {}, history(inspected, survey), helped(inspected))
+        seen = Seen(survey.images if survey else {}, history(inspected, survey), *helped(inspected))
         write_aside(html, spot_page(report, seen).encode())
     if samples:
         _write_records(records(survey, report.overall) if survey else [], samples)

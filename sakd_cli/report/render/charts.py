@@ -14,12 +14,15 @@ from sakd_cli.documents.base import Number
 from sakd_cli.report.render.format import DASH, fixed, plain, points
 
 SHARE = (0.0, 100.0)
-WIDTH, HEIGHT, LINE, CHARACTER = 400, 230, 16, 6.3  # of a drawing, of a row and of a character, in its own units
+WIDTH, HEIGHT, LINE, CHARACTER = 320, 200, 16, 6.3  # of a drawing, of a row and of a character, in its own units
 MARKS = ("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-2.7-2.7h5.4v5.4h-5.4z", "M0-3.6L3.4 2.6h-6.8z", "M0-4L4 0L0 4L-4 0z")
 KINDS = {"solid": "", "dashed": "7 4", "dotted": "1.5 3.5", "marks": ""}
 COLOURS = 6  # of `html.STYLE`, after Okabe and Ito
-PALE, MORE, LESS = (246, 247, 248), (0, 84, 148), (178, 71, 0)  # of cells: in the middle or none, and at both ends
+# Of cells, in light and in dark: in the middle or at the least, and at both ends.
+PALE, MORE, LESS = (246, 247, 248), (0, 84, 148), (178, 71, 0)
+NIGHT = (30, 37, 45), (124, 190, 255), (255, 160, 90)
 MOST_MARKED = 40  # points of a curve that have marks
+SAME = 0.015  # of the upright axis, within which curves lie on each other
 CLOSE = 15.0  # points within which curves are shown once more on a part of the axis
 
 
@@ -53,6 +56,7 @@ class Heat(NamedTuple):
     """Rows by columns of numbers, None where one is not known.
 
     most     the value with the strongest colour; of signed values also its negative
+    least    the value with the weakest colour
     ends     what the weakest (or most negative) and the strongest colour mean, with units
     numbers  whether they stand in the cells, where these are wide enough
     means    what stands below the names of the columns
@@ -70,19 +74,21 @@ class Heat(NamedTuple):
     note: str = ""
     width: int = WIDTH
     means: Sequence[str] = ()
+    least: float = 0.0
 
 
 Row = tuple[str, Sequence[Number], Sequence[Number]]  # name, value of each series, half length of its interval
 
 
 class Bars(NamedTuple):
-    """Bars from 0 to 100."""
+    """Bars from 0 to 100; remarks: what stands below the bars of each row, empty where nothing is to be said."""
 
     title: str
     x: str
     series: Sequence[str]
     rows: Sequence[Row]
     note: str = ""
+    remarks: Sequence[str] = ()
 
 
 Chart = Lines | Heat | Bars
@@ -136,11 +142,18 @@ def marked(series: Series) -> bool:
     return series.kind == "marks" or (series.kind != "dotted" and len(series.x) <= MOST_MARKED)
 
 
-def thickness(chart: Lines) -> list[float]:
-    """Of every curve: the first are the broadest, so that those that coincide are all seen; of many points thin."""
-    solid = [series.kind == "solid" and len(series.x) <= MOST_MARKED for series in chart.series]
-    above = [min(sum(solid[k + 1 :]), 4) if own else 0 for k, own in enumerate(solid)]
-    return [(1.8 if len(one.x) <= MOST_MARKED else 1.2) + n for one, n in zip(chart.series, above, strict=True)]
+def dashes(chart: Lines) -> list[str]:
+    """Of every curve: as its kind is; one that lies on earlier ones lets them be seen, in turn."""
+    low, high = frame(chart)[2:]
+    found = list[str]()
+    for k, one in enumerate(chart.series):
+        below = [
+            other for other in chart.series[:k] if other.kind == one.kind == "solid" and len(other.y) == len(one.y)
+        ]
+        gaps = [max((abs((a or 0) - (b or 0)) for a, b in zip(one.y, o.y, strict=True)), default=0) for o in below]
+        under = sum(gap <= (high - low) * SAME for gap in gaps)
+        found.append(f"8 {8 * under}" if under else KINDS[one.kind])
+    return found
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -166,11 +179,11 @@ def frame(chart: Lines) -> tuple[float, float, float, float]:
     return left, right, low, steps[-1] + second - first
 
 
-def shades(chart: Heat, value: float) -> tuple[str, str]:
+def shades(chart: Heat, value: float, *, dark: bool = False) -> tuple[str, str]:
     """The colour of a cell, and that of the number in it, which is the one of black and white with more contrast."""
-    share = max(-1.0, min(1.0, value / chart.most if chart.most else 0.0))
-    end = LESS if share < 0 else MORE
-    rgb = [round(a + abs(share) * (b - a)) for a, b in zip(PALE, end, strict=True)]
+    share = max(-1.0, min(1.0, (value - chart.least) / ((chart.most - chart.least) or 1.0)))
+    pale, more, less = NIGHT if dark else (PALE, MORE, LESS)
+    rgb = [round(a + abs(share) * (b - a)) for a, b in zip(pale, less if share < 0 else more, strict=True)]
     linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
     light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#{:02x}{:02x}{:02x}".format(*rgb), "#000" if light > 0.179 else "#fff"
@@ -199,7 +212,7 @@ def _label(x: float, y: float, words: str, kind: str = "", room: float = 1e4) ->
 def _swatch(colour: int, kind: str) -> str:
     mark = f'<path class="m" transform="translate(13 6)" d="{MARKS[colour % len(MARKS)]}"/>'
     if not kind:
-        mark = '<path class="m" d="M3 1h20v10h-20z"/>'
+        mark = '<rect x="3" y="1" width="20" height="10"/>'
     line = f'<path class="l" stroke-dasharray="{KINDS[kind]}" d="M1 6H25"/>' if kind and kind != "marks" else ""
     return f'<svg class="c{colour % COLOURS}" viewBox="0 0 26 12" aria-hidden="true">{line}{mark}</svg>'
 
@@ -219,12 +232,12 @@ def _lines(chart: Lines) -> str:
     across = ticks(left, right, 13 if right - left <= 12 else 9)
     across = [x for x in across if x == round(x) or right - left < 3]
     parts += [_label(at(x, low)[0], y0 + 15, f"{x:g}", "soft mid") for x in across]
-    for series, wide in zip(chart.series, thickness(chart), strict=True):
-        parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, wide)}</g>')
+    for series, dash in zip(chart.series, dashes(chart), strict=True):
+        parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, dash)}</g>')
     return _svg(WIDTH, HEIGHT, chart.title, parts)
 
 
-def _curve(chart: Lines, series: Series, at: Callable[[float, float], tuple[float, float]], wide: float) -> str:
+def _curve(chart: Lines, series: Series, at: Callable[[float, float], tuple[float, float]], dashed: str) -> str:
     def path(points: Sequence[tuple[float, float]]) -> str:
         return "L".join("{:.1f} {:.1f}".format(*at(*point)) for point in points)
 
@@ -240,9 +253,8 @@ def _curve(chart: Lines, series: Series, at: Callable[[float, float], tuple[floa
             runs.append(run)
             run = []
     if series.kind != "marks":
-        dashes = KINDS[series.kind]
-        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
-        parts += [f'<path class="l" stroke-width="{wide:.1f}"{dash} d="M{path(run)}"/>' for run in runs]
+        dash = f' stroke-dasharray="{dashed}"' if dashed else ""
+        parts += [f'<path class="l" stroke-width="1.5"{dash} d="M{path(run)}"/>' for run in runs]
     mark = MARKS[series.colour % len(MARKS)] if marked(series) else ""
     unit = chart.x.partition(",")[0].partition(" (")[0]
     for x, y in (point for run in runs for point in run):
@@ -270,14 +282,14 @@ def _heat(chart: Heat) -> str:
         y = top + r * high
         parts.append(_label(x0 - 6, y + high / 2 + 4, name, "end", x0 - 8))
         for k, value in enumerate(row):
-            fill, ink = shades(chart, value or 0.0)
+            (fill, ink), (night, light) = (shades(chart, value or 0.0, dark=dark) for dark in (False, True))
             said = f"{name}, {chart.columns[k]}: {number(chart, value)}"
             box = f'<rect x="{x0 + k * wide:.2f}" y="{y}" width="{wide - 1:.2f}" height="{high - 1}"'
-            box += f' fill="{fill if value is not None else "none"}"/>'
+            box += f' fill="{fill}" class="k" style="--z:{night}"/>' if value is not None else ' fill="none"/>'
             inside = ""
             if chart.numbers and value is not None and extent(number(chart, value)) + 4 < wide:
                 at = f'x="{x0 + (k + 0.5) * wide:.1f}" y="{y + high / 2 + 4:.1f}"'
-                inside = f'<text {at} class="mid" style="fill:{ink}">{number(chart, value)}</text>'
+                inside = f'<text {at} class="mid k" style="--a:{ink};--z:{light}">{number(chart, value)}</text>'
             parts.append(f"<g><title>{text(said)}</title>{box}{inside}</g>")
     bottom = top + len(chart.rows) * high + 8
     if chart.width < WIDTH:
@@ -287,13 +299,14 @@ def _heat(chart: Heat) -> str:
 
 def _scale(chart: Heat, y: float) -> list[str]:
     """The colour bar, with what its ends mean."""
-    steps, least = 20, -chart.most if chart.signed else 0.0
+    steps, least = 20, -chart.most if chart.signed else chart.least
     width = chart.width / 2 / steps
     values = [least + (chart.most - least) * k / (steps - 1) for k in range(steps)]
     x0 = chart.width / 4
     boxes = [
-        f'<rect x="{x0 + k * width:.2f}" y="{y}" width="{width + 0.2:.2f}" height="9" fill="{colour}"/>'
-        for k, (colour, _) in enumerate(shades(chart, value) for value in values)
+        f'<rect x="{x0 + k * width:.2f}" y="{y}" width="{width + 0.2:.2f}" height="9" '
+        f'fill="{shades(chart, value)[0]}" class="k" style="--z:{shades(chart, value, dark=True)[0]}"/>'
+        for k, value in enumerate(values)
     ]
     low, high = number(chart, least), number(chart, chart.most)
     boxes += [_label(x0 - 5, y + 9, low, "soft end"), _label(chart.width - x0 + 5, y + 9, high, "soft")]
@@ -304,7 +317,7 @@ def _bars(chart: Bars) -> str:
     longest = max([extent(name) for name, *_ in chart.rows], default=0.0)
     x0, x1, thick = min(longest + 8, 0.47 * WIDTH), WIDTH - 40.0, 12
     several = max(len(chart.series), 1)
-    high = several * thick + 8
+    high = several * thick + (LINE + 4 if any(chart.remarks) else 8)
     bottom = 6 + high * len(chart.rows)
     parts = []
     for x in ticks(*SHARE):
@@ -312,7 +325,9 @@ def _bars(chart: Bars) -> str:
         parts += [f'<path class="g" d="M{place:.1f} 2V{bottom}"/>', _label(place, bottom + 14, f"{x:g}", "soft mid")]
     for r, (name, values, errors) in enumerate(chart.rows):
         y = 6 + r * high
-        parts.append(_label(x0 - 6, y + (high - 8) / 2 + 4, name, "end", x0 - 8))
+        parts.append(_label(x0 - 6, y + several * thick / 2 + 4, name, "end", x0 - 8))
+        if r < len(chart.remarks):
+            parts.append(_label(x0 + 2, y + several * thick + 11, chart.remarks[r], "soft", x1 - x0))
         for k, value in enumerate(values):
             error = errors[k] if k < len(errors) else None
             length = (value or 0.0) / 100 * (x1 - x0)

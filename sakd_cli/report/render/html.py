@@ -28,11 +28,12 @@ class Picture(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One small image of a gallery with lines of text below it, and perhaps a chart beside it."""
+    """One small image of a gallery with lines of text below it, perhaps a chart beside it, and a title on hover."""
 
     picture: Picture | None
     lines: Sequence[str]
     chart: Chart | None = None
+    title: str = ""
 
 
 class Gallery(NamedTuple):
@@ -42,22 +43,31 @@ class Gallery(NamedTuple):
     tiles: Sequence[Tile]
 
 
-Block = Sheet | Gallery | Chart
+class Folded(NamedTuple):
+    """Blocks that open with a click; on paper they are open."""
+
+    title: str
+    blocks: "Sequence[Block]"
+
+
+Block = Sheet | Gallery | Chart | Folded
 
 
 class Section(NamedTuple):
-    """A part of the page with a link in the contents, and the question that it answers."""
+    """A part of the page with a link in the contents, the question that it answers, and the answer."""
 
     title: str
     blocks: Sequence[Block]
     question: str = ""
+    answer: str = ""
 
 
 class Answer(NamedTuple):
-    """A question that whoever opens the page has, and the answer in sentences."""
+    """A question that whoever opens the page has, and the answer in sentences, perhaps with a table."""
 
     question: str
     answer: Sequence[str]
+    table: Sheet | None = None
 
 
 class Opening(NamedTuple):
@@ -93,11 +103,13 @@ padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-ra
 .opening dd+dt{margin-top:.5rem}
 .opening dl{margin:0}
 .opening>div{min-width:0}
-.question{font-size:1.05rem;font-style:italic;margin:.2rem 0 .8rem}
-figure{display:inline-block;vertical-align:top;width:min(100%,35rem);margin:.6rem 0 1rem;break-inside:avoid}
-@media (min-width:48rem){section>figure:not(.broad){margin-right:1rem}}
+.question{font-size:1.05rem;font-style:italic;margin:.2rem 0}
+.answer{margin:.2rem 0 .8rem;font-weight:600}
+summary{cursor:pointer;font-weight:600;margin:.6rem 0;color:var(--link)}
+figure{display:inline-block;vertical-align:top;width:min(100%,28rem);margin:.6rem 0 1rem;break-inside:avoid}
+@media (min-width:48rem){section>figure:not(.broad){margin-right:2rem}}
 figure.broad{width:min(100%,50rem)}
-figure.broad .wide{max-height:none;border:0}
+figure.broad .wide{border:0}
 figure.small{width:100%;margin:0}
 figure.small figcaption{font-size:.8rem}
 figure svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums}
@@ -107,8 +119,8 @@ svg .mid{text-anchor:middle}
 svg .end{text-anchor:end}
 .g{stroke:var(--line);stroke-width:1;fill:none}
 .l{stroke:var(--c);fill:none;stroke-linejoin:round;stroke-linecap:round}
-.m,.f rect{fill:var(--c)}
-figure .m{stroke:var(--bg);stroke-width:.9}
+.f rect,.legend rect{fill:var(--c)}
+.m{fill:none;stroke:var(--c);stroke-width:1.4}
 .b{fill:var(--c);opacity:.18}
 .h{fill:transparent}
 .w{stroke:var(--ink);stroke-width:1.5;fill:none}
@@ -118,31 +130,40 @@ g:hover>.h{stroke:var(--ink)}
 .legend li{display:flex;align-items:center;gap:.3rem;overflow-wrap:anywhere}
 .legend svg{width:26px;height:12px;flex:none}
 .legend .l{stroke-width:2}
-.wide{overflow:auto;max-height:34rem;border:1px solid var(--line);border-radius:4px}
+.wide{overflow:auto;border:1px solid var(--line);border-radius:4px}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th.t,td.t{text-align:left}
 td.t{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 thead th{position:sticky;top:0;background:var(--head);padding:0;z-index:2}
-th.t:first-child,td.t:first-child{position:sticky;left:0;z-index:1;white-space:normal;min-width:min(9rem,36vw)}
-td.t:first-child{background:var(--bg)}
+th:first-child,td:first-child{position:sticky;left:0;z-index:1}
+.t:first-child{white-space:normal;min-width:min(9rem,30vw)}
+td:first-child{background:var(--bg)}
+.opening td:first-child{background:var(--card)}
+.opening td.t,.opening th.t{min-width:0}
+.opening th,.opening td{padding:.15rem .5rem;overflow-wrap:break-word}
+.opening th{white-space:normal}
+.opening thead th{padding:0}
+.opening th button{padding:.2rem .5rem}
 td.bar{white-space:nowrap;color:var(--0);letter-spacing:-.5px}
-thead th.t:first-child{z-index:3}
+thead th:first-child{z-index:3}
 th button{all:unset;box-sizing:border-box;display:block;width:100%;padding:.35rem .6rem;cursor:pointer;font-weight:600}
 th button:focus-visible,.wide:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
 .note{color:var(--soft);font-size:.85rem;margin:.25rem 0;overflow-wrap:anywhere}
 .tiles{display:flex;flex-wrap:wrap;gap:.5rem;padding:0;margin:.3rem 0;list-style:none}
-.tiles li{width:5.5rem;font-size:.8rem;line-height:1.3;overflow-wrap:anywhere;break-inside:avoid}
+.tiles li{width:5.5rem;font-size:.8rem;line-height:1.3;overflow-wrap:anywhere;hyphens:none;break-inside:avoid}
 .tiles img{width:100%;image-rendering:pixelated;display:block;border:1px solid var(--line)}
 .opening .tiles li{width:4.4rem}
 .tiles li.plotted{width:min(100%,20rem);display:grid;grid-template-columns:4.5rem 1fr;gap:.2rem .6rem;padding:.4rem 0}
 .plotted figure{grid-column:2;grid-row:1/3}
+text.k{fill:var(--a)}
+@media screen and (prefers-color-scheme:dark){rect.k,text.k{fill:var(--z)}}
 @media print{body{max-width:none;padding:0;font-size:11pt}nav{display:none}
-.wide{overflow:visible;max-height:none;border:0}
+.wide{overflow:visible;max-height:none!important;border:0}
 table{font-size:7.5pt;min-width:0;width:100%}th,td{white-space:normal;padding:1pt 3pt;overflow-wrap:anywhere}
-thead th,th.t:first-child,td.t:first-child{position:static}th button{padding:1pt 3pt}tr{break-inside:avoid}
+thead th,th:first-child,td:first-child{position:static}th button{padding:1pt 3pt}tr{break-inside:avoid}
 h2,h3,.question{break-after:avoid}
 .opening,rect,.m,thead th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 figure{width:48%;margin-right:1%}.opening{grid-template-columns:1fr 1fr}.opening figure{width:100%}
@@ -166,6 +187,15 @@ document.querySelectorAll("table").forEach(table => table.querySelectorAll("th")
     };
     rows.sort(compare).forEach(row => body.append(row));
   })));
+// A long table scrolls in a box of whole rows; on paper everything is open.
+const fit = () => document.querySelectorAll(".wide").forEach(box => {
+  const row = box.querySelectorAll("tbody tr")[20];
+  if (row) box.style.maxHeight = row.offsetTop + box.offsetHeight - box.clientHeight + "px";
+});
+fit();
+addEventListener("resize", fit);
+addEventListener("toggle", fit, true);
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(one => one.open = true));
 """
 
 
@@ -183,6 +213,7 @@ def page(
     body = "".join(
         f'<section id="s{number}"><h2>{text(section.title)}</h2>'
         + (f'<p class="question">{text(section.question)}</p>' if section.question else "")
+        + (f'<p class="answer">{_kept(section.answer)}</p>' if section.answer else "")
         + f"{''.join(map(_block, section.blocks))}</section>\n"
         for number, section in enumerate(sections)
     )
@@ -190,6 +221,7 @@ def page(
     if opening and opening.answers:
         answers = "".join(
             f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{_kept(said)}</dd>' for said in one.answer)}"
+            + (f"<dd>{_table(one.table)}</dd>" if one.table else "")
             for one in opening.answers
         )
         first = f'<div class="opening"><dl>{answers}</dl><div>{"".join(map(_block, opening.blocks))}</div></div>'
@@ -224,6 +256,9 @@ def _kept(sentence: str) -> str:
 def _block(block: Block) -> str:
     if isinstance(block, Sheet):
         return _table(block)
+    if isinstance(block, Folded):
+        within = "".join(map(_block, block.blocks))
+        return f"<details><summary>{text(block.title)}</summary>{within}</details>"
     if not isinstance(block, Gallery):
         return drawn(block)
     return f'<h3>{text(block.title)}</h3><ul class="tiles">{"".join(map(_tile, block.tiles))}</ul>'
@@ -232,7 +267,7 @@ def _block(block: Block) -> str:
 def _tile(tile: Tile) -> str:
     image, lines = _image(tile.picture) if tile.picture else "", "<br>".join(map(text, tile.lines))
     if tile.chart is None:
-        return f"<li>{image}{lines}</li>"
+        return f'<li title="{text(tile.title)}">{image}{lines}</li>'
     return f'<li class="plotted"><div>{image}{lines}</div>{drawn(tile.chart)}</li>'
 
 
@@ -257,4 +292,5 @@ def _table(sheet: Sheet) -> str:
     )
     notes = "".join(f'<p class="note">{text(note)}</p>' for note in sheet.notes)
     table = f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<h3>{text(sheet.title)}</h3>{table if sheet.headers else ''}{notes}"
+    heading = f"<h3>{text(sheet.title)}</h3>" if sheet.title else ""
+    return f"{heading}{table if sheet.headers else ''}{notes}"

@@ -17,11 +17,11 @@ from sakd_cli.report.render.charts import (
     Chart,
     Heat,
     Lines,
+    dashes,
     frame,
     marked,
     number,
     shades,
-    thickness,
 )
 from sakd_cli.report.render.fonts import all_scripts
 from sakd_cli.report.render.format import plain
@@ -113,10 +113,12 @@ def _known(values: Sequence[Number]) -> list[float]:
 
 
 def _lines(chart: Lines, axes: Any) -> None:
-    for series, width in zip(chart.series, thickness(chart), strict=True):
+    for series, dash in zip(chart.series, dashes(chart), strict=True):
         colour, label = COLOURS[series.colour % len(COLOURS)], plain(series.name) if series.name else "_further"
         style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "markersize": 4, "label": label}
-        style["linewidth"] = width
+        style |= {"linewidth": 1.5} | (
+            {"dashes": [*map(float, dash.split())]} if dash and series.kind == "solid" else {}
+        )
         axes.plot(
             series.x, _known(series.y), marker=MARKS[series.colour % len(MARKS)] if marked(series) else None, **style
         )
@@ -138,7 +140,7 @@ def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
     if not cells:
         return
     colours = LinearSegmentedColormap.from_list("cells", stops)
-    least = -chart.most if chart.signed else 0.0
+    least = -chart.most if chart.signed else chart.least
     image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=least, vmax=chart.most, interpolation="nearest")
     for y, row in enumerate(chart.cells if chart.numbers else ()):
         for x, value in enumerate(row):

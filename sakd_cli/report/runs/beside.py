@@ -1,17 +1,38 @@
 """Runs in the same folder that a run can be compared with: its controls and other seeds, and what they say of it"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sakd_cli.config.identity import LOCATIONS, is_plain
 from sakd_cli.config.resolve import flat
+from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN
+from sakd_cli.documents.base import Answer
+from sakd_cli.documents.table import Comparison
 from sakd_cli.errors import UsageError
+from sakd_cli.report.render.format import DASH, fixed, mean_std, named, plain, points, whole
+from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.runs.compare import compare
+from sakd_cli.report.runs.statistics import by_seed, interval, paired_test
 from sakd_cli.rundir import RunDir
 from sakd_cli.runindex import all_settings
 
 FREE = ("router.", "seed", "method.balance", "effective.")  # by which a control, or another seed, differs
 DISTILLATION = ("method.", "teacher.", "stage_map")  # what does not matter where nothing is distilled
+LEAST_SEEDS = 3  # that a first answer needs
+ROLES: dict[str | None, str] = {
+    None: "student alone",
+    PLAIN: "student alone",
+    CLASSICAL: "distilled always",
+    MATCHED: "distilled at random",
+}
+AGAINST = {"where": "distilling as often at random", "dose": "distilling everywhere, always"}
+
+
+class Helped(NamedTuple):
+    """What the runs beside a run say of its routing: one verdict, empty where they answer nothing, and a table."""
+
+    verdict: str = ""
+    table: Sheet | None = None
 
 
 def beside(run: RunDir) -> list[RunDir]:
@@ -29,13 +50,49 @@ def beside(run: RunDir) -> list[RunDir]:
     return found
 
 
-def helped(run: RunDir) -> list[str]:
-    """What the runs beside a run say of its routing, in sentences; none where they answer nothing."""
-    if len(found := beside(run)) == 1:
-        return []
+def helped(run: RunDir) -> Helped:
+    """Test top-1 of the run and of its controls, with the verdict on where it distils, or else on how much."""
+    if not run.finished:
+        return Helped()
     try:
-        compared = compare(found)
+        compared = compare(beside(run))
     except UsageError:  # one of the others is damaged
-        return []
+        return Helped()
     own = compared.groups[compared.runs[0].group].label
-    return [one.text for one in reversed(compared.answers) if one.ours == own]
+    answers = {one.question: one for one in compared.answers if one.ours == own}
+    asked = answers.get("where") or answers.get("dose")
+    return Helped(_verdict(asked) if asked else "", _table(compared))
+
+
+def _table(compared: Comparison) -> Sheet:
+    """A row each for the teacher, the controls and the run's own group; differences are those of the own group."""
+    first, mine = compared.runs[0], compared.runs[0].group
+    of = [[run for run in compared.counted if run.group == k] for k in range(len(compared.groups))]
+    rows = [["teacher", fixed(first.teacher_top1, 2), DASH, DASH]]
+    for k, group in enumerate(compared.groups):
+        router = named(of[k][0].router)
+        role = f"this run: {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
+        own = [plain(word) for word in group.label.split() if "=" in word and not word.endswith("=0.0")]
+        name = " ".join([role, *(f"({word.replace('method.balance=', 'loss balanced to ')})" for word in own)])
+        less = None if k == mine else paired_test(by_seed(of[mine]), by_seed(of[k])).difference
+        shown = DASH if less is None else points(less, 2)
+        rows.append([name, mean_std(group.top1), shown, whole(len(group.seeds))])
+    order = ["teacher", *dict.fromkeys(ROLES.values())]
+    rows.sort(key=lambda row: next((n for n, role in enumerate(order) if row[0].startswith(role)), len(order)))
+    notes = [f"Difference: this run less the row, in points. Method {named(first.method)} in all that are distilled."]
+    at_random = any(row[0].startswith(ROLES[MATCHED]) for row in rows)
+    notes += ["At random: as often as this run at every spot, but not the images that it chose."] * at_random
+    return Sheet("", ["Training", "Test top-1 %", "Difference", "Seeds"], rows, notes)
+
+
+def _verdict(asked: Answer) -> str:
+    against, seeds = AGAINST.get(asked.question, ""), len(asked.seeds)
+    if asked.difference is None:
+        return f"Not known: no seed is finished both here and for {against}."
+    figure = f"{points(asked.difference, 2)} points against {against}"
+    if asked.p is None:
+        some, least = ("with one seed" if seeds == 1 else f"in each of {seeds} seeds"), max(LEAST_SEEDS, seeds + 1)
+        return f"Not shown: {figure}, {some}. Run at least {least} seeds: --seeds {least}."
+    said = {"better": "Yes", "worse": "No, it took away"}.get(asked.verdict, "Not shown")
+    need = f" To see 0.5 points: {whole(asked.needed)} seeds." if asked.needed and said == "Not shown" else ""
+    return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds).{need}"

@@ -64,6 +64,7 @@ class _Group(NamedTuple):
     label: str
     settings: _Settings  # of its first run
     runs: list[RunRow]
+    said: str = ""  # the label with what each word is
 
 
 def compare(runs: Iterable[RunDir], baseline: str | None = None) -> Comparison:
@@ -151,13 +152,18 @@ def _groups(settings: list[_Settings], rows: list[RunRow]) -> list[_Group]:
     for index, first in firsts.items():
         names = [first.network] if len({run.network for run in runs}) > 1 else []
         shared = is_plain(first) and len({run["method.name"] for run in runs} - {None}) > 1
-        names += [*([] if shared else [first["method.name"] or "from scratch"]), first["router.name"]]
+        method, router = first["method.name"], first["router.name"]
+        words = [*names, *([] if shared else [f"method {method}" if method else "from scratch"])]
+        words += [f"router {router}"] * (router is not None)
+        names += [*([] if shared else [method or "from scratch"]), router]
         # Settings of a method or a router follow from its name, unless the name is the same.
         alike = [run for run in runs if all(run[key] == first[key] for key in NAMES)]
         own = [key for key in extra if len({str(run[key]) for run in alike}) > 1]
-        names += [f"{key}={first[key]}"[:40] for key in own]
+        own = [f"{key}={first[key]}"[:40] for key in own]
+        names += own
         label = " ".join(plain(name) for name in names if name is not None)
-        groups.append(_Group(index, label, first, [row for row in rows if row.group == index]))
+        said = ", ".join(map(plain, [*words, *own]))
+        groups.append(_Group(index, label, first, [row for row in rows if row.group == index], said))
     return groups
 
 
@@ -212,6 +218,7 @@ def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -
             Arm(
                 number=group.number,
                 label=group.label,
+                said=group.said,
                 about=(own.network, own["data.name"], *(() if own.control else whom)),
                 router=own["router.name"],
                 top1=by_seed(group.runs),

@@ -107,7 +107,7 @@ def _spots(page: RunPage) -> None:
         return
     if page.plotted:
         page.plots["spots"] = plots.rendered(spot_figure(report, None), "png")
-    seen = Seen(survey.images if survey else {}, history(page.run, survey), helped(page.run))
+    seen = Seen(survey.images if survey else {}, history(page.run, survey), *helped(page.run))
     opening = spot_opening(report, seen)
     page.opening = Opening([*page.opening.answers, *opening.answers], opening.blocks)
     page.sections += spot_sections(report, seen)

@@ -32,6 +32,7 @@ class Arm(NamedTuple):
     about       what arms must share to be compared: student and data; and of those with a teacher: it and the method
     router      None: trained without a teacher
     top1        by seed, of the test images; validation: of the images that choose, likewise
+    said        the label with what each word is: `method at, router adaptive`; empty: the label says it
     matched_of  label of the arm whose rates its coins have; None: it has none, or that is not known
     """
 
@@ -42,6 +43,7 @@ class Arm(NamedTuple):
     top1: Mapping[int, float]
     validation: Mapping[int, float]
     matched_of: str | None = None
+    said: str = ""
 
     @property
     def plain(self) -> bool:
@@ -77,6 +79,10 @@ def _asked(arms: Sequence[Arm]) -> Iterator[tuple[Question, Arm, Arm]]:
         yield from (("where", ours, coin) for coin in coins if coin.matched_of == ours.label)
 
 
+def _said(arm: Arm) -> str:
+    return plain(arm.said or arm.label)
+
+
 def answer(question: Question, ours: Arm, theirs: Arm, test: PairedTest) -> Answer:
     """The answer that the test of the two arms gives."""
     said = {"better": "Yes", "worse": "No, it takes away", "not shown": "Not shown"}.get(test.verdict, "Not known")
@@ -85,5 +91,5 @@ def answer(question: Question, ours: Arm, theirs: Arm, test: PairedTest) -> Answ
         question=question,
         ours=plain(ours.label),
         theirs=plain(theirs.label),
-        text=f"{ASKED[question]} {said}: {plain(ours.label)} over {plain(theirs.label)} {in_words(test)}.",
+        text=f"{ASKED[question]} {said}: {_said(ours)}, over {_said(theirs)}: {in_words(test)}.",
     )

@@ -12,6 +12,7 @@ from sakd_cli.report.render.charts import WIDTH, Bars, Chart, Heat, Lines, Row, 
 from sakd_cli.report.render.format import WHAT, fixed, named, plain, whole
 from sakd_cli.report.render.sheet import thinned
 from sakd_cli.report.spots.log import History
+from sakd_cli.report.spots.tables import LETTERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[list[doc.Class
     measured = report.measured.classes if report.measured else None
     rows: Sequence[doc.ClassDeviation] = measured.rows if measured else report.by_class
     known = [row for row in rows if None not in row.deviation]
-    ranked = sorted(known, key=lambda row: -sum(one or 0 for one in row.deviation))
+    ranked = sorted(known, key=lambda row: -(row.peak or 0))
     return ranked if len(ranked) <= 3 * most else ranked[:most] + ranked[-most:], len(ranked)
 
 
@@ -91,12 +92,11 @@ def path_chart(report: doc.SpotsDocument) -> Bars:
     paths = (measured.paths if measured else None) or []
     shown = paths[:PATHS_SHOWN]
     names = ", ".join(plain(spot.name) for spot in measured.spots) if measured else ""
-    note = f"A letter per spot ({names}): T the teacher's part, S the student's."
+    note = f"{LETTERS} ({names}). The probability is the mean over all images."
     note += "" if len(shown) == len(paths) else f" {len(shown)} of {len(paths)} paths."
     rows: list[Row] = [(row.path, percent([row.fraction]), []) for row in shown]
-    return Bars(
-        "The most frequent paths", f"{SPLITS[measured.split] if measured else 'images'}, %", ["images"], rows, note
-    )
+    what = f"mean probability, {SPLITS[measured.split] if measured else 'images'}, %"
+    return Bars("The most frequent paths", what, ["images"], rows, note)
 
 
 PANELS: dict[str, Callable[[doc.SpotsDocument], list[Chart]]] = {
@@ -139,9 +139,10 @@ def history_charts(report: doc.SpotsDocument, history: History) -> list[Chart]:
         seen = [epoch.spots[k].by_class for epoch in epochs]
         cells = [percent(row[label] if label < len(row) else None for row in seen) for _, label in rows]
         title = f"{named(spot.name)}: classes by epoch"
-        ends = ("0 %: no sample distilled", "100 %: all training samples")
-        names = [name for name, _ in rows]
-        charts.append(Heat(title, names, columns, cells, 100.0, ends, numbers=False, note=note))
+        values = [value for row in cells for value in row if value is not None] or [0.0]
+        names, ends = [name for name, _ in rows], ("least", "% of the class's samples distilled")
+        heat = Heat(title, names, columns, cells, max(values), ends, numbers=False, note=note, least=min(values))
+        charts.append(heat)
     return charts
 
 
@@ -181,7 +182,7 @@ def agreement_chart(measured: doc.Measured) -> Bars:
 
 def reliability_chart(routed: doc.RoutedNetwork) -> Lines:
     """How often each network is right where it is so sure, with the 95 % interval of every point."""
-    series = [Series("as sure as right", [0, 100], [0, 100], 3, "dotted")]
+    series = [Series("perfectly calibrated: as often right as it is sure", [0, 100], [0, 100], 3, "dotted")]
     for k, (name, bins) in enumerate(
         (("student", routed.student_reliability), ("teacher", routed.teacher_reliability))
     ):

@@ -35,9 +35,11 @@ MOST_SURVEY = 2**30  # bytes; that of all 1.28 million images of ImageNet has 0.
 LONGEST = 12  # spots up to which all 2^S paths are counted
 MODES = "Both networks in evaluation mode, images not augmented; the router learned from the student in training mode."
 STAND_IN = "The router has no policy or the run has no survey: the rate at which each image was distilled is shown."
-COMPLEMENT = "p is the teacher-routing probability of the routed network; this router distilled the other images."
+COMPLEMENT = (
+    "The probability is that of the teacher's part in the routed network; this router distilled the other images."
+)
 COMMON, EXAMPLES = 4, 6  # paths whose images are shown, and how many of each
-GROUPS = ("one answer, right", "one answer, wrong", "student alone right", "teacher alone right", "two wrong answers")
+GROUPS = ("both right", "both wrong alike", "only the student right", "only the teacher right", "both wrong, unlike")
 ALL_ALIKE = "No image differs from another at any spot: the router is saturated, and there is nothing to compare."
 
 

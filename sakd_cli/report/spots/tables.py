@@ -15,7 +15,8 @@ STEPS = {
     "router_loss_scaled_down": "Loss ÷ γ",
     "count_penalty_active": "Count penalty",
 }
-DECILE = ("to", "Images", "Student top-1", "Teacher top-1")
+LETTERS = "A letter per spot, whose part is used there: T the teacher's (the student is distilled), S the student's"
+DECILE = ("Images", "Student top-1", "Teacher top-1")
 NETWORKS = {
     "student": "student",
     "teacher": "teacher",
@@ -36,7 +37,7 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
         if len(names) > 1:
             notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
         rows: list[ClassRow] = [(row, [], row.fraction) for row in report.by_class]
-        tables.append(_by_class("By class (% of samples)", [], rows, names, notes, top))
+        tables.append(_by_class("In training, by class (% of samples)", [], rows, names, notes, top))
     tables += [_probe(report.probe)] if report.probe else []
     return tables + ([mixture_table(report.mixtures)] if report.mixtures else [])
 
@@ -46,14 +47,14 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
     names, by = [spot.name for spot in measured.spots], measured.difficulty
     answers = by.by_correctness if by else []
     where = [f"Top-1: on these {whole(measured.images)} {measured.split} images."]
-    correctness = [[cell.name, whole(cell.images), *map(fraction, cell.mean)] for cell in answers]
+    correctness = [[cell.name, *map(fraction, cell.mean), whole(cell.images)] for cell in answers]
     tables = {
         "spots": [_spots(measured)] if measured.spots or measured.value is None else [],
         "classes": [_classes(measured.classes, names, where, top)] if measured.classes else [],
         "difficulty": [
             _deciles("the student's loss", "Loss", by.by_student_loss, names, where),
             _deciles("the teacher's confidence", "Confidence", by.by_teacher_confidence, names, where),
-            Sheet("By correctness (%)", ["Correctness", "Images", *map(named, names)], correctness),
+            Sheet("By correctness (%)", ["Correctness", *map(named, names), "Images"], correctness),
         ]
         if by
         else [],
@@ -106,8 +107,8 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
     spots = report.overall
     with_policy = any(spot.probability is not None for spot in spots)
     measured = any(spot.gradient_ratio is not None for spot in spots)
-    headers = ["Spot", "Kind", "Fraction", "", "First", "Last", "Min", "Max", *["p"] * with_policy]
-    headers += ["Gradient"] * measured
+    headers = ["Spot", "Kind", "Fraction", "", "First", "Last", "Min", "Max", *["Probability"] * with_policy]
+    headers += ["Gradient ratio"] * measured
     rows = [
         [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
         + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max)]
@@ -121,7 +122,7 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
         + "s" * (report.epochs != 1)
         + " so far" * (not report.finished),
         "Fraction: over all epochs; first, last, min, max: of single epochs"
-        + "; p: mean teacher-routing probability in the last." * with_policy
+        + "; probability: mean teacher-routing probability in the last epoch." * with_policy
         + "." * (not with_policy),
     ]
     notes += _dose_notes(report) if measured else []
@@ -132,7 +133,9 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
 
 def _dose_notes(report: doc.SpotsDocument) -> list[str]:
     """What the gradient ratios are, and how to set a weight that is far off."""
-    notes = ["Gradient: length of the loss's gradient at the student's feature over the task's; mean of epochs."]
+    notes = [
+        "Gradient ratio: the distillation loss's gradient at the student's feature over the task's; mean of epochs."
+    ]
     if report.balance:
         share = f"{report.balance:g} over {len(report.overall) - 1 or 1}"
         return [f"{notes[0][:-1]}, before it was balanced to {share} at each feature spot."]
@@ -156,16 +159,19 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
     steps = [key for key in STEPS if any(getattr(row, key) is not None for row in epochs)]
     losses = any(row.routed_ce is not None for row in epochs)
     headers = ["Epoch", *(named(spot.name) for spot in report.overall), *(STEPS[key] for key in steps)]
-    headers += ["Empty selection", *["CE routed", "CE student"] * losses]
+    headers += ["No sample", *["CE routed", "CE student"] * losses]
     rows = [
         [whole(row.epoch), *map(fraction, row.fraction), *(fraction(getattr(row, key)) for key in steps)]
         + [fraction(max((value for value in row.empty_selection if value is not None), default=None))]
         + [fixed(value, 2) for value in (row.routed_ce, row.student_ce) if losses]
         for row in shown
     ]
-    notes = ["Loss × γ, ÷ γ: steps that scaled the router's loss; count penalty: at which it was active."] * bool(steps)
+    notes = [
+        "Loss × γ, ÷ γ: steps at which the router's loss was multiplied or divided by the setting router.gamma; count "
+        "penalty: at which too few samples were selected, and that was penalised."
+    ] * bool(steps)
     several = len(report.overall) > 1
-    notes.append("Empty selection: steps that selected no sample" + ", at the spot with the most" * several + ".")
+    notes.append("No sample: steps that selected none" + ", at the spot with the most" * several + ".")
     notes += ["CE routed, student: mean cross-entropy of the routed network and of the student."] * losses
     notes += left_out(len(shown), len(epochs), "epochs")
     return Sheet("By epoch (% of samples; right of the spots, % of steps)", headers, rows, notes, text=0)
@@ -178,14 +184,15 @@ def _by_class(
     known = [(row.peak, row, more_cells, means) for row, more_cells, means in rows if row.peak is not None]
     ranked = sorted(known, key=lambda one: one[0], reverse=True)
     lines = [
-        [str(rank), named(row.name), *more_cells]
+        [named(row.name)]
         # Six characters hold any deviation (−100.0), so that the means stand under each other.
         + [f"{fraction(mean)} {deviation(d):>6}" for mean, d in zip(means, row.deviation, strict=True)]
-        for rank, (_, row, more_cells, means) in enumerate(ranked, start=1)
+        + more_cells
+        for _, row, more_cells, means in ranked
     ]
     shown, marked = both_ends(lines, top)
     notes = [*notes, *left_out(len(shown) - marked, len(ranked), "classes")]
-    return Sheet(title, ["#", "Class", *more, *map(named, names)], shown, notes, text=["Class"])
+    return Sheet(title, ["Class", *map(named, names), *more], shown, notes, text=["Class"])
 
 
 def _spots(measured: doc.Measured) -> Sheet:
@@ -213,16 +220,18 @@ def _classes(classes: doc.Classes, names: list[str], where: list[str], top: int 
 def _deciles(of: str, measure: str, deciles: list[doc.Decile], names: list[str], notes: list[str]) -> Sheet:
     rows = []
     for row in deciles:
-        cells = [fixed(row.from_, 3), fixed(row.to, 3), whole(row.images), fixed(row.student_top1, 1)]
-        rows.append([*cells, fixed(row.teacher_top1, 1), *map(fraction, row.mean)])
-    return Sheet(f"By difficulty: {of} (%)", [f"{measure} from", *DECILE, *map(named, names)], rows, notes, text=0)
+        top1 = [fixed(value, 1) for value in (row.student_top1, row.teacher_top1)]
+        rows.append([fixed(row.from_, 3), fixed(row.to, 3), *map(fraction, row.mean), whole(row.images), *top1])
+    return Sheet(
+        f"By difficulty: {of} (%)", [f"{measure} from", "to", *map(named, names), *DECILE], rows, notes, text=0
+    )
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
     shown = paths if top is None else paths[:PATHS]
     columns = columns_of(str, {"Path": "path"}) | columns_of(fraction, {"Fraction": "fraction"})
     columns[""] = lambda row: bar(row.fraction, BAR)
-    notes = [f"A letter per spot ({', '.join(map(named, names))}): T the teacher's part, S the student's."]
+    notes = [f"{LETTERS} ({', '.join(map(named, names))}). Fraction: mean probability."]
     return table("Paths (%)", shown, columns, [*notes, *left_out(len(shown), len(paths), "paths")])
 
 
@@ -235,7 +244,7 @@ def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
     columns["Student loss"] = lambda row: fixed(row.student_loss, 2)
     columns |= columns_of(fraction, {"Teacher confidence": "teacher_confidence"})
     notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
-    return table(f"Extremes at {named(ends.spot)} (%)", images, columns, notes, ["Class", *predictions])
+    return table(f"Extremes at {named(ends.spot)} (%)", images, columns, notes, ["Class", "File", *predictions])
 
 
 def _routed(routed: doc.RoutedNetwork) -> Sheet:
@@ -247,7 +256,8 @@ def _routed(routed: doc.RoutedNetwork) -> Sheet:
         notes.append(f"Sampled gates: mean of {sampled.draws} draws, standard deviation of top-1 {std}.")
         if sampled.top1 < min(routed.student.top1, routed.teacher.top1):
             notes.append(
-                "They are below both networks: where a path changes from one to the other, only the adapter was "
-                "trained for it, and neither network for the other's features. It trains the router, and is no product."
+                "Sampled gates are below both networks: where a path changes from one network to the other, only the "
+                "adapter was trained for it, and neither network for the other's features. It exists to train "
+                "the router; what is used afterwards is the student."
             )
     return Sheet("The routed network", ("Network", "Top-1 %", "Loss"), rows, notes)

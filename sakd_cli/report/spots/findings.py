@@ -1,0 +1,215 @@
+"""What a document of `sakd inspect-spots` says, in one sentence for each question of its page"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sakd_cli.documents.base import Number
+from sakd_cli.documents.spots import ClassDeviation, EpochRecord, Measured, SpotsDocument
+from sakd_cli.report.render.format import deviation, fixed, fraction, named, points, whole
+from sakd_cli.report.render.sheet import Sheet
+
+ALIKE = 0.01  # shares that differ by less are alike
+# What is said of a router by how much of the variance of its decisions the image explains, at the spot with the most.
+CHOICE = ((0.5, "It chooses"), (0.1, "It chooses in part"), (0.01, "Little more than coins"), (0.0, "It tosses coins"))
+SPOT = (
+    "A spot is a place in the network where the student copies the teacher. An image can use several, so the shares "
+    "add up to more than 100 %."
+)
+
+
+class Share(NamedTuple):
+    """The one measure of the opening: on an axis and in words, its mean at each spot, and the classes with theirs."""
+
+    axis: str
+    measure: str
+    means: Sequence[Number]
+    classes: Sequence[ClassDeviation]
+    trained: bool
+
+
+def share_of(report: SpotsDocument) -> Share:
+    """The trained router's probability where there is one, as the pictures have; else the share of the samples."""
+    found = report.measured
+    if found and found.value == "probability" and found.spots and not found.complement:
+        rows = found.classes.rows if found.classes else []
+        measure = "Bars, classes and pictures: the probability that the trained router distils an image at the spot "
+        measure += f"(teacher-routing probability). Means are over {whole(found.images)} {found.split} images."
+        means: list[Number] = [spot.mean for spot in found.spots]
+        return Share("trained router's probability, %", measure, means, rows, trained=True)
+    means = [spot.fraction for spot in report.overall]
+    measure = f"Bars and classes: share of the training samples distilled at the spot, {whole(report.epochs)} epochs."
+    return Share("training samples distilled, %", measure, means, report.by_class, trained=False)
+
+
+def ends_of(report: SpotsDocument) -> list[tuple[float, int, list[tuple[float, str]]]]:
+    """(range of its classes, spot, (deviation, class) from the highest) of every spot, the widest range first."""
+    known = [row for row in share_of(report).classes if None not in row.deviation]
+    found = []
+    for k in range(len(report.overall) if known else 0):
+        ranked = sorted(((row.deviation[k] or 0.0, named(row.name)) for row in known), key=lambda one: -one[0])
+        found.append((ranked[0][0] - ranked[-1][0], k, ranked))
+    return sorted(found, key=lambda one: -one[0])
+
+
+def most_used(report: SpotsDocument) -> str:
+    share = share_of(report)
+    pairs = zip(share.means, report.overall, strict=True)
+    ranked = sorted(((mean or 0.0, named(spot.name)) for mean, spot in pairs), key=lambda one: -one[0])
+    (most, first), *others = ranked
+    of = f"a mean probability of {fraction(most)} %" if share.trained else f"{fraction(most)} % of the training samples"
+    if not others:
+        return f"There is one: {first}, with {of}."
+    if most - ranked[-1][0] < ALIKE:
+        return f"None: all alike, {of} at each."
+    rest = ", ".join(f"{name} {fraction(less)} %" for less, name in others)
+    return f"{first}, with {of}; then {rest}."
+
+
+def which_classes(report: SpotsDocument) -> str:
+    if report.saturated:
+        return "For all alike."
+    ends = ends_of(report)
+    if not ends or len(ends[0][2]) < 2:
+        return "This run has no record by class."
+    wide, place, ranked = ends[0]
+    if wide < ALIKE:
+        return "For all alike: at no spot do two classes differ by a point."
+    (most, first), (least, last) = ranked[0], ranked[-1]
+    said = f"most often {first} ({deviation(most)}), least often {last} ({deviation(least)})"
+    return f"They differ most at {named(report.overall[place].name)}: {said}; points from the spot's mean."
+
+
+def class_table(report: SpotsDocument) -> Sheet | None:
+    """The classes at both ends of every spot."""
+    ends = sorted(ends_of(report), key=lambda one: one[1])
+    if report.saturated or not ends or len(ends[0][2]) < 2 or max(wide for wide, *_ in ends) < ALIKE:
+        return None
+    rows = [
+        [named(report.overall[k].name), *(f"{name} {deviation(value)}" for value, name in (ranked[0], ranked[-1]))]
+        for _, k, ranked in ends
+    ]
+    return Sheet("", ["Spot", "Most often", "Least often"], rows, text=3)
+
+
+def more_than_coins(report: SpotsDocument) -> str:
+    measured = report.measured
+    if report.saturated:
+        return report.saturated
+    if not measured or measured.value != "probability":
+        if report.overall[0].probability is not None:
+            return "Not known: the run has no survey of the trained router. sakd inspect-spots --live makes one."
+        return f"The {named(report.router)} router has no probabilities by image: it does not choose by what it sees."
+    known = [(spot.by_image, named(spot.name)) for spot in measured.spots if spot.by_image is not None]
+    if not known:
+        return "Neither: it decides the same for every image."
+    most = max(share for share, _ in known)
+    verdict = next(words for least, words in CHOICE if most >= least)
+    shares = ", ".join(f"{fixed(100 * share, 1)} % at {name}" for share, name in known)
+    scale = "coins: 0 %; every image decided: 100 %"
+    return f"{verdict}: of the variance of its decisions, knowing the image explains {shares} ({scale})."
+
+
+def _widest(report: SpotsDocument, of: Callable[[int], float]) -> tuple[int, str]:
+    """The spot where a figure is largest in size, and its name."""
+    place = max(range(len(report.overall)), key=lambda k: abs(of(k)))
+    return place, named(report.overall[place].name)
+
+
+def in_training(report: SpotsDocument) -> str:
+    k, name = _widest(report, lambda k: (report.overall[k].last or 0) - (report.overall[k].first or 0))
+    first, last = (fraction(value) for value in (report.overall[k].first, report.overall[k].last))
+    return f"{name} changed most: {first} % of the samples in the first epoch, {last} % in the last."
+
+
+def trained_router(report: SpotsDocument, measured: Measured) -> str:
+    k, name = _widest(report, lambda k: measured.spots[k].p95 - measured.spots[k].p05)
+    spot = measured.spots[k]
+    return f"Images differ most at {name}: nine in ten lie between {fraction(spot.p05)} % and {fraction(spot.p95)} %."
+
+
+def by_epoch(report: SpotsDocument, epochs: Sequence[EpochRecord]) -> str:
+    found = [
+        (max(known) - min(known), epoch.epoch, named(spot.name))
+        for epoch in epochs
+        for spot in epoch.spots
+        if (known := [one for one in spot.by_class if one is not None])
+    ]
+    if not found:
+        return ""
+    wide, epoch, name = max(found, key=lambda one: one[0])
+    return f"They lay furthest apart in epoch {epoch} of {len(epochs)}, at {name}: by {fixed(100 * wide, 1)} points."
+
+
+def by_difficulty(report: SpotsDocument, measured: Measured) -> str:
+    rows = measured.difficulty.by_student_loss if measured.difficulty else []
+    if len(rows) < 2:
+        return ""
+    k, name = _widest(report, lambda k: (rows[-1].mean[k] or 0) - (rows[0].mean[k] or 0))
+    more = (rows[-1].mean[k] or 0) - (rows[0].mean[k] or 0)
+    than = f"{fixed(abs(100 * more), 1)} points {'more' if (more > 0) != measured.complement else 'less'} often"
+    return f"At {name}, where the ends differ most, the hardest tenth is distilled {than} than the easiest."
+
+
+def by_agreement(report: SpotsDocument, measured: Measured) -> str:
+    groups = [one for one in (measured.difficulty.by_agreement if measured.difficulty else []) if one.images]
+    if len(groups) < 2:
+        return ""
+    k, name = _widest(report, lambda k: max(g.mean[k] or 0 for g in groups) - min(g.mean[k] or 0 for g in groups))
+    ranked = sorted(groups, key=lambda one: -(one.mean[k] or 0))
+    most, least = (f"{one.name} ({fraction(one.mean[k])} %)" for one in (ranked[0], ranked[-1]))
+    return f"The groups differ most at {name}: highest where {most}, lowest where {least}."
+
+
+def paths(measured: Measured) -> str:
+    if not measured.paths:
+        return ""
+    first, images = measured.paths[0], {one.path: one.images for one in measured.path_examples}.get
+    said = f"{first.path} is the most frequent: a mean probability of {fraction(first.fraction)} %"
+    count = images(first.path)
+    return said + (f"; {whole(count)} of {whole(measured.images)} images take it most probably." if count else ".")
+
+
+def one_image(epoch: EpochRecord) -> str:
+    shares = [
+        (sum(image.distilled) / (image.visits * len(image.distilled)), image.index)
+        for image in epoch.tracked
+        if image.visits and image.distilled
+    ]
+    if len(shares) < 2:
+        return ""
+    (most, first), (least, last) = max(shares), min(shares)
+    return (
+        f"Over all epochs and spots image {first} was distilled most often, {fraction(most)} % of the times, image "
+        f"{last} least, {fraction(least)} %."
+    )
+
+
+def extremes(measured: Measured) -> str:
+    known = [ends for ends in measured.extremes if ends.highest and ends.lowest]
+    if not known:
+        return ""
+    ends = max(known, key=lambda one: one.highest[0].value - one.lowest[0].value)
+    high, low = ends.highest[0], ends.lowest[0]
+    said = " and ".join(f"{named(one.label)} at {fraction(one.value)} %" for one in (high, low))
+    return f"The ends lie furthest apart at {named(ends.spot)}: {said}."
+
+
+def reliability(measured: Measured) -> str:
+    said = []
+    for name in ("student", "teacher"):
+        bins = getattr(measured.routed, f"{name}_reliability")
+        known = [(one.images, one.confidence, one.correct or 0) for one in bins if one.confidence is not None]
+        if total := sum(n for n, *_ in known):
+            off = 100 * sum(n * (sure - right) for n, sure, right in known) / total
+            said.append(f"the {name} is {fixed(abs(off), 1)} points {'too sure' if off > 0 else 'too unsure'}")
+    return f"On average {', '.join(said)}." if said else ""
+
+
+def routed_network(measured: Measured) -> str:
+    if not (routed := measured.routed) or not routed.sampled:
+        return ""
+    less = points(routed.sampled.top1 - routed.student.top1, 2)
+    return (
+        f"Top-1 {fixed(routed.sampled.top1, 2)} % where the part of one network or the other is drawn at every spot: "
+        f"{less} points against the student alone, on the same {whole(routed.images)} test images."
+    )
