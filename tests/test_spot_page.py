@@ -21,10 +21,11 @@ from sakd_cli.cli.app import run
 from sakd_cli.documents.spots import EpochRecord, SpotsDocument, TrackedImage
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
-from sakd_cli.report.render.charts import Heat, Lines, Series, drawn, shades, ticks, zoom
+from sakd_cli.report.render.charts import Heat, Lines, Series, dashes, drawn, shades, ticks, zoom
 from sakd_cli.report.render.html import Answer, Gallery, Opening, Picture, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
+from sakd_cli.report.spots.findings import findings
 from sakd_cli.report.spots.log import History, history
 from sakd_cli.report.spots.page import Seen, spot_page
 from sakd_cli.report.spots.survey import measure
@@ -209,6 +210,48 @@ def test_the_page_begins_with_the_answer() -> None:
     assert "None: all alike, 50.0&nbsp;% of the training samples at each." in alone
     weak = [spot.model_copy(update={"gradient_ratio": 0.013}) for spot in document().overall]
     assert "gradient ratio 0.013: hardly acts" in spot_page(document(overall=weak), Seen({})).partition("<nav>")[0]
+
+
+def test_every_question_is_answered_from_the_numbers() -> None:
+    bins = [{"images": 30, "confidence": 0.9, "correct": 0.6}, {"images": 10, "confidence": 0.5, "correct": 0.6}]
+    report = document()
+    assert report.measured is not None
+    assert report.measured.routed is not None
+    scores = {"images": 40, "student": {"top1": 60.0, "loss": 1.0}, "sampled": {"top1": 42.5, "loss": 2.0}}
+    scores["sampled"] |= {"draws": 3, "top1_std": 0.5}
+    scores |= {"teacher": {"top1": 70.0, "loss": 1.0}, "student_reliability": bins}
+    routed = type(report.measured.routed).model_validate(scores)
+    spots = [report.overall[0].model_copy(update={"first": 0.25, "last": 0.75}), report.overall[1]]
+    update = {"measured": report.measured.model_copy(update={"routed": routed}), "overall": spots}
+    epochs = a_history().epochs
+    epochs[-1].tracked.append(TrackedImage(index=12, visits=2, distilled=[2, 2]))
+    said = findings(report.model_copy(update=update), epochs)
+    assert all(said.values()), said
+    expected = {
+        "In training": "stage2 changed most: 25.0 % of the samples in the first epoch, 75.0 % in the last.",
+        "Class by epoch": "They lay furthest apart in epoch 1 of 3, at stage2: by 75.0 points.",
+        "By difficulty": "At logits, where the ends differ most, the hardest tenth is distilled 50.0 points less often",
+        "One image": "image 12 was distilled most often, at 100.0 %, image 11 least, at 75.0 %.",
+        "Reliability": "the student is 20.0 points too sure",
+        "The routed network": "−17.50 points against the student alone, on the same 40 test images.",
+    }
+    for title, words in expected.items():
+        assert words in said[title]
+    page = spot_page(report, Seen({}))
+    for title in re.findall(r"<h2>(.*?)</h2>", page):
+        part = page.partition(f"<h2>{title}</h2>")[2].partition("</section>")[0]
+        assert 'class="answer"' in part or title == "The routed network", title
+        assert f"<h3>{title}</h3>" not in part, "no heading twice"
+
+
+def test_curves_on_each_other_are_both_seen_and_equally_thin() -> None:
+    same, other = [Series(name, [1, 2], [50.0, 60.0], k) for k, name in enumerate("ab")], Series("c", [1, 2], [9, 9], 2)
+    chart = Lines("t", "epoch", "%", [*same, other])
+    assert dashes(chart) == ["", "8 8", ""]
+    assert len({*re.findall(r'stroke-width="([\d.]+)"', drawn(chart))}) == 1
+    flat = Heat("t", ["r"], ["1", "2"], [[20.0, 40.0]], 40.0, ("a", "b"), least=20.0)
+    assert shades(flat, 20.0)[0] == "#f6f7f8"
+    assert shades(flat, 20.0, dark=True) == ("#1e252d", "#fff"), "nothing is not the brightest in the dark"
 
 
 def test_a_saturated_router_is_one_sentence_there_too() -> None:

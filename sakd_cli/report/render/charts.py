@@ -3,6 +3,7 @@
 `plots.py` draws the same charts with matplotlib, for files. Shares stand on a whole axis from 0 to 100.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from math import floor, log10
@@ -115,6 +116,11 @@ def text(value: str) -> str:
     return escape(plain(value), quote=True)
 
 
+def kept(sentence: str) -> str:
+    """A sentence in which no figure is parted at the end of a line, from its percent sign or by thousands."""
+    return re.sub(r"(?<=\d) (?=%|\d{3}\b)", "&nbsp;", text(sentence))
+
+
 def drawn(chart: Chart) -> str:
     """The chart as a figure: title, legend, drawing, note."""
     names: list[tuple[str, int, str]] = []
@@ -128,7 +134,7 @@ def drawn(chart: Chart) -> str:
         drawing = _heat(chart)
     keys = "".join(f"<li>{_swatch(colour, kind)}{text(name)}</li>" for name, colour, kind in names)
     legend = f'<ul class="legend">{keys}</ul>' if names else ""
-    note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
+    note = f'<p class="note">{kept(chart.note)}</p>' if chart.note else ""
     kind = ""
     if isinstance(chart, Heat) and chart.width != WIDTH:
         kind = ' class="small"' if chart.width < WIDTH else ' class="broad"'
@@ -315,7 +321,7 @@ def _scale(chart: Heat, y: float) -> list[str]:
 
 def _bars(chart: Bars) -> str:
     longest = max([extent(name) for name, *_ in chart.rows], default=0.0)
-    x0, x1, thick = min(longest + 8, 0.47 * WIDTH), WIDTH - 40.0, 12
+    x0, x1, thick = min(longest + 8, 0.53 * WIDTH), WIDTH - 40.0, 12
     several = max(len(chart.series), 1)
     high = several * thick + (LINE + 4 if any(chart.remarks) else 8)
     bottom = 6 + high * len(chart.rows)

@@ -9,10 +9,11 @@ import base64
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.base import Part
-from sakd_cli.report.render.charts import Chart, drawn, text
+from sakd_cli.report.render.charts import Chart, drawn, kept, text
 from sakd_cli.report.render.format import named
 from sakd_cli.report.render.sheet import MORE, Sheet
 
@@ -106,8 +107,12 @@ padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-ra
 .question{font-size:1.05rem;font-style:italic;margin:.2rem 0}
 .answer{margin:.2rem 0 .8rem;font-weight:600}
 summary{cursor:pointer;font-weight:600;margin:.6rem 0;color:var(--link)}
-figure{display:inline-block;vertical-align:top;width:min(100%,28rem);margin:.6rem 0 1rem;break-inside:avoid}
-@media (min-width:48rem){section>figure:not(.broad){margin-right:2rem}}
+figure{display:inline-block;vertical-align:top;width:min(100%,23rem);margin:.6rem 0 1rem;break-inside:avoid}
+section{display:flex;flex-wrap:wrap;align-items:flex-start;gap:0 1.5rem}
+section>*{flex:1 0 100%;min-width:0;max-width:100%}
+section>figure{flex:0 1 auto}
+section>figure~:not(figure){flex:1 1 30rem}
+.opening figure{width:min(100%,27rem)}
 figure.broad{width:min(100%,50rem)}
 figure.broad .wide{border:0}
 figure.small{width:100%;margin:0}
@@ -132,12 +137,12 @@ g:hover>.h{stroke:var(--ink)}
 .legend .l{stroke-width:2}
 .wide{overflow:auto;border:1px solid var(--line);border-radius:4px}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:.9rem;min-width:100%}
-th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th,td{padding:.25rem .45rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th.t,td.t{text-align:left}
-td.t{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
-thead th{position:sticky;top:0;background:var(--head);padding:0;z-index:2}
+td.t{white-space:normal;overflow-wrap:anywhere;min-width:5rem}
+thead th{white-space:normal;overflow-wrap:normal;position:sticky;top:0;background:var(--head);padding:0;z-index:2}
 th:first-child,td:first-child{position:sticky;left:0;z-index:1}
-.t:first-child{white-space:normal;min-width:min(9rem,30vw)}
+.t:first-child{white-space:normal;min-width:min(7rem,30vw)}
 td:first-child{background:var(--bg)}
 .opening td:first-child{background:var(--card)}
 .opening td.t,.opening th.t{min-width:0}
@@ -147,7 +152,7 @@ td:first-child{background:var(--bg)}
 .opening th button{padding:.2rem .5rem}
 td.bar{white-space:nowrap;color:var(--0);letter-spacing:-.5px}
 thead th:first-child{z-index:3}
-th button{all:unset;box-sizing:border-box;display:block;width:100%;padding:.35rem .6rem;cursor:pointer;font-weight:600}
+th button{all:unset;box-sizing:border-box;display:block;width:100%;padding:.35rem .45rem;cursor:pointer;font-weight:600}
 th button:focus-visible,.wide:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
@@ -160,7 +165,7 @@ th[aria-sort=descending] button::after{content:" \\2193"}
 .plotted figure{grid-column:2;grid-row:1/3}
 text.k{fill:var(--a)}
 @media screen and (prefers-color-scheme:dark){rect.k,text.k{fill:var(--z)}}
-@media print{body{max-width:none;padding:0;font-size:11pt}nav{display:none}
+@media print{section{display:block}body{max-width:none;padding:0;font-size:11pt}nav{display:none}
 .wide{overflow:visible;max-height:none!important;border:0}
 table{font-size:7.5pt;min-width:0;width:100%}th,td{white-space:normal;padding:1pt 3pt;overflow-wrap:anywhere}
 thead th,th:first-child,td:first-child{position:static}th button{padding:1pt 3pt}tr{break-inside:avoid}
@@ -213,14 +218,14 @@ def page(
     body = "".join(
         f'<section id="s{number}"><h2>{text(section.title)}</h2>'
         + (f'<p class="question">{text(section.question)}</p>' if section.question else "")
-        + (f'<p class="answer">{_kept(section.answer)}</p>' if section.answer else "")
-        + f"{''.join(map(_block, section.blocks))}</section>\n"
+        + (f'<p class="answer">{kept(section.answer)}</p>' if section.answer else "")
+        + f"{''.join(map(_block, _untitled(section)))}</section>\n"
         for number, section in enumerate(sections)
     )
     first = ""
     if opening and opening.answers:
         answers = "".join(
-            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{_kept(said)}</dd>' for said in one.answer)}"
+            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{kept(said)}</dd>' for said in one.answer)}"
             + (f"<dd>{_table(one.table)}</dd>" if one.table else "")
             for one in opening.answers
         )
@@ -248,9 +253,17 @@ def png(pixels: "NDArray[Any]") -> bytes:
     return buffer.getvalue()
 
 
-def _kept(sentence: str) -> str:
-    """A sentence in which no figure is parted from its percent sign at the end of a line."""
-    return text(sentence).replace(" %", "&nbsp;%")
+def _untitled(section: Section) -> list[Block]:
+    """The blocks; a table with the title of the section has only what that adds."""
+
+    def short(sheet: Sheet) -> Sheet:
+        rest = sheet.title.removeprefix(section.title).strip(" ()")
+        return replace(sheet, title=rest[:1].upper() + rest[1:])
+
+    same = (isinstance(block, Sheet) and block.title.startswith(section.title) for block in section.blocks)
+    return [
+        short(one) if own and isinstance(one, Sheet) else one for one, own in zip(section.blocks, same, strict=True)
+    ]
 
 
 def _block(block: Block) -> str:
@@ -261,7 +274,7 @@ def _block(block: Block) -> str:
         return f"<details><summary>{text(block.title)}</summary>{within}</details>"
     if not isinstance(block, Gallery):
         return drawn(block)
-    return f'<h3>{text(block.title)}</h3><ul class="tiles">{"".join(map(_tile, block.tiles))}</ul>'
+    return f'<div><h3>{text(block.title)}</h3><ul class="tiles">{"".join(map(_tile, block.tiles))}</ul></div>'
 
 
 def _tile(tile: Tile) -> str:
@@ -290,7 +303,7 @@ def _table(sheet: Sheet) -> str:
         for row in sheet.rows
         if row != MORE
     )
-    notes = "".join(f'<p class="note">{text(note)}</p>' for note in sheet.notes)
+    notes = "".join(f'<p class="note">{kept(note)}</p>' for note in sheet.notes)
     table = f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     heading = f"<h3>{text(sheet.title)}</h3>" if sheet.title else ""
-    return f"{heading}{table if sheet.headers else ''}{notes}"
+    return f"<div>{heading}{table if sheet.headers else ''}{notes}</div>"

@@ -68,14 +68,16 @@ def _table(compared: Comparison) -> Sheet:
     """A row each for the teacher, the controls and the run's own group; differences are those of the own group."""
     first, mine = compared.runs[0], compared.runs[0].group
     of = [[run for run in compared.counted if run.group == k] for k in range(len(compared.groups))]
-    rows = [["teacher", fixed(first.teacher_top1, 2), DASH, DASH]]
+    own, teacher = compared.groups[mine].top1, first.teacher_top1
+    less = DASH if own is None or teacher is None else points(own.mean - teacher, 2)
+    rows = [["teacher", fixed(teacher, 2), less, DASH]]
     for k, group in enumerate(compared.groups):
         router = named(of[k][0].router)
         role = f"this run: {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
-        own = [plain(word) for word in group.label.split() if "=" in word and not word.endswith("=0.0")]
-        name = " ".join([role, *(f"({word.replace('method.balance=', 'loss balanced to ')})" for word in own)])
-        less = None if k == mine else paired_test(by_seed(of[mine]), by_seed(of[k])).difference
-        shown = DASH if less is None else points(less, 2)
+        words = [plain(word) for word in group.label.split() if "=" in word and not word.endswith("=0.0")]
+        name = " ".join([role, *(f"({word.replace('method.balance=', 'loss balanced to ')})" for word in words)])
+        test = None if k == mine else paired_test(by_seed(of[mine]), by_seed(of[k])).difference
+        shown = DASH if test is None else points(test, 2)
         rows.append([name, mean_std(group.top1), shown, whole(len(group.seeds))])
     order = ["teacher", *dict.fromkeys(ROLES.values())]
     rows.sort(key=lambda row: next((n for n, role in enumerate(order) if row[0].startswith(role)), len(order)))

@@ -19,7 +19,7 @@ from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, e
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.charts import Chart
 from sakd_cli.report.render.format import fixed, named
-from sakd_cli.report.render.html import Answer, Opening, Section
+from sakd_cli.report.render.html import Answer, Folded, Opening, Section
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.runs.compare import compare
@@ -45,9 +45,9 @@ class RunPage:
         for part in PARTS:
             part(self)
 
-    def add(self, title: str, blocks: Sequence[Any], question: str = "", plot: str = "") -> None:
+    def add(self, title: str, blocks: Sequence[Any], question: str = "", plot: str = "", answer: str = "") -> None:
         """A section; plot: the name of the PNG file with its charts."""
-        self.sections.append(Section(title, blocks, question))
+        self.sections.append(Section(title, blocks, question, answer))
         charts = [block for block in blocks if isinstance(block, Chart)]
         if plot and charts and self.plotted:
             self.plots[plot] = plots.rendered(plots.figure_of(charts), "png")
@@ -70,10 +70,10 @@ def _result(page: RunPage) -> None:
     if page.run.finished:
         summary = summary_table(page.run.summary)
         blocks = summary.renderables if isinstance(summary, Group) else [summary]
-        page.add("Result", blocks, "How good are student and teacher on the test images?")
         last, teacher = page.run.summary.last, page.run.summary.teacher
         said = f"Top-1 {fixed(last.top1, 2)} % on the test images after the last epoch"
         said += f"; its teacher {fixed(teacher.top1, 2)} %." if teacher else "."
+        page.add("Result", blocks, "How good are student and teacher on the test images?", answer=said)
         page.opening = Opening([Answer("How good is it?", [said])], [])
 
 
@@ -92,9 +92,14 @@ def _curves(page: RunPage) -> None:
         f"{selected}: the images that choose the best epoch. Training: means over the epoch's steps, as augmented."
     ]
     sheet = table("By epoch", curve, columns, notes, text=0)
-    page.add(
-        "Curves", [*curve_charts(page.comparison), sheet], "Was the training long enough, and did it overfit?", "curves"
-    )
+    known = [(point.top1, point.epoch) for point in curve if point.top1 is not None]
+    said = ""
+    if known:
+        (best, epoch), (last, end) = max(known), known[-1]
+        said = f"{selected} top-1 was highest in epoch {epoch} of {end}, {fixed(best, 2)} %"
+        said += f"; in the last {fixed(last, 2)} %." if epoch < end else ": more epochs may help."
+    blocks = [*curve_charts(page.comparison), Folded("By epoch", [sheet])]
+    page.add("Curves", blocks, "Was the training long enough, and did it overfit?", "curves", said)
 
 
 def _spots(page: RunPage) -> None:
@@ -117,7 +122,10 @@ def _mixtures(page: RunPage) -> None:
     if (record := read_mixtures(page.run)) is not None:
         question = "Which blocks of the teacher does the student learn from?"
         blocks = [mixture_chart(record), mixture_table(record)]
-        page.add("Mixtures of the teacher's blocks", blocks, question, "mixtures")
+        groups = [
+            f"{named(group.name)} most from block {group.largest} of {len(group.alpha)}" for group in record.groups
+        ]
+        page.add("Mixtures of the teacher's blocks", blocks, question, "mixtures", f"{'; '.join(groups)}.")
 
 
 def _residual(page: RunPage) -> None:
@@ -127,7 +135,11 @@ def _residual(page: RunPage) -> None:
         stages = list(zip(costs, found.stage_top1, strict=False))
         chart = exit_chart(found.curve, found.early, found.early.top1, "thresholds in use", stages)
         question = "How much accuracy does each further student buy, and at what cost?"
-        page.add("Residual students", [chart, ensemble_summary(found), curve_table(found.curve)], question, "exits")
+        unit_name = "% of the teacher's operations" if unit != 1e-6 else "million operations"
+        steps = [f"{fixed(top1, 2)} % at {fixed(cost, 0)}" for cost, top1 in stages]
+        said = f"With one student more at a time: {', '.join(steps)} {unit_name}."
+        blocks = [chart, ensemble_summary(found), curve_table(found.curve)]
+        page.add("Residual students", blocks, question, "exits", said)
 
 
 def _environment(page: RunPage) -> None:

@@ -1,6 +1,6 @@
 """The document of `sakd inspect-spots` as charts"""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sakd_cli.documents import spots as doc
@@ -86,17 +86,18 @@ def difficulty_charts(report: doc.SpotsDocument) -> list[Chart]:
     return charts
 
 
-def path_chart(report: doc.SpotsDocument) -> Bars:
-    """Expected fractions of the most frequent paths."""
+def path_chart(report: doc.SpotsDocument, counts: Mapping[str, int] | None = None) -> Bars:
+    """Expected fractions of the most frequent paths, or of those in `counts` (most probable for so many images)."""
     measured = report.measured
     paths = (measured.paths if measured else None) or []
-    shown = paths[:PATHS_SHOWN]
+    shown = [row for row in paths if row.path in counts] if counts else paths[:PATHS_SHOWN]
     names = ", ".join(plain(spot.name) for spot in measured.spots) if measured else ""
     note = f"{LETTERS} ({names}). The probability is the mean over all images."
     note += "" if len(shown) == len(paths) else f" {len(shown)} of {len(paths)} paths."
     rows: list[Row] = [(row.path, percent([row.fraction]), []) for row in shown]
     what = f"mean probability, {SPLITS[measured.split] if measured else 'images'}, %"
-    return Bars("The most frequent paths", what, ["images"], rows, note)
+    told = [f"most probable for {whole(counts[row.path])} images" for row in shown] if counts else []
+    return Bars("The most frequent paths", what, ["images"], rows, note, told)
 
 
 PANELS: dict[str, Callable[[doc.SpotsDocument], list[Chart]]] = {
@@ -175,7 +176,9 @@ def agreement_chart(measured: doc.Measured) -> Bars:
         )
         for group in groups
     ]
-    note = f"{whole(measured.images)} {SPLITS[measured.split]}. Line at a bar's end: 95 % interval of the mean."
+    note = (
+        f"{whole(measured.images)} {SPLITS[measured.split]}; alike: with one answer. Line: 95 % interval of the mean."
+    )
     names = [plain(spot.name) for spot in measured.spots]
     return Bars("By the answers of student and teacher (number of images)", WHAT[measured.value], names, rows, note)
 
@@ -192,7 +195,9 @@ def reliability_chart(routed: doc.RoutedNetwork) -> Lines:
         series.append(Series(name, x, y, k, band=band))
     note = f"{whole(routed.images)} test images. Below the dotted line a network is surer than it is right. "
     note += "Band: 95 % interval of the fraction right."
-    return Lines("Reliability", "confidence (largest probability), %", "right answers, %", series, note=note)
+    return Lines(
+        "How often right, by how sure", "confidence (largest probability), %", "right answers, %", series, note=note
+    )
 
 
 def _wilson(fraction: float, count: int) -> tuple[float, float]:

@@ -118,6 +118,8 @@ def _widest(report: SpotsDocument, of: Callable[[int], float]) -> tuple[int, str
 def in_training(report: SpotsDocument) -> str:
     k, name = _widest(report, lambda k: (report.overall[k].last or 0) - (report.overall[k].first or 0))
     first, last = (fraction(value) for value in (report.overall[k].first, report.overall[k].last))
+    if abs((report.overall[k].last or 0) - (report.overall[k].first or 0)) < ALIKE:
+        return "From the first epoch to the last no spot changed by a point."
     return f"{name} changed most: {first} % of the samples in the first epoch, {last} % in the last."
 
 
@@ -127,26 +129,22 @@ def trained_router(report: SpotsDocument, measured: Measured) -> str:
     return f"Images differ most at {name}: nine in ten lie between {fraction(spot.p05)} % and {fraction(spot.p95)} %."
 
 
-def by_epoch(report: SpotsDocument, epochs: Sequence[EpochRecord]) -> str:
-    found = [
-        (max(known) - min(known), epoch.epoch, named(spot.name))
-        for epoch in epochs
-        for spot in epoch.spots
-        if (known := [one for one in spot.by_class if one is not None])
-    ]
-    if not found:
-        return ""
-    wide, epoch, name = max(found, key=lambda one: one[0])
-    return f"They lay furthest apart in epoch {epoch} of {len(epochs)}, at {name}: by {fixed(100 * wide, 1)} points."
+def by_epoch(epochs: Sequence[EpochRecord]) -> str:
+    known = [(e.epoch, spot.name, [x for x in spot.by_class if x is not None]) for e in epochs for spot in e.spots]
+    ranges = [(max(values) - min(values), epoch, named(name)) for epoch, name, values in known if values]
+    wide, epoch, name = max(ranges, key=lambda one: one[0], default=(0.0, 0, ""))
+    furthest = (
+        f"They lay furthest apart in epoch {epoch} of {len(epochs)}, at {name}: by {fixed(100 * wide, 1)} points."
+    )
+    return furthest if name else ""
 
 
 def by_difficulty(report: SpotsDocument, measured: Measured) -> str:
-    rows = measured.difficulty.by_student_loss if measured.difficulty else []
-    if len(rows) < 2:
+    if not measured.difficulty or len(rows := measured.difficulty.by_student_loss) < 2:
         return ""
-    k, name = _widest(report, lambda k: (rows[-1].mean[k] or 0) - (rows[0].mean[k] or 0))
-    more = (rows[-1].mean[k] or 0) - (rows[0].mean[k] or 0)
-    than = f"{fixed(abs(100 * more), 1)} points {'more' if (more > 0) != measured.complement else 'less'} often"
+    more = [(last or 0) - (first or 0) for first, last in zip(rows[0].mean, rows[-1].mean, strict=True)]
+    k, name = _widest(report, more.__getitem__)
+    than = f"{fixed(abs(100 * more[k]), 1)} points {'more' if (more[k] > 0) != measured.complement else 'less'} often"
     return f"At {name}, where the ends differ most, the hardest tenth is distilled {than} than the easiest."
 
 
@@ -154,55 +152,48 @@ def by_agreement(report: SpotsDocument, measured: Measured) -> str:
     groups = [one for one in (measured.difficulty.by_agreement if measured.difficulty else []) if one.images]
     if len(groups) < 2:
         return ""
-    k, name = _widest(report, lambda k: max(g.mean[k] or 0 for g in groups) - min(g.mean[k] or 0 for g in groups))
-    ranked = sorted(groups, key=lambda one: -(one.mean[k] or 0))
-    most, least = (f"{one.name} ({fraction(one.mean[k])} %)" for one in (ranked[0], ranked[-1]))
-    return f"The groups differ most at {name}: highest where {most}, lowest where {least}."
+    columns = [[one.mean[k] or 0.0 for one in groups] for k in range(len(report.overall))]
+    k, name = _widest(report, lambda k: max(columns[k]) - min(columns[k]))
+    ends = (columns[k].index(end(columns[k])) for end in (max, min))
+    most, least = (f"{groups[n].name} ({fraction(columns[k][n])} %)" for n in ends)
+    return f"The groups differ most at {name}. Highest: {most}; lowest: {least}."
 
 
 def paths(measured: Measured) -> str:
     if not measured.paths:
         return ""
-    first, images = measured.paths[0], {one.path: one.images for one in measured.path_examples}.get
-    said = f"{first.path} is the most frequent: a mean probability of {fraction(first.fraction)} %"
-    count = images(first.path)
-    return said + (f"; {whole(count)} of {whole(measured.images)} images take it most probably." if count else ".")
+    first, images = measured.paths[0], {one.path: one.images for one in measured.path_examples}
+    said = f"{first.path} is the most frequent, with a mean probability of {fraction(first.fraction)} %"
+    count = f"; for {whole(images[first.path])} of {whole(measured.images)} images no path is more probable"
+    return f"{said}{count if first.path in images else ''}."
 
 
-def one_image(epoch: EpochRecord) -> str:
-    shares = [
-        (sum(image.distilled) / (image.visits * len(image.distilled)), image.index)
-        for image in epoch.tracked
-        if image.visits and image.distilled
-    ]
-    if len(shares) < 2:
-        return ""
-    (most, first), (least, last) = max(shares), min(shares)
-    return (
-        f"Over all epochs and spots image {first} was distilled most often, {fraction(most)} % of the times, image "
-        f"{last} least, {fraction(least)} %."
-    )
+def one_image(epochs: Sequence[EpochRecord]) -> str:
+    seen = [image for image in epochs[-1].tracked if image.visits and image.distilled] if epochs else []
+    shares = [(sum(image.distilled) / (image.visits * len(image.distilled)), image.index) for image in seen]
+    (most, first), (least, last) = max(shares, default=(0.0, 0)), min(shares, default=(0.0, 0))
+    said = f"image {first} was distilled most often, at {fraction(most)} %, image {last} least, at {fraction(least)} %."
+    return f"Of all chances, over epochs and spots, {said}" if len(shares) > 1 else ""
 
 
 def extremes(measured: Measured) -> str:
     known = [ends for ends in measured.extremes if ends.highest and ends.lowest]
-    if not known:
+    wide = max(known, key=lambda one: one.highest[0].value - one.lowest[0].value, default=None)
+    if wide is None:
         return ""
-    ends = max(known, key=lambda one: one.highest[0].value - one.lowest[0].value)
-    high, low = ends.highest[0], ends.lowest[0]
-    said = " and ".join(f"{named(one.label)} at {fraction(one.value)} %" for one in (high, low))
-    return f"The ends lie furthest apart at {named(ends.spot)}: {said}."
+    said = (f"{named(one.label)} at {fraction(one.value)} %" for one in (wide.highest[0], wide.lowest[0]))
+    return f"The ends lie furthest apart at {named(wide.spot)}: {' and '.join(said)}."
 
 
 def reliability(measured: Measured) -> str:
     said = []
     for name in ("student", "teacher"):
-        bins = getattr(measured.routed, f"{name}_reliability")
+        bins = getattr(measured.routed, f"{name}_reliability", ())
         known = [(one.images, one.confidence, one.correct or 0) for one in bins if one.confidence is not None]
         if total := sum(n for n, *_ in known):
             off = 100 * sum(n * (sure - right) for n, sure, right in known) / total
             said.append(f"the {name} is {fixed(abs(off), 1)} points {'too sure' if off > 0 else 'too unsure'}")
-    return f"On average {', '.join(said)}." if said else ""
+    return f"On average {' and '.join(said)}." if said else ""
 
 
 def routed_network(measured: Measured) -> str:
@@ -213,3 +204,16 @@ def routed_network(measured: Measured) -> str:
         f"Top-1 {fixed(routed.sampled.top1, 2)} % where the part of one network or the other is drawn at every spot: "
         f"{less} points against the student alone, on the same {whole(routed.images)} test images."
     )
+
+
+def findings(report: SpotsDocument, epochs: Sequence[EpochRecord]) -> dict[str, str]:
+    """The sentences by the sections of the page; none where the data are missing."""
+    found = {"Class by epoch": by_epoch(epochs), "One image": one_image(epochs)}
+    if not report.saturated:
+        found |= {"In training": in_training(report), "By class": which_classes(report)}
+    if measured := report.measured:
+        found |= {"Extremes": extremes(measured), "Reliability": reliability(measured)}
+        found |= {"The routed network": routed_network(measured), "Paths": paths(measured)}
+        found |= {"By difficulty": by_difficulty(report, measured), "By agreement": by_agreement(report, measured)}
+        found |= {"The trained router": trained_router(report, measured)} if measured.spots else {}
+    return found

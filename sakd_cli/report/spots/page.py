@@ -6,21 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.config.routers import selects
 from sakd_cli.documents.spots import ExtremeImage, Measured, SpotsDocument
+from sakd_cli.report.render import html
 from sakd_cli.report.render.charts import Bars, Lines, Row, zoom
 from sakd_cli.report.render.format import WHAT, fixed, fraction, named, whole
-from sakd_cli.report.render.html import (
-    Answer,
-    Block,
-    Folded,
-    Gallery,
-    Opening,
-    Picture,
-    Section,
-    Tile,
-    facts_of,
-    page,
-    png,
-)
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
 from sakd_cli.report.spots import findings as found
@@ -68,19 +56,19 @@ class Seen(NamedTuple):
 
 def spot_page(report: SpotsDocument, seen: Seen) -> str:
     """The page of a document of `inspect-spots`."""
-    facts = facts_of(report, ("teacher", "student", "dataset", "method", "router"))
+    facts = html.facts_of(report, ("teacher", "student", "dataset", "method", "router"))
     facts += [("Epochs", f"{report.epochs}{'' if report.finished else ' so far'}"), ("Run", named(report.run))]
-    return page("Where knowledge flowed", facts, spot_sections(report, seen), spot_opening(report, seen))
+    return html.page("Where knowledge flowed", facts, spot_sections(report, seen), spot_opening(report, seen))
 
 
-def spot_opening(report: SpotsDocument, seen: Seen) -> Opening:
+def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     """The answer: sentences, how often each spot was used, the images at both ends of the spot that differs most."""
     said = seen.helped or (CONTROLS if selects(report.router or "") else NOT_ROUTED)
     answers = [
-        Answer("Did routing help?", [said], seen.controls),
-        Answer("Which spot was used most?", [found.SPOT, found.most_used(report)]),
-        Answer("For which classes?", [found.which_classes(report)], found.class_table(report)),
-        Answer("Does it choose, or toss coins?", [found.more_than_coins(report)]),
+        html.Answer("Did routing help?", [said], seen.controls),
+        html.Answer("Which spot was used most?", [found.SPOT, found.most_used(report)]),
+        html.Answer("For which classes?", [found.which_classes(report)], found.class_table(report)),
+        html.Answer("Does it choose, or toss coins?", [found.more_than_coins(report)]),
     ]
     share, measured, ends = found.share_of(report), report.measured, found.ends_of(report)
     doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
@@ -88,109 +76,93 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> Opening:
     rows: list[Row] = [
         (named(spot.name), charts.percent([mean]), []) for spot, mean in zip(report.overall, share.means, strict=True)
     ]
-    blocks: list[Block] = [Bars("How often each spot is used", share.axis, ["all"], rows, share.measure, told)]
+    blocks: list[html.Block] = [Bars("How often each spot is used", share.axis, ["all"], rows, share.measure, told)]
     if measured and measured.extremes and seen.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
         how = "" if share.trained else f" ({WHAT['rate' if measured.value == 'rate' else 'probability']})"
         for end, images in zip(names, (shown.highest[:OPENING], shown.lowest[:OPENING]), strict=True):
             blocks.append(
-                Gallery(f"Distilled {end} at {named(shown.spot)}{how}", _tiles(images, seen.images, short=True))
+                html.Gallery(f"Distilled {end} at {named(shown.spot)}{how}", _tiles(images, seen.images, short=True))
             )
-    return Opening(answers, blocks)
+    return html.Opening(answers, blocks)
 
 
-def spot_sections(report: SpotsDocument, seen: Seen) -> list[Section]:
+def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
     """What a page says of the routing in detail."""
     measured, history = report.measured, seen.history
     overall, *by_epoch = spot_tables(report, top=None)
     by_epoch, by_class = by_epoch[:1], by_epoch[1:]
-    tables, plotted = defaultdict[str, list[Sheet]](list), defaultdict[str, list[Block]](list)
+    tables, plotted = defaultdict[str, list[Sheet]](list), defaultdict[str, list[html.Block]](list)
     for name in () if report.saturated else charts.panels_of(report):
         for chart in charts.PANELS[name](report):
             plotted[name] += zoom(chart) if isinstance(chart, Lines) else [chart]
+    if measured and measured.paths and measured.path_examples:  # those that have images
+        counts = {one.path: one.images for one in measured.path_examples}
+        plotted["paths"] = [charts.path_chart(report, counts)]
     if measured:
         tables.update(survey_tables(measured, top=None, extremes=None))
     tracked = history.epochs[-1].tracked if history else []
-    of = measured if measured and measured.spots else None
-    blocks: dict[str, tuple[Sequence[Block], str]] = {
-        "In training": (
-            [*plotted["epochs"], overall, *_folded(by_epoch)],
-            "" if report.saturated else found.in_training(report),
-        ),
-        "The trained router": (tables["spots"], found.trained_router(report, of) if of else ""),
-        "By class": ([*plotted["classes"], *_folded([*tables["classes"], *by_class])], found.which_classes(report)),
-        "Class by epoch": (
-            charts.history_charts(report, history) if history and report.by_class and not report.saturated else [],
-            found.by_epoch(report, history.epochs) if history else "",
-        ),
-        "By difficulty": (
-            [*plotted["difficulty"], *_folded(tables["difficulty"])],
-            found.by_difficulty(report, of) if of else "",
-        ),
-        "By agreement": (
-            [charts.agreement_chart(measured)] if measured and tables["difficulty"] else [],
-            found.by_agreement(report, of) if of else "",
-        ),
-        "Paths": (
-            [*plotted["paths"], *_path_galleries(measured, seen.images), *_folded(tables["paths"])],
-            found.paths(of) if of else "",
-        ),
-        "One image": (
-            _routes(report, history, seen.images) if history and tracked and not report.saturated else [],
-            found.one_image(history.epochs[-1]) if history else "",
-        ),
-        "Extremes": (
-            [*_extremes(measured, seen.images), *_folded(tables["extremes"])],
-            found.extremes(of) if of else "",
-        ),
-        "Reliability": (
-            [charts.reliability_chart(measured.routed)]
-            if measured and measured.routed and measured.routed.student_reliability
-            else [],
-            found.reliability(measured) if measured else "",
-        ),
-        "The routed network": (tables["routed"], found.routed_network(measured) if measured else ""),
+    blocks: dict[str, Sequence[html.Block]] = {
+        "In training": [*plotted["epochs"], overall, *_folded(by_epoch)],
+        "The trained router": tables["spots"],
+        "By class": [*plotted["classes"], *_folded([*tables["classes"], *by_class])],
+        "Class by epoch": charts.history_charts(report, history)
+        if history and report.by_class and not report.saturated
+        else [],
+        "By difficulty": [*plotted["difficulty"], *_folded(tables["difficulty"])],
+        "By agreement": [charts.agreement_chart(measured)] if measured and tables["difficulty"] else [],
+        "Paths": [*plotted["paths"], *_path_galleries(measured, seen.images), *_folded(tables["paths"])],
+        "One image": _routes(report, history, seen.images) if history and tracked and not report.saturated else [],
+        "Extremes": [*_extremes(measured, seen.images), *_folded(tables["extremes"])],
+        "Reliability": [charts.reliability_chart(measured.routed)]
+        if measured and measured.routed and measured.routed.student_reliability
+        else [],
+        "The routed network": tables["routed"],
     }
-    return [Section(title, shown, QUESTIONS[title], said) for title, (shown, said) in blocks.items() if shown]
+    said = found.findings(report, history.epochs if history else [])
+    parts = [(title, shown) for title, shown in blocks.items() if shown]
+    return [html.Section(title, shown, QUESTIONS[title], said.get(title, "")) for title, shown in parts]
 
 
-def _folded(sheets: Sequence[Sheet]) -> list[Block]:
-    return [Folded(sheet.title, [sheet]) for sheet in sheets]
+def _folded(sheets: Sequence[Sheet]) -> list[html.Block]:
+    return [html.Folded("In numbers", sheets)] if sheets else []
 
 
-def _extremes(measured: Measured | None, images: "Images") -> list[Block]:
-    galleries = list[Block]()
+def _extremes(measured: Measured | None, images: "Images") -> list[html.Block]:
+    galleries = list[html.Block]()
     if measured and images:
         # Extremes are by probability even where everything else is a sample.
         what = WHAT["rate" if measured.value == "rate" else "probability"]
         for ends in measured.extremes:
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
-                galleries.append(Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
-    return [*galleries[:2], Folded("At the other spots", galleries[2:])] if len(galleries) > 2 else galleries
+                galleries.append(html.Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
+    return [*galleries[:2], html.Folded("At the other spots", galleries[2:])] if len(galleries) > 2 else galleries
 
 
-def _path_galleries(measured: Measured | None, images: "Images") -> list[Block]:
-    galleries = list[Block]()
+def _path_galleries(measured: Measured | None, images: "Images") -> list[html.Block]:
+    galleries = list[html.Block]()
     for path in measured.path_examples if measured else ():
         if tiles := _tiles(path.examples, images):
             title = f"{path.path}: most probable for {whole(path.images)} images; the clearest, with its probability"
-            galleries.append(Gallery(title, tiles))
-    return [*galleries[:1], Folded("Images of the other paths", galleries[1:])] if len(galleries) > 1 else galleries
+            galleries.append(html.Gallery(title, tiles))
+    return (
+        [*galleries[:1], html.Folded("Images of the other paths", galleries[1:])] if len(galleries) > 1 else galleries
+    )
 
 
-def _routes(report: SpotsDocument, history: History, images: "Images") -> list[Block]:
+def _routes(report: SpotsDocument, history: History, images: "Images") -> list[html.Block]:
     """A tile for each tracked image: the picture, and its spots by epoch."""
     tiles = []
     for image in history.epochs[-1].tracked:
         name = history.labels.get(image.index)
         pixels = images.get(image.index) if name else None
-        picture = None if pixels is None else Picture(png(pixels), f"image {image.index}: {name}")
-        tiles.append(Tile(picture, [f"image {image.index}"], charts.route_chart(report, history, image.index)))
-    return [Gallery("Evenly spaced training images, spots by epoch. Dark: distilled; pale: not", tiles)]
+        picture = None if pixels is None else html.Picture(html.png(pixels), f"image {image.index}: {name}")
+        tiles.append(html.Tile(picture, [f"image {image.index}"], charts.route_chart(report, history, image.index)))
+    return [html.Gallery("Evenly spaced training images, spots by epoch. Dark: distilled; pale: not", tiles)]
 
 
-def _tiles(rows: Sequence[ExtremeImage], images: "Images", *, short: bool = False) -> list[Tile]:
+def _tiles(rows: Sequence[ExtremeImage], images: "Images", *, short: bool = False) -> list[html.Tile]:
     """Class and value, what the networks say instead of the class, and all that is known as the tile's title."""
     tiles = []
     for row in rows:
@@ -201,6 +173,6 @@ def _tiles(rows: Sequence[ExtremeImage], images: "Images", *, short: bool = Fals
             known += [f"{who} says {named(answer)}" for who, answer in said.items()]
             known.append(f"student's loss {fixed(row.student_loss, 2)} nats")
             lines += [f"{who}: {named(answer)}" for who, answer in said.items() if answer != row.label and not short]
-            picture = Picture(png(images[row.index]), f"image {row.index}: {lines[0]}")
-            tiles.append(Tile(picture, lines, title=", ".join(known)))
+            picture = html.Picture(html.png(images[row.index]), f"image {row.index}: {lines[0]}")
+            tiles.append(html.Tile(picture, lines, title=", ".join(known)))
     return tiles

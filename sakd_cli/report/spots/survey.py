@@ -39,7 +39,7 @@ COMPLEMENT = (
     "The probability is that of the teacher's part in the routed network; this router distilled the other images."
 )
 COMMON, EXAMPLES = 4, 6  # paths whose images are shown, and how many of each
-GROUPS = ("both right", "both wrong alike", "only the student right", "only the teacher right", "both wrong, unlike")
+GROUPS = ("both right", "both wrong alike", "student alone right", "teacher alone right", "both wrong unlike")
 ALL_ALIKE = "No image differs from another at any spot: the router is saturated, and there is nothing to compare."
 
 
