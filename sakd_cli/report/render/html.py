@@ -107,7 +107,7 @@ padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-ra
 .question{font-size:1.05rem;font-style:italic;margin:.2rem 0}
 .answer{margin:.2rem 0 .8rem;font-weight:600}
 summary{cursor:pointer;font-weight:600;margin:.6rem 0;color:var(--link)}
-figure{display:inline-block;vertical-align:top;width:min(100%,23rem);margin:.6rem 0 1rem;break-inside:avoid}
+figure{display:inline-block;vertical-align:top;width:min(100%,21.5rem);margin:.6rem 0 1rem;break-inside:avoid}
 section{display:flex;flex-wrap:wrap;align-items:flex-start;gap:0 1.5rem}
 section>*{flex:1 0 100%;min-width:0;max-width:100%}
 section>figure{flex:0 1 auto}
@@ -140,6 +140,7 @@ table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-num
 th,td{padding:.25rem .45rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th.t,td.t{text-align:left}
 td.t{white-space:normal;overflow-wrap:anywhere;min-width:5rem}
+@media screen{td.t:not(:first-child){overflow-wrap:break-word}}
 thead th{white-space:normal;overflow-wrap:normal;position:sticky;top:0;background:var(--head);padding:0;z-index:2}
 th:first-child,td:first-child{position:sticky;left:0;z-index:1}
 .t:first-child{white-space:normal;min-width:min(7rem,30vw)}
@@ -299,7 +300,9 @@ def _table(sheet: Sheet) -> str:
         for header, kind in zip(sheet.headers, kinds, strict=True)
     )
     rows = "".join(
-        "<tr>" + "".join(f"<td{kind}>{text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{kind}>{text(cell).replace('/', '/<wbr>')}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "</tr>"
         for row in sheet.rows
         if row != MORE
     )

@@ -177,9 +177,8 @@ def one_image(epochs: Sequence[EpochRecord]) -> str:
 
 
 def extremes(measured: Measured) -> str:
-    known = [ends for ends in measured.extremes if ends.highest and ends.lowest]
-    wide = max(known, key=lambda one: one.highest[0].value - one.lowest[0].value, default=None)
-    if wide is None:
+    wide = max(measured.extremes, key=lambda one: one.spread, default=None)
+    if wide is None or not wide.spread:
         return ""
     said = (f"{named(one.label)} at {fraction(one.value)} %" for one in (wide.highest[0], wide.lowest[0]))
     return f"The ends lie furthest apart at {named(wide.spot)}: {' and '.join(said)}."

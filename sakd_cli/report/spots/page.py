@@ -76,7 +76,8 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     rows: list[Row] = [
         (named(spot.name), charts.percent([mean]), []) for spot, mean in zip(report.overall, share.means, strict=True)
     ]
-    blocks: list[html.Block] = [Bars("How often each spot is used", share.axis, ["all"], rows, share.measure, told)]
+    note = share.measure + " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
+    blocks: list[html.Block] = [Bars("How often each spot is used", share.axis, ["all"], rows, note, told)]
     if measured and measured.extremes and seen.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
@@ -134,7 +135,7 @@ def _extremes(measured: Measured | None, images: "Images") -> list[html.Block]:
     if measured and images:
         # Extremes are by probability even where everything else is a sample.
         what = WHAT["rate" if measured.value == "rate" else "probability"]
-        for ends in measured.extremes:
+        for ends in sorted(measured.extremes, key=lambda one: -one.spread):
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
                 galleries.append(html.Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
     return [*galleries[:2], html.Folded("At the other spots", galleries[2:])] if len(galleries) > 2 else galleries
@@ -159,7 +160,7 @@ def _routes(report: SpotsDocument, history: History, images: "Images") -> list[h
         pixels = images.get(image.index) if name else None
         picture = None if pixels is None else html.Picture(html.png(pixels), f"image {image.index}: {name}")
         tiles.append(html.Tile(picture, [f"image {image.index}"], charts.route_chart(report, history, image.index)))
-    return [html.Gallery("Evenly spaced training images, spots by epoch. Dark: distilled; pale: not", tiles)]
+    return [html.Gallery("Evenly spaced training images, spots by epoch. Strong colour: distilled; weak: not", tiles)]
 
 
 def _tiles(rows: Sequence[ExtremeImage], images: "Images", *, short: bool = False) -> list[html.Tile]:

@@ -121,7 +121,7 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
         f"{named(report.method)} · {named(report.router)} router · {whole(report.epochs)} epoch"
         + "s" * (report.epochs != 1)
         + " so far" * (not report.finished),
-        "Fraction: over all epochs; first, last, min, max: of single epochs"
+        "Kind: feature maps or logits are compared. Fraction: over all epochs; first, last, min, max: of single epochs"
         + "; probability: mean teacher-routing probability in the last epoch." * with_policy
         + "." * (not with_policy),
     ]
@@ -202,6 +202,7 @@ def _spots(measured: doc.Measured) -> Sheet:
     columns |= columns_of(fraction, {"5 %": "p05", "50 %": "p50", "95 %": "p95"})
     of = f" of {named(measured.dataset)}" if measured.dataset else ""
     notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
+    notes[0] += " > 50: images above 50 %; 5, 50, 95 %: quantiles over the images." * bool(measured.spots)
     title = f"The trained router ({WHAT[measured.value]})"
     return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], text=3)
 
