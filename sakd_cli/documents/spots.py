@@ -242,11 +242,6 @@ class SpotExtremes(Part):
     highest: list[ExtremeImage]
     lowest: list[ExtremeImage]
 
-    @property
-    def spread(self) -> float:
-        """From the lowest value to the highest."""
-        return self.highest[0].value - self.lowest[0].value if self.highest and self.lowest else 0.0
-
 
 class PathExamples(Part):
     """The images for which a path is the most probable: how many, and those for which it is so most clearly."""

@@ -195,7 +195,7 @@ document.querySelectorAll("table").forEach(table => table.querySelectorAll("th")
   })));
 // A long table scrolls in a box of whole rows; on paper everything is open.
 const fit = () => document.querySelectorAll(".wide").forEach(box => {
-  const row = box.querySelectorAll("tbody tr")[20];
+  const row = Array.from(box.querySelectorAll("tbody tr")).find(one => one.offsetTop > 560);
   if (row) box.style.maxHeight = row.offsetTop + box.offsetHeight - box.clientHeight + "px";
 });
 fit();

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sakd_cli.documents.base import Number
-from sakd_cli.documents.spots import ClassDeviation, EpochRecord, Measured, SpotsDocument
+from sakd_cli.documents.spots import ClassDeviation, EpochRecord, Measured, SpotExtremes, SpotsDocument
 from sakd_cli.report.render.format import deviation, fixed, fraction, named, points, whole
 from sakd_cli.report.render.sheet import Sheet
 
@@ -176,9 +176,14 @@ def one_image(epochs: Sequence[EpochRecord]) -> str:
     return f"Of all chances, over epochs and spots, {said}" if len(shares) > 1 else ""
 
 
+def spread(ends: SpotExtremes) -> float:
+    """From the lowest value at a spot to the highest."""
+    return ends.highest[0].value - ends.lowest[0].value if ends.highest and ends.lowest else 0.0
+
+
 def extremes(measured: Measured) -> str:
-    wide = max(measured.extremes, key=lambda one: one.spread, default=None)
-    if wide is None or not wide.spread:
+    wide = max(measured.extremes, key=spread, default=None)
+    if wide is None or not spread(wide):
         return ""
     said = (f"{named(one.label)} at {fraction(one.value)} %" for one in (wide.highest[0], wide.lowest[0]))
     return f"The ends lie furthest apart at {named(wide.spot)}: {' and '.join(said)}."

@@ -135,7 +135,7 @@ def _extremes(measured: Measured | None, images: "Images") -> list[html.Block]:
     if measured and images:
         # Extremes are by probability even where everything else is a sample.
         what = WHAT["rate" if measured.value == "rate" else "probability"]
-        for ends in sorted(measured.extremes, key=lambda one: -one.spread):
+        for ends in sorted(measured.extremes, key=lambda one: -found.spread(one)):
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
                 galleries.append(html.Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
     return [*galleries[:2], html.Folded("At the other spots", galleries[2:])] if len(galleries) > 2 else galleries
