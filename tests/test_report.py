@@ -305,7 +305,7 @@ def test_short_runs_are_shown_whole(tmp_path: Path) -> None:
 def test_by_class_shows_both_ends(tmp_path: Path) -> None:
     report = spots_document(long_run(tmp_path / "run", 1))
     text = text_of([spot_tables(report, top=2)[2]])
-    names = [line.split()[1] for line in text.splitlines() if "name_" in line]
+    names = [line.split()[0] for line in text.splitlines() if "name_" in line]
     assert names == ["name_99", "name_98", "name_01", "name_00"]
     for part in ("⋮", "4 of 100 classes are shown; all of them: --json", "+5.0", "−5.0"):
         assert part in text
@@ -315,7 +315,7 @@ def test_by_class_shows_both_ends(tmp_path: Path) -> None:
 def test_classes_never_seen_are_not_ranked(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TWO_EPOCHS, classes=["apple", "bear", "cat", "dog"])
     rows = text_of([spot_tables(spots_document(run))[2]]).splitlines()[3:6]
-    assert [row.split()[1] for row in rows] == ["apple", "bear", "cat"]
+    assert [row.split()[0] for row in rows] == ["apple", "bear", "cat"]
 
 
 def test_evaluation_shows_best_and_worst() -> None:

@@ -166,6 +166,8 @@ th[aria-sort=descending] button::after{content:" \\2193"}
 .plotted figure{grid-column:2;grid-row:1/3}
 text.k{fill:var(--a)}
 @media screen and (prefers-color-scheme:dark){rect.k,text.k{fill:var(--z)}}
+@media screen and (max-width:30rem){.opening{padding:.5rem .7rem}.opening table{font-size:.82rem}
+.opening th,.opening td,.opening th button{padding-left:.3rem;padding-right:.3rem}.opening thead th{padding:0}}
 @media print{section{display:block}body{max-width:none;padding:0;font-size:11pt}nav{display:none}
 .wide{overflow:visible;max-height:none!important;border:0}
 table{font-size:7.5pt;min-width:0;width:100%}th,td{white-space:normal;padding:1pt 3pt;overflow-wrap:anywhere}
