@@ -93,7 +93,10 @@ def test_accuracies_on_two_sets_of_images_say_so() -> None:
     text = " ".join(text_of(sheets, 400).split())
     assert "Top-1: on these 40 train images." in text
     assert "All on 100 test images, not on those of the tables by class and by difficulty." in text
-    assert "They are below both networks: where a path changes from one to the other, only the adapter was" in text
+    assert (
+        "Sampled gates are below both networks: where a path changes from one network to the other, only the adapter"
+        in text
+    )
     assert "n = 3 classes: stage2 0.50 (p 0.098), logits –." in text
     two = [sample(Evaluation, {"split": split, "dataset": "shapes", "images": 9}) for split in ("test", "val")]
     assert "Not on the same images: these figures cannot be compared." in text_of(score_tables(two), 120)

@@ -41,7 +41,7 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
             order = [row.name for row in sorted(trained.rows, key=_from_highest)]
             rows.sort(key=lambda one: order.index(one[0].name) if one[0].name in order else len(order))
             notes[1:] = ["In the order of the trained router's table."]
-        tables.append(_by_class("In training, by class (% of samples)", [], rows, names, notes, top))
+        tables.append(_by_class("By class in training (% of samples)", [], rows, names, notes, top))
     tables += [_probe(report.probe)] if report.probe else []
     return tables + ([mixture_table(report.mixtures)] if report.mixtures else [])
 
