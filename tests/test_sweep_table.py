@@ -169,8 +169,8 @@ def test_a_sweep_answers_the_three_questions_for_each_pair_and_method() -> None:
         "Does the router give more than the dose",
         "Does where it distils add to how much",
     ]
-    assert "Yes: at auto always (t:s) over at never (t:s) +" in texts[0]
-    assert "at auto adaptive (t:s) over at auto always (t:s)" in texts[1]
+    assert "Yes: method at auto, router always (t:s), over method at, router never (t:s): +" in texts[0]
+    assert "method at auto, router adaptive (t:s), over method at auto, router always (t:s)" in texts[1]
     document = sweep_document("x", runs, {}, None)
     assert ("at auto", "adaptive", "random-matched") in {
         (one.method, one.router, one.against) for one in document.gains
@@ -178,7 +178,7 @@ def test_a_sweep_answers_the_three_questions_for_each_pair_and_method() -> None:
     assert all(gain.router != "never" for gain in document.gains)
     tested = [test for test in [*document.gains, *document.answers] if test.p is not None]
     assert document.tests == len({(test.difference, test.p) for test in tested}), "an answer that is a gain counts once"
-    assert "at auto adaptive (t:s) over at auto random-matched (t:s)" in texts[2]
+    assert "method at auto, router adaptive (t:s), over method at auto, router random-matched (t:s)" in texts[2]
 
 
 def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:

@@ -94,7 +94,9 @@ def _arms(runs: Sequence[SweepRun]) -> list[Arm]:
         about = run.student, *(() if plain_training else (run.teacher, (run.method or "").split()[0]))
         top1, validation = by_seed(same), by_seed(same, "validation_top1")
         matched = labels.get(run.matched or "")
-        arms.append(Arm(len(arms), label, about, run.router, top1, validation, matched))
+        method, found, rest = label.partition(f" {run.router}")
+        said = f"method {method}, router {run.router}{rest}" if found else label
+        arms.append(Arm(len(arms), label, about, run.router, top1, validation, matched, said))
     return arms
 
 
