@@ -312,7 +312,7 @@ def _dies(request: int) -> Tensor | Unreadable:
 
 def small(name: str, monkeypatch: pytest.MonkeyPatch, **counts: int) -> FilesConfig:
     known = published.PUBLISHED[CONFIGS[name]]._replace(**counts)
-    monkeypatch.setitem(table.DATASETS, name, lambda config: imagefolder.load_published(config, known))
+    monkeypatch.setitem(table.DATASETS.own, name, lambda config: imagefolder.load_published(config, known))
     return CONFIGS[name](validation=0.0, workers=0)
 
 

@@ -62,7 +62,7 @@ BAD = f"""
 2 | unknown model 'resnt8'; did you mean 'resnet8'?         | pretrain-teacher resnt8
 2 | unknown model 'resnt8'; did you mean 'resnet8'?         | distill --teacher resnet8 --student resnt8
 2 | unknown model 'resnt8'; did you mean 'resnet8'?         | distill --teacher resnt8 --student resnet8
-2 | --teacher: is given 2 times, and takes one value        | PAIR --teacher=resnet20
+2 | --student: is given 2 times, and takes one value        | PAIR --student=resnet20
 2 | --epochs: is given 3 times, and takes one value         | PAIR --epochs=1 --epochs=2 --epochs=3
 2 | --device: is given 2 times, and takes one value         | eval --device=cpu --device=cuda
 2 | unknown method 'atx'; did you mean 'at'?                | PAIR --method atx

@@ -23,6 +23,7 @@ from sakd_cli.config.train import Train
 from sakd_cli.data.loader import step_slices
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
+from sakd_cli.engine.recorder import Rows
 from sakd_cli.engine.step import of_all_processes, wrap_ddp
 from sakd_cli.engine.task import Task
 from sakd_cli.models.table import create
@@ -113,11 +114,11 @@ def steps(task: Task) -> dict[str, Any]:
         output = spread_task(batch)
         optimizer.step(output.loss * batch.shard_weight)
         distributed.average_buffers(distributed.running_statistics(task))
-        parts, use, labels, index = of_all_processes(output.parts, output.use, batch)
+        parts, use, rows = of_all_processes(output.parts, output.use, Rows(batch.labels, batch.index), batch)
         assert use is not None
         assert use.lengths is not None
         ratio = use.lengths[:, 1] / use.lengths[:, 0].clamp(min=1e-30)
-        seen = (use.weight, labels, index, *use.events.values(), ratio)
+        seen = (use.weight, rows.labels, rows.places, *use.events.values(), ratio)
         result.append([part.double() for part in parts.values()] + [tensor.double().clone() for tensor in seen])
     return {"state": copy.deepcopy(task.state_dict()), "result": result}
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
+from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 
@@ -32,8 +33,12 @@ class KD(Distiller):
 
     config: MethodConfig
 
+    def __init__(self, spots: tuple[Spot, ...], config: MethodConfig) -> None:
+        super().__init__(spots, config)
+        self.hard: bool = getattr(config, "hard", False)  # other methods, too, have its logit loss
+
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
-        if getattr(self.config, "hard", False):
+        if self.hard:
             answer = teacher.logits.argmax(dim=1)
             return weighted_mean(F.cross_entropy(student.logits, answer, reduction="none"), weight[0])[None]
         per_sample = softened_kl(student.logits, teacher.logits.detach(), self.config.temperature)
