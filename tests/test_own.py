@@ -13,7 +13,9 @@ import pytest
 from conftest import TINY, CliRunner
 from test_plugin import packages  # noqa: F401
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter
+from sakd_cli.errors import SakdError
 
 MINE = '''
 """All four kinds."""
@@ -182,6 +184,7 @@ BASE = "import torch\nfrom sakd_cli.api import *\nfrom sakd_cli.api import Datas
 ROUTER = BASE + "class R(Router):\n    def decide(self, seen):\n        return {}\n"
 LOSS = BASE + "class R(SpotwiseDistiller):\n    def spot_loss(self, k, student, teacher, weight):\n        return {}\n"
 DATA = BASE + "def R():\n    one = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2\n    return {}\n"
+INIT = BASE + "class R(SpotwiseDistiller):\n def __init__(self, spots):\n"
 # Kind, content of the file, exit code, what is told.
 WARNED = ["warning", "error", "hint"]  # of a teacher at chance, before the first batch
 WRONG = [
@@ -232,9 +235,28 @@ WRONG = [
         2,
         r"bad\.py, line 5: R has weights, and nothing trains them",
     ),
+    (
+        "router",
+        INIT.replace("SpotwiseDistiller", "Router") + "  self.rate = 0.5\n def decide(self, seen):\n  return 1\n",
+        2,
+        r"bad\.py, line 5: R\.__init__ must begin with super\(\)\.__init__\(spots\)",
+    ),
     ("method", LOSS.format("student.nothing"), 2, r"bad\.py, line 6: AttributeError"),
     ("method", LOSS.format("weight"), 2, r"bad\.py, line 5: R\.spot_loss: .* shape \[1\]"),
     ("method", LOSS.format("weight.sum() * torch.inf"), 7, r"bad\.py, line 5: R\.spot_loss: .*feature is not finite"),
+    (
+        "method",
+        LOSS.format("student.norm()"),
+        2,
+        r"line 5: R\.spot_loss: is .* at spot .*exactly 0",
+    ),
+    ("method", LOSS.format("weight.sum() / weight.sum()"), 2, r"bad\.py, line 5: R\.spot_loss: is nan .*exactly 0"),
+    (
+        "method",
+        INIT + "  pass\n def spot_loss(self, k, s, t, w):\n  pass\n",
+        2,
+        r"bad\.py, line 5: R.* super",
+    ),
     ("method", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* is no MethodConfig, and no Distiller"),
     (
         "method",
@@ -264,6 +286,31 @@ def test_what_is_wrong_with_a_file_is_one_line_with_its_place(
         result
     )
     shutil.rmtree(place.path / "__pycache__", ignore_errors=True)
+
+
+def test_a_dry_run_tries_the_last_batch_of_an_epoch(place: CliRunner) -> None:
+    (place.path / "bad.py").write_text(ROUTER.format("seen.student_loss * torch.ones(32) > 0"))
+    words = [*PAIR, *TINY, "--router", "bad.py:R", "--batch-size", "32", "--dry-run"]
+    result = place.sakd(*words)
+    assert result.code == 2
+    assert "bad.py, line 6: RuntimeError" in result.err
+
+
+class Failing(api.Router):
+    """An object of a program"""
+
+    def decide(self, seen: api.Seen) -> Any:
+        return seen.nothing  # type: ignore[attr-defined]
+
+
+def test_own_code_of_a_program_raises_our_error(place: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.path)
+    words = {"teacher": "resnet8", "student": "resnet8", "method": "kd", "dataset": "shapes", "epochs": 1}
+    words |= {"settings": {"data.train": 60, "data.test": 40}}
+    with pytest.raises(SakdError, match=r"test_own\.py, line \d+: AttributeError"):
+        api.distill(router=Failing, **words)
+    with pytest.raises(SakdError, match="router: give the class Failing, not an object of it"):
+        api.distill(router=Failing(2), **words)
 
 
 def test_settings_of_a_file_are_checked_as_ours(place: CliRunner) -> None:

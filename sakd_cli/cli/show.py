@@ -12,7 +12,7 @@ from sakd_cli.cli.options import NAMES, Values, completion, with_options
 from sakd_cli.config import code, methods, networks, routers
 from sakd_cli.config.base import choose, of_file, summary
 from sakd_cli.config.keys import explain
-from sakd_cli.config.plugins import NETWORKS, Table, ancestors, plugged, usable
+from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
 from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
 from sakd_cli.documents.table import DOCUMENTS
@@ -77,7 +77,7 @@ def _of_file(kind: Kind, file: str) -> list[Listed]:
     if kind not in ("methods", "routers"):
         raise UsageError(f"sakd list {kind}: shows no file; every function of {file} may be named")
     base, table = {"methods": ("Distiller", methods.METHODS), "routers": ("Router", routers.ROUTERS)}[kind]
-    names = [f"{file}:{name}" for name, found in code.contents(file).items() if base in ancestors(found)]
+    names = [f"{file}:{name}" for name, found in code.contents(file).items() if base in code.ancestors(found)]
     code.trust(*names)
     return [Listed(name=name, about=summary(table[name]), package=file) for name in names]
 

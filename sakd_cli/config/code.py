@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 from pydantic import create_model
@@ -115,8 +115,18 @@ def _module(path: str) -> ModuleType:
 def place_of(error: BaseException) -> str | None:
     """File and line in one's own code where an error arose; None where it did not."""
     files = {str(module.__file__) for module in _modules.values()}
-    found = [f"{file}, line {line}" for file, line, *_ in traceback.extract_tb(error.__traceback__) if file in files]
-    return found[-1] if found else None
+    codes = {code for whose, _ in _named.values() for code in _codes(whose)}
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    found = [(code.co_filename, line) for code, line in frames if code.co_filename in files or code in codes]
+    return f"{found[-1][0]}, line {found[-1][1]}" if found else None
+
+
+def _codes(whose: Any) -> list[CodeType]:
+    """What a program's own class, object or function runs; nothing of ours."""
+    made_of = getattr(whose, "__mro__", type(whose).__mro__)
+    kinds = [kind for kind in made_of if kind.__module__.partition(".")[0] not in OURS]
+    methods = [one for kind in kinds for one in vars(kind).values()] if not inspect.isfunction(whose) else [whose]
+    return [code for one in methods if (code := getattr(inspect.unwrap(one), "__code__", None)) is not None]
 
 
 @contextlib.contextmanager
@@ -198,7 +208,16 @@ def made(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
     known = type(config).model_fields
     taken = {key: given[key] if key in given else getattr(config, key, None) for key in _parameters(found, given)}
     with told(getattr(sys.modules.get(found.__module__), "__file__", None)):
-        return found(**{key: value for key, value in taken.items() if key in given or key in known})
+        one = found(**{key: value for key, value in taken.items() if key in given or key in known})
+    if {"Router", "Distiller"} & ancestors(found) and "_parameters" not in vars(one):
+        text = f"{found.__name__}.__init__ must begin with super().__init__(spots)"
+        raise UsageError(f"{line_of(found, '__init__')}: {text}", GUIDE)
+    return one
+
+
+def ancestors(found: object) -> set[str]:
+    """Names of the classes that a class is made of: what it is a kind of, without torch."""
+    return {kind.__name__ for kind in found.__mro__} if isinstance(found, type) else set()
 
 
 def named(values: Iterable[Any]) -> list[str]:
@@ -213,6 +232,10 @@ def name_of(given: Any) -> str:
     A class, a function, or an object, which stands for a function that returns a copy of it.
     """
     kind = given if callable(given) and hasattr(given, "__qualname__") else type(given)
+    if kind is not given and (wrong := {"Router", "Distiller"} & ancestors(kind)):
+        key = "router" if "Router" in wrong else "method"
+        text = f"{key}: give the class {kind.__name__}, not an object of it"
+        raise UsageError(text, f"its settings go by settings={{'{key}.NAME': VALUE}}")
     made, name = (given, kind.__name__) if kind is given else (lambda **_: copy.deepcopy(given), kind.__name__.lower())
     place = None
     with contextlib.suppress(TypeError, OSError):  # typed into an interpreter

@@ -270,7 +270,7 @@ class DFAConfig(MethodConfig):
 
 def _plugged(name: str, kind: object) -> type[MethodConfig]:
     """A plug-in's config class, or that of a distiller. Raises ValueError where it is none, or of another name."""
-    if "Distiller" in plugins.ancestors(kind):
+    if "Distiller" in code.ancestors(kind):
         return code.settings_class(name, kind, MethodConfig, ("spots", "labels", "batch_size", "config"))
     if not (isinstance(kind, type) and issubclass(kind, MethodConfig)):
         raise ValueError("is no MethodConfig, and no Distiller")

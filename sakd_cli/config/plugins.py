@@ -153,8 +153,3 @@ def usable(table: Mapping[str, Row], complain: Callable[[str], None] | None = No
         except UsageError as error:
             if complain is not None:
                 complain(error.message)
-
-
-def ancestors(found: object) -> set[str]:
-    """Names of the classes that a class is made of: what it is a kind of, without torch."""
-    return {kind.__name__ for kind in found.__mro__} if isinstance(found, type) else set()

@@ -206,7 +206,7 @@ class RandomMatchedConfig(RouterConfig):
 
 def _plugged(name: str, kind: object) -> type[RouterConfig]:
     """The settings of somebody's router, which decides by the sample as far as is known."""
-    if "Router" not in plugins.ancestors(kind):
+    if "Router" not in code.ancestors(kind):
         raise ValueError("is no Router of sakd_cli.api")
     if getattr(kind, "__abstractmethods__", None):
         raise ValueError("has no method decide")

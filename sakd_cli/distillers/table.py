@@ -148,7 +148,7 @@ _BUILTIN = {
 def _plugged(name: str, row: Any) -> DistillerRow:
     if isinstance(row, DistillerRow):
         return row
-    if "MethodConfig" in plugins.ancestors(row):  # settings alone
+    if "MethodConfig" in code.ancestors(row):  # settings alone
         raise KeyError(name)
     if not (isinstance(row, type) and issubclass(row, Distiller)):
         raise ValueError("is no DistillerRow of sakd_cli.distillers.table, and no Distiller")

@@ -44,6 +44,7 @@ from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import answers, build, recipe
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
+from sakd_cli.runs.first_batch import check_own_losses, first_output
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
 from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
@@ -105,11 +106,7 @@ def try_one_batch(job: Job) -> Plan:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
     extensions = run_extensions(job)
     loader = loader_of(job)
-    job.task.train()
-    job.task.begin_epoch(1)
-    with translate_oom(job.config.train.batch_size):
-        output = job.task(next(loader.epoch(1)))
-        output.loss.backward()
+    output = first_output(job, loader)
     parts = {name: float(part) for name, part in output.parts.items()}
     if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
         error = NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
@@ -153,6 +150,7 @@ def launch(
     # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network.
     require_room(place, 6 * sum(p.nbytes for p in job.network.parameters()))
     job.images.preload()
+    check_own_losses(job)
     _made_ready(job, reporter)
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)

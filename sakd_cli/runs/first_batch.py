@@ -1,0 +1,77 @@
+"""What is tried of a job before it is trained: a batch, and a loss of somebody's own with weights of 0."""
+
+import copy
+import math
+from dataclasses import replace
+
+import torch
+
+from sakd_cli.batch import Batch, Loader
+from sakd_cli.config.code import GUIDE, line_of
+from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.engine.runtime import to_fp32, translate_oom
+from sakd_cli.engine.task import StepOutput
+from sakd_cli.errors import UsageError
+from sakd_cli.models.staged import Features
+from sakd_cli.runs.extension import loader_of
+from sakd_cli.runs.job import Job
+from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.tasks.own_code import method_of, require_floating
+
+
+def first_output(job: Job, loader: Loader) -> StepOutput:
+    """The first batch forward and backward, and the last one forward where it has another size."""
+    job.task.train()
+    job.task.begin_epoch(1)
+    with translate_oom(job.config.train.batch_size):
+        check_own_losses(job)
+        first = next(loader.epoch(1))
+        output: StepOutput = job.task(first)
+        output.loss.backward()
+        for last in loader.epoch(1, loader.steps_per_epoch - 1):
+            if len(last.labels) != len(first.labels):
+                job.task(last)
+    return output
+
+
+def check_own_losses(job: Job) -> None:
+    """Try every loss of somebody's own on the first batch of an epoch, before anything is compiled or captured.
+
+    Raises UsageError where one is wrong. Networks, losses and random numbers are left as they were.
+    """
+    task = job.task
+    if not isinstance(task, DistillTask) or not any(map(_own, task.modules())):
+        return
+    batch, training = next(loader_of(job).epoch(1)), [module for module in task.modules() if module.training]
+    task.eval()
+    devices = [batch.images.device] if batch.images.is_cuda else []
+    try:
+        with torch.no_grad(), task.mode.networks(batch.images.device), torch.random.fork_rng(devices):
+            student = task.student_features(batch.images).map(to_fp32)
+            for member in task.members:
+                part = replace(batch, precomputed=None) if task.others else batch
+                teacher = member.teacher_features(part).map(to_fp32)
+                for one in (member.feature_distiller, member.logit_distiller):
+                    for distiller in filter(_own, [] if one is None else one.modules()):
+                        _require_zero(distiller, student, teacher, part)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _own(module: torch.nn.Module) -> bool:
+    return isinstance(module, Distiller) and bool(line_of(module))
+
+
+def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Features, batch: Batch) -> None:
+    tried = copy.deepcopy(distiller).train()  # it may keep what it sees
+    assert isinstance(tried, Distiller)
+    tried.active = (True,) * len(tried.spots)
+    weights = [batch.images.new_full((len(tried.spots), len(batch.labels)), value) for value in (0.0, 1.0)]
+    losses, plain = (tried(student, teacher, weight, batch) for weight in weights)
+    require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(tried.spots),))
+    for spot, loss, whole in zip(tried.spots, losses.tolist(), plain.tolist(), strict=True):
+        if loss != 0 and math.isfinite(whole):  # the first step tells what is never finite
+            text = f"is {loss:.4g} at spot {spot.name} where every weight is 0, and must be exactly 0"
+            cure = "multiply each image's loss by its `weight`, and take the mean over all images"
+            raise UsageError(f"{method_of(distiller)}: {text}: {cure}", GUIDE)
