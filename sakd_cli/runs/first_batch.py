@@ -28,9 +28,9 @@ def first_output(job: Job, loader: Loader) -> StepOutput:
         first = next(loader.epoch(1))
         output: StepOutput = job.task(first)
         output.loss.backward()
-        for last in loader.epoch(1, loader.steps_per_epoch - 1):
-            if len(last.labels) != len(first.labels):
-                job.task(last)
+        last = next(loader.epoch(1, loader.steps_per_epoch - 1))
+        if len(last.labels) != len(first.labels):
+            job.task(last)
     return output
 
 
