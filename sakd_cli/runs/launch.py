@@ -201,7 +201,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
         run.clear()
     if plan.resume is None and images is not None:
         write_aside(run.path / FILE, images.text.encode())
-    settings = job.config.model_dump(mode="json")
+    settings = relative(job.config.model_dump(mode="json"), run.path)
     known = {} if plan.resume is None else flat(run.config) | run.read_json("env.json", sealed=True)
     if plan.resume is None:
         about = {"id": uuid.uuid4().hex} | environment(job.device, job.mode)
@@ -209,7 +209,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
     elif plan.extends:
         run.extend(known["train.epochs"])
     if any(known.get(key) != value for key, value in flat(settings).items() if key in MOVED | EXTENDED | {"task"}):
-        content = yaml_bytes(relative(settings, run.path) | {EFFECTIVE: effective_values(job)})
+        content = yaml_bytes(settings | {EFFECTIVE: effective_values(job)})
         write_aside(run.path / "config.yaml", content)
 
 
