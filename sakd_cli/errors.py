@@ -1,7 +1,10 @@
 """Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 
 class SakdError(Exception):
@@ -117,8 +120,18 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:90] or type(error).__name__
 
 
+# What of a file is such a thing, and the lines by which it is known.
+OF_FILE = {"router": ("class", r"^class (\w+)\(.*Router\b"), "method": ("class", r"^class (\w+)\(.*Distiller\b")}
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """`unknown method 'atx'; did you mean 'at'?`, or the whole list where nothing is near."""
+    """`unknown method 'atx'; did you mean 'at'?`, or the whole list where nothing is near; of a file, what is in it."""
+    if name.endswith(".py"):
+        what, pattern = OF_FILE.get(kind, ("function", r"^def (\w+)"))
+        found = list[str]()
+        with suppress(OSError, ValueError):
+            found = re.findall(pattern, Path(name).read_text(encoding="utf-8"), re.MULTILINE)
+        return f"{name}: name a {what} in it: {name}:{found[0] if found else 'NAME'}"
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

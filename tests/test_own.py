@@ -196,10 +196,22 @@ WRONG = [
     ("router", "import sys\nsys.exit(3)\n", 2, r"bad\.py, line 2: SystemExit"),
     ("router", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* has no method decide"),
     ("router", ROUTER.format("seen.nothing"), 2, r"bad\.py, line 6: AttributeError"),
-    ("router", ROUTER.format("None"), 2, r"bad\.py, line 5: R\.decide: must return a Decision, not a NoneType"),
+    ("router", ROUTER.format("None"), 2, r"bad\.py, line 5: R\.decide: must return a tensor .* not a NoneType"),
     (
         "router",
         ROUTER.format("torch.ones(7, 3)"),
+        2,
+        r"line 5: R\.decide: must return a tensor .*\[2, \d+\]\) or a Decision, not torch\.float32 of shape \[7, 3\]",
+    ),
+    (
+        "router",
+        ROUTER.format("torch.ones(5, dtype=torch.int64)"),
+        2,
+        r"line 5: R\.decide: must return .* not torch\.int64 of shape \[5\]",
+    ),
+    (
+        "router",
+        ROUTER.format("Decision(torch.ones(7, 3))"),
         2,
         r"line 5: R\.decide: the weight .* shape \[2, \d+\], not .*7, 3",
     ),
@@ -257,7 +269,7 @@ WRONG = [
         2,
         r"bad\.py, line 5: R.* super",
     ),
-    ("method", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* is no MethodConfig, and no Distiller"),
+    ("method", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* is no Distiller of sakd_cli\.api"),
     (
         "method",
         LOSS.replace("    def", "    places = 'nowhre'\n    def").format("0"),
@@ -286,6 +298,34 @@ def test_what_is_wrong_with_a_file_is_one_line_with_its_place(
         result
     )
     shutil.rmtree(place.path / "__pycache__", ignore_errors=True)
+
+
+def test_a_file_without_a_name_and_a_key_of_a_file_say_how(place: CliRunner) -> None:
+    for option, name in (("router", "Hard"), ("method", "Cosine"), ("student", "small"), ("dataset", "small")):
+        told = place.sakd(*PAIR, *TINY, f"--{option}", "my.py").err
+        assert f"my.py: name a {'class' if name[0].isupper() else 'function'} in it: my.py:{name}" in told
+    assert "sakd show router FILE.py:CLASS" in place.sakd("show", "key", "router.quantile").err
+
+
+def test_a_file_is_one_file_however_it_is_spelled(place: CliRunner, hard: dict[str, Any], tmp_path: Path) -> None:
+    words = [*PAIR, *TINY, "--epochs", "2", "--set", "router.share=0.9", "--run-dir", "hard", "--resume", "auto"]
+    for name in ("./my.py:Hard", f"{place.path}/my.py:Hard", f"../{place.path.name}/my.py:Hard"):
+        result = place.sakd(*words, "--router", name, "-q", "--json")
+        assert result.code == 0, result.err
+    elsewhere = CliRunner(tmp_path)
+    lost = elsewhere.sakd("distill", "--resume", str(place.path / "hard"), "-q")
+    assert f"run it from {place.path}" in lost.err, lost.err
+
+
+def test_comparing_own_code_does_not_call_it_a_budget(place: CliRunner, hard: dict[str, Any]) -> None:
+    words = [*PAIR, *TINY, "--epochs", "2", "--router", "always", "--run-dir", "plain", "-q"]
+    assert place.sakd(*words).code == 0
+    document = place.sakd("compare", "hard", "plain", "--json").document
+    assert [one["unequal"] for one in document["comparisons"]] == [[]]
+    out = place.sakd("compare", "hard", "plain").out
+    digest = hashlib.sha256(MINE.encode()).hexdigest()
+    assert f"my.py ({digest[:12]})" in out
+    assert digest[:20] not in out
 
 
 def test_a_dry_run_tries_the_last_batch_of_an_epoch(place: CliRunner) -> None:

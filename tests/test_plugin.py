@@ -115,7 +115,7 @@ class Own(MethodConfig):
         ("raise RuntimeError('no such thing')", "Own", "cannot be loaded (RuntimeError: no such thing)"),
         ("import nothing_of_that_name", "Own", "cannot be loaded (ModuleNotFoundError"),
         ("", "Own", "cannot be loaded (AttributeError"),
-        ("Own = 3", "Own", "is no MethodConfig"),
+        ("Own = 3", "Own", "is no Distiller of sakd_cli.api, and no MethodConfig"),
         (WORDS.format(name="other"), "Own", "calls itself 'other'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The base of every config class, and how a name chooses one of several classes."""
 
 import ast
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -59,6 +60,15 @@ def of_file(name: str) -> bool:
     return name in OBJECTS or re.fullmatch(r"[^:\0,+]+\.py:[A-Za-z_]\w*", name) is not None
 
 
+def in_place(name: str) -> str:
+    """One name for one file, however it is spelled: from the current folder where it lies in that, else absolute."""
+    path, _, entry = name.rpartition(":")
+    if name in OBJECTS or not of_file(name):
+        return name
+    relative = os.path.relpath(path)
+    return f"{os.path.abspath(path) if relative.startswith(os.pardir) else relative}:{entry}"
+
+
 def own_name(name: str, table: Iterable[str]) -> str | None:
     """The name in the table that `name` spells, in any case and with `-` or `_`; None where there is none.
 
@@ -66,7 +76,7 @@ def own_name(name: str, table: Iterable[str]) -> str | None:
     """
     names = list(table)
     if name in names or of_file(name):
-        return name
+        return in_place(name)
     if "+" in name and getattr(table, "compose", None) is not None:
         parts = [own_name(part, names) for part in name.split("+")]
         return None if None in parts else "+".join(filter(None, parts))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import create_model
 from pydantic.errors import PydanticUserError
 
-from sakd_cli.config.base import OBJECTS, Config, of_file
+from sakd_cli.config.base import OBJECTS, Config, in_place, of_file
 from sakd_cli.errors import SakdError, UsageError, first_line, is_out_of_memory, unknown
 from sakd_cli.files import read_bytes
 
@@ -31,12 +31,13 @@ OURS = ("sakd_cli", "torch", "builtins", "abc")  # whose constructors have no se
 Kind = TypeVar("Kind", bound=Config)
 _trusted: set[str] = set()  # in this process
 _named: dict[str, tuple[Any, Any]] = {}  # objects of a program by their names, and what they stand for
+near: set[Path] = set()  # runs that were named here: the files of their settings lie above them
 _modules: dict[tuple[Path, str], ModuleType] = {}
 
 
 def functions(name: str) -> list[str]:
     """What of a name is code of the user's own; the name of a network may be made of several."""
-    of_files = [part for part in name.split("+") if of_file(part)]
+    of_files = [in_place(part) for part in name.split("+") if of_file(part)]
     # `hf-hub:owner/name` is a place on the Hugging Face hub, no code.
     return of_files or [part for part in name.split("-") if ":" in part and "/" not in part]
 
@@ -49,11 +50,12 @@ def trust(*names: str | None) -> None:
 def trust_no_more() -> None:
     """Forget all that was named: the next command may be about other files."""
     _trusted.clear()
+    near.clear()
 
 
 def untrusted(name: str) -> list[str]:
     """The user's own code in a name that nobody has named here."""
-    named = {*_trusted, *OBJECTS, *os.environ.get(TRUST, "").split(",")}
+    named = {*_trusted, *OBJECTS, *map(in_place, os.environ.get(TRUST, "").split(","))}
     return [part for part in functions(name) if part not in named]
 
 
@@ -85,7 +87,9 @@ def _read(path: str) -> tuple[bytes, str]:
         content = read_bytes(Path(path), MOST)
     except OSError as error:
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
-        raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}{where}") from None
+        there = next((above for run in near for above in run.resolve().parents if (above / path).is_file()), None)
+        hint = f"run it from {there}, where it lies" if there is not None else None
+        raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}{where}", hint) from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     return content, hashlib.sha256(content).hexdigest()
@@ -241,8 +245,7 @@ def name_of(given: Any) -> str:
     with contextlib.suppress(TypeError, OSError):  # typed into an interpreter
         place = inspect.getsourcefile(kind) if kind is given and kind.__qualname__ == kind.__name__ else None
     if place is not None and place.endswith(".py") and os.path.isfile(place):
-        relative = os.path.relpath(place)
-        name = f"{place if relative.startswith(os.pardir) else relative}:{name}"
+        name = in_place(f"{place}:{name}")
     else:
         known = [key for key, (whose, _) in _named.items() if whose is given]
         number = sum(key.startswith(f"{PYTHON}{name}") for key in _named)

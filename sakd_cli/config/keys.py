@@ -117,7 +117,10 @@ def explain(key: str) -> list[KeyMeaning]:
         known = sorted({name for task in TASKS for name in keys_of(task)})
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         theirs = ours(key)
+        section = key.partition(".")[0]
         hint = f"did you mean {near[0]!r}?" if near else "sakd guide settings"
+        if section in ("router", "method"):
+            hint += f"; of your own file: sakd show {section} FILE.py:CLASS"
         raise UsageError(f"unknown key {key!r}", hint=f"here it is {theirs!r}" if theirs else hint)
     rows = []
     for kind, tasks in places.items():

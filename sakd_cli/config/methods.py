@@ -273,7 +273,7 @@ def _plugged(name: str, kind: object) -> type[MethodConfig]:
     if "Distiller" in code.ancestors(kind):
         return code.settings_class(name, kind, MethodConfig, ("spots", "labels", "batch_size", "config"))
     if not (isinstance(kind, type) and issubclass(kind, MethodConfig)):
-        raise ValueError("is no MethodConfig, and no Distiller")
+        raise ValueError("is no Distiller of sakd_cli.api, and no MethodConfig")
     if kind.model_fields["name"].default != name:
         raise ValueError(f"calls itself {kind.model_fields['name'].default!r}")
     return kind

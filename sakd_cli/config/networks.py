@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any, NamedTuple
 
 from sakd_cli.config import plugins
-from sakd_cli.config.base import of_file, read_by
+from sakd_cli.config.base import in_place, of_file, read_by
 from sakd_cli.errors import UsageError, unknown
 
 
@@ -106,6 +106,7 @@ def brought(name: str) -> Network | None:
         return Network(name, family, {"entry": entry}, 0.01, line=line)
     if of_hub := re.fullmatch(r"(?:timm/)?(hf-hub:[\w.-]+/([A-Za-z]*)[\w.-]*(?:@[\w.-]+)?)", name):
         return Network(f"timm/{of_hub[1]}", "timm", {"entry": of_hub[1]}, 0.01, line=of_hub[2])
+    name = in_place(name)
     if of_file(name) or re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
         return Network(name, "factory", {"entry": name}, 0.01, line=name)
     return None

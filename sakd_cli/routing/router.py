@@ -110,9 +110,10 @@ def _decided(router: Router, teacher: Tensor, student: Tensor, noise: Tensor, an
     noise = noise[:, : router.noise_width]
     found = router.decide(Seen(teacher, student, *logits, first, second, answers.labels, router.epoch, noise))
     if isinstance(found, Tensor):
-        found = Decision(found.expand(router.spots, -1) if found.shape == answers.labels.shape else found)
+        found = found.expand(router.spots, -1) if found.shape == answers.labels.shape else found
+        found = Decision(found) if found.shape == (router.spots, len(answers.labels)) else found
     if not isinstance(found, Decision) or not isinstance(found.weight, Tensor):
-        return found  # whoever asked says what is wrong with it
+        return found  # type: ignore[return-value]  # whoever asked says what is wrong with it
     weight = found.weight.detach().to(student.dtype)
     weight = torch.where((weight >= 0) & (weight <= 1), weight, torch.nan)  # the step's guard stops there
     return found._replace(weight=weight)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli.config.base import OBJECTS
-from sakd_cli.config.code import functions, is_object, trust
+from sakd_cli.config.code import functions, is_object, near, trust
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import DiskError
 from sakd_cli.files import read_json, write_json
@@ -28,6 +28,8 @@ def trust_own(run: RunDir | None) -> None:
     """Let the weights of a run ask for the functions that its settings name, if this user has made it here."""
     names = _named(run) if run is not None else []
     mine = [name for name in names if isinstance(name, str) and functions(name)]
+    if mine and run is not None:
+        near.add(run.path)
     if mine and run is not None and run.identity is not None and run.identity in _made_here():
         trust(*mine)
 

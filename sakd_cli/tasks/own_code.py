@@ -15,8 +15,12 @@ def require_floating(module: nn.Module, what: str, value: object, shape: tuple[i
     """Raise UsageError where it is no floating tensor of this shape. Nothing is read from the device."""
     if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
         return
-    got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise UsageError(f"{method_of(module)}: {what} must be a floating tensor of shape {list(shape)}, not {got}", GUIDE)
+    text = f"{what} must be a floating tensor of shape {list(shape)}, not {_told(value)}"
+    raise UsageError(f"{method_of(module)}: {text}", GUIDE)
+
+
+def _told(value: object) -> str:
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def method_of(module: nn.Module) -> str:
@@ -29,7 +33,11 @@ def method_of(module: nn.Module) -> str:
 def checked(router: Router, decision: object, shape: tuple[int, int], *, routed: bool) -> Decision:
     """What a router gave for [spots, N]. Raises UsageError where it is not what its contract says."""
     if not isinstance(decision, Decision):
-        raise UsageError(f"{method_of(router)}: must return a Decision, not a {type(decision).__name__}", GUIDE)
+        text = f"must return a Decision, not a {type(decision).__name__}"
+        if router.decides:
+            text = f"must return a tensor [N] or [spots, N] ([{shape[1]}] or {list(shape)}) or a Decision, not "
+            text += _told(decision)
+        raise UsageError(f"{method_of(router)}: {text}", GUIDE)
     require_floating(router, "the weight of its Decision [spots, N]", decision.weight, shape)
     if router.decides and decision.gate is not None:
         require_floating(router, "the gate of its Decision [N, spots]", decision.gate, shape[::-1])

@@ -242,7 +242,7 @@ def _unequal(ours: _Group, theirs: _Group) -> list[str]:
 
 
 def _versus(ours: _Group, theirs: _Group, test: PairedTest) -> Versus:
-    unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in DISTILLATION]
+    unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in (*DISTILLATION, "code")]
     budget = f" Not under one budget: {', '.join(unequal)}." * bool(unequal)
     helps = theirs.settings.control and not ours.settings.control
     said = {"better": "distillation helped", "worse": "distillation hurt"} if helps else {}

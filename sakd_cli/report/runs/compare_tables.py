@@ -111,6 +111,10 @@ def _settings(document: Comparison) -> Sheet:
     numbers = [run.group for run in document.runs]
     firsts = [numbers.index(k) for k in range(len(document.groups))]
     rows = [[row.key, *(row.values[first] for first in firsts)] for row in document.differences if row.key != "seed"]
+    for row in rows:
+        if row[0] == "code":  # SHA-256 and name of each file
+            parts = [[str(line).partition("  ") for line in lines or ()] for lines in row[1:]]
+            row[1:] = [", ".join(f"{path} ({digest[:12]})" for digest, _, path in some) for some in parts]
     headers = ["Key", *(group.label for group in document.groups)]
     return Sheet("Settings that differ", headers, [list(map(named, row)) for row in rows], text=len(headers))
 
