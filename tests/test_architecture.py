@@ -161,7 +161,7 @@ OURS = [path for path in MODULES if path.parent.name != "bench"]
 
 def test_an_optimizer_makes_one_backward_pass_and_nobody_else_but_the_dry_run() -> None:
     found = [place for path in OURS for place in calls(path, "backward")]
-    assert found == [*(f"{path}:step" for path in OPTIMIZERS), "runs/first_batch.py:first_output"]
+    assert found == [*(f"{path}:step" for path in OPTIMIZERS), "runs/first_batch.py:first_losses"]
 
 
 def test_there_is_one_training_loop() -> None:

@@ -11,16 +11,16 @@ from sakd_cli.config.code import GUIDE, line_of
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.engine.runtime import to_fp32, translate_oom
 from sakd_cli.engine.task import StepOutput
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.staged import Features
 from sakd_cli.runs.extension import loader_of
 from sakd_cli.runs.job import Job
 from sakd_cli.tasks.distill import DistillTask
-from sakd_cli.tasks.own_code import method_of, require_floating
+from sakd_cli.tasks.own_code import method_of, of_own_code, require_floating
 
 
-def first_output(job: Job, loader: Loader) -> StepOutput:
-    """The first batch forward and backward, and the last one forward where it has another size."""
+def first_losses(job: Job, loader: Loader) -> dict[str, float]:
+    """The terms of the first batch's loss: that goes forward and backward, then the last one where its size differs."""
     job.task.train()
     job.task.begin_epoch(1)
     with translate_oom(job.config.train.batch_size):
@@ -28,10 +28,17 @@ def first_output(job: Job, loader: Loader) -> StepOutput:
         first = next(loader.epoch(1))
         output: StepOutput = job.task(first)
         output.loss.backward()
+    parts = {name: float(part) for name, part in output.parts.items()}
+    if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
+        error = NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
+        raise of_own_code(error, job.task)
+    if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
+        raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
+    with translate_oom(job.config.train.batch_size):
         last = next(loader.epoch(1, loader.steps_per_epoch - 1))
         if len(last.labels) != len(first.labels):
             job.task(last)
-    return output
+    return parts
 
 
 def check_own_losses(job: Job) -> None:

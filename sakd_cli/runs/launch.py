@@ -1,6 +1,5 @@
 """Carry out a job: run directory, loaders, trainer, summary."""
 
-import math
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -37,14 +36,14 @@ from sakd_cli.engine.runtime import (
     translate_oom,
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
-from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
+from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
 from sakd_cli.runs import answers, build, recipe
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
-from sakd_cli.runs.first_batch import check_own_losses, first_output
+from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
 from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
@@ -56,7 +55,7 @@ from sakd_cli.runs.resume import find_matching_run, fingerprint, require_fingerp
 from sakd_cli.runs.survey import Surveyed
 from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.distill import DistillTask
-from sakd_cli.tasks.own_code import naming_own_code, of_own_code
+from sakd_cli.tasks.own_code import naming_own_code
 from sakd_cli.tasks.pretrain import SftnTask
 
 
@@ -106,13 +105,7 @@ def try_one_batch(job: Job) -> Plan:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
     extensions = run_extensions(job)
     loader = loader_of(job)
-    output = first_output(job, loader)
-    parts = {name: float(part) for name, part in output.parts.items()}
-    if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
-        error = NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
-        raise of_own_code(error, job.task)
-    if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
-        raise UsageError("the router gives weights outside of [0, 1]", "sakd guide extending")
+    parts = first_losses(job, loader)
     networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
     extra = {key: part for extension in extensions for key, part in extension.plan().items()}
     return Plan(
