@@ -260,9 +260,9 @@ WRONG = [
         "method",
         LOSS.format("student.norm()"),
         2,
-        r"line 5: R\.spot_loss: is .* at spot .*exactly 0",
+        r"line 5: R\.spot_loss: gives .* at spot .*exactly 0",
     ),
-    ("method", LOSS.format("weight.sum() / weight.sum()"), 2, r"bad\.py, line 5: R\.spot_loss: is nan .*exactly 0"),
+    ("method", LOSS.format("weight.sum() / weight.sum()"), 2, r"bad\.py, line 5: R\.spot_loss: gives nan .*exactly 0"),
     (
         "method",
         INIT + "  pass\n def spot_loss(self, k, s, t, w):\n  pass\n",

@@ -79,6 +79,6 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
     require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(tried.spots),))
     for spot, loss, whole in zip(tried.spots, losses.tolist(), plain.tolist(), strict=True):
         if loss != 0 and math.isfinite(whole):  # the first step tells what is never finite
-            text = f"is {loss:.4g} at spot {spot.name} where every weight is 0, and must be exactly 0"
+            text = f"gives {loss:.4g} at spot {spot.name} where every weight is 0, and must give exactly 0"
             cure = "multiply each image's loss by its `weight`, and take the mean over all images"
             raise UsageError(f"{method_of(distiller)}: {text}: {cure}", GUIDE)
