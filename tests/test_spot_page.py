@@ -233,7 +233,7 @@ def test_every_question_is_answered_from_the_numbers() -> None:
         "By difficulty": "At logits, where the ends differ most, the hardest tenth is distilled 50.0 points less often",
         "One image": "image 12 was distilled most often, at 100.0 %, image 11 least, at 75.0 %.",
         "Reliability": "the student is 20.0 points too sure",
-        "The routed network": "−17.50 points against the student alone, on the same 40 test images.",
+        "The routed network": "−17.50 points against the student of this run alone, on the same 40 test images.",
     }
     for title, words in expected.items():
         assert words in said[title]

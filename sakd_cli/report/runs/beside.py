@@ -51,7 +51,7 @@ def beside(run: RunDir) -> list[RunDir]:
 
 
 def helped(run: RunDir) -> Helped:
-    """Test top-1 of the run and of its controls, with the verdict on where it distils, or else on how much."""
+    """Test top-1 of the run and of its controls, with the verdicts on where it distils and on how much."""
     if not run.finished:
         return Helped()
     try:
@@ -60,8 +60,9 @@ def helped(run: RunDir) -> Helped:
         return Helped()
     own = compared.groups[compared.runs[0].group].label
     answers = {one.question: one for one in compared.answers if one.ours == own}
-    asked = answers.get("where") or answers.get("dose")
-    return Helped(_verdict(asked) if asked else "", _table(compared))
+    asked = [answers[question] for question in ("where", "dose") if question in answers]
+    verdicts, advice = zip(*map(_verdict, asked), strict=True) if asked else ((), ())
+    return Helped(" ".join([*verdicts, *filter(None, dict.fromkeys(advice))]), _table(compared))
 
 
 def _table(compared: Comparison) -> Sheet:
@@ -87,14 +88,15 @@ def _table(compared: Comparison) -> Sheet:
     return Sheet("", ["Training", "Test top-1 %", "Difference", "Seeds"], rows, notes)
 
 
-def _verdict(asked: Answer) -> str:
+def _verdict(asked: Answer) -> tuple[str, str]:
+    """What is said of one question, and what to do for more."""
     against, seeds = AGAINST.get(asked.question, ""), len(asked.seeds)
     if asked.difference is None:
-        return f"Not known: no seed is finished both here and for {against}."
+        return f"Not known: no seed is finished both here and for {against}.", ""
     figure = f"{points(asked.difference, 2)} points against {against}"
     if asked.p is None:
         some, least = ("with one seed" if seeds == 1 else f"in each of {seeds} seeds"), max(LEAST_SEEDS, seeds + 1)
-        return f"Not shown: {figure}, {some}. Run at least {least} seeds: --seeds {least}."
+        return f"Not shown: {figure}, {some}.", f"Run at least {least} seeds: --seeds {least}."
     said = {"better": "Yes", "worse": "No, it took away"}.get(asked.verdict, "Not shown")
-    need = f" To see 0.5 points: {whole(asked.needed)} seeds." if asked.needed and said == "Not shown" else ""
-    return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds).{need}"
+    need = f"To see 0.5 points: {whole(asked.needed)} seeds." if asked.needed and said == "Not shown" else ""
+    return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds).", need

@@ -206,7 +206,7 @@ def routed_network(measured: Measured) -> str:
     less = points(routed.sampled.top1 - routed.student.top1, 2)
     return (
         f"Top-1 {fixed(routed.sampled.top1, 2)} % where the part of one network or the other is drawn at every spot: "
-        f"{less} points against the student alone, on the same {whole(routed.images)} test images."
+        f"{less} points against the student of this run alone, on the same {whole(routed.images)} test images."
     )
 
 
