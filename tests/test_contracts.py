@@ -9,7 +9,7 @@ import torch
 from conftest import PAIR, TINY, CliRunner
 
 from sakd_cli.data.table import DATASETS
-from sakd_cli.distillers.at import AT
+from sakd_cli.distillers.maps import AT
 from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.routing.router import Decision
 from sakd_cli.routing.table import ROUTERS, Fixed
@@ -69,7 +69,7 @@ def test_the_student_s_side_is_tried_before_its_teacher_is_trained(cli: CliRunne
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("sakd_cli.distillers.at.attention", r"AT \(at.py, line \d+\): ValueError: no such map"),
+        ("sakd_cli.distillers.maps.attention", r"AT \(maps.py, line \d+\): ValueError: no such map"),
         ("sakd_cli.routing.table.Decision", r"Fixed \(table.py, line \d+\): ValueError: no such map"),
     ],
 )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch, UpperBatch
 from sakd_cli.config.methods import DFAConfig
 from sakd_cli.distillers.dfa import DFA, BlockGroup, Match, Mixture, connect, mixable_blocks
-from sakd_cli.distillers.ofd import margins, partial_distance
+from sakd_cli.distillers.maps import margins, partial_distance
 from sakd_cli.distillers.table import build
 from sakd_cli.errors import UsageError
 from sakd_cli.models.layers import GlobalPool

@@ -33,24 +33,14 @@ from sakd_cli.config.methods import (
     SPConfig,
     VIDConfig,
 )
-from sakd_cli.distillers.ab import AB
-from sakd_cli.distillers.at import AT
-from sakd_cli.distillers.cc import CC
 from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.distiller import Distiller, Warmup
-from sakd_cli.distillers.dkd import DKD
-from sakd_cli.distillers.fitnet import FitNet
-from sakd_cli.distillers.fsp import FSP
-from sakd_cli.distillers.ft import FT, Paraphraser, translator
-from sakd_cli.distillers.kd import KD
 from sakd_cli.distillers.kdsvd import KDSVD
-from sakd_cli.distillers.nst import NST
-from sakd_cli.distillers.ofd import OFD
-from sakd_cli.distillers.pkt import PKT
+from sakd_cli.distillers.logits import DKD, KD
+from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet
+from sakd_cli.distillers.relations import CC, PKT, RKD, SP
 from sakd_cli.distillers.reviewkd import ReviewKD
-from sakd_cli.distillers.rkd import RKD
-from sakd_cli.distillers.sp import SP
-from sakd_cli.distillers.vid import VID
+from sakd_cli.distillers.warmups import AB, FSP, FT, Paraphraser, translator
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 

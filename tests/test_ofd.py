@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NETWORKS
-from sakd_cli.distillers.ofd import FAR, margins
+from sakd_cli.distillers.maps import FAR, margins
 from sakd_cli.distillers.table import build
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sakd_cli.config.effective import router_start
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
-from sakd_cli.distillers.kd import softened_kl
+from sakd_cli.distillers.logits import softened_kl
 from sakd_cli.errors import UsageError
 from sakd_cli.routing import ahead
 from sakd_cli.routing.router import Answers

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.distillers.at import AT
 from sakd_cli.distillers.crd import CRD
-from sakd_cli.distillers.fitnet import FitNet
-from sakd_cli.distillers.kd import KD
-from sakd_cli.distillers.sp import SP
+from sakd_cli.distillers.logits import KD
+from sakd_cli.distillers.maps import AT, FitNet
+from sakd_cli.distillers.relations import SP
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.routing.table import Adaptive
 from sakd_cli.tasks.distill import DistillTask

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sakd_cli.batch import Batch
 from sakd_cli.config.methods import DFAConfig, Mixtures
 from sakd_cli.distillers.distiller import Distiller, weighted_mean
-from sakd_cli.distillers.ofd import connector, margins, partial_distance
+from sakd_cli.distillers.maps import connector, margins, partial_distance
 from sakd_cli.errors import UsageError
 from sakd_cli.models.adapters import ConvAdapter
 from sakd_cli.models.spot import Spot

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.config.training import ResidualConfig
-from sakd_cli.distillers.kd import softened_kl
+from sakd_cli.distillers.logits import softened_kl
 from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput
 from sakd_cli.models.staged import StagedModel
