@@ -40,8 +40,7 @@ from sakd_cli.config.resolve import BENCHED, ConfigSource, config_sources, neste
 from sakd_cli.config.routers import LearnedConfig, RouterConfig
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.bench import Bench
-from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
-from sakd_cli.documents.prediction import Predictions
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Predictions
 from sakd_cli.documents.spots import EXTREMES, Split, SpotsDocument
 from sakd_cli.documents.sweep import SweepDocument
 from sakd_cli.documents.table import Comparison, Export, Imported, Report
@@ -350,7 +349,7 @@ def bench(**options: Unpack[BenchOptions]) -> Bench:
     """Time a training step: the document of `sakd bench --json`."""
     params = _params("bench", options)
     sources = [ConfigSource("the bench's default", nested(BENCHED)), *config_sources(params)]
-    from sakd_cli.bench.order import ordered
+    from sakd_cli.bench.scaling import ordered
 
     return ordered(resolve("distill", sources).config, params, _reporter(options).say)
 

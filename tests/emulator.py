@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sakd_cli.bench.counting import READS, by_mask
+from sakd_cli.bench.steps import READS, by_mask
 
 Call = Callable[[], None]
 

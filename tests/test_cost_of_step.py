@@ -9,8 +9,7 @@ from published import published
 from torch import nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.bench.counting import Count, count
-from sakd_cli.bench.steps import half_routed
+from sakd_cli.bench.steps import Count, count, half_routed
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.engine.optim import Optimizer

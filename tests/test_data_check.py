@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from test_imagefolder import cut_short, folder, picture
 
 from sakd_cli.config.training import DistillConfig
+from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.decode import Reading
-from sakd_cli.data.examine import find_unreadable
 from sakd_cli.documents.table import DataCheck
 from sakd_cli.models.table import create
 from sakd_cli.runs import build

@@ -11,7 +11,7 @@ import torch
 from test_engine import SAMPLES, distiller_of
 from torch import Tensor
 
-from sakd_cli.bench.counting import count
+from sakd_cli.bench.steps import count
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.engine.trainer import Trainer
 

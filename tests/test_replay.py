@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sakd_cli.batch import Loader
-from sakd_cli.bench.counting import count
+from sakd_cli.bench.steps import count
 from sakd_cli.config.methods import METHODS, DFAConfig
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS

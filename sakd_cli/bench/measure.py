@@ -1,4 +1,4 @@
-"""One measurement: every step counted and timed in turn, the phases of ours, and the machine it was done on.
+"""One measurement: every step counted and timed in turn, where the time of ours goes, the machine it was done on.
 
 Variants are timed in turn, ratios are taken within a round, and none is reported where they scatter.
 """
@@ -8,13 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from sakd_cli.bench.phases import phases
-from sakd_cli.bench.steps import OURS, Setup, Step, steps
+from sakd_cli.bench.steps import OURS, Setup, Step, adaptive_task, endless, noise_loader, optimizer_of, steps
 from sakd_cli.documents.bench import (
     Bench,
     BenchComparison,
@@ -37,6 +37,65 @@ COUNTED = ("gflop", "synchronisations", "saved_bytes")
 SCATTER = 0.25  # of the median: ratios that scatter more are not reported
 BUSY = 1.5  # wall time over CPU time: above it the machine was doing something else
 STEPS_OF_A_ROUND = 200  # on a GPU, which is waited for at a round's end only
+PHASES = ("teacher pass", "student forward", "routed pass", "losses", "backward", "update", "data")
+
+
+class Stopwatch:
+    """Seconds per phase: of the process on a CPU, on the wall of a device that is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    def now(self) -> float:
+        """The time, when all that was asked of the device is done."""
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside; as a decorator, every call of a function."""
+        begin = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - begin
+
+
+def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
+    """Seconds of a step per phase, mean of `rounds`; the step is that of `adaptive`, eager."""
+    task, watch = adaptive_task(setup), Stopwatch(setup.device)
+    batches = endless(noise_loader(setup, task.noise_width))
+    optimizer = optimizer_of(task)
+    task.teacher_features = watch.phase("teacher pass")(task.teacher_features)
+    task.student_features = watch.phase("student forward")(task.student_features)
+    assert task.graft is not None
+    task.graft.forward = watch.phase("routed pass")(task.graft.forward)  # type: ignore[method-assign]
+    for turn in range(warmup + rounds):
+        if turn == warmup:
+            watch.seconds = dict.fromkeys(PHASES, 0.0)
+        begin = watch.now()
+        batch = next(batches)
+        batch = replace(batch, index=batch.index % setup.images)
+        ready = watch.now()
+        inside = sum(watch.seconds.values())
+        loss = task(batch).loss
+        done = watch.now()
+        stamps: list[float] = []
+
+        def look(gradients: list[torch.Tensor], stamps: list[float] = stamps) -> torch.Tensor:
+            stamps.append(watch.now())
+            return torch.zeros((), device=setup.device)
+
+        optimizer.step(loss, look)
+        end = watch.now()
+        inside = sum(watch.seconds.values()) - inside
+        spent = {"data": ready - begin, "losses": done - ready - inside, "backward": stamps[0] - done}
+        for phase, seconds in (spent | {"update": end - stamps[0]}).items():
+            watch.seconds[phase] += seconds
+    return {phase: seconds / rounds for phase, seconds in watch.seconds.items()}
 
 
 class Ratio(NamedTuple):

@@ -1,19 +1,20 @@
-"""How the time of a step grows along one axis at a time."""
+"""A benchmark as it is asked for, and how the time of a step grows along one axis at a time."""
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 
+from sakd_cli.bench import measure
 from sakd_cli.bench.measure import Rounds, timed
-from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, plain_distillation
+from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, load_peer_step, plain_distillation
 from sakd_cli.config.networks import find_network
 from sakd_cli.distillers.table import DISTILLERS
-from sakd_cli.documents.bench import Scaling, ScalingPoint
+from sakd_cli.documents.bench import Bench, Scaling, ScalingPoint
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.models.spot import align_stages
 
@@ -112,3 +113,19 @@ def _at_once(setup: Setup, several: int, how: Rounds) -> float:
         if gpu:
             torch.cuda.synchronize(setup.device)
         return 1000 * (time.perf_counter() - begin) / (how.rounds * several)
+
+
+def ordered(config: Any, options: Mapping[str, Any], say: Callable[[str], None]) -> Bench:
+    """Time the steps of a distillation's settings with the options of `sakd bench`."""
+    setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
+    # Everything is checked before minutes are spent.
+    points = points_of(axis, setup) if axis else []
+    before = measure.earlier(options["compare"]) if options["compare"] else None
+    with measure.one_thread():
+        if before is not None:
+            measure.must_be_alike(before, measure.machine(setup), measure.described(setup, how))
+        peers = [load_peer_step(options["peer"], options["peer_entry"], setup)] if options["peer"] else []
+        found = measure.measured(setup, how, peers, say)
+        axes = scaled(axis, points, how, say) if points else None
+    change = None if before is None else measure.comparison(before, found)
+    return found.model_copy(update={"scaling": axes, "comparison": change})

@@ -1,9 +1,12 @@
-"""The steps that a bench compares, ready to be called: networks of random weights, learning rates near 0."""
+"""The steps that a bench compares, ready to be called, and what each costs when it is counted instead of timed.
+
+Networks have random weights, and learning rates are near 0.
+"""
 
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch, Loader
-from sakd_cli.bench.counting import Count, count
 from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
 from sakd_cli.config.methods import KDConfig
 from sakd_cli.config.networks import find_network
@@ -30,11 +32,66 @@ from sakd_cli.engine.runtime import compile_task, compiled, pick_device, resolve
 from sakd_cli.engine.step import TrainStep
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
+from sakd_cli.models.cost import Flops
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import PretrainTask
+
+# Operations whose result, or its shape, the host must wait for.
+READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select"}
+READS |= {"_unique2", "unique_dim", "equal", "bincount"}
+
+
+class Count(NamedTuple):
+    """flops: 2 per multiply-add of products and convolutions; saved_bytes: for the backward pass; reads by the host."""
+
+    flops: int
+    saved_bytes: int
+    reads: int
+    operations: int
+
+
+def by_mask(name: str, arguments: Sequence[Any]) -> bool:
+    """Whether an operation of this name chooses rows by a mask, whose number the host must know."""
+    given = arguments[1] if name.startswith("index") and len(arguments) > 1 else ()
+    rows = given if isinstance(given, list | tuple) else ()
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in rows)
+
+
+class _Dispatched(Flops):
+    reads = operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.reads += by_mask(name, args) or name in READS
+        self.operations += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def count(step: Callable[[], Any], given: Iterable[Tensor]) -> Count:
+    """Carry out `step` once and count.
+
+    given  what is there anyway (weights, buffers, images): not counted as saved. Every storage that the step saves for
+           its backward pass is counted once, from its first saving to the end of the step, whatever is freed meanwhile.
+    """
+    # Storages stay alive while counting, so that no address stands for two of them.
+    free = {tensor.untyped_storage()._cdata for tensor in given}
+    saved: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in free:
+            saved[storage._cdata] = storage
+        return tensor
+
+    dispatched = _Dispatched()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), dispatched:
+        step()
+    saved_bytes = sum(storage.nbytes() for storage in saved.values())
+    return Count(dispatched.total, saved_bytes, dispatched.reads, dispatched.operations)
+
 
 OURS = "adaptive"  # the step that all others are compared with
 PIXELS = 4_200_000  # of the noise that stands for images: 4,096 of 32x32
@@ -127,21 +184,30 @@ def optimizer_of(task: Task) -> Optimizer:
     return made
 
 
+def noise_loader(setup: Setup, noise_width: int = 0) -> TrainLoader:
+    """The trainer's loader on an epoch of random images, cropped and mirrored; all batches are whole."""
+    draw = torch.Generator().manual_seed(2)
+    count = setup.size * max(2, min(setup.images, PIXELS // setup.side**2) // setup.size)
+    pixels = torch.randint(256, (count, 3, setup.side, setup.side), dtype=torch.uint8, generator=draw)
+    split, names = Split(pixels, torch.arange(count) % setup.classes), tuple(map(str, range(setup.classes)))
+    data = Dataset("noise", names, (0.5,) * 3, (0.29,) * 3, setup.side // 8, flip=True, train=split, test=split)
+    return TrainLoader(split, data, batch_size=setup.size, seed=0, noise_width=noise_width, device=setup.device)
+
+
+def endless(loader: TrainLoader, epoch: int = 1) -> Iterator[Batch]:
+    """The batches of this epoch and of all that follow."""
+    return itertools.chain.from_iterable(map(loader.epoch, itertools.count(epoch)))
+
+
 class NoiseLoader:
-    """The trainer's loader on an epoch of noise, again and again, every batch with the draws of `given`."""
+    """Epochs of noise without end, every batch with the draws of `given`."""
 
     def __init__(self, setup: Setup, given: Batch) -> None:
-        draw = torch.Generator().manual_seed(2)
-        count = setup.size * max(2, min(setup.images, PIXELS // setup.side**2) // setup.size)
-        pixels = torch.randint(256, (count, 3, setup.side, setup.side), dtype=torch.uint8, generator=draw)
-        split, names = Split(pixels, torch.arange(count) % setup.classes), tuple(map(str, range(setup.classes)))
-        data = Dataset("noise", names, (0.5,) * 3, (0.29,) * 3, setup.side // 8, flip=True, train=split, test=split)
-        self.given = given
-        self._loader = TrainLoader(split, data, batch_size=setup.size, seed=0, noise_width=0, device=setup.device)
+        self.given, self._loader = given, noise_loader(setup)
         self.steps_per_epoch = self._loader.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        batches = itertools.chain.from_iterable(map(self._loader.epoch, itertools.count(epoch)))
+        batches = endless(self._loader, epoch)
         return (replace(batch, noise=self.given.noise, index=self.given.index) for batch in batches)
 
 

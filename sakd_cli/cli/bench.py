@@ -25,7 +25,7 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
         raise UsageError("bench: times one teacher, as was published")
     if len(config.method.parts) > 1:
         raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
-    from sakd_cli.bench.order import ordered
+    from sakd_cli.bench.scaling import ordered
 
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
         found = ordered(config, options, ConsoleReporter(quiet=quiet).say)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
+from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
-from sakd_cli.data.examine import find_unreadable
 from sakd_cli.data.files import Files, ImageSpec, cpu_count
 from sakd_cli.data.fingerprint import content_hashes
 from sakd_cli.data.pictures import FolderContents, SplitContents, raise_on_findings

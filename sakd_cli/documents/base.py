@@ -22,7 +22,7 @@ def rounded(value: Any) -> Any:
 class Part(BaseModel):
     """A part of a document. A field that Python has a keyword for ends in `_`; its JSON key does not.
 
-    exact   fields that hold settings or files of others, which are passed on as they are
+    Fields of type `Any`, which hold settings or files of others, are passed on as they are; so are those in `exact`.
     """
 
     model_config = ConfigDict(
@@ -38,7 +38,8 @@ class Part(BaseModel):
     @field_validator("*")
     @classmethod
     def _rounded(cls, value: Any, info: Any) -> Any:
-        return value if info.field_name in cls.exact else rounded(value)
+        of_others = "typing.Any" in str(cls.model_fields[info.field_name].annotation)
+        return value if of_others or info.field_name in cls.exact else rounded(value)
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""

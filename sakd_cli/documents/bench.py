@@ -1,6 +1,6 @@
 """The document of `sakd bench`"""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sakd_cli.documents.base import Document, Number, Part
 
@@ -114,7 +114,6 @@ class BenchComparison(Part):
 class Bench(Document):
     """`sakd bench --json`; environment: as in `env.json`, and the processor."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"environment"})
     schema_: Literal["sakd.bench/2"] = "sakd.bench/2"
     environment: dict[str, Any]
     setup: BenchSetup

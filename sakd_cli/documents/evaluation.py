@@ -1,4 +1,4 @@
-"""What `sakd eval --json` prints: of one network, of an ensemble, of several
+"""What `sakd eval` and `sakd predict` print with `--json`: of one network, of an ensemble, of several, of pictures
 
 Accuracies (top1, top5) are in percent, fractions in [0, 1], losses are mean cross-entropies in nats (the negative
 log-likelihood), macs are multiply-accumulates for one image; what is not known is null.
@@ -263,3 +263,38 @@ class Evaluations(Document):
 
     schema_: Literal["sakd.evals/2"] = "sakd.evals/2"
     evaluations: list[Evaluation | EnsembleEvaluation]
+
+
+class ClassProbability(Part):
+    """A class and its softmax probability, 0 to 1."""
+
+    class_: str
+    probability: float
+
+
+class Prediction(Part):
+    """One picture: its classes, the likeliest first; none, and the reason, where it could not be read.
+
+    exit: of residual students the stage, from 0, after which the image left; null without such students.
+    """
+
+    file: str
+    classes: list[ClassProbability]
+    exit: int | None = None
+    error: str | None = None
+
+
+class Predictions(Document):
+    """`sakd predict NETWORK PATH... --json`; failed: pictures that could not be read; seconds: with reading them."""
+
+    schema_: Literal["sakd.predict/1"] = "sakd.predict/1"
+    weights: str
+    sha256: str
+    network: str
+    dataset: str
+    device: str
+    images: int
+    failed: int
+    seconds: float
+    images_per_second: Number
+    predictions: list[Prediction]

@@ -1,6 +1,6 @@
 """The documents of `sakd list`, `sakd config show` and `sakd show` with `--json`"""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sakd_cli.documents.base import Document, Number, Part
 
@@ -26,7 +26,6 @@ class Listing(Document):
 class RunEntry(Part):
     """A run; top1: percent of the test images after the last epoch; settings: by `runs show`, null otherwise."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"settings"})
     run: str
     state: Literal["finished", "in progress", "stopped", "damaged"]
     task: str | None = None
@@ -53,7 +52,6 @@ class RunEntries(Document):
 class ShownKey(Part):
     """A key of a config: its value, and with --origin or --describe who set it and what it means."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"value"})
     key: str
     value: Any
     origin: str
@@ -63,7 +61,6 @@ class ShownKey(Part):
 class ShownConfig(Document):
     """`sakd config show --json`; keys: with --origin or --describe, null otherwise."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"config", "effective"})
     schema_: Literal["sakd.config/1"] = "sakd.config/1"
     task: str
     config: dict[str, Any]
@@ -74,7 +71,6 @@ class ShownConfig(Document):
 class ShownMethod(Document):
     """`sakd show method NAME --json`; spots: what it matches, defaults: of its settings."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"defaults"})
     schema_: Literal["sakd.method/1"] = "sakd.method/1"
     name: str
     about: str

@@ -4,13 +4,12 @@ Accuracies (top1, top5) are in percent, losses are mean cross-entropies in nats 
 not known is null.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sakd_cli.documents.base import Answer, Document, Number, PairedTest, Part, SeedStatistics
 from sakd_cli.documents.bench import Bench
-from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Quartiles
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Predictions, Quartiles
 from sakd_cli.documents.listing import Listing, RunEntries, ShownConfig, ShownMeaning, ShownMethod
-from sakd_cli.documents.prediction import Predictions
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
 from sakd_cli.documents.training import Plan, Summary
@@ -62,7 +61,6 @@ class RunRow(Part):
 class Difference(Part):
     """A setting that is not the same everywhere; one value per run."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"values"})
     key: str
     values: list[Any]
 

@@ -31,7 +31,6 @@ class MixtureGroup(Part):
 class Mixtures(Document):
     """The mixtures and where they come from. search: the settings of the search, null where there was none."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"search"})
     schema_: Literal["sakd.dfa/1"] = "sakd.dfa/1"
     sakd: str
     weights: str
@@ -200,7 +199,6 @@ class PlannedSpot(Part):
 class Plan(Document):
     """`--dry-run --json` of a training; trainable: parameters by group; batch: terms of the loss of one real batch."""
 
-    exact: ClassVar[frozenset[str]] = frozenset({"effective"})  # settings
     schema_: Literal["sakd.plan/2"] = "sakd.plan/2"
     networks: list[PlannedNetwork]
     spots: list[PlannedSpot]

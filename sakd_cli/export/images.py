@@ -12,9 +12,9 @@ from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.preprocessing import height_width
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
+from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Reading
-from sakd_cli.data.examine import find_unreadable
 from sakd_cli.data.files import Files, ImageSpec, cpu_count
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.reporter import Reporter

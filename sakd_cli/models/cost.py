@@ -28,7 +28,7 @@ def cost(model: nn.Module, side: ImageSize) -> Cost:
     norms = [module for module in ghost.eval().modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.forward = lambda x: x  # type: ignore[method-assign, assignment]  # half of the time, none of the MACs
-    with _Flops() as counter, torch.no_grad():
+    with Flops() as counter, torch.no_grad():
         ghost(torch.empty(1, 3, *height_width(side), device="meta"))
     for norm in norms:
         del norm.forward
@@ -36,7 +36,7 @@ def cost(model: nn.Module, side: ImageSize) -> Cost:
     return Cost(parameters, counter.total // 2)
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """Counts by torch's own formulas, four times as fast as `FlopCounterMode`, which counts module by module."""
 
     total = 0

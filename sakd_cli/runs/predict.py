@@ -20,7 +20,7 @@ from sakd_cli.data.decode import Reading, Unreadable
 from sakd_cli.data.files import ImageSpec, cpu_count, load_eval_image, v2
 from sakd_cli.data.loader import MAX_BYTES
 from sakd_cli.data.pictures import Finding, pictures_below, shown
-from sakd_cli.documents.prediction import ClassProbability, Prediction, Predictions
+from sakd_cli.documents.evaluation import ClassProbability, Prediction, Predictions
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
 from sakd_cli.errors import DataError

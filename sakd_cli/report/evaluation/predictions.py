@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sakd_cli.documents.prediction import Prediction, Predictions
+from sakd_cli.documents.evaluation import Prediction, Predictions
 from sakd_cli.report.render.format import csv_text
 
 
