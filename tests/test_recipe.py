@@ -108,6 +108,12 @@ def mixed(net: nn.Module, batch: Batch) -> Tensor:
     return -(target * F.log_softmax(net(batch.images), dim=1)).sum(dim=1).mean()
 
 
+def focal(net: nn.Module, batch: Batch) -> Tensor:
+    """Equation 4 of Lin et al. 2017, without alpha."""
+    chance = F.softmax(net(batch.images), dim=1)[torch.arange(len(batch.labels)), batch.labels]
+    return -((1 - chance) ** 2 * chance.log()).mean()
+
+
 def each(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> Plain:
     return Plain(lambda net: kind(net.parameters(), 0.01, weight_decay=5e-4, **settings))
 
@@ -150,6 +156,13 @@ RECIPES: dict[str, tuple[dict[str, Any], Plain]] = {
         of(label_smoothing=0.1),
         Plain(loss=lambda net, b: F.cross_entropy(net(b.images), b.labels, label_smoothing=0.1)),
     ),
+    "class weights": (
+        of(class_weights=(1.0, 2.0, 0.5, 4.0)),
+        Plain(loss=lambda net, b: F.cross_entropy(net(b.images), b.labels, torch.tensor([1.0, 2.0, 0.5, 4.0]))),
+    ),
+    "focal loss": (of(focal_gamma=2.0), Plain(loss=focal)),
+    "balanced sampling": ({"data.balance": "balanced"}, Plain()),
+    "repeated-factor sampling": ({"data.balance": "repeated-factor", "data.balance_threshold": 0.5}, Plain()),
     "mixup": (of(mixup=0.8), Plain(loss=mixed)),
     "cutmix": (of(cutmix=1.0), Plain(loss=mixed)),
     "mixup and cutmix": (of(mixup=0.2, cutmix=1.0), Plain(loss=mixed)),
