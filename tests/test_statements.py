@@ -68,6 +68,14 @@ def test_a_saturated_router_is_one_sentence_with_the_cure(
     assert [block.title for block in section.blocks] == [report.saturated]
 
 
+def test_a_router_that_treats_all_alike_has_one_table(tmp_path: Path) -> None:
+    for share, tables in ((1.0, 1), (0.0, 1), (0.5, 3)):
+        spots = [[spot("logits", share, [share, share + change], None)] for change in (0.0, 0.5 * (share == 0.5))]
+        run = make_run(tmp_path / str(share), [epoch(n, 10, *one) for n, one in enumerate(spots, 1)], config=CONFIG)
+        first, *others = spot_tables(spots_document(run))
+        assert (len(others) + 1, "Min" in first.headers) == (tables, tables > 1)
+
+
 def test_a_difference_is_that_of_the_figures_beside_it_or_has_one_more_digit() -> None:
     def over_seeds(mean: float) -> SeedStatistics:
         return SeedStatistics(mean=mean, std=None, low=None, high=None)

@@ -28,11 +28,12 @@ NETWORKS = {
 
 def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Sheet]:
     """The training: overall, by epoch, the `top` classes above and below the average (None: all), mixtures."""
+    constant = bool(report.saturated) or report.alike
     tables = [_overall(report)]
-    if not report.saturated:
+    if not constant:
         tables.append(_by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch)))
     names = [spot.name for spot in report.overall]
-    if top != 0 and not report.saturated and any(row.peak is not None for row in report.by_class):
+    if top != 0 and not constant and any(row.peak is not None for row in report.by_class):
         notes = ["Mean over the epochs, then the difference from the spot's fraction in points."]
         if len(names) > 1:
             notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
@@ -66,7 +67,8 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
         "extremes": [_extremes(ends, extremes) for ends in measured.extremes if extremes != 0],
         "routed": [_routed(measured.routed)] if measured.routed else [],
     }
-    return {section: sheets for section, sheets in tables.items() if sheets}
+    alike = measured.value == "rate" and all(spot.p05 == spot.p95 == spot.mean for spot in measured.spots)
+    return {section: sheets for section, sheets in tables.items() if sheets and (section == "routed" or not alike)}
 
 
 def _probe(probe: doc.Probe) -> Sheet:
@@ -111,11 +113,11 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
     spots = report.overall
     with_policy = any(spot.probability is not None for spot in spots)
     measured = any(spot.gradient_ratio is not None for spot in spots)
-    headers = ["Spot", "Kind", "Fraction", "", "First", "Last", "Min", "Max", *["Probability"] * with_policy]
-    headers += ["Gradient ratio"] * measured
+    headers = ["Spot", "Kind", "Fraction", "", *["First", "Last", "Min", "Max"] * (not report.alike)]
+    headers += [*["Probability"] * with_policy, *["Gradient ratio"] * measured]
     rows = [
         [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
-        + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max)]
+        + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max) if not report.alike]
         + [fixed(spot.probability, 2)] * with_policy
         + [DASH if spot.gradient_ratio is None else f"{spot.gradient_ratio:.2g}"] * measured
         for spot in spots
@@ -125,7 +127,8 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
         f"{named(report.method)} · {named(report.router)} router · {whole(report.epochs)} epoch"
         + "s" * (report.epochs != 1)
         + " so far" * (not report.finished),
-        "Kind: feature maps or logits are compared. Fraction: over all epochs; first, last, min, max: of single epochs"
+        "Kind: feature maps or logits are compared. Fraction: "
+        + ("the same in every epoch" if report.alike else "over all epochs; first, last, min, max: of single epochs")
         + "; probability: mean teacher-routing probability in the last epoch." * with_policy
         + "." * (not with_policy),
     ]
