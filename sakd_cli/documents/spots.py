@@ -398,13 +398,3 @@ class SpotsDocument(Document):
     mixtures: Mixtures | None
     measured: Measured | None
     probe: Probe | None = None
-
-    @property
-    def alike(self) -> bool:
-        """Whether every epoch and class has the fractions of the whole run, and no router was trained."""
-        rows = [
-            *(row.fraction for row in self.by_epoch),
-            *(row.fraction for row in self.by_class if row.peak is not None),
-        ]
-        trained = any(spot.probability is not None for spot in self.overall)
-        return not trained and all(row == [spot.fraction for spot in self.overall] for row in rows)

@@ -28,8 +28,9 @@ NETWORKS = {
 
 def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Sheet]:
     """The training: overall, by epoch, the `top` classes above and below the average (None: all), mixtures."""
-    constant = bool(report.saturated) or report.alike
-    tables = [_overall(report)]
+    alike = _alike(report)
+    constant = bool(report.saturated) or alike
+    tables = [_overall(report, alike)]
     if not constant:
         tables.append(_by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch)))
     names = [spot.name for spot in report.overall]
@@ -109,15 +110,25 @@ def mixture_table(record: Mixtures) -> Sheet:
     return table("Mixtures of the teacher's blocks (%)", record.groups, columns, notes, text)
 
 
-def _overall(report: doc.SpotsDocument) -> Sheet:
+def _alike(report: doc.SpotsDocument) -> bool:
+    """Whether every epoch and class has the fractions of the whole run, and no router was trained."""
+    rows = [
+        *(row.fraction for row in report.by_epoch),
+        *(row.fraction for row in report.by_class if row.peak is not None),
+    ]
+    trained = any(spot.probability is not None for spot in report.overall)
+    return not trained and all(row == [spot.fraction for spot in report.overall] for row in rows)
+
+
+def _overall(report: doc.SpotsDocument, alike: bool) -> Sheet:
     spots = report.overall
     with_policy = any(spot.probability is not None for spot in spots)
     measured = any(spot.gradient_ratio is not None for spot in spots)
-    headers = ["Spot", "Kind", "Fraction", "", *["First", "Last", "Min", "Max"] * (not report.alike)]
+    headers = ["Spot", "Kind", "Fraction", "", *["First", "Last", "Min", "Max"] * (not alike)]
     headers += [*["Probability"] * with_policy, *["Gradient ratio"] * measured]
     rows = [
         [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
-        + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max) if not report.alike]
+        + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max) if not alike]
         + [fixed(spot.probability, 2)] * with_policy
         + [DASH if spot.gradient_ratio is None else f"{spot.gradient_ratio:.2g}"] * measured
         for spot in spots
@@ -128,7 +139,7 @@ def _overall(report: doc.SpotsDocument) -> Sheet:
         + "s" * (report.epochs != 1)
         + " so far" * (not report.finished),
         "Kind: feature maps or logits are compared. Fraction: "
-        + ("the same in every epoch" if report.alike else "over all epochs; first, last, min, max: of single epochs")
+        + ("the same in every epoch" if alike else "over all epochs; first, last, min, max: of single epochs")
         + "; probability: mean teacher-routing probability in the last epoch." * with_policy
         + "." * (not with_policy),
     ]
