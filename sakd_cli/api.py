@@ -376,6 +376,6 @@ def sweep(grid: Place | Mapping[str, Any], **options: Unpack[SweepOptions]) -> S
                 part.run(executor, signals, again="call it again")
 
     skipped |= carry_out.train(file, params, settings, todo, run, reporter.say)
-    document = carry_out.document_of(name, todo, skipped)
+    document = carry_out.document_of(name, todo, skipped, params["baseline"])
     todo.check("retry_failed=True tries them again")
     return document

@@ -110,6 +110,8 @@ class SweepOptions(_Common, total=False):
     executor: Literal["local", "ray", "slurm"]
     resource: Sequence[str]
     retry_failed: bool
+    baseline: str
+    protocol: Literal["honest", "published"]
 
 
 class DistillOptions(Inputs, _Training, _Distillation, total=False):

@@ -248,12 +248,22 @@ def test_curves_of_a_comparison_are_drawn(trained_cli: CliRunner, controlled: di
 def test_controls_that_are_there_are_named_and_taken_for_another_method(
     trained_cli: CliRunner, named: list[str], runs: list[str], controlled: dict[str, Any]
 ) -> None:
-    """`never` for every method; `always` is another run under another loss."""
-    arguments = [word for word in [*named, *runs, "--routers", "always,never"] if word != "--quiet"]
+    """`never` for every method, without a word; `always` is another run under another loss."""
+    arguments = [word for word in [*named, *runs, "--routers", "always,never", "--json"] if word != "--quiet"]
     arguments[arguments.index("--method") + 1] = "at"
     never = [row["run"] for row in controlled["runs"] if row["router"] == "never"]
-    document = trained_cli.sakd(*arguments, "--seeds", "2", "--resume", "auto", "--json").document
-    assert [row["run"] for row in document["runs"] if row["router"] == "never"] == never
-    assert [group["label"] for group in document["groups"]] == ["at always", "never"]
-    fresh = trained_cli.sakd(*arguments)
-    assert "always, seed 0; never, seed 0 (--resume auto takes them)" in " ".join(fresh.err.split())
+
+    def of(document: dict[str, Any], router: str) -> list[str]:
+        return [row["run"] for row in document["runs"] if row["router"] == router]
+
+    first = trained_cli.sakd(*arguments, "--seeds", "2")
+    assert of(first.document, "never") == never
+    assert [group["label"] for group in first.document["groups"]] == ["at always", "never"]
+    [line] = [line for line in first.err.splitlines() if line.startswith("not trained again")]
+    assert [f"never, seed {seed} ({Path(run).name})" in line for seed, run in enumerate(never)] == [True, True]
+    assert "always" not in line
+    again = trained_cli.sakd(*arguments, "--seeds", "2")
+    assert again.document["runs"] == first.document["runs"], "with another router beside them they are controls"
+    itself = [*arguments[: arguments.index("--routers")], "--router", "never", "--seeds", "2", "--json"]
+    document = trained_cli.sakd(*itself).document
+    assert not {*of(document, "never")} & {*never}, "what is no control is trained as it was asked for"

@@ -194,14 +194,22 @@ def test_the_page_escapes_every_name_and_loads_nothing() -> None:
 
 
 def test_the_page_begins_with_the_answer() -> None:
-    first = a_page().partition("<nav>")[0]
+    shares = (("ball", 0.9, 0.275), ("doll", 0.625, 0.0), (NASTY, 0.35, -0.275))
+    rows = [{"name": name, "fraction": [0.5, share], "deviation": [0.0, less]} for name, share, less in shares]
+    overall = [document().overall[0], document().overall[1].model_copy(update={"fraction": 0.625})]
+    report = document(by_class=rows, overall=overall, samples=12_000)
+    seen = Seen({10: PIXELS, 11: PIXELS}, a_history(), "It helped: 1 < 2.")
+    first = spot_page(report, seen).partition("<nav>")[0]
+    few = spot_page(report.model_copy(update={"samples": 12}), seen).partition("<nav>")[0]
+    assert "For no class is it shown: coins of one rate would differ as much" in few
+    assert "most often ball" not in few
     for said in (
-        "logits, with a mean probability of 62.5&nbsp;%; then stage2 50.0&nbsp;%.",
-        "so the shares add up to more than 100&nbsp;%.",
-        "They differ most at logits: most often ball (+37.5), least often",
+        "logits, for 62.5&nbsp;% of the training samples; then stage2 50.0&nbsp;%.",
+        "an image can use several",
+        "They differ most at logits: most often ball 90.0&nbsp;% (+27.5), least often",
         "It chooses: of the variance of its decisions, knowing the image explains 12.5&nbsp;% at stage2, 73.3&nbsp;%",
         "It helped: 1 &lt; 2.",
-        "Distilled most often at logits",
+        "Distilled most often at logits, by the trained router",
     ):
         assert said in first
     alone = spot_page(document(measured=None), Seen({})).partition("<nav>")[0]
@@ -324,7 +332,7 @@ def test_the_page_shows_the_extreme_images() -> None:
 def test_a_page_of_any_sections() -> None:
     blocks = [Sheet("T", ["a"], [["1"]], ["note"], text=0), Gallery("G", [])]
     blocks.append(Gallery("H", [Tile(Picture(b"y", "tile"), ["one", "two"])]))
-    opening = Opening([Answer("why?", ["so"])], blocks[:1])
+    opening = Opening([Answer("why?", ["so"])], [blocks[:1]])
     reader = Reader(html.page("title", [("fact", "value")], [Section("section", blocks, "what?")], opening))
     for word in ("title", "fact", "value", "section", "note", "T", "G", "one", "two", "why?", "so", "what?"):
         assert word in reader.text

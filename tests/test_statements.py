@@ -14,7 +14,6 @@ from test_report import CONFIG, Tree, epoch, everything, long_run, make_run, spo
 from test_sweep_table import finished
 
 from sakd_cli.cli.progress import Bars
-from sakd_cli.documents.base import SeedStatistics
 from sakd_cli.documents.evaluation import Evaluation
 from sakd_cli.documents.listing import RunEntries
 from sakd_cli.documents.spots import Measured
@@ -77,12 +76,9 @@ def test_a_router_that_treats_all_alike_has_one_table(tmp_path: Path) -> None:
 
 
 def test_a_difference_is_that_of_the_figures_beside_it_or_has_one_more_digit() -> None:
-    def over_seeds(mean: float) -> SeedStatistics:
-        return SeedStatistics(mean=mean, std=None, low=None, high=None)
-
-    assert format.difference(0.5, over_seeds(70.5), over_seeds(70.0)) == "+0.50"
-    assert format.difference(0.012, over_seeds(70.006), over_seeds(69.994)) == "+0.012", "shown are 70.01 and 69.99"
-    assert format.difference(-0.004, None, over_seeds(1.0)) == "0.00"
+    assert format.difference(0.5, 70.5, 70.0) == "+0.50"
+    assert format.difference(0.012, 70.006, 69.994) == "+0.012", "shown are 70.01 and 69.99"
+    assert format.difference(-0.004, None, 1.0) == "0.00"
 
 
 def test_accuracies_on_two_sets_of_images_say_so() -> None:

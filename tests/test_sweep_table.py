@@ -235,3 +235,48 @@ def test_coins_are_of_the_router_that_selects_whichever_it_is() -> None:
     settings = SweepConfig(pairs=["resnet20:resnet8"], methods=["kd"], routers=routers, doses=["auto"])
     found = {member.router: member.matched for member in grid(settings).members if member.method}
     assert found == {"always": None, "wsld": None, "random-matched": "kd auto wsld resnet20:resnet8 seed 0"}
+
+
+def test_any_baseline_is_what_all_cells_of_a_sweep_are_compared_with(runs: list[SweepRun]) -> None:
+    seeds = range(3)
+    runs += [finished("always", seed, 69.5 + 0.1 * seed, method="at", key=f"at always {seed}") for seed in seeds]
+    runs += [
+        finished(None, seed, 68.0 - 0.3 * seed, role="baseline", teacher=None, method=None, key=f"b {seed}")
+        for seed in seeds
+    ]
+
+    def compared(words: str) -> dict[tuple[str, str], tuple[str, float]]:
+        document = sweep_document("mine", runs, {}, "cifar100", words)
+        assert document.tests == len(document.gains)
+        assert document.baseline == words
+        return {(gain.method, gain.router): (gain.against, round(gain.difference or 0.0, 2)) for gain in document.gains}
+
+    expected = {("fitnet", "adaptive"): ("always", 0.5), ("at", "always"): ("fitnet always", -0.6)}
+    assert compared("fitnet always") == expected | {("baseline", ""): ("fitnet always", -2.5)}
+    assert compared("always")[("fitnet", "adaptive")] == ("always", 0.5), "of the same method where there is one"
+    from_scratch = compared("baseline")
+    assert from_scratch[("at", "always")] == ("baseline", 1.9)
+    text = sweep_markdown(sweep_document("mine", runs, {}, "cifar100", "baseline"))
+    assert "|  | always − baseline | +1.90" in text
+    with pytest.raises(UsageError, match="--baseline 'at wsld': no such cell of this sweep"):
+        grid_of("table-same-family", baseline="at wsld")
+
+
+def test_a_sweep_under_the_published_protocol_is_as_published(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "{task: sweep, pairs: ['wrn40_2:wrn16_2'], methods: [fitnet], routers: [adaptive, always], baseline: true,"
+        " seeds: 2, common: {seed: 4, data: {validation: 0.2}, train: {epochs: 12}}}"
+    )
+    file = str(tmp_path / "s.yaml")
+    for protocol, validation, seeds, recipe in (
+        ("published", 0.0, {1029, 1030}, "published"),
+        ("honest", 0.1, {4, 5}, "auto"),
+        (None, 0.2, {4, 5}, "auto"),
+    ):
+        members = grid_of(file, protocol=protocol).members
+        assert {member.config.data.validation for member in members} == {validation}, "teacher and baseline as well"
+        assert {member.config.seed for member in members if member.role != "teacher"} == seeds
+        routers = [member.config.router for member in members if isinstance(member.config, DistillConfig)]
+        assert {one.recipe for one in routers if one.name == "adaptive"} == {recipe}
+    over = grid_of(file, protocol="published", set_=["data.validation=0.3"]).members
+    assert {member.config.data.validation for member in over} == {0.3}, "an option wins"

@@ -54,7 +54,7 @@ def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | 
         emit(planned) if json else show(*plan_tables(planned))
         return
     skipped |= train(file, options, settings, scheduler, lambda part: _carry_out(part, options, reporter), reporter.say)
-    document = document_of(name, scheduler, skipped)
+    document = document_of(name, scheduler, skipped, options["baseline"])
     _printed(document, csv=csv, json=json, markdown=markdown)
     scheduler.check(f"--retry-failed tries them again; their messages: {scheduler.folder / 'jobs'}")
 

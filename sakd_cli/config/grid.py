@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sakd_cli.config.identity import identity, is_plain
 from sakd_cli.config.method import AUTO
 from sakd_cli.config.methods import METHODS, KDConfig
-from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, flat, nested, protocol_sources, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import SweepConfig, is_path
 from sakd_cli.config.training import RunConfig
@@ -76,35 +76,45 @@ class Grid(NamedTuple):
     skipped: dict[str, str]
 
 
-def grid(sweep: SweepConfig, given: Sequence[ConfigSource] = (), budget: str | None = None, part: float = 1.0) -> Grid:
+def grid(
+    sweep: SweepConfig,
+    given: Sequence[ConfigSource] = (),
+    budget: str | None = None,
+    part: float = 1.0,
+    protocol: str | None = None,
+) -> Grid:
     """Every run, each behind those that it waits for; seed by seed, so that a first answer comes early.
 
     given   settings from the command line and the environment, stronger than those of the file
     budget  share of the epochs ("0.1", "10%") or a number of epochs for the students ("24"): every schedule is
             shortened in proportion
-    part    of that, once more (for successive halving)
+    part    of that, once more (for successive halving); protocol: as `--protocol`, stronger than the file as well
 
     Raises UsageError, naming the run, for settings that exclude each other, unless those are to be skipped.
     """
-    plan = _Plan(sweep, given)
+    plan = _Plan(sweep, given, protocol)
     share = part * (_share(budget, plan.epochs) if budget else 1.0)
     made = {member.key: member._replace(config=_shortened(member.config, share)) for member in plan.members()}
     return Grid(list(made.values()), plan.skipped)
 
 
 class _Plan:
-    def __init__(self, sweep: SweepConfig, given: Sequence[ConfigSource]) -> None:
-        self.sweep, self.skipped = sweep, dict[str, str]()
+    def __init__(self, sweep: SweepConfig, given: Sequence[ConfigSource], protocol: str | None) -> None:
+        self.sweep, self.skipped, self.protocol = sweep, dict[str, str](), protocol
         learned = ConfigSource("default", {"router": {"name": LEARNED}})
         self.below = [learned, ConfigSource("common", sweep.common), *(g for g in given if set(g.values) <= {*CHOSEN})]
-        self.above = [layer for layer in given if not set(layer.values) <= {*CHOSEN}]
-        first = resolve("distill", [*self.below, ConfigSource("pairs", _pair(sweep.pairs[0])), *self.above]).config
+        self.said = [layer for layer in given if not set(layer.values) <= {*CHOSEN}]
+        first = resolve("distill", [*self.below, ConfigSource("pairs", _pair(sweep.pairs[0])), *self.above()]).config
         self.epochs, seed = first.train.epochs, first.seed
         several = sweep.seeds
         self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(set(several))
         # Stable: what learns comes first, what matches another run's rates comes after that run.
         ranked = [(name != LEARNED, ROUTERS[name] is RandomMatchedConfig, name) for name in sweep.routers]
         self.routers = [name for _, _, name in sorted(ranked, key=lambda rank: rank[:2])]
+
+    def above(self, *own: ConfigSource) -> list[ConfigSource]:
+        """What is stronger than the file: the protocol, as far as it is for the router of these, and what is given."""
+        return [*protocol_sources(self.protocol, [*self.below, *own, *self.said]), *self.said]
 
     def members(self) -> Iterator[Member]:
         made = list(self._made())
@@ -144,7 +154,7 @@ class _Plan:
     def _from_scratch(self, name: str, own: list[ConfigSource], last: Sequence[ConfigSource] = ()) -> RunConfig:
         below, above = (
             [layer._replace(values=layer.values | {"task": "distill"}) for layer in layers]
-            for layers in (self.below, self.above)
+            for layers in (self.below, self.above())
         )
         return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above, *last])
 
@@ -166,7 +176,7 @@ class _Plan:
         own = {key: value for key, value in tried if _has(key, method, router)}
         last = ConfigSource("grid", nested(own | {"seed": seed}))
         try:
-            layers = [*self.below, named, *per, *self.above, last]
+            layers = [*self.below, named, *per, *self.above(named, *per), last]
             config = _resolved(cell, "distill", layers)
             if dose != "1":
                 weight = dose if dose == AUTO else config.method.weight * float(dose)

@@ -67,7 +67,7 @@ class SweepCell(Part):
 
 
 class Gain(PairedTest):
-    """Cell of `router` less that of `against`, of the same pair and method."""
+    """Cell of `router` less that of `against`, of the same pair and, where no other is said there, method."""
 
     pair: int
     method: str
@@ -103,11 +103,15 @@ class Skipped(Part):
 
 
 class SweepDocument(Document):
-    """`sakd sweep FILE --json`. tests: how many there are in gains and answers together, which p is corrected for."""
+    """`sakd sweep FILE --json`. tests: how many there are in gains and answers together, which p is corrected for.
+
+    baseline: words of the cells that all others are compared with in gains; null: as the questions want it.
+    """
 
     schema_: Literal["sakd.sweep/3"] = "sakd.sweep/3"
     name: str
     level: float
+    baseline: str | None = None
     counts: dict[RunState, int]
     pairs: list[SweepPair]
     cells: list[SweepCell]

@@ -15,6 +15,7 @@ from sakd_cli.documents.sweep import SweepDocument, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.files import parse_yaml
 from sakd_cli.report.render.format import plain
+from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.executor import Executor, LocalExecutor
 from sakd_cli.sweep.halving import STAGES, cell_of, halved, require_optuna
@@ -44,7 +45,12 @@ def understood(
     assert isinstance(settings, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
     layers = config_sources({**given, "set_": params["set_"]})
-    return path.stem, settings, grid(settings, layers, params["budget"], share)
+    runs = grid(settings, layers, params["budget"], share, params["protocol"])
+    cells = {(one.method or BASELINE, one.router or ""): one for one in runs.members if one.role != Role.teacher}
+    if (baseline := params["baseline"]) and not of_baseline(baseline, cells):
+        labels = ", ".join(" ".join(filter(None, cell)) for cell in cells)
+        raise UsageError(f"--baseline {baseline!r}: no such cell of this sweep", f"words of one of: {labels}")
+    return path.stem, settings, runs
 
 
 def leave_out_impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
@@ -142,13 +148,15 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--resource {key}: {value[:40]!r} is no YAML value") from None
 
 
-def document_of(name: str, scheduler: Scheduler, skipped: Mapping[str, str]) -> SweepDocument:
-    from sakd_cli.report.sweep.results import sweep_document
-
+def document_of(
+    name: str, scheduler: Scheduler, skipped: Mapping[str, str], baseline: str | None = None
+) -> SweepDocument:
+    """What it has found; `baseline`: words of the cells that all others are compared with."""
     entries = list(scheduler.entries.values())
     data = [entry.member.config.data for entry in entries if entry.member.role is Role.student]
     names = {one.name if one.classes is None and one.limit is None else None for one in data}  # None: a part of it
-    return sweep_document(name, list(map(sweep_run, entries)), skipped, names.pop() if len(names) == 1 else None)
+    dataset = names.pop() if len(names) == 1 else None
+    return sweep_document(name, list(map(sweep_run, entries)), skipped, dataset, baseline)
 
 
 def sweep_run(entry: ScheduledRun) -> SweepRun:

@@ -129,7 +129,7 @@ def train_series(
     with tempfile.TemporaryDirectory() as folder:
         scheduler = Scheduler(members, configs[0].runs_dir, Path(folder), fresh=not resume)
         if not resume:
-            _hint(scheduler, reporter)
+            _take_controls(scheduler, reporter)
         if parallel:
             several = sum(member.matched is None for member in members)
             executor, messages = LocalExecutor(several, several, configs[0].device), Messages(scheduler, reporter)
@@ -164,15 +164,18 @@ def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]
     return members
 
 
-def _hint(scheduler: Scheduler, reporter: "Reporter") -> None:
-    """Say which controls are there already, made for another router or method, or before."""
-    index = RunIndex(scheduler.index.runs_dir)
+def _take_controls(scheduler: Scheduler, reporter: "Reporter") -> None:
+    """Take the controls (of several routers `always` and `never`) that are finished, whoever made them; say which."""
+    index, taken, entries = RunIndex(scheduler.index.runs_dir), list[str](), list(scheduler.entries.values())
     index.refresh()
-    controls = [entry for entry in scheduler.entries.values() if entry.member.router in (CLASSICAL, PLAIN)]
-    known = [(one.member.key, config) for one in controls if (config := scheduler.config_of(one)) is not None]
-    there = [key for key, config in known if (run := index.of(config)) is not None and run.finished]
-    if there:
-        reporter.say(f"already finished in {index.runs_dir}: {'; '.join(there)} (--resume auto takes them)")
+    several = len({entry.member.router for entry in entries}) > 1
+    for entry in (one for one in entries if several and one.member.router in (CLASSICAL, PLAIN)):
+        run = None if (config := scheduler.config_of(entry)) is None else index.of(config)
+        if run is not None and run.finished:
+            entry.state, entry.run, entry.already_done = State.done, run, True
+            taken.append(f"{entry.member.key} ({run.path.name})")
+    if taken:
+        reporter.say(f"not trained again, finished in {index.runs_dir}: {'; '.join(taken)}")
 
 
 def _name(config: DistillConfig) -> str:

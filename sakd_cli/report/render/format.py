@@ -65,10 +65,12 @@ def fraction(value: Any) -> str:
     return DASH if known is None else fixed(100 * known, 1)
 
 
-def deviation(value: Any) -> str:
-    """A difference of two shares in percentage points, always signed: `+4.2`."""
-    known = number(value)
-    return DASH if known is None else points(100 * known, 1)
+def deviation(value: Any, share: Any) -> str:
+    """What a share in [0, 1] is above another, in percentage points, always signed: `+4.2`; as `difference`."""
+    known, whole = number(value), number(share)
+    if known is None or whole is None:
+        return DASH
+    return difference(100 * known, 100 * whole, 100 * (whole - known), digits=1)
 
 
 def points(value: float, digits: int) -> str:
@@ -83,10 +85,10 @@ def p_value(p: Any) -> str:
     return "< 0.001" if known is not None and known < 0.0005 else fixed(known, 3)
 
 
-def difference(value: float, ours: SeedStatistics | None, theirs: SeedStatistics | None) -> str:
-    """In points, to two digits as `mean_std` has those that it is of; to three where these two would not agree."""
-    shown = None if ours is None or theirs is None else points(round(ours.mean, 2) - round(theirs.mean, 2), 2)
-    return points(value, 2 if shown in (None, points(value, 2)) else 3)
+def difference(value: float, ours: float | None, theirs: float | None, digits: int = 2) -> str:
+    """In points, to as many digits as those have that it is of; to one more where these two would not agree."""
+    shown = None if ours is None or theirs is None else points(round(ours, digits) - round(theirs, digits), digits)
+    return points(value, digits if shown in (None, points(value, digits)) else digits + 1)
 
 
 def mean_std(found: SeedStatistics | None, digits: int = 2) -> str:

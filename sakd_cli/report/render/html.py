@@ -64,18 +64,17 @@ class Section(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A question that whoever opens the page has, and the answer in sentences, perhaps with a table."""
+    """A question that whoever opens the page has, and the answer in sentences."""
 
     question: str
     answer: Sequence[str]
-    table: Sheet | None = None
 
 
 class Opening(NamedTuple):
-    """What a page begins with."""
+    """What a page begins with: the answers, and groups of blocks beside and below them."""
 
     answers: Sequence[Answer]
-    blocks: Sequence[Block]
+    groups: Sequence[Sequence[Block]]
 
 
 STYLE = """
@@ -229,10 +228,10 @@ def page(
     if opening and opening.answers:
         answers = "".join(
             f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{kept(said)}</dd>' for said in one.answer)}"
-            + (f"<dd>{_table(one.table)}</dd>" if one.table else "")
             for one in opening.answers
         )
-        first = f'<div class="opening"><dl>{answers}</dl><div>{"".join(map(_block, opening.blocks))}</div></div>'
+        groups = "".join(f"<div>{''.join(map(_block, group))}</div>" for group in opening.groups if group)
+        first = f'<div class="opening"><dl>{answers}</dl>{groups}</div>'
     # Only this very script may run, and nothing may be fetched but what is written into the page.
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

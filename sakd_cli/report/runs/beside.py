@@ -9,7 +9,7 @@ from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN
 from sakd_cli.documents.base import Answer
 from sakd_cli.documents.table import Comparison
 from sakd_cli.errors import UsageError
-from sakd_cli.report.render.format import DASH, fixed, mean_std, named, plain, points, whole
+from sakd_cli.report.render.format import DASH, difference, fixed, mean_std, named, plain, points, whole
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.statistics import by_seed, interval, paired_test
@@ -70,15 +70,17 @@ def _table(compared: Comparison) -> Sheet:
     first, mine = compared.runs[0], compared.runs[0].group
     of = [[run for run in compared.counted if run.group == k] for k in range(len(compared.groups))]
     own, teacher = compared.groups[mine].top1, first.teacher_top1
-    less = DASH if own is None or teacher is None else points(own.mean - teacher, 2)
+    less = DASH if own is None or teacher is None else difference(own.mean - teacher, own.mean, teacher)
     rows = [["teacher", fixed(teacher, 2), less, DASH]]
     for k, group in enumerate(compared.groups):
         router = named(of[k][0].router)
         role = f"this run: {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
         words = [plain(word) for word in group.label.split() if "=" in word and not word.endswith("=0.0")]
         name = " ".join([role, *(f"({word.replace('method.balance=', 'loss balanced to ')})" for word in words)])
-        test = None if k == mine else paired_test(by_seed(of[mine]), by_seed(of[k])).difference
-        shown = DASH if test is None else points(test, 2)
+        ours, theirs = by_seed(of[mine]), by_seed(of[k])
+        test = None if k == mine else paired_test(ours, theirs).difference
+        means = [one.top1.mean for one in (compared.groups[mine], group) if one.top1 and ours.keys() == theirs.keys()]
+        shown = DASH if test is None else difference(test, *(means or (None, None)))
         rows.append([name, mean_std(group.top1), shown, whole(len(group.seeds))])
     order = ["teacher", *dict.fromkeys(ROLES.values())]
     rows.sort(key=lambda row: next((n for n, role in enumerate(order) if row[0].startswith(role)), len(order)))

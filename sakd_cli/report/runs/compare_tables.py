@@ -70,11 +70,13 @@ def _verdicts(document: Comparison) -> Sheet:
     """Every test, a row each."""
     labels = [named(group.label) for group in document.groups]
     columns: Columns = {"Group": lambda versus: labels[versus.group], "Less": lambda versus: labels[versus.against]}
-    of = [(group.top1, set(group.seeds)) for group in document.groups]
+    of = [(group.top1.mean if group.top1 else None, set(group.seeds)) for group in document.groups]
 
     def shown(test: Versus) -> str:
-        means = [mean if seeds == set(test.seeds) else None for mean, seeds in (of[test.group], of[test.against])]
-        return DASH if test.difference is None else difference(test.difference, *means)
+        ours, theirs = (
+            mean if seeds == set(test.seeds) else None for mean, seeds in (of[test.group], of[test.against])
+        )
+        return DASH if test.difference is None else difference(test.difference, ours, theirs)
 
     columns["Difference"] = shown
     columns |= VERDICT | {"Verdict": lambda versus: versus.verdict}

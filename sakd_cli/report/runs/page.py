@@ -114,7 +114,7 @@ def _spots(page: RunPage) -> None:
         page.plots["spots"] = plots.rendered(spot_figure(report, None), "png")
     seen = Seen(survey.images if survey else {}, history(page.run, survey), *helped(page.run))
     opening = spot_opening(report, seen)
-    page.opening = Opening([*page.opening.answers, *opening.answers], opening.blocks)
+    page.opening = Opening([*page.opening.answers, *opening.answers], opening.groups)
     page.sections += spot_sections(report, seen)
 
 

@@ -41,9 +41,9 @@ def epoch_chart(report: doc.SpotsDocument) -> Lines:
 
 
 def class_chart(report: doc.SpotsDocument) -> Heat:
-    """Classes by spots: the difference from the spot's mean in points, of the trained router where it was measured."""
+    """Classes by spots: the difference from the spot's mean in points; in training, or by a survey made just now."""
     shown, classes = _classes_shown(report, CLASSES_SHOWN)
-    measured = report.measured if report.measured and report.measured.classes else None
+    measured = report.measured if _live(report) else None
     cells = [percent(row.deviation) for row in shown]
     means = [spot.mean for spot in measured.spots] if measured else [spot.fraction for spot in report.overall]
     heads = [plain(spot.name) for spot in report.overall]
@@ -58,10 +58,14 @@ def class_chart(report: doc.SpotsDocument) -> Heat:
     return Heat("Classes by spot", names, heads, cells, most, ends, signed=True, note=note, width=wide, means=below)
 
 
+def _live(report: doc.SpotsDocument) -> doc.Classes | None:
+    """The classes of a survey that was just made, of other images than the record of the training has perhaps."""
+    return report.measured.classes if report.measured and report.measured.source == "live" else None
+
+
 def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[list[doc.ClassDeviation], int]:
     """The highest deviation first, `most` at each end where there are more than three times as many; and how many."""
-    measured = report.measured.classes if report.measured else None
-    rows: Sequence[doc.ClassDeviation] = measured.rows if measured else report.by_class
+    rows: Sequence[doc.ClassDeviation] = live.rows if (live := _live(report)) else report.by_class
     known = [row for row in rows if None not in row.deviation]
     ranked = sorted(known, key=lambda row: -(row.peak or 0))
     return ranked if len(ranked) <= 3 * most else ranked[:most] + ranked[-most:], len(ranked)

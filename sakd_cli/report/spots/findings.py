@@ -1,71 +1,50 @@
 """What a document of `sakd inspect-spots` says, in one sentence for each question of its page"""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from statistics import NormalDist
 
-from sakd_cli.documents.base import Number
-from sakd_cli.documents.spots import ClassDeviation, EpochRecord, Measured, SpotExtremes, SpotsDocument
-from sakd_cli.report.render.format import deviation, fixed, fraction, named, points, whole
+from sakd_cli.documents.spots import ClassFractions, EpochRecord, Measured, SpotExtremes, SpotsDocument
+from sakd_cli.report.render.format import deviation, difference, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import Sheet
 
 ALIKE = 0.01  # shares that differ by less are alike
 # What is said of a router by how much of the variance of its decisions the image explains, at the spot with the most.
 CHOICE = ((0.5, "It chooses"), (0.1, "It chooses in part"), (0.01, "Little more than coins"), (0.0, "It tosses coins"))
-SPOT = (
-    "A spot is a place in the network where the student copies the teacher. An image can use several, so the shares "
-    "add up to more than 100 %."
-)
+SPOT = "A spot is a place in the network where the student copies the teacher; an image can use several."
+LEVEL = 0.95
 
 
-class Share(NamedTuple):
-    """The one measure of the opening: on an axis and in words, its mean at each spot, and the classes with theirs."""
-
-    axis: str
-    measure: str
-    means: Sequence[Number]
-    classes: Sequence[ClassDeviation]
-    trained: bool
-
-
-def share_of(report: SpotsDocument) -> Share:
-    """The trained router's probability where there is one, as the pictures have; else the share of the samples."""
-    found = report.measured
-    if found and found.value == "probability" and found.spots and not found.complement:
-        rows = found.classes.rows if found.classes else []
-        measure = "Bars, classes and pictures: the probability that the trained router distils an image at the spot "
-        measure += f"(teacher-routing probability). Means are over {whole(found.images)} {found.split} images."
-        means: list[Number] = [spot.mean for spot in found.spots]
-        return Share("trained router's probability, %", measure, means, rows, trained=True)
-    means = [spot.fraction for spot in report.overall]
-    measure = f"Bars and classes: share of the training samples distilled at the spot, {whole(report.epochs)} epochs."
-    return Share("training samples distilled, %", measure, means, report.by_class, trained=False)
-
-
-def ends_of(report: SpotsDocument) -> list[tuple[float, int, list[tuple[float, str]]]]:
+def ends_of(report: SpotsDocument) -> list[tuple[float, int, list[tuple[float, ClassFractions]]]]:
     """(range of its classes, spot, (deviation, class) from the highest) of every spot, the widest range first."""
-    known = [row for row in share_of(report).classes if None not in row.deviation]
+    known = [row for row in report.by_class if None not in row.deviation]
     found = []
     for k in range(len(report.overall) if known else 0):
-        ranked = sorted(((row.deviation[k] or 0.0, named(row.name)) for row in known), key=lambda one: -one[0])
+        ranked = sorted(((row.deviation[k] or 0.0, row) for row in known), key=lambda one: -one[0])
         found.append((ranked[0][0] - ranked[-1][0], k, ranked))
     return sorted(found, key=lambda one: -one[0])
 
 
+def _by_coins(report: SpotsDocument, k: int) -> float:
+    """How far one of the classes would lie from a spot's mean by chance, were every image decided by the same coin."""
+    classes, p = len(report.by_class), report.overall[k].fraction or 0.0
+    error = (p * (1 - p) * classes / max(report.samples, 1)) ** 0.5
+    return NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / classes / len(report.overall)) * error
+
+
 def most_used(report: SpotsDocument) -> str:
-    share = share_of(report)
-    pairs = zip(share.means, report.overall, strict=True)
-    ranked = sorted(((mean or 0.0, named(spot.name)) for mean, spot in pairs), key=lambda one: -one[0])
+    ranked = sorted(((spot.fraction or 0.0, named(spot.name)) for spot in report.overall), key=lambda one: -one[0])
     (most, first), *others = ranked
-    of = f"a mean probability of {fraction(most)} %" if share.trained else f"{fraction(most)} % of the training samples"
+    of = f"{fraction(most)} % of the training samples"
     if not others:
-        return f"There is one: {first}, with {of}."
+        return f"There is one: {first}, for {of}."
     if most - ranked[-1][0] < ALIKE:
         return f"None: all alike, {of} at each."
     rest = ", ".join(f"{name} {fraction(less)} %" for less, name in others)
-    return f"{first}, with {of}; then {rest}."
+    return f"{first}, for {of}; then {rest}."
 
 
 def which_classes(report: SpotsDocument) -> str:
+    """At the spot where they differ most: the classes at both ends, unless coins would differ as much."""
     if report.saturated:
         return "For all alike."
     ends = ends_of(report)
@@ -74,9 +53,16 @@ def which_classes(report: SpotsDocument) -> str:
     wide, place, ranked = ends[0]
     if wide < ALIKE:
         return "For all alike: at no spot do two classes differ by a point."
-    (most, first), (least, last) = ranked[0], ranked[-1]
-    said = f"most often {first} ({deviation(most)}), least often {last} ({deviation(least)})"
-    return f"They differ most at {named(report.overall[place].name)}: {said}; points from the spot's mean."
+    chance = max(_by_coins(report, k) for _, k, _ in ends)
+    if all(max(rows[0][0], -rows[-1][0]) <= _by_coins(report, k) for _, k, rows in ends):
+        return f"For no class is it shown: coins of one rate would differ as much, by {fixed(100 * chance, 1)} points."
+    said = (f"{end} often {_class(ranked[n], place)}" for end, n in (("most", 0), ("least", -1)))
+    return f"They differ most at {named(report.overall[place].name)}: {', '.join(said)}; points from the spot's mean."
+
+
+def _class(ranked: tuple[float, ClassFractions], k: int) -> str:
+    less, row = ranked
+    return f"{named(row.name)} {fraction(row.fraction[k])} % ({deviation(less, row.fraction[k])})"
 
 
 def class_table(report: SpotsDocument) -> Sheet | None:
@@ -84,11 +70,9 @@ def class_table(report: SpotsDocument) -> Sheet | None:
     ends = sorted(ends_of(report), key=lambda one: one[1])
     if report.saturated or not ends or len(ends[0][2]) < 2 or max(wide for wide, *_ in ends) < ALIKE:
         return None
-    rows = [
-        [named(report.overall[k].name), *(f"{name} {deviation(value)}" for value, name in (ranked[0], ranked[-1]))]
-        for _, k, ranked in ends
-    ]
-    return Sheet("", ["Spot", "Most often", "Least often"], rows, text=3)
+    rows = [[named(report.overall[k].name), *(_class(ranked[n], k) for n in (0, -1))] for _, k, ranked in ends]
+    notes = ["Share of the class's samples (points from the spot's mean)."]
+    return Sheet("Classes at both ends", ["Spot", "Most often", "Least often"], rows, notes, text=3)
 
 
 def more_than_coins(report: SpotsDocument) -> str:
@@ -203,7 +187,8 @@ def reliability(measured: Measured) -> str:
 def routed_network(measured: Measured) -> str:
     if not (routed := measured.routed) or not routed.sampled:
         return ""
-    less = points(routed.sampled.top1 - routed.student.top1, 2)
+    sampled, student = routed.sampled.top1, routed.student.top1
+    less = difference(sampled - student, sampled, student)
     return (
         f"Top-1 {fixed(routed.sampled.top1, 2)} % where the part of one network or the other is drawn at every spot: "
         f"{less} points against the student of this run alone, on the same {whole(routed.images)} test images."

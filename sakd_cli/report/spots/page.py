@@ -62,38 +62,39 @@ def spot_page(report: SpotsDocument, seen: Seen) -> str:
 
 
 def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
-    """The answer: sentences, how often each spot was used, the images at both ends of the spot that differs most."""
+    """The answer: sentences beside the images at both ends of the spot where classes differ most; below, the figures.
+
+    What is said and shown of the training is the share of its samples; the images are the trained router's.
+    """
     said = seen.helped or (CONTROLS if selects(report.router or "") else NOT_ROUTED)
     answers = [
-        html.Answer("Did routing help?", [said], seen.controls),
-        html.Answer("Which spot was used most?", [found.SPOT, found.most_used(report)]),
-        html.Answer("For which classes?", [found.which_classes(report)], found.class_table(report)),
+        html.Answer("Which spot was used most?", [found.most_used(report), found.SPOT]),
+        html.Answer("For which classes?", [found.which_classes(report)]),
+        html.Answer("Did routing help?", [said]),
         html.Answer("Does it choose, or toss coins?", [found.more_than_coins(report)]),
     ]
-    share, measured, ends = found.share_of(report), report.measured, found.ends_of(report)
-    doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
-    told = [f"gradient ratio {dose:.2g}: hardly acts" if dose and dose < WEAK else "" for dose in doses]
-    rows: list[Row] = [
-        (named(spot.name), charts.percent([mean]), []) for spot, mean in zip(report.overall, share.means, strict=True)
-    ]
-    note = share.measure + " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
-    blocks: list[html.Block] = [Bars("How often each spot is used", share.axis, ["all"], rows, note, told)]
+    measured, ends, galleries = report.measured, found.ends_of(report), list[html.Block]()
     if measured and measured.extremes and seen.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
-        how = "" if share.trained else f" ({WHAT['rate' if measured.value == 'rate' else 'probability']})"
+        how = "by its share in training" if measured.value == "rate" else "by the trained router's probability"
         for end, images in zip(names, (shown.highest[:OPENING], shown.lowest[:OPENING]), strict=True):
-            blocks.append(
-                html.Gallery(f"Distilled {end} at {named(shown.spot)}{how}", _tiles(images, seen.images, short=True))
-            )
-    return html.Opening(answers, blocks)
+            tiles = _tiles(images, seen.images, short=True)
+            galleries.append(html.Gallery(f"Distilled {end} at {named(shown.spot)}, {how}", tiles))
+    doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
+    told = [f"gradient ratio {dose:.2g}: hardly acts" if dose and dose < WEAK else "" for dose in doses]
+    rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
+    note = f"All {whole(report.epochs)} epochs. An image can use several spots: together more than 100 %."
+    note += " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
+    bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
+    return html.Opening(answers, [galleries, list(filter(None, [seen.controls, found.class_table(report)])), [bars]])
 
 
 def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
     """What a page says of the routing in detail."""
     measured, history = report.measured, seen.history
-    overall, *by_epoch = spot_tables(report, top=None)
-    by_epoch, by_class = by_epoch[:1], by_epoch[1:]
+    overall, *others = spot_tables(report, top=None)
+    by_epoch, by_class = others[:1], others[1:]
     tables, plotted = defaultdict[str, list[Sheet]](list), defaultdict[str, list[html.Block]](list)
     for name in () if report.saturated else charts.panels_of(report):
         for chart in charts.PANELS[name](report):
@@ -107,7 +108,7 @@ def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
     blocks: dict[str, Sequence[html.Block]] = {
         "In training": [*plotted["epochs"], overall, *_folded(by_epoch)],
         "The trained router": tables["spots"],
-        "By class": [*plotted["classes"], *_folded([*tables["classes"], *by_class])],
+        "By class": [*plotted["classes"], *_folded([*by_class, *tables["classes"]])],
         "Class by epoch": charts.history_charts(report, history)
         if history and report.by_class and not report.saturated
         else [],

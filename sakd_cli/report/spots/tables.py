@@ -39,10 +39,6 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
         if len(names) > 1:
             notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
         rows: list[ClassRow] = [(row, [], row.fraction) for row in sorted(report.by_class, key=_from_highest)]
-        if top is None and report.measured and (trained := report.measured.classes):  # one order on the whole page
-            order = [row.name for row in sorted(trained.rows, key=_from_highest)]
-            rows.sort(key=lambda one: order.index(one[0].name) if one[0].name in order else len(order))
-            notes[1:] = ["In the order of the trained router's table."]
         tables.append(_by_class("By class in training (% of samples)", [], rows, names, notes, top))
     tables += [_probe(report.probe)] if report.probe else []
     return tables + ([mixture_table(report.mixtures)] if report.mixtures else [])
@@ -206,8 +202,8 @@ def _by_class(
     ranked = [one for one in rows if one[0].peak is not None]
     lines = [
         [named(row.name)]
-        # Six characters hold any deviation (−100.0), so that the means stand under each other.
-        + [f"{fraction(mean)} {deviation(d):>6}" for mean, d in zip(means, row.deviation, strict=True)]
+        # Seven characters hold any deviation (−100.00), so that the means stand under each other.
+        + [f"{fraction(mean)} {deviation(d, mean):>7}" for mean, d in zip(means, row.deviation, strict=True)]
         + more_cells
         for row, more_cells, means in ranked
     ]

@@ -34,14 +34,20 @@ LEARNED = AdaptiveConfig().name
 PUBLISHED = Path(__file__).with_name("published.yaml")  # numbers only, with their source
 EPOCHS = 240  # of every published run
 ROUTERS = (CLASSICAL, LEARNED)  # in the order in which that file has them
+BASELINE = "baseline"  # what stands for the method of a student from scratch
 STATES: tuple[RunState, ...] = get_args(RunState)
-Cells = dict[tuple[str, str], list[SweepRun]]  # the runs of one pair by method and router
+Cell = tuple[str, str]  # method, with dose and what is tried, and router
+Cells = dict[Cell, list[SweepRun]]  # the runs of one pair
 
 
 def sweep_document(
-    name: str, runs: Sequence[SweepRun], skipped: Mapping[str, str], dataset: str | None
+    name: str, runs: Sequence[SweepRun], skipped: Mapping[str, str], dataset: str | None, baseline: str | None = None
 ) -> SweepDocument:
-    """See above; `dataset`: whose published figures may stand beside these, None where these are not on all of it."""
+    """See above.
+
+    dataset   whose published figures may stand beside these; None where these are not on all of it
+    baseline  words of the cells that all others are compared with instead
+    """
     students, shared = [run for run in runs if run.role == "student"], shared_controls(runs)
     pairs = list(dict.fromkeys((run.teacher, run.student) for run in students if run.teacher))
     cells, questions, tests = list[SweepCell](), asked(_arms(runs)), dict[tuple[str, str], PairedTest]()
@@ -52,11 +58,13 @@ def sweep_document(
                 own.setdefault((run.method, run.router), []).append(run)
         cells += [_cell(k, f"{pair[0]}:{pair[1]}", key, same, dataset) for key, same in own.items()]
         published = {(cell.method, cell.router): cell.published for cell in cells if cell.pair == k}
+        if baseline and (plainly := [run for run in runs if run.role == BASELINE and run.student == pair[1]]):
+            own[BASELINE, ""] = plainly
         tests |= {
-            (_label(own[gain.method, gain.router][0], shared), _label(own[gain.method, gain.against][0], shared)): gain
-            for gain in _gains(k, own, published)
+            (_label(own[ours][0], shared), _label(own[theirs][0], shared)): _gain(k, own, published, ours, theirs)
+            for ours, theirs in (_against(baseline, own) if baseline else _compared(own))
         }
-    for _, ours, theirs in questions:
+    for _, ours, theirs in () if baseline else questions:
         tests.setdefault((ours.label, theirs.label), paired_test(ours.top1, theirs.top1))
     tests = dict(zip(tests, corrected(list(tests.values())), strict=True))
     gains = [test for test in tests.values() if isinstance(test, Gain)]
@@ -65,13 +73,16 @@ def sweep_document(
     return SweepDocument(
         name=plain(name),
         level=LEVEL,
+        baseline=baseline,
         counts={state: states.count(state) for state in STATES},
         pairs=found,
         cells=cells,
         gains=gains,
         mean_gains=list(_mean_gains(gains)),
         answers=[
-            answer(question, ours, theirs, tests[ours.label, theirs.label]) for question, ours, theirs in questions
+            answer(question, ours, theirs, tests[ours.label, theirs.label])
+            for question, ours, theirs in questions
+            if (ours.label, theirs.label) in tests
         ],
         tests=sum(test.p is not None for test in tests.values()),
         skipped=[Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
@@ -146,18 +157,34 @@ def _cell(k: int, pair: str, key: tuple[str, str], runs: list[SweepRun], dataset
     )
 
 
-def _gains(k: int, cells: Cells, published: Mapping[tuple[str, str], float | None]) -> Iterator[Gain]:
-    """Every router over the classical one, that over none, and the learned one over every other."""
+def _compared(cells: Cells) -> Iterator[tuple[Cell, Cell]]:
+    """Every router with the classical one, that with none, and the learned one with every other."""
     for method, router in cells:
         others = [other for name, other in cells if name == method and other != router]
         for against in others:
             asked = against == CLASSICAL or (router, against) == (CLASSICAL, PLAIN)
-            if router == PLAIN or not (asked or (router == LEARNED and CLASSICAL in others)):
-                continue
-            found = paired_test(by_seed(cells[method, router]), by_seed(cells[method, against]))
-            ours, theirs = published[method, router], published[method, against]
-            printed = None if ours is None or theirs is None else round(ours - theirs, 2)
-            yield Gain(**dict(found), pair=k, method=method, router=router, against=against, published=printed)
+            if router != PLAIN and (asked or (router == LEARNED and CLASSICAL in others)):
+                yield (method, router), (method, against)
+
+
+def of_baseline(wanted: str, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that have all these words in their method and router."""
+    return [cell for cell in cells if {*wanted.split()} <= {*cell[0].split(), cell[1]}]
+
+
+def _against(baseline: str, cells: Cells) -> Iterator[tuple[Cell, Cell]]:
+    """Every cell that is not of the baseline, with the one of the baseline that differs least from it."""
+    found = of_baseline(baseline, cells)
+    for method, router in (cell for cell in cells if found and cell not in found):
+        yield (method, router), min(found, key=lambda other: (other[0] != method, other[1] != router))
+
+
+def _gain(k: int, cells: Cells, published: Mapping[Cell, float | None], ours: Cell, theirs: Cell) -> Gain:
+    found = paired_test(by_seed(cells[ours]), by_seed(cells[theirs]))
+    mine, other = published.get(ours), published.get(theirs)
+    printed = None if mine is None or other is None else round(mine - other, 2)
+    against = theirs[1] if ours[0] == theirs[0] else " ".join(filter(None, theirs))
+    return Gain(**dict(found), pair=k, method=ours[0], router=ours[1], against=against, published=printed)
 
 
 def _mean_gains(gains: list[Gain]) -> Iterator[MeanGain]:

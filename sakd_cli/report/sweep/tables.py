@@ -23,10 +23,10 @@ from sakd_cli.report.render.format import (
 )
 from sakd_cli.report.render.sheet import Sheet, table
 from sakd_cli.report.runs.statistics import about_tests, interval
-from sakd_cli.report.sweep.results import EPOCHS, shared_controls
+from sakd_cli.report.sweep.results import BASELINE, EPOCHS, shared_controls
 
 FIELDS = ["teacher", "student", "method", "router", "seeds", "top1", "std", "low", "high", "best", "published"]
-FIELDS += ["gain", "gain_low", "gain_high", "p", "holm", "effect", "needed", "verdict", "published_gain"]
+FIELDS += ["against", "gain", "gain_low", "gain_high", "p", "holm", "effect", "needed", "verdict", "published_gain"]
 TITLE = (
     "Top-1 %, last epoch on the test images, mean ± standard deviation over seeds (95 % interval of the mean; seeds)"
 )
@@ -63,9 +63,10 @@ def _line(cells: list[str]) -> str:
 
 
 def sweep_csv(document: SweepDocument) -> str:
-    """One row per cell: a method under a router for a pair, its gain over the always-on one beside it."""
+    """One row per cell: a method under a router for a pair; beside it its gain over `always`, or over the baseline."""
     rows: list[dict[str, Any]] = []
-    gains = {(gain.pair, gain.method, gain.router): gain for gain in document.gains if gain.against == CLASSICAL}
+    wanted = [gain for gain in document.gains if document.baseline or gain.against == CLASSICAL]
+    gains = {(gain.pair, gain.method, gain.router): gain for gain in wanted}
     for cell in document.cells:
         pair, gain = document.pairs[cell.pair], gains.get((cell.pair, cell.method, cell.router))
         row: dict[str, Any] = {"teacher": pair.teacher, "student": pair.student, "published": cell.published}
@@ -73,8 +74,8 @@ def sweep_csv(document: SweepDocument) -> str:
         row |= {"best": cell.best.mean if cell.best else None} | (cell.top1.plain() if cell.top1 else {})
         row["top1"] = row.pop("mean", None)
         if gain is not None:
-            row |= {"gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high, "p": gain.p}
-            row |= {"holm": gain.holm, "effect": gain.effect, "needed": gain.needed}
+            row |= {"against": gain.against, "gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high}
+            row |= {"p": gain.p, "holm": gain.holm, "effect": gain.effect, "needed": gain.needed}
             row |= {"verdict": gain.verdict, "published_gain": gain.published}
         rows.append(row)
     return csv_text(FIELDS, rows)
@@ -87,10 +88,10 @@ def _grid(document: SweepDocument) -> list[list[str]]:
     printed = [pair.published for pair in pairs] if any(pair.published for pair in pairs) else []
     rows.append(["teacher", "", *(fixed(pair.teacher_top1, 2) for pair in pairs)])
     rows += [["", "published", *(fixed(one and one.teacher, 2) for one in printed)]] if printed else []
-    if any(run.role == "baseline" for run in document.runs):
-        rows.append(["baseline", "", *(_mean(pair.baseline, len(pair.baseline_seeds)) for pair in pairs)])
+    if any(run.role == BASELINE for run in document.runs):
+        rows.append([BASELINE, "", *(_mean(pair.baseline, len(pair.baseline_seeds)) for pair in pairs)])
         rows += [["", "published", *(fixed(one and one.baseline, 2) for one in printed)]] if printed else []
-    for method in dict.fromkeys(cell.method for cell in document.cells):
+    for method in dict.fromkeys([BASELINE, *(cell.method for cell in document.cells)]):
         rows += _rows_of(method, document)
     return rows
 
@@ -108,7 +109,7 @@ def _rows_of(method: str, document: SweepDocument) -> Iterator[list[str]]:
             yield ["", f"{router}, published", *(fixed(value, 2) for value in printed)]
     for router, against in dict.fromkeys((gain.router, gain.against) for gain in gains):
         there = {gain.pair: gain for gain in gains if (gain.router, gain.against) == (router, against)}
-        yield ["", f"{router} − {against}", *(_gain(there.get(k), cells) for k in numbers)]
+        yield ["", f"{router or method} − {against}", *(_gain(there.get(k), cells) for k in numbers)]
         if any(gain.published is not None for gain in there.values()):
             printed = [there[k].published if k in there else None for k in numbers]
             yield ["", "the same, published", *(DASH if value is None else points(value, 2) for value in printed)]
@@ -130,7 +131,8 @@ def _gain(gain: Gain | None, cells: Sequence[SweepCell]) -> str:
     if gain is None or gain.difference is None:
         return DASH
     known = "" if gain.p is None else f" ({interval(gain)}), p {p_value(gain.holm)}, {gain.verdict}"
-    of = {one.router: one.top1 for one in cells if one.pair == gain.pair and set(one.seeds) == set(gain.seeds)}
+    same = [one for one in cells if one.pair == gain.pair and set(one.seeds) == set(gain.seeds)]
+    of = {one.router: one.top1.mean for one in same if one.top1}
     return difference(gain.difference, of.get(gain.router), of.get(gain.against)) + known
 
 
