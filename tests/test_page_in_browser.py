@@ -119,7 +119,7 @@ def test_a_browser_shows_the_page_at_every_width(browser: Any, tmp_path: Path, w
     shown(browser, tmp_path / "page.html", width, "light")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     loaded = browser.execute_script("return Array.from(document.images).map(i => i.complete && i.naturalWidth > 0)")
-    assert len(loaded) == 3 + 3 + 7 + 1, "opening, paths, extremes, tracked: image 13 has no picture"
+    assert len(loaded) == 4 + 3 + 7 + 1, "opening, paths, extremes, tracked: image 13 has no picture"
     assert all(loaded)
     heads = (
         "return Array.from(document.querySelectorAll('th button')).filter(b => b.scrollWidth > b.clientWidth).length"
