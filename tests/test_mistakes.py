@@ -76,22 +76,22 @@ BAD = f"""
 2 | preact needs a teacher of pre-activation blocks; resnet8 is none | PAIR TINY --method dfa --set method.norm=preact
 2 | train: nesterov needs a momentum above 0                | PAIR --set train.nesterov=true --set train.momentum=0
 2 | train.epochs: must be a whole number                    | PAIR --epochs ten
-2 | train.lr: Input should be a finite number               | PAIR --set train.lr=.nan
-2 | seed: Input should be greater than or equal to 0        | pretrain-teacher resnet8 --seed -1
+2 | train.lr: must be a finite number                       | PAIR --set train.lr=.nan
+2 | seed: must be greater than or equal to 0                | pretrain-teacher resnet8 --seed -1
 2 | unknown key 'train.student'                             | PAIR --set train.student=resnet8
 2 | unknown key 'epochs'                                    | PAIR --set epochs=3
 2 | unknown key 'method.tau'                                | PAIR --method fitnet --set method.tau=3
 2 | train.lr: must be a number                              | PAIR --set train.lr=1e-4x
-2 | train.lr: Input should be greater than 0                | PAIR --set train.lr=-0.1
+2 | train.lr: must be greater than 0                        | PAIR --set train.lr=-0.1
 2 | train.lr: is true or false                              | PAIR --set train.lr=yes
-2 | train.momentum: Input should be less than 1             | PAIR --set train.momentum=1
-2 | train.batch_size: Input should be greater than 0        | PAIR --batch-size 0
-2 | train.epochs: Input should be greater than 0            | PAIR --epochs 0
-2 | method.temperature: Input should be greater than 0      | PAIR --method kd --set method.temperature=0
-2 | method.weight: Input should be greater than or equal to 0 | PAIR --method fitnet --set method.weight=-1
+2 | train.momentum: must be less than 1                     | PAIR --set train.momentum=1
+2 | train.batch_size: must be greater than 0                | PAIR --batch-size 0
+2 | train.epochs: must be greater than 0                    | PAIR --epochs 0
+2 | method.temperature: must be greater than 0              | PAIR --method kd --set method.temperature=0
+2 | method.weight: must be greater than or equal to 0       | PAIR --method fitnet --set method.weight=-1
 2 | milestone 30 must come before the last epoch (1)        | PAIR TINY --set train.milestones=[30]
 2 | milestones [3, 2] must rise                             | PAIR --set train.milestones=[3,2]
-2 | data.validation: Input should be less than 1               | PAIR --validation 1
+2 | data.validation: must be less than 1                    | PAIR --validation 1
 2 | seed: must be a whole number                            | PAIR --seed one
 2 | seed: must be a whole number                            | PAIR --set seed=1.5
 2 | --set 'train.epochs' is not of the form key=value       | PAIR --set train.epochs

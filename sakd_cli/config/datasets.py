@@ -17,6 +17,7 @@ from pydantic import (
 from sakd_cli.config import code, plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name
 from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, shown
+from sakd_cli.errors import unknown
 from sakd_cli.files import expanded
 
 Channels = tuple[float, float, float]
@@ -48,6 +49,10 @@ POLICIES = get_args(Policy)
 
 def _words(value: Any) -> Any:
     """One policy alone is a list of one."""
+    known = (*get_args(Geometry), *POLICIES)
+    for word in (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ():
+        if word not in known:
+            raise ValueError(unknown("change", str(word), known))
     return (value,) if value in POLICIES else value
 
 

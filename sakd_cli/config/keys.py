@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from sakd_cli.config.base import Config, description, of_file, own_name, summary
 from sakd_cli.config.datasets import DATASETS, DataConfig
@@ -18,7 +19,7 @@ from sakd_cli.config.plugins import usable
 from sakd_cli.config.routers import ROUTERS, RouterConfig
 from sakd_cli.config.training import TASKS
 from sakd_cli.documents.listing import KeyMeaning
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, unknown
 
 # Sections whose class is chosen by a name.
 TABLES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "router": ROUTERS, "data": DATASETS}
@@ -33,27 +34,32 @@ _THEIRS = {
     "method.distance": "rkd.distance_weight", "method.angle": "rkd.angle_weight", "method.stage": "hint_layer",
     "method.power": "at.p", "method.width": "feat_dim", "method.negatives": "nce_k nce.k",
     "method.momentum": "nce_m nce.momentum", "method.contrast_temperature": "nce_t nce.temperature",
-    "method.warmup_epochs": "init_epochs method.warmup", "method.weight_warmup": "dkd.warmup loss_warmup",
+    "method.warmup_epochs": "init_epochs ab.warmup fsp.warmup ft.warmup",
+    "method.weight_warmup": "dkd.warmup method.warmup loss_warmup",
     "student": "model_s distiller.student",
     "teacher.source": "path_t model_t distiller.teacher", "train.epochs": "solver.epochs max_epochs",
     "train.batch_size": "solver.batch_size", "train.lr": "learning_rate solver.lr",
     "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size",
     "train.lr_decay": "lr_decay_rate lr_gamma decay_rate", "train.momentum": "solver.momentum",
     "train.weight_decay": "solver.weight_decay wd", "data.name": "dataset.type", "data.root": "data_path",
-    "data.workers": "num_workers", "data.balance": "sampler balanced_sampling weighted_sampler class_balanced",
+    "data.workers": "num_workers",
+    "data.balance": "sampler balanced_sampling weighted_sampler class_balanced oversample",
     "train.class_weights": "class_weight cls_weights loss_weights", "train.focal_gamma": "focal focal_loss fl_gamma",
     "train.optimizer": "opt optim optimiser solver.type", "train.schedule": "sched lr_scheduler scheduler",
     "train.warmup_epochs": "lr_warmup_epochs train.warmup warmup warmup_t warmup_steps", "train.betas": "opt_betas",
     "train.min_lr": "lr_min eta_min", "train.norm_decay": "norm_weight_decay bias_weight_decay", "train.eps": "opt_eps",
-    "train.clip_norm": "clip clip_grad clip_grad_norm grad_clip max_grad_norm gradient_clip_val",
-    "train.accumulate": "grad_accum_steps accumulation_steps gradient_accumulation_steps accumulate_grad_batches",
+    "train.clip_norm": "clip clip_grad clip_grad_norm grad_clip max_norm max_grad_norm gradient_clip_val",
+    "train.accumulate": "grad_accum grad_accum_steps accumulation_steps accumulate_grad_batches "
+    "gradient_accumulation gradient_accumulation_steps",
     "train.label_smoothing": "smoothing label_smooth", "train.ema": "model_ema model_ema_decay ema_decay",
     "train.patience": "early_stopping early_stop early_stopping_patience", "train.metric": "eval_metric monitor",
     "train.freeze": "frozen freeze_layers", "train.batchnorm": "freeze_bn bn update_bn norm_eval",
     "train.drop_path": "drop_path_rate stochastic_depth stochastic_depth_prob", "data.mixup": "mixup_alpha",
     "data.cutmix": "cutmix_alpha", "data.augment": "aa auto_augment", "data.jitter": "color_jitter colour_jitter",
     "data.erase": "reprob random_erase random_erasing", "data.randaugment": "ra_magnitude",
-    "runtime.precision": "amp", "seed": "trial", "log_every": "print_freq",
+    "runtime.precision": "amp", "seed": "trial train.seed random_seed",
+    "teacher.combine": "teacher.ensemble teacher.weighting", "teacher.logits": "soft_labels teacher.answers",
+    "log_every": "print_freq",
     "save_every": "save_freq", "runs_dir": "output_dir",
 }
 # fmt: on
@@ -173,8 +179,12 @@ def option_hint(flag: str, command: str) -> str | None:
 
 def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
     """The first of pydantic's complaints in one line of ours."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    errors = error.errors()
+    place = _place(task, errors[0])
+    # Of the branches of a union, the one that looked deepest.
+    same = [one for one in errors if _place(task, one)[: len(place)] == place]
+    first = max(same, key=lambda one: len(_place(task, one)))
+    place = _place(task, first)
     key = ".".join(place)
     if first["type"] == "missing":
         flags = [row.flag for row in OPTIONS.values() if row.key and key in (row.key, row.key.split(".")[0])]
@@ -182,14 +192,31 @@ def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], or
         return UsageError(f"{key}: missing", hint=f"give {what}, or a preset that has it: sakd list presets")
     if first["type"] == "extra_forbidden":
         text = _unknown_key(task, place, values)
+    elif first["type"] == "literal_error" and isinstance(first["input"], str):
+        text = f"{key}: {unknown('value', first['input'], [word for one in same for word in _words(one)])}"
     else:
         text = f"{key}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}"
+        text = text.replace("Input should be", "must be").replace("a valid tuple", "a list")
         if isinstance(first["input"], str | int | float) and "unknown" not in text:
             text += f", got {_short(first['input'])}"
     origin = _origin_of(key, origins)
     where = f" (from {origin})" if origin else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
     return UsageError(text + where + more)
+
+
+def _place(task: str, error: ErrorDetails) -> list[str]:
+    """The key that is wrong; pydantic's names of the branches of a union are left out."""
+    place = [str(part) for part in error["loc"]]
+    if error["type"] in ("missing", "extra_forbidden"):
+        return place
+    known = next((n for n in range(len(place), 0, -1) if ".".join(place[:n]) in keys_of(task)), len(place))
+    return place[:known] + [part for part in place[known:] if part.isdigit()]
+
+
+def _words(error: ErrorDetails) -> list[str]:
+    """What a setting may be, of the error of one branch."""
+    return re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
 
 
 def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
