@@ -88,7 +88,7 @@ class UpperBatch(Batch):
 
 
 class Loader(Protocol):
-    """Batches of one epoch, from any step on."""
+    """Batches `start`, `start` + 1, ... of an epoch, counted from 1, whatever was or was not iterated before."""
 
     steps_per_epoch: int
 

@@ -22,7 +22,6 @@ from sakd_cli.tasks.distill import DistillTask
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """AT's loss of two maps."""
     side = min(student.shape[2], teacher.shape[2])
     maps = []
     for feature in (student, teacher):
@@ -32,7 +31,6 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """SP's loss of two features."""
     grams = []
     for feature in (student, teacher):
         flat = feature.reshape(feature.shape[0], -1)
@@ -42,7 +40,6 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Softened KL of two logits."""
     p = F.softmax(teacher / temperature, 1)
     terms = p * (p.log() - F.log_softmax(student / temperature, 1))
     return temperature**2 * terms.sum() / student.shape[0]

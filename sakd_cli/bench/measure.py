@@ -129,7 +129,6 @@ class Times(NamedTuple):
 
     @property
     def counting(self) -> dict[str, list[float]]:
-        """The times that count."""
         return self.wall if self.waited else self.cpu
 
     def ratio(self, above: str, below: str) -> Ratio:
@@ -204,7 +203,6 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
 
 
 def described(setup: Setup, how: Rounds) -> BenchSetup:
-    """What is measured."""
     return BenchSetup(
         teacher=setup.config.teacher.source,
         student=setup.config.student,

@@ -108,7 +108,6 @@ class Setup(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Images of a step."""
         return self.config.train.batch_size
 
     @property
@@ -251,17 +250,14 @@ def _refused(reason: str) -> None:
 
 
 def adaptive_task(setup: Setup, **settings: Any) -> DistillTask:
-    """The task of the paper's step."""
     return build_task(setup, router=AdaptiveConfig(teacher_bias=0.0), **settings)
 
 
 def adaptive(setup: Setup) -> Step:
-    """The step of the paper, ours."""
     return make_step(setup, OURS, f"{setup.config.method.name}, adaptive router", adaptive_task(setup))
 
 
 def plain_distillation(setup: Setup) -> Step:
-    """Ordinary distillation of the logits."""
     return make_step(setup, "kd", "kd, every sample", build_task(setup, method=KDConfig(), router=AlwaysConfig()))
 
 

@@ -106,7 +106,6 @@ def router_start(config: DistillConfig, *, one_family: bool | None, steps: int |
 
 
 def router_gamma(router: LearnedConfig | None, config: DistillConfig) -> float:
-    """Scale of the routed cross-entropy."""
     return config.method.gamma if router is None or router.gamma is None else router.gamma
 
 

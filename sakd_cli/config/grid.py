@@ -59,7 +59,6 @@ class Member(NamedTuple):
 
     @property
     def router(self) -> str | None:
-        """Name of its router."""
         return flat(self.config.model_dump(mode="json")).get("router.name")
 
     @property

@@ -67,5 +67,4 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
 
 
 def listed(found: list[Difference]) -> str:
-    """Each key with both values, in one line."""
     return "; ".join(map(str, found))

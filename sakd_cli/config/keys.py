@@ -106,7 +106,6 @@ def default_of(key: str) -> Any:
 
 
 def described(config: Config, key: str) -> str:
-    """What a key of this config means."""
     *sections, leaf = key.split(".")
     for section in sections:
         if not isinstance(config := getattr(config, section), Config):
@@ -150,7 +149,6 @@ def _type_name(annotation: Any) -> str:
 
 
 def keys_of(task: str) -> list[str]:
-    """Full names of all keys of a task's config."""
     config = TASKS[task]
     below = {
         name: [leaf for kind in classes_of(config, name) for leaf in kind.model_fields] for name in config.model_fields
@@ -258,7 +256,6 @@ def _deepest(values: Mapping[str, Any], place: list[str]) -> list[str]:
 
 
 def _short(value: str | float) -> str:
-    """A value as it is shown in a message."""
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits

@@ -44,7 +44,6 @@ class MethodConfig(Config):
 
     @property
     def parts(self) -> "tuple[MethodConfig, ...]":
-        """What it is made of."""
         return (self,)
 
     @property

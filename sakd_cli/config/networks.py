@@ -89,7 +89,6 @@ def reusing(student: str, teacher: str, factor: int) -> Network:
 
 
 def all_names() -> list[str]:
-    """Of all networks, ours and those of plug-ins."""
     return [*NETWORKS, *plugins.plugged(plugins.NETWORKS)]
 
 

@@ -42,12 +42,10 @@ class Option(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """As it is given on the command line."""
         return self.flags.partition(" ")[0] or f"--{self.name.rstrip('_').replace('_', '-')}"
 
     @property
     def variable(self) -> str:
-        """Its environment variable."""
         return f"SAKD_{self.name.upper()}"
 
 

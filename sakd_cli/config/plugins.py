@@ -139,7 +139,6 @@ class Table(Mapping[str, Row]):
         return None if of_file(name) else self.get(name)
 
     def package(self, name: str) -> str:
-        """Who brought a row."""
         if of_file(name):
             return name.rpartition(":")[0]
         return "sakd" if name in self.own else self._plugged(name)[0].package

@@ -116,7 +116,6 @@ def preset_folder() -> Path:
 
 
 def presets() -> dict[str, Path]:
-    """Name -> file of every preset."""
     return {path.stem: path for path in sorted(preset_folder().glob("*.yaml"))}
 
 

@@ -168,7 +168,6 @@ class FixedConfig(RouterConfig):
 
     @property
     def table(self) -> tuple[Fractions, ...]:
-        """One row per epoch."""
         rows: Any = self.weights if isinstance(self.weights[0], tuple) else (self.weights,)
         return tuple(rows)
 

@@ -45,7 +45,6 @@ class Looks(NamedTuple):
 
 
 def look_at(path: str, reading: Reading) -> Looks | Unreadable:
-    """Decode all of a file."""
     return read(path, reading, partial(_looks, reading=reading))
 
 

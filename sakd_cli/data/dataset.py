@@ -150,7 +150,6 @@ class Dataset:
         return None
 
     def map(self, change: Callable[[Split], Split]) -> "Dataset":
-        """The same with every split changed."""
         val = None if self.val is None else change(self.val)
         return replace(self, train=change(self.train), test=change(self.test), val=val)
 

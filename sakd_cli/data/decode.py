@@ -239,7 +239,6 @@ def _regular(path: str) -> BinaryIO:
 
 @cache
 def _formats() -> list[str]:
-    """The formats that can be read here."""
     Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit
     try:
         importlib.import_module("pillow_heif").register_heif_opener()

@@ -94,7 +94,6 @@ class Files:
         return cls(paths, files[0].spec, cached=all(one.cached for one in files), root=files[0].root, keys=keys)
 
     def as_seen(self, seen: Preprocessing) -> "Files":
-        """The same pictures, shown otherwise."""
         spec = self.spec._replace(seen=seen, also=None)
         return Files(self.paths, spec, cached=self.cached, root=self.root, keys=self.keys)
 
@@ -163,7 +162,6 @@ def cpu_count() -> int:
 
 
 def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
-    """Fill every row."""
     for row, image in enumerate(_each(len(stack), make)):
         stack[row] = image
 

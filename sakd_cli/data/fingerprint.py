@@ -31,7 +31,6 @@ class Image(NamedTuple):
 
     @property
     def content(self) -> str:
-        """What it is known by."""
         return self.sha256 or f"{self.file}:{self.bytes}"
 
 
@@ -55,7 +54,6 @@ class Fingerprint(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property

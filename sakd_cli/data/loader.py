@@ -112,7 +112,6 @@ class TrainLoader:
         self.steps_per_epoch = steps_per_epoch(len(split), batch_size)
 
     def __len__(self) -> int:
-        """Number of batches in an epoch."""
         return self.steps_per_epoch
 
     def draw(self, epoch: int) -> Draws:
@@ -246,7 +245,6 @@ class EvalLoader:
         self.batch_size = max(1, min(batch_size, MAX_BYTES // (4 * channels * height * width)))
 
     def __len__(self) -> int:
-        """Number of batches."""
         return -(-len(self._labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -301,7 +299,6 @@ class HeldOutLoader:
         self.steps_per_epoch = loader.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         beside = _endless(self.held_out, (epoch - 1) * self.steps_per_epoch + start)
         return (replace(batch, held_out=next(beside)) for batch in self.loader.epoch(epoch, start))
 
@@ -318,7 +315,6 @@ class AlternatingLoader:
         self.steps_per_epoch = 2 * lower.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         pair = (epoch - 1) * self.lower.steps_per_epoch + start // 2
         above, below = _endless(self.upper, pair + start % 2), _endless(self.lower, pair)
         coming: Batch | None = None

@@ -62,7 +62,6 @@ class FolderContents(NamedTuple):
 
     @property
     def parts(self) -> list[SplitContents]:
-        """Those that there are."""
         return [part for part in (self.train, self.val, self.test) if part is not None]
 
     @property
@@ -166,7 +165,6 @@ def _readable_names(folder: Path, files: dict[str, list[str]], findings: list[Fi
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is UTF-8."""
     try:
         return bool(name.encode())
     except UnicodeEncodeError:

@@ -95,7 +95,6 @@ def default_root() -> Path:
 
 
 def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:
-    """What is there of one's own images."""
     if config.manifest is not None:
         return scan_manifest(config.manifest, own_root(config))
     return scan_folder(own_root(config))
@@ -167,7 +166,6 @@ def _with_listed(found: FolderContents, lists: Path) -> FolderContents:
 
 
 def reading_of(config: FilesConfig) -> Reading:
-    """How the data set's files become RGB."""
     return Reading(config.background, config.orientation, config.gray_range, config.max_pixels)
 
 

@@ -92,7 +92,6 @@ COSINE_EPSILON = 1e-8  # added to the product of lengths
 
 
 def cosine(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Inner product over the product of lengths along `dim`."""
     lengths = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
     return (a * b).sum(dim=dim) / (lengths + COSINE_EPSILON)
 

@@ -17,7 +17,6 @@ LEVELS = (4, 2, 1)  # heights to which maps are pooled, beside their own
 
 
 def as_map(x: Tensor) -> Tensor:
-    """A pooled vector as a map of one position."""
     return x if x.dim() == 4 else x[:, :, None, None]
 
 

@@ -98,7 +98,6 @@ class DistillerRow(NamedTuple):
 
     @property
     def reads_labels(self) -> bool:
-        """Whether a loss of it needs the label of every image."""
         return self.needs_labels or self.logits is DKD
 
     warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], StagePairs]] | None = None

@@ -42,7 +42,6 @@ class Part(BaseModel):
         return value if of_others or info.field_name in cls.exact else rounded(value)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
         return self.model_dump(mode="json", by_alias=True)
 
 
@@ -53,7 +52,6 @@ class Document(Part):
 
     @property
     def text(self) -> str:
-        """The document as it is printed and written."""
         return json.dumps(self.plain(), indent=2, allow_nan=False)
 
 

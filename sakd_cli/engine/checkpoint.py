@@ -142,7 +142,6 @@ def _require_run(run: str | None, loaded: Checkpoint) -> Checkpoint:
 
 
 def discard(folder: Path) -> None:
-    """Remove the checkpoints of one phase."""
     files.verify(folder)
     for name in ("last", "last.new", "previous", "best", "best.new"):
         shutil.rmtree(folder / name, ignore_errors=True)

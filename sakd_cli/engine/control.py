@@ -81,7 +81,6 @@ class Delivered:
             self.swap()
 
     def swap(self) -> None:
-        """Exchange both sets of weights."""
         own, kept = list(self._own.values()), list(self._kept.values())
         before = [tensor.clone() for tensor in own]
         for to, of in zip(own + kept, kept + before, strict=True):

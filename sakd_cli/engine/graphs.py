@@ -94,7 +94,6 @@ class GraphedStep:
         self._refused = False
 
     def __call__(self, batch: Batch) -> None:
-        """One step."""
         if self._refused or len(batch.labels) < batch.size:
             return self._step(batch)
         key = self._key(), type(batch), *(tensor.shape for tensor in _tensors(batch))

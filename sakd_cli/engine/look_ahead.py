@@ -35,7 +35,6 @@ class LookAhead:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches `start`, `start` + 1, ... of that epoch, whatever was or was not iterated before."""
         done = start % self.steps
         groups = self._groups(self.loader.epoch(epoch, start - done))
         for group in groups:

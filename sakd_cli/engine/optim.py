@@ -49,7 +49,6 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Those that there are, in order."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
@@ -356,11 +355,9 @@ class BilevelOptimizer(Remembered):
     capturable = True
 
     def begin_step(self, step: int, steps_per_epoch: int) -> None:
-        """Set the rate of this step's epoch."""
         self.begin_epoch(step // steps_per_epoch + 1)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set the lower rate of this epoch, counted from 1."""
         self.rates = (self.lower.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2,)
         set_rates(self.sgd, self.rates)
 

@@ -151,20 +151,17 @@ class SpotRecorder:
         return {"distilled": distilled, "visits": visits, "index": self.origin}
 
     def file(self) -> bytes:
-        """The content of `samples.safetensors`."""
         columns = self.by_sample()
         digest = columns_digest({name: column.numpy() for name, column in columns.items()})
         return bytes(save(columns, {"sakd": SamplesHeader(digest=digest).model_dump_json()}))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every counter, for a checkpoint."""
         events = {f"event/{name}": count for name, count in zip(self._event_names, self._events, strict=True)}
         return {
             name: count.clone(memory_format=torch.contiguous_format) for name, count in (self._counts | events).items()
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue with the counters of an earlier process."""
         for name, count in self._counts.items():
             count.copy_(tensors[name])
         events = {name.removeprefix("event/"): count for name, count in tensors.items() if name.startswith("event/")}
@@ -206,7 +203,6 @@ class Meter:
         return {name: value.clone() for name, value in sums.items()}, sum(float(of[-1]) for of in self._sums.values())
 
     def load(self, sums: dict[str, Tensor], samples: float) -> None:
-        """Go on with these sums."""
         if sums:
             values = torch.stack(list(sums.values()))
             self._sums = {tuple(sums): torch.cat([values, values.new_tensor([samples])])}

@@ -52,7 +52,6 @@ class NullReporter(Reporter):
 
 
 def raise_if_stopped(reporter: Reporter) -> None:
-    """Raise Stopped if someone wants the run to end."""
     if signal := reporter.stop():
         raise Stopped(signal)
 

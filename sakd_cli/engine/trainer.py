@@ -202,7 +202,6 @@ class Trainer:
             self.best = {"epoch": epoch, "selected_on": evaluation.selected_on, "metric": metric, "value": value}
 
     def _delivered(self) -> AbstractContextManager[None]:
-        """Inside the network has the weights that are delivered."""
         return nullcontext() if self.control.delivered is None else self.control.delivered.in_place()
 
     def _some_images(self) -> Iterator[Tensor]:

@@ -51,7 +51,6 @@ def exit_costs(left: Tensor, macs: Sequence[int], teacher_macs: int | None) -> E
 def exit_metrics(
     ensemble: Ensemble, exits: Exits, batches: Batches, classes: int, macs: Sequence[int], teacher_macs: int | None
 ) -> ExitMetrics:
-    """Metrics and cost of an ensemble under given exits."""
     scores, left = evaluate_batches(ensemble, exits, batches, classes)
     costs = exit_costs(left, macs, teacher_macs)
     return ExitMetrics(**scores.metrics(), **dict(costs))

@@ -85,7 +85,6 @@ class Artifact(NamedTuple):
 
 
 def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
-    """Write `model.safetensors` with its card in the header."""
     save_module(path, FORMAT, model, json.dumps(card.plain()))
 
 
@@ -200,7 +199,6 @@ def ghost(architecture: str, classes: int, side: ImageSize) -> StagedModel:
 
 
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a network."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 

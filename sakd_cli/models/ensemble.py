@@ -39,12 +39,10 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def maxprob(logits: Tensor) -> Tensor:
-    """One less the largest class probability."""
     return 1 - logits.softmax(dim=-1).amax(dim=-1)
 
 
 def margin(logits: Tensor) -> Tensor:
-    """One less the difference of the two largest class probabilities."""
     first, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
     return 1 - (first - second)
 

@@ -66,7 +66,6 @@ class GlobalPool(nn.Module):
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution 3x3, padding 1, no bias."""
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 

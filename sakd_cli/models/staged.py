@@ -21,7 +21,6 @@ Mark = Callable[[int, Tensor], Tensor]
 
 
 def unmarked(stage: int, x: Tensor) -> Tensor:
-    """A stage's value as it is."""
     return x
 
 
@@ -116,7 +115,6 @@ class Features(NamedTuple):
     raw: tuple[Tensor, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
-        """The same with every tensor changed."""
         blocks = tuple(tuple(map(change, maps)) for maps in self.blocks)
         before = tuple(map(change, self.preactivations))
         raw = tuple(map(change, self.raw))
@@ -127,7 +125,6 @@ class Features(NamedTuple):
         return Features(self.stages, logits, self.preactivations, self.blocks, self.raw)
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
         return [*self.stages, self.logits, *self.preactivations, *(x for maps in self.blocks for x in maps), *self.raw]
 
     def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
@@ -286,7 +283,6 @@ class StagedModel(nn.Module):
 
     @property
     def has_preactivations(self) -> bool:
-        """Whether `features` can give pre-activations."""
         return self._preactivation is not None
 
     def affine_before_activation(self, stage: int) -> Affine:

@@ -43,7 +43,6 @@ class VGGBlock(ReluBlock):
 
 
 def build(name: str, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> StagedModel:
-    """A VGG with so many convolutions in each group."""
     stem, *groups = (WIDTHS[group : group + 1] * count for group, count in enumerate(convolutions))
     infos = [StageInfo("stem", stem[0], 1)]
     infos += [StageInfo(f"stage{k}", blocks[0], 1 << k, blocks=blocks) for k, blocks in enumerate(groups[:3], start=1)]

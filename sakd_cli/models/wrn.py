@@ -75,7 +75,6 @@ AFTER_NEXT_NORM = Preactivation(
 
 
 def build(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
-    """A wide ResNet of `depth` layers, `width` times as wide as the first ones."""
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth of a wide ResNet is 6n+4, not {depth}")
     widths = (16, 16 * width, 32 * width, 64 * width)

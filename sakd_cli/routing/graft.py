@@ -127,7 +127,6 @@ class RouterLoss(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """The mean over the batch."""
     return F.cross_entropy(logits, batch.labels)
 
 

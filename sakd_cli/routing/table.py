@@ -376,5 +376,4 @@ ROUTERS = plugins.Table("router", _BUILTIN, plugins.ROUTERS, _plugged, folder="r
 
 
 def build(config: RouterConfig, pair: Pair) -> Router:
-    """The router that the config names."""
     return ROUTERS.row(config.name)(config, pair)

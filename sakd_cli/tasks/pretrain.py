@@ -42,7 +42,6 @@ class SingleRateTask(Task, ABC):
         self.criterion = recipe.get("criterion") or Criterion()
 
     def group(self, name: str, *modules: nn.Module) -> ParamGroup:
-        """All parameters of these modules."""
         parameters = [parameter for module in modules for parameter in module.parameters()]
         return ParamGroup(name, parameters, self.recipe["lr"], self.recipe["weight_decay"])
 

@@ -40,7 +40,6 @@ class Targets(NamedTuple):
     base: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
-        """The same with every tensor changed."""
         return Targets(change(self.teacher), change(self.base))
 
 

@@ -114,14 +114,12 @@ class SearchTask(Task):
         return [torch.softmax(beta, dim=0) for beta in self.beta]
 
     def optimizer(self, momentum: float) -> BilevelOptimizer:
-        """What trains both levels."""
         settings = self.settings
         return BilevelOptimizer(
             self, *self.groups(), momentum=momentum, epochs=settings.search_epochs, second_order=settings.second_order
         )
 
     def settle(self) -> None:
-        """Hand over what was found."""
         for one, beta, alpha in zip(self.sought, self.beta, self.alphas(), strict=True):
             self._hand_over(one.place, alpha.detach(), beta.detach())
 
@@ -142,7 +140,6 @@ class SearchTask(Task):
             return self.teacher_features(images).only((), (), {one.spot.teacher for one in self.sought})
 
     def losses(self, batch: Batch) -> Losses:
-        """Every term on this batch."""
         known, networks = batch.precomputed, self.mode.networks(batch.images.device)
         theirs = (known if isinstance(known, Features) else self.precompute(batch.for_teacher)).map(to_fp32).blocks
         with networks:
@@ -167,7 +164,6 @@ class SearchTask(Task):
         return isinstance(self._at_hand, UpperBatch)
 
     def upper_loss(self) -> Tensor:
-        """The mixtures' loss on that batch."""
         assert self._at_hand is not None
         return self._bridge(self.losses(self._at_hand))
 

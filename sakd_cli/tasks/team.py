@@ -21,7 +21,6 @@ class Seen(NamedTuple):
     of: tuple[Features, ...]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Seen":
-        """The same with every tensor changed."""
         return Seen(tuple(one.map(change) for one in self.of))
 
 
@@ -65,7 +64,6 @@ def used(
 
 
 def together(rows: Sequence[Tensor]) -> Tensor:
-    """One after another; a single one as it is."""
     return torch.cat(list(rows)) if len(rows) > 1 else rows[0]
 
 
