@@ -108,6 +108,17 @@ def read_by(read: Callable[[Any], Any]) -> AfterValidator:
     return AfterValidator(validate)
 
 
+def must(hold: Callable[[Any], bool], text: str) -> AfterValidator:
+    """Refuse what a key must not be."""
+
+    def validate(value: Any) -> Any:
+        if not hold(value):
+            raise ValueError(text)
+        return value
+
+    return AfterValidator(validate)
+
+
 def _squashed(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
 

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from sakd_cli.config import code, plugins
-from sakd_cli.config.base import Config, by_name, chosen_by_name
+from sakd_cli.config.base import Config, by_name, chosen_by_name, must
 from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, shown
 from sakd_cli.errors import unknown
 from sakd_cli.files import expanded
@@ -24,24 +24,9 @@ Channels = tuple[float, float, float]
 Place = Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())]
 
 
-def _positive(values: Channels) -> Channels:
-    if min(values) <= 0:
-        raise ValueError("must be above 0")
-    return values
-
-
-def _shares(values: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < values[0] <= values[1] <= 1:
-        raise ValueError("is two shares, rising, above 0 and up to 1")
-    return values
-
-
-def _rising(values: tuple[float, float]) -> tuple[float, float]:
-    if not values[0] < values[1]:
-        raise ValueError("is black and white, the lower value first")
-    return values
-
-
+Two = tuple[float, float]
+Shares = Annotated[Two, must(lambda at: 0 < at[0] <= at[1] <= 1, "is two shares, rising, above 0 and up to 1")]
+Rising = Annotated[Two, must(lambda at: at[0] < at[1], "is black and white, the lower value first")]
 Geometry = Literal["auto", "crop", "border", "none"]
 Policy = Literal["randaugment", "autoaugment", "trivialaugment"]
 POLICIES = get_args(Policy)
@@ -105,7 +90,7 @@ class DataConfig(Config):
     """Download missing files."""
     mean: Channels | None = None
     """Mean per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
-    std: Annotated[Channels, AfterValidator(_positive)] | None = None
+    std: Annotated[Channels, must(lambda values: min(values) > 0, "must be above 0")] | None = None
     """Standard deviation per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
 
     @property
@@ -121,13 +106,9 @@ class DataConfig(Config):
         return next((word for word in self.augment if word in POLICIES), None)
 
     @model_validator(mode="after")
-    def _cropped_as_ever(self) -> "DataConfig":
+    def _settings_fit(self) -> "DataConfig":
         if self.geometry != "auto" and not isinstance(self, FilesConfig):
             raise ValueError(f"augment {self.geometry} is of pictures in files; {self.name} is cropped from a border")
-        return self
-
-    @model_validator(mode="after")
-    def _a_threshold_has_a_use(self) -> "DataConfig":
         if self.balance_threshold is not None and self.balance != "repeated-factor":
             raise ValueError("balance_threshold is of balance=repeated-factor alone")
         return self
@@ -197,7 +178,7 @@ class FilesConfig(DataConfig):
     """Low-pass before making a picture smaller, as Pillow does; off: as torchvision resizes tensors without it."""
     augment: Augment = "auto"
     """crop: random resized crop, border: from a border of size/8, none, auto: border up to 64; or a policy as well."""
-    crop: Annotated[tuple[float, float], AfterValidator(_shares)] = (0.08, 1.0)
+    crop: Shares = (0.08, 1.0)
     """Fraction of a picture's area that a random resized crop covers, from and to; torchvision's defaults."""
     flip: bool = True
     """Whether training images are mirrored at random."""
@@ -211,7 +192,7 @@ class FilesConfig(DataConfig):
     """Red, green and blue, 0 to 255, behind pictures that are transparent in places."""
     orientation: bool = True
     """Turn photographs upright as their EXIF orientation says; off: as they are stored."""
-    gray_range: Annotated[tuple[float, float], AfterValidator(_rising)] | None = None
+    gray_range: Rising | None = None
     """Black and white of grey pictures of more than 8 bits; None: 0,65535 where the top bit is used, 0,1 in floats."""
     max_pixels: PositiveInt = 200_000_000
     """Pixels that a picture may have, width times height."""

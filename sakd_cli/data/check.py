@@ -44,10 +44,6 @@ class Looks(NamedTuple):
     greys: tuple[float, float] | None
 
 
-def look_at(path: str, reading: Reading) -> Looks | Unreadable:
-    return read(path, reading, partial(_looks, reading=reading))
-
-
 def _looks(picture: Picture, reading: Reading) -> Looks:
     digest = _digest(picture.rgb())
     strip = picture.size if max(picture.size) > STRIP * min(picture.size) else None
@@ -131,7 +127,9 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     begin(len(places))
     seen: dict[bytes, list[Place]] = defaultdict(list)
     looks: list[tuple[Place, Looks]] = []
-    every = of_each(partial(look_at, reading=reading_of(config)), [place.path for place in places])
+    reading = reading_of(config)
+    look = partial(read, reading=reading, use=partial(_looks, reading=reading))
+    every = of_each(look, [place.path for place in places])
     for number, (place, one) in enumerate(zip(places, every, strict=True), start=1):
         if isinstance(one, Unreadable):
             findings.append(Finding("unreadable", shown(one.path), one.reason))

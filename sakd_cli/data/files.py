@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -54,27 +55,25 @@ class ImageSpec(NamedTuple):
         return (self.seen,) if self.also is None else (self.seen, self.also)
 
 
+@dataclass(eq=False)
 class Files:
     """Images in files, used like a tensor [N, 3, H, W] of uint8.
 
     cached  decoded once, then in memory
     root    the data set's folder: a picture's name is its path from there
-    keys    what decides about each picture's part of a split; None: its name
+    keys    what decides about each picture's part of a split; none: its name
     """
 
-    def __init__(
-        self,
-        paths: tuple[str, ...],
-        spec: ImageSpec,
-        *,
-        cached: bool = False,
-        root: str = "/",
-        keys: tuple[str, ...] | None = None,
-    ) -> None:
-        self.paths, self.spec, self.cached, self.root = paths, spec, cached, root
-        self.keys = self.names if keys is None else keys
-        self.shape = torch.Size([len(paths), 3, *spec.size])
-        self.device = torch.device("cpu")
+    paths: tuple[str, ...]
+    spec: ImageSpec
+    _: KW_ONLY
+    cached: bool = False
+    root: str = "/"
+    keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.keys = self.keys or self.names
+        self.shape, self.device = torch.Size([len(self.paths), 3, *self.spec.size]), torch.device("cpu")
         self._plain: Tensor | None = None
         self._full: tuple[list[Tensor], Tensor] | None = None
 
@@ -85,17 +84,16 @@ class Files:
         """Those at `index` [n], in that order; nothing is read."""
         places = torch.arange(len(self))[index].tolist()
         paths, keys = (tuple(of[place] for place in places) for of in (self.paths, self.keys))
-        return Files(paths, self.spec, cached=self.cached, root=self.root, keys=keys)
+        return replace(self, paths=paths, keys=keys)
 
-    @classmethod
-    def joined(cls, files: "Sequence[Files]") -> "Files":
+    @staticmethod
+    def joined(files: "Sequence[Files]") -> "Files":
         """Those of several parts of one data set, one after another."""
         paths, keys = (sum(parts, ()) for parts in ([one.paths for one in files], [one.keys for one in files]))
-        return cls(paths, files[0].spec, cached=all(one.cached for one in files), root=files[0].root, keys=keys)
+        return replace(files[0], paths=paths, cached=all(one.cached for one in files), keys=keys)
 
     def as_seen(self, seen: Preprocessing) -> "Files":
-        spec = self.spec._replace(seen=seen, also=None)
-        return Files(self.paths, spec, cached=self.cached, root=self.root, keys=self.keys)
+        return replace(self, spec=self.spec._replace(seen=seen, also=None))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +107,8 @@ class Files:
             return self._plain
         with torch.inference_mode(False):  # it outlives an evaluation that asks for it first
             pixels = torch.empty(self.shape, dtype=torch.uint8)
-            _fill(pixels, lambda place: load_eval_image(self.paths[place], self.spec))
+            for row, image in enumerate(_each(len(self), lambda place: load_eval_image(self.paths[place], self.spec))):
+                pixels[row] = image
         if self.cached:
             self._plain = pixels
         return pixels
@@ -159,11 +158,6 @@ def v2() -> Any:
 def cpu_count() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fill(stack: Tensor, make: Callable[[int], Tensor | Unreadable]) -> None:
-    for row, image in enumerate(_each(len(stack), make)):
-        stack[row] = image
 
 
 def _each(count: int, make: Callable[[int], Result | Unreadable]) -> Iterator[Result]:

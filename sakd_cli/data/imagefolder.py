@@ -77,10 +77,8 @@ def dataset_of(
 
 
 def _split(config: FilesConfig, root: Path, spec: ImageSpec, paths: tuple[str, ...], labels: list[int]) -> Split:
-    files = Files(paths, spec, root=str(root))
-    if config.split_by == "content":
-        files = Files(paths, spec, root=str(root), keys=content_hashes(paths))
-    return Split(files, torch.tensor(labels, dtype=torch.int64))
+    keys = content_hashes(paths) if config.split_by == "content" else ()
+    return Split(Files(paths, spec, root=str(root), keys=keys), torch.tensor(labels, dtype=torch.int64))
 
 
 def _without_bad(dataset: Dataset, *, one_part: bool) -> Dataset:

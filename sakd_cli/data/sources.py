@@ -53,8 +53,7 @@ def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) 
         need += _copies_need(splits[0], dataset.scale[0])
     cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     files = [split.images for split in splits if isinstance(split.images, Files)]
-    images = [Files(one.paths, one.spec, cached=cached, root=one.root, keys=one.keys) for one in files]
-    return [replace(split, images=one) for split, one in zip(splits, images, strict=True)]
+    return [replace(split, images=replace(one, cached=cached)) for split, one in zip(splits, files, strict=True)]
 
 
 def shown_to_both(split: Split, also: Preprocessing | None) -> Split:
@@ -62,8 +61,7 @@ def shown_to_both(split: Split, also: Preprocessing | None) -> Split:
     files = split.images
     if also is None or not isinstance(files, Files):
         return split
-    spec = files.spec._replace(also=also)
-    return replace(split, images=Files(files.paths, spec, cached=files.cached, root=files.root, keys=files.keys))
+    return replace(split, images=replace(files, spec=files.spec._replace(also=also)))
 
 
 def as_seen(split: Split, seen: Preprocessing | None) -> Split:

@@ -52,12 +52,7 @@ def energy(logits: Tensor) -> Tensor:
     return -logits.logsumexp(dim=-1)
 
 
-MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "entropy": entropy,
-    "maxprob": maxprob,
-    "margin": margin,
-    "energy": energy,
-}
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {one.__name__: one for one in (entropy, maxprob, margin, energy)}
 RANGES = {"entropy": (0.0, 1.0), "maxprob": (0.0, 1.0), "margin": (0.0, 1.0)}
 
 

@@ -23,9 +23,9 @@ class AnswerRouter(Router, ABC):
 
     needs_answers = True
 
-    def __init__(self, spots: int) -> None:
+    def __init__(self, spots: int, cap: float = 1.0) -> None:
         super().__init__()
-        self.spots = spots
+        self.spots, self.cap = spots, cap
 
     @abstractmethod
     def weigh(self, answers: Answers) -> Tensor:
@@ -62,10 +62,6 @@ class Confidence(AnswerRouter):
     w_i = min(cap, c_i / mean c) up to that mean,  c_i = max_c softmax(t_i)_c. This project's form of a common idea.
     """
 
-    def __init__(self, spots: int, cap: float) -> None:
-        super().__init__(spots)
-        self.cap = cap
-
     def weigh(self, answers: Answers) -> Tensor:
         return of_mean(answers.teacher.softmax(dim=1).amax(dim=1), self.cap)
 
@@ -77,10 +73,6 @@ class Entropy(AnswerRouter):
     w_i = min(cap, e_i / mean e) up to that mean,  e_i = 1 - H(softmax(t_i)) / ln C. After Kwon, Na, Lee, Nam,
     "Adaptive Knowledge Distillation Based on Entropy", ICASSP 2020, who weigh teachers of a sample so, not samples.
     """
-
-    def __init__(self, spots: int, cap: float) -> None:
-        super().__init__(spots)
-        self.cap = cap
 
     def weigh(self, answers: Answers) -> Tensor:
         log_p = answers.teacher.log_softmax(dim=1)
@@ -125,16 +117,27 @@ def straight_through(scores: Tensor, uniform: Tensor, tau: float) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def policy(spots: int, teacher: int, student: int, teacher_bias: float) -> nn.Linear:
-    """Scores of teacher and student for every spot, from both pooled vectors; `teacher_bias` is added to the former."""
-    layer = nn.Linear(teacher + student, 2 * spots)
-    with torch.no_grad():
-        layer.bias[0::2] += teacher_bias
-    return layer
+class PolicyRouter(Router, ABC):
+    """Scores of teacher and student for every spot, from both pooled vectors by one linear layer, score by score.
+
+    teacher_bias  is added once to every teacher's score
+    """
+
+    def __init__(self, spots: int, teacher: int, student: int, *, tau: float, teacher_bias: float) -> None:
+        super().__init__()
+        self.tau, self.noise_width = tau, 0 if self.soft else 2 * spots
+        self.policy = nn.Linear(teacher + student, 2 * spots)
+        with torch.no_grad():
+            self.policy.bias[0::2] += teacher_bias
+
+    def scores(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """[N, S, 2], the teacher's first."""
+        scores: Tensor = self.policy(torch.cat([teacher, student], dim=1))
+        return scores.unflatten(1, (-1, 2))
 
 
 @final
-class Adaptive(Router):
+class Adaptive(PolicyRouter):
     """One linear layer on both pooled vectors scores teacher against student at every spot, and one is drawn.
 
     scores = W [teacher; student] + b, reshaped to [N, S, 2] with the teacher's score first
@@ -144,14 +147,8 @@ class Adaptive(Router):
     score (10 for two networks of one family: such a run starts by distilling everywhere and relaxes).
     """
 
-    def __init__(self, spots: int, teacher: int, student: int, *, tau: float, teacher_bias: float) -> None:
-        super().__init__()
-        self.noise_width = 2 * spots
-        self.tau = tau
-        self.policy = policy(spots, teacher, student, teacher_bias)
-
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
-        scores = self.policy(torch.cat([teacher, student], dim=1)).unflatten(1, (-1, 2))
+        scores = self.scores(teacher, student)
         uniform = noise[:, : self.noise_width].unflatten(1, (-1, 2))
         gate = straight_through(scores, uniform, self.tau)
         probability = torch.sigmoid(scores[..., 0] - scores[..., 1]).detach()
@@ -159,7 +156,7 @@ class Adaptive(Router):
 
 
 @final
-class Soft(Router):
+class Soft(PolicyRouter):
     """The adaptive router's policy without a draw: gates and weights are the probabilities themselves.
 
     gate = sigmoid((teacher score - student score) / tau), with its exact gradient. This project's control for the draw
@@ -168,13 +165,8 @@ class Soft(Router):
 
     soft = True
 
-    def __init__(self, spots: int, teacher: int, student: int, *, tau: float, teacher_bias: float) -> None:
-        super().__init__()
-        self.tau = tau
-        self.policy = policy(spots, teacher, student, teacher_bias)
-
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
-        scores = self.policy(torch.cat([teacher, student], dim=1)).unflatten(1, (-1, 2))
+        scores = self.scores(teacher, student)
         gate = torch.sigmoid((scores[..., 0] - scores[..., 1]) / self.tau)
         weight = gate.detach().T
         return Decision(weight, gate, weight)
