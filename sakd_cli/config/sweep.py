@@ -20,11 +20,6 @@ def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
     return read_by(lambda names: tuple(dict.fromkeys(choose(kind, name, table) for name in names)))
 
 
-def _split(value: Any) -> Any:
-    """`wrn_40_2:wrn_16_2` as two names."""
-    return tuple(value.rsplit(":", 1)) if isinstance(value, str) else value
-
-
 def is_path(teacher: str) -> bool:
     """Whether a teacher is a run directory or a weights file, and no network that may be trained."""
     return brought(teacher) is None and ("/" in teacher or teacher.endswith(".safetensors"))
@@ -79,7 +74,10 @@ def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-Pair = Annotated[tuple[Annotated[str, read_by(_teacher)], NetworkName], BeforeValidator(_split)]
+Pair = Annotated[
+    tuple[Annotated[str, read_by(_teacher)], NetworkName],
+    BeforeValidator(lambda value: tuple(value.rsplit(":", 1)) if isinstance(value, str) else value),
+]
 Section = dict[str, Any]
 # What a sweep has a field for.
 FIELDS = {"seed": "seeds", "student": "pairs", "teacher.source": "pairs", "method.name": "methods", "method": "methods"}

@@ -179,14 +179,6 @@ def _annealed(x: float, begin: float, end: float) -> float:
     return end + (begin - end) / 2 * (1 + math.cos(math.pi * min(max(x, 0.0), 1.0)))
 
 
-def _step(train: Train, at: float, floor: float, step: float) -> float:
-    return float(train.lr_decay ** sum(at >= milestone for milestone in train.decay_epochs()))
-
-
-def _cosine(train: Train, at: float, floor: float, step: float) -> float:
-    return _annealed((at - train.warmup_epochs) / (train.epochs - train.warmup_epochs), 1.0, floor)
-
-
 def _one_cycle(train: Train, at: float, floor: float, step: float) -> float:
     peak = (train.warmup_epochs or PEAK * train.epochs) - step
     if at <= peak:
@@ -195,8 +187,10 @@ def _one_cycle(train: Train, at: float, floor: float, step: float) -> float:
 
 
 SCHEDULES: dict[Schedule, Callable[[Train, float, float, float], float]] = {
-    "step": _step,
-    "cosine": _cosine,
+    "step": lambda train, at, floor, step: float(train.lr_decay ** sum(at >= n for n in train.decay_epochs())),
+    "cosine": lambda train, at, floor, step: _annealed(
+        (at - train.warmup_epochs) / (train.epochs - train.warmup_epochs), 1.0, floor
+    ),
     "one-cycle": _one_cycle,
     "constant": lambda train, at, floor, step: 1.0,
 }

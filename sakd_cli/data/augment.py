@@ -93,17 +93,11 @@ def random_boxes(draws: Tensor, size: Tensor, scale: Scale) -> Tensor:
     high, wide = high[:, 0], wide[:, 0]
     found = [np.floor(down * (high - h + 1)), np.floor(right * (wide - w + 1)), h, w]
     if not (fitting := fits.any(axis=1)).all():
-        found = [
-            np.where(fitting, one, middle) for one, middle in zip(found, _largest_centred(high, wide), strict=True)
-        ]
+        h = np.minimum(high, (wide / RATIO[0]).round())
+        w = np.minimum(wide, (high * RATIO[1]).round())
+        largest = np.floor((high - h) / 2), np.floor((wide - w) / 2), h, w
+        found = [np.where(fitting, one, middle) for one, middle in zip(found, largest, strict=True)]
     return torch.from_numpy(np.stack(found, axis=1).astype(np.int64))
-
-
-def _largest_centred(high: Floats, wide: Floats) -> list[Floats]:
-    """Top, left, height and width of the largest part in the middle whose ratio is allowed."""
-    h = np.minimum(high, (wide / RATIO[0]).round())
-    w = np.minimum(wide, (high * RATIO[1]).round())
-    return [np.floor((high - h) / 2), np.floor((wide - w) / 2), h, w]
 
 
 def boxes_in_copies(box: Tensor, size: Tensor, copy: Tensor) -> Tensor:

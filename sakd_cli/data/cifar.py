@@ -60,9 +60,7 @@ def load_cifar(config: CIFAR10Config | CIFAR100Config) -> Dataset:
         missing = _missing(config.name, root, kind)
     if missing:
         raise _not_found(config.name, root, kind, missing)
-    with warnings.catch_warnings():
-        # The pickles date from 2009; numpy warns of the spelling of their types.
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # the pickles date from 2009; numpy warns of their types' spelling
         train, test = kind(root, train=True), kind(root, train=False)
     classes = tuple(train.classes)
     if len(set(classes)) != len(classes):

@@ -106,7 +106,9 @@ def _parts(config: TorchvisionConfig) -> tuple[dict[str, Items], tuple[str, ...]
 
 def _opened(name: str, config: TorchvisionConfig, arguments: Mapping[str, Any]) -> Any:
     kind, root = getattr(importlib.import_module("torchvision.datasets"), name), _root(config)
-    more = {"download": config.download} if config.download and _downloads(kind) else {}
+    code = [base.__init__.__code__ for base in kind.__mro__ if hasattr(base.__init__, "__code__")]
+    downloads = config.download and any("download" in one.co_varnames for one in code)
+    more = {"download": True} if downloads else {}
     try:
         root.mkdir(parents=True, exist_ok=True)
         with quiet():
@@ -118,11 +120,6 @@ def _opened(name: str, config: TorchvisionConfig, arguments: Mapping[str, Any]) 
             f"torchvision/{name}: not read from {root}: {first_line(error)}",
             "put its files there as torchvision lays them out, or name another folder with --data-root",
         ) from None
-
-
-def _downloads(kind: Any) -> bool:
-    code = [base.__init__.__code__ for base in kind.__mro__ if hasattr(base.__init__, "__code__")]
-    return any("download" in one.co_varnames for one in code)
 
 
 def _names(opened: Any) -> tuple[str, ...]:

@@ -331,14 +331,7 @@ class BilevelOptimizer(Remembered):
     """
 
     def __init__(
-        self,
-        levels: Levels,
-        upper: ParamGroup,
-        lower: ParamGroup,
-        *,
-        momentum: float,
-        epochs: int,
-        second_order: bool,
+        self, levels: Levels, upper: ParamGroup, lower: ParamGroup, *, momentum: float, epochs: int, second_order: bool
     ) -> None:
         self.levels, self.upper, self.lower = levels, upper, lower
         self.epochs, self.second_order = epochs, second_order
@@ -372,17 +365,13 @@ class BilevelOptimizer(Remembered):
         optimizer, group = (self.adam, self.upper) if turn else (self.sgd, self.lower)
         optimizer.zero_grad(set_to_none=True)
         if turn and self.second_order:
-            self._look_ahead()
+            losses, rate = (self.levels.upper_loss, self.levels.lower_loss), self.sgd.param_groups[0]["lr"]
+            gradients = unrolled_gradient(*losses, self.upper.parameters, self.lower.parameters, rate)
+            for parameter, gradient in zip(self.upper.parameters, gradients, strict=True):
+                parameter.grad = gradient
         else:
             loss.backward(inputs=group.parameters)
         update(optimizer, None if gradient_hook is None else gradient_hook(gradients_of(optimizer)))
-
-    def _look_ahead(self) -> None:
-        rate = self.sgd.param_groups[0]["lr"]
-        losses = self.levels.upper_loss, self.levels.lower_loss
-        gradients = unrolled_gradient(*losses, self.upper.parameters, self.lower.parameters, rate)
-        for parameter, gradient in zip(self.upper.parameters, gradients, strict=True):
-            parameter.grad = gradient
 
     def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
         levels = (self.upper, self.adam), (self.lower, self.sgd)

@@ -10,14 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sakd_cli.batch import Batch
-from sakd_cli.documents.spots import (
-    STEP_MEANS,
-    EpochRecord,
-    SamplesHeader,
-    SpotInEpoch,
-    TrackedImage,
-    tracked_places,
-)
+from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SamplesHeader, SpotInEpoch, TrackedImage, tracked_places
 from sakd_cli.engine.task import SpotUse, StepOutput
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.files import columns_digest

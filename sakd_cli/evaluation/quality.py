@@ -82,8 +82,7 @@ def averages(logits: Tensor, labels: Tensor) -> tuple[Averages, list[tuple[float
     both = (images > 0) & (images < len(labels))
     auroc = None
     if bool(both.any()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes without images, which are left out
+        with warnings.catch_warnings(action="ignore"):  # of classes without images, which are left out
             chances = logits.softmax(dim=1)
             areas = multiclass_auroc(chances, labels, num_classes=classes, average="none")
         auroc = 100 * float(areas[both].mean())

@@ -161,8 +161,7 @@ def _graph(network: nn.Module, opened: set[str]) -> fx.Graph | str:
     training = network.training
     graphs = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             for mode in (True, False):
                 graphs.append(_Tracer(opened).trace(network.train(mode)))
     except Exception as error:  # whatever a network of somebody else's raises when it is traced

@@ -79,8 +79,7 @@ def check_size(name: str, num_classes: int, side: ImageSize, numbers: int) -> No
         if library not in _CALLS:
             continue
         try:
-            with torch.device("cpu"), _parameters_on_meta(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with torch.device("cpu"), _parameters_on_meta(), warnings.catch_warnings(action="ignore"):
                 network = _first_that_fits(part, _CALLS[library](entry, num_classes, side))[0]
         except UsageError:  # said where it is built in earnest
             continue
@@ -107,8 +106,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
     """The library's own trained weights of a network, downloaded where needed. UsageError where there are none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             if library == "timm":
                 return dict(importlib.import_module("timm").create_model(entry, pretrained=True).state_dict())
             weights = importlib.import_module("torchvision.models").get_model_weights(entry)
@@ -145,8 +143,7 @@ def _pretrained_cfg(entry: str) -> Mapping[str, Any]:
 
 def _cut(name: str, family: str, num_classes: int, side: ImageSize, build: Callable[[], nn.Module]) -> StagedModel:
     # On the CPU whatever the caller asks for: a cut is checked with numbers, and buffers that are not saved have some.
-    with torch.device("cpu"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.device("cpu"), warnings.catch_warnings(action="ignore"):
         network = build()
         return network if isinstance(network, StagedModel) else cut(network, name, family, num_classes, side)
 

@@ -40,8 +40,7 @@ def align_stages(student: StagedModel, teacher: StagedModel) -> list[tuple[int, 
         candidates = theirs[place : limit - 1]
         depth = (place + 1) / len(ours) * len(theirs)
         best = min(
-            reversed(candidates),
-            key=lambda stage: (abs(teacher.infos[stage].stride - stride), abs(stage - depth)),
+            reversed(candidates), key=lambda stage: (abs(teacher.infos[stage].stride - stride), abs(stage - depth))
         )
         pairs.insert(0, (ours[place], best))
         limit = best
