@@ -18,38 +18,47 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from sakd_cli.calls import (
     BenchOptions,
+    CheckOptions,
     DistillOptions,
+    EvaluateOptions,
     ExportOptions,
     ImportOptions,
-    Inputs,
     Place,
     PredictOptions,
     PretrainOptions,
+    SeriesOptions,
+    SpotOptions,
     SweepOptions,
+    params_of,
 )
 from sakd_cli.config import code
-from sakd_cli.config.base import own_name
-from sakd_cli.config.datasets import DATASETS, DataConfig
+from sakd_cli.config.base import own_row
+from sakd_cli.config.datasets import DATASETS, DataConfig, ImageFolderConfig
 from sakd_cli.config.method import MethodConfig
-from sakd_cli.config.options import FILE, options_of
 from sakd_cli.config.resolve import BENCHED, ConfigSource, config_sources, nested, resolve
 from sakd_cli.config.routers import LearnedConfig, RouterConfig
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.bench import Bench
-from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Predictions
-from sakd_cli.documents.spots import EXTREMES, Split, SpotsDocument
-from sakd_cli.documents.sweep import SweepDocument
-from sakd_cli.documents.table import Comparison, Export, Imported, Report
-from sakd_cli.documents.training import Summary
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Predictions
+from sakd_cli.documents.listing import RunEntries
+from sakd_cli.documents.spots import SpotsDocument
+from sakd_cli.documents.sweep import SweepDocument, SweepPlan
+from sakd_cli.documents.table import Comparison, DataCheck, Export, Imported, Report
+from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.errors import UsageError
+from sakd_cli.report.evaluation.ensemble import exit_chart_of
+from sakd_cli.report.evaluation.tables import write_matrix
+from sakd_cli.report.render import plots
 from sakd_cli.report.runs.compare import compare as compare_runs
-from sakd_cli.report.spots.log import spots_document
-from sakd_cli.report.spots.survey import Survey, read_survey
-from sakd_cli.rundir import RunDir, look_up, newest_run
+from sakd_cli.report.runs.compare_tables import curve_charts
+from sakd_cli.report.runs.entries import run_entries, run_entry
+from sakd_cli.report.runs.page import RunPage
+from sakd_cli.rundir import RunDir
+from sakd_cli.runs.inspection import inspected
 from sakd_cli.runs.locate import (
     check_teacher,
     library_or_path,
@@ -58,7 +67,7 @@ from sakd_cli.runs.locate import (
     target_or_newest,
     what_to_score,
 )
-from sakd_cli.runs.own import keep_teacher, trust_own
+from sakd_cli.runs.own import keep_teacher
 from sakd_cli.runs.resume import resolve_command
 
 if TYPE_CHECKING:
@@ -74,17 +83,16 @@ if TYPE_CHECKING:
 
 # fmt: off
 __all__ = [
-    "Batch", "Bench", "BenchOptions", "Comparison", "DataConfig", "Dataset", "Decision", "DistillOptions", "Distiller",
-    "EnsembleEvaluation", "Evaluation", "Export", "ExportOptions", "Features", "ImportOptions", "Imported", "Job",
-    "LearnedConfig", "MethodConfig", "PredictOptions", "Predictions", "PretrainOptions", "Report", "Reporter", "Router",
-    "RouterConfig", "RunResult", "Seen", "Spot", "SpotsDocument", "SpotwiseDistiller", "StageInfo", "StagedModel",
-    "SweepDocument", "SweepOptions", "bench", "compare", "distill", "evaluate", "export", "import_weights",
-    "inspect_spots", "loader_of", "predict", "prepare", "pretrain_teacher", "report", "sweep",
+    "Batch", "Bench", "BenchOptions", "CheckOptions", "Comparison", "DataCheck", "DataConfig", "Dataset", "Decision",
+    "DistillOptions", "Distiller", "EnsembleEvaluation", "EvaluateOptions", "Evaluation", "Evaluations", "Export",
+    "ExportOptions", "Features", "ImportOptions", "Imported", "Job", "LearnedConfig", "MethodConfig", "Plan",
+    "PredictOptions", "Predictions", "PretrainOptions", "Report", "Reporter", "Router", "RouterConfig", "RunEntries",
+    "RunResult", "Seen", "SeriesOptions", "Spot", "SpotOptions", "SpotsDocument", "SpotwiseDistiller", "StageInfo",
+    "StagedModel", "SweepDocument", "SweepOptions", "SweepPlan", "bench", "check_data", "compare", "distill",
+    "evaluate", "export", "import_weights", "inspect_spots", "loader_of", "predict", "prepare", "pretrain_teacher",
+    "report", "runs", "sweep",
 ]
-# Options that name what may be an object.
-NAMED = ("model", "network", "teacher", "student", "student_friendly", "method", "router", "dataset")
-# Options about images or the machine, which only mean something when the networks are run.
-OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
+AGAIN = 'the same call with resume="auto"'  # what continues a training that was stopped
 _HEAVY = {
     "Batch": "batch", "SpotwiseDistiller": "distillers.distiller",
     "Distiller": "distillers.distiller", "Reporter": "engine.reporter", "Spot": "models.spot",
@@ -109,6 +117,11 @@ class RunResult:
     path: Path
     summary: Summary
 
+    @classmethod
+    def of(cls, summary: Summary) -> "RunResult":
+        """The run that a summary is of."""
+        return cls(Path(str(summary.run)), summary)
+
     @property
     def top1(self) -> float:
         """Percent of the test images, after the last epoch."""
@@ -123,25 +136,44 @@ class RunResult:
         return folder
 
 
-def pretrain_teacher(model: str | None = None, **options: Unpack[PretrainOptions]) -> RunResult:
+@overload
+def pretrain_teacher(
+    model: str | None = None, *, dry_run: Literal[True], **options: Unpack[PretrainOptions]
+) -> Plan: ...
+@overload
+def pretrain_teacher(model: str | None = None, **options: Unpack[PretrainOptions]) -> RunResult: ...
+def pretrain_teacher(model: str | None = None, **options: Any) -> RunResult | Plan:
     """Train one network with cross-entropy: a teacher, or a student from scratch; `sakd pretrain-teacher`.
 
     options   as of the command, `settings` (any key by its dotted name), and `trust` (functions of the user's own,
               `package.module:function`, that a weights file may ask for)
+    dry_run   build everything and try one batch; nothing is written, and the plan is returned
     resume    a run directory, or `"auto"`: resume the newest run with these settings, unless it is finished
     reporter  is called at every step that is logged, and may stop the run; default: none
     """
-    return _train("pretrain", {"model": model, **options})
+    found = _trained("pretrain", {"model": model, **options})
+    assert not isinstance(found, list)
+    return found if isinstance(found, Plan) else RunResult.of(found)
 
 
-def distill(**options: Unpack[DistillOptions]) -> RunResult:
+@overload
+def distill(*, dry_run: Literal[True], **options: Unpack[SeriesOptions]) -> Plan: ...
+@overload
+def distill(**options: Unpack[DistillOptions]) -> RunResult: ...
+@overload
+def distill(**options: Unpack[SeriesOptions]) -> RunResult | Comparison: ...
+def distill(**options: Any) -> RunResult | Comparison | Plan:
     """Train a student from a teacher, deciding per sample and step where it learns; `sakd distill`.
 
     teacher   an architecture (its newest finished run), a run directory, a weights file or folder; or a list of them
     pretrain  train the teacher first if it has no finished run
-    resume, reporter   as for `pretrain_teacher`
+    seeds, routers, with_control   several runs, whose comparison is returned
+    dry_run, resume, reporter      as for `pretrain_teacher`
     """
-    return _train("distill", options)
+    found = _trained("distill", options)
+    if isinstance(found, list):
+        return compare_runs(found, options.get("baseline"))
+    return found if isinstance(found, Plan) else RunResult.of(found)
 
 
 def prepare(**options: Unpack[DistillOptions]) -> "Job":
@@ -151,46 +183,16 @@ def prepare(**options: Unpack[DistillOptions]) -> "Job":
     """
     from sakd_cli.runs import build
 
-    config, _ = resolve_command("distill", _params("distill", options))
+    config, _ = resolve_command("distill", params_of("distill", options))
     with code.told():
         return build.build(locate_inputs(keep_teacher(config)))
 
 
-def _train(task: str, options: Mapping[str, Any]) -> RunResult:
-    config, plan = resolve_command(task, _params(PROCEDURES[task].command, options))
-    if (summary := plan.summary if plan.finished else None) is None:
-        from sakd_cli.runs.launch import Launcher
+def _trained(task: str, options: Mapping[str, Any]) -> Summary | Plan | list[RunDir]:
+    from sakd_cli.sweep.series import train_command
 
-        launcher = Launcher(_reporter(options), options.get("resume") is not None)
-        with code.told():
-            summary = launcher.train(locate_inputs(keep_teacher(config)), plan)
-    return RunResult(Path(str(summary.run)), summary)
-
-
-def _params(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call as the options of its command, with paths as the command line has them.
-
-    Where a network, method, router or data set is named, an object may stand (`code.name_of`).
-    """
-    rows = options_of(command)
-    names = {row.flag.partition("/")[0].removeprefix("--").replace("-", "_"): name for name, row in rows.items()}
-    names |= {name: name for name in (*rows, "settings", "reporter", "trust")}
-    if wrong := options.keys() - names.keys():
-        raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
-    code.trust(*(options.get("trust") or ()))
-    given = {names[name]: _plain(value) if names[name] in NAMED else value for name, value in options.items()}
-    params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    of_paths = [name for name, row in rows.items() if row.type == FILE]
-    paths = {name: Path(params[name]) for name in of_paths if params.get(name) is not None}
-    defaults = {name: None if row.default is ... else row.default for name, row in rows.items()}
-    return defaults | params | paths
-
-
-def _plain(value: Any) -> Any:
-    """A name as it is, of an object the name that it gets."""
-    if isinstance(value, str | Path | None):
-        return value
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)
+    params = params_of(PROCEDURES[task].command, options)
+    return train_command(task, params, _reporter(options), AGAIN, AGAIN)
 
 
 def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
@@ -203,90 +205,58 @@ def _reporter(options: Mapping[str, Any]) -> "Reporter":
     return options.get("reporter") or NullReporter()
 
 
-def evaluate(
-    target: Place | None = None,
-    *,
-    teacher: Place | None = None,
-    early: bool = True,
-    split: Literal["train", "val", "test", "all"] | None = None,
-    **options: Unpack[Inputs],
-) -> Evaluation | EnsembleEvaluation:
-    """Evaluate a trained network on the test images: the document of `sakd eval --json`.
+@overload
+def evaluate(target: Place | None = None, /, **options: Unpack[EvaluateOptions]) -> Evaluation | EnsembleEvaluation: ...
+@overload
+def evaluate(target: Place, other: Place, /, *more: Place, **options: Unpack[EvaluateOptions]) -> Evaluations: ...
+def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEvaluation | Evaluations:
+    """Evaluate trained networks: the document of `sakd eval --json`.
 
-    target  a run, a folder of a network or its file; None: the newest run
-    early   whether images exit an ensemble of residual students early
-    split   which images; None: the test images, or all of another folder that `data_root` names
+    targets  runs, folders of networks or their files; none: the newest run
+    split    which images; None: the test images, or all of another folder that `data_root` names
     """
-    given = config_sources(_params("eval", {"teacher": teacher, **options}))
-    found = [what_to_score(_path(target, given), runs_dir_of(given))]
-    check_teacher(found, forced=False, teacher=teacher)
+    matrix, options = options.get("confusion") or False, options | {"confusion": options.get("confusion") or None}
+    params = params_of("eval", options | ({"confusion": None} if matrix is True else {}))
+    always, curve, plot, confusion = (params[name] for name in ("always_on", "curve", "plot", "confusion"))
+    if params["early_exit"] and always:
+        raise UsageError("--early-exit and --always-on exclude each other")
+    for name, path in (("--plot", plot), ("--confusion", confusion)):
+        if path is not None and len(targets) > 1:
+            raise UsageError(f"{name} is of one network, and {len(targets)} are named")
+        if path is not None and (path is plot or path.suffix.lower() != ".csv"):
+            plots.checked(path, name)
+    given = config_sources(params)
+    found = [what_to_score(_path(target, given), runs_dir_of(given)) for target in targets or (None,)]
+    forced, teacher = bool(params["early_exit"] or always or curve or plot), params["teacher"] or None
+    check_teacher(found, forced=forced, teacher=teacher)
     from sakd_cli.runs.evaluate import evaluate_all
 
-    reporter = _reporter(options)
-    (document,) = evaluate_all(found, given, reporter, teacher_required=teacher is not None, early=early, split=split)
-    return document
+    kinds: dict[str, Any] = {
+        "as_ensembles": forced,
+        "early": not always,
+        "curve": bool(curve or plot),
+        "matrix": bool(matrix),
+    }
+    kinds |= {"split": params["eval_split"], "teacher_required": teacher is not None}
+    results = evaluate_all(found, given, _reporter(options), **kinds)
+    if plot is not None:
+        plots.write(plots.figure_of([exit_chart_of(results[0])]), plot)
+    if confusion is not None:
+        write_matrix(results[0], confusion)
+    return results[0] if len(results) == 1 else Evaluations(evaluations=results)
 
 
-def inspect_spots(
-    run: Place | None = None,
-    *,
-    live: bool = False,
-    split: Split = "train",
-    sample: bool = False,
-    seed: int = 0,
-    extremes: int = EXTREMES,
-    **options: Unpack[Inputs],
-) -> SpotsDocument:
+def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> SpotsDocument:
     """Where knowledge flowed in a distillation: the document of `sakd inspect-spots --json`; needs no torch.
 
     But `live`, another split than `train` and every option about images or device run the networks again.
 
     run     None: the newest distillation
     sample  draw once, from `seed`, instead of using probabilities; extremes: images at each end of each spot
+    plot, html, samples   files to write
     """
-    params = _params("inspect-spots", {"live": live, **options})
-    place, reporter = None if run is None else Path(run), options.get("reporter")
-    return inspect_run(place, params, split, reporter, sample=sample, seed=seed, extremes=extremes)[0]
-
-
-def inspect_run(
-    named: Path | None,
-    options: Mapping[str, Any],
-    split: Split,
-    reporter: "Reporter | None",
-    *,
-    sample: bool,
-    seed: int,
-    extremes: int,
-) -> tuple[SpotsDocument, Survey | None]:
-    """What `inspect_spots` returns, and the survey: the run's own, or a new one where the options ask for that."""
-    name = options["dataset"]
-    dataset = name and (own_name(name, DATASETS) or name)
-    if named is None:
-        runs = resolve("eval", config_sources({n: options[n] for n in ("dataset", "runs_dir")})).config.runs_dir
-        wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
-        if (found := newest_run(runs, wanted, finished=False)) is None:
-            raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
-        named = found.path
-    run, measured = RunDir(named), None
-    trust_own(run)
-    another = dataset not in (None, look_up(run.config, "data.name"))
-    if another or split != "train" or any(options.get(name) for name in OF_LIVE):
-        spots_document(run)  # whatever is wrong with the record of the run is reported before
-        from sakd_cli.engine.reporter import NullReporter
-        from sakd_cli.runs.survey import live
-
-        sources = config_sources(options)
-        measured = live(run, sources, split, reporter or NullReporter(), seed=seed, extremes=extremes)
-    survey = read_survey(run, measured)
-    document = spots_document(run, survey, sample=sample, seed=seed, extremes=extremes)
-    if options.get("probe"):
-        from sakd_cli.engine.reporter import NullReporter
-        from sakd_cli.runs.probe import probe
-
-        probed = probe(run, config_sources(options), reporter or NullReporter(), seed=seed)
-        document = document.model_copy(update={"probe": probed})
-    return document, survey
+    params = params_of("inspect-spots", options)
+    return inspected(None if run is None else Path(run), params, _reporter(options))
 
 
 def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions]) -> Predictions:
@@ -294,7 +264,7 @@ def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions])
 
     What cannot be read is in the document (`failed`), and raises nothing.
     """
-    params = _params("predict", options)
+    params = params_of("predict", options)
     sources = config_sources(params)
     weights, _ = what_to_score(_path(network, sources), runs_dir_of(sources))
     from sakd_cli.runs.predict import find_pictures
@@ -309,7 +279,7 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
 
     target  a run, a folder of a network or its file; None: the newest run
     """
-    params = _params("export", options)
+    params = params_of("export", options)
     sources = config_sources(params)
     where = target_or_newest(_path(target, sources), runs_dir_of(sources))
     from sakd_cli.export.export import Order
@@ -320,7 +290,7 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
 
 def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:
     """Bring in weights of another program: the document of `sakd import-weights --json`."""
-    params = _params("import-weights", options)
+    params = params_of("import-weights", options)
     from sakd_cli.export.import_weights import Source
     from sakd_cli.export.import_weights import import_weights as carry_out
 
@@ -328,54 +298,100 @@ def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:
     return carry_out(source, config_sources(params), params["import_dir"], _reporter(options))
 
 
-def compare(*runs: Place, baseline: str | None = None) -> Comparison:
+def compare(*runs: Place, baseline: str | None = None, plot: Place | None = None) -> Comparison:
     """Runs against each other: the document of `sakd compare --json`; needs no torch.
 
     baseline  compare every group with this one: a run, or words of its label
+    plot      file to write the curves to
     """
-    return compare_runs([RunDir(Path(run)) for run in runs], baseline)
+    if plot is not None:
+        plots.checked(Path(plot))
+    document = compare_runs([RunDir(Path(run)) for run in runs], baseline)
+    if plot is not None:
+        plots.write(plots.figure_of(curve_charts(document)), Path(plot))
+    return document
 
 
-def report(run: Place, out: Place | None = None) -> Report:
+def runs(
+    *named: Place, runs_dir: Place | None = None, where: Mapping[str, Any] | None = None, sort: str | None = None
+) -> RunEntries:
+    """Which runs there are, or these with their settings: the document of `sakd runs --json`; needs no torch.
+
+    where, sort  as of the command: `{"method.name": "fitnet"}`, `"-top1"`
+    """
+    if named:
+        found = [RunDir(Path(name)) for name in named]
+        return RunEntries(rows=[run_entry(run, run.config, shown=True) for run in found], removed=[])
+    folder = runs_dir_of(config_sources({"runs_dir": None if runs_dir is None else str(runs_dir)}))
+    return RunEntries(rows=run_entries(folder, where or {}, sort), removed=[])
+
+
+def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
+    """What is wrong with a folder of pictures, a list of them, or a data set by name: `sakd data check --json`.
+
+    Every fault is in the document (`findings`), and raises nothing. Nothing is changed or downloaded.
+    """
+    params, reporter = params_of("data-check", options), _reporter(options)
+    row = str(what) if what in DATASETS else None if Path(what).exists() else own_row(str(what), DATASETS)
+    name = str(what) if row and row.endswith("/NAME") else row
+    settings = {"data.name": name or ImageFolderConfig().name, "data.root": params["data_root"]}
+    if not name:
+        settings["data.manifest" if str(what).lower().endswith(".csv") else "data.root"] = str(what)
+    more = config_sources({"set_": params["set_"], "settings": options.get("settings")})
+    config = resolve("eval", [ConfigSource("the command line", nested(settings)), *more]).config.data
+    from sakd_cli.data.check import check
+
+    try:
+        return check(config, lambda count: reporter.begin(f"reading {count} files", count), reporter.advance)
+    finally:
+        reporter.end()
+
+
+def report(run: Place, out: Place | None = None, *, reporter: "Reporter | None" = None) -> Report:
     """Write everything about a run as one HTML file, `RUN/report.html` unless `out` says where; `sakd report`."""
-    from sakd_cli.report.render import plots
-    from sakd_cli.report.runs.page import RunPage
-
     page = Path(run) / "report.html" if out is None else Path(out)
-    return RunPage(RunDir(Path(run)), plotted=plots.available(lambda reason: None)).write(page)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {page}: the name of an HTML file ends in .html")
+    return RunPage(RunDir(Path(run)), plotted=plots.available(_reporter({"reporter": reporter}).warn)).write(page)
 
 
 def bench(**options: Unpack[BenchOptions]) -> Bench:
     """Time a training step: the document of `sakd bench --json`."""
-    params = _params("bench", options)
+    params = params_of("bench", options)
     sources = [ConfigSource("the bench's default", nested(BENCHED)), *config_sources(params)]
+    config = resolve("distill", sources).config
+    if config.teacher.others:
+        raise UsageError("bench: times one teacher, as was published")
+    if len(config.method.parts) > 1:
+        raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
     from sakd_cli.bench.scaling import ordered
 
-    return ordered(resolve("distill", sources).config, params, _reporter(options).say)
+    return ordered(config, params, _reporter(options).say)
 
 
-def sweep(grid: Place | Mapping[str, Any], **options: Unpack[SweepOptions]) -> SweepDocument:
+@overload
+def sweep(
+    grid: Place | Mapping[str, Any], *, dry_run: Literal[True], measure: float = 60.0, **options: Unpack[SweepOptions]
+) -> SweepPlan: ...
+@overload
+def sweep(grid: Place | Mapping[str, Any], **options: Unpack[SweepOptions]) -> SweepDocument: ...
+def sweep(grid: Place | Mapping[str, Any], **options: Any) -> SweepDocument | SweepPlan:
     """Train a grid of methods, pairs, routers and seeds: the document of `sakd sweep --json`.
 
-    grid  a file, the name of a preset, or what such a file has; finished runs are skipped, unfinished ones resumed
+    grid     a file, the name of a preset, or what such a file has; finished runs are skipped, unfinished ones resumed
+    dry_run  estimate runs, hours and bytes, timing steps for `measure` seconds; nothing is written
     Raises SeriesError where runs have failed; the others are finished.
     """
-    params, reporter = _params("sweep", options), _reporter(options)
+    params, reporter = params_of("sweep", options), _reporter(options)
     from sakd_cli.sweep import carry_out, scheduler
-
-    file = grid if isinstance(grid, Mapping) else str(grid)
-    name, settings, runs = carry_out.understood(file, params)
-    folder = runs.members[0].config.runs_dir
-    todo = scheduler.Scheduler(runs.members, folder, folder / "sweeps" / name)
-    skipped = runs.skipped | carry_out.leave_out_impossible(todo, settings)
 
     def run(part: scheduler.Scheduler) -> None:
         if part.unfinished():
             executor = carry_out.executor_of(params, part)
             with closing(executor), scheduler.received_signals(reporter) as signals:
-                part.run(executor, signals, again="call it again")
+                part.run(executor, signals, again="the same call")
 
-    skipped |= carry_out.train(file, params, settings, todo, run, reporter.say)
-    document = carry_out.document_of(name, todo, skipped, params["baseline"])
-    todo.check("retry_failed=True tries them again")
+    document, todo = carry_out.carry_out(grid, params, run, reporter)
+    if todo is not None:
+        todo.check("retry_failed=True tries them again")
     return document

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from sakd_cli.config import code
+from sakd_cli.config.options import FILE, options_of
+
 if TYPE_CHECKING:
     from sakd_cli.engine.reporter import Reporter
 
@@ -13,16 +16,15 @@ Own = Any  # a name, or a class, a function or an object of your own
 _Common = TypedDict("_Common", {  # noqa: UP013
     "settings": Mapping[str, Any], "reporter": "Reporter", "trust": Sequence[str],
 }, total=False)
-Inputs = TypedDict("Inputs", {  # noqa: UP013
-    "dataset": Own, "data_root": Place, "device": str, "runs_dir": Place, "settings": Mapping[str, Any],
-    "reporter": "Reporter", "trust": Sequence[str],
+_Inputs = TypedDict("_Inputs", {  # noqa: UP013
+    "dataset": Own, "data_root": Place, "device": str, "runs_dir": Place, "config": Place,
 }, total=False)
 _Training = TypedDict("_Training", {  # noqa: UP013
     "epochs": int, "batch_size": int, "lr": float, "milestones": Sequence[int], "validation": float, "seed": int,
     "manifest": Place, "head": Literal["keep", "replace"], "precision": Literal["auto", "fp32", "bf16"],
     "compile": bool, "deterministic": bool, "sync_batchnorm": bool, "log": str | Sequence[str], "preset": str,
     "protocol": Literal["honest", "published"],
-    "config": Place, "run_dir": Place, "resume": Place, "overwrite": bool,
+    "run_dir": Place, "resume": Place, "overwrite": bool,
 }, total=False)
 _Distillation = TypedDict("_Distillation", {  # noqa: UP013
     "teacher": Own, "teacher_weights": Place, "student": Own, "method": Own, "router": Own, "temperature": float,
@@ -32,7 +34,7 @@ _Distillation = TypedDict("_Distillation", {  # noqa: UP013
 # fmt: on
 
 
-class PretrainOptions(Inputs, _Training, total=False):
+class PretrainOptions(_Common, _Inputs, _Training, total=False):
     """The options of `sakd pretrain-teacher`, and `settings` and `reporter`."""
 
     student_friendly: Sequence[str]
@@ -96,9 +98,9 @@ class BenchOptions(_Common, total=False):
 class SweepOptions(_Common, total=False):
     """The options of `sakd sweep`."""
 
-    methods: str
-    pairs: str
-    routers: str
+    methods: str | Sequence[str]
+    pairs: str | Sequence[str]
+    routers: str | Sequence[str]
     seeds: int
     budget: str
     data_root: Place
@@ -112,7 +114,85 @@ class SweepOptions(_Common, total=False):
     retry_failed: bool
     baseline: str
     protocol: Literal["honest", "published"]
+    markdown: Place
 
 
-class DistillOptions(Inputs, _Training, _Distillation, total=False):
-    """The options of `sakd distill`, and `settings` and `reporter`."""
+class DistillOptions(_Common, _Inputs, _Training, _Distillation, total=False):
+    """The options of `sakd distill` for one run, and `settings` and `reporter`."""
+
+
+class SeriesOptions(DistillOptions, total=False):
+    """The options of `sakd distill`, also for several runs."""
+
+    seeds: int
+    routers: str | Sequence[Own]
+    with_control: bool
+    parallel: bool
+    baseline: str
+
+
+class EvaluateOptions(_Common, _Inputs, total=False):
+    """The options of `sakd eval`; `confusion=True` puts the matrix into the document alone."""
+
+    teacher: Own
+    teacher_weights: Place
+    manifest: Place
+    split: Literal["train", "val", "test", "all"]
+    early_exit: bool
+    always_on: bool
+    curve: bool
+    plot: Place
+    confusion: Place | bool
+    batch_size: int
+    preset: str
+
+
+class CheckOptions(_Common, total=False):
+    """The options of `sakd data check`."""
+
+    data_root: Place
+
+
+class SpotOptions(_Common, _Inputs, total=False):
+    """The options of `sakd inspect-spots`."""
+
+    live: bool
+    split: Literal["train", "validation", "test"]
+    probe: bool
+    sample: bool
+    seed: int
+    extremes: int
+    plot: Place
+    panel: Literal["epochs", "classes", "difficulty", "paths"]
+    html: Place
+    samples: Place
+
+
+# Options that name what may be an object.
+NAMED = ("model", "network", "teacher", "student", "student_friendly", "method", "router", "routers", "dataset")
+
+
+def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as the options of its command, with paths as the command line has them.
+
+    Where a network, method, router or data set is named, an object may stand (`code.name_of`).
+    """
+    rows = options_of(command)
+    names = {row.flag.partition("/")[0].removeprefix("--").replace("-", "_"): name for name, row in rows.items()}
+    names |= {name: name for name in (*rows, "settings", "reporter", "trust")}
+    if wrong := options.keys() - names.keys():
+        raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
+    code.trust(*(options.get("trust") or ()))
+    given = {names[name]: _plain(value) if names[name] in NAMED else value for name, value in options.items()}
+    params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    of_paths = [name for name, row in rows.items() if row.type == FILE]
+    paths = {name: Path(params[name]) for name in of_paths if params.get(name) is not None}
+    defaults = {name: None if row.default is ... else row.default for name, row in rows.items()}
+    return defaults | params | paths
+
+
+def _plain(value: Any) -> Any:
+    """A name as it is, of an object the name that it gets."""
+    if isinstance(value, str | Path | None):
+        return value
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)

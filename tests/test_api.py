@@ -4,28 +4,45 @@ import contextlib
 import io
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_overloads, get_type_hints
 
 import pytest
 from conftest import CliRunner
 from PIL import Image
 
 from sakd_cli import api
-from sakd_cli.config.options import options_of
+from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
-CALLS: dict[str, Any] = {
-    "distill": api.DistillOptions,
-    "pretrain-teacher": api.PretrainOptions,
-    "predict": api.PredictOptions,
-    "export": api.ExportOptions,
-    "import-weights": api.ImportOptions,
-    "bench": api.BenchOptions,
-    "sweep": api.SweepOptions,
+# Command: its call, and the options that are typed as its keywords; of others the signature says them.
+CALLS: dict[str, tuple[Any, Any]] = {
+    "distill": (api.distill, api.SeriesOptions),
+    "pretrain-teacher": (api.pretrain_teacher, api.PretrainOptions),
+    "eval": (api.evaluate, api.EvaluateOptions),
+    "predict": (api.predict, api.PredictOptions),
+    "inspect-spots": (api.inspect_spots, api.SpotOptions),
+    "export": (api.export, api.ExportOptions),
+    "import-weights": (api.import_weights, api.ImportOptions),
+    "bench": (api.bench, api.BenchOptions),
+    "sweep": (api.sweep, api.SweepOptions),
+    "data-check": (api.check_data, api.CheckOptions),
+    "compare": (api.compare, None),
+    "report": (api.report, None),
+    "runs": (api.runs, None),
 }
-OTHERS = ("evaluate", "inspect_spots", "compare", "report", "prepare")
+# What only a terminal has, and why.
+TERMINAL = {
+    "json": "a call returns the document",
+    "csv": "prints to stdout; the document has the same rows",
+    "quiet": "a call prints nothing; `reporter` hears it",
+    "set": "`settings`, a dict",
+    "top": "rows of the printed tables of inspect-spots",
+    "yes": "answers the question of `sakd runs rm`",
+}
+TERMINAL_COMMANDS = {"guide", "watch", "list", "show-method", "show-router", "show-key", "show-schema", "config-show"}
 FEW = {"data.train": 100, "data.test": 60}
 
 
@@ -105,15 +122,55 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [*CALLS])
-def test_a_call_has_every_option_of_its_command(command: str) -> None:
-    """But those that print, and those of a series."""
-    printed = {"dry_run", "json", "quiet", "set", "csv", "markdown", "measure", "plot"}
-    series = {"routers", "with_control", "seeds", "parallel", "baseline"} if command == "distill" else set()
-    printed |= {"model"} if command == "pretrain-teacher" else series
-    flags = [row.flag.partition("/")[0].removeprefix("--").replace("-", "_") for row in options_of(command).values()]
-    assert {*CALLS[command].__annotations__} - {"settings", "reporter", "trust"} == {*flags} - printed
+def test_every_option_of_a_command_is_a_keyword_of_its_call_or_belongs_to_the_terminal(command: str) -> None:
+    call, typed = CALLS[command]
+    flags = {row.flag.partition("/")[0].removeprefix("--").replace("-", "_") for row in options_of(command).values()}
+    words = {"runs_dir"} if command == "runs" else set()
+    said = [*get_overloads(call), call]
+    given = {name for one in said for name, p in signature(one).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    keywords = given | set(getattr(typed, "__annotations__", ()))
+    left = flags - keywords - words
+    assert left <= set(TERMINAL) - ({"top"} if command == "predict" else set()), left
+    assert not keywords & {"json", "quiet", "set", "csv", "yes"}
+    others = {"settings", "reporter", "trust", "options", "target", "other", "more", "targets", "network", "pictures"}
+    others |= {"file", "run", "runs", "named", "what", "grid", "model"}
+    assert keywords - others <= flags
+
+
+def test_every_command_has_a_call_or_belongs_to_the_terminal() -> None:
+    rows = {command for row in OPTIONS.values() for command in row.commands.split()}
+    assert rows == {*CALLS} | (TERMINAL_COMMANDS - {"guide", "watch"})
     with pytest.raises(TypeError, match="unknown option: epoch"):
-        api.distill(epoch=3)  # type: ignore[call-arg]
+        api.distill(epoch=3)  # type: ignore[call-overload]
+
+
+def test_what_would_be_done_is_a_plan_and_nothing_is_written(teacher: Path, cli: CliRunner) -> None:
+    before, shapes = sorted(cli.path.rglob("*")), {"dataset": "shapes", "epochs": 1, "settings": FEW}
+    plan = api.distill(teacher=teacher, student="resnet8", method="kd", dry_run=True, seeds=3, **shapes)
+    assert (plan.images, [one.name for one in plan.spots]) == (90, ["logits"])
+    assert api.pretrain_teacher("resnet8", dry_run=True, **shapes).steps_per_epoch == 2
+    grid = {"task": "sweep", "pairs": ["resnet8:resnet8"], "methods": ["kd"], "routers": ["always"]}
+    grid |= {"common": {"data": {"name": "shapes", **{k.removeprefix("data."): v for k, v in FEW.items()}}}}
+    estimated = api.sweep(grid, dry_run=True, measure=0.1, seeds=2, runs_dir="estimated")
+    assert (estimated.runs, estimated.finished) == (3, 0), "one teacher"
+    assert before == sorted(cli.path.rglob("*"))
+
+
+def test_a_series_gives_the_comparison_of_its_runs(teacher: Path) -> None:
+    class Half(api.Router):
+        """Half of the images"""
+
+        def decide(self, seen: api.Seen) -> Any:
+            return seen.labels % 2 == 0
+
+    few: dict[str, Any] = {"teacher": teacher, "student": "resnet8", "method": "kd", "dataset": "shapes", "epochs": 1}
+    found = api.distill(**few, settings=FEW, seeds=2, routers=[Half, "never"], baseline="never", runs_dir="series")
+    assert isinstance(found, api.Comparison)
+    assert sorted((run.router, run.seed) for run in found.runs) == [
+        *((name, seed) for name in ("never", "python:Half") for seed in (0, 1))
+    ]
+    assert [one.text.partition(":")[0] for one in found.comparisons]
+    assert [row.state for row in api.runs(runs_dir="series", where={"router.name": "never"}).rows] == ["finished"] * 2
 
 
 def test_a_data_set_may_be_spelled_otherwise(distilled: dict[str, Any], trained_cli: CliRunner) -> None:
@@ -131,7 +188,7 @@ def test_the_contracts_are_there_and_the_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
     for name in api.__all__:
         assert getattr(api, name).__doc__, name
-    for call in (getattr(api, name.replace("-", "_")) for name in (*CALLS, *OTHERS)):
+    for call in (*(call for call, _ in CALLS.values()), api.prepare):
         assert "return" in get_type_hints(call, {**vars(api), "Reporter": api.Reporter, "Job": api.Job})
 
 

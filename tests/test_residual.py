@@ -289,7 +289,18 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunn
     alone = trained_cli.sakd("eval", f"{run}/student", "--early-exit", "--json").document
     assert (alone["top1"], alone["ensemble"]["exits"]) == (chained["last"]["top1"], [60])
     assert alone["ensemble"]["cost"] == 1.0, "as large as its teacher"
+    plain = both["evaluations"][1]
+    assert (alone["brier"], alone["ece"]) == (pytest.approx(plain["brier"]), pytest.approx(plain["ece"], abs=1e-6))
+    assert (alone["averages"], alone["confusions"]) == (plain["averages"], plain["confusions"])
+    assert [(one["precision"], one["f1"]) for one in alone["classes"]] == [
+        (one["precision"], one["f1"]) for one in plain["classes"]
+    ]
+    right = trained_cli.sakd("eval", run, "--confusion", "matrix.csv", "--json").document
+    diagonal = sum(row[k] for k, row in enumerate(right["confusion_matrix"]))
+    assert (100 * diagonal / 60, right["averages"]) == (pytest.approx(early["top1"]), early["averages"])
+    assert (trained_cli.path / "matrix.csv").read_text().startswith("class,predicted ")
     tables = trained_cli.sakd("eval", run, "--curve").out
+    assert all(word in tables for word in ("Balanced accuracy", "ROC-AUC", "F1 %, macro | weighted"))
     assert all(word in tables for word in ("Student and residual students", "Agree %", "Pareto", "rule agreement"))
 
 

@@ -3,10 +3,9 @@
 import contextlib
 import sys
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import BENCHED, ConfigSource, config_sources, nested, resolve
-from sakd_cli.errors import UsageError
 
 
 @with_options("bench")
@@ -19,16 +18,8 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
 
         sakd bench --scaling batch --json > result.json
     """
-    sources = [ConfigSource("the bench's default", nested(BENCHED)), *config_sources(options)]
-    config = resolve("distill", sources).config
-    if config.teacher.others:
-        raise UsageError("bench: times one teacher, as was published")
-    if len(config.method.parts) > 1:
-        raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
-    from sakd_cli.bench.scaling import ordered
-
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
-        found = ordered(config, options, ConsoleReporter(quiet=quiet).say)
+        found = api.bench(reporter=ConsoleReporter(quiet=quiet), **options)
     if json:
         emit(found)
         return

@@ -1,16 +1,14 @@
 """`sakd data check`: every fault of a data set, before a run meets it"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.base import own_row
-from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
-from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_sources
 from sakd_cli.errors import DataError
+from sakd_cli.report.data_check import data_tables
 
 What = Annotated[
     str,
@@ -32,22 +30,7 @@ def check(options: Values, json: bool, quiet: bool, what: What) -> None:
 
         sakd data check tiny-imagenet --data-root DIR --json
     """
-    row = what if what in DATASETS else None if Path(what).exists() else own_row(what, DATASETS)
-    name = what if row and row.endswith("/NAME") else row
-    settings = {"data.name": name or ImageFolderConfig().name, "data.root": options["data_root"]}
-    if not name:
-        settings["data.manifest" if what.lower().endswith(".csv") else "data.root"] = what
-    config = resolve(
-        "eval", [ConfigSource("the command line", nested(settings)), *set_sources(options["set_"] or [])]
-    ).config.data
-    from sakd_cli.data.check import check as checked
-    from sakd_cli.report.data_check import data_tables
-
-    reporter = ConsoleReporter(quiet=quiet)
-    try:
-        document = checked(config, lambda count: reporter.begin(f"reading {count} files", count), reporter.advance)
-    finally:
-        reporter.end()
+    document = api.check_data(what, reporter=ConsoleReporter(quiet=quiet), **options)
     emit(document) if json else show(*data_tables(document))
     if document.findings:
         raise typer.Exit(DataError.exit_code)

@@ -7,16 +7,15 @@ from pathlib import Path
 from sakd_cli.cli.compare import print_comparison
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.training import DistillConfig
 from sakd_cli.documents.training import Plan, Summary
-from sakd_cli.rundir import ResumePlan, RunDir
-from sakd_cli.runs.locate import locate_inputs
-from sakd_cli.runs.resume import AUTO, resolve_command
-from sakd_cli.sweep.series import series, train_series, wants_series
+from sakd_cli.report.runs.compare import compare as compare_runs
+from sakd_cli.rundir import RunDir
+from sakd_cli.runs.resume import AUTO
+from sakd_cli.sweep.series import train_command
 
 
 @with_options("distill")
-def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
+def distill(options: Values, json: bool, quiet: bool) -> None:
     """Train a student from a teacher, deciding per sample and step where it learns.
 
     Examples:
@@ -26,42 +25,12 @@ def distill(options: Values, dry_run: bool, json: bool, quiet: bool) -> None:
         sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
     reporter = ConsoleReporter(quiet=quiet)
-    config, plan = resolve_command("distill", options)
-    configs = series(config, options)
-    several = wants_series(options) and not dry_run
-    if not several and plan.finished and plan.resume:
-        _draw_mixtures(plan.resume, reporter)
-        print_result(plan.summary, json=json)
-        return
-    config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
-    from sakd_cli.runs import launch
-
     again = shlex.join(["sakd", *sys.argv[1:], *([] if options["resume"] else ["--resume", AUTO])])
-    launcher = launch.Launcher(reporter, bool(options["resume"]), again, reporter.heeding_signals)
-
-    def train(config: DistillConfig, plan: ResumePlan) -> Summary:
-        summary = launcher.train(config, plan, again if several else None)
-        _draw_mixtures(RunDir(Path(str(summary.run))), reporter)
-        return summary
-
-    if several:
-        runs = train_series(configs, train, launcher, parallel=options["parallel"], again=again)
-        print_comparison(runs, json=json, baseline=options["baseline"])
+    found = train_command("distill", options, reporter, again, guard=reporter.heeding_signals)
+    if isinstance(found, list):
+        print_comparison(compare_runs(found, options["baseline"]), json=json)
     else:
-        print_result(launch.dry_run(config) if dry_run else train(config, plan), json=json)
-
-
-def _draw_mixtures(run: RunDir, reporter: ConsoleReporter) -> None:
-    """Draw the mixtures of the teacher's blocks that the run found, if it has any."""
-    from sakd_cli.report.spots.log import MIXTURES_PLOT, read_mixtures
-
-    if (record := read_mixtures(run)) is None:
-        return
-    from sakd_cli.report.render import plots
-    from sakd_cli.report.spots.charts import mixture_chart
-
-    if plots.available(lambda reason: reporter.say(f"no {MIXTURES_PLOT}: {reason}")):
-        plots.write(plots.figure_of([mixture_chart(record)]), run.path / MIXTURES_PLOT)
+        print_result(found, json=json)
 
 
 def print_result(result: Summary | Plan, *, json: bool) -> None:

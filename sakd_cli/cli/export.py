@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources
-from sakd_cli.runs.locate import library_or_path, runs_dir_of, target_or_newest
 
 Target = Annotated[
     Path | None,
@@ -28,12 +27,7 @@ def export(options: Values, json: bool, quiet: bool, target: Target = None) -> N
 
         sakd export runs/20261121-120000-distill-... --format pt2 --out classifier
     """
-    sources = config_sources(options)
-    where = target_or_newest(library_or_path(target, sources), runs_dir_of(sources))
-    from sakd_cli.export.export import Order
-    from sakd_cli.export.export import export as carry_out
-
-    document = carry_out(where, Order.of(options), sources, ConsoleReporter(quiet=quiet))
+    document = api.export(target, reporter=ConsoleReporter(quiet=quiet), **options)
     if json:
         emit(document)
         return

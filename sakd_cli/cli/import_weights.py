@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources
 
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="PyTorch (.pth, .pt) or .safetensors file of a state dict.")
@@ -15,7 +15,7 @@ FileArgument = Annotated[
 
 
 @with_options("import-weights")
-def import_weights(options: Values, json: bool, quiet: bool, import_dir: Path | None, file: FileArgument) -> None:
+def import_weights(options: Values, json: bool, quiet: bool, file: FileArgument) -> None:
     """Convert weights of another program (RepDistiller, mdistiller) to a folder for --teacher, and evaluate them.
 
     The file is read as plain tensors only; every tensor of the network is filled exactly once. The weights are found
@@ -29,11 +29,7 @@ def import_weights(options: Values, json: bool, quiet: bool, import_dir: Path | 
 
         sakd distill --teacher resnet32x4-cifar100 --student resnet8x4
     """
-    from sakd_cli.export.import_weights import Source
-    from sakd_cli.export.import_weights import import_weights as carry_out
-
-    source = Source(file, options["network"], options["key"], options["class_order"])
-    result = carry_out(source, config_sources(options), import_dir, ConsoleReporter(quiet=quiet))
+    result = api.import_weights(file, reporter=ConsoleReporter(quiet=quiet), **options)
     if json:
         emit(result)
         return

@@ -33,7 +33,7 @@ def completion(kind: str) -> Callable[[str], list[str]] | None:
 def with_options(
     command: str, keys: Collection[str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command function the options of `command`, and pass it all their values as its first argument.
+    """Give a command function the options of `command`, and pass it their values as its first argument.
 
     keys  of the config; options that set another one are left out. None: none is.
 
@@ -44,7 +44,8 @@ def with_options(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
         special = {one.name: one for one in own if get_origin(one.annotation) is Annotated}
-        fitting = [row for row in options_of(command).values() if keys is None or not row.key or row.key in keys]
+        table = options_of(command)
+        fitting = [row for row in table.values() if keys is None or not row.key or row.key in keys]
         rows = [_parameter(row) for row in fitting if row.name not in special]
         parameters = [*(one.replace(kind=one.KEYWORD_ONLY) for one in special.values()), *rows]
 
@@ -52,7 +53,8 @@ def with_options(
         def run(**values: Any) -> None:
             if values.get("json") and values.get("csv"):
                 raise UsageError("--json and --csv both write to stdout; choose one")
-            function(values, **{one.name: values[one.name] for one in own})
+            options = {name: value for name, value in values.items() if name not in special or name in table}
+            function(options, **{one.name: values[one.name] for one in own})
 
         # This is where typer looks for the options of a command.
         run.__dict__["__signature__"] = inspect.Signature(parameters)

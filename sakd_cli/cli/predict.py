@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources
 from sakd_cli.errors import DataError
-from sakd_cli.runs.locate import library_or_path, runs_dir_of, what_to_score
 
 Network = Annotated[Path, typer.Argument(metavar="NETWORK", help="Run directory, folder of a network, or its file.")]
 Pictures = Annotated[
@@ -19,16 +18,7 @@ Pictures = Annotated[
 
 
 @with_options("predict")
-def predict(
-    options: Values,
-    json: bool,
-    csv: bool,
-    quiet: bool,
-    top_classes: int,
-    always_on: bool,
-    target: Network,
-    paths: Pictures,
-) -> None:
+def predict(options: Values, json: bool, csv: bool, quiet: bool, target: Network, paths: Pictures) -> None:
     """Predict the classes of pictures: files, whole folders, patterns, or a list on stdin.
 
     Pictures are shown to the network as its card says. One that cannot be read costs one line and an exit code of 3 at
@@ -40,14 +30,10 @@ def predict(
 
         find photos -name '*.png' | sakd predict runs/A - --csv
     """
-    sources = config_sources(options)
-    weights, _ = what_to_score(library_or_path(target, sources) or target, runs_dir_of(sources))
     from sakd_cli.report.evaluation.predictions import predictions_csv, predictions_text
-    from sakd_cli.runs.predict import find_pictures
-    from sakd_cli.runs.predict import predict as carry_out
 
     reporter = ConsoleReporter(quiet=quiet)
-    document = carry_out(weights, find_pictures(paths), sources, reporter, top=top_classes, early=not always_on)
+    document = api.predict(target, *paths, reporter=reporter, **options)
     if json:
         emit(document)
     elif csv:

@@ -11,7 +11,7 @@ from sakd_cli.cli.options import Values, completion, with_options
 from sakd_cli.config.base import summary
 from sakd_cli.config.keys import keys_of
 from sakd_cli.config.training import PROCEDURES
-from sakd_cli.runs.resume import resolve_command
+from sakd_cli.sweep.series import train_command
 
 Model = Annotated[
     str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=completion("models"))
@@ -19,7 +19,7 @@ Model = Annotated[
 
 
 @with_options("pretrain-teacher")
-def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, model: Model = None) -> None:
+def pretrain_teacher(options: Values, json: bool, quiet: bool, model: Model = None) -> None:
     """Train one network with cross-entropy: a teacher, or a student from scratch.
 
     Examples:
@@ -28,27 +28,22 @@ def pretrain_teacher(options: Values, dry_run: bool, json: bool, quiet: bool, mo
 
         sakd pretrain-teacher wrn40_2 --student-friendly wrn16_2
     """
-    _train("pretrain", options, dry_run=dry_run, json=json, quiet=quiet)
+    _train("pretrain", options, json=json, quiet=quiet)
 
 
 def command_of(task: str) -> Callable[..., None]:
     """The command of a training procedure that has none of its own: the options of the keys that its config has."""
 
     @with_options("pretrain-teacher", keys_of(task))
-    def command(options: Values, dry_run: bool, json: bool, quiet: bool, model: Model = None) -> None:
-        _train(task, options, dry_run=dry_run, json=json, quiet=quiet)
+    def command(options: Values, json: bool, quiet: bool, model: Model = None) -> None:
+        _train(task, options, json=json, quiet=quiet)
 
     command.__doc__ = summary(PROCEDURES[task].config)
     return command
 
 
-def _train(task: str, options: Values, *, dry_run: bool, json: bool, quiet: bool) -> None:
-    config, plan = resolve_command(task, options)
-    if plan.finished:
-        print_result(plan.summary, json=json)
-        return
-    from sakd_cli.runs import launch
-
+def _train(task: str, options: Values, *, json: bool, quiet: bool) -> None:
     reporter = ConsoleReporter(quiet=quiet)
-    launcher = launch.Launcher(reporter, guard=reporter.heeding_signals)
-    print_result(launch.dry_run(config) if dry_run else launcher.train(config, plan), json=json)
+    found = train_command(task, options, reporter, "", guard=reporter.heeding_signals)
+    assert not isinstance(found, list)
+    print_result(found, json=json)

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.errors import UsageError
-from sakd_cli.rundir import RunDir
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
@@ -23,11 +22,5 @@ def report(options: Values, json: bool, quiet: bool, page: Path | None, run: Run
 
         sakd report runs/20261121-120000-distill-... --out result.html
     """
-    from sakd_cli.report.render import plots
-    from sakd_cli.report.runs.page import RunPage
-
-    path = page or run / "report.html"
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out {path}: the name of an HTML file ends in .html")
-    written = RunPage(RunDir(run), plotted=plots.available(ConsoleReporter(quiet=quiet).warn)).write(path)
+    written = api.report(run, page, reporter=ConsoleReporter(quiet=quiet))
     emit(written) if json else show(*(f"written: {name}" for name in written.written))

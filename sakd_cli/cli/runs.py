@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from sakd_cli import api
 from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.resolve import config_sources, resolve
 from sakd_cli.documents.listing import RunEntries
 from sakd_cli.errors import UsageError
 from sakd_cli.files import parse_yaml
+from sakd_cli.report.runs.entries import entry_tables, remove, why_kept
 from sakd_cli.rundir import RunDir, all_runs
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[show|rm] [RUN...]", help="Show, or remove, these runs.")]
@@ -31,20 +32,14 @@ def runs(options: Values, json: bool, yes: bool, words: Words = None) -> None:
 
         sakd runs rm runs/A runs/B
     """
-    from sakd_cli.report.runs.entries import entry_tables, run_entries, run_entry
-
     action, *named = words or [""]
     if action not in ("", SHOW, REMOVE) or (action and not named):
         raise UsageError(f"sakd runs {action}: is neither `show RUN...` nor `rm RUN...`", "sakd runs --help")
-    chosen = [RunDir(Path(name)) for name in named]
-    removed = _remove(chosen, yes=yes) if action == REMOVE else []
-    if action == SHOW:
-        rows = [run_entry(run, run.config, shown=True) for run in chosen]
+    if action == REMOVE:
+        document = RunEntries(rows=[], removed=_remove([RunDir(Path(name)) for name in named], yes=yes))
     else:
-        runs_dir = resolve("eval", config_sources({"runs_dir": options["runs_dir"]})).config.runs_dir
         where = dict(_assignment(text) for text in options["where"] or [])
-        rows = [] if action == REMOVE else run_entries(runs_dir, where, options["sort"])
-    document = RunEntries(rows=rows, removed=removed)
+        document = api.runs(*named, runs_dir=options["runs_dir"], where=where, sort=options["sort"])
     emit(document) if json else show(*entry_tables(document))
 
 
@@ -60,8 +55,6 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _remove(chosen: list[RunDir], *, yes: bool) -> list[str]:
     """Remove these runs, all or none. UsageError where one is needed, or nobody says yes."""
-    from sakd_cli.report.runs.entries import remove, why_kept
-
     for run in chosen:
         assert run.config
         others = [other.path for other in all_runs(run.path.resolve().parent)]

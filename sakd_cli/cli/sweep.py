@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,13 +13,12 @@ from rich.live import Live
 
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.documents.sweep import SweepDocument
-from sakd_cli.files import write_aside
+from sakd_cli.documents.sweep import SweepPlan
 from sakd_cli.report.render.format import duration, fixed, named, number
 from sakd_cli.report.render.sheet import Sheet
+from sakd_cli.report.sweep.tables import plan_tables, sweep_csv, sweep_tables
 from sakd_cli.rundir import RunDir
-from sakd_cli.sweep.carry_out import document_of, executor_of, leave_out_impossible, train, understood
-from sakd_cli.sweep.estimate import plan
+from sakd_cli.sweep.carry_out import carry_out, executor_of
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
 
@@ -32,7 +30,7 @@ FileOrPreset = Annotated[str, typer.Argument(metavar="FILE", help="A sweep's set
 
 
 @with_options("sweep")
-def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | None, file: FileOrPreset) -> None:
+def sweep(options: Values, json: bool, quiet: bool, csv: bool, file: FileOrPreset) -> None:
     """Train a grid of methods x pairs x routers x seeds: finished runs are skipped, unfinished ones resumed.
 
     Examples:
@@ -42,21 +40,18 @@ def sweep(options: Values, json: bool, quiet: bool, csv: bool, markdown: Path | 
         sakd sweep mine.yaml --jobs 2 --markdown table.md
     """
     require_single_process("sakd sweep")
-    from sakd_cli.report.sweep.tables import plan_tables
-
     reporter = ConsoleReporter(quiet=quiet)
-    name, settings, runs = understood(file, options)
-    folder = runs.members[0].config.runs_dir
-    scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
-    skipped = runs.skipped | leave_out_impossible(scheduler, settings)
-    if options["estimate"]:
-        planned = plan(name, scheduler, skipped, options["measure"], reporter)
-        emit(planned) if json else show(*plan_tables(planned))
-        return
-    skipped |= train(file, options, settings, scheduler, lambda part: _carry_out(part, options, reporter), reporter.say)
-    document = document_of(name, scheduler, skipped, options["baseline"])
-    _printed(document, csv=csv, json=json, markdown=markdown)
-    scheduler.check(f"--retry-failed tries them again; their messages: {scheduler.folder / 'jobs'}")
+    document, scheduler = carry_out(file, options, lambda part: _carry_out(part, options, reporter), reporter)
+    if json:
+        emit(document)
+    elif isinstance(document, SweepPlan):
+        show(*plan_tables(document))
+    elif csv:
+        sys.stdout.write(sweep_csv(document))
+    else:
+        show(*sweep_tables(document))
+    if scheduler is not None:
+        scheduler.check(f"--retry-failed tries them again; their messages: {scheduler.folder / 'jobs'}")
 
 
 def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: ConsoleReporter) -> None:
@@ -70,19 +65,6 @@ def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: Consol
         table, again = ProgressTable(scheduler, reporter), shlex.join(["sakd", *sys.argv[1:]])
         with closing(executor), received_signals(reporter) as signals, table.shown():
             scheduler.run(executor, signals, again=again, refresh=table.refresh, pause=PAUSE)
-
-
-def _printed(document: SweepDocument, *, csv: bool, json: bool, markdown: Path | None) -> None:
-    from sakd_cli.report.sweep.tables import sweep_csv, sweep_markdown, sweep_tables
-
-    if markdown is not None:
-        write_aside(markdown, sweep_markdown(document).encode())
-    if json:
-        emit(document)
-    elif csv:
-        sys.stdout.write(sweep_csv(document))
-    else:
-        show(*sweep_tables(document))
 
 
 class ProgressTable:

@@ -34,8 +34,8 @@ class Averages(Part):
     auroc: Number
 
 
-class Quality(Metrics):
-    """A network's own metrics on the test images.
+class Judged(Metrics):
+    """What can be read from answers to the test images.
 
     brier: mean squared distance of the probabilities from the one-hot label, 0 to 2; ece: expected calibration error in
     15 bins, 0 to 1; averages: null in documents of earlier versions.
@@ -44,6 +44,11 @@ class Quality(Metrics):
     brier: float
     ece: float
     averages: Averages | None = None
+
+
+class Quality(Judged):
+    """A network's own metrics on the test images."""
+
     parameters: int
     macs: int
 
@@ -133,7 +138,7 @@ class Confusion(Part):
     fraction: float
 
 
-class ClassMetrics(Part):
+class ClassBase(Part):
     """One class: top1 (its recall) is null where it has no image; confused_with: its most frequent wrong answer.
 
     precision, f1: in percent; precision is null where it is never predicted.
@@ -142,16 +147,22 @@ class ClassMetrics(Part):
     name: str
     images: int
     top1: Number
-    teacher_top1: Number = None
     precision: Number = None
     f1: Number = None
     confused_with: Confusion | None
+
+
+class ClassMetrics(ClassBase):
+    """One class, and its top-1 by the teacher."""
+
+    teacher_top1: Number = None
 
 
 class EvaluationBase(Document):
     """What was evaluated: run and finished are null for weights of no run.
 
     split: train, val, test, or all of a folder; trained_on: how many of the images were trained on, null: not known.
+    confusion_matrix: images of each class (row) by predicted class, with --confusion; else null.
     """
 
     weights: str
@@ -164,21 +175,18 @@ class EvaluationBase(Document):
     images: int
     trained_on: int | None = None
     device: str
+    confusions: list[Confusion]
+    confusion_matrix: list[list[int]] | None = None
 
 
 class Evaluation(Quality, EvaluationBase):
-    """`sakd eval RUN --json`. teacher: null where none is known or to be found; branches: of a student-friendly one.
-
-    confusion_matrix: images of each class (row) by predicted class, with --confusion; else null.
-    """
+    """`sakd eval RUN --json`. teacher: null where none is known or to be found; branches: of a student-friendly one."""
 
     schema_: Literal["sakd.eval/3"] = "sakd.eval/3"
     memory: Memory
     speed: Speed | None
     teacher: TeacherQuality | None
     branches: list[Branch] | None
-    confusions: list[Confusion]
-    confusion_matrix: list[list[int]] | None = None
     classes: list[ClassMetrics]
 
 
@@ -239,16 +247,13 @@ class EnsembleExits(ExitRule, ExitCosts):
     curve: list[ExitPoint] | None
 
 
-class EnsembleClassMetrics(Part):
+class EnsembleClassMetrics(ClassBase):
     """One class; macs: mean per image."""
 
-    name: str
-    images: int
-    top1: Number
     macs: Number
 
 
-class EnsembleEvaluation(Metrics, EvaluationBase):
+class EnsembleEvaluation(Judged, EvaluationBase):
     """`sakd eval --json` of an ensemble, or with one of its options. parameters: of all members; macs: mean."""
 
     schema_: Literal["sakd.ensemble/2"] = "sakd.ensemble/2"

@@ -15,17 +15,18 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class EarlyExit(nn.Module):
-    """An ensemble as a network whose images leave at different stages; `left` remembers where, batch by batch."""
+    """An ensemble as a network whose images leave at different stages; `left` remembers where, `said` the logits."""
 
     def __init__(self, ensemble: Ensemble, exits: Exits) -> None:
         super().__init__()
         self.ensemble, self.exits = ensemble, exits
-        self.left: list[Tensor] = []
+        self.left, self.said = list[Tensor](), list[Tensor]()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, K]."""
         logits, left = self.ensemble.adaptive(images, self.exits)
         self.left.append(left)
+        self.said.append(logits.float())
         return logits
 
 

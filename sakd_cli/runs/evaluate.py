@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents.evaluation import (
+    ClassBase,
     ClassMetrics,
     Confusion,
     EnsembleClassMetrics,
@@ -29,7 +30,7 @@ from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
 from sakd_cli.errors import UsageError
-from sakd_cli.evaluation.early_exit import evaluate_batches, exit_costs, exit_curve, never
+from sakd_cli.evaluation.early_exit import EarlyExit, exit_costs, exit_curve, never
 from sakd_cli.evaluation.quality import (
     Answers,
     agreement,
@@ -53,6 +54,8 @@ from sakd_cli.runs.images import Images, load_images
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
 from sakd_cli.runs.scored import SplitName, Wanted, config_of, images_to_score
+
+Row = TypeVar("Row", bound=ClassBase)
 
 
 class Target(NamedTuple):
@@ -97,7 +100,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     networks = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(networks, followed(batches, reporter, f"evaluating {target.weights}{unfinished}"))
-    pairs, mistakes = confusions(answers[0].logits, labels, dataset.classes)
+    mistaken, mistakes = _mistaken(answers[0].logits, labels, dataset.classes, target.wanted)
     own, scores, of_class = _quality(model, answers[0], labels, batches.batch_size, images.side)
     quality: TeacherQuality | None = None
     of_teacher: Sequence[float | None] = [None] * len(dataset.classes)
@@ -107,7 +110,6 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
         known: dict[str, Any] = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
         quality = TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
-    matrix = confusion_matrix(answers[0].logits, labels).tolist() if target.wanted.matrix else None
     return Evaluation(
         **dict(own),
         **target.origin(),
@@ -126,22 +128,32 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
         else branch_rows(
             model, branches.to(device), EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
         ),
-        confusions=pairs,
-        confusion_matrix=matrix,
-        classes=_class_rows(dataset.classes, scores, of_teacher, of_class, mistakes),
+        **mistaken,
+        classes=_class_rows(ClassMetrics, dataset.classes, scores, of_class, mistakes, teacher_top1=of_teacher),
     )
 
 
+def _mistaken(
+    logits: Tensor, labels: Tensor, names: Sequence[str], wanted: Wanted
+) -> tuple[dict[str, Any], list[Confusion | None]]:
+    """Confusions as both documents have them, and the most frequent mistake of each class."""
+    pairs, mistakes = confusions(logits, labels, names)
+    matrix = confusion_matrix(logits, labels).tolist() if wanted.matrix else None
+    return {"confusions": pairs, "confusion_matrix": matrix}, mistakes
+
+
 def _class_rows(
+    kind: type[Row],
     names: Sequence[str],
     scores: Scores,
-    of_teacher: Sequence[float | None],
     of_class: Sequence[tuple[float | None, float | None]],
     mistakes: Sequence[Confusion | None],
-) -> list[ClassMetrics]:
-    rows = zip(names, scores.images_of_class, scores.top1_of_class, of_teacher, mistakes, of_class, strict=True)
-    keys = ("name", "images", "top1", "teacher_top1", "confused_with")
-    return [ClassMetrics(**dict(zip(keys, row, strict=True)), precision=p, f1=f1) for *row, (p, f1) in rows]
+    **more: Sequence[float | None],
+) -> list[Row]:
+    columns = {"name": names, "images": scores.images_of_class, "top1": scores.top1_of_class}
+    columns |= {"confused_with": mistakes, "precision": [p for p, _ in of_class], "f1": [f1 for _, f1 in of_class]}
+    rows = zip(*(columns | more).values(), strict=True)
+    return [kind(**dict(zip((*columns, *more), row, strict=True))) for row in rows]
 
 
 def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
@@ -232,15 +244,14 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     if exits.thresholds and config.residual.exits() != rule:
         exits = _refitted(whole, run, config, macs, teacher_macs, device)
     batches = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
-    chosen, title = exits if early else never(exits), f"evaluating {target.weights}"
-    scores, left = evaluate_batches(whole, chosen, followed(batches, reporter, title), len(dataset.classes))
-    shown, labels = exit_costs(left, macs, teacher_macs), dataset.test.labels.cpu()
-    names = [str(member.name) for member in whole.members]
-    classes = []
-    for place, name in enumerate(dataset.classes):
-        count, of_class = scores.images_of_class[place], left[labels == place]
-        mean = mean_macs(of_class, macs) if count else None
-        classes.append(EnsembleClassMetrics(name=name, images=count, top1=scores.top1_of_class[place], macs=mean))
+    judge = EarlyExit(whole, exits if early else never(exits)).eval()
+    scores = evaluate(judge, followed(batches, reporter, f"evaluating {target.weights}"), len(dataset.classes))
+    left, logits, labels = torch.cat(judge.left).cpu(), torch.cat(judge.said), dataset.test.labels.to(device)
+    shown, names = exit_costs(left, macs, teacher_macs), [str(member.name) for member in whole.members]
+    of_classes = [left[labels.cpu() == place] for place in range(len(dataset.classes))]
+    means = [mean_macs(stages, macs) if len(stages) else None for stages in of_classes]
+    (brier, ece), (overall, of_class) = calibration(logits, labels), averages(logits, labels)
+    mistaken, mistakes = _mistaken(logits, labels, dataset.classes, target.wanted)
     return EnsembleEvaluation(
         **target.origin(),
         sha256=saved.sha256,
@@ -251,6 +262,10 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
         trained_on=scored.trained_on,
         device=str(device),
         **scores.metrics(),
+        brier=brier,
+        ece=ece,
+        averages=overall,
+        **mistaken,
         parameters=sum(one.parameters for one in costs),
         macs=shown.macs,
         ensemble=EnsembleExits(
@@ -263,7 +278,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
             thresholds=list(exits.thresholds),
             curve=exit_curve(whole, exits, batches, macs, teacher_macs) if curve else None,
         ),
-        classes=classes,
+        classes=_class_rows(EnsembleClassMetrics, dataset.classes, scores, of_class, mistakes, macs=means),
     )
 
 

@@ -49,10 +49,10 @@ def _named(run: RunDir) -> list[object]:
     return [name for value in found for name in (value if isinstance(value, list) else [value])]
 
 
-def keep_teacher(config: Any) -> Any:
+def keep_teacher(config: Any, place: Path | None = None) -> Any:
     """The settings with a folder for a trained network that a program has given as its teacher; others as they are.
 
-    It gets images as the data set normalises them, and is kept in `teachers` beside the runs.
+    It gets images as the data set normalises them, and is kept in `teachers` of `place`; None: beside the runs.
     """
     name = config.teacher.source if isinstance(config, DistillConfig) else ""
     if name not in OBJECTS or not is_object(name) or config.teacher.weights is not None:
@@ -67,7 +67,7 @@ def keep_teacher(config: Any) -> Any:
     card = NetworkCard(name, data.name, data.classes, data.mean, data.std, data.train.side, data.seen)
     network = create(name, len(data.classes), data.train.side)
     numbers = save({key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()})
-    folder = config.runs_dir / "teachers" / hashlib.sha256(numbers).hexdigest()[:16]
+    folder = (place or config.runs_dir) / "teachers" / hashlib.sha256(numbers).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_folder(folder, network, card, {})
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": folder})})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -11,15 +11,20 @@ from sakd_cli.config.grid import Grid, Member, Role, grid
 from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.documents.sweep import SweepDocument, SweepRun
+from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
 from sakd_cli.errors import UsageError
-from sakd_cli.files import parse_yaml
+from sakd_cli.files import parse_yaml, write_aside
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
+from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
+from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor
 from sakd_cli.sweep.halving import STAGES, cell_of, halved, require_optuna
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
+
+if TYPE_CHECKING:
+    from sakd_cli.engine.reporter import Reporter
 
 SWEEP = "sweep"
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
@@ -53,7 +58,31 @@ def understood(
     return path.stem, settings, runs
 
 
-def leave_out_impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
+def carry_out(
+    file: str | Path | Mapping[str, Any],
+    params: Mapping[str, Any],
+    run: Callable[[Scheduler], None],
+    reporter: "Reporter",
+) -> tuple[SweepDocument, Scheduler] | tuple[SweepPlan, None]:
+    """Have `run` train what is not finished; or, asked for an estimate, nothing. The document, and how each run stands.
+
+    file  or the name of a preset, or what such a file has
+    """
+    file = str(file) if isinstance(file, Path) else file
+    name, settings, runs = understood(file, params)
+    folder = runs.members[0].config.runs_dir
+    scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
+    skipped = runs.skipped | _leave_out_impossible(scheduler, settings)
+    if params["estimate"]:
+        return plan(name, scheduler, skipped, params["measure"], reporter), None
+    skipped |= _train(file, params, settings, scheduler, run, reporter.say)
+    document = _document(name, scheduler, skipped, params["baseline"])
+    if params["markdown"]:
+        write_aside(params["markdown"], sweep_markdown(document).encode())
+    return document, scheduler
+
+
+def _leave_out_impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[str, str]:
     """Methods that cannot be used for a pair, left out with the reason. Raises UsageError where they are refused."""
     cells: dict[str, tuple[DistillConfig, list[str]]] = {}
     for key, entry in scheduler.entries.items():
@@ -77,7 +106,7 @@ def leave_out_impossible(scheduler: Scheduler, settings: SweepConfig) -> dict[st
     return skipped
 
 
-def train(
+def _train(
     file: str | Mapping[str, Any],
     params: Mapping[str, Any],
     settings: SweepConfig,
@@ -148,9 +177,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--resource {key}: {value[:40]!r} is no YAML value") from None
 
 
-def document_of(
-    name: str, scheduler: Scheduler, skipped: Mapping[str, str], baseline: str | None = None
-) -> SweepDocument:
+def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str], baseline: str | None) -> SweepDocument:
     """What it has found; `baseline`: words of the cells that all others are compared with."""
     entries = list(scheduler.entries.values())
     data = [entry.member.config.data for entry in entries if entry.member.role is Role.student]

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,14 @@ from sakd_cli.config.grid import LEARNED, Member, Role
 from sakd_cli.config.method import AUTO as BALANCED
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN, ROUTERS, RandomMatchedConfig
-from sakd_cli.config.training import DistillConfig
-from sakd_cli.documents.training import Summary
+from sakd_cli.config.training import DistillConfig, RunConfig
+from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.errors import UsageError, unknown
+from sakd_cli.report.spots.charts import draw_mixtures
 from sakd_cli.rundir import ResumePlan, RunDir
 from sakd_cli.runs.locate import locate_inputs
-from sakd_cli.runs.resume import AUTO, RunIndex, resume_config
+from sakd_cli.runs.own import keep_teacher
+from sakd_cli.runs.resume import AUTO, RunIndex, resolve_command, resume_config
 from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
@@ -85,9 +87,10 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
         return list(dict.fromkeys([own, *coins, CLASSICAL, PLAIN])) if params["with_control"] else [own]
     if params["router"] is not None or params["with_control"]:
         raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
-    names = list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked.split(",")))
+    asked = asked.split(",") if isinstance(asked, str) else asked
+    names = list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked))
     code.trust(*filter(of_file, names))
-    names = list(ROUTERS) if asked == ALL else names
+    names = list(ROUTERS) if names == [ALL] else names
     for name in names:
         if name not in ROUTERS:
             raise UsageError(f"--routers: {unknown('router', name, [*ROUTERS, ALL])}")
@@ -108,9 +111,46 @@ def _member(config: DistillConfig, router: str, seed: int, balanced: bool = Fals
     return member
 
 
+def train_command(
+    task: str,
+    params: Mapping[str, Any],
+    reporter: "Reporter",
+    again: str,
+    one: str | None = None,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Summary | Plan | list[RunDir]:
+    """What a command that trains is asked for: a run, the runs of a series, or with `dry_run` the plan of a run.
+
+    again  what continues all of it after a stop; one: what continues a run alone, None: its own command
+    guard  as of a `Launcher`
+    """
+    (config, plan), dry = resolve_command(task, params), params["dry_run"]
+    with tempfile.TemporaryDirectory() if dry else nullcontext(config.runs_dir) as folder:
+        config = keep_teacher(config, Path(folder))
+        configs = series(config, params) if task == "distill" else []
+        several = bool(configs) and wants_series(params) and not dry
+        if plan.finished and not several:
+            draw_mixtures(RunDir(Path(str(plan.summary.run))), reporter.say)
+            return plan.summary
+        config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
+        from sakd_cli.runs import launch
+
+        launcher = launch.Launcher(reporter, params["resume"] is not None, again, guard)
+
+        def train(config: RunConfig, plan: ResumePlan) -> Summary:
+            summary = launcher.train(config, plan, again if several else one)
+            draw_mixtures(RunDir(Path(str(summary.run))), reporter.say)
+            return summary
+
+        with code.told():
+            if several:
+                return train_series(configs, train, launcher, parallel=params["parallel"], again=again)
+            return launch.dry_run(config) if dry else train(config, plan)
+
+
 def train_series(
     configs: list[DistillConfig],
-    train: Callable[[DistillConfig, ResumePlan], Summary],
+    train: Callable[[RunConfig, ResumePlan], Summary],
     launcher: "Launcher",
     *,
     parallel: bool,

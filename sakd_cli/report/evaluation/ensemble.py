@@ -5,7 +5,7 @@ from math import ceil, floor
 
 from rich.console import RenderableType
 
-from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, ExitCosts, ExitPoint
+from sakd_cli.documents.evaluation import EnsembleEvaluation, EnsembleExits, Evaluation, ExitCosts, ExitPoint
 from sakd_cli.documents.training import EnsembleTraining
 from sakd_cli.report.render.charts import Lines, Series
 from sakd_cli.report.render.format import fixed, fraction, large, named, whole
@@ -97,6 +97,14 @@ def exit_chart(
     note = "Test images. Each point is a threshold: images that are less certain go on to the next student. "
     note += f"Zoom: the upright axis shows {limits[0]:g} to {limits[1]:g} % only, the other one the costs that occur."
     return Lines("Accuracy and cost", f"mean cost per image, {unit}", "top-1, %", series, limits, note)
+
+
+def exit_chart_of(result: EnsembleEvaluation | Evaluation) -> Lines:
+    """The curve of an evaluation that was asked for one."""
+    assert isinstance(result, EnsembleEvaluation)
+    found = result.ensemble
+    label = "thresholds in use" if found.early_exit else "all members for every image"
+    return exit_chart(found.curve or [], found, result.top1, label)
 
 
 def curve_table(points: Sequence[ExitPoint]) -> Sheet:

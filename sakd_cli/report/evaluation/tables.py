@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.console import RenderableType
 
 from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Quartiles
-from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
 from sakd_cli.report.render import plots
@@ -32,23 +31,21 @@ def score_tables(results: Sequence[AnyEvaluation]) -> list[RenderableType]:
     if len(results) > 1:
         return [_side_by_side(results)]
     result = results[0]
-    if isinstance(result, EnsembleEvaluation):
-        return [*evaluation_tables(result), *ensemble_tables(result)]
     first, *others = evaluation_tables(result)
-    return [first, _details(result), *others, *_confusions(result)]
+    exits = ensemble_tables(result) if isinstance(result, EnsembleEvaluation) else []
+    return [first, _details(result), *others, *_confusions(result), *exits]
 
 
 def _calibration(result: AnyEvaluation) -> Cells:
     figures = {"NLL, nats": fixed(result.loss, 3)}
-    if isinstance(result, Evaluation):
-        figures |= {"Brier score": fixed(result.brier, 4), "ECE": fixed(result.ece, 4)}
-        means = result.averages
-        if means is not None:
-            for name in ("precision", "recall", "f1"):
-                both = (fixed(getattr(means, f"{name}_{kind}"), 2) for kind in ("macro", "weighted"))
-                figures[f"{name.capitalize()} %, macro | weighted"] = " | ".join(both)
-            figures["Balanced accuracy %"] = fixed(means.balanced_accuracy, 2)
-            figures["ROC-AUC %, one against the others"] = fixed(means.auroc, 2)
+    figures |= {"Brier score": fixed(result.brier, 4), "ECE": fixed(result.ece, 4)}
+    means = result.averages
+    if means is not None:
+        for name in ("precision", "recall", "f1"):
+            both = (fixed(getattr(means, f"{name}_{kind}"), 2) for kind in ("macro", "weighted"))
+            figures[f"{name.capitalize()} %, macro | weighted"] = " | ".join(both)
+        figures["Balanced accuracy %"] = fixed(means.balanced_accuracy, 2)
+        figures["ROC-AUC %, one against the others"] = fixed(means.auroc, 2)
     return figures
 
 
@@ -103,9 +100,9 @@ def _notes(results: Sequence[AnyEvaluation]) -> list[str]:
     return [*EXPLAINED, OF_TEACHER] if any(_teacher(result) for result in results) else EXPLAINED
 
 
-def _details(result: Evaluation) -> Sheet:
+def _details(result: AnyEvaluation) -> Sheet:
     notes = _notes([result])
-    if result.teacher:
+    if isinstance(result, Evaluation) and result.teacher:
         notes = [*notes, f"Teacher: {named(result.teacher.network)} from {named(result.teacher.path)}"]
     rows = _rows([_calibration(result) | _speed(result) | _teacher(result)])
     return Sheet("More than accuracy", ("", named(result.network)), rows, notes)
@@ -129,14 +126,14 @@ def _side_by_side(results: Sequence[AnyEvaluation]) -> Sheet:
     return Sheet("Evaluation", ["", *names], _rows(cells), [*_notes(results), *legend])
 
 
-def _confusions(result: Evaluation) -> list[RenderableType]:
+def _confusions(result: AnyEvaluation) -> list[RenderableType]:
     columns = columns_of(named, {"Class": "class_", "Predicted as": "predicted_as"})
     columns |= columns_of(whole, {"Images": "images"}) | columns_of(fraction, {"% of class": "fraction"})
     pairs = result.confusions[:PAIRS]
     return [table("Most frequent confusions", pairs, columns, text=2)] if pairs else []
 
 
-def matrix_chart(result: Evaluation) -> Heat:
+def matrix_chart(result: AnyEvaluation) -> Heat:
     """The confusion matrix, each row as a share of its class's images."""
     names = [named(entry.name) for entry in result.classes]
     rows = result.confusion_matrix or []
@@ -147,15 +144,13 @@ def matrix_chart(result: Evaluation) -> Heat:
 
 
 def write_matrix(result: AnyEvaluation, path: Path) -> None:
-    """The full confusion matrix as CSV, or as a picture. UsageError for an ensemble, which has none."""
-    if not isinstance(result, Evaluation) or result.confusion_matrix is None:
-        raise UsageError("--confusion: an ensemble has no confusion matrix here")
+    """The full confusion matrix as CSV, or as a picture."""
     if path.suffix.lower() != ".csv":
         plots.write(plots.figure_of([matrix_chart(result)]), path)
         return
     names = [entry.name for entry in result.classes]
     heads = [f"predicted {name}" for name in names]
-    rows = zip(names, result.confusion_matrix, strict=True)
+    rows = zip(names, result.confusion_matrix or [], strict=True)
     table = csv_text(["class", *heads], ({"class": name} | dict(zip(heads, row, strict=True)) for name, row in rows))
     write_aside(path, table.encode())
 

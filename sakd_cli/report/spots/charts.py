@@ -11,8 +11,9 @@ from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import WIDTH, Bars, Chart, Heat, Lines, Row, Series
 from sakd_cli.report.render.format import WHAT, fixed, named, plain, whole
 from sakd_cli.report.render.sheet import thinned
-from sakd_cli.report.spots.log import History
+from sakd_cli.report.spots.log import MIXTURES_PLOT, History, read_mixtures
 from sakd_cli.report.spots.tables import LETTERS
+from sakd_cli.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,3 +226,11 @@ def mixture_chart(record: Mixtures) -> Heat:
 def percent(fractions: Iterable[Number]) -> list[Number]:
     """Fractions as percentages."""
     return [None if value is None else 100.0 * value for value in fractions]
+
+
+def draw_mixtures(run: RunDir, say: Callable[[str], None]) -> None:
+    """Draw the mixtures of the teacher's blocks that a run found into its directory, if it has any."""
+    if (record := read_mixtures(run)) is None:
+        return
+    if plots.available(lambda reason: say(f"no {MIXTURES_PLOT}: {reason}")):
+        plots.write(plots.figure_of([mixture_chart(record)]), run.path / MIXTURES_PLOT)

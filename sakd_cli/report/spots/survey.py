@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import columns_digest, parse_json, read_bytes, unsealed
-from sakd_cli.report.render.format import plain
+from sakd_cli.files import columns_digest, parse_json, read_bytes, unsealed, write_aside
+from sakd_cli.report.render.format import csv_text, plain
 from sakd_cli.report.runs.statistics import p_of_correlation
 from sakd_cli.rundir import RunDir
 
@@ -358,3 +359,11 @@ def _extremes(
         highest, lowest = ([_image(survey, row, float(chance[row, k]), classes) for row in rows] for rows in (down, up))
         found.append(doc.SpotExtremes(spot=spot, highest=highest, lowest=lowest))
     return found
+
+
+def write_records(records: list[dict[str, Any]], path: Path) -> None:
+    """The records of all images as JSON lines, or as CSV. Raises UsageError where there is none."""
+    if not records:
+        raise UsageError("--samples: this run has no record by image", hint="--live measures it")
+    lines = (json.dumps(record) + "\n" for record in records)
+    write_aside(path, (csv_text(list(records[0]), records) if path.suffix == ".csv" else "".join(lines)).encode())

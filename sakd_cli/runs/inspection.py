@@ -1,0 +1,81 @@
+"""What a run's routing is read from: its own record, or its networks once more; without torch where the record does."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sakd_cli.config.base import own_name
+from sakd_cli.config.datasets import DATASETS
+from sakd_cli.config.resolve import config_sources
+from sakd_cli.documents.spots import EXTREMES, SpotsDocument
+from sakd_cli.errors import UsageError
+from sakd_cli.files import write_aside
+from sakd_cli.report.render import plots
+from sakd_cli.report.runs.beside import helped
+from sakd_cli.report.spots.charts import spot_figure
+from sakd_cli.report.spots.log import history, spots_document
+from sakd_cli.report.spots.page import Seen, spot_page
+from sakd_cli.report.spots.survey import Survey, read_survey, records, write_records
+from sakd_cli.rundir import RunDir, look_up, newest_run
+from sakd_cli.runs.locate import runs_dir_of
+from sakd_cli.runs.own import trust_own
+
+if TYPE_CHECKING:
+    from sakd_cli.engine.reporter import Reporter
+
+# Options about images or the machine, which only mean something when the networks are run.
+OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
+
+
+def inspected(named: Path | None, params: Mapping[str, Any], reporter: "Reporter") -> SpotsDocument:
+    """The document of a run's routing, with the files that the options of the command ask for.
+
+    named  None: the newest distillation. Raises UsageError where there is none.
+    """
+    plot, html, samples = (params[name] for name in ("plot", "html", "samples"))
+    if params["panel"] and not plot:
+        raise UsageError("--panel needs --plot FILE")
+    if samples and samples.suffix not in (".jsonl", ".csv"):
+        raise UsageError(f"--samples {samples}: the name ends in .jsonl or .csv")
+    if plot:
+        plots.checked(plot)
+    document, survey = _read(named, params, reporter)
+    if plot:
+        plots.write(spot_figure(document, params["panel"]), plot)
+    if html:
+        run, images = RunDir(Path(document.run)), survey.images if survey else {}
+        write_aside(html, spot_page(document, Seen(images, history(run, survey), *helped(run))).encode())
+    if samples:
+        write_records(records(survey, document.overall) if survey else [], samples)
+    for path in filter(None, (plot, html, samples)):
+        reporter.say(f"written: {path}")
+    return document
+
+
+def _read(named: Path | None, params: Mapping[str, Any], reporter: "Reporter") -> tuple[SpotsDocument, Survey | None]:
+    """The document, and the survey: the run's own, or a new one where the options ask for that."""
+    name, split, seed = params["dataset"], params["split"], params["sample_seed"]
+    extremes = max(params["extremes"], EXTREMES)
+    dataset = name and (own_name(name, DATASETS) or name)
+    if named is None:
+        runs = runs_dir_of(config_sources({"runs_dir": params["runs_dir"]}))
+        wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
+        if (found := newest_run(runs, wanted, finished=False)) is None:
+            raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
+        named = found.path
+    run, measured = RunDir(named), None
+    trust_own(run)
+    another = dataset not in (None, look_up(run.config, "data.name"))
+    if another or split != "train" or any(params.get(name) for name in OF_LIVE):
+        spots_document(run)  # whatever is wrong with the record of the run is reported before
+        from sakd_cli.runs.survey import live
+
+        measured = live(run, config_sources(params), split, reporter, seed=seed, extremes=extremes)
+    survey = read_survey(run, measured)
+    document = spots_document(run, survey, sample=bool(params["sample"]), seed=seed, extremes=extremes)
+    if params["probe"]:
+        from sakd_cli.runs.probe import probe
+
+        probed = probe(run, config_sources(params), reporter, seed=seed)
+        document = document.model_copy(update={"probe": probed})
+    return document, survey
