@@ -21,7 +21,7 @@ from sakd_cli.cli.app import run
 from sakd_cli.documents.spots import EpochRecord, SpotsDocument, TrackedImage
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
-from sakd_cli.report.render.charts import Heat, Lines, Series, dashes, drawn, shades, ticks, zoom
+from sakd_cli.report.render.charts import Heat, Lines, Series, dashes, drawn, shades, smoothed, ticks, zoom
 from sakd_cli.report.render.html import Answer, Gallery, Opening, Picture, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
@@ -209,7 +209,7 @@ def test_the_page_begins_with_the_answer() -> None:
         "They differ most at logits: most often ball 90.0&nbsp;% (+27.5), least often",
         "It chooses: of the variance of its decisions, knowing the image explains 12.5&nbsp;% at stage2, 73.3&nbsp;%",
         "It helped: 1 &lt; 2.",
-        "Distilled most often at logits, by the trained router",
+        "Distilled most often at logits (trained router, %)",
     ):
         assert said in first
     alone = spot_page(document(measured=None), Seen({})).partition("<nav>")[0]
@@ -250,6 +250,38 @@ def test_every_question_is_answered_from_the_numbers() -> None:
         part = page.partition(f"<h2>{title}</h2>")[2].partition("</section>")[0]
         assert 'class="answer"' in part or title == "The routed network", title
         assert f"<h3>{title}</h3>" not in part, "no heading twice"
+
+
+def test_a_long_noisy_curve_is_a_running_mean_before_its_own_values() -> None:
+    wave = [50.0 + 10 * (-1) ** n for n in range(240)]
+    chart = Lines("t", "epoch", "%", [Series("a", range(1, 241), [*wave[:-1], None], 0)], note="N.")
+    faint, line = smoothed(chart).series
+    assert (faint.kind, faint.name, list(faint.y)) == ("faint", None, [*wave[:-1], None])
+    known = [y for y in line.y if y is not None]
+    assert (len(line.y), line.y[-1], line.name) == (240, None, "a")
+    assert max(known) - min(known) < 4, "of 20"
+    assert smoothed(chart).note == "N. Lines: running means of 15 values (epoch); faint: each value."
+    assert drawn(chart).count('<g class="c0" opacity=".3">') == 1
+    [axes] = plots.figure_of([chart]).get_axes()
+    assert [curve.get_alpha() for curve in axes.lines] == [0.3, None]
+    short = chart._replace(series=[Series("a", range(40), wave[:40], 0)])
+    assert smoothed(short) == short
+    rise = Lines("t", "epoch", "%", [Series("a", [1, 2, 3, 4], [10.0, 40.0, 60.0, 62.0], 0)])
+    assert [list(one.series[0].x) for one in zoom(rise)] == [[1, 2, 3, 4], [3, 4]]
+    assert zoom(rise)[1].limits == (59, 64)
+
+
+def test_maps_of_all_spots_have_one_scale() -> None:
+    epochs = a_history().epochs
+    apart = [spot.model_copy(update={"by_class": [0.1, 0.9, 1.0]}) for spot in epochs[0].spots[:1]]
+    other = epochs[0].model_copy(update={"spots": [*apart, *epochs[0].spots[1:]]})
+    maps = charts.history_charts(document(), a_history()._replace(epochs=[other, *epochs[1:]]))
+    scales = [(one.least, one.most) for one in maps if isinstance(one, Heat)]
+    assert scales == [(10.0, 90.0)] * 2, "the class without a deviation is not shown"
+    colours = [html.PALETTE[k] for k in range(6)]
+    lines = [Series(str(k), [1, 2], [k, k], k) for k in range(6)]
+    [axes] = plots.figure_of([Lines("t", "x", "y", lines)]).get_axes()
+    assert [line.get_color() for line in axes.lines] == colours, "one palette for pages and files"
 
 
 def test_curves_on_each_other_are_both_seen_and_equally_thin() -> None:

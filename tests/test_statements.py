@@ -14,9 +14,13 @@ from test_report import CONFIG, Tree, epoch, everything, long_run, make_run, spo
 from test_sweep_table import finished
 
 from sakd_cli.cli.progress import Bars
+from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import Evaluation
 from sakd_cli.documents.listing import RunEntries
-from sakd_cli.documents.spots import Measured
+from sakd_cli.documents.spots import Measured, SpotsDocument
+from sakd_cli.documents.training import EnsembleTraining
+from sakd_cli.report.bench import bench_tables
+from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary
 from sakd_cli.report.evaluation.tables import score_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import parts
@@ -95,7 +99,7 @@ def test_accuracies_on_two_sets_of_images_say_so() -> None:
     }
     sheets = [sheet for sheets in survey_tables(sample(Measured, given)).values() for sheet in sheets]
     text = " ".join(text_of(sheets, 400).split())
-    assert "Top-1: on these 40 train images." in text
+    assert "Top-1: on these 40 training images." in text
     assert "All on 100 test images, not on those of the tables by class and by difficulty." in text
     assert (
         "Sampled gates are below both networks: where a path changes from one network to the other, only the adapter"
@@ -113,6 +117,45 @@ def fragments(word: str) -> set[str]:
     return {"".join(cut[start:stop]) for start in range(len(cut)) for stop in range(start + 1, len(cut) + 1)}
 
 
+def a_bench() -> Bench:
+    """As long as names and figures become."""
+    names = ("adaptive", "published, literally", "balanced", "random-matched")
+    figures = dict.fromkeys(("ms", "ms_low", "ms_high", "images_per_second", "gflop", "gflop_per_second"), 12345.678)
+    counted = dict.fromkeys(("operations", "synchronisations", "saved_bytes", "peak_bytes"), 1_234_567_890)
+    steps = [{"name": name, "about": "a step of both networks and the router"} | figures | counted for name in names]
+    where = {"cpu": "AMD EPYC 9R14", "cpu_flags": ["avx2", "avx512"], "threads": 1, "load": 1.5, "device": "cpu"}
+    where |= {"mode": "fp32, channels_last", "torch": "2.9.0", "process_peak_bytes": 2**31}
+    given: dict[str, Any] = {"environment": where, "steps": steps}
+    given["setup"] = {"teacher": "wrn_40_2", "student": "ShuffleNetV2", "batch": 64, "side": 32, "rounds": 7}
+    given["phases"] = [{"name": "distillation's backward", "ms": 12345.6, "fraction": 0.5}] * 2
+    given["scaling"] = {"axis": "images", "points": [{"value": 50_000, "ms": 1e4, "kd_ms": 1e4, "ratio": 1.5}]}
+    changed = [{"name": "published, literally", "base": 1.5, "now": 1.2, "slow": True, "regressed": True}]
+    given["comparison"] = {"ratios": changed, "risen": [], "regressed": True}
+    return sample(Bench, given)
+
+
+def residual_tables() -> list[Any]:
+    """Of a summary and of an evaluation, with the curve."""
+    figures = {"members": ["ShuffleNetV2", "resnet8x4", "resnet8"], "member_macs": [40_800_000, 12_500_000, 12_500_000]}
+    figures |= {"thresholds": [0.5, -1.0], "stage_top1": [70.0, 71.0, 71.5], "teacher": {"macs": 324_000_000}}
+    energies = {"calibration": [0.5, 0.4, 0.3], "train": [0.5, 0.4, 0.3]}
+    metrics = {"top1": 71.5, "exits": [5000, 3000, 2000], "cost": 0.25}
+    points = [{"theta": 0.5, "cost": 0.25, "top1": 71.0, "agreement": 90.0, "exits": [1, 2, 3], "pareto": True}] * 3
+    figures |= {"energies": energies, "early": metrics, "all": metrics, "curve": points, "stopped": "three at most"}
+    found = sample(EnsembleTraining, figures)
+    return [ensemble_summary(found), curve_table(found.curve)]
+
+
+def a_probe() -> SpotsDocument:
+    """Of two spots, one of which nothing is known of."""
+    known = dict.fromkeys(("helps", "mean", "reliability", "explained", "chosen_loss", "class_share"), 0.512)
+    spots = [{"name": "stage3.block2", "kind": "map", "settled": 120} | known, {"name": "logits", "kind": "logits"}]
+    spot = {"name": "logits", "kind": "logits"}
+    epoch = {key: [0.5] for key in ("fraction", "probability", "gradient_ratio", "empty_selection")}
+    probe = {"images": 2000, "held_out": 1000, "held_out_split": "validation", "seed": 0, "spots": spots}
+    return sample(SpotsDocument, {"overall": [spot], "by_epoch": [{"epoch": 1} | epoch], "probe": probe})
+
+
 def test_no_table_breaks_a_word_at_any_width(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     routers = ("adaptive", "random-matched", "never")
@@ -122,6 +165,7 @@ def test_no_table_breaks_a_word_at_any_width(tmp_path: Path) -> None:
     sheets += [sheet for found in survey_tables(measured()).values() for sheet in found]
     sheets += sweep_tables(sweep_document("mine", swept, {"fitnet always": "no such stage"}, "cifar100"))
     sheets += entry_tables(RunEntries(rows=run_entries(tmp_path / "runs", {}, None), removed=[]))
+    sheets += [*bench_tables(a_bench()), *residual_tables(), *spot_tables(a_probe())]
     for sheet in sheets:
         whole = {piece for word in text_of([sheet], 1000).split() for piece in fragments(word)}
         for width in (60, 72, 80, 96, 100, 118, 132, 160, 200):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from math import floor, log10
+from statistics import fmean, median
 from typing import Literal, NamedTuple
 
 from rich.cells import cell_len, chop_cells
@@ -17,12 +18,14 @@ from sakd_cli.report.render.format import DASH, fixed, plain, points
 SHARE = (0.0, 100.0)
 WIDTH, HEIGHT, LINE, CHARACTER = 320, 200, 16, 6.3  # of a drawing, of a row and of a character, in its own units
 MARKS = ("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-2.7-2.7h5.4v5.4h-5.4z", "M0-3.6L3.4 2.6h-6.8z", "M0-4L4 0L0 4L-4 0z")
-KINDS = {"solid": "", "dashed": "7 4", "dotted": "1.5 3.5", "marks": ""}
-COLOURS = 6  # of `html.STYLE`, after Okabe and Ito
+KINDS = {"solid": "", "dashed": "7 4", "dotted": "1.5 3.5", "marks": "", "faint": ""}
+# Of curves and bars, on a page and in files: after Okabe and Ito, told apart by people of every kind of sight.
+PALETTE = ("#0072b2", "#d55e00", "#008f68", "#b3548c", "#7722dd", "#2b2b2b")
 # Of cells, in light and in dark: in the middle or at the least, and at both ends.
 PALE, MORE, LESS = (246, 247, 248), (0, 84, 148), (178, 71, 0)
 NIGHT = (30, 37, 45), (124, 190, 255), (255, 160, 90)
-MOST_MARKED = 40  # points of a curve that have marks
+MOST_MARKED = 40  # points of a curve that have marks; a longer one is drawn smoothed
+SMOOTH = 16  # parts of the axis, over each of which a smoothed curve is a running mean
 SAME = 0.015  # of the upright axis, within which curves lie on each other
 CLOSE = 15.0  # points within which curves are shown once more on a part of the axis
 
@@ -38,7 +41,7 @@ class Series(NamedTuple):
     x: Sequence[float]
     y: Sequence[Number]
     colour: int
-    kind: Literal["solid", "dashed", "dotted", "marks"] = "solid"
+    kind: Literal["solid", "dashed", "dotted", "marks", "faint"] = "solid"
     band: Sequence[tuple[float, float]] = ()
 
 
@@ -96,13 +99,43 @@ Chart = Lines | Heat | Bars
 
 
 def zoom(chart: Lines) -> list[Chart]:
-    """The chart, and the same with a part of its axis where all curves lie within `CLOSE` of each other."""
-    known = [y for series in chart.series for y in series.y if y is not None]
-    if not known or max(known) - min(known) > CLOSE:
-        return [chart]
-    low, high = max(SHARE[0], floor(min(known)) - 1.0), min(SHARE[1], floor(max(known)) + 2.0)
-    note = f"Zoom: the upright axis shows {low:g} to {high:g} only. {chart.note}"
-    return [chart, chart._replace(title=f"{chart.title} (zoom)", limits=(low, high), note=note)]
+    """The chart, and the same with a part of its axis where all curves, or their second halves, lie within `CLOSE`."""
+    ends = [x for series in chart.series for x in series.x]
+    for start in (min(ends), (min(ends) + max(ends)) / 2) if ends else ():
+        cut = [(one, [k for k, x in enumerate(one.x) if x >= start]) for one in chart.series]
+        part = [
+            one._replace(x=[one.x[k] for k in at], y=[one.y[k] for k in at], band=[one.band[k] for k in at if one.band])
+            for one, at in cut
+            if len(at) > 1
+        ]
+        known = [y for series in part for y in series.y if y is not None]
+        if known and max(known) - min(known) <= CLOSE:
+            low, high = max(SHARE[0], floor(min(known)) - 1.0), min(SHARE[1], floor(max(known)) + 2.0)
+            note = f"Zoom: the upright axis shows {low:g} to {high:g} only. {chart.note}"
+            return [chart, chart._replace(title=f"{chart.title} (zoom)", series=part, limits=(low, high), note=note)]
+    return [chart]
+
+
+def smoothed(chart: Lines) -> Lines:
+    """The chart with a running mean for every line of many points, whose own values stay behind all, faint."""
+    long = [one for one in chart.series if one.kind != "marks" and len(one.x) > MOST_MARKED]
+    if not long:
+        return chart
+    reach = max(len(one.x) for one in long) // SMOOTH // 2
+    unit = chart.x.partition(",")[0].partition(" (")[0]
+    faint = [one._replace(name=None, kind="faint", band=()) for one in long if one.kind != "dotted"]
+    lines = [one._replace(y=_running_mean(one.y, reach)) if one in long else one for one in chart.series]
+    note = f"{chart.note} Lines: running means of {2 * reach + 1} values ({unit}); faint: each value."
+    return chart._replace(series=[*faint, *lines], note=note.strip())
+
+
+def _running_mean(values: Sequence[Number], reach: int) -> list[Number]:
+    """Of what is known among `reach` values to both sides, of fewer at the ends; None where the value itself is."""
+    found = list[Number]()
+    for k, value in enumerate(values):
+        known = [one for one in values[max(0, k - reach) : k + reach + 1] if one is not None]
+        found.append(None if value is None else fmean(known))
+    return found
 
 
 def extent(words: str) -> float:
@@ -118,13 +151,19 @@ def text(value: str) -> str:
 
 def kept(sentence: str) -> str:
     """A sentence in which no figure is parted at the end of a line, from its percent sign or by thousands."""
-    return re.sub(r"(?<=\d) (?=%|\d{3}\b)", "&nbsp;", text(sentence))
+    return re.sub(r"(?<=\d) (?=%|\d{3}\b)", "&nbsp;", coded(sentence))
+
+
+def coded(words: str) -> str:
+    """As HTML, with names between backticks (methods and routers are called at, never, always) as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(words))
 
 
 def drawn(chart: Chart) -> str:
     """The chart as a figure: title, legend, drawing, note."""
     names: list[tuple[str, int, str]] = []
     if isinstance(chart, Lines):
+        chart = smoothed(chart)
         names = [(s.name, s.colour, s.kind) for s in chart.series if s.name is not None]
         drawing = _lines(chart)
     elif isinstance(chart, Bars):
@@ -145,18 +184,18 @@ def drawn(chart: Chart) -> str:
 
 def marked(series: Series) -> bool:
     """Whether every point has a mark: where there is no line, or a line of few points."""
-    return series.kind == "marks" or (series.kind != "dotted" and len(series.x) <= MOST_MARKED)
+    return series.kind == "marks" or (series.kind not in ("dotted", "faint") and len(series.x) <= MOST_MARKED)
 
 
 def dashes(chart: Lines) -> list[str]:
-    """Of every curve: as its kind is; one that lies on earlier ones lets them be seen, in turn."""
+    """Of every curve: as its kind is; one that lies mostly on earlier ones lets them be seen, in turn."""
     low, high = frame(chart)[2:]
     found = list[str]()
     for k, one in enumerate(chart.series):
         below = [
             other for other in chart.series[:k] if other.kind == one.kind == "solid" and len(other.y) == len(one.y)
         ]
-        gaps = [max((abs((a or 0) - (b or 0)) for a, b in zip(one.y, o.y, strict=True)), default=0) for o in below]
+        gaps = [median([0.0, *(abs((a or 0) - (b or 0)) for a, b in zip(one.y, o.y, strict=True))]) for o in below]
         under = sum(gap <= (high - low) * SAME for gap in gaps)
         found.append(f"8 {8 * under}" if under else KINDS[one.kind])
     return found
@@ -217,10 +256,10 @@ def _label(x: float, y: float, words: str, kind: str = "", room: float = 1e4) ->
 
 def _swatch(colour: int, kind: str) -> str:
     mark = f'<path class="m" transform="translate(13 6)" d="{MARKS[colour % len(MARKS)]}"/>'
-    if not kind:
-        mark = '<rect x="3" y="1" width="20" height="10"/>'
+    if kind in ("", "dotted"):
+        mark = "" if kind else '<rect x="3" y="1" width="20" height="10"/>'
     line = f'<path class="l" stroke-dasharray="{KINDS[kind]}" d="M1 6H25"/>' if kind and kind != "marks" else ""
-    return f'<svg class="c{colour % COLOURS}" viewBox="0 0 26 12" aria-hidden="true">{line}{mark}</svg>'
+    return f'<svg class="c{colour % len(PALETTE)}" viewBox="0 0 26 12" aria-hidden="true">{line}{mark}</svg>'
 
 
 def _lines(chart: Lines) -> str:
@@ -239,7 +278,8 @@ def _lines(chart: Lines) -> str:
     across = [x for x in across if x == round(x) or right - left < 3]
     parts += [_label(at(x, low)[0], y0 + 15, f"{x:g}", "soft mid") for x in across]
     for series, dash in zip(chart.series, dashes(chart), strict=True):
-        parts.append(f'<g class="c{series.colour % COLOURS}">{_curve(chart, series, at, dash)}</g>')
+        faint = ' opacity=".3"' if series.kind == "faint" else ""
+        parts.append(f'<g class="c{series.colour % len(PALETTE)}"{faint}>{_curve(chart, series, at, dash)}</g>')
     return _svg(WIDTH, HEIGHT, chart.title, parts)
 
 
@@ -343,7 +383,7 @@ def _bars(chart: Bars) -> str:
             whisker = f'<path class="w" d="M{ends[0]:.1f} {middle}H{ends[1]:.1f}"/>' if reach else ""
             bar = f'<rect x="{x0:.1f}" y="{y + k * thick + 1}" width="{max(length, 0.8):.1f}" height="{thick - 2}"/>'
             about = f"{name}, {chart.series[k] if several > 1 else chart.x}: {said}"
-            parts.append(f'<g class="c{k % COLOURS} f"><title>{text(about)}</title>{bar}{whisker}</g>')
+            parts.append(f'<g class="c{k % len(PALETTE)} f"><title>{text(about)}</title>{bar}{whisker}</g>')
             parts.append(_label(ends[1] + 4, middle + 4, fixed(value, 1)))
     parts.append(_label((x0 + x1) / 2, bottom + 28, chart.x, "soft mid"))
     return _svg(WIDTH, bottom + 34, chart.title, parts)

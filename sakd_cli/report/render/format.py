@@ -19,6 +19,9 @@ WHAT = {
     None: "no value is known",
 }
 
+SPLITS = {"train": "training images", "validation": "validation images", "test": "test images"}
+SURE = 1.96  # standard errors of a 95 % interval
+
 # Whole terminal sequences go, not only their first byte: "\x1b[31mred" must not leave "[31mred" behind.
 # OSC (title, hyperlink) up to BEL or ST, CSI (colour, cursor), then any two-character escape.
 _ESCAPES = re.compile(

@@ -8,12 +8,13 @@ phone and on paper.
 import base64
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.base import Part
-from sakd_cli.report.render.charts import Chart, drawn, kept, text
+from sakd_cli.report.render.charts import PALETTE, Chart, coded, drawn, kept, text
 from sakd_cli.report.render.format import named
 from sakd_cli.report.render.sheet import MORE, Sheet
 
@@ -79,7 +80,7 @@ class Opening(NamedTuple):
 
 STYLE = """
 :root{color-scheme:light;--bg:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dbe1;--head:#eef1f4;--card:#f7f9fb;
---link:#0b5cad;--0:#0072b2;--1:#d55e00;--2:#008f68;--3:#b3548c;--4:#7722dd;--5:#2b2b2b}
+--link:#0b5cad;PALETTE}
 @media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--bg:#11151a;--ink:#e6edf3;--soft:#a3afbb;
 --line:#343c45;--head:#1f2730;--card:#181e25;--link:#7cb8ff;--0:#56b4e9;--1:#ff8f3f;--2:#2cc79b;--3:#e69ac6;
 --4:#8f70ff;--5:#ffee44}}
@@ -96,21 +97,30 @@ dl.facts{display:flex;flex-wrap:wrap;gap:0 1.2rem;margin:.3rem 0;font-size:.85re
 dl.facts div{display:flex;gap:.4rem;min-width:0}
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere;min-width:0}
-.opening{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:0 2rem;margin:.8rem 0;
+.opening{display:grid;grid-template-rows:auto 1fr;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:0 2rem;margin:.8rem 0;
 padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
 .opening dt{font-weight:600;color:var(--ink)}
 .opening dd{margin:0 0 .3rem}
 .opening dd+dt{margin-top:.5rem}
 .opening dl{margin:0}
 .opening>div{min-width:0}
+.opening>div:nth-child(2){grid-row:span 2}
+.opening>div>:first-child>h3{margin-top:0}
+.facts dd,code{font-family:ui-monospace,monospace;font-size:.95em}
+tr.own{font-weight:700}
 .question{font-size:1.05rem;font-style:italic;margin:.2rem 0}
 .answer{margin:.2rem 0 .8rem;font-weight:600}
 summary{cursor:pointer;font-weight:600;margin:.6rem 0;color:var(--link)}
 figure{display:inline-block;vertical-align:top;width:min(100%,21.5rem);margin:.6rem 0 1rem;break-inside:avoid}
 section{display:flex;flex-wrap:wrap;align-items:flex-start;gap:0 1.5rem}
 section>*{flex:1 0 100%;min-width:0;max-width:100%}
-section>figure{flex:0 1 auto}
+section>figure{flex:1 1 21rem;max-width:27rem}
+section>figure:nth-last-of-type(4):first-of-type,section>figure:nth-last-of-type(4):first-of-type~figure{
+flex-basis:27rem}
+section:has(>div)>figure{flex:0 1 auto}
 section>figure~:not(figure){flex:1 1 30rem}
+section>figure.broad{flex:1 1 100%;max-width:50rem}
 .opening figure{width:min(100%,27rem)}
 figure.broad{width:min(100%,50rem)}
 figure.broad .wide{border:0}
@@ -175,7 +185,7 @@ h2,h3,.question{break-after:avoid}
 .opening,rect,.m,thead th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 figure{width:48%;margin-right:1%}.opening{grid-template-columns:1fr 1fr}.opening figure{width:100%}
 .tiles{break-inside:avoid}}
-"""
+""".replace("PALETTE", ";".join(f"--{k}:{colour}" for k, colour in enumerate(PALETTE)))
 
 # Sorts by number where both cells begin with one (as figures.py writes it), else by name; ties keep their order.
 SCRIPT = """
@@ -301,10 +311,12 @@ def _table(sheet: Sheet) -> str:
         for header, kind in zip(sheet.headers, kinds, strict=True)
     )
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td{kind}>{text(cell).replace('/', '/<wbr>')}</td>" for cell, kind in zip(row, kinds, strict=True))
+        f"<tr{' class=own' if n == sheet.own else ''}>"
+        + "".join(
+            f"<td{kind}>{re.sub(r'(?<!<)/', '/<wbr>', coded(cell))}</td>" for cell, kind in zip(row, kinds, strict=True)
+        )
         + "</tr>"
-        for row in sheet.rows
+        for n, row in enumerate(sheet.rows)
         if row != MORE
     )
     notes = "".join(f'<p class="note">{kept(note)}</p>' for note in sheet.notes)

@@ -13,6 +13,7 @@ from sakd_cli.report.render.charts import (
     LESS,
     MORE,
     PALE,
+    PALETTE,
     Bars,
     Chart,
     Heat,
@@ -22,6 +23,7 @@ from sakd_cli.report.render.charts import (
     marked,
     number,
     shades,
+    smoothed,
 )
 from sakd_cli.report.render.fonts import all_scripts
 from sakd_cli.report.render.format import plain
@@ -29,11 +31,9 @@ from sakd_cli.report.render.format import plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
 
-# Okabe and Ito's colours, which people of all kinds of sight can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7f7f7f")
 MARKS = "os^Dv<>p"
 FORMATS = (".png", ".svg")
-KINDS = {"solid": "-", "dashed": "--", "dotted": ":", "marks": ""}
+KINDS = {"solid": "-", "dashed": "--", "dotted": ":", "marks": "", "faint": "-"}
 INCHES = (5.2, 3.9)
 
 
@@ -90,7 +90,8 @@ def figure_of(charts: Sequence[Chart]) -> "Figure":
     lines = -(-len(charts) // 2)
     whole = new_figure(across * INCHES[0], tall * lines)
     parts = whole.subfigures(lines, across, squeeze=False).flatten()
-    for chart, part in zip(charts, parts, strict=False):
+    shown = (smoothed(chart) if isinstance(chart, Lines) else chart for chart in charts)
+    for chart, part in zip(shown, parts, strict=False):
         axes = part.subplots()
         axes.set_title(plain(chart.title), fontsize=11, loc="left")
         if isinstance(chart, Heat):
@@ -114,8 +115,9 @@ def _known(values: Sequence[Number]) -> list[float]:
 
 def _lines(chart: Lines, axes: Any) -> None:
     for series, dash in zip(chart.series, dashes(chart), strict=True):
-        colour, label = COLOURS[series.colour % len(COLOURS)], plain(series.name) if series.name else "_further"
+        colour, label = PALETTE[series.colour % len(PALETTE)], plain(series.name) if series.name else "_further"
         style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "markersize": 4, "label": label}
+        style |= {"alpha": 0.3} if series.kind == "faint" else {}
         style |= {"linewidth": 1.5} | (
             {"dashes": [*map(float, dash.split())]} if dash and series.kind == "solid" else {}
         )
@@ -160,7 +162,7 @@ def _bars(chart: Bars, axes: Any) -> None:
         places = [r + (k - (len(chart.series) - 1) / 2) * high for r in range(len(chart.rows))]
         values = _known([row[1][k] for row in chart.rows])
         errors = [(row[2][k] or 0.0) if k < len(row[2]) else 0.0 for row in chart.rows]
-        colour = COLOURS[k % len(COLOURS)]
+        colour = PALETTE[k % len(PALETTE)]
         bars = axes.barh(places, values, high, color=colour, label=plain(name), xerr=errors if any(errors) else None)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_yticks(range(len(chart.rows)), [plain(name) for name, *_ in chart.rows], fontsize=8)

@@ -37,6 +37,7 @@ class Sheet:
 
     text    columns of text, which stand to the left and may be broken: the first so many, or those of these headers.
             The others hold figures, which stand to the right and are never broken
+    own     number of the row that a page emphasises
     A column without a header only decorates: a bar, or the names of the rows.
     """
 
@@ -45,6 +46,7 @@ class Sheet:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     text: int | Collection[str] = 1
+    own: int | None = None
 
     @property
     def are_text(self) -> list[bool]:

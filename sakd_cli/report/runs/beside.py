@@ -73,21 +73,21 @@ def _table(compared: Comparison) -> Sheet:
     less = DASH if own is None or teacher is None else difference(own.mean - teacher, own.mean, teacher)
     rows = [["teacher", fixed(teacher, 2), less, DASH]]
     for k, group in enumerate(compared.groups):
-        router = named(of[k][0].router)
-        role = f"this run: {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
-        words = [plain(word) for word in group.label.split() if "=" in word and not word.endswith("=0.0")]
-        name = " ".join([role, *(f"({word.replace('method.balance=', 'loss balanced to ')})" for word in words)])
+        router = of[k][0].router and f"`{named(of[k][0].router)}`"
+        role = f"this run, {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
+        words = [f"`{plain(word)}`" for word in group.label.split() if "=" in word and not word.endswith("=0.0")]
+        name = " ".join([role, *(f"({word.replace('`method.balance=1.0`', 'balanced')})" for word in words)])
         ours, theirs = by_seed(of[mine]), by_seed(of[k])
         test = None if k == mine else paired_test(ours, theirs).difference
         means = [one.top1.mean for one in (compared.groups[mine], group) if one.top1 and ours.keys() == theirs.keys()]
         shown = DASH if test is None else difference(test, *(means or (None, None)))
         rows.append([name, mean_std(group.top1), shown, whole(len(group.seeds))])
-    order = ["teacher", *dict.fromkeys(ROLES.values())]
+    order = ["this run", "teacher", *dict.fromkeys(ROLES.values())]
     rows.sort(key=lambda row: next((n for n, role in enumerate(order) if row[0].startswith(role)), len(order)))
-    notes = [f"Difference: this run less the row, in points. Method {named(first.method)} in all that are distilled."]
+    notes = [f"Difference: this run less the row, in points. Method `{named(first.method)}` in all that are distilled."]
     at_random = any(row[0].startswith(ROLES[MATCHED]) for row in rows)
     notes += ["At random: as often as this run at every spot, but not the images that it chose."] * at_random
-    return Sheet("", ["Training", "Test top-1 %", "Difference", "Seeds"], rows, notes)
+    return Sheet("Test accuracy", ["Training", "Top-1 %", "Difference", "Seeds"], rows, notes, own=0)
 
 
 def _verdict(asked: Answer) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from sakd_cli.documents.table import Comparison, Versus
-from sakd_cli.report.render.charts import SHARE, Chart, Lines, Series
+from sakd_cli.report.render.charts import SHARE, Chart, Lines, Series, zoom
 from sakd_cli.report.render.format import (
     DASH,
     csv_text,
@@ -173,7 +173,8 @@ def curve_charts(document: Comparison) -> list[Chart]:
             ends = [min(series[0].x), max(series[0].x)]
             series.append(Series("teacher: test images", ends, [teacher, teacher], len(document.groups), "dotted"))
         note = (f"On {split}. " if not few else "") + "Line: mean of the seeds; band: their range." * several
-        charts.append(Lines(f"{title} by epoch", "epoch", unit, series, limits, note))
+        chart = Lines(f"{title} by epoch", "epoch", unit, series, limits, note)
+        charts += zoom(chart) if limits else [chart]
     return charts
 
 

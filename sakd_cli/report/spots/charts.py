@@ -1,7 +1,7 @@
 """The document of `sakd inspect-spots` as charts"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
@@ -9,7 +9,7 @@ from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import WIDTH, Bars, Chart, Heat, Lines, Row, Series
-from sakd_cli.report.render.format import WHAT, fixed, named, plain, whole
+from sakd_cli.report.render.format import SPLITS, SURE, WHAT, fixed, named, plain, whole
 from sakd_cli.report.render.sheet import thinned
 from sakd_cli.report.spots.log import MIXTURES_PLOT, History, read_mixtures
 from sakd_cli.report.spots.tables import LETTERS
@@ -22,8 +22,6 @@ CLASSES_SHOWN = 12  # at each end of the heat map; all where there are no more t
 PATHS_SHOWN = 12
 EPOCHS_SHOWN, ENDS_SHOWN = 24, 8  # columns, and classes at each end, of the maps of every class by epoch
 BLOCKS_NUMBERED = 12  # beside each other that have room for a number
-SPLITS = {"train": "training images", "validation": "validation images", "test": "test images"}
-SURE = 1.96  # standard errors of a 95 % interval
 
 
 def epoch_chart(report: doc.SpotsDocument) -> Lines:
@@ -138,18 +136,17 @@ def history_charts(report: doc.SpotsDocument, history: History) -> list[Chart]:
     labels = {name: label for label, name in enumerate(history.classes)}
     rows = [(plain(row.name), labels[row.name]) for row in shown if row.name in labels]
     epochs = thinned(history.epochs, EPOCHS_SHOWN)
-    columns, charts = [whole(epoch.epoch) for epoch in epochs], list[Chart]()
-    note = f"{len(rows)} of {classes} classes: those most above and below the mean. " if len(rows) < classes else ""
+    columns, maps = [whole(epoch.epoch) for epoch in epochs], dict[str, list[list[Number]]]()
+    note = "One scale for all spots. " * (len(report.overall) > 1)
+    note += f"{len(rows)} of {classes} classes: those most above and below the mean. " if len(rows) < classes else ""
     note += f"{len(epochs)} of {len(history.epochs)} epochs." if len(epochs) < len(history.epochs) else ""
     for k, spot in enumerate(report.overall if rows else ()):
         seen = [epoch.spots[k].by_class for epoch in epochs]
-        cells = [percent(row[label] if label < len(row) else None for row in seen) for _, label in rows]
-        title = f"{named(spot.name)}: classes by epoch"
-        values = [value for row in cells for value in row if value is not None] or [0.0]
-        names, ends = [name for name, _ in rows], ("least", "% of the class's samples distilled")
-        heat = Heat(title, names, columns, cells, max(values), ends, numbers=False, note=note, least=min(values))
-        charts.append(heat)
-    return charts
+        maps[spot.name] = [percent(row[label] if label < len(row) else None for row in seen) for _, label in rows]
+    values = [value for cells in maps.values() for row in cells for value in row if value is not None] or [0.0]
+    names, ends = [name for name, _ in rows], ("least", "% of the class's samples distilled")
+    scale: dict[str, Any] = {"most": max(values), "least": min(values), "ends": ends, "numbers": False, "note": note}
+    return [Heat(f"{named(spot)}: classes by epoch", names, columns, cells, **scale) for spot, cells in maps.items()]
 
 
 def route_chart(report: doc.SpotsDocument, history: History, index: int) -> Heat:

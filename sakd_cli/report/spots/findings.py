@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
+from sakd_cli.documents.base import Number
 from sakd_cli.documents.spots import ClassFractions, EpochRecord, Measured, SpotExtremes, SpotsDocument
-from sakd_cli.report.render.format import deviation, difference, fixed, fraction, named, whole
+from sakd_cli.report.render.format import SURE, deviation, difference, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import Sheet
 
 ALIKE = 0.01  # shares that differ by less are alike
@@ -24,11 +25,13 @@ def ends_of(report: SpotsDocument) -> list[tuple[float, int, list[tuple[float, C
     return sorted(found, key=lambda one: -one[0])
 
 
-def _by_coins(report: SpotsDocument, k: int) -> float:
-    """How far one of the classes would lie from a spot's mean by chance, were every image decided by the same coin."""
-    classes, p = len(report.by_class), report.overall[k].fraction or 0.0
-    error = (p * (1 - p) * classes / max(report.samples, 1)) ** 0.5
-    return NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / classes / len(report.overall)) * error
+def _by_coins(p: Number, samples: int, classes: int, tests: int) -> float:
+    """How far a class may lie from a spot's mean `p` by chance, were every image decided by one coin.
+
+    No class of all `tests` (at all spots, in all epochs) does with a probability of `LEVEL`.
+    """
+    error = ((p or 0.0) * (1 - (p or 0.0)) * classes / max(samples, 1)) ** 0.5
+    return NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / max(tests, 1)) * error
 
 
 def most_used(report: SpotsDocument) -> str:
@@ -53,8 +56,10 @@ def which_classes(report: SpotsDocument) -> str:
     wide, place, ranked = ends[0]
     if wide < ALIKE:
         return "For all alike: at no spot do two classes differ by a point."
-    chance = max(_by_coins(report, k) for _, k, _ in ends)
-    if all(max(rows[0][0], -rows[-1][0]) <= _by_coins(report, k) for _, k, rows in ends):
+    classes, spots = len(report.by_class), [spot.fraction for spot in report.overall]
+    by_coins = [_by_coins(p, report.samples, classes, classes * len(spots)) for p in spots]
+    if all(max(rows[0][0], -rows[-1][0]) <= by_coins[k] for _, k, rows in ends):
+        chance = max(by_coins)
         return f"For no class is it shown: coins of one rate would differ as much, by {fixed(100 * chance, 1)} points."
     said = (f"{end} often {_class(ranked[n], place)}" for end, n in (("most", 0), ("least", -1)))
     return f"They differ most at {named(report.overall[place].name)}: {', '.join(said)}; points from the spot's mean."
@@ -114,13 +119,20 @@ def trained_router(report: SpotsDocument, measured: Measured) -> str:
 
 
 def by_epoch(epochs: Sequence[EpochRecord]) -> str:
-    known = [(e.epoch, spot.name, [x for x in spot.by_class if x is not None]) for e in epochs for spot in e.spots]
-    ranges = [(max(values) - min(values), epoch, named(name)) for epoch, name, values in known if values]
-    wide, epoch, name = max(ranges, key=lambda one: one[0], default=(0.0, 0, ""))
-    furthest = (
-        f"They lay furthest apart in epoch {epoch} of {len(epochs)}, at {name}: by {fixed(100 * wide, 1)} points."
-    )
-    return furthest if name else ""
+    known = [(e, spot, [x for x in spot.by_class if x is not None]) for e in epochs for spot in e.spots]
+    known = [one for one in known if one[2]]
+    if not known:
+        return ""
+    tests, shown = sum(len(values) for *_, values in known), list[EpochRecord]()
+    for e, spot, values in known:
+        chance = _by_coins(spot.fraction, e.samples, len(values), tests)
+        shown += [e] * any(abs(x - (spot.fraction or 0.0)) > chance for x in values)
+    if not shown:
+        return "In no epoch is it shown that they part: coins of one rate would differ as much."
+    e, spot, values = max(known, key=lambda one: max(one[2]) - min(one[2]))
+    wide = f"{fixed(100 * (max(values) - min(values)), 1)} points"
+    first = f"From epoch {shown[0].epoch} on one of them differs by more than coins of one rate would. "
+    return first + f"They lay furthest apart in epoch {e.epoch} of {len(epochs)}, at {named(spot.name)}: by {wide}."
 
 
 def by_difficulty(report: SpotsDocument, measured: Measured) -> str:
@@ -138,8 +150,8 @@ def by_agreement(report: SpotsDocument, measured: Measured) -> str:
         return ""
     columns = [[one.mean[k] or 0.0 for one in groups] for k in range(len(report.overall))]
     k, name = _widest(report, lambda k: max(columns[k]) - min(columns[k]))
-    ends = (columns[k].index(end(columns[k])) for end in (max, min))
-    most, least = (f"{groups[n].name} ({fraction(columns[k][n])} %)" for n in ends)
+    ends = (groups[columns[k].index(end(columns[k]))] for end in (max, min))
+    most, least = (f"{one.name} ({fraction(one.mean[k])} ± {fraction(SURE * (one.error[k] or 0))} %)" for one in ends)
     return f"The groups differ most at {name}. Highest: {most}; lowest: {least}."
 
 

@@ -77,17 +77,18 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     if measured and measured.extremes and seen.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
-        how = "by its share in training" if measured.value == "rate" else "by the trained router's probability"
+        how = "share in training" if measured.value == "rate" else "trained router"
         for end, images in zip(names, (shown.highest[:OPENING], shown.lowest[:OPENING]), strict=True):
             tiles = _tiles(images, seen.images, short=True)
-            galleries.append(html.Gallery(f"Distilled {end} at {named(shown.spot)}, {how}", tiles))
+            galleries.append(html.Gallery(f"Distilled {end} at {named(shown.spot)} ({how}, %)", tiles))
     doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
     told = [f"gradient ratio {dose:.2g}: hardly acts" if dose and dose < WEAK else "" for dose in doses]
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
     note = f"All {whole(report.epochs)} epochs. An image can use several spots: together more than 100 %."
     note += " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
     bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
-    return html.Opening(answers, [galleries, list(filter(None, [seen.controls, found.class_table(report)])), [bars]])
+    tables = [sheet for sheet in (seen.controls, found.class_table(report)) if sheet]
+    return html.Opening(answers, [[*galleries, bars], tables])
 
 
 def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:

@@ -3,7 +3,7 @@
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
-from sakd_cli.report.render.format import DASH, WHAT, bar, deviation, fixed, fraction, named, p_value, whole
+from sakd_cli.report.render.format import DASH, SPLITS, WHAT, bar, deviation, fixed, fraction, named, p_value, whole
 from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, columns_of, left_out, table, thinned
 
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
@@ -48,7 +48,7 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
     """The sections that are there; `top` classes and `extremes` images at each end, None: all that there are."""
     names, by = [spot.name for spot in measured.spots], measured.difficulty
     answers = by.by_correctness if by else []
-    where = [f"Top-1: on these {whole(measured.images)} {measured.split} images."]
+    where = [f"Top-1: on these {whole(measured.images)} {SPLITS[measured.split]}."]
     correctness = [[cell.name, *map(fraction, cell.mean), whole(cell.images)] for cell in answers]
     tables = {
         "spots": [_spots(measured)] if measured.spots or measured.value is None else [],
@@ -218,7 +218,7 @@ def _spots(measured: doc.Measured) -> Sheet:
     columns["Entropy (bits)"] = lambda spot: fixed(spot.entropy, 2)
     columns |= columns_of(fraction, {"5 %": "p05", "50 %": "p50", "95 %": "p95"})
     of = f" of {named(measured.dataset)}" if measured.dataset else ""
-    notes = [f"{whole(measured.images)} {measured.split} images{of}; sampled with seed {measured.seed}."]
+    notes = [f"{whole(measured.images)} {SPLITS[measured.split]}{of}; sampled with seed {measured.seed}."]
     notes[0] += " > 50: images above 50 %; 5, 50, 95 %: quantiles over the images." * bool(measured.spots)
     title = f"The trained router ({WHAT[measured.value]})"
     return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], text=3)
