@@ -7,7 +7,7 @@ import torch
 from test_runtime import batch, make, optimizer
 from torch import Tensor
 
-from sakd_cli.engine.converted import ConvertedWeights
+from sakd_cli.engine.runtime import ConvertedWeights
 
 
 def steps(method: str, **runtime: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import option_sources, preset_source, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.distillers import table as distillers
-from sakd_cli.distillers.composed import Composed
+from sakd_cli.distillers.distiller import Composed
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import UsageError
 from sakd_cli.tasks.distill import DistillTask

@@ -135,14 +135,26 @@ def _of_torchvision(entry: str) -> dict[str, Any]:
     }
 
 
-def _of_timm(entry: str) -> dict[str, Any]:
+def of_timm(what: str, module: str = "timm") -> Any:
+    """A module of timm. UsageError, naming what asks for it, where it is not installed."""
     try:
-        timm = importlib.import_module("timm")
+        return importlib.import_module(module)
     except ImportError:
-        raise UsageError(f"timm/{entry}: timm is not installed", hint="pip install 'sakd[timm]'") from None
-    hub = entry.startswith("hf-hub:")
-    found = _of_hub(entry) if hub else timm.get_pretrained_cfg(entry)
-    if found is None:
+        raise UsageError(f"{what}: timm is not installed", hint="pip install 'sakd[timm]'") from None
+
+
+def timm_config_of(entry: str) -> Any:
+    """What timm says of a network, as its PretrainedCfg; of one on the Hugging Face hub, what its config.json says."""
+    timm = of_timm(f"timm/{entry}")
+    if not entry.startswith("hf-hub:"):
+        return timm.get_pretrained_cfg(entry)
+    said = timm.models.load_model_config_from_hf(entry.removeprefix("hf-hub:"))[0]
+    kind = of_timm(entry, "timm.models._pretrained").PretrainedCfg  # its values where that says nothing
+    return kind(**{key: value for key, value in said.items() if key in kind.__dataclass_fields__ and value is not None})
+
+
+def _of_timm(entry: str) -> dict[str, Any]:
+    if (found := timm_config_of(entry)) is None:
         raise UsageError(f"timm/{entry}: timm does not say how it was trained", MEANT)
     _, height, width = found.input_size
     if found.crop_mode not in ("center", "squash"):
@@ -156,14 +168,6 @@ def _of_timm(entry: str) -> dict[str, Any]:
         "mean": tuple(found.mean),
         "std": tuple(found.std),
     }
-
-
-def _of_hub(entry: str) -> Any:
-    """What the config.json of a network on the Hugging Face hub says, with timm's values where it says nothing."""
-    models = importlib.import_module("timm.models")
-    said = models.load_model_config_from_hf(entry.removeprefix("hf-hub:"))[0]
-    kind = importlib.import_module("timm.models._pretrained").PretrainedCfg
-    return kind(**{key: value for key, value in said.items() if key in kind.__dataclass_fields__ and value is not None})
 
 
 _LIBRARIES = {"timm": _of_timm, "torchvision": _of_torchvision}

@@ -1,4 +1,4 @@
-"""The distiller contract: WHAT to distil.
+"""The distiller contract: WHAT to distil; and several distillers as one.
 
 A distiller compares features at its spots and multiplies by a weight per spot and sample, never choosing rows by index:
 shapes stay fixed, nothing is read back from the device, and one graph serves every selection. There is one exception,
@@ -6,7 +6,8 @@ for losses that are dear: `Distiller.selected`, which does nothing unless the di
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,74 @@ def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     if ours < theirs:
         return student, mean_pool(teacher, (ours, student.shape[3]))
     return student, teacher
+
+
+SCOPES = ("sample", "batch", "memory")
+
+
+class Ingredient(NamedTuple):
+    """A loss with its weight, and the factor of that weight by epoch (None: always 1)."""
+
+    distiller: Distiller
+    weight: float
+    schedule: Callable[[int], float] | None = None
+
+
+@final
+class Composed(Distiller):
+    """At every spot the sum of the losses that have it, each times its weight.
+
+    Each loss sees its own spots and their rows of the weights, as if it were alone; a spot that two losses share is
+    routed once, for both.
+    """
+
+    scales: Tensor
+
+    def __init__(self, spots: tuple[Spot, ...], ingredients: Sequence[Ingredient]) -> None:
+        (want,) = {one.distiller.want for one in ingredients}
+        self._dynamic, self._active = False, (True,) * len(spots)
+        super().__init__(spots, want=want)
+        self.parts = nn.ModuleList([one.distiller for one in ingredients])
+        self.rows = [[spots.index(spot) for spot in one.distiller.spots] for one in ingredients]
+        self.ingredients = tuple((one.weight, one.schedule) for one in ingredients)
+        self.register_buffer("scales", torch.ones(len(ingredients)), persistent=False)  # set in every epoch
+        self.scope = max((one.distiller.scope for one in ingredients), key=SCOPES.index)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.scales.copy_(torch.tensor([1.0 if f is None else f(epoch) for _, f in self.ingredients]))
+
+    @property
+    def _distillers(self) -> list[Distiller]:
+        return cast("list[Distiller]", list(getattr(self, "parts", ())))
+
+    @property
+    def dynamic_shapes(self) -> bool:
+        return self._dynamic
+
+    @dynamic_shapes.setter
+    def dynamic_shapes(self, allowed: bool) -> None:
+        self._dynamic = allowed
+        for part in self._distillers:
+            part.dynamic_shapes = allowed
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        return self._active
+
+    @active.setter
+    def active(self, active: tuple[bool, ...]) -> None:
+        self._active = active
+        for part, rows in zip(self._distillers, getattr(self, "rows", ()), strict=True):
+            part.active = tuple(active[k] for k in rows)
+
+    def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
+        losses = [weight.new_zeros(())] * len(self.spots)
+        for part, rows, (factor, _), scale in zip(
+            self._distillers, self.rows, self.ingredients, self.scales, strict=True
+        ):
+            if not any(part.active):
+                continue
+            found = part(student, teacher, torch.stack([weight[k] for k in rows]), batch)
+            for k, loss in zip(rows, found, strict=True):
+                losses[k] = losses[k] + factor * scale.to(loss.dtype) * loss
+        return torch.stack(losses)

@@ -11,10 +11,9 @@ from sakd_cli.config import code, plugins
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.preprocessing import ImageSize
-from sakd_cli.distillers.composed import Composed, Ingredient
 from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
-from sakd_cli.distillers.distiller import Distiller, Warmup
+from sakd_cli.distillers.distiller import Composed, Distiller, Ingredient, Warmup
 from sakd_cli.distillers.kdsvd import KDSVD
 from sakd_cli.distillers.logits import DIST, DKD, KD, LS
 from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet, SimKD, reuse

@@ -3,7 +3,6 @@
 Learning rates are pure functions of the step. Of two levels, what the lower learns depends on what the upper sets.
 """
 
-import importlib
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from sakd_cli.config.preprocessing import of_timm
 from sakd_cli.config.train import Train, rate_factor
 from sakd_cli.engine.task import ParamGroup
 from sakd_cli.errors import UsageError
@@ -80,10 +80,7 @@ def made(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if name.removeprefix("timm/").startswith(UNUSABLE):
         raise UsageError(f"train.optimizer: {name} needs second derivatives, or keeps what a checkpoint cannot hold")
     if name.startswith("timm/"):
-        try:
-            factory: Any = importlib.import_module("timm.optim").create_optimizer_v2
-        except ImportError:
-            raise UsageError(f"train.optimizer: {name}: timm is not installed", "pip install 'sakd[timm]'") from None
+        factory = of_timm(f"train.optimizer: {name}", "timm.optim").create_optimizer_v2
         own = {key: value for key, value in given.items() if value is not None and key in ("betas", "eps")}
         try:
             found: torch.optim.Optimizer = factory(

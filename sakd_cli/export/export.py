@@ -22,7 +22,7 @@ from sakd_cli.export.quantise import COUNT
 from sakd_cli.files import read_json, sha256, whole_folder, write_aside, write_json
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.hub import metadata_block, timm_config
+from sakd_cli.models.external import metadata_block, timm_config
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
 from sakd_cli.runs.scored import config_of

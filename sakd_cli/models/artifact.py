@@ -17,8 +17,7 @@ from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
-from sakd_cli.models.external import check_size
-from sakd_cli.models.hub import metadata_block
+from sakd_cli.models.external import check_size, metadata_block
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 

@@ -1,4 +1,4 @@
-"""Networks of torchvision, of timm and of the user's own code, cut into stages (`models/cutting.py`).
+"""Networks of torchvision, of timm and of the user's own code, cut into stages (`models/cutting.py`); their cards.
 
 `torchvision/NAME` and `timm/NAME` are built by their library, for the classes and the side of the images; transformers
 get that side as their image size. `package.module:factory` is called with `num_classes=N` and returns an nn.Module or a
@@ -10,21 +10,25 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sakd_cli.config import code
 from sakd_cli.config.base import of_file
-from sakd_cli.config.preprocessing import ImageSize, height_width
+from sakd_cli.config.networks import brought
+from sakd_cli.config.preprocessing import ImageSize, height_width, of_timm, timm_config_of
 from sakd_cli.errors import UsageError, first_line, unknown
+from sakd_cli.files import yaml_bytes
 from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
 
-NO_TIMM = "timm is not installed"
+if TYPE_CHECKING:
+    from sakd_cli.models.artifact import NetworkCard
+
 HUB = "hf-hub:"  # of the Hugging Face hub, whose config.json says which network of timm's it is
 
 
@@ -108,7 +112,7 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):
             if library == "timm":
-                return dict(importlib.import_module("timm").create_model(entry, pretrained=True).state_dict())
+                return dict(of_timm(name).create_model(entry, pretrained=True).state_dict())
             weights = importlib.import_module("torchvision.models").get_model_weights(entry)
             if not len(weights):
                 raise UsageError(f"torchvision has no trained weights of {entry}")
@@ -127,18 +131,8 @@ def library_classes(entry: str, library: str) -> tuple[str, ...] | None:
     if library == "torchvision":
         weights = importlib.import_module("torchvision.models").get_model_weights(entry).DEFAULT
         return tuple(weights.meta["categories"])
-    names = dict(_pretrained_cfg(entry)).get("label_names")
+    names = getattr(timm_config_of(entry), "label_names", None)
     return tuple(map(str, names)) if names else None
-
-
-def _pretrained_cfg(entry: str) -> Mapping[str, Any]:
-    if entry.startswith(HUB):
-        found: Mapping[str, Any] = importlib.import_module("timm.models").load_model_config_from_hf(
-            entry.removeprefix(HUB)
-        )[0]
-        return found
-    cfg = importlib.import_module("timm").get_pretrained_cfg(entry)
-    return {} if cfg is None else cfg.to_dict()
 
 
 def _cut(name: str, family: str, num_classes: int, side: ImageSize, build: Callable[[], nn.Module]) -> StagedModel:
@@ -169,10 +163,7 @@ def _of_torchvision(entry: str, num_classes: int, side: ImageSize) -> list[Call]
 
 
 def _of_timm(entry: str, num_classes: int, side: ImageSize) -> list[Call]:
-    try:
-        import timm as library
-    except ImportError:
-        raise UsageError(f"timm/{entry}: {NO_TIMM}", hint="pip install 'sakd[timm]'") from None
+    library = of_timm(f"timm/{entry}")
     if not (entry.startswith(HUB) or library.is_model(entry)):
         raise UsageError(unknown("timm classifier", entry, library.list_models()))
     fixed = {"pretrained": False, "num_classes": num_classes}
@@ -215,3 +206,42 @@ def _made(entry: str, num_classes: int) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise UsageError(f"{entry}: returned a {type(found).__name__}, not an nn.Module")
     return found
+
+
+def metadata_block(card: "NetworkCard", facts: dict[str, Any], library: str, *tags: str) -> str:
+    """The YAML block at the top of a README, as the hub's model cards have it.
+
+    facts  top1 in percent, where it is known, and the number of test images
+    """
+    block: dict[str, Any] = {"library_name": library, "pipeline_tag": "image-classification"}
+    block["tags"] = ["image-classification", "knowledge-distillation", "sakd", *tags]
+    if (top1 := facts.get("top1")) is not None:
+        dataset = {"name": card.dataset, "type": card.dataset, "split": "test"}
+        metric = {"type": "accuracy", "name": "Top-1 (%)", "value": round(float(top1), 2)}
+        result = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": [metric]}
+        block |= {"metrics": ["accuracy"], "model-index": [{"name": card.architecture, "results": [result]}]}
+    return f"---\n{yaml_bytes(block).decode()}---\n\n"
+
+
+def timm_config(card: "NetworkCard") -> dict[str, Any]:
+    """Entries of config.json by which `timm.create_model("local-dir:FOLDER")` builds the network; none of others."""
+    network = brought(card.architecture)
+    call = library_call(card.architecture, len(card.classes), card.side)
+    if network is None or call is None or network.family != "timm":
+        return {}
+    name = str(network.arguments["entry"])
+    if name.startswith(HUB):
+        name = of_timm(name, "timm.models").load_model_config_from_hf(name.removeprefix(HUB))[1]
+    height, width = height_width(card.side)
+    shown = {
+        "num_classes": len(card.classes),
+        "input_size": [3, height, width],
+        "mean": card.mean,
+        "std": card.std,
+        "interpolation": card.seen.interpolation,
+        "crop_pct": min(height, width) / card.seen.resize,
+        "crop_mode": "squash" if card.seen.resize_mode == "squash" else "center",
+    }
+    arguments = {key: value for key, value in call.arguments.items() if key not in ("pretrained", "num_classes")}
+    about = {"architecture": name, "num_classes": len(card.classes), "label_names": card.classes}
+    return about | {"pretrained_cfg": shown} | ({"model_args": arguments} if arguments else {})

@@ -15,9 +15,8 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
-from sakd_cli.engine.converted import ConvertedWeights
 from sakd_cli.engine.graphs import Fork
-from sakd_cli.engine.runtime import Mode, to_fp32
+from sakd_cli.engine.runtime import ConvertedWeights, Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.ahead import along, held_out_gradient
