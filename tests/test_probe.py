@@ -9,9 +9,9 @@ from conftest import CliRunner
 from test_step import batches, make
 from torch.nn import functional as F
 
-from sakd_cli.routing import ahead
-from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.runs.probe import class_share, explained
+from sakd_cli.tasks import ahead
+from sakd_cli.tasks.ahead import along, held_out_gradient
 
 
 @pytest.fixture

@@ -127,15 +127,19 @@ class Features(NamedTuple):
     def tensors(self) -> list[Tensor]:
         return [*self.stages, self.logits, *self.preactivations, *(x for maps in self.blocks for x in maps), *self.raw]
 
-    def only(self, stages: Collection[int], preactivations: Collection[int], blocks: Collection[int]) -> "Features":
-        """The same with all but these stages', the pooled vector and the logits given up: empty in their places."""
-        none, last = self.logits.new_empty(0), len(self.stages) - 1
+    def only(self, want: Want, places: Collection[int], more: Collection[int] = ()) -> "Features":
+        """What `want` names, at these stages alone, and of the maps `more`; pooled vector and logits stay.
+
+        All else is given up: empty in its place.
+        """
+        none, maps = self.logits.new_empty(0), {*more, *(places if want == "stages" else ())}
+        before, blocks = (places if want == name else () for name in ("preactivations", "blocks"))
         return Features(
-            tuple(x if k in stages or k == last else none for k, x in enumerate(self.stages)),
+            tuple(x if k in maps or k == len(self.stages) - 1 else none for k, x in enumerate(self.stages)),
             self.logits,
-            tuple(x if k in preactivations else none for k, x in enumerate(self.preactivations)),
-            tuple(maps if k in blocks else () for k, maps in enumerate(self.blocks)),
-            tuple(x if k in stages else none for k, x in enumerate(self.raw)),
+            tuple(x if k in before else none for k, x in enumerate(self.preactivations)),
+            tuple(of if k in blocks else () for k, of in enumerate(self.blocks)),
+            tuple(x if k in maps else none for k, x in enumerate(self.raw)),
         )
 
     @property

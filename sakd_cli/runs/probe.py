@@ -21,11 +21,11 @@ from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.errors import UsageError
 from sakd_cli.report.spots.log import epoch_records, settled_epoch
-from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.survey import BATCH, trained_job
 from sakd_cli.runs.team import require_one_teacher
+from sakd_cli.tasks.ahead import along, held_out_gradient
 from sakd_cli.tasks.distill import DistillTask
 
 MOST = 2000  # training images that are probed

@@ -19,16 +19,15 @@ from sakd_cli.engine.graphs import Fork
 from sakd_cli.engine.runtime import ConvertedWeights, Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import Features, StagedModel, Want
-from sakd_cli.routing.ahead import along, held_out_gradient
 from sakd_cli.routing.dose import Doses
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
+from sakd_cli.tasks.ahead import benefits_of
 from sakd_cli.tasks.criterion import Criterion
 from sakd_cli.tasks.own_code import checked, require_floating
 from sakd_cli.tasks.team import COMBINE, Seen, of_all, used
 
 ROUTER = "router"  # the group of what decides and of the adapters on its paths
-TINY = 1e-30  # of a product of gradients
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
 
 
@@ -208,11 +207,7 @@ class DistillTask(Task):
     ) -> Features:
         """What the distillers read of one network's features, and stages `more`: whatever is kept costs its bytes."""
         places = {getattr(spot, side) for spot in self.spots[:-1]}
-        return features.only(
-            {*more, *(places if want == "stages" else ())},
-            places if want == "preactivations" else (),
-            places if want == "blocks" else (),
-        )
+        return features.only(want, places, more)
 
     def forward(self, batch: Batch) -> StepOutput:
         device = batch.images.device
@@ -221,7 +216,7 @@ class DistillTask(Task):
             if self.mode.autocast_dtype is None:  # a cache's are in 16 bits
                 all_seen = [seen.map(to_fp32) for seen in all_seen]
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
-        benefits = self._benefits(batch, all_seen[0]) if self.router.meta and self._routed else None
+        benefits = benefits_of(self, batch, all_seen[0]) if self.router.meta and self._routed else None
         self.doses.begin()
         with self._converted():
             student, ce = self.learn(batch, offset)
@@ -290,26 +285,6 @@ class DistillTask(Task):
                 features.dynamic_shapes = dynamic
             (found,) = torch.autograd.grad(total, weight)
         return found * len(batch.labels)
-
-    def _benefits(self, batch: Batch, seen: Features) -> Tensor:
-        """[S, N] by how much distilling a sample at a spot lowers the held-out cross-entropy, at root mean square 1.
-
-        In evaluation mode, so that nothing is recorded; in fp32, in whose last bits the difference lies.
-        """
-        assert batch.held_out is not None, "the builder gives such a router held-out images"
-        modules = [module for module in self.modules() if module.training]
-        mode, self.mode = self.mode, Mode()
-        for module in modules:
-            module.training = False
-        try:
-            way = held_out_gradient(self.network, [(batch.held_out.images, batch.held_out.labels)])
-            known = replace(batch, precomputed=seen)
-            products = along(self.network, way, lambda: self.sample_losses(known))
-        finally:
-            self.mode = mode
-            for module in modules:
-                module.training = True
-        return products / products.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
 
     def learn(self, batch: Batch, offset: Tensor | None) -> tuple[Features, Tensor]:
         """The student's features with gradient, and its cross-entropy."""

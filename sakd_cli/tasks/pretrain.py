@@ -132,7 +132,7 @@ class WarmupTask(SingleRateTask):
         compared = {spot.teacher for spot in self.warmup.spots}
         with self.mode.networks(images.device):
             whole = self.teacher_features(images)
-        return whole.only((), compared, ()) if self.warmup.want == "preactivations" else whole.only(compared, (), ())
+        return whole.only(self.warmup.want, compared)
 
     def forward(self, batch: Batch) -> StepOutput:
         known = batch.precomputed

@@ -137,7 +137,7 @@ class SearchTask(Task):
     def precompute(self, images: Tensor) -> Features:
         """What a step reads of the teacher, for `Batch.precomputed`."""
         with self.mode.networks(images.device):
-            return self.teacher_features(images).only((), (), {one.spot.teacher for one in self.sought})
+            return self.teacher_features(images).only("blocks", {one.spot.teacher for one in self.sought})
 
     def losses(self, batch: Batch) -> Losses:
         known, networks = batch.precomputed, self.mode.networks(batch.images.device)

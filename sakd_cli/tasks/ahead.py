@@ -1,11 +1,21 @@
 """What a small change of a network's weights does: the gradient of held-out images, and derivatives along it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli.batch import Batch
+from sakd_cli.engine.runtime import Mode
+from sakd_cli.models.staged import Features
+
+if TYPE_CHECKING:
+    from sakd_cli.tasks.distill import DistillTask
+
+TINY = 1e-30  # of a product of gradients
 STEP = 1e-3  # of the finite difference, as a fraction of the length of all weights
 
 
@@ -38,3 +48,24 @@ def along(network: nn.Module, way: Sequence[Tensor], value: Callable[[], Tensor]
     for weight, origin in zip(weights, origins, strict=True):
         weight.copy_(origin)
     return (sides[0] - sides[1]) / (2 * step)
+
+
+def benefits_of(task: "DistillTask", batch: Batch, seen: Features) -> Tensor:
+    """[S, N] by how much distilling a sample at a spot lowers the held-out cross-entropy, at root mean square 1.
+
+    In evaluation mode, so that nothing is recorded; in fp32, in whose last bits the difference lies.
+    """
+    assert batch.held_out is not None, "the builder gives such a router held-out images"
+    modules = [module for module in task.modules() if module.training]
+    mode, task.mode = task.mode, Mode()
+    for module in modules:
+        module.training = False
+    try:
+        way = held_out_gradient(task.network, [(batch.held_out.images, batch.held_out.labels)])
+        known = replace(batch, precomputed=seen)
+        products = along(task.network, way, lambda: task.sample_losses(known))
+    finally:
+        task.mode = mode
+        for module in modules:
+            module.training = True
+    return products / products.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
