@@ -77,7 +77,7 @@ INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode="markdown")
 config_app = group(help="Show the settings of a run and where they come from.")
 data_app = group(help="Check data sets.")
-show_app = group(help="Explain a method, a settings key or a JSON schema.")
+show_app = group(help="Explain a method, a router, a settings key or a JSON schema.")
 
 
 def _hide_type_of_flags() -> None:
