@@ -58,8 +58,8 @@ SWITCH, FLAG, TEXTS, FILE = bool | None, bool, list[str] | None, Path | None
 # fmt: off
 _ROWS: list[Option | str] = [
     "Distillation",
-    Option("teacher", "teacher.source", "Teacher: architecture (its newest finished run), run directory or file; repeat it for "
-           "several", NETWORKS, "TEACHER", TEXTS, "models"),
+    Option("teacher", "teacher.source", "Teacher: architecture (its newest finished run), run directory or file; "
+           "repeat it for several", NETWORKS, "TEACHER", TEXTS, "models"),
     Option("teacher_weights", "teacher.weights", "Weights file of the teacher, sakd's or its library's; or `library`",
            "distill eval", "FILE|library"),
     Option("student", "student", "Network to train", "distill bench", "NAME", complete="models"),
