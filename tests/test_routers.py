@@ -17,9 +17,9 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.distillers.logits import softened_kl
 from sakd_cli.errors import UsageError
-from sakd_cli.routing import ahead
 from sakd_cli.routing.router import Answers
 from sakd_cli.routing.table import Pair, build
+from sakd_cli.tasks import ahead
 
 PAIR = Pair(spots=3, teacher=8, student=4, epochs=8)
 N = 5
