@@ -85,6 +85,8 @@ def test_a_network_of_the_hub_is_scored_predicts_and_teaches(cli: CliRunner, pet
     about = json.loads((path / "config.json").read_text())
     assert (about["preprocessing"]["size"], about["preprocessing"]["resize"]) == (40, 50)
     assert about["mean"] == CONFIG["mean"]
+    both = cli.sakd(*tokens, f"--teacher=timm/{HUB}", *DATA, "--epochs", "1", "--set", "data.size=32", "--json")
+    assert [one["path"] for one in both.document["more_teachers"]] == [str(path)], "its library's as well"
     again = cli.sakd(*tokens, *DATA, "--dry-run", "--json", "-q")
     assert again.code == 0, again.err
 

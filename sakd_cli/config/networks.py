@@ -92,6 +92,12 @@ def all_names() -> list[str]:
     return [*NETWORKS, *plugins.plugged(plugins.NETWORKS)]
 
 
+def of_library(name: str) -> bool:
+    """Whether torchvision, timm or the Hugging Face hub has a network of that name, and so perhaps weights."""
+    network = brought(name)
+    return network is not None and network.family != "factory"
+
+
 def brought(name: str) -> Network | None:
     """`torchvision/NAME`, `timm/NAME`, `package.module:factory` or `my.py:factory`; None for a name of no such form.
 

@@ -19,7 +19,7 @@ from pydantic import (
 from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
-from sakd_cli.config.networks import NetworkName
+from sakd_cli.config.networks import NetworkName, of_library
 from sakd_cli.config.routers import (
     AdaptiveConfig,
     AgreementConfig,
@@ -222,7 +222,7 @@ class TeacherConfig(Config):
     epochs: PositiveInt | None = None
     """Epochs of that training; None: as many as the student's."""
     weights: Weights | None = None
-    """Weights file that source stood for when the run began, or one to use; `library`: what its library has trained."""
+    """Weights file that source stood for when the run began, or one to use; `library`: what the libraries trained."""
     sha256: str | None = None
     """SHA-256 of that file; a resumed or repeated run uses these weights and no newer ones."""
     others: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -254,9 +254,13 @@ class TeacherConfig(Config):
 
     @property
     def each_other(self) -> "list[TeacherConfig]":
-        """Every further teacher as the only one."""
+        """Every further teacher as the only one; `library` counts for each that is of one."""
         alone = {"others": (), "other_weights": None, "other_sha256": None, "pretrain": False}
         weights, sums = ((found or (None,) * len(self.others)) for found in (self.other_weights, self.other_sha256))
+        if self.weights == "library":
+            weights = tuple(
+                b or ("library" if of_library(a) else None) for a, b in zip(self.others, weights, strict=True)
+            )
         named = zip(self.others, weights, sums, strict=True)
         return [self.model_copy(update=alone | {"source": a, "weights": b, "sha256": c}) for a, b, c in named]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import FilesConfig
-from sakd_cli.config.networks import brought, find_network, find_trainable
+from sakd_cli.config.networks import find_network, find_trainable, of_library
 from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
@@ -29,14 +29,15 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         return None
     if config.teacher.logits is not None:
         return weights_at(config.teacher.logits, "teacher.logits")
-    if config.teacher.weights == "library":
-        if (network := brought(config.teacher.source)) is None:
-            hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
-            raise UsageError(f"teacher: {config.teacher.source} is no network of a library", hint)
-        return _of_library(network.name, config.data)
-    if config.teacher.weights is not None:
-        trust_own(run_of(config.teacher.weights))
-        return config.teacher.weights
+    weights, source = config.teacher.weights, config.teacher.source
+    if weights == "library" and of_library(source):
+        return _of_library(find_network(source).name, config.data)
+    if weights == "library" and not any(map(of_library, config.teacher.others)):
+        hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
+        raise UsageError(f"teacher: {source} is no network of a library", hint)
+    if isinstance(weights, Path):
+        trust_own(run_of(weights))
+        return weights
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
@@ -52,10 +53,10 @@ def _of_library(name: str, data: Any) -> Path:
 
 def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path | None:
     """A path as it is; of the name of a library's network the folder with what the library has trained."""
-    network = None if target is None or target.exists() else brought(str(target))
-    if network is None or network.family == "factory":
+    if target is None or target.exists() or not of_library(str(target)):
         return target
-    found: Path = importlib.import_module("sakd_cli.runs.library").network_by_name(network.name, layers)
+    name = find_network(str(target)).name
+    found: Path = importlib.import_module("sakd_cli.runs.library").network_by_name(name, layers)
     return found
 
 
