@@ -262,6 +262,12 @@ WRONG = [
         2,
         r"line 5: R\.spot_loss: gives .* at spot .*exactly 0",
     ),
+    (
+        "method",
+        LOSS.format("(weight * 0 * student.sum()).square().sum().sqrt()"),
+        7,
+        r"bad\.py, line 5: R\.spot_loss: perhaps its gradient, .* at 0: step 1: gradient",
+    ),
     ("method", LOSS.format("weight.sum() / weight.sum()"), 2, r"bad\.py, line 5: R\.spot_loss: gives nan .*exactly 0"),
     (
         "method",

@@ -29,7 +29,9 @@ def first_losses(job: Job, loader: Loader) -> dict[str, float]:
         output: StepOutput = job.task(first)
         output.loss.backward()
     parts = {name: float(part) for name, part in output.parts.items()}
-    if bad := [name for name, part in parts.items() if not math.isfinite(part)]:
+    bad = [name for name, part in parts.items() if not math.isfinite(part)]
+    gradients = [parameter.grad for parameter in job.task.parameters() if parameter.grad is not None]
+    if bad := bad or ["gradients"] * any(not bool(one.isfinite().all()) for one in gradients):
         error = NonFiniteError(f"the first batch: {', '.join(bad)} is not finite", "other weights of the losses")
         raise of_own_code(error, job.task)
     if output.use is not None and not bool(((output.use.weight >= 0) & (output.use.weight <= 1)).all()):
