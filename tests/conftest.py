@@ -90,6 +90,16 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
     fork_server.close()
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Meanwhile torch's default type is float64."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     return CliRunner(tmp_path_factory.mktemp("cli"))

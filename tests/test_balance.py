@@ -22,20 +22,13 @@ NAMES = tuple("abcdefghij")
 LABELS = torch.cat([torch.full((5 * (k + 1),), k) for k in range(CLASSES)])
 
 
-@pytest.fixture
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def focal(logits: Tensor, labels: Tensor, weight: Tensor, gamma: float) -> Tensor:
     p = logits.softmax(1)[torch.arange(len(labels)), labels]
     each = -((1 - p) ** gamma) * p.log()
     return (weight[labels] * each).sum() / weight[labels].sum()
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("gamma", "weights"),
     [(0.0, "balanced"), (0.0, [1.0, 0.5] * 5), (2.0, None), (0.5, "balanced"), (2.0, [1.0, 0.5] * 5)],

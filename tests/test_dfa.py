@@ -26,11 +26,7 @@ from sakd_cli.tasks.search import SearchTask, Sought
 SIDE, CLASSES = 16, 5
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def network(name: str, seed: int = 0) -> StagedModel:

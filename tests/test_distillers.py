@@ -41,11 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the default is too large for th
 }
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # --- what they are tried on

@@ -27,11 +27,7 @@ from sakd_cli.tasks.distill import DistillTask
 FEATURES = ["at", "cc", "crd", "fitnet", "ft", "kdsvd", "nst", "ofd", "pkt", "reviewkd", "rkd", "sp", "vid"]
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def one_step(task: DistillTask, seed: int = 0) -> tuple[Batch, dict[str, Tensor]]:

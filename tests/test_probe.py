@@ -14,13 +14,6 @@ from sakd_cli.tasks import ahead
 from sakd_cli.tasks.ahead import along, held_out_gradient
 
 
-@pytest.fixture
-def float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("method", ["fitnet", "at", "vid"])
 def test_a_product_is_that_of_the_two_gradients(method: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "STEP", 1e-7)  # in float64; over kinks of ReLUs a longer one errs by a percent

@@ -135,13 +135,6 @@ def double(name: str, seed: int) -> StagedModel:
     return model.requires_grad_(False).eval()
 
 
-@pytest.fixture
-def float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def test_a_residual_student_trained_by_kd_is_one_trained_by_kl(float64: None) -> None:
     inner = make("kd", "always", **{"method.kl_weight": 9.0})
     base = Ensemble([double("resnet8", 1)]).eval()

@@ -25,11 +25,7 @@ PAIR = Pair(spots=3, teacher=8, student=4, epochs=8)
 N = 5
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def router(name: str, **settings: Any) -> Any:

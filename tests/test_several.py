@@ -20,13 +20,6 @@ from sakd_cli.errors import UsageError
 from sakd_cli.tasks.distill import DistillTask
 
 
-@pytest.fixture
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def fit_epochs(task: DistillTask, made: list[Any], epochs: int) -> None:
     """The batches in so many epochs of the task's own schedule."""
     optim = Optimizer(task.groups(), Train())
@@ -39,7 +32,7 @@ def fit_epochs(task: DistillTask, made: list[Any], epochs: int) -> None:
         optim.step(task(batch).loss)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["fitnet+crd", "at+vid+dkd", "rkd+sp"])
 def test_twenty_steps_are_those_of_a_plain_script(name: str) -> None:
     """Each loss as it is alone, with its own weight; all of them rise over two of five epochs, crd over three."""
@@ -85,7 +78,7 @@ def test_dkd_rises_as_published() -> None:
     assert [falling(epoch) for epoch in (1, 2, 3, 4)] == [1.0, 0.75, 0.5, 0.25]
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 def test_a_schedule_scales_a_balanced_dose() -> None:
     """In the first of two epochs of a rise the balance is half of it."""
     words = {"train.epochs": 4, "method.balance": 1.0}
@@ -166,7 +159,7 @@ def test_an_unknown_row_is_an_error_of_ours() -> None:
         distillers.DISTILLERS.row("fitnet+crd")
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 def test_hard_distillation_is_the_cross_entropy_with_the_teachers_answer() -> None:
     for name in ("kd", "fitnet+kd"):
         key = "method.hard" if name == "kd" else "method.kd.hard"

@@ -106,14 +106,7 @@ def plain_step(parts: dict[str, nn.Sequential], teacher: StagedModel, x: Tensor)
     return F.mse_loss(parts["projector"](s), t)
 
 
-@pytest.fixture
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("pair", [("resnet8", "resnet14"), ("resnet8", "vgg8"), ("vgg8", "wrn_10_2")], ids="-".join)
 def test_always_is_the_published_training(pair: tuple[str, str]) -> None:
     task, teacher = task_of(*pair, "always")

@@ -28,11 +28,7 @@ from sakd_cli.tasks.pretrain import PretrainTask
 CLASSES = 10
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make(method: str, router: str, student: str = "resnet8", teacher: str = "resnet14", **more: Any) -> DistillTask:

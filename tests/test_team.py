@@ -3,7 +3,6 @@
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,13 +22,6 @@ from sakd_cli.models.table import create
 from sakd_cli.runs import team
 from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
-
-
-@pytest.fixture
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -59,7 +51,7 @@ def pair_of(method: str, router: str, combine: str) -> DistillTask:
     return tasks[0]
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("combine", ["mean", "confidence", "draw"])
 def test_twenty_steps_are_those_of_a_plain_script(combine: str) -> None:
     task, other = made("fitnet", "always", teacher="resnet8"), made("fitnet", "always")

@@ -4,7 +4,6 @@ import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import test_replay as replay
@@ -22,14 +21,7 @@ from sakd_cli.engine.task import SpotUse
 from sakd_cli.errors import Stopped
 
 
-@pytest.fixture
-def _float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("router", ["always", "never"])
 def test_twenty_steps_are_those_of_a_plain_script(router: str) -> None:
     task = make("kd", router)
