@@ -36,7 +36,6 @@ OPTIMIZERS: dict[str, float | None] = {
     "asgd": 1e-2,
     "rprop": 1e-2,
 }
-WITH_MOMENTUM = ("sgd", "rmsprop")
 WITH_BETAS = ("adam", "adamw", "adamax", "nadam", "radam")
 Schedule = Literal["step", "cosine", "one-cycle", "constant"]
 Metric = Literal["top1", "macro_f1", "balanced_accuracy", "nll"]

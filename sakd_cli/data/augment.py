@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +19,6 @@ ALIKE = 4  # images in a row of an epoch whose random changes are the same: a ca
 SMALL = 64  # pixels
 
 Scale = tuple[float, float]
-Floats = NDArray[np.float64]
 
 
 def pad(images: Tensor, padding: int) -> Tensor:
