@@ -256,12 +256,11 @@ class TeacherConfig(Config):
     def each_other(self) -> "list[TeacherConfig]":
         """Every further teacher as the only one; `library` counts for each that is of one."""
         alone = {"others": (), "other_weights": None, "other_sha256": None, "pretrain": False}
-        weights, sums = ((found or (None,) * len(self.others)) for found in (self.other_weights, self.other_sha256))
+        open_ = (None,) * len(self.others)
+        weights: list[Any] = [*(self.other_weights or open_)]
         if self.weights == "library":
-            weights = tuple(
-                b or ("library" if of_library(a) else None) for a, b in zip(self.others, weights, strict=True)
-            )
-        named = zip(self.others, weights, sums, strict=True)
+            weights = [b or ("library" if of_library(a) else None) for a, b in zip(self.others, weights, strict=True)]
+        named = zip(self.others, weights, self.other_sha256 or open_, strict=True)
         return [self.model_copy(update=alone | {"source": a, "weights": b, "sha256": c}) for a, b, c in named]
 
 
