@@ -17,10 +17,10 @@ from sakd_cli.distillers.maps import margins, partial_distance
 from sakd_cli.distillers.table import build
 from sakd_cli.errors import UsageError
 from sakd_cli.models.layers import GlobalPool
+from sakd_cli.models.resnet import AFTER_NEXT_NORM, PreActivationBlock
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, StagedModel, StageInfo
 from sakd_cli.models.table import create
-from sakd_cli.models.wrn import AFTER_NEXT_NORM, PreActivationBlock
 from sakd_cli.tasks.search import SearchTask, Sought
 
 SIDE, CLASSES = 16, 5

@@ -20,8 +20,8 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.method import WarmedConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.train import Train
-from sakd_cli.distillers.crd import CRD, memory_need
 from sakd_cli.distillers.distiller import Distiller
+from sakd_cli.distillers.relations import CRD, memory_need
 from sakd_cli.distillers.table import DISTILLERS, build
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import MemoryLimitError, UsageError

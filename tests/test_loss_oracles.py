@@ -33,13 +33,11 @@ from sakd_cli.config.methods import (
     SPConfig,
     VIDConfig,
 )
-from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.distiller import Distiller, Warmup
 from sakd_cli.distillers.kdsvd import KDSVD
 from sakd_cli.distillers.logits import DKD, KD
-from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet
-from sakd_cli.distillers.relations import CC, PKT, RKD, SP
-from sakd_cli.distillers.reviewkd import ReviewKD
+from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet, ReviewKD
+from sakd_cli.distillers.relations import CC, CRD, PKT, RKD, SP
 from sakd_cli.distillers.warmups import AB, FSP, FT, Paraphraser, translator
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.logits import KD
 from sakd_cli.distillers.maps import AT, FitNet
-from sakd_cli.distillers.relations import SP
+from sakd_cli.distillers.relations import CRD, SP
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.routing.table import Adaptive
 from sakd_cli.tasks.distill import DistillTask

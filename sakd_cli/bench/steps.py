@@ -23,7 +23,7 @@ from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
-from sakd_cli.distillers.crd import CRD
+from sakd_cli.distillers.relations import CRD
 from sakd_cli.engine.graphs import Cuda, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer

@@ -11,14 +11,12 @@ from sakd_cli.config import code, plugins
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.preprocessing import ImageSize
-from sakd_cli.distillers.crd import CRD
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
 from sakd_cli.distillers.distiller import Composed, Distiller, Ingredient, Warmup
 from sakd_cli.distillers.kdsvd import KDSVD
 from sakd_cli.distillers.logits import DIST, DKD, KD, LS
-from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet, SimKD, reuse
-from sakd_cli.distillers.relations import CC, PKT, RKD, SP
-from sakd_cli.distillers.reviewkd import ReviewKD
+from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet, ReviewKD, SimKD, reuse
+from sakd_cli.distillers.relations import CC, CRD, PKT, RKD, SP
 from sakd_cli.distillers.warmups import AB, FSP, FT
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.models.spot import Spot, resolve_stage_map, spots_at

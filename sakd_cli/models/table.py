@@ -9,7 +9,7 @@ from sakd_cli.config import plugins
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
-from sakd_cli.models import external, mobilenetv2, resnet, reused, shufflenet, vgg, wrn
+from sakd_cli.models import external, mobilenetv2, resnet, reused, shufflenet, vgg
 from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.staged import StagedModel
 
@@ -21,7 +21,7 @@ def _reused(name: str, num_classes: int, side: ImageSize, *, student: str, teach
 
 FAMILIES: dict[str, Callable[..., StagedModel]] = {
     "resnet": resnet.build,
-    "wrn": wrn.build,
+    "wrn": resnet.build_wide,
     "resnet_imagenet": resnet.build_imagenet,
     "vgg": vgg.build,
     "mobilenetv2": mobilenetv2.build,
