@@ -27,6 +27,7 @@ MOST_JSON = 64 * 1024**2  # bytes
 MOST_LOG, MOST_LINE = 2**30, 2**24  # bytes of a log and of a line; 240 epochs of CIFAR-100 leave 1 MB
 MOST_HEADER = 4 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
 SEAL = "sha256"  # key of a document in a file: the digest of its other entries
+CARD_SEAL = "digest"  # that of a network's card, and of an ensemble's
 DEEPEST = 32
 MOST_EVENTS = 20_000
 LONGEST_NUMBER = 19  # digits of a whole number: 64 bits
@@ -117,16 +118,31 @@ def read_json(path: Path, *, sealed: bool = False) -> Any:
     return unsealed(found) if sealed else found
 
 
-def unsealed(found: Any) -> Any:
-    """A document without its seal, if it has one. Raises ValueError where it is another than was sealed."""
-    if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
-        raise ValueError("was changed")
+def unsealed(found: Any, key: str = SEAL, *, needed: bool = False) -> Any:
+    """A document without its seal, if it has one. Raises ValueError where it is another than was sealed.
+
+    needed  also where it has none
+    """
+    if needed and key not in found:
+        raise ValueError("has no digest")
+    if isinstance(found, dict) and key in found and found.pop(key) != _seal(found):
+        raise ValueError("is not as it was written")
     return found
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A document with a digest of all of it under `SEAL`."""
-    return {**content, SEAL: _seal(content)}
+def sealed(content: Mapping[str, Any], key: str = SEAL) -> dict[str, Any]:
+    """A document with a digest of all of it under `key`."""
+    return {**content, key: _seal(content)}
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The card (`config.json`) of a network's folder; empty where there is none. DamagedError where it was changed."""
+    try:
+        return dict(unsealed(read_json(folder / "config.json"), CARD_SEAL))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedError(f"{folder / 'config.json'}: the network's card is damaged ({error})") from None
 
 
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
@@ -145,11 +161,14 @@ def line_digest(before: str, line: bytes) -> str:
     return hashlib.sha256(before.encode() + line.removesuffix(b"\n")).hexdigest()
 
 
-def log_digest(path: Path) -> str:
-    """That of a whole log; of none that of an empty one."""
-    digest = ""
+def log_digest(path: Path, most: int | None = None) -> str:
+    """That of a log, whole or to so many bytes; of none that of an empty one."""
+    digest, length = "", 0
     with suppress(OSError), path.open("rb") as file:
-        for line in file:
+        for line in iter(partial(file.readline, MOST_LINE), b""):
+            length += len(line)
+            if most is not None and length > most:
+                break
             digest = line_digest(digest, line)
     return digest
 

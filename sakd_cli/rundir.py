@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sakd_cli import files, runindex
 from sakd_cli.config.base import EFFECTIVE
-from sakd_cli.config.identity import EXTENDED, MOVED, differences, listed
-from sakd_cli.config.resolve import flat, found_again
+from sakd_cli.config.identity import EXTENDED, HELD, differences, listed
+from sakd_cli.config.resolve import PATHS, flat, found_again
 from sakd_cli.documents.training import LogEnd, Summary
 from sakd_cli.errors import DamagedError, DiskError, RunInUseError, UsageError
 
@@ -23,8 +23,7 @@ DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
 IMAGES = "images.json"  # which images the run has (`data/fingerprint.py`)
 OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
-BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml
-BEGINNING |= {"env.json", ".env.json.tmp", "images.json", ".images.json.tmp", ".config.yaml.tmp"}
+SUMMED = ("images.json", "*.safetensors", "student/*", "teacher/*", "branches/*", "ensemble/*.json")
 
 
 class RunDir:
@@ -143,7 +142,7 @@ class RunDir:
             return
         here = {key: value for key, value in flat(settings or self.config).items() if not key.startswith(EFFECTIVE)}
         found = differences(trained, here) if isinstance(trained, dict) else []
-        allowed = MOVED | EXTENDED if trained.get("train.epochs") in self.extended else MOVED
+        allowed = HELD | EXTENDED if trained.get("train.epochs") in self.extended else HELD
         if changed := [one for one in found if one.key not in allowed]:
             raise DamagedError(
                 f"{self.path}: config.yaml is not what it was trained with: {listed(changed)}", "put it back as it was"
@@ -250,9 +249,30 @@ class RunDir:
                 raise files.disk_error(path, error, ends[path.name].bytes) from None
         return ends
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file that is no log and that readers take figures or weights from, by its place."""
+        found = sorted(path for pattern in SUMMED for path in self.path.glob(pattern) if path.suffix != ".md")
+        return {path.relative_to(self.path).as_posix(): files.sha256(path) for path in found}
+
+    def require_files(self, *names: str) -> None:
+        """Raise DamagedError where the run has ended and files whose places begin so are gone or others than then."""
+        known = dict[str, str]()
+        with suppress(UsageError):  # who shows anything of the summary says what is wrong with it
+            known = self.summary.files if self.finished else {}
+        for name, digest in known.items():
+            path = self.path / name
+            if name.startswith(names) and not (path.is_file() and files.sha256(path) == digest):
+                raise DamagedError(f"{path}: is {'changed' if path.exists() else 'missing'}", "put it back as it was")
+
     def cut_logs(self, sizes: dict[str, int], digests: dict[str, str] | None = None) -> None:
-        """Take back what was written after `log_ends` said this, and the checkpoints of stages that come again."""
+        """Take back what was written after `log_ends` said this, and the checkpoints of stages that come again.
+
+        Raises DamagedError where what was written before is no longer that.
+        """
         files.verify(self.path)
+        for name, digest in (digests or {}).items() if not self.silent else ():
+            if name.endswith(".jsonl") and files.log_digest(self.path / name, sizes.get(name, 0)) != digest:
+                raise DamagedError(f"{self.path / name}: was changed by others since then", "put it back as it was")
         for path, known in self._checkpointed().items() if not self.silent else ():
             if any(end.bytes > sizes.get(name, 0) for name, end in known.items()):
                 shutil.rmtree(path)
@@ -287,76 +307,15 @@ class RunDir:
         if (self.path / name).exists() or (known and known.bytes):
             yield from files.read_lines(self.path / name, known, whole=whole)
 
-    def read_json(self, name: str, *, sealed: bool = False) -> dict[str, Any]:
+    def read_json(self, name: str, *, sealed: bool = False, needed: bool = False) -> dict[str, Any]:
         """One JSON document of the run, as `files.read_json`. Raises UsageError if it is missing or damaged."""
         content = None
         with suppress(OSError, ValueError):
-            content = files.read_json(self.path / name, sealed=sealed)
+            found = files.read_json(self.path / name)
+            content = files.unsealed(found, needed=needed) if sealed else found
         if not isinstance(content, dict):
             raise DamagedError(f"{self.path / name}: missing or damaged")
         return content
-
-
-class ResumePlan(NamedTuple):
-    """What a command means to do: make a new run, resume one, or replace one. Nothing is replaced unasked.
-
-    resume     resume this run
-    lenient    where its last checkpoint is damaged, an older one will do
-    folder     make the new run exactly here; None: `<date>-<time>-<label>` in the folder of runs
-    overwrite  a run that is there goes first
-    extends    the run that is resumed is to go on beyond what its end was
-    """
-
-    resume: RunDir | None = None
-    lenient: bool = False
-    folder: Path | None = None
-    overwrite: bool = False
-    extends: bool = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.resume is not None and self.resume.finished and not self.extends
-
-    @property
-    def summary(self) -> Summary:
-        """Of the finished run."""
-        assert self.resume is not None
-        return self.resume.summary
-
-    def check(self) -> None:
-        """Raise UsageError where a new run would stand on something."""
-        if self.folder is None and self.overwrite:
-            raise UsageError("--overwrite needs --run-dir DIR, the run to replace")
-        if self.folder is None:
-            return
-        RunDir(self.folder)
-        above = next(path for path in self.folder.absolute().parents if path.exists())
-        if not os.access(above, os.W_OK):
-            raise DiskError(f"{self.folder}: cannot be made: {above} is not to be written", hint="another --run-dir")
-        if not self.folder.exists():
-            return
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {str(self.folder)}
-        if not there - BEGINNING:  # empty, or a run that was killed before it began
-            return
-        if "config.yaml" not in there:
-            raise UsageError(f"{self.folder}: exists and is no run directory; nothing was changed")
-        if not self.overwrite:
-            hint = f"--resume {self.folder} resumes it, --overwrite replaces it"
-            raise UsageError(f"{self.folder}: there is a run already", hint)
-
-    def open(self, runs_dir: Path, label: str) -> RunDir:
-        """The run directory to work in, to be locked."""
-        self.check()
-        if self.resume is not None:
-            return self.resume
-        if self.folder is None:
-            return RunDir.create(runs_dir, label)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
-        return RunDir(self.folder)
 
 
 def all_runs(runs_dir: Path) -> list[RunDir]:
@@ -367,13 +326,19 @@ def all_runs(runs_dir: Path) -> list[RunDir]:
 def runs_like(runs_dir: Path, wanted: dict[str, Any]) -> Iterator[RunDir]:
     """The runs whose config agrees with `wanted` (dotted keys), newest first; damaged ones are left out."""
     for path, settings in runindex.all_settings(runs_dir).items():
-        if settings is None or any(look_up(settings, key) != value for key, value in wanted.items()):
+        if settings is None or any(look_up(settings, key) != wanted[key] for key in wanted if key not in PATHS):
             continue
         run = RunDir(path.parent)
         with suppress(UsageError):  # the index may be of another time
             config = run.config
-            if all(look_up(config, key) == value for key, value in wanted.items()):
+            if all(_same(key, look_up(config, key), value) for key, value in wanted.items()):
                 yield run
+
+
+def _same(key: str, value: Any, wanted: Any) -> bool:
+    if key in PATHS and isinstance(value, str):
+        return os.path.abspath(value) == str(wanted)
+    return bool(value == wanted)
 
 
 def newest_run(

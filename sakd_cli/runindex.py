@@ -8,7 +8,6 @@ its own file again. A small folder has none.
 import hashlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,24 @@ Settings = dict[str, Any]
 
 
 def config_files(runs_dir: Path) -> dict[Path, os.stat_result]:
-    """`config.yaml` of every run in the folder, the newest first."""
-    found = []
-    try:
-        names = [entry.name for entry in os.scandir(runs_dir)]
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    for name in names:
-        with suppress(OSError):
+    """`config.yaml` of every run in the folder, and in a folder there that is no run (a sweep's), the newest first."""
+    found, names = [], _names(runs_dir)
+    while names:
+        name = names.pop()
+        try:
             about = os.stat(os.path.join(runs_dir, name, "config.yaml"))
             found.append((about.st_mtime_ns, name, about))
+        except OSError:
+            if os.sep not in name:
+                names += [os.path.join(name, run) for run in _names(runs_dir / name)]
     return {Path(runs_dir, name, "config.yaml"): about for _, name, about in sorted(found, reverse=True)}
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 def read_config(path: Path) -> Settings | None:
@@ -52,12 +58,12 @@ def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:
     entries: dict[str, Any] = {}
     for path, about in config_files(runs_dir).items():
         looks = [about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino]
-        before = known.get(path.parent.name)
+        before = known.get(name := str(path.parent.relative_to(runs_dir)))
         if isinstance(before, list) and len(before) == 2 and before[0] == looks:
             found[path] = before[1] if isinstance(before[1], dict) else None
         else:
             found[path], anew = read_config(path), anew + 1
-        entries[path.parent.name] = [looks, found[path]]
+        entries[name] = [looks, found[path]]
     if anew >= MANY or (known and (anew or len(known) > len(entries))):
         _write(runs_dir / NAME, entries)
     return found

@@ -29,10 +29,10 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.branches import Branches, Tail
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
-from sakd_cli.rundir import ResumePlan
 from sakd_cli.runs import build, launch
 from sakd_cli.runs.branches import branch_rows
 from sakd_cli.runs.locate import locate_inputs
+from sakd_cli.runs.resume import ResumePlan
 from sakd_cli.tasks.pretrain import PretrainTask, SftnTask, imitation
 
 CLASSES, SIDE = 4, 8

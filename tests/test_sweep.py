@@ -228,25 +228,25 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
     common = GRID["common"] | {"train": {"epochs": 10}, "log_every": 1}
     fields = GRID | {"methods": ["kd"], "routers": ["always"], "common": common, "teachers": {"train": {"epochs": 1}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(fields))
-    begun = {path.name for path in (tmp_path / "runs").iterdir()}
+    begun = {path.parent.name for path in (tmp_path / "runs").glob("mine/*/metrics.jsonl")}
     child = fork_server.at(tmp_path).start("sweep", "mine.yaml")
     child.signal_when("running  kd always", 0)
     deadline = time.monotonic() + 120
-    while not [new for new in set((tmp_path / "runs").glob("*/metrics.jsonl")) if new.parent.name not in begun]:
+    while not [new for new in set((tmp_path / "runs").glob("mine/*/metrics.jsonl")) if new.parent.name not in begun]:
         assert child.err.count("error") == 0
         assert time.monotonic() < deadline, child.err
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGINT)
     assert child.wait() == 130, child.err
     assert "resume with sakd sweep mine.yaml" in child.err
-    [path] = {path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if path.parent.name not in begun}
+    [path] = {path.parent for path in (tmp_path / "runs").glob("mine/*/metrics.jsonl") if path.parent.name not in begun}
     assert (path / "checkpoints" / "last" / "manifest.json").is_file()
     fields["common"]["train"] = {"epochs": 10}
     executor = ForkExecutor(fork_server.at(tmp_path))
     with by(executor):
         document = cli.sakd("sweep", "mine.yaml", "--json").document
     [row] = [row for row in document["runs"] if row["role"] == "student"]
-    assert (row["run"], row["resumed"], row["state"]) == (f"runs/{path.name}", True, "done")
+    assert (row["run"], row["resumed"], row["state"]) == (f"runs/mine/{path.name}", True, "done")
 
 
 REFUSED = {

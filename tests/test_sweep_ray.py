@@ -62,7 +62,7 @@ def a_run_under_way(folder: Path) -> int:
         for process in children(folder):
             arguments = Path(f"/proc/{process}/cmdline")
             kind = "always" if arguments.exists() and b"always" in arguments.read_bytes() else "adaptive"
-            begun = folder.glob(f"runs/*-{kind}/checkpoints/last/manifest.json")
+            begun = folder.glob(f"runs/tiny/*-{kind}/checkpoints/last/manifest.json")
             if arguments.exists() and b"distill" in arguments.read_bytes() and any(begun):
                 return process
         time.sleep(0.1)
@@ -85,7 +85,7 @@ def test_runs_that_are_killed_on_a_ray_cluster_are_resumed(cluster: str, tmp_pat
     document = json.loads((tmp_path / "out").read_text())
     assert document["counts"] == {"done": 4, "running": 0, "waiting": 0, "failed": 0, "blocked": 0}
     assert all(cell["top1"] is not None for cell in document["cells"])
-    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 4, "no run was made twice"
+    assert len(list((tmp_path / "runs").glob("tiny/*/summary.json"))) == 4, "no run was made twice"
     assert "resumed" in (tmp_path / "err").read_text()
     # The same bits as without a kill; but for the state of torch's own generator, which nothing draws from.
     for run in document["runs"]:

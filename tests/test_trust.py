@@ -264,3 +264,49 @@ def test_a_folder_of_runs_may_be_moved_and_its_runs_go_on(runs: CliRunner) -> No
         assert CliRunner(elsewhere / "inner").sakd("compare", "../project").code == 0
     finally:
         (elsewhere / "t").rename(runs.path / "t")
+
+
+LEFT = {
+    "survey.safetensors": ["inspect-spots", "report"],
+    "samples.safetensors": ["inspect-spots", "report"],
+    "images.json": ["inspect-spots", "report"],
+    "student/config.json": ["eval", "export", "predict", "inspect-spots", "report"],
+    "student/model.safetensors": ["eval", "export", "predict"],
+    "env.json": ["report"],
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_no_reader_does_without_a_file_that_a_finished_run_has_left(runs: CliRunner, name: str) -> None:
+    """Deleted, or that of another run: one line, where the figures would be others or fewer."""
+    run = runs.path / "finished"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(runs.path / "short", run)
+    more = {"predict": ["nowhere.png"], "report": ["--out", "page.html"], "export": ["--out", "exported"]}
+    for other in (run / "no such file", runs.path / "long" / name):
+        (run / name).unlink(missing_ok=True)
+        if other.is_file() and name not in ("env.json", "images.json"):  # whose seal is right, and which is the same
+            shutil.copyfile(other, run / name)
+        for reader in LEFT[name]:
+            runs.assert_rejects([reader, "finished", *more.get(reader, [])], 4, name)
+
+
+def test_a_seal_by_another_name_is_no_seal(runs: CliRunner) -> None:
+    run = runs.path / "unsealed"
+    shutil.copytree(runs.path / "short", run)
+    text = (run / "env.json").read_text()
+    (run / "env.json").write_text(text.replace('"sha256"', '"sha257"'))
+    runs.assert_rejects(["report", "unsealed"], 4, "env.json: missing or damaged")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "spots.jsonl"])
+def test_a_run_whose_log_was_changed_does_not_go_on(runs: CliRunner, name: str) -> None:
+    for change in (lambda log: log.replace(b"0.", b"1.", 1), lambda log: b"", lambda log: None):
+        run = stopped(runs, "rewritten")
+        content = change((run / name).read_bytes())
+        (run / name).unlink()
+        if content is not None:
+            (run / name).write_bytes(content)
+        result = runs.sakd("distill", "--resume", "rewritten", "-q")
+        assert (result.code, result.err.count("\n")) == (4, 2), result.err
+        assert f"{name}: was changed by others" in result.err

@@ -11,11 +11,13 @@ from sakd_cli.config.routers import PLAIN, ROUTERS
 FREE = {"device", "runs_dir", "log", "log_every", "save_every", "data.workers"}
 FREE |= {"teacher.pretrain", "teacher.cache", "teacher.allow_mismatch"}
 # Filled in by a run when it begins (`build.pin_inputs`).
-PINNED = {"teacher.weights", "teacher.sha256", "router.run", "method.weights_sha256", "code"}
+PINNED = {"teacher.weights", "teacher.sha256", "router.run", "router.run_sha256", "method.weights_sha256", "code"}
 PINNED |= {"teacher.other_weights", "teacher.other_sha256"}
 # What may have moved between two parts of one run: the teacher, which its SHA-256 holds to what it was, and the images,
 # which the run's `images.json` does.
 MOVED = {"teacher.source", "teacher.weights", "teacher.others", "teacher.other_weights", "data.root"}
+# And of which only the places on the disk may be others, since digests hold what lies there.
+HELD = MOVED | {"teacher.logits", "data.unlabeled", "data.manifest", "method.weights", "router.run"}
 # The length of a run, which `--resume RUN --epochs N` extends.
 EXTENDED = {"train.epochs", "train.milestones"}
 # A teacher is known by its SHA-256, wherever it lies and however it is named.

@@ -5,7 +5,7 @@ key remembers who set it, so that an error and `sakd config show --origin` can n
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ _PRIMARY_KEYS = {
 }
 
 
+# Keys that hold paths, and the words that may stand there instead.
+PATHS = {"teacher.weights", "teacher.other_weights", "teacher.logits", "router.run", "method.weights"}
+PATHS |= {"data.root", "data.unlabeled", "data.manifest"}
+NO_PATHS = ("library", "search", "uniform", "last", "random")
 BENCHED = {"teacher.source": "resnet56", "student": "resnet20"}  # what `sakd bench` times unless more is said
 
 
@@ -182,21 +186,35 @@ def file_source(path: Path, origin: str) -> ConfigSource:
 
 
 def relative(settings: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The settings as a run writes them: its teacher from the working folder, where both lie below it."""
-    here, weights = Path.cwd(), (settings.get("teacher") or {}).get("weights")
-    if weights is None or not (Path(weights).is_relative_to(here) and run.resolve().is_relative_to(here)):
+    """The settings as a run writes them: paths from the working folder, where that and the run lie above them."""
+    here = Path.cwd()
+    if not run.resolve().is_relative_to(here):
         return settings
-    return settings | {"teacher": settings["teacher"] | {"weights": str(Path(weights).relative_to(here))}}
+    return _with_paths(settings, lambda path: os.path.relpath(path, here) if Path(path).is_relative_to(here) else path)
 
 
 def found_again(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings of a file in this folder; a teacher that is not below the working folder is looked for above it."""
-    teacher = settings.get("teacher")
-    weights = teacher.get("weights") if isinstance(teacher, dict) else None
-    if not isinstance(weights, str) or not weights or "\0" in weights or os.path.exists(weights):
-        return settings
-    there = next((above / weights for above in folder.resolve().parents if os.path.exists(above / weights)), weights)
-    return settings | {"teacher": teacher | {"weights": str(there)}} if isinstance(teacher, dict) else settings
+    """The settings of a file in this folder; what is not below the working folder is looked for above the file."""
+
+    def found(path: str) -> str:
+        if not path or path in NO_PATHS or "\0" in path or os.path.exists(path):
+            return path
+        return str(next((above / path for above in folder.resolve().parents if os.path.exists(above / path)), path))
+
+    return _with_paths(settings, found)
+
+
+def _with_paths(settings: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The settings with another text for each of `PATHS`."""
+    for section, _, key in (path.partition(".") for path in PATHS):
+        part = settings.get(section)
+        value = part.get(key) if isinstance(part, dict) else None
+        if isinstance(part, dict) and isinstance(value, str | list):
+            changed = [
+                change(one) if isinstance(one, str) else one for one in ([value] if isinstance(value, str) else value)
+            ]
+            settings = settings | {section: part | {key: changed[0] if isinstance(value, str) else changed}}
+    return settings
 
 
 def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str]) -> dict[str, Any]:

@@ -201,6 +201,8 @@ class RandomMatchedConfig(RouterConfig):
     name: Literal["random-matched"] = "random-matched"
     run: str | None = None
     """Adaptive run whose rates per spot and epoch are used; None: the newest with these settings."""
+    run_sha256: str | None = None
+    """SHA-256 of its record of spots when this run began."""
 
 
 def _plugged(name: str, kind: object) -> type[RouterConfig]:

@@ -141,7 +141,7 @@ class Summary(Document):
     weights as they were trained, where others are delivered (train.ema, train.batchnorm); seconds: of the main
     training; phases: fractions of them; extended: the numbers of epochs that it was to have before it was extended;
     classes: where a run balances them; more_teachers: where there are several;
-    logs: where `metrics.jsonl` and the others ended.
+    logs: where `metrics.jsonl` and the others ended; files: SHA-256 of what else readers take figures or weights from.
     """
 
     schema_: Literal["sakd.summary/2"] = "sakd.summary/2"
@@ -172,6 +172,7 @@ class Summary(Document):
     extended: list[int] = Field(default_factory=list)
     classes: list[ClassBalance] = Field(default_factory=list)
     logs: dict[str, LogEnd] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 class PlannedNetwork(Part):

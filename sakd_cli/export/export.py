@@ -19,12 +19,12 @@ from sakd_cli.evaluation.speed import speed
 from sakd_cli.export.formats import FORMS, Form, FromPixels, Function, Precision, Writing
 from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
 from sakd_cli.export.quantise import COUNT
-from sakd_cli.files import read_json, sha256, whole_folder, write_aside, write_json
+from sakd_cli.files import read_about, read_json, sha256, whole_folder, write_aside, write_json
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import metadata_block, timm_config
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.locate import is_ensemble, run_of, settings_of
+from sakd_cli.runs.locate import is_ensemble, own_network, run_of, settings_of
 from sakd_cli.runs.scored import config_of
 
 FORMAT = Export.model_fields["schema_"].default
@@ -156,6 +156,7 @@ def _found(target: Path, reporter: Reporter) -> Exportable:
         reporter.say(f"{target}: is not finished; taking its last checkpoint ({step})")
         loaded = artifact.load(saved.folder / checkpoint.MODEL)
         return Exportable(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
+    own_network(run)
     weights = (run.ensemble or run.deliverable) if run is not None and run.path == target else target
     if weights is None:
         raise UsageError(f"{target}: this run has not saved a network yet")
@@ -185,7 +186,7 @@ def _last_checkpoint(run: RunDir, reporter: Reporter) -> checkpoint.Checkpoint |
 
 def _facts(weights: Path, digest: str) -> dict[str, Any]:
     """What the card beside the weights says of them: figures, and the teacher."""
-    about = _card_of(weights if weights.is_dir() else weights.parent)
+    about = read_about(weights if weights.is_dir() else weights.parent)
     if about.get("sha256") != digest:
         return {"weights": digest}
     facts = {key: about[key] for key in FACTS if key in about}

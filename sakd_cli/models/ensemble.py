@@ -8,7 +8,6 @@ member-N.safetensors   each opens alone, as every weights file of ours
 README.md
 """
 
-import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from sakd_cli.config.preprocessing import shown
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.errors import UsageError
-from sakd_cli.files import json_bytes, parse_json, read_json, sha256, write_aside, write_json
+from sakd_cli.files import CARD_SEAL, read_json, sealed, sha256, unsealed, write_aside, write_json
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import cost
@@ -217,20 +216,14 @@ def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, fact
     write_aside(folder / "README.md", _readme(card, members).encode())
     entries = {key: value for key, value in card.told().items() if key != "architecture"}
     index = {"format": FORMAT, **entries, "members": members, "exits": exits._asdict()}
-    content = parse_json(json_bytes(index | facts))
-    write_json(folder / INDEX, content | {"digest": _digest(content)})
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """SHA-256 of all entries but itself: thresholds decide figures."""
-    return hashlib.sha256(json_bytes({key: content[key] for key in content if key != "digest"})).hexdigest()
+    write_json(folder / INDEX, sealed(index | facts, CARD_SEAL))
 
 
 def load(folder: Path) -> LoadedEnsemble:
     """Read the folder of an ensemble. Raises UsageError where it is missing, damaged or not ours."""
     file = folder / INDEX
     try:
-        about = read_json(file)
+        about = unsealed(read_json(file), CARD_SEAL, needed=True)
         if about["format"] != FORMAT:
             raise UsageError(f"{file}: not an ensemble of this sakd (format {about['format']!r}, expected {FORMAT!r})")
         saved = about["exits"]
@@ -242,8 +235,6 @@ def load(folder: Path) -> LoadedEnsemble:
         files = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
         if len(files) != len(thresholds) + 1:
             raise ValueError(f"{len(files)} members and {len(thresholds)} thresholds")
-        if about.get("digest") != _digest(about):
-            raise ValueError("it is not as it was written")
         about |= {"rule": rule, "teacher": about["teacher"] | {"macs": teacher_macs}}
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None

@@ -40,7 +40,7 @@ from sakd_cli.evaluation.quality import (
     confusions,
 )
 from sakd_cli.evaluation.speed import speed
-from sakd_cli.files import read_json
+from sakd_cli.files import read_about
 from sakd_cli.models import artifact
 from sakd_cli.models import ensemble as ensembles
 from sakd_cli.models.artifact import Artifact
@@ -288,11 +288,9 @@ def opened(target: Path) -> LoadedEnsemble:
     if (folder / INDEX).is_file() and (target.is_dir() or target.name == INDEX):
         return ensembles.load(folder)
     plain = artifact.load(target)
-    try:
-        about = read_json(folder / "config.json")
-        about = {"teacher": dict(about["teacher"])} if about["sha256"] == plain.sha256 else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        about = {}  # a file alone: its teacher is not known
+    about = read_about(folder)  # empty for a file alone: its teacher is not known
+    teacher = about.get("teacher") if about.get("sha256") == plain.sha256 else None
+    about = {"teacher": teacher} if isinstance(teacher, dict) else {}
     exits = Exits("entropy", RANGES["entropy"], ())
     return LoadedEnsemble(Ensemble([plain.model]).eval(), plain.card, exits, about, plain.sha256)
 

@@ -14,7 +14,7 @@ import torch
 
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
-from sakd_cli.config.identity import EXTENDED, MOVED
+from sakd_cli.config.identity import EXTENDED, HELD
 from sakd_cli.config.preprocessing import shown
 from sakd_cli.config.resolve import flat, relative
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
@@ -39,7 +39,7 @@ from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutpu
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_bytes
 from sakd_cli.models import artifact
-from sakd_cli.rundir import SUMMARY, ResumePlan, RunDir
+from sakd_cli.rundir import SUMMARY, RunDir
 from sakd_cli.runs import answers, build, recipe
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
@@ -51,7 +51,7 @@ from sakd_cli.runs.mixtures import Mixed, of_job
 from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import Chain, MemberWriter
-from sakd_cli.runs.resume import find_matching_run, fingerprint, require_fingerprint
+from sakd_cli.runs.resume import ResumePlan, find_matching_run, fingerprint, require_fingerprint
 from sakd_cli.runs.survey import Surveyed
 from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.distill import DistillTask
@@ -167,7 +167,7 @@ def launch(
             if distributed.is_main_process():
                 for extension in extensions:
                     facts |= extension.finalize(factory, figures)
-                facts |= _extension(job, run) | {"logs": run.log_ends()}
+                facts |= _extension(job, run) | {"logs": run.log_ends(), "files": run.digests()}
                 write_json(run.path / SUMMARY, sealed(_summary(job, figures[MAIN], facts).plain()))
             distributed.barrier()
         except Stopped as stopped:
@@ -201,7 +201,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
         write_json(run.path / "env.json", sealed(about))
     elif plan.extends:
         run.extend(known["train.epochs"])
-    if any(known.get(key) != value for key, value in flat(settings).items() if key in MOVED | EXTENDED | {"task"}):
+    if any(known.get(key) != value for key, value in flat(settings).items() if key in HELD | EXTENDED | {"task"}):
         content = yaml_bytes(settings | {EFFECTIVE: effective_values(job)})
         write_aside(run.path / "config.yaml", content)
 

@@ -14,7 +14,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import expanded, read_card, read_json, sha256
+from sakd_cli.files import expanded, read_about, read_card, sha256
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
 
@@ -36,12 +36,12 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
         raise UsageError(f"teacher: {source} is no network of a library", hint)
     if isinstance(weights, Path):
-        trust_own(run_of(weights))
+        own_network(run_of(weights))
         return weights
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
-        trust_own(run)
+        own_network(run)
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
 
@@ -63,7 +63,7 @@ def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path
 def weights_at(source: Path | str, key: str) -> Path:
     """The weights file or folder that a path means: of a run directory its network. `key`: the setting, for errors."""
     path = expanded(source)
-    trust_own(run_of(path))
+    own_network(run_of(path))
     if (path / "config.yaml").is_file():
         folder = RunDir(path).deliverable
         if folder is None:
@@ -132,6 +132,12 @@ def locate_inputs(config: Any) -> Any:
         raise UsageError(f"{text}, or train it first", hint=pretrain_command(config, name))
     if isinstance(router, RandomMatchedConfig) and router.run is None:
         router = router.model_copy(update={"run": str(find_adaptive_run(config).path.resolve())})
+    if isinstance(router, RandomMatchedConfig) and router.run is not None:
+        record = expanded(router.run) / "spots.jsonl"
+        digest = sha256(record) if record.is_file() else None  # whoever reads it says what is wrong
+        if router.run_sha256 not in (None, digest):
+            raise UsageError(f"router.run: {record} is not the record that this run began with (its SHA-256 differs)")
+        router = router.model_copy(update={"run_sha256": digest})
     places: dict[str, Any] = {"weights": path}
     if config.teacher.others:
         found = [_finished(config, one) for one in config.teacher.each_other]
@@ -201,7 +207,7 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
     if (path.is_file() and path.name != "model.safetensors") or not card.is_file():
         return None
     try:
-        about = read_json(card)
+        about = read_about(file)
         known: str = about["sha256"]
         values: tuple[tuple[Any, str], ...] = ((str, "dataset"), (int, "images"), (float, "top1"))
         claim = Claim(*(None if about.get(key) is None else kind(about[key]) for kind, key in values))
@@ -276,7 +282,7 @@ def what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | N
     """The weights, and the run they come from (None for a file of no run)."""
     target = target_or_newest(target, runs_dir)
     run = run_of(target)
-    trust_own(run)
+    own_network(run)
     if run is None or run.path != target:
         return target, run
     delivered = run.ensemble or run.deliverable
@@ -292,6 +298,13 @@ def run_of(target: Path) -> RunDir | None:
     folder = target.resolve() if target.is_dir() else target.resolve().parent
     above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
     return above[0] if above else None
+
+
+def own_network(run: RunDir | None) -> None:
+    """A run's network is about to be used. Raises DamagedError where it, or its card, is not as the run left it."""
+    trust_own(run)
+    if run is not None:
+        run.require_files("student/", "teacher/", "branches/", "ensemble/")
 
 
 def settings_of(run: RunDir | None) -> list[ConfigSource]:

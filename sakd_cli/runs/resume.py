@@ -1,20 +1,22 @@
 """Which run a training command is about: a new one, one to resume (`--resume`), one to replace. No torch."""
 
+import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sakd_cli.config.code import trust
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.identity import EXTENDED, FREE, MOVED, Difference, differences, identity, idle, listed
+from sakd_cli.config.identity import EXTENDED, FREE, HELD, MOVED, Difference, differences, identity, idle, listed
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.config.training import RunConfig
-from sakd_cli.errors import CheckpointError, DataError, UsageError
+from sakd_cli.documents.training import Summary
+from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, sha256
-from sakd_cli.rundir import IMAGES, ResumePlan, RunDir, all_runs, look_up, runs_like
+from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
 from sakd_cli.runindex import all_settings, config_files
 from sakd_cli.runs.locate import with_teachers_preprocessing
 from sakd_cli.runs.own import trust_own
@@ -28,7 +30,71 @@ NETWORK_KEYS = ("model", "student", "teacher.source", "teacher.others")
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir", "log"}
 # What a sweep's config leaves open, or what may lie elsewhere.
-OPEN = {"method.weights_sha256", "data.root", "data.download"}
+OPEN = {"method.weights_sha256", "router.run_sha256", "data.root", "data.download"}
+BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml
+BEGINNING |= {"env.json", ".env.json.tmp", "images.json", ".images.json.tmp", ".config.yaml.tmp"}
+
+
+class ResumePlan(NamedTuple):
+    """What a command means to do: make a new run, resume one, or replace one. Nothing is replaced unasked.
+
+    resume     resume this run
+    lenient    where its last checkpoint is damaged, an older one will do
+    folder     make the new run exactly here; None: `<date>-<time>-<label>` in the folder of runs
+    overwrite  a run that is there goes first
+    extends    the run that is resumed is to go on beyond what its end was
+    """
+
+    resume: RunDir | None = None
+    lenient: bool = False
+    folder: Path | None = None
+    overwrite: bool = False
+    extends: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.resume is not None and self.resume.finished and not self.extends
+
+    @property
+    def summary(self) -> Summary:
+        """Of the finished run."""
+        assert self.resume is not None
+        return self.resume.summary
+
+    def check(self) -> None:
+        """Raise UsageError where a new run would stand on something."""
+        if self.folder is None and self.overwrite:
+            raise UsageError("--overwrite needs --run-dir DIR, the run to replace")
+        if self.folder is None:
+            return
+        RunDir(self.folder)
+        above = next(path for path in self.folder.absolute().parents if path.exists())
+        if not os.access(above, os.W_OK):
+            raise DiskError(f"{self.folder}: cannot be made: {above} is not to be written", hint="another --run-dir")
+        if not self.folder.exists():
+            return
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {str(self.folder)}
+        if not there - BEGINNING:  # empty, or a run that was killed before it began
+            return
+        if "config.yaml" not in there:
+            raise UsageError(f"{self.folder}: exists and is no run directory; nothing was changed")
+        if not self.overwrite:
+            hint = f"--resume {self.folder} resumes it, --overwrite replaces it"
+            raise UsageError(f"{self.folder}: there is a run already", hint)
+
+    def open(self, runs_dir: Path, label: str) -> RunDir:
+        """The run directory to work in, to be locked."""
+        self.check()
+        if self.resume is not None:
+            return self.resume
+        if self.folder is None:
+            return RunDir.create(runs_dir, label)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
+        return RunDir(self.folder)
 
 
 def resolve_command(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
@@ -156,7 +222,7 @@ def require_fingerprint(where: Path, saved: Any, epoch: Any, now: Mapping[str, A
         found = [one for one in found if one.key not in EXTENDED]
         if past[0] != past[1]:  # the learning rates of epochs that are trained
             found.append(Difference(f"train.milestones up to epoch {epoch}", *past))
-    if found := [one for one in found if one.key not in MOVED]:
+    if found := [one for one in found if one.key not in HELD]:
         raise CheckpointError(
             f"{where}: made with other settings: {listed(found)}",
             hint="put config.yaml back as it was, or start a new run; --epochs N extends a run",

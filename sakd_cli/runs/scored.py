@@ -15,7 +15,7 @@ from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.imagefolder import load_labelled
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import read_json
+from sakd_cli.files import read_about
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.images import Images, load_images
@@ -143,11 +143,8 @@ def _own_test_images(data: DataConfig, weights: Path, then: Fingerprint | None) 
 
 def _card_sum(weights: Path) -> str | None:
     """What the card beside weights says of the test images."""
-    try:
-        about = read_json((weights if weights.is_dir() else weights.parent) / "config.json")
-        return str(about["fingerprint"]["test"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    known = read_about(weights if weights.is_dir() else weights.parent).get("fingerprint")
+    return str(known.get("test")) if isinstance(known, dict) else None
 
 
 def _labelled(data: ImageFolderConfig, card: NetworkCard, then: Fingerprint | None, reporter: Reporter) -> Scored:

@@ -10,7 +10,7 @@ from sakd_cli.config import code
 from sakd_cli.config.grid import Grid, Member, Role, grid
 from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
-from sakd_cli.config.training import DistillConfig
+from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.files import parse_yaml, write_aside
@@ -26,7 +26,7 @@ from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 if TYPE_CHECKING:
     from sakd_cli.engine.reporter import Reporter
 
-SWEEP = "sweep"
+SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
 
 
@@ -50,6 +50,8 @@ def understood(
     assert isinstance(settings, SweepConfig)
     given = {key: params[key] for key in ("data_root", "runs_dir", "device", "precision")}
     layers = config_sources({**given, "set_": params["set_"]})
+    if not any("runs_dir" in one for one in (settings.common, *(layer.values for layer in layers))):
+        layers.append(ConfigSource("the sweep's own folder", {"runs_dir": RUNS / path.stem}))
     runs = grid(settings, layers, params["budget"], share, params["protocol"])
     cells = {(one.method or BASELINE, one.router or ""): one for one in runs.members if one.role != Role.teacher}
     if (baseline := params["baseline"]) and not of_baseline(baseline, cells):
@@ -71,6 +73,7 @@ def carry_out(
     file = str(file) if isinstance(file, Path) else file
     name, settings, runs = understood(file, params)
     folder = runs.members[0].config.runs_dir
+    folder = RUNS if folder == RUNS / name else folder  # finished runs beside the sweep's folder count too
     scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
     skipped = runs.skipped | _leave_out_impossible(scheduler, settings)
     if params["estimate"]:

@@ -16,10 +16,10 @@ from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.report.spots.charts import draw_mixtures
-from sakd_cli.rundir import ResumePlan, RunDir
+from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.runs.own import keep_teacher
-from sakd_cli.runs.resume import AUTO, RunIndex, resolve_command, resume_config
+from sakd_cli.runs.resume import AUTO, ResumePlan, RunIndex, resolve_command, resume_config
 from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process

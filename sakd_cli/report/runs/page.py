@@ -143,8 +143,7 @@ def _residual(page: RunPage) -> None:
 
 
 def _environment(page: RunPage) -> None:
-    if (page.run.path / "env.json").exists():
-        page.add("Environment", [_keys("Where and how it ran", page.run.read_json("env.json", sealed=True))])
+    page.add("Environment", [_keys("Where and how it ran", page.run.read_json("env.json", sealed=True, needed=True))])
 
 
 def _settings(page: RunPage) -> None:

@@ -20,7 +20,7 @@ from sakd_cli.documents.spots import (
 )
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import read_card, read_document
+from sakd_cli.files import read_about, read_card, read_document
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.spots.survey import Survey, by_peak, deviations, measure
 from sakd_cli.rundir import RunDir, look_up
@@ -194,9 +194,10 @@ def _total(epochs: list[EpochRecord], index: int) -> SpotTotal:
 
 def _class_names(run: RunDir) -> list[str]:
     """Names of the classes; none for a run that has not saved its student yet."""
+    run.require_files(CARD)
     if not (run.path / CARD).exists() and not (run.path / WEIGHTS).exists():
         return []
-    names = run.read_json(CARD).get("classes")
+    names = read_about(run.path / "student").get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DamagedError(f"{plain(run.path / CARD)}: names no classes")
     with suppress(OSError, ValueError, KeyError, TypeError):  # whoever uses the weights says what is wrong with them

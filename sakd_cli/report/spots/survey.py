@@ -75,6 +75,7 @@ def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
     Raises UsageError where a file is damaged.
     """
     path = run.path / FILE
+    run.require_files(COUNTS, "images.json", *([FILE] if live is None else []))
     if live is None and not path.is_file():
         return _counts(run)
     where = plain(path) if live is None else "the survey"
@@ -128,6 +129,8 @@ def _counts(run: RunDir) -> Survey | None:
 
     path = run.path / COUNTS
     if not path.is_file():
+        if (run.path / "checkpoints" / "last").is_dir() and (run.path / "spots.jsonl").is_file():
+            raise DamagedError(f"{plain(path)}: missing", "put it back as it was")
         return None
     try:
         content = read_bytes(path, MOST_SURVEY)
