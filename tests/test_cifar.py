@@ -12,7 +12,7 @@ import torch
 from torchvision import datasets as torchvision_datasets
 
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
-from sakd_cli.data import cifar, table
+from sakd_cli.data import table, torchvision_sets
 from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.errors import DataError
 
@@ -54,7 +54,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_cifar_reads_what_is_there(official: Path, no_network: list[str]) -> None:
-    dataset = cifar.load_cifar(CIFAR100Config(root=official))
+    dataset = torchvision_sets.load_cifar(CIFAR100Config(root=official))
     entry = pickle.loads((official / "cifar-100-python" / "train").read_bytes())
     assert torch.equal(dataset.train.images, torch.from_numpy(entry["data"]).view(2, 3, 32, 32))
     assert dataset.train.images.is_contiguous()
@@ -85,7 +85,7 @@ def test_cifar_missing(
 def test_a_failed_download_leaves_an_existing_root_as_it_was(tmp_path: Path, no_network: list[str]) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(DataError):
-        cifar.load_cifar(CIFAR100Config(root=tmp_path))
+        torchvision_sets.load_cifar(CIFAR100Config(root=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -95,7 +95,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torchvision_datasets.utils, "download_and_extract_archive", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cifar.load_cifar(CIFAR100Config(root=tmp_path / "new"))
+        torchvision_sets.load_cifar(CIFAR100Config(root=tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,14 +112,14 @@ def test_a_download_completes_the_folder(official: Path, monkeypatch: pytest.Mon
             (folder / name).write_bytes(content)
 
     monkeypatch.setattr(torchvision_datasets.utils, "download_and_extract_archive", deliver)
-    assert len(cifar.load_cifar(CIFAR100Config(root=official)).train) == 2
+    assert len(torchvision_sets.load_cifar(CIFAR100Config(root=official)).train) == 2
     assert [path.name for path in official.iterdir()] == ["cifar-100-python"]
 
 
 def test_a_part_of_the_files_is_named(official: Path) -> None:
     (official / "cifar-100-python" / "meta").unlink()
     with pytest.raises(DataError, match="meta of cifar-100-python not found in"):
-        cifar.load_cifar(CIFAR100Config(root=official, download=False))
+        torchvision_sets.load_cifar(CIFAR100Config(root=official, download=False))
 
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
@@ -129,7 +129,7 @@ def test_one_changed_byte_is_seen(official: Path, no_network: list[str], name: s
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"cifar100: damaged file .*cifar-100-python: its checksum differs"):
-        cifar.load_cifar(CIFAR100Config(root=official))
+        torchvision_sets.load_cifar(CIFAR100Config(root=official))
     assert no_network == []
     assert path.read_bytes() == content
 
@@ -140,7 +140,7 @@ def test_a_file_that_was_cut_is_seen(official: Path, no_network: list[str], name
     path = official / "cifar-100-python" / name
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(DataError, match=f"damaged file '{name}'"):
-        cifar.load_cifar(CIFAR100Config(root=official))
+        torchvision_sets.load_cifar(CIFAR100Config(root=official))
     assert no_network == []
 
 
@@ -166,7 +166,7 @@ def test_sound_files_of_wrong_content_are_seen(
         monkeypatch.setattr(kind, files, [[file, md5 if file == name else old] for file, old in getattr(kind, files)])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5 if name == "meta" else kind.meta["md5"]})
     with pytest.raises(DataError, match=text):
-        cifar.load_cifar(CIFAR100Config(root=official))
+        torchvision_sets.load_cifar(CIFAR100Config(root=official))
 
 
 @pytest.mark.parametrize("fault", ["not an archive", "cut", "another file", "without the images"])
@@ -183,7 +183,7 @@ def test_a_wrong_archive_is_told_and_leaves_nothing(
     if fault != "another file":  # the hash of the archive is the official one elsewhere
         monkeypatch.setattr(kind, "tgz_md5", torchvision_datasets.utils.calculate_md5(archive))
     with pytest.raises(DataError, match=r"cifar100: files not found in .*; the download failed: "):
-        cifar.load_cifar(CIFAR100Config(root=tmp_path / "new"))
+        torchvision_sets.load_cifar(CIFAR100Config(root=tmp_path / "new"))
     assert [path.name for path in tmp_path.iterdir()] == [archive.name]
 
 
@@ -200,7 +200,7 @@ def test_a_replaced_pickle_never_runs(official: Path, monkeypatch: pytest.Monkey
     path = official / "cifar-100-python" / name
     path.write_bytes(pickle.dumps(Canary()))
     with pytest.raises(DataError, match="damaged"):
-        cifar.load_cifar(CIFAR100Config(root=official))
+        torchvision_sets.load_cifar(CIFAR100Config(root=official))
     # torchvision's own check, should the file change after ours
     with pytest.raises(RuntimeError, match="corrupted"):
         torchvision_datasets.CIFAR100(official, train=True)
@@ -213,18 +213,18 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "relative/cache"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert cifar.default_root() == tmp_path / ".cache" / "sakd" / "data"
+        assert torchvision_sets.default_root() == tmp_path / ".cache" / "sakd" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cifar.default_root() == tmp_path / ".cache" / "sakd" / "data"
+    assert torchvision_sets.default_root() == tmp_path / ".cache" / "sakd" / "data"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cifar.default_root() == tmp_path / "cache" / "sakd" / "data"
+    assert torchvision_sets.default_root() == tmp_path / "cache" / "sakd" / "data"
 
 
 def test_the_real_cifar100() -> None:
     root = Path(__file__).parents[2] / "shared" / "data"
     if not (root / "cifar-100-python").is_dir():
         pytest.skip("the CIFAR-100 files are not on this machine")
-    dataset = cifar.load_cifar(CIFAR100Config(root=root, download=False))
+    dataset = torchvision_sets.load_cifar(CIFAR100Config(root=root, download=False))
     assert dataset.train.images.shape == (50_000, 3, 32, 32)
     assert dataset.train.labels.bincount().tolist() == [500] * 100
     assert dataset.test.labels.bincount().tolist() == [100] * 100

@@ -26,7 +26,7 @@ from fork_server import Child, Faults, ForkServer
 from safetensors.torch import save
 
 from sakd_cli.config.datasets import CIFAR100Config
-from sakd_cli.data import cifar
+from sakd_cli.data import torchvision_sets
 from sakd_cli.engine import checkpoint
 from sakd_cli.errors import DataError
 from sakd_cli.files import json_bytes, sha256
@@ -323,5 +323,5 @@ def test_an_archive_that_reaches_out_of_its_folder_writes_nothing(
     monkeypatch.setattr(kind, "tgz_md5", torchvision.datasets.utils.calculate_md5(archive))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match="the download failed"):
-        cifar.load_cifar(CIFAR100Config(root=tmp_path / "data"))
+        torchvision_sets.load_cifar(CIFAR100Config(root=tmp_path / "data"))
     assert sorted(tmp_path.rglob("*")) == before

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sakd_cli.config.networks import NETWORKS
-from sakd_cli.data.cifar import CIFAR100
+from sakd_cli.data.torchvision_sets import CIFAR100
 from sakd_cli.documents.table import Imported
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact

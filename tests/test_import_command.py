@@ -9,7 +9,7 @@ from oracles import fill
 from test_import import foreign
 from torch import Tensor
 
-from sakd_cli.data.cifar import CIFAR100
+from sakd_cli.data.torchvision_sets import CIFAR100
 from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS, translate_name
 from sakd_cli.models.table import create

@@ -7,10 +7,9 @@ from typing import Any
 from sakd_cli.config import code, plugins
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.data import imagefolder
-from sakd_cli.data.cifar import CIFAR10, CIFAR100, load_cifar
 from sakd_cli.data.dataset import Dataset, first_classes
 from sakd_cli.data.shapes import load_shapes
-from sakd_cli.data.torchvision_sets import load_torchvision
+from sakd_cli.data.torchvision_sets import CIFAR10, CIFAR100, load_cifar, load_torchvision
 from sakd_cli.errors import DataError
 
 
