@@ -77,7 +77,7 @@ _SPELLINGS = {_squashed(name): name for name in NETWORKS} | {"shufflev1": "Shuff
 
 
 def reusing(student: str, teacher: str, factor: int) -> Network:
-    """A student's stages under a teacher's pooling and head; `factor` as in `models/reused.py`.
+    """A student's stages under a teacher's pooling and head; `factor` as in `models/adapters.py`.
 
     A student's name holds no hyphen, so the rest behind the second hyphen is the teacher's, which may be of this kind.
     """

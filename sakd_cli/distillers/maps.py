@@ -11,8 +11,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.methods import ATConfig, FitNetConfig, OFDConfig, ReviewKDConfig, SimKDConfig, VIDConfig
 from sakd_cli.config.networks import reusing
 from sakd_cli.distillers.distiller import Distiller, SpotwiseDistiller, pooled_to_smaller, weighted_mean
-from sakd_cli.models import reused
-from sakd_cli.models.adapters import ConvAdapter, mean_pool
+from sakd_cli.models.adapters import ConvAdapter, build_reused, mean_pool
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Affine, Features, StagedModel
 
@@ -199,9 +198,9 @@ class OFD(SpotwiseDistiller):
 
 
 def reuse(config: SimKDConfig, student: StagedModel, teacher: StagedModel) -> StagedModel:
-    """The network that learns: the student's stages, a projector, the teacher's pooling and head (`models.reused`)."""
+    """The network that learns: the student's stages, a projector, the teacher's pooling and head."""
     name = reusing(student.name, teacher.name, config.factor).name
-    made = reused.build(name, teacher.num_classes, student=student, teacher=teacher, factor=config.factor)
+    made = build_reused(name, teacher.num_classes, student=student, teacher=teacher, factor=config.factor)
     return made.to(next(student.parameters()).device)
 
 

@@ -9,14 +9,15 @@ from sakd_cli.config import plugins
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
-from sakd_cli.models import external, mobilenetv2, resnet, reused, shufflenet, vgg
+from sakd_cli.models import external, mobilenetv2, resnet, shufflenet, vgg
+from sakd_cli.models.adapters import build_reused
 from sakd_cli.models.cost import Cost, cost
 from sakd_cli.models.staged import StagedModel
 
 
 def _reused(name: str, num_classes: int, side: ImageSize, *, student: str, teacher: str, factor: int) -> StagedModel:
     ours, theirs = create(student, num_classes, side), create(teacher, num_classes, side)
-    return reused.build(name, num_classes, student=ours, teacher=theirs, factor=factor)
+    return build_reused(name, num_classes, student=ours, teacher=theirs, factor=factor)
 
 
 FAMILIES: dict[str, Callable[..., StagedModel]] = {
