@@ -4,10 +4,14 @@ Each form is written as its trainer does, with the same kinds of objects beside 
 """
 
 import argparse
+import datetime
+import functools
 import pathlib
 import pickle
-from collections import OrderedDict, defaultdict
+import uuid
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +71,11 @@ def teacher() -> Tensors:
 
 def prefixed(prefix: str, of: Tensors | None = None) -> Tensors:
     return {prefix + name: tensor for name, tensor in (tensors() if of is None else of).items()}
+
+
+def split(body: str, head: str) -> Tensors:
+    """The last layer `fc` elsewhere than the others."""
+    return {head + n[3:] if n.startswith("fc.") else body + n: tensor for n, tensor in tensors().items()}
 
 
 def trained(wrap: Callable[[nn.Module], nn.Module] = lambda module: module) -> tuple[nn.Module, Any, Any]:
@@ -207,6 +216,26 @@ FORMS: dict[str, tuple[Callable[[], Any], str, str | None]] = {
         "own",
         None,
     ),
+    "a linear probe's head beside its backbone": (lambda: {"state_dict": split("backbone.", "fc.")}, "own", None),
+    "OpenMMLab": (
+        lambda: {"meta": {"CLASSES": ("a", "b"), "time": "now"}, "state_dict": split("backbone.", "head.fc.")},
+        "own",
+        None,
+    ),
+    "a head in front of nothing": (lambda: split("", "head.fc."), "own", None),
+    "when, who and how": (
+        lambda: {
+            "model": tensors(),
+            "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+            "last": deque([1.0], maxlen=5),
+            "id": uuid.UUID(int=3),
+            "make": functools.partial(dict, lr=Decimal("0.1")),
+        },
+        "own",
+        None,
+    ),
+    "a state dict in a model in a file": (lambda: {"model": {"state_dict": tensors(), "arch": NAME}}, "own", None),
+    "averaged, asked for": (lambda: {"model": tensors(), "ema": {"module": others()}}, "other", "ema.module"),
     "half precision": (
         lambda: {"model": {n: t.half() if t.is_floating_point() else t for n, t in tensors().items()}},
         "half",
@@ -283,6 +312,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str | None]] = {
     "one too many": (
         lambda: {"model": tensors() | {"layer4.0.conv1.weight": torch.zeros(1)}},
         "left over: layer4.0.conv1.weight",
+        None,
+    ),
+    "the head of another network": (
+        lambda: (
+            prefixed("student.", {n: t for n, t in tensors().items() if "fc" not in n})
+            | prefixed("teacher.", teacher())
+        ),
+        "missing: fc.weight, fc.bias",
+        None,
+    ),
+    "two heads": (
+        lambda: split("body.", "one.") | {"two.weight": torch.ones(100, 64), "two.bias": torch.ones(100)},
+        "missing: fc.weight, fc.bias",
+        None,
+    ),
+    "a head for other vectors": (
+        lambda: split("body.", "one.") | {"one.weight": torch.ones(100, 32)},
+        "missing: fc.weight, fc.bias",
         None,
     ),
     "half averaged, half raw": (

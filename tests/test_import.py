@@ -253,3 +253,28 @@ def test_weights_of_our_own_that_are_no_numbers_are_refused(tmp_path: Path) -> N
         artifact.load(tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match="too many for this network"):
         read_foreign(tmp_path / "a.safetensors", 100)
+
+
+def test_a_head_from_elsewhere_and_half_numbers_are_told(tmp_path: Path) -> None:
+    halves = {n: t.bfloat16() if t.is_floating_point() else t for n, t in foreign("resnet20")[0].items()}
+    torch.save({f"probe{n[2:]}" if n[:3] == "fc." else f"body.{n}": t for n, t in halves.items()}, tmp_path / "a.pth")
+    told: list[str] = []
+    load_foreign(tmp_path / "a.pth", "resnet20", 100, tell=told.append)
+    assert told == ["weights of type bfloat16, from here on float32", "the last layer taken from probe"]
+
+
+def test_a_file_in_parts_is_read_by_its_index(tmp_path: Path) -> None:
+    tensors, index = foreign("resnet20")[0], tmp_path / "model.safetensors.index.json"
+    files = {name: f"model-0000{1 + (k > 9)}-of-00002.safetensors" for k, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, tmp_path / file)
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    assert torch.equal(load_foreign(index, "resnet20", 100).head.bias, tensors["fc.bias"])
+    for wrong, text in (
+        ({name: file for name, file in files.items() if "fc" not in name}, "its parts have not the"),
+        (files | {"fc.bias": "../a.safetensors"}, "is no index of a file in parts"),
+        (files | {"fc.bias": "gone.safetensors"}, "no such file"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(UsageError, match=text):
+            load_foreign(index, "resnet20", 100)

@@ -1,14 +1,11 @@
-"""Weights of other programs, tensor by tensor into one of our networks; the only reader of pickled weights.
+"""Weights of other programs, tensor by tensor into one of our networks.
 
-A PyTorch file is read with `weights_only=True` and in no other way, whatever fails. What training scripts keep beside
-the weights (`HARMLESS`) becomes an empty object, of which no code runs. The weights are looked for by the names of
-their tensors (`models/dialects.py`), wherever in the file they stand and whatever wrapper is in front of them.
+They are looked for by the names of their tensors (`models/dialects.py`), wherever in the file they stand and whatever
+wrapper is in front of them.
 """
 
 import re
-import warnings
-import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,55 +17,16 @@ from torch import Tensor
 from sakd_cli.config.networks import NETWORKS, brought, find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
-from sakd_cli.models.artifact import check_finite, fill_weights, ghost, read_tensors, shapes_of
+from sakd_cli.models.artifact import check_finite, fill_weights, ghost, shapes_of
 from sakd_cli.models.dialects import DIALECTS, OWN_NAMES, tables, translate_name
+from sakd_cli.models.plain_files import ALONE, ROOM, read_foreign
 from sakd_cli.models.staged import StagedModel
 
 COUNTER = "num_batches_tracked"  # PyTorch before 0.4.1 had none, and no result depends on it
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # parts of names
 EMA = re.compile(r"(^|[^a-z])ema|ema($|[^a-z])|averaged|(^|[^a-z])swa")  # in a lower-case place: an average of weights
-ROOM = 512 * 1024**2  # bytes beside the weights: another network, an optimizer, a memory bank of CRD (50 MB)
 DEEPEST, WIDEST = 5, 8  # dicts in dicts; entries of a list that may hold a state dict
-ALONE = "where you trust the file, save its weights alone: torch.save(model.state_dict(), FILE)"
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class _Aside:
-    """Stands for an object beside the weights: takes what the file has of it, and keeps nothing."""
-
-    def __new__(cls, *_: Any) -> "_Aside":
-        return object.__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        return
-
-    def __setstate__(self, _: Any) -> None:
-        return
-
-
-class _AsideDict:
-    """Stands for a class of dicts, which the unpickler fills."""
-
-    def __new__(cls, *_: Any) -> Any:
-        return OrderedDict()
-
-
-_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
-_PATHS = [f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")]
-_ATTRIBUTE_DICTS = [
-    f"{package}.AttributeDict"
-    for package in (
-        *("lightning.fabric.utilities.data", "lightning_fabric.utilities.data"),
-        *("lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing"),
-    )
-]
-_PLAIN = [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "frozenset")]
-HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray")),
-    *((_Aside, name) for name in (*_NUMPY, *_PATHS, *_PLAIN)),
-    *((_AsideDict, name) for name in ("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict")),
-    *((_AsideDict, name) for name in _ATTRIBUTE_DICTS),
-]
 
 
 class Place(NamedTuple):
@@ -79,6 +37,7 @@ class Place(NamedTuple):
     names    our name -> theirs, without what they begin with
     tensors  by their names; also what is no tensor
     beside   other parts of the same dict and their numbers of entries
+    head     where the last layer stands, if not behind the others
     """
 
     label: str
@@ -86,6 +45,7 @@ class Place(NamedTuple):
     names: dict[str, str]
     tensors: dict[str, Any]
     beside: Counter[str]
+    head: str = ""
 
     @property
     def missing(self) -> list[str]:
@@ -159,18 +119,11 @@ def load_foreign(
         tensor = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
         tensors[name] = tensor[list(order)] if order is not None and name.startswith("head.") else tensor
     check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
+    if half := {str(tensor.dtype)[6:] for tensor in theirs.values() if tensor.dtype.itemsize == 2}:
+        tell(f"weights of type {', '.join(sorted(half))}, from here on float32")
     for note in notes:
         tell(note)
     return fill_weights(network, tensors)
-
-
-def read_foreign(file: Path, most: int) -> Any:
-    """What a file of weights holds, as plain data. Raises UsageError where it has more than `most` bytes, or other."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file")
-    if file.stat().st_size > most:
-        raise UsageError(f"{file}: has {file.stat().st_size >> 20} MB, too many for this network", hint=ALONE)
-    return read_tensors(file)[1] if file.suffix == ".safetensors" else _unpickled(file)
 
 
 def find_weights(
@@ -192,7 +145,8 @@ def find_weights(
     """
     auxiliary = brought(architecture) is not None
     inside = content if isinstance(content, dict | list | tuple) else ()
-    places = [place for path, part in _dicts(inside, (), set()) for place in _places(path, part, ways, auxiliary)]
+    width = tuple(shapes["head.weight"][1:])
+    places = [one for path, part in _dicts(inside, (), set()) for one in _places(path, part, ways, auxiliary, width)]
     if not places:
         raise UsageError(f"{file}: holds no state dict of tensors with names", hint=ALONE)
     if key is not None:
@@ -231,7 +185,11 @@ def _dicts(content: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tupl
 
 
 def _places(
-    path: tuple[str, ...], part: dict[Any, Any], ways: Sequence[dict[str, str]], auxiliary: bool
+    path: tuple[str, ...],
+    part: dict[Any, Any],
+    ways: Sequence[dict[str, str]],
+    auxiliary: bool,
+    width: tuple[int, ...],
 ) -> Iterator[Place]:
     """Where in a dict a network of these names may stand: behind what stands in front of its first or last tensor."""
     if not all(isinstance(name, str) for name in part):
@@ -249,13 +207,38 @@ def _places(
             if front and len(inside) < len(counted) // 2:
                 continue
             needed, depth = set(names.values()), front.count(".")
+            head, apart = _head_apart(bare, part, names, front, width)
+            inside = {short: name for short, name in inside.items() if name not in apart.values()} | apart
             aside = {name for short, name in inside.items() if short not in needed and _beside(short, part[name])}
             aside |= {name for short, name in inside.items() if auxiliary and short.lower().startswith("aux")}
             tensors = {short: part[name] for short, name in inside.items() if name not in aside}
             others = (part.keys() - inside.values()) | aside
             beside = Counter(_start(name, max(depth, 1), wrappers) for name in part if name in others)
             own = _start(next(iter(inside.values()), ""), depth, wrappers)
-            yield Place(".".join(filter(None, (*path, own))), path, names, tensors, beside)
+            yield Place(".".join(filter(None, (*path, own))), path, names, tensors, beside, head)
+
+
+def _head_apart(
+    bare: Mapping[str, str], part: Mapping[str, Any], names: Mapping[str, str], front: str, width: tuple[int, ...]
+) -> tuple[str, dict[str, str]]:
+    """Where the last layer stands of a network that has it not behind `front`, and its tensors by the network's names.
+
+    It is the one part of the dict that is such a layer and nothing else; empty where there is none, or several.
+    """
+    ends = {theirs: ours.removeprefix("head.") for ours, theirs in names.items() if ours.startswith("head.")}
+    words, groups = {f"{front}{name}".partition(".")[0] for name in names.values()}, dict[str, set[str]]()
+    for short in bare:
+        if (word := short.partition(".")[0]) not in words:
+            groups.setdefault(word, set()).add(short)
+    found = []
+    for group in groups.values():
+        head = min(group).rpartition(".")[0]
+        weight = part[bare[max(group)]]  # behind `bias`
+        if group == {f"{head}.{end}" for end in ends.values()} and isinstance(weight, Tensor):
+            found += [head] * (tuple(weight.shape[1:]) == width)
+    if any(f"{front}{name}" in bare for name in ends) or len(found) != 1:
+        return "", {}
+    return found[0], {theirs: bare[f"{found[0]}.{end}"] for theirs, end in ends.items()}
 
 
 def _beside(name: str, value: Any) -> bool:
@@ -277,6 +260,8 @@ def _notes(content: Any, chosen: Place, averaged: Sequence[Place]) -> Iterator[s
         yield f"raw weights taken ({where}); averaged ones (EMA) are there too: --key {averaged[0].label}"
     elif chosen.averaged:
         yield f"averaged weights (EMA) taken ({chosen.label})"
+    if chosen.head:
+        yield f"the last layer taken from {chosen.head}"
     others: list[str] = []
     for depth, key in enumerate(chosen.path):
         names = content if isinstance(content, dict) else range(len(content))
@@ -310,27 +295,6 @@ def _check_plain(file: Path, place: Place, integers: Collection[str]) -> None:
         kind = torch.is_floating_point(value) or (counts and not value.is_complex())
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or not kind:
             raise UsageError(f"{file}: {name[:40]!r} is no plain tensor of floating-point numbers")
-
-
-def _unpickled(file: Path) -> Any:
-    """What a PyTorch file holds, if that is plain data and as large as it looks."""
-    if zipfile.is_zipfile(file):
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-            raise UsageError(f"{file}: damaged, its archive cannot be read") from None
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or sum(member.file_size for member in members) > file.stat().st_size:
-            raise UsageError(f"{file}: its members are compressed, which PyTorch never does; not opened")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile file makes the unpickler raise anything; there is no second way
-        wanted = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
-        what = f"asks for {wanted[1]}, more than plain tensors" if wanted else "damaged, or more than plain tensors"
-        raise UsageError(f"{file}: {what}; it was not loaded", hint=ALONE) from None
 
 
 def _closest(ways: Sequence[dict[str, str]], theirs: dict[str, Tensor]) -> dict[str, str]:

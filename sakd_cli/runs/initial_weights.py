@@ -13,7 +13,7 @@ from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.table import describe
 from sakd_cli.errors import UsageError
 from sakd_cli.files import sha256
-from sakd_cli.models import artifact, foreign
+from sakd_cli.models import artifact, foreign, plain_files
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.external import library_weights
 from sakd_cli.models.staged import StagedModel
@@ -117,7 +117,7 @@ def foreign_tensors(network: StagedModel, path: Path | None, key: str) -> tuple[
     if path is None:
         content: Any = library_weights(network.name, known.arguments["entry"], known.family)
     else:
-        content = foreign.read_foreign(path, foreign.ROOM + 16 * sum(tensor.nbytes for tensor in mine.values()))
+        content = plain_files.read_foreign(path, plain_files.ROOM + 16 * sum(tensor.nbytes for tensor in mine.values()))
     shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
     found = foreign.find_weights(file, content, network.name, [names], shapes, set(names.values()))
     artifact.check_finite(file, found.tensors)

@@ -1,0 +1,116 @@
+"""Files of weights that other programs have written, as plain data; the only reader of pickled weights.
+
+A PyTorch file is read with `weights_only=True` and in no other way, whatever fails. What training scripts keep beside
+the weights (`HARMLESS`) becomes an empty object, of which no code runs.
+"""
+
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sakd_cli.errors import UsageError
+from sakd_cli.files import parse_json, read_bytes
+from sakd_cli.models.artifact import read_tensors
+
+ROOM = 512 * 1024**2  # bytes beside the weights: another network, an optimizer, a memory bank of CRD (50 MB)
+ALONE = "where you trust the file, save its weights alone: torch.save(model.state_dict(), FILE)"
+
+
+class _Aside:
+    """Stands for an object beside the weights: takes what the file has of it, and keeps nothing."""
+
+    def __new__(cls, *_: Any) -> "_Aside":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        return
+
+    def __setstate__(self, _: Any) -> None:
+        return
+
+
+class _AsideDict:
+    """Stands for a class of dicts, which the unpickler fills."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+class _AsideList:
+    """Stands for a class of lists, likewise."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return []
+
+
+_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+_PATHS = [f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")]
+_TIMES = [f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")]
+_VALUES = [*_TIMES, "uuid.UUID", "decimal.Decimal", "fractions.Fraction", "functools.partial"]
+_ATTRIBUTE_DICTS = [
+    f"{package}.AttributeDict"
+    for package in (
+        *("lightning.fabric.utilities.data", "lightning_fabric.utilities.data"),
+        *("lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing"),
+    )
+]
+_PLAIN = [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "frozenset")]
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray")),
+    *((_Aside, name) for name in (*_NUMPY, *_PATHS, *_PLAIN, *_VALUES)),
+    (_AsideList, "collections.deque"),
+    *((_AsideDict, name) for name in ("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict")),
+    *((_AsideDict, name) for name in _ATTRIBUTE_DICTS),
+]
+
+
+def read_foreign(file: Path, most: int) -> Any:
+    """What a file of weights holds, as plain data. Raises UsageError where it has more than `most` bytes, or other."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    if file.stat().st_size > most:
+        raise UsageError(f"{file}: has {file.stat().st_size >> 20} MB, too many for this network", hint=ALONE)
+    if file.name.endswith(".index.json"):
+        return _parts(file, most)
+    return read_tensors(file)[1] if file.suffix == ".safetensors" else _unpickled(file)
+
+
+def _parts(index: Path, most: int) -> dict[str, Any]:
+    """The tensors of a file in several parts, from the index of the Hugging Face libraries beside them."""
+    try:
+        places = dict(parse_json(read_bytes(index, most).decode())["weight_map"])
+        files = sorted({str(name) for name in places.values()})
+        assert all(Path(name).name == name and not name.endswith(".json") for name in files)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise UsageError(f"{index}: is no index of a file in parts, with a weight_map of names beside it") from None
+    found = {name: tensor for part in files for name, tensor in read_foreign(index.parent / part, most).items()}
+    if odd := sorted(places.keys() ^ found.keys()):
+        raise UsageError(f"{index}: its parts have not the {len(places)} tensors that it names, first {odd[0][:40]!r}")
+    return found
+
+
+def _unpickled(file: Path) -> Any:
+    """What a PyTorch file holds, if that is plain data and as large as it looks."""
+    if zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            raise UsageError(f"{file}: damaged, its archive cannot be read") from None
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or sum(member.file_size for member in members) > file.stat().st_size:
+            raise UsageError(f"{file}: its members are compressed, which PyTorch never does; not opened")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile file makes the unpickler raise anything; there is no second way
+        wanted = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
+        what = f"asks for {wanted[1]}, more than plain tensors" if wanted else "damaged, or more than plain tensors"
+        raise UsageError(f"{file}: {what}; it was not loaded", hint=ALONE) from None
