@@ -24,7 +24,8 @@ def test_small_figures() -> None:
     assert format.fixed(61.3, 1, " %") == "61.3 %"
     deviations = [format.deviation(value, 0.5) for value in (0.042, -0.042, 0.0, -1e-9, None)]
     assert deviations == ["+4.2", "−4.2", "0.0", "0.0", "–"]
-    assert format.deviation(0.0006, 0.5003) == "+0.06", "shown are 50.0 and 50.0"
+    assert format.deviation(0.0006, 0.5003) == "0.0", "shown are 50.0 and 50.0"
+    assert format.deviation(0.0412, 0.5006) == "+4.2", "shown are 50.1 and 45.9"
     durations = [format.duration(value) for value in (12.34, 83.1, 7512, 59.96, None)]
     assert durations == ["12.3 s", "1 min 23 s", "2 h 05 min", "1 min 00 s", "–"]
     assert format.shape([16, 32, 32]) == "16×32×32"

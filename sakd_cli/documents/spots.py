@@ -12,7 +12,6 @@ from sakd_cli.documents.base import Document, Number, Part
 from sakd_cli.documents.training import Mixtures
 
 EXTREMES = 12  # images at each end of a spot; a run saves the pixels of as many
-TRACKED = 8  # training images whose route is recorded epoch by epoch
 Split = Literal["train", "validation", "test"]
 STEP_MEANS = ("router_loss_scaled_up", "router_loss_scaled_down", "count_penalty_active", "routed_ce", "student_ce")
 
@@ -69,12 +68,6 @@ class EpochRecord(EpochSteps):
         if lengths != {len(self.spots)}:
             raise ValueError("empty_selection or tracked has another number of spots")
         return self
-
-
-def tracked_places(samples: int) -> list[int]:
-    """Places of the tracked images among so many training images, evenly spaced."""
-    most = min(TRACKED, samples)
-    return [k * samples // most for k in range(most)]
 
 
 class SpotTotal(Part):
@@ -241,6 +234,12 @@ class SpotExtremes(Part):
     spot: str
     highest: list[ExtremeImage]
     lowest: list[ExtremeImage]
+
+    @property
+    def spread(self) -> float:
+        """From the lowest value, as they are shown, to the highest."""
+        known = [round(image.value, 3) for image in (*self.highest, *self.lowest)]
+        return max(known, default=0.0) - min(known, default=0.0)
 
 
 class PathExamples(Part):

@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from sakd_cli.batch import Batch
-from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SamplesHeader, SpotInEpoch, TrackedImage, tracked_places
+from sakd_cli.documents.spots import STEP_MEANS, EpochRecord, SamplesHeader, SpotInEpoch, TrackedImage
 from sakd_cli.engine.task import SpotUse, StepOutput
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.files import columns_digest
+
+TRACKED = 8  # training images whose route is recorded epoch by epoch
+
+
+def tracked_places(samples: int) -> list[int]:
+    """Places of the tracked images among so many training images, evenly spaced."""
+    most = min(TRACKED, samples)
+    return [k * samples // most for k in range(most)]
 
 
 class Rows(NamedTuple):

@@ -38,10 +38,10 @@ from sakd_cli.documents.spots import (
     Score,
     SpotPlace,
     SurveyHeader,
-    tracked_places,
 )
 from sakd_cli.documents.spots import Split as SplitName
 from sakd_cli.engine import checkpoint
+from sakd_cli.engine.recorder import tracked_places
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
 from sakd_cli.errors import CheckpointError, Stopped, UsageError
 from sakd_cli.files import columns_digest, sealed, write_aside

@@ -243,13 +243,19 @@ def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
 
 
+def without_middle(words: str, columns: int) -> str:
+    """A name of at most so many columns: both of its ends, by which names differ."""
+    if cell_len(words) <= columns:
+        return words
+    ends = chop_cells(words, max(2, columns // 2)), chop_cells(words[::-1], max(2, (columns - 1) // 2))
+    return f"{ends[0][0]}…{ends[1][0][::-1]}"
+
+
 def _label(x: float, y: float, words: str, kind: str = "", room: float = 1e4) -> str:
     """Text; what does not fit into `room` loses its middle (names differ at their ends), and is whole on hover."""
     short = words = plain(words)
     if extent(words) > room:
-        fits = max(2, int(room / extent(words) * cell_len(words)))
-        ends = chop_cells(words, max(2, fits // 2)), chop_cells(words[::-1], max(2, (fits - 1) // 2))
-        short = f"{ends[0][0]}…{ends[1][0][::-1]}"
+        short = without_middle(words, max(2, int(room / extent(words) * cell_len(words))))
     whole = f"<title>{text(words)}</title>" if short != words else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{whole}{text(short)}</text>'
 

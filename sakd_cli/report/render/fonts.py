@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+from sakd_cli.report.render.charts import without_middle
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
+
+LONGEST = 30  # columns of a row's name
 
 
 @contextmanager
@@ -61,7 +65,9 @@ def _spelled(figure: "Figure", texts: "Mapping[Text, str]", missing: frozenset[s
     axes = [axis for axis in axes if not isinstance(axis.get_major_formatter(), ScalarFormatter)]  # numbers
     formatters = [axis.get_major_formatter() for axis in axes]
     for axis, formatter in zip(axes, formatters, strict=True):
-        axis.set_major_formatter(FuncFormatter(lambda x, place, old=formatter: spelled(old(x, place))))
+        axis.set_major_formatter(
+            FuncFormatter(lambda x, place, old=formatter: without_middle(spelled(old(x, place)), LONGEST))
+        )
     for text, words in texts.items():
         text.set_text(spelled(words))
     try:

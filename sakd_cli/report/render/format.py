@@ -68,12 +68,16 @@ def fraction(value: Any) -> str:
     return DASH if known is None else fixed(100 * known, 1)
 
 
+def above(value: Any, share: Any) -> float | None:
+    """What a share in [0, 1] is above another, in percentage points: the difference of both as they are shown."""
+    known, mine = number(value), number(share)
+    return None if known is None or mine is None else round(100 * mine, 1) - round(100 * (mine - known), 1)
+
+
 def deviation(value: Any, share: Any) -> str:
-    """What a share in [0, 1] is above another, in percentage points, always signed: `+4.2`; as `difference`."""
-    known, whole = number(value), number(share)
-    if known is None or whole is None:
-        return DASH
-    return difference(100 * known, 100 * whole, 100 * (whole - known), digits=1)
+    """The same, always signed: `+4.2`."""
+    known = above(value, share)
+    return DASH if known is None else points(known, 1)
 
 
 def points(value: float, digits: int) -> str:
@@ -88,10 +92,10 @@ def p_value(p: Any) -> str:
     return "< 0.001" if known is not None and known < 0.0005 else fixed(known, 3)
 
 
-def difference(value: float, ours: float | None, theirs: float | None, digits: int = 2) -> str:
-    """In points, to as many digits as those have that it is of; to one more where these two would not agree."""
-    shown = None if ours is None or theirs is None else points(round(ours, digits) - round(theirs, digits), digits)
-    return points(value, digits if shown in (None, points(value, digits)) else digits + 1)
+def difference(value: float, ours: float | None, theirs: float | None) -> str:
+    """In points, to two digits as those have that it is of; to three where these two would not agree."""
+    shown = None if ours is None or theirs is None else points(round(ours, 2) - round(theirs, 2), 2)
+    return points(value, 2 if shown in (None, points(value, 2)) else 3)
 
 
 def mean_std(found: SeedStatistics | None, digits: int = 2) -> str:

@@ -109,6 +109,7 @@ padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-ra
 .opening>div>:first-child>h3{margin-top:0}
 .facts dd,code{font-family:ui-monospace,monospace;font-size:.95em}
 tr.own{font-weight:700}
+.question,.answer{overflow-wrap:anywhere}
 .question{font-size:1.05rem;font-style:italic;margin:.2rem 0}
 .answer{margin:.2rem 0 .8rem;font-weight:600}
 summary{cursor:pointer;font-weight:600;margin:.6rem 0;color:var(--link)}
@@ -156,6 +157,7 @@ th:first-child,td:first-child{position:sticky;left:0;z-index:1}
 td:first-child{background:var(--bg)}
 .opening td:first-child{background:var(--card)}
 .opening td.t,.opening th.t{min-width:0}
+.opening td.t:not(:first-child){overflow-wrap:anywhere}
 .opening th,.opening td{padding:.15rem .5rem;overflow-wrap:break-word}
 .opening th{white-space:normal}
 .opening thead th{padding:0}

@@ -24,8 +24,9 @@ from sakd_cli.report.render.charts import (
     number,
     shades,
     smoothed,
+    without_middle,
 )
-from sakd_cli.report.render.fonts import all_scripts
+from sakd_cli.report.render.fonts import LONGEST, all_scripts
 from sakd_cli.report.render.format import plain
 
 if TYPE_CHECKING:
@@ -126,11 +127,10 @@ def _lines(chart: Lines, axes: Any) -> None:
         )
         if series.band:
             axes.fill_between(series.x, *zip(*series.band, strict=True), color=colour, alpha=0.15)
-    left, right, *limits = frame(chart)
-    axes.set_ylim(*limits)
+    axes.set_ylim(*frame(chart)[2:])
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
-    if right - left >= 2:
+    if all(float(x).is_integer() for series in chart.series for x in series.x):
         axes.locator_params(axis="x", integer=True)  # epochs have no halves
 
 
@@ -152,7 +152,7 @@ def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
     means = chart.means or [""] * len(chart.columns)
     heads = [f"{plain(name)}\n{mean}".strip() for name, mean in zip(chart.columns, means, strict=True)]
     axes.set_xticks(range(0, len(chart.columns), step), heads[::step], fontsize=8)
-    axes.set_yticks(range(len(chart.rows)), list(map(plain, chart.rows)), fontsize=7)
+    axes.set_yticks(range(len(chart.rows)), [without_middle(plain(row), LONGEST) for row in chart.rows], fontsize=7)
     figure.colorbar(image, ax=axes).set_label(f"{chart.ends[0]}  |  {chart.ends[1]}", size=8)
 
 
@@ -165,7 +165,8 @@ def _bars(chart: Bars, axes: Any) -> None:
         colour = PALETTE[k % len(PALETTE)]
         bars = axes.barh(places, values, high, color=colour, label=plain(name), xerr=errors if any(errors) else None)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.set_yticks(range(len(chart.rows)), [plain(name) for name, *_ in chart.rows], fontsize=8)
+    names = [without_middle(plain(name), LONGEST) for name, *_ in chart.rows]
+    axes.set_yticks(range(len(chart.rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 112)
     axes.set_xlabel(chart.x)

@@ -9,7 +9,7 @@ from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import WIDTH, Bars, Chart, Heat, Lines, Row, Series
-from sakd_cli.report.render.format import SPLITS, SURE, WHAT, fixed, named, plain, whole
+from sakd_cli.report.render.format import SPLITS, SURE, WHAT, above, fixed, named, plain, whole
 from sakd_cli.report.render.sheet import thinned
 from sakd_cli.report.spots.log import MIXTURES_PLOT, History, read_mixtures
 from sakd_cli.report.spots.tables import LETTERS
@@ -43,7 +43,8 @@ def class_chart(report: doc.SpotsDocument) -> Heat:
     """Classes by spots: the difference from the spot's mean in points; in training, or by a survey made just now."""
     shown, classes = _classes_shown(report, CLASSES_SHOWN)
     measured = report.measured if _live(report) else None
-    cells = [percent(row.deviation) for row in shown]
+    shares = [row.mean if isinstance(row, doc.ClassGroup) else row.fraction for row in shown]
+    cells = [list(map(above, row.deviation, own)) for row, own in zip(shown, shares, strict=True)]
     means = [spot.mean for spot in measured.spots] if measured else [spot.fraction for spot in report.overall]
     heads = [plain(spot.name) for spot in report.overall]
     below = [fixed(100 * (mean or 0), 0, " %") for mean in means]
@@ -62,9 +63,9 @@ def _live(report: doc.SpotsDocument) -> doc.Classes | None:
     return report.measured.classes if report.measured and report.measured.source == "live" else None
 
 
-def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[list[doc.ClassDeviation], int]:
+def _classes_shown(report: doc.SpotsDocument, most: int) -> tuple[Sequence[doc.ClassGroup | doc.ClassFractions], int]:
     """The highest deviation first, `most` at each end where there are more than three times as many; and how many."""
-    rows: Sequence[doc.ClassDeviation] = live.rows if (live := _live(report)) else report.by_class
+    rows: Sequence[doc.ClassGroup | doc.ClassFractions] = live.rows if (live := _live(report)) else report.by_class
     known = [row for row in rows if None not in row.deviation]
     ranked = sorted(known, key=lambda row: -(row.peak or 0))
     return ranked if len(ranked) <= 3 * most else ranked[:most] + ranked[-most:], len(ranked)

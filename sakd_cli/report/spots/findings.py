@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 from sakd_cli.documents.base import Number
-from sakd_cli.documents.spots import ClassFractions, EpochRecord, Measured, SpotExtremes, SpotsDocument
+from sakd_cli.documents.spots import ClassFractions, EpochRecord, Measured, SpotsDocument
 from sakd_cli.report.render.format import SURE, deviation, difference, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import Sheet
 
@@ -46,23 +46,43 @@ def most_used(report: SpotsDocument) -> str:
     return f"{first}, for {of}; then {rest}."
 
 
-def which_classes(report: SpotsDocument) -> str:
-    """At the spot where they differ most: the classes at both ends, unless coins would differ as much."""
+def _alike(report: SpotsDocument) -> str:
+    """Why no class can be named that is distilled more often than others; empty where some can."""
+    ends = ends_of(report)
     if report.saturated:
         return "For all alike."
-    ends = ends_of(report)
     if not ends or len(ends[0][2]) < 2:
-        return "This run has no record by class."
-    wide, place, ranked = ends[0]
-    if wide < ALIKE:
+        return "There is one class." if ends else "This run has no record by class."
+    if ends[0][0] < ALIKE:
         return "For all alike: at no spot do two classes differ by a point."
     classes, spots = len(report.by_class), [spot.fraction for spot in report.overall]
     by_coins = [_by_coins(p, report.samples, classes, classes * len(spots)) for p in spots]
     if all(max(rows[0][0], -rows[-1][0]) <= by_coins[k] for _, k, rows in ends):
         chance = max(by_coins)
         return f"For no class is it shown: coins of one rate would differ as much, by {fixed(100 * chance, 1)} points."
+    return ""
+
+
+def which_classes(report: SpotsDocument) -> str:
+    """At the spot where they differ most: the classes at both ends, unless coins would differ as much."""
+    if alike := _alike(report):
+        return alike
+    _, place, ranked = ends_of(report)[0]
     said = (f"{end} often {_class(ranked[n], place)}" for end, n in (("most", 0), ("least", -1)))
     return f"They differ most at {named(report.overall[place].name)}: {', '.join(said)}; points from the spot's mean."
+
+
+def at_the_end(report: SpotsDocument) -> list[str]:
+    """The same of the trained router, at the spot whose images stand beside it; nothing where it is not known."""
+    measured, ends = report.measured, ends_of(report)
+    known = measured.classes.rows if measured and measured.classes and measured.value == "probability" else []
+    if measured is None or measured.complement or report.saturated or not ends or len(known) < 2:
+        return []
+    k = ends[0][1]
+    ranked = sorted((one for one in known if one.images), key=lambda one: one.mean[k] or 0.0)
+    most, least = (f"{named(one.name)} {fraction(one.mean[k])} %" for one in (ranked[-1], ranked[0]))
+    name = named(report.overall[k].name)
+    return [f"The trained router, at the end of training, at {name}: most probably {most}, least {least}."]
 
 
 def _class(ranked: tuple[float, ClassFractions], k: int) -> str:
@@ -73,7 +93,7 @@ def _class(ranked: tuple[float, ClassFractions], k: int) -> str:
 def class_table(report: SpotsDocument) -> Sheet | None:
     """The classes at both ends of every spot."""
     ends = sorted(ends_of(report), key=lambda one: one[1])
-    if report.saturated or not ends or len(ends[0][2]) < 2 or max(wide for wide, *_ in ends) < ALIKE:
+    if _alike(report):
         return None
     rows = [[named(report.overall[k].name), *(_class(ranked[n], k) for n in (0, -1))] for _, k, ranked in ends]
     notes = ["Share of the class's samples (points from the spot's mean)."]
@@ -172,14 +192,9 @@ def one_image(epochs: Sequence[EpochRecord]) -> str:
     return f"Of all chances, over epochs and spots, {said}" if len(shares) > 1 else ""
 
 
-def spread(ends: SpotExtremes) -> float:
-    """From the lowest value at a spot to the highest."""
-    return ends.highest[0].value - ends.lowest[0].value if ends.highest and ends.lowest else 0.0
-
-
 def extremes(measured: Measured) -> str:
-    wide = max(measured.extremes, key=spread, default=None)
-    if wide is None or not spread(wide):
+    wide = max(measured.extremes, key=lambda ends: ends.spread, default=None)
+    if wide is None or not wide.spread:
         return ""
     said = (f"{named(one.label)} at {fraction(one.value)} %" for one in (wide.highest[0], wide.lowest[0]))
     return f"The ends lie furthest apart at {named(wide.spot)}: {' and '.join(said)}."

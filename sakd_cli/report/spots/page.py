@@ -69,12 +69,12 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     said = seen.helped or (CONTROLS if selects(report.router or "") else NOT_ROUTED)
     answers = [
         html.Answer("Which spot was used most?", [found.most_used(report), found.SPOT]),
-        html.Answer("For which classes?", [found.which_classes(report)]),
+        html.Answer("For which classes?", [found.which_classes(report), *found.at_the_end(report)]),
         html.Answer("Did routing help?", [said]),
         html.Answer("Does it choose, or toss coins?", [found.more_than_coins(report)]),
     ]
     measured, ends, galleries = report.measured, found.ends_of(report), list[html.Block]()
-    if measured and measured.extremes and seen.images:
+    if measured and any(one.spread for one in measured.extremes) and seen.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
         how = "share in training" if measured.value == "rate" else "trained router"
@@ -84,7 +84,8 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
     told = [f"gradient ratio {dose:.2g}: hardly acts" if dose and dose < WEAK else "" for dose in doses]
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
-    note = f"All {whole(report.epochs)} epochs. An image can use several spots: together more than 100 %."
+    note = f"All {whole(report.epochs)} epochs."
+    note += " An image can use several spots: together more than 100 %." * (len(rows) > 1)
     note += " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
     bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
     tables = [sheet for sheet in (seen.controls, found.class_table(report)) if sheet]
@@ -137,7 +138,7 @@ def _extremes(measured: Measured | None, images: "Images") -> list[html.Block]:
     if measured and images:
         # Extremes are by probability even where everything else is a sample.
         what = WHAT["rate" if measured.value == "rate" else "probability"]
-        for ends in sorted(measured.extremes, key=lambda one: -found.spread(one)):
+        for ends in sorted((one for one in measured.extremes if one.spread), key=lambda one: -one.spread):
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
                 galleries.append(html.Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
     return [*galleries[:2], html.Folded("At the other spots", galleries[2:])] if len(galleries) > 2 else galleries

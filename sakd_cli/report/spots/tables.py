@@ -61,7 +61,7 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
         if by
         else [],
         "paths": [_paths(measured.paths, names, top)] if measured.paths else [],
-        "extremes": [_extremes(ends, extremes) for ends in measured.extremes if extremes != 0],
+        "extremes": [_extremes(ends, extremes) for ends in measured.extremes if extremes != 0 and ends.spread],
         "routed": [_routed(measured.routed)] if measured.routed else [],
     }
     alike = measured.value == "rate" and all(spot.p05 == spot.p95 == spot.mean for spot in measured.spots)
@@ -202,8 +202,8 @@ def _by_class(
     ranked = [one for one in rows if one[0].peak is not None]
     lines = [
         [named(row.name)]
-        # Seven characters hold any deviation (−100.00), so that the means stand under each other.
-        + [f"{fraction(mean)} {deviation(d, mean):>7}" for mean, d in zip(means, row.deviation, strict=True)]
+        # Six characters hold any deviation (−100.0), so that the means stand under each other.
+        + [f"{fraction(mean)} {deviation(d, mean):>6}" for mean, d in zip(means, row.deviation, strict=True)]
         + more_cells
         for row, more_cells, means in ranked
     ]
