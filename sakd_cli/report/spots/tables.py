@@ -65,7 +65,8 @@ def survey_tables(measured: doc.Measured, *, top: int | None = 10, extremes: int
         "routed": [_routed(measured.routed)] if measured.routed else [],
     }
     alike = measured.value == "rate" and all(spot.p05 == spot.p95 == spot.mean for spot in measured.spots)
-    return {section: sheets for section, sheets in tables.items() if sheets and (section == "routed" or not alike)}
+    kept = ("spots", "routed") if alike else tables
+    return {section: sheets for section, sheets in tables.items() if sheets and section in kept}
 
 
 def _probe(probe: doc.Probe) -> Sheet:
