@@ -334,7 +334,7 @@ def test_tiny_imagenet_as_its_archive_has_it(tmp_path: Path, monkeypatch: pytest
     (home / "val/images/val_0.JPEG").unlink()
     with pytest.raises(DataError, match=r"val_0\.JPEG: is listed in val_annotations\.txt as 'n03': no such file"):
         load_images(config)
-    result = [one.text for one in published.scan_published(config, published.TINY_IMAGENET).findings]
+    result = [one.text for one in published.scan_published(config, published.PUBLISHED[type(config)]).findings]
     assert any("has 200 classes, here are 3; from: tiny-imagenet-200.zip" in text for text in result)
 
 

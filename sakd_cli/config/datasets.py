@@ -95,14 +95,12 @@ class DataConfig(Config):
 
     @property
     def geometry(self) -> Geometry:
-        """How training images are cropped."""
         words = (self.augment,) if isinstance(self.augment, str) else self.augment
         found: list[Any] = [word for word in words if word not in POLICIES]
         return found[0] if found else "auto"
 
     @property
     def policy(self) -> str | None:
-        """What changes their colours and shapes."""
         return next((word for word in self.augment if word in POLICIES), None)
 
     @model_validator(mode="after")
@@ -215,7 +213,6 @@ class FilesConfig(DataConfig):
 
     @property
     def bordered(self) -> bool:
-        """Whether a training image is cut from within a border."""
         return max(height_width(self.size)) <= 64 if self.geometry == "auto" else self.geometry == "border"
 
     @property

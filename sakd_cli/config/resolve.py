@@ -136,7 +136,6 @@ def preset_summary(path: Path) -> str:
 
 
 def option_sources(options: Mapping[str, Any]) -> list[ConfigSource]:
-    """One source per option that was given."""
     return [
         ConfigSource(OPTIONS[name].flag, nested({OPTIONS[name].key: value}))
         for name, value in options.items()

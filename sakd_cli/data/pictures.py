@@ -250,7 +250,6 @@ def pictures_below(folder: Path, findings: list[Finding]) -> Iterator[str]:
 
 
 def faults_of(part: SplitContents) -> list[Finding]:
-    """Faults of one part alone."""
     where, names = str(part.folder), list(part.files)
     empty = [name for name, files in part.files.items() if not files]
     findings = [Finding("empty-class", str(part.folder / name), "holds no picture") for name in empty]

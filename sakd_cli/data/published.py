@@ -168,31 +168,6 @@ def _torchvisions(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names) if len(set(names)) == len(names) == len(folders) else folders
 
 
-TINY_IMAGENET = PublishedSet(
-    "tiny-imagenet-200",
-    "tiny-imagenet-200.zip of Stanford's course CS231n",
-    *(200, 100_000, 10_000),
-    *((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
-    tests=("val",),
-    names=_wordnet_names,
-)
-CINIC10 = PublishedSet(  # mean and standard deviation as its authors give them
-    "CINIC-10",
-    "CINIC-10.tar.gz of the University of Edinburgh (DataShare)",
-    *(10, 90_000, 90_000),
-    *((0.47889522, 0.47227842, 0.43047404), (0.24205776, 0.23828046, 0.25874835)),
-    tests=("test",),
-)
-IMAGENET_1K = PublishedSet(
-    "imagenet",
-    "ILSVRC 2012 from image-net.org, its validation images sorted into folders as torchvision does",
-    *(1000, 1_281_167, 50_000),
-    *IMAGENET,
-    tests=("val",),
-    names=_torchvisions,
-)
-
-
 def default_root() -> Path:
     """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -276,9 +251,29 @@ def reading_of(config: FilesConfig) -> Reading:
 
 # Published sets that are folders of pictures.
 PUBLISHED: dict[type[FilesConfig], PublishedSet] = {
-    TinyImageNetConfig: TINY_IMAGENET,
-    CINIC10Config: CINIC10,
-    ImageNetConfig: IMAGENET_1K,
+    TinyImageNetConfig: PublishedSet(
+        "tiny-imagenet-200",
+        "tiny-imagenet-200.zip of Stanford's course CS231n",
+        *(200, 100_000, 10_000),
+        *((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+        tests=("val",),
+        names=_wordnet_names,
+    ),
+    CINIC10Config: PublishedSet(  # mean and standard deviation as its authors give them
+        "CINIC-10",
+        "CINIC-10.tar.gz of the University of Edinburgh (DataShare)",
+        *(10, 90_000, 90_000),
+        *((0.47889522, 0.47227842, 0.43047404), (0.24205776, 0.23828046, 0.25874835)),
+        tests=("test",),
+    ),
+    ImageNetConfig: PublishedSet(
+        "imagenet",
+        "ILSVRC 2012 from image-net.org, its validation images sorted into folders as torchvision does",
+        *(1000, 1_281_167, 50_000),
+        *IMAGENET,
+        tests=("val",),
+        names=_torchvisions,
+    ),
 }
 
 
@@ -288,10 +283,9 @@ def scan(config: FilesConfig) -> FolderContents | None:
     Only for a data set of torchvision, torch is imported.
     """
     if isinstance(config, TorchvisionConfig):
-        found: FolderContents | None = importlib.import_module("sakd_cli.data.torchvision_sets").scan_torchvision(
-            config
-        )
-        return found
+        from sakd_cli.data.torchvision_sets import scan_torchvision
+
+        return scan_torchvision(config)
     if isinstance(config, ImageFolderConfig):
         return scan_imagefolder(config)
     return scan_published(config, PUBLISHED[type(config)])

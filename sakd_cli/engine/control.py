@@ -91,7 +91,6 @@ class Delivered:
         return dict(self._own)
 
     def load(self, delivered: dict[str, Tensor]) -> None:
-        """Continue with what an earlier process delivered."""
         for name, tensor in delivered.items():
             self._kept[name].copy_(tensor)
 
