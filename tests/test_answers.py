@@ -65,7 +65,7 @@ def test_the_logits_are_those_of_each_image(trained_cli: CliRunner, answers: Pat
         (["--method", "kd", "--set", "data.mixup=0.2"], "teacher.logits: data.mixup needs answers for mixed images"),
         (
             ["--method", "kd", "--set", "data.train=120"],
-            "holds [90, 20], or numbers that are not finite; wanted are [108",
+            "holds float32 [90, 20]; wanted are floating-point numbers [108",
         ),
         (["--method", "kd", "--set", "data.seed=1"], "is of other images"),
         (["--method", "kd", "--set", "teacher.logits=other.txt"], "no safetensors file with a tensor `logits`"),

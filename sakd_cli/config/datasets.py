@@ -109,6 +109,8 @@ class DataConfig(Config):
             raise ValueError(f"augment {self.geometry} is of pictures in files; {self.name} is cropped from a border")
         if self.balance_threshold is not None and self.balance != "repeated-factor":
             raise ValueError("balance_threshold is of balance=repeated-factor alone")
+        if self.policy != "randaugment" and self.randaugment != type(self).model_fields["randaugment"].default:
+            raise ValueError("randaugment has the operations and magnitude of augment=randaugment alone")
         return self
 
     def training_images(self) -> int | None:

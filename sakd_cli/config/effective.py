@@ -44,13 +44,7 @@ def initial_lr(config: RunConfig, network: str) -> float:
 
 def router_train(config: DistillConfig) -> Train:
     """The settings of `train` as they are for the router's group: its own where it has some."""
-    if not isinstance(router := config.router, TrainedConfig):
-        return config.train
-    shared = TrainedConfig.model_fields.keys() & Train.model_fields.keys() - {"lr", "weight_decay"}
-    own = {key: value for key in shared if (value := getattr(router, key)) is not None}
-    if own.get("optimizer", config.train.optimizer) != config.train.optimizer:
-        own |= {"betas": None, "eps": None, "nesterov": False}
-    return config.train.model_copy(update={"layer_decay": 1.0} | own)
+    return config.router.trained(config.train) if isinstance(config.router, TrainedConfig) else config.train
 
 
 class RouterStart(NamedTuple):

@@ -197,7 +197,8 @@ def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], or
         text = text.replace("Input should be", "must be").replace("a valid tuple", "a list")
         if isinstance(first["input"], str | int | float) and "unknown" not in text:
             text += f", got {_short(first['input'])}"
-    origin = _origin_of(key, origins)
+    named = f"{key}.{first['msg'].removeprefix('Value error, ').partition(' ')[0]}"  # of a section, what it speaks of
+    origin = _origin_of(named if named in origins else key, origins)
     where = f" (from {origin})" if origin else ""
     more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
     return UsageError(text + where + more)

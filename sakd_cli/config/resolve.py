@@ -19,6 +19,7 @@ from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS, PROTOCOLS
 from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
 from sakd_cli.config.preprocessing import Preprocessing, of_library
+from sakd_cli.config.train import BELONGS
 from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig, RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
@@ -272,11 +273,15 @@ def resolve(task: str, sources: Iterable[ConfigSource]) -> Resolved:
 
 
 def _shrink(values: dict[str, Any], origins: Mapping[str, str], sources: list[ConfigSource]) -> None:
-    """What a preset counts in epochs, in proportion to the epochs of a shorter or longer run."""
+    """What a preset counts in epochs, in proportion to those of the run; what another schedule has no use for goes."""
     preset = next((source for source in sources if source.origin.startswith("preset ")), None)
     own, train = None if preset is None else preset.values.get("train"), values.get("train")
     if preset is None or not isinstance(own, dict) or not isinstance(train, dict):
         return
+    for key, (choice, names) in BELONGS.items():  # goes with the optimizer or schedule that something else replaces
+        origin, chosen = origins.get(f"train.{choice}"), str(train.get(choice)).lower()
+        if key in own and origins.get(f"train.{key}") == preset.origin != (origin or preset.origin):
+            values["train"] = {name: one for name, one in values["train"].items() if name != key or chosen in names}
     try:
         epochs, ratio = int(train["epochs"]), int(train["epochs"]) / own["epochs"]
     except (KeyError, TypeError, ValueError):  # it is told where the whole is read

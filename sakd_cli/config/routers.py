@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, Serial
 
 from sakd_cli.config import code, plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name
-from sakd_cli.config.train import Optimizer, Schedule
+from sakd_cli.config.train import Optimizer, Schedule, Train
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1)]  # one per spot, the logits last; one alone: of all
@@ -48,6 +48,18 @@ class TrainedConfig(RouterConfig):
     """Largest absolute value in the router's gradients; None: train.clip_value."""
     update_every: PositiveInt = 1
     """The pass that trains the router, in every so many steps only; it decides in every step. Published: 1."""
+
+    def trained(self, train: Train) -> Train:
+        """The settings of `train` as they are for the router's group: its own where it has some.
+
+        What is not its own is left out where it belongs to another optimizer or schedule. ValueError where its own
+        settings do not go together.
+        """
+        shared = TrainedConfig.model_fields.keys() & Train.model_fields.keys() - {"lr", "weight_decay"}
+        own = {key: value for key in shared if (value := getattr(self, key)) is not None}
+        whole = train.model_copy(update={"layer_decay": 1.0} | own)
+        others = {key: Train.model_fields[key].default for key in whole.strangers() if key not in own}
+        return whole.model_copy(update=others).fitting()
 
 
 class LearnedConfig(TrainedConfig):

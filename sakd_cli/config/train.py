@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,6 +21,7 @@ from sakd_cli.errors import unknown
 from sakd_cli.files import MOST_YAML, expanded, parse_yaml, read_bytes
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
 # torch.optim's own, and the learning rate that each has there; what needs a closure, sparse or 2-D weights is not among
 # them. SGD's rate is the network's published one.
 OPTIMIZERS: dict[str, float | None] = {
@@ -36,7 +38,18 @@ OPTIMIZERS: dict[str, float | None] = {
     "asgd": 1e-2,
     "rprop": 1e-2,
 }
-WITH_BETAS = ("adam", "adamw", "adamax", "nadam", "radam")
+ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
+# What belongs to some optimizers or schedules, and would do nothing under the others. timm's take what they have.
+BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "momentum": ("optimizer", ("sgd", "rmsprop")),
+    "nesterov": ("optimizer", ("sgd",)),
+    "betas": ("optimizer", ADAMS),
+    "eps": ("optimizer", (*ADAMS, "rmsprop", "adagrad", "adadelta")),
+    "weight_decay": ("optimizer", tuple(name for name in OPTIMIZERS if name != "rprop")),
+    "milestones": ("schedule", ("step",)),
+    "lr_decay": ("schedule", ("step",)),
+    "min_lr": ("schedule", ("cosine",)),
+}
 Schedule = Literal["step", "cosine", "one-cycle", "constant"]
 Metric = Literal["top1", "macro_f1", "balanced_accuracy", "nll"]
 
@@ -53,16 +66,31 @@ Optimizer = Annotated[str, AfterValidator(_optimizer)]
 
 
 def _read(weights: Any) -> Any:
-    """The content of a file of class weights; anything else as it is."""
-    if not isinstance(weights, str) or weights in ("balanced", "None", "null"):
+    """Class weights: of a file its content; every number is looked at here, where it can be told whose it is."""
+    where = ""
+    if isinstance(weights, str) and weights not in ("balanced", "None", "null"):
+        where = f"{weights}: "
+        try:
+            weights = parse_yaml(read_bytes(expanded(weights), MOST_YAML).decode())
+        except OSError as error:
+            reason = (error.strerror or "cannot be read").lower()
+            raise ValueError(f"{where}{reason}; balanced, a number per class, or a file of them") from None
+        except (YAMLError, ValueError):
+            raise ValueError(f"{where}neither JSON nor YAML of a number per class") from None
+        if not (weights and isinstance(weights, dict | list)):
+            raise ValueError(f"{where}holds no number per class, neither in order nor as name: number")
+    if not isinstance(weights, dict | list | tuple):
         return weights
-    try:
-        return parse_yaml(read_bytes(expanded(weights), MOST_YAML).decode())
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise ValueError(f"{weights}: {reason}; balanced, a number per class, or a file of them") from None
-    except (YAMLError, ValueError):
-        raise ValueError(f"{weights}: neither JSON nor YAML of a number per class") from None
+    named = weights if isinstance(weights, dict) else dict(enumerate(weights, start=1))
+    if wrong := [(name, one) for name, one in named.items() if not _weighs(one)]:
+        raise ValueError(f"{where}{wrong[0][1]!r:.40} for class {wrong[0][0]!r:.40} is no number from 0 up")
+    return {str(name): one for name, one in weights.items()} if isinstance(weights, dict) else weights
+
+
+def _weighs(one: Any) -> bool:
+    with suppress(TypeError, ValueError, OverflowError):
+        return not isinstance(one, bool) and 0 <= float(one) < math.inf
+    return False
 
 
 class Train(Config):
@@ -78,9 +106,9 @@ class Train(Config):
     """Optimizer: sgd, adamw or another of torch.optim by its name, or timm/NAME."""
     lr: PositiveFloat | None = None
     """Initial learning rate; None: the network's published one for sgd (0.05, 0.01 for MobileNetV2), else torch's."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    momentum: Below1 = 0.9
     """Momentum of sgd and rmsprop; 0.9 is the published recipe."""
-    betas: tuple[Share, Share] | None = None
+    betas: tuple[Below1, Below1] | None = None
     """Averaging of adam and its kin; None: torch's, 0.9 and 0.999."""
     eps: PositiveFloat | None = None
     """What adam and its kin add to a denominator; None: the optimizer's own."""
@@ -112,9 +140,9 @@ class Train(Config):
     """Weights in the cross-entropy: balanced (1/images), one per class, or a YAML or JSON file; None: all alike."""
     focal_gamma: NonNegativeFloat = 0.0
     """Exponent of the focal loss in place of the cross-entropy (Lin et al. 2017: 2); 0: the cross-entropy."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: Below1 = 0.0
     """Share of each label that is spread over all classes, in every cross-entropy with the labels."""
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    drop_path: Below1 = 0.0
     """Largest chance that a residual block is skipped (stochastic depth), in networks of timm and torchvision."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay of a running average of the weights, which is evaluated and delivered; None: the weights themselves are."""
@@ -129,8 +157,24 @@ class Train(Config):
     batchnorm: Literal["auto", "running", "re-estimate", "frozen"] = "auto"
     """BatchNorm's statistics: running averages, re-estimated to evaluate, or frozen; auto: where runs are too short."""
 
+    def strangers(self) -> dict[str, str]:
+        """The settings that belong to another optimizer or schedule, and what to say of each."""
+        found = {}
+        for key, (choice, names) in BELONGS.items():
+            chosen, default = getattr(self, choice), type(self).model_fields[key].default
+            known = chosen in names or (chosen.startswith("timm/") and key != "nesterov")
+            if getattr(self, key) not in (default, ()) and not known:
+                kind = "schedule " if choice == "schedule" else ""
+                text = f"{key} belong{'s' * (key[-1] != 's')} to {kind}{', '.join(names)}, not to {chosen}"
+                found[key] = text
+        return found
+
     @model_validator(mode="after")
     def _settings_fit(self) -> "Train":
+        return self.fitting()
+
+    def fitting(self) -> "Train":
+        """These settings. ValueError where they do not go together."""
         steps = self.milestones or ()
         if list(steps) != sorted(set(steps)):
             raise ValueError(f"milestones {list(steps)} must rise")
@@ -138,17 +182,10 @@ class Train(Config):
             raise ValueError(f"milestone {steps[-1]} must come before the last epoch ({self.epochs})")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
-        known = self.optimizer.startswith("timm/")
-        if self.nesterov and self.optimizer != "sgd" and not known:
-            raise ValueError(f"nesterov belongs to sgd, not to {self.optimizer}")
-        if self.betas and self.optimizer not in WITH_BETAS and not known:
-            raise ValueError(f"betas belong to {', '.join(WITH_BETAS)}, not to {self.optimizer}")
+        for text in self.strangers().values():
+            raise ValueError(text)
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} must be fewer than all epochs ({self.epochs})")
-        if self.milestones and self.schedule != "step":
-            raise ValueError(f"milestones belong to schedule step, not to {self.schedule}")
-        if self.min_lr and self.schedule != "cosine":
-            raise ValueError(f"min_lr belongs to schedule cosine, not to {self.schedule}")
         if self.focal_gamma and self.label_smoothing:
             raise ValueError("focal_gamma is of the label's probability alone; it goes with label_smoothing 0")
         if self.freeze_epochs and not self.freeze:

@@ -29,6 +29,7 @@ from sakd_cli.config.routers import (
     RandomMatchedConfig,
     Router,
     RouterConfig,
+    TrainedConfig,
 )
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.train import Share, Train
@@ -252,6 +253,12 @@ class TeacherConfig(Config):
             return values | {"source": first, "others": others or values.get("others", ())}
         return values
 
+    @model_validator(mode="after")
+    def _one_is_not_combined(self) -> "TeacherConfig":
+        if not self.others and self.combine != "mean":
+            raise ValueError(f"combine {self.combine} is of several teachers, and one is named")
+        return self
+
     @property
     def each_other(self) -> "list[TeacherConfig]":
         """Every further teacher as the only one; `library` counts for each that is of one."""
@@ -301,6 +308,8 @@ class DistillConfig(RunConfig):
         if named > 1 and isinstance(router, AgreementConfig | MetaConfig | RandomMatchedConfig):
             raise ValueError(f"{router.name} is of one teacher, and {named} are named")
         method = info.data.get("method")
+        if isinstance(router, TrainedConfig) and (train := info.data.get("train")) is not None:
+            router.trained(train)
         if isinstance(router, NeverConfig) and method is not None and not method.ce_weight:
             raise ValueError(
                 f"{router.name} leaves only the cross-entropy, and method {method.name} has it with factor 0: "

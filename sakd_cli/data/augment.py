@@ -16,7 +16,6 @@ TRIES = 10  # of which the first that fits is taken, as torchvision does
 NUMBERS = 4 * TRIES  # that one box takes
 RATIO = (3 / 4, 4 / 3)  # width over height
 ALIKE = 4  # images in a row of an epoch whose random changes are the same: a call of torchvision takes them at once
-SMALL = 64  # pixels
 
 Scale = tuple[float, float]
 
@@ -146,6 +145,7 @@ class Changes(NamedTuple):
 
     policy, ops, magnitude  randaugment, autoaugment or trivialaugment, and of the first its settings; None: none of it
     jitter  of brightness, contrast and saturation; erase: chance of a box of the colour `mean`, of pixels / 255
+    large   whether what AutoAugment has learned is of ImageNet, else of CIFAR-10
     """
 
     policy: str | None
@@ -154,6 +154,7 @@ class Changes(NamedTuple):
     jitter: float
     erase: float
     mean: tuple[float, ...]
+    large: bool
 
     def seeds(self, count: int, generator: torch.Generator) -> list[int]:
         """One for each place of an epoch; `ALIKE` places in a row share theirs, for fewer calls."""
@@ -162,7 +163,7 @@ class Changes(NamedTuple):
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images [B, 3, H, W] changed, each by its seed alone; torch's own generator is left as it was."""
-        change, state, made, first = _transform(self, max(images.shape[2:]) > SMALL), torch.get_rng_state(), [], 0
+        change, state, made, first = _transform(self), torch.get_rng_state(), [], 0
         try:
             for seed, group in groupby(seeds):
                 last = first + len(list(group))
@@ -175,11 +176,11 @@ class Changes(NamedTuple):
 
 
 @cache
-def _transform(changes: Changes, large: bool) -> Any:
-    """torchvision's transform; what AutoAugment has learned is of ImageNet for large images, else of CIFAR-10."""
+def _transform(changes: Changes) -> Any:
+    """torchvision's transform."""
     v2 = importlib.import_module("torchvision.transforms.v2")
     bilinear = {"interpolation": v2.InterpolationMode.BILINEAR}
-    learned = v2.AutoAugmentPolicy.IMAGENET if large else v2.AutoAugmentPolicy.CIFAR10
+    learned = v2.AutoAugmentPolicy.IMAGENET if changes.large else v2.AutoAugmentPolicy.CIFAR10
     policies: dict[str | None, Callable[[], Any]] = {
         "randaugment": lambda: v2.RandAugment(changes.ops, changes.magnitude, **bilinear),
         "autoaugment": lambda: v2.AutoAugment(learned, **bilinear),

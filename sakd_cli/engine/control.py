@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import swa_utils
 
 from sakd_cli import distributed
 from sakd_cli.config.train import Metric
@@ -31,10 +30,14 @@ class Frozen:
         self.holds = bool(self._parameters)
 
     def begin_epoch(self, epoch: int) -> None:
-        """To be called behind `train()`, which would have every BatchNorm count."""
+        """To be called behind `train()`, as `keep` is."""
         self.holds = bool(self._parameters) and (self._epochs is None or epoch <= self._epochs)
         for parameter in self._parameters:
             parameter.requires_grad_(not self.holds)
+        self.keep()
+
+    def keep(self) -> None:
+        """To be called behind `train()`, which would have every BatchNorm count."""
         for norm in self._norms + (self._with_frozen if self.holds else []):
             norm.eval()
 
@@ -45,11 +48,13 @@ class Delivered:
     decay        of the running average, w <- decay w + (1 - decay) trained, after every step, of weights and
                  statistics, in one launch; it begins with the weights that training begins with. None: a copy
     re_estimate  BatchNorm's statistics are means over training images, as torch's `update_bn` has them, made anew for
-                 every evaluation
+                 every evaluation; but for those that training keeps too
     """
 
-    def __init__(self, network: nn.Module, decay: float | None, *, re_estimate: bool) -> None:
-        self.network, self._decay, self._re_estimate = network, decay, re_estimate
+    def __init__(
+        self, network: nn.Module, decay: float | None, *, re_estimate: bool, frozen: Frozen | None = None
+    ) -> None:
+        self.network, self._decay, self._re_estimate, self._frozen = network, decay, re_estimate, frozen
         self._own = network.state_dict()  # these share their memory with the network
         self._kept = {name: tensor.clone() for name, tensor in self._own.items()}
         floating = [name for name, tensor in self._own.items() if tensor.is_floating_point() and decay is not None]
@@ -68,8 +73,24 @@ class Delivered:
                 kept.copy_(self._own[name])
         if self._re_estimate:
             with self.in_place(), torch.no_grad():
-                swa_utils.update_bn(images, self.network)
+                self._count(images)
                 distributed.average_buffers(distributed.running_statistics(self.network))
+
+    def _count(self, images: Iterable[Tensor]) -> None:
+        training = self.network.training
+        self.network.train()
+        if self._frozen is not None:
+            self._frozen.keep()
+        norms = [norm for norm in self.network.modules() if isinstance(norm, _BatchNorm) and norm.training]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all
+        for batch in images if norms else ():
+            self.network(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.network.train(training)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -230,7 +230,8 @@ class Optimizer(Remembered):
         for optimizer, _ in self.parts:
             optimizer.zero_grad(set_to_none=True)
         for one in [loss] if isinstance(loss, Tensor) else loss:
-            one.backward()
+            if one.requires_grad:  # not where all that this step would train is frozen
+                one.backward()
         skip = None
         if gradient_hook is not None:
             skip = gradient_hook([gradient for optimizer, _ in self.parts for gradient in gradients_of(optimizer)])

@@ -78,13 +78,18 @@ def _read(path: Path, images: Images, config: DistillConfig) -> Tensor:
         check_header(path)
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = file.metadata() or {}
-            logits: Tensor = file.get_tensor("logits").float()
+            logits: Tensor = file.get_tensor("logits")
         classes = parse_json(about["classes"]) if "classes" in about else None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:80]
         raise UsageError(f"teacher.logits: {path}: no safetensors file with a tensor `logits` ({reason})") from None
-    if tuple(logits.shape) != shape or not bool(logits.isfinite().all()):
-        text = f"holds {list(logits.shape)}, or numbers that are not finite; wanted are {list(shape)} (images, classes)"
+    text = ""
+    if tuple(logits.shape) != shape or not logits.is_floating_point():
+        kind = f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
+        text = f"holds {kind}; wanted are floating-point numbers {list(shape)} (images, classes)"
+    elif not bool((finite := (logits := logits.float()).isfinite().all(dim=1)).all()):
+        text = f"the logits of image {int(finite.int().argmin())}, counted from 0, are not finite in 32 bits"
+    if text:
         raise UsageError(f"teacher.logits: {path}: {text}")
     if classes is not None and tuple(classes) != images.dataset.classes:
         raise UsageError(f"teacher.logits: {path}: its classes are not those of {images.dataset.name}")

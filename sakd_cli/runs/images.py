@@ -15,12 +15,15 @@ from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data import table as datasets
 from sakd_cli.data.augment import Changes, Mixing
+from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, joined, limit_train
 from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.pictures import Finding, pictures_below
 from sakd_cli.data.sources import cache_policy, preload, shown_to_both
 from sakd_cli.errors import DataError, UsageError
+
+SMALL = 64  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ def load_images(
             )
         if also is not None and config.erase:
             raise UsageError("data.erase: no box is the same for a teacher of another size", "--set data.erase=0")
+        if also is not None and config.policy == "trivialaugment":
+            reason = "trivialaugment shifts by pixels, which are not the same for a teacher of another size"
+            raise UsageError(f"data.augment: {reason}", "--set data.augment=randaugment")
         dataset = dataset.map(partial(shown_to_both, also=also))
     dataset = limit_train(dataset, config.limit, config.split_seed)
     train, held_out = dataset.train, dataset.val
@@ -116,7 +122,8 @@ def load_images(
     cut = {name: split for name, split in there.items() if split is not None}
     placed = dict(zip(cut, cache_policy(list(cut.values()), dataset, config), strict=True))
     mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
-    changes = Changes(config.policy, *config.randaugment, config.jitter, config.erase, dataset.mean)
+    large = max(height_width(dataset.train.side)) > SMALL
+    changes = Changes(config.policy, *config.randaugment, config.jitter, config.erase, dataset.mean, large)
     wanted = config.policy or config.jitter or config.erase
     rates = _rates_of(config, len(dataset.classes))
     dataset = replace(dataset, test=placed["test"], rates=rates, mixing=mixing, changes=changes if wanted else None)
@@ -124,7 +131,10 @@ def load_images(
 
 
 def with_unlabeled(images: Images, config: DataConfig) -> Images:
-    """The same with the pictures of `data.unlabeled`. DataError where there are none, or one cannot be read."""
+    """The same with the pictures of `data.unlabeled`. DataError where there are none, or one cannot be read.
+
+    With `on_bad_image: skip` those are left out, and counted with the labelled ones that were.
+    """
     if (folder := config.unlabeled) is None:
         return images
     findings = list[Finding]()
@@ -133,10 +143,19 @@ def with_unlabeled(images: Images, config: DataConfig) -> Images:
         text = findings[0].text if findings else "holds no picture"
         raise DataError(f"data.unlabeled: {findings[0].path if findings else folder}: {text}")
     if isinstance(own := images.train.images, Files):
+        if isinstance(config, FilesConfig) and config.on_bad_image == "skip":
+            faults, before = find_unreadable(paths, own.spec.reading), len(paths)
+            if not (paths := tuple(path for path, fault in zip(paths, faults, strict=True) if fault is None)):
+                raise DataError(f"data.unlabeled: {folder}: none of its pictures can be read")
+            skipped = images.dataset.skipped + before - len(paths)
+            images = replace(images, dataset=replace(images.dataset, skipped=skipped))
         shown: Files | Tensor = Files(paths, own.spec, cached=own.cached, root=str(folder))
     else:
         side = height_width(images.side)
-        shown = Files(paths, ImageSpec(Preprocessing(size=side, resize=min(side)), 0), root=str(folder)).read()
+        try:
+            shown = Files(paths, ImageSpec(Preprocessing(size=side, resize=min(side)), 0), root=str(folder)).read()
+        except DataError as error:
+            raise DataError(f"data.unlabeled: {error.message}") from None
     return replace(images, unlabeled=Split(shown, torch.full((len(paths),), -1)))
 
 

@@ -62,37 +62,51 @@ def control_of(job: Job, task: Task) -> Control:
     train, network = job.config.train, task.network
     if train.patience is not None and job.images.held_out is None:
         raise UsageError("train.patience: there are no validation images to wait for", "--validation 0.1")
-    frozen = _frozen(network, train.freeze)
-    if frozen:
+    parameters, holder = _frozen(network, train.freeze), None
+    if parameters:
         task.has_unused_parameters = True
-    if frozen and train.freeze_epochs is None and len(frozen) == len(_trained(network)):
-        raise UsageError("train.freeze: leaves nothing of the network to train", "--set train.freeze_epochs=N")
+    for_good = train.freeze_epochs is None or train.freeze_epochs >= train.epochs
+    if parameters and for_good and len(parameters) == len(_trained(network)):
+        hint = "freeze less, or for fewer epochs than there are: --set train.freeze_epochs=N"
+        raise UsageError("train.freeze: leaves nothing of the network to train", hint)
     norms = train.batchnorm == "frozen"
     re_estimate = train.batchnorm == "re-estimate" or bool(
         train.batchnorm == "auto" and _forgets_too_late(job, network)
     )
-    return Control(
-        train.metric,
-        train.patience,
-        Frozen(network, frozen, train.freeze_epochs, norms=norms) if frozen or norms else None,
-        Delivered(network, train.ema, re_estimate=re_estimate) if train.ema or re_estimate else None,
-    )
+    if parameters or norms:
+        holder = Frozen(network, parameters, train.freeze_epochs, norms=norms)
+    delivered = None
+    if train.ema or re_estimate:
+        delivered = Delivered(network, train.ema, re_estimate=re_estimate, frozen=holder)
+    return Control(train.metric, train.patience, holder, delivered)
 
 
 def check(job: Job) -> None:
     """Raise UsageError, before anything is trained, where the settings cannot be had."""
-    optimizer_of(job, job.task)
+    train, (rate, *_) = job.config.train, (group.lr for group in optimizer_of(job, job.task).groups)
+    if train.min_lr > rate:
+        raise UsageError(f"train.min_lr: {train.min_lr:g} is above {rate:g}, the learning rate that is to fall to it")
+    warmed = job.config.method.warmed if isinstance(job.config, DistillConfig) else None
+    kept = [*(["freeze"] if train.freeze else []), *(["batchnorm"] if train.batchnorm == "frozen" else [])]
+    if warmed is not None and warmed.trains_student and kept:
+        raise UsageError(f"train.{kept[0]}: method {warmed.name} trains the whole student in a stage of its own before")
     control_of(job, job.task)
 
 
 def notes(job: Job) -> list[str]:
     """What is worth knowing before hours are spent, also of the recipe."""
-    train, steps, found = job.config.train, _steps(job), warnings_of(job)
+    config, train, steps, found = job.config, job.config.train, _steps(job), warnings_of(job)
+    fit = f"{1 - 10 / steps:.4g}" if steps >= 20 else "null"
     if train.ema is not None and (over := 1 / (1 - train.ema)) > steps / 5:
         found.append(
             f"train.ema={train.ema:g} averages over about {over:,.0f} steps, of {steps:,} that this run has: what is "
-            f"delivered is close to the initial weights (--set train.ema={max(0.5, 1 - 10 / steps):.4g})"
+            f"delivered is close to the initial weights (--set train.ema={fit})"
         )
+    methods = (config.method, *config.method.parts) if isinstance(config, DistillConfig) else ()
+    if late := [(one.name, one.weight_warmup) for one in methods if one.weight_warmup > train.epochs]:
+        (name, rise), reached = late[0], train.epochs / late[0][1]
+        length = f"{rise} epochs, and this run has {train.epochs}"
+        found.append(f"weight_warmup of {name} is {length}: its weights get to {reached:.2g} of their value")
     if train.batchnorm == "auto" and (momentum := _forgets_too_late(job, job.task.network)):
         found.append(
             f"BatchNorm in {job.network.name} has momentum {momentum:g}, too little for a run of {steps:,} steps: its "

@@ -12,7 +12,7 @@ from sakd_cli.config.identity import EXTENDED, FREE, HELD, MOVED, Difference, di
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.train import Train
-from sakd_cli.config.training import RunConfig
+from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, sha256
@@ -22,6 +22,7 @@ from sakd_cli.runs.locate import with_teachers_preprocessing
 from sakd_cli.runs.own import trust_own
 
 AUTO = "auto"
+NEW_RUN = "a new run that starts with its weights: --set student_weights=RUN, or init_from of a network alone"
 # Options of a series: its settings must be said.
 SERIES = ("routers", "with_control", "seeds")
 # Settings that stand in every config as they are.
@@ -164,11 +165,13 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
             hint="a run can be extended, not shortened: --epochs N" if fewer else "start a new run instead",
         )
     config = _in_place(here, given, task)
-    schedules = {own.train.schedule, getattr(getattr(own, "router", None), "schedule", None)}
-    if extends and (fixed := schedules & {"cosine", "one-cycle"}):
+    schedules = {f"schedule {getattr(one, 'schedule', None)}" for one in (own.train, getattr(own, "router", None))}
+    if isinstance(own, DistillConfig):
+        schedules |= {f"weight_schedule {one.weight_schedule}" for one in (own.method, *own.method.parts)}
+    if extends and (fixed := sorted(one for one in schedules if one.endswith(("cosine", "one-cycle", "linear")))):
         raise UsageError(
-            f"{run.path}: schedule {min(map(str, fixed))} has fallen to its end in {own.train.epochs} epochs",
-            "a new run that starts with its weights: --set student_weights=RUN, or init_from of a network alone",
+            f"{run.path}: {fixed[0]} has fallen to its end in {own.train.epochs} epochs",
+            NEW_RUN,
         )
     if extends and own.train.schedule == "step":
         milestones = asked.config.train.milestones or own.train.decay_epochs()
@@ -190,6 +193,9 @@ def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
     except UsageError:  # the checkpoints are read and checked when the run begins
         return
     folder, before = run.path / "checkpoints" / "last", run.extended
+    patience, waited = config.train.patience, state.get("epoch", 0) - (state.get("best") or {}).get("epoch", 0)
+    if extends and patience is not None and waited >= patience:
+        raise UsageError(f"{run.path}: has ended: {patience} epochs without a better {config.train.metric}", NEW_RUN)
     if extends:
         before = [*before, look_up(run.config, "train.epochs")]
     require_fingerprint(

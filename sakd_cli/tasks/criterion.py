@@ -33,6 +33,8 @@ def class_weights(wanted: Any, labels: Tensor, classes: Sequence[str]) -> Tensor
         wanted = [wanted.get(name, 1.0) for name in classes]
     if len(wanted) != len(classes):
         raise UsageError(f"train.class_weights: {len(wanted)} numbers for {len(classes)} classes")
+    if not any(wanted):
+        raise UsageError("train.class_weights: all are 0, and nothing would be learned")
     return torch.tensor(wanted, dtype=torch.float64)
 
 
@@ -42,7 +44,7 @@ class Criterion(nn.Module):
 
     Of a mixed image, r of it of label y and the rest of label y': r w(y) l(y) + (1 - r) w(y') l(y') above and r w(y) +
     (1 - r) w(y') below, which without weights is the cross-entropy with the mixed label. Labels may be smoothed. An
-    image without a label has r = 0 and no y': the mean is over the others, and 0 where there are none.
+    image without a label has r = 0 and no y': the mean is over the others. Where all weights are 0 the loss is 0.
 
     The focal factor is that of Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection", ICCV 2017,
     equation 4, for the softmax of several classes; as there it has a gradient. Weights as torch.nn.CrossEntropyLoss has
@@ -76,8 +78,9 @@ class Criterion(nn.Module):
         elif batch.ratio is not None:  # 0 for images without a label
             known = batch.ratio.to(each.dtype)
             each, weight = known * each, known if weight is None else known * weight
-            return each.mean() / distributed.all_reduce_mean(weight.mean(), batch).clamp(min=1e-12)
-        return each.mean() if weight is None else each.mean() / distributed.all_reduce_mean(weight.mean(), batch)
+        if weight is None:
+            return each.mean()
+        return each.mean() / distributed.all_reduce_mean(weight.mean(), batch).clamp(min=1e-12)
 
     def _each(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight times loss of every sample, and the weight."""
