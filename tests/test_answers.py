@@ -68,6 +68,8 @@ def test_the_logits_are_those_of_each_image(trained_cli: CliRunner, answers: Pat
             "holds float32 [90, 20]; wanted are floating-point numbers [108",
         ),
         (["--method", "kd", "--set", "data.seed=1"], "is of other images"),
+        (["--method", "kd", "--set", "teacher.logits=whole.safetensors"], "holds int64 [90, 20]; wanted are floating"),
+        (["--method", "kd", "--set", "teacher.logits=nan.safetensors"], "the logits of image 7, counted from 0"),
         (["--method", "kd", "--set", "teacher.logits=other.txt"], "no safetensors file with a tensor `logits`"),
         (["--method", "kd", "--set", "teacher.logits=nowhere"], "teacher.logits: nowhere: no such file or directory"),
     ],
@@ -76,6 +78,9 @@ def test_what_a_file_cannot_give_costs_a_line(
     trained_cli: CliRunner, answers: Path, words: list[str], text: str
 ) -> None:
     (trained_cli.path / "other.txt").write_text(json.dumps({}))
+    logits, about = load_file(answers)["logits"], {"images": "0"}
+    save_file({"logits": logits.long()}, trained_cli.path / "whole.safetensors", about)
+    save_file({"logits": logits.index_fill(0, torch.tensor(7), torch.nan)}, trained_cli.path / "nan.safetensors", about)
     result = trained_cli.sakd(*RUN, *TINY, "--set", "teacher.logits=answers.safetensors", *words)
     assert text in result.err.splitlines()[0]
     assert result.code in (2, 4)

@@ -84,6 +84,18 @@ def test_weights_by_name_and_from_a_file(tmp_path: Path) -> None:
     found = class_weights(config.train.class_weights, LABELS, NAMES)
     assert found is not None
     assert found.tolist() == [1, 3, *[1] * 7, 0.5]
+    for text, wrong in {
+        '{"b": -1}': "-1 for class 'b' is no number from 0 up",
+        '{"b": true}': "True for class 'b' is no number",
+        "[1, .inf]": "inf for class 2 is no number",
+        "": "holds no number per class",
+        "balanced": "holds no number per class",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UsageError, match=wrong):
+            resolve("pretrain", [ConfigSource("test", nested(words))])
+    file.write_text("0: 2\n1: 3")  # classes that YAML reads as numbers
+    assert resolve("pretrain", [ConfigSource("test", nested(words))]).config.train.class_weights == {"0": 2, "1": 3}
     with pytest.raises(UsageError, match="no class is called 'x'"):
         class_weights({"x": 1.0}, LABELS, NAMES)
     with pytest.raises(UsageError, match="2 numbers for 10 classes"):

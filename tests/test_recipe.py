@@ -108,6 +108,31 @@ def mixed(net: nn.Module, batch: Batch) -> Tensor:
     return -(target * F.log_softmax(net(batch.images), dim=1)).sum(dim=1).mean()
 
 
+def mixed_by_class(net: nn.Module, batch: Batch) -> Tensor:
+    """Both labels of a mixed image, smoothed, each by the weight of its class; torch divides by the weights' sum."""
+    weights, ratio = torch.tensor([1.0, 2.0, 0.5, 4.0]), batch.ratio
+    logs = F.log_softmax(net(batch.images), dim=1)
+    above, below = torch.zeros(()), torch.zeros(())
+    for labels, share in ((batch.labels, ratio), (batch.other_labels, 1 - ratio)):
+        own = F.nll_loss(logs, labels, weights, reduction="none")
+        above = above + (share * (0.9 * own - 0.1 * (logs * weights).mean(dim=1))).sum()
+        below = below + (share * weights[labels]).sum()
+    return above / below
+
+
+def clipped_both_ways(net: nn.Module) -> None:
+    nn.utils.clip_grad_value_(net.parameters(), 0.1)
+    nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], 0.5)
+
+
+def adamw_by_block(net: Any) -> torch.optim.Optimizer:
+    """Vectors are not decayed."""
+    layers = [*net.stages[:4], net.head]
+    rates = [(p, 0.01 * 0.7 ** (4 - k)) for k, layer in enumerate(layers) for p in layer.parameters()]
+    each_one = [{"params": [p], "lr": lr, "weight_decay": 0.05 * (p.ndim > 1)} for p, lr in rates]
+    return torch.optim.AdamW(each_one, betas=(0.8, 0.95), eps=1e-6)
+
+
 def focal(net: nn.Module, batch: Batch) -> Tensor:
     """Equation 4 of Lin et al. 2017, without alpha."""
     chance = F.softmax(net(batch.images), dim=1)[torch.arange(len(batch.labels)), batch.labels]
@@ -173,6 +198,19 @@ RECIPES: dict[str, tuple[dict[str, Any], Plain]] = {
     "norms frozen": (of(batchnorm="frozen"), Plain(begin=norms_frozen)),
     "norms re-estimated": (of(batchnorm="re-estimate"), Plain()),
     "average": (of(ema=0.9), Plain()),
+    "much at once": (
+        of(optimizer="adamw", betas=(0.8, 0.95), eps=1e-6, weight_decay=0.05, norm_decay=False, layer_decay=0.7)
+        | of(schedule="constant", clip_norm=0.5, clip_value=0.1, accumulate=3, ema=0.9, freeze=["stem", "stages.1.*"])
+        | of(freeze_epochs=2, label_smoothing=0.1, class_weights=(1.0, 2.0, 0.5, 4.0), mixup=0.8, cutmix=1.0),
+        Plain(
+            adamw_by_block,
+            lambda o: lr_scheduler.ConstantLR(o, 1.0),
+            mixed_by_class,
+            clipped_both_ways,
+            parts=3,
+            begin=frozen,
+        ),
+    ),
 }
 
 
@@ -246,7 +284,7 @@ def test_the_weights_after_20_steps_are_those_of_a_plain_script(name: str, tmp_p
     torch.manual_seed(1)
     figures = trainer.fit()
     assert trainer.step == 20
-    assert ("trained" in figures) == (name in ("average", "norms re-estimated"))
+    assert ("trained" in figures) == (name in ("average", "much at once", "norms re-estimated"))
     statistics = name == "norms re-estimated"
     for key, ours in job.network.state_dict().items():
         if ours.is_floating_point() and not (statistics and "running" in key):

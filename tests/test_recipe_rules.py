@@ -12,6 +12,7 @@ from test_recipe import PRETRAIN, STEPS, _float64, job_of, of, trainer_of
 from torch import nn
 from torchvision.transforms import v2
 
+from sakd_cli.batch import Batch
 from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.evaluate import score_logits
@@ -24,6 +25,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import loader_of
 from sakd_cli.runs.recipe import control_of, notes
+from sakd_cli.tasks.criterion import Criterion
 
 __all__ = ["_float64"]  # the fixture of both files
 
@@ -90,6 +92,22 @@ REFUSED = {
     "train.optimizer: timm/kron needs second derivatives": of(optimizer="timm/kron"),
     "nesterov belongs to sgd": of(optimizer="adam", nesterov=True),
     "betas belong to adam": of(betas=(0.9, 0.99)),
+    "betas.0: must be less than 1": of(optimizer="adamw", betas=(1.0, 0.9)),
+    "eps belong to adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta, not to sgd": of(eps=1e-6),
+    "adadelta, not to adafactor": of(optimizer="adafactor", eps=1e-6),
+    "momentum belongs to sgd, rmsprop, not to adamw": of(optimizer="adamw", momentum=0.5),
+    "nesterov belongs to sgd, not to timm/sgd": of(optimizer="timm/sgd", nesterov=True),
+    "asgd, not to rprop": of(optimizer="rprop", weight_decay=0.1),
+    "lr_decay belongs to schedule step, not to one-cycle": of(schedule="one-cycle", lr_decay=0.5),
+    "train.min_lr: 0.02 is above 0.01": of(schedule="cosine", min_lr=0.02),
+    "router: warmup_epochs 4 must be fewer": {"router": {"name": "adaptive", "warmup_epochs": 4}},
+    "router: momentum belongs to": {"router": {"name": "soft", "optimizer": "adam", "momentum": 0.5}},
+    "randaugment has the operations and magnitude of augment=randaugment": {"data.randaugment": (3, 9)},
+    "train.class_weights: all are 0": of(class_weights=(0, 0, 0, 0)),
+    "train.class_weights: -1 for class 2 is no number from 0 up": of(class_weights=(1, -1, 1, 1)),
+    "combine draw is of several teachers": {"teacher.combine": "draw"},
+    "train.freeze: method ab trains the whole student": of(freeze=["stem"]) | {"method": "kd+ab", "router": "always"},
+    "train.batchnorm: method fsp trains": of(batchnorm="frozen") | {"method": "fsp", "router": "always"},
     "milestones belong to schedule step": of(schedule="cosine", milestones=[2]),
     "warmup_epochs 4 must be fewer": of(warmup_epochs=4),
     "'stage9' is no part of the network: stem, stage1": of(freeze=["stage9"]),
@@ -113,6 +131,30 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_trained(text: 
         job_of(REFUSED[text])
     assert text in refused.value.message
     assert "\n" not in refused.value.message
+
+
+def test_what_is_frozen_keeps_its_statistics_where_others_are_estimated_anew(tmp_path: Path) -> None:
+    """With all frozen in the first epoch nothing is changed by it."""
+    job = job_of(of(freeze=["*"], freeze_epochs=1, batchnorm="re-estimate", epochs=2))
+    began = {name: tensor.clone() for name, tensor in job.network.state_dict().items()}
+    trainer = trainer_of(job, tmp_path)
+    trainer._one_epoch(1)
+    with trainer._delivered():
+        assert all(torch.equal(began[name], tensor) for name, tensor in job.network.state_dict().items())
+    trainer._one_epoch(2)
+    with trainer._delivered():
+        assert all(not torch.equal(began[name], tensor) for name, tensor in job.network.state_dict().items())
+
+
+def test_a_batch_of_classes_that_weigh_nothing_teaches_nothing() -> None:
+    """The cross-entropy of images whose classes weigh nothing is 0, and has a gradient of 0."""
+    logits = torch.randn(3, 2, requires_grad=True)
+    batch = Batch(logits, torch.zeros(3, dtype=torch.int64), torch.arange(3), logits)
+    loss = Criterion(torch.tensor([0.0, 1.0]))(logits, batch)
+    loss.backward()
+    assert not loss.any()
+    assert logits.grad is not None
+    assert not logits.grad.any()
 
 
 def test_a_run_ends_when_its_metric_gets_no_better(tmp_path: Path) -> None:

@@ -186,3 +186,16 @@ def test_vit_deit_is_the_published_recipe() -> None:
     assert (config.train.lr, config.train.weight_decay, config.train.warmup_epochs) == (1e-3, 0.05, 5)
     assert (config.data.mixup, config.data.cutmix, config.data.erase) == (0.8, 1.0, 0.25)
     assert (config.method.hard, config.method.ce_weight, config.method.kl_weight) == (True, 0.5, 0.5)
+
+
+def test_what_has_fallen_to_its_end_or_has_ended_early_is_not_extended(trained_cli: CliRunner) -> None:
+    for words, text in (
+        (
+            ["method.weight_schedule=linear", "method.name=kd"],
+            "weight_schedule linear has fallen to its end in 1 epochs",
+        ),
+        (["train.patience=1", "train.lr=1e-9", "train.epochs=3"], "has ended: 1 epochs without a better top1"),
+    ):
+        settings = [word for setting in words for word in ("--set", setting)]
+        run = trained_cli.sakd(*PAIR, *TINY[:-2], "--set", "train.epochs=1", *settings, "--json").document["run"]
+        trained_cli.assert_rejects(["distill", "--resume", run, "--epochs", "5"], 2, text)

@@ -43,6 +43,18 @@ def epoch(images: Images) -> list[Any]:
     return list(loader.epoch(1))
 
 
+def test_changes_of_both_are_the_same_or_are_refused(root: Path) -> None:
+    changes = loaded(root, Preprocessing(size=96, resize=96), augment=["border", "autoaugment"]).dataset.changes
+    assert changes is not None
+    assert not changes.large, "what AutoAugment has learned of images of the student's size"
+    for options, text in (
+        ({"erase": 0.1}, "data.erase: no box is the same"),
+        ({"augment": "trivialaugment"}, "data.augment: trivialaugment shifts by pixels"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            loaded(root, TEACHER, **options)
+
+
 @pytest.mark.parametrize(("size", "other"), [(24, 48), ((24, 32), (48, 64)), (24, (30, 30)), ((32, 24), 20)])
 @pytest.mark.parametrize("feed", FEEDS)
 def test_both_see_the_same_crops(feed: str, size: Any, other: Any, root: Path) -> None:

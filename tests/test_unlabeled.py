@@ -12,13 +12,16 @@ from conftest import PAIR, TINY, CliRunner
 from emulator import Emulator
 from PIL import Image
 from test_ahead import Halt
+from test_imagefolder import folder as pictures
 from test_step import batches, fit, make
 from torch.nn import functional as F
 
+from sakd_cli.config.datasets import ImageFolderConfig, ShapesConfig
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.recorder import Rows, SpotRecorder, top1
 from sakd_cli.engine.task import SpotUse
-from sakd_cli.errors import Stopped
+from sakd_cli.errors import DataError, Stopped
+from sakd_cli.runs.images import load_images, with_unlabeled
 
 
 @pytest.mark.usefixtures("float64")
@@ -93,6 +96,25 @@ def test_what_needs_labels_costs_a_line(trained_cli: CliRunner, folder: Path, wo
     result = trained_cli.sakd(*PAIR, *TINY, "--set", f"data.unlabeled={folder}", *words)
     assert text in result.err.splitlines()[0]
     assert result.code in (2, 3)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_picture_that_cannot_be_read_is_named_or_left_out(tmp_path: Path, labelled: bool) -> None:
+    """Left out with `on_bad_image: skip`, which data sets in memory do not have."""
+    pictures(tmp_path / "own", {"": 4})
+    pictures(tmp_path / "more", {"": 4})
+    (tmp_path / "more" / "ant" / "0.png").write_bytes(b"no picture")
+    own = ImageFolderConfig(root=tmp_path / "own", size=32, on_bad_image="skip") if labelled else ShapesConfig(train=60)
+    config = own.model_copy(update={"unlabeled": tmp_path / "more"})
+    images = load_images(config)
+    if not labelled:
+        with pytest.raises(DataError, match=r"data.unlabeled: .*0.png") as told:
+            with_unlabeled(images, config)
+        assert "on_bad_image" not in str(told.value.hint)
+        return
+    images = with_unlabeled(images, config)
+    assert images.unlabeled is not None
+    assert (len(images.unlabeled), images.dataset.skipped) == (11, 1)
 
 
 def test_alone_there_is_nothing_to_learn_from_them(trained_cli: CliRunner, folder: Path) -> None:
