@@ -100,9 +100,7 @@ class Table(Mapping[str, Row]):
             return self.own[name]
         packages = [*(["sakd"] if name in self.own else []), *(one.package for one in others)]
         if len(packages) > 1:
-            raise UsageError(
-                f"{self.kind} {name!r}: wanted by {' and by '.join(packages)}", hint="uninstall one of them"
-            )
+            raise UsageError(f"{self.kind} {name!r}: wanted by {' and by '.join(packages)}", "uninstall one of them")
         if name not in self._loaded:
             if re.fullmatch(NAME, name) is None:
                 raise UsageError(f"plug-in {packages[0]}: {name!r} is no name for a {self.kind}")

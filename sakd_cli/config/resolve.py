@@ -156,9 +156,7 @@ def set_sources(assignments: Iterable[str]) -> list[ConfigSource]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
-            raise UsageError(
-                f"--set {assignment!r} is not of the form key=value", hint="for example --set data.limit=1000"
-            )
+            raise UsageError(f"--set {assignment!r} is not of the form key=value", "for example --set data.limit=1000")
         try:
             value = parse_yaml(text)
         except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
@@ -233,9 +231,8 @@ def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str])
         if primary in value and primary in section and value[primary] != section[primary]:
             kind = TABLES.get(key, {}).get(str(value[primary]))
             dropped = section.keys() - (surviving & kind.model_fields.keys() if kind else surviving)
-            if kind and (
-                of_file(value[primary]) or of_file(str(section[primary]))
-            ):  # whose keys may mean another thing
+            # Keys of own code may mean another thing.
+            if kind and (of_file(value[primary]) or of_file(str(section[primary]))):
                 old = TABLES[key].get(str(section[primary]), kind)
                 shared: Any = next(base for base in kind.__mro__ if issubclass(old, base))
                 dropped |= section.keys() - shared.model_fields.keys()

@@ -44,11 +44,9 @@ def _own_name(name: str) -> str:
 
 def _as_texts(values: Any) -> Any:
     """Numbers of a list as texts."""
-    return (
-        [f"{value:g}" if isinstance(value, int | float) else value for value in values]
-        if isinstance(values, list | tuple)
-        else values
-    )
+    if not isinstance(values, list | tuple):
+        return values
+    return [f"{value:g}" if isinstance(value, int | float) else value for value in values]
 
 
 def _tried(grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:

@@ -79,9 +79,8 @@ def content_hashes(paths: Sequence[str]) -> tuple[str, ...]:
 
 def _content_hash(path: str) -> str:
     try:
-        with open(
-            os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb"
-        ) as file:  # a pipe would be waited for
+        # A pipe would be waited for.
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {(error.strerror or 'cannot be read').lower()}", "sakd data check DIR") from None

@@ -211,10 +211,8 @@ class TrainLoader:
             group = steps[first : first + views.together]
             rows = slice(group[0].start, group[-1].stop)
             index, corner, flip = drawn.order[rows], drawn.corner[:, rows], drawn.flip[rows]
-            view, change = (
-                views.view(corner, flip),
-                None if changes is None else partial(changes.__call__, seeds=seeds[rows]),
-            )
+            view = views.view(corner, flip)
+            change = None if changes is None else partial(changes.__call__, seeds=seeds[rows])
             images = views.images(index, view, change)
             theirs = None if teachers is None else teachers.images(index, corner, flip, change)
             for step in group:

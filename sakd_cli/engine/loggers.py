@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from csv import DictWriter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.errors import DiskError, UsageError, first_line
@@ -105,18 +105,12 @@ class _Wandb:
         self.run.finish()
 
 
-class Row(NamedTuple):
-    """How a logger is opened for a run, and the module that it needs, which has an extra of the logger's name."""
-
-    open: Callable[[RunDir], Logger]
-    module: str = ""
-
-
-LOGGERS = {
-    "csv": Row(_Csv),
-    "mlflow": Row(_MLflow, "mlflow"),
-    "tensorboard": Row(_TensorBoard, "tensorboard"),
-    "wandb": Row(_Wandb, "wandb"),
+# Each needs a module of its own name, which an extra of that name has; csv is Python's.
+LOGGERS: dict[str, Callable[[RunDir], Logger]] = {
+    "csv": _Csv,
+    "mlflow": _MLflow,
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
 }
 
 
@@ -124,7 +118,7 @@ def check(names: Sequence[str] | None) -> None:
     """Raise UsageError where one is to be used and not installed."""
     for name in names or ():
         try:
-            importlib.import_module(LOGGERS[name].module or "csv")
+            importlib.import_module(name)
         except ImportError:
             raise UsageError(f"--log {name}: it is not installed", f"pip install 'sakd[{name}]'") from None
 
@@ -154,7 +148,7 @@ class _Listener:
         if self.failed:
             return
         with self._survived():
-            self.logger = self.logger or LOGGERS[self.name].open(self.run)
+            self.logger = self.logger or LOGGERS[self.name](self.run)
             self.logger.write(_scalars(record), record.get("step", record["epoch"]))
 
     def close(self) -> None:

@@ -112,9 +112,7 @@ def check_compiler(device: torch.device) -> None:
     """Raise UsageError where a step cannot be compiled: on a CPU that needs a C++ compiler."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(name) is None:
-        raise UsageError(
-            f"--compile: no C++ compiler {name!r} here", hint="install one, name it in CXX, or leave it out"
-        )
+        raise UsageError(f"--compile: no C++ compiler {name!r} here", "install one, name it in CXX, or leave it out")
 
 
 def compile_task(task: Task, refuse: Callable[[str], None], backend: Any = "inductor") -> None:
