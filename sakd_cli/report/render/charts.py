@@ -106,7 +106,7 @@ def zoom(chart: Lines) -> list[Chart]:
         part = [
             one._replace(x=[one.x[k] for k in at], y=[one.y[k] for k in at], band=[one.band[k] for k in at if one.band])
             for one, at in cut
-            if len(at) > 1
+            if len(at) > 1 or len(at) == len(one.x)
         ]
         known = [y for series in part for y in series.y if y is not None]
         if known and max(known) - min(known) <= CLOSE:

@@ -51,7 +51,7 @@ def _groups(document: Comparison) -> Sheet:
     notes += [plain(text) for text in document.doubles]
     notes += [answer.text for answer in document.answers]
     columns = {
-        "Group": lambda group: named(group.label),
+        "Group": lambda group: named(group.label) + " (not finished)" * (not group.seeds),
         "Seeds": lambda group: str(len(group.seeds)),
         "Top-1 %": lambda group: mean_std(group.top1),
         "95 % of the mean": lambda group: (

@@ -116,7 +116,8 @@ def panels_of(report: doc.SpotsDocument) -> list[str]:
     """Names of the panels that a report has the data for."""
     found = report.measured
     there = {
-        "classes": bool(report.by_class or (found and found.classes)) and not report.saturated,
+        "classes": any(row.peak for row in (*report.by_class, *(found.classes.rows if found and found.classes else ())))
+        and not report.saturated,
         "difficulty": bool(found and found.difficulty),
         "paths": bool(found and found.paths),
     }

@@ -84,7 +84,7 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
     told = [f"gradient ratio {dose:.2g}: hardly acts" if dose and dose < WEAK else "" for dose in doses]
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
-    note = f"All {whole(report.epochs)} epochs."
+    note = f"{whole(report.epochs)} epoch{'s' * (report.epochs != 1)}{' so far' * (not report.finished)}."
     note += " An image can use several spots: together more than 100 %." * (len(rows) > 1)
     note += " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
     bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
@@ -112,7 +112,7 @@ def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
         "The trained router": tables["spots"],
         "By class": [*plotted["classes"], *_folded([*by_class, *tables["classes"]])],
         "Class by epoch": charts.history_charts(report, history)
-        if history and report.by_class and not report.saturated
+        if history and any(row.peak for row in report.by_class) and not report.saturated
         else [],
         "By difficulty": [*plotted["difficulty"], *_folded(tables["difficulty"])],
         "By agreement": [charts.agreement_chart(measured)] if measured and tables["difficulty"] else [],

@@ -30,7 +30,7 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
     """The training: overall, by epoch, the `top` classes above and below the average (None: all), mixtures."""
     alike = _alike(report)
     constant = bool(report.saturated) or alike
-    tables = [_overall(report, alike)]
+    tables = [_overall(report, alike or len(report.by_epoch) == 1)]
     if not constant:
         tables.append(_by_epoch(report, EPOCH_ROWS if top is not None else len(report.by_epoch)))
     names = [spot.name for spot in report.overall]
