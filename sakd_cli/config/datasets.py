@@ -23,7 +23,6 @@ from sakd_cli.files import expanded
 Channels = tuple[float, float, float]
 Place = Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())]
 
-
 Two = tuple[float, float]
 Shares = Annotated[Two, must(lambda at: 0 < at[0] <= at[1] <= 1, "is two shares, rising, above 0 and up to 1")]
 Rising = Annotated[Two, must(lambda at: at[0] < at[1], "is black and white, the lower value first")]

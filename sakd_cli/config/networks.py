@@ -141,7 +141,6 @@ RELEASES = {f"{name}_vanilla": Release(name, "cifar100", top1, _CRD) for name, t
     for count, top1 in zip((10, 100), both, strict=True)
 }  # by the name of the folder or the file that they come in
 
-
 LONGEST = 200  # letters of a name; what is distilled from what was distilled is named after all of them
 
 

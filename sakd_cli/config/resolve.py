@@ -34,7 +34,6 @@ _PRIMARY_KEYS = {
     "friendly": ("students", set(FriendlyConfig.model_fields)),
 }
 
-
 # Keys that hold paths, and the words that may stand there instead.
 PATHS = {"teacher.weights", "teacher.other_weights", "teacher.logits", "router.run", "method.weights"}
 PATHS |= {"data.root", "data.unlabeled", "data.manifest"}

@@ -16,7 +16,6 @@ apng avif bmp dib gif heic heif j2c j2k jfif jp2 jpe jpeg jpf jpg jpx pbm pgm pn
 """
 ENDINGS = frozenset(f".{name}" for name in _ENDINGS.split())
 
-
 TRAIN, TEST, VAL = ("train", "training"), ("test",), ("val", "valid", "validation")
 # What lies beside the classes of a folder without parts, and is written by programs.
 NO_CLASS = {"runs", "reports", "report", "logs", "exports", "checkpoints", "plots", "figures"}

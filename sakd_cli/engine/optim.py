@@ -20,7 +20,6 @@ from sakd_cli.errors import UsageError
 GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
 FUSED = ("sgd", "adam", "adamw")  # whose kernels read on the device what their rate is, and whether to skip
 
-
 UNUSABLE = ("adahessian", "kron")  # of timm's
 
 

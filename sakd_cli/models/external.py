@@ -172,7 +172,6 @@ def _of_timm(entry: str, num_classes: int, side: ImageSize) -> list[Call]:
 
 _CALLS: dict[str, Callable[[str, int, ImageSize], list[Call]]] = {"torchvision": _of_torchvision, "timm": _of_timm}
 
-
 _DROP_PATH = {"torchvision": "stochastic_depth_prob", "timm": "drop_path_rate"}
 
 

@@ -363,7 +363,6 @@ _BUILTIN: dict[str, Callable[[Any, Pair], Router]] = {
     "random-matched": _matched,
 }
 
-
 ROUTERS = plugins.Table("router", _BUILTIN, plugins.ROUTERS, _plugged, folder="routing")
 
 
