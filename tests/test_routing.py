@@ -14,6 +14,7 @@ from sakd_cli.models.table import create
 from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers
 from sakd_cli.routing.table import ROUTERS, Adaptive, Pair, Random, build, straight_through
+from sakd_cli.tasks.criterion import Criterion
 
 PAIR = Pair(spots=3, teacher=5, student=4, matched=torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.5]]))
 
@@ -113,17 +114,26 @@ def test_matched_coins_follow_the_rates_of_the_epoch_and_then_keep_the_last() ->
         assert weight.mean(dim=1).tolist() == pytest.approx(expected, abs=0.02)
 
 
+def routed_loss(
+    routed: torch.Tensor, labels: torch.Tensor, ce: torch.Tensor, gate: torch.Tensor, fraction: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return router_loss(
+        routed, labelled(labels), ce, gate, gamma=2.0, min_teacher_fraction=fraction, criterion=Criterion()
+    )
+
+
 @pytest.mark.parametrize(("better", "factor"), [(True, 0.5), (False, 2.0)])
 def test_gamma_raises_a_worse_and_lowers_a_better_routed_network(better: bool, factor: float) -> None:
     routed = torch.randn(8, 5, requires_grad=True)
     labels = torch.arange(8) % 5
     ce = F.cross_entropy(routed, labels).detach()
     other = ce + 1 if better else ce - 1
-    result = router_loss(routed, labelled(labels), other, torch.ones(8, 2), gamma=2.0, min_teacher_fraction=0.5)
-    assert result.loss.item() == pytest.approx(factor * ce.item())
-    assert (result.lowered.item(), result.raised.item()) == ((1.0, 0.0) if better else (0.0, 1.0))
-    equal = router_loss(routed, labelled(labels), ce, torch.ones(8, 2), gamma=2.0, min_teacher_fraction=0.5)
-    assert equal.loss.item() == pytest.approx(ce.item())
+    loss, events = routed_loss(routed, labels, other, torch.ones(8, 2), 0.5)
+    assert loss.item() == pytest.approx(factor * ce.item())
+    flags = events["router_loss_scaled_down"].item(), events["router_loss_scaled_up"].item()
+    assert flags == ((1.0, 0.0) if better else (0.0, 1.0))
+    equal, _ = routed_loss(routed, labels, ce, torch.ones(8, 2), 0.5)
+    assert equal.item() == pytest.approx(ce.item())
 
 
 def test_the_count_term_is_a_count_of_missing_teachers_at_the_last_spot() -> None:
@@ -133,14 +143,14 @@ def test_the_count_term_is_a_count_of_missing_teachers_at_the_last_spot() -> Non
         gate = torch.zeros(8, 3)
         gate[:teachers, -1] = 1
         gate.requires_grad_()
-        result = router_loss(routed, labelled(labels), ce, gate, gamma=2.0, min_teacher_fraction=0.5)
-        assert result.loss.item() == pytest.approx(ce.item() + missing)
-        assert result.count_active.item() == float(missing > 0)
-        (gradient,) = torch.autograd.grad(result.loss, gate, allow_unused=True)
+        loss, events = routed_loss(routed, labels, ce, gate, 0.5)
+        assert loss.item() == pytest.approx(ce.item() + missing)
+        assert events["count_penalty_active"].item() == float(missing > 0)
+        (gradient,) = torch.autograd.grad(loss, gate, allow_unused=True)
         assert gradient[:, -1].tolist() == [-1.0 if missing else 0.0] * 8
         assert gradient[:, :-1].abs().sum() == 0
-    off = router_loss(routed, labelled(labels), ce, torch.zeros(8, 3), gamma=2.0, min_teacher_fraction=0.0)
-    assert off.loss.item() == pytest.approx(ce.item())
+    off, _ = routed_loss(routed, labels, ce, torch.zeros(8, 3), 0.0)
+    assert off.item() == pytest.approx(ce.item())
 
 
 def test_adapters_learn_only_from_the_samples_that_use_them_and_networks_not_at_all() -> None:

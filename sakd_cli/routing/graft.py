@@ -1,7 +1,6 @@
 """The multi-path network, in which each sample changes over where its gate says so, and the loss of its router."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,21 +114,6 @@ class Graft(nn.Module):
         return x.flatten(1).sum(dim=1, keepdim=True).expand(0, classes)
 
 
-class RouterLoss(NamedTuple):
-    """What is minimised; without gradient: cross-entropy of the routed network and of the student, flags of 0 or 1."""
-
-    loss: Tensor
-    ce: Tensor
-    student_ce: Tensor
-    raised: Tensor
-    lowered: Tensor
-    count_active: Tensor
-
-
-def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits, batch.labels)
-
-
 def router_loss(
     routed: Tensor,
     batch: Batch,
@@ -138,13 +122,14 @@ def router_loss(
     *,
     gamma: float,
     min_teacher_fraction: float,
-    criterion: Callable[[Tensor, Batch], Tensor] = cross_entropy,
-) -> RouterLoss:
+    criterion: Callable[[Tensor, Batch], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
     """c CE(routed) + max(0, fraction N - number of samples with the teacher's logits) (Song et al., IEEE TIP 2022).
 
     c = gamma where the routed network is worse than the student alone, 1/gamma where it is better, 1 where equal. The
     comparison carries no gradient; the count is neither scaled by c nor by 1/N. routed [N, classes], gate [N, S].
     Comparison and count are of the whole batch where several processes share it. CE is `criterion`, as the student's.
+    Beside it what happened, without gradient: flags of 0 or 1, cross-entropies of the routed network and the student.
     """
     ce = criterion(routed, batch)
     routed_ce, alone = distributed.all_reduce_mean(ce, batch), distributed.all_reduce_mean(student_ce, batch)
@@ -154,6 +139,6 @@ def router_loss(
     missing = min_teacher_fraction * batch.size - distributed.all_reduce_sum_with_grad(gate[:, -1].sum(), batch)
     active = (missing > 0).detach()
     penalty = F.relu(missing) if batch.part == 1 else F.relu(missing) / batch.part  # no mean: parts add up to it
-    return RouterLoss(
-        factor * ce + penalty, routed_ce, alone, *(flag.to(ce.dtype) for flag in (raised, lowered, active))
-    )
+    flags = {"router_loss_scaled_up": raised, "router_loss_scaled_down": lowered, "count_penalty_active": active}
+    events = {name: flag.to(ce.dtype) for name, flag in flags.items()}
+    return factor * ce + penalty, events | {"routed_ce": routed_ce, "student_ce": alone}

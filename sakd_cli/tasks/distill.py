@@ -360,15 +360,5 @@ class DistillTask(Task):
             routed = to_fp32(self.graft(batch.images, teacher, gate))
         if offset is not None:  # as far as the routed pass ends in the student's head
             routed = routed + (1 - gate[:, -1:]) * offset
-        result = router_loss(
-            routed,
-            batch,
-            ce,
-            gate,
-            gamma=self.factors.gamma,
-            min_teacher_fraction=self.factors.min_teacher_fraction,
-            criterion=self.criterion,
-        )
-        events = {"router_loss_scaled_up": result.raised, "router_loss_scaled_down": result.lowered}
-        events |= {"count_penalty_active": result.count_active}
-        return result.loss, events | {"routed_ce": result.ce, "student_ce": result.student_ce}
+        gamma, fewest = self.factors.gamma, self.factors.min_teacher_fraction
+        return router_loss(routed, batch, ce, gate, gamma=gamma, min_teacher_fraction=fewest, criterion=self.criterion)
