@@ -117,6 +117,8 @@ def test_shared_spots_are_routed_once() -> None:
         ("ft+ab", [], "method ft+ab: ft and ab both train something before"),
         ("at+at", [], "method 'at+at': names one twice"),
         ("dkd+dist", [], "method dkd+dist: two of these replace the softened logits"),
+        ("dkd+kd", [], "method dkd+kd: two of these replace the softened logits"),
+        ("at+dkd", ["method.dkd.weight=2"], "weight 2 is of a feature loss, and dkd has none"),
         ("fitnet+ofd", [], "method fitnet+ofd: one compares in front of an activation"),
         ("fitnet+crdd", [], "unknown method 'fitnet+crdd'"),
         ("fitnet+crd", ["method.stage=1"], "unknown key 'method.stage'; did you mean 'method.fitnet.stage'?"),

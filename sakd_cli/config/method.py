@@ -23,6 +23,7 @@ class MethodConfig(Config):
     """What to distill. The defaults of each method are those of its paper, or of RepDistiller where that differs."""
 
     trains_student: ClassVar[bool] = False  # beside its losses: by a warm-up, or by another last layer
+    of_logits: ClassVar[bool] = False  # compares no feature in its main stage
     name: str
     """Distillation method, as in `sakd list methods`."""
     weight: NonNegativeFloat = 1.0
@@ -67,8 +68,11 @@ class MethodConfig(Config):
         return values
 
     @model_validator(mode="after")
-    def _a_balance_has_no_weight(self) -> "MethodConfig":
-        if self.balance and self.weight != type(self).model_fields["weight"].default:
+    def _a_weight_has_a_use(self) -> "MethodConfig":
+        given = self.weight != type(self).model_fields["weight"].default
+        if self.of_logits and given:
+            raise ValueError(f"weight {self.weight:g} is of a feature loss, and {self.name} has none: method.kl_weight")
+        if self.balance and given:
             raise ValueError(f"weight {self.weight:g} cancels under balance {self.balance:g}: leave one of them out")
         return self
 

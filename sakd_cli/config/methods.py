@@ -29,6 +29,7 @@ from sakd_cli.errors import UsageError
 class KDConfig(MethodConfig):
     """Softened logits (Hinton et al. 2015)"""
 
+    of_logits: ClassVar[bool] = True
     name: Literal["kd"] = "kd"
     hard: bool = False
     """Cross-entropy with the class of the teacher's largest logit (DeiT) in place of softened logits."""
@@ -120,6 +121,7 @@ class CRDConfig(MethodConfig):
 class DKDConfig(MethodConfig):
     """Target class and the others decoupled, in place of softened logits (Zhao et al., CVPR 2022)"""
 
+    of_logits: ClassVar[bool] = True
     name: Literal["dkd"] = "dkd"
     target: NonNegativeFloat = 1.0
     """Weight of the target-class term (alpha in the paper)."""
@@ -130,6 +132,7 @@ class DKDConfig(MethodConfig):
 class DISTConfig(MethodConfig):
     """Correlations of the probabilities, in place of softened logits (Huang et al., NeurIPS 2022)"""
 
+    of_logits: ClassVar[bool] = True
     name: Literal["dist"] = "dist"
     temperature: PositiveFloat = 1.0
     inter: NonNegativeFloat = 1.0
@@ -141,6 +144,7 @@ class DISTConfig(MethodConfig):
 class LSConfig(MethodConfig):
     """Softened logits of one scale (Sun et al., CVPR 2024)"""
 
+    of_logits: ClassVar[bool] = True
     name: Literal["ls"] = "ls"
     kl_weight: NonNegativeFloat = 9.0
     temperature: PositiveFloat = 2.0
@@ -202,6 +206,7 @@ class FTConfig(WarmedConfig):
 class FSPConfig(WarmedConfig):
     """Flow from stage to stage, before the distillation proper (Yim et al., CVPR 2017)"""
 
+    of_logits: ClassVar[bool] = True
     name: Literal["fsp"] = "fsp"
     weight: NonNegativeFloat = 50.0
 
@@ -209,6 +214,7 @@ class FSPConfig(WarmedConfig):
 class ABConfig(WarmedConfig):
     """Activation boundaries, before the distillation proper (Heo et al., AAAI 2019)"""
 
+    of_logits: ClassVar[bool] = True
     name: Literal["ab"] = "ab"
     margin: PositiveFloat = 1.0
     """Margin of the activation boundary."""

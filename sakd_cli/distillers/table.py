@@ -206,7 +206,10 @@ def build(
     places = [row.places(part, stages) for part, row in rows]
     spots = tuple(at(places[0] if len(rows) == 1 else sorted({place for some in places for place in some})))
     ingredients, warmup = list[Ingredient](), None
-    of_logits: tuple[MethodConfig, Callable[..., Distiller]] = (config, KD)
+    named = [(part, row.logits) for part, row in rows if row.logits is not KD or (row.features or row.warmup) is None]
+    if len(named) > 1:
+        raise UsageError(f"method {config.name}: two of these replace the softened logits; one can")
+    of_logits: tuple[MethodConfig, Callable[..., Distiller]] = named[0] if named else (config, KD)
     for (part, row), own in zip(rows, places, strict=True):
         if row.features is not None:
             here = spots[:-1] if len(rows) == 1 else tuple(at(own)[:-1])
@@ -216,12 +219,6 @@ def build(
         if row.warmup is not None:
             kind, before = row.warmup
             warmup = kind(tuple(at(before(part, stages))[:-1]), part)
-        if row.features is None and row.warmup is None and row.logits is KD:
-            of_logits = (part, KD)
-        if row.logits is not KD:
-            if of_logits[1] is not KD:
-                raise UsageError(f"method {config.name}: two of these replace the softened logits; one can")
-            of_logits = (part, row.logits)
     if len(rows) == 1:
         features, schedule = (ingredients[0].distiller if ingredients else None), None
     else:
