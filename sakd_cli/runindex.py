@@ -8,6 +8,7 @@ its own file again. A small folder has none.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sakd_cli.errors import DiskError
 NAME = ".index.json"
 MANY = 50  # runs that were read anew, from which on the index is written
 MOST = 2**28  # bytes: 100,000 runs
+JUDGED = ("summary.json", "env.json", "checkpoints/last/state.json")
 Settings = dict[str, Any]
 
 
@@ -54,19 +56,40 @@ def read_config(path: Path) -> Settings | None:
 
 def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:
     """The settings of every run in the folder by its `config.yaml`, the newest first; None where it is damaged."""
-    known, found, anew = _read(runs_dir / NAME), dict[Path, Settings | None](), 0
+    return {path: settings for path, (settings, _) in judged(runs_dir).items()}
+
+
+def judged(
+    runs_dir: Path, judge: Callable[[Path, Settings | None], Any] | None = None
+) -> dict[Path, tuple[Settings | None, Any]]:
+    """As `all_settings`, and what `judge` says of each run, given its folder and settings, by the files `JUDGED`."""
+    known, found, anew = _read(runs_dir / NAME), dict[Path, tuple[Settings | None, Any]](), 0
     entries: dict[str, Any] = {}
+    start = len(str(runs_dir)) + 1
     for path, about in config_files(runs_dir).items():
-        looks = [about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino]
-        before = known.get(name := str(path.parent.relative_to(runs_dir)))
-        if isinstance(before, list) and len(before) == 2 and before[0] == looks:
-            found[path] = before[1] if isinstance(before[1], dict) else None
-        else:
-            found[path], anew = read_config(path), anew + 1
-        entries[name] = [looks, found[path]]
+        folder, looks = os.path.dirname(path), _looks(about)
+        before = known.get(folder[start:])
+        if not (isinstance(before, list) and len(before) == 4 and before[0] == looks):
+            before, anew = [looks, read_config(path), None, None], anew + 1
+        settings, others, said = before[1:]
+        if judge is not None and others != (now := [_looks_at(f"{folder}/{name}") for name in JUDGED]):
+            others, said, anew = now, judge(path.parent, settings), anew + 1
+        entries[folder[start:]] = [looks, settings, others, said]
+        found[path] = settings if isinstance(settings, dict) else None, said
     if anew >= MANY or (known and (anew or len(known) > len(entries))):
         _write(runs_dir / NAME, entries)
     return found
+
+
+def _looks(about: os.stat_result) -> list[int]:
+    return [about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino]
+
+
+def _looks_at(path: str) -> list[int] | None:
+    try:
+        return _looks(os.stat(path))
+    except OSError:
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import pytest
 from conftest import CliRunner
 from filelock import FileLock
 
+from sakd_cli.rundir import RunDir
+
 TINY = [
     "--dataset",
     "shapes",
@@ -79,3 +81,45 @@ def test_one_line_makes_resumes_and_reports_a_run(there: CliRunner) -> None:
     there.assert_rejects([*line, "--seed", "3"], 2, "seed was 0 and is 3")
     refused = [*RUN, "--seeds", "100000000", "--dry-run"]
     there.assert_rejects(refused, 2, "at most 10000 runs")
+
+
+def test_the_index_answers_for_runs_that_look_as_before_and_for_no_others(
+    there: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty runs: the second list reads no file of a run; what was changed or is gone since then is noticed."""
+    many = there.path / "many"
+    for number in range(60):
+        shutil.copytree(there.path / "runs" / "s", many / f"s{number}", ignore=shutil.ignore_patterns("*.safetensors"))
+    first = there.sakd("runs", "--runs-dir", "many", "--json").out
+    assert (many / ".index.json").is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDir, "require_own_settings", None)
+        assert there.sakd("runs", "--runs-dir", "many", "--json").out == first
+    summary = many / "s7" / "summary.json"
+    summary.write_text(summary.read_text().replace('"top1": ', '"top1": 1', 1))
+    config = many / "s8" / "config.yaml"
+    config.write_text(config.read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    shutil.rmtree(many / "s9")
+    rows = {Path(row["run"]).name: row for row in there.sakd("runs", "--runs-dir", "many", "--json").document["rows"]}
+    assert [name for name, row in rows.items() if row["state"] == "damaged"] == ["s8", "s7"]
+    assert len(rows) == 59
+    (many / ".index.json").write_text((many / ".index.json").read_text().replace('"finished"', '"stopped"', 1)[:-9])
+    assert len(names(there, "--runs-dir", "many")) == 59, "an index that is damaged is read anew"
+
+
+def test_neither_a_second_teacher_nor_a_run_whose_rates_are_repeated_is_removed(there: CliRunner) -> None:
+    for name, seed in (("u", "5"), ("v", "6")):
+        made = ["pretrain-teacher", "resnet14", *TINY, "--seed", seed, "--run-dir", f"more/{name}"]
+        assert there.sakd(*made).code == 0
+    two = ["distill", "--teacher", "./more/u", "--teacher=./more/v", "--student", "resnet8", *TINY]
+    rates = [*RUN, "--router", "random-matched", "--set", "router.run=more/adaptive", "--run-dir", "more/repeated"]
+    for command in ([*two, "--run-dir", "more/two"], [*RUN, "--run-dir", "more/adaptive"], rates):
+        result = there.sakd(*command)
+        assert result.code == 0, result.err
+    assert "run: more/adaptive\n" in (there.path / "more" / "repeated" / "config.yaml").read_text()
+    there.assert_rejects(["runs", "rm", "more/v", "--yes"], 2, "it is the teacher of")
+    there.assert_rejects(["runs", "rm", "more/adaptive", "--yes"], 2, "repeats its rates")
+    (there.path / "more").rename(there.path / "moved")
+    (there.path / "moved" / "repeated" / "summary.json").unlink()
+    text = (there.path / "moved" / "repeated" / "config.yaml").read_text()
+    assert str(there.path) not in text, "no place of this machine"

@@ -14,7 +14,7 @@ from sakd_cli.documents.listing import RunEntries
 from sakd_cli.errors import UsageError
 from sakd_cli.files import parse_yaml
 from sakd_cli.report.runs.entries import entry_tables, remove, why_kept
-from sakd_cli.rundir import RunDir, all_runs
+from sakd_cli.rundir import RunDir
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[show|rm] [RUN...]", help="Show, or remove, these runs.")]
 SHOW, REMOVE = "show", "rm"
@@ -57,9 +57,7 @@ def _remove(chosen: list[RunDir], *, yes: bool) -> list[str]:
     """Remove these runs, all or none. UsageError where one is needed, or nobody says yes."""
     for run in chosen:
         assert run.config
-        others = [other.path for other in all_runs(run.path.resolve().parent)]
-        kept = why_kept(run, [path for path in others if path not in {one.path.resolve() for one in chosen}])
-        if kept is not None:
+        if (kept := why_kept(run, {one.path.resolve() for one in chosen})) is not None:
             raise UsageError(f"{run.path}: is not removed, {kept}")
     if not yes:
         if not sys.stdin.isatty():

@@ -2,23 +2,24 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
 from sakd_cli import runindex
-from sakd_cli.config.resolve import flat
+from sakd_cli.config.resolve import flat, found_again
 from sakd_cli.documents.listing import RunEntries, RunEntry
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import sha256
 from sakd_cli.report.render.format import fixed, named, plain
-from sakd_cli.report.render.sheet import columns_of, table, varying
+from sakd_cli.report.render.sheet import columns_of, left_out, table, varying
 from sakd_cli.rundir import RunDir, look_up
 
 KEYS = {"task": "task", "teacher": "teacher.source", "method": "method.name", "router": "router.name"}
 KEYS |= {"dataset": "data.name", "seed": "seed", "epochs": "train.epochs"}
+MOST = 1000  # rows of the table
 COLUMNS = {"Run": "run", "State": "state", "Task": "task", "Network": "network", "Method": "method"}
 COLUMNS |= {"Router": "router", "Data": "dataset", "Seed": "seed", "Epochs": "epochs", "Changed": "changed"}
 
@@ -30,8 +31,8 @@ def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> l
     """
     columns = set(RunEntry.model_fields) - {"settings"}
     found = []
-    for path, settings in runindex.all_settings(runs_dir).items():
-        entry = run_entry(RunDir(path.parent), settings)
+    for path, (settings, verdict) in runindex.judged(runs_dir, _verdict).items():
+        entry = run_entry(RunDir(path.parent), settings, verdict)
         known = {key: getattr(entry, key) for key in columns}
         if all(_same(known.get(key, look_up(settings, key)), value) for key, value in where.items()):
             found.append(entry)
@@ -49,22 +50,28 @@ def _same(value: Any, wanted: Any) -> bool:
     return bool(value == wanted) or (value is not None and str(value) == str(wanted))
 
 
-def run_entry(run: RunDir, settings: Mapping[str, Any] | None, *, shown: bool = False) -> RunEntry:
-    """A run; `shown`: with its settings."""
+def _verdict(folder: Path, settings: Mapping[str, Any] | None) -> tuple[bool, float | None]:
+    """Whether what a run says of itself is whole, and its top-1 where it is finished."""
+    run = RunDir(folder)
+    try:
+        if settings is None:
+            raise DamagedError(f"{folder}: config.yaml is damaged")
+        run.require_own_settings(dict(settings))
+        return True, run.summary.last.top1 if run.finished else None
+    except UsageError:
+        return False, None
+
+
+def run_entry(run: RunDir, settings: Mapping[str, Any] | None, verdict: Any = None, *, shown: bool = False) -> RunEntry:
+    """A run; verdict: what `_verdict` said of it; shown: with its settings."""
     changed = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.path / "config.yaml").stat().st_mtime))
     names = {name: look_up(settings, key) for name, key in KEYS.items()}
     names["network"] = look_up(settings, "student") or look_up(settings, "model")
     for name, value in names.items():
         kind = int if name in ("seed", "epochs") else str
         names[name] = value if isinstance(value, kind) and not isinstance(value, bool) else None
-    state, top1 = "finished" if run.finished else "in progress" if run.in_use else "stopped", None
-    try:
-        if settings is None:
-            raise DamagedError(f"{run.path}: config.yaml is damaged")
-        run.require_own_settings(dict(settings))
-        top1 = run.summary.last.top1 if run.finished else None
-    except UsageError:
-        state = "damaged"
+    whole, top1 = verdict or _verdict(run.path, settings)
+    state = "damaged" if not whole else "finished" if run.finished else "in progress" if run.in_use else "stopped"
     own = dict(settings or {}) if shown else None
     return RunEntry.model_validate(
         names | {"run": plain(run.path), "state": state, "top1": top1, "changed": changed, "settings": own}
@@ -77,7 +84,8 @@ def entry_tables(document: RunEntries) -> list[RenderableType]:
     text = [*columns][:6]
     columns, same = varying(document.rows, columns)
     notes = [f"{len(document.rows)} runs", *same, *(f"removed: {name}" for name in document.removed)]
-    tables: list[RenderableType] = [table("Runs", document.rows, columns, notes, text)]
+    notes += left_out(MOST, len(document.rows), "runs")
+    tables: list[RenderableType] = [table("Runs", document.rows[:MOST], columns, notes, text)]
     for row in document.rows:
         if row.settings is not None:
             lines = [f"{key}: {plain(value)}" for key, value in flat(row.settings).items()]
@@ -85,18 +93,26 @@ def entry_tables(document: RunEntries) -> list[RenderableType]:
     return tables
 
 
-def why_kept(run: RunDir, others: Sequence[Path]) -> str | None:
-    """Why a run must not be removed: it is in use, or others have learned from it; None where nothing speaks for it."""
+def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
+    """Why a run must not be removed: it is in use, or others have learned from it; None where nothing speaks for it.
+
+    removed  the runs, resolved, that are to go, it among them
+    """
     if run.in_use:
         return "a process works on it"
+    own = run.path.resolve()
     weights = None if run.deliverable is None else sha256(run.deliverable / "model.safetensors")
-    for path in others:
-        settings = runindex.read_config(path / "config.yaml")
-        pinned, matched = look_up(settings, "teacher.sha256"), look_up(settings, "router.run")
-        if path.resolve() != run.path.resolve() and weights is not None and pinned == weights:
-            return f"it is the teacher of {plain(path)}"
-        if isinstance(matched, str) and Path(matched).resolve() == run.path.resolve():
-            return f"{plain(path)} repeats its rates"
+    of_sweep = (own.parents[1] / "sweeps" / own.parent.name).is_dir()
+    for path, settings in runindex.all_settings(own.parents[1 if of_sweep else 0]).items():
+        if settings is None or path.parent in removed:
+            continue
+        settings = found_again(settings, path.parent)
+        others, matched = look_up(settings, "teacher.other_sha256"), look_up(settings, "router.run")
+        pinned = [look_up(settings, "teacher.sha256"), *(others if isinstance(others, list) else [])]
+        if weights is not None and weights in pinned:
+            return f"it is the teacher of {plain(path.parent)}"
+        if isinstance(matched, str) and Path(matched).resolve() == own:
+            return f"{plain(path.parent)} repeats its rates"
     return None
 
 
