@@ -1,6 +1,7 @@
 """`sakd eval`: each figure against one computed by hand or another way, the teacher, several networks side by side."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from sakd_cli.documents.evaluation import Evaluation, Evaluations, Speed
 from sakd_cli.evaluation.quality import Answers, agreement, averages, calibration, confusions
-from sakd_cli.evaluation.speed import _others, speed
+from sakd_cli.evaluation.speed import LEAST, _others, speed
 from sakd_cli.models.cost import peak_memory
 
 FAST = ("--quiet", "--set", "timing_seconds=0")
@@ -89,7 +90,10 @@ def test_memory_is_weights_input_and_what_lives_at_once() -> None:
 
 
 def test_speed_gives_median_and_quartiles() -> None:
-    found = speed(nn.Flatten(), 8, torch.device("cpu"), batch=4, seconds=0.01).plain()
+    seen: list[int] = []
+    found = speed(lambda x: seen.append(len(x)) or x, 8, torch.device("cpu"), batch=4, seconds=0.01).plain()
+    turns = sum(before != after for before, after in pairwise(seen))
+    assert turns >= 2 * LEAST - 1, "in turns, so that a disturbance is in the quartiles of both"
     for key, batch in (("latency", 1), ("throughput", 4)):
         assert found[key]["low"] <= found[key]["median"] <= found[key]["high"]
         assert (found[key]["batch"], found[key]["runs"] >= 3) == (batch, True)

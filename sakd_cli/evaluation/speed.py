@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from torch import Tensor
 from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.documents.evaluation import Quartiles, Speed
 
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
+
 Network = Callable[[Tensor], Tensor]  # in evaluation mode
-LEAST = 5  # timings at least; each is of so many passes that the clock's own time does not count
+LEAST = 5  # timings at least, in as many turns; each is of so many passes that the clock's own time does not count
 SETTLED = 0.1  # interquartile range over the median up to which a measurement is settled
 
 
@@ -25,16 +29,21 @@ def speed(network: Network, side: ImageSize, device: torch.device, *, batch: int
     differ. What other programs take of the machine's cores meanwhile is measured too.
     """
     before = _cores_used()
-    single = _times(network, side, device, 1, seconds)
+    single, batches = _timer(network, side, device, 1), _timer(network, side, device, batch)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    many = _times(network, side, device, batch, seconds)
+    one, many = list[float](), list[float]()
+    began = time.perf_counter()
+    # In turns, so that what goes on meanwhile meets both, and is seen in both.
+    while len(one) < LEAST or time.perf_counter() - began < (2 if _settled(one) and _settled(many) else 8) * seconds:
+        for timer, times in ((single, one), (batches, many)):
+            times += timer.blocked_autorange(min_run_time=seconds / LEAST).times
     after = _cores_used()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Speed(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         threads=torch.get_num_threads(),
-        latency=_quartiles(1, [1e3 * seconds for seconds in single]),
+        latency=_quartiles(1, [1e3 * seconds for seconds in one]),
         throughput=_quartiles(batch, [batch / seconds for seconds in many]),
         memory=memory,
         busy=None if before is None or after is None else _others(before, after),
@@ -42,11 +51,11 @@ def speed(network: Network, side: ImageSize, device: torch.device, *, batch: int
     )
 
 
-@torch.inference_mode()
-def _times(network: Network, side: ImageSize, device: torch.device, batch: int, seconds: float) -> list[float]:
-    """Seconds per forward pass; the first passes, which choose kernels and fill caches, are not timed."""
+def _timer(network: Network, side: ImageSize, device: torch.device, batch: int) -> "Timer":
+    """Times forward passes; the first ones, which choose kernels and fill caches, are done."""
     images = torch.zeros(batch, 3, *height_width(side), device=device)
 
+    @torch.inference_mode()
     def run() -> None:
         network(images)
         if device.type == "mps":
@@ -56,13 +65,8 @@ def _times(network: Network, side: ImageSize, device: torch.device, batch: int, 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     run()
-    found = timer.blocked_autorange(min_run_time=seconds)
-    times, began = list(found.times), time.perf_counter()
-    while len(times) < LEAST or (not _settled(times) and time.perf_counter() - began < 3 * seconds):
-        times.append(timer.timeit(found.number_per_run).median)
-    return times
+    return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
 
 
 def _settled(times: list[float]) -> bool:

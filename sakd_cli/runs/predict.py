@@ -104,8 +104,9 @@ def predict(
                 answers = zip(_named(best.values, best.indices, card.classes), left.tolist(), strict=True)
             for picture, image in zip(batch, images, strict=True):
                 if isinstance(image, Unreadable):
-                    reporter.warn(f"{shown(picture.path)}: {image.reason}")
-                    found.append(Prediction(file=shown(picture.path), classes=[], error=image.reason))
+                    reason = image.reason.partition(": --set")[0]  # a setting of trainings
+                    reporter.warn(f"{shown(picture.path)}: {reason}")
+                    found.append(Prediction(file=shown(picture.path), classes=[], error=reason))
                 else:
                     classes, stage = next(answers)
                     last = stage if exits.thresholds else None
