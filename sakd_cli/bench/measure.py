@@ -15,17 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sakd_cli.bench.steps import OURS, Setup, Step, adaptive_task, endless, noise_loader, optimizer_of, steps
-from sakd_cli.documents.bench import (
-    Bench,
-    BenchComparison,
-    BenchSetup,
-    PhaseTime,
-    RatioChange,
-    ReportedRatio,
-    RisenCounter,
-    TimedRatio,
-    TimedStep,
-)
+from sakd_cli.documents import bench as doc
 from sakd_cli.engine.runtime import environment, resolve_mode
 from sakd_cli.errors import UsageError
 from sakd_cli.files import read_document
@@ -180,7 +170,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], None]) -> Bench:
+def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], None]) -> doc.Bench:
     """Ratios are of every step over ours (`adaptive`), so that more is better for us."""
     begin = time.perf_counter()
     say("building and counting the steps")
@@ -191,19 +181,19 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     ratios = {step.name: times.ratio(step.name, OURS) for step in compared if step.name != OURS}
     spent = phases(setup, rounds=how.rounds, warmup=how.warmup)
     total = sum(spent.values())
-    return Bench(
+    return doc.Bench(
         environment=machine(setup),
         setup=described(setup, how),
         steps=[_step(setup, step, times, peaks) for step in compared],
-        ratios=[TimedRatio(above=name, below=OURS, stable=r.stable, **r._asdict()) for name, r in ratios.items()],
+        ratios=[doc.TimedRatio(above=name, below=OURS, stable=r.stable, **r._asdict()) for name, r in ratios.items()],
         reported=reported(ratios),
-        phases=[PhaseTime(name=name, ms=1000 * s, fraction=s / total) for name, s in spent.items()],
+        phases=[doc.PhaseTime(name=name, ms=1000 * s, fraction=s / total) for name, s in spent.items()],
         seconds_to_first_step=first,
     )
 
 
-def described(setup: Setup, how: Rounds) -> BenchSetup:
-    return BenchSetup(
+def described(setup: Setup, how: Rounds) -> doc.BenchSetup:
+    return doc.BenchSetup(
         teacher=setup.config.teacher.source,
         student=setup.config.student,
         method=setup.config.method.name,
@@ -236,10 +226,10 @@ def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[
     return Times(cpu, wall, waited=True), peaks
 
 
-def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> TimedStep:
+def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> doc.TimedStep:
     milliseconds = [1000 * seconds for seconds in times.counting[step.name]]
     median, counted = times.milliseconds(step.name), step.counted
-    return TimedStep(
+    return doc.TimedStep(
         name=step.name,
         about=step.about,
         ms=median,
@@ -255,7 +245,7 @@ def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> Time
     )
 
 
-def reported(ratios: dict[str, Ratio]) -> ReportedRatio:
+def reported(ratios: dict[str, Ratio]) -> doc.ReportedRatio:
     """The published step over ours (without one, plain distillation over ours), or why it is none."""
     name = "literal" if "literal" in ratios else list(ratios)[1]
     ratio, reason = ratios[name], None
@@ -264,7 +254,7 @@ def reported(ratios: dict[str, Ratio]) -> ReportedRatio:
     elif not ratio.stable:
         width = 100 * (ratio.high - ratio.low) / ratio.median
         reason = f"the rounds scatter by {width:.0f} %, above {100 * SCATTER:g} %"
-    return ReportedRatio(above=name, median=None if reason else ratio.median, reason=reason)
+    return doc.ReportedRatio(above=name, median=None if reason else ratio.median, reason=reason)
 
 
 def machine(setup: Setup) -> dict[str, Any]:
@@ -289,15 +279,15 @@ def _peak_of_process() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
-def earlier(path: Path) -> Bench:
+def earlier(path: Path) -> doc.Bench:
     """A result from a file. Raises UsageError where it is none."""
     try:
-        return read_document(path, Bench)
+        return read_document(path, doc.Bench)
     except UsageError as error:
         raise UsageError(f"--compare {error.message}", "a file that `sakd bench --json` has printed") from None
 
 
-def must_be_alike(before: Bench, environment: Mapping[str, Any], setup: BenchSetup) -> None:
+def must_be_alike(before: doc.Bench, environment: Mapping[str, Any], setup: doc.BenchSetup) -> None:
     """Raise UsageError where an earlier result is of another machine or of another setup."""
     machine = [key for key in MACHINE if before.environment.get(key) != environment[key]]
     changed = [key for key, value in setup if getattr(before.setup, key) != value]
@@ -306,7 +296,7 @@ def must_be_alike(before: Bench, environment: Mapping[str, Any], setup: BenchSet
             raise UsageError(f"--compare: another {what} (differs in {', '.join(different)})")
 
 
-def comparison(before: Bench, now: Bench) -> BenchComparison:
+def comparison(before: doc.Bench, now: doc.Bench) -> doc.BenchComparison:
     """Ratios and counters then and now; the results `must_be_alike`.
 
     A ratio is slow where it is 15 % below what was recorded; `base` is what it is compared with, and stays the same
@@ -317,11 +307,11 @@ def comparison(before: Bench, now: Bench) -> BenchComparison:
     ratios = []
     for name, median in ((ratio.above, ratio.median) for ratio in now.ratios if ratio.above in bases):
         falls = median < SLOWER * bases[name]
-        change = RatioChange(name=name, base=bases[name], now=median, slow=falls, regressed=falls and name in slow)
+        change = doc.RatioChange(name=name, base=bases[name], now=median, slow=falls, regressed=falls and name in slow)
         ratios.append(change)
     old = {step.name: step for step in before.steps}
     risen = [
-        RisenCounter(name=step.name, counter=key, before=then, now=count)
+        doc.RisenCounter(name=step.name, counter=key, before=then, now=count)
         for step in now.steps
         if step.name in old
         for key in COUNTED
@@ -329,4 +319,4 @@ def comparison(before: Bench, now: Bench) -> BenchComparison:
         if (count := getattr(step, key)) is not None and count > then
     ]
     regressed = bool(risen) or any(ratio.regressed for ratio in ratios)
-    return BenchComparison(ratios=ratios, risen=risen, regressed=regressed)
+    return doc.BenchComparison(ratios=ratios, risen=risen, regressed=regressed)

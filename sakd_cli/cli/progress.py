@@ -4,18 +4,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich import progress
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from sakd_cli.report.render.format import fixed, fraction, number, whole
@@ -23,10 +14,10 @@ from sakd_cli.report.render.format import fixed, fraction, number, whole
 NARROW = 80  # columns below which a bar has no count of steps
 
 
-class Throughput(ProgressColumn):
+class Throughput(progress.ProgressColumn):
     """Steps a second."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: progress.Task) -> Text:
         return Text(f"{task.speed:,.4g}/s" if task.speed else "")
 
 
@@ -34,14 +25,13 @@ class Bars:
     """Shown from `start` to `stop`; figures are those of the last log point, nothing is measured for them."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
-        count = [MofNCompleteColumn(), Throughput()] if console.width >= NARROW else []
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(None), *count, TimeRemainingColumn(), console=console
-        )
+        count = [progress.MofNCompleteColumn(), Throughput()] if console.width >= NARROW else []
+        columns = progress.TextColumn("{task.description}"), progress.BarColumn(None), *count
+        self.progress = progress.Progress(*columns, progress.TimeRemainingColumn(), console=console)
         self.steps, self.step, self.epochs, self.images = steps, done, 0, 0
         self.figures = dict[str, str]()
         self._run = self.progress.add_task("", total=steps, completed=done)
-        self._epoch: TaskID | None = None
+        self._epoch: progress.TaskID | None = None
         self._since = done, time.monotonic()
         self._live = Live(get_renderable=self.renderable, console=console, transient=True, refresh_per_second=4)
 

@@ -2,7 +2,7 @@
 
 import inspect
 from json import dumps
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -100,14 +100,7 @@ def show_router(
     name = choose("router", name, routers.ROUTERS, "sakd list routers")
     config = routers.ROUTERS[name]
     of = code.load(name) if of_file(name) else config
-    document = ShownMethod(
-        name=name,
-        about=summary(config),
-        description=inspect.getdoc(of) or "",
-        spots="all",
-        defaults=config().model_dump(mode="json", exclude={"name"}),
-    )
-    _explained(document, "router", json=json)
+    _explained("router", name, config, of, "all", json=json)
 
 
 @with_options("show-method")
@@ -129,19 +122,15 @@ def show_method(
     from sakd_cli.distillers.table import DISTILLERS
 
     entry = DISTILLERS.row(name)
-    distiller = entry.features or entry.logits
-    config = methods.METHODS[name]
-    document = ShownMethod(
-        name=name,
-        about=summary(config),
-        description=inspect.getdoc(distiller) or "",
-        spots=f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits",
-        defaults=config().model_dump(mode="json", exclude={"name"}),
-    )
-    _explained(document, "method", json=json)
+    spots = f"{entry.places.__name__.replace('_', ' ')}, logits" if entry.features else "logits"
+    _explained("method", name, methods.METHODS[name], entry.features or entry.logits, spots, json=json)
 
 
-def _explained(document: ShownMethod, section: str, *, json: bool) -> None:
+def _explained(section: str, name: str, config: Any, of: Any, spots: str, *, json: bool) -> None:
+    """A method or a router by its settings and the class `of` it."""
+    defaults = config().model_dump(mode="json", exclude={"name"})
+    about, description = summary(config), inspect.getdoc(of) or ""
+    document = ShownMethod(name=name, about=about, description=description, spots=spots, defaults=defaults)
     if json:
         emit(document)
         return

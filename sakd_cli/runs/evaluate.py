@@ -13,19 +13,7 @@ from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
-from sakd_cli.documents.evaluation import (
-    ClassBase,
-    ClassMetrics,
-    Confusion,
-    EnsembleClassMetrics,
-    EnsembleEvaluation,
-    EnsembleExits,
-    Evaluation,
-    ExitTeacher,
-    Memory,
-    Quality,
-    TeacherQuality,
-)
+from sakd_cli.documents import evaluation as doc
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
@@ -55,7 +43,7 @@ from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
 from sakd_cli.runs.scored import SplitName, Wanted, config_of, images_to_score
 
-Row = TypeVar("Row", bound=ClassBase)
+Row = TypeVar("Row", bound=doc.ClassBase)
 
 
 class Target(NamedTuple):
@@ -77,7 +65,7 @@ class Target(NamedTuple):
         return {"weights": str(self.weights)} | dict(zip(("run", "finished"), run, strict=True))
 
 
-def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, Images]) -> Evaluation:
+def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, Images]) -> doc.Evaluation:
     """`sakd eval` of a network; the images are those in `loaded`, or are put there.
 
     Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
@@ -102,15 +90,15 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     *answers, labels = _answers(networks, followed(batches, reporter, f"evaluating {target.weights}{unfinished}"))
     mistaken, mistakes = _mistaken(answers[0].logits, labels, dataset.classes, target.wanted)
     own, scores, of_class = _quality(model, answers[0], labels, batches.batch_size, images.side)
-    quality: TeacherQuality | None = None
+    quality: doc.TeacherQuality | None = None
     of_teacher: Sequence[float | None] = [None] * len(dataset.classes)
     if teacher is not None:
         theirs, teacher_scores, _ = _quality(teacher[1].model, answers[1], labels, batches.batch_size, other.side)
         of_teacher = teacher_scores.top1_of_class
         known: dict[str, Any] = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
-        quality = TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
+        quality = doc.TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
-    return Evaluation(
+    return doc.Evaluation(
         **dict(own),
         **target.origin(),
         sha256=network.sha256,
@@ -120,7 +108,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
         images=len(labels),
         trained_on=scored.trained_on,
         device=str(device),
-        memory=Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
+        memory=doc.Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
         speed=speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
         teacher=quality,
         branches=None
@@ -129,13 +117,13 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
             model, branches.to(device), EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
         ),
         **mistaken,
-        classes=_class_rows(ClassMetrics, dataset.classes, scores, of_class, mistakes, teacher_top1=of_teacher),
+        classes=_class_rows(doc.ClassMetrics, dataset.classes, scores, of_class, mistakes, teacher_top1=of_teacher),
     )
 
 
 def _mistaken(
     logits: Tensor, labels: Tensor, names: Sequence[str], wanted: Wanted
-) -> tuple[dict[str, Any], list[Confusion | None]]:
+) -> tuple[dict[str, Any], list[doc.Confusion | None]]:
     """Confusions as both documents have them, and the most frequent mistake of each class."""
     pairs, mistakes = confusions(logits, labels, names)
     matrix = confusion_matrix(logits, labels).tolist() if wanted.matrix else None
@@ -147,7 +135,7 @@ def _class_rows(
     names: Sequence[str],
     scores: Scores,
     of_class: Sequence[tuple[float | None, float | None]],
-    mistakes: Sequence[Confusion | None],
+    mistakes: Sequence[doc.Confusion | None],
     **more: Sequence[float | None],
 ) -> list[Row]:
     columns = {"name": names, "images": scores.images_of_class, "top1": scores.top1_of_class}
@@ -200,14 +188,14 @@ def _answers(networks: list[StagedModel], batches: Iterable[tuple[tuple[Tensor, 
 
 def _quality(
     model: StagedModel, answers: Answers, labels: Tensor, batch_size: int, side: ImageSize
-) -> tuple[Quality, Scores, list[tuple[float | None, float | None]]]:
+) -> tuple[doc.Quality, Scores, list[tuple[float | None, float | None]]]:
     """A network's own metrics, its scores by class, and precision and F1 of each class."""
     # In the batches of an evaluation in training: sums are rounded alike, and the metrics are equal to the last bit.
     parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
     scores = score_logits(parts, answers.logits.shape[1])
     (brier, ece), costs = calibration(answers.logits, labels), cost(model, side)
     means, of_class = averages(answers.logits, labels)
-    return Quality(**scores.metrics(), brier=brier, ece=ece, averages=means, **costs._asdict()), scores, of_class
+    return doc.Quality(**scores.metrics(), brier=brier, ece=ece, averages=means, **costs._asdict()), scores, of_class
 
 
 def followed(batches: EvalLoader | EvalPairs, reporter: Reporter, title: str) -> Iterator[Any]:
@@ -221,7 +209,7 @@ def followed(batches: EvalLoader | EvalPairs, reporter: Reporter, title: str) ->
         reporter.end()
 
 
-def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bool) -> EnsembleEvaluation:
+def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bool) -> doc.EnsembleEvaluation:
     """`sakd eval` of an ensemble; a plain network is one without residual students.
 
     early: images leave where they may; else all go to the end. curve: with the curve over all thresholds.
@@ -252,7 +240,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     means = [mean_macs(stages, macs) if len(stages) else None for stages in of_classes]
     (brier, ece), (overall, of_class) = calibration(logits, labels), averages(logits, labels)
     mistaken, mistakes = _mistaken(logits, labels, dataset.classes, target.wanted)
-    return EnsembleEvaluation(
+    return doc.EnsembleEvaluation(
         **target.origin(),
         sha256=saved.sha256,
         network=" + ".join(names),
@@ -268,17 +256,17 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
         **mistaken,
         parameters=sum(one.parameters for one in costs),
         macs=shown.macs,
-        ensemble=EnsembleExits(
+        ensemble=doc.EnsembleExits(
             **config.residual.exits(),
             **dict(shown),
             early_exit=early,
             members=names,
             member_macs=macs,
-            teacher=ExitTeacher(network=teacher.get("architecture") or teacher.get("network"), macs=teacher_macs),
+            teacher=doc.ExitTeacher(network=teacher.get("architecture") or teacher.get("network"), macs=teacher_macs),
             thresholds=list(exits.thresholds),
             curve=exit_curve(whole, exits, batches, macs, teacher_macs) if curve else None,
         ),
-        classes=_class_rows(EnsembleClassMetrics, dataset.classes, scores, of_class, mistakes, macs=means),
+        classes=_class_rows(doc.EnsembleClassMetrics, dataset.classes, scores, of_class, mistakes, macs=means),
     )
 
 
@@ -329,7 +317,7 @@ def evaluate_all(
     curve: bool = False,
     split: SplitName | None = None,
     matrix: bool = False,
-) -> list[Evaluation | EnsembleEvaluation]:
+) -> list[doc.Evaluation | doc.EnsembleEvaluation]:
     """One document of `sakd eval` for each of the weights and the runs that they come from.
 
     teacher_required  it is an error where the teacher is not to be found

@@ -30,16 +30,7 @@ from sakd_cli.data.dataset import Split, seeded_generator
 from sakd_cli.data.files import Files
 from sakd_cli.data.loader import EvalPairs
 from sakd_cli.data.sources import as_seen
-from sakd_cli.documents.spots import (
-    EXTREMES,
-    ReliabilityBin,
-    RoutedNetwork,
-    SampledScore,
-    Score,
-    SpotPlace,
-    SurveyHeader,
-)
-from sakd_cli.documents.spots import Split as SplitName
+from sakd_cli.documents import spots as doc
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.recorder import tracked_places
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
@@ -84,7 +75,7 @@ class Surveyed(RunExtension):
 
 
 def live(
-    run: RunDir, sources: Iterable[ConfigSource], split: SplitName, reporter: Reporter, *, seed: int, extremes: int
+    run: RunDir, sources: Iterable[ConfigSource], split: doc.Split, reporter: Reporter, *, seed: int, extremes: int
 ) -> bytes:
     """The survey of a run's last checkpoint on any images, as bytes of the same format.
 
@@ -133,7 +124,7 @@ def _restore(job: Job, saved: checkpoint.Checkpoint, parts: tuple[str, ...]) -> 
 
 @torch.inference_mode()
 def survey(
-    job: Job, split: SplitName, reporter: Reporter, *, seed: int, extremes: int = EXTREMES, most: int | None = None
+    job: Job, split: doc.Split, reporter: Reporter, *, seed: int, extremes: int = doc.EXTREMES, most: int | None = None
 ) -> bytes:
     """One pass over a split and, for the routed network, over the test images.
 
@@ -161,7 +152,7 @@ def survey(
         columns["extreme"] = _shown(columns["probability"], extremes)
         columns["images"] = images.subset(columns["extreme"].to(images.images.device)).pixels.cpu()
     columns = {name: column.contiguous() for name, column in columns.items()}
-    header = SurveyHeader(
+    header = doc.SurveyHeader(
         split=split,
         dataset=data.name,
         classes=list(data.classes),
@@ -206,7 +197,7 @@ def _answers(
     return {name: torch.cat(parts).cpu() for name, parts in columns.items()}, bool(complement)
 
 
-def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: int) -> RoutedNetwork:
+def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: int) -> doc.RoutedNetwork:
     """Top-1 (percent) and loss on test images: student, teacher, and the routed network along three kinds of path.
 
     sampled  gates drawn from the policy, mean over `DRAWS` draws and, for top-1, their standard deviation
@@ -235,21 +226,21 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
         loss = [F.cross_entropy(output.float(), labels, reduction="sum") for output in outputs]
         sums = sums + torch.stack([torch.stack(right).float(), torch.stack(loss)])
     hits, losses = (sums.double().cpu() / len(test)).tolist()
-    scores = [Score(top1=100 * hit, loss=loss) for hit, loss in zip(hits, losses, strict=True)]
+    scores = [doc.Score(top1=100 * hit, loss=loss) for hit, loss in zip(hits, losses, strict=True)]
     fixed: dict[str, Any] = dict(zip(("student", "teacher", "all_student", "all_teacher"), scores, strict=False))
     drawn = torch.tensor([(score.top1, score.loss) for score in scores[len(fixed) :]], dtype=torch.float64)
     sampled = None
     if len(drawn):
         top1, mean_loss = drawn.mean(dim=0).tolist()
-        sampled = SampledScore(top1=top1, loss=mean_loss, draws=len(drawn), top1_std=float(drawn[:, 0].std()))
+        sampled = doc.SampledScore(top1=top1, loss=mean_loss, draws=len(drawn), top1_std=float(drawn[:, 0].std()))
     fixed |= {f"{who}_reliability": _reliability(sums) for who, sums in zip(("student", "teacher"), bins, strict=True)}
-    return RoutedNetwork(images=len(test), sampled=sampled, **fixed)
+    return doc.RoutedNetwork(images=len(test), sampled=sampled, **fixed)
 
 
-def _reliability(chances: Tensor) -> list[ReliabilityBin]:
+def _reliability(chances: Tensor) -> list[doc.ReliabilityBin]:
     """Of the sums [BINS, 3] of confidences, of right answers and of images."""
     return [
-        ReliabilityBin(images=int(n), confidence=sure / n if n else None, correct=right / n if n else None)
+        doc.ReliabilityBin(images=int(n), confidence=sure / n if n else None, correct=right / n if n else None)
         for sure, right, n in chances.double().cpu().tolist()
     ]
 
@@ -265,7 +256,7 @@ def _shown(probability: Tensor, count: int) -> Tensor:
     return torch.cat([torch.cat(ends).flatten(), more]).unique()
 
 
-def _spots(job: Job) -> list[SpotPlace]:
+def _spots(job: Job) -> list[doc.SpotPlace]:
     """The spots as `--dry-run` shows them, with the names of the stages."""
     teacher = job.teacher.model if job.teacher else job.network
 
@@ -273,7 +264,7 @@ def _spots(job: Job) -> list[SpotPlace]:
         return network.infos[place].name if place < len(network.infos) else "head"
 
     return [
-        SpotPlace(
+        doc.SpotPlace(
             **row.plain()
             | {"student_stage": stage(job.network, spot.student), "teacher_stage": stage(teacher, spot.teacher)}
         )

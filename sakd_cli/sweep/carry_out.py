@@ -19,8 +19,8 @@ from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.estimate import plan
-from sakd_cli.sweep.executor import Executor, LocalExecutor
-from sakd_cli.sweep.halving import STAGES, cell_of, halved, require_optuna
+from sakd_cli.sweep.executor import Executor, LocalExecutor, library
+from sakd_cli.sweep.halving import STAGES, cell_of, halved
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _halved(
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Cells of the grid that are left out after fewer epochs, with the reason."""
-    require_optuna()
+    library("optuna", "halving", "Optuna")  # before anything is trained
     whole = {key: entry.member for key, entry in scheduler.entries.items()}
     stages = [
         # Teachers are whole ones from the beginning.

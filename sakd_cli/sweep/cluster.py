@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from sakd_cli.errors import UsageError
-from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, cores
+from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, cores, library
 
 RETRIES = 3  # of a Ray task whose worker or machine is lost; it resumes from the run's last checkpoint
 MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that is cut off is queued again and resumes
@@ -36,10 +36,7 @@ class RayExecutor(ClusterExecutor):
     """
 
     def __init__(self, jobs: int | None, per_gpu: int, resources: Mapping[str, Any]) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise UsageError("--executor ray: Ray is not installed", "pip install 'sakd[ray]'") from None
+        ray = library("ray", "--executor ray", "Ray")
         options = dict(resources)
         address = options.pop("address", None)
         try:
@@ -113,10 +110,7 @@ class SlurmExecutor(ClusterExecutor):
     """
 
     def __init__(self, jobs: int | None, resources: Mapping[str, Any], folder: Path) -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise UsageError("--executor slurm: submitit is not installed", "pip install 'sakd[slurm]'") from None
+        submitit = library("submitit", "--executor slurm", extra="slurm")
         options = dict(resources)
         cluster = options.pop("cluster", "slurm")
         try:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -21,6 +22,15 @@ import sakd_cli
 from sakd_cli.config.code import TRUST
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
+
+
+def library(name: str, needed_by: str, package: str = "", extra: str = "") -> Any:
+    """A library of an extra. Raises UsageError where it is not installed; package: as it calls itself."""
+    try:
+        return import_module(name)
+    except ImportError:
+        hint = f"pip install 'sakd[{extra or name}]'"
+        raise UsageError(f"{needed_by}: {package or name} is not installed", hint) from None
 
 
 class Job(NamedTuple):

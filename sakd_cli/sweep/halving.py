@@ -9,19 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from sakd_cli.config.grid import Member, Role
-from sakd_cli.errors import UsageError
 from sakd_cli.report.render.format import fixed
+from sakd_cli.sweep.executor import library
 
 STAGES = 2  # before the one with all epochs
 Train = Callable[[Sequence[Member]], Mapping[str, float]]
-
-
-def require_optuna() -> None:
-    """Raise UsageError where it is not installed."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UsageError("halving: Optuna is not installed", "pip install 'sakd[optuna]'") from None
 
 
 def halved(stages: Sequence[Sequence[Member]], factor: int, train: Train) -> dict[str, str]:
@@ -30,8 +22,7 @@ def halved(stages: Sequence[Sequence[Member]], factor: int, train: Train) -> dic
     stages  the members of each, from the shortest one; train: trains members and gives, by key, their top-1
     Cells compete that differ in dose and grid only; coins stay or go with the run that they match.
     """
-    import optuna
-
+    optuna = library("optuna", "halving", "Optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, races = dict[str, str](), dict[tuple[object, ...], dict[str, None]]()
     for member in stages[0]:

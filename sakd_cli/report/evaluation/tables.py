@@ -162,18 +162,15 @@ def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
     tables: list[RenderableType] = [table("Evaluation", [result], columns, text=3)]
     if isinstance(result, Evaluation) and result.branches:
         tables.append(branch_table(result.branches))
-    measured = sorted(
-        ((entry.top1, entry.name, entry.images) for entry in result.classes if entry.top1 is not None),
-        key=lambda entry: -entry[0],
-    )
-    if not measured:
+    known = sorted(((one.top1, one) for one in result.classes if one.top1 is not None), key=lambda pair: -pair[0])
+    if not known:
         return tables
     ranked = [
-        [str(rank), named(name), whole(images), fixed(top1, 1), bar(top1 / 100, BAR)]
-        for rank, (top1, name, images) in enumerate(measured, start=1)
+        [str(rank), named(one.name), whole(one.images), fixed(top1, 1), bar(top1 / 100, BAR)]
+        for rank, (top1, one) in enumerate(known, start=1)
     ]
     shown, left_out = both_ends(ranked, EXTREMES if len(ranked) > ALL_CLASSES else len(ranked))
-    notes, empty = [], len(result.classes) - len(measured)
+    notes, empty = [], len(result.classes) - len(known)
     if left_out:
         notes.append(f"The {EXTREMES} best and the {EXTREMES} worst of {len(ranked)} classes; all of them: --json")
     if empty:

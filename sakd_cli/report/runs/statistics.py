@@ -4,6 +4,7 @@ A test that finds nothing shows nothing: its verdict is "not shown", and the int
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TypeVar
@@ -48,15 +49,9 @@ def seeds_needed(std: float) -> int | None:
         below, above = (float(nctdtr(seeds - 1, shift, t)) for t in (-limit, limit))  # NaN: it is as good as 0
         return 1 - (0.0 if math.isnan(above) else above) + (0.0 if math.isnan(below) else below)
 
-    few, many = 1, 2
-    while power(many) < POWER:
-        if many == MOST_SEEDS:
-            return None
-        few, many = many, min(2 * many, MOST_SEEDS)
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if power(middle) >= POWER else (middle, many)
-    return many
+    counts = range(2, MOST_SEEDS + 1)
+    place = bisect_left(counts, POWER, key=power)  # power grows with the seeds
+    return counts[place] if place < len(counts) else None
 
 
 def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedTest:

@@ -7,17 +7,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sakd_cli.config.effective import SATURATED
+from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number, Part
-from sakd_cli.documents.spots import (
-    EXTREMES,
-    ClassFractions,
-    EpochFractions,
-    EpochRecord,
-    EpochSteps,
-    Score,
-    SpotsDocument,
-    SpotTotal,
-)
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import read_about, read_card, read_document
@@ -31,8 +22,8 @@ MIXTURES, MIXTURES_PLOT = "dfa.json", "dfa.png"
 
 
 def spots_document(
-    run: RunDir, survey: Survey | None = None, *, sample: bool = False, seed: int = 0, extremes: int = EXTREMES
-) -> SpotsDocument:
+    run: RunDir, survey: Survey | None = None, *, sample: bool = False, seed: int = 0, extremes: int = doc.EXTREMES
+) -> doc.SpotsDocument:
     """The fraction distilled at every spot: overall, by epoch and class; by image where there is a survey.
 
     sample, seed, extremes: as for `measure`. Raises UsageError if the run has recorded nothing.
@@ -59,7 +50,7 @@ def spots_document(
     if saturated and measured:
         nothing = dict.fromkeys(("classes", "difficulty", "paths")) | {"extremes": [], "path_examples": []}
         measured = measured.model_copy(update=nothing | {"spots": [], "notes": [*measured.notes, saturated]})
-    return SpotsDocument(
+    return doc.SpotsDocument(
         run=str(run.path),
         **names,
         saturated=saturated,
@@ -75,7 +66,7 @@ def spots_document(
     )
 
 
-def _saturated(epochs: list[EpochRecord], config: Mapping[str, Any]) -> str | None:
+def _saturated(epochs: list[doc.EpochRecord], config: Mapping[str, Any]) -> str | None:
     """A sentence with the cure where every p is within 0.5 points of 0 or 1: at every spot, in every epoch."""
     spots = [spot for epoch in epochs for spot in epoch.spots]
     if not all(p is not None and (p >= SATURATED or p <= 1 - SATURATED) for p in (spot.probability for spot in spots)):
@@ -96,7 +87,7 @@ def _saturated(epochs: list[EpochRecord], config: Mapping[str, Any]) -> str | No
 class History(NamedTuple):
     """The record by epoch: with the names of the classes by label, and the class of each tracked image by its index."""
 
-    epochs: list[EpochRecord]
+    epochs: list[doc.EpochRecord]
     classes: list[str]
     labels: dict[int, str]
 
@@ -114,24 +105,24 @@ def history(run: RunDir, survey: Survey | None) -> History:
     return History(epochs, classes, labels)
 
 
-def _fractions(epoch: EpochRecord) -> EpochFractions:
-    steps = epoch.model_dump(include=set(EpochSteps.model_fields))
+def _fractions(epoch: doc.EpochRecord) -> doc.EpochFractions:
+    steps = epoch.model_dump(include=set(doc.EpochSteps.model_fields))
     keys = ("fraction", "probability", "gradient_ratio")
     means: dict[str, Any] = {key: [getattr(spot, key) for spot in epoch.spots] for key in keys}
-    return EpochFractions(**steps, **means)
+    return doc.EpochFractions(**steps, **means)
 
 
-def epoch_records(run: RunDir) -> list[EpochRecord]:
+def epoch_records(run: RunDir) -> list[doc.EpochRecord]:
     """The lines of `spots.jsonl` in order. Raises UsageError where one is damaged.
 
     An epoch that is on record twice (a run that was stopped and resumed) counts once, as it was recorded last.
     """
-    found: dict[int, EpochRecord] = {}
+    found: dict[int, doc.EpochRecord] = {}
     where = f"{plain(run.path / RECORD)}"
     try:
         for line, record in enumerate(run.lines(RECORD), start=1):
             try:
-                epoch = EpochRecord.model_validate(record, strict=True)
+                epoch = doc.EpochRecord.model_validate(record, strict=True)
             except ValueError:
                 raise DamagedError(f"{where}: line {line} is no record of an epoch") from None
             found[epoch.epoch] = epoch
@@ -148,7 +139,7 @@ def epoch_records(run: RunDir) -> list[EpochRecord]:
     return epochs
 
 
-def settled_epoch(epochs: list[EpochRecord], index: int) -> int | None:
+def settled_epoch(epochs: list[doc.EpochRecord], index: int) -> int | None:
     """The epoch from which on a spot's fraction stays within `SETTLED` of its last value; None where it is unknown."""
     last, found = epochs[-1].spots[index].fraction, None
     for epoch in reversed(epochs):
@@ -174,12 +165,12 @@ def _mean(weighted: Iterable[tuple[Number, float]]) -> Number:
     return sum(value * weight for value, weight in known) / total if total else None
 
 
-def _total(epochs: list[EpochRecord], index: int) -> SpotTotal:
+def _total(epochs: list[doc.EpochRecord], index: int) -> doc.SpotTotal:
     fractions = [epoch.spots[index].fraction for epoch in epochs]
     known = [fraction for fraction in fractions if fraction is not None]
     ratios = [ratio for epoch in epochs if (ratio := epoch.spots[index].gradient_ratio)]
     last = epochs[-1].spots[index]
-    return SpotTotal(
+    return doc.SpotTotal(
         name=plain(last.name),
         kind=plain(last.kind),
         fraction=_mean((epoch.spots[index].fraction, epoch.samples) for epoch in epochs),
@@ -206,7 +197,7 @@ def _class_names(run: RunDir) -> list[str]:
     return [plain(name) for name in names]
 
 
-def _by_class(epochs: list[EpochRecord], overall: list[Number], names: list[str]) -> list[ClassFractions]:
+def _by_class(epochs: list[doc.EpochRecord], overall: list[Number], names: list[str]) -> list[doc.ClassFractions]:
     classes = max(len(spot.by_class) for epoch in epochs for spot in epoch.spots)
     rows = []
     for label in range(classes):
@@ -215,27 +206,17 @@ def _by_class(epochs: list[EpochRecord], overall: list[Number], names: list[str]
             for spot in range(len(overall))
         ]
         name = (names[label] if label < len(names) else "") or f"class {label}"
-        rows.append(ClassFractions(name=name, fraction=fractions, deviation=deviations(fractions, overall)))
+        rows.append(doc.ClassFractions(name=name, fraction=fractions, deviation=deviations(fractions, overall)))
     return sorted(rows, key=by_peak)  # stable: classes that deviate alike stay in the order of their labels
 
 
 CSV_HEADER = ("table", "item", "spot", "measure", "value")
 Row = tuple[str, str, str, str, Any]
-PER_SPOT = {
-    "mean",
-    "fraction",
-    "deviation",
-    "probability",
-    "empty_selection",
-    "correlation",
-    "correlation_p",
-    "gradient_ratio",
-    "error",
-}
-PER_SPOT |= {"correlation_p"}
+PER_SPOT = {"mean", "fraction", "deviation", "probability", "empty_selection", "gradient_ratio", "error"}
+PER_SPOT |= {"correlation", "correlation_p"}
 
 
-def csv_rows(document: SpotsDocument) -> Iterator[Row]:
+def csv_rows(document: doc.SpotsDocument) -> Iterator[Row]:
     """The document as one long table with the columns of `CSV_HEADER`; one number a row, empty where it is null.
 
     table    overall, epoch, class_distilled, spot, class, student_loss, teacher_confidence, correctness, agreement,
@@ -261,7 +242,7 @@ def csv_rows(document: SpotsDocument) -> Iterator[Row]:
         for ends in measured.extremes:
             rows += [("highest", image.index, ends.spot, image) for image in ends.highest]
             rows += [("lowest", image.index, ends.spot, image) for image in ends.lowest]
-        rows += [("routed", name, "", score) for name, score in measured.routed or () if isinstance(score, Score)]
+        rows += [("routed", name, "", score) for name, score in measured.routed or () if isinstance(score, doc.Score)]
     for kind, item, spot_name, part in rows:
         for key, value in part:
             if isinstance(value, list) and key in PER_SPOT:

@@ -129,8 +129,9 @@ def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
     return [html.Section(title, shown, QUESTIONS[title], said.get(title, "")) for title, shown in parts]
 
 
-def _folded(sheets: Sequence[Sheet]) -> list[html.Block]:
-    return [html.Folded("In numbers", sheets)] if sheets else []
+def _folded(blocks: Sequence[html.Block], title: str = "In numbers", first: int = 0) -> list[html.Block]:
+    """The first so many blocks, and the others behind a title."""
+    return [*blocks[:first], *([html.Folded(title, blocks[first:])] if len(blocks) > first else [])]
 
 
 def _extremes(measured: Measured | None, images: "Images") -> list[html.Block]:
@@ -141,7 +142,7 @@ def _extremes(measured: Measured | None, images: "Images") -> list[html.Block]:
         for ends in sorted((one for one in measured.extremes if one.spread), key=lambda one: -one.spread):
             for end, rows in (("Highest", ends.highest), ("Lowest", ends.lowest)):
                 galleries.append(html.Gallery(f"{end} at {named(ends.spot)} ({what})", _tiles(rows, images)))
-    return [*galleries[:2], html.Folded("At the other spots", galleries[2:])] if len(galleries) > 2 else galleries
+    return _folded(galleries, "At the other spots", 2)
 
 
 def _path_galleries(measured: Measured | None, images: "Images") -> list[html.Block]:
@@ -150,9 +151,7 @@ def _path_galleries(measured: Measured | None, images: "Images") -> list[html.Bl
         if tiles := _tiles(path.examples, images):
             title = f"{path.path}: most probable for {whole(path.images)} images; the clearest, with its probability"
             galleries.append(html.Gallery(title, tiles))
-    return (
-        [*galleries[:1], html.Folded("Images of the other paths", galleries[1:])] if len(galleries) > 1 else galleries
-    )
+    return _folded(galleries, "Images of the other paths", 1)
 
 
 def _routes(report: SpotsDocument, history: History, images: "Images") -> list[html.Block]:

@@ -13,19 +13,8 @@ from typing import Any, get_args
 import yaml
 
 from sakd_cli.config.routers import CLASSICAL, PLAIN, AdaptiveConfig
+from sakd_cli.documents import sweep as doc
 from sakd_cli.documents.base import PairedTest
-from sakd_cli.documents.sweep import (
-    Gain,
-    MeanGain,
-    Provenance,
-    PublishedPair,
-    RunState,
-    Skipped,
-    SweepCell,
-    SweepDocument,
-    SweepPair,
-    SweepRun,
-)
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.questions import Arm, answer, asked
 from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, paired_test, seed_statistics
@@ -35,14 +24,18 @@ PUBLISHED = Path(__file__).with_name("published.yaml")  # numbers only, with the
 EPOCHS = 240  # of every published run
 ROUTERS = (CLASSICAL, LEARNED)  # in the order in which that file has them
 BASELINE = "baseline"  # what stands for the method of a student from scratch
-STATES: tuple[RunState, ...] = get_args(RunState)
+STATES: tuple[doc.RunState, ...] = get_args(doc.RunState)
 Cell = tuple[str, str]  # method, with dose and what is tried, and router
-Cells = dict[Cell, list[SweepRun]]  # the runs of one pair
+Cells = dict[Cell, list[doc.SweepRun]]  # the runs of one pair
 
 
 def sweep_document(
-    name: str, runs: Sequence[SweepRun], skipped: Mapping[str, str], dataset: str | None, baseline: str | None = None
-) -> SweepDocument:
+    name: str,
+    runs: Sequence[doc.SweepRun],
+    skipped: Mapping[str, str],
+    dataset: str | None,
+    baseline: str | None = None,
+) -> doc.SweepDocument:
     """See above.
 
     dataset   whose published figures may stand beside these; None where these are not on all of it
@@ -50,7 +43,7 @@ def sweep_document(
     """
     students, shared = [run for run in runs if run.role == "student"], shared_controls(runs)
     pairs = list(dict.fromkeys((run.teacher, run.student) for run in students if run.teacher))
-    cells, questions, tests = list[SweepCell](), asked(_arms(runs)), dict[tuple[str, str], PairedTest]()
+    cells, questions, tests = list[doc.SweepCell](), asked(_arms(runs)), dict[tuple[str, str], PairedTest]()
     for k, pair in enumerate(pairs):
         own: Cells = {}
         for run in students:
@@ -67,10 +60,10 @@ def sweep_document(
     for _, ours, theirs in () if baseline else questions:
         tests.setdefault((ours.label, theirs.label), paired_test(ours.top1, theirs.top1))
     tests = dict(zip(tests, corrected(list(tests.values())), strict=True))
-    gains = [test for test in tests.values() if isinstance(test, Gain)]
+    gains = [test for test in tests.values() if isinstance(test, doc.Gain)]
     found = [_pair(str(teacher), student, runs, dataset) for teacher, student in pairs]
     states, known = [run.state for run in runs], any(pair.published for pair in found)
-    return SweepDocument(
+    return doc.SweepDocument(
         name=plain(name),
         level=LEVEL,
         baseline=baseline,
@@ -85,15 +78,15 @@ def sweep_document(
             if (ours.label, theirs.label) in tests
         ],
         tests=sum(test.p is not None for test in tests.values()),
-        skipped=[Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
-        published=Provenance(**{key: _published()[key] for key in Provenance.model_fields}) if known else None,
+        skipped=[doc.Skipped(what=what, reason=plain(reason)) for what, reason in skipped.items()],
+        published=doc.Provenance(**{key: _published()[key] for key in doc.Provenance.model_fields}) if known else None,
         runs=list(runs),
     )
 
 
-def _arms(runs: Sequence[SweepRun]) -> list[Arm]:
+def _arms(runs: Sequence[doc.SweepRun]) -> list[Arm]:
     """Every cell of every pair as the questions see it: doses of a method are compared, and with no distillation."""
-    shared, cells = shared_controls(runs), dict[str, list[SweepRun]]()
+    shared, cells = shared_controls(runs), dict[str, list[doc.SweepRun]]()
     labels = {run.key: _label(run, shared) for run in runs}
     for run in runs:
         if run.role != "teacher":
@@ -111,7 +104,7 @@ def _arms(runs: Sequence[SweepRun]) -> list[Arm]:
     return arms
 
 
-def shared_controls(runs: Iterable[SweepRun]) -> dict[str, list[str]]:
+def shared_controls(runs: Iterable[doc.SweepRun]) -> dict[str, list[str]]:
     """The runs that distil nowhere and serve several cells: their directories, and the keys of the cells' runs."""
     found: dict[str, list[str]] = {}
     for run in runs:
@@ -120,7 +113,7 @@ def shared_controls(runs: Iterable[SweepRun]) -> dict[str, list[str]]:
     return {path: keys for path, keys in found.items() if len(keys) > 1}
 
 
-def _label(run: SweepRun, shared: Container[str | None]) -> str:
+def _label(run: doc.SweepRun, shared: Container[str | None]) -> str:
     if run.run in shared:
         return f"{run.router} {run.student}"
     named = [run.method, run.router] if run.method else ["from scratch"]
@@ -128,25 +121,25 @@ def _label(run: SweepRun, shared: Container[str | None]) -> str:
     return " ".join([*(name for name in named if name), whom])
 
 
-def _pair(teacher: str, student: str, runs: Sequence[SweepRun], dataset: str | None) -> SweepPair:
+def _pair(teacher: str, student: str, runs: Sequence[doc.SweepRun], dataset: str | None) -> doc.SweepPair:
     baseline = by_seed(run for run in runs if run.role == "baseline" and run.student == student)
     trained = by_seed(run for run in runs if run.role == "teacher" and run.student == teacher)
     # A teacher that was there already is known from its students' summaries.
     known = by_seed((run for run in runs if run.role == "student" and run.teacher == teacher), "teacher_top1")
     printed = published_pair(dataset, f"{teacher}:{student}")
-    return SweepPair(
+    return doc.SweepPair(
         teacher=teacher,
         student=student,
         teacher_top1=next(iter([*trained.values(), *known.values()]), None),
         baseline_seeds=list(baseline),
         baseline=seed_statistics(baseline.values()),
-        published=PublishedPair(teacher=printed["teacher"], baseline=printed["baseline"]) if printed else None,
+        published=doc.PublishedPair(teacher=printed["teacher"], baseline=printed["baseline"]) if printed else None,
     )
 
 
-def _cell(k: int, pair: str, key: tuple[str, str], runs: list[SweepRun], dataset: str | None) -> SweepCell:
+def _cell(k: int, pair: str, key: tuple[str, str], runs: list[doc.SweepRun], dataset: str | None) -> doc.SweepCell:
     top1, best = by_seed(runs), by_seed(runs, "best_top1")
-    return SweepCell(
+    return doc.SweepCell(
         pair=k,
         method=key[0],
         router=key[1],
@@ -179,21 +172,21 @@ def _against(baseline: str, cells: Cells) -> Iterator[tuple[Cell, Cell]]:
         yield (method, router), min(found, key=lambda other: (other[0] != method, other[1] != router))
 
 
-def _gain(k: int, cells: Cells, published: Mapping[Cell, float | None], ours: Cell, theirs: Cell) -> Gain:
+def _gain(k: int, cells: Cells, published: Mapping[Cell, float | None], ours: Cell, theirs: Cell) -> doc.Gain:
     found = paired_test(by_seed(cells[ours]), by_seed(cells[theirs]))
     mine, other = published.get(ours), published.get(theirs)
     printed = None if mine is None or other is None else round(mine - other, 2)
     against = theirs[1] if ours[0] == theirs[0] else " ".join(filter(None, theirs))
-    return Gain(**dict(found), pair=k, method=ours[0], router=ours[1], against=against, published=printed)
+    return doc.Gain(**dict(found), pair=k, method=ours[0], router=ours[1], against=against, published=printed)
 
 
-def _mean_gains(gains: list[Gain]) -> Iterator[MeanGain]:
+def _mean_gains(gains: list[doc.Gain]) -> Iterator[doc.MeanGain]:
     for router, against in dict.fromkeys((gain.router, gain.against) for gain in gains):
         same = [gain.difference for gain in gains if (gain.router, gain.against) == (router, against)]
         if known := [difference for difference in same if difference is not None]:
             above, below = sum(one > 0 for one in known), sum(one < 0 for one in known)
             cells, mean = len(known), fmean(known)
-            yield MeanGain(router=router, against=against, cells=cells, above=above, below=below, mean=mean)
+            yield doc.MeanGain(router=router, against=against, cells=cells, above=above, below=below, mean=mean)
 
 
 @cache

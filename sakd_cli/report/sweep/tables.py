@@ -74,9 +74,9 @@ def sweep_csv(document: SweepDocument) -> str:
         row |= {"best": cell.best.mean if cell.best else None} | (cell.top1.plain() if cell.top1 else {})
         row["top1"] = row.pop("mean", None)
         if gain is not None:
-            row |= {"against": gain.against, "gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high}
-            row |= {"p": gain.p, "holm": gain.holm, "effect": gain.effect, "needed": gain.needed}
-            row |= {"verdict": gain.verdict, "published_gain": gain.published}
+            row |= {key: getattr(gain, key) for key in ("against", "p", "holm", "effect", "needed", "verdict")}
+            row |= {"gain": gain.difference, "gain_low": gain.low, "gain_high": gain.high}
+            row["published_gain"] = gain.published
         rows.append(row)
     return csv_text(FIELDS, rows)
 
