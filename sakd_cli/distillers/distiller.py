@@ -7,7 +7,7 @@ for losses that are dear: `Distiller.selected`, which does nothing unless the di
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast, final
+from typing import Any, Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +176,6 @@ class Composed(Distiller):
 
     def __init__(self, spots: tuple[Spot, ...], ingredients: Sequence[Ingredient]) -> None:
         (want,) = {one.distiller.want for one in ingredients}
-        self._dynamic, self._active = False, (True,) * len(spots)
         super().__init__(spots, want=want)
         self.parts = nn.ModuleList([one.distiller for one in ingredients])
         self.rows = [[spots.index(spot) for spot in one.distiller.spots] for one in ingredients]
@@ -191,25 +190,15 @@ class Composed(Distiller):
     def _distillers(self) -> list[Distiller]:
         return cast("list[Distiller]", list(getattr(self, "parts", ())))
 
-    @property
-    def dynamic_shapes(self) -> bool:
-        return self._dynamic
-
-    @dynamic_shapes.setter
-    def dynamic_shapes(self, allowed: bool) -> None:
-        self._dynamic = allowed
-        for part in self._distillers:
-            part.dynamic_shapes = allowed
-
-    @property
-    def active(self) -> tuple[bool, ...]:
-        return self._active
-
-    @active.setter
-    def active(self, active: tuple[bool, ...]) -> None:
-        self._active = active
-        for part, rows in zip(self._distillers, getattr(self, "rows", ()), strict=True):
-            part.active = tuple(active[k] for k in rows)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What holds for it (`active`, `dynamic_shapes`) holds for its parts."""
+        super().__setattr__(name, value)
+        if name == "dynamic_shapes":
+            for part in self._distillers:
+                part.dynamic_shapes = value
+        if name == "active":
+            for part, rows in zip(self._distillers, vars(self).get("rows", ()), strict=True):
+                part.active = tuple(value[k] for k in rows)
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = [weight.new_zeros(())] * len(self.spots)
