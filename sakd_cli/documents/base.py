@@ -1,6 +1,7 @@
 """The base of every JSON document: a class that its maker constructs, closed, frozen, and without float noise."""
 
 import json
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -38,11 +39,16 @@ class Part(BaseModel):
     @field_validator("*")
     @classmethod
     def _rounded(cls, value: Any, info: Any) -> Any:
-        of_others = "typing.Any" in str(cls.model_fields[info.field_name].annotation)
-        return value if of_others or info.field_name in cls.exact else rounded(value)
+        return value if info.field_name in _passed_on(cls) else rounded(value)
 
     def plain(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
+
+
+@cache
+def _passed_on(kind: type[Part]) -> frozenset[str]:
+    fields = kind.model_fields.items()
+    return kind.exact.union(name for name, field in fields if "typing.Any" in str(field.annotation))
 
 
 class Document(Part):
