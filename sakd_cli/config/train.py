@@ -161,12 +161,11 @@ class Train(Config):
         """The settings that belong to another optimizer or schedule, and what to say of each."""
         found = {}
         for key, (choice, names) in BELONGS.items():
-            chosen, default = getattr(self, choice), type(self).model_fields[key].default
+            chosen = getattr(self, choice)
             known = chosen in names or (chosen.startswith("timm/") and key != "nesterov")
-            if getattr(self, key) not in (default, ()) and not known:
-                kind = "schedule " if choice == "schedule" else ""
-                text = f"{key} belong{'s' * (key[-1] != 's')} to {kind}{', '.join(names)}, not to {chosen}"
-                found[key] = text
+            if not known and getattr(self, key) not in (type(self).model_fields[key].default, ()):
+                owners = ("schedule " if choice == "schedule" else "") + ", ".join(names)
+                found[key] = f"{key} belong{'' if key.endswith('s') else 's'} to {owners}, not to {chosen}"
         return found
 
     @model_validator(mode="after")

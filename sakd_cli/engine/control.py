@@ -30,7 +30,7 @@ class Frozen:
         self.holds = bool(self._parameters)
 
     def begin_epoch(self, epoch: int) -> None:
-        """To be called behind `train()`, as `keep` is."""
+        """Of the weights too; to be called behind `train()`."""
         self.holds = bool(self._parameters) and (self._epochs is None or epoch <= self._epochs)
         for parameter in self._parameters:
             parameter.requires_grad_(not self.holds)
@@ -51,9 +51,7 @@ class Delivered:
                  every evaluation; but for those that training keeps too
     """
 
-    def __init__(
-        self, network: nn.Module, decay: float | None, *, re_estimate: bool, frozen: Frozen | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, decay: float | None, frozen: Frozen, *, re_estimate: bool) -> None:
         self.network, self._decay, self._re_estimate, self._frozen = network, decay, re_estimate, frozen
         self._own = network.state_dict()  # these share their memory with the network
         self._kept = {name: tensor.clone() for name, tensor in self._own.items()}
@@ -79,8 +77,7 @@ class Delivered:
     def _count(self, images: Iterable[Tensor]) -> None:
         training = self.network.training
         self.network.train()
-        if self._frozen is not None:
-            self._frozen.keep()
+        self._frozen.keep()
         norms = [norm for norm in self.network.modules() if isinstance(norm, _BatchNorm) and norm.training]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:

@@ -62,7 +62,7 @@ def control_of(job: Job, task: Task) -> Control:
     train, network = job.config.train, task.network
     if train.patience is not None and job.images.held_out is None:
         raise UsageError("train.patience: there are no validation images to wait for", "--validation 0.1")
-    parameters, holder = _frozen(network, train.freeze), None
+    parameters = _frozen(network, train.freeze)
     if parameters:
         task.has_unused_parameters = True
     for_good = train.freeze_epochs is None or train.freeze_epochs >= train.epochs
@@ -73,12 +73,9 @@ def control_of(job: Job, task: Task) -> Control:
     re_estimate = train.batchnorm == "re-estimate" or bool(
         train.batchnorm == "auto" and _forgets_too_late(job, network)
     )
-    if parameters or norms:
-        holder = Frozen(network, parameters, train.freeze_epochs, norms=norms)
-    delivered = None
-    if train.ema or re_estimate:
-        delivered = Delivered(network, train.ema, re_estimate=re_estimate, frozen=holder)
-    return Control(train.metric, train.patience, holder, delivered)
+    frozen = Frozen(network, parameters, train.freeze_epochs, norms=norms)
+    beside = Delivered(network, train.ema, frozen, re_estimate=re_estimate) if train.ema or re_estimate else None
+    return Control(train.metric, train.patience, frozen if parameters or norms else None, beside)
 
 
 def check(job: Job) -> None:
