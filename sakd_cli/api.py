@@ -200,9 +200,11 @@ def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
 
 
 def _reporter(options: Mapping[str, Any]) -> "Reporter":
-    from sakd_cli.engine.reporter import NullReporter
+    if reporter := options.get("reporter"):
+        return reporter
+    from sakd_cli.engine.reporter import NullReporter  # which loads torch
 
-    return options.get("reporter") or NullReporter()
+    return NullReporter()
 
 
 @overload
