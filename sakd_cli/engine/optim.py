@@ -5,7 +5,6 @@ Learning rates are pure functions of the step. Of two levels, what the lower lea
 
 import inspect
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, final
 
@@ -97,18 +96,16 @@ def made(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return kind(groups, lr=groups[0]["lr"], **own)
 
 
-class Remembered(ABC):
+class Remembered:
     """What optimizers remember of parameters, as tensors for a checkpoint."""
 
-    @abstractmethod
-    def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
-        """Every parameter by its place, `group/position`, and who updates it."""
+    _places: dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]  # by place, `group/position`; who updates it
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is remembered of every parameter, `group/position/what`; of a number its type too, `...:int`."""
         of_parameters = {
             f"{place}/{what}": value
-            for place, (optimizer, parameter) in self._places().items()
+            for place, (optimizer, parameter) in self._places.items()
             for what, value in optimizer.state[parameter].items()
         }
         counts = {  # some of timm's count their steps in their settings
@@ -122,7 +119,7 @@ class Remembered(ABC):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Put it back. ValueError where it is of other parameters."""
-        known, all_of_them = self._places(), self._optimizers()
+        known, all_of_them = self._places, self._optimizers()
         for name, tensor in tensors.items():
             place, _, what = name.rpartition("/")
             if name in known:  # as it was saved while there was SGD alone
@@ -143,7 +140,7 @@ class Remembered(ABC):
             optimizer.state[parameter][what] = value
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        return list({id(optimizer): optimizer for optimizer, _ in self._places().values()}.values())
+        return list({id(optimizer): optimizer for optimizer, _ in self._places.values()}.values())
 
 
 def _fits(tensor: Tensor, parameter: nn.Parameter) -> bool:
@@ -198,6 +195,8 @@ class Optimizer(Remembered):
             kind = settings.optimizer, settings.momentum, settings.nesterov, settings.betas, settings.eps
             slices.setdefault(kind, []).extend(_slices(group, settings, scales or {}, undecayed))
         self.parts = [(made(of[0].train, [one.settings for one in of]), of) for of in slices.values()]
+        who = {p: optimizer for optimizer, _ in self.parts for group in optimizer.param_groups for p in group["params"]}
+        self._places = {name: (who[parameter], parameter) for name, parameter in places(self.groups).items()}
         self._on_device = updates_on_device(self.groups[0].parameters[0])
         self.capturable = not self._on_device or all(_reads_rate(optimizer) for optimizer, _ in self.parts)
         self.accumulate = train.accumulate
@@ -241,10 +240,6 @@ class Optimizer(Remembered):
                 nn.utils.clip_grad_norm_(parameters, train.clip_norm)
         for optimizer, _ in self.parts:
             update(optimizer, skip)
-
-    def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
-        who = {p: optimizer for optimizer, _ in self.parts for group in optimizer.param_groups for p in group["params"]}
-        return {name: (who[parameter], parameter) for name, parameter in places(self.groups).items()}
 
 
 def _slices(
@@ -340,6 +335,8 @@ class BilevelOptimizer(Remembered):
         )
         self.adam = torch.optim.Adam(of_upper, betas=(0.5, 0.999), fused=fused, capturable=fused)
         self.sgd = torch.optim.SGD(of_lower, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        levels_by = (upper, self.adam), (lower, self.sgd)
+        self._places = {name: (by, p) for group, by in levels_by for name, p in places([group]).items()}
 
     accumulate = 1
     capturable = True
@@ -369,7 +366,3 @@ class BilevelOptimizer(Remembered):
         else:
             loss.backward(inputs=group.parameters)
         update(optimizer, None if gradient_hook is None else gradient_hook(gradients_of(optimizer)))
-
-    def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
-        levels = (self.upper, self.adam), (self.lower, self.sgd)
-        return {name: (optimizer, p) for group, optimizer in levels for name, p in places([group]).items()}
