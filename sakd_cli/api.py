@@ -34,6 +34,7 @@ from sakd_cli.calls import (
     SpotOptions,
     SweepOptions,
     params_of,
+    plain_of,
 )
 from sakd_cli.config import code
 from sakd_cli.config.base import own_row
@@ -380,11 +381,12 @@ def sweep(grid: Place | Mapping[str, Any], **options: Unpack[SweepOptions]) -> S
 def sweep(grid: Place | Mapping[str, Any], **options: Any) -> SweepDocument | SweepPlan:
     """Train a grid of methods, pairs, routers and seeds: the document of `sakd sweep --json`.
 
-    grid     a file, the name of a preset, or what such a file has; finished runs are skipped, unfinished ones resumed
+    grid     a file, the name of a preset, or what such a file has, also with objects of your own where it has names;
+             finished runs are skipped, unfinished ones resumed
     dry_run  estimate runs, hours and bytes, timing steps for `measure` seconds; nothing is written
     Raises SeriesError where runs have failed; the others are finished.
     """
-    params, reporter = params_of("sweep", options), _reporter(options)
+    params, reporter, grid = params_of("sweep", options), _reporter(options), plain_of(grid)
     from sakd_cli.sweep import carry_out, scheduler
 
     def run(part: scheduler.Scheduler) -> None:

@@ -183,7 +183,7 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if wrong := options.keys() - names.keys():
         raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
     code.trust(*(options.get("trust") or ()))
-    given = {names[name]: _plain(value) if names[name] in NAMED else value for name, value in options.items()}
+    given = {names[name]: plain_of(value) if names[name] in NAMED else value for name, value in options.items()}
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     of_paths = [name for name, row in rows.items() if row.type == FILE]
     paths = {name: Path(params[name]) for name in of_paths if params.get(name) is not None}
@@ -191,8 +191,10 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | params | paths
 
 
-def _plain(value: Any) -> Any:
-    """A name as it is, of an object the name that it gets."""
-    if isinstance(value, str | Path | None):
+def plain_of(value: Any) -> Any:
+    """A name, a number or a truth value as it is, of an object the name that it gets; also in lists and dicts."""
+    if isinstance(value, Mapping):
+        return {key: plain_of(one) for key, one in value.items()}
+    if isinstance(value, str | Path | int | float | None):
         return value
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)
+    return [plain_of(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)

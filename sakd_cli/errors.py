@@ -132,6 +132,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
         with suppress(OSError, ValueError):
             found = re.findall(pattern, Path(name).read_text(encoding="utf-8"), re.MULTILINE)
         return f"{name}: name a {what} in it: {name}:{found[0] if found else 'NAME'}"
+    if name.startswith("python:"):
+        return f"{kind} {name} was an object of another process; in a file it is found: FILE.py:{name[7:]}"
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

@@ -11,8 +11,10 @@ from typing import Any, get_overloads, get_type_hints
 import pytest
 from conftest import CliRunner
 from PIL import Image
+from torch import nn
 
 from sakd_cli import api
+from sakd_cli.config import code
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.errors import UsageError
 
@@ -44,6 +46,18 @@ TERMINAL = {
 }
 TERMINAL_COMMANDS = {"guide", "watch", "list", "show-method", "show-router", "show-key", "show-schema", "config-show"}
 FEW = {"data.train": 100, "data.test": 60}
+
+
+class Half(api.Router):
+    """Half of the images"""
+
+    def decide(self, seen: api.Seen) -> Any:
+        return seen.labels % 2 == 0
+
+
+def narrow(num_classes: int) -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
 
 
 @pytest.fixture(autouse=True)
@@ -156,18 +170,22 @@ def test_what_would_be_done_is_a_plan_and_nothing_is_written(teacher: Path, cli:
     assert before == sorted(cli.path.rglob("*"))
 
 
+def test_objects_stand_in_the_settings_of_a_sweep_too() -> None:
+    grid = {"task": "sweep", "pairs": [(narrow, "resnet8")], "methods": ["kd"], "routers": [Half, "always"]}
+    grid |= {"common": {"data": {"name": "shapes", "train": 60, "test": 40}, "train": {"epochs": 1}}}
+    plan = api.sweep(grid, dry_run=True, measure=0.1, seeds=1, runs_dir="estimated")
+    assert [row.what.count("test_api.py:Half") for row in plan.rows] == [0, 1, 0]
+    with pytest.raises(UsageError, match=r"router python:Half was an object of another process; .* FILE\.py:Half"):
+        api.distill(teacher="resnet8", student="resnet8", router="python:Half")
+
+
 def test_a_series_gives_the_comparison_of_its_runs(teacher: Path) -> None:
-    class Half(api.Router):
-        """Half of the images"""
-
-        def decide(self, seen: api.Seen) -> Any:
-            return seen.labels % 2 == 0
-
     few: dict[str, Any] = {"teacher": teacher, "student": "resnet8", "method": "kd", "dataset": "shapes", "epochs": 1}
+    own = code.name_of(Half)
     found = api.distill(**few, settings=FEW, seeds=2, routers=[Half, "never"], baseline="never", runs_dir="series")
     assert isinstance(found, api.Comparison)
     assert sorted((run.router, run.seed) for run in found.runs) == [
-        *((name, seed) for name in ("never", "python:Half") for seed in (0, 1))
+        *((name, seed) for name in (own, "never") for seed in (0, 1))
     ]
     assert [one.text.partition(":")[0] for one in found.comparisons]
     assert [row.state for row in api.runs(runs_dir="series", where={"router.name": "never"}).rows] == ["finished"] * 2
@@ -206,7 +224,6 @@ def test_every_other_call_gives_the_document_of_its_command(trained_cli: CliRunn
 
 def test_objects_stand_where_names_stand(teacher: Path) -> None:
     import torch
-    from torch import nn
 
     class Sure(api.Router):
         """Where the teacher is sure"""
