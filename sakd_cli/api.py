@@ -381,8 +381,7 @@ def sweep(grid: Place | Mapping[str, Any], **options: Unpack[SweepOptions]) -> S
 def sweep(grid: Place | Mapping[str, Any], **options: Any) -> SweepDocument | SweepPlan:
     """Train a grid of methods, pairs, routers and seeds: the document of `sakd sweep --json`.
 
-    grid     a file, the name of a preset, or what such a file has, also with objects of your own where it has names;
-             finished runs are skipped, unfinished ones resumed
+    grid     a file, the name of a preset, or what such a file has; what is finished is skipped, the rest resumed
     dry_run  estimate runs, hours and bytes, timing steps for `measure` seconds; nothing is written
     Raises SeriesError where runs have failed; the others are finished.
     """

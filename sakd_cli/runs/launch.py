@@ -103,6 +103,7 @@ def run_extensions(job: Job) -> list[RunExtension]:
 
 def try_one_batch(job: Job) -> Plan:
     """One real batch forward and backward, nothing written; the plan and the batch's loss."""
+    loggers.check(job.config.log)
     extensions = run_extensions(job)
     loader = loader_of(job)
     parts = first_losses(job, loader)
