@@ -12,10 +12,9 @@ from rich.live import Live
 
 from sakd_cli.cli.console import out, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.documents.table import Point
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.report.render.format import fixed, named
-from sakd_cli.report.render.sheet import Sheet, columns_of, table, thinned
+from sakd_cli.report.render.sheet import thinned
 from sakd_cli.rundir import RunDir, look_up
 
 INTERVAL = 2.0  # seconds between two looks
@@ -73,6 +72,7 @@ def _tell(run: RunDir, told: set[int]) -> None:
 def _view(run: RunDir, most: int | None) -> list[RenderableType]:
     """The run as it is now; `most` epochs, None: all, and the result where there is one."""
     from sakd_cli.report.runs.compare import run_curve
+    from sakd_cli.report.runs.compare_tables import epoch_table
     from sakd_cli.report.runs.tables import summary_table
     from sakd_cli.report.spots.log import spots_document
     from sakd_cli.report.spots.tables import spot_tables
@@ -80,17 +80,8 @@ def _view(run: RunDir, most: int | None) -> list[RenderableType]:
     curve, epochs = run_curve(run), named(look_up(run.config, "train.epochs"))
     state = "running" if run.in_use else "finished" if run.finished else "stopped; --resume RUN resumes it"
     done = sum(point.top1 is not None for point in curve)
-    tables: list[RenderableType] = [_curve(f"{run.path.name}: {done} of {epochs} epochs, {state}", curve, most)]
+    title, shown = f"{run.path.name}: {done} of {epochs} epochs, {state}", curve[-most:] if most else thinned(curve, 20)
+    tables: list[RenderableType] = [epoch_table(title, shown, [] if curve else ["Nothing is logged yet."])]
     with suppress(UsageError):  # no epoch is finished, or nothing is distilled
         tables += spot_tables(spots_document(run), top=0)[: None if most is None else 1]
     return [*tables, summary_table(run.summary)] if run.finished and most is None else tables
-
-
-def _curve(title: str, curve: list[Point], most: int | None) -> Sheet:
-    selected = named(next((point.selected_on for point in curve if point.selected_on), "validation")).capitalize()
-    columns = columns_of(str, {"Epoch": "epoch"})
-    columns |= columns_of(lambda value: fixed(value, 3), {"Training loss": "train_loss", f"{selected} loss": "loss"})
-    columns |= columns_of(lambda value: fixed(value, 2), {"Training top-1 %": "train_top1"})
-    columns |= columns_of(lambda value: fixed(value, 2), {f"{selected} top-1 %": "top1"})
-    notes = [] if curve else ["Nothing is logged yet."]
-    return table(title, curve[-most:] if most else thinned(curve, 20), columns, notes, text=0)

@@ -117,23 +117,12 @@ def _train(
     run: Callable[[Scheduler], None],
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Have `run` train what is not finished; what halving leaves out, with the reason."""
+    """Have `run` train what is not finished; the cells that halving leaves out after fewer epochs, with the reason."""
     if params["retry_failed"]:
         scheduler.refresh(forgive=True)
-    left_out = _halved(file, params, settings.halving, scheduler, run, say) if settings.halving else {}
-    run(scheduler)
-    return left_out
-
-
-def _halved(
-    file: str | Mapping[str, Any],
-    params: Mapping[str, Any],
-    factor: int,
-    scheduler: Scheduler,
-    run: Callable[[Scheduler], None],
-    say: Callable[[str], None],
-) -> dict[str, str]:
-    """Cells of the grid that are left out after fewer epochs, with the reason."""
+    if not (factor := settings.halving):
+        run(scheduler)
+        return {}
     library("optuna", "halving", "Optuna")  # before anything is trained
     whole = {key: entry.member for key, entry in scheduler.entries.items()}
     stages = [
@@ -153,6 +142,7 @@ def _halved(
     scheduler.leave_out([key for key, member in whole.items() if cell_of(member) in out])
     cells = {cell_of(member) for member in whole.values() if member.pair}
     say(f"halving: {len(out)} of {len(cells)} settings are left out")
+    run(scheduler)
     return out
 
 

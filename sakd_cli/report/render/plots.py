@@ -10,9 +10,6 @@ from sakd_cli.documents.base import Number
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.render.charts import (
-    LESS,
-    MORE,
-    PALE,
     PALETTE,
     Bars,
     Chart,
@@ -137,12 +134,12 @@ def _lines(chart: Lines, axes: Any) -> None:
 def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    stops = [[c / 255 for c in colour] for colour in ((LESS, PALE, MORE) if chart.signed else (PALE, MORE))]
     cells = [_known(row) for row in chart.cells]
     if not cells:
         return
-    colours = LinearSegmentedColormap.from_list("cells", stops)
     least = -chart.most if chart.signed else chart.least
+    stops = [least, 0.0, chart.most] if chart.signed else [least, chart.most]
+    colours = LinearSegmentedColormap.from_list("cells", [shades(chart, stop)[0] for stop in stops])
     image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=least, vmax=chart.most, interpolation="nearest")
     for y, row in enumerate(chart.cells if chart.numbers else ()):
         for x, value in enumerate(row):

@@ -128,11 +128,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def table(
-    title: str,
-    rows: Iterable[Any],
-    columns: Columns,
-    notes: Sequence[str] = (),
-    text: int | Collection[str] = 1,
+    title: str, rows: Iterable[Any], columns: Columns, notes: Sequence[str] = (), text: int | Collection[str] = 1
 ) -> Sheet:
     """A table of one line per row; `columns` gives by header how a row's cell is written; `text` as in `Sheet`.
 

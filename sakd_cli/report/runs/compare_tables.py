@@ -1,11 +1,12 @@
 """Comparisons as text, as CSV and as curves"""
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from rich.console import RenderableType
 
-from sakd_cli.documents.table import Comparison, Versus
+from sakd_cli.documents.table import Comparison, Point, Versus
 from sakd_cli.report.render.charts import SHARE, Chart, Lines, Series, zoom
 from sakd_cli.report.render.format import (
     DASH,
@@ -19,7 +20,7 @@ from sakd_cli.report.render.format import (
     plain,
     whole,
 )
-from sakd_cli.report.render.sheet import Columns, Sheet, left_out, table, thinned
+from sakd_cli.report.render.sheet import Columns, Sheet, columns_of, left_out, table, thinned
 from sakd_cli.report.runs.statistics import MOST_SEEDS, about_tests, interval
 
 EPOCH_ROWS, MOST = 10, 8  # rows of curves; groups that stand beside each other as columns
@@ -131,6 +132,15 @@ def _curves(document: Comparison) -> Sheet:
     on = {named(point.selected_on) for run in document.runs for point in run.curve if point.selected_on}
     title = f"Top-1 % on the images that choose the best epoch ({' or '.join(sorted(on)) or DASH})"
     return Sheet(title, headers, rows, left_out(len(rows), len(epochs), "epochs"), text=0)
+
+
+def epoch_table(title: str, curve: Sequence[Point], notes: Sequence[str] = ()) -> Sheet:
+    """A row per epoch: loss and top-1 of the training images, and of those that choose the best epoch."""
+    selected = named(next((point.selected_on for point in curve if point.selected_on), "validation")).capitalize()
+    columns = columns_of(str, {"Epoch": "epoch"})
+    columns |= columns_of(lambda value: fixed(value, 3), {"Training loss": "train_loss", f"{selected} loss": "loss"})
+    top1 = {"Training top-1 %": "train_top1", f"{selected} top-1 %": "top1"}
+    return table(title, curve, columns | columns_of(lambda value: fixed(value, 2), top1), notes, text=0)
 
 
 def comparison_csv(document: Comparison) -> str:

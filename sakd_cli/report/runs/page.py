@@ -20,10 +20,10 @@ from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.charts import Chart
 from sakd_cli.report.render.format import fixed, named
 from sakd_cli.report.render.html import Answer, Folded, Opening, Section
-from sakd_cli.report.render.sheet import Sheet, table
+from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.runs.compare import compare
-from sakd_cli.report.runs.compare_tables import curve_charts
+from sakd_cli.report.runs.compare_tables import curve_charts, epoch_table
 from sakd_cli.report.runs.tables import summary_table
 from sakd_cli.report.spots.charts import mixture_chart, spot_figure
 from sakd_cli.report.spots.log import history, read_mixtures, spots_document
@@ -81,17 +81,10 @@ def _curves(page: RunPage) -> None:
     if not (curve := page.comparison.runs[0].curve):
         return
     selected = named(next((point.selected_on for point in curve if point.selected_on), None)).capitalize()
-    columns = {
-        "Epoch": lambda point: str(point.epoch),
-        f"{selected} top-1 %": lambda point: fixed(point.top1, 2),
-        f"{selected} loss": lambda point: fixed(point.loss, 3),
-        "Training top-1 %": lambda point: fixed(point.train_top1, 2),
-        "Training loss": lambda point: fixed(point.train_loss, 3),
-    }
     notes = [
         f"{selected}: the images that choose the best epoch. Training: means over the epoch's steps, as augmented."
     ]
-    sheet = table("By epoch", curve, columns, notes, text=0)
+    sheet = epoch_table("By epoch", curve, notes)
     known = [(point.top1, point.epoch) for point in curve if point.top1 is not None]
     said = ""
     if known:
