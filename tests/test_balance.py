@@ -12,10 +12,11 @@ from test_step import CLASSES, batches, fit, make
 from torch import Tensor
 from torch.nn import functional as F
 
-from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, flat, nested, resolve
 from sakd_cli.data.dataset import balanced_rates
 from sakd_cli.data.loader import draws
 from sakd_cli.errors import UsageError
+from sakd_cli.runs.resume import _decays
 from sakd_cli.tasks.criterion import Criterion, class_weights
 
 NAMES = tuple("abcdefghij")
@@ -96,6 +97,8 @@ def test_weights_by_name_and_from_a_file(tmp_path: Path) -> None:
             resolve("pretrain", [ConfigSource("test", nested(words))])
     file.write_text("0: 2\n1: 3")  # classes that YAML reads as numbers
     assert resolve("pretrain", [ConfigSource("test", nested(words))]).config.train.class_weights == {"0": 2, "1": 3}
+    known = flat(config.model_dump(mode="json"))
+    assert _decays(known | {"train.epochs": 8}, 7) == [5, 6, 7], "a run with weights by name can be extended"
     with pytest.raises(UsageError, match="no class is called 'x'"):
         class_weights({"x": 1.0}, LABELS, NAMES)
     with pytest.raises(UsageError, match="2 numbers for 10 classes"):

@@ -105,6 +105,8 @@ REFUSED = {
     "randaugment has the operations and magnitude of augment=randaugment": {"data.randaugment": (3, 9)},
     "train.class_weights: all are 0": of(class_weights=(0, 0, 0, 0)),
     "train.class_weights: -1 for class 2 is no number from 0 up": of(class_weights=(1, -1, 1, 1)),
+    "data.mixup: is 0, or from 0.05 to 1000": of(mixup=1e-9),
+    "train.weight_decay: is a number beyond 3.4e38": of(weight_decay=1e300),
     "combine draw is of several teachers": {"teacher.combine": "draw"},
     "train.freeze: method ab trains the whole student": of(freeze=["stem"]) | {"method": "kd+ab", "router": "always"},
     "train.batchnorm: method fsp trains": of(batchnorm="frozen") | {"method": "fsp", "router": "always"},

@@ -20,6 +20,7 @@ from sakd_cli.errors import UsageError, unknown
 from sakd_cli.files import parse_yaml
 
 OBJECTS: dict[str, Any] = {}  # of a program that calls `sakd_cli.api`, by the names that they have in settings
+LARGEST = 3.4e38  # of float32
 EFFECTIVE = "effective"  # section of a written config that says what open settings came to; it is not read
 
 
@@ -41,6 +42,13 @@ class Config(BaseModel):
         if isinstance(value, str) and "\0" in value:
             raise PydanticCustomError("no_text", "holds a character that no name may have")
         return _listed(value, annotation) if isinstance(value, str) else value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise PydanticCustomError("too_large", "is a number beyond 3.4e38, the largest of 32 bits")
+        return value
 
 
 def _listed(text: str, annotation: Any) -> Any:

@@ -26,6 +26,8 @@ Place = Annotated[Path, AfterValidator(lambda path: expanded(path).absolute())]
 Two = tuple[float, float]
 Shares = Annotated[Two, must(lambda at: 0 < at[0] <= at[1] <= 1, "is two shares, rising, above 0 and up to 1")]
 Rising = Annotated[Two, must(lambda at: at[0] < at[1], "is black and white, the lower value first")]
+Beta = Annotated[NonNegativeFloat, must(lambda a: not a or 0.05 <= a <= 1000, "is 0, or from 0.05 to 1000")]
+
 Geometry = Literal["auto", "crop", "border", "none"]
 Policy = Literal["randaugment", "autoaugment", "trivialaugment"]
 POLICIES = get_args(Policy)
@@ -77,9 +79,9 @@ class DataConfig(Config):
     """Change brightness, contrast and saturation by up to this factor, 0.4 is usual; 0: do not."""
     erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Chance that a random box of a training image is erased, 0.1 to 0.25 is usual (Zhong et al. 2020)."""
-    mixup: NonNegativeFloat = 0.0
+    mixup: Beta = 0.0
     """Blend pairs of training images by shares from Beta(mixup, mixup), 0.2 to 1 (Zhang et al. 2018); 0: do not."""
-    cutmix: NonNegativeFloat = 0.0
+    cutmix: Beta = 0.0
     """Paste a box of one training image into another, its area from Beta(cutmix, cutmix) (Yun et al. 2019); 0: not."""
     unlabeled: Place | None = None
     """Folder of pictures without labels, mixed into a distillation's training images: the teacher alone counts."""

@@ -237,7 +237,9 @@ def require_fingerprint(where: Path, saved: Any, epoch: Any, now: Mapping[str, A
 
 def _decays(settings: Mapping[str, Any], epoch: int) -> list[int]:
     """The milestones of these settings up to an epoch."""
-    train = {key.removeprefix("train."): value for key, value in settings.items() if key.startswith("train.")}
+    train = {
+        key: settings[f"train.{key}"] for key in ("epochs", "schedule", "milestones") if f"train.{key}" in settings
+    }
     return [milestone for milestone in Train.model_validate(train).decay_epochs() if milestone <= epoch]
 
 

@@ -16,6 +16,7 @@ images are not augmented. The bytes depend on the weights and the seed only.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, final
@@ -32,9 +33,9 @@ from sakd_cli.data.loader import EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents import spots as doc
 from sakd_cli.engine import checkpoint
-from sakd_cli.engine.recorder import tracked_places
+from sakd_cli.engine.recorder import LOWER, tracked_places
 from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
-from sakd_cli.errors import CheckpointError, Stopped, UsageError
+from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
 from sakd_cli.files import columns_digest, sealed, write_aside
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE, common_paths
@@ -226,6 +227,8 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
         loss = [F.cross_entropy(output.float(), labels, reduction="sum") for output in outputs]
         sums = sums + torch.stack([torch.stack(right).float(), torch.stack(loss)])
     hits, losses = (sums.double().cpu() / len(test)).tolist()
+    if not all(map(math.isfinite, losses)):
+        raise NonFiniteError("the routed network's loss on the test images is not finite", LOWER)
     scores = [doc.Score(top1=100 * hit, loss=loss) for hit, loss in zip(hits, losses, strict=True)]
     fixed: dict[str, Any] = dict(zip(("student", "teacher", "all_student", "all_teacher"), scores, strict=False))
     drawn = torch.tensor([(score.top1, score.loss) for score in scores[len(fixed) :]], dtype=torch.float64)
