@@ -39,8 +39,8 @@ def optimizer_of(job: Job, task: Task) -> Optimizer:
 def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """decay^(L + 1 - l) for a parameter of layer l of L: blocks in order, 0 in front of them, L + 1 behind (the head).
 
-    As in the fine-tuning of BEiT (Bao et al., ICLR 2022), and in timm but for a ViT's last norm; blocks are known by the names of their classes,
-    and in a network without any a stage is one.
+    As in the fine-tuning of BEiT (Bao et al., ICLR 2022) and in timm, which counts a ViT's last norm to its last block;
+    blocks are known by the names of their classes, and in a network without any a stage is one.
     """
     names: list[str] = []
     for name, module in network.named_modules():
