@@ -122,6 +122,7 @@ REFUSED = {
     "here it is 'train.clip_norm'": of(clip_grad=1),
     "here it is 'train.ema'": of(model_ema=0.9),
     "here it is 'train.accumulate'": of(grad_accum_steps=2),
+    "did you mean 'train.class_weights'": {"data.class_weights": "balanced"},
     "did you mean 'data.mixup'": {"train.mixup": 0.2},
     "did you mean 'data.cutmix'": {"data.cut_mix": 1},
 }

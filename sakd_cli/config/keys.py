@@ -241,7 +241,7 @@ def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
         known += [f"{section}.{leaf}" for leaf in TABLES[section][name].model_fields]
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     near = [siblings[name] for name in difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6)]
-    meant = [*near, *(name for name in known if name.rpartition(".")[2] == leaf)]
+    meant = [*(name for name in known if name.rpartition(".")[2] == leaf), *near]
     return f"unknown key {key!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 
 
