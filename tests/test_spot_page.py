@@ -22,7 +22,7 @@ from sakd_cli.documents.spots import EpochRecord, SpotsDocument, TrackedImage
 from sakd_cli.errors import UsageError
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.charts import Heat, Lines, Series, dashes, drawn, shades, smoothed, ticks, zoom
-from sakd_cli.report.render.html import Answer, Gallery, Opening, Picture, Section, Tile
+from sakd_cli.report.render.html import Answer, Gallery, Opening, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
 from sakd_cli.report.spots.findings import findings
@@ -363,7 +363,7 @@ def test_the_page_shows_the_extreme_images() -> None:
 
 def test_a_page_of_any_sections() -> None:
     blocks = [Sheet("T", ["a"], [["1"]], ["note"], text=0), Gallery("G", [])]
-    blocks.append(Gallery("H", [Tile(Picture(b"y", "tile"), ["one", "two"])]))
+    blocks.append(Gallery("H", [Tile(b"y", "tile", ["one", "two"])]))
     opening = Opening([Answer("why?", ["so"])], [blocks[:1]])
     reader = Reader(html.page("title", [("fact", "value")], [Section("section", blocks, "what?")], opening))
     for word in ("title", "fact", "value", "section", "note", "T", "G", "one", "two", "why?", "so", "what?"):

@@ -22,17 +22,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Picture(NamedTuple):
-    """A PNG file's bytes, and its alternative text."""
-
-    content: bytes
-    alt: str
-
-
 class Tile(NamedTuple):
-    """One small image of a gallery with lines of text below it, perhaps a chart beside it, and a title on hover."""
+    """A small image of a gallery (a PNG file's bytes) with text below it, perhaps a chart beside it, a title on hover.
 
-    picture: Picture | None
+    alt: the image's alternative text
+    """
+
+    picture: bytes | None
+    alt: str
     lines: Sequence[str]
     chart: Chart | None = None
     title: str = ""
@@ -292,15 +289,13 @@ def _block(block: Block) -> str:
 
 
 def _tile(tile: Tile) -> str:
-    image, lines = _image(tile.picture) if tile.picture else "", "<br>".join(map(text, tile.lines))
+    lines, image = "<br>".join(map(text, tile.lines)), ""
+    if tile.picture:
+        data = base64.b64encode(tile.picture).decode()
+        image = f'<img alt="{text(tile.alt)}" src="data:image/png;base64,{data}">'
     if tile.chart is None:
         return f'<li title="{text(tile.title)}">{image}{lines}</li>'
     return f'<li class="plotted"><div>{image}{lines}</div>{drawn(tile.chart)}</li>'
-
-
-def _image(picture: Picture) -> str:
-    data = base64.b64encode(picture.content).decode()
-    return f'<img alt="{text(picture.alt)}" src="data:image/png;base64,{data}">'
 
 
 def _table(sheet: Sheet) -> str:

@@ -160,8 +160,9 @@ def _routes(report: SpotsDocument, history: History, images: "Images") -> list[h
     for image in history.epochs[-1].tracked:
         name = history.labels.get(image.index)
         pixels = images.get(image.index) if name else None
-        picture = None if pixels is None else html.Picture(html.png(pixels), f"image {image.index}: {name}")
-        tiles.append(html.Tile(picture, [f"image {image.index}"], charts.route_chart(report, history, image.index)))
+        picture, said = None if pixels is None else html.png(pixels), f"image {image.index}"
+        chart = charts.route_chart(report, history, image.index)
+        tiles.append(html.Tile(picture, f"{said}: {name}", [said], chart))
     return [html.Gallery("Evenly spaced training images, spots by epoch. Strong colour: distilled; weak: not", tiles)]
 
 
@@ -176,6 +177,6 @@ def _tiles(rows: Sequence[ExtremeImage], images: "Images", *, short: bool = Fals
             known += [f"{who} says {named(answer)}" for who, answer in said.items()]
             known.append(f"student's loss {fixed(row.student_loss, 2)} nats")
             lines += [f"{who}: {named(answer)}" for who, answer in said.items() if answer != row.label and not short]
-            picture = html.Picture(html.png(images[row.index]), f"image {row.index}: {lines[0]}")
-            tiles.append(html.Tile(picture, lines, title=", ".join(known)))
+            alt = f"image {row.index}: {lines[0]}"
+            tiles.append(html.Tile(html.png(images[row.index]), alt, lines, title=", ".join(known)))
     return tiles

@@ -55,7 +55,7 @@ def sweep_document(
             own[BASELINE, ""] = plainly
         tests |= {
             (_label(own[ours][0], shared), _label(own[theirs][0], shared)): _gain(k, own, published, ours, theirs)
-            for ours, theirs in (_against(baseline, own) if baseline else _compared(own))
+            for ours, theirs in _compared(own, baseline)
         }
     for _, ours, theirs in () if baseline else questions:
         tests.setdefault((ours.label, theirs.label), paired_test(ours.top1, theirs.top1))
@@ -150,8 +150,16 @@ def _cell(k: int, pair: str, key: tuple[str, str], runs: list[doc.SweepRun], dat
     )
 
 
-def _compared(cells: Cells) -> Iterator[tuple[Cell, Cell]]:
-    """Every router with the classical one, that with none, and the learned one with every other."""
+def _compared(cells: Cells, baseline: str | None) -> Iterator[tuple[Cell, Cell]]:
+    """Every router with the classical one, that with none, and the learned one with every other.
+
+    With a baseline: every other cell with the one of the baseline that differs least from it.
+    """
+    if baseline:
+        found = of_baseline(baseline, cells)
+        for one in (cell for cell in cells if found and cell not in found):
+            yield one, min(found, key=lambda other: (other[0] != one[0], other[1] != one[1]))
+        return
     for method, router in cells:
         others = [other for name, other in cells if name == method and other != router]
         for against in others:
@@ -163,13 +171,6 @@ def _compared(cells: Cells) -> Iterator[tuple[Cell, Cell]]:
 def of_baseline(wanted: str, cells: Iterable[Cell]) -> list[Cell]:
     """The cells that have all these words in their method and router."""
     return [cell for cell in cells if {*wanted.split()} <= {*cell[0].split(), cell[1]}]
-
-
-def _against(baseline: str, cells: Cells) -> Iterator[tuple[Cell, Cell]]:
-    """Every cell that is not of the baseline, with the one of the baseline that differs least from it."""
-    found = of_baseline(baseline, cells)
-    for method, router in (cell for cell in cells if found and cell not in found):
-        yield (method, router), min(found, key=lambda other: (other[0] != method, other[1] != router))
 
 
 def _gain(k: int, cells: Cells, published: Mapping[Cell, float | None], ours: Cell, theirs: Cell) -> doc.Gain:
@@ -190,9 +191,8 @@ def _mean_gains(gains: list[doc.Gain]) -> Iterator[doc.MeanGain]:
 
 
 @cache
-def _published() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-    return content
+def _published() -> Any:
+    return yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
 
 
 def published_pair(dataset: str | None, pair: str) -> dict[str, Any]:
