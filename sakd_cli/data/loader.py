@@ -265,20 +265,18 @@ class EvalPairs:
     def __init__(
         self, split: Split, other: Split, dataset: Dataset, *, device: torch.device, batch_size: int = 1000
     ) -> None:
-        self._one = EvalLoader(split, dataset, device=device, batch_size=batch_size)
-        self._two = None if other is split else EvalLoader(other, dataset, device=device, batch_size=batch_size)
-        if self._two is not None:
-            self._one.batch_size = self._two.batch_size = min(self._one.batch_size, self._two.batch_size)
-        self.batch_size = self._one.batch_size
+        splits = [split] if other is split else [split, other]
+        self._loaders = [EvalLoader(one, dataset, device=device, batch_size=batch_size) for one in splits]
+        self.batch_size = min(loader.batch_size for loader in self._loaders)
+        for loader in self._loaders:
+            loader.batch_size = self.batch_size
 
     def __len__(self) -> int:
-        return len(self._one)
+        return len(self._loaders[0])
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        if self._two is None:
-            yield from (((images, images), labels) for images, labels in self._one)
-            return
-        for (images, labels), (others, _) in zip(self._one, self._two, strict=True):
+        for seen in zip(*self._loaders, strict=True):
+            (images, labels), (others, _) = seen[0], seen[-1]
             yield (images, others), labels
 
 
