@@ -258,6 +258,10 @@ def test_any_baseline_is_what_all_cells_of_a_sweep_are_compared_with(runs: list[
     assert from_scratch[("at", "always")] == ("baseline", 1.9)
     text = sweep_markdown(sweep_document("mine", runs, {}, "cifar100", "baseline"))
     assert "|  | always − baseline | +1.90" in text
+    assert "baseline over fitnet always: above 0 in 0 of 1" in sweep_markdown(
+        sweep_document("mine", runs, {}, "cifar100", "fitnet always")
+    )
+    assert grid_of("table-same-family", baseline="baseline").members, "also where it is the run that distils nowhere"
     with pytest.raises(UsageError, match="--baseline 'at wsld': no such cell of this sweep"):
         grid_of("table-same-family", baseline="at wsld")
 

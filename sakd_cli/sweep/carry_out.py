@@ -53,7 +53,9 @@ def understood(
     if not any("runs_dir" in one for one in (settings.common, *(layer.values for layer in layers))):
         layers.append(ConfigSource("the sweep's own folder", {"runs_dir": RUNS / path.stem}))
     runs = grid(settings, layers, params["budget"], share, params["protocol"])
-    cells = {(one.method or BASELINE, one.router or ""): one for one in runs.members if one.role != Role.teacher}
+    students = [one for one in runs.members if one.role is Role.student]
+    cells = dict.fromkeys((one.method or "", one.router or "") for one in students)
+    cells |= {(BASELINE, ""): None} if settings.baseline else {}
     if (baseline := params["baseline"]) and not of_baseline(baseline, cells):
         labels = ", ".join(" ".join(filter(None, cell)) for cell in cells)
         raise UsageError(f"--baseline {baseline!r}: no such cell of this sweep", f"words of one of: {labels}")

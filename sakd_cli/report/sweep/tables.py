@@ -141,7 +141,7 @@ def _notes(document: SweepDocument) -> Iterator[str]:
     yield ", ".join([f"{document.counts['done']} of {len(document.runs)} runs done", *left]) + "."
     for mean in document.mean_gains:
         yield (
-            f"{mean.router} over {mean.against}: above 0 in {mean.above} of {mean.cells} cells, "
+            f"{mean.router or BASELINE} over {mean.against}: above 0 in {mean.above} of {mean.cells} cells, "
             f"below in {mean.below}; mean {points(mean.mean, 2)} points."
         )
     yield from (answer.text for answer in document.answers)
