@@ -173,11 +173,10 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
             f"{run.path}: {fixed[0]} has fallen to its end in {own.train.epochs} epochs",
             NEW_RUN,
         )
-    if extends and own.train.schedule == "step":
-        milestones = asked.config.train.milestones or own.train.decay_epochs()
-        config = config.model_copy(update={"train": config.train.model_copy(update={"milestones": milestones})})
     if extends:
-        length = {"epochs": asked.config.train.epochs}
+        length: dict[str, Any] = {"epochs": asked.config.train.epochs}
+        if own.train.schedule == "step":
+            length["milestones"] = asked.config.train.milestones or own.train.decay_epochs()
         config = config.model_copy(update={"train": config.train.model_copy(update=length)})
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": asked.config.data.root})})
     if (teacher := getattr(asked.config, "teacher", None)) is not None:
