@@ -195,6 +195,7 @@ WRONG = [
     ("router", "class R: pass\n", 2, r"bad\.py, line 1: bad\.py:R is no Router"),
     ("router", "import sys\nsys.exit(3)\n", 2, r"bad\.py, line 2: SystemExit"),
     ("router", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* has no method decide"),
+    ("router", ROUTER.format("exit(0)"), 2, r"bad\.py, line 6: SystemExit"),
     ("router", ROUTER.format("seen.nothing"), 2, r"bad\.py, line 6: AttributeError"),
     ("router", ROUTER.format("None"), 2, r"bad\.py, line 5: R\.decide: must return a tensor .* not a NoneType"),
     (
@@ -304,6 +305,13 @@ def test_what_is_wrong_with_a_file_is_one_line_with_its_place(
         result
     )
     shutil.rmtree(place.path / "__pycache__", ignore_errors=True)
+
+
+def test_what_own_code_prints_is_no_data(place: CliRunner) -> None:
+    (place.path / "loud.py").write_text(ROUTER.format("print('noise') or seen.student_loss > 0"))
+    plan = place.sakd(*PAIR, *TINY, "--router", "loud.py:R", "--dry-run", "--json", "-q")
+    assert plan.document["schema"] == "sakd.plan/2"
+    assert "noise" in plan.err
 
 
 def test_a_file_without_a_name_and_a_key_of_a_file_say_how(place: CliRunner) -> None:

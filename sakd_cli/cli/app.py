@@ -165,7 +165,10 @@ def run(arguments: list[str]) -> int:
         if tells(error.message, common=isinstance(error, UsageError | DataError | CheckpointError)):
             complain(error.message, error.hint)
         return error.exit_code
-    except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
+    except (BrokenPipeError, SystemExit) as error:  # rich answers a broken pipe with SystemExit
+        if place := place_of(error):
+            complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
+            return UsageError.exit_code
         return _broken_pipe()
     except OSError as error:  # whatever the floors below have no message of their own for
         complain(f"{error.filename or 'file system'}: {error.strerror or error}")
@@ -262,6 +265,9 @@ class Forgiving:
     def flush(self) -> None:
         with suppress(OSError, ValueError):
             self._stream.flush()
+
+    def close(self) -> None:
+        """Stays open: errors are still to be told."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

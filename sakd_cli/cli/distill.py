@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from sakd_cli.cli.compare import print_comparison
@@ -26,7 +27,8 @@ def distill(options: Values, json: bool, quiet: bool) -> None:
     """
     reporter = ConsoleReporter(quiet=quiet)
     again = shlex.join(["sakd", *sys.argv[1:], *([] if options["resume"] else ["--resume", AUTO])])
-    found = train_command("distill", options, reporter, again, guard=reporter.heeding_signals)
+    with redirect_stdout(sys.stderr):  # what own code prints; stdout is for the data
+        found = train_command("distill", options, reporter, again, guard=reporter.heeding_signals)
     if isinstance(found, list):
         print_comparison(compare_runs(found, options["baseline"]), json=json)
     else:

@@ -1,6 +1,8 @@
 """`sakd pretrain-teacher`, and the command of any further training procedure."""
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -44,6 +46,7 @@ def command_of(task: str) -> Callable[..., None]:
 
 def _train(task: str, options: Values, *, json: bool, quiet: bool) -> None:
     reporter = ConsoleReporter(quiet=quiet)
-    found = train_command(task, options, reporter, "", guard=reporter.heeding_signals)
+    with redirect_stdout(sys.stderr):
+        found = train_command(task, options, reporter, "", guard=reporter.heeding_signals)
     assert not isinstance(found, list)
     print_result(found, json=json)
