@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
             calibration=sum(map(len, calibration)),
             check=_check(network, opened, first, real=pictures.split is not None, exact=not order.reduced),
             accuracy=_accuracy(network, opened, pictures, given, order),
-            latency=_latency(network, opened, found.card, config),
+            latency=_latency(network, opened, found.card, config, reporter),
         )
         about = document.model_dump(exclude={"schema_", "folder", "classes"})
         of_timm = timm_config(found.card) if order.form == "safetensors" else {}
@@ -199,19 +200,13 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     """Raise UsageError where something is there that is not to be replaced."""
     if not (folder.exists() or folder.is_symlink()):
         return
-    if _card_of(folder).get("export") != FORMAT:
+    about = None
+    with suppress(OSError, ValueError):
+        about = read_json(folder / "config.json")
+    if not isinstance(about, dict) or about.get("export") != FORMAT:
         raise UsageError(f"{folder}: exists and is no export; it is not replaced", hint="--out DIR")
     if not overwrite:
         raise UsageError(f"{folder}: exists already", hint="--overwrite replaces it; --out DIR")
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a folder; empty where there is none that can be read."""
-    try:
-        about = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 @torch.inference_mode()
@@ -256,13 +251,17 @@ def _accuracy(
     return Accuracy(images=images, before=before, after=after)
 
 
-def _latency(network: nn.Module, opened: Function, card: NetworkCard, config: EvalConfig) -> Latency | None:
+def _latency(
+    network: nn.Module, opened: Function, card: NetworkCard, config: EvalConfig, reporter: Reporter
+) -> Latency | None:
     if not config.timing_seconds:
         return None
     own, file = (
         speed(kind, card.side, torch.device("cpu"), batch=BATCH, seconds=config.timing_seconds)
         for kind in (network, opened)
     )
+    if busy := [one for one in (own, file) if one.disturbed]:
+        reporter.warn(f"busy machine: others used {busy[0].busy:.1f} of {busy[0].cores} cores; the times are too long")
     return Latency(
         threads=torch.get_num_threads(),
         network=own.latency,

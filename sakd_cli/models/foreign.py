@@ -68,14 +68,6 @@ class Place(NamedTuple):
         return odd
 
 
-class Found(NamedTuple):
-    """Weights in a file: `Place.names`, the tensors by their names, and what is worth telling of the rest."""
-
-    names: dict[str, str]
-    tensors: dict[str, Tensor]
-    notes: tuple[str, ...]
-
-
 def load_foreign(
     file: Path,
     architecture: str,
@@ -105,7 +97,8 @@ def load_foreign(
     ways = [plain] if known else tables(find_network(architecture).family, ours)
     content = read_foreign(file, ROOM + 8 * sum(4 * torch.Size(shape).numel() for shape in ours.values()))
     integers = {name for name, kind in kinds.items() if known and not kind.is_floating_point}
-    names, theirs, notes = find_weights(file, content, architecture, ways, ours, integers, key)
+    found, notes = find_weights(file, content, architecture, ways, ours, integers, key)
+    names, theirs = found.names, found.tensors
     tensors = {}
     for name, shape in ours.items():
         tensor = theirs.get(names[name], torch.zeros(()))  # a missing counter
@@ -134,8 +127,8 @@ def find_weights(
     shapes: Shapes,
     integers: Collection[str] = (),
     key: str | None = None,
-) -> Found:
-    """The one state dict in a file that has all tensors of a network, under one of the tables of names `ways`.
+) -> tuple[Place, tuple[str, ...]]:
+    """Where in a file all tensors of a network are, under one of the tables of names `ways`; what is worth telling.
 
     shapes    of ours
     integers  their names of those that need not be floating-point numbers
@@ -169,7 +162,7 @@ def find_weights(
         raise UsageError(f"{file}: holds {len(raw or averaged)} networks that fit: {labels}", hint)
     (chosen,) = raw or averaged
     _check_plain(file, chosen, integers)
-    return Found(chosen.names, chosen.tensors, tuple(_notes(content, chosen, averaged if raw else [])))
+    return chosen, tuple(_notes(content, chosen, averaged if raw else []))
 
 
 def _dicts(content: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
@@ -297,11 +290,6 @@ def _check_plain(file: Path, place: Place, integers: Collection[str]) -> None:
             raise UsageError(f"{file}: {name[:40]!r} is no plain tensor of floating-point numbers")
 
 
-def _closest(ways: Sequence[dict[str, str]], theirs: dict[str, Tensor]) -> dict[str, str]:
-    """Our name -> their name, in the dialect that leaves the fewest tensors without a partner."""
-    return min(ways, key=lambda names: len(set(names.values()) ^ theirs.keys()))
-
-
 def _advice(theirs: dict[str, Any]) -> str | None:
     """Which of our networks the tensors would fit, whatever the number of classes."""
     there = {name: tuple(one.shape) for name, one in theirs.items() if isinstance(one, Tensor)}
@@ -311,7 +299,7 @@ def _advice(theirs: dict[str, Any]) -> str | None:
             continue
         every = shapes_of(ghost(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
-        names = _closest(tables(network.family, ours), theirs)
+        names = min(tables(network.family, ours), key=lambda way: len(set(way.values()) ^ theirs.keys()))
         body = {names[name]: shape for name, shape in ours.items() if not name.startswith("head.")}
         heads = {names[name] for name in ours if name.startswith("head.")}
         if {name: shape for name, shape in there.items() if name not in heads} == body:

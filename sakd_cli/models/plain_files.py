@@ -49,24 +49,25 @@ class _AsideList:
         return []
 
 
-_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
-_PATHS = [f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")]
-_TIMES = [f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")]
-_VALUES = [*_TIMES, "uuid.UUID", "decimal.Decimal", "fractions.Fraction", "functools.partial"]
-_ATTRIBUTE_DICTS = [
-    f"{package}.AttributeDict"
-    for package in (
-        *("lightning.fabric.utilities.data", "lightning_fabric.utilities.data"),
-        *("lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing"),
-    )
-]
-_PLAIN = [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "frozenset")]
+_LIGHTNING = [f"{name}.utilities.data" for name in ("lightning.fabric", "lightning_fabric")]
+_LIGHTNING += [f"{name}.utilities.parsing" for name in ("lightning.pytorch", "pytorch_lightning")]
+_NAMES: dict[Callable[..., Any], list[str]] = {
+    _Aside: [
+        *("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray", "functools.partial"),
+        *("uuid.UUID", "decimal.Decimal", "fractions.Fraction"),
+        *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+        *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "frozenset")),
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+        *(f"pathlib{at}.{kind}Path" for at in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")),
+    ],
+    _AsideDict: [
+        *("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict"),
+        *(f"{place}.AttributeDict" for place in _LIGHTNING),
+    ],
+    _AsideList: ["collections.deque"],
+}
 HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray")),
-    *((_Aside, name) for name in (*_NUMPY, *_PATHS, *_PLAIN, *_VALUES)),
-    (_AsideList, "collections.deque"),
-    *((_AsideDict, name) for name in ("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict")),
-    *((_AsideDict, name) for name in _ATTRIBUTE_DICTS),
+    (kind, name) for kind, names in _NAMES.items() for name in names
 ]
 
 
@@ -89,8 +90,9 @@ def _parts(index: Path, most: int) -> dict[str, Any]:
         assert all(Path(name).name == name and not name.endswith(".json") for name in files)
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise UsageError(f"{index}: is no index of a file in parts, with a weight_map of names beside it") from None
-    found = {name: tensor for part in files for name, tensor in read_foreign(index.parent / part, most).items()}
-    if odd := sorted(places.keys() ^ found.keys()):
+    parts = [read_foreign(index.parent / part, most) for part in files]
+    found = {name: tensor for part in parts if isinstance(part, dict) for name, tensor in part.items()}
+    if odd := sorted(map(str, places.keys() ^ found.keys())):
         raise UsageError(f"{index}: its parts have not the {len(places)} tensors that it names, first {odd[0][:40]!r}")
     return found
 

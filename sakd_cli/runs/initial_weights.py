@@ -119,8 +119,8 @@ def foreign_tensors(network: StagedModel, path: Path | None, key: str) -> tuple[
     else:
         content = plain_files.read_foreign(path, plain_files.ROOM + 16 * sum(tensor.nbytes for tensor in mine.values()))
     shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
-    found = foreign.find_weights(file, content, network.name, [names], shapes, set(names.values()))
+    found, said = foreign.find_weights(file, content, network.name, [names], shapes, set(names.values()))
     artifact.check_finite(file, found.tensors)
     zero = torch.zeros((), dtype=torch.int64)
-    notes = tuple(f"{file.name}: {note}" for note in found.notes)
+    notes = tuple(f"{file.name}: {note}" for note in said)
     return {name: found.tensors.get(plain, zero) for name, plain in names.items()}, notes
