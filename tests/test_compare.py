@@ -270,6 +270,11 @@ def test_another_budget_is_named(tmp_path: Path) -> None:
     [versus] = compared(runs)["comparisons"]
     assert versus["unequal"] == ["train.epochs"]
     assert versus["text"].endswith("Not under one budget: train.epochs.")
+    runs = [make(tmp_path, router, 0, 40.0, train={"epochs": 2, "patience": 1}) for router in ("anti", "never")]
+    assert compared(runs)["comparisons"][0]["unequal"] == []
+    metrics = runs[1].path / "metrics.jsonl"
+    metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines() if '"epoch": 2' not in line))
+    assert compared(runs)["comparisons"][0]["unequal"] == ["epochs until train.patience ended a run"]
     runs = [make(tmp_path, "always", 0, 40.0), make(tmp_path, "always", 0, 41.0, train={"epochs": 9})]
     assert [group["label"] for group in compared(runs)["groups"]] == [
         "at always train.epochs=2",

@@ -243,6 +243,11 @@ def _unequal(ours: _Group, theirs: _Group) -> list[str]:
 
 def _versus(ours: _Group, theirs: _Group, test: PairedTest) -> Versus:
     unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in (*DISTILLATION, "code")]
+    ours_end, theirs_end = (
+        {row.seed: row.curve[-1].epoch for row in one.runs if row.finished and row.curve} for one in (ours, theirs)
+    )
+    if not unequal and any(ours_end[seed] != theirs_end[seed] for seed in ours_end.keys() & theirs_end.keys()):
+        unequal.append("epochs until train.patience ended a run")
     budget = f" Not under one budget: {', '.join(unequal)}." * bool(unequal)
     helps = theirs.settings.control and not ours.settings.control
     said = {"better": "distillation helped", "worse": "distillation hurt"} if helps else {}
