@@ -153,6 +153,11 @@ def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
         raise DamagedError(f"{path}: missing or damaged") from None
 
 
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write what `read_about` reads, atomically."""
+    write_json(folder / "config.json", sealed(about, CARD_SEAL))
+
+
 def line_digest(before: str, line: bytes) -> str:
     """SHA-256 of a log that had the digest `before` and got another line; "" is that of an empty log.
 

@@ -65,14 +65,16 @@ def judged(
     """As `all_settings`, and what `judge` says of each run, given its folder and settings, by the files `JUDGED`."""
     known, found, anew = _read(runs_dir / NAME), dict[Path, tuple[Settings | None, Any]](), 0
     entries: dict[str, Any] = {}
-    start = len(str(runs_dir)) + 1
+    start = len(str(runs_dir / "x")) - 1
     for path, about in config_files(runs_dir).items():
         folder, looks = os.path.dirname(path), _looks(about)
         before = known.get(folder[start:])
         if not (isinstance(before, list) and len(before) == 4 and before[0] == looks):
             before, anew = [looks, read_config(path), None, None], anew + 1
         settings, others, said = before[1:]
-        if judge is not None and others != (now := [_looks_at(f"{folder}/{name}") for name in JUDGED]):
+        places = [f"{folder}/{name}" for name in (JUDGED if judge else ())]
+        now = [_looks(os.stat(place)) if os.path.exists(place) else None for place in places]
+        if judge and others != now:
             others, said, anew = now, judge(path.parent, settings), anew + 1
         entries[folder[start:]] = [looks, settings, others, said]
         found[path] = settings if isinstance(settings, dict) else None, said
@@ -83,13 +85,6 @@ def judged(
 
 def _looks(about: os.stat_result) -> list[int]:
     return [about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino]
-
-
-def _looks_at(path: str) -> list[int] | None:
-    try:
-        return _looks(os.stat(path))
-    except OSError:
-        return None
 
 
 def _read(path: Path) -> dict[str, Any]:
