@@ -363,7 +363,7 @@ def test_the_three_questions_are_answered_in_words(tmp_path: Path) -> None:
     texts = [answer["text"] for answer in document["answers"]]
     assert [answer["question"] for answer in document["answers"]] == ["help", "dose", "where"]
     assert texts[0].startswith(
-        "Does distilling help? Yes: method at, router always, method.balance=1.0, over method at, router never: +14"
+        "Does distilling help? Yes: method at, router always, balanced, over method at, router never: +14"
     )
     assert texts[1].startswith(
         "Does the router give more than the dose? No, it takes away: method at, router adaptive, over method at"

@@ -225,8 +225,8 @@ def test_a_page_says_what_the_runs_beside_it_found(
     assert "against distilling as often at random" in verdict
     assert "where" in texts
     assert table is not None
-    assert [row[0] for row in table.rows][:2] == ["teacher", "student alone"]
-    own = next(row for row in table.rows if row[0] == "this run: adaptive")
+    assert [row[0] for row in table.rows][:3] == ["this run, `adaptive`", "teacher", "student alone"]
+    own = table.rows[table.own or 0]
     mean = controlled["groups"][controlled["runs"][0]["group"]]["top1"]["mean"]
     assert (own[1].split()[0], own[2]) == (f"{mean:.2f}", "–")
     assert trained_cli.sakd("inspect-spots", str(run), "--html", str(tmp_path / "spots.html"), "-q").code == 0

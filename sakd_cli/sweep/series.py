@@ -68,7 +68,7 @@ def _check_baseline(params: Mapping[str, Any], config: DistillConfig, routers: S
         return
     if not wants_series(params):
         raise UsageError("--baseline is for what a series compares: --seeds, --with-control or --routers")
-    words = {*baseline.split()} - {config.method.name}
+    words = {*baseline.split()} - {config.method.name, "balanced"}
     if len(words) > 1 or not words <= {*routers}:
         raise UsageError(
             f"--baseline {baseline!r}: no group of this series", f"the name of one of its routers: {', '.join(routers)}"

@@ -75,10 +75,8 @@ def _table(compared: Comparison) -> Sheet:
     for k, group in enumerate(compared.groups):
         router = of[k][0].router and f"`{named(of[k][0].router)}`"
         role = f"this run, {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
-        words = [
-            f"`{plain(word)}`" for word in group.label.split() if "=" in word and not word.endswith(("=0.0", "=None"))
-        ]
-        name = " ".join([role, *(f"({word.replace('`method.balance=1.0`', 'balanced')})" for word in words)])
+        words = [plain(word) for word in group.label.split() if word == "balanced" or "=" in word]
+        name = " ".join([role, *(f"(`{word}`)" for word in words if not word.endswith("=None"))])
         ours, theirs = by_seed(of[mine]), by_seed(of[k])
         test = None if k == mine else paired_test(ours, theirs).difference
         means = [one.top1.mean for one in (compared.groups[mine], group) if one.top1 and ours.keys() == theirs.keys()]
