@@ -119,7 +119,14 @@ def test_neither_a_second_teacher_nor_a_run_whose_rates_are_repeated_is_removed(
     assert "run: more/adaptive\n" in (there.path / "more" / "repeated" / "config.yaml").read_text()
     there.assert_rejects(["runs", "rm", "more/v", "--yes"], 2, "it is the teacher of")
     there.assert_rejects(["runs", "rm", "more/adaptive", "--yes"], 2, "repeats its rates")
-    (there.path / "more").rename(there.path / "moved")
-    (there.path / "moved" / "repeated" / "summary.json").unlink()
-    text = (there.path / "moved" / "repeated" / "config.yaml").read_text()
-    assert str(there.path) not in text, "no place of this machine"
+    (there.path / "elsewhere").mkdir()
+    (there.path / "more").rename(there.path / "elsewhere" / "more")
+    run = there.path / "elsewhere" / "more" / "repeated"
+    (run / "summary.json").unlink()
+    result = there.sakd("distill", "--resume", str(run), "-q")
+    assert result.code == 0, result.err
+    assert str(there.path / "more") not in (run / "config.yaml").read_text(), "no place where it was before"
+    lines = (there.path / "elsewhere" / "more" / "adaptive" / "spots.jsonl").read_text()
+    (there.path / "elsewhere" / "more" / "adaptive" / "spots.jsonl").write_text(lines + lines)
+    (run / "summary.json").unlink()
+    assert "is not the record that this run began with" in there.sakd("distill", "--resume", str(run), "-q").err
