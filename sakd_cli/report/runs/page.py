@@ -136,7 +136,9 @@ def _residual(page: RunPage) -> None:
 
 
 def _environment(page: RunPage) -> None:
-    page.add("Environment", [_keys("Where and how it ran", page.run.read_json("env.json", sealed=True, needed=True))])
+    if any((page.run.path / name).exists() for name in ("env.json", "metrics.jsonl")):  # else it has only begun
+        about = page.run.read_json("env.json", sealed=True, needed=True)
+        page.add("Environment", [_keys("Where and how it ran", about)])
 
 
 def _settings(page: RunPage) -> None:
