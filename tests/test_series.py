@@ -221,7 +221,7 @@ def test_a_page_says_what_the_runs_beside_it_found(
     run = trained_cli.path / controlled["runs"][0]["run"]
     texts = {answer["question"]: answer["text"] for answer in controlled["answers"]}
     verdict, table = helped(RunDir(run))
-    assert verdict.startswith("Not shown: "), "two seeds at most, of tiny networks"
+    assert verdict.startswith("Cannot be told from "), "two seeds at most, of tiny networks"
     assert "against distilling as often at random" in verdict
     assert "where" in texts
     assert table is not None

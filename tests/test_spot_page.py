@@ -207,9 +207,9 @@ def test_the_page_begins_with_the_answer() -> None:
         "logits, for 62.5&nbsp;% of the training samples; then stage2 50.0&nbsp;%.",
         "an image can use several",
         "They differ most at logits: most often ball 90.0&nbsp;% (+27.5), least often",
-        "It chooses: of the variance of its decisions, knowing the image explains 12.5&nbsp;% at stage2, 73.3&nbsp;%",
+        "It chooses: which image it is explains 12.5&nbsp;% at stage2, 73.3&nbsp;% at logits of the variance",
         "It helped: 1 &lt; 2.",
-        "Distilled most often at logits (trained router, %)",
+        "Images distilled most often at logits (trained router)",
     ):
         assert said in first
     alone = spot_page(document(measured=None), Seen({})).partition("<nav>")[0]
@@ -217,7 +217,8 @@ def test_the_page_begins_with_the_answer() -> None:
     assert "--live" in alone
     assert "None: all alike, 50.0&nbsp;% of the training samples at each." in alone
     weak = [spot.model_copy(update={"gradient_ratio": 0.013}) for spot in document().overall]
-    assert "gradient ratio 0.013: hardly acts" in spot_page(document(overall=weak), Seen({})).partition("<nav>")[0]
+    opening = spot_page(document(overall=weak), Seen({})).partition("<nav>")[0]
+    assert "stage2 hardly acts: ratio 0.013" in opening
 
 
 def test_every_question_is_answered_from_the_numbers() -> None:
@@ -322,7 +323,7 @@ def test_images_of_another_survey_are_not_taken_for_the_tracked_ones(tmp_path: P
 def test_the_complement_of_the_highest_is_distilled_least() -> None:
     other = measure(survey(header=header(complement=True)), SPOTS, sample=False, seed=0, extremes=2)
     first = spot_page(document(measured=other), Seen({10: PIXELS, 11: PIXELS})).partition("<nav>")[0]
-    assert "<br>75.0 %" in first.partition("Distilled least often")[2].partition("</ul>")[0]
+    assert "<br>75.0 %" in first.partition("distilled least often")[2].partition("</ul>")[0]
 
 
 def test_the_route_of_an_image_is_the_difference_of_its_counts() -> None:

@@ -9,7 +9,7 @@ from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN
 from sakd_cli.documents.base import Answer
 from sakd_cli.documents.table import Comparison
 from sakd_cli.errors import UsageError
-from sakd_cli.report.render.format import DASH, difference, fixed, mean_std, named, plain, points, whole
+from sakd_cli.report.render.format import DASH, difference, fixed, mean_std, named, plain, whole
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.statistics import by_seed, interval, paired_test
@@ -25,7 +25,7 @@ ROLES: dict[str | None, str] = {
     CLASSICAL: "distilled always",
     MATCHED: "distilled at random",
 }
-AGAINST = {"where": "distilling as often at random", "dose": "distilling everywhere, always"}
+AGAINST = {"where": "distilling as often, but at random", "dose": "distilling everywhere, always"}
 
 
 class Helped(NamedTuple):
@@ -84,10 +84,12 @@ def _table(compared: Comparison) -> Sheet:
         rows.append([name, mean_std(group.top1), shown, whole(len(group.seeds))])
     order = ["this run", "teacher", *dict.fromkeys(ROLES.values())]
     rows.sort(key=lambda row: next((n for n, role in enumerate(order) if row[0].startswith(role)), len(order)))
-    notes = [f"Difference: this run less the row, in points. Method `{named(first.method)}` in all that are distilled."]
+    notes = [f"In points. All but teacher and student alone are distilled by method `{named(first.method)}`."]
     at_random = any(row[0].startswith(ROLES[MATCHED]) for row in rows)
     notes += ["At random: as often as this run at every spot, but not the images that it chose."] * at_random
-    return Sheet("Test accuracy", ["Training", "Top-1 %", "Difference", "Seeds"], rows, notes, own=0)
+    balanced = any("balanced" in row[0] for row in rows)
+    notes += ["Balanced: at the weight that finds itself, --loss-weight auto."] * balanced
+    return Sheet("Test accuracy", ["Training", "Top-1 %", "This run minus it", "Seeds"], rows, notes, own=0)
 
 
 def _verdict(asked: Answer) -> tuple[str, str]:
@@ -95,10 +97,10 @@ def _verdict(asked: Answer) -> tuple[str, str]:
     against, seeds = AGAINST.get(asked.question, ""), len(asked.seeds)
     if asked.difference is None:
         return f"Not known: no seed is finished both here and for {against}.", ""
-    figure = f"{points(asked.difference, 2)} points against {against}"
+    figure = f"{fixed(abs(asked.difference), 2)} points {'worse' if asked.difference < 0 else 'better'} than {against}"
     if asked.p is None:
-        some, least = ("with one seed" if seeds == 1 else f"in each of {seeds} seeds"), max(LEAST_SEEDS, seeds + 1)
-        return f"Not shown: {figure}, {some}.", f"Run at least {least} seeds: --seeds {least}."
-    said = {"better": "Yes", "worse": "No, it took away"}.get(asked.verdict, "Not shown")
-    need = f"To see 0.5 points: {whole(asked.needed)} seeds." if asked.needed and said == "Not shown" else ""
+        some, least = ("one seed" if seeds == 1 else f"{seeds} seeds that agree"), max(LEAST_SEEDS, seeds + 1)
+        return f"Cannot be told from {some}: {figure}.", f"Run at least {least} seeds: `--seeds {least}`."
+    said = {"better": "Yes", "worse": "No"}.get(asked.verdict, "Cannot be told from chance")
+    need = f"To see 0.5 points: {whole(asked.needed)} seeds." if asked.needed and said.startswith("Cannot") else ""
     return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds).", need

@@ -7,6 +7,7 @@ from sakd_cli.documents.base import Number
 from sakd_cli.documents.spots import ClassFractions, EpochRecord, Measured, SpotsDocument
 from sakd_cli.report.render.format import SURE, deviation, difference, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import Sheet
+from sakd_cli.report.spots.tables import WEAK
 
 ALIKE = 0.01  # shares that differ by less are alike
 # What is said of a router by how much of the variance of its decisions the image explains, at the spot with the most.
@@ -15,14 +16,23 @@ SPOT = "A spot is a place in the network where the student copies the teacher; a
 LEVEL = 0.95
 
 
+def weak(report: SpotsDocument, k: int) -> bool:
+    """Whether the loss at a spot hardly acts, so that it matters little what is chosen there."""
+    ratio = report.overall[k].gradient_ratio
+    return not report.balance and ratio is not None and ratio < WEAK
+
+
 def ends_of(report: SpotsDocument) -> list[tuple[float, int, list[tuple[float, ClassFractions]]]]:
-    """(range of its classes, spot, (deviation, class) from the highest) of every spot, the widest range first."""
+    """(range of its classes, spot, (deviation, class) from the highest) of every spot.
+
+    The widest range first, but spots whose loss hardly acts last.
+    """
     known = [row for row in report.by_class if None not in row.deviation]
     found = []
     for k in range(len(report.overall) if known else 0):
         ranked = sorted(((row.deviation[k] or 0.0, row) for row in known), key=lambda one: -one[0])
         found.append((ranked[0][0] - ranked[-1][0], k, ranked))
-    return sorted(found, key=lambda one: -one[0])
+    return sorted(found, key=lambda one: (weak(report, one[1]), -one[0]))
 
 
 def _by_coins(p: Number, samples: int, classes: int, tests: int) -> float:
@@ -35,14 +45,16 @@ def _by_coins(p: Number, samples: int, classes: int, tests: int) -> float:
 
 
 def most_used(report: SpotsDocument) -> str:
-    ranked = sorted(((spot.fraction or 0.0, named(spot.name)) for spot in report.overall), key=lambda one: -one[0])
-    (most, first), *others = ranked
-    of = f"{fraction(most)} % of the training samples"
+    hardly = [" (its loss hardly acts)" * weak(report, k) for k in range(len(report.overall))]
+    names = [named(spot.name) for spot in report.overall]
+    ranked = sorted(zip((spot.fraction or 0.0 for spot in report.overall), names, hardly, strict=True), reverse=True)
+    (most, first, first_acts), *others = ranked
+    of = f"{fraction(most)} % of the training samples{first_acts}"
     if not others:
         return f"There is one: {first}, for {of}."
     if most - ranked[-1][0] < ALIKE:
         return f"None: all alike, {of} at each."
-    rest = ", ".join(f"{name} {fraction(less)} %" for less, name in others)
+    rest = ", ".join(f"{name} {fraction(less)} %{acts}" for less, name, acts in others)
     return f"{first}, for {of}; then {rest}."
 
 
@@ -64,12 +76,18 @@ def _alike(report: SpotsDocument) -> str:
 
 
 def which_classes(report: SpotsDocument) -> str:
-    """At the spot where they differ most: the classes at both ends, unless coins would differ as much."""
+    """Both ends where they differ most, and at the spot that was used most, unless coins would differ as much."""
     if alike := _alike(report):
         return alike
-    _, place, ranked = ends_of(report)[0]
-    said = (f"{end} often {_class(ranked[n], place)}" for end, n in (("most", 0), ("least", -1)))
-    return f"They differ most at {named(report.overall[place].name)}: {', '.join(said)}; points from the spot's mean."
+    ends = ends_of(report)
+    used = max(range(len(report.overall)), key=lambda k: report.overall[k].fraction or 0.0)
+
+    def both(k: int, ranked: list[tuple[float, ClassFractions]]) -> str:
+        said = (f"{end} often {_class(ranked[n], k)}" for end, n in (("most", 0), ("least", -1)))
+        return f"{named(report.overall[k].name)}: {', '.join(said)}"
+
+    more = [f" At {both(k, ranked)}." for _, k, ranked in ends[1:] if k == used]
+    return f"They differ most at {both(*ends[0][1:])}; points from the spot's mean.{''.join(more)}"
 
 
 def at_the_end(report: SpotsDocument) -> list[str]:
@@ -82,7 +100,7 @@ def at_the_end(report: SpotsDocument) -> list[str]:
     ranked = sorted((one for one in known if one.images), key=lambda one: one.mean[k] or 0.0)
     most, least = (f"{named(one.name)} {fraction(one.mean[k])} %" for one in (ranked[-1], ranked[0]))
     name = named(report.overall[k].name)
-    return [f"The trained router, at the end of training, at {name}: most probably {most}, least {least}."]
+    return [f"At the end of training the router's probability at {name} is highest for {most}, lowest for {least}."]
 
 
 def _class(ranked: tuple[float, ClassFractions], k: int) -> str:
@@ -114,8 +132,8 @@ def more_than_coins(report: SpotsDocument) -> str:
     most = max(share for share, _ in known)
     verdict = next(words for least, words in CHOICE if most >= least)
     shares = ", ".join(f"{fixed(100 * share, 1)} % at {name}" for share, name in known)
-    scale = "coins: 0 %; every image decided: 100 %"
-    return f"{verdict}: of the variance of its decisions, knowing the image explains {shares} ({scale})."
+    scale = "0 %: coins; 100 %: the image alone decides"
+    return f"{verdict}: which image it is explains {shares} of the variance of its decisions ({scale})."
 
 
 def _widest(report: SpotsDocument, of: Callable[[int], float]) -> tuple[int, str]:
@@ -135,7 +153,8 @@ def in_training(report: SpotsDocument) -> str:
 def trained_router(report: SpotsDocument, measured: Measured) -> str:
     k, name = _widest(report, lambda k: measured.spots[k].p95 - measured.spots[k].p05)
     spot = measured.spots[k]
-    return f"Images differ most at {name}: nine in ten lie between {fraction(spot.p05)} % and {fraction(spot.p95)} %."
+    low, high = fraction(spot.p05), fraction(spot.p95)
+    return f"Single images differ most at {name}: nine in ten lie between {low} % and {high} %."
 
 
 def by_epoch(epochs: Sequence[EpochRecord]) -> str:
@@ -151,7 +170,7 @@ def by_epoch(epochs: Sequence[EpochRecord]) -> str:
         return "In no epoch is it shown that they part: coins of one rate would differ as much."
     e, spot, values = max(known, key=lambda one: max(one[2]) - min(one[2]))
     wide = f"{fixed(100 * (max(values) - min(values)), 1)} points"
-    first = f"From epoch {shown[0].epoch} on one of them differs by more than coins of one rate would. "
+    first = f"From epoch {shown[0].epoch} on some class differs by more than coins of one rate would. "
     return first + f"They lay furthest apart in epoch {e.epoch} of {len(epochs)}, at {named(spot.name)}: by {wide}."
 
 

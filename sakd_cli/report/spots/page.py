@@ -13,7 +13,7 @@ from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
 from sakd_cli.report.spots import findings as found
 from sakd_cli.report.spots.log import History
-from sakd_cli.report.spots.tables import WEAK, spot_tables, survey_tables
+from sakd_cli.report.spots.tables import spot_tables, survey_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,6 +57,8 @@ class Seen(NamedTuple):
 def spot_page(report: SpotsDocument, seen: Seen) -> str:
     """The page of a document of `inspect-spots`."""
     facts = html.facts_of(report, ("teacher", "student", "dataset", "method", "router"))
+    facts += [("Classes", whole(len(report.by_class)))] * bool(report.by_class)
+    facts += [("Training images", whole(report.samples // max(report.epochs, 1)))]
     facts += [("Epochs", f"{report.epochs}{'' if report.finished else ' so far'}"), ("Run", named(report.run))]
     return html.page("Where knowledge flowed", facts, spot_sections(report, seen), spot_opening(report, seen))
 
@@ -77,19 +79,21 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     if measured and any(one.spread for one in measured.extremes) and seen.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
-        how = "share in training" if measured.value == "rate" else "trained router"
+        how = "in training" if measured.value == "rate" else "trained router"
         for end, images in zip(names, (shown.highest[:OPENING], shown.lowest[:OPENING]), strict=True):
             tiles = _tiles(images, seen.images, short=True)
-            galleries.append(html.Gallery(f"Distilled {end} at {named(shown.spot)} ({how}, %)", tiles))
-    doses = [spot.gradient_ratio for spot in report.overall] if not report.balance else []
-    told = [f"gradient ratio {dose:.2g}: hardly acts" if dose and dose < WEAK else "" for dose in doses]
+            galleries.append(html.Gallery(f"Images distilled {end} at {named(shown.spot)} ({how})", tiles))
+    told = [
+        f"{named(spot.name)} hardly acts: ratio {spot.gradient_ratio:.2g}" if found.weak(report, k) else ""
+        for k, spot in enumerate(report.overall)
+    ]
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
     note = f"{whole(report.epochs)} epoch{'s' * (report.epochs != 1)}{' so far' * (not report.finished)}."
     note += " An image can use several spots: together more than 100 %." * (len(rows) > 1)
-    note += " Gradient ratio: that of the distillation loss to that of the task's." * any(told)
+    note += " Gradient ratio: the distillation loss's gradient over the task's." * any(told)
     bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
-    tables = [sheet for sheet in (seen.controls, found.class_table(report)) if sheet]
-    return html.Opening(answers, [[*galleries, bars], tables])
+    controls, classes = ([sheet] if sheet else [] for sheet in (seen.controls, found.class_table(report)))
+    return html.Opening(answers, [[*galleries, bars, *classes], controls])
 
 
 def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
