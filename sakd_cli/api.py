@@ -355,7 +355,7 @@ def report(run: Place, out: Place | None = None, *, reporter: "Reporter | None" 
     page = Path(run) / "report.html" if out is None else Path(out)
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {page}: the name of an HTML file ends in .html")
-    return RunPage(RunDir(Path(run)), plotted=plots.available(_reporter({"reporter": reporter}).warn)).write(page)
+    return RunPage(RunDir(Path(run)), _reporter({"reporter": reporter}).warn).write(page)
 
 
 def bench(**options: Unpack[BenchOptions]) -> Bench:

@@ -27,7 +27,7 @@ MOST_JSON = 64 * 1024**2  # bytes
 MOST_LOG, MOST_LINE = 2**30, 2**24  # bytes of a log and of a line; 240 epochs of CIFAR-100 leave 1 MB
 MOST_HEADER = 4 * 1024**2  # bytes of a safetensors header; that of ResNet152 has 0.1 MB
 SEAL = "sha256"  # key of a document in a file: the digest of its other entries
-CARD_SEAL = "digest"  # that of a network's card, and of an ensemble's
+CARD_SEAL = "digest"  # that of an ensemble's card
 DEEPEST = 32
 MOST_EVENTS = 20_000
 LONGEST_NUMBER = 19  # digits of a whole number: 64 bits
@@ -136,9 +136,12 @@ def sealed(content: Mapping[str, Any], key: str = SEAL) -> dict[str, Any]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The card (`config.json`) of a network's folder; empty where there is none. DamagedError where it was changed."""
+    """The card (`config.json`) of a network's folder; empty where there is none. Raises DamagedError.
+
+    People add to it by hand, so it has no seal: what it says is checked against weights and images.
+    """
     try:
-        return dict(unsealed(read_json(folder / "config.json"), CARD_SEAL))
+        return dict(read_json(folder / "config.json"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
@@ -151,11 +154,6 @@ def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
         return kind.model_validate_json(json.dumps(read_json(path, sealed=True)), strict=True)
     except (OSError, ValueError):
         raise DamagedError(f"{path}: missing or damaged") from None
-
-
-def write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write what `read_about` reads, atomically."""
-    write_json(folder / "config.json", sealed(about, CARD_SEAL))
 
 
 def line_digest(before: str, line: bytes) -> str:

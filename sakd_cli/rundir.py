@@ -262,7 +262,8 @@ class RunDir:
         for name, digest in known.items():
             path = self.path / name
             if name.startswith(names) and not (path.is_file() and files.sha256(path) == digest):
-                raise DamagedError(f"{path}: is {'changed' if path.exists() else 'missing'}", "put it back as it was")
+                what = "damaged or changed" if path.exists() else "missing"
+                raise DamagedError(f"{path}: {what}", "put it back as it was")
 
     def cut_logs(self, sizes: dict[str, int], digests: dict[str, str] | None = None) -> None:
         """Take back what was written after `log_ends` said this, and the checkpoints of stages that come again.

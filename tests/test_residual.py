@@ -168,7 +168,7 @@ def test_the_offset_is_added_where_the_routed_pass_ends_in_the_students_head(met
     gate = torch.zeros(6, len(task.spots))
     gate[:3, -1] = 1
     heard = mock.patch("sakd_cli.tasks.distill.router_loss", side_effect=lambda routed, *_, **__: seen.append(routed))
-    with heard, pytest.raises(AttributeError):  # the stand-in gives no result
+    with heard:
         task.route(batch, teacher, torch.zeros(()), gate, base(batch.images))
     without = task.graft(batch.images, teacher, gate)
     assert torch.equal(seen[0][:3], without[:3])

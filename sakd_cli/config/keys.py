@@ -210,6 +210,8 @@ def _place(task: str, error: ErrorDetails) -> list[str]:
     if error["type"] in ("missing", "extra_forbidden"):
         return place
     known = next((n for n in range(len(place), 0, -1) if ".".join(place[:n]) in keys_of(task)), len(place))
+    if known == 1 and place[0] in TABLES:  # settings of somebody's own file are no keys of ours
+        return place
     return place[:known] + [part for part in place[known:] if part.isdigit()]
 
 
@@ -241,7 +243,8 @@ def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
         known += [f"{section}.{leaf}" for leaf in TABLES[section][name].model_fields]
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     near = [siblings[name] for name in difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.6)]
-    meant = [*(name for name in known if name.rpartition(".")[2] == leaf), *near]
+    meant = [*(name for name in known if name.partition(".")[2] == leaf), *near]
+    meant += [leaf] * (leaf in known)
     return f"unknown key {key!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
-from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_about, write_aside
+from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
 from sakd_cli.models.external import check_size, metadata_block
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -104,7 +104,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
         raise disk_error(folder, error, sum(tensor.nbytes for tensor in model.state_dict().values())) from None
     save_weights(folder / "model.safetensors", model, card)
     about = card.told() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
-    write_about(folder, about)
+    write_json(folder / "config.json", about)
     write_aside(folder / "README.md", (metadata_block(card, about, "pytorch") + _readme(card, about)).encode())
 
 

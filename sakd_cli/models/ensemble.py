@@ -223,7 +223,7 @@ def load(folder: Path) -> LoadedEnsemble:
     """Read the folder of an ensemble. Raises UsageError where it is missing, damaged or not ours."""
     file = folder / INDEX
     try:
-        about = unsealed(read_json(file), CARD_SEAL, needed=True)
+        about = read_json(file)
         if about["format"] != FORMAT:
             raise UsageError(f"{file}: not an ensemble of this sakd (format {about['format']!r}, expected {FORMAT!r})")
         saved = about["exits"]
@@ -235,6 +235,7 @@ def load(folder: Path) -> LoadedEnsemble:
         files = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in about["members"]]
         if len(files) != len(thresholds) + 1:
             raise ValueError(f"{len(files)} members and {len(thresholds)} thresholds")
+        about = unsealed(about, CARD_SEAL, needed=True)
         about |= {"rule": rule, "teacher": about["teacher"] | {"macs": teacher_macs}}
     except OSError as error:
         raise UsageError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None

@@ -15,7 +15,7 @@ from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.spots.charts import spot_figure
 from sakd_cli.report.spots.log import history, spots_document
 from sakd_cli.report.spots.page import Seen, spot_page
-from sakd_cli.report.spots.survey import Survey, read_survey, records, write_records
+from sakd_cli.report.spots.survey import Survey, gone, read_survey, records, write_records
 from sakd_cli.rundir import RunDir, look_up, newest_run
 from sakd_cli.runs.locate import runs_dir_of
 from sakd_cli.runs.own import trust_own
@@ -72,6 +72,8 @@ def _read(named: Path | None, params: Mapping[str, Any], reporter: "Reporter") -
 
         measured = live(run, config_sources(params), split, reporter, seed=seed, extremes=extremes)
     survey = read_survey(run, measured)
+    for text in gone(run) if measured is None else ():
+        reporter.warn(text)
     document = spots_document(run, survey, sample=bool(params["sample"]), seed=seed, extremes=extremes)
     if params["probe"]:
         from sakd_cli.runs.probe import probe

@@ -282,7 +282,7 @@ def what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | N
     """The weights, and the run they come from (None for a file of no run)."""
     target = target_or_newest(target, runs_dir)
     run = run_of(target)
-    own_network(run)
+    own_network(run, "branches/")
     if run is None or run.path != target:
         return target, run
     delivered = run.ensemble or run.deliverable
@@ -300,11 +300,11 @@ def run_of(target: Path) -> RunDir | None:
     return above[0] if above else None
 
 
-def own_network(run: RunDir | None) -> None:
+def own_network(run: RunDir | None, *more: str) -> None:
     """A run's network is about to be used. Raises DamagedError where it, or its card, is not as the run left it."""
     trust_own(run)
     if run is not None:
-        run.require_files("student/", "teacher/", "branches/", "ensemble/")
+        run.require_files("student/", "teacher/", "ensemble/", *more)
 
 
 def settings_of(run: RunDir | None) -> list[ConfigSource]:

@@ -192,7 +192,9 @@ def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
     except UsageError:  # the checkpoints are read and checked when the run begins
         return
     folder, before = run.path / "checkpoints" / "last", run.extended
-    patience, waited = config.train.patience, state.get("epoch", 0) - (state.get("best") or {}).get("epoch", 0)
+    patience, epoch, best = config.train.patience, state.get("epoch"), state.get("best")
+    last = best.get("epoch") if isinstance(best, dict) else 0
+    waited = epoch - last if isinstance(epoch, int) and isinstance(last, int) else 0
     if extends and patience is not None and waited >= patience:
         raise UsageError(f"{run.path}: has ended: {patience} epochs without a better {config.train.metric}", NEW_RUN)
     if extends:

@@ -27,7 +27,7 @@ from sakd_cli.rundir import RunDir
 PLACES = LOCATIONS | {"router.run"}
 LEARNING = ("task", "method", "router", "teacher", "student", "model", "stage_map", "residual")
 DISTILLATION = (*LEARNING, "init_from", "init_from_branches", "friendly")
-SAID = {("method.balance", 1.0): "balanced", ("method.balance", 0.0): ""}  # settings that have a word in labels
+SAID = {"method.balance=1.0": "balanced", "method.balance=0.0": ""}  # settings that have a word in labels
 NAMES = ("task", "student", "model", "method.name", "router.name")  # what a label is made of
 
 
@@ -160,7 +160,7 @@ def _groups(settings: list[_Settings], rows: list[RunRow]) -> list[_Group]:
         # Settings of a method or a router follow from its name, unless the name is the same.
         alike = [run for run in runs if all(run[key] == first[key] for key in NAMES)]
         own = [key for key in extra if len({str(run[key]) for run in alike}) > 1]
-        own = [SAID.get((key, first[key]), f"{key}={first[key]}")[:40] for key in own]
+        own = [SAID.get(f"{key}={first[key]}", f"{key}={first[key]}")[:40] for key in own]
         own = list(filter(None, own))
         names += own
         label = " ".join(plain(name) for name in names if name is not None)

@@ -4,7 +4,7 @@ PARTS is what the page is made of. A training procedure that leaves something of
 function there, which adds nothing for runs that have nothing of the kind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,19 @@ from sakd_cli.report.runs.tables import summary_table
 from sakd_cli.report.spots.charts import mixture_chart, spot_figure
 from sakd_cli.report.spots.log import history, read_mixtures, spots_document
 from sakd_cli.report.spots.page import Seen, spot_opening, spot_sections
-from sakd_cli.report.spots.survey import read_survey
+from sakd_cli.report.spots.survey import gone, read_survey
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
 
 
 class RunPage:
-    """The page of a run while it is made; `plotted`: its charts as PNG files beside it too, which need matplotlib."""
+    """The page of a run while it is made, and its charts as PNG files beside it, which need matplotlib.
 
-    def __init__(self, run: RunDir, *, plotted: bool) -> None:
-        self.run, self.plotted = run, plotted
+    warn  is told what is left out of it
+    """
+
+    def __init__(self, run: RunDir, warn: Callable[[str], Any]) -> None:
+        self.run, self.warn, self.plotted = run, warn, plots.available(warn)
         self.comparison: Comparison = compare([run])
         self.sections: list[Section] = []
         self.plots: dict[str, bytes] = {}
@@ -98,6 +101,8 @@ def _curves(page: RunPage) -> None:
 def _spots(page: RunPage) -> None:
     try:
         survey = read_survey(page.run)
+        for text in gone(page.run):
+            page.warn(text)
         report = spots_document(page.run, survey)
     except DamagedError:
         raise

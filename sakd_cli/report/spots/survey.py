@@ -68,14 +68,23 @@ class Survey:
     files: tuple[str, ...] = ()
 
 
+def gone(run: RunDir) -> list[str]:
+    """What to say of the files that a finished run has left and that are not there any more."""
+    known = run.summary.files if run.finished else {}
+    taken = [run.path / name for name in (FILE, COUNTS) if name in known and not (run.path / name).exists()]
+    return [f"{path}: is gone; what it held by image is not shown" for path in taken]
+
+
 def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
     """The survey that was just made (`live`), else the run's, else its counts by sample; None where it has neither.
 
     A survey of the training images under a router without a policy has the run's counts for values.
     Raises UsageError where a file is damaged.
+    One that was taken away is done without (`gone`).
     """
     path = run.path / FILE
-    run.require_files(COUNTS, "images.json", *([FILE] if live is None else []))
+    named = (COUNTS,) if live is not None else (COUNTS, FILE)
+    run.require_files("images.json", *(name for name in named if (run.path / name).is_file()))
     if live is None and not path.is_file():
         return _counts(run)
     where = plain(path) if live is None else "the survey"
@@ -129,8 +138,6 @@ def _counts(run: RunDir) -> Survey | None:
 
     path = run.path / COUNTS
     if not path.is_file():
-        if (run.path / "checkpoints" / "last").is_dir() and (run.path / "spots.jsonl").is_file():
-            raise DamagedError(f"{plain(path)}: missing", "put it back as it was")
         return None
     try:
         content = read_bytes(path, MOST_SURVEY)
