@@ -222,7 +222,7 @@ def test_a_page_says_what_the_runs_beside_it_found(
     texts = {answer["question"]: answer["text"] for answer in controlled["answers"]}
     verdict, table = helped(RunDir(run))
     assert verdict.startswith("Cannot be told from "), "two seeds at most, of tiny networks"
-    assert "against distilling as often at random" in verdict
+    assert "distilling as often, but at random" in verdict
     assert "where" in texts
     assert table is not None
     assert [row[0] for row in table.rows][:3] == ["this run, `adaptive`", "teacher", "student alone"]

@@ -97,7 +97,9 @@ def _verdict(asked: Answer) -> tuple[str, str]:
     against, seeds = AGAINST.get(asked.question, ""), len(asked.seeds)
     if asked.difference is None:
         return f"Not known: no seed is finished both here and for {against}.", ""
-    figure = f"{fixed(abs(asked.difference), 2)} points {'worse' if asked.difference < 0 else 'better'} than {against}"
+    size = fixed(abs(asked.difference), 2)
+    figure = f"{size} points {'worse' if asked.difference < 0 else 'better'} than {against}"
+    figure = f"as good as {against}" if size == "0.00" else figure
     if asked.p is None:
         some, least = ("one seed" if seeds == 1 else f"{seeds} seeds that agree"), max(LEAST_SEEDS, seeds + 1)
         return f"Cannot be told from {some}: {figure}.", f"Run at least {least} seeds: `--seeds {least}`."
