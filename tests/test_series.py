@@ -1,6 +1,5 @@
 """A run and its controls: one budget, one teacher, one comparison; what is finished is skipped, the rest is resumed."""
 
-import html
 import json
 import re
 import shutil
@@ -231,7 +230,8 @@ def test_a_page_says_what_the_runs_beside_it_found(
     assert (own[1].split()[0], own[2]) == (f"{mean:.2f}", "–")
     assert trained_cli.sakd("inspect-spots", str(run), "--html", str(tmp_path / "spots.html"), "-q").code == 0
     first = (tmp_path / "spots.html").read_text().partition("<nav>")[0]
-    assert html.escape(verdict) in first.replace("&nbsp;", " ")
+    said = verdict.replace("`--seeds 3`", "<code>--seeds 3</code>")
+    assert said in first.replace("&nbsp;", " ")
     assert "--with-control" not in first
     alone = trained_cli.path / controlled["runs"][4]["run"]
     assert helped(RunDir(alone)).verdict == "", "nothing was routed there"
