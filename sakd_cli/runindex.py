@@ -51,7 +51,10 @@ def read_config(path: Path) -> Settings | None:
         settings = files.parse_yaml(files.read_bytes(path, files.MOST_YAML).decode())
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return settings if isinstance(settings, dict) and settings else None
+    # A key may be a number in YAML, and then it is none of ours.
+    return (
+        settings if isinstance(settings, dict) and settings and all(isinstance(key, str) for key in settings) else None
+    )
 
 
 def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:

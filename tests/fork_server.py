@@ -36,6 +36,8 @@ class Faults:
     file_size    no file may grow larger than this (RLIMIT_FSIZE)
     memory       it may not reserve more than this (RLIMIT_AS)
     stdout       "closed": nobody reads it any more; "file": it goes to a file
+    stderr       "closed": there is none; "full": the disk on which it lies is full; "file"
+    nowhere      its current folder has been removed
     environment  environment variables; None removes one
     """
 
@@ -44,6 +46,8 @@ class Faults:
     file_size: int | None = None
     memory: int | None = None
     stdout: str = "file"
+    stderr: str = "file"
+    nowhere: bool = False
     environment: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -208,6 +212,14 @@ def _run(order: dict[str, Any]) -> None:
         nobody, ours = os.pipe()
         os.close(nobody)
         os.dup2(ours, 1)
+    if order["stderr"] == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    if order["stderr"] == "closed":  # Python starts like this then
+        os.close(2)
+        sys.stderr = None  # type: ignore[assignment]
+    if order["nowhere"]:
+        os.chdir(gone := tempfile.mkdtemp())
+        os.rmdir(gone)
     _inject(order)
     sys.argv = ["sakd", *order["sakd"]]
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CliRunner
 from oracles import fill
+from PIL import Image
 from test_import import foreign
 from torch import Tensor
 
@@ -74,6 +75,28 @@ def test_a_teacher_at_chance_is_told_at_import_and_before_a_distillation(cli: Cl
         warn_of_chance(top1, 10_000, 100, told.append, "teacher: ")
     assert [text[:22] for text in told] == ["teacher: top-1 1.10 % "]
     assert len(told[0]) <= 192, "a message is cut there"
+
+
+def test_finite_weights_whose_outputs_are_not_cost_one_line_in_every_command(cli: CliRunner) -> None:
+    """A variance below zero: at import, in an evaluation, for a picture, as a teacher."""
+    tensors, _ = foreign("resnet20", 20)
+    torch.save(tensors | {"bn1.running_var": torch.full((16,), -1.0)}, cli.path / "odd.pth")
+    small = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40"]
+    text = "resnet20: the loss on 40 evaluated images is nan"
+    cli.assert_rejects(["import-weights", "odd.pth", "--model", "resnet20", "--out", "odd", *small, "-q"], 7, text)
+    torch.save(tensors, cli.path / "even.pth")
+    assert cli.sakd("import-weights", "even.pth", "--model", "resnet20", "--out", "odd", *small, "-q").code == 0
+    network = artifact.load(cli.path / "odd")
+    with torch.no_grad():
+        network.model.head.weight.fill_(3e38)
+    artifact.save_folder(cli.path / "odd", network.model, network.card, {})
+    Image.new("RGB", (32, 32)).save(cli.path / "a.png")
+    text = "resnet20: the loss on 40 evaluated images is "
+    cli.assert_rejects(["eval", "odd", *small, "-q"], 7, text)
+    cli.assert_rejects(["predict", "odd", "a.png", "-q"], 7, "odd: the network's outputs are not finite")
+    taught = cli.sakd("distill", "--teacher", "./odd", "--student", "resnet8", *small, "--epochs", "1", "-q")
+    assert (taught.code, len(taught.err.splitlines())) == (7, 1), taught.err
+    assert text in taught.err
 
 
 @pytest.mark.parametrize(

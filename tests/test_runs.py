@@ -70,6 +70,26 @@ def test_only_what_nobody_needs_is_removed_and_only_when_meant(there: CliRunner)
     assert sorted(path.name for path in (there.path / "runs").iterdir()) == ["broken", "s", "t"]
 
 
+def test_a_removal_that_was_cut_short_stands_in_no_way_and_a_link_is_no_run(there: CliRunner) -> None:
+    runs = there.path / "runs"
+    shutil.copytree(runs / "s", runs / "copy")
+    shutil.copytree(runs / "s", runs / ".copy.removed")
+    (runs / "link").symlink_to("s")
+    there.assert_rejects(["runs", "rm", "runs/link", "--yes"], 2, "it is a symbolic link")
+    there.assert_rejects(["runs", "rm", "runs/copy", "runs/link", "--yes"], 2, "it is a symbolic link")
+    assert there.sakd("runs", "rm", "runs/copy", "--yes").code == 0
+    (runs / "link").unlink()
+    assert sorted(path.name for path in runs.iterdir()) == ["broken", "s", "t"]
+
+
+def test_settings_whose_keys_are_numbers_are_damaged(there: CliRunner) -> None:
+    odd = there.path / "odd" / "run"
+    odd.mkdir(parents=True)
+    (odd / "config.yaml").write_text("1: 2\ntask: distill\n")
+    there.assert_rejects(["runs", "show", "odd/run"], 4, "its config.yaml is damaged")
+    assert there.sakd("runs", "--runs-dir", "odd", "--json").document["rows"][0]["state"] == "damaged"
+
+
 def test_one_line_makes_resumes_and_reports_a_run(there: CliRunner) -> None:
     line = [*RUN, "--run-dir", "once", "--resume", "auto", "--json"]
     made = there.sakd(*line).document

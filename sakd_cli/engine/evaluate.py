@@ -1,5 +1,6 @@
 """How good a network is on a split: large batches, inference mode, evaluation mode."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from sakd_cli import distributed
 from sakd_cli.config.train import Metric
 from sakd_cli.engine.runtime import translate_oom
+from sakd_cli.errors import NonFiniteError
 
 FEWER = "sakd eval --batch-size {} should fit; in a training, free the device of other programs"
 
@@ -54,13 +56,23 @@ def evaluate(
             logits: Tensor = network(images).float()
             return logits
 
-    scores = score_logits(((answer(images), labels) for images, labels in own), classes, together=together)
+    scores = score_logits(
+        ((answer(images), labels) for images, labels in own),
+        classes,
+        together=together,
+        of=str(getattr(network, "name", "")),
+    )
     network.train(mode)
     return scores
 
 
-def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False) -> Scores:
-    """The same from (logits [N, classes] in fp32, labels [N]) batches; together: of every process."""
+def score_logits(
+    batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False, of: str = ""
+) -> Scores:
+    """The same from (logits [N, classes] in fp32, labels [N]) batches; together: of every process; of: whose they are.
+
+    Raises NonFiniteError where the loss is NaN or infinite: finite weights may have such outputs.
+    """
     sums = []
     for logits, labels in batches:
         first5 = logits.topk(min(5, classes), dim=1).indices
@@ -76,6 +88,8 @@ def score_logits(batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, toge
     *of_class, right5, loss_sum = (distributed.all_reduce_sum(own) if together else own).tolist()
     hits, counts, answers = (of_class[k * classes : (k + 1) * classes] for k in range(3))
     images_seen = sum(counts)
+    if not math.isfinite(loss_sum):
+        raise NonFiniteError(f"{of or 'network'}: the loss on {round(images_seen)} evaluated images is {loss_sum}")
     return Scores(
         images=round(images_seen),
         top1=100.0 * sum(hits) / images_seen,

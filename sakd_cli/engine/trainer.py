@@ -193,8 +193,6 @@ class Trainer:
                 delivered.estimate(self._some_images())
             with self._delivered():
                 scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
-        if not math.isfinite(scores.loss):
-            raise NonFiniteError(f"the loss is {scores.loss} in the evaluation of epoch {epoch}", LOWER)
         metric, value = self.control.metric, scores.value(self.control.metric)
         chosen_by = {} if metric == "top1" else {metric: abs(value)}
         self._log_record({"kind": "eval"} | record | scores.metrics() | chosen_by)
@@ -213,7 +211,11 @@ class Trainer:
         self, network: nn.Module, evaluation: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]
     ) -> Scores:
         evaluated = network if evaluation.wrap is None else evaluation.wrap(network)
-        return evaluate(evaluated, batches, evaluation.classes, together=True)
+        try:
+            return evaluate(evaluated, batches, evaluation.classes, together=True)
+        except NonFiniteError as error:
+            epoch = self.step // self.loader.steps_per_epoch
+            raise NonFiniteError(f"in the evaluation of epoch {epoch}, {error.message}", LOWER) from None
 
     def _save(self, *, at_leisure: bool = False) -> None:
         self.guard.check()

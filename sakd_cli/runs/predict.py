@@ -23,7 +23,7 @@ from sakd_cli.data.pictures import Finding, pictures_below, shown
 from sakd_cli.documents.evaluation import ClassProbability, Prediction, Predictions
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
-from sakd_cli.errors import DataError
+from sakd_cli.errors import DataError, NonFiniteError
 from sakd_cli.evaluation.early_exit import never
 from sakd_cli.runs.evaluate import opened
 
@@ -101,6 +101,8 @@ def predict(
             if sound := [image for image in images if isinstance(image, Tensor)]:
                 logits, left = model.adaptive(normalise(torch.stack(sound).to(device), mean, std), exits)
                 best = logits.float().softmax(dim=1).topk(min(top, len(card.classes)), dim=1)
+                if not best.values.isfinite().all():
+                    raise NonFiniteError(f"{weights}: the network's outputs are not finite for these pictures")
                 answers = zip(_named(best.values, best.indices, card.classes), left.tolist(), strict=True)
             for picture, image in zip(batch, images, strict=True):
                 if isinstance(image, Unreadable):

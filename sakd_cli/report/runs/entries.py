@@ -1,6 +1,8 @@
 """The runs of a folder: what there is, filtered and sorted, and what may be removed"""
 
+import glob
 import shutil
+import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -98,6 +100,8 @@ def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
 
     removed  the runs, resolved, that are to go, it among them
     """
+    if run.path.is_symlink():
+        return "it is a symbolic link"
     if run.in_use:
         return "a process works on it"
     own = run.path.resolve()
@@ -117,8 +121,9 @@ def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
 
 
 def remove(run: RunDir) -> None:
-    """Remove a run: out of the way at once, then piece by piece."""
+    """Remove a run: out of the way at once, then piece by piece, with what a removal that was cut short has left."""
     with run.locked():
-        aside = run.path.with_name(f".{run.path.name}.removed")
+        aside = Path(tempfile.mkdtemp(prefix=f".{run.path.name}.removed", dir=run.path.parent))
         run.path.rename(aside)
-    shutil.rmtree(aside)
+    for left in run.path.parent.glob(f".{glob.escape(run.path.name)}.removed*"):
+        shutil.rmtree(left, ignore_errors=left != aside)

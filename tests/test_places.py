@@ -1,0 +1,73 @@
+"""Every command where stderr or the current folder is gone, or a scheduler sets a variable of torchrun's."""
+
+import shlex
+
+import pytest
+from fork_server import Faults, ForkServer
+
+TINY = "--dataset shapes --set data.train=40 --set data.test=20 --batch-size 20 --epochs 1 -q"
+MADE = (
+    f"pretrain-teacher resnet8 {TINY} --run-dir t",
+    f"distill --teacher ./t --student resnet8 {TINY} --run-dir d --set teacher.allow_mismatch=true",
+)
+CODES = {  # what each command ends with, wherever it can work
+    "list models": 0,
+    "guide exit-codes": 0,
+    "config show --preset quickstart": 0,
+    "show method fitnet": 0,
+    "show router adaptive": 0,
+    "show key train.lr": 0,
+    "show schema runs": 0,
+    "runs --runs-dir .": 0,
+    "runs show d": 0,
+    "runs rm t --yes": 2,
+    "compare t d": 0,
+    "watch d": 0,
+    "inspect-spots d": 0,
+    "report d --out page.html -q": 0,
+    "report nowhere": 2,
+    "eval d -q --set timing_seconds=0 --dataset shapes": 0,
+    "eval nowhere": 2,
+    "predict d nowhere.png": 3,
+    "export d --out d -q": 2,
+    "export d --out new --format nope": 2,
+    "import-weights nowhere.pth --model resnet8": 2,
+    "bench --scaling nope": 2,
+    "data check nowhere": 3,
+    "sweep nowhere.yaml": 2,
+    "distill --resume d -q": 0,
+    f"distill --teacher ./t --student resnet8 {TINY} --dry-run --set teacher.allow_mismatch=true": 0,
+    "distill --student nope": 2,
+    f"pretrain-teacher resnet8 {TINY} --dry-run": 0,
+    "pretrain-teacher resnt8": 2,
+}
+PLACES = {
+    "stderr closed": Faults(stderr="closed"),
+    "stderr full": Faults(stderr="full"),
+    "no current folder": Faults(nowhere=True),
+    "a scheduler's WORLD_SIZE": Faults(environment={"WORLD_SIZE": "2", "RANK": None}),
+}
+
+
+@pytest.fixture(scope="module")
+def there(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
+    """A folder with a teacher `t` and its student `d`."""
+    server = fork_server.at(tmp_path_factory.mktemp("places"))
+    for words in MADE:
+        child = server.sakd(*shlex.split(words))
+        assert child.code == 0, child.err
+    return server
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_command_works_or_says_one_line_in_any_place(there: ForkServer, place: str) -> None:
+    """Its exit code is the same, or 2 where there is no current folder; never a traceback, at most one error."""
+    faults = PLACES[place]
+    for words, code in CODES.items():
+        child = there.sakd(*shlex.split(words), faults=faults)
+        assert child.code == (2 if faults.nowhere else code), (words, child.err)
+        assert "Traceback" not in child.err + child.out
+        told = [line for line in child.err.splitlines() if line.startswith("error: ")]
+        assert len(told) == (child.code != 0 and faults.stderr == "file"), (words, child.err)
+        assert child.out or child.code or "-q" in words, f"{words} does nothing"
+    assert not (there.cwd / "new").exists()
