@@ -101,9 +101,7 @@ def predict(
             if sound := [image for image in images if isinstance(image, Tensor)]:
                 logits, left = model.adaptive(normalise(torch.stack(sound).to(device), mean, std), exits)
                 best = logits.float().softmax(dim=1).topk(min(top, len(card.classes)), dim=1)
-                if not best.values.isfinite().all():
-                    raise NonFiniteError(f"{weights}: the network's outputs are not finite for these pictures")
-                answers = zip(_named(best.values, best.indices, card.classes), left.tolist(), strict=True)
+                answers = zip(_named(weights, best.values, best.indices, card.classes), left.tolist(), strict=True)
             for picture, image in zip(batch, images, strict=True):
                 if isinstance(image, Unreadable):
                     reason = image.reason.partition(": --set")[0]  # a setting of trainings
@@ -131,7 +129,10 @@ def predict(
     )
 
 
-def _named(values: Tensor, places: Tensor, classes: Sequence[str]) -> list[list[ClassProbability]]:
+def _named(weights: Path, values: Tensor, places: Tensor, classes: Sequence[str]) -> list[list[ClassProbability]]:
+    """The most probable classes of each picture. NonFiniteError where the network gives none."""
+    if not values.isfinite().all():
+        raise NonFiniteError(f"{weights}: the network's outputs are not finite for these pictures")
     rows = zip(values.tolist(), places.tolist(), strict=True)
     return [[ClassProbability(class_=classes[k], probability=p) for p, k in zip(*row, strict=True)] for row in rows]
 
