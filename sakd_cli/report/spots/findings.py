@@ -87,7 +87,8 @@ def which_classes(report: SpotsDocument) -> str:
         return f"{named(report.overall[k].name)}: {', '.join(said)}"
 
     more = [f" At {both(k, ranked)}." for _, k, ranked in ends[1:] if k == used]
-    return f"They differ most at {both(*ends[0][1:])}; points from the spot's mean.{''.join(more)}"
+    acting = "Where the loss acts, they" if max(width for width, *_ in ends) > ends[0][0] else "They"
+    return f"{acting} differ most at {both(*ends[0][1:])}; points from the spot's mean.{''.join(more)}"
 
 
 def at_the_end(report: SpotsDocument) -> list[str]:

@@ -13,7 +13,7 @@ from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
 from sakd_cli.report.spots import findings as found
 from sakd_cli.report.spots.log import History
-from sakd_cli.report.spots.tables import spot_tables, survey_tables
+from sakd_cli.report.spots.tables import WEAK, spot_tables, survey_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     rows: list[Row] = [(named(spot.name), charts.percent([spot.fraction]), []) for spot in report.overall]
     note = f"{whole(report.epochs)} epoch{'s' * (report.epochs != 1)}{' so far' * (not report.finished)}."
     note += " An image can use several spots: together more than 100 %." * (len(rows) > 1)
-    note += " Gradient ratio: the distillation loss's gradient over the task's." * any(told)
+    note += f" Ratio: of the distillation loss's gradient to the task's; below {WEAK:g} it hardly acts." * any(told)
     bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
     controls, classes = ([sheet] if sheet else [] for sheet in (seen.controls, found.class_table(report)))
     return html.Opening(answers, [[*galleries, bars, *classes], controls])
