@@ -20,6 +20,7 @@ MOMENTS = [("ft", "warmup: "), ("ft", "train: "), ("dfa", "search: "), ("residua
 METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
+    "balanced": "--method vid --loss-weight auto",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
     "dfa": "--method dfa --teacher deeper --epochs 1 --set method.search_epochs=1 --set method.second_order=true",
     "residual": "--residual-students 1 --set residual.loss=inner --set residual.architectures=resnet8 "
