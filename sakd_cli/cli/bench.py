@@ -6,6 +6,7 @@ import sys
 from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
+from sakd_cli.report.bench import bench_tables
 
 
 @with_options("bench")
@@ -20,9 +21,4 @@ def bench(options: Values, json: bool, quiet: bool) -> None:
     """
     with contextlib.redirect_stdout(sys.stderr):  # a peer may print
         found = api.bench(reporter=ConsoleReporter(quiet=quiet), **options)
-    if json:
-        emit(found)
-        return
-    from sakd_cli.report.bench import bench_tables
-
-    show(*bench_tables(found))
+    emit(found) if json else show(*bench_tables(found))

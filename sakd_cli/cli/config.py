@@ -11,6 +11,7 @@ from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.resolve import config_sources, flat, resolve
 from sakd_cli.documents.listing import ShownConfig, ShownKey
 from sakd_cli.errors import UsageError
+from sakd_cli.report.render.sheet import listing_table
 
 
 @with_options("config-show")
@@ -47,7 +48,5 @@ def show_config(options: Values, json: bool, task: str, origin: bool, describe: 
     elif not listed:
         show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
     else:
-        from sakd_cli.report.render.sheet import listing_table
-
         rows = [key.model_dump(exclude_none=True) | {"value": str(key.value)} for key in keys]
         show(listing_table(f"config of {task}", rows))

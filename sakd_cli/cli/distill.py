@@ -9,7 +9,11 @@ from sakd_cli.cli.compare import print_comparison
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.documents.training import Plan, Summary
+from sakd_cli.report.evaluation.ensemble import ensemble_summary
 from sakd_cli.report.runs.compare import compare as compare_runs
+from sakd_cli.report.runs.tables import plan_table, summary_table
+from sakd_cli.report.spots.log import spots_document
+from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.resume import AUTO
 from sakd_cli.sweep.series import train_command
@@ -39,11 +43,6 @@ def print_result(result: Summary | Plan, *, json: bool) -> None:
     if json:
         emit(result)
         return
-    from sakd_cli.report.evaluation.ensemble import ensemble_summary
-    from sakd_cli.report.runs.tables import plan_table, summary_table
-    from sakd_cli.report.spots.log import spots_document
-    from sakd_cli.report.spots.tables import spot_tables
-
     if isinstance(result, Plan):
         losses = ", ".join(f"{name} {value:.4g}" for name, value in result.batch.items())
         values = "".join(f"\n  {key}: {value}" for key, value in result.effective.items())

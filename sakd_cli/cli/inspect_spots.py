@@ -9,6 +9,9 @@ import typer
 from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
+from sakd_cli.report.render.format import csv_text
+from sakd_cli.report.spots.log import CSV_HEADER, csv_rows
+from sakd_cli.report.spots.tables import spot_tables, survey_tables
 
 Run = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest distillation.")]
 
@@ -30,14 +33,9 @@ def inspect_spots(options: Values, json: bool, run: Run = None) -> None:
     if json:
         emit(report)
     elif options["csv"]:
-        from sakd_cli.report.render.format import csv_text
-        from sakd_cli.report.spots.log import CSV_HEADER, csv_rows
-
         rows = [dict(zip(CSV_HEADER, row, strict=True)) for row in csv_rows(report)]
         sys.stdout.write(csv_text(CSV_HEADER, rows))
     elif not (options["plot"] or options["html"] or options["samples"]):
-        from sakd_cli.report.spots.tables import spot_tables, survey_tables
-
         top, measured = options["top"], report.measured
         sections = survey_tables(measured, top=top, extremes=options["extremes"]).values() if measured else ()
         show(*spot_tables(report, top=top), *(sheet for sheets in sections for sheet in sheets))

@@ -17,6 +17,7 @@ from sakd_cli.config.resolve import preset_summary, presets
 from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
 from sakd_cli.documents.table import DOCUMENTS
 from sakd_cli.errors import UsageError, unknown
+from sakd_cli.report.render.sheet import listing_table
 
 Kind = Literal["models", "methods", "datasets", "presets", "routers"]
 
@@ -40,8 +41,6 @@ def listing(
     if json:
         emit(document)
         return
-    from sakd_cli.report.render.sheet import listing_table
-
     show(listing_table(kind, [row.model_dump(exclude_none=True) for row in document.rows]))
     if kind == "models":
         show("and torchvision/NAME, timm/NAME, package.module:function")
@@ -134,8 +133,6 @@ def _explained(section: str, name: str, config: Any, of: Any, spots: str, *, jso
     if json:
         emit(document)
         return
-    from sakd_cli.report.render.sheet import listing_table
-
     rows = [{"key": f"{section}.{key}", "default": value} for key, value in document.defaults.items()]
     show(
         f"{document.name}: {document.about}\n",
@@ -163,8 +160,6 @@ def show_key(
     if json:
         emit(document)
         return
-    from sakd_cli.report.render.sheet import listing_table
-
     for text in dict.fromkeys(row.description for row in document.rows):
         show(f"{key}: {text}\n")
     show(listing_table(key, [row.model_dump(exclude={"description"}) for row in document.rows]))

@@ -15,6 +15,11 @@ from sakd_cli.cli.options import Values, with_options
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.report.render.format import fixed, named
 from sakd_cli.report.render.sheet import thinned
+from sakd_cli.report.runs.compare import run_curve
+from sakd_cli.report.runs.compare_tables import epoch_table
+from sakd_cli.report.runs.tables import summary_table
+from sakd_cli.report.spots.log import spots_document
+from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir, look_up
 
 INTERVAL = 2.0  # seconds between two looks
@@ -60,8 +65,6 @@ def _follow(run: RunDir, look: Callable[[], None]) -> None:
 
 def _tell(run: RunDir, told: set[int]) -> None:
     """A line for each epoch that is new, where there is no terminal."""
-    from sakd_cli.report.runs.compare import run_curve
-
     for point in run_curve(run):
         if point.top1 is not None and point.epoch not in told:
             told.add(point.epoch)
@@ -71,12 +74,6 @@ def _tell(run: RunDir, told: set[int]) -> None:
 
 def _view(run: RunDir, most: int | None) -> list[RenderableType]:
     """The run as it is now; `most` epochs, None: all, and the result where there is one."""
-    from sakd_cli.report.runs.compare import run_curve
-    from sakd_cli.report.runs.compare_tables import epoch_table
-    from sakd_cli.report.runs.tables import summary_table
-    from sakd_cli.report.spots.log import spots_document
-    from sakd_cli.report.spots.tables import spot_tables
-
     curve, epochs = run_curve(run), named(look_up(run.config, "train.epochs"))
     state = "running" if run.in_use else "finished" if run.finished else "stopped; --resume RUN resumes it"
     done = sum(point.top1 is not None for point in curve)

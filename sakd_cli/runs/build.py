@@ -39,7 +39,7 @@ from sakd_cli.runs.branches import start_from_branches
 from sakd_cli.runs.images import Images, load_images, with_unlabeled
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
 from sakd_cli.runs.job import Job
-from sakd_cli.runs.locate import pretrain_command, read_claim
+from sakd_cli.runs.locate import Claim, pretrain_command, read_claim
 from sakd_cli.runs.teacher_cache import check_use
 from sakd_cli.runs.together import require_labels, require_possible
 from sakd_cli.tasks.criterion import Criterion
@@ -106,24 +106,19 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     device = pick_device(config.device)
     path = claim = None
     if teacher is None:
-        assert isinstance(config.teacher.weights, Path), "the config's inputs are located first"
-        path = config.teacher.weights.resolve()
-        teacher = load_teacher(config, path)
-        claim = None if config.teacher.logits else read_claim(path, teacher.sha256)
-        config = pin_inputs(config, path, teacher.sha256)
+        config, teacher, path, claim = _located_teacher(config)
     require_labels(config)
     images = with_unlabeled(images or load_images(config.data, config.aside, teacher.card.preprocessing), config.data)
     _require_one_size(config, images)
     mode = resolve_mode(config.runtime, device, _steps(config, images))
     train_one = pretrain_command(config, teacher.card.architecture)
     match_normalization(teacher, images, config.teacher.source, train_one, images.teacher_side)
-    frozen = teacher.model.to(device).requires_grad_(False).eval()
     student = _fresh(config.student, images, config.seed, "network", device, config.train.drop_path)
     notes = load_initial_weights(student, config.student_weights, config.head, images.dataset, "student_weights")
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
-    sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
-    task = assemble(config, student, frozen, sides[0], images.shown.labels, None, mode, sides[1], criterion)
+    task = _task(config, student, teacher, images, mode)
+    first = team.Teacher(teacher, path, claim, cost(teacher.model, images.teacher_side))
     config, more = _joined(config, task, images, student, teacher)
     require_possible(config, task.distillers, task.router)
     answers.give(config, task, images)
@@ -131,10 +126,26 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     if config.teacher.cache:
         others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
         check_use(config.method.name, task.spots, teacher, others=others)
-    costs = cost(task.network, images.side), cost(frozen, images.teacher_side)
-    whom = teacher, path, claim, costs[1], (*teacher.notes, *notes)
-    spots = team.spots_of(task, [teacher.model.name, *(one.network.model.name for one in more)])
-    return Job(config, device, mode, images, task.to(device), task.network, costs[0], spots, *whom, more)
+    teachers, costs = (first, *more), cost(task.network, images.side)
+    spots = team.spots_of(task, [one.network.model.name for one in teachers])
+    whom = teachers, (*teacher.notes, *notes)
+    return Job(config, device, mode, images, task.to(device), task.network, costs, spots, *whom)
+
+
+def _located_teacher(config: DistillConfig) -> tuple[DistillConfig, Artifact, Path, Claim | None]:
+    """The teacher in `teacher.weights`, where it lies and what its card says; and the config, pinned to it."""
+    assert isinstance(config.teacher.weights, Path), "the config's inputs are located first"
+    path = config.teacher.weights.resolve()
+    teacher = load_teacher(config, path)
+    claim = None if config.teacher.logits else read_claim(path, teacher.sha256)
+    return pin_inputs(config, path, teacher.sha256), teacher, path, claim
+
+
+def _task(config: DistillConfig, student: StagedModel, teacher: Artifact, images: Images, mode: Mode) -> DistillTask:
+    """The task for these images, on the student's device; the teacher is frozen."""
+    frozen = teacher.model.to(next(student.parameters()).device).requires_grad_(False).eval()
+    labels, criterion = images.shown.labels, _criterion(config, images)
+    return assemble(config, student, frozen, images.side, labels, None, mode, images.teacher_side, criterion)
 
 
 def _joined(
@@ -146,20 +157,13 @@ def _joined(
     team.require_team(config, task)
     found, tasks = list[team.Teacher](), list[DistillTask]()
     for number, one in enumerate(config.teacher.each_other, start=2):
-        assert isinstance(one.weights, Path), "the config's inputs are located first"
         seed = seeded_generator(config.seed, f"teacher-{number}").initial_seed()
         alone = config.model_copy(update={"teacher": one, "seed": seed})
-        path = one.weights.resolve()
-        artifact = load_teacher(alone, path)
-        claim = read_claim(path, artifact.sha256)
-        pin_inputs(alone, path, artifact.sha256)
+        alone, artifact, path, claim = _located_teacher(alone)
         team.require_alike(first, artifact, one.source)
         match_normalization(artifact, images, one.source, None, images.teacher_side)
-        frozen = artifact.model.to(next(student.parameters()).device).requires_grad_(False).eval()
-        sides, criterion = (images.side, images.teacher_side), _criterion(config, images)
-        labels = images.shown.labels
-        tasks.append(assemble(alone, student, frozen, sides[0], labels, None, task.mode, sides[1], criterion))
-        found.append(team.Teacher(artifact, path, claim, cost(frozen, images.teacher_side)))
+        tasks.append(_task(alone, student, artifact, images, task.mode))
+        found.append(team.Teacher(artifact, path, claim, cost(artifact.model, images.teacher_side)))
     team.join(task, tasks, config)
     sums = tuple(one.network.sha256 for one in found)
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"other_sha256": sums})}), tuple(found)
@@ -332,10 +336,8 @@ def search_of(job: Job) -> SearchTask | None:
     sought = [Sought(k, mixer.spots[k], mixable_blocks(teacher, mixer.spots[k].teacher)) for k in mixer.to_be_found]
     purposes = [f"search/{one.place}" for one in sought][: 1 if settings.joint else None]
     fresh = [_fresh(config.student, job.images, config.seed, purpose, job.device) for purpose in purposes]
-    students, blocks = (
-        [job.mode.to_memory_format(student) for student in fresh],
-        partial(teacher.features, want="blocks"),
-    )
+    students = [job.mode.to_memory_format(student) for student in fresh]
+    blocks = partial(teacher.features, want="blocks")
     with _initialised(config.seed, "search"):
         task = SearchTask(students, blocks, sought, settings, mixer.set_weights, job.mode)
     return job.mode.to_memory_format(task.to(job.device))

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.images import Images
-from sakd_cli.runs.locate import Claim
 from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.criterion import class_weights
 from sakd_cli.tasks.distill import DistillTask
@@ -44,12 +42,13 @@ class Job:
     network: StagedModel
     cost: Cost
     spots: tuple[Spot, ...] = ()
-    teacher: Artifact | None = None
-    teacher_path: Path | None = None
-    teacher_claim: Claim | None = None
-    teacher_cost: Cost | None = None
+    teachers: tuple[Teacher, ...] = ()
     notes: tuple[str, ...] = ()
-    more_teachers: tuple[Teacher, ...] = ()
+
+    @property
+    def teacher(self) -> Artifact | None:
+        """The network to learn from, the first of several; None where nothing is distilled."""
+        return self.teachers[0].network if self.teachers else None
 
     @property
     def card(self) -> NetworkCard:
@@ -130,10 +129,8 @@ def effective_values(job: Job) -> dict[str, Any]:
 
 def planned_networks(job: Job) -> list[PlannedNetwork]:
     """The networks of the main training, the teacher first."""
-    costs = [("student" if job.teacher else "network", job.network.name, job.cost)]
-    if job.teacher and job.teacher_cost:
-        costs.insert(0, ("teacher", job.teacher.model.name, job.teacher_cost))
-    costs[1:1] = [("teacher", one.network.model.name, one.cost) for one in job.more_teachers]
+    costs = [("teacher", one.network.model.name, one.cost) for one in job.teachers]
+    costs.append(("student" if job.teachers else "network", job.network.name, job.cost))
     return [PlannedNetwork(role=role, name=name, **cost._asdict()) for role, name, cost in costs]
 
 

@@ -168,7 +168,8 @@ def launch(
             if distributed.is_main_process():
                 for extension in extensions:
                     facts |= extension.finalize(factory, figures)
-                facts |= _extension(job, run) | {"logs": run.log_ends(), "files": run.digests()}
+                facts["extended"] = [epochs for epochs in run.extended if epochs < job.config.train.epochs]
+                facts |= {"logs": run.log_ends(), "files": run.digests()}
                 write_json(run.path / SUMMARY, sealed(_summary(job, figures[MAIN], facts).plain()))
             distributed.barrier()
         except Stopped as stopped:
@@ -286,21 +287,15 @@ def _summary(job: Job, main: dict[str, Any], parts: dict[str, Any]) -> Summary:
     )
 
 
-def _extension(job: Job, run: RunDir) -> dict[str, Any]:
-    """The numbers of epochs that the run was to have before it was extended."""
-    return {"extended": [epochs for epochs in run.extended if epochs < job.config.train.epochs]}
-
-
 def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> dict[str, Any]:
     """The teachers' figures, measured anew on the test images; nothing where there is no teacher.
 
     Raises UsageError where a card says otherwise.
     """
-    if job.teacher is None or job.teacher_cost is None or job.teacher.model.name == answers.NAME:
+    if job.teacher is None or job.teacher.model.name == answers.NAME:
         return {}
-    first = Teacher(job.teacher, job.teacher_path, job.teacher_claim, job.teacher_cost)
-    found = [_measured(job, one, evaluation, reporter) for one in (first, *job.more_teachers)]
-    return {"teacher": found[0]} | ({"more_teachers": found[1:]} if job.more_teachers else {})
+    found = [_measured(job, one, evaluation, reporter) for one in job.teachers]
+    return {"teacher": found[0]} | ({"more_teachers": found[1:]} if found[1:] else {})
 
 
 def _measured(job: Job, one: Teacher, evaluation: EvaluationData, reporter: Reporter) -> TrainingTeacher:
@@ -368,12 +363,10 @@ class Launcher:
             say(notice)
         for note in recipe.notes(job):
             self.reporter.warn(note)
-        if job.teacher is not None:
-            say(f"teacher: {job.teacher.model.name} from {job.teacher_path}")
-            for one in job.more_teachers:
-                say(f"and {one.network.model.name} from {one.path}")
-            if job.images.teacher_sees is not None:
-                say(f"the teacher sees the same crops with {shown(job.images.teacher_side)} pixels")
+        for place, one in enumerate(job.teachers):
+            say(f"{'and' if place else 'teacher:'} {one.network.model.name} from {one.path}")
+        if job.images.teacher_sees is not None:
+            say(f"the teacher sees the same crops with {shown(job.images.teacher_side)} pixels")
         with self.guard():
             return launch(job, extensions, plan, self.reporter, resume_command, images)
 

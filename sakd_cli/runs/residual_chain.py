@@ -149,10 +149,9 @@ class Chain(RunExtension):
 
     def __init__(self, job: Job) -> None:
         assert isinstance(job.config, DistillConfig)
-        assert job.teacher_cost is not None
         self.job, self.settings = job, job.config.residual
         classes, side = len(job.images.dataset.classes), job.images.side
-        self.names, self.stopped = planned(job.network.name, job.teacher_cost, self.settings, classes, side)
+        self.names, self.stopped = planned(job.network.name, job.teachers[0].cost, self.settings, classes, side)
         if not self.names:
             raise UsageError(
                 f"residual students: {self.stopped}",
@@ -212,9 +211,7 @@ class Chain(RunExtension):
 
     def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Fit the thresholds, write the folder `ensemble/`, and return its figures on the test images."""
-        teacher, cost = self.job.teacher, self.job.teacher_cost
-        assert teacher is not None
-        assert cost is not None
+        teacher, *_, cost = self.job.teachers[0]
         whole = Ensemble(self.members).eval()
         stages = torch.stack(self.held_out.stages[: len(self.members)])
         macs = [self.job.cost.macs, *(cost.macs for cost in self.costs)][: len(self.members)]

@@ -15,6 +15,7 @@ from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.files import parse_yaml, write_aside
 from sakd_cli.report.render.format import plain
+from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
@@ -183,8 +184,6 @@ def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str], basel
 
 def sweep_run(entry: ScheduledRun) -> SweepRun:
     """A run of a sweep as the document has it."""
-    from sakd_cli.report.runs.compare import run_curve
-
     member, config = entry.member, entry.member.config
     results: dict[str, Any] = {} if entry.run is None else {"run": plain(entry.run.path)}
     if entry.run is not None and entry.run.finished:
