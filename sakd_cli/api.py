@@ -50,6 +50,7 @@ from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
 from sakd_cli.documents.table import Comparison, DataCheck, Export, Imported, Report
 from sakd_cli.documents.training import Plan, Summary
+from sakd_cli.engine.reporter import NullReporter, Reporter
 from sakd_cli.errors import UsageError
 from sakd_cli.report.evaluation.ensemble import exit_chart_of
 from sakd_cli.report.evaluation.tables import write_matrix
@@ -75,7 +76,6 @@ if TYPE_CHECKING:
     from sakd_cli.batch import Batch
     from sakd_cli.data.dataset import Dataset
     from sakd_cli.distillers.distiller import Distiller, SpotwiseDistiller
-    from sakd_cli.engine.reporter import Reporter
     from sakd_cli.models.spot import Spot
     from sakd_cli.models.staged import Features, StagedModel, StageInfo
     from sakd_cli.routing.router import Decision, Router, Seen
@@ -96,7 +96,7 @@ __all__ = [
 AGAIN = 'the same call with resume="auto"'  # what continues a training that was stopped
 _HEAVY = {
     "Batch": "batch", "SpotwiseDistiller": "distillers.distiller",
-    "Distiller": "distillers.distiller", "Reporter": "engine.reporter", "Spot": "models.spot",
+    "Distiller": "distillers.distiller", "Spot": "models.spot",
     **dict.fromkeys(("Features", "StageInfo", "StagedModel"), "models.staged"),
     **dict.fromkeys(("Decision", "Router", "Seen"), "routing.router"), "Dataset": "data.dataset",
     "Job": "runs.job", "loader_of": "runs.extension",
@@ -131,10 +131,7 @@ class RunResult:
     @property
     def network(self) -> Path:
         """Folder of the exported network, which may be used as `teacher`."""
-        folder = RunDir(self.path).deliverable
-        if folder is None:
-            raise UsageError(f"{self.path}: this run has not saved a network yet")
-        return folder
+        return RunDir(self.path).require_deliverable()
 
 
 @overload
@@ -200,12 +197,8 @@ def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
     return library_or_path(None if target is None else Path(target), sources)
 
 
-def _reporter(options: Mapping[str, Any]) -> "Reporter":
-    if reporter := options.get("reporter"):
-        return reporter
-    from sakd_cli.engine.reporter import NullReporter  # which loads torch
-
-    return NullReporter()
+def _reporter(options: Mapping[str, Any]) -> Reporter:
+    return options.get("reporter") or NullReporter()
 
 
 @overload
@@ -350,7 +343,7 @@ def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
         reporter.end()
 
 
-def report(run: Place, out: Place | None = None, *, reporter: "Reporter | None" = None) -> Report:
+def report(run: Place, out: Place | None = None, *, reporter: Reporter | None = None) -> Report:
     """Write everything about a run as one HTML file, `RUN/report.html` unless `out` says where; `sakd report`."""
     page = Path(run) / "report.html" if out is None else Path(out)
     if page.suffix.lower() not in (".html", ".htm"):

@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from sakd_cli.config import code
 from sakd_cli.config.options import FILE, options_of
-
-if TYPE_CHECKING:
-    from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter
 
 Place = str | Path
 Own = Any  # a name, or a class, a function or an object of your own
 # fmt: off
 _Common = TypedDict("_Common", {  # noqa: UP013
-    "settings": Mapping[str, Any], "reporter": "Reporter", "trust": Sequence[str],
+    "settings": Mapping[str, Any], "reporter": Reporter, "trust": Sequence[str],
 }, total=False)
 _Inputs = TypedDict("_Inputs", {  # noqa: UP013
     "dataset": Own, "data_root": Place, "device": str, "runs_dir": Place, "config": Place,

@@ -291,11 +291,6 @@ def write_json(path: Path, content: Any) -> None:
     write_aside(path, json_bytes(content))
 
 
-def write_document(path: Path, document: Document) -> None:
-    """Write what a run or a command leaves, atomically."""
-    write_json(path, document.plain())
-
-
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json_bytes(content)).hexdigest()
 

@@ -204,6 +204,12 @@ class RunDir:
         folders = [self.path / name for name in DELIVERABLES]
         return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
 
+    def require_deliverable(self) -> Path:
+        """The same. Raises UsageError where there is none."""
+        if (folder := self.deliverable) is None:
+            raise UsageError(f"{self.path}: this run has not saved a network yet")
+        return folder
+
     @property
     def ensemble(self) -> Path | None:
         """Folder of the student with its residual students, if they are trained."""

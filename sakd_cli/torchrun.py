@@ -1,4 +1,4 @@
-"""How many processes torchrun has started to train one network together, and which one this is. No torch."""
+"""How many processes torchrun has started to train one network together, which one this is, its CPUs. No torch."""
 
 import hashlib
 import os
@@ -6,6 +6,11 @@ import os
 from sakd_cli.errors import UsageError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # some schedulers set a few of them for other purposes
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def requested_world_size() -> int:

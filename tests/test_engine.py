@@ -15,10 +15,10 @@ from sakd_cli.config.train import Train
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.engine import checkpoint
-from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.engine.evaluate import InterruptibleBatches, evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import Meter, Rows, SpotRecorder, top1
-from sakd_cli.engine.reporter import InterruptibleBatches, NullReporter, Reporter
+from sakd_cli.engine.reporter import NullReporter, Reporter
 from sakd_cli.engine.task import ParamGroup, SpotUse, StepOutput, Task
 from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import NonFiniteError, Stopped

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sakd_cli.documents.table import Export
 from sakd_cli.errors import UsageError
 from sakd_cli.export import export, formats
-from sakd_cli.export.formats import FORMS, FromPixels
+from sakd_cli.export.formats import FORMS, FromPixels, Writing
 from sakd_cli.export.source import executed, source
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
@@ -149,7 +149,7 @@ def test_the_architecture_of_a_library_needs_no_source(tmp_path: Path, name: str
     network = create(name, 3, 32).eval()
     images = torch.rand(2, 3, 32, 32)
     Image.new("RGB", (50, 40), (10, 200, 30)).save(tmp_path / "photo.jpg")
-    FORMS["safetensors"].write(network, images, card, tmp_path, None)
+    FORMS["safetensors"].write(network, images, card, tmp_path, Writing())
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "photo.jpg"}
     lines = FORMS["safetensors"].lines(card, False)
     assert call in lines

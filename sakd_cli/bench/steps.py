@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from sakd_cli.batch import Batch, Loader
 from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
@@ -140,14 +141,7 @@ def calibrated_networks(setup: Setup) -> tuple[StagedModel, StagedModel]:
         networks = [create(name, setup.classes, setup.side) for name in names]
         images = torch.randn(min(setup.size, 64), 3, setup.side, setup.side)
     for network in networks:
-        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 1.0
-        with torch.no_grad():
-            network.train()(images)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        update_bn([images], network)
         network.to(setup.device)
     return networks[0], networks[1].requires_grad_(False).eval()
 

@@ -9,7 +9,7 @@ from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.errors import DataError
-from sakd_cli.report.evaluation.predictions import predictions_csv, predictions_text
+from sakd_cli.report.evaluation.tables import predictions_csv, predictions_text
 
 Network = Annotated[Path, typer.Argument(metavar="NETWORK", help="Run directory, folder of a network, or its file.")]
 Pictures = Annotated[

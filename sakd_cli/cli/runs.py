@@ -2,17 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from sakd_cli import api
 from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
+from sakd_cli.config.resolve import parse_assignment
 from sakd_cli.documents.listing import RunEntries
 from sakd_cli.errors import UsageError
-from sakd_cli.files import parse_yaml
 from sakd_cli.report.runs.entries import entry_tables, remove, why_kept
 from sakd_cli.rundir import RunDir
 
@@ -38,19 +37,9 @@ def runs(options: Values, json: bool, yes: bool, words: Words = None) -> None:
     if action == REMOVE:
         document = RunEntries(rows=[], removed=_remove([RunDir(Path(name)) for name in named], yes=yes))
     else:
-        where = dict(_assignment(text) for text in options["where"] or [])
+        where = dict(parse_assignment("--where", text, "method.name=fitnet") for text in options["where"] or [])
         document = api.runs(*named, runs_dir=options["runs_dir"], where=where, sort=options["sort"])
     emit(document) if json else show(*entry_tables(document))
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise UsageError(f"--where {text!r} is not of the form key=value", "for example --where method.name=fitnet")
-    try:
-        return key, parse_yaml(value)
-    except (yaml.YAMLError, ValueError):
-        raise UsageError(f"--where {key}: {value[:40]!r} is no YAML value") from None
 
 
 def _remove(chosen: list[RunDir], *, yes: bool) -> list[str]:

@@ -151,17 +151,20 @@ def environment_sources(known: Iterable[str]) -> list[ConfigSource]:
 
 def set_sources(assignments: Iterable[str]) -> list[ConfigSource]:
     """One source per `--set a.b=c`; the value is read as YAML."""
-    found = []
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UsageError(f"--set {assignment!r} is not of the form key=value", "for example --set data.limit=1000")
-        try:
-            value = parse_yaml(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
-            raise UsageError(f"--set {key}: {text[:40]!r} is no YAML value") from None
-        found.append(ConfigSource(f"--set {key}", nested({key: value})))
+    pairs = [parse_assignment("--set", text, "data.limit=1000") for text in assignments]
+    found = [ConfigSource(f"--set {key}", nested({key: value})) for key, value in pairs]
     return sorted(found, key=lambda source: source.origin != f"--set {PREPROCESSING}")  # what is said beside it wins
+
+
+def parse_assignment(option: str, assignment: str, example: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, the value read as YAML. Raises UsageError, naming the option and an example."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UsageError(f"{option} {assignment!r} is not of the form key=value", f"for example {option} {example}")
+    try:
+        return key, parse_yaml(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
+        raise UsageError(f"{option} {key}: {text[:40]!r} is no YAML value") from None
 
 
 def file_source(path: Path, origin: str) -> ConfigSource:

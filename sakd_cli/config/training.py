@@ -272,10 +272,7 @@ class TeacherConfig(Config):
 
 
 # Settings of a distillation about its student, which a pretraining does not have.
-STUDENT_KEYS = (
-    *("student", "method", "router", "stage_map", "init_from_branches", "residual"),
-    *("student_weights", "head"),
-)
+STUDENT_KEYS = ("student", "method", "router", "stage_map", "init_from_branches", "residual", "student_weights", "head")
 
 
 class DistillConfig(RunConfig):

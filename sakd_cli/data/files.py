@@ -25,6 +25,7 @@ from sakd_cli.data.augment import RATIO
 from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
 from sakd_cli.data.pictures import shown
 from sakd_cli.errors import DataError, MemoryLimitError, SakdError
+from sakd_cli.torchrun import cpu_count
 
 Result = TypeVar("Result")
 COPY = 1.1  # side of the smallest crop of a cached copy, over the side of what is made of it
@@ -153,11 +154,6 @@ def _copy(picture: Picture, most: float) -> tuple[Tensor, tuple[int, int]]:
 def v2() -> Any:
     """torchvision's functions, imported late: it takes 1.6 s that data sets without files need not wait for."""
     return importlib.import_module("torchvision.transforms.v2.functional")
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _each(count: int, make: Callable[[int], Result | Unreadable]) -> Iterator[Result]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.files import Files, cpu_count
+from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import parse_json, read_bytes
 from sakd_cli.rundir import IMAGES
+from sakd_cli.torchrun import cpu_count
 
 FORMAT = "sakd.images/1"
 FILE = IMAGES

@@ -8,7 +8,7 @@ import torch
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
-from sakd_cli.data.files import Files, ImageSpec, cpu_count
+from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.fingerprint import content_hashes
 from sakd_cli.data.pictures import FolderContents, SplitContents, raise_on_findings
 from sakd_cli.data.published import (
@@ -23,6 +23,7 @@ from sakd_cli.data.published import (
     scan_published,
 )
 from sakd_cli.errors import DataError
+from sakd_cli.torchrun import cpu_count
 
 
 def load_imagefolder(config: ImageFolderConfig) -> Dataset:

@@ -1,8 +1,8 @@
 """How good a network is on a split: large batches, inference mode, evaluation mode."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,25 @@ from torch.nn import functional as F
 
 from sakd_cli import distributed
 from sakd_cli.config.train import Metric
+from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import translate_oom
 from sakd_cli.errors import NonFiniteError
 
 FEWER = "sakd eval --batch-size {} should fit; in a training, free the device of other programs"
+Batches = TypeVar("Batches")
+
+
+class InterruptibleBatches(Generic[Batches]):
+    """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
+
+    def __init__(self, batches: Iterable[Batches], reporter: Reporter) -> None:
+        self._batches, self._reporter = batches, reporter
+
+    def __iter__(self) -> Iterator[Batches]:
+        for batch in self._batches:
+            if distributed.world_size() == 1:  # several stop between two steps only, all at the same one
+                raise_if_stopped(self._reporter)
+            yield batch
 
 
 class Scores(NamedTuple):

@@ -1,9 +1,8 @@
-"""How the engine reports what it does."""
+"""How the engine reports what it does. No torch."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-from sakd_cli import distributed
 from sakd_cli.errors import Stopped
 
 
@@ -54,19 +53,3 @@ class NullReporter(Reporter):
 def raise_if_stopped(reporter: Reporter) -> None:
     if signal := reporter.stop():
         raise Stopped(signal)
-
-
-Batches = TypeVar("Batches")
-
-
-class InterruptibleBatches(Generic[Batches]):
-    """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
-
-    def __init__(self, batches: Iterable[Batches], reporter: Reporter) -> None:
-        self._batches, self._reporter = batches, reporter
-
-    def __iter__(self) -> Iterator[Batches]:
-        for batch in self._batches:
-            if distributed.world_size() == 1:  # several stop between two steps only, all at the same one
-                raise_if_stopped(self._reporter)
-            yield batch

@@ -158,9 +158,7 @@ def _found(target: Path, reporter: Reporter) -> Exportable:
         loaded = artifact.load(saved.folder / checkpoint.MODEL)
         return Exportable(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
     own_network(run)
-    weights = (run.ensemble or run.deliverable) if run is not None and run.path == target else target
-    if weights is None:
-        raise UsageError(f"{target}: this run has not saved a network yet")
+    weights = (run.ensemble or run.require_deliverable()) if run is not None and run.path == target else target
     if is_ensemble(weights):
         whole = ensemble.load(weights if weights.is_dir() else weights.parent)
         names = "+".join(str(getattr(member, "name", "")) for member in whole.ensemble.members)

@@ -119,7 +119,7 @@ class Form(NamedTuple):
     """One form of export.
 
     files   their names, the first of which opens the network
-    write   network in evaluation mode, example images, its card, the folder, how; None: as by default
+    write   network in evaluation mode, example images, its card, the folder, how
     opened  the file in that folder as a function of images on the CPU
     text    Python that opens it, with nothing of sakd, in the folder itself; then `images` give `logits`
     arrays  how that makes its arrays of numpy's and of a list
@@ -130,7 +130,7 @@ class Form(NamedTuple):
     """
 
     files: tuple[str, ...]
-    write: Callable[[nn.Module, Tensor, NetworkCard, Path, Writing | None], None]
+    write: Callable[[nn.Module, Tensor, NetworkCard, Path, Writing], None]
     opened: Callable[[NetworkCard, Path], Function]
     text: str
     arrays: tuple[str, str] = ("torch.from_numpy(pixels)", "torch.tensor")
@@ -179,7 +179,7 @@ def _call_of(card: NetworkCard) -> Call | None:
     return library_call(card.architecture, len(card.classes), card.side)
 
 
-def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
+def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
     tensors = network.state_dict()
     if _call_of(card) is not None:
         assert isinstance(network, StagedModel)
@@ -191,7 +191,7 @@ def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folde
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    if how and how.precision == "fp16":
+    if how.precision == "fp16":
         tensors = {name: one.half() if one.is_floating_point() else one for name, one in tensors.items()}
     write_aside(folder / WEIGHTS, save(tensors, {"format": "pt"}))
 
@@ -203,8 +203,8 @@ def _open_weights(card: NetworkCard, folder: Path) -> Function:
     return cast(Function, network.eval().forward)
 
 
-def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
-    write_aside(folder / "model.onnx", _onnx(network, example, card, how or Writing()))
+def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
+    write_aside(folder / "model.onnx", _onnx(network, example, card, how))
 
 
 def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) -> bytes:
@@ -242,8 +242,7 @@ def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) 
     return bytes(proto.SerializeToString())
 
 
-def _write_openvino(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
-    how = how or Writing()
+def _write_openvino(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
     openvino = importlib.import_module("openvino")
     plain = how._replace(precision="fp32") if how.precision == "fp16" else how
     with tempfile.TemporaryDirectory() as aside:
@@ -273,8 +272,8 @@ def _open_onnx(card: NetworkCard, folder: Path) -> Function:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing | None) -> None:
-    network = halved(network) if how and how.precision == "fp16" else network
+def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
+    network = halved(network) if how.precision == "fp16" else network
     try:
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except (RuntimeError, ValueError) as error:

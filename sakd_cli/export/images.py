@@ -15,7 +15,7 @@ from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Reading
-from sakd_cli.data.files import Files, ImageSpec, cpu_count
+from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DataError, UsageError
@@ -25,6 +25,7 @@ from sakd_cli.runs.images import load_images
 from sakd_cli.runs.locate import settings_of
 from sakd_cli.runs.predict import find_pictures
 from sakd_cli.runs.scored import Wanted, images_to_score
+from sakd_cli.torchrun import cpu_count
 
 NOISE, BATCH = 64, 32
 UNKNOWN = -1  # label of a picture whose class nobody says

@@ -67,14 +67,14 @@ def pretraining(config: PretrainConfig) -> Job:
     mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
     recipe: Recipe = {"lr": initial_lr(config, config.model), "weight_decay": config.train.weight_decay, "mode": mode}
     recipe["criterion"] = _criterion(config, images)
-    settings = config.friendly
-    if settings is None:
-        task: Task = PretrainTask(mode.to_memory_format(network), **recipe)
-        return Job(config, device, mode, images, task.to(device), network, costs, notes=notes)
-    with _initialised(config.seed, "branches"):
-        branches = Branches(network, settings.students, images.side, share=settings.share_branches)
-    task = mode.to_memory_format(SftnTask(network, branches, settings, **recipe))
-    return Job(config, device, mode, images, task.to(device), network, costs, notes=notes)
+    task: Task
+    if (settings := config.friendly) is None:
+        task = PretrainTask(network, **recipe)
+    else:
+        with _initialised(config.seed, "branches"):
+            branches = Branches(network, settings.students, images.side, share=settings.share_branches)
+        task = SftnTask(network, branches, settings, **recipe)
+    return Job(config, device, mode, images, mode.to_memory_format(task).to(device), network, costs, notes=notes)
 
 
 def _criterion(config: RunConfig, images: Images) -> Criterion:
@@ -299,15 +299,13 @@ def residual_stage(job: Job, name: str, number: int, base: Logits) -> Job:
         if network.head.bias is not None:
             nn.init.zeros_(network.head.bias)
     task: Task
-    criterion = _criterion(config, job.images)
+    mode, criterion = job.mode, _criterion(config, job.images)
     if settings.loss == "inner":
-        labels = job.images.train.labels
-        task = assemble(config, network, teacher, side, labels, base, job.mode, criterion=criterion)
+        task = assemble(config, network, teacher, side, job.images.train.labels, base, mode, criterion=criterion)
     else:
-        lr, decay, mode = initial_lr(config, name), config.train.weight_decay, job.mode
-        network = mode.to_memory_format(network)
+        lr, decay = initial_lr(config, name), config.train.weight_decay
         recipe: Recipe = {"lr": lr, "weight_decay": decay, "mode": mode, "criterion": criterion}
-        task = ResidualTask(network, teacher.forward, base, settings, **recipe)
+        task = ResidualTask(mode.to_memory_format(network), teacher.forward, base, settings, **recipe)
     spots = task.spots if isinstance(task, DistillTask) else ()
     return replace(job, config=config, task=task.to(job.device), network=network, cost=cost(network, side), spots=spots)
 

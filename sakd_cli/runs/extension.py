@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sakd_cli import distributed
 from sakd_cli.batch import Loader
-from sakd_cli.data.loader import HeldOutLoader, TrainLoader
+from sakd_cli.data.dataset import Split
+from sakd_cli.data.loader import EvalLoader, HeldOutLoader, TrainLoader
 from sakd_cli.documents.training import PlannedNetwork
+from sakd_cli.engine.evaluate import InterruptibleBatches
 from sakd_cli.engine.graphs import Cuda
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -37,6 +40,14 @@ def loader_of(job: Job) -> Loader:
     whole = held_out.subset(torch.arange(len(held_out) // size * size))  # batches of one size
     plain = replace(job.images.dataset, mixing=None)
     return HeldOutLoader(train, loader(whole, dataset=plain, batch_size=size, noise_width=0))
+
+
+def eval_batches(
+    job: Job, split: Split, reporter: Reporter, batch_size: int = 1000
+) -> InterruptibleBatches[tuple[Tensor, Tensor]]:
+    """The images of a split as they are evaluated, between two batches of which the reporter may stop it."""
+    loader = EvalLoader(split, job.images.dataset, device=job.device, batch_size=batch_size)
+    return InterruptibleBatches(loader, reporter)
 
 
 @dataclass(frozen=True)

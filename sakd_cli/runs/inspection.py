@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sakd_cli.config.base import own_name
 from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.resolve import config_sources
 from sakd_cli.documents.spots import EXTREMES, SpotsDocument
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.render import plots
@@ -20,14 +21,11 @@ from sakd_cli.rundir import RunDir, look_up, newest_run
 from sakd_cli.runs.locate import runs_dir_of
 from sakd_cli.runs.own import trust_own
 
-if TYPE_CHECKING:
-    from sakd_cli.engine.reporter import Reporter
-
 # Options about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
 
 
-def inspected(named: Path | None, params: Mapping[str, Any], reporter: "Reporter") -> SpotsDocument:
+def inspected(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> SpotsDocument:
     """The document of a run's routing, with the files that the options of the command ask for.
 
     named  None: the newest distillation. Raises UsageError where there is none.
@@ -52,7 +50,7 @@ def inspected(named: Path | None, params: Mapping[str, Any], reporter: "Reporter
     return document
 
 
-def _read(named: Path | None, params: Mapping[str, Any], reporter: "Reporter") -> tuple[SpotsDocument, Survey | None]:
+def _read(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> tuple[SpotsDocument, Survey | None]:
     """The document, and the survey: the run's own, or a new one where the options ask for that."""
     name, split, seed = params["dataset"], params["split"], params["sample_seed"]
     extremes = max(params["extremes"], EXTREMES)

@@ -20,13 +20,12 @@ from sakd_cli.config.resolve import flat, relative
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.data.fingerprint import FILE, Fingerprint
-from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.sources import as_seen, describe_reading
 from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
 from sakd_cli.engine import checkpoint, loggers
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import (
     check_compiler,
     compile_task,
@@ -42,7 +41,7 @@ from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, RunDir
 from sakd_cli.runs import answers, build, recipe
 from sakd_cli.runs.branches import StudentBranches
-from sakd_cli.runs.extension import RunExtension, TrainerFactory, loader_of
+from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, loader_of
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
@@ -256,9 +255,9 @@ def _logs(point: checkpoint.Checkpoint) -> tuple[dict[str, int], dict[str, str]]
 
 def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:
     dataset = job.images.dataset
-    test = InterruptibleBatches(EvalLoader(dataset.test, dataset, device=job.device), reporter)
+    test = eval_batches(job, dataset.test, reporter)
     held_out = job.images.held_out
-    selection = InterruptibleBatches(EvalLoader(held_out, dataset, device=job.device), reporter) if held_out else test
+    selection = eval_batches(job, held_out, reporter) if held_out else test
     networks = partial(job.mode.networks, job.device) if job.device.type == "cuda" else nullcontext
     selected_on = "validation" if held_out else "test"
     return EvaluationData(selected_on, selection, test, len(dataset.classes), networks=networks)
@@ -300,9 +299,7 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
 
 def _measured(job: Job, one: Teacher, evaluation: EvaluationData, reporter: Reporter) -> TrainingTeacher:
     own = as_seen(job.images.dataset.test, one.network.card.preprocessing)
-    test = evaluation.test
-    if own is not job.images.dataset.test:
-        test = InterruptibleBatches(EvalLoader(own, job.images.dataset, device=job.device), reporter)
+    test = evaluation.test if own is job.images.dataset.test else eval_batches(job, own, reporter)
     scores = evaluate(one.network.model, test, evaluation.classes)
     warn_of_chance(scores.top1, scores.images, evaluation.classes, reporter.say, "teacher: ")
     if isinstance(job.config, DistillConfig) and one.path is not None:

@@ -65,10 +65,7 @@ def weights_at(source: Path | str, key: str) -> Path:
     path = expanded(source)
     own_network(run_of(path))
     if (path / "config.yaml").is_file():
-        folder = RunDir(path).deliverable
-        if folder is None:
-            raise UsageError(f"{path}: this run has not saved a network yet")
-        return folder
+        return RunDir(path).require_deliverable()
     if path.exists():
         return path
     raise UsageError(f"{key}: {source}: no such file or directory")
@@ -285,10 +282,7 @@ def what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | N
     own_network(run, "branches/")
     if run is None or run.path != target:
         return target, run
-    delivered = run.ensemble or run.deliverable
-    if delivered is None:
-        raise UsageError(f"{target}: this run has not saved a network yet")
-    return delivered, run
+    return run.ensemble or run.require_deliverable(), run
 
 
 def run_of(target: Path) -> RunDir | None:

@@ -13,15 +13,8 @@ from sakd_cli.errors import DiskError
 from sakd_cli.files import read_json, write_json
 from sakd_cli.rundir import RunDir, look_up
 
-KEYS = (
-    "model",
-    "student",
-    "teacher.source",
-    "teacher.others",
-    "method.name",
-    "router.name",
-    "data.name",
-)  # that name code
+# Settings that may name code.
+KEYS = ("model", "student", "teacher.source", "teacher.others", "method.name", "router.name", "data.name")
 
 
 def trust_own(run: RunDir | None) -> None:

@@ -17,7 +17,7 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import compiled
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
-from sakd_cli.files import write_document
+from sakd_cli.files import write_json
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
 from sakd_cli.runs.extension import TrainerFactory, loader_of
@@ -75,16 +75,13 @@ def _search(job: Job, before: str, factory: TrainerFactory) -> Iterator[Trainer]
     """The search for a method's mixtures, where they are not known, and their file."""
     if (search := search_of(job)) is not None:
         config, settings, images = job.config, search.settings, job.images
-        size, device, wrap = (
-            config.train.batch_size,
-            job.device,
-            partial(_looking_ahead, job, search, reporter=factory.reporter),
-        )
+        wrap = partial(_looking_ahead, job, search, reporter=factory.reporter)
+        size, seed = config.train.batch_size, config.seed
         loader = batches(
-            settings, images.dataset, images.train, batch_size=size, seed=config.seed, device=device, wrap=wrap
+            settings, images.dataset, images.train, batch_size=size, seed=seed, device=job.device, wrap=wrap
         )
         both = search.optimizer(config.train.momentum)
         yield factory.trainer(job, search, f"{before}search", settings.search_epochs, loader=loader, optimizer=both)
         search.settle()
     if (mixed := mixtures.record(job, factory.reporter.warn)) is not None and distributed.is_main_process():
-        write_document(factory.run.path / f"{before}{mixtures.NAME}", mixed)
+        write_json(factory.run.path / f"{before}{mixtures.NAME}", mixed.plain())

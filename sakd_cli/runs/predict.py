@@ -17,7 +17,7 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig, Runtime
 from sakd_cli.data.augment import normalise
 from sakd_cli.data.decode import Reading, Unreadable
-from sakd_cli.data.files import ImageSpec, cpu_count, load_eval_image, v2
+from sakd_cli.data.files import ImageSpec, load_eval_image, v2
 from sakd_cli.data.loader import MAX_BYTES
 from sakd_cli.data.pictures import Finding, pictures_below, shown
 from sakd_cli.documents.evaluation import ClassProbability, Prediction, Predictions
@@ -26,6 +26,7 @@ from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
 from sakd_cli.errors import DataError, NonFiniteError
 from sakd_cli.evaluation.early_exit import never
 from sakd_cli.runs.evaluate import opened
+from sakd_cli.torchrun import cpu_count
 
 
 class Picture(NamedTuple):

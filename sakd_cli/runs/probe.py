@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.data.dataset import Split, seeded_generator
-from sakd_cli.data.loader import EvalLoader
 from sakd_cli.documents.spots import Probe, ProbedSpot
-from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.errors import UsageError
 from sakd_cli.report.spots.log import epoch_records, settled_epoch
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs.extension import eval_batches
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.survey import BATCH, trained_job
 from sakd_cli.runs.team import require_one_teacher
@@ -92,20 +92,16 @@ def _spot(
     )
 
 
-def _pairs(job: Job, split: Split, reporter: Reporter) -> Iterable[tuple[Tensor, Tensor]]:
-    return InterruptibleBatches(EvalLoader(split, job.images.dataset, device=job.device, batch_size=BATCH), reporter)
-
-
 def _batch(images: Tensor, labels: Tensor) -> Batch:
     return Batch(images, labels, torch.arange(len(labels), device=labels.device), images.new_zeros(len(labels), 0))
 
 
 def _products(job: Job, task: DistillTask, images: Split, held_out: Split, reporter: Reporter) -> Tensor:
     """[S, n] derivative of every image's loss along the held-out gradient."""
-    way = held_out_gradient(task.network, _pairs(job, held_out, reporter))
+    way = held_out_gradient(task.network, eval_batches(job, held_out, reporter, BATCH))
 
     def losses() -> Tensor:
-        batches = _pairs(job, images, reporter)
+        batches = eval_batches(job, images, reporter, BATCH)
         return torch.cat([task.sample_losses(_batch(pixels, labels)) for pixels, labels in batches], dim=1).cpu()
 
     return along(task.network, way, losses)
@@ -113,7 +109,7 @@ def _products(job: Job, task: DistillTask, images: Split, held_out: Split, repor
 
 def _answers(job: Job, task: DistillTask, images: Split, reporter: Reporter, seed: int) -> Answered:
     noise, columns = seeded_generator(seed, "probe/noise"), list[tuple[Tensor, Tensor, Tensor]]()
-    for pixels, labels in _pairs(job, images, reporter):
+    for pixels, labels in eval_batches(job, images, reporter, BATCH):
         batch = _batch(pixels, labels)
         losses = task.sample_losses(batch)
         with torch.no_grad(), task.mode.networks(pixels.device):

@@ -17,11 +17,10 @@ from sakd_cli.config.networks import NETWORKS, find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.training import DistillConfig, ResidualConfig
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.loader import EvalLoader
 from sakd_cli.documents.base import Part
 from sakd_cli.documents.evaluation import ExitRule
 from sakd_cli.documents.training import Energies, EnsembleTeacher, EnsembleTraining, PlannedNetwork
-from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
 from sakd_cli.errors import Stopped, UsageError
 from sakd_cli.evaluation.early_exit import exit_curve, exit_metrics, never
@@ -33,7 +32,7 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import cost_of, create
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import assemble, residual_stage
-from sakd_cli.runs.extension import RunExtension, TrainerFactory
+from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.phases import training
 from sakd_cli.tasks.residual import relative_energy
@@ -111,7 +110,7 @@ class _Gap:
 
     def __init__(self, split: Split, job: Job, reporter: Reporter) -> None:
         assert job.teacher is not None
-        self.batches = InterruptibleBatches(EvalLoader(split, job.images.dataset, device=job.device), reporter)
+        self.batches = eval_batches(job, split, reporter)
         self.teacher = _logits(job.teacher.model, self.batches)
         self.stages: list[Tensor] = []
         self.energies: list[float] = []

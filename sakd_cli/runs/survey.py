@@ -33,8 +33,9 @@ from sakd_cli.data.loader import EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents import spots as doc
 from sakd_cli.engine import checkpoint
+from sakd_cli.engine.evaluate import InterruptibleBatches
 from sakd_cli.engine.recorder import LOWER, tracked_places
-from sakd_cli.engine.reporter import InterruptibleBatches, Reporter
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
 from sakd_cli.files import columns_digest, sealed, write_aside
 from sakd_cli.models.staged import StagedModel

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import Any
 
 from sakd_cli.config import code
 from sakd_cli.config.grid import Grid, Member, Role, grid
-from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, presets, resolve
+from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, parse_assignment, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
-from sakd_cli.files import parse_yaml, write_aside
+from sakd_cli.files import write_aside
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
@@ -23,9 +22,6 @@ from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor, library
 from sakd_cli.sweep.halving import STAGES, cell_of, halved
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
-
-if TYPE_CHECKING:
-    from sakd_cli.engine.reporter import Reporter
 
 SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
@@ -67,7 +63,7 @@ def carry_out(
     file: str | Path | Mapping[str, Any],
     params: Mapping[str, Any],
     run: Callable[[Scheduler], None],
-    reporter: "Reporter",
+    reporter: Reporter,
 ) -> tuple[SweepDocument, Scheduler] | tuple[SweepPlan, None]:
     """Have `run` train what is not finished; or, asked for an estimate, nothing. The document, and how each run stands.
 
@@ -151,7 +147,9 @@ def _train(
 
 def executor_of(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
     """Raises UsageError where it is not to be had, or the settings are not for it."""
-    resources = dict(_assignment(named) for named in params["resource"] or [])
+    resources = dict(parse_assignment("--resource", text, "num_gpus=0.5") for text in params["resource"] or [])
+    if None in resources.values():
+        raise UsageError("--resource needs a value", "for example --resource num_gpus=0.5")
     per_gpu, where = params["jobs_per_gpu"], params["executor"]
     if where == "local":
         if resources:
@@ -161,16 +159,6 @@ def executor_of(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
     if where == "ray":
         return RayExecutor(params["jobs"], per_gpu, resources)
     return SlurmExecutor(params["jobs"], resources, scheduler.folder)
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise UsageError(f"--resource {text!r} is not of the form key=value", "for example --resource num_gpus=0.5")
-    try:
-        return key, parse_yaml(value)
-    except (yaml.YAMLError, ValueError):
-        raise UsageError(f"--resource {key}: {value[:40]!r} is no YAML value") from None
 
 
 def _document(name: str, scheduler: Scheduler, skipped: Mapping[str, str], baseline: str | None) -> SweepDocument:

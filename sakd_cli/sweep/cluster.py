@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, final
 
 from sakd_cli.errors import UsageError
-from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, cores, library
+from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, library
+from sakd_cli.torchrun import cpu_count
 
 RETRIES = 3  # of a Ray task whose worker or machine is lost; it resumes from the run's last checkpoint
 MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that is cut off is queued again and resumes
@@ -45,7 +46,7 @@ class RayExecutor(ClusterExecutor):
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--executor ray: {reason}", "start a cluster with ray start --head") from None
         self.ray, self.tasks, self.stopping = ray, dict[Any, str](), False
-        options.setdefault("num_cpus", max(1, cores() // jobs) if jobs else 1)
+        options.setdefault("num_cpus", max(1, cpu_count() // jobs) if jobs else 1)
         options.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
         options.setdefault("max_retries", RETRIES)
         try:

@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING
 
 from sakd_cli.config.training import RunConfig
 from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepPlan
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 if TYPE_CHECKING:
-    from sakd_cli.engine.reporter import Reporter
     from sakd_cli.runs.forecast import Forecast
 
 HOUR = 3600.0
 
 
-def plan(
-    name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: float, reporter: "Reporter"
-) -> SweepPlan:
+def plan(name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: float, reporter: Reporter) -> SweepPlan:
     """Steps are timed for about so many seconds."""
     from sakd_cli.engine.runtime import pick_device
     from sakd_cli.runs.forecast import forecast

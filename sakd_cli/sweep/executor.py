@@ -22,6 +22,7 @@ import sakd_cli
 from sakd_cli.config.code import TRUST
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir
+from sakd_cli.torchrun import cpu_count
 
 
 def library(name: str, needed_by: str, package: str = "", extra: str = "") -> Any:
@@ -96,7 +97,7 @@ def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dic
 
     several   as many run at a time; OMP_NUM_THREADS from outside wins
     """
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // several))} if several > 1 else {}
+    threads = {"OMP_NUM_THREADS": str(max(1, cpu_count() // several))} if several > 1 else {}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_") or name == TRUST}
     here = str(Path(sakd_cli.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [here, clean.get("PYTHONPATH")]))
@@ -111,11 +112,6 @@ def gpus() -> list[str]:
         return []
     asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return [str(k) for k in range(sum(line.startswith("GPU ") for line in asked.stdout.splitlines()))]
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @final

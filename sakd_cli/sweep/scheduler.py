@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sakd_cli.config.grid import Member
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
 from sakd_cli.files import sha256, write_aside, write_json, yaml_bytes
 from sakd_cli.report.render.format import number, plain
@@ -28,9 +29,6 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import find_teacher, weights_at
 from sakd_cli.runs.resume import AUTO, RunIndex, config_identity, own_settings
 from sakd_cli.sweep.executor import Executor, Job
-
-if TYPE_CHECKING:
-    from sakd_cli.engine.reporter import Reporter
 
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
@@ -318,7 +316,7 @@ class Scheduler:
 
 
 @contextmanager
-def received_signals(reporter: "Reporter") -> Iterator[list[int]]:
+def received_signals(reporter: Reporter) -> Iterator[list[int]]:
     """The Ctrl-C and SIGTERM that came so far; they do nothing else."""
     received: list[int] = []
 

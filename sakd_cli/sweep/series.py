@@ -14,6 +14,7 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN, ROUTERS, RandomMatchedConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import Plan, Summary
+from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.report.spots.charts import draw_mixtures
 from sakd_cli.rundir import RunDir
@@ -25,7 +26,6 @@ from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_si
 from sakd_cli.torchrun import require_single_process
 
 if TYPE_CHECKING:
-    from sakd_cli.engine.reporter import Reporter
     from sakd_cli.runs.launch import Launcher
 
 ALL = "all"
@@ -114,7 +114,7 @@ def _member(config: DistillConfig, router: str, seed: int, balanced: bool = Fals
 def train_command(
     task: str,
     params: Mapping[str, Any],
-    reporter: "Reporter",
+    reporter: Reporter,
     again: str,
     one: str | None = None,
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -204,7 +204,7 @@ def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]
     return members
 
 
-def _take_controls(scheduler: Scheduler, reporter: "Reporter") -> None:
+def _take_controls(scheduler: Scheduler, reporter: Reporter) -> None:
     """Take the controls (of several routers `always` and `never`) that are finished, whoever made them; say which."""
     index, taken, entries = RunIndex(scheduler.index.runs_dir), list[str](), list(scheduler.entries.values())
     index.refresh()
@@ -225,7 +225,7 @@ def _name(config: DistillConfig) -> str:
 class Messages:
     """Passes on what the runs of a scheduler write to their stderr, line by line, with the run's name."""
 
-    def __init__(self, scheduler: Scheduler, reporter: "Reporter") -> None:
+    def __init__(self, scheduler: Scheduler, reporter: Reporter) -> None:
         self.scheduler, self.reporter = scheduler, reporter
         self._read = dict[str, int]()  # bytes of each run's log
         scheduler.changed = self._changed

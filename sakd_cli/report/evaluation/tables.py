@@ -1,11 +1,12 @@
-"""Evaluations as text: one network in full, with its best and worst classes, or several side by side"""
+"""Evaluations as text: one network in full, or several side by side; predictions as text and as CSV"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 
-from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Quartiles
+from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Prediction, Predictions, Quartiles
 from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
 from sakd_cli.report.render import plots
@@ -184,3 +185,29 @@ def branch_table(branches: Sequence[Branch]) -> Sheet:
     macs = large(sum(branch.macs for branch in branches))
     note = f"They add {macs} MACs per image and pass to the training, nothing to the teacher's use."
     return table("Student branches", branches, columns, [note], text=3)
+
+
+def predictions_text(document: Predictions) -> str:
+    """A line for each picture: its classes with their probabilities in percent."""
+    return "\n".join(f"{one.file}: {_answer(one)}" for one in document.predictions)
+
+
+def _answer(one: Prediction) -> str:
+    if one.error is not None:
+        return f"not read ({one.error})"
+    classes = ", ".join(f"{answer.class_} {100 * answer.probability:.1f} %" for answer in one.classes)
+    return classes if one.exit is None else f"{classes} (left after stage {one.exit})"
+
+
+def predictions_csv(document: Predictions) -> str:
+    """A row for each picture: file, error, exit, then class and probability, the likeliest first."""
+    most = max(len(one.classes) for one in document.predictions)
+    fields = [f"{name}_{place}" for place in range(1, most + 1) for name in ("class", "probability")]
+    return csv_text(["file", "error", "exit", *fields], map(_prediction_row, document.predictions))
+
+
+def _prediction_row(one: Prediction) -> dict[str, Any]:
+    row: dict[str, Any] = {"file": one.file, "error": one.error, "exit": one.exit}
+    for place, answer in enumerate(one.classes, start=1):
+        row |= {f"class_{place}": answer.class_, f"probability_{place}": answer.probability}
+    return row

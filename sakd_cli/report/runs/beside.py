@@ -61,7 +61,7 @@ def helped(run: RunDir) -> Helped:
     own = compared.groups[compared.runs[0].group].label
     answers = {one.question: one for one in compared.answers if one.ours == own}
     asked = [answers[question] for question in ("where", "dose") if question in answers]
-    verdicts, advice = zip(*map(_verdict, asked), strict=True) if asked else ((), ())
+    verdicts, advice = zip(*map(_in_words, asked), strict=True) if asked else ((), ())
     return Helped(" ".join([*verdicts, *filter(None, dict.fromkeys(advice))]), _table(compared))
 
 
@@ -92,7 +92,7 @@ def _table(compared: Comparison) -> Sheet:
     return Sheet("Test accuracy", ["Training", "Top-1 %", "This run minus it", "Seeds"], rows, notes, own=0)
 
 
-def _verdict(asked: Answer) -> tuple[str, str]:
+def _in_words(asked: Answer) -> tuple[str, str]:
     """What is said of one question, and what to do for more."""
     against, seeds = AGAINST.get(asked.question, ""), len(asked.seeds)
     if asked.difference is None:

@@ -7,13 +7,13 @@ from sakd_cli.documents.base import Number
 from sakd_cli.documents.spots import ClassFractions, EpochRecord, Measured, SpotsDocument
 from sakd_cli.report.render.format import SURE, deviation, difference, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import Sheet
+from sakd_cli.report.runs.statistics import LEVEL
 from sakd_cli.report.spots.tables import WEAK
 
 ALIKE = 0.01  # shares that differ by less are alike
 # What is said of a router by how much of the variance of its decisions the image explains, at the spot with the most.
 CHOICE = ((0.5, "It chooses"), (0.1, "It chooses in part"), (0.01, "Little more than coins"), (0.0, "It tosses coins"))
 SPOT = "A spot is a place in the network where the student copies the teacher; an image can use several."
-LEVEL = 0.95
 
 
 def weak(report: SpotsDocument, k: int) -> bool:
@@ -45,20 +45,21 @@ def _by_coins(p: Number, samples: int, classes: int, tests: int) -> float:
 
 
 def most_used(report: SpotsDocument) -> str:
-    hardly = [" (its loss hardly acts)" * weak(report, k) for k in range(len(report.overall))]
-    names = [named(spot.name) for spot in report.overall]
-    ranked = sorted(zip((spot.fraction or 0.0 for spot in report.overall), names, hardly, strict=True), reverse=True)
-    (most, first, first_acts), *others = ranked
-    of = f"{fraction(most)} % of the training samples{first_acts}"
+    spots = [(spot.fraction or 0.0, named(spot.name), weak(report, k)) for k, spot in enumerate(report.overall)]
+    (most, first, idle), *others = sorted(spots, reverse=True)
+    of = f"{fraction(most)} % of the training samples"
+    if others and most - others[-1][0] < ALIKE:
+        weakly = [name for _, name, hardly in spots if hardly]
+        where = "any" if len(weakly) == len(spots) else ", ".join(weakly)
+        return f"None: all alike, {of} at each{f'; the loss hardly acts at {where}' * bool(weakly)}."
+    aside = " (its loss hardly acts)"
     if not others:
-        return f"There is one: {first}, for {of}."
-    if most - ranked[-1][0] < ALIKE:
-        return f"None: all alike, {of} at each."
-    rest = ", ".join(f"{name} {fraction(less)} %{acts}" for less, name, acts in others)
-    return f"{first}, for {of}; then {rest}."
+        return f"There is one: {first}, for {of}{aside * idle}."
+    rest = ", ".join(f"{name} {fraction(less)} %{aside * hardly}" for less, name, hardly in others)
+    return f"{first}, for {of}{aside * idle}; then {rest}."
 
 
-def _alike(report: SpotsDocument) -> str:
+def _why_no_class(report: SpotsDocument) -> str:
     """Why no class can be named that is distilled more often than others; empty where some can."""
     ends = ends_of(report)
     if report.saturated:
@@ -77,8 +78,8 @@ def _alike(report: SpotsDocument) -> str:
 
 def which_classes(report: SpotsDocument) -> str:
     """Both ends where they differ most, and at the spot that was used most, unless coins would differ as much."""
-    if alike := _alike(report):
-        return alike
+    if why := _why_no_class(report):
+        return why
     ends = ends_of(report)
     used = max(range(len(report.overall)), key=lambda k: report.overall[k].fraction or 0.0)
 
@@ -112,7 +113,7 @@ def _class(ranked: tuple[float, ClassFractions], k: int) -> str:
 def class_table(report: SpotsDocument) -> Sheet | None:
     """The classes at both ends of every spot."""
     ends = sorted(ends_of(report), key=lambda one: one[1])
-    if _alike(report):
+    if _why_no_class(report):
         return None
     rows = [[named(report.overall[k].name), *(_class(ranked[n], k) for n in (0, -1))] for _, k, ranked in ends]
     notes = ["Share of the class's samples (points from the spot's mean)."]

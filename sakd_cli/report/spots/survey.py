@@ -103,13 +103,9 @@ def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
 
 def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Survey:
     from safetensors import SafetensorError
-    from safetensors.numpy import load
 
     try:
-        columns = load(content)
-        header = _header(content, doc.SurveyHeader, where)
-        if header.digest != columns_digest(columns):
-            raise ValueError
+        header, columns = _opened(content, doc.SurveyHeader, where)
         index, answers = columns["index"], {name: columns[name] for name in ANSWERS}
         images: dict[int, Column] = {}
         if "extreme" in columns:
@@ -122,28 +118,30 @@ def _parse(content: bytes, where: str, source: Literal["survey", "live"]) -> Sur
         raise DamagedError(f"{where}: damaged", hint="--live measures it anew") from None
 
 
-def _header(content: bytes, kind: type[Header], where: str) -> Header:
-    """The entry "sakd" of a safetensors file. Raises ValueError or KeyError where it is damaged."""
+def _opened(content: bytes, kind: type[Header], where: str) -> "tuple[Header, dict[str, Column]]":
+    """The entry "sakd" of a safetensors file, and its arrays. Raises SafetensorError, ValueError or KeyError."""
+    from safetensors.numpy import load
+
+    columns = load(content)
     text = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sakd"]
     if (version := parse_json(text)["format"]) != kind.model_fields["format"].default:
         raise DamagedError(f"{where}: written by another version of sakd ({plain(version)!r})")
-    return kind.model_validate_json(json.dumps(unsealed(parse_json(text))), strict=True)
+    header = kind.model_validate_json(json.dumps(unsealed(parse_json(text))), strict=True)
+    if header.digest != columns_digest(columns):
+        raise ValueError
+    return header, columns
 
 
 def _counts(run: RunDir) -> Survey | None:
     """How often each training image was distilled; None where there is no record. DamagedError where it is damaged."""
     import numpy as np
     from safetensors import SafetensorError
-    from safetensors.numpy import load
 
     path = run.path / COUNTS
     if not path.is_file():
         return None
     try:
-        content = read_bytes(path, MOST_SURVEY)
-        columns = load(content)
-        if _header(content, doc.SamplesHeader, plain(path)).digest != columns_digest(columns):
-            raise ValueError
+        _, columns = _opened(read_bytes(path, MOST_SURVEY), doc.SamplesHeader, plain(path))
         visits, index = columns["visits"], columns["index"]
         rate = columns["distilled"] / np.where(visits > 0, visits, 1)[:, None]
         if rate.ndim != 2 or not len(rate) or index.shape != visits.shape or not np.isfinite(rate).all():
