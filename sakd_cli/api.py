@@ -287,11 +287,9 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
 def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:
     """Bring in weights of another program: the document of `sakd import-weights --json`."""
     params = params_of("import-weights", options)
-    from sakd_cli.export.import_weights import Source
     from sakd_cli.export.import_weights import import_weights as carry_out
 
-    source = Source(Path(file), params["network"], params["key"], params["class_order"])
-    return carry_out(source, config_sources(params), params["import_dir"], _reporter(options))
+    return carry_out(Path(file), params, config_sources(params), _reporter(options))
 
 
 def compare(*runs: Place, baseline: str | None = None, plot: Place | None = None) -> Comparison:

@@ -135,6 +135,16 @@ def sealed(content: Mapping[str, Any], key: str = SEAL) -> dict[str, Any]:
     return {**content, key: _seal(content)}
 
 
+def weights_file(path: Path) -> Path:
+    """The weights of a network: its file, or the one in its folder."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a network: itself, or the one around its weights file."""
+    return path if path.is_dir() else path.parent
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """The card (`config.json`) of a network's folder; empty where there is none. Raises DamagedError.
 

@@ -20,7 +20,7 @@ from sakd_cli.evaluation.speed import speed
 from sakd_cli.export.formats import FORMS, Form, FromPixels, Function, Precision, Writing
 from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
 from sakd_cli.export.quantise import COUNT
-from sakd_cli.files import read_about, read_json, sha256, whole_folder, write_aside, write_json
+from sakd_cli.files import folder_of, read_about, read_json, sha256, whole_folder, write_aside, write_json
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import metadata_block, timm_config
@@ -44,7 +44,7 @@ class Exportable(NamedTuple):
 
     def base(self, target: Path) -> Path:
         """The folder that exports of what a path means are written into."""
-        return self.run.path if self.run else target if target.is_dir() else target.parent
+        return self.run.path if self.run else folder_of(target)
 
 
 class Order(NamedTuple):
@@ -160,7 +160,7 @@ def _found(target: Path, reporter: Reporter) -> Exportable:
     own_network(run)
     weights = (run.ensemble or run.require_deliverable()) if run is not None and run.path == target else target
     if is_ensemble(weights):
-        whole = ensemble.load(weights if weights.is_dir() else weights.parent)
+        whole = ensemble.load(folder_of(weights))
         names = "+".join(str(getattr(member, "name", "")) for member in whole.ensemble.members)
         return Exportable(whole.ensemble.eval(), whole.card._replace(architecture=names), {}, run)
     loaded = artifact.load(weights)
@@ -185,7 +185,7 @@ def _last_checkpoint(run: RunDir, reporter: Reporter) -> checkpoint.Checkpoint |
 
 def _facts(weights: Path, digest: str) -> dict[str, Any]:
     """What the card beside the weights says of them: figures, and the teacher."""
-    about = read_about(weights if weights.is_dir() else weights.parent)
+    about = read_about(folder_of(weights))
     if about.get("sha256") != digest:
         return {"weights": digest}
     facts = {key: about[key] for key in FACTS if key in about}

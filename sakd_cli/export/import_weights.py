@@ -1,8 +1,8 @@
 """Bring in weights that another program has trained: read, fill one of our networks, score it, write the folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sakd_cli.config.networks import RELEASES, Release, find_network
 from sakd_cli.config.resolve import ConfigSource, resolve
@@ -21,36 +21,26 @@ from sakd_cli.runs.initial_weights import differing_classes
 from sakd_cli.runs.locate import GAP, warn_of_chance
 
 
-class Source(NamedTuple):
-    """What to bring in.
+def import_weights(
+    file: Path, params: Mapping[str, Any], layers: Sequence[ConfigSource], reporter: Reporter
+) -> Imported:
+    """Write the deployable folder that the params name (or `<network>-<data set>` here) from a foreign weights file.
 
-    model    the network's name, or that of a published teacher; None: by the names of file and folder
-    key      which weights, where the file holds several
-    classes  file with the classes in the order of its logits; None: the data set's order
-    """
-
-    file: Path
-    model: str | None = None
-    key: str | None = None
-    classes: Path | None = None
-
-
-def import_weights(source: Source, layers: Sequence[ConfigSource], out: Path | None, reporter: Reporter) -> Imported:
-    """Write the deployable folder `out` (None: `<network>-<data set>` here) from a foreign weights file.
-
+    params  the options of `sakd import-weights`; without a network it is known by the names of file and folder
     The network is scored where the data set's files are at hand; nothing is downloaded for it. Raises UsageError where
     the file is not this network's weights or `out` exists, NonFiniteError where a weight is no number.
     """
-    file, (name, title, release) = source.file, _named(source)
+    name, title, release = _named(file, params["network"])
     below = [ConfigSource("the published teacher", {"data": {"name": release.dataset}})] if release else []
     config: EvalConfig = resolve("eval", [*below, *layers]).config
     device = pick_device(config.device)
     known = describe(config.data)
-    folder = out or Path(f"{name.replace('/', '.')}-{known.name}")
+    folder = params["import_dir"] or Path(f"{name.replace('/', '.')}-{known.name}")
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: exists already and is not overwritten", hint="--out DIR")
-    order = None if source.classes is None else _order(source.classes, known.classes, known.name)
-    about: dict[str, Any] = {"key": source.key, "order": order, "tell": reporter.say}
+    classes = params["class_order"]
+    order = None if classes is None else _order(classes, known.classes, known.name)
+    about: dict[str, Any] = {"key": params["key"], "order": order, "tell": reporter.say}
     network = foreign.load_foreign(file, name, len(known.classes), known.train.side, **about)
     metrics: dict[str, Any] = {}
     try:
@@ -86,14 +76,14 @@ def import_weights(source: Source, layers: Sequence[ConfigSource], out: Path | N
     return document
 
 
-def _named(source: Source) -> tuple[str, str, Release | None]:
+def _named(file: Path, model: str | None) -> tuple[str, str, Release | None]:
     """Name of the network, of the published teacher, and what is known of it, where the names say that it is one."""
-    titles = [source.model or "", source.file.absolute().parent.name, source.file.stem.partition("-")[0]]
+    titles = [model or "", file.absolute().parent.name, file.stem.partition("-")[0]]
     title = next((title for title in titles if title in RELEASES), "")
-    release, model = RELEASES.get(title), source.model
+    release = RELEASES.get(title)
     if model is None or model in RELEASES:
         if release is None:
-            hint = f"the names of {source.file.name} and its folder do not say"
+            hint = f"the names of {file.name} and its folder do not say"
             raise UsageError("Missing option '--model': whose weights are these?", hint)
         model = release.network
     name = find_network(model).name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
-from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, write_aside, write_json
+from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, weights_file, write_aside, write_json
 from sakd_cli.models.external import check_size, metadata_block
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
@@ -110,7 +110,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
 
 def load(path: Path) -> Artifact:
     """Read a weights file or the folder around one. UsageError where it is missing, damaged or not ours."""
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = weights_file(path)
     if not file.is_file():
         raise UsageError(f"{file}: no such file", hint="give a run directory or a model.safetensors written by sakd")
     return Artifact(*load_module(file, FORMAT, "a network", _network))
@@ -118,7 +118,7 @@ def load(path: Path) -> Artifact:
 
 def read_card(path: Path) -> NetworkCard:
     """The card of a weights file or the folder around one, from its header alone; UsageError as `load`."""
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = weights_file(path)
     try:
         check_header(file)
         with safe_open(file, framework="pt") as opened:

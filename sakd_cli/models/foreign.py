@@ -178,11 +178,7 @@ def _dicts(content: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tupl
 
 
 def _places(
-    path: tuple[str, ...],
-    part: dict[Any, Any],
-    ways: Sequence[dict[str, str]],
-    auxiliary: bool,
-    width: tuple[int, ...],
+    path: tuple[str, ...], part: dict[Any, Any], ways: Sequence[dict[str, str]], auxiliary: bool, width: tuple[int, ...]
 ) -> Iterator[Place]:
     """Where in a dict a network of these names may stand: behind what stands in front of its first or last tensor."""
     if not all(isinstance(name, str) for name in part):

@@ -10,7 +10,7 @@ from sakd_cli.documents.evaluation import Branch
 from sakd_cli.documents.training import FriendlyTraining, PlannedNetwork
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.errors import UsageError
-from sakd_cli.files import sha256
+from sakd_cli.files import folder_of, sha256
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.branches import Branches, load_branches, save_branches
 from sakd_cli.models.cost import cost
@@ -78,7 +78,7 @@ def branch_rows(
 
 def branches_of(weights: Path, teacher: Artifact) -> Branches | None:
     """The branches in the run directory that this weights file (or folder) lies in; None where it has none."""
-    folder = weights.resolve() if weights.is_dir() else weights.resolve().parent
+    folder = folder_of(weights.resolve())
     in_a_run = (folder.parent / "config.yaml").is_file() and (folder.parent / FILE).is_file()
     return load_branches(folder.parent / FILE, teacher) if in_a_run else None
 

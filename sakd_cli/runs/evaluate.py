@@ -19,16 +19,9 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
 from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.early_exit import EarlyExit, exit_costs, exit_curve, never
-from sakd_cli.evaluation.quality import (
-    Answers,
-    agreement,
-    averages,
-    calibration,
-    confusion_matrix,
-    confusions,
-)
+from sakd_cli.evaluation.quality import Answers, agreement, averages, calibration, confusion_matrix, confusions
 from sakd_cli.evaluation.speed import speed
-from sakd_cli.files import read_about
+from sakd_cli.files import folder_of, read_about
 from sakd_cli.models import artifact
 from sakd_cli.models import ensemble as ensembles
 from sakd_cli.models.artifact import Artifact
@@ -272,7 +265,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
 
 def opened(target: Path) -> LoadedEnsemble:
     """An ensemble, or a plain network as one without residual students."""
-    folder = target if target.is_dir() else target.parent
+    folder = folder_of(target)
     if (folder / INDEX).is_file() and (target.is_dir() or target.name == INDEX):
         return ensembles.load(folder)
     plain = artifact.load(target)

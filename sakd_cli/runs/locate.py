@@ -14,7 +14,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import expanded, read_about, read_card, sha256
+from sakd_cli.files import expanded, folder_of, read_about, read_card, sha256, weights_file
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
 
@@ -106,11 +106,9 @@ def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
 
 def read_preprocessing(weights: Path | None) -> Preprocessing | None:
     """What the header of a network of ours says of its pictures; None where it says nothing, or cannot be read."""
-    file = weights / "model.safetensors" if weights is not None and weights.is_dir() else weights
     try:
-        assert file is not None
-        return Preprocessing.model_validate(read_card(file)["preprocessing"])
-    except (AssertionError, OSError, ValueError, KeyError, TypeError):
+        return Preprocessing.model_validate(read_card(weights_file(weights))["preprocessing"]) if weights else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -138,7 +136,7 @@ def locate_inputs(config: Any) -> Any:
     places: dict[str, Any] = {"weights": path}
     if config.teacher.others:
         found = [_finished(config, one) for one in config.teacher.each_other]
-        files = [path / "model.safetensors" if path.is_dir() else path for path in found]
+        files = [weights_file(path) for path in found]
         sums = config.teacher.other_sha256 or tuple(sha256(file) if file.is_file() else "" for file in files)
         places |= {"other_weights": tuple(found), "other_sha256": sums}
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=places), "router": router})
@@ -199,12 +197,11 @@ def read_claim(path: Path, sha256: str) -> Claim | None:
 
     Raises UsageError where the card is damaged, or is of other weights than these, whose SHA-256 is given.
     """
-    file = path if path.is_dir() else path.parent
-    card = file / "config.json"
+    card = folder_of(path) / "config.json"
     if (path.is_file() and path.name != "model.safetensors") or not card.is_file():
         return None
     try:
-        about = read_about(file)
+        about = read_about(card.parent)
         known: str = about["sha256"]
         values: tuple[tuple[Any, str], ...] = ((str, "dataset"), (int, "images"), (float, "top1"))
         claim = Claim(*(None if about.get(key) is None else kind(about[key]) for kind, key in values))
@@ -289,7 +286,7 @@ def run_of(target: Path) -> RunDir | None:
     """The run that a path is, or lies in."""
     if (target / "config.yaml").is_file():
         return RunDir(target)
-    folder = target.resolve() if target.is_dir() else target.resolve().parent
+    folder = folder_of(target.resolve())
     above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
     return above[0] if above else None
 

@@ -169,10 +169,7 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
     if isinstance(own, DistillConfig):
         schedules |= {f"weight_schedule {one.weight_schedule}" for one in (own.method, *own.method.parts)}
     if extends and (fixed := sorted(one for one in schedules if one.endswith(("cosine", "one-cycle", "linear")))):
-        raise UsageError(
-            f"{run.path}: {fixed[0]} has fallen to its end in {own.train.epochs} epochs",
-            NEW_RUN,
-        )
+        raise UsageError(f"{run.path}: {fixed[0]} has fallen to its end in {own.train.epochs} epochs", NEW_RUN)
     if extends:
         length: dict[str, Any] = {"epochs": asked.config.train.epochs}
         if own.train.schedule == "step":

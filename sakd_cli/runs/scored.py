@@ -15,7 +15,7 @@ from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.imagefolder import load_labelled
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import read_about
+from sakd_cli.files import folder_of, read_about
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.images import Images, load_images
@@ -143,7 +143,7 @@ def _own_test_images(data: DataConfig, weights: Path, then: Fingerprint | None) 
 
 def _card_sum(weights: Path) -> str | None:
     """What the card beside weights says of the test images."""
-    known = read_about(weights if weights.is_dir() else weights.parent).get("fingerprint")
+    known = read_about(folder_of(weights)).get("fingerprint")
     return str(known.get("test")) if isinstance(known, dict) else None
 
 

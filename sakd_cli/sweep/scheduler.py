@@ -23,7 +23,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
-from sakd_cli.files import sha256, write_aside, write_json, yaml_bytes
+from sakd_cli.files import sha256, weights_file, write_aside, write_json, yaml_bytes
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import find_teacher, weights_at
@@ -340,7 +340,7 @@ def _slug(key: str) -> str:
 
 def _with_weights(config: DistillConfig, weights: Path) -> DistillConfig:
     """The same with its teacher's weights named, in place and content."""
-    file = weights / "model.safetensors" if weights.is_dir() else weights
+    file = weights_file(weights)
     settings = {"weights": weights.resolve(), "sha256": _digest(file, file.stat().st_mtime_ns)}
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=settings)})
 

@@ -33,7 +33,7 @@ def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> l
     """
     columns = set(RunEntry.model_fields) - {"settings"}
     found = []
-    for path, (settings, verdict) in runindex.judged(runs_dir, _verdict).items():
+    for path, (settings, verdict) in runindex.judged(runs_dir, _whole_and_top1).items():
         entry = run_entry(RunDir(path.parent), settings, verdict)
         known = {key: getattr(entry, key) for key in columns}
         if all(_same(known.get(key, look_up(settings, key)), value) for key, value in where.items()):
@@ -52,7 +52,7 @@ def _same(value: Any, wanted: Any) -> bool:
     return bool(value == wanted) or (value is not None and str(value) == str(wanted))
 
 
-def _verdict(folder: Path, settings: Mapping[str, Any] | None) -> tuple[bool, float | None]:
+def _whole_and_top1(folder: Path, settings: Mapping[str, Any] | None) -> tuple[bool, float | None]:
     """Whether what a run says of itself is whole, and its top-1 where it is finished."""
     run = RunDir(folder)
     try:
@@ -65,14 +65,14 @@ def _verdict(folder: Path, settings: Mapping[str, Any] | None) -> tuple[bool, fl
 
 
 def run_entry(run: RunDir, settings: Mapping[str, Any] | None, verdict: Any = None, *, shown: bool = False) -> RunEntry:
-    """A run; verdict: what `_verdict` said of it; shown: with its settings."""
+    """A run; verdict: what `_whole_and_top1` said of it; shown: with its settings."""
     changed = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.path / "config.yaml").stat().st_mtime))
     names = {name: look_up(settings, key) for name, key in KEYS.items()}
     names["network"] = look_up(settings, "student") or look_up(settings, "model")
     for name, value in names.items():
         kind = int if name in ("seed", "epochs") else str
         names[name] = value if isinstance(value, kind) and not isinstance(value, bool) else None
-    whole, top1 = verdict or _verdict(run.path, settings)
+    whole, top1 = verdict or _whole_and_top1(run.path, settings)
     state = "damaged" if not whole else "finished" if run.finished else "in progress" if run.in_use else "stopped"
     own = dict(settings or {}) if shown else None
     return RunEntry.model_validate(

@@ -28,7 +28,7 @@ NETWORKS = {
 
 def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Sheet]:
     """The training: overall, by epoch, the `top` classes above and below the average (None: all), mixtures."""
-    alike = _constant(report)
+    alike = _nothing_varies(report)
     constant = bool(report.saturated) or alike
     tables = [_overall(report, alike or len(report.by_epoch) == 1)]
     if not constant:
@@ -107,7 +107,7 @@ def mixture_table(record: Mixtures) -> Sheet:
     return table("Mixtures of the teacher's blocks (%)", record.groups, columns, notes, text)
 
 
-def _constant(report: doc.SpotsDocument) -> bool:
+def _nothing_varies(report: doc.SpotsDocument) -> bool:
     """Whether every epoch and class has the fractions of the whole run, and no router was trained."""
     rows = [
         *(row.fraction for row in report.by_epoch),
