@@ -60,7 +60,7 @@ from sakd_cli.report.runs.compare_tables import curve_charts
 from sakd_cli.report.runs.entries import run_entries, run_entry
 from sakd_cli.report.runs.page import RunPage
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.inspection import inspected
+from sakd_cli.runs.inspection import inspect_run
 from sakd_cli.runs.locate import (
     check_teacher,
     library_or_path,
@@ -220,7 +220,7 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
         if path is not None and len(targets) > 1:
             raise UsageError(f"{name} is of one network, and {len(targets)} are named")
         if path is not None and (path is plot or path.suffix.lower() != ".csv"):
-            plots.checked(path, name)
+            plots.require_plot(path, name)
     given = config_sources(params)
     found = [what_to_score(_path(target, given), runs_dir_of(given)) for target in targets or (None,)]
     forced, teacher = bool(params["early_exit"] or always or curve or plot), params["teacher"] or None
@@ -252,7 +252,7 @@ def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> S
     plot, html, samples   files to write
     """
     params = params_of("inspect-spots", options)
-    return inspected(None if run is None else Path(run), params, _reporter(options))
+    return inspect_run(None if run is None else Path(run), params, _reporter(options))
 
 
 def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions]) -> Predictions:
@@ -299,7 +299,7 @@ def compare(*runs: Place, baseline: str | None = None, plot: Place | None = None
     plot      file to write the curves to
     """
     if plot is not None:
-        plots.checked(Path(plot))
+        plots.require_plot(Path(plot))
     document = compare_runs([RunDir(Path(run)) for run in runs], baseline)
     if plot is not None:
         plots.write(plots.figure_of(curve_charts(document)), Path(plot))
@@ -358,9 +358,9 @@ def bench(**options: Unpack[BenchOptions]) -> Bench:
         raise UsageError("bench: times one teacher, as was published")
     if len(config.method.parts) > 1:
         raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
-    from sakd_cli.bench.scaling import ordered
+    from sakd_cli.bench.scaling import run_bench
 
-    return ordered(config, params, _reporter(options).say)
+    return run_bench(config, params, _reporter(options).say)
 
 
 @overload

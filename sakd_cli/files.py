@@ -220,7 +220,7 @@ def check_header(path: Path) -> None:
         raise ValueError("no header of such a file")
 
 
-def read_card(path: Path) -> dict[str, Any]:
+def card_settings(path: Path) -> dict[str, Any]:
     """What a weights file of ours says of its network. Raises OSError, ValueError, KeyError or TypeError."""
     check_header(path)
     with path.open("rb") as opened:

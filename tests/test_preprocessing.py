@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from sakd_cli.config.datasets import ImageFolderConfig
-from sakd_cli.config.preprocessing import Preprocessing, of_library
+from sakd_cli.config.preprocessing import Preprocessing, library_preprocessing
 from sakd_cli.config.resolve import ConfigSource, resolve, set_sources
 from sakd_cli.data.decode import Reading
 from sakd_cli.data.files import ImageSpec, load_eval_image
@@ -286,7 +286,7 @@ def test_a_run_writes_down_how_its_pictures_were_shown(cli: CliRunner, photos: P
 
 
 def test_it_is_taken_from_a_librarys_network_as_far_as_nothing_else_is_said() -> None:
-    assert of_library("timm/vit_tiny_patch16_224") == {
+    assert library_preprocessing("timm/vit_tiny_patch16_224") == {
         "size": 224,
         "resize": 248,
         "resize_mode": "shorter",
@@ -295,11 +295,11 @@ def test_it_is_taken_from_a_librarys_network_as_far_as_nothing_else_is_said() ->
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
     }
-    assert of_library("torchvision/ResNet50_Weights.IMAGENET1K_V2")["resize"] == 232
-    assert of_library("torchvision/resnet18")["resize"] == 256
+    assert library_preprocessing("torchvision/ResNet50_Weights.IMAGENET1K_V2")["resize"] == 232
+    assert library_preprocessing("torchvision/resnet18")["resize"] == 256
     for name in ("resnet18", "timm/nosuch", "torchvision/nosuch", "torchvision/ResNet50_Weights.NONE"):
         with pytest.raises(UsageError, match=re.escape(name)):
-            of_library(name)
+            library_preprocessing(name)
     base = ConfigSource("a file", {"model": "resnet8", "data": {"name": "imagefolder", "size": 32, "resize": 40}})
     said = set_sources(["data.size=96", "data.preprocessing=timm/vit_tiny_patch16_224"])
     data: ImageFolderConfig = resolve("pretrain", [base, *said]).config.data

@@ -17,7 +17,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report.sweep.results import published_cell, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.carry_out import understood
-from sakd_cli.sweep.halving import halved
+from sakd_cli.sweep.halving import dropped_by_halving
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))
 
@@ -220,7 +220,7 @@ def test_successive_halving_trains_few_settings_to_the_end() -> None:
         trained.append((own[0].config.train.epochs, own[0].config.train.lr))
         return {member.key: 100 * (member.config.train.lr or 0.0) for member in own}
 
-    out = halved(stages, 3, train)
+    out = dropped_by_halving(stages, 3, train)
     assert [lr for epochs, lr in trained if epochs == 27] == rates
     assert [lr for epochs, lr in trained if epochs == 80] == [0.05, 0.06, 0.07], "each was the best so far"
     assert {cell for cell in out if "adaptive" in cell} == {

@@ -183,7 +183,7 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     total = sum(spent.values())
     return doc.Bench(
         environment=machine(setup),
-        setup=described(setup, how),
+        setup=bench_setup(setup, how),
         steps=[_step(setup, step, times, peaks) for step in compared],
         ratios=[doc.TimedRatio(above=name, below=OURS, stable=r.stable, **r._asdict()) for name, r in ratios.items()],
         reported=reported(ratios),
@@ -192,7 +192,7 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     )
 
 
-def described(setup: Setup, how: Rounds) -> doc.BenchSetup:
+def bench_setup(setup: Setup, how: Rounds) -> doc.BenchSetup:
     return doc.BenchSetup(
         teacher=setup.config.teacher.source,
         student=setup.config.student,

@@ -115,7 +115,7 @@ def _at_once(setup: Setup, several: int, how: Rounds) -> float:
         return 1000 * (time.perf_counter() - begin) / (how.rounds * several)
 
 
-def ordered(config: Any, options: Mapping[str, Any], say: Callable[[str], None]) -> Bench:
+def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None]) -> Bench:
     """Time the steps of a distillation's settings with the options of `sakd bench`."""
     setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
     # Everything is checked before minutes are spent.
@@ -123,7 +123,7 @@ def ordered(config: Any, options: Mapping[str, Any], say: Callable[[str], None])
     before = measure.earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():
         if before is not None:
-            measure.must_be_alike(before, measure.machine(setup), measure.described(setup, how))
+            measure.must_be_alike(before, measure.machine(setup), measure.bench_setup(setup, how))
         peers = [load_peer_step(options["peer"], options["peer_entry"], setup)] if options["peer"] else []
         found = measure.measured(setup, how, peers, say)
         axes = scaled(axis, points, how, say) if points else None

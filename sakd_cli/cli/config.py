@@ -6,7 +6,7 @@ from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.effective import effective
-from sakd_cli.config.keys import described
+from sakd_cli.config.keys import description_of
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.resolve import config_sources, flat, resolve
 from sakd_cli.documents.listing import ShownConfig, ShownKey
@@ -38,7 +38,7 @@ def show_config(options: Values, json: bool, task: str, origin: bool, describe: 
             key=key,
             value=value,
             origin=resolved.origins.get(key, "default"),
-            description=described(resolved.config, key) if describe else None,
+            description=description_of(resolved.config, key) if describe else None,
         )
         for key, value in flat(settings).items()
     ]

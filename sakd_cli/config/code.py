@@ -207,7 +207,7 @@ def settings_class(name: str, found: Any, base: type[Kind], given: Iterable[str]
     return kind
 
 
-def made(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
+def construct(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
     """What own code makes of what is given and of its settings. UsageError, naming file and line, where it fails."""
     known = type(config).model_fields
     taken = {key: given[key] if key in given else getattr(config, key, None) for key in _parameters(found, given)}
@@ -224,7 +224,7 @@ def ancestors(found: object) -> set[str]:
     return {kind.__name__ for kind in found.__mro__} if isinstance(found, type) else set()
 
 
-def named(values: Iterable[Any]) -> list[str]:
+def own_names(values: Iterable[Any]) -> list[str]:
     """The names of own code in settings: texts, and lists of them."""
     texts = [text for value in values for text in (value if isinstance(value, list | tuple) else [value])]
     return [part for text in texts if isinstance(text, str) for part in text.split("+") if of_file(part)]
@@ -262,7 +262,7 @@ def is_object(name: str) -> bool:
 
 def hashes(values: Iterable[Any], known: Iterable[str]) -> tuple[str, ...] | None:
     """`SHA-256  my.py` of every file that these settings name, or the line that is `known`; None: they name none."""
-    paths = {name.rpartition(":")[0] for name in named(values) if not name.startswith(PYTHON)}
+    paths = {name.rpartition(":")[0] for name in own_names(values) if not name.startswith(PYTHON)}
     lines = {line.partition("  ")[2]: line for line in known}
     return tuple(lines.get(path) or f"{_read(path)[1]}  {path}" for path in sorted(paths)) or None
 

@@ -16,7 +16,7 @@ from pydantic import (
 
 from sakd_cli.config import code, plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name, must
-from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, shown
+from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, size_text
 from sakd_cli.errors import unknown
 from sakd_cli.files import expanded
 
@@ -207,7 +207,9 @@ class FilesConfig(DataConfig):
     @model_validator(mode="after")
     def _the_square_fits(self) -> "FilesConfig":
         if self.resize is not None and self.resize < min(height_width(self.size)):
-            raise ValueError(f"resize {self.resize} is smaller than the {shown(self.size)} pixels that are cut from it")
+            raise ValueError(
+                f"resize {self.resize} is smaller than the {size_text(self.size)} pixels that are cut from it"
+            )
         if self.resize is not None and self.resize_mode == "none":
             raise ValueError("resize_mode none leaves pictures as large as they are; resize belongs to the others")
         if self.interpolation == "lanczos" and not self.antialias:

@@ -105,7 +105,7 @@ def default_of(key: str) -> Any:
     return None
 
 
-def described(config: Config, key: str) -> str:
+def description_of(config: Config, key: str) -> str:
     *sections, leaf = key.split(".")
     for section in sections:
         if not isinstance(config := getattr(config, section), Config):

@@ -31,7 +31,7 @@ SOURCE = "data.preprocessing"  # the setting that takes all from a library's net
 MEANT = f"{SOURCE} is timm/NAME, torchvision/NAME or torchvision/WEIGHTS.VERSION"
 
 
-def shown(size: ImageSize) -> str:
+def size_text(size: ImageSize) -> str:
     """`96x128`: height and width."""
     height, width = height_width(size)
     return f"{height}x{width}"
@@ -80,7 +80,7 @@ class Preprocessing(Config):
             "none": "not resized",
         }
         upright = "turned upright by EXIF" if self.orientation else "as stored, whatever EXIF says"
-        return f"{upright}, over {self.background}, {how[self.resize_mode]}, the middle {shown(self.size)} cut out"
+        return f"{upright}, over {self.background}, {how[self.resize_mode]}, the middle {size_text(self.size)} cut out"
 
     def at(self, other: "Preprocessing") -> "Preprocessing | None":
         """The same part of a picture at the size of another network, resampled as that one does; None: the same."""
@@ -107,7 +107,7 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def of_library(name: str) -> dict[str, Any]:
+def library_preprocessing(name: str) -> dict[str, Any]:
     """Settings `data.*` with which a network of timm or torchvision was trained. UsageError where that is not known."""
     library, _, entry = name.partition("/")
     if library not in _LIBRARIES or not entry:

@@ -18,7 +18,7 @@ from sakd_cli.config.effective import automatic_precision
 from sakd_cli.config.keys import TABLES, usage_error
 from sakd_cli.config.options import OPTIONS, PROTOCOLS
 from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
-from sakd_cli.config.preprocessing import Preprocessing, of_library
+from sakd_cli.config.preprocessing import Preprocessing, library_preprocessing
 from sakd_cli.config.train import BELONGS
 from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig, RunConfig
 from sakd_cli.errors import UsageError
@@ -92,7 +92,7 @@ def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     above = [*option_sources(given), *set_sources(params.get("set_") or [])]
     settings = params.get("settings") or {}
     last = [ConfigSource(f"settings {key}", nested({key: value})) for key, value in settings.items()]
-    code.trust(*code.named(value for one in (*found, *above, *last) for value in flat(one.values).values()))
+    code.trust(*code.own_names(value for one in (*found, *above, *last) for value in flat(one.values).values()))
     return [*found, *protocol_sources(params.get("protocol"), [*found, *above]), *above, *last]
 
 
@@ -298,7 +298,7 @@ def _with_preprocessing(source: ConfigSource) -> ConfigSource:
     name = data.get("preprocessing") if isinstance(data, dict) else None
     if not isinstance(name, str) or not isinstance(data, dict) or Preprocessing.model_fields.keys() <= data.keys():
         return source
-    return source._replace(values=source.values | {"data": of_library(name) | data})
+    return source._replace(values=source.values | {"data": library_preprocessing(name) | data})
 
 
 def _for_task(task: str, source: ConfigSource) -> ConfigSource:

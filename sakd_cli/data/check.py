@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig, ImageFolderConfig
 from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, open_rgb, read
-from sakd_cli.data.pictures import Finding, FolderContents, SplitContents, shown
+from sakd_cli.data.pictures import Finding, FolderContents, SplitContents, legible
 from sakd_cli.data.published import reading_of, scan
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
 from sakd_cli.errors import DataError
@@ -132,14 +132,14 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     every = of_each(look, [place.path for place in places])
     for number, (place, one) in enumerate(zip(places, every, strict=True), start=1):
         if isinstance(one, Unreadable):
-            findings.append(Finding("unreadable", shown(one.path), one.reason))
+            findings.append(Finding("unreadable", legible(one.path), one.reason))
         else:
             seen[one.digest].append(place)
             looks.append((place, one))
         advance(number)
     notes += _oddities(found.parts, looks, config)
     (findings if isinstance(config, ImageFolderConfig) else notes).extend(_duplicates(seen))
-    sizes = {shown(part.folder): list(map(len, part.files.values())) for part in found.parts}
+    sizes = {legible(part.folder): list(map(len, part.files.values())) for part in found.parts}
     return _document(config, len(found.classes), sizes, findings, notes)
 
 
@@ -150,7 +150,7 @@ def _odd_names(found: FolderContents) -> Iterator[Finding]:
             if name.isprintable() and name == name.strip():
                 continue
             text = f"the class {name!a} has spaces or signs that are not seen"
-            yield Finding("name", shown(part.folder), text)
+            yield Finding("name", legible(part.folder), text)
 
 
 def _oddities(parts: list[SplitContents], looks: list[tuple[Place, Looks]], config: FilesConfig) -> Iterator[Finding]:
@@ -178,7 +178,7 @@ def _duplicates(seen: Mapping[bytes, list[Place]]) -> Iterator[Finding]:
         others = [place for place in places if place[:2] != first[:2]]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            yield Finding("duplicate", shown(first.path), f"is the same picture as {shown(others[0].path)}{more}")
+            yield Finding("duplicate", legible(first.path), f"is the same picture as {legible(others[0].path)}{more}")
 
 
 def _loaded(config: DataConfig) -> DataCheck:

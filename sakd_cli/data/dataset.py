@@ -67,7 +67,7 @@ class Split:
         return Split(self.images[index], self.labels[index], self.origins()[index.cpu()])
 
 
-def joined(splits: Sequence[Split]) -> Split:
+def join_splits(splits: Sequence[Split]) -> Split:
     """All images of several splits of one data set, one after another."""
     if len(splits) == 1:
         return splits[0]

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from sakd_cli.config.preprocessing import Preprocessing, height_width
 from sakd_cli.data.augment import RATIO
 from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
-from sakd_cli.data.pictures import shown
+from sakd_cli.data.pictures import legible
 from sakd_cli.errors import DataError, MemoryLimitError, SakdError
 from sakd_cli.torchrun import cpu_count
 
@@ -213,7 +213,7 @@ def raise_if_unreadable(found: Result | Unreadable) -> Result:
     """The same. Raises DataError, naming the file and the class, where it is none."""
     if isinstance(found, Unreadable):
         folder = os.path.basename(os.path.dirname(found.path))
-        raise DataError(f"{shown(found.path)} (class {shown(folder)}): {found.reason}", HINT)
+        raise DataError(f"{legible(found.path)} (class {legible(folder)}): {found.reason}", HINT)
     return found
 
 

@@ -127,7 +127,7 @@ def read(folder: Path) -> Fingerprint | None:
         raise UsageError(f"{path}: damaged") from None
 
 
-def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
+def changed_images(then: Fingerprint, now: Fingerprint) -> list[str]:
     """All by which the images are not those of `then`: classes, then images missing, new, changed, in another order."""
     if then.classes != now.classes:
         return [f"the classes were {', '.join(then.classes[:9])} and are {', '.join(now.classes[:9])}"]

@@ -99,7 +99,7 @@ def scan_folder(root: Path, tests: tuple[str, ...] | None = None) -> FolderConte
         test = None
     parts = [scan_split(part, findings, notes) for part in (val, test) if part is not None]
     findings += [fault for part in (ours, *parts) for fault in faults_of(part)]
-    findings += [fault for part in parts for fault in differences(ours, part)]
+    findings += [fault for part in parts for fault in unequal_classes(ours, part)]
     return FolderContents(ours, parts[-1], findings, parts[0] if len(parts) > 1 else None, tuple(notes))
 
 
@@ -156,10 +156,10 @@ def _readable_names(folder: Path, files: dict[str, list[str]], findings: list[Fi
     """The same. Names that are no text go to the findings: a network's card could not hold them."""
     for name, paths in files.items():
         if not is_text(name):
-            findings.append(Finding("name", shown(folder / name), f"the name of this class {NO_TEXT}"))
+            findings.append(Finding("name", legible(folder / name), f"the name of this class {NO_TEXT}"))
         else:
             odd = [path for path in paths if not is_text(path)]
-            findings += [Finding("name", shown(path), f"its name {NO_TEXT}") for path in odd]
+            findings += [Finding("name", legible(path), f"its name {NO_TEXT}") for path in odd]
     return files
 
 
@@ -170,7 +170,7 @@ def is_text(name: str) -> bool:
         return False
 
 
-def shown(path: Path | str) -> str:
+def legible(path: Path | str) -> str:
     """A path as text on one line; bytes that are none as `\\xe9`, signs that are not seen as `\\n` or `\\u202e`."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -189,7 +189,7 @@ def _holds_runs(folder: Path) -> bool:
 def _inside(root: Path) -> list[str]:
     """Names of the folders in the data set's folder. Raises DataError where it is none."""
     if not is_text(str(root)):
-        raise DataError(f"{shown(root)}: its name {NO_TEXT}")
+        raise DataError(f"{legible(root)}: its name {NO_TEXT}")
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
     try:
@@ -240,7 +240,7 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding], lef
         elif ending in ENDINGS:
             yield one.path
         else:
-            left[f"*{shown(ending)}" if ending else "without an ending"] += 1
+            left[f"*{legible(ending)}" if ending else "without an ending"] += 1
 
 
 def pictures_below(folder: Path, findings: list[Finding]) -> Iterator[str]:
@@ -265,7 +265,7 @@ def faults_of(part: SplitContents) -> list[Finding]:
     return findings
 
 
-def differences(train: SplitContents, test: SplitContents) -> list[Finding]:
+def unequal_classes(train: SplitContents, test: SplitContents) -> list[Finding]:
     """Classes of one part that the other does not have."""
     findings = []
     for here, there in ((train, test), (test, train)):

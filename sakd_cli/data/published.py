@@ -33,12 +33,12 @@ from sakd_cli.data.pictures import (
     FolderContents,
     SplitContents,
     as_one,
-    differences,
     faults_of,
     is_text,
+    legible,
     scan_folder,
     scan_labelled,
-    shown,
+    unequal_classes,
 )
 from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import expanded
@@ -87,7 +87,7 @@ def scan_manifest(manifest: Path, root: Path) -> FolderContents:
     if train is None or (test or val) is None:
         raise DataError(f"{manifest}: its column split has no {'train' if train is None else 'test and no val'}")
     others = [part for part in (val, test) if part is not None]
-    findings += [fault for part in others for fault in differences(train, part)]
+    findings += [fault for part in others for fault in unequal_classes(train, part)]
     return FolderContents(train, others[-1], findings, others[0] if len(others) > 1 else None)
 
 
@@ -109,7 +109,7 @@ def _contents(manifest: Path, part: str, files: dict[str, list[str]]) -> SplitCo
 def _rows(manifest: Path) -> Iterator[Row]:
     try:
         if not manifest.is_file():
-            raise DataError(f"{shown(manifest)}: {'no file' if manifest.exists() else 'no such file'}", LINE)
+            raise DataError(f"{legible(manifest)}: {'no file' if manifest.exists() else 'no such file'}", LINE)
         with manifest.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
             columns = {name.strip().lower(): name for name in table.fieldnames or () if name}

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.preprocessing import Preprocessing, height_width, shown
+from sakd_cli.config.preprocessing import Preprocessing, height_width, size_text
 from sakd_cli.data.augment import (
     Changes,
     Scale,
@@ -96,8 +96,8 @@ def describe_reading(split: Split) -> str | None:
         return None
     spec = split.images.spec
     if split.images.cached:
-        return f"images: all decoded before the first step and cached in memory, {shown(spec.seen.size)}"
-    return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {shown(spec.seen.size)}"
+        return f"images: all decoded before the first step and cached in memory, {size_text(spec.seen.size)}"
+    return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {size_text(spec.seen.size)}"
 
 
 class Views:

@@ -15,7 +15,7 @@ from sakd_cli.errors import DataError
 
 def _plugged(name: str, function: Callable[..., object]) -> Callable[[Any], Dataset]:
     def load(config: DataConfig) -> Dataset:
-        found = code.made(function, config, {"config": config, "root": config.root})
+        found = code.construct(function, config, {"config": config, "root": config.root})
         where = code.line_of(function) or name
         if not isinstance(found, Dataset):
             raise DataError(f"{where}: returned a {type(found).__name__}, not a Dataset of sakd_cli.api", code.GUIDE)

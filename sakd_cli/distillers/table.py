@@ -143,7 +143,7 @@ def _plugged(name: str, row: Any) -> DistillerRow:
     @wraps(row, updated=())
     def make(spots: tuple[Spot, ...], config: MethodConfig, *given: Any) -> Distiller:
         several = dict(zip(("spots", "config", "labels", "batch_size"), (spots, config, *given), strict=False))
-        distiller: Distiller = code.made(row, config, several)
+        distiller: Distiller = code.construct(row, config, several)
         return distiller
 
     remembers = bool({"labels", "batch_size"} & inspect.signature(row).parameters.keys())

@@ -71,7 +71,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def made(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def torch_optimizer(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer that `train` names over torch's parameter groups. UsageError where it cannot be made."""
     name = train.optimizer
     given = {"momentum": train.momentum, "nesterov": train.nesterov, "betas": train.betas, "eps": train.eps}
@@ -194,7 +194,7 @@ class Optimizer(Remembered):
             self._clipped += [(settings, group.parameters)] if settings.clip_norm or settings.clip_value else []
             kind = settings.optimizer, settings.momentum, settings.nesterov, settings.betas, settings.eps
             slices.setdefault(kind, []).extend(_slices(group, settings, scales or {}, undecayed))
-        self.parts = [(made(of[0].train, [one.settings for one in of]), of) for of in slices.values()]
+        self.parts = [(torch_optimizer(of[0].train, [one.settings for one in of]), of) for of in slices.values()]
         who = {p: optimizer for optimizer, _ in self.parts for group in optimizer.param_groups for p in group["params"]}
         self._places = {name: (who[parameter], parameter) for name, parameter in places(self.groups).items()}
         self._on_device = updates_on_device(self.groups[0].parameters[0])

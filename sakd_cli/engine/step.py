@@ -39,8 +39,8 @@ class TrainStep:
     def __call__(self, batch: Batch) -> None:
         outputs: list[StepOutput] = []
         losses = self._losses(batch, outputs)
-        self.optimizer.step(losses, lambda gradients: self.guard.inspect(batch, joined(outputs), gradients))
-        output = joined(outputs)
+        self.optimizer.step(losses, lambda gradients: self.guard.inspect(batch, join_outputs(outputs), gradients))
+        output = join_outputs(outputs)
         distributed.average_buffers(self._statistics)
         if self.delivered is not None:
             self.delivered.update()
@@ -74,7 +74,7 @@ def _weighted(output: StepOutput, share: float) -> StepOutput:
     return StepOutput(output.loss.detach() * share, None if logits is None else logits.detach(), parts, use)
 
 
-def joined(outputs: list[StepOutput]) -> StepOutput:
+def join_outputs(outputs: list[StepOutput]) -> StepOutput:
     """That of a batch, from those of its parts: means added up, rows one after another."""
     if len(outputs) == 1:
         return outputs[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.preprocessing import shown
+from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.config.training import EvalConfig
 from sakd_cli.documents.table import Accuracy, Check, Export, Latency
@@ -286,7 +286,7 @@ def model_card(card: NetworkCard, facts: dict[str, Any], form: Form, document: E
     return f"""\
 # {card.architecture} on {card.dataset}, {document.format}
 
-An image classifier for {len(card.classes)} classes of RGB images of {shown(card.side)} pixels.
+An image classifier for {len(card.classes)} classes of RGB images of {size_text(card.side)} pixels.
 {known}
 `{form.file}` takes {takes}; `config.json` has the class names in the order of the logits.
 Pictures: {card.seen.text} (`preprocessing` in `config.json`). In this folder:

@@ -99,7 +99,7 @@ class Half(nn.Module):
         return logits.float()
 
 
-def halved(network: nn.Module) -> nn.Module:
+def to_fp16(network: nn.Module) -> nn.Module:
     """The same in fp16; pixels are still normalised in fp32."""
     if not isinstance(network, FromPixels):
         return Half(network).eval()
@@ -213,7 +213,7 @@ def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) 
     known = onnx.defs.onnx_opset_version()
     if how.opset is not None and how.opset > known:
         raise UsageError(f"--opset {how.opset}: the installed onnx knows opsets up to {known}")
-    network = halved(network) if how.precision == "fp16" else network
+    network = to_fp16(network) if how.precision == "fp16" else network
     traced = how.opset is not None and how.opset < TRACED
     named: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "opset_version": how.opset}
     buffer: Any = io.BytesIO()
@@ -273,7 +273,7 @@ def _open_onnx(card: NetworkCard, folder: Path) -> Function:
 
 
 def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
-    network = halved(network) if how.precision == "fp16" else network
+    network = to_fp16(network) if how.precision == "fp16" else network
     try:
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except (RuntimeError, ValueError) as error:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sakd_cli.config.code import TRUST, untrusted
-from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, size_text
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, weights_file, write_aside, write_json
 from sakd_cli.models.external import check_size, metadata_block
@@ -247,7 +247,7 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
         )
     return (
         f"# {card.architecture} on {card.dataset}\n\n"
-        f"An image classifier for {len(card.classes)} classes, {shown(card.side)} pixels, "
+        f"An image classifier for {len(card.classes)} classes, {size_text(card.side)} pixels, "
         f"{made}{accuracy}\n"
         f"{learned}\n"
         "`model.safetensors` holds the weights, `config.json` the architecture, the class names and the mean and\n"

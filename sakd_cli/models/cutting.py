@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sakd_cli.config.preprocessing import ImageSize, height_width, shown
+from sakd_cli.config.preprocessing import ImageSize, height_width, size_text
 from sakd_cli.errors import UsageError, first_line
 from sakd_cli.models.staged import Layout, StagedModel, StageInfo
 
@@ -93,7 +93,7 @@ def cut(network: nn.Module, name: str, family: str, num_classes: int, side: Imag
     except CannotCutError as error:
         raise UsageError(f"{name}: cannot be cut into stages: {error}") from None
     except Exception as error:  # whatever a network of somebody else's raises
-        raise UsageError(f"{name}: fails on images of {shown(side)} pixels ({first_line(error)})") from None
+        raise UsageError(f"{name}: fails on images of {size_text(side)} pixels ({first_line(error)})") from None
     return model.train(training)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sakd_cli.config.preprocessing import shown
+from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.files import CARD_SEAL, read_json, sealed, sha256, unsealed, write_aside, write_json
@@ -256,7 +256,7 @@ def _readme(card: NetworkCard, members: list[dict[str, Any]]) -> str:
     names = " + ".join(str(entry["architecture"]) for entry in members)
     return (
         f"# {names} on {card.dataset}\n\n"
-        f"A student and its residual students for {len(card.classes)} classes, {shown(card.side)} pixels, trained "
+        f"A student and its residual students for {len(card.classes)} classes, {size_text(card.side)} pixels, trained "
         "with sakd.\nTheir logits are summed; an image whose uncertainty after member n is at most thresholds[n] needs "
         "no further one.\n\n"
         "`ensemble.json` has the order, the thresholds, the class names, and the mean and standard deviation of pixel\n"

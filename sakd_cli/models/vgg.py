@@ -19,7 +19,7 @@ MIN_HEIGHT = 8
 
 
 class PoolIfHigh(nn.Module):
-    """2x2 max-pooling of maps at least LEAST_HEIGHT high; smaller ones pass as they are."""
+    """2x2 max-pooling of maps at least MIN_HEIGHT high; smaller ones pass as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 2) if x.shape[2] >= MIN_HEIGHT else x

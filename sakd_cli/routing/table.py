@@ -331,7 +331,7 @@ def _matched(config: Any, pair: Pair) -> Router:
 
 def _plugged(name: str, kind: type[Router]) -> Callable[[Any, Pair], Router]:
     def made(config: Any, pair: Pair) -> Router:
-        router: Router = code.made(kind, config, pair._asdict() | {"config": config})
+        router: Router = code.construct(kind, config, pair._asdict() | {"config": config})
         where = code.line_of(router, "__init__") or name
         if not isinstance(config, LearnedConfig) and any(one.requires_grad for one in router.parameters()):
             text = "has weights, and nothing trains them: that needs `settings` of a LearnedConfig, and a gate"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.preprocessing import ImageSize, shown
+from sakd_cli.config.preprocessing import ImageSize, size_text
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, RandomMatchedConfig, TrainedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, RunConfig
@@ -173,7 +173,7 @@ def _require_one_size(config: DistillConfig, images: Images) -> None:
     """Raise UsageError where the teacher sees another size than the student, and something cannot have that."""
     if images.teacher_sees is None:
         return
-    sizes = f"the teacher sees {shown(images.teacher_side)} pixels, the student {shown(images.side)}"
+    sizes = f"the teacher sees {size_text(images.teacher_side)} pixels, the student {size_text(images.side)}"
     if config.teacher.cache:
         raise UsageError(f"teacher.cache: {sizes}; a teacher cache is for one size", "--set teacher.cache=false")
     if config.residual.students:

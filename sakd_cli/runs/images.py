@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, shown
+from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, size_text
 from sakd_cli.config.routers import MetaConfig
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.data import fingerprint
 from sakd_cli.data import table as datasets
 from sakd_cli.data.augment import Changes, Mixing
 from sakd_cli.data.check import find_unreadable
-from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, joined, limit_train
+from sakd_cli.data.dataset import Dataset, Split, balanced_rates, hold_out, join_splits, limit_train
 from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.pictures import Finding, pictures_below
@@ -42,7 +42,7 @@ class Images:
     @property
     def shown(self) -> Split:
         """What training shows: its images, and behind them those without labels."""
-        return self.train if self.unlabeled is None else joined([self.train, self.unlabeled])
+        return self.train if self.unlabeled is None else join_splits([self.train, self.unlabeled])
 
     @property
     def parts(self) -> dict[str, Split]:
@@ -71,7 +71,7 @@ class Images:
         now = fingerprint.of_images(self.dataset.classes, self.parts, then.mode if then else mode)
         if then is not None:
             hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
-            fingerprint.require_none(fingerprint.differences(then, now), str(begun), hint)
+            fingerprint.require_none(fingerprint.changed_images(then, now), str(begun), hint)
         return now
 
     @property
@@ -101,8 +101,8 @@ def load_images(
         also = config.seen.at(teacher)
         if also is not None and config.geometry != "crop" and not also.alike(config.seen):
             raise UsageError(
-                f"data.size: {shown(also.size)} pixels of the teacher and {shown(config.size)} of the student are of "
-                "other proportions: no crop from a border is the same for both",
+                f"data.size: {size_text(also.size)} pixels of the teacher and {size_text(config.size)} of the student "
+                "are of other proportions: no crop from a border is the same for both",
                 "--set data.augment=crop; or sizes of the same proportions",
             )
         if also is not None and config.erase:

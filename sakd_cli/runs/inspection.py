@@ -25,7 +25,7 @@ from sakd_cli.runs.own import trust_own
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")
 
 
-def inspected(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> SpotsDocument:
+def inspect_run(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> SpotsDocument:
     """The document of a run's routing, with the files that the options of the command ask for.
 
     named  None: the newest distillation. Raises UsageError where there is none.
@@ -36,7 +36,7 @@ def inspected(named: Path | None, params: Mapping[str, Any], reporter: Reporter)
     if samples and samples.suffix not in (".jsonl", ".csv"):
         raise UsageError(f"--samples {samples}: the name ends in .jsonl or .csv")
     if plot:
-        plots.checked(plot)
+        plots.require_plot(plot)
     document, survey = _read(named, params, reporter)
     if plot:
         plots.write(spot_figure(document, params["panel"]), plot)

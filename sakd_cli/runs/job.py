@@ -13,7 +13,7 @@ from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.options import PROTOCOLS
-from sakd_cli.config.preprocessing import height_width, shown
+from sakd_cli.config.preprocessing import height_width, size_text
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import LearnedConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
@@ -81,7 +81,7 @@ def warnings_of(job: Job) -> list[str]:
     if pixels > 64**2 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
         notes.append(
             f"{job.network.name} is made for images of 32 pixels; those of "
-            f"{side if isinstance(side, int) else shown(side)} take {pixels / 32**2:.0f} times as long "
+            f"{side if isinstance(side, int) else size_text(side)} take {pixels / 32**2:.0f} times as long "
             "(--set data.size=64)"
         )
     card = job.teacher.card.preprocessing if job.teacher else None

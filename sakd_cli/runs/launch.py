@@ -15,7 +15,7 @@ import torch
 from sakd_cli import distributed, torchrun
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, HELD
-from sakd_cli.config.preprocessing import shown
+from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.resolve import flat, relative
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.dataset import seeded_generator
@@ -363,7 +363,7 @@ class Launcher:
         for place, one in enumerate(job.teachers):
             say(f"{'and' if place else 'teacher:'} {one.network.model.name} from {one.path}")
         if job.images.teacher_sees is not None:
-            say(f"the teacher sees the same crops with {shown(job.images.teacher_side)} pixels")
+            say(f"the teacher sees the same crops with {size_text(job.images.teacher_side)} pixels")
         with self.guard():
             return launch(job, extensions, plan, self.reporter, resume_command, images)
 

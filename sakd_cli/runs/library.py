@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.networks import find_network
-from sakd_cli.config.preprocessing import Preprocessing, of_library
+from sakd_cli.config.preprocessing import Preprocessing, library_preprocessing
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.published import default_root
 from sakd_cli.data.table import describe
@@ -46,7 +46,7 @@ def trained_by_library(name: str, data: DataConfig | None) -> Path:
     """
     network = find_network(name)
     entry = str(network.arguments["entry"])
-    said = of_library(f"{network.family}/{entry}")
+    said = library_preprocessing(f"{network.family}/{entry}")
     theirs = library_classes(entry, network.family)
     if data is None:
         if theirs is None:

@@ -14,7 +14,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import expanded, folder_of, read_about, read_card, sha256, weights_file
+from sakd_cli.files import card_settings, expanded, folder_of, read_about, sha256, weights_file
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
 
@@ -107,7 +107,7 @@ def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
 def read_preprocessing(weights: Path | None) -> Preprocessing | None:
     """What the header of a network of ours says of its pictures; None where it says nothing, or cannot be read."""
     try:
-        return Preprocessing.model_validate(read_card(weights_file(weights))["preprocessing"]) if weights else None
+        return Preprocessing.model_validate(card_settings(weights_file(weights))["preprocessing"]) if weights else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

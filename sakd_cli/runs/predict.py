@@ -19,7 +19,7 @@ from sakd_cli.data.augment import normalise
 from sakd_cli.data.decode import Reading, Unreadable
 from sakd_cli.data.files import ImageSpec, load_eval_image, v2
 from sakd_cli.data.loader import MAX_BYTES
-from sakd_cli.data.pictures import Finding, pictures_below, shown
+from sakd_cli.data.pictures import Finding, legible, pictures_below
 from sakd_cli.documents.evaluation import ClassProbability, Prediction, Predictions
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
@@ -53,7 +53,7 @@ def find_pictures(named: Sequence[str]) -> list[Picture]:
                 pattern = glob.has_magic(path)
                 found.append(Picture(path, "no file fits this pattern" if pattern else "no such file or directory"))
     if not found:
-        raise DataError(f"{', '.join(map(shown, named[:3]))}: no pictures there")
+        raise DataError(f"{', '.join(map(legible, named[:3]))}: no pictures there")
     return found
 
 
@@ -106,12 +106,12 @@ def predict(
             for picture, image in zip(batch, images, strict=True):
                 if isinstance(image, Unreadable):
                     reason = image.reason.partition(": --set")[0]  # a setting of trainings
-                    reporter.warn(f"{shown(picture.path)}: {reason}")
-                    found.append(Prediction(file=shown(picture.path), classes=[], error=reason))
+                    reporter.warn(f"{legible(picture.path)}: {reason}")
+                    found.append(Prediction(file=legible(picture.path), classes=[], error=reason))
                 else:
                     classes, stage = next(answers)
                     last = stage if exits.thresholds else None
-                    found.append(Prediction(file=shown(picture.path), classes=classes, exit=last))
+                    found.append(Prediction(file=legible(picture.path), classes=classes, exit=last))
             reporter.advance(len(found))
     finally:
         reporter.end()

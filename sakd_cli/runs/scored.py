@@ -10,7 +10,7 @@ from sakd_cli.config.datasets import DATASETS, DataConfig, FilesConfig, ImageFol
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import PROCEDURES, DistillConfig, EvalConfig, RunConfig
 from sakd_cli.data import fingerprint, table
-from sakd_cli.data.dataset import Split, joined
+from sakd_cli.data.dataset import Split, join_splits
 from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.imagefolder import load_labelled
 from sakd_cli.engine.reporter import Reporter
@@ -90,13 +90,13 @@ def images_to_score(
         raise UsageError(f"{weights}: there is no validation part (data.validation is 0)", "--split test, or all")
     now = _taken(data, images.dataset.classes, parts, then)
     if then is not None and not wanted.folder and _choice(trained.data) == _choice(data):
-        found = fingerprint.differences(then, now)[:1] if then.classes != now.classes else []
+        found = fingerprint.changed_images(then, now)[:1] if then.classes != now.classes else []
         found += [text for part in parts for text in fingerprint.lost(then, now, part)]
         where = f"{data.name} in {data.root}" if data.root else data.name
         fingerprint.require_none(found, where, "--data-root DIR scores a folder as it is")
         if new := now.contents(*parts) - then.contents(*parts):
             reporter.warn(f"{len(new)} of the {split} images are new since the run began")
-    shown = replace(images, dataset=replace(images.dataset, test=joined(list(parts.values()))))
+    shown = replace(images, dataset=replace(images.dataset, test=join_splits(list(parts.values()))))
     known = _trained_on(then, now)
     if known and split == "test":
         reporter.warn(f"{known} of the {len(shown.dataset.test)} test images were trained on")

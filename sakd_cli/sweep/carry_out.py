@@ -20,7 +20,7 @@ from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor, library
-from sakd_cli.sweep.halving import STAGES, cell_of, halved
+from sakd_cli.sweep.halving import STAGES, cell_of, dropped_by_halving
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
@@ -38,7 +38,7 @@ def understood(
     if not path.exists() and path.stem in presets():
         path = presets()[path.stem]
     layer = ConfigSource("settings", dict(file)) if isinstance(file, Mapping) else file_source(path, str(file))
-    code.trust(*code.named(layer.values.values()))
+    code.trust(*code.own_names(layer.values.values()))
     if layer.values.get("task") != SWEEP:
         raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
     part = {"methods": "methods", "pairs": "pairs", "routers": "some_routers", "seeds": "seed_count"}
@@ -137,7 +137,7 @@ def _train(
         runs = [sweep_run(entry) for entry in part.entries.values() if entry.member.role is Role.student]
         return {run.key: run.validation_top1 for run in runs if run.validation_top1 is not None}
 
-    out = halved(stages, factor, trained)
+    out = dropped_by_halving(stages, factor, trained)
     scheduler.leave_out([key for key, member in whole.items() if cell_of(member) in out])
     cells = {cell_of(member) for member in whole.values() if member.pair}
     say(f"halving: {len(out)} of {len(cells)} settings are left out")

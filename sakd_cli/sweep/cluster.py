@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from sakd_cli.errors import UsageError
-from sakd_cli.sweep.executor import Ended, Executor, Job, carried_out, library
+from sakd_cli.sweep.executor import Ended, Executor, Job, library, run_job
 from sakd_cli.torchrun import cpu_count
 
 RETRIES = 3  # of a Ray task whose worker or machine is lost; it resumes from the run's last checkpoint
@@ -50,7 +50,7 @@ class RayExecutor(ClusterExecutor):
         options.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
         options.setdefault("max_retries", RETRIES)
         try:
-            self.remote = ray.remote(carried_out).options(**options)
+            self.remote = ray.remote(run_job).options(**options)
         except (TypeError, ValueError) as error:
             raise UsageError(f"--resource: {str(error).partition(chr(10))[0]}", "as ray.remote takes them") from None
 
@@ -89,7 +89,7 @@ class Work:
         self.job = job
 
     def __call__(self) -> int:
-        return carried_out(self.job)
+        return run_job(self.job)
 
     def checkpoint(self) -> Any:
         """Asked by submitit at the end of the time or at a preemption."""

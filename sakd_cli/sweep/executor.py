@@ -84,7 +84,7 @@ class Executor(ABC):
         return
 
 
-def started(job: Job, variables: dict[str, str], *, session: bool) -> subprocess.Popen[bytes]:
+def start_job(job: Job, variables: dict[str, str], *, session: bool) -> subprocess.Popen[bytes]:
     """The process of a job; `child` sees to it that it does not outlive this one. `session`: in one of its own."""
     command, null = [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid())], subprocess.DEVNULL
     where: dict[str, Any] = {"cwd": job.folder, "env": variables, "start_new_session": session}
@@ -92,7 +92,7 @@ def started(job: Job, variables: dict[str, str], *, session: bool) -> subprocess
         return subprocess.Popen([*command, *job.arguments], stdin=null, stdout=null, stderr=log, **where)
 
 
-def surroundings(more: dict[str, str] | None = None, *, several: int = 1) -> dict[str, str]:
+def environment_of_job(more: dict[str, str] | None = None, *, several: int = 1) -> dict[str, str]:
     """Environment of a job: no SAKD_* variable (its config is complete), this very package, its share of the cores.
 
     several   as many run at a time; OMP_NUM_THREADS from outside wins
@@ -142,9 +142,9 @@ class LocalExecutor(Executor):
     def submit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             gpu = self.free.pop(0)
-            variables = surroundings({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}, several=self.jobs)
+            variables = environment_of_job({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}, several=self.jobs)
             # A session of its own: Ctrl-C reaches this process alone, which passes it on.
-            self.running[job.key] = (started(job, variables, session=True), gpu)
+            self.running[job.key] = (start_job(job, variables, session=True), gpu)
 
     def ended(self) -> list[Ended]:
         found = [Ended(key, child.returncode) for key, (child, _) in self.running.items() if child.poll() is not None]
@@ -183,13 +183,13 @@ class InProcessExecutor(Executor):
         return over
 
 
-def carried_out(job: Job) -> int:
+def run_job(job: Job) -> int:
     """Carry out one job here and wait for it: what a worker of Ray or Slurm does. Its exit code.
 
     A worker that is asked to end passes that on, and the job saves its state first.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with started(job, surroundings(), session=False) as child:
+    with start_job(job, environment_of_job(), session=False) as child:
         try:
             return child.wait()
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ STAGES = 2  # before the one with all epochs
 Train = Callable[[Sequence[Member]], Mapping[str, float]]
 
 
-def halved(stages: Sequence[Sequence[Member]], factor: int, train: Train) -> dict[str, str]:
+def dropped_by_halving(stages: Sequence[Sequence[Member]], factor: int, train: Train) -> dict[str, str]:
     """The cells that do not pass, and why.
 
     stages  the members of each, from the shortest one; train: trains members and gives, by key, their top-1

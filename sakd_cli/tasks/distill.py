@@ -24,7 +24,7 @@ from sakd_cli.routing.graft import Graft, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
 from sakd_cli.tasks.ahead import benefits_of
 from sakd_cli.tasks.criterion import Criterion
-from sakd_cli.tasks.own_code import checked, require_floating
+from sakd_cli.tasks.own_code import check_decision, require_floating
 from sakd_cli.tasks.team import COMBINE, Seen, of_all, used
 
 ROUTER = "router"  # the group of what decides and of the adapters on its paths
@@ -309,7 +309,7 @@ class DistillTask(Task):
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
         """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""
         decision = self.router(teacher, student, noise, *answers)
-        return checked(self.router, decision, (len(self.spots), len(student)), routed=self.graft is not None)
+        return check_decision(self.router, decision, (len(self.spots), len(student)), routed=self.graft is not None)
 
     def objective(
         self, batch: Batch, student: Features, seen: Features, ce: Tensor | None, weight: Tensor

@@ -30,7 +30,7 @@ def method_of(module: nn.Module) -> str:
     return f"{f'{line}: ' if line else ''}{type(module).__name__}.{name}"
 
 
-def checked(router: Router, decision: object, shape: tuple[int, int], *, routed: bool) -> Decision:
+def check_decision(router: Router, decision: object, shape: tuple[int, int], *, routed: bool) -> Decision:
     """What a router gave for [spots, N]. Raises UsageError where it is not what its contract says."""
     if not isinstance(decision, Decision):
         text = f"must return a Decision, not a {type(decision).__name__}"

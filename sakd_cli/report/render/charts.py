@@ -234,7 +234,7 @@ def shades(chart: Heat, value: float, *, dark: bool = False) -> tuple[str, str]:
     return "#{:02x}{:02x}{:02x}".format(*rgb), "#000" if light > 0.179 else "#fff"
 
 
-def number(chart: Heat, value: Number) -> str:
+def cell_text(chart: Heat, value: Number) -> str:
     """A cell's number as it is written."""
     return DASH if value is None else points(value, 1) if chart.signed else fixed(value, 0)
 
@@ -335,13 +335,13 @@ def _heat(chart: Heat) -> str:
         parts.append(_label(x0 - 6, y + high / 2 + 4, name, "end", x0 - 8))
         for k, value in enumerate(row):
             (fill, ink), (night, light) = (shades(chart, value or 0.0, dark=dark) for dark in (False, True))
-            said = f"{name}, {chart.columns[k]}: {number(chart, value)}"
+            said = f"{name}, {chart.columns[k]}: {cell_text(chart, value)}"
             box = f'<rect x="{x0 + k * wide:.2f}" y="{y}" width="{wide - 1:.2f}" height="{high - 1}"'
             box += f' fill="{fill}" class="k" style="--z:{night}"/>' if value is not None else ' fill="none"/>'
             inside = ""
-            if chart.numbers and value is not None and extent(number(chart, value)) + 4 < wide:
+            if chart.numbers and value is not None and extent(cell_text(chart, value)) + 4 < wide:
                 at = f'x="{x0 + (k + 0.5) * wide:.1f}" y="{y + high / 2 + 4:.1f}"'
-                inside = f'<text {at} class="mid k" style="--a:{ink};--z:{light}">{number(chart, value)}</text>'
+                inside = f'<text {at} class="mid k" style="--a:{ink};--z:{light}">{cell_text(chart, value)}</text>'
             parts.append(f"<g><title>{text(said)}</title>{box}{inside}</g>")
     bottom = top + len(chart.rows) * high + 8
     if chart.width < WIDTH:
@@ -360,7 +360,7 @@ def _scale(chart: Heat, y: float) -> list[str]:
         f'fill="{shades(chart, value)[0]}" class="k" style="--z:{shades(chart, value, dark=True)[0]}"/>'
         for k, value in enumerate(values)
     ]
-    low, high = number(chart, least), number(chart, chart.most)
+    low, high = cell_text(chart, least), cell_text(chart, chart.most)
     boxes += [_label(x0 - 5, y + 9, low, "soft end"), _label(chart.width - x0 + 5, y + 9, high, "soft")]
     return [*boxes, _label(0, y + 24, chart.ends[0], "soft"), _label(chart.width, y + 24, chart.ends[1], "soft end")]
 

@@ -15,10 +15,10 @@ from sakd_cli.report.render.charts import (
     Chart,
     Heat,
     Lines,
+    cell_text,
     dashes,
     frame,
     marked,
-    number,
     shades,
     smoothed,
     without_middle,
@@ -64,7 +64,7 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def checked(path: Path, option: str = "--plot") -> Path:
+def require_plot(path: Path, option: str = "--plot") -> Path:
     """A file that a plot can be written to. UsageError for other formats, without its folder or matplotlib."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{option} {path}: the name ends in {' or '.join(FORMATS)}")
@@ -144,7 +144,7 @@ def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
     for y, row in enumerate(chart.cells if chart.numbers else ()):
         for x, value in enumerate(row):
             ink = shades(chart, value or 0.0)[1]
-            axes.text(x, y, number(chart, value), ha="center", va="center", fontsize=7, color=ink)
+            axes.text(x, y, cell_text(chart, value), ha="center", va="center", fontsize=7, color=ink)
     step = -(-len(chart.columns) // 12)
     means = chart.means or [""] * len(chart.columns)
     heads = [f"{plain(name)}\n{mean}".strip() for name, mean in zip(chart.columns, means, strict=True)]

@@ -11,9 +11,9 @@ from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number, Part
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import read_about, read_card, read_document
+from sakd_cli.files import card_settings, read_about, read_document
 from sakd_cli.report.render.format import plain
-from sakd_cli.report.spots.survey import Survey, by_peak, deviations, measure
+from sakd_cli.report.spots.survey import Survey, by_peak, less_base, measure
 from sakd_cli.rundir import RunDir, look_up
 
 RECORD, CARD, WEIGHTS = "spots.jsonl", "student/config.json", "student/model.safetensors"
@@ -192,7 +192,7 @@ def _class_names(run: RunDir) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DamagedError(f"{plain(run.path / CARD)}: names no classes")
     with suppress(OSError, ValueError, KeyError, TypeError):  # whoever uses the weights says what is wrong with them
-        if read_card(run.path / WEIGHTS)["classes"] != names:
+        if card_settings(run.path / WEIGHTS)["classes"] != names:
             raise DamagedError(f"{plain(run.path / CARD)}: names other classes than {WEIGHTS}")
     return [plain(name) for name in names]
 
@@ -206,7 +206,7 @@ def _by_class(epochs: list[doc.EpochRecord], overall: list[Number], names: list[
             for spot in range(len(overall))
         ]
         name = (names[label] if label < len(names) else "") or f"class {label}"
-        rows.append(doc.ClassFractions(name=name, fraction=fractions, deviation=deviations(fractions, overall)))
+        rows.append(doc.ClassFractions(name=name, fraction=fractions, deviation=less_base(fractions, overall)))
     return sorted(rows, key=by_peak)  # stable: classes that deviate alike stay in the order of their labels
 
 

@@ -230,7 +230,7 @@ def _spots(used: "Column", drawn: "Column", spots: "Spots") -> list[doc.SpotStat
     ]
 
 
-def deviations(values: Sequence[Number], base: Sequence[Number]) -> list[Number]:
+def less_base(values: Sequence[Number], base: Sequence[Number]) -> list[Number]:
     """Each value less its base; None where one of them is not known."""
     return [None if a is None or b is None else a - b for a, b in zip(values, base, strict=True)]
 
@@ -259,7 +259,7 @@ def _classes(used: "Column", answers: "dict[str, Column]", names: list[str]) -> 
     base = used.mean(axis=0).tolist()
     groups = [_group(used, answers, answers["label"] == label) for label in range(len(names))]
     rows = [
-        doc.ClassGroup(name=name or f"class {label}", deviation=deviations(group.mean, base), **dict(group))
+        doc.ClassGroup(name=name or f"class {label}", deviation=less_base(group.mean, base), **dict(group))
         for label, (name, group) in enumerate(zip(names, groups, strict=True))
     ]
     correlation: list[Number] = []
