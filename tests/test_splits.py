@@ -184,7 +184,7 @@ def test_a_fingerprint_is_the_same_when_it_is_read_and_where_the_folder_has_move
     assert fingerprint.read(tmp_path / "here") is None
     (tmp_path / "here").rename(tmp_path / "there")
     now = taken(tmp_path / "there")
-    assert (now.digest, fingerprint.differences(then, now)) == (then.digest, [])
+    assert (now.digest, fingerprint.changed_images(then, now)) == (then.digest, [])
 
 
 def test_of_many_bytes_the_sizes_alone_are_kept(tmp_path: Path) -> None:
@@ -194,15 +194,15 @@ def test_of_many_bytes_the_sizes_alone_are_kept(tmp_path: Path) -> None:
     Image.new("RGB", (30, 30), (1, 2, 3)).save(tmp_path / "bee/3.png")
     images = load(tmp_path)
     now = fingerprint.of_images(images.dataset.classes, images.parts, sizes.mode)
-    assert fingerprint.differences(sizes, now) == ["bee/3.png: another content"]
+    assert fingerprint.changed_images(sizes, now) == ["bee/3.png: another content"]
 
 
 def test_images_in_memory_have_one_sum_for_each_part() -> None:
     few, other = (load_images(ShapesConfig(train=40, test=20, seed=seed)) for seed in (0, 1))
     then, now = (fingerprint.of_images(one.dataset.classes, one.parts) for one in (few, other))
     assert {part: images[0].label for part, images in then.parts.items()} == {"train": 36, "val": 4, "test": 20}
-    assert fingerprint.differences(then, then) == []
-    assert fingerprint.differences(then, now) == [f"{part}: another content" for part in ("train", "val", "test")]
+    assert fingerprint.changed_images(then, then) == []
+    assert fingerprint.changed_images(then, now) == [f"{part}: another content" for part in ("train", "val", "test")]
 
 
 DIFFERENCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -222,4 +222,4 @@ def test_what_has_changed_is_named(change: str, tmp_path: Path) -> None:
     act, expected = DIFFERENCES[change]
     then = taken(folder(tmp_path, count=8))
     act(tmp_path)
-    assert fingerprint.differences(then, taken(tmp_path)) == expected
+    assert fingerprint.changed_images(then, taken(tmp_path)) == expected

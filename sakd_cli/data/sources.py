@@ -97,7 +97,8 @@ def describe_reading(split: Split) -> str | None:
     spec = split.images.spec
     if split.images.cached:
         return f"images: all decoded before the first step and cached in memory, {size_text(spec.seen.size)}"
-    return f"images: read from files by {spec.workers or 1} process{'es' * (spec.workers > 1)}, {size_text(spec.seen.size)}"
+    workers = f"{spec.workers or 1} process{'es' * (spec.workers > 1)}"
+    return f"images: read from files by {workers}, {size_text(spec.seen.size)}"
 
 
 class Views:
