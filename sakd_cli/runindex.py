@@ -52,9 +52,8 @@ def read_config(path: Path) -> Settings | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     # A key may be a number in YAML, and then it is none of ours.
-    return (
-        settings if isinstance(settings, dict) and settings and all(isinstance(key, str) for key in settings) else None
-    )
+    ours = isinstance(settings, dict) and settings and all(isinstance(key, str) for key in settings)
+    return settings if ours else None
 
 
 def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:

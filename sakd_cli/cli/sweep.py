@@ -103,9 +103,8 @@ class ProgressTable:
         if self._live is None:
             counts = self.scheduler.counts()
             over = sum(counts[state] for state in (State.done, State.failed, State.blocked))
-            self.reporter.say(
-                f"[{over}/{len(self.scheduler.entries)}] {_state(entry)}  {entry.member.key}{_detail(entry)}"
-            )
+            done = f"[{over}/{len(self.scheduler.entries)}]"
+            self.reporter.say(f"{done} {_state(entry)}  {entry.member.key}{_detail(entry)}")
 
     def _table(self) -> RenderableType:
         names = ("Run", "State", "Epoch", "Step", "Validation top-1 %", "Left")

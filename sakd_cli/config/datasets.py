@@ -207,9 +207,8 @@ class FilesConfig(DataConfig):
     @model_validator(mode="after")
     def _the_square_fits(self) -> "FilesConfig":
         if self.resize is not None and self.resize < min(height_width(self.size)):
-            raise ValueError(
-                f"resize {self.resize} is smaller than the {size_text(self.size)} pixels that are cut from it"
-            )
+            size = size_text(self.size)
+            raise ValueError(f"resize {self.resize} is smaller than the {size} pixels that are cut from it")
         if self.resize is not None and self.resize_mode == "none":
             raise ValueError("resize_mode none leaves pictures as large as they are; resize belongs to the others")
         if self.interpolation == "lanczos" and not self.antialias:

@@ -149,11 +149,11 @@ def _type_name(annotation: Any) -> str:
 
 
 def keys_of(task: str) -> list[str]:
-    config = TASKS[task]
-    below = {
-        name: [leaf for kind in classes_of(config, name) for leaf in kind.model_fields] for name in config.model_fields
-    }
-    return list(dict.fromkeys(key for name in below for key in [name, *(f"{name}.{leaf}" for leaf in below[name])]))
+    found = dict[str, None]()
+    for name in TASKS[task].model_fields:
+        leaves = (leaf for kind in classes_of(TASKS[task], name) for leaf in kind.model_fields)
+        found |= dict.fromkeys([name, *(f"{name}.{leaf}" for leaf in leaves)])
+    return list(found)
 
 
 def ours(name: str, method: str = "") -> str | None:

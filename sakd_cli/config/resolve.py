@@ -210,9 +210,8 @@ def _with_paths(settings: dict[str, Any], change: Callable[[str], str]) -> dict[
         part = settings.get(section)
         value = part.get(key) if isinstance(part, dict) else None
         if isinstance(part, dict) and isinstance(value, str | list):
-            changed = [
-                change(one) if isinstance(one, str) else one for one in ([value] if isinstance(value, str) else value)
-            ]
+            several = [value] if isinstance(value, str) else value
+            changed = [change(one) if isinstance(one, str) else one for one in several]
             settings = settings | {section: part | {key: changed[0] if isinstance(value, str) else changed}}
     return settings
 

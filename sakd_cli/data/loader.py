@@ -253,9 +253,8 @@ class EvalLoader:
     def _pixels(self, images: Tensor | Files, rows: list[slice]) -> Iterator[Tensor]:
         if isinstance(images, Tensor):
             return (images[part] for part in rows)
-        pool = Pool(
-            BatchReader(images.spec, None, 0), workers=images.spec.workers, persistent=False, device=self._device
-        )
+        reader = BatchReader(images.spec, None, 0)
+        pool = Pool(reader, workers=images.spec.workers, persistent=False, device=self._device)
         return pool(BatchRequest(list(images.paths[part])) for part in rows)
 
 

@@ -113,9 +113,8 @@ def scan_labelled(root: Path, classes: tuple[str, ...]) -> FolderContents:
     there = [root / name for name in _inside(root) if name.lower() in {*TRAIN, *TEST, *VAL}]
     parts = [part for folder in there if (part := scan_split(folder, findings, notes)).files.keys() & set(classes)]
     labelled = {part.folder for part in parts}
-    notes += [
-        Finding("unlabelled", str(one), "has no folder of a class: not used") for one in there if one not in labelled
-    ]
+    left = [folder for folder in there if folder not in labelled]
+    notes += [Finding("unlabelled", str(folder), "has no folder of a class: not used") for folder in left]
     return as_one(root, parts or [scan_split(root, findings, notes)], classes, findings, notes)
 
 

@@ -157,9 +157,8 @@ def _wordnet_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
         return folders
     meaning = {line.partition("\t")[0]: line.partition("\t")[2].split(",")[0].strip() for line in lines}
     named = [meaning.get(folder) or folder for folder in folders]
-    return tuple(
-        f"{name} ({folder})" if named.count(name) > 1 else name for name, folder in zip(named, folders, strict=True)
-    )
+    both = zip(named, folders, strict=True)
+    return tuple(f"{name} ({folder})" if named.count(name) > 1 else name for name, folder in both)
 
 
 def _torchvisions(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
@@ -205,9 +204,8 @@ def scan_published(config: FilesConfig, known: PublishedSet) -> FolderContents:
     try:
         found = scan_folder(root, known.tests)
     except DataError as error:
-        raise DataError(
-            f"{config.name}: {error.message}", f"unpack {known.source}; name its folder: --data-root"
-        ) from None
+        hint = f"unpack {known.source}; name its folder: --data-root"
+        raise DataError(f"{config.name}: {error.message}", hint) from None
     if lists.is_file():
         found = _with_listed(found, lists)
     findings = list(found.findings)
@@ -239,9 +237,8 @@ def _with_listed(found: FolderContents, lists: Path) -> FolderContents:
         if kind in files and "/" not in name and path.is_file():
             files[kind].append(str(path))
         else:
-            findings.append(
-                Finding("missing", str(path), f"is listed in {lists.name} as {kind[:20]!r}: no such file or class")
-            )
+            text = f"is listed in {lists.name} as {kind[:20]!r}: no such file or class"
+            findings.append(Finding("missing", str(path), text))
     return found._replace(test=SplitContents(test, files), findings=findings)
 
 

@@ -202,9 +202,8 @@ class Composed(Distiller):
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         losses = [weight.new_zeros(())] * len(self.spots)
-        for part, rows, (factor, _), scale in zip(
-            self._distillers, self.rows, self.ingredients, self.scales, strict=True
-        ):
+        parts = zip(self._distillers, self.rows, self.ingredients, self.scales, strict=True)
+        for part, rows, (factor, _), scale in parts:
             if not any(part.active):
                 continue
             found = part(student, teacher, torch.stack([weight[k] for k in rows]), batch)

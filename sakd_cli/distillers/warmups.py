@@ -39,9 +39,8 @@ class AB(Warmup):
         super().__init__(spots, trains_student=True, want="preactivations")
         self.margin = config.margin
         shapes = [(spot.student_shape, spot.teacher_shape) for spot in spots]
-        self.connectors = nn.ModuleList(
-            [nn.Identity() if ours == theirs else ConvAdapter(ours, theirs, relu=False) for ours, theirs in shapes]
-        )
+        layers = [nn.Identity() if ours == theirs else ConvAdapter(ours, theirs, relu=False) for ours, theirs in shapes]
+        self.connectors = nn.ModuleList(layers)
 
     def forward(self, student: Features | None, teacher: Features) -> Tensor:
         assert student is not None

@@ -158,9 +158,8 @@ class SpotRecorder:
 
     def tensors(self) -> dict[str, Tensor]:
         events = {f"event/{name}": count for name, count in zip(self._event_names, self._events, strict=True)}
-        return {
-            name: count.clone(memory_format=torch.contiguous_format) for name, count in (self._counts | events).items()
-        }
+        counts = self._counts | events
+        return {name: count.clone(memory_format=torch.contiguous_format) for name, count in counts.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         for name, count in self._counts.items():

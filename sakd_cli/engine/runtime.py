@@ -59,9 +59,8 @@ class Mode(NamedTuple):
 
     def networks(self, device: torch.device) -> torch.autocast:
         """Networks, and what is trained to translate between them, run inside of this."""
-        return torch.autocast(
-            device.type, self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
-        )
+        dtype = self.autocast_dtype
+        return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def frozen(self, network: Module) -> Module:
         """A frozen network for use inside of `networks`: autocast would convert its weights anew in every pass.

@@ -107,7 +107,6 @@ def _order(file: Path, ours: tuple[str, ...], dataset: str) -> list[int]:
     except (ValueError, TypeError):
         raise UsageError(f"--classes {file}: holds no names of classes", "one a line, or a list in JSON") from None
     if sorted(theirs) != sorted(ours):
-        raise UsageError(
-            f"--classes {file}: is not the {len(ours)} classes of {dataset}: {differing_classes(theirs, ours)}"
-        )
+        found = differing_classes(theirs, ours)
+        raise UsageError(f"--classes {file}: is not the {len(ours)} classes of {dataset}: {found}")
     return [theirs.index(name) for name in ours]

@@ -74,9 +74,7 @@ def source(network: nn.Module, example: Tensor, about: str) -> str:
         raise UsageError(f"cannot be written as plain source ({first})", hint="--format onnx or pt2") from None
     used = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     layers = {name: layer for name, layer in network.named_modules() if name in used}
-    foreign = [
-        type(layer).__module__ for layer in layers.values() if not type(layer).__module__.startswith("torch.nn.")
-    ]
+    foreign = not all(type(layer).__module__.startswith("torch.nn.") for layer in layers.values())
     if foreign or any(node.op == "get_attr" for node in graph.nodes):
         raise UsageError("cannot be written as plain source: it has layers of its own", hint="--format onnx or pt2")
     rows = "\n".join(f"    {name!r}: lambda: {_constructor(layer)}," for name, layer in layers.items())

@@ -242,9 +242,8 @@ def _readme(card: NetworkCard, about: dict[str, Any]) -> str:
         known = f", top-1 {teacher['top1']:.2f} %" if "top1" in teacher else ""
         learned = f"\nTeacher: {teacher['network']}{known}, SHA-256 `{teacher['sha256']}`.\n"
     if (friendly := about.get("friendly")) is not None:
-        learned = (
-            f"\nA student-friendly teacher, trained together with branches of {', '.join(friendly['students'])}.\n"
-        )
+        students = ", ".join(friendly["students"])
+        learned = f"\nA student-friendly teacher, trained together with branches of {students}.\n"
     return (
         f"# {card.architecture} on {card.dataset}\n\n"
         f"An image classifier for {len(card.classes)} classes, {size_text(card.side)} pixels, "

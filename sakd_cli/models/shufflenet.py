@@ -98,10 +98,8 @@ def _depthwise(channels: int, stride: int) -> nn.Sequential:
 
 def build_v1(name: str, num_classes: int) -> StagedModel:
     """The ShuffleNet V1 of the benchmarks; it has one size."""
-    widths = (STEM, 240, 480, 960)
-    return grouped_network(
-        name, "shufflenetv1", num_classes, widths, UNITS, ConvUnit(3, STEM, 1), ShuffleUnit, stride=2
-    )
+    stem, widths = ConvUnit(3, STEM, 1), (STEM, 240, 480, 960)
+    return grouped_network(name, "shufflenetv1", num_classes, widths, UNITS, stem, ShuffleUnit, stride=2)
 
 
 def build_v2(name: str, num_classes: int, *, widths: tuple[int, int, int], embedding: int) -> StagedModel:

@@ -39,9 +39,7 @@ def align_stages(student: StagedModel, teacher: StagedModel) -> list[tuple[int, 
         stride = student.infos[ours[place]].stride
         candidates = theirs[place : limit - 1]
         depth = (place + 1) / len(ours) * len(theirs)
-        best = min(
-            reversed(candidates), key=lambda stage: (abs(teacher.infos[stage].stride - stride), abs(stage - depth))
-        )
+        best = min(reversed(candidates), key=lambda k: (abs(teacher.infos[k].stride - stride), abs(k - depth)))
         pairs.insert(0, (ours[place], best))
         limit = best
     return pairs

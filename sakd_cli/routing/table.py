@@ -91,9 +91,8 @@ class WSLD(AnswerRouter):
     unmixed = "compares both networks on the one label"
 
     def weigh(self, answers: Answers) -> Tensor:
-        student, teacher = (
-            F.cross_entropy(logits, answers.labels, reduction="none") for logits in (answers.student, answers.teacher)
-        )
+        student = F.cross_entropy(answers.student, answers.labels, reduction="none")
+        teacher = F.cross_entropy(answers.teacher, answers.labels, reduction="none")
         return 1 - (-student / teacher.clamp(min=1e-12)).exp()
 
 

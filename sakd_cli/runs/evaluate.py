@@ -91,6 +91,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
         known: dict[str, Any] = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
         quality = doc.TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
+    plainly = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     return doc.Evaluation(
         **dict(own),
         **target.origin(),
@@ -104,11 +105,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
         memory=doc.Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
         speed=speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
         teacher=quality,
-        branches=None
-        if branches is None
-        else branch_rows(
-            model, branches.to(device), EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
-        ),
+        branches=None if branches is None else branch_rows(model, branches.to(device), plainly),
         **mistaken,
         classes=_class_rows(doc.ClassMetrics, dataset.classes, scores, of_class, mistakes, teacher_top1=of_teacher),
     )

@@ -246,17 +246,14 @@ def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allow
     text = f"top-1 {measured.top1:.2f} % on {measured.images} test images, its card says {claim.top1:.2f} %"
     if allowed:
         return f"teacher: {text}; taken as it is"
-    raise UsageError(
-        f"{path}: {text}", hint="other weights or other images than then; --allow-teacher-mismatch takes it"
-    )
+    raise UsageError(f"{path}: {text}", "other weights or other images than then; --allow-teacher-mismatch takes it")
 
 
 def runs_dir_of(sources: Sequence[ConfigSource]) -> Path:
     """The folder of the runs, whatever else the sources say: other settings may need a run's to make sense."""
-    folders = [
-        ConfigSource(one.origin, {"runs_dir": one.values["runs_dir"]}) for one in sources if "runs_dir" in one.values
-    ]
-    folder: Path = resolve("eval", folders).config.runs_dir
+    saying = [one for one in sources if "runs_dir" in one.values]
+    alone = [one._replace(values={"runs_dir": one.values["runs_dir"]}) for one in saying]
+    folder: Path = resolve("eval", alone).config.runs_dir
     return folder
 
 

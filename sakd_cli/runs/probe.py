@@ -149,9 +149,8 @@ def class_share(weight: Tensor, labels: Tensor) -> float | None:
     if total <= 0:
         return None
     count = torch.bincount(labels)[labels].double()
-    means = (
-        torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, weight.double())[labels] / count
-    )
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, weight.double())
+    means = sums[labels] / count
     return float((means - weight.mean()).square().sum() / total)
 
 

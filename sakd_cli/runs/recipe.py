@@ -138,10 +138,8 @@ def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def _frozen(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Parameter]:
     """Parameters by patterns of their names, of the names they have in their library, or of their stages."""
-    parts = (
-        {info.name: f"stages.{k}.*" for k, info in enumerate(network.infos)} if isinstance(network, StagedModel) else {}
-    )
-    parts |= {"head": "head.*"}
+    stages = network.infos if isinstance(network, StagedModel) else ()
+    parts = {info.name: f"stages.{k}.*" for k, info in enumerate(stages)} | {"head": "head.*"}
     found: dict[str, nn.Parameter] = {}
     for pattern in patterns:
         names = {name: parameter for name, parameter in _trained(network).items() if _matches(name, pattern, parts)}

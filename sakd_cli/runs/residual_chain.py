@@ -185,9 +185,8 @@ class Chain(RunExtension):
             base = Ensemble(list(self.members)).eval().forward
             job = residual_stage(self.job, name, number, base)
             evaluation = factory.evaluation._replace(wrap=partial(Offset, base=base))
-            yield from training(
-                job, f"residual-{number}", TrainingOutput(evaluation, MemberWriter(job.network, job.card)), factory
-            )
+            output = TrainingOutput(evaluation, MemberWriter(job.network, job.card))
+            yield from training(job, f"residual-{number}", output, factory)
             self._join(job.network)
         drop, stopped = verdict(self.held_out.energies, self.settings)
         self.stopped = stopped or self.stopped

@@ -196,9 +196,7 @@ def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
         raise UsageError(f"{run.path}: has ended: {patience} epochs without a better {config.train.metric}", NEW_RUN)
     if extends:
         before = [*before, look_up(run.config, "train.epochs")]
-    require_fingerprint(
-        folder, state.get("fingerprint"), state.get("epoch"), fingerprint(config, run.path / IMAGES), before
-    )
+    require_fingerprint(folder, state.get("fingerprint"), epoch, fingerprint(config, run.path / IMAGES), before)
 
 
 def _said(origin: str) -> bool:
@@ -235,9 +233,8 @@ def require_fingerprint(where: Path, saved: Any, epoch: Any, now: Mapping[str, A
 
 def _decays(settings: Mapping[str, Any], epoch: int) -> list[int]:
     """The milestones of these settings up to an epoch."""
-    train = {
-        key: settings[f"train.{key}"] for key in ("epochs", "schedule", "milestones") if f"train.{key}" in settings
-    }
+    keys = [key for key in ("epochs", "schedule", "milestones") if f"train.{key}" in settings]
+    train = {key: settings[f"train.{key}"] for key in keys}
     return [milestone for milestone in Train.model_validate(train).decay_epochs() if milestone <= epoch]
 
 

@@ -100,10 +100,8 @@ def trained_job(run: RunDir, sources: Iterable[ConfigSource], *, losses: bool = 
     given = resolve("eval", [data, *sources]).config
     config = config.model_copy(update={"data": given.data, "device": given.device, "init_from_branches": False})
     saved = checkpoint.read(run.path / "checkpoints" / "last")
-    own_fingerprint = fingerprint(resolve("distill", [own]).config)
-    require_fingerprint(
-        saved.folder, saved.state.get("fingerprint"), saved.state.get("epoch"), own_fingerprint, run.extended
-    )
+    now, state = fingerprint(resolve("distill", [own]).config), saved.state
+    require_fingerprint(saved.folder, state.get("fingerprint"), state.get("epoch"), now, run.extended)
     job = build.distillation(config)
     _restore(job, saved, (*MADE_OF, *(LOSSES if losses else ())))
     if isinstance(job.task, DistillTask) and job.task.router.decides:

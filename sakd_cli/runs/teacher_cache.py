@@ -83,9 +83,8 @@ def open_teacher_cache(
     """
     model = teacher.model
     layout = Layout(len(views), views.count, model.infos[-1].channels, model.num_classes)
-    key = hashlib.sha256(
-        json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.autocast_dtype)]).encode()
-    ).hexdigest()
+    about = json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.autocast_dtype)])
+    key = hashlib.sha256(about.encode()).hexdigest()
     path = folder / f"{teacher.model.name}-{key[:16]}.safetensors"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else layout.bytes
     if layout.bytes > free:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from sakd_cli.documents.base import Part
 from sakd_cli.report.render.charts import PALETTE, Chart, coded, drawn, kept, text
@@ -138,10 +138,10 @@ def _untitled(section: Section) -> list[Block]:
         rest = sheet.title.removeprefix(section.title).strip(" ()")
         return replace(sheet, title=rest[:1].upper() + rest[1:])
 
-    same = (isinstance(block, Sheet) and block.title.startswith(section.title) for block in section.blocks)
-    return [
-        short(one) if own and isinstance(one, Sheet) else one for one, own in zip(section.blocks, same, strict=True)
-    ]
+    def same(block: Block) -> TypeGuard[Sheet]:
+        return isinstance(block, Sheet) and block.title.startswith(section.title)
+
+    return [short(block) if same(block) else block for block in section.blocks]
 
 
 def _block(block: Block) -> str:

@@ -116,12 +116,10 @@ def _lines(chart: Lines, axes: Any) -> None:
         colour, label = PALETTE[series.colour % len(PALETTE)], plain(series.name) if series.name else "_further"
         style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "markersize": 4, "label": label}
         style |= {"alpha": 0.3} if series.kind == "faint" else {}
-        style |= {"linewidth": 1.5} | (
-            {"dashes": [*map(float, dash.split())]} if dash and series.kind == "solid" else {}
-        )
-        axes.plot(
-            series.x, _known(series.y), marker=MARKS[series.colour % len(MARKS)] if marked(series) else None, **style
-        )
+        style |= {"linewidth": 1.5}
+        style |= {"dashes": [*map(float, dash.split())]} if dash and series.kind == "solid" else {}
+        style |= {"marker": MARKS[series.colour % len(MARKS)]} if marked(series) else {}
+        axes.plot(series.x, _known(series.y), **style)
         if series.band:
             axes.fill_between(series.x, *zip(*series.band, strict=True), color=colour, alpha=0.15)
     axes.set_ylim(*frame(chart)[2:])

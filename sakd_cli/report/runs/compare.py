@@ -245,10 +245,9 @@ def _unequal(ours: _Group, theirs: _Group) -> list[str]:
 
 def _versus(ours: _Group, theirs: _Group, test: PairedTest) -> Versus:
     unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in (*DISTILLATION, "code")]
-    ours_end, theirs_end = (
-        {row.seed: row.curve[-1].epoch for row in one.runs if row.finished and row.curve} for one in (ours, theirs)
-    )
-    if not unequal and any(ours_end[seed] != theirs_end[seed] for seed in ours_end.keys() & theirs_end.keys()):
+    of_both = ([row for row in one.runs if row.finished and row.curve] for one in (ours, theirs))
+    our_end, their_end = ({row.seed: row.curve[-1].epoch for row in runs} for runs in of_both)
+    if not unequal and any(our_end[seed] != their_end[seed] for seed in our_end.keys() & their_end.keys()):
         unequal.append("epochs until train.patience ended a run")
     budget = f" Not under one budget: {', '.join(unequal)}." * bool(unequal)
     helps = theirs.settings.control and not ours.settings.control

@@ -74,9 +74,8 @@ def _verdicts(document: Comparison) -> Sheet:
     of = [(group.top1.mean if group.top1 else None, set(group.seeds)) for group in document.groups]
 
     def shown(test: Versus) -> str:
-        ours, theirs = (
-            mean if seeds == set(test.seeds) else None for mean, seeds in (of[test.group], of[test.against])
-        )
+        both = of[test.group], of[test.against]
+        ours, theirs = (mean if seeds == set(test.seeds) else None for mean, seeds in both)
         return DASH if test.difference is None else difference(test.difference, ours, theirs)
 
     columns["Difference"] = shown

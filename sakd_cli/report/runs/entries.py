@@ -74,10 +74,8 @@ def run_entry(run: RunDir, settings: Mapping[str, Any] | None, verdict: Any = No
         names[name] = value if isinstance(value, kind) and not isinstance(value, bool) else None
     whole, top1 = verdict or _whole_and_top1(run.path, settings)
     state = "damaged" if not whole else "finished" if run.finished else "in progress" if run.in_use else "stopped"
-    own = dict(settings or {}) if shown else None
-    return RunEntry.model_validate(
-        names | {"run": plain(run.path), "state": state, "top1": top1, "changed": changed, "settings": own}
-    )
+    about = {"run": plain(run.path), "state": state, "top1": top1, "changed": changed}
+    return RunEntry.model_validate(names | about | {"settings": dict(settings or {}) if shown else None})
 
 
 def entry_tables(document: RunEntries) -> list[RenderableType]:

@@ -120,9 +120,7 @@ def _mixtures(page: RunPage) -> None:
     if (record := read_mixtures(page.run)) is not None:
         question = "Which blocks of the teacher does the student learn from?"
         blocks = [mixture_chart(record), mixture_table(record)]
-        groups = [
-            f"{named(group.name)} most from block {group.largest} of {len(group.alpha)}" for group in record.groups
-        ]
+        groups = (f"{named(one.name)} most from block {one.largest} of {len(one.alpha)}" for one in record.groups)
         page.add("Mixtures of the teacher's blocks", blocks, question, "mixtures", f"{'; '.join(groups)}.")
 
 

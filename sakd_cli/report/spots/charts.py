@@ -34,9 +34,8 @@ def epoch_chart(report: doc.SpotsDocument) -> Lines:
     note = "Training images, one round of coins per step."
     if any(one.kind == "dotted" for one in series):
         note = "Training images. Solid: samples distilled. Dotted: mean teacher-routing probability."
-    return Lines(
-        "Samples distilled at each spot, by epoch", "epoch", "training samples distilled, %", series, note=note
-    )
+    title, unit = "Samples distilled at each spot, by epoch", "training samples distilled, %"
+    return Lines(title, "epoch", unit, series, note=note)
 
 
 def class_chart(report: doc.SpotsDocument) -> Heat:
@@ -180,9 +179,8 @@ def agreement_chart(measured: doc.Measured) -> Bars:
         )
         for group in groups
     ]
-    note = (
-        f"{whole(measured.images)} {SPLITS[measured.split]}; alike: with one answer. Line: 95 % interval of the mean."
-    )
+    note = f"{whole(measured.images)} {SPLITS[measured.split]}; alike: with one answer. "
+    note += "Line: 95 % interval of the mean."
     names = [plain(spot.name) for spot in measured.spots]
     return Bars("By the answers of student and teacher (number of images)", WHAT[measured.value], names, rows, note)
 
@@ -190,9 +188,8 @@ def agreement_chart(measured: doc.Measured) -> Bars:
 def reliability_chart(routed: doc.RoutedNetwork) -> Lines:
     """How often each network is right where it is so sure, with the 95 % interval of every point."""
     series = [Series("perfectly calibrated: as often right as it is sure", [0, 100], [0, 100], 3, "dotted")]
-    for k, (name, bins) in enumerate(
-        (("student", routed.student_reliability), ("teacher", routed.teacher_reliability))
-    ):
+    networks = ("student", routed.student_reliability), ("teacher", routed.teacher_reliability)
+    for k, (name, bins) in enumerate(networks):
         known = [(one.confidence, one.correct, one.images) for one in bins if one.confidence is not None]
         x, y = [100 * sure for sure, *_ in known], [100 * (right or 0) for _, right, _ in known]
         band = [_wilson(right or 0.0, n) for _, right, n in known]

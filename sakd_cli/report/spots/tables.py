@@ -242,9 +242,8 @@ def _deciles(of: str, measure: str, deciles: list[doc.Decile], names: list[str],
     for row in deciles:
         top1 = [fixed(value, 1) for value in (row.student_top1, row.teacher_top1)]
         rows.append([fixed(row.from_, 3), fixed(row.to, 3), *map(fraction, row.mean), whole(row.images), *top1])
-    return Sheet(
-        f"By difficulty: {of} (%)", [f"{measure} from", "to", *map(named, names), *DECILE], rows, notes, text=0
-    )
+    headers = [f"{measure} from", "to", *map(named, names), *DECILE]
+    return Sheet(f"By difficulty: {of} (%)", headers, rows, notes, text=0)
 
 
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
