@@ -165,3 +165,23 @@ def test_checkpoints_inside_an_epoch_leave_the_best_one_as_it_was(cli: CliRunner
         assert summary["best"]["epoch"] < 4, "an epoch after the best one, for the test to mean something"
         sums.add((run / "checkpoints" / "best" / "model.safetensors").read_bytes())
     assert len(sums) == 1
+
+
+@pytest.mark.parametrize("damage", ["longer", "of another run"])
+def test_a_best_epoch_that_is_not_the_runs_own_is_told_and_not_reported(
+    cli: CliRunner, tmp_path: Path, damage: str
+) -> None:
+    few = ["--dataset", "shapes", "--set", "data.train=40", "--set", "data.test=20", "--batch-size", "12", "-q"]
+    for seed in "01":
+        assert cli.sakd("pretrain-teacher", "resnet8", *few, "--epochs", "2", "--seed", seed, "--run-dir", str(tmp_path / seed)).code == 0
+    best = tmp_path / "0" / "checkpoints" / "best"
+    if damage == "longer":
+        (best / "model.safetensors").write_bytes((best / "model.safetensors").read_bytes() + b"x")
+    else:
+        shutil.rmtree(best)
+        shutil.copytree(tmp_path / "1" / "checkpoints" / "best", best)
+    result = cli.sakd("pretrain-teacher", "--resume", str(tmp_path / "0"), "--epochs", "3", "-q", "--json")
+    assert result.code == 0, result.err
+    assert "checkpoints/best" in "".join(result.err.split())
+    assert "takes its place" in " ".join(result.err.split())
+    assert result.document["best"]["epoch"] == 3, "the only one that is left"

@@ -91,3 +91,16 @@ def test_a_finished_run_and_what_is_none(cli: CliRunner, tmp_path: Path) -> None
     (begun.path / "config.yaml").write_text("task: 3")
     assert cli.sakd("watch", str(begun.path)).code in (0, 2, 4)
     assert cli.tree() == before
+
+
+def test_a_run_that_was_changed_is_not_shown_with_less(cli: CliRunner, tmp_path: Path) -> None:
+    """Spots that cannot be read are no spots that are not there."""
+    stopped = make(tmp_path, "adaptive", 0, None)
+    (stopped.path / "spots.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
+    words = ["watch", str(stopped.path)]
+    assert "Samples distilled" in cli.sakd(*words).out
+    (stopped.path / "student").mkdir()
+    (stopped.path / "student" / "model.safetensors").write_bytes(b"as where it is killed before the card is written")
+    assert "Samples distilled" in cli.sakd(*words).out
+    (stopped.path / "student" / "config.json").write_text("{}")
+    cli.assert_rejects(words, 4, "names no classes")

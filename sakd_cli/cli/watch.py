@@ -79,6 +79,9 @@ def _view(run: RunDir, most: int | None) -> list[RenderableType]:
     done = sum(point.top1 is not None for point in curve)
     title, shown = f"{run.path.name}: {done} of {epochs} epochs, {state}", curve[-most:] if most else thinned(curve, 20)
     tables: list[RenderableType] = [epoch_table(title, shown, [] if curve else ["Nothing is logged yet."])]
-    with suppress(UsageError):  # no epoch is finished, or nothing is distilled
+    try:
         tables += spot_tables(spots_document(run), top=0)[: None if most is None else 1]
+    except UsageError as error:  # no epoch is finished, or nothing is distilled
+        if isinstance(error, DamagedError):
+            raise
     return [*tables, summary_table(run.summary)] if run.finished and most is None else tables

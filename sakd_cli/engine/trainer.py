@@ -296,9 +296,11 @@ class Trainer:
             reason = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{loaded.folder}: is not of this run ({reason})") from None
         try:
-            checkpoint.read(self.folder / "best")
-        except CheckpointError:  # a damaged best epoch ends no run: the best of those to come takes its place
+            if self.best and checkpoint.read(self.folder / "best").state.get("run") != self.run.identity:
+                raise CheckpointError(f"{self.folder / 'best'}: is of another run")
+        except CheckpointError as error:  # ends no run
             self.best = {}
+            self.reporter.warn(f"{error.message}; the best of the epochs to come takes its place")
 
     @property
     def done(self) -> bool:
