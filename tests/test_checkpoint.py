@@ -173,7 +173,8 @@ def test_a_best_epoch_that_is_not_the_runs_own_is_told_and_not_reported(
 ) -> None:
     few = ["--dataset", "shapes", "--set", "data.train=40", "--set", "data.test=20", "--batch-size", "12", "-q"]
     for seed in "01":
-        assert cli.sakd("pretrain-teacher", "resnet8", *few, "--epochs", "2", "--seed", seed, "--run-dir", str(tmp_path / seed)).code == 0
+        own = ["--epochs", "2", "--seed", seed, "--run-dir", str(tmp_path / seed)]
+        assert cli.sakd("pretrain-teacher", "resnet8", *few, *own).code == 0
     best = tmp_path / "0" / "checkpoints" / "best"
     if damage == "longer":
         (best / "model.safetensors").write_bytes((best / "model.safetensors").read_bytes() + b"x")
