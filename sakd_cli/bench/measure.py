@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sakd_cli.bench.steps import OURS, Setup, Step, adaptive_task, endless, noise_loader, optimizer_of, steps
+from sakd_cli.bench.steps import OURS, Setup, Step, adaptive_task, endless, noise_loader, plain_optimizer, steps
 from sakd_cli.documents import bench as doc
 from sakd_cli.engine.runtime import environment, resolve_mode
 from sakd_cli.errors import UsageError
@@ -58,7 +58,7 @@ def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
     """Seconds of a step per phase, mean of `rounds`; the step is that of `adaptive`, eager."""
     task, watch = adaptive_task(setup), Stopwatch(setup.device)
     batches = endless(noise_loader(setup, task.noise_width))
-    optimizer = optimizer_of(task)
+    optimizer = plain_optimizer(task)
     task.teacher_features = watch.phase("teacher pass")(task.teacher_features)
     task.student_features = watch.phase("student forward")(task.student_features)
     assert task.graft is not None

@@ -171,7 +171,7 @@ def build_task(setup: Setup, **settings: Any) -> DistillTask:
     return task
 
 
-def optimizer_of(task: Task) -> Optimizer:
+def plain_optimizer(task: Task) -> Optimizer:
     made = Optimizer(task.groups(), Train())
     made.begin_epoch(1)
     return made
@@ -211,7 +211,7 @@ def make_step(setup: Setup, name: str, about: str, task: Task) -> Step:
     if isinstance(task, DistillTask):
         names = [(spot.name, spot.kind) for spot in task.spots]
         recorder = SpotRecorder(names, setup.classes, setup.images, setup.device)
-    step = TrainStep(task, optimizer_of(task), recorder)
+    step = TrainStep(task, plain_optimizer(task), recorder)
     step.guard.every_step = False  # as on a GPU: what is counted on a CPU is what a GPU does
     batches: Iterator[Batch] = itertools.repeat(given)
 

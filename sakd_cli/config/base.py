@@ -41,7 +41,7 @@ class Config(BaseModel):
             raise PydanticCustomError("too_large", "is a number of more than 63 bits")
         if isinstance(value, str) and "\0" in value:
             raise PydanticCustomError("no_text", "holds a character that no name may have")
-        return _listed(value, annotation) if isinstance(value, str) else value
+        return _as_list(value, annotation) if isinstance(value, str) else value
 
     @field_validator("*", mode="after")
     @classmethod
@@ -51,7 +51,7 @@ class Config(BaseModel):
         return value
 
 
-def _listed(text: str, annotation: Any) -> Any:
+def _as_list(text: str, annotation: Any) -> Any:
     """A text as the list that it stands for, where the key takes a list."""
     kinds = [annotation] if get_origin(annotation) is tuple else [k for k in get_args(annotation) if k is not NoneType]
     lists = [kind for kind in kinds if tuple in (get_origin(kind), get_origin(getattr(kind, "__origin__", None)))]

@@ -101,6 +101,11 @@ class DataConfig(Config):
         return found[0] if found else "auto"
 
     @property
+    def mixed(self) -> list[str]:
+        """The keys by which images are mixed in pairs."""
+        return [key for key in ("mixup", "cutmix") if getattr(self, key)]
+
+    @property
     def policy(self) -> str | None:
         return next((word for word in self.augment if word in POLICIES), None)
 

@@ -47,6 +47,11 @@ class Member(NamedTuple):
     tried: Tried = ()
 
     @property
+    def cell(self) -> str:
+        """What its seeds share."""
+        return self.key.partition(" seed ")[0]
+
+    @property
     def needs(self) -> list[str]:
         """Keys of the runs that must be finished first."""
         return [key for key in (self.teacher, self.matched) if key is not None]

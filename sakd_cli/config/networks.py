@@ -67,13 +67,13 @@ def _wrn(depth: int, width: int) -> Network:
     return Network(f"wrn_{depth}_{width}", "wrn", {"depth": depth, "width": width})
 
 
-def _squashed(name: str) -> str:
+def _spelling(name: str) -> str:
     return re.sub(r"[-_.]", "", name).lower()
 
 
 NETWORKS = {network.name: network for network in _named()}
 # ResNet18 .. 152 and the CIFAR ResNets share no depth here, so that `resnet50` in any case means ResNet50.
-_SPELLINGS = {_squashed(name): name for name in NETWORKS} | {"shufflev1": "ShuffleNetV1", "shufflev2": "ShuffleNetV2"}
+_SPELLINGS = {_spelling(name): name for name in NETWORKS} | {"shufflev1": "ShuffleNetV1", "shufflev2": "ShuffleNetV2"}
 
 
 def reusing(student: str, teacher: str, factor: int) -> Network:
@@ -153,7 +153,7 @@ def find_network(name: str) -> Network:
         raise UsageError(f"no model has a name of {len(name)} letters")
     if name in plugins.plugged(plugins.NETWORKS):
         package = plugins.plugged(plugins.NETWORKS)[name][0].package
-        if _squashed(name) in _SPELLINGS:
+        if _spelling(name) in _SPELLINGS:
             raise UsageError(f"network {name!r}: wanted by sakd and by {package}", hint=f"uninstall {package}")
         return Network(name, f"plug-in {package}", {}, plugged=True)
     if (made := re.fullmatch(r"simkd([1-9]\d{0,8})-([^-]+)-(.+)", name)) is not None:
@@ -167,7 +167,7 @@ def find_network(name: str) -> Network:
         raise UsageError(
             f"no wide ResNet {name[:40]!r}; depth is 6n+4 (10, 16, 22, 28, 34, 40 ... 1000), width 1 to 100"
         )
-    if (known := _SPELLINGS.get(_squashed(name))) is not None:
+    if (known := _SPELLINGS.get(_spelling(name))) is not None:
         return NETWORKS[known]
     raise UsageError(unknown("model", name, all_names()), hint="sakd list models shows them all")
 

@@ -53,7 +53,7 @@ def require_answers(config: DistillConfig) -> None:
     if config.teacher.logits is None:
         return
     rows = [DISTILLERS.row(part.name) for part in config.method.parts]
-    mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
+    mixed = config.data.mixed
     for what, refused in (
         (f"method {config.method.name} needs features", any(row.features or row.warmup for row in rows)),
         (f"router {config.router.name} needs features", isinstance(config.router, TrainedConfig)),

@@ -114,9 +114,7 @@ def _answers(job: Job, task: DistillTask, images: Split, reporter: Reporter, see
         losses = task.sample_losses(batch)
         with torch.no_grad(), task.mode.networks(pixels.device):
             teacher, student = (x.map(to_fp32) for x in (task.teacher_features(batch), task.student_features(pixels)))
-            uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(pixels)
-            answers = task.answers(teacher, student, labels)
-            decision = task.router(teacher.embedding, student.embedding, uniform, *answers)
+            decision = task.decision_of(teacher, student, labels, noise)
             weight = decision.weight if decision.probability is None else decision.probability
             ce = [F.cross_entropy(one.logits.float(), labels, reduction="none") for one in (student, teacher)]
         seen = torch.cat([teacher.embedding, student.embedding, torch.stack(ce, dim=1)], dim=1)

@@ -181,9 +181,7 @@ def _answers(
     columns: dict[str, list[Tensor]] = {}
     for (images, theirs), labels in _batches(job, split, reporter):
         teacher, student = job.teacher.model.features(theirs), task.student_features(images)
-        uniform = torch.rand(len(labels), task.noise_width, generator=noise).to(images)
-        answers = task.answers(teacher, student, labels)
-        decision = task.router(teacher.embedding, student.embedding, uniform, *answers)
+        decision = task.decision_of(teacher, student, labels, noise)
         if decision.gate is not None:
             complement |= (decision.weight != decision.gate.T).any()
         found = {
@@ -212,9 +210,7 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
         if task.graft is not None:
             gates = [images.new_full((len(labels), len(task.spots)), owner) for owner in (0.0, 1.0)]
             for draw in draws:
-                uniform = torch.rand(len(labels), task.noise_width, generator=draw).to(images)
-                answers = task.answers(teacher, student, labels)
-                gate = task.router(teacher.embedding, student.embedding, uniform, *answers).gate
+                gate = task.decision_of(teacher, student, labels, draw).gate
                 gates += [] if gate is None else [gate]
             with task.mode.networks(images.device):  # whose precision the graft's frozen weights have
                 outputs += [task.graft(images, teacher, gate) for gate in gates]

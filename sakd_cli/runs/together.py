@@ -16,7 +16,7 @@ def require_labels(config: DistillConfig) -> None:
     if config.data.unlabeled is None:
         return
     torchrun.require_single_process("data.unlabeled")
-    mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
+    mixed = config.data.mixed
     several = config.teacher.others and config.teacher.combine == "confidence"
     for what in (
         *(f"method {part.name}" for part in config.method.parts if DISTILLERS.row(part.name).reads_labels),
@@ -36,7 +36,7 @@ OF_LABELS = (TeacherCorrectConfig, WSLDConfig, MetaConfig)
 
 def require_possible(config: DistillConfig, method: Distillers, router: Router) -> None:
     """Raise UsageError where a method cannot be had with what else is asked for."""
-    mixed = [key for key in ("mixup", "cutmix") if getattr(config.data, key)]
+    mixed = config.data.mixed
     reasons = {f"method {part.name}": DISTILLERS.row(part.name).unmixed for part in config.method.parts}
     reasons[f"router {config.router.name}"] = router.unmixed
     by_label = config.teacher.others and config.teacher.combine == "confidence"

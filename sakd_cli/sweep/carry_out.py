@@ -20,7 +20,7 @@ from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor, library
-from sakd_cli.sweep.halving import STAGES, cell_of, dropped_by_halving
+from sakd_cli.sweep.halving import STAGES, dropped_by_halving
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
@@ -138,8 +138,8 @@ def _train(
         return {run.key: run.validation_top1 for run in runs if run.validation_top1 is not None}
 
     out = dropped_by_halving(stages, factor, trained)
-    scheduler.leave_out([key for key, member in whole.items() if cell_of(member) in out])
-    cells = {cell_of(member) for member in whole.values() if member.pair}
+    scheduler.leave_out([key for key, member in whole.items() if member.cell in out])
+    cells = {member.cell for member in whole.values() if member.pair}
     say(f"halving: {len(out)} of {len(cells)} settings are left out")
     run(scheduler)
     return out

@@ -28,8 +28,7 @@ def plan(name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: f
             continue  # one run for all methods
         controls |= {control} if control else set()
         entries.append(entry)
-        kind = entry.member.key.partition(" seed ")[0]  # runs of one kind differ in their seed only
-        kinds.setdefault(kind, []).append(entry)
+        kinds.setdefault(entry.member.cell, []).append(entry)
     to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
     configs = {kind: same[0].member.config for kind, same in to_do.items() if same}
     reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")

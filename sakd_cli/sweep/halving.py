@@ -28,14 +28,14 @@ def dropped_by_halving(stages: Sequence[Sequence[Member]], factor: int, train: T
     for member in stages[0]:
         if member.role is Role.student and member.matched is None:
             race = races.setdefault((member.pair, (member.method or "").split()[0], member.router), {})
-            race[cell_of(member)] = None
+            race[member.cell] = None
     for race in (cells for cells in races.values() if len(cells) > 1):
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
         study = optuna.create_study(direction="maximize", pruner=pruner)
         for cell in race:
             trial = study.ask()
             for stage, members in enumerate(stages):
-                own = [member for member in members if cell_of(member) == cell]
+                own = [member for member in members if member.cell == cell]
                 needed = {member.teacher for member in own}
                 known = [*train([*(member for member in members if member.key in needed), *own]).values()]
                 if not known:
@@ -48,10 +48,5 @@ def dropped_by_halving(stages: Sequence[Sequence[Member]], factor: int, train: T
             study.tell(trial, state=optuna.trial.TrialState.PRUNED if cell in out else optuna.trial.TrialState.FAIL)
     for member in stages[0]:
         if member.matched is not None and member.matched.partition(" seed ")[0] in out:
-            out[cell_of(member)] = "halving: the run whose rates it has is left out"
+            out[member.cell] = "halving: the run whose rates it has is left out"
     return out
-
-
-def cell_of(member: Member) -> str:
-    """What its seeds share."""
-    return member.key.partition(" seed ")[0]

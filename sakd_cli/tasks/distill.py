@@ -311,6 +311,11 @@ class DistillTask(Task):
         decision = self.router(teacher, student, noise, *answers)
         return check_decision(self.router, decision, (len(self.spots), len(student)), routed=self.graft is not None)
 
+    def decision_of(self, teacher: Features, student: Features, labels: Tensor, draw: torch.Generator) -> Decision:
+        """The router's decision on images of an evaluation, with the noise that `draw` gives."""
+        noise = torch.rand(len(labels), self.noise_width, generator=draw).to(teacher.embedding.device)
+        return self.router(teacher.embedding, student.embedding, noise, *self.answers(teacher, student, labels))
+
     def objective(
         self, batch: Batch, student: Features, seen: Features, ce: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

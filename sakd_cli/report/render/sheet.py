@@ -183,11 +183,11 @@ def listing_table(title: str, rows: list[dict[str, Any]]) -> Sheet:
         return Sheet(title, [], [], ["none"])
     titles = {key: {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()) for key in keys}
     texts = [key for key in keys if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)]
-    cells = [[_listed(key, row.get(key)) for key in keys] for row in rows]
+    cells = [[_cell(key, row.get(key)) for key in keys] for row in rows]
     return Sheet(title, list(titles.values()), cells, text=[titles[key] for key in texts])
 
 
-def _listed(key: str, value: Any) -> str:
+def _cell(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
