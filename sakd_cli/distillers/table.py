@@ -79,7 +79,7 @@ class DistillerRow(NamedTuple):
 
     needs_labels  the feature distiller remembers every training image: it is built with their labels and batch size
     needs_norms   it is built with the BatchNorms in front of the teacher's activations
-    needs_blocks   it is built with the teacher's blocks at every place
+    needs_blocks  it is built with the teacher's blocks at every place
     unmixed     why images cannot be mixed in pairs (mixup, cutmix); empty: they can
     warmup      a stage of the student's in front of the distillation proper, and its places
     network     what is trained and delivered, made of the config, the student and the teacher; None: the student
@@ -92,13 +92,12 @@ class DistillerRow(NamedTuple):
     needs_norms: bool = False
     needs_blocks: bool = False
     unmixed: str = ""
+    warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], StagePairs]] | None = None
+    network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
     @property
     def reads_labels(self) -> bool:
         return self.needs_labels or self.logits is DKD
-
-    warmup: tuple[Callable[..., Warmup], Callable[[Any, Stages], StagePairs]] | None = None
-    network: Callable[[Any, StagedModel, StagedModel], StagedModel] | None = None
 
 
 _BUILTIN = {
