@@ -187,6 +187,14 @@ def set_backends(config: Runtime, *, compiled: bool = False) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
 
 
+def exact_mode(device: torch.device) -> Mode:
+    """fp32 throughout, from here on in the whole process: what results are computed in."""
+    exact = Runtime(precision="fp32")
+    if device.type == "cuda":
+        set_backends(exact)
+    return resolve_mode(exact, device)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`. Raises UsageError where it is not to be had."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()

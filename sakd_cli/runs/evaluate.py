@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.config.training import EvalConfig, Runtime
+from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents import evaluation as doc
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
+from sakd_cli.engine.runtime import exact_mode, pick_device
 from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.early_exit import EarlyExit, exit_costs, exit_curve, never
 from sakd_cli.evaluation.quality import Answers, agreement, averages, calibration, confusion_matrix, confusions
@@ -71,10 +71,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     device, dataset, run = pick_device(config.device), images.dataset, target.run
     teacher = _teacher(target, config, images, reporter)
     branches = branches_of(target.weights, network)
-    exact = Runtime(precision="fp32")
-    mode = resolve_mode(exact, device)
-    if device.type == "cuda":
-        set_backends(exact)
+    mode = exact_mode(device)
     model = mode.to_memory_format(network.model.to(device)).eval()
     other = dataset.test if teacher is None else as_seen(dataset.test, teacher[1].card.preprocessing)
     batches = EvalPairs(dataset.test, other, dataset, device=device, batch_size=config.batch_size)

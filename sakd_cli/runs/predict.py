@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sakd_cli.config.preprocessing import height_width
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.config.training import EvalConfig, Runtime
+from sakd_cli.config.training import EvalConfig
 from sakd_cli.data.augment import normalise
 from sakd_cli.data.decode import Reading, Unreadable
 from sakd_cli.data.files import ImageSpec, load_eval_image, v2
@@ -22,7 +22,7 @@ from sakd_cli.data.loader import MAX_BYTES
 from sakd_cli.data.pictures import Finding, legible, pictures_below
 from sakd_cli.documents.evaluation import ClassProbability, Prediction, Predictions
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.engine.runtime import pick_device, resolve_mode, set_backends
+from sakd_cli.engine.runtime import exact_mode, pick_device
 from sakd_cli.errors import DataError, NonFiniteError
 from sakd_cli.evaluation.early_exit import never
 from sakd_cli.runs.evaluate import opened
@@ -83,11 +83,8 @@ def predict(
     network = opened(weights)
     card, exits = network.card, network.exits if early else never(network.exits)
     config: EvalConfig = resolve("eval", layers).config
-    device, exact = pick_device(config.device), Runtime(precision="fp32")
-    mode = resolve_mode(exact, device)
-    if device.type == "cuda":
-        set_backends(exact)
-    model = mode.to_memory_format(network.ensemble.to(device)).eval()
+    device = pick_device(config.device)
+    model = exact_mode(device).to_memory_format(network.ensemble.to(device)).eval()
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (card.mean, card.std))
     height, width = height_width(card.side)
     size = max(1, min(config.batch_size, MAX_BYTES // (12 * height * width)))
