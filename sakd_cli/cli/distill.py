@@ -29,14 +29,19 @@ def distill(options: Values, json: bool, quiet: bool) -> None:
 
         sakd distill --teacher wrn40_2 --student wrn16_2 --with-control --seeds 3 --epochs 60
     """
-    reporter = ConsoleReporter(quiet=quiet)
     again = shlex.join(["sakd", *sys.argv[1:], *([] if options["resume"] else ["--resume", AUTO])])
-    with redirect_stdout(sys.stderr):  # what own code prints; stdout is for the data
-        found = train_command("distill", options, reporter, again, guard=reporter.heeding_signals)
+    found = train("distill", options, quiet=quiet, again=again)
     if isinstance(found, list):
         print_comparison(compare_runs(found, options["baseline"]), json=json)
     else:
         print_result(found, json=json)
+
+
+def train(task: str, options: Values, *, quiet: bool, again: str = "") -> Summary | Plan | list[RunDir]:
+    """A training with progress on the terminal; `again`: the command that continues several runs that were stopped."""
+    reporter = ConsoleReporter(quiet=quiet)
+    with redirect_stdout(sys.stderr):  # what own code prints; stdout is for the data
+        return train_command(task, options, reporter, again, guard=reporter.heeding_signals)
 
 
 def print_result(result: Summary | Plan, *, json: bool) -> None:

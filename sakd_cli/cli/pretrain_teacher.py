@@ -1,19 +1,15 @@
 """`sakd pretrain-teacher`, and the command of any further training procedure."""
 
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
 
-from sakd_cli.cli.console import ConsoleReporter
-from sakd_cli.cli.distill import print_result
+from sakd_cli.cli.distill import print_result, train
 from sakd_cli.cli.options import Values, completion, with_options
 from sakd_cli.config.base import summary
 from sakd_cli.config.keys import keys_of
 from sakd_cli.config.training import PROCEDURES
-from sakd_cli.sweep.series import train_command
 
 Model = Annotated[
     str | None, typer.Argument(help="Network to train, as in `sakd list models`.", autocompletion=completion("models"))
@@ -45,8 +41,6 @@ def command_of(task: str) -> Callable[..., None]:
 
 
 def _train(task: str, options: Values, *, json: bool, quiet: bool) -> None:
-    reporter = ConsoleReporter(quiet=quiet)
-    with redirect_stdout(sys.stderr):
-        found = train_command(task, options, reporter, "", guard=reporter.heeding_signals)
+    found = train(task, options, quiet=quiet)
     assert not isinstance(found, list)
     print_result(found, json=json)
