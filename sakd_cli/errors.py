@@ -120,6 +120,16 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:90] or type(error).__name__
 
 
+def one_line(error: Exception, most: int = 100) -> str:
+    """All that an error of another library says, on one line, as far as so many characters go."""
+    return " ".join(str(error).split())[:most]
+
+
+def unreadable(error: OSError) -> str:
+    """Why the system has not let a file be read."""
+    return (error.strerror or "cannot be read").lower()
+
+
 # What of a file is such a thing, and the lines by which it is known.
 OF_FILE = {"router": ("class", r"^class (\w+)\(.*Router\b"), "method": ("class", r"^class (\w+)\(.*Distiller\b")}
 

@@ -20,7 +20,7 @@ from pydantic import create_model
 from pydantic.errors import PydanticUserError
 
 from sakd_cli.config.base import OBJECTS, Config, in_place, of_file
-from sakd_cli.errors import SakdError, UsageError, first_line, is_out_of_memory, unknown
+from sakd_cli.errors import SakdError, UsageError, first_line, is_out_of_memory, one_line, unknown, unreadable
 from sakd_cli.files import read_bytes
 
 GUIDE = "sakd guide extending"
@@ -89,7 +89,7 @@ def _read(path: str) -> tuple[bytes, str]:
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
         there = next((above for run in near for above in run.resolve().parents if (above / path).is_file()), None)
         hint = f"run it from {there}, where it lies" if there is not None else None
-        raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}{where}", hint) from None
+        raise UsageError(f"{path}: {unreadable(error)}{where}", hint) from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     return content, hashlib.sha256(content).hexdigest()
@@ -203,7 +203,7 @@ def settings_class(name: str, found: Any, base: type[Kind], given: Iterable[str]
         kind.model_rebuild()
         kind()
     except (PydanticUserError, TypeError, ValueError) as error:
-        raise ValueError(f"has settings that are none ({' '.join(str(error).split())[:120]})") from None
+        raise ValueError(f"has settings that are none ({one_line(error, 120)})") from None
     return kind
 
 

@@ -21,7 +21,7 @@ from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
 from sakd_cli.config.preprocessing import Preprocessing, library_preprocessing
 from sakd_cli.config.train import BELONGS
 from sakd_cli.config.training import STUDENT_KEYS, TASKS, FriendlyConfig, RunConfig
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, unreadable
 from sakd_cli.files import MOST_YAML, parse_yaml, read_bytes
 
 # Sections that may be written as one value, the key which that value stands for, and the keys that survive a change of
@@ -172,7 +172,7 @@ def file_source(path: Path, origin: str) -> ConfigSource:
     try:
         values = parse_yaml(read_bytes(path, MOST_YAML).decode())
     except OSError as error:
-        raise UsageError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise UsageError(f"{path}: {unreadable(error)}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     except yaml.YAMLError as error:

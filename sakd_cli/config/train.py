@@ -17,7 +17,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from sakd_cli.config.base import Config, own_name
-from sakd_cli.errors import unknown
+from sakd_cli.errors import unknown, unreadable
 from sakd_cli.files import MOST_YAML, expanded, parse_yaml, read_bytes
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -73,8 +73,7 @@ def _read(weights: Any) -> Any:
         try:
             weights = parse_yaml(read_bytes(expanded(weights), MOST_YAML).decode())
         except OSError as error:
-            reason = (error.strerror or "cannot be read").lower()
-            raise ValueError(f"{where}{reason}; balanced, a number per class, or a file of them") from None
+            raise ValueError(f"{where}{unreadable(error)}; balanced, a number per class, or a file of them") from None
         except (YAMLError, ValueError):
             raise ValueError(f"{where}neither JSON nor YAML of a number per class") from None
         if not (weights and isinstance(weights, dict | list)):

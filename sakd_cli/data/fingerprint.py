@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.files import Files
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import parse_json, read_bytes
 from sakd_cli.rundir import IMAGES
 from sakd_cli.torchrun import cpu_count
@@ -84,7 +84,7 @@ def _content_hash(path: str) -> str:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {(error.strerror or 'cannot be read').lower()}", "sakd data check DIR") from None
+        raise DataError(f"{path}: {unreadable(error)}", "sakd data check DIR") from None
 
 
 def of_images(classes: tuple[str, ...], parts: Mapping[str, Split], mode: str = "auto") -> Fingerprint:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sakd_cli.errors import DataError
+from sakd_cli.errors import DataError, unreadable
 
 # Names that are taken for pictures; what a file is, its content says.
 _ENDINGS = """
@@ -194,7 +194,7 @@ def _inside(root: Path) -> list[str]:
     try:
         return _folders(root)
     except OSError as error:
-        raise DataError(f"{root}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise DataError(f"{root}: {unreadable(error)}") from None
 
 
 def _folders(folder: Path) -> list[str]:
@@ -228,7 +228,7 @@ def _pictures(folder: Path, above: tuple[str, ...], findings: list[Finding], lef
             found = sorted(entries, key=lambda one: one.name)
     except OSError as error:
         kind = "loop" if error.errno == errno.ELOOP else "unreadable"
-        findings.append(Finding(kind, str(folder), (error.strerror or "cannot be read").lower()))
+        findings.append(Finding(kind, str(folder), unreadable(error)))
         return
     for one in found:
         ending = os.path.splitext(one.name)[1].lower()

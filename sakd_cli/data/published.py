@@ -40,7 +40,7 @@ from sakd_cli.data.pictures import (
     scan_labelled,
     unequal_classes,
 )
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import expanded
 
 PARTS = {name: names[0] for names in (TRAIN, VAL, TEST) for name in names}
@@ -121,7 +121,7 @@ def _rows(manifest: Path) -> Iterator[Row]:
                 part = (row[split] or "").strip() or "-" if split else ""
                 yield Row(table.line_num, path, label, part)
     except OSError as error:
-        raise DataError(f"{manifest}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise DataError(f"{manifest}: {unreadable(error)}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{manifest}: is no CSV in UTF-8 ({str(error)[:60]})", LINE) from None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.batch import Batch
-from sakd_cli.errors import is_out_of_memory, not_deterministic
+from sakd_cli.errors import is_out_of_memory, not_deterministic, one_line
 
 KEPT = 8  # graphs: of whole and last batches, of steps in which a router learns or does not, of levels
 WARMUP = 3  # steps of a size in front of its capture: whatever is made once (momentum, workspaces, plans) is there then
@@ -110,7 +110,7 @@ class GraphedStep:
             except RuntimeError as error:
                 if is_out_of_memory(error) or not_deterministic(error):
                     raise
-                self._refuse(" ".join(str(error).split())[:100])
+                self._refuse(one_line(error))
                 self._refused = True
                 return self._step(batch)
         else:

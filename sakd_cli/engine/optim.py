@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sakd_cli.config.preprocessing import of_timm
 from sakd_cli.config.train import Train, rate_factor
 from sakd_cli.engine.task import ParamGroup
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, one_line
 
 GradientHook = Callable[[list[torch.Tensor]], torch.Tensor]
 FUSED = ("sgd", "adam", "adamw")  # whose kernels read on the device what their rate is, and whether to skip
@@ -85,7 +85,7 @@ def torch_optimizer(train: Train, groups: list[dict[str, Any]]) -> torch.optim.O
                 groups, opt=name.removeprefix("timm/"), lr=groups[0]["lr"], momentum=train.momentum, **own
             )
         except (ValueError, TypeError, AssertionError, KeyError) as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error)
             raise UsageError(f"train.optimizer: {name}: {reason}", "one of timm.optim.list_optimizers()") from None
         return found
     kind = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}[name]

@@ -23,7 +23,7 @@ from torch.utils._triton import has_triton
 from sakd_cli import __version__, distributed, torchrun
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.task import Task
-from sakd_cli.errors import MemoryLimitError, UsageError, is_out_of_memory, not_deterministic
+from sakd_cli.errors import MemoryLimitError, UsageError, is_out_of_memory, not_deterministic, one_line
 
 Module = TypeVar("Module", bound=nn.Module)
 Seen = TypeVar("Seen")
@@ -143,8 +143,7 @@ def compiled(
         except TorchDynamoException as error:  # of a user's own mistake too, which the plain call tells
             chosen = plain
             result = plain(*given)
-            reason = " ".join(str(error).split())[:100]
-            refuse(f"runtime.compile: {plain.__name__} cannot be compiled ({reason}); it is called")
+            refuse(f"runtime.compile: {plain.__name__} cannot be compiled ({one_line(error)}); it is called")
             return result
 
     return call

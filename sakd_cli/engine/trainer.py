@@ -24,7 +24,7 @@ from sakd_cli.engine.recorder import LOWER, SpotRecorder
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.step import TrainStep
 from sakd_cli.engine.task import Task
-from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped
+from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, one_line
 from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
 
@@ -293,8 +293,7 @@ class Trainer:
             self.guard.go_on(self.step)
             checkpoint.restore_random_state(loaded.training)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise CheckpointError(f"{loaded.folder}: is not of this run ({reason})") from None
+            raise CheckpointError(f"{loaded.folder}: is not of this run ({one_line(error, 120)})") from None
         try:
             if self.best and checkpoint.read(self.folder / "best").state.get("run") != self.run.identity:
                 raise CheckpointError(f"{self.folder / 'best'}: is of another run")

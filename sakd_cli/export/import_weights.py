@@ -11,7 +11,7 @@ from sakd_cli.data.table import describe
 from sakd_cli.documents.table import Imported, WeightsFile
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_YAML, parse_json, read_bytes, sha256, whole_folder
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
@@ -103,7 +103,7 @@ def _order(file: Path, ours: tuple[str, ...], dataset: str) -> list[int]:
             content = [name for name, _ in sorted(pairs, key=lambda pair: pair[1])]
         theirs = tuple(str(name).strip() for name in content if str(name).strip())
     except OSError as error:
-        raise UsageError(f"--classes {file}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise UsageError(f"--classes {file}: {unreadable(error)}") from None
     except (ValueError, TypeError):
         raise UsageError(f"--classes {file}: holds no names of classes", "one a line, or a list in JSON") from None
     if sorted(theirs) != sorted(ours):

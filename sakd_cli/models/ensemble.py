@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.training import ResidualConfig
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, unreadable
 from sakd_cli.files import CARD_SEAL, read_json, sealed, sha256, unsealed, write_aside, write_json
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
@@ -238,7 +238,7 @@ def load(folder: Path) -> LoadedEnsemble:
         about = unsealed(about, CARD_SEAL, needed=True)
         about |= {"rule": rule, "teacher": about["teacher"] | {"macs": teacher_macs}}
     except OSError as error:
-        raise UsageError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise UsageError(f"{file}: {unreadable(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: damaged or not an ensemble ({error})") from None
     members = []

@@ -12,7 +12,7 @@ from sakd_cli.config.routers import TrainedConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.distillers.table import DISTILLERS
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, one_line
 from sakd_cli.files import check_header, parse_json, sha256
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.layers import GlobalPool
@@ -81,7 +81,7 @@ def _read(path: Path, images: Images, config: DistillConfig) -> Tensor:
             logits: Tensor = file.get_tensor("logits")
         classes = parse_json(about["classes"]) if "classes" in about else None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error, 80)
         raise UsageError(f"teacher.logits: {path}: no safetensors file with a tensor `logits` ({reason})") from None
     text = ""
     if tuple(logits.shape) != shape or not logits.is_floating_point():

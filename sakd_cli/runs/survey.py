@@ -36,7 +36,7 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import InterruptibleBatches
 from sakd_cli.engine.recorder import LOWER, tracked_places
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError
+from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError, one_line
 from sakd_cli.files import columns_digest, sealed, write_aside
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE, common_paths
@@ -117,7 +117,7 @@ def _restore(job: Job, saved: checkpoint.Checkpoint, parts: tuple[str, ...]) -> 
     try:
         absent = job.task.load_state_dict(decisive, strict=False).missing_keys
     except RuntimeError as error:
-        raise CheckpointError(f"{saved.folder}: does not fit ({' '.join(str(error).split())[:120]})") from None
+        raise CheckpointError(f"{saved.folder}: does not fit ({one_line(error, 120)})") from None
     if any(name.partition(".")[0] in parts for name in absent):
         raise CheckpointError(f"{saved.folder}: is not of this run ({absent[0]} is missing)")
 
