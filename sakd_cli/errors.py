@@ -140,7 +140,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
         what, pattern = OF_FILE.get(kind, ("function", r"^def (\w+)"))
         found = list[str]()
         with suppress(OSError, ValueError):
-            found = re.findall(pattern, Path(name).read_text(encoding="utf-8"), re.MULTILINE)
+            if Path(name).is_file():  # no pipe
+                found = re.findall(pattern, Path(name).read_text(encoding="utf-8"), re.MULTILINE)
         return f"{name}: name a {what} in it: {name}:{found[0] if found else 'NAME'}"
     if name.startswith("python:"):
         return f"{kind} {name} was an object of another process; in a file it is found: FILE.py:{name[7:]}"

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,14 +43,21 @@ def expanded(path: str | Path) -> Path:
         raise UsageError(f"{path}: nobody knows that home folder") from None
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """A file's content. Raises OSError where it is no regular file or cannot be read, ValueError where it is longer."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for ever
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A file to read. Raises OSError where it cannot be, or is no regular file: a pipe or a device would never end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(handle, "rb", closefd=True) as file:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
             raise OSError(number, os.strerror(number) if number == errno.EISDIR else "Not a regular file", str(path))
+        yield file
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content. Raises OSError as `opened`, ValueError where it is longer."""
+    with opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"longer than {most // 1024} kB")
@@ -177,7 +185,7 @@ def line_digest(before: str, line: bytes) -> str:
 def log_digest(path: Path, most: int | None = None) -> str:
     """That of a log, whole or to so many bytes; of none that of an empty one."""
     digest, length = "", 0
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), opened(path) as file:
         for line in iter(partial(file.readline, MOST_LINE), b""):
             length += len(line)
             if most is not None and length > most:
@@ -223,8 +231,8 @@ def check_header(path: Path) -> None:
 def card_settings(path: Path) -> dict[str, Any]:
     """What a weights file of ours says of its network. Raises OSError, ValueError, KeyError or TypeError."""
     check_header(path)
-    with path.open("rb") as opened:
-        header = parse_json(opened.read(int.from_bytes(opened.read(8), "little")))
+    with path.open("rb") as file:
+        header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
     return dict(parse_json(parse_json(header["__metadata__"]["sakd"])["card"]))
 
 
@@ -238,8 +246,8 @@ def columns_digest(columns: Mapping[str, Any]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
+    """Hex digest of a file. Raises OSError as `opened`."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

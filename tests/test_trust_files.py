@@ -19,7 +19,8 @@ from conftest import TINY, CliRunner
 from sakd_cli import files, runindex, torchrun
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
-from sakd_cli.errors import RunInUseError, SeriesError, UsageError
+from sakd_cli.data.published import _wordnet_names
+from sakd_cli.errors import RunInUseError, SeriesError, UsageError, unknown
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir, newest_run
@@ -285,3 +286,17 @@ def test_a_full_disk_is_told_before_a_picture_is_read(
     monkeypatch.setattr(Images, "preload", mock.Mock(side_effect=AssertionError))
     words = ["distill", "--teacher", str(teacher), "--student", "resnet8", *TINY, "-q", "--run-dir", "no/room"]
     assert "needed, 0.001 MB free" in cli.assert_rejects(words, 5, "no/room: the disk is full").err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.mkfifo")
+def test_what_is_no_file_is_not_read_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "words.txt")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("words.txt", "zero"):
+        for read in (files.sha256, lambda path: files.read_bytes(path, 9)):
+            with pytest.raises(OSError, match="Not a regular file"):
+                read(tmp_path / name)
+        assert files.log_digest(tmp_path / name) == ""
+    assert _wordnet_names(tmp_path, ("n01", "n02")) == ("n01", "n02")
+    os.mkfifo(tmp_path / "my.py")
+    assert "name a class in it" in unknown("router", str(tmp_path / "my.py"), ())

@@ -41,7 +41,7 @@ from sakd_cli.data.pictures import (
     unequal_classes,
 )
 from sakd_cli.errors import DataError, UsageError, unreadable
-from sakd_cli.files import expanded
+from sakd_cli.files import MOST_JSON, expanded, read_bytes
 
 PARTS = {name: names[0] for names in (TRAIN, VAL, TEST) for name in names}
 LINE = "its first line names the columns: path,label or path,label,split"
@@ -152,8 +152,8 @@ class PublishedSet(NamedTuple):
 def _wordnet_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """The first word of each folder's line in words.txt; the folder's own name where it has none, or one of another."""
     try:
-        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_bytes(root / "words.txt", MOST_JSON).decode().splitlines()
+    except (OSError, ValueError):
         return folders
     meaning = {line.partition("\t")[0]: line.partition("\t")[2].split(",")[0].strip() for line in lines}
     named = [meaning.get(folder) or folder for folder in folders]

@@ -88,7 +88,7 @@ def start_job(job: Job, variables: dict[str, str], *, session: bool) -> subproce
     """The process of a job; `child` sees to it that it does not outlive this one. `session`: in one of its own."""
     command, null = [sys.executable, "-P", "-m", "sakd_cli.cli.child", str(os.getpid())], subprocess.DEVNULL
     where: dict[str, Any] = {"cwd": job.folder, "env": variables, "start_new_session": session}
-    with job.log.open("ab") as log:
+    with os.fdopen(os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666), "ab") as log:
         return subprocess.Popen([*command, *job.arguments], stdin=null, stdout=null, stderr=log, **where)
 
 

@@ -23,7 +23,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
-from sakd_cli.files import sha256, weights_file, write_aside, write_json, yaml_bytes
+from sakd_cli.files import MOST_LOG, read_bytes, sha256, weights_file, write_aside, write_json, yaml_bytes
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import find_teacher, weights_at
@@ -307,8 +307,8 @@ class Scheduler:
         if code < 0:
             return f"killed by signal {-code}, {entry.attempts} times"
         lines = list[str]()
-        with suppress(OSError):
-            log = self.log_of(entry).read_text(encoding="utf-8", errors="replace")
+        with suppress(OSError, ValueError):
+            log = read_bytes(self.log_of(entry), MOST_LOG).decode(errors="replace")
             lines = [plain(line) for line in log.splitlines()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         message = errors[-1] if errors else next((line for line in reversed(lines) if line), "no message")

@@ -16,6 +16,7 @@ from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError, unknown
+from sakd_cli.files import opened
 from sakd_cli.report.spots.charts import draw_mixtures
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import locate_inputs
@@ -247,7 +248,7 @@ class Messages:
     def _follow(self, entry: ScheduledRun) -> None:
         name, ended = entry.member.key, entry.state is not State.running
         try:
-            with self.scheduler.log_of(entry).open("rb") as log:
+            with opened(self.scheduler.log_of(entry)) as log:
                 log.seek(self._read.get(name, 0))
                 new = log.read()
         except OSError:
