@@ -210,6 +210,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+def test_a_webp_that_takes_more_memory_than_a_picture_should_is_refused(tmp_path: Path) -> None:
+    content = blank_webp(12000) + bytes(2000)  # enough bytes for 200 million pixels of one colour
+    (tmp_path / "a.webp").write_bytes(content)
+    seen = open_rgb(str(tmp_path / "a.webp"), Reading())
+    assert isinstance(seen, Unreadable), "was read"
+    assert "144,000,000 pixels, and WebP takes 12 bytes for each" in seen.reason
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_read_without_a_guess_is_refused(name: str, tmp_path: Path) -> None:
     write, reason = REFUSED[name]

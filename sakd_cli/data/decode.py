@@ -29,6 +29,7 @@ STRIP = 16  # times longer than wide, and more: a strip, of which the middle is 
 BLANK = 100_000  # pixels for each byte of a large file: more have no content
 BYTES = 12  # of memory for each pixel that a decoder may need
 CANVASES = 2**29  # bytes of memory that a WebP of 67 million pixels needs to begin with
+MOST_WEBP = 2**27  # pixels of a WebP, at 12 bytes each
 LARGE = 2**25  # pixels from which pictures are decoded one at a time: 0.13 to 0.4 GB each, WebP 12 bytes a pixel
 
 Result = TypeVar("Result")
@@ -259,6 +260,8 @@ def _identified(file: BinaryIO, reading: Reading) -> Image.Image:
         raise _Refused("is no picture of a known format" if start else "is empty") from None
     if (pixels := picture.width * picture.height) > reading.max_pixels:
         raise _Refused(f"has {picture.width}x{picture.height} pixels, {pixels:,}: more than data.max_pixels")
+    if picture.format == "WEBP" and pixels > MOST_WEBP:
+        raise _Refused(f"has {pixels:,} pixels, and WebP takes 12 bytes for each: at most {MOST_WEBP:,}")
     if pixels > max(LARGE, BLANK * (size := os.fstat(file.fileno()).st_size)):
         raise _Refused(f"has {picture.width}x{picture.height} pixels in {size} bytes: nothing but memory to fill")
     return picture
