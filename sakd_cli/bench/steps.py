@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.optim import swa_utils
 
 from sakd_cli.batch import Batch, Loader
 from sakd_cli.bench.literal import PUBLISHED, LiteralRouting
@@ -141,7 +141,7 @@ def calibrated_networks(setup: Setup) -> tuple[StagedModel, StagedModel]:
         networks = [create(name, setup.classes, setup.side) for name in names]
         images = torch.randn(min(setup.size, 64), 3, setup.side, setup.side)
     for network in networks:
-        update_bn([images], network)
+        swa_utils.update_bn([images], network)
         network.to(setup.device)
     return networks[0], networks[1].requires_grad_(False).eval()
 
