@@ -24,6 +24,7 @@ class MethodConfig(Config):
 
     trains_student: ClassVar[bool] = False  # beside its losses: by a warm-up, or by another last layer
     of_logits: ClassVar[bool] = False  # compares no feature in its main stage
+    auto_balance: ClassVar[float] = 1.0  # the balance that a weight of `auto` stands for
     name: str
     """Distillation method, as in `sakd list methods`."""
     weight: NonNegativeFloat = 1.0
@@ -61,10 +62,10 @@ class MethodConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _auto_is_balanced(cls, values: Any) -> Any:
-        """A weight of `auto` is the default one, balanced: the two gradients are as long as each other."""
+        """A weight of `auto` is the default one, balanced: by default both gradients are as long as each other."""
         if isinstance(values, dict) and values.get("weight") == AUTO:
             others = {key: value for key, value in values.items() if key != "weight"}
-            return others | {"balance": others.get("balance") or 1.0}
+            return others | {"balance": others.get("balance") or cls.auto_balance}
         return values
 
     @model_validator(mode="after")

@@ -25,6 +25,8 @@ from sakd_cli.config.base import by_name, chosen_by_name
 from sakd_cli.config.method import SHARED, ComposedConfig, MethodConfig, WarmedConfig
 from sakd_cli.errors import UsageError
 
+VECTORS = 0.3  # the balance of pooled vectors: at 1 RKD and CRD drown the task (guide `compare`, "How much")
+
 
 class KDConfig(MethodConfig):
     """Softened logits (Hinton et al. 2015)"""
@@ -70,6 +72,7 @@ class NSTConfig(MethodConfig):
 class RKDConfig(MethodConfig):
     """Distances and angles between samples (Park et al., CVPR 2019)"""
 
+    auto_balance: ClassVar[float] = VECTORS
     name: Literal["rkd"] = "rkd"
     gamma: PositiveFloat = 2.0
     distance: NonNegativeFloat = 25.0
@@ -104,6 +107,7 @@ class VIDConfig(MethodConfig):
 class CRDConfig(MethodConfig):
     """Telling a sample from those of other classes across the networks (Tian et al., ICLR 2020)"""
 
+    auto_balance: ClassVar[float] = VECTORS
     name: Literal["crd"] = "crd"
     weight: NonNegativeFloat = 0.8
     width: PositiveInt = 128
@@ -301,6 +305,7 @@ def _composed(kinds: Mapping[str, type[Any]]) -> type[MethodConfig]:
         fields[key] = (MethodConfig.__annotations__[key], main.model_fields[key].default)
     made = create_model(f"Composed_{name}", __base__=ComposedConfig, **fields)
     made.trains_student = any(kind.trains_student for kind in kinds.values())
+    made.auto_balance = max(kind.auto_balance for kind in kinds.values())
     return made
 
 

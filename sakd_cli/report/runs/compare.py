@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from sakd_cli.config.identity import LOCATIONS, identity, is_plain
+from sakd_cli.config.method import MethodConfig
+from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import CLASSICAL, PLAIN
 from sakd_cli.documents.base import PairedTest
@@ -27,7 +29,6 @@ from sakd_cli.rundir import RunDir
 PLACES = LOCATIONS | {"router.run"}
 LEARNING = ("task", "method", "router", "teacher", "student", "model", "stage_map", "residual")
 DISTILLATION = (*LEARNING, "init_from", "init_from_branches", "friendly")
-SAID = {"method.balance=1.0": "balanced", "method.balance=0.0": ""}  # settings that have a word in labels
 NAMES = ("task", "student", "model", "method.name", "router.name")  # what a label is made of
 
 
@@ -160,13 +161,20 @@ def _groups(settings: list[_Settings], rows: list[RunRow]) -> list[_Group]:
         # Settings of a method or a router follow from its name, unless the name is the same.
         alike = [run for run in runs if all(run[key] == first[key] for key in NAMES)]
         own = [key for key in extra if len({str(run[key]) for run in alike}) > 1]
-        own = [SAID.get(f"{key}={first[key]}", f"{key}={first[key]}")[:40] for key in own]
-        own = list(filter(None, own))
+        own = list(filter(None, (_said(key, first) for key in own)))
         names += own
         label = " ".join(plain(name) for name in names if name is not None)
         said = ", ".join(map(plain, [*words, *own]))
         groups.append(_Group(index, label, first, [row for row in rows if row.group == index], said))
     return groups
+
+
+def _said(key: str, run: _Settings) -> str:
+    """A setting in a label; the balance that `auto` stands for has a word there, and none has none."""
+    auto = METHODS.own.get(run["method.name"], MethodConfig).auto_balance
+    if key == "method.balance" and run[key] in (0.0, auto):
+        return "balanced" if run[key] else ""
+    return f"{key}={run[key]}"[:40]
 
 
 def _statistics(group: _Group) -> SeedGroup:
