@@ -314,3 +314,12 @@ def test_a_run_whose_log_was_changed_does_not_go_on(runs: CliRunner, name: str) 
         result = runs.sakd("distill", "--resume", "rewritten", "-q")
         assert (result.code, result.err.count("\n")) == (4, 2), result.err
         assert f"{name}: was changed by others" in result.err
+
+
+def test_a_network_is_not_scored_by_settings_that_its_run_was_not_trained_with(runs: CliRunner) -> None:
+    run = runs.path / "other settings"
+    shutil.copytree(runs.path / "short", run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("\nseed: 0", "\nseed: 3"))
+    for words in (["eval", str(run)], ["eval", str(run), "short"], ["export", str(run), "--out", "nowhere"]):
+        runs.assert_rejects([*words, "-q"], 4, "seed was 0 and is 3")
