@@ -200,13 +200,14 @@ def test_the_routers_group_has_settings_of_its_own(tmp_path: Path) -> None:
     assert [settings.clip_norm for settings, _ in optimizer._clipped] == [1.0, 2.0]
 
 
-def test_statistics_are_re_estimated_where_their_momentum_is_too_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("momentum", [0.01, 0.0])
+def test_statistics_are_re_estimated_where_their_momentum_is_too_small(momentum: float) -> None:
     config = resolve("pretrain", [ConfigSource("test", nested(PRETRAIN | {"model": "resnet8"}))]).config
     job = build.build(config)
     assert not notes(job)
     for norm in [module for module in job.network.modules() if isinstance(module, nn.BatchNorm2d)]:
-        norm.momentum = 0.01
-    assert "BatchNorm in resnet8 has momentum 0.01, too little for a run of 20 steps" in notes(job)[0]
+        norm.momentum = momentum
+    assert f"BatchNorm in resnet8 has momentum {momentum:g}, too little for a run of 20 steps" in notes(job)[0]
     assert control_of(job, job.task).delivered is not None
 
 

@@ -211,6 +211,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     for member in saved.ensemble.members:
         assert isinstance(member, StagedModel)
         match_normalization(Artifact(member, saved.card, saved.sha256), images, str(target.weights))
+    exact_mode(device)
     whole, dataset, run = saved.ensemble.to(device), images.dataset, target.run
     costs = [cost(member, images.side) for member in whole.members]
     macs, teacher = [one.macs for one in costs], saved.about.get("teacher") or {}

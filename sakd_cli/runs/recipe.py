@@ -70,9 +70,8 @@ def control_of(job: Job, task: Task) -> Control:
         hint = "freeze less, or for fewer epochs than there are: --set train.freeze_epochs=N"
         raise UsageError("train.freeze: leaves nothing of the network to train", hint)
     norms = train.batchnorm == "frozen"
-    re_estimate = train.batchnorm == "re-estimate" or bool(
-        train.batchnorm == "auto" and _forgets_too_late(job, network)
-    )
+    stale = train.batchnorm == "auto" and _forgets_too_late(job, network) is not None
+    re_estimate = stale or train.batchnorm == "re-estimate"
     frozen = Frozen(network, parameters, train.freeze_epochs, norms=norms)
     beside = Delivered(network, train.ema, frozen, re_estimate=re_estimate) if train.ema or re_estimate else None
     return Control(train.metric, train.patience, frozen if parameters or norms else None, beside)
@@ -104,7 +103,7 @@ def notes(job: Job) -> list[str]:
         (name, rise), reached = late[0], train.epochs / late[0][1]
         length = f"{rise} epochs, and this run has {train.epochs}"
         found.append(f"weight_warmup of {name} is {length}: its weights get to {reached:.2g} of their value")
-    if train.batchnorm == "auto" and (momentum := _forgets_too_late(job, job.task.network)):
+    if train.batchnorm == "auto" and (momentum := _forgets_too_late(job, job.task.network)) is not None:
         found.append(
             f"BatchNorm in {job.network.name} has momentum {momentum:g}, too little for a run of {steps:,} steps: its "
             "statistics are re-estimated on training images for every evaluation (--set train.batchnorm=running: not)"
