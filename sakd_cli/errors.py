@@ -115,9 +115,12 @@ def not_deterministic(error: BaseException) -> UsageError | None:
     return None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library or program says, as far as it fits into a line."""
-    return str(error).strip().partition("\n")[0][:90] or type(error).__name__
+    try:
+        return str(error).strip().partition("\n")[0][:90] or type(error).__name__
+    except Exception:  # its own __str__ fails
+        return type(error).__name__
 
 
 def one_line(error: Exception, most: int = 100) -> str:

@@ -8,7 +8,10 @@ its own file again. A small folder has none.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +43,33 @@ def config_files(runs_dir: Path) -> dict[Path, os.stat_result]:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        return [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
-def read_config(path: Path) -> Settings | None:
+def read_config(path: Path, parse: Callable[[str], Any] = files.parse_yaml) -> Settings | None:
     """A config file as a plain tree; None where it is none."""
     try:
-        settings = files.parse_yaml(files.read_bytes(path, files.MOST_YAML).decode())
+        settings = parse(files.read_bytes(path, files.MOST_YAML).decode())
     except (OSError, ValueError, yaml.YAMLError):
         return None
     # A key may be a number in YAML, and then it is none of ours.
     ours = isinstance(settings, dict) and settings and all(isinstance(key, str) for key in settings)
     return settings if ours else None
+
+
+def _by_blocks(text: str) -> Any:
+    """As `files.parse_yaml`; a top-level key whose value other files have too is parsed once, for all of them."""
+    with suppress(AttributeError, ValueError, yaml.YAMLError):
+        blocks = [_block(block) for block in re.split(r"^(?=[^\s#-])", text, flags=re.MULTILINE) if block]
+        settings = {key: value for block in blocks for key, value in block.items()}
+        if settings and len(settings) == len(blocks) == sum(map(len, blocks)):
+            return settings
+    return files.parse_yaml(text)
+
+
+_block = lru_cache(2**14)(files.parse_yaml)
 
 
 def all_settings(runs_dir: Path) -> dict[Path, Settings | None]:
@@ -72,7 +88,7 @@ def judged(
         folder, looks = os.path.dirname(path), _looks(about)
         before = known.get(folder[start:])
         if not (isinstance(before, list) and len(before) == 4 and before[0] == looks):
-            before, anew = [looks, read_config(path), None, None], anew + 1
+            before, anew = [looks, read_config(path, _by_blocks), None, None], anew + 1
         settings, others, said = before[1:]
         places = [f"{folder}/{name}" for name in (JUDGED if judge else ())]
         now = [_looks(os.stat(place)) if os.path.exists(place) else None for place in places]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TINY, CliRunner
 
 from sakd_cli.config import plugins
+from sakd_cli.config.methods import METHODS
 from sakd_cli.distillers.table import DISTILLERS
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,32 @@ class Own(MethodConfig):
     \"\"\"Mine\"\"\"
     name: Literal["{name}"] = "{name}"
 """
+ODD_TEXT = """
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError("in str")
+
+raise Odd
+"""
+ODD_CLASS = """
+class Kind(type):
+    def __getattribute__(self, name):
+        raise RuntimeError("no attributes")
+
+class Own(metaclass=Kind): ...
+"""
+LOSS = """
+from sakd_cli.api import SpotwiseDistiller
+
+class Own(SpotwiseDistiller):
+    places = "every_map"
+
+    def __init__(self, spots, *, weight: float = 1.0):
+        super().__init__(spots)
+
+    def spot_loss(self, k, student, teacher, weight):
+        {body}
+"""
 
 
 @pytest.mark.parametrize(
@@ -117,6 +145,13 @@ class Own(MethodConfig):
         ("", "Own", "cannot be loaded (AttributeError"),
         ("Own = 3", "Own", "is no Distiller of sakd_cli.api, and no MethodConfig"),
         (WORDS.format(name="other"), "Own", "calls itself 'other'"),
+        ("raise SystemExit(0)", "Own", "cannot be loaded (SystemExit: 0)"),
+        ("raise BaseException('odd')", "Own", "cannot be loaded (BaseException: odd)"),
+        (ODD_TEXT, "Own", "cannot be loaded (Odd: Odd)"),
+        ("import torch; torch.set_default_dtype(torch.float64); Own = 3", "Own", "sets torch's default type"),
+        ("import torch; torch.set_default_device('meta'); Own = 3", "Own", "sets torch's default type or device"),
+        (ODD_CLASS, "Own", "no attributes"),
+        ("", "Own!", "is no `module:name`"),
     ],
 )
 def test_a_broken_plugin_is_one_line_and_spoils_nothing_else(
@@ -128,6 +163,8 @@ def test_a_broken_plugin_is_one_line_and_spoils_nothing_else(
     assert "kd" in [row["name"] for row in listed.document["rows"]]
     assert "mine" not in [row["name"] for row in listed.document["rows"]]
     assert listed.err.count("warning: plug-in broken_one: ") == 1
+    assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float32, "cpu")
+    sys.modules.pop("broken_one", None)  # as in another process
     result = cli.assert_rejects(
         ["config", "show", "--teacher", "a", "--student", "resnet8", "--method", "mine"], 2, told
     )
@@ -159,3 +196,44 @@ def test_a_method_without_a_distiller_and_a_network_that_is_none(
     cli.assert_rejects([*arguments, "ResNet8"], 2, "network 'ResNet8': wanted by sakd and by nets")
     assert "did you mean 'mynet'" in cli.assert_rejects([*arguments, "mynett"], 2, "unknown model").err
     assert set(DISTILLERS.own) == set(DISTILLERS)
+
+
+def test_what_a_package_does_while_it_is_loaded_stays_there(
+    cli: CliRunner, packages: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loud = "import os, sys; os.write(1, b'noise'); print('noise'); sys.stdout = None; os.close(1); os.chdir('/')\n"
+    packages("loud", POINT.format(name="mine", module="loud", what="Own"), loud + LOSS.format(body="return 0"))
+    listed = cli.sakd("list", "methods", "--json")
+    assert [row["package"] for row in listed.document["rows"] if row["name"] == "mine"] == ["loud"]
+    assert "noise" not in capfd.readouterr().out
+    assert cli.sakd("show", "method", "mine", "--json").code == 0
+
+
+def test_a_list_of_entry_points_that_cannot_be_read_and_an_odd_name_spoil_nothing(
+    cli: CliRunner, packages: Any
+) -> None:
+    packages("garbled", "[sakd.methods]\nnot an entry point\n")
+    packages("added", POINT.format(name="a+b", module="added", what="Own"), "Own = 3")
+    packages("routed", "[sakd.routers]\nadaptive = routed:Own\n", "Own = 3")
+    listed = cli.sakd("list", "methods", "--json")
+    assert [row["name"] for row in listed.document["rows"]] == list(METHODS.own)
+    for told in ("plug-in garbled: 'garbled' cannot be loaded", "plug-in added: 'a+b' is no name for a method"):
+        assert listed.err.count(told) == 1, listed.err
+    arguments = ["config", "show", "--teacher", "a", "--student", "resnet8", "--router", "always", "--method"]
+    cli.assert_rejects([*arguments, "a+b"], 2, "plug-in added: 'a+b' is no name for a method")
+    assert cli.sakd(*arguments, "at+rkd").code == 0
+    assert cli.sakd("runs", "--runs-dir", "nowhere", "--json").code == 0
+
+
+def test_what_a_package_makes_is_looked_at_before_it_is_trained(
+    cli: CliRunner, pretrained: object, packages: Any
+) -> None:
+    made = "from sakd_cli.models.table import create\n\ndef build(name, classes):\n    m = create('resnet8', classes)\n"
+    for name, change in (("big", "m.double()"), ("nowhere", "m.to('meta')"), ("still", "m.requires_grad_(False)")):
+        packages(name, f"[sakd.networks]\n{name} = {name}:build\n", f"{made}    m.name = name\n    return {change}\n")
+        words = ["pretrain-teacher", name, *TINY, "--dry-run"]
+        cli.assert_rejects(words, 2, f"plug-in {name}: {name} must have float32 parameters")
+    for name, body, told in (("none", "return None", "TypeError: expected Tensor"), ("ends", "exit()", "SystemExit")):
+        packages(name, POINT.format(name=name, module=name, what="Own"), LOSS.format(body=body))
+        words = ["distill", "--teacher", "resnet8", "--student", "resnet8", "--method", name, *TINY, "--dry-run"]
+        assert "Own.spot_loss" in cli.assert_rejects(words, 2, told).err

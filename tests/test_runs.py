@@ -7,6 +7,8 @@ import pytest
 from conftest import CliRunner
 from filelock import FileLock
 
+from sakd_cli import runindex
+from sakd_cli.files import parse_yaml
 from sakd_cli.rundir import RunDir
 
 TINY = [
@@ -80,6 +82,36 @@ def test_a_removal_that_was_cut_short_stands_in_no_way_and_a_link_is_no_run(ther
     assert there.sakd("runs", "rm", "runs/copy", "--yes").code == 0
     (runs / "link").unlink()
     assert sorted(path.name for path in runs.iterdir()) == ["broken", "s", "t"]
+    shutil.copytree(runs / "s", runs / ".copy.removed2")
+    assert sorted(names(there)) == ["broken", "s", "t"]
+    assert there.sakd("runs", "rm", "runs/copy", "--yes").code == 0, (
+        "the same line again ends a removal that was killed"
+    )
+    assert sorted(path.name for path in runs.iterdir()) == ["broken", "s", "t"]
+    there.assert_rejects(["runs", "rm", "runs/copy", "--yes"], 2, "not a run directory")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\nb:\n  c: [1, x]\nd:\n- 2\n",
+        "# said\na: 1\n\n# more\nb: |\n  c: 1\n\n  d\ne: 2\n",
+        "a: 'x\n\n  b: 1'\nc: 2\n",
+        "a: {b: 1,\n  c: 2}\nd: >-\n  e\n",
+        "? a\n: 1\nb: 2\n",
+        "{a: 1, b: 2}\n",
+        "--- \na: 1\n",
+        "a: 1\na: 2\n",
+        "1: 2\n",
+        "- a\n- b\n",
+        "a",
+        "",
+        "a: [1,\n2]\n",
+        "a: &x 1\nb: 2\n",
+    ],
+)
+def test_settings_by_blocks_are_those_of_the_whole_file(text: str) -> None:
+    assert runindex._by_blocks(text) == parse_yaml(text)
 
 
 def test_settings_whose_keys_are_numbers_are_damaged(there: CliRunner) -> None:

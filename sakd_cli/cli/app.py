@@ -166,7 +166,7 @@ def run(arguments: list[str]) -> int:
             complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit) as error:  # rich answers a broken pipe with SystemExit
-        if place := place_of(error):
+        if place := place_of(error) or _place_in_method(error):
             complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
             return UsageError.exit_code
         return _broken_pipe()
@@ -208,7 +208,7 @@ def run(arguments: list[str]) -> int:
         trust_no_more()
 
 
-def _place_in_method(error: Exception) -> str | None:
+def _place_in_method(error: BaseException) -> str | None:
     """Class, file and line of the distiller or router whose own code raised the error; None where it is no such code.
 
     Known by the names of the base classes, which must not be imported here.

@@ -12,7 +12,7 @@ from sakd_cli.cli.options import Values, with_options
 from sakd_cli.config.resolve import parse_assignment
 from sakd_cli.documents.listing import RunEntries
 from sakd_cli.errors import UsageError
-from sakd_cli.report.runs.entries import entry_tables, remove, why_kept
+from sakd_cli.report.runs.entries import entry_tables, remains, remove, why_kept
 from sakd_cli.rundir import RunDir
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[show|rm] [RUN...]", help="Show, or remove, these runs.")]
@@ -45,6 +45,8 @@ def runs(options: Values, json: bool, yes: bool, words: Words = None) -> None:
 def _remove(chosen: list[RunDir], *, yes: bool) -> list[str]:
     """Remove these runs, all or none. UsageError where one is needed, or nobody says yes."""
     for run in chosen:
+        if not run.path.exists() and remains(run):
+            continue
         assert run.config
         if (kept := why_kept(run, {one.path.resolve() for one in chosen})) is not None:
             raise UsageError(f"{run.path}: is not removed, {kept}")

@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -105,7 +106,7 @@ def _module(path: str) -> ModuleType:
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(place.parent))
     try:
-        with told(path), contextlib.redirect_stdout(sys.stderr):
+        with told(path), contained():
             exec(compile(content, path, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[module.__name__]
@@ -114,6 +115,35 @@ def _module(path: str) -> ModuleType:
         sys.path.remove(str(place.parent))
     _modules[place, digest] = module
     return module
+
+
+def _torch_defaults() -> tuple[str, str]:
+    """Type and device of what torch makes where nothing is said, for the whole process."""
+    torch = sys.modules.get("torch")
+    return (str(torch.get_default_dtype()), str(torch.get_default_device())) if torch else ("torch.float32", "cpu")
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """For own code while it is loaded or tried: what it prints goes to stderr, and it changes no folder or warnings.
+
+    Raises ValueError, and puts them back, where it changes torch's defaults: it may count upon them.
+    """
+    before, stdout = _torch_defaults(), os.dup(1)
+    os.dup2(2, 1)
+    streams = contextlib.redirect_stdout(sys.stderr), contextlib.redirect_stderr(sys.stderr)
+    try:
+        with streams[0], streams[1], contextlib.chdir(os.getcwd()), warnings.catch_warnings():
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        if changed := _torch_defaults() != before:
+            torch = sys.modules["torch"]
+            torch.set_default_dtype(getattr(torch, before[0].removeprefix("torch.")))
+            torch.set_default_device(None if before[1] == "cpu" else before[1])
+    if changed:
+        raise ValueError("sets torch's default type or device, which are those of the whole process")
 
 
 def place_of(error: BaseException) -> str | None:

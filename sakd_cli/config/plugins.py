@@ -14,12 +14,12 @@ A row that cannot be used spoils no other: UsageError, naming the package, where
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, distributions
 from typing import Any, NamedTuple, TypeVar
 
 from sakd_cli.config import code
 from sakd_cli.config.base import of_file
-from sakd_cli.errors import UsageError, no_row
+from sakd_cli.errors import SakdError, UsageError, first_line, no_row
 
 Row = TypeVar("Row")
 METHODS, DISTILLERS, NETWORKS = "sakd.methods", "sakd.distillers", "sakd.networks"
@@ -36,9 +36,14 @@ class Plugged(NamedTuple):
     def load(self) -> Any:
         """What it names. Raises UsageError, whatever is wrong with the package."""
         try:
-            return self.entry.load()
-        except Exception as error:  # foreign code: anything may happen, and none of it is ours
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:90]
+            with code.contained():
+                if self.entry.pattern.match(self.entry.value) is None:
+                    raise ValueError(f"{self.entry.value} is no `module:name`")
+                return self.entry.load()
+        except BaseException as error:  # foreign code: anything may happen, and none of it is ours
+            if isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith("sakd_cli."):
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise UsageError(f"plug-in {self.package}: {self.entry.name!r} cannot be loaded ({reason})") from None
 
 
@@ -46,10 +51,15 @@ class Plugged(NamedTuple):
 def plugged(group: str) -> dict[str, tuple[Plugged, ...]]:
     """All entry points of a group by name; more than one where packages want the same name."""
     found: dict[str, tuple[Plugged, ...]] = {}
-    for entry in entry_points(group=group):
-        one = Plugged(entry, entry.dist.name if entry.dist is not None else "of no package")
-        if one not in found.get(entry.name, ()):
-            found[entry.name] = (*found.get(entry.name, ()), one)
+    for package in distributions():
+        try:
+            entries = package.entry_points.select(group=group)
+        except Exception:  # the list cannot be read: one that cannot be loaded stands for it
+            entries = EntryPoints([EntryPoint(package.name, "its entry_points.txt", group)])
+        for entry in entries:
+            others = found.get(entry.name, ())
+            if package.name not in [one.package for one in others]:  # it may be there twice; the first counts
+                found[entry.name] = (*others, Plugged(entry, package.name))
     return found
 
 
@@ -90,7 +100,7 @@ class Table(Mapping[str, Row]):
         return known[1]
 
     def __getitem__(self, name: str) -> Row:
-        if self.compose is not None and "+" in name:
+        if self.compose is not None and "+" in name and all(part in self for part in name.split("+")):
             return self._composed(name, self.compose)
         if of_file(name):
             code.require_trust(name)
@@ -112,7 +122,9 @@ class Table(Mapping[str, Row]):
         if known is None or known[0] is not found:  # a file may have changed
             try:
                 self._loaded[name] = known = found, self.check(name, found)
-            except (ValueError, TypeError) as error:
+            except (SakdError, KeyError):
+                raise
+            except Exception as error:
                 line = code.line_of(found, "__init__") if of_file(name) else ""
                 raise UsageError(f"{line}: {who} {error}" if line else f"{who} {error}") from None
         return known[1]

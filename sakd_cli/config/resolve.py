@@ -101,8 +101,8 @@ def protocol_sources(name: str | None, others: Iterable[ConfigSource]) -> Iterat
     routed = [value for source in others if (value := source.values.get("router"))]
     names = [value.get("name") if isinstance(value, dict) else value for value in routed]
     named = next((str(name) for name in reversed(names) if name), "adaptive")
-    router = routers.ROUTERS.get(own_name(named, routers.ROUTERS) or named)
     for key, value in PROTOCOLS.get(name or "", {}).items():
+        router = routers.ROUTERS.get(own_name(named, routers.ROUTERS) or named)
         section, _, leaf = key.partition(".")
         if section != "router" or (router is not None and leaf in router.model_fields):
             yield ConfigSource(f"--protocol {name}", {"task": "distill"} | nested({key: value}))

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from sakd_cli.config import plugins
+from sakd_cli.config import code, plugins
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
@@ -54,9 +54,13 @@ def create(name: str, num_classes: int, side: ImageSize = 32, *, drop_path: floa
     if more and FITTED.get(network.family) is not external.from_library:
         raise UsageError(f"train.drop_path: {name} has no stochastic depth", "networks of timm and torchvision have it")
     if network.plugged:
-        made = PLUGGED.row(network.name)(network.name, num_classes)
+        with code.told(f"{network.family}: network {name!r}"):
+            made = PLUGGED.row(network.name)(network.name, num_classes)
         if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
             raise UsageError(f"{network.family}: {name} is no StagedModel of that name for {num_classes} classes")
+        of_use = all(p.dtype == torch.float32 and not p.is_meta for p in made.parameters())
+        if not (of_use and any(p.requires_grad for p in made.parameters())):
+            raise UsageError(f"{network.family}: {name} must have float32 parameters, of which some are trained")
         return made
     if network.family in FITTED:
         return FITTED[network.family](network.name, num_classes, side, **network.arguments, **more)

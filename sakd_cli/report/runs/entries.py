@@ -120,8 +120,16 @@ def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
 
 def remove(run: RunDir) -> None:
     """Remove a run: out of the way at once, then piece by piece, with what a removal that was cut short has left."""
-    with run.locked():
-        aside = Path(tempfile.mkdtemp(prefix=f".{run.path.name}.removed", dir=run.path.parent))
-        run.path.rename(aside)
-    for left in run.path.parent.glob(f".{glob.escape(run.path.name)}.removed*"):
-        shutil.rmtree(left, ignore_errors=left != aside)
+    earlier = remains(run)
+    if run.path.exists():
+        with run.locked():
+            aside = Path(tempfile.mkdtemp(prefix=f".{run.path.name}.removed", dir=run.path.parent))
+            run.path.rename(aside)
+        shutil.rmtree(aside)
+    for left in earlier:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remains(run: RunDir) -> list[Path]:
+    """What a removal of this run that was cut short has left."""
+    return [*run.path.parent.glob(f".{glob.escape(run.path.name)}.removed*")]
