@@ -134,8 +134,11 @@ class RunDir:
             raise kind(f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}")
         return found_again({key: value for key, value in settings.items() if key != EFFECTIVE}, self.path)
 
-    def require_own_settings(self, settings: dict[str, Any] | None = None) -> None:
-        """Raise DamagedError where config.yaml (`settings`) is not what the run's last checkpoint was trained with."""
+    def require_own_settings(self, settings: dict[str, Any] | None = None, *, but: str = "") -> None:
+        """Raise DamagedError where config.yaml (`settings`) is not what the run's last checkpoint was trained with.
+
+        but  a key that may be another, since whoever uses it sees that
+        """
         try:
             trained = files.read_json(self.path / "checkpoints" / "last" / "state.json")["fingerprint"]["settings"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -143,7 +146,7 @@ class RunDir:
         here = {key: value for key, value in flat(settings or self.config).items() if not key.startswith(EFFECTIVE)}
         found = differences(trained, here) if isinstance(trained, dict) else []
         allowed = HELD | EXTENDED if trained.get("train.epochs") in self.extended else HELD
-        if changed := [one for one in found if one.key not in allowed]:
+        if changed := [one for one in found if one.key not in {*allowed, but}]:
             raise DamagedError(
                 f"{self.path}: config.yaml is not what it was trained with: {listed(changed)}", "put it back as it was"
             )

@@ -186,7 +186,7 @@ def _total(epochs: list[doc.EpochRecord], index: int) -> doc.SpotTotal:
 def _class_names(run: RunDir) -> list[str]:
     """Names of the classes; none for a run that goes on or was killed before it had saved its student with a card."""
     run.require_files(CARD)
-    if not (run.path / CARD).exists() and not run.finished:
+    if not (run.path / CARD).exists() and not (run.finished and (run.path / WEIGHTS).exists()):
         return []
     names = read_about(run.path / "student").get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
