@@ -98,7 +98,7 @@ def test_messages_come_with_the_name_of_their_run(tmp_path: Path, monkeypatch: p
 def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sakd_cli.sweep.executor.cores", lambda: 8)
+    monkeypatch.setattr("sakd_cli.sweep.executor.cpu_count", lambda: 8)
     monkeypatch.setenv("SAKD_EPOCHS", "9")
     monkeypatch.delenv("OMP_NUM_THREADS")
     program = "import json, os, time; a = time.time(); time.sleep(0.2); json.dump({'time': [a, time.time()],"

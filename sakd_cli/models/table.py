@@ -58,7 +58,8 @@ def create(name: str, num_classes: int, side: ImageSize = 32, *, drop_path: floa
             made = PLUGGED.row(network.name)(network.name, num_classes)
         if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
             raise UsageError(f"{network.family}: {name} is no StagedModel of that name for {num_classes} classes")
-        of_use = all(p.dtype == torch.float32 and not p.is_meta for p in made.parameters())
+        here = torch.empty(0).device  # meta, where only shapes are wanted
+        of_use = all(p.dtype == torch.float32 and p.device == here for p in made.parameters())
         if not (of_use and any(p.requires_grad for p in made.parameters())):
             raise UsageError(f"{network.family}: {name} must have float32 parameters, of which some are trained")
         return made
