@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import PAIR, TINY, CliRunner
 
-from sakd_cli.engine.loggers import LOGGERS
+from sakd_cli.engine.loggers import LOGGERS, logging_to
+from sakd_cli.rundir import RunDir
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -28,6 +29,16 @@ def test_csv_is_a_table_of_all_lines_also_after_a_resume(trained_cli: CliRunner)
     extended = ["distill", "--resume", str(run), "--epochs", "2", "--log", "csv", "-q"]
     assert trained_cli.sakd(*extended).code == 0
     assert len([row for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()) if row["eval/top1"]]) == 2
+
+
+def test_csv_has_all_of_an_epoch_before_the_epoch_is_saved(tmp_path: Path) -> None:
+    """A run that is killed after its last epoch logs no more lines, and so its table is not written again."""
+    run = RunDir(tmp_path)
+    with logging_to(run, ["csv"], print):
+        for name, line in (("metrics.jsonl", {"kind": "eval", "epoch": 1, "top1": 2.0}), ("spots.jsonl", {"ce": 3.0})):
+            run.append(name, {"epoch": 1} | line)
+        rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [(row["eval/top1"], row["spots/ce"]) for row in rows] == [("2.0", ""), ("", "3.0")]
 
 
 def test_mlflow_gets_settings_and_metrics(trained_cli: CliRunner) -> None:

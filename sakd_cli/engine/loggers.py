@@ -37,7 +37,7 @@ class _Csv:
         self.run = run
 
     def write(self, scalars: dict[str, float], step: int) -> None:
-        if any(tag.startswith("eval/") for tag in scalars):
+        if any(tag.startswith(("eval/", "spots/")) for tag in scalars):  # what an epoch ends with, before it is saved
             self.close()
 
     def close(self) -> None:
