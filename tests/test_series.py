@@ -235,6 +235,15 @@ def test_a_page_says_what_the_runs_beside_it_found(
     assert "--with-control" not in first
     alone = trained_cli.path / controlled["runs"][4]["run"]
     assert helped(RunDir(alone)).verdict == "", "nothing was routed there"
+    log = alone / "metrics.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole.partition(b"\n")[2])
+    try:
+        verdict, table = helped(RunDir(run))
+    finally:
+        log.write_bytes(whole)
+    assert verdict.startswith("Not compared with the runs beside it: "), "and not: it has no controls"
+    assert (str(log) in verdict, table) == (True, None)
 
 
 def test_curves_of_a_comparison_are_drawn(trained_cli: CliRunner, controlled: dict[str, Any], tmp_path: Path) -> None:

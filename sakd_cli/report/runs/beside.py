@@ -29,7 +29,10 @@ AGAINST = {"where": "distilling as often, but at random", "dose": "distilling ev
 
 
 class Helped(NamedTuple):
-    """What the runs beside a run say of its routing: one verdict, empty where they answer nothing, and a table."""
+    """What the runs beside a run say of its routing: one verdict, empty where they answer nothing, and a table.
+
+    Where one of them is damaged the verdict is that, and there is no table.
+    """
 
     verdict: str = ""
     table: Sheet | None = None
@@ -56,8 +59,8 @@ def helped(run: RunDir) -> Helped:
         return Helped()
     try:
         compared = compare(beside(run))
-    except UsageError:  # one of the others is damaged
-        return Helped()
+    except UsageError as error:  # one of them is damaged
+        return Helped(f"Not compared with the runs beside it: {error.message}.")
     own = compared.groups[compared.runs[0].group].label
     answers = {one.question: one for one in compared.answers if one.ours == own}
     asked = [answers[question] for question in ("where", "dose") if question in answers]
