@@ -19,8 +19,9 @@ from conftest import TINY, CliRunner
 from sakd_cli import files, runindex, torchrun
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.data.fingerprint import content_hashes
 from sakd_cli.data.published import _wordnet_names
-from sakd_cli.errors import RunInUseError, SeriesError, UsageError, unknown
+from sakd_cli.errors import DataError, RunInUseError, SeriesError, UsageError, unknown
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir, newest_run
@@ -297,6 +298,8 @@ def test_what_is_no_file_is_not_read_for_ever(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="Not a regular file"):
                 read(tmp_path / name)
         assert files.log_digest(tmp_path / name) == ""
+        with pytest.raises(DataError, match="not a regular file"):
+            content_hashes([str(tmp_path / name)])
     assert _wordnet_names(tmp_path, ("n01", "n02")) == ("n01", "n02")
     os.mkfifo(tmp_path / "my.py")
     assert "name a class in it" in unknown("router", str(tmp_path / "my.py"), ())

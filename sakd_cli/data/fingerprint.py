@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError, UsageError, unreadable
-from sakd_cli.files import parse_json, read_bytes
+from sakd_cli.files import parse_json, read_bytes, sha256
 from sakd_cli.rundir import IMAGES
 from sakd_cli.torchrun import cpu_count
 
@@ -80,9 +80,7 @@ def content_hashes(paths: Sequence[str]) -> tuple[str, ...]:
 
 def _content_hash(path: str) -> str:
     try:
-        # A pipe would be waited for.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(Path(path))
     except OSError as error:
         raise DataError(f"{path}: {unreadable(error)}", "sakd data check DIR") from None
 
