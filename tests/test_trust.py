@@ -323,3 +323,16 @@ def test_a_network_is_not_scored_by_settings_that_its_run_was_not_trained_with(r
     (run / "config.yaml").write_text(text.replace("\nseed: 0", "\nseed: 3"))
     for words in (["eval", str(run)], ["eval", str(run), "short"], ["export", str(run), "--out", "nowhere"]):
         runs.assert_rejects([*words, "-q"], 4, "seed was 0 and is 3")
+
+
+def test_a_summary_of_another_run_and_counts_that_are_gone_are_told(runs: CliRunner) -> None:
+    run = runs.path / "with another summary"
+    shutil.copytree(runs.path / "short", run)
+    shutil.copy(runs.path / "long" / "summary.json", run / "summary.json")
+    runs.assert_rejects(["distill", "--resume", str(run), "--json", "-q"], 4, "student/")
+    (run / "summary.json").unlink()
+    words = ["inspect-spots", str(run), "--json"]
+    assert "is gone" not in runs.sakd(*words).err
+    (run / "samples.safetensors").unlink()
+    (run / "survey.safetensors").unlink()
+    assert "samples.safetensors: is gone" in " ".join(runs.sakd(*words).err.split())

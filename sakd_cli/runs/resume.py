@@ -59,8 +59,9 @@ class ResumePlan(NamedTuple):
 
     @property
     def summary(self) -> Summary:
-        """Of the finished run."""
+        """Of the finished run. Raises DamagedError where it is that of another."""
         assert self.resume is not None
+        self.resume.require_files("student/", "teacher/", "ensemble/")
         return self.resume.summary
 
     def check(self) -> None:

@@ -69,9 +69,12 @@ class Survey:
 
 
 def gone(run: RunDir) -> list[str]:
-    """What to say of the files that a finished run has left and that are not there any more."""
-    known = run.summary.files if run.finished else {}
-    taken = [run.path / name for name in (FILE, COUNTS) if name in known and not (run.path / name).exists()]
+    """What to say of the files that a run has left and that are not there any more.
+
+    A stopped run has its counts by sample from its first checkpoint on.
+    """
+    known = set(run.summary.files) if run.finished else {COUNTS} if (run.path / "checkpoints" / "last").is_dir() else ()
+    taken = [run.path / name for name in (FILE, COUNTS) if name in known and not (run.path / name).is_file()]
     return [f"{path}: is gone; what it held by image is not shown" for path in taken]
 
 
