@@ -23,7 +23,7 @@ DELIVERABLES = ("student", "teacher")
 SUMMARY = "summary.json"
 IMAGES = "images.json"  # which images the run has (`data/fingerprint.py`)
 OF_THE_END = ("survey.safetensors", "ensemble/ensemble.json")  # what a run leaves once all is trained, beside these
-SUMMED = ("images.json", "*.safetensors", "student/*", "teacher/*", "branches/*", "ensemble/*.json")
+SUMMED = ("env.json", "images.json", "*.safetensors", "student/*", "teacher/*", "branches/*", "ensemble/*.json")
 
 
 class RunDir:
@@ -198,8 +198,14 @@ class RunDir:
 
     @property
     def summary(self) -> Summary:
-        """What the finished run ended with. Raises UsageError where it is missing or damaged."""
-        return files.read_document(self.path / SUMMARY, Summary).model_copy(update={"run": str(self.path)})
+        """What the finished run ended with. Raises UsageError where it is missing, damaged, or that of another run."""
+        found = files.read_document(self.path / SUMMARY, Summary).model_copy(update={"run": str(self.path)})
+        if (known := found.files.get("env.json")) is not None:
+            self.read_json("env.json", sealed=True, needed=True)
+            if files.sha256(self.path / "env.json") != known:
+                reason = "it or the run's env.json is of another run"
+                raise DamagedError(f"{self.path / SUMMARY}: {reason}", "put them back as they were")
+        return found
 
     @property
     def deliverable(self) -> Path | None:

@@ -329,7 +329,9 @@ def test_a_summary_of_another_run_and_counts_that_are_gone_are_told(runs: CliRun
     run = runs.path / "with another summary"
     shutil.copytree(runs.path / "short", run)
     shutil.copy(runs.path / "long" / "summary.json", run / "summary.json")
-    runs.assert_rejects(["distill", "--resume", str(run), "--json", "-q"], 4, "student/")
+    for words in (["distill", "--resume"], ["report"]):
+        runs.assert_rejects([*words, str(run), "-q"], 4, "summary.json: it or the run's env.json is of another run")
+    assert runs.sakd("runs", "show", str(run), "--json").document["rows"][0]["state"] == "damaged"
     (run / "summary.json").unlink()
     words = ["inspect-spots", str(run), "--json"]
     assert "is gone" not in runs.sakd(*words).err
