@@ -303,3 +303,16 @@ def test_what_is_no_file_is_not_read_for_ever(tmp_path: Path) -> None:
     assert _wordnet_names(tmp_path, ("n01", "n02")) == ("n01", "n02")
     os.mkfifo(tmp_path / "my.py")
     assert "name a class in it" in unknown("router", str(tmp_path / "my.py"), ())
+
+
+def test_a_loop_of_links_costs_one_line(trained_cli: CliRunner) -> None:
+    (trained_cli.path / "loop").symlink_to("loop")
+    pair = ["distill", "--student", "resnet8", *TINY, "--dry-run"]
+    logits = ["--method", "kd", "--router", "always", "--set", "teacher.logits=loop"]
+    single = [[word, "loop"] for word in ("eval", "report", "inspect-spots", "export", "watch")]
+    for words in (*single, ["predict", "loop", "."], [*pair, "--teacher", "./loop"], [*pair, *logits]):
+        result = trained_cli.sakd(*words)
+        assert result.code in (2, 3)
+        assert result.err.startswith("error: ")
+        assert len(result.err.splitlines()) <= 2
+    (trained_cli.path / "loop").unlink()

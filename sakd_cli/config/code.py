@@ -98,7 +98,7 @@ def _read(path: str) -> tuple[bytes, str]:
 
 def _module(path: str) -> ModuleType:
     content, digest = _read(path)
-    place = Path(path).resolve()
+    place = Path(os.path.realpath(path))
     if (place, digest) in _modules:
         return _modules[place, digest]
     module = ModuleType(f"{place.stem}_{digest[:8]}")

@@ -1,6 +1,7 @@
 """What a path or a name means: a teacher, weights, a run; and what the card of a teacher's weights says."""
 
 import importlib
+import os
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -283,7 +284,7 @@ def run_of(target: Path) -> RunDir | None:
     """The run that a path is, or lies in."""
     if (target / "config.yaml").is_file():
         return RunDir(target)
-    folder = folder_of(target.resolve())
+    folder = folder_of(Path(os.path.realpath(target)))  # a loop of links is no run
     above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
     return above[0] if above else None
 

@@ -1,6 +1,7 @@
 """The runs of a folder: what there is, filtered and sorted, and what may be removed"""
 
 import glob
+import os
 import shutil
 import tempfile
 import time
@@ -113,7 +114,7 @@ def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
         pinned = [look_up(settings, "teacher.sha256"), *(others if isinstance(others, list) else [])]
         if weights is not None and weights in pinned:
             return f"it is the teacher of {plain(path.parent)}"
-        if isinstance(matched, str) and Path(matched).resolve() == own:
+        if isinstance(matched, str) and Path(os.path.realpath(matched)) == own:
             return f"{plain(path.parent)} repeats its rates"
     return None
 
