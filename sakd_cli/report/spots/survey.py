@@ -73,7 +73,8 @@ def gone(run: RunDir) -> list[str]:
 
     A stopped run has its counts by sample from its first checkpoint on.
     """
-    known = set(run.summary.files) if run.finished else {COUNTS} if (run.path / "checkpoints" / "last").is_dir() else ()
+    saved = (run.path / "checkpoints" / "last").is_dir() and (run.path / "spots.jsonl").is_file()
+    known = set(run.summary.files) if run.finished else {COUNTS} if saved else ()
     taken = [run.path / name for name in (FILE, COUNTS) if name in known and not (run.path / name).is_file()]
     return [f"{path}: is gone; what it held by image is not shown" for path in taken]
 
