@@ -25,7 +25,7 @@ from sakd_cli.config.base import by_name, chosen_by_name
 from sakd_cli.config.method import SHARED, ComposedConfig, MethodConfig, WarmedConfig
 from sakd_cli.errors import UsageError
 
-VECTORS = 0.3  # the balance of pooled vectors: at 1 RKD and CRD drown the task (guide `compare`, "How much")
+VECTORS = 0.3  # what `auto` is for RKD and CRD: 1 is too strong there (guide `compare`, "How much")
 
 
 class KDConfig(MethodConfig):
