@@ -348,6 +348,19 @@ def test_weights_that_turn_out_infinite_only_when_judged_stop_the_run_too(tmp_pa
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_an_infinite_running_variance_is_no_network_to_keep(tmp_path: Path) -> None:
+    """Its outputs are finite: the loss does not show it."""
+    task = PlainTask()
+    norm = nn.BatchNorm1d(CLASSES)
+    task.network.append(norm)
+    trainer = trainer_of(task, tmp_path, 1)
+    norm.momentum = 0.0
+    norm.get_buffer("running_var").fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match=r"evaluation of epoch 1, tensor '2\.running_var' of the network"):
+        trainer.fit()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 class Impatient(NullReporter):
     """Wants the run to stop when it is asked for the N-th time."""
 

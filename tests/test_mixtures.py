@@ -144,12 +144,16 @@ def with_group(**change: Any) -> Any:
 WRONG = {
     "holds mixtures of resnet20, not of resnet14": changed(teacher="resnet20"),
     "was searched with norm none, this run has rms": changed(norm="none"),
-    "has 3 blocks of stage 1": with_group(blocks=3, alpha=[0.5, 0.25, 0.25]),
+    "has 3 blocks of stage 1": with_group(blocks=3, alpha=[0.5, 0.25, 0.25], beta=None),
     "has 2 blocks of stage 4": with_group(index=4),
     "holds no mixtures of blocks, or damaged ones": with_group(alpha=[0.5, 0.6]),
     "w.json: holds no mixtures": with_group(alpha=["half", 0.5]),
     "holds no mixtures of": changed(schema="sakd.dfa/9"),
     "or damaged ones": changed(groups=[]),
+    "damaged: positions of stage 1 is not [1, 2]": with_group(positions=[2, 3]),
+    "damaged: largest of stage 1 is not": with_group(largest=7),
+    "damaged: entropy of stage 1 is not": with_group(entropy=0.1),
+    "w.json: holds no mixtures of blocks, or damaged": with_group(beta=[9.0, 0.0]),
 }
 
 

@@ -49,13 +49,21 @@ def load_mixtures(settings: MethodConfig, distiller: Any, teacher: str) -> None:
             f"{settings.weights}: was searched with norm {found.norm}, this run has {settings.norm}",
             hint=f"--set method.norm={found.norm}",
         )
-    groups = {group.index: group.alpha for group in found.groups}
+    groups = {group.index: group for group in found.groups}
     ours = {group.stage: len(group.places) for group in distiller.groups}
-    theirs = {index: len(alpha) for index, alpha in groups.items()}
+    theirs = {index: group.blocks for index, group in groups.items()}
     if theirs != ours:
         raise UsageError(f"{settings.weights}: has {_blocks(theirs)}; this run mixes {_blocks(ours)}")
     for k, group in enumerate(distiller.groups):
-        distiller.set_weights(k, torch.tensor(groups[group.stage]))
+        distiller.set_weights(k, torch.tensor(groups[group.stage].alpha))
+    for made in _groups(distiller):
+        told = groups[made.index]
+        odd = [key for key in ("name", "positions", "largest") if getattr(told, key) != getattr(made, key)]
+        if not math.isclose(told.entropy, made.entropy, abs_tol=LARGEST):
+            odd.append("entropy")
+        if odd:
+            text = f"damaged: {odd[0]} of stage {made.index} is not {getattr(made, odd[0])}, as its weights have it"
+            raise UsageError(f"{settings.weights}: {text}")
 
 
 def of_job(job: Job) -> tuple[DFAConfig, DFA] | None:
@@ -76,6 +84,22 @@ def record(job: Job, warn: Callable[[str], None] | None = None) -> Mixtures | No
         if warn is not None and read.dataset != dataset:
             warn(f"{settings.weights}: was found on {read.dataset}, and is used on {dataset}")
         return read
+    prefixes = ("search_", "arch_", "st", "ts", "second_order", "joint")
+    search = {key: value for key, value in settings.model_dump(mode="json").items() if key.startswith(prefixes)}
+    return Mixtures(
+        sakd=__version__,
+        weights=settings.weights,
+        teacher=distiller.groups[0].network,
+        dataset=dataset,
+        norm=settings.norm,
+        distance=settings.distance,
+        seed=seed,
+        search=search if distiller.to_be_found else None,
+        groups=_groups(distiller),
+    )
+
+
+def _groups(distiller: DFA) -> list[MixtureGroup]:
     groups = []
     for k, group in enumerate(distiller.groups):
         alpha = distiller.alpha(k)
@@ -90,19 +114,7 @@ def record(job: Job, warn: Callable[[str], None] | None = None) -> Mixtures | No
             entropy=float(torch.special.entr(alpha.double()).sum()),
         )
         groups.append(mixture)
-    prefixes = ("search_", "arch_", "st", "ts", "second_order", "joint")
-    search = {key: value for key, value in settings.model_dump(mode="json").items() if key.startswith(prefixes)}
-    return Mixtures(
-        sakd=__version__,
-        weights=settings.weights,
-        teacher=distiller.groups[0].network,
-        dataset=dataset,
-        norm=settings.norm,
-        distance=settings.distance,
-        seed=seed,
-        search=search if distiller.to_be_found else None,
-        groups=groups,
-    )
+    return groups
 
 
 @final
@@ -145,8 +157,12 @@ def _read(settings: DFAConfig) -> Mixtures:
 
 
 def _is_sound(group: MixtureGroup) -> bool:
+    """Whether alpha can be the weights of its blocks, and the softmax of beta where the file has one."""
     alpha, fits = group.alpha, len(group.alpha) == group.blocks
-    return fits and min(alpha, default=-1) >= 0 and math.isclose(sum(alpha), 1, abs_tol=LARGEST)
+    if not fits or min(alpha, default=-1) < 0 or not math.isclose(sum(alpha), 1, abs_tol=LARGEST):
+        return False
+    beta = torch.tensor(alpha).log() if group.beta is None else torch.tensor(group.beta)
+    return len(beta) == len(alpha) and torch.allclose(beta.softmax(dim=0), torch.tensor(alpha), atol=LARGEST)
 
 
 def _blocks(blocks: dict[int, int]) -> str:
