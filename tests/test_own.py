@@ -350,6 +350,15 @@ def test_a_dry_run_tries_the_last_batch_of_an_epoch(place: CliRunner) -> None:
     assert "bad.py, line 6: RuntimeError" in result.err
 
 
+def test_a_router_may_write_into_what_it_is_shown(place: CliRunner) -> None:
+    (place.path / "pure.py").write_text(ROUTER.format("seen.student_loss > 0"))
+    spoilt = "(seen.student_loss > 0, [one.zero_() for one in seen])[0]"
+    (place.path / "spoils.py").write_text(ROUTER.format(spoilt))
+    words = [*PAIR, *TINY, "--json", "-q", "--seed", "3", "--router"]
+    pure, spoils = (place.sakd(*words, f"{name}.py:R").document for name in ("pure", "spoils"))
+    assert pure["last"] == spoils["last"]
+
+
 class Failing(api.Router):
     """An object of a program"""
 

@@ -202,6 +202,7 @@ def test_what_a_package_does_while_it_is_loaded_stays_there(
     cli: CliRunner, packages: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     loud = "import os, sys; os.write(1, b'noise'); print('noise'); sys.stdout = None; os.close(1); os.chdir('/')\n"
+    loud += "sys.setrecursionlimit(300)\n"
     packages("loud", POINT.format(name="mine", module="loud", what="Own"), loud + LOSS.format(body="return 0"))
     listed = cli.sakd("list", "methods", "--json")
     assert [row["package"] for row in listed.document["rows"] if row["name"] == "mine"] == ["loud"]
@@ -210,14 +211,21 @@ def test_what_a_package_does_while_it_is_loaded_stays_there(
 
 
 def test_a_list_of_entry_points_that_cannot_be_read_and_an_odd_name_spoil_nothing(
-    cli: CliRunner, packages: Any
+    cli: CliRunner, packages: Any, tmp_path: Path
 ) -> None:
     packages("garbled", "[sakd.methods]\nnot an entry point\n")
     packages("added", POINT.format(name="a+b", module="added", what="Own"), "Own = 3")
     packages("routed", "[sakd.routers]\nadaptive = routed:Own\n", "Own = 3")
+    packages("strange", "[sakd.methods]\nown = strange:Own\n")
+    next(tmp_path.rglob("strange-1.0.dist-info/METADATA")).write_bytes(b"\xff\x00 nothing")
     listed = cli.sakd("list", "methods", "--json")
     assert [row["name"] for row in listed.document["rows"]] == list(METHODS.own)
-    for told in ("plug-in garbled: 'garbled' cannot be loaded", "plug-in added: 'a+b' is no name for a method"):
+    unnamed = "plug-in a package whose METADATA"
+    for told in (
+        unnamed,
+        "plug-in garbled: 'garbled' cannot be loaded",
+        "plug-in added: 'a+b' is no name for a method",
+    ):
         assert listed.err.count(told) == 1, listed.err
     arguments = ["config", "show", "--teacher", "a", "--student", "resnet8", "--router", "always", "--method"]
     cli.assert_rejects([*arguments, "a+b"], 2, "plug-in added: 'a+b' is no name for a method")

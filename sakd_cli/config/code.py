@@ -129,7 +129,7 @@ def contained() -> Iterator[None]:
 
     Raises ValueError, and puts them back, where it changes torch's defaults: it may count upon them.
     """
-    before, stdout = _torch_defaults(), os.dup(1)
+    before, stdout, depth = _torch_defaults(), os.dup(1), sys.getrecursionlimit()
     os.dup2(2, 1)
     streams = contextlib.redirect_stdout(sys.stderr), contextlib.redirect_stderr(sys.stderr)
     try:
@@ -138,6 +138,7 @@ def contained() -> Iterator[None]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
+        sys.setrecursionlimit(max(depth, sys.getrecursionlimit()))
         if changed := _torch_defaults() != before:
             torch = sys.modules["torch"]
             torch.set_default_dtype(getattr(torch, before[0].removeprefix("torch.")))

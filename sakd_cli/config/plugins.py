@@ -52,14 +52,16 @@ def plugged(group: str) -> dict[str, tuple[Plugged, ...]]:
     """All entry points of a group by name; more than one where packages want the same name."""
     found: dict[str, tuple[Plugged, ...]] = {}
     for package in distributions():
+        name = "a package whose METADATA cannot be read"
         try:
+            name = package.name
             entries = package.entry_points.select(group=group)
         except Exception:  # the list cannot be read: one that cannot be loaded stands for it
-            entries = EntryPoints([EntryPoint(package.name, "its entry_points.txt", group)])
+            entries = EntryPoints([EntryPoint(name, "its METADATA or entry_points.txt", group)])
         for entry in entries:
             others = found.get(entry.name, ())
-            if package.name not in [one.package for one in others]:  # it may be there twice; the first counts
-                found[entry.name] = (*others, Plugged(entry, package.name))
+            if name not in [one.package for one in others]:  # it may be there twice; the first counts
+                found[entry.name] = (*others, Plugged(entry, name))
     return found
 
 

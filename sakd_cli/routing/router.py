@@ -30,7 +30,7 @@ class Answers(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """All that is known of a batch when it is decided where its N samples are distilled; nothing has a gradient.
+    """All that is known of a batch when it is decided where its N samples are distilled: copies, without a gradient.
 
     teacher, student  pooled vectors [N, C] of both networks; their logits [N, classes] and their cross-entropies [N];
                       `labels` [N] int64; an image without one has label -1 and loss 0
@@ -108,7 +108,8 @@ def _decided(router: Router, teacher: Tensor, student: Tensor, noise: Tensor, an
     logits = answers.teacher, answers.student
     first, second = (F.cross_entropy(one, answers.labels, reduction="none", ignore_index=-1) for one in logits)
     noise = noise[:, : router.noise_width]
-    found = router.decide(Seen(teacher, student, *logits, first, second, answers.labels, router.epoch, noise))
+    seen = Seen(teacher, student, *logits, first, second, answers.labels, router.epoch, noise)
+    found = router.decide(Seen(*(tensor.clone() for tensor in seen)))  # somebody's code may write into what it gets
     if isinstance(found, Tensor):
         found = found.expand(router.spots, -1) if found.shape == answers.labels.shape else found
         found = Decision(found) if found.shape == (router.spots, len(answers.labels)) else found
