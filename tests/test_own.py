@@ -257,12 +257,7 @@ WRONG = [
     ("method", LOSS.format("student.nothing"), 2, r"bad\.py, line 6: AttributeError"),
     ("method", LOSS.format("weight"), 2, r"bad\.py, line 5: R\.spot_loss: .* shape \[1\]"),
     ("method", LOSS.format("weight.sum() * torch.inf"), 7, r"bad\.py, line 5: R\.spot_loss: .*feature is not finite"),
-    (
-        "method",
-        LOSS.format("student.norm()"),
-        2,
-        r"line 5: R\.spot_loss: gives .* at spot .*exactly 0",
-    ),
+    ("method", LOSS.format("student.norm()"), 2, r"line 5: R\.spot_loss: gives .* at spot .*exactly 0"),
     (
         "method",
         LOSS.format("(weight * 0 * student.sum()).square().sum().sqrt()"),
@@ -270,12 +265,7 @@ WRONG = [
         r"bad\.py, line 5: R\.spot_loss: perhaps its gradient, .* at 0: step 1: gradient",
     ),
     ("method", LOSS.format("weight.sum() / weight.sum()"), 2, r"bad\.py, line 5: R\.spot_loss: gives nan .*exactly 0"),
-    (
-        "method",
-        INIT + "  pass\n def spot_loss(self, k, s, t, w):\n  pass\n",
-        2,
-        r"bad\.py, line 5: R.* super",
-    ),
+    ("method", INIT + "  pass\n def spot_loss(self, k, s, t, w):\n  pass\n", 2, r"bad\.py, line 5: R.* super"),
     ("method", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* is no Distiller of sakd_cli\.api"),
     (
         "method",

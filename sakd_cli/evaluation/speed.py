@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.benchmark import Timer
 
 Network = Callable[[Tensor], Tensor]  # in evaluation mode
-LEAST = 5  # timings at least, in as many turns; each is of so many passes that the clock's own time does not count
+LEAST = 5  # turns at least, of one timing or more; each is of so many passes that the clock's own time does not count
 SETTLED = 0.1  # interquartile range over the median up to which a measurement is settled
 
 
@@ -33,11 +33,12 @@ def speed(network: Network, side: ImageSize, device: torch.device, *, batch: int
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     one, many = list[float](), list[float]()
-    began = time.perf_counter()
+    turns, began = 0, time.perf_counter()
     # In turns, so that what goes on meanwhile meets both, and is seen in both.
-    while len(one) < LEAST or time.perf_counter() - began < (2 if _settled(one) and _settled(many) else 8) * seconds:
+    while turns < LEAST or time.perf_counter() - began < (2 if _settled(one) and _settled(many) else 8) * seconds:
         for timer, times in ((single, one), (batches, many)):
             times += timer.blocked_autorange(min_run_time=seconds / LEAST).times
+        turns += 1
     after = _cores_used()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Speed(
