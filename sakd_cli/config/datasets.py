@@ -16,7 +16,16 @@ from pydantic import (
 
 from sakd_cli.config import code, plugins
 from sakd_cli.config.base import Config, by_name, chosen_by_name, must
-from sakd_cli.config.preprocessing import Byte, Interpolation, Preprocessing, ResizeMode, Size, height_width, size_text
+from sakd_cli.config.preprocessing import (
+    Byte,
+    Interpolation,
+    Preprocessing,
+    ResizeMode,
+    Side,
+    Size,
+    height_width,
+    size_text,
+)
 from sakd_cli.errors import unknown
 from sakd_cli.files import expanded
 
@@ -155,9 +164,9 @@ class ShapesConfig(DataConfig):
     """Drawn shapes, 32x32, 20 classes, nothing to download"""
 
     name: Literal["shapes"] = "shapes"
-    train: PositiveInt = 10000
+    train: Annotated[PositiveInt, Field(le=1_000_000)] = 10000
     """Number of training images to draw."""
-    test: PositiveInt = 2000
+    test: Annotated[PositiveInt, Field(le=1_000_000)] = 2000
     """Number of test images to draw."""
     seed: NonNegativeInt = 0
     """Random seed of the drawing, apart from the run's seed: the same images in every run."""
@@ -174,7 +183,7 @@ class FilesConfig(DataConfig):
     """Take size, resize, interpolation, mean and std from timm/NAME or torchvision/NAME, as far as they are not set."""
     size: Size = 224
     """Side in pixels of what a network gets, or its height and width."""
-    resize: PositiveInt | None = None
+    resize: Side | None = None
     """Shorter side in pixels before `size` is cut from the middle; None: 8/7 of that of size, the same for border."""
     resize_mode: ResizeMode = "shorter"
     """shorter: keep a picture's proportions; squash: make it as wide and high as size is; none: do not resize."""

@@ -24,6 +24,7 @@ def side_of(height: int, width: int) -> ImageSize:
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 Pixels = Annotated[int, Field(ge=8, le=4096)]
+Side = Annotated[PositiveInt, Field(le=8192)]
 Size = Annotated[Pixels | tuple[Pixels, Pixels], AfterValidator(lambda size: side_of(*height_width(size)))]
 ResizeMode = Literal["shorter", "squash", "none"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -43,10 +44,8 @@ class Preprocessing(Config):
     The fields are the settings `data.*` of the same names, with their effective values.
     """
 
-    size: Annotated[
-        PositiveInt | tuple[PositiveInt, PositiveInt], AfterValidator(lambda size: side_of(*height_width(size)))
-    ]
-    resize: PositiveInt
+    size: Annotated[Side | tuple[Side, Side], AfterValidator(lambda size: side_of(*height_width(size)))]
+    resize: Side
     resize_mode: ResizeMode = "shorter"
     interpolation: Interpolation = "bilinear"
     antialias: bool = True

@@ -95,7 +95,7 @@ def _weighs(one: Any) -> bool:
 class Train(Config):
     """How the field trains CIFAR networks: SGD with steps, the recipe of RepDistiller (Tian et al., ICLR 2020)."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 240
+    epochs: Annotated[PositiveInt, Field(le=100_000)] = 240
     """Passes over the training images; 240 is the published recipe."""
     batch_size: PositiveInt = 64
     """Images per optimizer step, of all processes; 64 is the published recipe."""
