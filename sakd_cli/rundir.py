@@ -208,6 +208,17 @@ class RunDir:
         return found
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """What `env.json` holds. DamagedError where it is damaged or, of a run that is not finished, of another one."""
+        about = self.read_json("env.json", sealed=True, needed=True)
+        for path in (self.path / "checkpoints").glob("**/last/state.json") if not self.finished else ():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                if files.read_json(path)["run"] != about["id"]:
+                    reason = "is of another run than its last checkpoint"
+                    raise DamagedError(f"{self.path / 'env.json'}: {reason}", "put it back as it was")
+        return about
+
+    @property
     def deliverable(self) -> Path | None:
         """Folder of the deployable network, if the run has saved one."""
         folders = [self.path / name for name in DELIVERABLES]

@@ -333,6 +333,9 @@ def test_a_summary_of_another_run_and_counts_that_are_gone_are_told(runs: CliRun
         runs.assert_rejects([*words, str(run), "-q"], 4, "summary.json: it or the run's env.json is of another run")
     assert runs.sakd("runs", "show", str(run), "--json").document["rows"][0]["state"] == "damaged"
     (run / "summary.json").unlink()
+    shutil.copy(runs.path / "long" / "env.json", run / "env.json")
+    runs.assert_rejects(["report", str(run), "-q"], 4, "env.json: is of another run than its last checkpoint")
+    shutil.copy(runs.path / "short" / "env.json", run / "env.json")
     words = ["inspect-spots", str(run), "--json"]
     assert "is gone" not in runs.sakd(*words).err
     (run / "samples.safetensors").unlink()

@@ -140,7 +140,7 @@ def _residual(page: RunPage) -> None:
 
 def _environment(page: RunPage) -> None:
     if any((page.run.path / name).exists() for name in ("env.json", "metrics.jsonl")):  # else it has only begun
-        about = page.run.read_json("env.json", sealed=True, needed=True)
+        about = page.run.environment
         page.add("Environment", [_keys("Where and how it ran", about)])
 
 
