@@ -143,8 +143,10 @@ class RunDir:
             trained = files.read_json(self.path / "checkpoints" / "last" / "state.json")["fingerprint"]["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return
+        if not isinstance(trained, dict):
+            return
         here = {key: value for key, value in flat(settings or self.config).items() if not key.startswith(EFFECTIVE)}
-        found = differences(trained, here) if isinstance(trained, dict) else []
+        found = differences(trained, here)
         allowed = HELD | EXTENDED if trained.get("train.epochs") in self.extended else HELD
         if changed := [one for one in found if one.key not in {*allowed, but}]:
             raise DamagedError(

@@ -89,7 +89,7 @@ BAD = f"""
 2 | train.epochs: must be greater than 0                    | PAIR --epochs 0
 2 | train.epochs: must be less than or equal to 100000      | PAIR --epochs 1000000000000000000
 2 | data.train: must be less than or equal to 1000000       | PAIR --dataset shapes --set data.train=1000000000
-2 | data.resize: must be less than or equal to 8192 | PAIR --dataset imagefolder --data-root empty --set data.resize=9999
+2 | data.resize: must be less than or equal to 8192| PAIR --dataset imagefolder --data-root empty --set data.resize=9999
 2 | method.temperature: must be greater than 0              | PAIR --method kd --set method.temperature=0
 2 | method.weight: must be greater than or equal to 0       | PAIR --method fitnet --set method.weight=-1
 2 | milestone 30 must come before the last epoch (1)        | PAIR TINY --set train.milestones=[30]

@@ -341,3 +341,15 @@ def test_a_summary_of_another_run_and_counts_that_are_gone_are_told(runs: CliRun
     (run / "samples.safetensors").unlink()
     (run / "survey.safetensors").unlink()
     assert "samples.safetensors: is gone" in " ".join(runs.sakd(*words).err.split())
+
+
+def test_a_checkpoint_without_settings_is_no_internal_error(runs: CliRunner) -> None:
+    run = runs.path / "no settings"
+    shutil.copytree(runs.path / "short", run)
+    file = run / "checkpoints" / "last" / "state.json"
+    state = json.loads(file.read_text())
+    for odd in (None, 3, [], {}):
+        file.write_text(json.dumps(state | {"fingerprint": odd}))
+        assert runs.sakd("compare", str(run), "long", "--json").code in (0, 4)
+        file.write_text(json.dumps(state | {"fingerprint": {"settings": odd}}))
+        assert runs.sakd("compare", str(run), "long", "--json").code in (0, 4)
