@@ -353,3 +353,12 @@ def test_a_checkpoint_without_settings_is_no_internal_error(runs: CliRunner) -> 
         assert runs.sakd("compare", str(run), "long", "--json").code in (0, 4)
         file.write_text(json.dumps(state | {"fingerprint": {"settings": odd}}))
         assert runs.sakd("compare", str(run), "long", "--json").code in (0, 4)
+
+
+def test_a_key_that_is_null_makes_no_other_group(runs: CliRunner) -> None:
+    run = runs.path / "null under another name"
+    shutil.copytree(runs.path / "short", run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("clip_value: null", "clop_value: null"))
+    groups = runs.sakd("compare", str(run), "short", "--json").document["groups"]
+    assert len(groups) == 1

@@ -46,7 +46,8 @@ def idle(settings: Mapping[str, Any]) -> set[str]:
 def identity(settings: Mapping[str, Any], *, without: Collection[str]) -> str:
     """What two runs with these flat settings share if they compute the same, apart from the keys `without`."""
     ignored = LOCATIONS.union(without, idle(settings))
-    return json.dumps({key: settings[key] for key in sorted(settings) if key not in ignored}, default=str)
+    counted = {key: settings[key] for key in sorted(settings) if key not in ignored and settings[key] is not None}
+    return json.dumps(counted, default=str)
 
 
 class Difference(NamedTuple):
