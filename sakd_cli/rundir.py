@@ -145,7 +145,8 @@ class RunDir:
             return
         if not isinstance(trained, dict):
             return
-        here = {key: value for key, value in flat(settings or self.config).items() if not key.startswith(EFFECTIVE)}
+        told = flat(settings or self.config)
+        here = {key: value for key, value in told.items() if not key.startswith(f"{EFFECTIVE}.")}
         found = differences(trained, here)
         allowed = HELD | EXTENDED if trained.get("train.epochs") in self.extended else HELD
         if changed := [one for one in found if one.key not in {*allowed, but}]:

@@ -362,3 +362,5 @@ def test_a_key_that_is_null_makes_no_other_group(runs: CliRunner) -> None:
     (run / "config.yaml").write_text(text.replace("clip_value: null", "clop_value: null"))
     groups = runs.sakd("compare", str(run), "short", "--json").document["groups"]
     assert len(groups) == 1
+    (run / "config.yaml").write_text(text.replace("\neffective:", "\neffectives:"))
+    runs.assert_rejects(["compare", str(run), "short"], 4, "effectives.")
