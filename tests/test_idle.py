@@ -68,6 +68,14 @@ def test_the_device_is_read_at_log_points_only(tmp_path: Path, points: int) -> N
     assert found.reads == points
 
 
+def test_an_evaluation_reads_the_device_once(tmp_path: Path) -> None:
+    trainer = distiller_of("at", "adaptive", tmp_path, 1)
+    assert trainer.output is not None
+    with heard() as names:
+        trainer._evaluate_epoch(1, trainer.output.evaluation)
+    assert names == ["cpu", "tolist", "tolist"], "one copy to the host, of which the scores and the states are taken"
+
+
 def resident() -> int:
     """Bytes of main memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE

@@ -75,18 +75,19 @@ def evaluate(
         ((answer(images), labels) for images, labels in own),
         classes,
         together=together,
-        of=str(getattr(network, "name", "")),
+        network=network,
     )
     network.train(mode)
     return scores
 
 
 def score_logits(
-    batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False, of: str = ""
+    batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False, network: nn.Module | None = None
 ) -> Scores:
-    """The same from (logits [N, classes] in fp32, labels [N]) batches; together: of every process; of: whose they are.
+    """The same from (logits [N, classes] in fp32, labels [N]) batches of `network`; together: of every process.
 
-    Raises NonFiniteError where the loss is NaN or infinite: finite weights may have such outputs.
+    The host reads the device once. Raises NonFiniteError where the loss is NaN or infinite (finite weights may have
+    such outputs), or a tensor of the network (an infinite running variance has finite outputs; no reader takes it).
     """
     sums = []
     for logits, labels in batches:
@@ -99,12 +100,18 @@ def score_logits(
         by_class[2].index_add_(0, first5[:, 0], counted[1])
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums.append(torch.cat([by_class.flatten(), ranked.any(dim=1).sum()[None], loss[None]]))
-    own = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(3 * classes + 2, dtype=torch.float64)
+    width, state = 3 * classes + 2, {} if network is None else network.state_dict()
+    finite = [tensor.isfinite().all()[None] for tensor in state.values()]
+    read = torch.cat([*sums, *finite]).cpu().double() if sums else torch.zeros(0, dtype=torch.float64)
+    own = read[: width * len(sums)].view(-1, width).sum(dim=0)
     *of_class, right5, loss_sum = (distributed.all_reduce_sum(own) if together else own).tolist()
     hits, counts, answers = (of_class[k * classes : (k + 1) * classes] for k in range(3))
     images_seen = sum(counts)
     if not math.isfinite(loss_sum):
-        raise NonFiniteError(f"{of or 'network'}: the loss on {round(images_seen)} evaluated images is {loss_sum}")
+        name = getattr(network, "name", "network")
+        raise NonFiniteError(f"{name}: the loss on {round(images_seen)} evaluated images is {loss_sum}")
+    if odd := [name for name, whole in zip(state, read[width * len(sums) :].tolist(), strict=False) if not whole]:
+        raise NonFiniteError(f"tensor {odd[0]!r} of the network holds a number that is NaN or infinite")
     return Scores(
         images=round(images_seen),
         top1=100.0 * sum(hits) / images_seen,

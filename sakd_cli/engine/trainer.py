@@ -212,12 +212,7 @@ class Trainer:
     ) -> Scores:
         evaluated = network if evaluation.wrap is None else evaluation.wrap(network)
         try:
-            scores = evaluate(evaluated, batches, evaluation.classes, together=True)
-            # An infinite running variance: its outputs are finite, and no reader would take such a network.
-            odd = next((name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()), "")
-            if odd:
-                raise NonFiniteError(f"tensor {odd!r} of the network holds a number that is NaN or infinite")
-            return scores
+            return evaluate(evaluated, batches, evaluation.classes, together=True)
         except NonFiniteError as error:
             epoch = self.step // self.loader.steps_per_epoch
             raise NonFiniteError(f"in the evaluation of epoch {epoch}, {error.message}", LOWER) from None

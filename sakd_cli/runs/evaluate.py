@@ -179,7 +179,7 @@ def _quality(
     """A network's own metrics, its scores by class, and precision and F1 of each class."""
     # In the batches of an evaluation in training: sums are rounded alike, and the metrics are equal to the last bit.
     parts = zip(answers.logits.split(batch_size), labels.split(batch_size), strict=True)
-    scores = score_logits(parts, answers.logits.shape[1], of=str(model.name))
+    scores = score_logits(parts, answers.logits.shape[1], network=model)
     (brier, ece), costs = calibration(answers.logits, labels), cost(model, side)
     means, of_class = averages(answers.logits, labels)
     return doc.Quality(**scores.metrics(), brier=brier, ece=ece, averages=means, **costs._asdict()), scores, of_class
