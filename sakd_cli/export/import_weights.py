@@ -69,7 +69,7 @@ def import_weights(
         ),
         **metrics,
     )
-    card = NetworkCard(name, known.name, known.classes, known.mean, known.std, known.train.side, known.seen)
+    card = NetworkCard.of(name, known)
     facts = document.model_dump(include={"top1", "top5", "loss", "images", "split", "imported"})
     with whole_folder(folder) as aside:
         artifact.save_folder(aside, network.cpu(), card, facts)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, size_text
+from sakd_cli.data.dataset import Dataset
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, weights_file, write_aside, write_json
 from sakd_cli.models.external import check_size, metadata_block
@@ -43,6 +44,12 @@ class NetworkCard(NamedTuple):
     std: tuple[float, ...]
     side: ImageSize
     preprocessing: Preprocessing | None = None
+
+    @classmethod
+    def of(cls, architecture: str, data: Dataset, side: ImageSize | None = None) -> "NetworkCard":
+        """That of a network for the images of a data set; side: None: the data set's."""
+        side = data.train.side if side is None else side
+        return cls(architecture, data.name, data.classes, data.mean, data.std, side, data.seen)
 
     @property
     def seen(self) -> Preprocessing:

@@ -43,9 +43,7 @@ def artifact_of(path: Path, dataset: Dataset) -> Artifact:
         (StageInfo("pool", 1, 0), GlobalPool()),
     ]
     model = StagedModel(name=NAME, family=NAME, stages=stages, num_classes=len(dataset.classes), preactivation=None)
-    side = dataset.train.side
-    card = NetworkCard(NAME, dataset.name, dataset.classes, dataset.mean, dataset.std, side, dataset.seen)
-    return Artifact(model, card, sha256(path))
+    return Artifact(model, NetworkCard.of(NAME, dataset), sha256(path))
 
 
 def require_answers(config: DistillConfig) -> None:

@@ -76,11 +76,9 @@ def load_teacher(config: DistillConfig | EvalConfig, path: Path) -> Artifact:
     if brought(config.teacher.source) is None or not path.is_file() or artifact.is_ours(path):
         return artifact.load(path)
     known, name = describe(config.data), config.teacher.source
-    side = known.train.side
     notes: list[str] = []
-    model = foreign.load_foreign(path, name, len(known.classes), side, tell=notes.append)
-    card = NetworkCard(name, known.name, known.classes, known.mean, known.std, side, known.seen)
-    return Artifact(model, card, sha256(path), tuple(f"{path.name}: {note}" for note in notes))
+    model = foreign.load_foreign(path, name, len(known.classes), known.train.side, tell=notes.append)
+    return Artifact(model, NetworkCard.of(name, known), sha256(path), tuple(f"{path.name}: {note}" for note in notes))
 
 
 def check_classes(network: Artifact, dataset: Dataset, source: str, hint: str | None = None) -> None:

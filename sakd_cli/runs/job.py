@@ -53,8 +53,7 @@ class Job:
     @property
     def card(self) -> NetworkCard:
         """How the delivered network introduces itself."""
-        data = self.images.dataset
-        return NetworkCard(self.network.name, data.name, data.classes, data.mean, data.std, self.images.side, data.seen)
+        return NetworkCard.of(self.network.name, self.images.dataset, self.images.side)
 
     @property
     def protocol(self) -> str:

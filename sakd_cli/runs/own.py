@@ -57,7 +57,7 @@ def keep_teacher(config: Any, place: Path | None = None) -> Any:
     from sakd_cli.models.table import create
 
     data = describe(config.data)
-    card = NetworkCard(name, data.name, data.classes, data.mean, data.std, data.train.side, data.seen)
+    card = NetworkCard.of(name, data)
     network = create(name, len(data.classes), data.train.side)
     numbers = save({key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()})
     folder = (place or config.runs_dir) / "teachers" / hashlib.sha256(numbers).hexdigest()[:16]
