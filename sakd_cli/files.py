@@ -43,6 +43,16 @@ def expanded(path: str | Path) -> Path:
         raise UsageError(f"{path}: nobody knows that home folder") from None
 
 
+def resolved(path: str | Path) -> Path:
+    """The path with all links followed. A loop of links raises nothing, and is no file."""
+    return Path(os.path.realpath(path))
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path, if there is something, else the nearest of the folders above it that there are."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
     """A file to read. Raises OSError where it cannot be, or is no regular file: a pipe or a device would never end."""
@@ -290,8 +300,7 @@ def write_aside(path: Path, content: bytes) -> None:
 
 def require_room(folder: Path, needed: int) -> None:
     """Raise DiskError where the disk of a folder that is there, or will be made, has no room for so many bytes."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if shutil.disk_usage(there).free < needed:
+    if shutil.disk_usage(nearest_folder(folder)).free < needed:
         raise disk_error(folder, OSError(errno.ENOSPC, ""), needed)
 
 
@@ -299,8 +308,7 @@ def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
     """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"{path}: cannot be written: {error.strerror}")
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(there).free))
+    needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from sakd_cli.cli.progress import Bars
 from sakd_cli.documents.base import Document
+from sakd_cli.engine.reporter import stop_signals_to
 from sakd_cli.report.render.format import plain, printable
 from sakd_cli.torchrun import is_console_process
 
@@ -87,12 +88,8 @@ class ConsoleReporter:
                     os.kill(child.pid or os.getpid(), signal.SIGCONT)
             self.say("stopping: the step is finished and the state saved; once more to exit at once")
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with stop_signals_to(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def stop(self) -> int:
         return self._signal

@@ -22,7 +22,7 @@ from pydantic.errors import PydanticUserError
 
 from sakd_cli.config.base import OBJECTS, Config, in_place, of_file
 from sakd_cli.errors import SakdError, UsageError, first_line, is_out_of_memory, one_line, unknown, unreadable
-from sakd_cli.files import read_bytes
+from sakd_cli.files import read_bytes, resolved
 
 GUIDE = "sakd guide extending"
 PYTHON = "python:"  # begins the name of an object that has no file
@@ -98,7 +98,7 @@ def _read(path: str) -> tuple[bytes, str]:
 
 def _module(path: str) -> ModuleType:
     content, digest = _read(path)
-    place = Path(os.path.realpath(path))
+    place = resolved(path)
     if (place, digest) in _modules:
         return _modules[place, digest]
     module = ModuleType(f"{place.stem}_{digest[:8]}")

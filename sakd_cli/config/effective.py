@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import DataConfig
-from sakd_cli.config.networks import Network, find_network
+from sakd_cli.config.networks import Network, find_network, of_one_family
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, TrainedConfig
 from sakd_cli.config.train import OPTIMIZERS, Train, rate_factor
 from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
@@ -135,7 +135,7 @@ def effective(
         if isinstance(router := config.router, TrainedConfig):
             values["router.lr"] = router.lr or lr / 2
         if isinstance(router, LearnedConfig):
-            one_family = None if known is None else known.kin == find_network(config.student).kin
+            one_family = None if known is None else of_one_family(known.name, config.student)
             start = router_start(config, one_family=one_family, steps=steps)
             values |= {"router.lr": start.lr, "router.gamma": router_gamma(router, config)}
             values["router.teacher_bias"] = start.bias

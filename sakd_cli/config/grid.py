@@ -1,7 +1,7 @@
 """A sweep's config as single runs, in the order in which they can be made: teachers first, what matches rates last."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from itertools import product
 from typing import Any, NamedTuple
@@ -102,6 +102,11 @@ def grid(
     return Grid(list(made.values()), plan.skipped)
 
 
+def in_order_of_need(routers: Iterable[str]) -> list[str]:
+    """Their names in the same order, but the learned one first, and behind all others what matches another's rates."""
+    return sorted(routers, key=lambda name: (name != LEARNED, ROUTERS[name] is RandomMatchedConfig))
+
+
 class _Plan:
     def __init__(self, sweep: SweepConfig, given: Sequence[ConfigSource], protocol: str | None) -> None:
         self.sweep, self.skipped, self.protocol = sweep, dict[str, str](), protocol
@@ -112,9 +117,7 @@ class _Plan:
         self.epochs, seed = first.train.epochs, first.seed
         several = sweep.seeds
         self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(set(several))
-        # Stable: what learns comes first, what matches another run's rates comes after that run.
-        ranked = [(name != LEARNED, ROUTERS[name] is RandomMatchedConfig, name) for name in sweep.routers]
-        self.routers = [name for _, _, name in sorted(ranked, key=lambda rank: rank[:2])]
+        self.routers = in_order_of_need(sweep.routers)
 
     def above(self, *own: ConfigSource) -> list[ConfigSource]:
         """What is stronger than the file: the protocol, as far as it is for the router of these, and what is given."""
@@ -126,7 +129,7 @@ class _Plan:
         for teacher in dict.fromkeys(teacher for teacher, _ in self.sweep.pairs):
             if (key := f"teacher {teacher}") in wanted:
                 own = ConfigSource("teachers", self.sweep.teachers | {"model": teacher})
-                yield Member(key, Role.teacher, self._from_scratch(teacher, [own]))
+                yield Member(key, Role.teacher, self._from_scratch(teacher, own))
         yield from made
 
     def _made(self) -> Iterator[Member]:
@@ -146,7 +149,7 @@ class _Plan:
     def _baseline(self, student: str, seed: int, others: list[Member]) -> Member:
         """From scratch; the run of one that distils nowhere where there is one, which is the same to the bit."""
         own, last = ConfigSource("the grid", {"model": student}), ConfigSource("the grid", {"seed": seed})
-        key, config = f"baseline {student} seed {seed}", self._from_scratch(student, [own], [last])
+        key, config = f"baseline {student} seed {seed}", self._from_scratch(student, own, [last])
         wanted = flat(config.model_dump(mode="json", exclude={"task"}))
         for other in others:
             found = flat(other.config.model_dump(mode="json"))
@@ -155,12 +158,12 @@ class _Plan:
                 return Member(key, Role.baseline, other.config, teacher=other.teacher)
         return Member(key, Role.baseline, config)
 
-    def _from_scratch(self, name: str, own: list[ConfigSource], last: Sequence[ConfigSource] = ()) -> RunConfig:
+    def _from_scratch(self, name: str, own: ConfigSource, last: Sequence[ConfigSource] = ()) -> RunConfig:
         below, above = (
             [layer._replace(values=layer.values | {"task": "distill"}) for layer in layers]
             for layers in (self.below, self.above())
         )
-        return _resolved(f"{name} from scratch", "pretrain", [*below, *own, *above, *last])
+        return _resolved(f"{name} from scratch", "pretrain", [*below, own, *above, *last])
 
     def _tried(self, method: str, router: str) -> list[Tried]:
         """Every combination of the grid's values, of the settings that a cell of this method and router has."""

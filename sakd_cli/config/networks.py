@@ -172,6 +172,11 @@ def find_network(name: str) -> Network:
     raise UsageError(unknown("model", name, all_names()), hint="sakd list models shows them all")
 
 
+def of_one_family(name: str, other: str) -> bool:
+    """Whether two networks are kin, for the router's prior. Raises UsageError as `find_network`."""
+    return find_network(name).kin == find_network(other).kin
+
+
 def find_trainable(name: str) -> Network:
     """As `find_network`, but UsageError for a network that only a distillation makes."""
     network = find_network(name)

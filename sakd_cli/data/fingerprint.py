@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.files import Files
 from sakd_cli.errors import DataError, UsageError, unreadable
@@ -83,6 +84,11 @@ def _content_hash(path: str) -> str:
         return sha256(Path(path))
     except OSError as error:
         raise DataError(f"{path}: {unreadable(error)}", "sakd data check DIR") from None
+
+
+def mode_of(config: DataConfig, then: Fingerprint | None) -> str:
+    """How the fingerprint is to be taken (`of_images`): as `then`, which it is compared with, was; else as is set."""
+    return then.mode if then else config.fingerprint if isinstance(config, FilesConfig) else "auto"
 
 
 def of_images(classes: tuple[str, ...], parts: Mapping[str, Split], mode: str = "auto") -> Fingerprint:

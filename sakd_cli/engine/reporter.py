@@ -1,6 +1,8 @@
-"""How the engine reports what it does. No torch."""
+"""How the engine reports what it does, and how it is asked to stop. No torch."""
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from sakd_cli.errors import Stopped
@@ -51,5 +53,16 @@ class NullReporter(Reporter):
 
 
 def raise_if_stopped(reporter: Reporter) -> None:
-    if signal := reporter.stop():
-        raise Stopped(signal)
+    if number := reporter.stop():
+        raise Stopped(number)
+
+
+@contextmanager
+def stop_signals_to(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Inside, `handler` gets Ctrl-C and SIGTERM (number, frame), which do nothing else."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

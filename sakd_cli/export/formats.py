@@ -277,8 +277,8 @@ def _write_program(network: nn.Module, example: Tensor, card: NetworkCard, folde
     try:
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0][:100]
-        raise UsageError(f"{card.architecture} cannot be exported ({first})", hint="--format safetensors") from None
+        reason = first_line(error)
+        raise UsageError(f"{card.architecture} cannot be exported ({reason})", hint="--format safetensors") from None
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={f"{key}.json": text for key, text in _metadata(card).items()})
     write_aside(folder / "model.pt2", buffer.getvalue())

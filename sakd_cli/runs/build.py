@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig
-from sakd_cli.config.networks import find_network
+from sakd_cli.config.networks import of_one_family
 from sakd_cli.config.preprocessing import ImageSize, size_text
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, RandomMatchedConfig, TrainedConfig
@@ -216,7 +216,8 @@ def assemble(
         method.features.dynamic_shapes = mode.dynamic_shapes
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     steps = None if labels is None else steps_per_epoch(len(labels), batch_size)
-    start = router_start(config, one_family=_one_family(config.student, teacher.name), steps=steps)
+    one_family = teacher.name != answers.NAME and of_one_family(config.student, teacher.name)
+    start = router_start(config, one_family=one_family, steps=steps)
     pair = _pair(config, method, teacher, start.bias)
     with _initialised(config.seed, "router"):
         router = routers.build(config.router, pair)
@@ -263,10 +264,6 @@ def _rates(config: DistillConfig, learned_lr: float) -> Rates:
     lr = initial_lr(config, config.student)
     router_lr = learned_lr if isinstance(router, LearnedConfig) else router.lr or lr / 2
     return Rates(lr, config.train.weight_decay, router_lr, router.weight_decay, router.update_every)
-
-
-def _one_family(student: str, teacher: str) -> bool:
-    return teacher != answers.NAME and find_network(student).kin == find_network(teacher).kin
 
 
 def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:

@@ -67,8 +67,7 @@ class Images:
         begun  a run that goes on with them: DataError, naming the first differences, where it had others
         """
         then = None if begun is None else fingerprint.read(begun)
-        mode = config.fingerprint if isinstance(config, FilesConfig) else "auto"
-        now = fingerprint.of_images(self.dataset.classes, self.parts, then.mode if then else mode)
+        now = fingerprint.of_images(self.dataset.classes, self.parts, fingerprint.mode_of(config, then))
         if then is not None:
             hint = "put them back; if the folder has moved: --data-root DIR; or start a new run"
             fingerprint.require_none(fingerprint.changed_images(then, now), str(begun), hint)

@@ -11,7 +11,7 @@ import torch
 from sakd_cli.config.code import changed
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
-from sakd_cli.config.networks import find_network
+from sakd_cli.config.networks import of_one_family
 from sakd_cli.config.options import PROTOCOLS
 from sakd_cli.config.preprocessing import height_width, size_text
 from sakd_cli.config.resolve import flat
@@ -88,9 +88,9 @@ def warnings_of(job: Job) -> list[str]:
         sized = card.model_copy(update=data.seen.model_dump(include={"size", "resize"}))
         notes += data.seen.differences(sized, "the teacher's card")
     if isinstance(job.config, DistillConfig) and isinstance(job.config.router, LearnedConfig) and job.teacher:
-        kin = find_network(job.config.student).kin == find_network(job.teacher.model.name).kin
+        one_family = of_one_family(job.config.student, job.teacher.model.name)
         steps = steps_per_epoch(len(job.images.shown), job.config.train.batch_size)
-        notes += filter(None, [router_start(job.config, one_family=kin, steps=steps).note])
+        notes += filter(None, [router_start(job.config, one_family=one_family, steps=steps).note])
     return notes
 
 

@@ -1,7 +1,6 @@
 """What a path or a name means: a teacher, weights, a run; and what the card of a teacher's weights says."""
 
 import importlib
-import os
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import card_settings, expanded, folder_of, read_about, sha256, weights_file
+from sakd_cli.files import card_settings, expanded, folder_of, read_about, resolved, sha256, weights_file
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
 
@@ -284,7 +283,7 @@ def run_of(target: Path) -> RunDir | None:
     """The run that a path is, or lies in."""
     if (target / "config.yaml").is_file():
         return RunDir(target)
-    folder = folder_of(Path(os.path.realpath(target)))  # a loop of links is no run
+    folder = folder_of(resolved(target))
     above = [RunDir(parent) for parent in folder.parents[:2] if (parent / "config.yaml").is_file()]
     return above[0] if above else None
 

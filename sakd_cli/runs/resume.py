@@ -15,7 +15,7 @@ from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
-from sakd_cli.files import expanded, sha256
+from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
 from sakd_cli.runindex import all_settings, config_files
 from sakd_cli.runs.locate import with_teachers_preprocessing
@@ -70,7 +70,7 @@ class ResumePlan(NamedTuple):
         if self.folder is None:
             return
         RunDir(self.folder)
-        above = next(path for path in self.folder.absolute().parents if path.exists())
+        above = nearest_folder(self.folder.absolute().parent)
         if not os.access(above, os.W_OK):
             raise DiskError(f"{self.folder}: cannot be made: {above} is not to be written", hint="another --run-dir")
         if not self.folder.exists():

@@ -118,8 +118,7 @@ def _choice(data: DataConfig) -> dict[str, Any]:
 def _taken(
     data: DataConfig, classes: tuple[str, ...], parts: dict[str, Split], then: Fingerprint | None
 ) -> Fingerprint:
-    mode = data.fingerprint if isinstance(data, FilesConfig) else "auto"
-    return fingerprint.of_images(classes, parts, then.mode if then else mode)
+    return fingerprint.of_images(classes, parts, fingerprint.mode_of(data, then))
 
 
 def _trained_on(then: Fingerprint | None, now: Fingerprint) -> int | None:

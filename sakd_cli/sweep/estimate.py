@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sakd_cli.config.training import RunConfig
 from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepPlan
 from sakd_cli.engine.reporter import Reporter
+from sakd_cli.files import nearest_folder
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def plan(name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: f
     reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
     found = forecast(_spread_out(configs, to_do), seconds)
     rows = [_planned(kind, len(same), len(to_do[kind]), found.get(kind)) for kind, same in kinds.items()]
-    there = next(path for path in [scheduler.folder, *scheduler.folder.absolute().parents] if path.exists())
     hours = [row.hours for row in rows]
     return SweepPlan(
         name=name,
@@ -45,7 +45,7 @@ def plan(name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: f
         failed=sum(entry.state is State.failed for entry in entries),
         hours=None if None in hours else sum(filter(None, hours)),
         bytes=sum(row.run_bytes * row.to_do for row in rows),
-        free_bytes=shutil.disk_usage(there).free,
+        free_bytes=shutil.disk_usage(nearest_folder(scheduler.folder)).free,
         skipped=[Skipped(what=what, reason=reason) for what, reason in skipped.items()],
         rows=rows,
     )

@@ -6,7 +6,6 @@ the error of each that failed; it may be deleted at any time.
 
 import hashlib
 import re
-import signal
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from filelock import FileLock, Timeout
 from sakd_cli.config.grid import Member
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter, stop_signals_to
 from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
 from sakd_cli.files import MOST_LOG, read_bytes, sha256, weights_file, write_aside, write_json, yaml_bytes
 from sakd_cli.report.render.format import number, plain
@@ -325,12 +324,8 @@ def received_signals(reporter: Reporter) -> Iterator[list[int]]:
             reporter.say("stopping: every run finishes its step and saves; once more to leave at once")
         received.append(signum)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals_to(note):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _slug(key: str) -> str:

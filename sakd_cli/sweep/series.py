@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sakd_cli.config import code
 from sakd_cli.config.base import of_file, own_name
-from sakd_cli.config.grid import LEARNED, Member, Role
+from sakd_cli.config.grid import LEARNED, Member, Role, in_order_of_need
 from sakd_cli.config.method import AUTO as BALANCED
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import CLASSICAL, MATCHED, PLAIN, ROUTERS, RandomMatchedConfig
@@ -95,8 +95,7 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
     for name in names:
         if name not in ROUTERS:
             raise UsageError(f"--routers: {unknown('router', name, [*ROUTERS, ALL])}")
-    # Stable: what learns comes first, what matches another run's rates comes after that run.
-    ranked = sorted(names, key=lambda name: (name != LEARNED, ROUTERS[name] is RandomMatchedConfig))
+    ranked = in_order_of_need(names)
     there = config.router.model_dump().get("run") or any(ROUTERS[name].selects for name in names)
     if MATCHED in ranked and not there:
         raise UsageError(f"--routers: {MATCHED} matches the rates of {LEARNED}, or of another that selects: add it")

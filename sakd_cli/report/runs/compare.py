@@ -6,7 +6,6 @@ differs in the router only (how much), with coins of its own rates (where), and 
 same router; where there is nothing of the kind, with the first group. Or all with a baseline. The tests are one family.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from sakd_cli.config.routers import CLASSICAL, PLAIN
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import BestEpoch, Comparison, Difference, Point, RunRow, SeedGroup, Versus
 from sakd_cli.errors import UsageError
+from sakd_cli.files import resolved
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.report.runs.questions import Arm, answer, asked
 from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, in_words, paired_test, seed_statistics
@@ -200,7 +200,7 @@ def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
 
 def _baseline(wanted: str, groups: list[_Group]) -> list[_Group]:
     """The groups with this run, or with all these words in their labels. Raises UsageError where there is none."""
-    path = Path(os.path.realpath(wanted))
+    path = resolved(wanted)
     found = [group for group in groups if any(Path(run.run).resolve() == path for run in group.runs)]
     found = found or [group for group in groups if {*wanted.split()} <= {*group.label.split()}]
     if not found:

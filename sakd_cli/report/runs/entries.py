@@ -1,7 +1,6 @@
 """The runs of a folder: what there is, filtered and sorted, and what may be removed"""
 
 import glob
-import os
 import shutil
 import tempfile
 import time
@@ -15,7 +14,7 @@ from sakd_cli import runindex
 from sakd_cli.config.resolve import flat, found_again
 from sakd_cli.documents.listing import RunEntries, RunEntry
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import sha256
+from sakd_cli.files import resolved, sha256
 from sakd_cli.report.render.format import fixed, named, plain
 from sakd_cli.report.render.sheet import columns_of, left_out, table, varying
 from sakd_cli.rundir import RunDir, look_up
@@ -114,7 +113,7 @@ def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
         pinned = [look_up(settings, "teacher.sha256"), *(others if isinstance(others, list) else [])]
         if weights is not None and weights in pinned:
             return f"it is the teacher of {plain(path.parent)}"
-        if isinstance(matched, str) and Path(os.path.realpath(matched)) == own:
+        if isinstance(matched, str) and resolved(matched) == own:
             return f"{plain(path.parent)} repeats its rates"
     return None
 
