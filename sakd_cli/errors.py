@@ -152,8 +152,3 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return f"unknown {kind} {name!r}; {tail}"
-
-
-def no_row(kind: str, name: str, folder: str) -> UsageError:
-    """Someone has added the settings of a method, router or data set, but not its row in `sakd_cli/FOLDER/table.py`."""
-    return UsageError(f"{kind} {name!r} has settings but no row in sakd_cli/{folder}/table.py", "sakd guide extending")

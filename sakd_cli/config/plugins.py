@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sakd_cli.config import code
 from sakd_cli.config.base import of_file
-from sakd_cli.errors import SakdError, UsageError, first_line, no_row
+from sakd_cli.errors import SakdError, UsageError, first_line
 
 Row = TypeVar("Row")
 METHODS, DISTILLERS, NETWORKS = "sakd.methods", "sakd.distillers", "sakd.networks"
@@ -142,9 +142,11 @@ class Table(Mapping[str, Row]):
         try:
             return self[name]
         except KeyError:
-            if not any(name in plugged(group) for group in (METHODS, ROUTERS, DATASETS)):
-                raise no_row(self.kind, name, self.folder) from None
-            raise UsageError(f"{self.kind} {name!r}: no package has an entry point {self.groups[0]!r} for it") from None
+            if any(name in plugged(group) for group in (METHODS, ROUTERS, DATASETS)):
+                text = f"{self.kind} {name!r}: no package has an entry point {self.groups[0]!r} for it"
+                raise UsageError(text) from None
+            text = f"{self.kind} {name!r} has settings but no row in sakd_cli/{self.folder}/table.py"
+            raise UsageError(text, code.GUIDE) from None
 
     def installed(self, name: str) -> Row | None:
         """The row of that name that is ours or a package's; None for others, and no file is executed."""

@@ -80,12 +80,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def config_sources(params: Mapping[str, Any]) -> list[ConfigSource]:
     """The sources that a command's options name, from the weakest to the strongest; a program's `settings` are last."""
-    # An option that may be repeated and was not given is empty; given once, it is one value where one is expected.
-    given = {
-        name: None if params[name] in ([], ()) else _single(params[name]) if name == "teacher" else params[name]
-        for name, row in OPTIONS.items()
-        if row.key and name in params
-    }
+    # An option that may be repeated and was not given is empty.
+    named = {name: params[name] for name, row in OPTIONS.items() if row.key and name in params}
+    given = {name: None if value in ([], ()) else value for name, value in named.items()}
+    if isinstance(teachers := given.get("teacher"), list | tuple) and len(teachers) == 1:
+        given["teacher"] = teachers[0]
     found = [preset_source(params["preset"])] if params.get("preset") else []
     found += [file_source(params["config"], f"file {params['config']}")] if params.get("config") else []
     found += environment_sources(given)
@@ -106,10 +105,6 @@ def protocol_sources(name: str | None, others: Iterable[ConfigSource]) -> Iterat
         section, _, leaf = key.partition(".")
         if section != "router" or (router is not None and leaf in router.model_fields):
             yield ConfigSource(f"--protocol {name}", {"task": "distill"} | nested({key: value}))
-
-
-def _single(value: Any) -> Any:
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def preset_folder() -> Path:

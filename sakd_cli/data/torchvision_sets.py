@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sakd_cli.config.base import own_name
 from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config, TorchvisionConfig
+from sakd_cli.config.preprocessing import height_width
 from sakd_cli.data.dataset import Dataset, Split, first_classes, hold_out
 from sakd_cli.data.files import resize_and_center_crop
 from sakd_cli.data.imagefolder import dataset_of
@@ -209,16 +210,14 @@ def load_torchvision(config: TorchvisionConfig) -> Dataset:
     name, known = _known(config)
     config = config.model_copy(update={"flip": config.flip and known.flip, "name": f"torchvision/{name}"})
     parts, names = _parts(config)
-    if all(isinstance(item, str) for items in parts.values() for item, _ in items):
-        return dataset_of(config, _contents(config, parts, names), _root(config), names, *IMAGENET, share=config.split)
-    return _in_memory(config, parts, names)
+    if (files := _contents(config, parts, names)) is None:
+        return _in_memory(config, parts, names)
+    return dataset_of(config, files, _root(config), names, *IMAGENET, share=config.split)
 
 
 def scan_torchvision(config: TorchvisionConfig) -> FolderContents | None:
     """The files of a data set; None where torchvision keeps its images in memory."""
-    parts, names = _parts(config)
-    files = all(isinstance(item, str) for items in parts.values() for item, _ in items)
-    return _contents(config, parts, names) if files else None
+    return _contents(config, *_parts(config))
 
 
 Items = list[tuple[Any, int]]  # path or picture, and label
@@ -310,7 +309,10 @@ def _items(opened: Any, name: str) -> Items:
     return items
 
 
-def _contents(config: TorchvisionConfig, parts: Mapping[str, Items], names: tuple[str, ...]) -> FolderContents:
+def _contents(config: TorchvisionConfig, parts: Mapping[str, Items], names: tuple[str, ...]) -> FolderContents | None:
+    """The files of each part by class; None where the images are in memory."""
+    if not all(isinstance(item, str) for items in parts.values() for item, _ in items):
+        return None
     listed = {}
     for part, items in parts.items():
         files: dict[str, list[str]] = {name: [] for name in names}
@@ -323,7 +325,7 @@ def _contents(config: TorchvisionConfig, parts: Mapping[str, Items], names: tupl
 def _in_memory(config: TorchvisionConfig, parts: Mapping[str, Items], names: tuple[str, ...]) -> Dataset:
     """Images that torchvision holds itself, resized once; random resized crops are for files."""
     count = sum(map(len, parts.values()))
-    height, width = config.seen.size if isinstance(config.seen.size, tuple) else (config.seen.size,) * 2
+    height, width = height_width(config.seen.size)
     if (need := 3e-9 * count * height * width) > config.cache_limit:
         raise DataError(
             f"{config.name}: {count:,} images of {height}x{width} pixels need {need:.1f} GB, data.cache_limit is "

@@ -31,7 +31,9 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         return weights_at(config.teacher.logits, "teacher.logits")
     weights, source = config.teacher.weights, config.teacher.source
     if weights == "library" and of_library(source):
-        return _of_library(find_network(source).name, config.data)
+        library = importlib.import_module("sakd_cli.runs.library")  # which loads torch
+        folder: Path = library.trained_by_library(find_network(source).name, config.data)
+        return folder
     if weights == "library" and not any(map(of_library, config.teacher.others)):
         hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
         raise UsageError(f"teacher: {source} is no network of a library", hint)
@@ -44,11 +46,6 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         own_network(run)
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
-
-
-def _of_library(name: str, data: Any) -> Path:
-    folder: Path = importlib.import_module("sakd_cli.runs.library").trained_by_library(name, data)  # which loads torch
-    return folder
 
 
 def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path | None:

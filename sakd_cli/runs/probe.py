@@ -75,7 +75,7 @@ def _spot(
     k: int, names: tuple[str, str], halves: Sequence[Tensor], here: Answered, labels: Tensor, settled: int | None
 ) -> ProbedSpot:
     product = torch.stack(list(halves)).mean(dim=0)
-    r = _correlation(*halves)
+    r = _finite(torch.corrcoef(torch.stack([half.double() for half in halves]))[0, 1])
     weight, loss = here.weight[k], here.losses[k]
     chosen = (weight * loss).sum() / weight.sum() / loss.mean()
     features = torch.cat([here.features, loss[:, None]], dim=1)
@@ -150,10 +150,6 @@ def class_share(weight: Tensor, labels: Tensor) -> float | None:
     sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, weight.double())
     means = sums[labels] / count
     return float((means - weight.mean()).square().sum() / total)
-
-
-def _correlation(a: Tensor, b: Tensor) -> float | None:
-    return _finite(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
 
 
 def _finite(value: Tensor) -> float | None:

@@ -352,16 +352,16 @@ class RunIndex:
     def of(self, config: RunConfig) -> RunDir | None:
         """The run of these settings."""
         wanted, names = config_identity(config), _plain_names(config)
-        near = [path for path, known in self._seen.items() if _agrees(known, names) and path.is_dir()]
+        near = [
+            path
+            for path, known in self._seen.items()
+            if all(look_up(known, key) == value for key, value in names.items()) and path.is_dir()
+        ]
         for path in near:
             if path not in self._identities:
                 self._identities[path] = _identity_at(RunDir(path))
         same = [RunDir(path) for path in near if self._identities[path] == wanted]
         return max(same, key=lambda run: (run.finished, run.path.name), default=None)
-
-
-def _agrees(settings: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
-    return all(look_up(settings, key) == value for key, value in names.items())
 
 
 def _identity_at(run: RunDir) -> str | None:

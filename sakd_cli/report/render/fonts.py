@@ -24,13 +24,14 @@ def all_scripts(figure: "Figure", kind: str) -> Iterator[None]:
     PNG as its code point: U+732B.
     """
     import matplotlib
+    from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
 
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     for text in texts:
         text.set_parse_math(False)  # a name with two $ is no formula
     odd = {text: text.get_text() for text in texts if not text.get_text().isascii()}
-    wanted = frozenset("".join(odd.values())) - characters(_usual_font())
+    wanted = frozenset("".join(odd.values())) - characters(str(findfont(FontProperties())))
     fonts, missing = _fonts_with(wanted) if wanted else ([], frozenset())
     for text in odd if fonts else ():
         text.set_fontfamily(["sans-serif", *fonts])
@@ -77,12 +78,6 @@ def _spelled(figure: "Figure", texts: "Mapping[Text, str]", missing: frozenset[s
             axis.set_major_formatter(formatter)
         for text, words in texts.items():
             text.set_text(words)
-
-
-def _usual_font() -> str:
-    from matplotlib.font_manager import FontProperties, findfont
-
-    return str(findfont(FontProperties()))
 
 
 @cache
