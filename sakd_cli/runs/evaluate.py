@@ -34,7 +34,7 @@ from sakd_cli.runs.build import match_normalization
 from sakd_cli.runs.images import Images, load_images
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
-from sakd_cli.runs.scored import SplitName, Wanted, config_of, images_to_score
+from sakd_cli.runs.scored import Scored, SplitName, Wanted, config_of, images_to_score
 
 Row = TypeVar("Row", bound=doc.ClassBase)
 
@@ -51,11 +51,6 @@ class Target(NamedTuple):
     layers: list[ConfigSource]
     teacher_required: bool = False
     wanted: Wanted = Wanted()
-
-    def origin(self) -> dict[str, Any]:
-        """Where the network lies and which run it comes from, as the documents have it."""
-        run = (str(self.run.path), self.run.finished) if self.run else (None, None)
-        return {"weights": str(self.weights)} | dict(zip(("run", "finished"), run, strict=True))
 
 
 def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, Images]) -> doc.Evaluation:
@@ -78,7 +73,7 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     unfinished = " of a run that is not finished" if run and not run.finished else ""
     networks = [model] if teacher is None else [model, mode.to_memory_format(teacher[1].model.to(device)).eval()]
     *answers, labels = _answers(networks, followed(batches, reporter, f"evaluating {target.weights}{unfinished}"))
-    mistaken, mistakes = _mistaken(answers[0].logits, labels, dataset.classes, target.wanted)
+    about, mistakes = _about(target, scored, device, answers[0].logits, labels)
     own, scores, of_class = _quality(model, answers[0], labels, batches.batch_size, images.side)
     quality: doc.TeacherQuality | None = None
     of_teacher: Sequence[float | None] = [None] * len(dataset.classes)
@@ -90,31 +85,37 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, 
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
     plainly = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     return doc.Evaluation(
+        **about,
         **dict(own),
-        **target.origin(),
         sha256=network.sha256,
         network=model.name,
-        dataset=dataset.name,
-        split=scored.split,
-        images=len(labels),
-        trained_on=scored.trained_on,
-        device=str(device),
         memory=doc.Memory(batch=batch, bytes=peak_memory(model, images.side, batch)),
         speed=speed(model, images.side, device, batch=batch, seconds=seconds) if seconds else None,
         teacher=quality,
         branches=None if branches is None else branch_rows(model, branches.to(device), plainly),
-        **mistaken,
         classes=_class_rows(doc.ClassMetrics, dataset.classes, scores, of_class, mistakes, teacher_top1=of_teacher),
     )
 
 
-def _mistaken(
-    logits: Tensor, labels: Tensor, names: Sequence[str], wanted: Wanted
+def _about(
+    target: Target, scored: Scored, device: torch.device, logits: Tensor, labels: Tensor
 ) -> tuple[dict[str, Any], list[doc.Confusion | None]]:
-    """Confusions as both documents have them, and the most frequent mistake of each class."""
-    pairs, mistakes = confusions(logits, labels, names)
-    matrix = confusion_matrix(logits, labels).tolist() if wanted.matrix else None
-    return {"confusions": pairs, "confusion_matrix": matrix}, mistakes
+    """What both documents say of an evaluation (`EvaluationBase`), and the most frequent mistake of each class."""
+    run, dataset = target.run, scored.images.dataset
+    pairs, mistakes = confusions(logits, labels, dataset.classes)
+    about = {
+        "weights": str(target.weights),
+        "run": str(run.path) if run else None,
+        "finished": run.finished if run else None,
+        "dataset": dataset.name,
+        "split": scored.split,
+        "images": len(labels),
+        "trained_on": scored.trained_on,
+        "device": str(device),
+        "confusions": pairs,
+        "confusion_matrix": confusion_matrix(logits, labels).tolist() if target.wanted.matrix else None,
+    }
+    return about, mistakes
 
 
 def _class_rows(
@@ -227,21 +228,15 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
     of_classes = [left[labels.cpu() == place] for place in range(len(dataset.classes))]
     means = [mean_macs(stages, macs) if len(stages) else None for stages in of_classes]
     (brier, ece), (overall, of_class) = calibration(logits, labels), averages(logits, labels)
-    mistaken, mistakes = _mistaken(logits, labels, dataset.classes, target.wanted)
+    about, mistakes = _about(target, scored, device, logits, labels)
     return doc.EnsembleEvaluation(
-        **target.origin(),
+        **about,
         sha256=saved.sha256,
         network=" + ".join(names),
-        dataset=dataset.name,
-        split=scored.split,
-        images=scores.images,
-        trained_on=scored.trained_on,
-        device=str(device),
         **scores.metrics(),
         brier=brier,
         ece=ece,
         averages=overall,
-        **mistaken,
         parameters=sum(one.parameters for one in costs),
         macs=shown.macs,
         ensemble=doc.EnsembleExits(
