@@ -122,8 +122,6 @@ class Remembered:
         known, all_of_them = self._places, self._optimizers()
         for name, tensor in tensors.items():
             place, _, what = name.rpartition("/")
-            if name in known:  # as it was saved while there was SGD alone
-                place, what = name, "momentum_buffer"
             what, _, kind = what.partition(":")
             value: Any = {"int": int, "float": float, "bool": bool}[kind](tensor) if kind else tensor
             if place.startswith("#"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig
 from sakd_cli.config.networks import of_one_family
-from sakd_cli.config.preprocessing import ImageSize, size_text
+from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, RandomMatchedConfig, TrainedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, PretrainConfig, RunConfig
@@ -34,14 +34,13 @@ from sakd_cli.report.spots.log import epoch_records
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs import answers, mixtures, team
+from sakd_cli.runs import mixtures, teacher_logits, team
 from sakd_cli.runs.branches import start_from_branches
 from sakd_cli.runs.images import Images, load_images, with_unlabeled
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.locate import Claim, pretrain_command, read_claim
-from sakd_cli.runs.teacher_cache import check_use
-from sakd_cli.runs.together import require_labels, require_possible
+from sakd_cli.runs.refusals import require_combinable, require_one_size, require_possible
 from sakd_cli.tasks.criterion import Criterion
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates
 from sakd_cli.tasks.pretrain import PretrainTask, Recipe, SftnTask, WarmupTask
@@ -107,9 +106,9 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     path = claim = None
     if teacher is None:
         config, teacher, path, claim = _located_teacher(config)
-    require_labels(config)
+    require_combinable(config)
     images = with_unlabeled(images or load_images(config.data, config.aside, teacher.card.preprocessing), config.data)
-    _require_one_size(config, images)
+    require_one_size(config, images)
     mode = resolve_mode(config.runtime, device, _steps(config, images))
     train_one = pretrain_command(config, teacher.card.architecture)
     match_normalization(teacher, images, config.teacher.source, train_one, images.teacher_side)
@@ -120,12 +119,9 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     task = _task(config, student, teacher, images, mode)
     first = team.Teacher(teacher, path, claim, cost(teacher.model, images.teacher_side))
     config, more = _joined(config, task, images, student, teacher)
-    require_possible(config, task.distillers, task.router)
-    answers.give(config, task, images)
+    require_possible(config, task.distillers, task.router, teacher.model)
+    teacher_logits.load_logits(config, task, images)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
-    if config.teacher.cache:
-        others = task.distillers.want == "preactivations" or task.distillers.warmup is not None
-        check_use(config.method.name, task.spots, teacher, others=others)
     teachers, costs = (first, *more), cost(task.network, images.side)
     spots = team.spots_of(task, [one.network.model.name for one in teachers])
     whom = teachers, (*teacher.notes, *notes)
@@ -169,17 +165,6 @@ def _joined(
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"other_sha256": sums})}), tuple(found)
 
 
-def _require_one_size(config: DistillConfig, images: Images) -> None:
-    """Raise UsageError where the teacher sees another size than the student, and something cannot have that."""
-    if images.teacher_sees is None:
-        return
-    sizes = f"the teacher sees {size_text(images.teacher_side)} pixels, the student {size_text(images.side)}"
-    if config.teacher.cache:
-        raise UsageError(f"teacher.cache: {sizes}; a teacher cache is for one size", "--set teacher.cache=false")
-    if config.residual.students:
-        raise UsageError(f"{sizes}; residual students need one size", "--set residual.students=0")
-
-
 def assemble(
     config: DistillConfig,
     student: StagedModel,
@@ -216,7 +201,7 @@ def assemble(
         method.features.dynamic_shapes = mode.dynamic_shapes
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     steps = None if labels is None else steps_per_epoch(len(labels), batch_size)
-    one_family = teacher.name != answers.NAME and of_one_family(config.student, teacher.name)
+    one_family = teacher.name != teacher_logits.NAME and of_one_family(config.student, teacher.name)
     start = router_start(config, one_family=one_family, steps=steps)
     pair = _pair(config, method, teacher, start.bias)
     with _initialised(config.seed, "router"):

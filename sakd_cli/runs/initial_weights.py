@@ -17,8 +17,8 @@ from sakd_cli.models import artifact, foreign, plain_files
 from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.external import library_weights
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.runs.answers import artifact_of
 from sakd_cli.runs.locate import weights_at
+from sakd_cli.runs.teacher_logits import artifact_of
 
 Head = Literal["keep", "replace"]
 

@@ -39,7 +39,7 @@ from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, RunDir
-from sakd_cli.runs import answers, build, recipe
+from sakd_cli.runs import build, recipe, teacher_logits
 from sakd_cli.runs.branches import StudentBranches
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, loader_of
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
@@ -291,7 +291,7 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
 
     Raises UsageError where a card says otherwise.
     """
-    if job.teacher is None or job.teacher.model.name == answers.NAME:
+    if job.teacher is None or job.teacher.model.name == teacher_logits.NAME:
         return {}
     found = [_measured(job, one, evaluation, reporter) for one in job.teachers]
     return {"teacher": found[0]} | ({"more_teachers": found[1:]} if found[1:] else {})

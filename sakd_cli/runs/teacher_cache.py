@@ -22,10 +22,9 @@ from sakd_cli.batch import Batch
 from sakd_cli.data.sources import Views
 from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.runtime import Mode
-from sakd_cli.errors import DiskError, MemoryLimitError, UsageError
+from sakd_cli.errors import DiskError, MemoryLimitError
 from sakd_cli.files import flush, read_json, sha256, write_json
 from sakd_cli.models.artifact import Artifact
-from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 FORMAT = "sakd.teacher-cache/1"
@@ -65,13 +64,6 @@ class TeacherCache:
         assert batch.view is not None
         row = batch.index * self.views + batch.view
         return Features((*self._missing, self.pooled[row]), self.logits[row])
-
-
-def check_use(method: str, spots: tuple[Spot, ...], teacher: Artifact, *, others: bool) -> None:
-    """Raise UsageError where a method needs more of the teacher than the cache stores; `others`: in other ways."""
-    pooled = len(teacher.model.infos) - 1
-    if others or any(spot.teacher < pooled for spot in spots):
-        raise UsageError(f"teacher.cache: method {method} uses maps, the cache stores pooled vectors and logits")
 
 
 def open_teacher_cache(

@@ -9,8 +9,8 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
-from sakd_cli.runs.answers import Given
 from sakd_cli.runs.locate import Claim
+from sakd_cli.runs.teacher_logits import SavedLogits
 from sakd_cli.tasks.distill import DistillTask
 
 
@@ -49,7 +49,7 @@ def require_alike(first: Artifact, other: Artifact, source: str) -> None:
 
 def require_one_teacher(task: DistillTask) -> None:
     """Raise UsageError for what is measured between a student and its one teacher."""
-    if isinstance(task.teacher_features, Given):
+    if isinstance(task.teacher_features, SavedLogits):
         raise UsageError("this run has a teacher's logits of its training images alone; there is nothing to measure")
     if task.others:
         raise UsageError(

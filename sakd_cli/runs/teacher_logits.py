@@ -1,4 +1,4 @@
-"""A teacher of which only the answers are known: logits of every training image from a file."""
+"""`teacher.logits`: a file with the logits of every training image stands for the teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.routers import TrainedConfig
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Dataset
-from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.errors import UsageError, one_line
 from sakd_cli.files import check_header, parse_json, sha256
 from sakd_cli.models.artifact import Artifact, NetworkCard
@@ -24,13 +22,13 @@ NAME = "logits"  # what stands for the network's name
 
 
 @dataclass(frozen=True)
-class Given:
+class SavedLogits:
     """Logits [images, classes] by place in the training split; called like a teacher's plain pass."""
 
     logits: Tensor
 
     def __call__(self, batch: Batch) -> Features:
-        """The batch's; all that looks at a feature is refused before."""
+        """The batch's; all that looks at a feature is refused before (`refusals.py`)."""
         found = self.logits[batch.index]
         return Features((found.new_empty(0), found.new_empty(0), found), found)
 
@@ -46,28 +44,10 @@ def artifact_of(path: Path, dataset: Dataset) -> Artifact:
     return Artifact(model, NetworkCard.of(NAME, dataset), sha256(path))
 
 
-def require_answers(config: DistillConfig) -> None:
-    """Raise UsageError where something needs more of a teacher than the logits of single images."""
-    if config.teacher.logits is None:
-        return
-    rows = [DISTILLERS.row(part.name) for part in config.method.parts]
-    mixed = config.data.mixed
-    for what, refused in (
-        (f"method {config.method.name} needs features", any(row.features or row.warmup for row in rows)),
-        (f"router {config.router.name} needs features", isinstance(config.router, TrainedConfig)),
-        (f"data.{''.join(mixed[:1])} needs answers for mixed images", mixed),
-        ("teacher.cache needs a network", config.teacher.cache),
-        ("several teachers need networks", config.teacher.others),
-        ("residual students need a network", config.residual.students),
-    ):
-        if refused:
-            raise UsageError(f"teacher.logits: {what}, and a file has logits of images alone")
-
-
-def give(config: DistillConfig, task: DistillTask, images: Images) -> None:
+def load_logits(config: DistillConfig, task: DistillTask, images: Images) -> None:
     """Let the file that `teacher.logits` names stand for the teacher. UsageError where it is not of these images."""
     if (path := config.teacher.logits) is not None:
-        task.teacher_features = Given(_read(path, images, config).to(next(task.parameters()).device))
+        task.teacher_features = SavedLogits(_read(path, images, config).to(next(task.parameters()).device))
 
 
 def _read(path: Path, images: Images, config: DistillConfig) -> Tensor:
