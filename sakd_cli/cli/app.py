@@ -41,7 +41,7 @@ from sakd_cli.cli import (
 )
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
-from sakd_cli.config.code import place_of, trust_no_more
+from sakd_cli.config.code import GUIDE, place_of, trust_no_more
 from sakd_cli.config.keys import option_hint
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.errors import (
@@ -166,10 +166,7 @@ def run(arguments: list[str]) -> int:
             complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit) as error:  # rich answers a broken pipe with SystemExit
-        if place := place_of(error) or _place_in_method(error):
-            complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
-            return UsageError.exit_code
-        return _broken_pipe()
+        return UsageError.exit_code if _complained_of_own_code(error) else _broken_pipe()
     except OSError as error:  # whatever the floors below have no message of their own for
         complain(f"{error.filename or 'file system'}: {error.strerror or error}")
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
@@ -197,8 +194,7 @@ def run(arguments: list[str]) -> int:
         if (refused := not_deterministic(error)) is not None:
             complain(refused.message, refused.hint)
             return refused.exit_code
-        if place := place_of(error) or _place_in_method(error):
-            complain(f"{place}: {type(error).__name__}: {error}", "sakd guide extending")
+        if _complained_of_own_code(error):
             return UsageError.exit_code
         for line in traceback.format_exc().splitlines():
             print(printable(line), file=sys.stderr)
@@ -206,6 +202,13 @@ def run(arguments: list[str]) -> int:
         return 1
     finally:
         trust_no_more()
+
+
+def _complained_of_own_code(error: BaseException) -> bool:
+    """Whether somebody's own code raised it, which is then said with file and line."""
+    if place := place_of(error) or _place_in_method(error):
+        complain(f"{place}: {type(error).__name__}: {error}", GUIDE)
+    return place is not None
 
 
 def _place_in_method(error: BaseException) -> str | None:

@@ -277,6 +277,17 @@ class Levels(Protocol):
         """The lower level's loss on the batch that comes next, likewise."""
 
 
+@torch.no_grad()
+def moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], *lengths: Tensor | float) -> Iterator[None]:
+    """For a finite difference: these parameters moved along a direction by each length in turn, and back at the end."""
+    origins = [parameter.detach().clone() for parameter in parameters]
+    for length in (*lengths, None):
+        for parameter, origin, way in zip(parameters, origins, direction, strict=True):
+            parameter.copy_(origin if length is None else origin + length * way)
+        if length is not None:
+            yield
+
+
 def unrolled_gradient(
     upper_loss: Callable[[], Tensor],
     lower_loss: Callable[[], Tensor],
@@ -288,27 +299,15 @@ def unrolled_gradient(
 
     The mixed second derivative is a finite difference around w, as in Liu et al., "DARTS", ICLR 2019, equations 7, 8.
     """
-    origins = [parameter.detach().clone() for parameter in lower]
-
-    def move(direction: Sequence[Tensor], length: Tensor | float) -> None:
-        with torch.no_grad():
-            for parameter, origin, way in zip(lower, origins, direction, strict=True):
-                parameter.copy_(origin + length * way)
 
     def gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
 
-    move(gradient(lower_loss(), lower), -rate)
-    found = gradient(upper_loss(), [*upper, *lower])
+    ahead = moved(lower, gradient(lower_loss(), lower), -rate)
+    (found,) = [gradient(upper_loss(), [*upper, *lower]) for _ in ahead]
     direct, way = found[: len(upper)], found[len(upper) :]
     length = RADIUS / torch.stack([part.norm() for part in way]).norm().clamp(min=1e-12)
-    sides = []
-    for sign in (1, -1):
-        move(way, sign * length)
-        sides.append(gradient(lower_loss(), upper))
-    with torch.no_grad():
-        for parameter, origin in zip(lower, origins, strict=True):
-            parameter.copy_(origin)
+    sides = [gradient(lower_loss(), upper) for _ in moved(lower, way, length, -length)]
     return [d - rate * (plus - minus) / (2 * length) for d, plus, minus in zip(direct, *sides, strict=True)]
 
 

@@ -26,7 +26,7 @@ from sakd_cli.models import artifact
 from sakd_cli.models import ensemble as ensembles
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import cost, peak_memory
-from sakd_cli.models.ensemble import INDEX, RANGES, Ensemble, Exits, LoadedEnsemble, fit, mean_macs
+from sakd_cli.models.ensemble import RANGES, Ensemble, Exits, LoadedEnsemble, fit, mean_macs
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.branches import branch_rows, branches_of
@@ -256,7 +256,7 @@ def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve:
 def opened(target: Path) -> LoadedEnsemble:
     """An ensemble, or a plain network as one without residual students."""
     folder = folder_of(target)
-    if (folder / INDEX).is_file() and (target.is_dir() or target.name == INDEX):
+    if is_ensemble(target):
         return ensembles.load(folder)
     plain = artifact.load(target)
     about = read_about(folder)  # empty for a file alone: its teacher is not known

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sakd_cli.batch import Batch
+from sakd_cli.engine.optim import moved
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.models.staged import Features
 
@@ -38,16 +39,9 @@ def along(network: nn.Module, way: Sequence[Tensor], value: Callable[[], Tensor]
     A central difference, which reads nothing back from the device.
     """
     weights = [p for p in network.parameters() if p.requires_grad]
-    origins = [p.clone() for p in weights]
     step = STEP * torch.stack([p.norm() for p in weights]).norm()
-    sides = []
-    for sign in (1, -1):
-        for weight, origin, part in zip(weights, origins, way, strict=True):
-            weight.copy_(origin + sign * step * part)
-        sides.append(value())
-    for weight, origin in zip(weights, origins, strict=True):
-        weight.copy_(origin)
-    return (sides[0] - sides[1]) / (2 * step)
+    forth, back = (value() for _ in moved(weights, way, step, -step))
+    return (forth - back) / (2 * step)
 
 
 def benefits_of(task: "DistillTask", batch: Batch, seen: Features) -> Tensor:
