@@ -182,7 +182,7 @@ def prepare(**options: Unpack[DistillOptions]) -> "Job":
     from sakd_cli.runs import build
 
     config, _ = resolve_command("distill", params_of("distill", options))
-    with code.told():
+    with code.as_usage_errors():
         return build.build(locate_inputs(keep_teacher(config)))
 
 
@@ -278,10 +278,10 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
     params = params_of("export", options)
     sources = config_sources(params)
     where = target_or_newest(_path(target, sources), runs_dir_of(sources))
-    from sakd_cli.export.export import Order
+    from sakd_cli.export.export import ExportSettings
     from sakd_cli.export.export import export as carry_out
 
-    return carry_out(where, Order.of(params), sources, _reporter(options))
+    return carry_out(where, ExportSettings.of(params), sources, _reporter(options))
 
 
 def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:

@@ -14,7 +14,7 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.config.training import Runtime
 from sakd_cli.data.loader import EvalLoader, TrainLoader
-from sakd_cli.engine.graphs import WARMUP, Cuda, Device, GraphedStep
+from sakd_cli.engine.graphs import WARMUP, Capturer, Cuda, GraphedStep
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -51,7 +51,7 @@ class StandIn:
         return replay
 
 
-def of_many_steps(method: str, folder: Path, graphs: Device | None, device: torch.device = CPU) -> Trainer:
+def of_many_steps(method: str, folder: Path, graphs: Capturer | None, device: torch.device = CPU) -> Trainer:
     """Six whole batches of 3 and one of 2 in each of 3 epochs; the rate falls after the second."""
     settings = {"teacher": "resnet8", "student": "resnet8", "method.name": method, "runtime.shapes": "static"}
     settings |= {"runtime.graph": graphs is not None, "device": str(device)}

@@ -112,7 +112,7 @@ def test_every_family_comes_in_bit_for_bit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_two_tensors_have_one_foreign_name(name: str) -> None:
-    ours = artifact.shapes_of(artifact.ghost(name, 7, 32))
+    ours = artifact.shapes_of(artifact.meta_network(name, 7, 32))
     for rules in DIALECTS[NETWORKS[name].family]:
         assert len({translate_name(tensor, rules) for tensor in ours}) == len(ours)
 

@@ -12,7 +12,7 @@ from test_spot_page import PIXELS, a_page, document
 from sakd_cli.report.render import html
 from sakd_cli.report.render.html import Section
 from sakd_cli.report.render.sheet import Sheet
-from sakd_cli.report.spots.page import Seen, spot_page
+from sakd_cli.report.spots.page import PageContext, spot_page
 from sakd_cli.report.spots.survey import measure
 
 
@@ -85,13 +85,13 @@ def test_nothing_is_cut_or_pale_at_any_width_in_light_or_dark(browser: Any, tmp_
     epochs = [document().by_epoch[0].model_copy(update=dict.fromkeys(("fraction", "probability"), [0.5] * 10))]
     many = document().model_copy(update={"overall": spots, "by_epoch": epochs, "measured": None})
     many = many.model_copy(update={"by_class": document(by_class=rows).by_class})
-    other = spot_page(many, Seen({}))
+    other = spot_page(many, PageContext({}))
     names = ["a_class_name_" * 8, "猫" * 40, "doll"]
     shares = [
         {"name": name, "fraction": [0.5, 0.2 * k], "deviation": [0.0, 0.2 * k - 0.5]} for k, name in enumerate(names)
     ]
     known = measure(survey(header=header(classes=names)), SPOTS, sample=False, seed=0, extremes=2)
-    long = spot_page(document(by_class=shares, measured=known, samples=12_000), Seen({10: PIXELS, 11: PIXELS}))
+    long = spot_page(document(by_class=shares, measured=known, samples=12_000), PageContext({10: PIXELS, 11: PIXELS}))
     for content in (a_page(), other, long):
         page.write_text(content, encoding="utf-8")
         for scheme in ("light", "dark"):

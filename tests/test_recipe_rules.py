@@ -16,7 +16,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.cli.console import ConsoleReporter
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine.evaluate import score_logits
-from sakd_cli.engine.graphs import Device, GraphedStep
+from sakd_cli.engine.graphs import Capturer, GraphedStep
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import Rows, SpotRecorder
 from sakd_cli.engine.task import SpotUse
@@ -223,7 +223,7 @@ def test_a_step_with_all_of_it_is_replayed_by_a_graph(
     words |= of(ema=0.9, freeze=["stem"], freeze_epochs=1, label_smoothing=0.1, layer_decay=0.7, norm_decay=False)
     words |= {"method": "fitnet", "router": router, "runtime.shapes": "static"}
 
-    def trained(device: Device) -> tuple[Trainer, list[str]]:
+    def trained(device: Capturer) -> tuple[Trainer, list[str]]:
         trainer = trainer_of(job_of(words), tmp_path / type(device).__name__)
         trainer._advance = GraphedStep(trainer._advance, device, trainer._constants, trainer._refuse_graph)
         trainer.guard.every_step = False

@@ -30,7 +30,7 @@ from sakd_cli.distillers import table as distillers
 from sakd_cli.distillers.dfa import mixable_blocks
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.graphs import Device
+from sakd_cli.engine.graphs import Capturer
 from sakd_cli.engine.look_ahead import LookAhead
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import SpotRecorder
@@ -84,7 +84,7 @@ def task_of(method: str, router: str, precision: str = "fp32") -> DistillTask:
     return assemble(config, student, teacher.requires_grad_(False).eval(), SIDE, DATASET.train.labels)
 
 
-def trainer_of(task: Task, folder: Path, graphs: Device | None, size: int = SIZE, **parts: Any) -> Trainer:
+def trainer_of(task: Task, folder: Path, graphs: Capturer | None, size: int = SIZE, **parts: Any) -> Trainer:
     folder.mkdir(exist_ok=True)
     if isinstance(task, SearchTask):
         settings = task.settings
@@ -118,7 +118,7 @@ def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-def trained(task: Task, folder: Path, graphs: Device, size: int) -> tuple[Trainer, list[str]]:
+def trained(task: Task, folder: Path, graphs: Capturer, size: int) -> tuple[Trainer, list[str]]:
     """After some epochs; and the names by which the host read the device in their steps."""
     trainer, read = trainer_of(task, folder, graphs, size), list[str]()
     for epoch in range(1, EPOCHS + 1):

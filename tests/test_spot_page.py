@@ -27,7 +27,7 @@ from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
 from sakd_cli.report.spots.findings import findings
 from sakd_cli.report.spots.log import History, history
-from sakd_cli.report.spots.page import Seen, spot_page
+from sakd_cli.report.spots.page import PageContext, spot_page
 from sakd_cli.report.spots.survey import measure
 from sakd_cli.rundir import RunDir
 
@@ -106,7 +106,7 @@ def test_without_matplotlib_one_line_says_so(
     error, hint = capsys.readouterr().err.splitlines()
     assert error == "error: plots need matplotlib, which is not installed"
     assert hint == "hint: pip install 'sakd[plots]'"
-    page = spot_page(document(), Seen({}))
+    page = spot_page(document(), PageContext({}))
     assert "Samples distilled at each spot, by epoch" in page, "a page needs no matplotlib"
     assert "The trained router by class" in page
 
@@ -173,7 +173,9 @@ def a_history() -> History:
 
 
 def a_page() -> str:
-    return spot_page(document(), Seen({10: PIXELS, 11: PIXELS, 12: PIXELS[:1]}, a_history(), "It helped: 1 < 2."))
+    return spot_page(
+        document(), PageContext({10: PIXELS, 11: PIXELS, 12: PIXELS[:1]}, a_history(), "It helped: 1 < 2.")
+    )
 
 
 def test_the_page_escapes_every_name_and_loads_nothing() -> None:
@@ -198,7 +200,7 @@ def test_the_page_begins_with_the_answer() -> None:
     rows = [{"name": name, "fraction": [0.5, share], "deviation": [0.0, less]} for name, share, less in shares]
     overall = [document().overall[0], document().overall[1].model_copy(update={"fraction": 0.625})]
     report = document(by_class=rows, overall=overall, samples=12_000)
-    seen = Seen({10: PIXELS, 11: PIXELS}, a_history(), "It helped: 1 < 2.")
+    seen = PageContext({10: PIXELS, 11: PIXELS}, a_history(), "It helped: 1 < 2.")
     first = spot_page(report, seen).partition("<nav>")[0]
     few = spot_page(report.model_copy(update={"samples": 12}), seen).partition("<nav>")[0]
     assert "For no class is it shown: coins of one rate would differ as much" in few
@@ -212,12 +214,12 @@ def test_the_page_begins_with_the_answer() -> None:
         "Images distilled most often at logits (trained router)",
     ):
         assert said in first
-    alone = spot_page(document(measured=None), Seen({})).partition("<nav>")[0]
+    alone = spot_page(document(measured=None), PageContext({})).partition("<nav>")[0]
     assert "--with-control" in alone
     assert "--live" in alone
     assert "None: all alike, 50.0&nbsp;% of the training samples at each." in alone
     weak = [spot.model_copy(update={"gradient_ratio": 0.013}) for spot in document().overall]
-    opening = spot_page(document(overall=weak), Seen({})).partition("<nav>")[0]
+    opening = spot_page(document(overall=weak), PageContext({})).partition("<nav>")[0]
     assert "stage2 hardly acts: ratio 0.013" in opening
 
 
@@ -246,7 +248,7 @@ def test_every_question_is_answered_from_the_numbers() -> None:
     }
     for title, words in expected.items():
         assert words in said[title]
-    page = spot_page(report, Seen({}))
+    page = spot_page(report, PageContext({}))
     for title in re.findall(r"<h2>(.*?)</h2>", page):
         part = page.partition(f"<h2>{title}</h2>")[2].partition("</section>")[0]
         assert 'class="answer"' in part or title == "The routed network", title
@@ -296,12 +298,12 @@ def test_curves_on_each_other_are_both_seen_and_equally_thin() -> None:
 
 
 def test_a_saturated_router_is_one_sentence_there_too() -> None:
-    page = spot_page(document(saturated="It is saturated.", by_class=[], measured=None), Seen({}, a_history()))
+    page = spot_page(document(saturated="It is saturated.", by_class=[], measured=None), PageContext({}, a_history()))
     assert page.count("It is saturated.") == 2, "in the opening, and in front of the details"
     assert page.count("<figure>") == 1, "no charts of the same number everywhere but the first"
     value = np.full((4, 2), [1.0, 0.0], dtype=np.float32)
     same = measure(survey(header=header(), value=value), SPOTS, sample=False, seed=0, extremes=2)
-    assert "decides the same for every image" in spot_page(document(measured=same), Seen({}))
+    assert "decides the same for every image" in spot_page(document(measured=same), PageContext({}))
 
 
 def test_images_of_another_survey_are_not_taken_for_the_tracked_ones(tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_images_of_another_survey_are_not_taken_for_the_tracked_ones(tmp_path: P
     (tmp_path / "spots.jsonl").write_text(lines)
     other, own = (history(RunDir(tmp_path), survey(source=source)) for source in ("live", "survey"))
     assert (other.labels, own.labels) == ({}, {11: "class 0"})
-    page = spot_page(document(measured=None), Seen({11: PIXELS}, other))
+    page = spot_page(document(measured=None), PageContext({11: PIXELS}, other))
     assert "image 11" in page
     assert 'alt="image 11' not in page
     chart = charts.route_chart(document(), own, 11)
@@ -322,7 +324,7 @@ def test_images_of_another_survey_are_not_taken_for_the_tracked_ones(tmp_path: P
 
 def test_the_complement_of_the_highest_is_distilled_least() -> None:
     other = measure(survey(header=header(complement=True)), SPOTS, sample=False, seed=0, extremes=2)
-    first = spot_page(document(measured=other), Seen({10: PIXELS, 11: PIXELS})).partition("<nav>")[0]
+    first = spot_page(document(measured=other), PageContext({10: PIXELS, 11: PIXELS})).partition("<nav>")[0]
     assert "<br>75.0 %" in first.partition("distilled least often")[2].partition("</ul>")[0]
 
 

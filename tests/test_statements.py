@@ -29,7 +29,7 @@ from sakd_cli.report.runs.compare_tables import comparison_tables
 from sakd_cli.report.runs.entries import entry_tables, run_entries
 from sakd_cli.report.spots.charts import panels_of
 from sakd_cli.report.spots.log import spots_document
-from sakd_cli.report.spots.page import Seen, spot_sections
+from sakd_cli.report.spots.page import PageContext, spot_sections
 from sakd_cli.report.spots.tables import spot_tables, survey_tables
 from sakd_cli.report.sweep.results import sweep_document
 from sakd_cli.report.sweep.tables import sweep_tables
@@ -67,7 +67,7 @@ def test_a_saturated_router_is_one_sentence_with_the_cure(
     assert all(part in report.saturated for part in said)
     [sheet] = spot_tables(report)
     assert (sheet.rows, panels_of(report), "100.0" in text_of([sheet])) == ([], ["epochs"], False)
-    [section] = spot_sections(report, Seen({}))
+    [section] = spot_sections(report, PageContext({}))
     assert [block.title for block in section.blocks] == [report.saturated]
 
 

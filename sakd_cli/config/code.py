@@ -32,7 +32,7 @@ OURS = ("sakd_cli", "torch", "builtins", "abc")  # whose constructors have no se
 Kind = TypeVar("Kind", bound=Config)
 _trusted: set[str] = set()  # in this process
 _named: dict[str, tuple[Any, Any]] = {}  # objects of a program by their names, and what they stand for
-near: set[Path] = set()  # runs that were named here: the files of their settings lie above them
+named_runs: set[Path] = set()  # runs that were named here: the files of their settings lie above them
 _modules: dict[tuple[Path, str], ModuleType] = {}
 
 
@@ -51,7 +51,7 @@ def trust(*names: str | None) -> None:
 def trust_no_more() -> None:
     """Forget all that was named: the next command may be about other files."""
     _trusted.clear()
-    near.clear()
+    named_runs.clear()
 
 
 def untrusted(name: str) -> list[str]:
@@ -88,7 +88,7 @@ def _read(path: str) -> tuple[bytes, str]:
         content = read_bytes(Path(path), MOST)
     except OSError as error:
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
-        there = next((above for run in near for above in run.resolve().parents if (above / path).is_file()), None)
+        there = next((above for run in named_runs for above in run.resolve().parents if (above / path).is_file()), None)
         hint = f"run it from {there}, where it lies" if there is not None else None
         raise UsageError(f"{path}: {unreadable(error)}{where}", hint) from None
     except ValueError as error:
@@ -106,7 +106,7 @@ def _module(path: str) -> ModuleType:
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(place.parent))
     try:
-        with told(path), contained():
+        with as_usage_errors(path), contained():
             exec(compile(content, path, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[module.__name__]
@@ -165,8 +165,11 @@ def _codes(whose: Any) -> list[CodeType]:
 
 
 @contextlib.contextmanager
-def told(path: str | None = None) -> Iterator[None]:
-    """Whatever own code raises becomes a UsageError with file and line. `path`: a file that is being executed."""
+def as_usage_errors(where: str | None = None) -> Iterator[None]:
+    """Whatever own code raises becomes a UsageError with file and line.
+
+    where  the file that is being executed, or what it is said of where no line of own code is known
+    """
     try:
         yield
     except SakdError:
@@ -174,9 +177,9 @@ def told(path: str | None = None) -> Iterator[None]:
     except SyntaxError as error:
         raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}", GUIDE) from None
     except (Exception, SystemExit) as error:
-        lines = [line for file, line, *_ in traceback.extract_tb(error.__traceback__) if file == path]
-        place = f"{path}, line {lines[-1]}" if lines else place_of(error) or path
-        if is_out_of_memory(error) or place is None or (isinstance(error, SystemExit) and path is None):
+        lines = [line for file, line, *_ in traceback.extract_tb(error.__traceback__) if file == where]
+        place = f"{where}, line {lines[-1]}" if lines else place_of(error) or where
+        if is_out_of_memory(error) or place is None or (isinstance(error, SystemExit) and where is None):
             raise
         raise UsageError(f"{place}: {type(error).__name__}: {first_line(Exception(error))}", GUIDE) from error
 
@@ -242,7 +245,7 @@ def construct(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
     """What own code makes of what is given and of its settings. UsageError, naming file and line, where it fails."""
     known = type(config).model_fields
     taken = {key: given[key] if key in given else getattr(config, key, None) for key in _parameters(found, given)}
-    with told(getattr(sys.modules.get(found.__module__), "__file__", None)):
+    with as_usage_errors(getattr(sys.modules.get(found.__module__), "__file__", None)):
         one = found(**{key: value for key, value in taken.items() if key in given or key in known})
     if {"Router", "Distiller"} & ancestors(found) and "_parameters" not in vars(one):
         text = f"{found.__name__}.__init__ must begin with super().__init__(spots)"

@@ -24,8 +24,8 @@ Step = Callable[[Batch], None]
 Call = Callable[[], None]
 
 
-class Device(Protocol):
-    """Where steps are captured."""
+class Capturer(Protocol):
+    """What captures steps: a GPU, or what a test has in its place."""
 
     def warm_up(self, call: Call) -> None:
         """Run it on the stream of the captures."""
@@ -88,7 +88,9 @@ class GraphedStep:
     refuse  is told why a step cannot be captured; from then on all are called
     """
 
-    def __init__(self, step: Step, device: Device, key: Callable[[], Hashable], refuse: Callable[[str], None]) -> None:
+    def __init__(
+        self, step: Step, device: Capturer, key: Callable[[], Hashable], refuse: Callable[[str], None]
+    ) -> None:
         self._step, self._device, self._key, self._refuse = step, device, key, refuse
         self._graphs: dict[Hashable, _Captured] = {}
         self._refused = False

@@ -18,7 +18,7 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.checkpoint import Checkpoint
 from sakd_cli.engine.control import ESTIMATED, Control
 from sakd_cli.engine.evaluate import Scores, evaluate
-from sakd_cli.engine.graphs import Device, GraphedStep
+from sakd_cli.engine.graphs import Capturer, GraphedStep
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
 from sakd_cli.engine.recorder import LOWER, SpotRecorder
 from sakd_cli.engine.reporter import Reporter
@@ -88,7 +88,7 @@ class Trainer:
         output: TrainingOutput | None = None,
         recorder: SpotRecorder | None = None,
         phase: str = MAIN,
-        graphs: Device | None = None,
+        graphs: Capturer | None = None,
         control: Control | None = None,
     ) -> None:
         self.task, self.loader, self.optimizer = task, loader, optimizer

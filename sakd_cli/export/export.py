@@ -47,7 +47,7 @@ class Exportable(NamedTuple):
         return self.run.path if self.run else folder_of(target)
 
 
-class Order(NamedTuple):
+class ExportSettings(NamedTuple):
     """How it is to be exported.
 
     out         the folder to write; None: `export-FORM` in the run, or beside the weights
@@ -69,7 +69,7 @@ class Order(NamedTuple):
     images: int = 2000
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Order":
+    def of(cls, options: Mapping[str, Any]) -> "ExportSettings":
         """As the options of `sakd export` say. Raises UsageError where they exclude each other."""
         if options["fp16"] and options["int8"]:
             raise UsageError("--fp16 and --int8 exclude each other")
@@ -90,7 +90,7 @@ class Order(NamedTuple):
         return self.precision != "fp32"
 
 
-def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Reporter) -> Export:
+def export(target: Path, order: ExportSettings, layers: list[ConfigSource], reporter: Reporter) -> Export:
     """Write the folder.
 
     Raises UsageError where it exists, a package is missing, the network does not fit the form, the outputs of a file in
@@ -143,7 +143,9 @@ def export(target: Path, order: Order, layers: list[ConfigSource], reporter: Rep
         of_timm = timm_config(found.card) if order.form == "safetensors" else {}
         library = "timm" if of_timm else form.library
         block = metadata_block(found.card, found.facts, library, order.form, order.precision)
-        write_json(aside / "config.json", {"export": FORMAT} | found.card.told() | about | found.facts | of_timm)
+        write_json(
+            aside / "config.json", {"export": FORMAT} | found.card.config_entries() | about | found.facts | of_timm
+        )
         write_aside(aside / "README.md", (block + model_card(found.card, found.facts, form, document)).encode())
     return document
 
@@ -226,7 +228,7 @@ def _check(network: nn.Module, opened: Function, images: Tensor, *, real: bool, 
 
 @torch.inference_mode()
 def _accuracy(
-    network: nn.Module, opened: Function, pictures: Pictures, given: Callable[[Tensor], Tensor], order: Order
+    network: nn.Module, opened: Function, pictures: Pictures, given: Callable[[Tensor], Tensor], order: ExportSettings
 ) -> Accuracy | None:
     """Top-1 of both on the labelled images; None without. UsageError where it falls by more than is allowed."""
     right = torch.zeros(2, dtype=torch.int64)

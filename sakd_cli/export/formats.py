@@ -170,7 +170,7 @@ class Form(NamedTuple):
 
 def _metadata(card: NetworkCard) -> dict[str, str]:
     """What a program needs to know of a file beside the network, each as JSON."""
-    about = card.told()
+    about = card.config_entries()
     return {key: json.dumps(about[key]) for key in ("classes", "mean", "std", "preprocessing")}
 
 

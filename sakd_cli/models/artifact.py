@@ -60,7 +60,7 @@ class NetworkCard(NamedTuple):
         """As the header of the weights has it."""
         return self._asdict() | {"preprocessing": self.preprocessing and self.preprocessing.model_dump(mode="json")}
 
-    def told(self) -> dict[str, Any]:
+    def config_entries(self) -> dict[str, Any]:
         """As `config.json` has it: how a picture is to be shown is always said."""
         return self._asdict() | {"preprocessing": self.seen.model_dump(mode="json")}
 
@@ -110,7 +110,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
     except OSError as error:
         raise disk_error(folder, error, sum(tensor.nbytes for tensor in model.state_dict().values())) from None
     save_weights(folder / "model.safetensors", model, card)
-    about = card.told() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
+    about = card.config_entries() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
     write_json(folder / "config.json", about)
     write_aside(folder / "README.md", (metadata_block(card, about, "pytorch") + _readme(card, about)).encode())
 
@@ -198,7 +198,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise UsageError(f"{file}: damaged or not a safetensors file ({first_line(error)})", hint=IMPORT) from None
 
 
-def ghost(architecture: str, classes: int, side: ImageSize) -> StagedModel:
+def meta_network(architecture: str, classes: int, side: ImageSize) -> StagedModel:
     """The network without its numbers, on the meta device; one of another library with numbers, on the CPU."""
     with torch.device("meta"):
         return create(architecture, classes, side)

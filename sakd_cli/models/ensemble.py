@@ -214,7 +214,7 @@ def save(folder: Path, ensemble: Ensemble, card: NetworkCard, exits: Exits, fact
     for stale in set(folder.glob("member-*.safetensors")) - {folder / str(entry["file"]) for entry in members}:
         stale.unlink()
     write_aside(folder / "README.md", _readme(card, members).encode())
-    entries = {key: value for key, value in card.told().items() if key != "architecture"}
+    entries = {key: value for key, value in card.config_entries().items() if key != "architecture"}
     index = {"format": FORMAT, **entries, "members": members, "exits": exits._asdict()}
     write_json(folder / INDEX, sealed(index | facts, CARD_SEAL))
 

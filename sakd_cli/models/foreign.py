@@ -17,7 +17,7 @@ from torch import Tensor
 from sakd_cli.config.networks import NETWORKS, brought, find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
-from sakd_cli.models.artifact import check_finite, fill_weights, ghost, shapes_of
+from sakd_cli.models.artifact import check_finite, fill_weights, meta_network, shapes_of
 from sakd_cli.models.dialects import DIALECTS, OWN_NAMES, tables, translate_name
 from sakd_cli.models.plain_files import ALONE, ROOM, read_foreign
 from sakd_cli.models.staged import StagedModel
@@ -89,7 +89,7 @@ def load_foreign(
     Raises UsageError where it is no file of plain tensors, or not of this network; NonFiniteError where a weight is no
     number.
     """
-    network = ghost(architecture, classes, side)
+    network = meta_network(architecture, classes, side)
     ours = shapes_of(network)
     plain = network.plain_names()
     kinds = {plain[name]: tensor.dtype for name, tensor in network.state_dict().items()}
@@ -293,7 +293,7 @@ def _advice(theirs: dict[str, Any]) -> str | None:
     for network in NETWORKS.values():
         if not any(translate_name("head.weight", rules) in theirs for rules in DIALECTS.get(network.family, OWN_NAMES)):
             continue
-        every = shapes_of(ghost(network.name, 1, 32))
+        every = shapes_of(meta_network(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
         names = min(tables(network.family, ours), key=lambda way: len(set(way.values()) ^ theirs.keys()))
         body = {names[name]: shape for name, shape in ours.items() if not name.startswith("head.")}

@@ -54,7 +54,7 @@ def create(name: str, num_classes: int, side: ImageSize = 32, *, drop_path: floa
     if more and FITTED.get(network.family) is not external.from_library:
         raise UsageError(f"train.drop_path: {name} has no stochastic depth", "networks of timm and torchvision have it")
     if network.plugged:
-        with code.told(f"{network.family}: network {name!r}"):
+        with code.as_usage_errors(f"{network.family}: network {name!r}"):
             made = PLUGGED.row(network.name)(network.name, num_classes)
         if not isinstance(made, StagedModel) or (made.name, made.num_classes) != (network.name, num_classes):
             raise UsageError(f"{network.family}: {name} is no StagedModel of that name for {num_classes} classes")

@@ -22,7 +22,7 @@ FILE = Path("branches", "model.safetensors")  # in the run directory
 
 
 @final
-class StudentBranches(RunExtension):
+class BranchesExtension(RunExtension):
     """What a student-friendly teacher has beside itself: its branches on the disk, and what is said of them."""
 
     def __init__(self, task: SftnTask) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from sakd_cli.batch import Batch, Loader
-from sakd_cli.config.code import GUIDE, contained, line_of, told
+from sakd_cli.config.code import GUIDE, as_usage_errors, contained, line_of
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.engine.runtime import to_fp32, translate_oom
 from sakd_cli.engine.task import StepOutput
@@ -77,7 +77,7 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
     assert isinstance(tried, Distiller)
     tried.active = (True,) * len(tried.spots)
     weights = [batch.images.new_full((len(tried.spots), len(batch.labels)), value) for value in (0.0, 1.0)]
-    with told(method_of(distiller)), contained():
+    with as_usage_errors(method_of(distiller)), contained():
         losses, plain = (tried(student, teacher, weight, batch) for weight in weights)
     require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(tried.spots),))
     for spot, loss, whole in zip(tried.spots, losses.tolist(), plain.tolist(), strict=True):

@@ -12,10 +12,9 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
 from sakd_cli.files import write_aside
 from sakd_cli.report.render import plots
-from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.spots.charts import spot_figure
-from sakd_cli.report.spots.log import history, spots_document
-from sakd_cli.report.spots.page import Seen, spot_page
+from sakd_cli.report.spots.log import spots_document
+from sakd_cli.report.spots.page import context_of, spot_page
 from sakd_cli.report.spots.survey import Survey, gone, read_survey, records, write_records
 from sakd_cli.rundir import RunDir, look_up, newest_run
 from sakd_cli.runs.locate import runs_dir_of
@@ -41,8 +40,7 @@ def inspect_run(named: Path | None, params: Mapping[str, Any], reporter: Reporte
     if plot:
         plots.write(spot_figure(document, params["panel"]), plot)
     if html:
-        run, images = RunDir(Path(document.run)), survey.images if survey else {}
-        write_aside(html, spot_page(document, Seen(images, history(run, survey), *helped(run))).encode())
+        write_aside(html, spot_page(document, context_of(RunDir(Path(document.run)), survey)).encode())
     if samples:
         write_records(records(survey, document.overall) if survey else [], samples)
     for path in filter(None, (plot, html, samples)):

@@ -40,18 +40,18 @@ from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_b
 from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, RunDir
 from sakd_cli.runs import build, recipe, teacher_logits
-from sakd_cli.runs.branches import StudentBranches
+from sakd_cli.runs.branches import BranchesExtension
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, loader_of
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
 from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
-from sakd_cli.runs.mixtures import Mixed, of_job
+from sakd_cli.runs.mixtures import MixturesExtension, of_job
 from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
-from sakd_cli.runs.residual_chain import Chain, MemberWriter
+from sakd_cli.runs.residual_chain import MemberWriter, ResidualExtension
 from sakd_cli.runs.resume import ResumePlan, find_matching_run, fingerprint, require_fingerprint
-from sakd_cli.runs.survey import Surveyed
+from sakd_cli.runs.survey import SurveyExtension
 from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.own_code import naming_own_code
@@ -88,13 +88,13 @@ def run_extensions(job: Job) -> list[RunExtension]:
     recipe.check(job)
     found: list[RunExtension] = []
     if isinstance(task, SftnTask):
-        found.append(StudentBranches(task))
+        found.append(BranchesExtension(task))
     if isinstance(config, DistillConfig) and config.residual.students > 0:
-        found.append(Chain(job))
+        found.append(ResidualExtension(job))
     if isinstance(task, DistillTask) and task.graft is not None and not task.others:
-        found.append(Surveyed(job))
+        found.append(SurveyExtension(job))
     if of_job(job):
-        found.append(Mixed(job))
+        found.append(MixturesExtension(job))
     for extension in found:
         extension.validate()
     return found

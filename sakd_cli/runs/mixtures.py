@@ -118,7 +118,7 @@ def _groups(distiller: DFA) -> list[MixtureGroup]:
 
 
 @final
-class Mixed(RunExtension):
+class MixturesExtension(RunExtension):
     """The mixtures of a run, in its plan and in its summary."""
 
     def __init__(self, job: Job) -> None:

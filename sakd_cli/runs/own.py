@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli.config.base import OBJECTS
-from sakd_cli.config.code import functions, is_object, near, trust
+from sakd_cli.config.code import functions, is_object, named_runs, trust
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import DiskError
 from sakd_cli.files import read_json, write_json
@@ -22,7 +22,7 @@ def trust_own(run: RunDir | None) -> None:
     names = _named(run) if run is not None else []
     mine = [name for name in names if isinstance(name, str) and functions(name)]
     if mine and run is not None:
-        near.add(run.path)
+        named_runs.add(run.path)
     if mine and run is not None and run.identity is not None and run.identity in _made_here():
         trust(*mine)
 

@@ -138,7 +138,7 @@ def _between_phases() -> Iterator[None]:
 
 
 @final
-class Chain(RunExtension):
+class ResidualExtension(RunExtension):
     """Plans the residual students of a job, hands them out one by one, and closes with an ensemble.
 
     Raises UsageError where the costs allow none.

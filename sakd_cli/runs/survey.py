@@ -57,7 +57,7 @@ LOSSES = ("feature_distiller", "logit_distiller")
 
 
 @final
-class Surveyed(RunExtension):
+class SurveyExtension(RunExtension):
     """The survey of the training images, saved in the run of a router with a policy."""
 
     def __init__(self, job: Job) -> None:

@@ -142,7 +142,7 @@ def train_command(
             draw_mixtures(RunDir(Path(str(summary.run))), reporter.say)
             return summary
 
-        with code.told():
+        with code.as_usage_errors():
             if several:
                 return train_series(configs, train, launcher, parallel=params["parallel"], again=again)
             return launch.dry_run(config) if dry else train(config, plan)

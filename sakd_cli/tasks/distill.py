@@ -25,7 +25,7 @@ from sakd_cli.routing.router import Answers, Decision, Router
 from sakd_cli.tasks.ahead import benefits_of
 from sakd_cli.tasks.criterion import Criterion
 from sakd_cli.tasks.own_code import check_decision, require_floating
-from sakd_cli.tasks.team import COMBINE, Seen, of_all, used
+from sakd_cli.tasks.team import COMBINE, TeamFeatures, of_all, used
 
 ROUTER = "router"  # the group of what decides and of the adapters on its paths
 FEWEST = 1e-6  # fraction of a batch that is selected: below, there is nothing to take the mean of
@@ -189,10 +189,10 @@ class DistillTask(Task):
         if self.feature_distiller is not None:
             self.feature_distiller.active = active[:-1]
 
-    def precompute(self, images: Tensor) -> Features | Seen:
+    def precompute(self, images: Tensor) -> Features | TeamFeatures:
         """What a step reads of the teachers' plain passes over these images, for `Batch.precomputed`, and no more."""
         seen = tuple(task._precomputed(images) for task in self.members)
-        return Seen(seen) if len(seen) > 1 else seen[0]
+        return TeamFeatures(seen) if len(seen) > 1 else seen[0]
 
     @torch.no_grad()
     def _precomputed(self, images: Tensor) -> Features:
@@ -249,7 +249,7 @@ class DistillTask(Task):
 
     def _own(self, batch: Batch) -> list[Batch]:
         """The batch for each teacher, with what was computed of its own pass."""
-        if isinstance(batch.precomputed, Seen):
+        if isinstance(batch.precomputed, TeamFeatures):
             return [replace(batch, precomputed=known) for known in batch.precomputed.of]
         return [batch] * len(self.members)
 

@@ -15,13 +15,13 @@ from sakd_cli.models.staged import Features
 from sakd_cli.routing.router import Decision
 
 
-class Seen(NamedTuple):
+class TeamFeatures(NamedTuple):
     """What a step reads of each teacher's plain pass, for `Batch.precomputed`."""
 
     of: tuple[Features, ...]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Seen":
-        return Seen(tuple(one.map(change) for one in self.of))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TeamFeatures":
+        return TeamFeatures(tuple(one.map(change) for one in self.of))
 
 
 def mean(logits: list[Tensor], labels: Tensor, noise: Tensor) -> Tensor:

@@ -21,13 +21,12 @@ from sakd_cli.report.render.charts import Chart
 from sakd_cli.report.render.format import fixed, named
 from sakd_cli.report.render.html import Answer, Folded, Opening, Section
 from sakd_cli.report.render.sheet import Sheet
-from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import curve_charts, epoch_table
 from sakd_cli.report.runs.tables import summary_table
 from sakd_cli.report.spots.charts import mixture_chart, spot_figure
-from sakd_cli.report.spots.log import history, read_mixtures, spots_document
-from sakd_cli.report.spots.page import Seen, spot_opening, spot_sections
+from sakd_cli.report.spots.log import read_mixtures, spots_document
+from sakd_cli.report.spots.page import context_of, spot_opening, spot_sections
 from sakd_cli.report.spots.survey import gone, read_survey
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
@@ -110,10 +109,10 @@ def _spots(page: RunPage) -> None:
         return
     if page.plotted:
         page.plots["spots"] = plots.rendered(spot_figure(report, None), "png")
-    seen = Seen(survey.images if survey else {}, history(page.run, survey), *helped(page.run))
-    opening = spot_opening(report, seen)
+    context = context_of(page.run, survey)
+    opening = spot_opening(report, context)
     page.opening = Opening([*page.opening.answers, *opening.answers], opening.groups)
-    page.sections += spot_sections(report, seen)
+    page.sections += spot_sections(report, context)
 
 
 def _mixtures(page: RunPage) -> None:

@@ -10,10 +10,13 @@ from sakd_cli.report.render import html
 from sakd_cli.report.render.charts import Bars, Lines, Row, zoom
 from sakd_cli.report.render.format import WHAT, fixed, fraction, named, whole
 from sakd_cli.report.render.sheet import Sheet
+from sakd_cli.report.runs.beside import helped
 from sakd_cli.report.spots import charts
 from sakd_cli.report.spots import findings as found
-from sakd_cli.report.spots.log import History
+from sakd_cli.report.spots.log import History, history
+from sakd_cli.report.spots.survey import Survey
 from sakd_cli.report.spots.tables import WEAK, spot_tables, survey_tables
+from sakd_cli.rundir import RunDir
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +43,7 @@ QUESTIONS = {
 }
 
 
-class Seen(NamedTuple):
+class PageContext(NamedTuple):
     """What a page shows beside the document.
 
     images   pixels [3, H, W] of images by index, as far as they are known
@@ -54,21 +57,26 @@ class Seen(NamedTuple):
     controls: Sheet | None = None
 
 
-def spot_page(report: SpotsDocument, seen: Seen) -> str:
+def context_of(run: RunDir, survey: Survey | None) -> PageContext:
+    """That of a run's page, with what its survey has and the runs beside it say."""
+    return PageContext(survey.images if survey else {}, history(run, survey), *helped(run))
+
+
+def spot_page(report: SpotsDocument, context: PageContext) -> str:
     """The page of a document of `inspect-spots`."""
     facts = html.facts_of(report, ("teacher", "student", "dataset", "method", "router"))
     facts += [("Classes", whole(len(report.by_class)))] * bool(report.by_class)
     facts += [("Training images", whole(report.samples // max(report.epochs, 1)))]
     facts += [("Epochs", f"{report.epochs}{'' if report.finished else ' so far'}"), ("Run", named(report.run))]
-    return html.page("Where knowledge flowed", facts, spot_sections(report, seen), spot_opening(report, seen))
+    return html.page("Where knowledge flowed", facts, spot_sections(report, context), spot_opening(report, context))
 
 
-def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
+def spot_opening(report: SpotsDocument, context: PageContext) -> html.Opening:
     """The answer: sentences beside the images at both ends of the spot where classes differ most; below, the figures.
 
     What is said and shown of the training is the share of its samples; the images are the trained router's.
     """
-    said = seen.helped or (CONTROLS if selects(report.router or "") else NOT_ROUTED)
+    said = context.helped or (CONTROLS if selects(report.router or "") else NOT_ROUTED)
     answers = [
         html.Answer("Which spot was used most?", [found.most_used(report), found.SPOT]),
         html.Answer("For which classes?", [found.which_classes(report), *found.at_the_end(report)]),
@@ -76,12 +84,12 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
         html.Answer("Does it choose, or toss coins?", [found.more_than_coins(report)]),
     ]
     measured, ends, galleries = report.measured, found.ends_of(report), list[html.Block]()
-    if measured and any(one.spread for one in measured.extremes) and seen.images:
+    if measured and any(one.spread for one in measured.extremes) and context.images:
         shown = measured.extremes[ends[0][1] if ends else 0]
         names = ("least often", "most often") if measured.complement else ("most often", "least often")
         how = "in training" if measured.value == "rate" else "trained router"
         for end, images in zip(names, (shown.highest[:OPENING], shown.lowest[:OPENING]), strict=True):
-            tiles = _tiles(images, seen.images, short=True)
+            tiles = _tiles(images, context.images, short=True)
             galleries.append(html.Gallery(f"Images distilled {end} at {named(shown.spot)} ({how})", tiles))
     told = [
         f"{named(spot.name)} hardly acts: ratio {spot.gradient_ratio:.2g}" if found.weak(report, k) else ""
@@ -92,13 +100,13 @@ def spot_opening(report: SpotsDocument, seen: Seen) -> html.Opening:
     note += " An image can use several spots: together more than 100 %." * (len(rows) > 1)
     note += f" Ratio: of the distillation loss's gradient to the task's; below {WEAK:g} it hardly acts." * any(told)
     bars = Bars("How often each spot was used", "training samples distilled, %", ["all"], rows, note, told)
-    controls, classes = ([sheet] if sheet else [] for sheet in (seen.controls, found.class_table(report)))
+    controls, classes = ([sheet] if sheet else [] for sheet in (context.controls, found.class_table(report)))
     return html.Opening(answers, [[*galleries, bars, *classes], controls])
 
 
-def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
+def spot_sections(report: SpotsDocument, context: PageContext) -> list[html.Section]:
     """What a page says of the routing in detail."""
-    measured, history = report.measured, seen.history
+    measured, record = report.measured, context.history
     overall, *others = spot_tables(report, top=None)
     by_epoch, by_class = others[:1], others[1:]
     tables, plotted = defaultdict[str, list[Sheet]](list), defaultdict[str, list[html.Block]](list)
@@ -110,25 +118,25 @@ def spot_sections(report: SpotsDocument, seen: Seen) -> list[html.Section]:
         plotted["paths"] = [charts.path_chart(report, counts)]
     if measured:
         tables.update(survey_tables(measured, top=None, extremes=None))
-    tracked = history.epochs[-1].tracked if history else []
+    tracked = record.epochs[-1].tracked if record else []
     blocks: dict[str, Sequence[html.Block]] = {
         "In training": [*plotted["epochs"], overall, *_folded(by_epoch)],
         "The trained router": tables["spots"],
         "By class": [*plotted["classes"], *_folded([*by_class, *tables["classes"]])],
-        "Class by epoch": charts.history_charts(report, history)
-        if history and any(row.peak for row in report.by_class) and not report.saturated
+        "Class by epoch": charts.history_charts(report, record)
+        if record and any(row.peak for row in report.by_class) and not report.saturated
         else [],
         "By difficulty": [*plotted["difficulty"], *_folded(tables["difficulty"])],
         "By agreement": [charts.agreement_chart(measured)] if measured and tables["difficulty"] else [],
-        "Paths": [*plotted["paths"], *_path_galleries(measured, seen.images), *_folded(tables["paths"])],
-        "One image": _routes(report, history, seen.images) if history and tracked and not report.saturated else [],
-        "Extremes": [*_extremes(measured, seen.images), *_folded(tables["extremes"])],
+        "Paths": [*plotted["paths"], *_path_galleries(measured, context.images), *_folded(tables["paths"])],
+        "One image": _routes(report, record, context.images) if record and tracked and not report.saturated else [],
+        "Extremes": [*_extremes(measured, context.images), *_folded(tables["extremes"])],
         "Reliability": [charts.reliability_chart(measured.routed)]
         if measured and measured.routed and measured.routed.student_reliability
         else [],
         "The routed network": tables["routed"],
     }
-    said = found.findings(report, history.epochs if history else [])
+    said = found.findings(report, record.epochs if record else [])
     parts = [(title, shown) for title, shown in blocks.items() if shown]
     return [html.Section(title, shown, QUESTIONS[title], said.get(title, "")) for title, shown in parts]
 
