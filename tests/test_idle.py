@@ -73,7 +73,7 @@ def test_an_evaluation_reads_the_device_once(tmp_path: Path) -> None:
     assert trainer.output is not None
     with heard() as names:
         trainer._evaluate_epoch(1, trainer.output.evaluation)
-    assert names == ["cpu", "tolist", "tolist"], "one copy to the host, of which the scores and the states are taken"
+    assert names == ["cpu", "tolist"], "one copy to the host, of which the scores and the states are taken"
 
 
 def resident() -> int:

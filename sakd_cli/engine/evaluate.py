@@ -103,14 +103,15 @@ def score_logits(
     width, state = 3 * classes + 2, {} if network is None else network.state_dict()
     finite = [tensor.isfinite().all()[None] for tensor in state.values()]
     read = torch.cat([*sums, *finite]).cpu().double() if sums else torch.zeros(0, dtype=torch.float64)
-    own = read[: width * len(sums)].view(-1, width).sum(dim=0)
-    *of_class, right5, loss_sum = (distributed.all_reduce_sum(own) if together else own).tolist()
+    own, flags = read[: width * len(sums)].view(-1, width).sum(dim=0), read[width * len(sums) :]
+    numbers = torch.cat([distributed.all_reduce_sum(own) if together else own, flags]).tolist()
+    *of_class, right5, loss_sum = numbers[:width]
     hits, counts, answers = (of_class[k * classes : (k + 1) * classes] for k in range(3))
     images_seen = sum(counts)
     if not math.isfinite(loss_sum):
         name = getattr(network, "name", "network")
         raise NonFiniteError(f"{name}: the loss on {round(images_seen)} evaluated images is {loss_sum}")
-    if odd := [name for name, whole in zip(state, read[width * len(sums) :].tolist(), strict=False) if not whole]:
+    if odd := [name for name, whole in zip(state, numbers[width:], strict=False) if not whole]:
         raise NonFiniteError(f"tensor {odd[0]!r} of the network holds a number that is NaN or infinite")
     return Scores(
         images=round(images_seen),
