@@ -56,6 +56,21 @@ def test_where_reading_is_dear_the_flag_stays_up_and_the_first_step_is_remembere
 SEEN = [("", 2), ("kd", 3), ("input", 4), ("", 4)]
 
 
+def test_replayed_steps_of_two_kinds_and_sizes_are_told_apart() -> None:
+    """A captured step writes where it was captured, and does not say here which names its terms have."""
+    guard = Guard(CPU)
+    guard.every_step = False
+    guard.inspect(*step(""))
+    place = guard._first
+    batch, output, gradients = step("", rows=4)  # an epoch's last batch is one image larger
+    guard.inspect(batch, output._replace(parts=output.parts | {"router": torch.ones(())}), gradients)
+    assert guard._first is place
+    guard._first[: 2 + 6 + 3] = torch.tensor([0, 7, 0, 0, 0, 1, 0, 0, 40, -1, 60])  # as a replay of the first kind
+    guard.found.fill_(1)
+    with pytest.raises(NonFiniteError, match="step 7: kd is not finite, with training images 40, 60;"):
+        guard.check()
+
+
 @pytest.mark.parametrize("when", ["first step", "later"])
 def test_the_weights_are_those_of_the_step_before(tmp_path: Path, when: str) -> None:
     good, bad = PlainTask(), PlainTask(nan_in=(1,) if when == "first step" else (2,))

@@ -1,15 +1,19 @@
 """Is there anything to route? The products against exact gradients, what explains them, and the command."""
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
 import torch
-from conftest import CliRunner
+from conftest import PAIR, TINY, CliRunner
 from test_step import batches, make
 from torch.nn import functional as F
 
+from sakd_cli.config.resolve import config_sources
+from sakd_cli.rundir import RunDir
 from sakd_cli.runs.probe import class_share, explained
+from sakd_cli.runs.survey import trained_job
 from sakd_cli.tasks import ahead
 from sakd_cli.tasks.ahead import along, held_out_gradient
 
@@ -71,3 +75,12 @@ def test_a_run_is_probed(trained_cli: CliRunner, distilled: dict[str, Any]) -> N
     text = " ".join(trained_cli.sakd("inspect-spots", distilled["run"], "--probe").out.split())
     assert "Is there anything to route?" in text
     assert json.loads(trained_cli.sakd("inspect-spots", distilled["run"], "--json").out)["probe"] is None
+
+
+def test_a_run_in_16_bits_is_probed_in_32(trained_cli: CliRunner) -> None:
+    """As every run on a GPU is by default: in 16 bits a step along the gradient moves no weight."""
+    path = trained_cli.sakd(*PAIR, "--method", "kd", *TINY, "--precision", "bf16", "--json").document["run"]
+    run = RunDir(trained_cli.path / path)
+    with contextlib.chdir(trained_cli.path):
+        jobs = [trained_job(run, config_sources({}), losses=losses) for losses in (False, True)]
+    assert [job.mode.autocast_dtype for job in jobs] == [torch.bfloat16, None]

@@ -162,6 +162,16 @@ def test_what_cannot_be_compiled_backward_either_is_called_after_one_line() -> N
     assert len(said) == 1
 
 
+def test_more_graphs_than_are_kept_is_told_and_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where many spots rest in turn, each with batches of several sizes."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("sakd_cli.engine.runtime.GRAPHS", 3)
+    said: list[str] = []
+    double = compiled(lambda x: 2 * x, said.append, backend="eager")
+    assert [double(torch.ones(k)).sum().item() for k in range(2, 8)] == [2.0 * k for k in range(2, 8)]
+    assert len(said) == 1
+
+
 @pytest.mark.battery
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
 @pytest.mark.parametrize("method", ["fitnet", "crd"])

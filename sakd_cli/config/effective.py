@@ -23,9 +23,7 @@ SATURATED_BIAS = math.log(SATURATED / (1 - SATURATED))
 def automatic_precision(device: str) -> str:
     """Number type of the networks where none is asked for: bf16 on a GPU that has it, else fp32."""
     perhaps = sys.platform == "win32" or any(Path("/dev").glob("nvidia*"))
-    if not (
-        device.startswith("cuda") or (device == "auto" and perhaps)
-    ):  # torch takes seconds to load, and is not asked
+    if not (device.startswith("cuda") or (device == "auto" and perhaps)):  # torch takes seconds to load
         return "fp32"
     cuda = importlib.import_module("torch").cuda
     return "bf16" if cuda.is_available() and cuda.is_bf16_supported(including_emulation=False) else "fp32"

@@ -222,6 +222,7 @@ def top1(logits: Tensor, rows: Rows) -> Tensor:
 
 LOWER = "a lower learning rate may help: --set train.lr=..."
 SHOWN = 8  # images that a message names
+ROOM = 64  # numbers
 
 
 def _not_finite(x: Tensor) -> Tensor:
@@ -238,9 +239,10 @@ class Guard:
 
     def __init__(self, device: torch.device) -> None:
         self.found = torch.zeros((), device=device)  # 1 from the first bad step on
-        self._names: tuple[str, ...] = ()
+        # Sets of names that steps have, and the number of each: a replayed step does not say here which it has.
+        self._kinds: dict[tuple[str, ...], Tensor] = {}
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # looked at
-        # Of the first bad step: a flag per name, its number, and the images at fault; -1 for those that are not.
+        # Of the first bad step: of which kind it is, its number, a flag per name, and the images at fault, else -1.
         self._first = torch.full((0,), -1, dtype=torch.int64, device=device)
         self.every_step = device.type != "cuda"  # checked at once, where reading costs nothing
 
@@ -264,11 +266,14 @@ class Guard:
 
     def _noted(self, names: tuple[str, ...], bad: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         """Remember a step with these flags [names] and [N] where it is the first bad one."""
-        self._names = names
-        noted = torch.cat([bad, self._steps[None], torch.where(rows | ~rows.any(), index, -1)])
-        # At the first batch; or at the second, where a run went on at a short one.
-        if (more := len(noted) - len(self._first)) > 0:
-            self._first = torch.cat([self._first, self._first.new_full((more,), -1)])
+        if names not in self._kinds:
+            self._kinds[names] = self._steps.new_full((1,), len(self._kinds))
+        noted = torch.cat([self._kinds[names], self._steps[None], bad, torch.where(rows | ~rows.any(), index, -1)])
+        # At the first batch; or at the second, where a run went on at a short one. A captured step writes where it was
+        # when it was captured: there is room for a batch of one image more, and for more names.
+        if len(noted) > len(self._first):
+            more = self._first.new_full((len(noted) + ROOM - len(self._first),), -1)
+            self._first = torch.cat([self._first, more])
         first = bad.any() & (self.found == 0)
         ours = self._first[: len(noted)]
         torch.where(first, noted, ours, out=ours)
@@ -281,9 +286,10 @@ class Guard:
         """Raise NonFiniteError naming the term, the step and the training images, if any step was bad."""
         if not self.found.item():
             return
-        *flags, step = (noted := self._first.tolist())[: len(self._names) + 1]
-        term = next(name for name, bad in zip(self._names, flags, strict=True) if bad)
-        rows = [row for row in noted[len(flags) + 1 :] if row >= 0]
+        kind, step, *noted = self._first.tolist()
+        names = list(self._kinds)[kind]
+        term = next(name for name, bad in zip(names, noted, strict=False) if bad)
+        rows = [row for row in noted[len(names) :] if row >= 0]
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         images = f", with training images {', '.join(map(str, rows[:SHOWN]))}{more}" if rows else ""
         raise NonFiniteError(f"step {step}: {term} is not finite{images}; the weights were not changed", LOWER)

@@ -30,7 +30,8 @@ Seen = TypeVar("Seen")
 # torch looks at it once, at a process's first product on a GPU: maybe long before the run that must be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 REPAID = 50_000  # steps of a run that win back a minute of compiling
-AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches. An estimate, not measured
+AHEAD = 8  # steps of a teacher's pass on CUDA: an eighth of its launches
+GRAPHS = 64  # of one function: of batch sizes, of spots that rest, of runs in one process
 
 
 class Mode(NamedTuple):
@@ -92,7 +93,7 @@ def resolve_mode(config: Runtime, device: torch.device, steps: int = 0) -> Mode:
     look_ahead = (AHEAD if cuda else 1) if config.look_ahead == "auto" else config.look_ahead
     auto_shapes = "dynamic" if device.type == "cpu" and config.compile is not True else "static"
     dynamic = (auto_shapes if config.shapes == "auto" else config.shapes) == "dynamic"
-    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     bf16 = has_bf16 if config.precision == "auto" else config.precision == "bf16"
     graphed = bool(config.graph) and cuda and not distributed_run and not dynamic
     repaid = graphed and steps >= REPAID and not config.deterministic and has_triton()
@@ -127,11 +128,13 @@ def compiled(
 
     refuse  is told why it cannot be compiled; it is called as it is from then on
     """
+    import torch._dynamo.config
     import torch._functorch.config
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     # Else a backward pass is lowered in the first one, and what cannot be raises there.
     torch._functorch.config.force_non_lazy_backward_lowering = True
+    torch._dynamo.config.recompile_limit = GRAPHS
     chosen: Callable[..., Seen] = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
 
     def call(*given: Any) -> Seen:
@@ -140,8 +143,8 @@ def compiled(
             return plain(*given)
         try:
             return chosen(*given)
-        except TorchDynamoException as error:  # of a user's own mistake too, which the plain call tells
-            chosen = plain
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            chosen = plain  # which tells a user's own mistake
             result = plain(*given)
             refuse(f"runtime.compile: {plain.__name__} cannot be compiled ({one_line(error)}); it is called")
             return result
@@ -196,7 +199,8 @@ def exact_mode(device: torch.device) -> Mode:
 
 def pick_device(name: str) -> torch.device:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`. Raises UsageError where it is not to be had."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    cuda = not name.startswith("cpu") and torch.cuda.is_available()  # a run on the CPU asks no driver
+    mps = torch.backends.mps.is_available()
     if cuda and torchrun.requested_world_size() > 1 and name in ("auto", "cuda"):
         name = f"cuda:{torchrun.local_rank()}"  # each process has one of its own
     if name == "auto":

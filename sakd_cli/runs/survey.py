@@ -36,6 +36,7 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import InterruptibleBatches
 from sakd_cli.engine.recorder import LOWER, tracked_places
 from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.runtime import exact_mode
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError, one_line
 from sakd_cli.files import columns_digest, sealed, write_aside
 from sakd_cli.models.staged import StagedModel
@@ -102,7 +103,10 @@ def trained_job(run: RunDir, sources: Iterable[ConfigSource], *, losses: bool = 
     saved = checkpoint.read(run.path / "checkpoints" / "last")
     now, state = fingerprint(resolve("distill", [own]).config), saved.state
     require_fingerprint(saved.folder, state.get("fingerprint"), state.get("epoch"), now, run.extended)
+    if losses:  # in whose last bits a finite difference lies
+        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"precision": "fp32"})})
     job = build.distillation(config)
+    exact_mode(job.device)
     _restore(job, saved, (*MADE_OF, *(LOSSES if losses else ())))
     if isinstance(job.task, DistillTask) and job.task.router.decides:
         job.task.begin_epoch(max(1, int(saved.state.get("epoch", 1))))

@@ -4,7 +4,7 @@ Why processes. At batch 64 a step on a GPU is a thousand launches, which the thr
 the other; N processes on N cores do not. They share no random state, no signal and no failure, so each run is to the
 bit the run it is alone. Each costs about 0.5 GB of the GPU and of main memory, and its own images and networks.
 Their kernels take turns on a GPU unless NVIDIA's MPS daemon runs (`nvidia-cuda-mps-control -d`, before the first of
-them), which lets them run beside each other. Nothing of this was measured on a GPU.
+them), which lets them run beside each other (guide `speed`).
 """
 
 import os
