@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulator import Emulator
 from test_engine import CPU, PlainTask, trainer_of
 from torch import Tensor
 
 from sakd_cli.batch import Batch
+from sakd_cli.engine.graphs import Capturer, Cuda, GraphedStep
 from sakd_cli.engine.recorder import Guard
 from sakd_cli.engine.task import StepOutput
 from sakd_cli.errors import NonFiniteError
@@ -69,6 +71,41 @@ def test_replayed_steps_of_two_kinds_and_sizes_are_told_apart() -> None:
     guard.found.fill_(1)
     with pytest.raises(NonFiniteError, match="step 7: kd is not finite, with training images 40, 60;"):
         guard.check()
+
+
+def told_by_replays(device: torch.device, graphs: Capturer) -> str:
+    """Of steps of two kinds, captured one after the other, a later one of the first kind is bad in its second image."""
+    guard, routed = Guard(device), [False]
+    guard.every_step = False
+
+    def one(batch: Batch) -> None:
+        total = batch.images.detach().sum()
+        parts = {"ce": total} | ({"router": total} if routed[0] else {})
+        guard.inspect(batch, StepOutput(total, None, parts), [])
+
+    advance = GraphedStep(one, graphs, lambda: routed[0], pytest.fail)
+    for routed[0], rows in ((False, 3), (True, 4)):
+        for _ in range(5):
+            advance(step("", rows=rows)[0].map(lambda x: x.to(device)))
+    routed[0] = False
+    advance(step("input")[0].map(lambda x: x.to(device)))
+    with pytest.raises(NonFiniteError) as told:
+        guard.check()
+    return str(told.value)
+
+
+def test_a_replayed_step_is_told_as_what_it_is() -> None:
+    graphs = Emulator()
+    told = told_by_replays(CPU, graphs)
+    assert (len(graphs.tapes), graphs.replays) == (2, 3)
+    assert told.startswith("step 11: input is not finite, with training images 50;")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: no step is captured in truth")
+def test_on_a_gpu_a_replayed_step_is_told_as_what_it_is() -> None:
+    gpu = torch.device("cuda")
+    assert told_by_replays(gpu, Cuda(gpu)).startswith("step 11: input is not finite, with training images 50;")
 
 
 @pytest.mark.parametrize("when", ["first step", "later"])
