@@ -235,6 +235,17 @@ def test_no_cut_lies_between_two_uses_of_the_same_weights() -> None:
     assert len(model.state_dict()) == len(set(model.plain_names().values())) == 6
 
 
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/vit_tiny_patch16_224", "torchvision/swin_t"])
+def test_images_that_are_not_square_are_cut_at_the_same_places(name: str) -> None:
+    square, wide, high = (create(name, 4, side) for side in (96, (64, 96), (96, 64)))
+    places = [(info.name, info.channels, info.stride, info.layout) for info in square.infos[:-1]]
+    for model, share in ((wide, (2 / 3, 1)), (high, (1, 2 / 3))):
+        assert [info.name for info in model.infos[:-1]] == [place[0] for place in places]
+        assert [(info.channels, info.layout) for info in model.infos[:-1]] == [(place[1], place[3]) for place in places]
+        for info, whole in zip(model.infos[:-1], square.infos[:-1], strict=True):
+            assert info.size == tuple(round(side * part) for side, part in zip(whole.size, share, strict=True))
+
+
 def test_what_it_may_not_do() -> None:
     with pytest.raises(UsageError, match="it computes in another way while it is trained"):
         cut(Whimsical(4, noisy=True), "own", "factory", 4, 32)

@@ -9,7 +9,7 @@ the pieces one after another are compared with the plain forward, bit for bit.
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
-from math import isqrt
+from math import gcd, isqrt
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -104,7 +104,7 @@ def _assembled(network: nn.Module, name: str, family: str, num_classes: int, pro
     recorder.run(probe)
     if recorder.values[pooled].ndim != 2:
         raise CannotCutError("its last linear layer gets more than one vector per image")
-    places = _chosen(list(_places(network, graph, recorder.values)), probe.shape[2])
+    places = _chosen(list(_places(network, graph, recorder.values, probe.shape[2:])), probe.shape[2])
     if len(places) < 2:
         raise CannotCutError("no two places were found where a single map is alive")
     stages: list[tuple[StageInfo, nn.Module]] = []
@@ -217,8 +217,10 @@ def _head(network: nn.Module, graph: fx.Graph, num_classes: int) -> tuple[str, f
     raise CannotCutError("its logits are not what one linear layer gives")
 
 
-def _places(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> Iterator[CutPoint]:
-    """Every place in front of the pooling where nothing but one map is alive, in order."""
+def _places(
+    network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], image: tuple[int, ...]
+) -> Iterator[CutPoint]:
+    """Every place in front of the pooling where nothing but one map is alive, in order; image: height and width."""
     fixed = _fixed(graph)
     order = {node: place for place, node in enumerate(graph.nodes)}
     last = {node: max((order[user] for user in node.users), default=-1) for node in graph.nodes}
@@ -239,7 +241,7 @@ def _places(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> 
         alive_until = max(alive_until, open_until.get(node, -1))
         if node.op == "placeholder" or node in fixed or not isinstance(value, Tensor):
             continue
-        found = _read(value, grid, layout)
+        found = _read(value, grid, layout, image)
         if found is None:
             continue
         shape, form = found
@@ -278,21 +280,31 @@ def _pools(network: nn.Module, node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and called in MEANS
 
 
-def _read(value: Tensor, grid: tuple[int, int] | None, last: str) -> tuple[tuple[int, int, int], Layout] | None:
+def _read(
+    value: Tensor, grid: tuple[int, int] | None, last: str, image: tuple[int, ...]
+) -> tuple[tuple[int, int, int], Layout] | None:
     """Shape (C, H, W) and layout of a value; None where it is no map. `grid`, `last`: of the maps before it."""
     if value.ndim == 4:
         _, a, b, c = value.shape
-        planes, pixels = b == c, a == b
+        planes, pixels = _shaped_as(b, c, image), _shaped_as(a, b, image)
         if pixels and (not planes or last == "pixels"):
             return (c, a, b), Layout("pixels")
         return ((a, b, c), Layout("planes")) if planes else None
     if value.ndim == 3:
         tokens, width = value.shape[1:]
-        square = isqrt(tokens), isqrt(tokens)
-        for h, w in (square if grid is None else grid, square):
+        high, wide = (side // gcd(*image) for side in image)
+        times = isqrt(tokens // (high * wide))
+        alike = times * high, times * wide
+        for h, w in (alike if grid is None else grid, alike):
             if 0 <= tokens - h * w <= MOST_PREFIX and h * w:
                 return (width, h, w), Layout("tokens", tokens - h * w)
     return None
+
+
+def _shaped_as(high: int, wide: int, image: tuple[int, ...]) -> bool:
+    """Whether both sides are those of the image, divided by the same number and rounded up or down."""
+    height, width = image
+    return high == wide if height == width else abs(high * width - wide * height) <= max(image)
 
 
 def _chosen(places: list[CutPoint], high: int) -> list[CutPoint]:
