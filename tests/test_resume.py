@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_never_used(fork_server: ForkServer, damage: str
         shutil.rmtree(last)
         shutil.copytree(other / "checkpoints" / "last", last)
     elif damage == "of the future":
-        state = (last / "state.json").read_text().replace("sakd.checkpoint/3", "sakd.checkpoint/99")
+        state = (last / "state.json").read_text().replace("sakd.checkpoint/4", "sakd.checkpoint/99")
         (last / "state.json").write_text(state)
         manifest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
         del manifest["manifest.json"]

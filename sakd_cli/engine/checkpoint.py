@@ -23,7 +23,7 @@ from torch import Tensor
 from sakd_cli import files
 from sakd_cli.errors import CheckpointError
 
-FORMAT = "sakd.checkpoint/3"
+FORMAT = "sakd.checkpoint/4"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 
 MAX_MANIFEST_BYTES = 4096  # bytes

@@ -185,27 +185,28 @@ class Meter:
         self._sums[names] += functional.pad(means, (0, 1), value=1.0) * samples
 
     def read(self) -> dict[str, float]:
-        """The means, in one read of the device, and start anew."""
+        """The means, each over the steps that had it, in one read of the device; and start anew."""
         if not self._sums:
             return {}
-        means = iter(torch.cat([sums / sums[-1] for sums in self._sums.values()]).tolist())
-        found: dict[str, float] = {}
+        numbers = iter(torch.cat(list(self._sums.values())).tolist())
+        totals: dict[str, tuple[float, float]] = {}
         for names, sums in self._sums.items():
-            of_names = dict(zip(names, means, strict=False))
-            if next(means) == 1.0:  # samples over samples: NaN where there were none
-                found |= of_names
+            *of_names, samples = (next(numbers) for _ in sums)
+            for name, value in zip(names, of_names, strict=True):
+                total, seen = totals.get(name, (0.0, 0.0))
+                totals[name] = total + value, seen + samples
             sums.zero_()
-        return found
+        return {name: total / seen for name, (total, seen) in totals.items() if seen}
 
-    def state(self) -> tuple[dict[str, Tensor], float]:
-        """The sums since the last read by name, and of how many samples they are."""
-        sums = {name: of[k] for names, of in self._sums.items() for k, name in enumerate(names)}
-        return {name: value.clone() for name, value in sums.items()}, sum(float(of[-1]) for of in self._sums.values())
+    def state(self) -> tuple[dict[str, Tensor], list[list[str]]]:
+        """For each set of names, by its place: the sums since the last read, the number of samples behind; the sets."""
+        return {str(k): sums.clone() for k, sums in enumerate(self._sums.values())}, [list(of) for of in self._sums]
 
-    def load(self, sums: dict[str, Tensor], samples: float) -> None:
-        if sums:
-            values = torch.stack(list(sums.values()))
-            self._sums = {tuple(sums): torch.cat([values, values.new_tensor([samples])])}
+    def load(self, sums: dict[str, Tensor], names: list[list[str]]) -> None:
+        """What `state` gave. Raises KeyError or ValueError where the two do not belong together."""
+        if any(sums[str(k)].shape != (len(of) + 1,) for k, of in enumerate(names)):
+            raise ValueError("the means and their names do not belong together")
+        self._sums = {tuple(of): sums[str(k)] for k, of in enumerate(names)}
 
 
 def top1(logits: Tensor, rows: Rows) -> Tensor:

@@ -231,7 +231,6 @@ class Trainer:
         """The best epoch's network, if this is it, and the last checkpoint."""
         begin = time.perf_counter()
         with self._timed("save"):
-            sums, samples = self.meter.state()
             logs = self.run.log_ends()
             state = {
                 "run": self.run.identity,
@@ -240,7 +239,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "step": self.step,
                 "best": self.best,
-                "meter": {"samples": round(samples), "names": list(sums)},
+                "meter": self.meter.state()[1],
                 "seconds": self.seconds,
                 "logs": {name: end.bytes for name, end in logs.items()},
                 "log_sha256": {name: end.sha256 for name, end in logs.items()},
@@ -286,8 +285,7 @@ class Trainer:
             self.optimizer.load_tensors(parts["momentum"])
             if self.recorder is not None:
                 self.recorder.load_tensors(parts["samples"])
-            sums = {name: parts["meter"][name].to(self.device) for name in state["meter"]["names"]}
-            self.meter.load(sums, state["meter"]["samples"])
+            self.meter.load({k: sums.to(self.device) for k, sums in parts["meter"].items()}, state["meter"])
             self.epoch, self.step, self.best = int(state["epoch"]), int(state["step"]), dict(state["best"])
             self.seconds = dict(state["seconds"])
             self.guard.go_on(self.step)
