@@ -36,10 +36,11 @@ from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import mixtures, teacher_logits, team
 from sakd_cli.runs.branches import start_from_branches
+from sakd_cli.runs.claims import Claim, read_claim
 from sakd_cli.runs.images import Images, load_images, with_unlabeled
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
 from sakd_cli.runs.job import Job
-from sakd_cli.runs.locate import Claim, pretrain_command, read_claim
+from sakd_cli.runs.locate import pretrain_command
 from sakd_cli.runs.refusals import require_combinable, require_one_size, require_possible
 from sakd_cli.tasks.criterion import Criterion
 from sakd_cli.tasks.distill import DistillTask, Factors, PlainPass, Rates

@@ -41,11 +41,11 @@ from sakd_cli.models import artifact
 from sakd_cli.rundir import SUMMARY, RunDir
 from sakd_cli.runs import build, recipe, teacher_logits
 from sakd_cli.runs.branches import BranchesExtension
+from sakd_cli.runs.claims import Claim, compare_with_card, warn_of_chance
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, loader_of
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
-from sakd_cli.runs.locate import Claim, compare_with_card, warn_of_chance
 from sakd_cli.runs.mixtures import MixturesExtension, of_job
 from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training

@@ -1,4 +1,4 @@
-"""Functions of the user's own in networks: the runs with them that this user has made here, which need no trust."""
+"""The user's own networks: which runs with them need no trust, since this user made them here, and teachers of them."""
 
 import hashlib
 import os

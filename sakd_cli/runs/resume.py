@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sakd_cli.config.code import trust
 from sakd_cli.config.datasets import DataConfig, FilesConfig
-from sakd_cli.config.identity import EXTENDED, FREE, HELD, MOVED, Difference, differences, identity, idle, listed
+from sakd_cli.config.identity import EXTENDED, FREE, HELD, MOVED, Difference, differences, idle, listed
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
 from sakd_cli.config.train import Train
@@ -17,7 +17,6 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
-from sakd_cli.runindex import all_settings, config_files
 from sakd_cli.runs.locate import with_teachers_preprocessing
 from sakd_cli.runs.own import trust_own
 
@@ -30,8 +29,6 @@ NAMES = ("task", "seed", "student", "model", "method.name", "router.name", "data
 NETWORK_KEYS = ("model", "student", "teacher.source", "teacher.others")
 # Options that say nothing of what is trained.
 PLACES = {"device", "runs_dir", "log"}
-# What a sweep's config leaves open, or what may lie elsewhere.
-OPEN = {"method.weights_sha256", "router.run_sha256", "data.root", "data.download"}
 BEGINNING = {".lock", ".holder", "..holder.tmp"}  # what may be there before config.yaml
 BEGINNING |= {"env.json", ".env.json.tmp", "images.json", ".images.json.tmp", ".config.yaml.tmp"}
 
@@ -263,14 +260,14 @@ def _check_folder(data: DataConfig) -> None:
 
 def find_matching_run(config: RunConfig) -> ResumePlan:
     """Go on with the newest run of exactly these settings, or make a new one."""
-    for run in runs_like(config.runs_dir, _plain_names(config)):
+    for run in runs_like(config.runs_dir, plain_names(config)):
         with suppress(UsageError):
             if not _differences(_settings_of(run, config.task), config):
                 return ResumePlan(resume=run, lenient=True)
     return ResumePlan()
 
 
-def _plain_names(config: RunConfig) -> dict[str, Any]:
+def plain_names(config: RunConfig) -> dict[str, Any]:
     """Settings by which most runs are told from this one without reading them as a config."""
     known = flat(config.model_dump(mode="json"))
     return {key: known[key] for key in NAMES if key in known and key not in idle(known)}
@@ -321,53 +318,3 @@ def _differences(here: ConfigSource, config: RunConfig) -> list[Difference]:
     """The settings that are others in the run."""
     old = flat(resolve(here.values["task"], [here]).config.model_dump(mode="json"))
     return differences(old, flat(config.model_dump(mode="json")))
-
-
-def config_identity(config: RunConfig) -> str:
-    """What two runs share that compute the same."""
-    known = flat(config.model_dump(mode="json"))
-    if known.get("router.run") is not None:
-        known["router.run"] = str(Path(known["router.run"]).resolve())
-    return identity(known, without=OPEN - config.data.identity().keys())  # a folder of images is known by its place
-
-
-class RunIndex:
-    """The runs of a folder by what they compute; of several that compute the same, a finished one, else the newest.
-
-    fresh   those that are there already do not count
-    """
-
-    def __init__(self, runs_dir: Path, *, fresh: bool = False) -> None:
-        self.runs_dir = runs_dir
-        self._old = {path.parent for path in config_files(runs_dir)} if fresh else set[Path]()
-        self._seen = dict[Path, dict[str, Any]]()
-        self._identities = dict[Path, str | None]()
-
-    def refresh(self) -> None:
-        """Read what was not there at the last call."""
-        if not self._seen or {path.parent for path in config_files(self.runs_dir)} - self._seen.keys() - self._old:
-            found = all_settings(self.runs_dir)
-            self._seen = {path.parent: known or {} for path, known in found.items() if path.parent not in self._old}
-
-    def of(self, config: RunConfig) -> RunDir | None:
-        """The run of these settings."""
-        wanted, names = config_identity(config), _plain_names(config)
-        near = [
-            path
-            for path, known in self._seen.items()
-            if all(look_up(known, key) == value for key, value in names.items()) and path.is_dir()
-        ]
-        for path in near:
-            if path not in self._identities:
-                self._identities[path] = _identity_at(RunDir(path))
-        same = [RunDir(path) for path in near if self._identities[path] == wanted]
-        return max(same, key=lambda run: (run.finished, run.path.name), default=None)
-
-
-def _identity_at(run: RunDir) -> str | None:
-    try:
-        settings = run.config
-        config = resolve(str(settings.get("task")), [ConfigSource(str(run.path), settings)]).config
-        return config_identity(config) if isinstance(config, RunConfig) else None
-    except (UsageError, KeyError):
-        return None

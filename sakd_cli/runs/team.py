@@ -9,7 +9,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
-from sakd_cli.runs.locate import Claim
+from sakd_cli.runs.claims import Claim
 from sakd_cli.runs.teacher_logits import SavedLogits
 from sakd_cli.tasks.distill import DistillTask
 

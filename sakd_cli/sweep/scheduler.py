@@ -26,8 +26,9 @@ from sakd_cli.files import MOST_LOG, read_bytes, sha256, weights_file, write_asi
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import find_teacher, weights_at
-from sakd_cli.runs.resume import AUTO, RunIndex, config_identity, own_settings
+from sakd_cli.runs.resume import AUTO, own_settings
 from sakd_cli.sweep.executor import Executor, Job
+from sakd_cli.sweep.reuse import RunIndex, config_identity
 
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on

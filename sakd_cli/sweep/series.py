@@ -21,8 +21,9 @@ from sakd_cli.report.spots.charts import draw_mixtures
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import locate_inputs
 from sakd_cli.runs.own import keep_teacher
-from sakd_cli.runs.resume import AUTO, ResumePlan, RunIndex, resolve_command, resume_config
+from sakd_cli.runs.resume import AUTO, ResumePlan, resolve_command, resume_config
 from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
+from sakd_cli.sweep.reuse import RunIndex
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.torchrun import require_single_process
 
