@@ -2,11 +2,13 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import PAIR, TINY, CliRunner
+from test_engine import distiller_of
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -17,7 +19,7 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import compile_task, compiled, resolve_mode
+from sakd_cli.engine.runtime import compile_task, compiled, resolve_mode, set_backends
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
@@ -185,3 +187,18 @@ def test_a_run_says_how_it_computes(cli: CliRunner, pretrained: Any) -> None:
     assert "(bf16, contiguous, dynamic shapes)" in result.err
     run = cli.path / result.out.strip().splitlines()[-1].removeprefix("run: ")
     assert json.loads((run / "env.json").read_text())["mode"] == "bf16, contiguous, dynamic shapes"
+
+
+def test_what_a_run_reports_is_computed_without_tf32(tmp_path: Path) -> None:
+    """As `sakd eval` computes it; what chooses the best epoch is computed as the run does."""
+    trainer, seen = distiller_of("kd", "always", tmp_path, 1), list[bool]()
+    trainer.task.network.register_forward_pre_hook(
+        lambda network, _: None if network.training else seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    set_backends(Runtime(tf32=True))
+    try:
+        trainer.fit()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        set_backends(Runtime())
+    assert (seen[0], seen[-1]) == (True, False)

@@ -313,3 +313,11 @@ def test_an_executor_carries_out_commands_and_gives_their_exit_codes(kind: str, 
     assert logs["bad"].read_text().startswith("error: unknown method 'nix'")
     assert executor.room() >= 2
     executor.close()
+
+
+@pytest.mark.parametrize(("visible", "names"), [("", []), ("-1", []), ("1,0", ["1", "0"]), ("0,-1,1", ["0"])])
+def test_the_gpus_of_a_sweep_are_those_that_cuda_sees(
+    visible: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus() == names

@@ -189,6 +189,19 @@ def set_backends(config: Runtime, *, compiled: bool = False) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
 
 
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Without TF32 inside, whatever `runtime.tf32` says: so that a run reports what `sakd eval` finds."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def exact_mode(device: torch.device) -> Mode:
     """fp32 throughout, from here on in the whole process: what results are computed in."""
     exact = Runtime(precision="fp32")

@@ -22,6 +22,7 @@ from sakd_cli.engine.graphs import Capturer, GraphedStep
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
 from sakd_cli.engine.recorder import LOWER, SpotRecorder
 from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.runtime import full_fp32
 from sakd_cli.engine.step import TrainStep
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, one_line
@@ -309,7 +310,7 @@ class Trainer:
         evaluation = output.evaluation
         best = self.best or {"epoch": self.epoch, "selected_on": evaluation.selected_on}
         beside: dict[str, Any] = {}
-        with self._timed("evaluate"):
+        with self._timed("evaluate"), full_fp32():
             if self.control.delivered is not None:
                 trained = self._evaluate(self.task.network, evaluation, evaluation.test)
                 beside = {"trained": {"epoch": self.epoch, "split": "test"} | trained.metrics()}

@@ -15,6 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -105,9 +106,9 @@ def environment_of_job(more: dict[str, str] | None = None, *, several: int = 1) 
 
 
 def gpus() -> list[str]:
-    """Names of the GPUs that a process may use, as CUDA_VISIBLE_DEVICES has them; without torch."""
+    """Names of the GPUs that a process may use, as CUDA_VISIBLE_DEVICES has them up to a -1; without torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+        return list(takewhile(lambda name: name.strip() not in ("", "-1"), visible.split(",")))
     if shutil.which("nvidia-smi") is None:
         return []
     asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
