@@ -20,7 +20,7 @@ from fork_server import Child, ForkServer
 
 from sakd_cli.cli import sweep
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
-from sakd_cli.sweep.executor import Ended, Executor, Job, LocalExecutor
+from sakd_cli.sweep.executor import Ended, Executor, Job, LocalExecutor, gpus
 
 GRID: dict[str, Any] = {
     "task": "sweep",
