@@ -113,6 +113,8 @@ REFUSED = {
     "milestones belong to schedule step": of(schedule="cosine", milestones=[2]),
     "warmup_epochs 4 must be fewer": of(warmup_epochs=4),
     "'stage9' is no part of the network: stem, stage1": of(freeze=["stage9"]),
+    "'pool' is no part of the network: stem, stage1, stage2, stage3, head, or": of(freeze=["stem", "pool"]),
+    "accumulate 4: a batch of 6 has at most 3 parts, of two images or more": of(accumulate=4),
     "leaves nothing of the network to train": of(freeze=["*"]),
     "freeze_epochs needs freeze": of(freeze_epochs=1),
     "train.drop_path: resnet8 has no stochastic depth": of(drop_path=0.1),

@@ -5,7 +5,9 @@ key remembers who set it, so that an error and `sakd config show --origin` can n
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,10 +158,17 @@ def parse_assignment(option: str, assignment: str, example: str) -> tuple[str, A
     key, equals, text = assignment.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(f"{option} {assignment!r} is not of the form key=value", f"for example {option} {example}")
-    try:
-        return key, parse_yaml(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
-        raise UsageError(f"{option} {key}: {text[:40]!r} is no YAML value") from None
+    for value in (text, _patterns_quoted(text)):
+        with suppress(yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date
+            return key, parse_yaml(value)
+    raise UsageError(f"{option} {key}: {text[:40]!r} is no YAML value")
+
+
+def _patterns_quoted(text: str) -> str:
+    """`*.bias` and `[*.bias, stem]`, which YAML would take for aliases, with the patterns in quotes."""
+    if text.startswith("*"):
+        return f"'{text}'"
+    return re.sub(r"([\[,]\s*)(\*[^\],]*)", r"\1'\2'", text)
 
 
 def file_source(path: Path, origin: str) -> ConfigSource:

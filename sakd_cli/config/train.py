@@ -186,6 +186,9 @@ class Train(Config):
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} must be fewer than all epochs ({self.epochs})")
         if self.focal_gamma and self.label_smoothing:
             raise ValueError("focal_gamma is of the label's probability alone; it goes with label_smoothing 0")
+        if self.accumulate > 1 and 2 * self.accumulate > self.batch_size:
+            most = f"at most {self.batch_size // 2} parts, of two images or more"
+            raise ValueError(f"accumulate {self.accumulate}: a batch of {self.batch_size} has {most}")
         if self.freeze_epochs and not self.freeze:
             raise ValueError("freeze_epochs needs freeze, which says what is frozen")
         return self

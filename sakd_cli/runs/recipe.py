@@ -1,6 +1,7 @@
 """How a job's networks are trained, from its section `train`: optimizer, what is frozen, what is delivered."""
 
 from collections.abc import Iterator
+from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -139,6 +140,7 @@ def _frozen(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Parameter]
     """Parameters by patterns of their names, of the names they have in their library, or of their stages."""
     stages = network.infos if isinstance(network, StagedModel) else ()
     parts = {info.name: f"stages.{k}.*" for k, info in enumerate(stages)} | {"head": "head.*"}
+    parts = {part: own for part, own in parts.items() if filter_names(_trained(network), own)}
     found: dict[str, nn.Parameter] = {}
     for pattern in patterns:
         names = {name: parameter for name, parameter in _trained(network).items() if _matches(name, pattern, parts)}

@@ -27,7 +27,8 @@ from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, in_words,
 from sakd_cli.rundir import RunDir
 
 # Where something lies; the teacher itself is known by its SHA-256, the matched run is another one for every seed.
-PLACES = LOCATIONS | {"router.run"}
+COINS = {"router.run", "router.run_sha256"}  # whose rates are repeated: for each seed another run
+PLACES = LOCATIONS | COINS
 LEARNING = ("task", "method", "router", "teacher", "student", "model", "stage_map", "residual")
 DISTILLATION = (*LEARNING, "init_from", "init_from_branches", "friendly")
 NAMES = ("task", "student", "model", "method.name", "router.name")  # what a label is made of
@@ -59,7 +60,7 @@ class _Settings(dict[str, Any]):
     @property
     def identity(self) -> str:
         """What all runs of a group share."""
-        return identity(self, without={"router.run", "seed"})
+        return identity(self, without={*COINS, "seed"})
 
 
 class _Group(NamedTuple):
