@@ -379,3 +379,13 @@ def test_importing_the_floor_imports_no_torch() -> None:
     code = f"import sys, {modules}; print({{'torch', 'numpy'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_table_names_each_of_several_teachers() -> None:
+    accuracies = {"one": 50.0, "two": 40.0}
+    first, other = ({"network": name, "top1": top1, "sha256": name * 8} for name, top1 in accuracies.items())
+    last = {"epoch": 2, "top1": 45.0}
+    text = text_of([summary_table(sample(Summary, last=last, teacher=first, more_teachers=[other]))])
+    assert "Student against one: −5.00 points" in text
+    assert "Student against two: +5.00 points" in text
+    assert "sha256 oneoneoneoneoneo, twotwotwotwotwot" in " ".join(text.split())

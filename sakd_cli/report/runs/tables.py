@@ -58,9 +58,11 @@ def _balance(summary: Summary) -> Sheet:
 
 def _notes(summary: Summary) -> list[str]:
     notes = [f"Protocol: {named(summary.protocol).removesuffix('.')}."]
-    if teacher := summary.teacher:
+    teachers = [summary.teacher, *summary.more_teachers] if summary.teacher else []
+    for teacher in teachers:
+        who = "teacher" if len(teachers) == 1 else named(teacher.network)
         notes.append(
-            f"Student against teacher: {points(round(summary.last.top1, 2) - round(teacher.top1, 2), 2)} points top-1, "
+            f"Student against {who}: {points(round(summary.last.top1, 2) - round(teacher.top1, 2), 2)} points top-1, "
             f"{fixed(100 * summary.parameters / (teacher.parameters or 1), 0)} % of the parameters, "
             f"{fixed(100 * summary.macs / (teacher.macs or 1), 0)} % of the MACs."
         )
@@ -70,7 +72,8 @@ def _notes(summary: Summary) -> list[str]:
     notes.append(f"Time: {duration(summary.seconds)} for {epochs}: {spent}.")
     if summary.search_seconds is not None:
         notes.append(f"Search for the mixtures before: {duration(summary.search_seconds)}.")
-    return [*notes, f"Teacher weights: sha256 {named(teacher.sha256)[:16]}"] if teacher else notes
+    sums = ", ".join(named(teacher.sha256)[:16] for teacher in teachers)
+    return [*notes, f"Teacher weights: sha256 {sums}"] if teachers else notes
 
 
 def plan_table(plan: Plan) -> RenderableType:

@@ -135,7 +135,7 @@ def _overall(report: doc.SpotsDocument, alike: bool) -> Sheet:
         f"{named(report.method)} · {named(report.router)} router · {whole(report.epochs)} epoch"
         + "s" * (report.epochs != 1)
         + " so far" * (not report.finished),
-        "Kind: feature maps or logits are compared. Fraction: "
+        "Kind: feature maps, embeddings or logits are compared. Fraction: "
         + ("the same in every epoch" if alike else "over all epochs; first, last, min, max: of single epochs")
         + "; probability: mean teacher-routing probability in the last epoch." * with_policy
         + "." * (not with_policy),
