@@ -241,18 +241,6 @@ def test_methods_meet_under_one_router_and_all_meet_a_baseline(tmp_path: Path) -
     assert "sp anti" in str(error.value.hint)
 
 
-def test_coins_that_repeat_each_seed_another_run_are_one_group(tmp_path: Path) -> None:
-    """A run by itself also keeps the SHA-256 of the record whose rates it repeats."""
-    runs = series(tmp_path, "adaptive", [41.0, 41.2])
-    for seed in (0, 1):
-        runs.append(make(tmp_path, "random-matched", seed, 40.0, str(runs[seed].path)))
-        config = runs[-1].path / "config.yaml"
-        config.write_text(config.read_text().replace("  run: ", f"  run_sha256: '{seed}'\n  run: "))
-    document = compared(runs)
-    assert [len(group["seeds"]) for group in document["groups"]] == [2, 2]
-    assert not [row for row in document["differences"] if row["key"].startswith("router.run")]
-
-
 def test_each_router_meets_plain_training_and_its_classical_twin(tmp_path: Path) -> None:
     routers = ["adaptive", "always", "never", "random-matched"]
     runs = [make(tmp_path, router, 0, 40.0) for router in routers]

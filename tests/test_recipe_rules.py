@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from sakd_cli.batch import Batch
 from sakd_cli.cli.console import ConsoleReporter
-from sakd_cli.config.resolve import ConfigSource, nested, resolve
+from sakd_cli.config.resolve import ConfigSource, nested, resolve, set_sources
 from sakd_cli.engine.evaluate import score_logits
 from sakd_cli.engine.graphs import Capturer, GraphedStep
 from sakd_cli.engine.optim import Optimizer
@@ -266,3 +266,11 @@ def test_files_are_changed_alike_whoever_reads_them(geometry: str, tmp_path: Pat
     assert all(map(torch.equal, shown(1, cache=False, workers=1), files[1:]))
     cached = shown(0, cache=True)
     assert torch.stack([(a - b).abs().mean() for a, b in zip(cached, files, strict=True)]).max() < 0.05
+
+
+@pytest.mark.parametrize("text", ["*.bias", "[*.bias]", "*.bias,stem", "stem,*.bias", "[stem, *.bias]", '["*.bias"]'])
+def test_patterns_need_no_quotes_of_yaml(text: str) -> None:
+    names = set(text.strip("[]").replace(" ", "").replace('"', "").split(","))
+    below = ConfigSource("test", nested(PRETRAIN | {"model": "resnet8"}))
+    config = resolve("pretrain", [below, *set_sources([f"train.freeze={text}"])]).config
+    assert set(config.train.freeze) == names

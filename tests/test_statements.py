@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from sample_documents import sample
-from test_compare import make
+from test_compare import compared, make, series
 from test_inspection import measured
 from test_report import CONFIG, Tree, epoch, everything, long_run, make_run, spot, text_of
 from test_sweep_table import finished
@@ -195,3 +195,15 @@ def test_progress_is_a_bar_for_the_epoch_one_for_the_run_and_whole_figures(width
         assert figure in text
     assert "selected, by spot 50.0 87.5 %" in text
     assert max(map(cell_len, text.splitlines())) <= width
+
+
+def test_coins_that_repeat_each_seed_another_run_are_one_group(tmp_path: Path) -> None:
+    """A run by itself also keeps the SHA-256 of the record whose rates it repeats."""
+    runs = series(tmp_path, "adaptive", [41.0, 41.2])
+    for seed in (0, 1):
+        runs.append(make(tmp_path, "random-matched", seed, 40.0, str(runs[seed].path)))
+        config = runs[-1].path / "config.yaml"
+        config.write_text(config.read_text().replace("  run: ", f"  run_sha256: '{seed}'\n  run: "))
+    document = compared(runs)
+    assert [len(group["seeds"]) for group in document["groups"]] == [2, 2]
+    assert not [row for row in document["differences"] if row["key"].startswith("router.run")]
