@@ -65,6 +65,7 @@ from sakd_cli.runs.locate import (
     check_teacher,
     library_or_path,
     locate_inputs,
+    run_or_newest,
     runs_dir_of,
     target_or_newest,
     what_to_score,
@@ -341,12 +342,19 @@ def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
         reporter.end()
 
 
-def report(run: Place, out: Place | None = None, *, reporter: Reporter | None = None) -> Report:
-    """Write everything about a run as one HTML file, `RUN/report.html` unless `out` says where; `sakd report`."""
-    page = Path(run) / "report.html" if out is None else Path(out)
+def report(
+    run: Place | None = None,
+    out: Place | None = None,
+    *,
+    runs_dir: Place | None = None,
+    reporter: Reporter | None = None,
+) -> Report:
+    """Write everything about a run (None: the newest) as one HTML file, `RUN/report.html` unless `out` says where."""
+    found = run_or_newest(None if run is None else Path(run), runs_dir, {})
+    page = found.path / "report.html" if out is None else Path(out)
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {page}: the name of an HTML file ends in .html")
-    return RunPage(RunDir(Path(run)), _reporter({"reporter": reporter}).warn).write(page)
+    return RunPage(found, _reporter({"reporter": reporter}).warn).write(page)
 
 
 def bench(**options: Unpack[BenchOptions]) -> Bench:

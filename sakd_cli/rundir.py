@@ -131,7 +131,8 @@ class RunDir:
         if settings is None:
             missing = not (self.path / "config.yaml").exists()
             kind = UsageError if missing else DamagedError
-            raise kind(f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}")
+            is_none = f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}"
+            raise kind(is_none, hint="sakd runs lists the runs")
         return found_again({key: value for key, value in settings.items() if key != EFFECTIVE}, self.path)
 
     def require_own_settings(self, settings: dict[str, Any] | None = None, *, but: str = "") -> None:

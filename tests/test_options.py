@@ -192,6 +192,10 @@ def test_a_key_is_explained(cli: CliRunner) -> None:
     assert "ICLR 2017" in rows["at"]["source"]
     cli.assert_rejects(["show", "key", "kd_T"], 2, "unknown key 'kd_T'")
     cli.assert_rejects(["show", "key", "train.lrr"], 2, "unknown key 'train.lrr'")
+    assert (
+        "did you mean 'friendly.tau' or 'router.tau'?"
+        in cli.assert_rejects(["show", "key", "tau"], 2, "unknown key 'tau'").err
+    )
 
 
 def test_a_config_is_shown_with_what_each_key_means(cli: CliRunner) -> None:

@@ -94,7 +94,9 @@ def test_a_picture_that_cannot_be_read_costs_one_line(cli: CliRunner, photos: Pa
     assert reasons[1:] == ["is empty", None, "no such file or directory", "no file fits this pattern"]
     kinds = [line.partition(":")[0] for line in found.err.splitlines()]
     assert kinds == ["warning"] * 4 + ["error"]
-    assert "4 of 5 pictures could not be read" in found.err
+    assert "4 of 5 pictures could not be read; the others are answered" in found.err
+    found = cli.sakd("predict", "net.safetensors", str(tmp_path / "empty.png"))
+    assert found.err.splitlines()[-1] == "error: 1 of 1 picture could not be read"
     text = cli.sakd("predict", "net.safetensors", *named, "-q").out.splitlines()
     assert text[1] == f"{tmp_path}/empty.png: not read (is empty)"
     assert text[2].startswith("photos/cat/1.png: ")

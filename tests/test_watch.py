@@ -68,7 +68,7 @@ def test_a_run_is_followed_to_its_end(going: Any, monkeypatch: pytest.MonkeyPatc
     console = Console(file=file, width=100, force_terminal=terminal, color_system=None)
     monkeypatch.setattr(watch, "out", lambda: console)
     monkeypatch.setattr(watch, "show", lambda *shown: [console.print(one) for one in shown])
-    watch.watch(run=run.path)
+    watch.watch(run=run.path, runs_dir=None)
     text = file.getvalue()
     assert over.is_set(), "what came while it watched was shown"
     assert ("2 of 2 epochs, running" in text) == terminal
@@ -85,8 +85,10 @@ def test_a_finished_run_and_what_is_none(cli: CliRunner, tmp_path: Path) -> None
     assert "40.00 %" in result.out
     (begun.path / "metrics.jsonl").unlink()
     assert "Nothing is logged yet." in cli.sakd("watch", str(begun.path)).out
+    assert "Nothing is logged yet." in cli.sakd("watch", "--runs-dir", str(tmp_path)).out, "the newest"
+    cli.assert_rejects(["watch", "--runs-dir", str(tmp_path / "none")], 2, "no run in")
     before = cli.tree()
-    cli.assert_rejects(["watch", str(tmp_path)], 2, "not a run directory")
+    assert "sakd runs lists" in cli.assert_rejects(["watch", str(tmp_path)], 2, "not a run directory").err
     cli.assert_rejects(["watch", str(tmp_path / "nowhere")], 2, "nowhere")
     (begun.path / "config.yaml").write_text("task: 3")
     assert cli.sakd("watch", str(begun.path)).code in (0, 2, 4)

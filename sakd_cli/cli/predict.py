@@ -39,7 +39,9 @@ def predict(options: Values, json: bool, csv: bool, quiet: bool, target: Network
         print(predictions_csv(document), end="")
     else:
         show(predictions_text(document))
+    word = "picture" if document.images == 1 else "pictures"
     if (speed := document.images_per_second) is not None:
-        reporter.say(f"{document.images} pictures in {document.seconds:.2f} s, {speed:,.4g} a second")
+        reporter.say(f"{document.images} {word} in {document.seconds:.2f} s, {speed:,.4g} a second")
     if document.failed:
-        raise DataError(f"{document.failed} of {document.images} pictures could not be read; the others are answered")
+        others = "" if document.failed == document.images else "; the others are answered"
+        raise DataError(f"{document.failed} of {document.images} {word} could not be read{others}")

@@ -9,18 +9,18 @@ from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+RunArgument = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest.")]
 
 
 @with_options("report")
-def report(options: Values, json: bool, quiet: bool, page: Path | None, run: RunArgument) -> None:
+def report(options: Values, json: bool, quiet: bool, page: Path | None, run: RunArgument = None) -> None:
     """Write a whole run as one self-contained HTML file, and its plots as PNG files beside it.
 
     Examples:
 
-        sakd report runs/20261121-120000-distill-...
+        sakd report
 
         sakd report runs/20261121-120000-distill-... --out result.html
     """
-    written = api.report(run, page, reporter=ConsoleReporter(quiet=quiet))
+    written = api.report(run, page, runs_dir=options["runs_dir"], reporter=ConsoleReporter(quiet=quiet))
     emit(written) if json else show(*(f"written: {name}" for name in written.written))

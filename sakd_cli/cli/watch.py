@@ -21,25 +21,26 @@ from sakd_cli.report.runs.tables import summary_table
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir, look_up
+from sakd_cli.runs.locate import run_or_newest
 
 INTERVAL = 2.0  # seconds between two looks
 EPOCHS = 6  # rows while the run goes on
 LOGS = ("metrics.jsonl", "spots.jsonl")
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+RunArgument = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest.")]
 
 
 @with_options("watch")
-def watch(options: Values, run: RunArgument) -> None:
+def watch(options: Values, run: RunArgument = None) -> None:
     """Follow a run from another terminal, to its end: losses, accuracies, and where it distils. The run is left alone.
 
     Examples:
 
-        sakd watch runs/20261121-120000-distill-...
+        sakd watch
 
         sakd watch runs/A
     """
-    followed, console = RunDir(run), out()
+    followed, console = run_or_newest(run, options["runs_dir"], {}), out()
     look_up(followed.config, "task")  # it is a run, or this says that it is none
     followed.require_own_settings()
     if followed.in_use and console.is_terminal:

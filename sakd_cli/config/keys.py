@@ -120,10 +120,11 @@ def explain(key: str) -> list[KeyMeaning]:
         places.setdefault(kind, []).append(task)
     if not places:
         known = sorted({name for task in TASKS for name in keys_of(task)})
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        near = [name for name in known if name.rpartition(".")[2] == key]
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         theirs = ours(key)
         section = key.partition(".")[0]
-        hint = f"did you mean {near[0]!r}?" if near else "sakd guide settings"
+        hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else "sakd guide settings"
         if section in ("router", "method"):
             hint += f"; of your own file: sakd show {section} FILE.py:CLASS"
         raise UsageError(f"unknown key {key!r}", hint=f"here it is {theirs!r}" if theirs else hint)

@@ -16,8 +16,8 @@ from sakd_cli.report.spots.charts import spot_figure
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.page import context_of, spot_page
 from sakd_cli.report.spots.survey import Survey, gone, read_survey, records, write_records
-from sakd_cli.rundir import RunDir, look_up, newest_run
-from sakd_cli.runs.locate import runs_dir_of
+from sakd_cli.rundir import RunDir, look_up
+from sakd_cli.runs.locate import run_or_newest
 from sakd_cli.runs.own import trust_own
 
 # Options about images or the machine, which only mean something when the networks are run.
@@ -53,13 +53,8 @@ def _read(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> 
     name, split, seed = params["dataset"], params["split"], params["sample_seed"]
     extremes = max(params["extremes"], EXTREMES)
     dataset = name and (own_name(name, DATASETS) or name)
-    if named is None:
-        runs = runs_dir_of(config_sources({"runs_dir": params["runs_dir"]}))
-        wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
-        if (found := newest_run(runs, wanted, finished=False)) is None:
-            raise UsageError(f"no distillation in {runs}", hint="sakd distill --preset quickstart, or name a run")
-        named = found.path
-    run, measured = RunDir(named), None
+    wanted = {"task": "distill"} | ({"data.name": dataset} if dataset else {})
+    run, measured = run_or_newest(named, params["runs_dir"], wanted, "distillation"), None
     trust_own(run)
     another = dataset not in (None, look_up(run.config, "data.name"))
     if another or split != "train" or any(params.get(name) for name in OF_LIVE):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sakd_cli.config.code import changed
-from sakd_cli.config.datasets import FilesConfig
+from sakd_cli.config.datasets import FilesConfig, ShapesConfig
 from sakd_cli.config.effective import effective, router_start, steps_per_epoch
 from sakd_cli.config.networks import of_one_family
 from sakd_cli.config.options import PROTOCOLS
@@ -76,6 +76,8 @@ def warnings_of(job: Job) -> list[str]:
     notes = [*job.images.dataset.notes, *job.notes, *changed(job.config.code or ())]
     if skipped := job.images.dataset.skipped:
         notes.append(f"{skipped} files could not be read and are left out (sakd data check names them)")
+    if isinstance(job.config.data, ShapesConfig) and job.config.data.root is not None:
+        notes.append("data.root: shapes is drawn and reads no folder (--dataset imagefolder does)")
     side, pixels = job.images.side, math.prod(height_width(job.images.side))
     if pixels > 64**2 and not job.network.infos[0].size and job.network.infos[0].stride == 1:
         notes.append(

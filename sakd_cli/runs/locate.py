@@ -2,14 +2,14 @@
 
 import importlib
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.networks import find_network, find_trainable, of_library
 from sakd_cli.config.preprocessing import Preprocessing
-from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
@@ -183,6 +183,18 @@ def runs_dir_of(sources: Sequence[ConfigSource]) -> Path:
     alone = [one._replace(values={"runs_dir": one.values["runs_dir"]}) for one in saying]
     folder: Path = resolve("eval", alone).config.runs_dir
     return folder
+
+
+def run_or_newest(
+    run: Path | None, runs_dir: str | Path | None, wanted: Mapping[str, Any], kind: str = "run"
+) -> RunDir:
+    """The run that was named, or the newest one whose config agrees. Raises UsageError where there is none."""
+    if run is not None:
+        return RunDir(run)
+    folder = runs_dir_of(config_sources({"runs_dir": None if runs_dir is None else str(runs_dir)}))
+    if (found := newest_run(folder, dict(wanted), finished=False)) is None:
+        raise UsageError(f"no {kind} in {folder}", hint="sakd distill --preset quickstart, or name a run")
+    return found
 
 
 def target_or_newest(target: Path | None, runs_dir: Path) -> Path:

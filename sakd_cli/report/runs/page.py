@@ -39,8 +39,8 @@ class RunPage:
     """
 
     def __init__(self, run: RunDir, warn: Callable[[str], Any]) -> None:
-        self.run, self.warn, self.plotted = run, warn, plots.available(warn)
         self.comparison: Comparison = compare([run])
+        self.run, self.warn, self.plotted = run, warn, plots.available(warn)
         self.sections: list[Section] = []
         self.plots: dict[str, bytes] = {}
         self.opening = Opening([], [])
