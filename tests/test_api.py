@@ -153,7 +153,7 @@ def test_every_option_of_a_command_is_a_keyword_of_its_call_or_belongs_to_the_te
 
 def test_every_command_has_a_call_or_belongs_to_the_terminal() -> None:
     rows = {command for row in OPTIONS.values() for command in row.commands.split()}
-    assert rows == {*CALLS} | (TERMINAL_COMMANDS - {"guide", "watch"})
+    assert rows == {*CALLS} | (TERMINAL_COMMANDS - {"guide"})
     with pytest.raises(TypeError, match="unknown option: epoch"):
         api.distill(epoch=3)  # type: ignore[call-overload]
 

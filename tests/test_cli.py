@@ -19,6 +19,7 @@ from sakd_cli import __version__
 from sakd_cli.cli import show
 from sakd_cli.config import datasets, methods, networks, routers
 from sakd_cli.config.resolve import presets
+from sakd_cli.engine import runtime
 from sakd_cli.models.staged import StagedModel
 
 ROOT = Path(__file__).parents[1]
@@ -316,6 +317,7 @@ def test_what_cannot_be_deterministic_costs_one_line(trained_cli: CliRunner, sai
     assert result.code == 2
     assert result.err.startswith(f"error: --deterministic: {NOT_DETERMINISTIC[said]}")
     assert len(result.err.splitlines()) == 2
+    assert runtime  # when it is imported
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
