@@ -348,3 +348,11 @@ def test_photographs_take_the_same_way(tmp_path: Path) -> None:
     plan = cli.sakd(*tokens, *settings).document
     assert (plan["images"], plan["spots"][-1]["student_shape"]) == (270, [100])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_drawn_images_do_not_read_is_told(trained_cli: CliRunner) -> None:
+    """Photos were meant, and `--dataset imagefolder` was forgotten."""
+    result = trained_cli.sakd(*PAIR, *TINY, "--data-root", "photos", "--dry-run")
+    assert result.code == 0
+    assert "data.root: shapes is drawn and reads no folder (--dataset imagefolder does)" in result.out
+    assert "shapes is drawn" not in trained_cli.sakd(*PAIR, *TINY, "--dry-run").out
