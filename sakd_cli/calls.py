@@ -60,7 +60,7 @@ class ExportOptions(_Common, total=False):
     images: int
     out: Place
     overwrite: bool
-    with_normalisation: bool
+    without_normalisation: bool
     opset: int
 
 
@@ -176,7 +176,7 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Where a network, method, router or data set is named, an object may stand (`code.name_of`).
     """
     rows = options_of(command)
-    names = {row.flag.partition("/")[0].removeprefix("--").replace("-", "_"): name for name, row in rows.items()}
+    names = {row.flag.removeprefix("--").replace("-", "_"): name for name, row in rows.items()}
     names |= {name: name for name in (*rows, "settings", "reporter", "trust")}
     if wrong := options.keys() - names.keys():
         raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")

@@ -98,7 +98,7 @@ def settings() -> str:
 
 def _keys(title: str, kind: type[Any], prefix: str, table: str = "") -> str:
     """One table; of the losses' classes only the keys that are their own or have another default."""
-    from sakd_cli.config.base import Config, description
+    from sakd_cli.config.base import Config, description, written
 
     rows = []
     for key, field in kind.model_fields.items():
@@ -108,7 +108,7 @@ def _keys(title: str, kind: type[Any], prefix: str, table: str = "") -> str:
         if field.is_required() or isinstance(field.default, Config):
             default = "required" if field.is_required() else ""
         else:
-            default = f"`{field.default}`"
+            default = f"`{written(field.default)}`"
         rows.append(f"| `{prefix}{key}` | {default} | {description(kind, key)} |")
     return "" if not rows else f"## {title}\n\n| Key | Default | |\n|---|---|---|\n" + "\n".join(rows)
 

@@ -138,7 +138,7 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
 @pytest.mark.parametrize("command", [*CALLS])
 def test_every_option_of_a_command_is_a_keyword_of_its_call_or_belongs_to_the_terminal(command: str) -> None:
     call, typed = CALLS[command]
-    flags = {row.flag.partition("/")[0].removeprefix("--").replace("-", "_") for row in options_of(command).values()}
+    flags = {row.flag.removeprefix("--").replace("-", "_") for row in options_of(command).values()}
     words = {"runs_dir"} if command == "runs" else set()
     said = [*get_overloads(call), call]
     given = {name for one in said for name, p in signature(one).parameters.items() if p.kind is not p.VAR_KEYWORD}

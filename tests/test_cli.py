@@ -12,11 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
+import typer
 import yaml
 from conftest import PAIR, TINY, CliRunner, Result
 
 from sakd_cli import __version__
-from sakd_cli.cli import show
+from sakd_cli.cli import app, console, show
 from sakd_cli.config import datasets, methods, networks, routers
 from sakd_cli.config.resolve import presets
 from sakd_cli.engine import runtime
@@ -229,6 +230,46 @@ def test_every_help_has_two_examples(cli: CliRunner, command: str) -> None:
     result = cli.sakd(*command.split(), "--help", COLUMNS="120")
     assert (result.code, result.err) == (0, "")
     assert result.out.partition("Examples:")[2].count(f"sakd {command}") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("FitNet", "sakd show method FitNet"),
+        ("adaptive", "sakd show router adaptive"),
+        ("train.lr", "sakd show key train.lr"),
+        ("eval", "sakd show schema eval"),
+        ("nothing-of-the-kind", "sakd show --help"),
+    ],
+)
+def test_what_is_shown_without_its_kind_is_told(capsys: pytest.CaptureFixture[str], name: str, hint: str) -> None:
+    assert app.run(["show", name]) == 2
+    assert capsys.readouterr().err == f"error: No such command '{name}'.\nhint: {hint}\n"
+
+
+def test_a_long_message_loses_whole_words_of_its_middle() -> None:
+    words = [f"word{k}" for k in range(60)]
+    shown = console.clean(" ".join(words))
+    assert len(shown) <= console.LONGEST
+    assert {*shown.split()} <= {*words, "..."}
+    assert shown.startswith("word0 word1 ")
+    assert shown.endswith(" word59")
+    assert len(console.clean("x" * 500)) == console.LONGEST, "one word is cut"
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_no_help_is_cut(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    group: Any = typer.main.get_command(app.app)
+    groups = {name: {*found.commands} for name, found in group.commands.items() if hasattr(found, "commands")}
+    commands = [[], *([name] for name in group.commands), *([name, one] for name in groups for one in groups[name])]
+    assert len(commands) > 20
+    for command in commands:
+        assert app.run([*command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "Usage: sakd" in shown
+        assert "…" not in shown, command
+        assert max(map(len, shown.splitlines())) <= int(width)
 
 
 def test_colour_is_used_where_it_is_forced_and_not_where_it_is_unwanted(cli: CliRunner) -> None:

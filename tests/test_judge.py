@@ -1,5 +1,6 @@
 """`sakd eval`: each figure against one computed by hand or another way, the teacher, several networks side by side."""
 
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import CliRunner
+from sample_documents import sample
+from test_report import text_of
 from torch import nn
 
 from sakd_cli.documents.evaluation import Evaluation, Evaluations, Speed
 from sakd_cli.evaluation.quality import Answers, agreement, averages, calibration, confusions
 from sakd_cli.evaluation.speed import LEAST, _others, speed
 from sakd_cli.models.cost import peak_memory
+from sakd_cli.report.evaluation.tables import DISTURBED, score_tables
 
 FAST = ("--quiet", "--set", "timing_seconds=0")
 
@@ -197,4 +201,9 @@ def test_a_busy_machine_is_told() -> None:
     assert not Speed(**common, threads=1, busy=1.0, cores=2).disturbed
     assert Speed(**common, threads=2, busy=1.0, cores=2).disturbed
     assert not Speed(**common, threads=2, busy=None, cores=2).disturbed
+    of = [Speed(**common, threads=2, busy=busy, cores=2).model_dump() for busy in (1.0, None)]
+    told, calm = (text_of(score_tables([sample(Evaluation, {"speed": speed})])) for speed in of)
+    assert re.search(r"disturbed: cores that others used +1\.0 of 2\n", told)
+    assert DISTURBED in " ".join(told.split())
+    assert "isturbed" not in calm
     assert _others((0.0, 10.0, 1.0), (2.0, 15.0, 3.0)) == pytest.approx(1.5)

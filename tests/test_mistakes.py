@@ -119,6 +119,8 @@ BAD = f"""
 2 | device: 'cuda:99' is not available here                 | pretrain-teacher resnet8 --device cuda:99
 2 | No such option                                          | pretrain-teacher resnet8 --bogus
 2 | No such command                                         | distil
+2 | Missing argument 'RUN...': Run directories, as `sakd runs` lists them. | compare
+2 | Missing argument 'FILE': A sweep's settings, or the name of such a preset. | sweep
 2 | nowhere.yaml: no such file                              | PAIR --config nowhere.yaml
 2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
 2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9

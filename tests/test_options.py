@@ -1,5 +1,6 @@
 """The table of options: what each row makes, how a value may be written, and what a foreign word is answered with."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_every_key_says_in_a_sentence_what_it_is(task: str) -> None:
 
 def test_a_key_is_explained(cli: CliRunner) -> None:
     text = cli.sakd("show", "key", "train.lr").out
-    assert "Initial learning rate; None: the network's published one" in " ".join(text.split())
+    assert "Initial learning rate; null: the network's published one" in " ".join(text.split())
     rows = {row["of"]: row for row in cli.sakd("show", "key", "method.weight", "--json").document["rows"]}
     assert (rows["at"]["default"], rows["kd"]["default"]) == ("1000.0", "1.0")
     assert "ICLR 2017" in rows["at"]["source"]
@@ -196,6 +197,16 @@ def test_a_key_is_explained(cli: CliRunner) -> None:
         "did you mean 'friendly.tau' or 'router.tau'?"
         in cli.assert_rejects(["show", "key", "tau"], 2, "unknown key 'tau'").err
     )
+
+
+def test_settings_are_shown_as_a_settings_file_has_them(cli: CliRunner) -> None:
+    words = ["config", "show", "--preset", "quickstart", "--set", "data.mean=[0.1,0.2,0.3]"]
+    shown = cli.sakd(*words, "--origin", COLUMNS="200").out
+    for key, value in {"data.limit": "null", "teacher.pretrain": "true", "data.mean": r"\[0\.1, 0\.2, 0\.3\]"}.items():
+        assert re.search(rf"^{key} +{value} ", shown, re.MULTILINE)
+    assert "None" not in shown + cli.sakd("show", "key", "data.limit").out.replace("int | None", "")
+    (cli.path / "shown.yaml").write_text(cli.sakd(*words).out, encoding="utf-8")
+    assert cli.sakd("config", "show", "--config", "shown.yaml").out == cli.sakd(*words).out
 
 
 def test_a_config_is_shown_with_what_each_key_means(cli: CliRunner) -> None:

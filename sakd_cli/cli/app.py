@@ -7,6 +7,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
@@ -182,7 +183,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors
             if error.format_message():  # it is empty where the help was shown instead
-                complain(error.format_message().replace("Value error, ", ""), hint=_what_instead(error))
+                complain(_of_parser(error), hint=_what_instead(error))
             return int(error.exit_code)
         # torch's, which must not be imported here; on the CPU it raises a plain RuntimeError.
         if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
@@ -238,10 +239,19 @@ def _resume_alone(arguments: list[str]) -> list[str]:
     return [s for a, b in pairs for s in ([a, "auto"] if a == "--resume" and b.startswith("-") else [a])]
 
 
+def _of_parser(error: Any) -> str:
+    """What the parser says; of an argument that is missing also what it is."""
+    said: str = error.format_message().replace("Value error, ", "")
+    what = getattr(getattr(error, "param", None), "help", None)
+    return f"{said[:-1]}: {what}" if what and re.fullmatch(r"Missing \S+ '\S+'\.", said) else said
+
+
 def _what_instead(error: Exception) -> str:
     """The hint for an unknown option: ours where another program calls it so, else the command's help."""
     context = getattr(error, "ctx", None)
     path = str(context.command_path) if context is not None else "sakd"
+    if path == "sakd show" and (name := re.search("'(.*?)'", str(error))) and (kind := show.kind_of(name[1])):
+        return f"sakd show {kind} {name[1]}"
     command = path.partition(" ")[2].replace(" ", "-")
     return option_hint(getattr(error, "option_name", ""), command) or f"{path} --help"
 

@@ -12,7 +12,7 @@ from sakd_cli.cli.options import Values, with_options
 from sakd_cli.documents.table import Comparison
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, as `sakd runs` lists them.")]
 
 
 @with_options("compare")

@@ -4,7 +4,7 @@ import yaml
 
 from sakd_cli.cli.console import emit, show
 from sakd_cli.cli.options import Values, with_options
-from sakd_cli.config.base import EFFECTIVE
+from sakd_cli.config.base import EFFECTIVE, written
 from sakd_cli.config.effective import effective
 from sakd_cli.config.keys import description_of
 from sakd_cli.config.options import OPTIONS, options_of
@@ -48,5 +48,5 @@ def show_config(options: Values, json: bool, task: str, origin: bool, describe: 
     elif not listed:
         show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
     else:
-        rows = [key.model_dump(exclude_none=True) | {"value": str(key.value)} for key in keys]
+        rows = [key.model_dump(exclude_none=True) | {"value": written(key.value)} for key in keys]
         show(listing_table(f"config of {task}", rows))

@@ -51,9 +51,13 @@ def emit(document: Document) -> None:
 
 
 def clean(text: str, most: int = LONGEST) -> str:
-    """One printable line, its middle left out where it is too long: names come from files and may hold anything."""
+    """One printable line, where it is too long without the words of its middle: names from files may hold anything."""
     line = plain(" ".join(text.split()))
-    return line if len(line) <= most else f"{line[: most // 2]} ... {line[5 - most // 2 :]}"
+    if len(line) <= most:
+        return line
+    head, tail = line[: most // 2], line[5 - most // 2 :]
+    words = head.rpartition(" ")[0], tail.partition(" ")[2]
+    return " ... ".join(part if len(part) > most // 4 else cut for part, cut in zip(words, (head, tail), strict=True))
 
 
 def complain(message: str, hint: str | None = None) -> None:

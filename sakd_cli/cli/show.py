@@ -1,6 +1,7 @@
 """`sakd list` and `sakd show`: what there is to choose from, and what each of it means."""
 
 import inspect
+from contextlib import suppress
 from json import dumps
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ import yaml
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import NAMES, Values, completion, with_options
 from sakd_cli.config import code, methods, networks, routers
-from sakd_cli.config.base import choose, of_file, summary
+from sakd_cli.config.base import choose, of_file, own_name, summary
 from sakd_cli.config.keys import explain
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
@@ -79,6 +80,17 @@ def _of_file(kind: Kind, file: str) -> list[Listed]:
     names = [f"{file}:{name}" for name, found in code.contents(file).items() if base in code.ancestors(found)]
     code.trust(*names)
     return [Listed(name=name, about=summary(table[name]), package=file) for name in names]
+
+
+def kind_of(name: str) -> str | None:
+    """Which `sakd show` explains what has this name; None where there is nothing of the kind."""
+    tables: dict[str, Any] = {"method": methods.METHODS, "router": routers.ROUTERS, "schema": DOCUMENTS}
+    if found := next((kind for kind, table in tables.items() if own_name(name, table)), None):
+        return found
+    with suppress(UsageError):
+        explain(name)
+        return "key"
+    return None
 
 
 @with_options("show-router")

@@ -1,6 +1,7 @@
 """The base of every config class, and how a name chooses one of several classes."""
 
 import ast
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -95,6 +96,11 @@ def own_row(name: str, table: Iterable[str]) -> str | None:
     """The same, or the row for all names of a library, such as `torchvision/NAME`."""
     of_library = f"{name.partition('/')[0]}/NAME"
     return own_name(name, table) or (of_library if "/" in name and of_library in table else None)
+
+
+def written(value: Any) -> str:
+    """The value of a setting as a settings file has it: null, true, [1, 2]; a text as it is."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def choose(kind: str, name: str, table: Iterable[str], hint: str | None = None) -> str:

@@ -69,17 +69,17 @@ class DataConfig(Config):
     name: str
     """Data set, as in `sakd list datasets`."""
     root: Place | None = None
-    """Folder of the data set's files; None: the user's cache folder."""
+    """Folder of the data set's files; null: the user's cache folder."""
     classes: Annotated[int, Field(ge=2)] | None = None
-    """Use only the first so many classes, for training and for testing; None: all of them."""
+    """Use only the first so many classes, for training and for testing; null: all of them."""
     limit: PositiveInt | None = None
-    """Train on this many images only, equally many of each class as far as possible; None: all of them."""
+    """Train on this many images only, equally many of each class as far as possible; null: all of them."""
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Fraction of the training images that selects the best epoch; 0: the test set does; unused beside a folder val."""
     balance: Literal["balanced", "repeated-factor"] | None = None
-    """Show rare classes more often: balanced: all equally; repeated-factor: those below a share; None: as they are."""
+    """Show rare classes more often: balanced: all equally; repeated-factor: those below a share; null: as they are."""
     balance_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the images below which repeated-factor repeats a class; None: 1 / classes."""
+    """Share of the images below which repeated-factor repeats a class; null: 1 / classes."""
     augment: Augment = "auto"
     """auto: as the data set is cropped and mirrored; and/or randaugment, autoaugment or trivialaugment."""
     randaugment: tuple[PositiveInt, Annotated[int, Field(ge=0, le=30)]] = (2, 9)
@@ -99,9 +99,9 @@ class DataConfig(Config):
     download: bool = True
     """Download missing files."""
     mean: Channels | None = None
-    """Mean per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
+    """Mean per channel of pixels in [0, 1] for the normalisation; null: the data set's."""
     std: Annotated[Channels, must(lambda values: min(values) > 0, "must be above 0")] | None = None
-    """Standard deviation per channel of pixels in [0, 1] for the normalisation; None: the data set's."""
+    """Standard deviation per channel of pixels in [0, 1] for the normalisation; null: the data set's."""
 
     @property
     def geometry(self) -> Geometry:
@@ -184,7 +184,7 @@ class FilesConfig(DataConfig):
     size: Size = 224
     """Side in pixels of what a network gets, or its height and width."""
     resize: Side | None = None
-    """Shorter side in pixels before `size` is cut from the middle; None: 8/7 of that of size, the same for border."""
+    """Shorter side in pixels before `size` is cut from the middle; null: 8/7 of that of size, the same for border."""
     resize_mode: ResizeMode = "shorter"
     """shorter: keep a picture's proportions; squash: make it as wide and high as size is; none: do not resize."""
     interpolation: Interpolation = "bilinear"
@@ -202,13 +202,13 @@ class FilesConfig(DataConfig):
     cache_limit: NonNegativeFloat = 4.0
     """Largest size in GB of the images in memory with cache auto."""
     workers: NonNegativeInt | None = None
-    """Processes that read pictures which are not in memory; None: one per processor, 8 at most."""
+    """Processes that read pictures which are not in memory; null: one per processor, 8 at most."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Red, green and blue, 0 to 255, behind pictures that are transparent in places."""
     orientation: bool = True
     """Turn photographs upright as their EXIF orientation says; off: as they are stored."""
     gray_range: Rising | None = None
-    """Black and white of grey pictures of more than 8 bits; None: 0,65535 where the top bit is used, 0,1 in floats."""
+    """Black and white of grey pictures of more than 8 bits; null: 0,65535 where the top bit is used, 0,1 in floats."""
     max_pixels: PositiveInt = 200_000_000
     """Pixels that a picture may have, width times height."""
     split_by: Literal["path", "content"] = "path"

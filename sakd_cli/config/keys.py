@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sakd_cli.config.base import Config, description, of_file, own_name, summary
+from sakd_cli.config.base import Config, description, of_file, own_name, summary, written
 from sakd_cli.config.datasets import DATASETS, DataConfig
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.methods import METHODS
@@ -136,7 +136,7 @@ def explain(key: str) -> list[KeyMeaning]:
             KeyMeaning(
                 of=str(name.default) if name and isinstance(name.default, str) else ", ".join(tasks),
                 type=_type_name(field.annotation),
-                default="required" if field.is_required() else str(getattr(default, "name", default)),
+                default="required" if field.is_required() else written(getattr(default, "name", default)),
                 description=description(kind, leaf),
                 source=summary(kind),
             )

@@ -84,7 +84,7 @@ class WarmedConfig(MethodConfig):
     warmup_epochs: PositiveInt = 30
     """Epochs of that stage."""
     warmup_lr: PositiveFloat | None = None
-    """Its learning rate; None: the published one for the pair, or the student's."""
+    """Its learning rate; null: the published one for the pair, or the student's."""
 
     trains_student: ClassVar[bool] = True
     published_lr: ClassVar[float | None] = None

@@ -29,23 +29,23 @@ class TrainedConfig(RouterConfig):
     selects: ClassVar[bool] = True
     idle: ClassVar[tuple[str, ...]] = ()
     lr: PositiveFloat | None = None
-    """Learning rate of the router; None: half the student's, as published, or by recipe where the router has one."""
+    """Learning rate of the router; null: half the student's, as published, or by recipe where the router has one."""
     weight_decay: NonNegativeFloat = 1e-3
     """Weight decay of the router."""
     optimizer: Optimizer | None = None
-    """Optimizer of the router; None: train.optimizer."""
+    """Optimizer of the router; null: train.optimizer."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Momentum of the router's optimizer; None: train.momentum."""
+    """Momentum of the router's optimizer; null: train.momentum."""
     norm_decay: bool | None = None
-    """Whether norms and biases of the router and of its adapters are decayed; None: train.norm_decay."""
+    """Whether norms and biases of the router and of its adapters are decayed; null: train.norm_decay."""
     schedule: Schedule | None = None
-    """Learning rate of the router over the run; None: train.schedule."""
+    """Learning rate of the router over the run; null: train.schedule."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Epochs in which the router's rate rises; None: train.warmup_epochs."""
+    """Epochs in which the router's rate rises; null: train.warmup_epochs."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the router's gradients together; None: train.clip_norm."""
+    """Largest norm of the router's gradients together; null: train.clip_norm."""
     clip_value: PositiveFloat | None = None
-    """Largest absolute value in the router's gradients; None: train.clip_value."""
+    """Largest absolute value in the router's gradients; null: train.clip_value."""
     update_every: PositiveInt = 1
     """The pass that trains the router, in every so many steps only; it decides in every step. Published: 1."""
 
@@ -71,11 +71,11 @@ class LearnedConfig(TrainedConfig):
     tau: PositiveFloat = 5.0
     """Gumbel-Softmax temperature; it shapes the gradient, not the sampling rate."""
     gamma: PositiveFloat | None = None
-    """Scale of the routed cross-entropy; None: the method's."""
+    """Scale of the routed cross-entropy; null: the method's."""
     recipe: Literal["auto", "published"] = "auto"
     """What teacher_bias and lr are unless set: published; auto: 0 and 1/250 where a run is too short for the former."""
     teacher_bias: float | None = None
-    """Added once to every teacher score; None: by recipe, as published 10 for two networks of one family, else 0."""
+    """Added once to every teacher score; null: by recipe, as published 10 for two networks of one family, else 0."""
     min_teacher_fraction: Fraction = 0.5
     """Fraction of the batch below which the count penalty pushes the logit spot; 0 switches it off."""
 
@@ -212,7 +212,7 @@ class RandomMatchedConfig(RouterConfig):
 
     name: Literal["random-matched"] = "random-matched"
     run: str | None = None
-    """Adaptive run whose rates per spot and epoch are used; None: the newest with these settings."""
+    """Adaptive run whose rates per spot and epoch are used; null: the newest with these settings."""
     run_sha256: str | None = None
     """SHA-256 of its record of spots when this run began."""
 

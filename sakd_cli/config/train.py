@@ -104,13 +104,13 @@ class Train(Config):
     optimizer: Optimizer = "sgd"
     """Optimizer: sgd, adamw or another of torch.optim by its name, or timm/NAME."""
     lr: PositiveFloat | None = None
-    """Initial learning rate; None: the network's published one for sgd (0.05, 0.01 for MobileNetV2), else torch's."""
+    """Initial learning rate; null: the network's published one for sgd (0.05, 0.01 for MobileNetV2), else torch's."""
     momentum: Below1 = 0.9
     """Momentum of sgd and rmsprop; 0.9 is the published recipe."""
     betas: tuple[Below1, Below1] | None = None
-    """Averaging of adam and its kin; None: torch's, 0.9 and 0.999."""
+    """Averaging of adam and its kin; null: torch's, 0.9 and 0.999."""
     eps: PositiveFloat | None = None
-    """What adam and its kin add to a denominator; None: the optimizer's own."""
+    """What adam and its kin add to a denominator; null: the optimizer's own."""
     weight_decay: NonNegativeFloat = 5e-4
     """Weight decay; 5e-4 is the published recipe, 0.05 is usual for adamw."""
     norm_decay: bool = True
@@ -122,7 +122,7 @@ class Train(Config):
     schedule: Schedule = "step"
     """Learning rate over the run: step (at milestones), cosine (to min_lr), one-cycle or constant."""
     milestones: tuple[PositiveInt, ...] | None = None
-    """Epochs at whose end lr is multiplied by lr_decay; None: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)."""
+    """Epochs at whose end lr is multiplied by lr_decay; null: 5/8, 6/8 and 7/8 of all (150, 180, 210 of 240)."""
     lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Factor of the learning rate at each milestone; 0.1 is the published recipe."""
     min_lr: NonNegativeFloat = 0.0
@@ -130,13 +130,13 @@ class Train(Config):
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs in which the rate first rises from a hundredth to lr, step by step; of one-cycle: its rise, else 30 %."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of all gradients together: longer ones are scaled down; None: as they are."""
+    """Largest norm of all gradients together: longer ones are scaled down; null: as they are."""
     clip_value: PositiveFloat | None = None
-    """Largest absolute value of a gradient's entry; None: as they are."""
+    """Largest absolute value of a gradient's entry; null: as they are."""
     class_weights: Annotated[
         Literal["balanced"] | tuple[NonNegativeFloat, ...] | dict[str, NonNegativeFloat] | None, BeforeValidator(_read)
     ] = None
-    """Weights in the cross-entropy: balanced (1/images), one per class, or a YAML or JSON file; None: all alike."""
+    """Weights in the cross-entropy: balanced (1/images), one per class, or a YAML or JSON file; null: all alike."""
     focal_gamma: NonNegativeFloat = 0.0
     """Exponent of the focal loss in place of the cross-entropy (Lin et al. 2017: 2); 0: the cross-entropy."""
     label_smoothing: Below1 = 0.0
@@ -144,15 +144,15 @@ class Train(Config):
     drop_path: Below1 = 0.0
     """Largest chance that a residual block is skipped (stochastic depth), in networks of timm and torchvision."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Decay of a running average of the weights, which is evaluated and delivered; None: the weights themselves are."""
+    """Decay of a running average of the weights, which is evaluated and delivered; null: the weights themselves are."""
     patience: PositiveInt | None = None
-    """Epochs without a better metric on the validation images after which the run ends; None: it never ends early."""
+    """Epochs without a better metric on the validation images after which the run ends; null: it never ends early."""
     metric: Metric = "top1"
     """What chooses the best epoch and ends a run early: top1, macro_f1, balanced_accuracy or nll."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained, as patterns of their names: stem, stage1, stages.0.*, *.bias."""
     freeze_epochs: PositiveInt | None = None
-    """Epochs for which freeze holds; None: all of them."""
+    """Epochs for which freeze holds; null: all of them."""
     batchnorm: Literal["auto", "running", "re-estimate", "frozen"] = "auto"
     """BatchNorm's statistics: running averages, re-estimated to evaluate, or frozen; auto: where runs are too short."""
 

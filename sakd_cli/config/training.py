@@ -112,7 +112,7 @@ class ResidualConfig(Config):
     architectures: Annotated[
         tuple[NetworkName, ...] | None, BeforeValidator(lambda value: None if value in ("auto", ["auto"]) else value)
     ] = None
-    """One network per residual student; None or auto: the largest of the family within ratio of the one before."""
+    """One network per residual student; null or auto: the largest of the family within ratio of the one before."""
     ratio: PositiveFloat = 0.7
     """Largest MACs of an automatic residual student, as a fraction of the network before it; this project's choice."""
     loss: Literal["kl", "mse", "inner"] = "kl"
@@ -175,11 +175,11 @@ class RunConfig(Config):
     runs_dir: Folder = Path("runs")
     """Folder in which run directories are made."""
     log: Loggers | None = None
-    """Also log to csv, mlflow, tensorboard or wandb, or several of them; None: only the run's own logs."""
+    """Also log to csv, mlflow, tensorboard or wandb, or several of them; null: only the run's own logs."""
     log_every: PositiveInt = 50
     """Optimizer steps between two lines of metrics."""
     save_every: PositiveInt | None = None
-    """Optimizer steps between two checkpoints inside an epoch; None: a checkpoint at each epoch's end only."""
+    """Optimizer steps between two checkpoints inside an epoch; null: a checkpoint at each epoch's end only."""
     runtime: Runtime = Runtime()
     """How the run computes, not what."""
     code: tuple[str, ...] | None = None
@@ -193,7 +193,7 @@ class PretrainConfig(RunConfig):
     model: NetworkName
     """Network to train."""
     friendly: FriendlyConfig | None = None
-    """Students whose branches are trained with the network (SFTN); None: plain training."""
+    """Students whose branches are trained with the network (SFTN); null: plain training."""
     init_from: Weights | None = None
     """Run directory or weights file to fine-tune, or `library` (torchvision, timm): 60 epochs at lr 0.01 unless set."""
     head: Literal["keep", "replace"] = "keep"
@@ -221,7 +221,7 @@ class TeacherConfig(Config):
     pretrain: bool = False
     """Train the teacher first if it has no finished run."""
     epochs: PositiveInt | None = None
-    """Epochs of that training; None: as many as the student's."""
+    """Epochs of that training; null: as many as the student's."""
     weights: Weights | None = None
     """Weights file that source stood for when the run began, or one to use; `library`: what the libraries trained."""
     sha256: str | None = None
@@ -288,9 +288,9 @@ class DistillConfig(RunConfig):
     router: Router = AdaptiveConfig()
     """Where to distill: the router's name, or a mapping with its settings."""
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
-    """Pairs [student stage, teacher stage] to match; None: by order, or by stride where the stage counts differ."""
+    """Pairs [student stage, teacher stage] to match; null: by order, or by stride where the stage counts differ."""
     student_weights: Weights | None = None
-    """Weights that the student starts with, as init_from of a pretraining; None: random."""
+    """Weights that the student starts with, as init_from of a pretraining; null: random."""
     head: Literal["keep", "replace"] = "keep"
     """Last layer that comes with student_weights: keep it, or replace it by a fresh one."""
     init_from_branches: bool = False
@@ -349,7 +349,7 @@ class EvalConfig(Config):
     residual: ResidualConfig = ResidualConfig()
     """Early-exit settings of an ensemble; other ones than the run's fit the thresholds anew."""
     teacher: Annotated[TeacherConfig | None, BeforeValidator(_source)] = None
-    """Network to compare with; None: none."""
+    """Network to compare with; null: none."""
     batch_size: PositiveInt = 1000
     """Images per forward pass."""
     timing_seconds: NonNegativeFloat = 1.0

@@ -77,7 +77,7 @@ class ExportSettings(NamedTuple):
             form=options["format"],
             out=options["export_dir"],
             overwrite=options["replace"],
-            normalise=options["normalisation"],
+            normalise=not options["without_normalisation"],
             opset=options["opset"],
             precision="fp16" if options["fp16"] else "int8" if options["int8"] else "fp32",
             max_drop=options["max_drop"],

@@ -20,6 +20,8 @@ PAIRS = 8  # confusions shown
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXPLAINED = ["ECE: expected calibration error in 15 bins. Times: median and quartiles, after a warm-up."]
 OF_TEACHER = "Both wrong, teacher only wrong, student only wrong: images by whose answer is wrong."
+TAKEN = "  disturbed: cores that others used"
+DISTURBED = "Disturbed: other programs took cores that were wanted here, so these times are too slow."
 SCORES: Columns = columns_of(lambda top: fixed(top, 2), {"Top-1 %": "top1", "Top-5 %": "top5"})
 SCORES["Loss"] = lambda one: fixed(one.loss, 3)
 COSTS = columns_of(large, {"Parameters": "parameters", "MACs": "macs"})
@@ -69,7 +71,7 @@ def _speed(result: AnyEvaluation) -> Cells:
         cells |= {"Latency, ms, batch 1": _timed(speed.latency, 2), "Images/s": _timed(speed.throughput, 0)}
         cells |= {"  threads": whole(speed.threads)}
         if speed.disturbed:
-            cells |= {"  BUSY MACHINE: too slow; others used": f"{fixed(speed.busy, 1)} of {whole(speed.cores)} cores"}
+            cells |= {TAKEN: f"{fixed(speed.busy, 1)} of {whole(speed.cores)}"}
     cells |= {"  in batches of": whole(result.memory.batch)}
     cells |= {"Peak of live tensors, MiB": _mebibytes(result.memory.bytes)}
     return cells | ({"Allocator's peak, MiB": _mebibytes(speed.memory)} if speed and speed.memory is not None else {})
@@ -98,7 +100,8 @@ def _rows(columns: Sequence[Cells]) -> list[list[str]]:
 
 
 def _notes(results: Sequence[AnyEvaluation]) -> list[str]:
-    return [*EXPLAINED, OF_TEACHER] if any(_teacher(result) for result in results) else EXPLAINED
+    known = {label for result in results for label in _speed(result) | _teacher(result)}
+    return [*EXPLAINED, *[DISTURBED] * (TAKEN in known), *[OF_TEACHER] * ("Both wrong" in known)]
 
 
 def _details(result: AnyEvaluation) -> Sheet:

@@ -57,9 +57,10 @@ def named(value: Any) -> str:
 
 
 def fixed(value: Any, digits: int, unit: str = "") -> str:
-    """`2.21`, `61.3 %`."""
+    """`2.21`, `61.3 %`; what has more than nine digits as `1.25e+12`."""
     known = number(value)
-    return DASH if known is None else f"{known:.{digits}f}{unit}".replace("-", MINUS)
+    shown = DASH if known is None else f"{known:.{digits}f}" if abs(known) < 1e9 else f"{known:.3g}"
+    return DASH if known is None else f"{shown}{unit}".replace("-", MINUS)
 
 
 def fraction(value: Any) -> str:

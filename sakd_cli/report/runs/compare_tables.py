@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from sakd_cli.config.base import written
 from sakd_cli.documents.table import Comparison, Point, Versus
 from sakd_cli.report.render.charts import SHARE, Chart, Lines, Series, zoom
 from sakd_cli.report.render.format import (
@@ -118,7 +119,8 @@ def _settings(document: Comparison) -> Sheet:
             parts = [[str(line).partition("  ") for line in lines or ()] for lines in row[1:]]
             row[1:] = [", ".join(f"{path} ({digest[:12]})" for digest, _, path in some) for some in parts]
     headers = ["Key", *(group.label for group in document.groups)]
-    return Sheet("Settings that differ", headers, [list(map(named, row)) for row in rows], text=len(headers))
+    cells = [[named(None if value is None else written(value)) for value in row] for row in rows]
+    return Sheet("Settings that differ", headers, cells, text=len(headers))
 
 
 def _curves(document: Comparison) -> Sheet:

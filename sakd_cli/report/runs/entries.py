@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from sakd_cli import runindex
+from sakd_cli.config.base import written
 from sakd_cli.config.resolve import flat, found_again
 from sakd_cli.documents.listing import RunEntries, RunEntry
 from sakd_cli.errors import DamagedError, UsageError
@@ -88,7 +89,7 @@ def entry_tables(document: RunEntries) -> list[RenderableType]:
     tables: list[RenderableType] = [table("Runs", document.rows[:MOST], columns, notes, text)]
     for row in document.rows:
         if row.settings is not None:
-            lines = [f"{key}: {plain(value)}" for key, value in flat(row.settings).items()]
+            lines = [f"{key}: {plain(written(value))}" for key, value in flat(row.settings).items()]
             tables.append("\n".join([plain(row.run), *lines]))
     return tables
 

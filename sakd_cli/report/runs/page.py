@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Group
 
+from sakd_cli.config.base import written
 from sakd_cli.config.resolve import flat
 from sakd_cli.documents.table import Comparison, Report
 from sakd_cli.errors import DamagedError, UsageError
@@ -144,7 +145,8 @@ def _environment(page: RunPage) -> None:
 
 
 def _settings(page: RunPage) -> None:
-    page.add("Settings", [_keys("config.yaml", flat(page.run.config))])
+    settings = {key: written(value) for key, value in flat(page.run.config).items()}
+    page.add("Settings", [_keys("config.yaml", settings)])
 
 
 def _keys(title: str, found: Mapping[str, Any]) -> Sheet:
