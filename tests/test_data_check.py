@@ -112,6 +112,27 @@ def test_what_is_no_fault_is_told_too(tmp_path: Path) -> None:
     assert "holds 4 files that are not taken" in run.err
 
 
+def test_pictures_beside_the_parts_and_the_classes_are_told(tmp_path: Path) -> None:
+    cli, photos = CliRunner(tmp_path), folder(tmp_path / "photos", {"train": 3, "val": 2})
+    for name in ("train/stray.JPG", "train/stray.png", "a.png", "valid/ant/0.png", "Train/ant/0.png", "more/0.png"):
+        picture(photos / name, (9, 9), len(name))
+    document = cli.sakd("data", "check", "photos", "--json", "-q").document
+    assert [part["images"] for part in document["parts"]] == [9, 6]
+    beside = "is no part of the data set: not used"
+    assert document["findings"] == []
+    assert notes_of(document) == {
+        ("not-taken", "train"): "2 of its pictures, first stray.JPG, lie in no folder of a class: not used",
+        ("not-taken", "photos"): "1 of its pictures, first a.png, lie in no folder of a class: not used",
+        **{("not-taken", name): beside for name in ("Train", "more", "valid")},
+    }
+    run = cli.sakd("pretrain-teacher", "resnet8", *shlex.split(RUN), "--epochs", "1", "--run-dir", "run")
+    assert (run.code, run.err.count(beside)) == (0, 3), run.err
+    (photos / "a.png").rename(tmp_path / "photos/val/a.png")
+    scored = cli.sakd("eval", "run", "--data-root", "photos", "--split", "all", "--set", "timing_seconds=0", "--json")
+    assert scored.document["images"] == 17
+    assert scored.err.count(beside) == 1, "valid and Train have labels"
+
+
 def turned(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[274] = orientation

@@ -263,6 +263,37 @@ def test_a_head_from_elsewhere_and_half_numbers_are_told(tmp_path: Path) -> None
     assert told == ["weights of type bfloat16, from here on float32", "the last layer taken from probe"]
 
 
+def test_a_file_is_what_its_content_says(tmp_path: Path) -> None:
+    tensors, file = foreign("resnet20")[0], tmp_path / "a.pth"
+    save_file({name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}, file)
+    torch.save(tensors, tmp_path / "a.safetensors")
+    told: list[str] = []
+    for name in ("a.pth", "a.safetensors"):
+        network = load_foreign(tmp_path / name, "resnet20", 100, tell=told.append)
+        assert torch.equal(network.head.bias, tensors["fc.bias"])
+    assert told == ["weights of type float64, from here on float32"]
+    with pytest.raises(UsageError, match="has no weights under 'ema'") as caught:
+        load_foreign(file, "resnet20", 100, key="ema")
+    assert caught.value.hint == "its weights stand under no key: leave --key out"
+    for content, text, hint in (
+        (b"", "a.pth: empty", None),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "begins with 'version h'",
+            "a pointer of Git LFS: git lfs pull",
+        ),
+        (b"<!DOCTYPE html>", "begins with '<!DOCTYPE'", None),
+        (b"\xff\0\0\0\0\0\0\0{}", "damaged or not a safetensors file", None),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=text) as caught:
+            read_foreign(file, 10**9)
+        assert caught.value.hint == hint
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "a.pt2")
+    with pytest.raises(UsageError, match=r"a\.pt2: is a program"):
+        read_foreign(tmp_path / "a.pt2", 10**9)
+
+
 def test_a_file_in_parts_is_read_by_its_index(tmp_path: Path) -> None:
     tensors, index = foreign("resnet20")[0], tmp_path / "model.safetensors.index.json"
     files = {name: f"model-0000{1 + (k > 9)}-of-00002.safetensors" for k, name in enumerate(tensors)}

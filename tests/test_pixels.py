@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +55,15 @@ def keyed() -> Image.Image:
     return picture
 
 
+def png(rows: Pixels, bits: int, key: tuple[int, ...], kind: int = 0) -> Callable[[Path], Any]:
+    """Writes a PNG of packed rows, kind 0 grey or 2 RGB, in which the colour `key` is transparent."""
+    header = struct.pack(">IIBBBBB", 8, len(rows), bits, kind, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = {b"IHDR": header, b"tRNS": struct.pack(f">{len(key)}H", *key), b"IDAT": data, b"IEND": b""}
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks.items()]
+    return lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 def plain(path: Path) -> Image.Image:
     with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
         return picture.convert("RGB")
@@ -82,6 +92,7 @@ def signed(path: Path) -> None:
     Image.fromarray(np.linspace(-1000, 1000, 96).reshape(12, 8).astype(np.int32)).save(path)
 
 
+NIBBLES = COLOUR[..., 0] >> 4
 RGB, RGBA = Image.fromarray(COLOUR), Image.fromarray(ALPHA)
 LA = RGBA.convert("LA")
 # file name: (what writes it, what it is to be read as, the settings)
@@ -124,6 +135,21 @@ READ: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Image.Image], dict
     "clear palette.png": (save(keyed(), transparency=2), cleared, {}),
     "clear palette.gif": (save(keyed(), transparency=2), cleared, {}),
     "clear key.png": (save(RGB, transparency=tuple(COLOUR[0, 0].tolist())), cleared, {}),
+    "clear key, 4 bits.png": (
+        png(NIBBLES[:, ::2] << 4 | NIBBLES[:, 1::2], 4, (3,)),
+        lambda path: gray(np.where(NIBBLES == 3, 255, NIBBLES * 17)),
+        {},
+    ),
+    "clear key, 16 bits.png": (
+        save(Image.fromarray(RAMP), transparency=int(RAMP[2, 2])),
+        lambda path: gray(np.where(RAMP[2, 2] == RAMP, 200, RAMP >> 8)),
+        {"background": (200, 200, 200)},
+    ),
+    "clear key, 16 bits each.png": (
+        png((COLOUR * 256.0 + 7).astype(">u2"), 16, tuple((COLOUR[3, 3].astype(int) << 8) + 7), 2),
+        lambda path: Image.fromarray(np.where((COLOUR[3, 3] == COLOUR).all(2)[..., None], 255, COLOUR).astype("u1")),
+        {},
+    ),
     "clear, turned.png": (
         save(RGBA, **photo(8)),
         lambda path: over(RGBA).transpose(Image.Transpose.ROTATE_90),
@@ -146,6 +172,11 @@ READ: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Image.Image], dict
     "8 bits in 16.png": (save(Image.fromarray(RAMP >> 8)), lambda path: gray(RAMP >> 8), {"gray_range": (0, 255)}),
     "black in 16 bits.png": (save(Image.fromarray(RAMP * 0)), lambda path: gray(RAMP * 0), {}),
     "float.tif": (tiff_float(RAMP / 65535), lambda path: gray(np.float32(RAMP / 65535) * 255 + 0.5), {}),
+    "float.pfm": (
+        lambda path: path.write_bytes(b"Pf\n8 12\n-1.0\n" + (RAMP / 65535)[::-1].astype("<f4").tobytes()),
+        lambda path: gray(np.float32(RAMP / 65535) * 255 + 0.5),
+        {},
+    ),
     "float to 1000.tif": (
         tiff_float(RAMP / 65.535),
         lambda path: gray(np.float32(RAMP / 65.535).astype(np.float64) * 0.255 + 0.5),

@@ -34,7 +34,13 @@ LARGE = 2**25  # pixels from which pictures are decoded one at a time: 0.13 to 0
 
 Result = TypeVar("Result")
 _WIDE = {"I;16", "I;16B", "I;16L", "I;16N", "I", "F"}  # modes of one channel with more than 8 bits
-_STRETCHED = {"PPM", "JPEG2000"}  # these say what white is, and Pillow makes it 65535
+_STRETCHED = {"PPM", "JPEG2000"}  # these say what white is, and Pillow makes it 65535; floats (PFM) it leaves
+# A PNG's transparent colour as Pillow's pixels have it, where the file has other bits than these.
+_KEYS: dict[str, Callable[[Any], Any]] = {
+    "L;2": lambda key: 85 * key,
+    "L;4": lambda key: 17 * key,
+    "RGB;16B": lambda key: tuple(value >> 8 for value in key),
+}
 _HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 274  # in EXIF
 _WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow looks for it
@@ -85,6 +91,9 @@ class Picture:
         self.greys: tuple[float, float] | None = None
         with _named(path):
             self._picture = picture = _identified(file, reading)
+            if picture.format == "PNG" and "transparency" in picture.info:
+                scaled = _KEYS.get(str(picture.tile[0].args), lambda key: key)  # type: ignore[attr-defined]
+                picture.info["transparency"] = scaled(picture.info["transparency"])
             self._later = picture.format in ("JPEG", "MPO")
             tiff = picture.format == "TIFF"  # Pillow turns it by itself, and forgets how
             turned = _orientation(picture) if tiff else 1
@@ -134,14 +143,19 @@ class Picture:
         if picture.mode in _WIDE:
             values = np.asarray(picture)
             self.greys = float(values.min()), float(values.max())
-            black_white = (0, 65535) if picture.format in _STRETCHED else reading.gray_range
-            return Image.fromarray(gray_8bit(values, self.greys, black_white)).convert("RGB")
-        if picture.has_transparency_data:
+            black_white = (0, 65535) if picture.format in _STRETCHED and picture.mode != "F" else reading.gray_range
+            gray = Image.fromarray(gray_8bit(values, self.greys, black_white))
+            if (key := picture.info.get("transparency")) is None:
+                return gray.convert("RGB")
+            over, mask = gray, Image.fromarray((values != key).astype(np.uint8) * 255)
+        elif picture.has_transparency_data:
             over = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-            rgb = Image.new("RGB", over.size, reading.background)
-            rgb.paste(over, mask=over.getchannel("A"))
-            return rgb
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+            mask = over.getchannel("A")
+        else:
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
+        rgb = Image.new("RGB", over.size, reading.background)
+        rgb.paste(over, mask=mask)
+        return rgb
 
 
 def read(path: str, reading: Reading, use: Callable[[Picture], Result]) -> Result | Unreadable:

@@ -4,7 +4,7 @@ import errno
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +94,7 @@ def scan_folder(root: Path, tests: tuple[str, ...] | None = None) -> FolderConte
         one = scan_split(root, findings, notes)
         return FolderContents(one, None, findings + faults_of(one), notes=tuple(notes))
     ours = scan_split(train, findings, notes)
+    _tell_beside(root, (train, test, val), notes)
     if test is not None and val is not None and not ours.files.keys() & set(_folders(test)):
         notes.append(Finding("unlabelled", str(test), f"has no folder of a class of {train.name}: not used"))
         test = None
@@ -114,6 +115,8 @@ def scan_labelled(root: Path, classes: tuple[str, ...]) -> FolderContents:
     parts = [part for folder in there if (part := scan_split(folder, findings, notes)).files.keys() & set(classes)]
     labelled = {part.folder for part in parts}
     left = [folder for folder in there if folder not in labelled]
+    if parts:
+        _tell_beside(root, there, notes)
     notes += [Finding("unlabelled", str(folder), "has no folder of a class: not used") for folder in left]
     return as_one(root, parts or [scan_split(root, findings, notes)], classes, findings, notes)
 
@@ -143,12 +146,29 @@ def scan_split(folder: Path, findings: list[Finding], notes: list[Finding]) -> S
         if (not part and name.lower() in NO_CLASS) or _holds_runs(folder / name):
             notes.append(Finding("no-class", str(folder / name), "is no class, but what a program writes: not used"))
             names.remove(name)
+    _tell_stray(folder, notes)
     left: Counter[str] = Counter()
     files = {name: sorted(_pictures(folder / name, above, findings, left)) for name in names}
     if left:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         notes.append(Finding("not-taken", str(folder), f"holds {left.total()} files that are not taken: {kinds}"))
     return SplitContents(folder, _readable_names(folder, files, findings))
+
+
+def _tell_beside(root: Path, parts: Sequence[Path | None], notes: list[Finding]) -> None:
+    """Note the folders and pictures that lie beside the parts of a data set."""
+    beside = [root / name for name in _inside(root) if root / name not in parts]
+    notes += [Finding("not-taken", str(folder), "is no part of the data set: not used") for folder in beside]
+    _tell_stray(root, notes)
+
+
+def _tell_stray(folder: Path, notes: list[Finding]) -> None:
+    """Note the pictures that lie in no folder of a class."""
+    with os.scandir(folder) as entries:
+        named = [one.name for one in entries if one.name.lower().endswith(tuple(ENDINGS)) and not _is_folder(one)]
+    if files := sorted(name for name in named if not _hidden(name)):
+        text = f"{len(files)} of its pictures, first {legible(files[0])}, lie in no folder of a class: not used"
+        notes.append(Finding("not-taken", str(folder), text))
 
 
 def _readable_names(folder: Path, files: dict[str, list[str]], findings: list[Finding]) -> dict[str, list[str]]:

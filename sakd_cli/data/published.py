@@ -44,16 +44,18 @@ from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_JSON, expanded, read_bytes
 
 PARTS = {name: names[0] for names in (TRAIN, VAL, TEST) for name in names}
+NO_PART = "-"  # where the column for it is empty
 LINE = "its first line names the columns: path,label or path,label,split"
 
 
 class Row(NamedTuple):
-    """A line: part is empty where the file has no column for it."""
+    """A line: part is empty where the file has no column for it; more: cells that no column is for."""
 
     line: int
     path: str
     label: str
     part: str
+    more: str
 
 
 def scan_manifest(manifest: Path, root: Path) -> FolderContents:
@@ -64,17 +66,20 @@ def scan_manifest(manifest: Path, root: Path) -> FolderContents:
     findings: list[Finding] = []
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     lines: dict[str, int] = {}
+    start = os.path.join(os.path.normpath(root), "")
     for row in _rows(manifest):
         where, path = f"{manifest}:{row.line}", os.path.normpath(root / row.path)
+        # However root and path are written: what lies below root has one name, and so one part of the split.
+        file = str(root / path.removeprefix(start)) if path.startswith(start) else str(root / row.path)
         part = PARTS.get(row.part.lower()) if row.part else ""
-        if not row.path or not row.label or part is None or not is_text(path):
+        if not row.path or not row.label or part is None or row.more or not is_text(path):
             findings.append(Finding("manifest", where, _fault(row)))
         elif path in lines:
             findings.append(Finding("duplicate", where, f"lists {row.path} again, as line {lines[path]} does"))
-        elif not os.path.lexists(path):
-            findings.append(Finding("missing", where, f"lists {row.path}: no such file"))
+        elif not os.path.lexists(file):
+            findings.append(Finding("missing", where, f"lists {legible(row.path)}: no such file"))
         else:
-            found[part][row.label].append(path)
+            found[part][row.label].append(file)
         lines.setdefault(path, row.line)
     if not lines:
         raise DataError(f"{manifest}: lists no picture", LINE)
@@ -94,6 +99,10 @@ def scan_manifest(manifest: Path, root: Path) -> FolderContents:
 def _fault(row: Row) -> str:
     if not row.path or not row.label:
         return f"has no {'label' if row.path else 'path'}"
+    if row.more:
+        return f"has more cells than there are columns ({row.more[:20]!r}): a text with a comma goes into quotes"
+    if row.part == NO_PART:
+        return "has no split (train, val or test)"
     if PARTS.get(row.part.lower()) is None and row.part:
         return f"is of the part {row.part[:20]!r}, not train, val or test"
     return f"lists a file whose name {NO_TEXT}"
@@ -118,8 +127,8 @@ def _rows(manifest: Path) -> Iterator[Row]:
             split = columns.get("split")
             for row in table:
                 path, label = ((row[columns[name]] or "").strip() for name in ("path", "label"))
-                part = (row[split] or "").strip() or "-" if split else ""
-                yield Row(table.line_num, path, label, part)
+                part = (row[split] or "").strip() or NO_PART if split else ""
+                yield Row(table.line_num, path, label, part, ",".join(row.get(None) or ()).strip(", "))
     except OSError as error:
         raise DataError(f"{manifest}: {unreadable(error)}") from None
     except (UnicodeDecodeError, csv.Error) as error:

@@ -188,14 +188,14 @@ def load_module(
     return module, card, sha256(file)
 
 
-def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_tensors(file: Path, hint: str | None = IMPORT) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Entries of the header and tensors of a safetensors file. Raises UsageError where it cannot be read."""
     try:
         check_header(file)
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{file}: damaged or not a safetensors file ({first_line(error)})", hint=IMPORT) from None
+        raise UsageError(f"{file}: damaged or not a safetensors file ({first_line(error)})", hint) from None
 
 
 def meta_network(architecture: str, classes: int, side: ImageSize) -> StagedModel:

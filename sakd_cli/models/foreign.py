@@ -112,8 +112,8 @@ def load_foreign(
         tensor = tensor.to(torch.int64 if name.endswith(COUNTER) else kind)
         tensors[name] = tensor[list(order)] if order is not None and name.startswith("head.") else tensor
     check_finite(file, {names[name]: tensor for name, tensor in tensors.items()})
-    if half := {str(tensor.dtype)[6:] for tensor in theirs.values() if tensor.dtype.itemsize == 2}:
-        tell(f"weights of type {', '.join(sorted(half))}, from here on float32")
+    if others := {str(one.dtype)[6:] for one in theirs.values() if one.is_floating_point()} - {"float32"}:
+        tell(f"weights of type {', '.join(sorted(others))}, from here on float32")
     for note in notes:
         tell(note)
     return fill_weights(network, tensors)
@@ -146,7 +146,9 @@ def find_weights(
         asked = [place for place in places if f".{key}." in f".{place.label}."]
         if not asked:
             there = dict.fromkeys(place.label for place in places if not place.missing) or {places[0].label: None}
-            raise UsageError(f"{file}: has no weights under {key!r}", f"there are: {', '.join(filter(None, there))}")
+            labels = ", ".join(filter(None, there))
+            hint = f"there are: {labels}" if labels else "its weights stand under no key: leave --key out"
+            raise UsageError(f"{file}: has no weights under {key!r}", hint)
         places = asked
     fits = [place for place in places if not (place.missing or place.left)]
     if not fits:

@@ -79,7 +79,14 @@ def read_foreign(file: Path, most: int) -> Any:
         raise UsageError(f"{file}: has {file.stat().st_size >> 20} MB, too many for this network", hint=ALONE)
     if file.name.endswith(".index.json"):
         return _parts(file, most)
-    return read_tensors(file)[1] if file.suffix == ".safetensors" else _unpickled(file)
+    with file.open("rb") as opened:
+        start = opened.read(9)  # what it is, the content says, not the name
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return _unpickled(file)
+    if start[8:] == b"{":
+        return read_tensors(file, None)[1]
+    what = f"no file of PyTorch or safetensors, it begins with {start.decode(errors='replace')!r}" if start else "empty"
+    raise UsageError(f"{file}: {what}", "a pointer of Git LFS: git lfs pull" if start == b"version h" else None)
 
 
 def _parts(index: Path, most: int) -> dict[str, Any]:
@@ -105,13 +112,19 @@ def _unpickled(file: Path) -> Any:
                 members = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
             raise UsageError(f"{file}: damaged, its archive cannot be read") from None
+        if {"constants.pkl", "archive_format"} & {member.filename.rpartition("/")[2] for member in members}:
+            raise UsageError(f"{file}: is a program (torch.jit, torch.export), no state dict", hint=ALONE)
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
         if packed or sum(member.file_size for member in members) > file.stat().st_size:
             raise UsageError(f"{file}: its members are compressed, which PyTorch never does; not opened")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+        # Opened here: torch.load reads a file by the ending of its name.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals(HARMLESS),
+            file.open("rb") as opened,
+        ):
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file makes the unpickler raise anything; there is no second way
         wanted = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
         what = f"asks for {wanted[1]}, more than plain tensors" if wanted else "damaged, or more than plain tensors"
