@@ -119,11 +119,11 @@ def test_bf16_is_for_the_networks_alone(method: str) -> None:
     assert float(output.parts["ce"]) == pytest.approx(float(expected.parts["ce"]), rel=0.03)
 
 
-def same_as_eager(method: str, backend: str, tolerance: float) -> None:
+def same_as_eager(method: str, backend: str, tolerance: float, **runtime: Any) -> None:
     """Two epochs of three batches, the last one smaller: two graphs in the first, nothing new in the second."""
     torch._dynamo.reset()
     counters.clear()
-    task, eager = make(method, compile=True), make(method, compile=True)
+    task, eager = (make(method, compile=True, **runtime) for _ in range(2))
     compile_task(task, pytest.fail, backend=backend)
     ours, theirs = optimizer(task), optimizer(eager)
     for _ in range(2):
@@ -139,8 +139,9 @@ def same_as_eager(method: str, backend: str, tolerance: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
-def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers() -> None:
-    same_as_eager("fitnet", "aot_eager", 1e-6)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_has_one_graph_per_batch_size_and_eager_numbers(precision: str) -> None:
+    same_as_eager("fitnet", "aot_eager", 1e-6, precision=precision)
 
 
 def test_what_cannot_be_compiled_backward_either_is_called_after_one_line() -> None:

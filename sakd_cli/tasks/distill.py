@@ -15,8 +15,9 @@ from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.distillers.distiller import Distiller
 from sakd_cli.distillers.table import Distillers
+from sakd_cli.engine.foreach import ConvertedWeights, CountedBatches
 from sakd_cli.engine.graphs import Fork
-from sakd_cli.engine.runtime import ConvertedWeights, Mode, to_fp32
+from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.dose import Doses
@@ -125,9 +126,10 @@ class DistillTask(Task):
         self.noise_width = router.noise_width
         self._fork = Fork(enabled=self.mode.graphed)
         trained = [module for module in (network, graft) if module is not None]
-        views = [] if graft is None else [getattr(graft.run_student, "__self__", None)]
-        dtype = None if self.mode.compiled else self.mode.autocast_dtype  # a compiled pass converts them on its way
-        self._converted = ConvertedWeights(trained, [one for one in views if isinstance(one, nn.Module)], dtype)
+        view = None if graft is None else getattr(graft.run_student, "__self__", None)
+        views = [view] if isinstance(view, nn.Module) else []
+        self._converted = ConvertedWeights(trained, views, self.mode.autocast_dtype)
+        self._counted = CountedBatches([network])
         self.others, self.combine = nn.ModuleList(), COMBINE["mean"]
         self._routed = True
         self.has_unused_parameters = router.rests or (graft is not None and rates.update_every > 1)
@@ -219,7 +221,8 @@ class DistillTask(Task):
         benefits = benefits_of(self, batch, all_seen[0]) if self.router.meta and self._routed else None
         self.doses.begin()
         with self._converted():
-            student, ce = self.learn(batch, offset)
+            with self._counted():
+                student, ce = self.learn(batch, offset)
             decisions = self._decisions(batch, student, all_seen)
             # Independent of the student's losses and of both backward passes of theirs.
             alone = ce.detach()

@@ -4,7 +4,8 @@ Student-friendly teachers: Park, Cha, Jeong, Kim, Han, "Learning Student-Friendl
 Distillation", NeurIPS 2021, section 3. What is delivered is the teacher alone.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import NotRequired, TypedDict, Unpack, final
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from sakd_cli.batch import Batch
 from sakd_cli.config.training import FriendlyConfig
 from sakd_cli.distillers.distiller import Warmup
+from sakd_cli.engine.foreach import ConvertedWeights, CountedBatches
 from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.branches import Branches
@@ -32,28 +34,45 @@ class Recipe(TypedDict):
 
 
 class SingleRateTask(Task, ABC):
-    """A task whose groups share a learning rate and a weight decay."""
+    """A task whose groups share a learning rate and a weight decay.
+
+    in_networks  what is trained and run once in a step within `mode.networks`
+    """
 
     network: StagedModel
+    regions = ("outcome",)
 
-    def __init__(self, network: StagedModel, **recipe: Unpack[Recipe]) -> None:
+    def __init__(self, network: StagedModel, in_networks: Sequence[nn.Module], **recipe: Unpack[Recipe]) -> None:
         super().__init__()
         self.network, self.recipe, self.mode = network, recipe, recipe.get("mode") or Mode()
         self.criterion = recipe.get("criterion") or Criterion()
+        self._converted = ConvertedWeights(in_networks, [], self.mode.autocast_dtype)
+        self._counted = CountedBatches(in_networks)
 
     def group(self, name: str, *modules: nn.Module) -> ParamGroup:
         parameters = [parameter for module in modules for parameter in module.parameters()]
         return ParamGroup(name, parameters, self.recipe["lr"], self.recipe["weight_decay"])
+
+    def forward(self, batch: Batch) -> StepOutput:
+        with self._converted(), self._counted():
+            return self.outcome(batch)
+
+    @abstractmethod
+    def outcome(self, batch: Batch) -> StepOutput:
+        """What `forward` gives; networks have converted weights."""
 
 
 @final
 class PretrainTask(SingleRateTask):
     """loss = CE(network(x), y): teachers, and students alone."""
 
+    def __init__(self, network: StagedModel, **recipe: Unpack[Recipe]) -> None:
+        super().__init__(network, [network], **recipe)
+
     def groups(self) -> list[ParamGroup]:
         return [self.group("network", self.network)]
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def outcome(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
             logits = to_fp32(self.network(batch.images))
         loss = self.criterion(logits, batch)
@@ -82,13 +101,13 @@ class SftnTask(SingleRateTask):
     def __init__(
         self, network: StagedModel, branches: Branches, settings: FriendlyConfig, **recipe: Unpack[Recipe]
     ) -> None:
-        super().__init__(network, **recipe)
+        super().__init__(network, [network, branches], **recipe)
         self.branches, self.settings = branches, settings
 
     def groups(self) -> list[ParamGroup]:
         return [self.group("network", self.network), self.group("branches", self.branches)]
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def outcome(self, batch: Batch) -> StepOutput:
         settings = self.settings
         with self.mode.networks(batch.images.device):
             features = self.network.features(batch.images)
@@ -117,7 +136,7 @@ class WarmupTask(SingleRateTask):
     has_unused_parameters = True
 
     def __init__(self, network: StagedModel, teacher: StagedModel, warmup: Warmup, **recipe: Unpack[Recipe]) -> None:
-        super().__init__(network, **recipe)
+        super().__init__(network, [network] if warmup.trains_student else [], **recipe)
         self.warmup = warmup.requires_grad_(True)
         self.student_features = partial(network.features, want=warmup.want)
         self.teacher_features = partial(teacher.features, want=warmup.want)
@@ -134,7 +153,7 @@ class WarmupTask(SingleRateTask):
             whole = self.teacher_features(images)
         return whole.only(self.warmup.want, compared)
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def outcome(self, batch: Batch) -> StepOutput:
         known = batch.precomputed
         teacher = known if isinstance(known, Features) else self.precompute(batch.for_teacher)
         student = None

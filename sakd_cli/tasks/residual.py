@@ -74,7 +74,7 @@ class ResidualTask(SingleRateTask):
     def __init__(
         self, network: StagedModel, teacher: Logits, base: Logits, settings: ResidualConfig, **recipe: Unpack[Recipe]
     ) -> None:
-        super().__init__(network, **recipe)
+        super().__init__(network, [network], **recipe)
         self.teacher, self.base, self.settings = teacher, base, settings
 
     def groups(self) -> list[ParamGroup]:
@@ -86,7 +86,7 @@ class ResidualTask(SingleRateTask):
         with self.mode.networks(images.device):
             return Targets(self.teacher(images), self.base(images))
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def outcome(self, batch: Batch) -> StepOutput:
         known = batch.precomputed
         teacher, base = (known if isinstance(known, Targets) else self.precompute(batch.images)).map(to_fp32)
         with self.mode.networks(batch.images.device):
