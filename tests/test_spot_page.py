@@ -1,6 +1,7 @@
 """Pictures and the page of `sakd inspect-spots`: what is drawn, that nothing is loaded, and how a browser shows it."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ from sakd_cli.report.render.charts import Heat, Lines, Series, dashes, drawn, sh
 from sakd_cli.report.render.html import Answer, Gallery, Opening, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
-from sakd_cli.report.spots.findings import findings
+from sakd_cli.report.spots.findings import at_the_end, findings
 from sakd_cli.report.spots.log import History, history
 from sakd_cli.report.spots.page import PageContext, spot_page
 from sakd_cli.report.spots.survey import measure
@@ -336,12 +337,30 @@ def test_the_route_of_an_image_is_the_difference_of_its_counts() -> None:
     assert dict(zip(first.rows, first.cells, strict=True))["ball"] == [25, 25, 25]
 
 
+def test_what_is_the_same_everywhere_has_no_ends() -> None:
+    alike = survey(header=header(classes=["a", "b", "c"]))
+    alike = dataclasses.replace(alike, value=np.full_like(alike.value, 0.99999))
+    rows = [{"name": name, "fraction": [0.5, 0.2 * k], "deviation": [0.0, k - 0.5]} for k, name in enumerate("abc")]
+    report = document(by_class=rows, measured=measure(alike, SPOTS, sample=False, seed=0, extremes=2))
+    assert at_the_end(report) == [
+        "At the end of training the router's probability at logits is 100.0 % for every class."
+    ]
+    said = findings(report, [])["The trained router"]
+    assert said == "Single images hardly differ at any spot: at stage2 nine in ten are at 100.0 %."
+
+
 def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> None:
     curve = Lines("t", "epoch", "top-1, %", [Series("a & b", [1, 2, 3], [10, None, 30], 0)])
     assert "<title>a &amp; b, epoch 3: 30.00 (top-1, %)</title>" in drawn(curve)
     assert drawn(curve).count('class="l" stroke-width') == 2, "a gap is no line"
     cloud = Lines("t", "cost", "top-1, %", [Series("a", range(90), range(90), 0, "marks")])
     assert drawn(cloud).count('<path class="m" d=') == 90, "points without a line always have marks"
+    epochs = Lines("t", "epoch", "nats", [Series("a", [1, 2, 3], [1e29, 2e29, 3e9], 0)], None)
+    assert re.findall(r'class="soft mid"[^>]*>([^<]+)', drawn(epochs))[1:] == ["1", "2", "3"], "epochs have no halves"
+    assert min(map(float, re.findall(r'x="([\d.]+)" y="[\d.]+" class="soft end"', drawn(epochs)))) > 6.3 * 7
+    heads = [f"stage{k}/resnet20" for k in range(5)]
+    two = re.findall(r">([^<]+)</text>", drawn(Heat("t", ["r"], heads, [[0.5] * 5], 1.0, ("0", "1"))))
+    assert two[:4] == ["stage0/", "resnet20", "stage1/", "resnet20"], "whole, in two lines"
     assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
     close, far = ([Series("a", [1, 2], ys, 0)] for ys in ([96.5, 98.2], [60, 98]))
     plainly, part = zoom(curve._replace(series=close))

@@ -270,18 +270,20 @@ def _swatch(colour: int, kind: str) -> str:
 
 def _lines(chart: Lines) -> str:
     left, right, low, high = frame(chart)
-    x0, x1, y0, y1 = 38.0, WIDTH - 12.0, HEIGHT - 34.0, 22.0
+    upright = ticks(low, high)
+    x0, x1, y0, y1 = max([38.0, *(extent(f"{y:g}") + 8 for y in upright)]), WIDTH - 12.0, HEIGHT - 34.0, 22.0
 
     def at(x: float, y: float) -> tuple[float, float]:
         across, up = (x - left) / (right - left), (min(max(y, low), high) - low) / (high - low)
         return x0 + across * (x1 - x0), y0 + up * (y1 - y0)
 
     parts = [_label(0, 11, chart.y, "soft"), _label((x0 + x1) / 2, HEIGHT - 4, chart.x, "soft mid")]
-    for y in ticks(low, high):
+    for y in upright:
         height = at(left, y)[1]
         parts += [f'<path class="g" d="M{x0} {height:.1f}H{x1}"/>', _label(x0 - 5, height + 4, f"{y:g}", "soft end")]
     across = ticks(left, right, 13 if right - left <= 12 else 9)
-    across = [x for x in across if x == round(x) or right - left < 3]
+    wholes = all(x == round(x) for series in chart.series for x in series.x)  # epochs have no halves
+    across = [x for x in across if x == round(x) or (right - left < 3 and not wholes)]
     parts += [_label(at(x, low)[0], y0 + 15, f"{x:g}", "soft mid") for x in across]
     for series, dash in zip(chart.series, dashes(chart), strict=True):
         faint = ' opacity=".3"' if series.kind == "faint" else ""
@@ -324,12 +326,15 @@ def _heat(chart: Heat) -> str:
     needed = max(map(extent, chart.columns), default=1.0) + 4
     if not chart.numbers:  # a scale such as epochs: only as many names as there is room for
         step = max(1, -(-int(needed) // max(int(wide), 1)))
-    high, top = (LINE + 2 if chart.numbers else LINE - 2), 32 if chart.means else 18
-    below = [_label(x0 + (k + 0.5) * wide, 26, mean, "soft mid") for k, mean in enumerate(chart.means)]
-    parts = below
-    for k, name in enumerate(chart.columns):
-        if k % step == 0:
-            parts.append(_label(x0 + (k + 0.5) * wide, 12, name, "soft mid", step * wide - 2))
+    heads = [[name] for name in chart.columns]
+    if needed > step * wide:  # spots of several teachers, stage2/resnet20, in two lines
+        heads = [re.split("(?<=/)", name, maxsplit=1) for name in chart.columns]
+    under = 12 * (max(map(len, heads), default=1) - 1)
+    high, top = (LINE + 2 if chart.numbers else LINE - 2), under + (32 if chart.means else 18)
+    parts = [_label(x0 + (k + 0.5) * wide, under + 26, mean, "soft mid") for k, mean in enumerate(chart.means)]
+    for k, lines in list(enumerate(heads))[::step]:
+        middle = x0 + (k + 0.5) * wide
+        parts += [_label(middle, 12 + 12 * n, line, "soft mid", step * wide - 4) for n, line in enumerate(lines)]
     for r, (name, row) in enumerate(zip(chart.rows, chart.cells, strict=True)):
         y = top + r * high
         parts.append(_label(x0 - 6, y + high / 2 + 4, name, "end", x0 - 8))

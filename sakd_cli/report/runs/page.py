@@ -13,6 +13,7 @@ from rich.console import Group
 
 from sakd_cli.config.base import written
 from sakd_cli.config.resolve import flat
+from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.table import Comparison, Report
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import write_aside
@@ -73,11 +74,17 @@ def _result(page: RunPage) -> None:
     if page.run.finished:
         summary = summary_table(page.run.summary)
         blocks = summary.renderables if isinstance(summary, Group) else [summary]
-        last, teacher = page.run.summary.last, page.run.summary.teacher
+        last, teacher, more = (getattr(page.run.summary, key) for key in ("last", "teacher", "more_teachers"))
         said = f"Top-1 {fixed(last.top1, 2)} % on the test images after the last epoch"
-        said += f"; its teacher {fixed(teacher.top1, 2)} %." if teacher else "."
+        names = [f"{named(one.network)} " if more else "" for one in (teacher, *more)] if teacher else []
+        taught = [f"{name}{fixed(one.top1, 2)} %" for name, one in zip(names, (teacher, *more), strict=False)]
+        said += f"; its teacher{'s' * bool(more)} {', '.join(taught)}." if taught else "."
         page.add("Result", blocks, "How good are student and teacher on the test images?", answer=said)
-        page.opening = Opening([Answer("How good is it?", [said])], [])
+    else:
+        known = PROCEDURES.get(page.comparison.runs[0].task or "")
+        goes_on = f" `sakd {known.command} --resume {page.run.path}` goes on with it." if known else ""
+        said = f"Not known: the run is not finished.{goes_on}"
+    page.opening = Opening([Answer("How good is it?", [said])], [])
 
 
 def _curves(page: RunPage) -> None:
@@ -91,7 +98,7 @@ def _curves(page: RunPage) -> None:
     known = [(point.top1, point.epoch) for point in curve if point.top1 is not None]
     said = ""
     if known:
-        (best, epoch), (last, end) = max(known), known[-1]
+        (best, epoch), (last, end) = max(known, key=lambda one: (one[0], -one[1])), known[-1]
         said = f"{selected} top-1 was highest in epoch {epoch} of {end}, {fixed(best, 2)} %"
         said += f"; in the last {fixed(last, 2)} %." if epoch < end else ": more epochs may help."
     blocks = [*curve_charts(page.comparison), Folded("By epoch", [sheet])]

@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.report.evaluation.tables import COSTS, branch_table
-from sakd_cli.report.render.format import duration, fixed, large, named, points, shape, whole
+from sakd_cli.report.render.format import difference, duration, fixed, large, named, shape, whole
 from sakd_cli.report.render.sheet import Sheet, columns_of, table
 from sakd_cli.report.spots.tables import mixture_table
 
@@ -61,8 +61,9 @@ def _notes(summary: Summary) -> list[str]:
     teachers = [summary.teacher, *summary.more_teachers] if summary.teacher else []
     for teacher in teachers:
         who = "teacher" if len(teachers) == 1 else named(teacher.network)
+        less = difference(summary.last.top1 - teacher.top1, summary.last.top1, teacher.top1)
         notes.append(
-            f"Student against {who}: {points(round(summary.last.top1, 2) - round(teacher.top1, 2), 2)} points top-1, "
+            f"Student against {who}: {less} points top-1, "
             f"{fixed(100 * summary.parameters / (teacher.parameters or 1), 0)} % of the parameters, "
             f"{fixed(100 * summary.macs / (teacher.macs or 1), 0)} % of the MACs."
         )

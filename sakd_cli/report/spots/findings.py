@@ -102,6 +102,8 @@ def at_the_end(report: SpotsDocument) -> list[str]:
     ranked = sorted((one for one in known if one.images), key=lambda one: one.mean[k] or 0.0)
     most, least = (f"{named(one.name)} {fraction(one.mean[k])} %" for one in (ranked[-1], ranked[0]))
     name = named(report.overall[k].name)
+    if (same := fraction(ranked[0].mean[k])) == fraction(ranked[-1].mean[k]):
+        return [f"At the end of training the router's probability at {name} is {same} % for every class."]
     return [f"At the end of training the router's probability at {name} is highest for {most}, lowest for {least}."]
 
 
@@ -126,7 +128,8 @@ def more_than_coins(report: SpotsDocument) -> str:
         return report.saturated
     if not measured or measured.value != "probability":
         if report.overall[0].probability is not None:
-            return "Not known: the run has no survey of the trained router. sakd inspect-spots --live makes one."
+            cure = "`sakd inspect-spots --live` makes one where there is one teacher"
+            return f"Not known: the run has no survey of the trained router. {cure}."
         return f"The {named(report.router)} router has no probabilities by image: it does not choose by what it sees."
     known = [(spot.by_image, named(spot.name)) for spot in measured.spots if spot.by_image is not None]
     if not known:
@@ -156,6 +159,8 @@ def trained_router(report: SpotsDocument, measured: Measured) -> str:
     k, name = _widest(report, lambda k: measured.spots[k].p95 - measured.spots[k].p05)
     spot = measured.spots[k]
     low, high = fraction(spot.p05), fraction(spot.p95)
+    if low == high:
+        return f"Single images hardly differ at any spot: at {name} nine in ten are at {low} %."
     return f"Single images differ most at {name}: nine in ten lie between {low} % and {high} %."
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OPENING = 6  # images at each end that stand beside the answer
 CONTROLS = (
-    "Not known from this run alone. Train what a claim needs: sakd distill ... --with-control, then sakd compare."
+    "Not known from this run alone. Train what a claim needs: `sakd distill ... --with-control`, then `sakd compare`."
 )
 NOT_ROUTED = "Nothing was routed: this router does not decide by the image."
 QUESTIONS = {
