@@ -195,6 +195,8 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_half(
     monkeypatch.undo()
     assert trained_cli.sakd(*options, "--overwrite").code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    (tmp_path / "out" / ".git").mkdir()
+    trained_cli.assert_rejects([*options, "--overwrite"], 2, "is not replaced, .git in it is no part of an export")
 
 
 def test_a_missing_extra_is_one_line(

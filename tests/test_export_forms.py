@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from sakd_cli.documents.table import Export
+from sakd_cli.errors import UsageError
 from sakd_cli.export import export, formats, quantise
 from sakd_cli.export.formats import FORMS, FromPixels, Writing
 from sakd_cli.models import artifact
@@ -107,6 +110,13 @@ def test_an_operator_that_an_old_opset_lacks_is_one_line(capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("", "")
 
 
+def test_an_opset_that_the_exporter_cannot_write_logs_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    newest = pytest.importorskip("onnx").defs.onnx_opset_version()
+    with suppress(UsageError):
+        FORMS["onnx"].write(nn.Flatten().eval(), torch.rand(2, 3, 8, 8), CARD, tmp_path, Writing(newest))
+    assert [one.message for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
 def test_a_fall_beyond_the_stated_points_is_refused(
     cli: CliRunner, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +128,7 @@ def test_a_fall_beyond_the_stated_points_is_refused(
 
     monkeypatch.setitem(export.FORMS, "onnx", FORMS["onnx"]._replace(opened=worse))
     tokens = ["export", "net.safetensors", "--format", "onnx", "--int8", "--data-root", "photos", *QUICK]
+    assert "by more than nan points" in cli.sakd(*tokens, "--max-drop", "nan").err
     result = cli.sakd(*tokens, "--max-drop", "-100")
     assert (result.code, result.out) == (2, "")
     assert "int8: top-1 falls from" in result.err.splitlines()[-2]
@@ -146,10 +157,15 @@ def test_any_folder_of_pictures_is_checked_on(cli: CliRunner, photos: Path) -> N
         (["--int8"], "--int8: safetensors has no 8-bit form"),
         (["--int8", "--fp16"], "exclude each other"),
         (["--format", "onnx", "--opset", "12"], "Invalid value for '--opset'"),
-        (["--format", "onnx", "--int8", "--data-root", "nowhere"], "no training images at hand to calibrate on"),
+        (["--format", "onnx", "--int8", "--data-root", "empty"], "no training images at hand to calibrate on"),
+        (["--data-root", "nowhere"], "nowhere: no such folder"),
+        (["--data-root", "cifar.safetensors"], "cifar.safetensors: not a folder"),
+        (["--opset", "17"], "--opset: safetensors is not written as ONNX"),
+        (["--format", "pt2", "--opset", "17"], "--opset: pt2 is not written as ONNX"),
     ],
 )
 def test_mistakes(cli: CliRunner, photos: Path, options: list[str], text: str) -> None:
+    (cli.path / "empty").mkdir(exist_ok=True)
     artifact.save_weights(
         cli.path / "cifar.safetensors",
         create("resnet8", 10),

@@ -130,3 +130,11 @@ def test_a_list_is_checked_trained_on_and_scored_from_the_command_line(tmp_path:
     assert every.code == 0, every.err
     assert json.loads(every.out)["images"] == 27
     cli.assert_rejects(["pretrain-teacher", "resnet8", "--manifest", "own.csv"], 2, "imagefolder")
+    # A list that is named counts from its own folder, whatever the run's was, and stands in what is told.
+    rows = [f"photos/{row}" for row in (photos / "all.csv").read_text(encoding="utf-8-sig").split() if "ant" in row]
+    (tmp_path / "ants.csv").write_text("\n".join(["path,label", *rows]))
+    ants = cli.sakd("eval", "run", "--manifest", "ants.csv", "--json", "--set", "timing_seconds=0")
+    assert ants.document["images"] == 9
+    assert "ants.csv: has no image of bee, cat" in ants.err
+    (tmp_path / "ants.csv").write_text("path,label\ngone.png,ant\n")
+    cli.assert_rejects(["eval", "run", "--manifest", "ants.csv"], 3, "ants.csv:2: lists gone.png: no such file")

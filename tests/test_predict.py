@@ -19,6 +19,7 @@ from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.ensemble import Ensemble, Exits
 from sakd_cli.models.table import create
+from sakd_cli.runs.predict import find_pictures
 
 CLASSES = ("cat", "dog", "owl")
 SEEN = Preprocessing(size=32, resize=40, interpolation="bicubic", resize_mode="shorter")
@@ -69,6 +70,9 @@ def test_files_folders_patterns_and_a_list_give_the_same(
     cli: CliRunner, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [f"photos/{name}/{number}.png" for name in CLASSES for number in range(5)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + "\r\n".join(lines)))
+    assert [one.path for one in find_pictures(["-"])] == lines, "as Windows writes lists"
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n\n"))
     ways = (["photos"], lines, ["photos/*/*.png"], ["photos/**/*.png"], ["photos/*"], ["-"])
     found = [cli.sakd("predict", "net.safetensors", *way, "--csv", "-q").out for way in ways]

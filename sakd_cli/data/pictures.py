@@ -127,7 +127,7 @@ def as_one(
     """Several parts as one, for a network of these classes. Raises DataError where there is no picture of them."""
     names = sorted({name for part in parts for name in part.files})
     files = {name: [path for part in parts for path in part.files.get(name, ())] for name in names}
-    if not any(files.get(name) for name in classes):
+    if not findings and not any(files.get(name) for name in classes):
         raise DataError(f"{root}: has no picture of a class of the network ({', '.join([*classes][:5])} ...)")
     one = SplitContents(root, files)
     unknown = [name for name in names if name not in classes]

@@ -17,7 +17,7 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import CheckpointError, UsageError
 from sakd_cli.evaluation.speed import speed
-from sakd_cli.export.formats import FORMS, Form, FromPixels, Function, Precision, Writing
+from sakd_cli.export.formats import FORMS, SOURCE, Form, FromPixels, Function, Precision, Writing
 from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
 from sakd_cli.export.quantise import COUNT
 from sakd_cli.files import folder_of, read_about, read_json, sha256, whole_folder, write_aside, write_json
@@ -28,6 +28,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import is_ensemble, own_network, run_of, settings_of
 from sakd_cli.runs.scored import config_of
 
+FILES = {name for form in FORMS.values() for name in form.files}
 FORMAT = Export.model_fields["schema_"].default
 TOLERANCE = 1e-4  # largest difference of a logit
 IMAGES = 64
@@ -101,6 +102,8 @@ def export(target: Path, order: ExportSettings, layers: list[ConfigSource], repo
     if order.precision == "int8" and not form.int8:
         fit = ", ".join(name for name, one in FORMS.items() if one.int8)
         raise UsageError(f"--int8: {order.form} has no 8-bit form", f"--format {fit}")
+    if order.opset is not None and "onnx" not in form.needs:
+        raise UsageError(f"--opset: {order.form} is not written as ONNX", "--format onnx, openvino")
     found = _found(target, reporter)
     folder = order.out or found.base(target) / "-".join(["export", order.form, order.precision][: 2 + order.reduced])
     _check_place(folder, order.overwrite)
@@ -207,6 +210,8 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{folder}: exists and is no export; it is not replaced", hint="--out DIR")
     if not overwrite:
         raise UsageError(f"{folder}: exists already", hint="--overwrite replaces it; --out DIR")
+    if own := sorted({one.name for one in folder.iterdir()} - {"config.json", "README.md", SOURCE, *FILES}):
+        raise UsageError(f"{folder}: is not replaced, {own[0]} in it is no part of an export", hint="--out DIR")
 
 
 @torch.inference_mode()
@@ -242,7 +247,7 @@ def _accuracy(
     if not images:
         return None
     before, after = (100 * right.double() / images).tolist()
-    if before - after > order.max_drop + 1e-9:
+    if not before - after <= order.max_drop + 1e-9:  # nan allows nothing
         raise UsageError(
             f"{order.precision}: top-1 falls from {before:.2f} to {after:.2f} % on {images} images, by more than "
             f"{order.max_drop:g} points; nothing is written",

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -218,9 +219,13 @@ def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) 
     named: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "opset_version": how.opset}
     buffer: Any = io.BytesIO()
     try:
-        # Where it fails, the exporter of traces would print its whole graph.
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), patch("torch._C._jit_onnx_log", create=True):
-            warnings.simplefilter("ignore")
+        # Where it fails, the exporter of traces would print its whole graph, and that of programs log its doubts.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(io.StringIO()),
+            patch("torch._C._jit_onnx_log", create=True),
+            patch.object(logging.getLogger("onnxscript.version_converter"), "disabled", True),
+        ):
             if traced:
                 axes = {name: {0: "batch"} for name in ("images", "logits")}
                 torch.onnx.export(network, (example,), buffer, dynamo=False, dynamic_axes=axes, **named)
@@ -232,7 +237,7 @@ def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) 
                 )
                 model = program.model_proto.SerializeToString()
     except (RuntimeError, ValueError) as error:
-        hint = f"--opset {TRACED} or later" if traced else "--opset N, --format pt2"
+        hint = f"--opset {TRACED} or later" if traced else "a lower --opset, --format pt2"
         raise UsageError(f"{card.architecture} cannot be written as ONNX ({first_line(error)})", hint) from None
     if how.precision == "int8":
         model = quantised(model, how.calibration)

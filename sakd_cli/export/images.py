@@ -19,6 +19,7 @@ from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.loader import EvalLoader
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import DataError, UsageError
+from sakd_cli.files import expanded
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.images import load_images
@@ -66,7 +67,9 @@ def pictures_of(
     """The test images; where a folder is named (`--data-root`), its pictures; noise where neither is at hand."""
     data = config.data.model_copy(update={"validation": 0.0, "download": False})
     named = [one.values["data"] for one in layers if isinstance(one.values.get("data"), dict)]
-    root = next((Path(str(one["root"])) for one in named if one.get("root") is not None), None)
+    root = next((expanded(str(one["root"])) for one in named if one.get("root") is not None), None)
+    if root is not None and not root.is_dir():
+        raise UsageError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
     try:
         if root is not None and isinstance(data, FilesConfig):
             there = config.model_copy(update={"data": data})
@@ -78,7 +81,7 @@ def pictures_of(
         reason = f"{dataset.name} is of other classes or another size than the network"
     except (DataError, UsageError) as error:
         reason = error.message
-    if root is not None and root.is_dir():
+    if root is not None:
         found = _any_pictures(root, card, reporter)
         if found is not None:
             return found

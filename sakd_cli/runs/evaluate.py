@@ -312,7 +312,13 @@ def evaluate_all(
     named = [one.values["data"].keys() for one in layers if isinstance(one.values.get("data"), dict)]
     folder = any({"root", "manifest"} & keys for keys in named)
     wanted = Wanted(split, folder, matrix)
-    targets = [Target(weights, run, [*settings_of(run), *layers], teacher_required, wanted) for weights, run in found]
+    # A list that is named now counts from its own folder, not from the run's.
+    own = (
+        [ConfigSource("its own folder", {"data": {"root": None}})] if any("manifest" in keys for keys in named) else []
+    )
+    targets = [
+        Target(weights, run, [*settings_of(run), *own, *layers], teacher_required, wanted) for weights, run in found
+    ]
     loaded: dict[Hashable, Images] = {}
     return [
         evaluate_ensemble(target, reporter, early=early, curve=curve)

@@ -45,7 +45,7 @@ def find_pictures(named: Sequence[str]) -> list[Picture]:
     """
     found: list[Picture] = []
     for name in named:
-        lines = [line.rstrip("\r\n") for line in sys.stdin] if name == "-" else [name]
+        lines = [line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin] if name == "-" else [name]
         for path in filter(None, lines):
             fits = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
             found += [picture for one in fits for picture in _at(one)]

@@ -152,10 +152,11 @@ def _labelled(data: ImageFolderConfig, card: NetworkCard, then: Fingerprint | No
     counts = dataset.test.labels.bincount(minlength=len(dataset.classes)).tolist()
     for note in dataset.notes:
         reporter.warn(note)
-    reporter.say(f"{data.root}: all of its {len(dataset.test)} labelled images (--split test: its test part alone)")
+    where = data.manifest or data.root
+    reporter.say(f"{where}: all of its {len(dataset.test)} labelled images (--split test: its test part alone)")
     if lacking := [name for name, count in zip(dataset.classes, counts, strict=True) if not count]:
         more = f" and {len(lacking) - 9} more" if len(lacking) > 9 else ""
-        reporter.warn(f"{data.root}: has no image of {', '.join(lacking[:9])}{more}")
+        reporter.warn(f"{where}: has no image of {', '.join(lacking[:9])}{more}")
     known = _trained_on(then, _taken(data, dataset.classes, {"all": dataset.test}, then))
     if known:
         reporter.warn(f"{known} of these {len(dataset.test)} images were trained on")
