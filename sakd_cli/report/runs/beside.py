@@ -79,7 +79,7 @@ def _table(compared: Comparison) -> Sheet:
         router = of[k][0].router and f"`{named(of[k][0].router)}`"
         role = f"this run, {router}" if k == mine else ROLES.get(of[k][0].router, f"router {router}")
         words = [plain(word) for word in group.label.split() if word == "balanced" or "=" in word]
-        name = " ".join([role, *(f"(`{word}`)" for word in words if not word.endswith("=None"))])
+        name = " ".join([role, *(f"(`{word}`)" for word in words if not word.endswith("=null"))])
         ours, theirs = by_seed(of[mine]), by_seed(of[k])
         test = None if k == mine else paired_test(ours, theirs).difference
         means = [one.top1.mean for one in (compared.groups[mine], group) if one.top1 and ours.keys() == theirs.keys()]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from sakd_cli.config.base import written
 from sakd_cli.config.identity import LOCATIONS, identity, is_plain
 from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.methods import METHODS
@@ -176,7 +177,7 @@ def _said(key: str, run: _Settings) -> str:
     auto = METHODS.own.get(run["method.name"], MethodConfig).auto_balance
     if key == "method.balance" and run[key] in (0.0, auto):
         return "balanced" if run[key] else ""
-    return f"{key}={run[key]}"[:40]
+    return f"{key}={written(run[key])}"[:40]
 
 
 def _statistics(group: _Group) -> SeedGroup:

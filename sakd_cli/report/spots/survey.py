@@ -270,7 +270,7 @@ def _classes(used: "Column", answers: "dict[str, Column]", names: list[str]) -> 
     seen = [group for group in groups if group.images]
     for k in range(used.shape[1]):
         pairs = np.array([[group.mean[k], group.student_top1] for group in seen])
-        vary = len(seen) >= 3 and bool((pairs.std(axis=0) >= 1e-9).all())
+        vary = len(seen) >= 3 and bool((pairs.std(axis=0) >= 1e-6).all())  # less is the rounding of float32
         correlation.append(float(np.corrcoef(pairs.T)[0, 1]) if vary else None)
     chances = [None if r is None else p_of_correlation(r, len(seen)) for r in correlation]
     return doc.Classes(correlation=correlation, correlation_p=chances, rows=sorted(rows, key=by_peak))
