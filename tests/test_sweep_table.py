@@ -198,9 +198,19 @@ def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:
     router = made[coins.matched].config.model_dump()["router"]
     assert (coins.config.train.lr, router["tau"]) == (0.1, 5)
     assert made["kd train.lr=0.05 never resnet20:resnet8 seed 0"].config.train.lr == 0.05
-    for wrong, said in (({"seed": [1, 2]}, "seed has a field of its own: seeds"), ({"lr": []}, "values, each once")):
+    refused: dict[str, dict[str, list[Any]]] = {
+        "seed has a field of its own: seeds": {"seed": [1, 2]},
+        r"train\.lr needs values, each once, got \[\]": {"lr": []},
+        r"train\.lr needs values, each once, got \[0\.1, 0\.1\]": {"lr": [0.1, 0.1]},
+        r"train\.lr is there twice": {"lr": [0.1], "train.lr": [0.2]},
+    }
+    for said, wrong in refused.items():
         with pytest.raises(ValidationError, match=said):
             SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid=wrong)
+    with pytest.raises(UsageError, match=r"unknown key 'router\.taau'"):
+        grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid={"router.taau": [1]}))
+    others = grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], routers=["always"], grid={"router.tau": [1]}))
+    assert others.skipped == {"grid router.tau": "no method or router here has it"}
     with pytest.raises(UsageError, match=r"at train\.lrr=1 adaptive resnet20:resnet8: .*train\.lrr"):
         grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid={"train.lrr": [1]}))
 

@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from sakd_cli.config.identity import identity, is_plain
+from sakd_cli.config.keys import explain
 from sakd_cli.config.method import AUTO
 from sakd_cli.config.methods import METHODS, KDConfig
 from sakd_cli.config.resolve import ConfigSource, flat, nested, protocol_sources, resolve
@@ -118,6 +119,10 @@ class _Plan:
         several = sweep.seeds
         self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(set(several))
         self.routers = in_order_of_need(sweep.routers)
+        for key in sweep.grid:
+            if not any(_has(key, *cell) for cell in product(sweep.methods, sweep.routers)):
+                explain(key)  # raises where there is no such key
+                self.skipped[f"grid {key}"] = "no method or router here has it"
 
     def above(self, *own: ConfigSource) -> list[ConfigSource]:
         """What is stronger than the file: the protocol, as far as it is for the router of these, and what is given."""

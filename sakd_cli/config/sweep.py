@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from sakd_cli.config.base import Config, choose, read_by
+from sakd_cli.config.base import Config, choose, read_by, written
 from sakd_cli.config.method import AUTO
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
@@ -51,12 +51,16 @@ def _as_texts(values: Any) -> Any:
 
 def _tried(grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """Values by dotted key; an option's name stands for its key."""
-    keys = {OPTIONS[key].key if key in OPTIONS and OPTIONS[key].key else key: values for key, values in grid.items()}
-    for key, values in keys.items():
+    keys: dict[str, tuple[Any, ...]] = {}
+    for name, values in grid.items():
+        key = (OPTIONS[name].key if name in OPTIONS else "") or name
         if key in FIELDS:
-            raise UsageError(f"grid: {key} has a field of its own: {FIELDS[key]}")
+            raise UsageError(f"{key} has a field of its own: {FIELDS[key]}")
+        if key in keys:
+            raise UsageError(f"{key} is there twice, as the key and as an option's name")
         if not values or len({str(value) for value in values}) < len(values):
-            raise UsageError(f"grid: {key}: values, each once, are needed: [{', '.join(map(str, values))}]")
+            raise UsageError(f"{key} needs values, each once, got {list(map(written, values))}".replace("'", ""))
+        keys[key] = values
     return keys
 
 
