@@ -135,6 +135,9 @@ def test_a_deviation_of_rounding_is_none_and_many_tests_claim_less() -> None:
     same = paired_test({0: 71.1, 1: 70.2, 2: 60.3}, {0: 70.1, 1: 69.2, 2: 59.3})
     assert (same.verdict, same.p, same.difference) == ("not shown", None, 1.0)
     assert "+1.00 points top-1 in each of 3 seeds: without a deviation nothing can be tested" in in_words(same)
+    # Of 60 images, as summaries write it, with nine figures: both differences are two images.
+    written = paired_test({0: 23.3333333, 1: 31.6666666}, {0: 20.0, 1: 28.3333333})
+    assert (written.p, written.effect, written.verdict) == (None, None, "not shown")
     tests = [paired([1.0, 1.2, 1.4]), paired([0.1, 0.5, 0.9]), paired([5.0])]
     assert [test.verdict for test in tests] == ["better", "not shown", "one seed"]
     many = corrected([tests[0]] * 10)

@@ -201,7 +201,7 @@ def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:
     refused: dict[str, dict[str, list[Any]]] = {
         "seed has a field of its own: seeds": {"seed": [1, 2]},
         r"train\.lr needs values, each once, got \[\]": {"lr": []},
-        r"train\.lr needs values, each once, got \[0\.1, 0\.1\]": {"lr": [0.1, 0.1]},
+        r"train\.lr needs values, each once, got \[0\.1, 0\.1\]": {"lr": [0.1, "1e-1"]},
         r"train\.lr is there twice": {"lr": [0.1], "train.lr": [0.2]},
     }
     for said, wrong in refused.items():

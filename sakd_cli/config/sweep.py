@@ -1,6 +1,7 @@
 """Config of many runs: a grid over methods, pairs, routers and seeds, and the controls beside it."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,11 @@ def _as_texts(values: Any) -> Any:
     return [f"{value:g}" if isinstance(value, int | float) else value for value in values]
 
 
+def _as_number(value: Any) -> Any:
+    """The number that 1e-3 is; YAML has a text there, unless it is written as 1.0e-3."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value) else value
+
+
 def _tried(grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """Values by dotted key; an option's name stands for its key."""
     keys: dict[str, tuple[Any, ...]] = {}
@@ -58,6 +64,7 @@ def _tried(grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
             raise UsageError(f"{key} has a field of its own: {FIELDS[key]}")
         if key in keys:
             raise UsageError(f"{key} is there twice, as the key and as an option's name")
+        values = tuple(map(_as_number, values))
         if not values or len({str(value) for value in values}) < len(values):
             raise UsageError(f"{key} needs values, each once, got {list(map(written, values))}".replace("'", ""))
         keys[key] = values

@@ -17,6 +17,7 @@ from sakd_cli.report.render.format import fixed, p_value, points, whole
 LEVEL = 0.95
 EFFECT, POWER = 0.5, 0.8  # points of top-1 that are worth seeing, and how probably they should be seen
 MOST_SEEDS = 10_000
+LEAST_STD = 1e-6  # points; less is the rounding of accuracies that are written with nine figures
 Test = TypeVar("Test", bound=PairedTest)
 
 
@@ -61,7 +62,7 @@ def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paire
     found, seeds = seed_statistics(differences.values()), list(differences)
     if found is None:
         return PairedTest(seeds=[], verdict="unknown")
-    if not found.std:
+    if found.std is None or found.std < LEAST_STD:
         return PairedTest(seeds=seeds, difference=found.mean, verdict="one seed" if len(seeds) == 1 else "not shown")
     from scipy.special import stdtr
 
