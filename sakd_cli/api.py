@@ -14,6 +14,7 @@ it.
 """
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions])
     from sakd_cli.runs.predict import find_pictures
     from sakd_cli.runs.predict import predict as carry_out
 
-    found, reporter = find_pictures([str(path) for path in pictures]), _reporter(options)
+    found, reporter = find_pictures([os.fspath(path) for path in pictures]), _reporter(options)
     return carry_out(weights, found, sources, reporter, top=params["top_classes"], early=not params["always_on"])
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sakd_cli.config import code
-from sakd_cli.config.options import FILE, options_of
+from sakd_cli.config.options import FILE, FLAG, TEXTS, Option, options_of
 from sakd_cli.engine.reporter import Reporter
+from sakd_cli.errors import UsageError
 
 Place = str | Path
 Own = Any  # a name, or a class, a function or an object of your own
@@ -170,6 +173,19 @@ class SpotOptions(_Common, _Inputs, total=False):
 NAMED = ("model", "network", "teacher", "student", "student_friendly", "method", "router", "routers", "dataset")
 
 
+def _read(row: Option, value: Any) -> Any:
+    """Of a choice, a number or a place what typer makes of it, or UsageError; the config reads all that has a key."""
+    text, place = row.type in (str | None, TEXTS, FLAG), row.type == FILE
+    if value is None or text or (row.key and not place) or (place and isinstance(value, bool)):
+        return value
+    kind: Any = Annotated[row.type, Field(ge=row.least)] if row.least is not None else row.type
+    try:
+        return TypeAdapter[Any](kind).validate_python(value)
+    except ValidationError as error:
+        reason = "must be a path" if place else error.errors()[0]["msg"].replace("Input should be", "must be")
+        raise UsageError(f"{row.flag}: {reason}, got {value!r}") from None
+
+
 def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call as the options of its command, with paths as the command line has them.
 
@@ -180,8 +196,14 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     names |= {name: name for name in (*rows, "settings", "reporter", "trust")}
     if wrong := options.keys() - names.keys():
         raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
+    settings, reporter = options.get("settings") or {}, options.get("reporter")
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        raise UsageError(f"settings: must be a mapping of dotted keys, such as {{'train.lr': 0.1}}, got {settings!r}")
+    if reporter is not None and (isinstance(reporter, type) or not isinstance(reporter, Reporter)):
+        raise UsageError("reporter: must be an object whose class is a subclass of sakd_cli.api.Reporter")
     code.trust(*(options.get("trust") or ()))
     given = {names[name]: plain_of(value) if names[name] in NAMED else value for name, value in options.items()}
+    given |= {name: _read(rows[name], value) for name, value in given.items() if name in rows}
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     of_paths = [name for name, row in rows.items() if row.type == FILE]
     paths = {name: Path(params[name]) for name in of_paths if params.get(name) is not None}

@@ -77,9 +77,10 @@ class RunDir:
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UsageError(f"{path}: a symbolic link; no run is written that holds one")
-        lock, holder = FileLock(self.path / ".lock", timeout=0), self.path / ".holder"
+        # `in_use` of another process has the lock for a moment.
+        lock, holder = FileLock(self.path / ".lock", timeout=0.5), self.path / ".holder"
         try:
-            lock.acquire()
+            lock.acquire(poll_interval=0.05)
         except Timeout:
             try:
                 who = files.read_json(holder)
@@ -197,8 +198,10 @@ class RunDir:
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 return False
-        except (Timeout, OSError):
+        except Timeout:
             return True
+        except OSError:  # not to be written; what a process in it has written there is seen
+            return (self.path / ".holder").is_file()
 
     @property
     def summary(self) -> Summary:

@@ -131,6 +131,23 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
         api.evaluate("nowhere")
     with pytest.raises(UsageError, match="not a run directory"):
         api.inspect_spots("nowhere")
+    with pytest.raises(UsageError, match=r"--split: must be 'train', 'val', 'test' or 'all', got 'tset'"):
+        api.evaluate(teacher, split="tset")  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match=r"--format: must be 'safetensors', .* got 'onx'"):
+        api.export(teacher, format="onx")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--top: must be greater than or equal to 1, got 0"):
+        api.predict(teacher, "photos", top=0)
+    with pytest.raises(UsageError, match="--run-dir: must be a path, got 5"):
+        api.pretrain_teacher("resnet8", run_dir=5)  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="settings: must be a mapping"):
+        api.pretrain_teacher("resnet8", settings="train.lr=1")  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="where: must be a mapping"):
+        api.runs(where="task=distill")  # type: ignore[arg-type]
+    for reporter in (print, api.Reporter):
+        with pytest.raises(UsageError, match="reporter: must be an object whose class is a subclass of"):
+            api.pretrain_teacher("resnet8", reporter=reporter)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="not list"):
+        api.predict(teacher, ["a.png", "b.png"])  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="nothing"):
         api.nothing  # noqa: B018
 

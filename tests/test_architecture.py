@@ -276,6 +276,25 @@ def test_the_console_script_is_there() -> None:
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]["presets"] == "sakd_cli/presets"
 
 
+def test_a_ctrl_c_while_the_commands_are_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sakd_cli.__main__ import main
+
+    class Interrupting:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "sakd_cli.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "sakd_cli.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert capsys.readouterr() == ("", "error: interrupted\n")
+
+
 def test_the_presets_of_the_issue_are_there() -> None:
     assert preset_folder() == ROOT / "presets"
     assert set(presets()) >= {"quickstart", "cifar100-sakd", "dfa-cifar100"}

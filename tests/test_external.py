@@ -246,6 +246,13 @@ def test_images_that_are_not_square_are_cut_at_the_same_places(name: str) -> Non
             assert info.size == tuple(round(side * part) for side, part in zip(whole.size, share, strict=True))
 
 
+@pytest.mark.parametrize(("side", "grid"), [((96, 130), (6, 8)), ((100, 70), (6, 4)), ((50, 50), (3, 3))])
+def test_patches_need_not_have_the_images_proportions(side: tuple[int, int], grid: tuple[int, int]) -> None:
+    model = create("timm/vit_tiny_patch16_224", 4, side)
+    assert {info.size for info in model.infos[:-1]} == {grid}
+    assert {info.layout for info in model.infos[:-1]} == {Layout("tokens", 1)}
+
+
 def test_what_it_may_not_do() -> None:
     with pytest.raises(UsageError, match="it computes in another way while it is trained"):
         cut(Whimsical(4, noisy=True), "own", "factory", 4, 32)

@@ -24,6 +24,7 @@ from sakd_cli.engine.trainer import Trainer
 from sakd_cli.errors import UsageError
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import loader_of
+from sakd_cli.runs.launch import try_one_batch
 from sakd_cli.runs.recipe import control_of, notes
 from sakd_cli.tasks.criterion import Criterion
 
@@ -274,3 +275,45 @@ def test_patterns_need_no_quotes_of_yaml(text: str) -> None:
     below = ConfigSource("test", nested(PRETRAIN | {"model": "resnet8"}))
     config = resolve("pretrain", [below, *set_sources([f"train.freeze={text}"])]).config
     assert set(config.train.freeze) == names
+
+
+LATE = "teacher.epochs has no effect: the teacher is not trained here (--pretrain trains one that is missing)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train.patience": 2}, "train.patience=2 ends no run of 3 epochs early"),
+        ({"train.patience": 1}, None),
+        (
+            {"train.freeze": ["stem"], "train.freeze_epochs": 3},
+            "train.freeze_epochs=3: what is frozen stays so for all 3 epochs",
+        ),
+        ({"train.freeze": ["stem"], "train.freeze_epochs": 2}, None),
+        ({"teacher.epochs": 2, "teacher.pretrain": False}, LATE),
+        ({"teacher.epochs": 2}, None),
+        ({"head": "replace"}, "head has no effect: training begins with random weights (--set student_weights=library"),
+        ({"residual.alpha": 0.5}, "residual.alpha has no effect: there are no residual students"),
+    ],
+)
+def test_settings_that_change_nothing_are_told(settings: dict[str, Any], told: str | None) -> None:
+    found = notes(job_of({"train.epochs": 3} | settings))
+    assert [note.startswith(told) for note in found] == [True] if told else not found
+
+
+@pytest.mark.parametrize(("augment", "said"), [("auto", True), ("none", True), ("crop", False)])
+def test_a_crop_that_nothing_is_cropped_by_is_told(augment: str, said: bool, tmp_path: Path) -> None:
+    data = {"name": "imagefolder", "root": str(folder(tmp_path, {"": 10})), "size": 16, "crop": [0.5, 1.0]}
+    settings = {"data": data | {"augment": augment}, "model": "resnet8", "device": "cpu"}
+    job = build.build(resolve("pretrain", [ConfigSource("test", settings)]).config)
+    assert any("data.crop has no effect" in note for note in notes(job)) == said
+
+
+def test_a_plan_counts_what_is_ever_trained() -> None:
+    counts = []
+    for freeze, epochs in (((), None), (("stem", "stage1"), None), (("stem", "stage1"), 1)):
+        settings = PRETRAIN | {"model": "resnet8", "train.freeze": freeze, "train.freeze_epochs": epochs}
+        job = build.build(resolve("pretrain", [ConfigSource("test", nested(settings))]).config)
+        counts.append(try_one_batch(job).trainable["network"])
+    frozen = sum(p.numel() for stage in job.network.stages[:2] for p in stage.parameters())
+    assert counts == [counts[0], counts[0] - frozen, counts[0]]

@@ -343,6 +343,8 @@ def test_summary_with_and_without_teacher() -> None:
     against = "−3.90 points top-1, 30 % of the parameters, 31 % of the MACs."
     for part in (against, "Protocol: the reported result is the last epoch;", "1 min 23 s for 3 epochs: train 93 %"):
         assert part in both
+    large = SUMMARY.teacher.model_copy(update={"parameters": 300 * SUMMARY.parameters}) if SUMMARY.teacher else None
+    assert ", 0.3 % of the parameters" in text_of([summary_table(SUMMARY.model_copy(update={"teacher": large}))], 200)
     alone = text_of([summary_table(SUMMARY.model_copy(update={"teacher": None}))], 200)
     assert not any(part in alone for part in ("Teacher", "against"))
 

@@ -1,6 +1,7 @@
 """`sakd runs`, and the one line of a script that makes, resumes or reports a run."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from filelock import FileLock
 from sakd_cli import runindex
 from sakd_cli.files import parse_yaml
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs import build
 
 TINY = [
     "--dataset",
@@ -53,7 +55,36 @@ def test_runs_are_listed_filtered_and_sorted(there: CliRunner) -> None:
     assert "resnet14" in there.sakd("runs").out
     there.assert_rejects(["runs", "--sort", "size"], 2, "no such column")
     there.assert_rejects(["runs", "--where", "seed"], 2, "key=value")
+    for key in ("method.nam", "networ", "nothing"):
+        there.assert_rejects(["runs", "--where", f"{key}=fitnet"], 2, f"unknown key '{key}'")
+    assert names(there, "--where", "method.power=9") == []  # of a method that no run has
     there.assert_rejects(["runs", "move", "runs/s"], 2, "neither")
+
+
+def test_a_run_that_is_in_use_is_told_before_anything_is_built(
+    there: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, at = RunDir(there.path / "runs/s"), []
+    monkeypatch.setattr(build, "build", lambda *arguments, **more: at.append("built"))
+    with run.locked():
+        assert run.in_use
+        there.assert_rejects(["distill", "--resume", "runs/s", "--epochs", "9"], 8, "in use by process")
+    assert at == []
+
+
+def test_who_looks_whether_a_run_is_in_use_keeps_nobody_out(there: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(there.path / "runs/s")
+    looking = FileLock(run.path / ".lock", thread_local=False)
+    looking.acquire()
+    timer = threading.Timer(0.1, looking.release)
+    timer.start()
+    with run.locked():
+        timer.join()
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(OSError("read-only")))
+    assert not run.in_use  # on a disk that is not to be written nobody works on it
+    (run.path / ".holder").write_text("{}")
+    assert run.in_use
+    (run.path / ".holder").unlink()
 
 
 def test_a_run_is_shown_with_its_settings(there: CliRunner) -> None:

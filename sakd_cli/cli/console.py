@@ -108,7 +108,7 @@ class ConsoleReporter:
         """Print one line, also where log messages are off."""
         if not is_console_process():
             return
-        self.console.print(f"[bold yellow]warning:[/] {escape(clean(text))}")
+        self.console.print(f"[bold yellow]warning:[/] {escape(clean(text, LONGEST_HINT))}")
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         self.steps = steps

@@ -3,11 +3,12 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sakd_cli.errors import Stopped
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Receives what a run reports; the command line draws progress bars or prints lines, a program may ignore it."""
 

@@ -295,7 +295,8 @@ def _read(
         high, wide = (side // gcd(*image) for side in image)
         times = isqrt(tokens // (high * wide))
         alike = times * high, times * wide
-        for h, w in (alike if grid is None else grid, alike):
+        patched = ((image[0] // p, image[1] // p) for p in range(1, min(image) + 1))  # what is left over is cut off
+        for h, w in (alike if grid is None else grid, alike, *patched):
             if 0 <= tokens - h * w <= MOST_PREFIX and h * w:
                 return (width, h, w), Layout("tokens", tokens - h * w)
     return None

@@ -184,7 +184,7 @@ def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]
             unknown_name = isinstance(error, TypeError) and any(argument in str(error) for argument in call.arguments)
             if unknown_name and call is not calls[-1]:
                 continue
-            images = "" if isinstance(error, TypeError) or call is calls[-1] else " for these images"
+            images = "" if call is calls[-1] else " for these images"
             raise UsageError(f"{name}: cannot be built{images} ({first_line(error)})") from None
     raise AssertionError("at least one call")
 

@@ -106,12 +106,15 @@ def try_one_batch(job: Job) -> Plan:
     extensions = run_extensions(job)
     loader = loader_of(job)
     parts = first_losses(job, loader)
+    frozen = recipe.never_trained(job)
     networks = planned_networks(job) + [network for extension in extensions for network in extension.networks()]
     extra = {key: part for extension in extensions for key, part in extension.plan().items()}
     return Plan(
         networks=networks,
         spots=planned_spots(job),
-        trainable={group.name: sum(p.numel() for p in group.parameters) for group in job.task.groups()},
+        trainable={
+            group.name: sum(p.numel() for p in group.parameters if p not in frozen) for group in job.task.groups()
+        },
         images=len(job.images.train),
         batch=parts,
         steps_per_epoch=loader.steps_per_epoch,

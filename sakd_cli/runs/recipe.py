@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sakd_cli import torchrun
+from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import router_train, steps_per_epoch
-from sakd_cli.config.training import DistillConfig
+from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.engine.control import Control, Delivered, Frozen
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.task import Task
@@ -66,8 +67,7 @@ def control_of(job: Job, task: Task) -> Control:
     parameters = _frozen(network, train.freeze)
     if parameters:
         task.has_unused_parameters = True
-    for_good = train.freeze_epochs is None or train.freeze_epochs >= train.epochs
-    if parameters and for_good and len(parameters) == len(_trained(network)):
+    if parameters and len(never_trained(job)) == len(_trained(network)):
         hint = "freeze less, or for fewer epochs than there are: --set train.freeze_epochs=N"
         raise UsageError("train.freeze: leaves nothing of the network to train", hint)
     norms = train.batchnorm == "frozen"
@@ -76,6 +76,13 @@ def control_of(job: Job, task: Task) -> Control:
     frozen = Frozen(network, parameters, train.freeze_epochs, norms=norms)
     beside = Delivered(network, train.ema, frozen, re_estimate=re_estimate) if train.ema or re_estimate else None
     return Control(train.metric, train.patience, frozen if parameters or norms else None, beside)
+
+
+def never_trained(job: Job) -> set[nn.Parameter]:
+    """The parameters that are frozen from the first epoch to the last."""
+    train = job.config.train
+    for_good = train.freeze_epochs is None or train.freeze_epochs >= train.epochs
+    return set(_frozen(job.task.network, train.freeze)) if for_good else set()
 
 
 def check(job: Job) -> None:
@@ -104,12 +111,40 @@ def notes(job: Job) -> list[str]:
         (name, rise), reached = late[0], train.epochs / late[0][1]
         length = f"{rise} epochs, and this run has {train.epochs}"
         found.append(f"weight_warmup of {name} is {length}: its weights get to {reached:.2g} of their value")
+    if train.patience is not None and train.patience >= train.epochs - 1:
+        found.append(f"train.patience={train.patience} ends no run of {train.epochs} epochs early")
+    if train.freeze_epochs is not None and train.freeze_epochs >= train.epochs:
+        found.append(
+            f"train.freeze_epochs={train.freeze_epochs}: what is frozen stays so for all {train.epochs} epochs"
+        )
+    found += [f"{key} has no effect: {why}" for key, why in _without_effect(config)]
     if train.batchnorm == "auto" and (momentum := _forgets_too_late(job, job.task.network)) is not None:
         found.append(
-            f"BatchNorm in {job.network.name} has momentum {momentum:g}, too little for a run of {steps:,} steps: its "
-            "statistics are re-estimated on training images for every evaluation (--set train.batchnorm=running: not)"
+            f"BatchNorm in {job.network.name} has momentum {momentum:g}, too little for a run of {steps:,} steps: "
+            "every evaluation re-estimates its statistics (--set train.batchnorm=running: not)"
         )
     return found
+
+
+def _without_effect(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings that differ from their defaults and change nothing beside the others, and why."""
+    data = config.data
+    if (
+        isinstance(data, FilesConfig)
+        and data.crop != type(data).model_fields["crop"].default
+        and (data.bordered or data.geometry == "none")
+    ):
+        yield "data.crop", "it is of random resized crops (--set data.augment=crop)"
+    begin = "student_weights" if isinstance(config, DistillConfig) else "init_from"
+    if getattr(config, "head", "keep") == "replace" and getattr(config, begin) is None:
+        yield "head", f"training begins with random weights (--set {begin}=library: with those of the library)"
+    if not isinstance(config, DistillConfig):
+        return
+    if config.teacher.epochs is not None and not config.teacher.pretrain:
+        yield "teacher.epochs", "the teacher is not trained here (--pretrain trains one that is missing)"
+    if not config.residual.students:
+        for key in config.residual.model_dump(exclude_defaults=True):
+            yield f"residual.{key}", "there are no residual students (--residual-students N)"
 
 
 def deviations(job: Job, epoch: int) -> Iterator[str]:

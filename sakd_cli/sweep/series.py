@@ -25,7 +25,7 @@ from sakd_cli.runs.resume import AUTO, ResumePlan, resolve_command, resume_confi
 from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
 from sakd_cli.sweep.reuse import RunIndex
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
-from sakd_cli.torchrun import require_single_process
+from sakd_cli.torchrun import is_console_process, require_single_process
 
 if TYPE_CHECKING:
     from sakd_cli.runs.launch import Launcher
@@ -133,6 +133,9 @@ def train_command(
         if plan.finished and not several:
             draw_mixtures(RunDir(Path(str(plan.summary.run))), reporter.say)
             return plan.summary
+        if plan.resume is not None and not several and not dry and is_console_process():
+            with plan.resume.locked():  # that it is in use, or not to be written, is said before what takes long
+                pass
         config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
         from sakd_cli.runs import launch
 

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from sakd_cli import runindex
 from sakd_cli.config.base import written
+from sakd_cli.config.keys import explain
 from sakd_cli.config.resolve import flat, found_again
 from sakd_cli.documents.listing import RunEntries, RunEntry
 from sakd_cli.errors import DamagedError, UsageError
@@ -30,15 +31,21 @@ COLUMNS |= {"Router": "router", "Data": "dataset", "Seed": "seed", "Epochs": "ep
 def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> list[RunEntry]:
     """The runs of a folder that agree with `where` (dotted keys, or columns), the newest first or by a column.
 
-    sort  name of a column, with a hyphen before it for the largest first. Raises UsageError for an unknown one.
+    sort  name of a column, with a hyphen before it for the largest first. Raises UsageError for an unknown one, and for
+    a key in `where` that is neither a column, nor in any of these runs, nor a setting.
     """
     columns = set(RunEntry.model_fields) - {"settings"}
-    found = []
+    if not isinstance(where, Mapping):
+        raise UsageError(f"where: must be a mapping, such as {{'method.name': 'fitnet'}}, got {where!r}")
+    found, unseen = [], {key for key in where if key.count(".") < 2} - columns
     for path, (settings, verdict) in runindex.judged(runs_dir, _whole_and_top1).items():
+        unseen -= {key for key in unseen if look_up(settings, key) is not None}
         entry = run_entry(RunDir(path.parent), settings, verdict)
         known = {key: getattr(entry, key) for key in columns}
         if all(_same(known.get(key, look_up(settings, key)), value) for key, value in where.items()):
             found.append(entry)
+    for key in sorted(unseen):
+        explain(key)
     if sort is None:
         return found
     column = sort.removeprefix("-")

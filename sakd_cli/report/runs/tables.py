@@ -64,8 +64,8 @@ def _notes(summary: Summary) -> list[str]:
         less = difference(summary.last.top1 - teacher.top1, summary.last.top1, teacher.top1)
         notes.append(
             f"Student against {who}: {less} points top-1, "
-            f"{fixed(100 * summary.parameters / (teacher.parameters or 1), 0)} % of the parameters, "
-            f"{fixed(100 * summary.macs / (teacher.macs or 1), 0)} % of the MACs."
+            f"{_percent(summary.parameters, teacher.parameters)} of the parameters, "
+            f"{_percent(summary.macs, teacher.macs)} of the MACs."
         )
     spent = ", ".join(f"{name} {fixed(100 * part, 0)} %" for name, part in summary.phases.items())
     epochs = f"{whole(summary.epochs)} epoch{'s' * (summary.epochs != 1)}"
@@ -75,6 +75,12 @@ def _notes(summary: Summary) -> list[str]:
         notes.append(f"Search for the mixtures before: {duration(summary.search_seconds)}.")
     sums = ", ".join(named(teacher.sha256)[:16] for teacher in teachers)
     return [*notes, f"Teacher weights: sha256 {sums}"] if teachers else notes
+
+
+def _percent(part: int, whole: int | None) -> str:
+    """`12 %`, and what is below ten with one digit: `0.2 %`."""
+    share = 100 * part / (whole or 1)
+    return fixed(share, 0 if share >= 9.95 else 1, " %")
 
 
 def plan_table(plan: Plan) -> RenderableType:
