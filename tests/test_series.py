@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import PAIR, TINY, CliRunner
+from sample_documents import sample
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import ROUTERS
+from sakd_cli.documents.base import Answer
 from sakd_cli.documents.table import DOCUMENTS, Comparison, Report
-from sakd_cli.report.runs.beside import helped
+from sakd_cli.report.runs.beside import _in_words, helped
 from sakd_cli.rundir import RunDir
 
 WORDS = [*PAIR, *TINY, "--method", "kd", "--quiet"]
@@ -196,6 +198,16 @@ def test_the_whole_of_a_run_is_one_page_that_needs_nothing_else(
     assert alone["sections"] == ["Result", "Curves", "Environment", "Settings"]
     for name in alone["written"]:
         Path(name).unlink()
+
+
+def test_each_verdict_says_how_many_seeds_it_would_need() -> None:
+    known = {"seeds": [0, 1, 2], "difference": -0.5, "low": -2.0, "high": 1.0, "p": 0.3, "holm": 0.3, "needed": 904}
+    said, advice = _in_words(sample(Answer, known | {"question": "where", "verdict": "not shown", "effect": -0.8}))
+    assert said == (
+        "Cannot be told from chance: 0.50 points worse than distilling as often, but at random "
+        "(95 % interval −2.00 to +1.00; 3 seeds, 904 to see 0.5 points)."
+    )
+    assert advice == ""
 
 
 def test_a_page_of_a_run_that_has_only_begun_and_one_without_matplotlib(

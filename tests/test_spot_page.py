@@ -30,6 +30,7 @@ from sakd_cli.report.spots.findings import at_the_end, findings
 from sakd_cli.report.spots.log import History, history
 from sakd_cli.report.spots.page import PageContext, spot_page
 from sakd_cli.report.spots.survey import measure
+from sakd_cli.report.spots.tables import survey_tables
 from sakd_cli.rundir import RunDir
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
@@ -335,6 +336,15 @@ def test_the_route_of_an_image_is_the_difference_of_its_counts() -> None:
     assert chart.cells == [[0, 100, None], [100, 100, None]]
     first, _ = charts.history_charts(document(), a_history())
     assert dict(zip(first.rows, first.cells, strict=True))["ball"] == [25, 25, 25]
+
+
+def test_images_without_labels_are_named_by_their_index() -> None:
+    counts = dataclasses.replace(survey(), source="samples", header=None, rated=True, answers={})
+    report = document(measured=measure(counts, SPOTS, sample=False, seed=0, extremes=2))
+    assert re.search(r"apart at \w+: image \d+ at [\d.]+ % and image \d+ at", findings(report, [])["Extremes"])
+    assert report.measured
+    (spots,) = survey_tables(report.measured)["spots"]
+    assert list(spots.headers)[:2] == ["Spot", "Mean"], "no columns of dashes for stages that are not known"
 
 
 def test_what_is_the_same_everywhere_has_no_ends() -> None:

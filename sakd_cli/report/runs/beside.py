@@ -107,5 +107,5 @@ def _in_words(asked: Answer) -> tuple[str, str]:
         some, least = ("one seed" if seeds == 1 else f"{seeds} seeds that agree"), max(LEAST_SEEDS, seeds + 1)
         return f"Cannot be told from {some}: {figure}.", f"Run at least {least} seeds: `--seeds {least}`."
     said = {"better": "Yes", "worse": "No"}.get(asked.verdict, "Cannot be told from chance")
-    need = f"To see 0.5 points: {whole(asked.needed)} seeds." if asked.needed and said.startswith("Cannot") else ""
-    return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds).", need
+    need = f", {whole(asked.needed)} to see 0.5 points" if asked.needed and said.startswith("Cannot") else ""
+    return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds{need}).", ""

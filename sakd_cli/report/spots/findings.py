@@ -222,7 +222,8 @@ def extremes(measured: Measured) -> str:
     wide = max(measured.extremes, key=lambda ends: ends.spread, default=None)
     if wide is None or not wide.spread:
         return ""
-    said = (f"{named(one.label)} at {fraction(one.value)} %" for one in (wide.highest[0], wide.lowest[0]))
+    ends = wide.highest[0], wide.lowest[0]
+    said = (f"{one.label or f'image {one.index}'} at {fraction(one.value)} %" for one in ends)
     return f"The ends lie furthest apart at {named(wide.spot)}: {' and '.join(said)}."
 
 

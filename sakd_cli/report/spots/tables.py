@@ -214,7 +214,8 @@ def _by_class(
 
 
 def _spots(measured: doc.Measured) -> Sheet:
-    columns = columns_of(named, {"Spot": "name", "Student": "student_stage", "Teacher": "teacher_stage"})
+    stages = {"Student": "student_stage", "Teacher": "teacher_stage"} if measured.source != "samples" else {}
+    columns = columns_of(named, {"Spot": "name"} | stages)
     columns |= columns_of(fraction, {"Mean": "mean", "Sampled": "sampled", "> 50": "above_half"})
     columns["Entropy (bits)"] = lambda spot: fixed(spot.entropy, 2)
     columns |= columns_of(fraction, {"5 %": "p05", "50 %": "p50", "95 %": "p95"})
@@ -222,7 +223,7 @@ def _spots(measured: doc.Measured) -> Sheet:
     notes = [f"{whole(measured.images)} {SPLITS[measured.split]}{of}; sampled with seed {measured.seed}."]
     notes[0] += " > 50: images above 50 %; 5, 50, 95 %: quantiles over the images." * bool(measured.spots)
     title = f"The trained router ({WHAT[measured.value]})"
-    return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], text=3)
+    return table(title, measured.spots, columns if measured.spots else {}, [*notes, *measured.notes], ("Spot", *stages))
 
 
 def _classes(classes: doc.Classes, names: list[str], where: list[str], top: int | None) -> Sheet:
