@@ -35,12 +35,7 @@ LARGE = 2**25  # pixels from which pictures are decoded one at a time: 0.13 to 0
 Result = TypeVar("Result")
 _WIDE = {"I;16", "I;16B", "I;16L", "I;16N", "I", "F"}  # modes of one channel with more than 8 bits
 _STRETCHED = {"PPM", "JPEG2000"}  # these say what white is, and Pillow makes it 65535; floats (PFM) it leaves
-# A PNG's transparent colour as Pillow's pixels have it, where the file has other bits than these.
-_KEYS: dict[str, Callable[[Any], Any]] = {
-    "L;2": lambda key: 85 * key,
-    "L;4": lambda key: 17 * key,
-    "RGB;16B": lambda key: tuple(value >> 8 for value in key),
-}
+_KEYS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # from a PNG's transparent colour to Pillow's pixels, by its bits
 _HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 274  # in EXIF
 _WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow looks for it
@@ -91,9 +86,10 @@ class Picture:
         self.greys: tuple[float, float] | None = None
         with _named(path):
             self._picture = picture = _identified(file, reading)
-            if picture.format == "PNG" and "transparency" in picture.info:
-                scaled = _KEYS.get(str(picture.tile[0].args), lambda key: key)  # type: ignore[attr-defined]
-                picture.info["transparency"] = scaled(picture.info["transparency"])
+            key = picture.info.get("transparency") if picture.format == "PNG" else None
+            if key is not None and (factor := _KEYS.get(str(picture.tile[0].args))):  # type: ignore[attr-defined]
+                scaled = tuple(int(value * factor) for value in (key if isinstance(key, tuple) else (key,)))
+                picture.info["transparency"] = scaled if isinstance(key, tuple) else scaled[0]
             self._later = picture.format in ("JPEG", "MPO")
             tiff = picture.format == "TIFF"  # Pillow turns it by itself, and forgets how
             turned = _orientation(picture) if tiff else 1

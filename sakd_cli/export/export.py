@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.config.training import EvalConfig
+from sakd_cli.data.decode import STRIP
 from sakd_cli.documents.table import Accuracy, Check, Export, Latency
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import Reporter
@@ -302,7 +303,8 @@ Pictures: {card.seen.text} (`preprocessing` in `config.json`). In this folder:
 {form.lines(card, inside)}
 ```
 
-- pictures of more than 8 bits a channel are to be scaled to 8 bits before
+- pictures of more than 8 bits a channel are to be scaled to 8 bits before; of those that are more than {STRIP} times
+  longer than wide, only the middle, {STRIP} times as long, is to be taken
 - {document.bytes} bytes in {document.precision} (the network in PyTorch: {document.network_bytes}), SHA-256 of
   `{document.file}`: `{document.sha256}`
 - checked on {check.images} {kind}: logits within {check.difference:.1g} of the trained network,

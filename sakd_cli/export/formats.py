@@ -64,7 +64,8 @@ OPENVINO_LINES = """\
 {opening}
 import openvino
 
-network = openvino.Core().compile_model("model.xml", "CPU")
+exact = {{"INFERENCE_PRECISION_HINT": "f32"}}  # without it some CPUs compute in bf16
+network = openvino.Core().compile_model("model.xml", "CPU", exact)
 {images}
 logits = network(images)[0]"""
 
