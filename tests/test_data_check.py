@@ -58,6 +58,7 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     assert (result.code, result.err) == (3, "")
     document = json.loads(result.out)
     DataCheck.model_validate(document)
+    assert (document["read"], sum(part["images"] for part in document["parts"])) == (14, 17)
     found = {(one["kind"], Path(one["path"]).name): one["text"] for one in document["findings"]}
     assert found.keys() == {
         ("empty-class", "dog"),

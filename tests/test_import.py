@@ -263,6 +263,17 @@ def test_a_head_from_elsewhere_and_half_numbers_are_told(tmp_path: Path) -> None
     assert told == ["weights of type bfloat16, from here on float32", "the last layer taken from probe"]
 
 
+@pytest.mark.parametrize("name", ["resnet20", "vgg8", "mobilenetv2"])
+def test_our_own_names_come_in_too_and_averaged_weights_are_told(tmp_path: Path, name: str) -> None:
+    network = create(name, 10)
+    torch.save(torch.optim.swa_utils.AveragedModel(network).state_dict(), tmp_path / "a.pth")
+    told: list[str] = []
+    found = load_foreign(tmp_path / "a.pth", name, 10, tell=told.append).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in network.state_dict().items())
+    left = "left in the file, beside the weights: n_averaged"
+    assert told == ["averaged weights (EMA) taken (what has no prefix)", left]
+
+
 def test_a_file_is_what_its_content_says(tmp_path: Path) -> None:
     tensors, file = foreign("resnet20")[0], tmp_path / "a.pth"
     save_file({name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}, file)

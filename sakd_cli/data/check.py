@@ -140,7 +140,7 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     notes += _oddities(found.parts, looks, config)
     (findings if isinstance(config, ImageFolderConfig) else notes).extend(_duplicates(seen))
     sizes = {legible(part.folder): list(map(len, part.files.values())) for part in found.parts}
-    return _document(config, len(found.classes), sizes, findings, notes)
+    return _document(config, len(found.classes), sizes, findings, notes).model_copy(update={"read": len(looks)})
 
 
 def _odd_names(found: FolderContents) -> Iterator[Finding]:

@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
     @property
     def averaged(self) -> bool:
-        return bool(EMA.search(self.label.lower()))
+        return bool(EMA.search(self.label.lower())) or "n_averaged" in self.beside  # torch's AveragedModel counts
 
     def unlike(self, shapes: Shapes) -> int:
         """Number of tensors of another shape; of the head's, whatever the number of classes."""
@@ -250,7 +250,7 @@ def _notes(content: Any, chosen: Place, averaged: Sequence[Place]) -> Iterator[s
         where = chosen.label or "what has no prefix"
         yield f"raw weights taken ({where}); averaged ones (EMA) are there too: --key {averaged[0].label}"
     elif chosen.averaged:
-        yield f"averaged weights (EMA) taken ({chosen.label})"
+        yield f"averaged weights (EMA) taken ({chosen.label or 'what has no prefix'})"
     if chosen.head:
         yield f"the last layer taken from {chosen.head}"
     others: list[str] = []
