@@ -246,7 +246,9 @@ def test_the_terms_want_opposite_things() -> None:
     def terms() -> tuple[Tensor, Tensor]:
         alpha = beta.softmax(0)
         mixed = match.mixture([first, second], alpha)
-        return match(x, mixed, alpha).mean(), F.cross_entropy(head(drop(mixed).mean(dim=(2, 3))), labels)
+        return match(match.connector(x), mixed, alpha).mean(), F.cross_entropy(
+            head(drop(mixed).mean(dim=(2, 3))), labels
+        )
 
     fit = torch.optim.Adam([*match.parameters(), *drop.parameters(), *head.parameters()], lr=0.02)
     for _ in range(400):

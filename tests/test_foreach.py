@@ -79,3 +79,15 @@ def test_a_batchnorm_counts_as_torchs_own_do() -> None:
     with pytest.raises(ZeroDivisionError), counted():
         raise ZeroDivisionError
     assert [int(norm.num_batches_tracked) for norm in norms] == [3, 3, 0]
+
+
+@pytest.mark.parametrize("method", ["ab", "ft"])
+def test_a_warm_up_translates_in_the_number_type_of_the_networks(method: str, tmp_path: Path) -> None:
+    task, seen = OTHERS[f"warm-up of {method}"](), set[torch.dtype]()
+    for layer in task.warmup.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    trainer, _ = trained(task, tmp_path / "run", Called(), SIZE)
+    assert seen <= {torch.bfloat16}
+    assert bool(seen) == (method == "ft"), "the maps of ab's networks have one shape and pass no connector"
+    assert all(p.dtype == torch.float32 for p in task.warmup.parameters())

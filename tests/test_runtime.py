@@ -99,17 +99,26 @@ def test_channels_last_reaches_every_map_and_the_routed_pass_shares_the_students
         assert tensor.dim() < 4 or tensor.is_contiguous(memory_format=torch.channels_last), "as its parameter lies"
 
 
+TRANSLATING = {"fitnet", "vid", "ofd", "reviewkd", "ft", "dfa"}
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_bf16_is_for_the_networks_alone(method: str) -> None:
+def test_bf16_is_for_the_networks_and_what_translates_between_them_alone(method: str) -> None:
     exact, task = make(method), make(method, precision="bf16")
     types: list[torch.dtype] = []
     for network in (task.network, task.teacher_features.network, task.graft.run_student.__self__):
         network.stages[0].register_forward_hook(lambda module, x, y: types.append(y.dtype))
+    translators = [] if task.feature_distiller is None else task.feature_distiller.modules()
+    of_translators = set[torch.dtype]()
+    for layer in translators:
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda module, x, y: of_translators.add(y.dtype))
     given = batch(task)
     output, expected = task(given), exact(given)
     output.loss.backward()
     assert set(types) == {torch.bfloat16}
     assert len(types) == 3
+    assert of_translators == ({torch.bfloat16} if method in TRANSLATING else set())
     tensors = [output.loss, output.logits, output.use.weight, *output.parts.values()]
     tensors += [p.grad for group in task.groups() for p in group.parameters if p.grad is not None]
     tensors += [m.running_var for m in task.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -98,7 +98,7 @@ def connect(source: Shape, target: Shape) -> nn.Module:
 
 
 class Match(nn.Module):
-    """D(A, P(s)) per sample at one spot: the mixture A, and the student's map through a connector P."""
+    """D(A, P(s)) per sample at one spot: the mixture A, and the student's map through the `connector` P."""
 
     def __init__(self, spot: Spot, group: BlockGroup, config: DFAConfig) -> None:
         super().__init__()
@@ -107,9 +107,8 @@ class Match(nn.Module):
         self.connector = connect(spot.student_shape, self.shape)
         self.partial = config.distance == "partial_l2"
 
-    def forward(self, student: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
-        """Student's map, the mixture, and the weights it was mixed with, to [N]."""
-        ours = self.connector(student)
+    def forward(self, ours: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
+        """Student's map behind the connector, the mixture, and the weights it was mixed with, to [N]."""
         if self.partial:
             low = alpha.detach() @ self.mixture.low
             return partial_distance(ours, mixed, low) / mixed[0].numel()
@@ -167,5 +166,6 @@ class DFA(Distiller):
         losses = []
         for k, (spot, match, w) in enumerate(zip(self.spots, self._matches, weight, strict=True)):
             mixed = match.mixture([block.detach() for block in teacher.blocks[spot.teacher]], self.alpha(k))
-            losses.append(weighted_mean(match(student.stages[spot.student], mixed, self.alpha(k)), w))
+            ours = self.translated(match.connector, student.stages[spot.student])
+            losses.append(weighted_mean(match(ours, mixed, self.alpha(k)), w))
         return torch.stack(losses)

@@ -7,6 +7,7 @@ for losses that are dear: `Distiller.selected`, which does nothing unless the di
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, cast, final
 
 import torch
@@ -19,8 +20,25 @@ from sakd_cli.models.adapters import mean_pool
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features, Want
 
+Autocast = Callable[[torch.device], AbstractContextManager[Any]]
 
-class Warmup(nn.Module, ABC):
+
+class Translating(nn.Module):
+    """Has modules that translate a map into another network's: as dear as layers of a network, and computed like these.
+
+    autocast  the number type of the networks, on a device (`Mode.networks`); by default that of the weights
+    """
+
+    autocast: Autocast = staticmethod(lambda device: nullcontext())
+
+    def translated(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What `module` makes of `x`, in the number type of the networks, for losses: in at least fp32."""
+        with self.autocast(x.device):
+            y = module(x)
+        return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+class Warmup(Translating, ABC):
     """Training in front of the distillation proper; afterwards the module's parameters are frozen.
 
     A method either learns a module of its own from the teacher first (FT's paraphraser) or initialises the student's
@@ -42,7 +60,7 @@ class Warmup(nn.Module, ABC):
         """The terms of the loss, [terms]; their sum is minimised. `student` is None where it is not trained."""
 
 
-class Distiller(nn.Module, ABC):
+class Distiller(Translating, ABC):
     """A loss at some spots. Subclasses are final and say in one sentence what they match, with formula and source.
 
     places  where it acts, for a class that stands in no row of a table: a name of `distillers/table.py`
@@ -191,11 +209,11 @@ class Composed(Distiller):
         return cast("list[Distiller]", list(getattr(self, "parts", ())))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What holds for it (`active`, `dynamic_shapes`) holds for its parts."""
+        """What holds for it (`active`, `autocast`, `dynamic_shapes`) holds for its parts."""
         super().__setattr__(name, value)
-        if name == "dynamic_shapes":
+        if name in ("autocast", "dynamic_shapes"):
             for part in self._distillers:
-                part.dynamic_shapes = value
+                setattr(part, name, value)
         if name == "active":
             for part, rows in zip(self._distillers, vars(self).get("rows", ()), strict=True):
                 part.active = tuple(value[k] for k in rows)

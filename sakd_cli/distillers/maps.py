@@ -1,7 +1,7 @@
 """Losses of maps, sample by sample: hints, attention, distributions, partial distances, review."""
 
 import math
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class FitNet(SpotwiseDistiller):
         self.regressors = nn.ModuleList([ConvAdapter(spot.student_shape, spot.teacher_shape) for spot in spots])
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        error = F.mse_loss(self.regressors[k](student), teacher, reduction="none")
+        error = F.mse_loss(self.translated(self.regressors[k], student), teacher, reduction="none")
         return weighted_mean(error.flatten(1).mean(dim=1), weight)
 
 
@@ -94,7 +94,7 @@ FIRST_VARIANCE = 5.0
 
 
 class Gaussian(nn.Module):
-    """A Gaussian for the teacher's map given the student's: [N, C1, H, W] to mean [N, C2, H, W], variance [C2]."""
+    """A Gaussian for the teacher's map given the student's: `mean` of [N, C1, H, W] is [N, C2, H, W]."""
 
     def __init__(self, student: int, teacher: int) -> None:
         super().__init__()
@@ -107,8 +107,9 @@ class Gaussian(nn.Module):
         )
         self.log_scale = nn.Parameter(torch.full((teacher,), math.log(math.expm1(FIRST_VARIANCE - EPSILON))))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean(x), F.softplus(self.log_scale) + EPSILON
+    def variance(self) -> Tensor:
+        """Of each channel, [C2]."""
+        return F.softplus(self.log_scale) + EPSILON
 
 
 @final
@@ -129,8 +130,8 @@ class VID(SpotwiseDistiller):
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         weight, student, teacher = self.selected(weight, student, teacher)
         s, t = pooled_to_smaller(student, teacher)
-        mean, variance = self.gaussians[k](s)
-        variance = variance[:, None, None]
+        gaussian = cast(Gaussian, self.gaussians[k])
+        mean, variance = self.translated(gaussian.mean, s), gaussian.variance()[:, None, None]
         surprise = (mean - t).square() / variance + variance.log()
         return weighted_mean(surprise.flatten(1).mean(dim=1) / 2, weight)
 
@@ -192,7 +193,7 @@ class OFD(SpotwiseDistiller):
             self.register_buffer(f"margin{k}", margins(norm), persistent=False)  # the teacher's, not the run's
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        s, t = pooled_to_smaller(self.connectors[k](student), teacher)
+        s, t = pooled_to_smaller(self.translated(self.connectors[k], student), teacher)
         distance = partial_distance(s, t, self.get_buffer(f"margin{k}"))
         return 2.0 ** (k - len(self.spots) + 1) * weighted_mean(distance, weight)
 
@@ -313,10 +314,11 @@ class ReviewKD(Distiller):
         """The student's maps, shallow to deep, fused and in the teacher's shapes."""
         found: list[Tensor] = []
         deeper = None
-        for fusion, x in zip(reversed(self.fusions), reversed(maps), strict=True):
-            out, deeper = fusion(as_map(x), deeper)
-            found.insert(0, out)
-        return found
+        with self.autocast(maps[0].device):
+            for fusion, x in zip(reversed(self.fusions), reversed(maps), strict=True):
+                out, deeper = fusion(as_map(x), deeper)
+                found.insert(0, out)
+        return [out.to(torch.promote_types(out.dtype, torch.float32)) for out in found]
 
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         ours, theirs = zip(*self.pairs(student, teacher), strict=True)

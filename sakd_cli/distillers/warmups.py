@@ -46,7 +46,8 @@ class AB(Warmup):
         assert student is not None
         losses = []
         for k, (spot, connector) in enumerate(zip(self.spots, self.connectors, strict=True)):
-            s, t = connector(student.preactivations[spot.student]), teacher.preactivations[spot.teacher].detach()
+            s = self.translated(connector, student.preactivations[spot.student])
+            t = teacher.preactivations[spot.teacher].detach()
             too_high = (s + self.margin).square() * ((s > -self.margin) & (t <= 0))
             too_low = (s - self.margin).square() * ((s <= self.margin) & (t > 0))
             depth = 2.0 ** (k - len(self.spots) + 1)
@@ -103,7 +104,7 @@ class Paraphraser(Warmup):
 
     def forward(self, student: Features | None, teacher: Features) -> Tensor:
         t = teacher.stages[self.spots[0].teacher].detach()
-        return F.mse_loss(self.decode(self.encode(t)), t)[None]
+        return F.mse_loss(self.translated(lambda x: self.decode(self.encode(x)), t), t)[None]
 
 
 def translator(student: int, teacher: int, rate: float) -> nn.Sequential:
@@ -136,8 +137,8 @@ class FT(SpotwiseDistiller):
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(self.warmup, Paraphraser)
-        weight, translated, teacher = self.selected(weight, self.translate(student), teacher)
+        weight, translated, teacher = self.selected(weight, self.translated(self.translate, student), teacher)
         with torch.no_grad():
-            encoded = self.warmup.encode(teacher)
+            encoded = self.translated(self.warmup.encode, teacher)
         s, t = (attention(x, self.factor_power) for x in pooled_to_smaller(translated, encoded))
         return weighted_mean((s - t).abs().pow(self.power).mean(dim=1), weight)

@@ -122,6 +122,8 @@ class DistillTask(Task):
         self.feature_distiller, self.logit_distiller = distillers.features, distillers.logits
         self.router, self.graft = router, graft
         self.factors, self.rates, self.mode, self.offset = factors, rates, mode or Mode(), offset
+        if self.feature_distiller is not None:
+            self.feature_distiller.autocast = self.mode.networks
         self.criterion = criterion or Criterion()
         self.noise_width = router.noise_width
         self._fork = Fork(enabled=self.mode.graphed)

@@ -138,6 +138,7 @@ class WarmupTask(SingleRateTask):
     def __init__(self, network: StagedModel, teacher: StagedModel, warmup: Warmup, **recipe: Unpack[Recipe]) -> None:
         super().__init__(network, [network] if warmup.trains_student else [], **recipe)
         self.warmup = warmup.requires_grad_(True)
+        self.warmup.autocast = self.mode.networks
         self.student_features = partial(network.features, want=warmup.want)
         self.teacher_features = partial(teacher.features, want=warmup.want)
 

@@ -149,11 +149,12 @@ class SearchTask(Task):
         for k, ((one, match, drop), alpha) in enumerate(zip(self._searches, self.alphas(), strict=True)):
             student, stage = k % len(ours), one.spot.student  # one student each, or one for all
             mixed = match.mixture(theirs[one.spot.teacher], alpha)
-            st.append(match(ours[student].stages[stage], mixed, alpha).mean())
             tail = self._tails[student]
-            dropped = tail.infos[stage].layout.from_map(drop(mixed))
             with networks:
+                connected = to_fp32(match.connector(ours[student].stages[stage]))
+                dropped = tail.infos[stage].layout.from_map(drop(mixed))
                 passed = tail.run(dropped, stage + 1, len(ours[student].stages) + 1)
+            st.append(match(connected, mixed, alpha).mean())
             ts.append(F.cross_entropy(to_fp32(passed), batch.labels))
         rest = torch.stack([_entropy(alpha) for alpha in self.alphas()]).sum() * self.settings.arch_decay
         return Losses(ce, torch.stack(st).sum(), torch.stack(ts).sum(), rest)
