@@ -87,7 +87,7 @@ def test_a_warm_up_translates_in_the_number_type_of_the_networks(method: str, tm
     for layer in task.warmup.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
-    trainer, _ = trained(task, tmp_path / "run", Called(), SIZE)
+    trained(task, tmp_path / "run", Called(), SIZE)
     assert seen <= {torch.bfloat16}
     assert bool(seen) == (method == "ft"), "the maps of ab's networks have one shape and pass no connector"
     assert all(p.dtype == torch.float32 for p in task.warmup.parameters())
