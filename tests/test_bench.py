@@ -37,6 +37,10 @@ def found(cli: CliRunner) -> dict[str, Any]:
     return cli.sakd(*SMALL, *more).document
 
 
+def test_a_teacher_that_is_a_run_is_refused_since_weights_do_not_matter(cli: CliRunner) -> None:
+    cli.assert_rejects(["bench", "--teacher", "runs/A", "-q"], 2, "bench: runs/A: an architecture is timed")
+
+
 def test_the_document_has_its_schema(found: dict[str, Any]) -> None:
     keys = {"schema", "environment", "setup", "steps", "ratios", "reported", "phases", "seconds_to_first_step"}
     assert set(found) == keys | {"scaling", "comparison"}

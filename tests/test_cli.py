@@ -239,6 +239,7 @@ def test_every_help_has_two_examples(cli: CliRunner, command: str) -> None:
         ("adaptive", "sakd show router adaptive"),
         ("train.lr", "sakd show key train.lr"),
         ("eval", "sakd show schema eval"),
+        ("my.py:Hard", "sakd show method|router my.py:Hard"),
         ("nothing-of-the-kind", "sakd show --help"),
     ],
 )

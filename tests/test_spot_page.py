@@ -345,6 +345,7 @@ def test_images_without_labels_are_named_by_their_index() -> None:
     assert report.measured
     (spots,) = survey_tables(report.measured)["spots"]
     assert list(spots.headers)[:2] == ["Spot", "Mean"], "no columns of dashes for stages that are not known"
+    assert {*survey_tables(report.measured)["extremes"][0].headers} == {"Value", "Image"}
 
 
 def test_what_is_the_same_everywhere_has_no_ends() -> None:

@@ -15,12 +15,12 @@ from test_sweep_table import finished
 
 from sakd_cli.cli.progress import Bars
 from sakd_cli.documents.bench import Bench
-from sakd_cli.documents.evaluation import Evaluation
+from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.listing import RunEntries
 from sakd_cli.documents.spots import Measured, SpotsDocument
 from sakd_cli.documents.training import EnsembleTraining
 from sakd_cli.report.bench import bench_tables
-from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary
+from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, ensemble_tables
 from sakd_cli.report.evaluation.tables import score_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import parts
@@ -144,6 +144,14 @@ def residual_tables() -> list[Any]:
     figures |= {"energies": energies, "early": metrics, "all": metrics, "curve": points, "stopped": "three at most"}
     found = sample(EnsembleTraining, figures)
     return [ensemble_summary(found), curve_table(found.curve)]
+
+
+@pytest.mark.parametrize(("budget", "told"), [(0.2, True), (0.4, False)])
+def test_a_budget_that_cannot_be_kept_is_told(budget: float, told: bool) -> None:
+    figures = {"members": ["resnet8", "resnet8"], "member_macs": [30, 20], "macs": 31, "cost": 0.31, "exits": [9, 1]}
+    figures |= {"rule": "budget", "budget": budget, "early_exit": True, "thresholds": [0.9], "teacher": {"macs": 100}}
+    text = text_of(ensemble_tables(sample(EnsembleEvaluation, {"images": 10, "ensemble": figures})), 200)
+    assert ("Warning: the budget, 20.0 %, is less than the student alone costs." in text) == told
 
 
 def a_probe() -> SpotsDocument:

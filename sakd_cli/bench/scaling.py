@@ -13,6 +13,7 @@ from sakd_cli.bench import measure
 from sakd_cli.bench.measure import Rounds, timed
 from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, load_peer_step, plain_distillation
 from sakd_cli.config.networks import find_network
+from sakd_cli.config.sweep import is_path
 from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.documents.bench import Bench, Scaling, ScalingPoint
 from sakd_cli.errors import UsageError, unknown
@@ -119,6 +120,8 @@ def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None
     """Time the steps of a distillation's settings with the options of `sakd bench`."""
     setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
     # Everything is checked before minutes are spent.
+    if is_path(source := config.teacher.source):
+        raise UsageError(f"bench: {source}: an architecture is timed, with random weights", "give its name")
     points = points_of(axis, setup) if axis else []
     before = measure.earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():

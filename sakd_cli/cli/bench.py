@@ -13,6 +13,8 @@ from sakd_cli.report.bench import bench_tables
 def bench(options: Values, json: bool, quiet: bool) -> None:
     """Time a training step: student alone, plain distillation, the method with and without routing, as published.
 
+    Networks have random weights, so --teacher is the name of an architecture here.
+
     Examples:
 
         sakd bench --teacher wrn40_2 --student wrn16_2 --method fitnet

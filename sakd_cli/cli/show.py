@@ -84,6 +84,8 @@ def _of_file(kind: Kind, file: str) -> list[Listed]:
 
 def kind_of(name: str) -> str | None:
     """Which `sakd show` explains what has this name; None where there is nothing of the kind."""
+    if of_file(name):
+        return "method|router"
     tables: dict[str, Any] = {"method": methods.METHODS, "router": routers.ROUTERS, "schema": DOCUMENTS}
     if found := next((kind for kind, table in tables.items() if own_name(name, table)), None):
         return found

@@ -64,10 +64,13 @@ def _cost_note(found: EnsembleExits) -> str:
     text = f"Mean cost {large(found.macs)} MACs per image ({how})"
     if found.cost is None or not teacher:
         return f"{text}; the teacher is not known."
+    least = found.member_macs[0] / teacher
+    over = f" Warning: the budget, {fraction(found.budget)} %, is less than the student alone costs."
     return (
-        f"{text}: {fraction(found.cost)} % of the teacher's; "
-        f"the student alone {fraction(found.member_macs[0] / teacher)} %, "
+        f"{text}: {fraction(found.cost)} % of the teacher's; the student alone {fraction(least)} %, "
         f"all members {fraction(sum(found.member_macs) / teacher)} %."
+        + over
+        * (found.early_exit and found.rule == "budget" and least > found.budget)
     )
 
 

@@ -256,15 +256,15 @@ def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> S
 
 
 def _extremes(ends: doc.SpotExtremes, most: int | None) -> Sheet:
-    predictions = {"Student predicts": "student_prediction", "Teacher predicts": "teacher_prediction"}
     columns = columns_of(fraction, {"Value": "value"}) | columns_of(str, {"Image": "index"})
     images: list[doc.ExtremeImage] = [*ends.highest[:most], *reversed(ends.lowest[:most])]
     columns |= columns_of(named, {"File": "file"} if any(image.file for image in images) else {})
-    columns |= columns_of(named, {"Class": "label"} | predictions)
+    text = {"Class": "label", "Student predicts": "student_prediction", "Teacher predicts": "teacher_prediction"}
+    columns |= columns_of(named, text if any(image.label for image in images) else {})
     columns["Student loss"] = lambda row: fixed(row.student_loss, 2)
     columns |= columns_of(fraction, {"Teacher confidence": "teacher_confidence"})
     notes = ["Highest first, then lowest. Image: its index in the data set; student loss in nats."]
-    return table(f"Extremes at {named(ends.spot)} (%)", images, columns, notes, ["Class", "File", *predictions])
+    return table(f"Extremes at {named(ends.spot)} (%)", images, columns, notes, ["File", *text])
 
 
 def _routed(routed: doc.RoutedNetwork) -> Sheet:
