@@ -55,6 +55,9 @@ def test_the_command_takes_key_and_class_order_and_knows_published_teachers(cli:
     (cli.path / "few.txt").write_text("\n".join([*order[:-1], "unicorn"]))
     text = "is not the 100 classes of cifar100: only there: 'unicorn'; only here: 'mountain'"
     cli.assert_rejects([*base[:2], "--classes", "few.txt", *nowhere[:2]], 2, text)
+    for places in (dict.fromkeys(order, 0), {name: 2 * place for place, name in enumerate(order)}):
+        (cli.path / "few.json").write_text(json.dumps(places))
+        cli.assert_rejects([*base[:2], "--classes", "few.json", *nowhere[:2]], 2, "holds no order of classes")
     (cli.path / "ckpt.pth").write_bytes(b"")
     cli.assert_rejects(["import-weights", "ckpt.pth"], 2, "Missing option '--model'")
 

@@ -100,12 +100,16 @@ def _order(file: Path, ours: tuple[str, ...], dataset: str) -> list[int]:
         content: Any = parse_json(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
         if isinstance(content, dict):
             pairs = [(name, place) if isinstance(place, int) else (place, int(name)) for name, place in content.items()]
+            if sorted(place for _, place in pairs) not in [list(range(at, at + len(pairs))) for at in (0, 1)]:
+                raise ValueError
             content = [name for name, _ in sorted(pairs, key=lambda pair: pair[1])]
         theirs = tuple(str(name).strip() for name in content if str(name).strip())
     except OSError as error:
         raise UsageError(f"--classes {file}: {unreadable(error)}") from None
     except (ValueError, TypeError):
-        raise UsageError(f"--classes {file}: holds no names of classes", "one a line, or a list in JSON") from None
+        raise UsageError(
+            f"--classes {file}: holds no order of classes", "a name a line, or JSON: a list, or places"
+        ) from None
     if sorted(theirs) != sorted(ours):
         found = differing_classes(theirs, ours)
         raise UsageError(f"--classes {file}: is not the {len(ours)} classes of {dataset}: {found}")

@@ -74,7 +74,7 @@ HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 def read_foreign(file: Path, most: int) -> Any:
     """What a file of weights holds, as plain data. Raises UsageError where it has more than `most` bytes, or other."""
     if not file.is_file():
-        raise UsageError(f"{file}: no such file")
+        raise UsageError(f"{file}: {'no file' if file.exists() else 'no such file'}")
     if file.stat().st_size > most:
         raise UsageError(f"{file}: has {file.stat().st_size >> 20} MB, too many for this network", hint=ALONE)
     if file.name.endswith(".index.json"):
