@@ -222,7 +222,7 @@ def top1(logits: Tensor, rows: Rows) -> Tensor:
 
 
 LOWER = "a lower learning rate may help: --set train.lr=..."
-SHOWN = 8  # images that a message names
+SHOWN = 6  # images that a message names
 ROOM = 64  # numbers
 
 

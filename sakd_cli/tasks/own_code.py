@@ -55,7 +55,7 @@ def of_own_code(error: NonFiniteError, task: Task) -> NonFiniteError:
         suspected = "gradients is" in error.message  # while all that it gives is finite
         if module is not None and (suspected or term in error.message) and line_of(module):
             text = "gives weights that are NaN or outside of 0 to 1: " if name == "router" else ""
-            text = "perhaps its gradient, as of a root or a norm at 0: " if suspected else text
+            text = "perhaps its gradient, as of a root at 0: " if suspected else text
             return NonFiniteError(f"{method_of(module)}: {text}{error.message}", GUIDE)
     return error
 
