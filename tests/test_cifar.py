@@ -61,6 +61,8 @@ def test_cifar_reads_what_is_there(official: Path, no_network: list[str]) -> Non
     assert dataset.train.labels.tolist() == [1, 0]
     assert len(dataset.test) == 1
     assert dataset.classes == ("apple", "bear")
+    inside = torchvision_sets.load_cifar(CIFAR100Config(root=official / "cifar-100-python"))
+    assert torch.equal(inside.train.images, dataset.train.images)
     assert no_network == []
 
 

@@ -129,9 +129,11 @@ def test_a_teacher_that_has_moved_is_taken_if_it_is_the_same(runs: CliRunner) ->
     run = stopped(runs, "moved")
     (runs.path / "t").rename(runs.path / "elsewhere")
     try:
-        result = runs.sakd("distill", "--resume", "moved", "--teacher-weights", "elsewhere/teacher", "-q")
+        lost = runs.sakd("distill", "--resume", "moved", "-q")
+        assert (lost.code, "--teacher-weights" in lost.err) == (2, True), lost.err
+        result = runs.sakd("distill", "--resume", "moved", "--teacher-weights", "elsewhere", "-q")  # its run directory
         assert result.code == 0, result.err
-        assert "elsewhere" in yaml.safe_load((run / "config.yaml").read_text())["teacher"]["weights"]
+        assert "elsewhere/teacher" in yaml.safe_load((run / "config.yaml").read_text())["teacher"]["weights"]
         stopped(runs, "moved")
         other = ["distill", "--resume", "moved", "--teacher-weights", "long/student"]
         assert "is not the teacher this run began with" in runs.sakd(*other).err

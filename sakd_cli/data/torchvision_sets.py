@@ -60,6 +60,8 @@ def load_cifar(config: CIFAR10Config | CIFAR100Config) -> Dataset:
     known = CIFAR10 if isinstance(config, CIFAR10Config) else CIFAR100
     kind = getattr(_torchvision(), known.name.upper())
     root = config.root or default_root()
+    if root.name == kind.base_folder and not _missing(config.name, root.parent, kind):
+        root = root.parent  # of the folder of the files, not of that around it
     missing = _missing(config.name, root, kind)
     if missing and config.download:
         _fetch(config.name, root, kind)

@@ -38,8 +38,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
         raise UsageError(f"teacher: {source} is no network of a library", hint)
     if isinstance(weights, Path):
-        own_network(run_of(weights))
-        return weights
+        return weights_at(weights, "teacher.weights", hint="--teacher-weights says where it is")
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
@@ -57,7 +56,7 @@ def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path
     return found
 
 
-def weights_at(source: Path | str, key: str) -> Path:
+def weights_at(source: Path | str, key: str, hint: str | None = None) -> Path:
     """The weights file or folder that a path means: of a run directory its network. `key`: the setting, for errors."""
     path = expanded(source)
     own_network(run_of(path))
@@ -65,7 +64,7 @@ def weights_at(source: Path | str, key: str) -> Path:
         return RunDir(path).require_deliverable()
     if path.exists():
         return path
-    raise UsageError(f"{key}: {source}: no such file or directory")
+    raise UsageError(f"{key}: {source}: no such file or directory", hint)
 
 
 def _means_path(source: str) -> bool:
