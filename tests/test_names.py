@@ -9,8 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from sakd_cli.cli import console
 from sakd_cli.report.render import fonts, plots
 from sakd_cli.report.render.format import csv_text
+from sakd_cli.report.render.sheet import Sheet
 
 NAMES = ["猫", "собака", "a$b$c^", "naïve"]
 
@@ -69,3 +71,11 @@ def test_no_cell_of_a_csv_is_a_formula(name: str, tmp_path: Path) -> None:
     (first, second) = csv.DictReader(io.StringIO(csv_text(["class", "value"], rows), newline=""))
     assert first == {"class": "'" + name.replace("\r", "\\r"), "value": "-1.5"}
     assert second == {"class": "a=b", "value": ""}
+
+
+def test_a_word_between_colons_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    console.complain("m.csv:train: lacks", ":cat:")
+    console.show("photos:train:", Sheet("Parts", ("Part",), [[":train:"]]))
+    shown = capsys.readouterr()
+    assert shown.err == "error: m.csv:train: lacks\nhint: :cat:\n"
+    assert shown.out.count(":train:") == 2

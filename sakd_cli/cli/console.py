@@ -24,13 +24,13 @@ LONGEST, LONGEST_HINT = 192, 400  # characters of a message; commands in a hint 
 
 def out() -> Console:
     """Console of the data; rich obeys NO_COLOR and TERM=dumb. 100 columns where there is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=max(console.width, 100))
 
 
 def err() -> Console:
     """Console of log messages."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def show(*renderables: RenderableType) -> None:
