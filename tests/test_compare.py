@@ -20,11 +20,10 @@ from scipy import stats
 from sakd_cli.config.identity import identity
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.documents.table import Comparison
-from sakd_cli.documents.training import Summary, TrainingTeacher
+from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
-from sakd_cli.report.runs.page import RunPage
 from sakd_cli.report.runs.statistics import corrected, holm, in_words, paired_test, seed_statistics, seeds_needed
 from sakd_cli.rundir import RunDir
 
@@ -330,23 +329,6 @@ def test_every_help_has_two_examples(cli: CliRunner, command: str) -> None:
     result = cli.sakd(*command.split(), "--help", COLUMNS="120")
     assert (result.code, result.err) == (0, "")
     assert result.out.partition("Examples:")[2].count(f"sakd {command}") == 2
-
-
-def test_the_page_of_a_run_names_every_teacher_and_the_first_of_equal_epochs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(RunDir, "environment", {})
-    run = make(tmp_path, "always", 0, 40.0)
-    more = [sample(TrainingTeacher, network="two", top1=55.55)]
-    first = sample(TrainingTeacher, network="one", top1=60.0)
-    found = run.summary.model_copy(update={"teacher": first, "more_teachers": more})
-    (run.path / "summary.json").write_text(found.text)
-    metrics = run.path / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"top1": 22.0', '"top1": 21.0'))
-    RunPage(RunDir(run.path), print).write(tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text().replace("&nbsp;", " ")
-    assert "Top-1 40.00 % on the test images after the last epoch; its teachers one 60.00 %, two 55.55 %." in page
-    assert "Validation top-1 was highest in epoch 1 of 2, 21.00 %; in the last 21.00 %." in page
 
 
 def test_runs_are_compared_without_torch(tmp_path: Path) -> None:

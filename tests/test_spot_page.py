@@ -1,7 +1,6 @@
 """Pictures and the page of `sakd inspect-spots`: what is drawn, that nothing is loaded, and how a browser shows it."""
 
 import base64
-import dataclasses
 import hashlib
 import io
 import json
@@ -26,11 +25,10 @@ from sakd_cli.report.render.charts import Heat, Lines, Series, dashes, drawn, sh
 from sakd_cli.report.render.html import Answer, Gallery, Opening, Section, Tile
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.spots import charts
-from sakd_cli.report.spots.findings import at_the_end, findings
+from sakd_cli.report.spots.findings import findings
 from sakd_cli.report.spots.log import History, history
 from sakd_cli.report.spots.page import PageContext, spot_page
 from sakd_cli.report.spots.survey import measure
-from sakd_cli.report.spots.tables import survey_tables
 from sakd_cli.rundir import RunDir
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
@@ -336,28 +334,6 @@ def test_the_route_of_an_image_is_the_difference_of_its_counts() -> None:
     assert chart.cells == [[0, 100, None], [100, 100, None]]
     first, _ = charts.history_charts(document(), a_history())
     assert dict(zip(first.rows, first.cells, strict=True))["ball"] == [25, 25, 25]
-
-
-def test_images_without_labels_are_named_by_their_index() -> None:
-    counts = dataclasses.replace(survey(), source="samples", header=None, rated=True, answers={})
-    report = document(measured=measure(counts, SPOTS, sample=False, seed=0, extremes=2))
-    assert re.search(r"apart at \w+: image \d+ at [\d.]+ % and image \d+ at", findings(report, [])["Extremes"])
-    assert report.measured
-    (spots,) = survey_tables(report.measured)["spots"]
-    assert list(spots.headers)[:2] == ["Spot", "Mean"], "no columns of dashes for stages that are not known"
-    assert {*survey_tables(report.measured)["extremes"][0].headers} == {"Value", "Image"}
-
-
-def test_what_is_the_same_everywhere_has_no_ends() -> None:
-    alike = survey(header=header(classes=["a", "b", "c"]))
-    alike = dataclasses.replace(alike, value=np.full_like(alike.value, 0.99999))
-    rows = [{"name": name, "fraction": [0.5, 0.2 * k], "deviation": [0.0, k - 0.5]} for k, name in enumerate("abc")]
-    report = document(by_class=rows, measured=measure(alike, SPOTS, sample=False, seed=0, extremes=2))
-    assert at_the_end(report) == [
-        "At the end of training the router's probability at logits is 100.0 % for every class."
-    ]
-    said = findings(report, [])["The trained router"]
-    assert said == "Single images hardly differ at any spot: at stage2 nine in ten are at 100.0 %."
 
 
 def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> None:

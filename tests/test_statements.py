@@ -1,16 +1,20 @@
 """What is said of results: one sentence for one thing, and nothing side by side that is not alike."""
 
+import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from sample_documents import sample
 from test_compare import compared, make, series
-from test_inspection import measured
+from test_inspection import SPOTS, header, measured, survey
 from test_report import CONFIG, Tree, epoch, everything, long_run, make_run, spot, text_of
+from test_spot_page import document
 from test_sweep_table import finished
 
 from sakd_cli.cli.progress import Bars
@@ -18,7 +22,7 @@ from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.listing import RunEntries
 from sakd_cli.documents.spots import Measured, SpotsDocument
-from sakd_cli.documents.training import EnsembleTraining
+from sakd_cli.documents.training import EnsembleTraining, TrainingTeacher
 from sakd_cli.report.bench import bench_tables
 from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, ensemble_tables
 from sakd_cli.report.evaluation.tables import score_tables
@@ -27,12 +31,16 @@ from sakd_cli.report.render.sheet import parts
 from sakd_cli.report.runs.compare import compare
 from sakd_cli.report.runs.compare_tables import comparison_tables
 from sakd_cli.report.runs.entries import entry_tables, run_entries
+from sakd_cli.report.runs.page import RunPage
 from sakd_cli.report.spots.charts import panels_of
+from sakd_cli.report.spots.findings import at_the_end, findings
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.page import PageContext, spot_sections
+from sakd_cli.report.spots.survey import measure
 from sakd_cli.report.spots.tables import spot_tables, survey_tables
 from sakd_cli.report.sweep.results import sweep_document
 from sakd_cli.report.sweep.tables import sweep_tables
+from sakd_cli.rundir import RunDir
 
 ALWAYS = "of 100 % at every spot in every epoch. It decided nothing and did what router always does, at almost twice"
 RECIPE = "--set router.recipe=auto lets it decide"
@@ -215,3 +223,42 @@ def test_coins_that_repeat_each_seed_another_run_are_one_group(tmp_path: Path) -
     document = compared(runs)
     assert [len(group["seeds"]) for group in document["groups"]] == [2, 2]
     assert not [row for row in document["differences"] if row["key"].startswith("router.run")]
+
+
+def test_the_page_of_a_run_names_every_teacher_and_the_first_of_equal_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDir, "environment", {})
+    run = make(tmp_path, "always", 0, 40.0)
+    more = [sample(TrainingTeacher, network="two", top1=55.55)]
+    first = sample(TrainingTeacher, network="one", top1=60.0)
+    found = run.summary.model_copy(update={"teacher": first, "more_teachers": more})
+    (run.path / "summary.json").write_text(found.text)
+    metrics = run.path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"top1": 22.0', '"top1": 21.0'))
+    RunPage(RunDir(run.path), print).write(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text().replace("&nbsp;", " ")
+    assert "Top-1 40.00 % on the test images after the last epoch; its teachers one 60.00 %, two 55.55 %." in page
+    assert "Validation top-1 was highest in epoch 1 of 2, 21.00 %; in the last 21.00 %." in page
+
+
+def test_images_without_labels_are_named_by_their_index() -> None:
+    counts = dataclasses.replace(survey(), source="samples", header=None, rated=True, answers={})
+    report = document(measured=measure(counts, SPOTS, sample=False, seed=0, extremes=2))
+    assert re.search(r"apart at \w+: image \d+ at [\d.]+ % and image \d+ at", findings(report, [])["Extremes"])
+    assert report.measured
+    (spots,) = survey_tables(report.measured)["spots"]
+    assert list(spots.headers)[:2] == ["Spot", "Mean"], "no columns of dashes for stages that are not known"
+    assert {*survey_tables(report.measured)["extremes"][0].headers} == {"Value", "Image"}
+
+
+def test_what_is_the_same_everywhere_has_no_ends() -> None:
+    alike = survey(header=header(classes=["a", "b", "c"]))
+    alike = dataclasses.replace(alike, value=np.full_like(alike.value, 0.99999))
+    rows = [{"name": name, "fraction": [0.5, 0.2 * k], "deviation": [0.0, k - 0.5]} for k, name in enumerate("abc")]
+    report = document(by_class=rows, measured=measure(alike, SPOTS, sample=False, seed=0, extremes=2))
+    assert at_the_end(report) == [
+        "At the end of training the router's probability at logits is 100.0 % for every class."
+    ]
+    said = findings(report, [])["The trained router"]
+    assert said == "Single images hardly differ at any spot: at stage2 nine in ten are at 100.0 %."

@@ -241,7 +241,8 @@ def _resume_alone(arguments: list[str]) -> list[str]:
 
 def _of_parser(error: Any) -> str:
     """What the parser says; of an argument that is missing also what it is."""
-    said: str = error.format_message().replace("Value error, ", "")
+    said: str = error.format_message().replace("Value error, ", "").replace("Input should be", "must be")
+    said = said.partition(", unable to parse")[0]
     what = getattr(getattr(error, "param", None), "help", None)
     return f"{said[:-1]}: {what}" if what and re.fullmatch(r"Missing \S+ '\S+'\.", said) else said
 

@@ -1,7 +1,6 @@
 """`sakd list` and `sakd show`: what there is to choose from, and what each of it means."""
 
 import inspect
-from contextlib import suppress
 from json import dumps
 from typing import Annotated, Any, Literal
 
@@ -12,9 +11,10 @@ from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import NAMES, Values, completion, with_options
 from sakd_cli.config import code, methods, networks, routers
 from sakd_cli.config.base import choose, of_file, own_name, summary
-from sakd_cli.config.keys import explain
+from sakd_cli.config.keys import explain, keys_of
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
 from sakd_cli.config.resolve import preset_summary, presets
+from sakd_cli.config.training import TASKS
 from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
 from sakd_cli.documents.table import DOCUMENTS
 from sakd_cli.errors import UsageError, unknown
@@ -87,12 +87,8 @@ def kind_of(name: str) -> str | None:
     if of_file(name):
         return "method|router"
     tables: dict[str, Any] = {"method": methods.METHODS, "router": routers.ROUTERS, "schema": DOCUMENTS}
-    if found := next((kind for kind, table in tables.items() if own_name(name, table)), None):
-        return found
-    with suppress(UsageError):
-        explain(name)
-        return "key"
-    return None
+    tables["key"] = [key for task in TASKS for key in keys_of(task)]
+    return next((kind for kind, table in tables.items() if own_name(name, table)), None)
 
 
 @with_options("show-router")

@@ -34,6 +34,8 @@ def inspect_run(named: Path | None, params: Mapping[str, Any], reporter: Reporte
         raise UsageError("--panel needs --plot FILE")
     if samples and samples.suffix not in (".jsonl", ".csv"):
         raise UsageError(f"--samples {samples}: the name ends in .jsonl or .csv")
+    if html and html.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--html {html}: the name of an HTML file ends in .html")
     if plot:
         plots.require_plot(plot)
     document, survey = _read(named, params, reporter)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sakd_cli.config import code
+from sakd_cli.config.base import choose
 from sakd_cli.config.grid import Grid, Member, Role, grid
 from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, parse_assignment, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
@@ -35,8 +36,8 @@ def understood(
     file  or the name of a preset, or what such a file has
     """
     path = Path(SWEEP) if isinstance(file, Mapping) else Path(file).expanduser()
-    if not path.exists() and path.stem in presets():
-        path = presets()[path.stem]
+    if not path.exists() and (path.stem in presets() or path.name == path.stem == str(file)):
+        path = presets()[choose("preset", path.stem, presets(), "sakd list presets, or a YAML file of your own")]
     layer = ConfigSource("settings", dict(file)) if isinstance(file, Mapping) else file_source(path, str(file))
     code.trust(*code.own_names(layer.values.values()))
     if layer.values.get("task") != SWEEP:
