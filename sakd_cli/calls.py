@@ -212,9 +212,11 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_of(value: Any) -> Any:
-    """A name, a number or a truth value as it is, of an object the name that it gets; also in lists and dicts."""
+    """A name, a place, a number or a truth value as text or it is, of an object its name; also in lists and dicts."""
     if isinstance(value, Mapping):
         return {key: plain_of(one) for key, one in value.items()}
-    if isinstance(value, str | Path | int | float | None):
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | float | None):
         return value
     return [plain_of(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)

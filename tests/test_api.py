@@ -179,6 +179,7 @@ def test_what_would_be_done_is_a_plan_and_nothing_is_written(teacher: Path, cli:
     before, shapes = sorted(cli.path.rglob("*")), {"dataset": "shapes", "epochs": 1, "settings": FEW}
     plan = api.distill(teacher=teacher, student="resnet8", method="kd", dry_run=True, seeds=3, **shapes)
     assert (plan.images, [one.name for one in plan.spots]) == (90, ["logits"])
+    assert api.distill(teacher=[Path(teacher)], student="resnet8", method="kd", dry_run=True, **shapes) == plan
     assert api.pretrain_teacher("resnet8", dry_run=True, **shapes).steps_per_epoch == 2
     grid = {"task": "sweep", "pairs": ["resnet8:resnet8"], "methods": ["kd"], "routers": ["always"]}
     grid |= {"common": {"data": {"name": "shapes", **{k.removeprefix("data."): v for k, v in FEW.items()}}}}
