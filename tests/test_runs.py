@@ -3,6 +3,7 @@
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CliRunner
@@ -70,6 +71,17 @@ def test_a_run_that_is_in_use_is_told_before_anything_is_built(
         assert run.in_use
         there.assert_rejects(["distill", "--resume", "runs/s", "--epochs", "9"], 8, "in use by process")
     assert at == []
+
+
+def test_a_run_that_goes_on_needs_no_room_for_what_it_has(there: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(there.path / "runs/s", there.path / "room")
+    (free := SimpleNamespace()).free = 700_000  # a checkpoint of resnet8 more, but not all that a run leaves
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    there.assert_rejects([*RUN, "--run-dir", "new"], 5, "the disk is full, 1.8")
+    result = there.sakd("distill", "--resume", "room", "--epochs", "2", "-q")
+    assert result.code == 0, result.err
+    free.free = 500_000
+    there.assert_rejects(["distill", "--resume", "room", "--epochs", "3", "-q"], 5, "the disk is full, 0.6")
 
 
 def test_who_looks_whether_a_run_is_in_use_keeps_nobody_out(there: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:

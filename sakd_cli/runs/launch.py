@@ -143,8 +143,11 @@ def launch(
     loggers.check(job.config.log)
     distributed.init_process_group(job.device)
     place = plan.resume.path if plan.resume else plan.folder or job.config.runs_dir
-    # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network.
-    require_room(place, 6 * sum(p.nbytes for p in job.network.parameters()))
+    # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network; what a run that
+    # goes on has of them is there already, and one checkpoint more while it is written.
+    size = sum(p.nbytes for p in job.network.parameters())
+    held = sum(file.stat().st_size for file in place.rglob("*.safetensors")) if plan.resume else 0
+    require_room(place, max(6 * size - held, 2 * size))
     job.images.preload()
     check_own_losses(job)
     _made_ready(job, reporter)
