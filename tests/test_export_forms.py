@@ -81,6 +81,19 @@ def test_fewer_bits_are_smaller_and_told(
     assert 0 < difference < {"fp32": 1e-3, "fp16": 0.2, "int8": 10}[precision]
 
 
+@pytest.mark.parametrize(("folder", "count"), [("photos", 18), ("flat", None)])
+def test_a_calibration_on_what_is_scored_is_told(
+    cli: CliRunner, photos: Path, tmp_path: Path, folder: str, count: int | None
+) -> None:
+    pytest.importorskip("onnxruntime.quantization")
+    options = ["--out", str(tmp_path / "out"), "--max-drop", "100", "--json", "--set", "timing_seconds=0"]
+    result = cli.sakd("export", "net.safetensors", "--format", "onnx", "--int8", "--data-root", folder, *options)
+    assert "warning: int8 is calibrated on pictures that it is scored on" in result.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"calibrated on {result.document['calibration']} images" in card
+    assert result.document["calibration"] == (count or result.document["check"]["images"])
+
+
 def test_the_metadata_names_classes_and_preprocessing(cli: CliRunner, photos: Path, tmp_path: Path) -> None:
     onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
     network = FromPixels(artifact.load(cli.path / "net.safetensors").model.eval(), CARD.mean, CARD.std).eval()

@@ -314,7 +314,7 @@ Pictures: {card.seen.text} (`preprocessing` in `config.json`). In this folder:
 
 def _measured(document: Export) -> str:
     """Lines of a card: accuracy and speed before and after."""
-    text = f"- calibrated on {document.calibration} training images\n" if document.calibration else ""
+    text = f"- calibrated on {document.calibration} images\n" if document.calibration else ""
     if (accuracy := document.accuracy) is not None:
         text += f"- top-1 on {accuracy.images} images: {accuracy.after:.2f} %, of the network in PyTorch "
         text += f"{accuracy.before:.2f} %\n"

@@ -67,7 +67,7 @@ def pictures_of(
     """The test images; where a folder is named (`--data-root`), its pictures; noise where neither is at hand."""
     data = config.data.model_copy(update={"validation": 0.0, "download": False})
     named = [one.values["data"] for one in layers if isinstance(one.values.get("data"), dict)]
-    root = next((expanded(str(one["root"])) for one in named if one.get("root") is not None), None)
+    root = next((expanded(str(one["root"])).absolute() for one in named if one.get("root") is not None), None)
     if root is not None and not root.is_dir():
         raise UsageError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
     try:
@@ -115,19 +115,23 @@ def _any_pictures(root: Path, card: NetworkCard, reporter: Reporter) -> Pictures
 def calibration_images(
     run: RunDir | None, card: NetworkCard, config: EvalConfig, shown: Pictures, reporter: Reporter
 ) -> Pictures:
-    """Training images to calibrate int8 on: of the settings, else of the run, else the pictures that are at hand.
+    """Training images to calibrate int8 on: of the run, else of the settings, else the pictures that are at hand.
 
-    Raises UsageError where there is nothing but noise.
+    Those that it is scored on too are told. Raises UsageError where there is nothing but noise.
     """
     own = resolve("eval", settings_of(run)).config.data if run else config.data
-    for data in (config.data, own):
+    found = shown
+    for data in (own, config.data):
         try:
             images = load_images(data.model_copy(update={"download": False}))
         except (DataError, UsageError):
             continue
         if images.train.images.shape[-2:] == height_width(card.side) and len(images.train):
-            return Pictures(images.train, images.dataset, card)
-    if shown.split is None:
+            found = Pictures(images.train, images.dataset, card)
+            break
+    if found.split is None:
         raise UsageError("--int8: no training images at hand to calibrate on", "--data-root DIR names the data set")
-    reporter.warn(f"int8 is calibrated on {len(shown.split)} pictures that it is scored on: no training images at hand")
-    return shown
+    used, scored = found.split.images, shown.split.images if shown.split else None
+    if isinstance(used, Files) and isinstance(scored, Files) and {*used.paths} & {*scored.paths}:
+        reporter.warn("int8 is calibrated on pictures that it is scored on")
+    return found
