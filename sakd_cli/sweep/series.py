@@ -133,8 +133,8 @@ def train_command(
         if plan.finished and not several:
             draw_mixtures(RunDir(Path(str(plan.summary.run))), reporter.say)
             return plan.summary
-        if plan.resume is not None and not several and not dry and is_console_process():
-            with plan.resume.locked():  # that it is in use, or not to be written, is said before what takes long
+        if plan.resume is not None and not several and is_console_process() and plan.resume.in_use:
+            with plan.resume.locked():  # which says who is in: before what takes long
                 pass
         config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
         from sakd_cli.runs import launch
