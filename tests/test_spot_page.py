@@ -345,6 +345,9 @@ def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> 
     epochs = Lines("t", "epoch", "nats", [Series("a", [1, 2, 3], [1e29, 2e29, 3e9], 0)], None)
     assert re.findall(r'class="soft mid"[^>]*>([^<]+)', drawn(epochs))[1:] == ["1", "2", "3"], "epochs have no halves"
     assert min(map(float, re.findall(r'x="([\d.]+)" y="[\d.]+" class="soft end"', drawn(epochs)))) > 6.3 * 7
+    one = Lines("t", "cost, %", "top-1, %", [Series("a", [46.8965517, 46.8965518], [28, 28], 0, "marks")])
+    places = re.findall(r'class="soft mid"[^>]*>([^<]+)', drawn(one))[1:]
+    assert len(places) == len({*places}) > 3, "a place that is rounded is one"
     heads = [f"stage{k}/resnet20" for k in range(5)]
     two = re.findall(r">([^<]+)</text>", drawn(Heat("t", ["r"], heads, [[0.5] * 5], 1.0, ("0", "1"))))
     assert two[:4] == ["stage0/", "resnet20", "stage1/", "resnet20"], "whole, in two lines"

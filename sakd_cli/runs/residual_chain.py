@@ -64,7 +64,12 @@ class Verdict(NamedTuple):
 def verdict(energies: Sequence[float], settings: ResidualConfig) -> Verdict:
     """What the relative energies after each stage so far say: enough, or the last stage was not worth its cost."""
     if len(energies) > 1 and (gain := 1 - energies[-1] / energies[-2]) < settings.min_gain:
-        return Verdict(True, f"residual student {len(energies) - 1} lowered the energy by {100 * gain:.1f} % only")
+        how = (
+            f"lowered the energy by {100 * gain:.1f} % only"
+            if gain > 0
+            else f"raised the energy by {-100 * gain:.1f} %"
+        )
+        return Verdict(True, f"residual student {len(energies) - 1} {how}")
     if energies[-1] < settings.energy:
         return Verdict(False, f"the energy fell below {settings.energy:g}")
     return Verdict(False, None)

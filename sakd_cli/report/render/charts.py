@@ -213,7 +213,7 @@ def frame(chart: Lines) -> tuple[float, float, float, float]:
     """The least and the largest x, and y: the limits, or round numbers around all curves and bands."""
     xs = [x for series in chart.series for x in series.x] or [0.0]
     left, right = min(xs), max(xs)
-    if right == left:
+    if right - left <= 1e-6 * abs(right):  # one place, but for its rounding
         left, right = left - 0.5, right + 0.5
     known = [y for series in chart.series for y in series.y if y is not None]
     known += [end for series in chart.series for band in series.band for end in band]

@@ -136,7 +136,7 @@ def _untitled(section: Section) -> list[Block]:
 
     def short(sheet: Sheet) -> Sheet:
         rest = sheet.title.removeprefix(section.title).strip(" ()")
-        return replace(sheet, title=rest[:1].upper() + rest[1:])
+        return replace(sheet, title="In percent" if rest == "%" else rest[:1].upper() + rest[1:])
 
     def same(block: Block) -> TypeGuard[Sheet]:
         return isinstance(block, Sheet) and block.title.startswith(section.title)

@@ -140,7 +140,8 @@ def _residual(page: RunPage) -> None:
         question = "How much accuracy does each further student buy, and at what cost?"
         unit_name = "% of the teacher's operations" if unit != 1e-6 else "million operations"
         steps = [f"{fixed(top1, 2)} % at {fixed(cost, 0)}" for cost, top1 in stages]
-        said = f"With one student more at a time: {', '.join(steps)} {unit_name}."
+        more = "With one student more at a time" if steps[1:] else f"The student alone ({named(found.stopped)})"
+        said = f"{more}: {', '.join(steps)} {unit_name}."
         blocks = [chart, ensemble_summary(found), curve_table(found.curve)]
         page.add("Residual students", blocks, question, "exits", said)
 
