@@ -44,17 +44,16 @@ from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_JSON, expanded, read_bytes
 
 PARTS = {name: names[0] for names in (TRAIN, VAL, TEST) for name in names}
-NO_PART = "-"  # where the column for it is empty
 LINE = "its first line names the columns: path,label or path,label,split"
 
 
 class Row(NamedTuple):
-    """A line: part is empty where the file has no column for it; more: cells that no column is for."""
+    """A line: part is None where the file has no column for it; more: cells that no column is for."""
 
     line: int
     path: str
     label: str
-    part: str
+    part: str | None
     more: str
 
 
@@ -71,7 +70,7 @@ def scan_manifest(manifest: Path, root: Path) -> FolderContents:
         where, path = f"{manifest}:{row.line}", os.path.normpath(root / row.path)
         # However root and path are written: what lies below root has one name, and so one part of the split.
         file = str(root / path.removeprefix(start)) if path.startswith(start) else str(root / row.path)
-        part = PARTS.get(row.part.lower()) if row.part else ""
+        part = "" if row.part is None else PARTS.get(row.part.lower())
         if not row.path or not row.label or part is None or row.more or not is_text(path):
             findings.append(Finding("manifest", where, _fault(row)))
         elif path in lines:
@@ -101,9 +100,9 @@ def _fault(row: Row) -> str:
         return f"has no {'label' if row.path else 'path'}"
     if row.more:
         return f"has more cells than there are columns ({row.more[:20]!r}): a text with a comma goes into quotes"
-    if row.part == NO_PART:
+    if row.part == "":
         return "has no split (train, val or test)"
-    if PARTS.get(row.part.lower()) is None and row.part:
+    if row.part is not None and row.part.lower() not in PARTS:
         return f"is of the part {row.part[:20]!r}, not train, val or test"
     return f"lists a file whose name {NO_TEXT}"
 
@@ -127,7 +126,7 @@ def _rows(manifest: Path) -> Iterator[Row]:
             split = columns.get("split")
             for row in table:
                 path, label = ((row[columns[name]] or "").strip() for name in ("path", "label"))
-                part = (row[split] or "").strip() or NO_PART if split else ""
+                part = (row[split] or "").strip() if split else None
                 yield Row(table.line_num, path, label, part, ",".join(row.get(None) or ()).strip(", "))
     except OSError as error:
         raise DataError(f"{manifest}: {unreadable(error)}") from None

@@ -18,7 +18,7 @@ from sakd_cli.config.networks import NETWORKS, brought, find_network
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.errors import UsageError
 from sakd_cli.models.artifact import check_finite, fill_weights, meta_network, shapes_of
-from sakd_cli.models.dialects import DIALECTS, OWN_NAMES, tables, translate_name
+from sakd_cli.models.dialects import tables
 from sakd_cli.models.plain_files import ALONE, ROOM, read_foreign
 from sakd_cli.models.staged import StagedModel
 
@@ -293,7 +293,7 @@ def _advice(theirs: dict[str, Any]) -> str | None:
     there = {name: tuple(one.shape) for name, one in theirs.items() if isinstance(one, Tensor)}
     there = {name: shape for name, shape in there.items() if not name.endswith(COUNTER)}
     for network in NETWORKS.values():
-        if not any(translate_name("head.weight", rules) in theirs for rules in DIALECTS.get(network.family, OWN_NAMES)):
+        if not any(way["head.weight"] in theirs for way in tables(network.family, ["head.weight"])):
             continue
         every = shapes_of(meta_network(network.name, 1, 32))
         ours = {name: shape for name, shape in every.items() if not name.endswith(COUNTER)}
