@@ -90,6 +90,7 @@ REFUSED = {
     "unknown optimizer 'adm'; did you mean 'adam'": of(optimizer="adm"),
     "train.optimizer: timm/nothing": of(optimizer="timm/nothing"),
     "train.lr: missing, and timm/lamb has no usual one": of(optimizer="timm/lamb") | {"train.lr": None},
+    "unknown optimizer of timm 'lamp'; did you mean 'lamb'": of(optimizer="timm/lamp") | {"train.lr": None},
     "train.optimizer: timm/kron needs second derivatives": of(optimizer="timm/kron"),
     "nesterov belongs to sgd": of(optimizer="adam", nesterov=True),
     "betas belong to adam": of(betas=(0.9, 0.99)),

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from sakd_cli.config.datasets import DataConfig
 from sakd_cli.config.networks import Network, find_network, of_one_family
+from sakd_cli.config.preprocessing import of_timm
 from sakd_cli.config.routers import LearnedConfig, MetaConfig, TrainedConfig
 from sakd_cli.config.train import OPTIMIZERS, Train, rate_factor
 from sakd_cli.config.training import DistillConfig, ResidualConfig, RunConfig
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, unknown
 
 SAME_FAMILY_BIAS = 10.0  # Song et al. (IEEE TIP 2022), and 0 for networks of two families
 SHORT_RUN = 250  # the student's rate over the router's in a run too short for the published values
@@ -36,6 +37,9 @@ def initial_lr(config: RunConfig, network: str) -> float:
     if (own := config.train.optimizer) == "sgd":
         return find_network(network).lr
     if (usual := OPTIMIZERS.get(own)) is None:
+        known = of_timm(f"train.optimizer: {own}", "timm.optim").list_optimizers()
+        if (name := own.removeprefix("timm/")).removeprefix("lookahead_") not in known:
+            raise UsageError(f"train.optimizer: {unknown('optimizer of timm', name, known)}")
         raise UsageError(f"train.lr: missing, and {own} has no usual one", "--lr RATE")
     return usual
 
