@@ -263,7 +263,7 @@ def test_a_head_from_elsewhere_and_half_numbers_are_told(tmp_path: Path) -> None
     assert told == ["weights of type bfloat16, from here on float32", "the last layer taken from probe"]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg8", "mobilenetv2"])
+@pytest.mark.parametrize("name", ["resnet20", "vgg8", "MobileNetV2"])
 def test_our_own_names_come_in_too_and_averaged_weights_are_told(tmp_path: Path, name: str) -> None:
     network = create(name, 10)
     torch.save(torch.optim.swa_utils.AveragedModel(network).state_dict(), tmp_path / "a.pth")
