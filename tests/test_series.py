@@ -218,7 +218,7 @@ def test_a_page_of_a_run_that_has_only_begun_and_one_without_matplotlib(
     assert sections == ["Settings"]
     assert "&lt;b&gt;resnet8" in (page := (tmp_path / "report.html").read_text())
     assert "Not known: the run is not finished." in page
-    assert f"<code>sakd distill --resume {tmp_path}</code>" in page
+    assert f"<code>--resume {tmp_path}</code>" in page
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = str(tmp_path / "plain.html")
     result = trained_cli.sakd("report", distilled["run"], "--out", out, "--json")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -53,11 +54,8 @@ def emit(document: Document) -> None:
 def clean(text: str, most: int = LONGEST) -> str:
     """One printable line, where it is too long without the words of its middle: names from files may hold anything."""
     line = plain(" ".join(text.split()))
-    if len(line) <= most:
-        return line
-    head, tail = line[: most // 2], line[5 - most // 2 :]
-    words = head.rpartition(" ")[0], tail.partition(" ")[2]
-    return " ... ".join(part if len(part) > most // 4 else cut for part, cut in zip(words, (head, tail), strict=True))
+    head, tail = re.sub(r" \S{1,30}$", "", line[: most // 2]), re.sub(r"^\S{1,30} ", "", line[5 - most // 2 :])
+    return line if len(line) <= most else f"{head} ... {tail}"
 
 
 def complain(message: str, hint: str | None = None) -> None:

@@ -64,12 +64,9 @@ class Verdict(NamedTuple):
 def verdict(energies: Sequence[float], settings: ResidualConfig) -> Verdict:
     """What the relative energies after each stage so far say: enough, or the last stage was not worth its cost."""
     if len(energies) > 1 and (gain := 1 - energies[-1] / energies[-2]) < settings.min_gain:
-        how = (
-            f"lowered the energy by {100 * gain:.1f} % only"
-            if gain > 0
-            else f"raised the energy by {-100 * gain:.1f} %"
-        )
-        return Verdict(True, f"residual student {len(energies) - 1} {how}")
+        how = "lowered" if gain > 0 else "raised"
+        said = f"residual student {len(energies) - 1} {how} the energy by {abs(100 * gain):.1f} %"
+        return Verdict(True, said + " only" * (gain > 0))
     if energies[-1] < settings.energy:
         return Verdict(False, f"the energy fell below {settings.energy:g}")
     return Verdict(False, None)

@@ -59,8 +59,8 @@ def named(value: Any) -> str:
 def fixed(value: Any, digits: int, unit: str = "") -> str:
     """`2.21`, `61.3 %`; what has more than nine digits as `1.25e+12`."""
     known = number(value)
-    shown = DASH if known is None else f"{known:.{digits}f}" if abs(known) < 1e9 else f"{known:.3g}"
-    return DASH if known is None else f"{shown}{unit}".replace("-", MINUS)
+    how = f".{digits}f" if known is None or abs(known) < 1e9 else ".3g"
+    return DASH if known is None else f"{known:{how}}{unit}".replace("-", MINUS)
 
 
 def fraction(value: Any) -> str:

@@ -13,7 +13,6 @@ from rich.console import Group
 
 from sakd_cli.config.base import written
 from sakd_cli.config.resolve import flat
-from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.table import Comparison, Report
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.files import write_aside
@@ -76,14 +75,12 @@ def _result(page: RunPage) -> None:
         blocks = summary.renderables if isinstance(summary, Group) else [summary]
         last, teacher, more = (getattr(page.run.summary, key) for key in ("last", "teacher", "more_teachers"))
         said = f"Top-1 {fixed(last.top1, 2)} % on the test images after the last epoch"
-        names = [f"{named(one.network)} " if more else "" for one in (teacher, *more)] if teacher else []
-        taught = [f"{name}{fixed(one.top1, 2)} %" for name, one in zip(names, (teacher, *more), strict=False)]
+        teachers = [teacher, *more] if teacher else []
+        taught = [f"{named(one.network)} " * bool(more) + f"{fixed(one.top1, 2)} %" for one in teachers]
         said += f"; its teacher{'s' * bool(more)} {', '.join(taught)}." if taught else "."
         page.add("Result", blocks, "How good are student and teacher on the test images?", answer=said)
     else:
-        known = PROCEDURES.get(page.comparison.runs[0].task or "")
-        goes_on = f" `sakd {known.command} --resume {page.run.path}` goes on with it." if known else ""
-        said = f"Not known: the run is not finished.{goes_on}"
+        said = f"Not known: the run is not finished. Its command with `--resume {page.run.path}` goes on with it."
     page.opening = Opening([Answer("How good is it?", [said])], [])
 
 
