@@ -70,6 +70,7 @@ def test_a_run_that_is_in_use_is_told_before_anything_is_built(
     with run.locked():
         assert run.in_use
         there.assert_rejects(["distill", "--resume", "runs/s", "--epochs", "9"], 8, "in use by process")
+        there.assert_rejects([*RUN, "--run-dir", "runs/s"], 8, "in use by process")
     assert at == []
 
 

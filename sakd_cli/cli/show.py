@@ -146,7 +146,7 @@ def _explained(section: str, name: str, config: Any, of: Any, spots: str, *, jso
     rows = [{"key": f"{section}.{key}", "default": value} for key, value in document.defaults.items()]
     show(
         f"{document.name}: {document.about}\n",
-        f"{document.description}\n",
+        *([f"{document.description}\n"] if document.description != document.about else []),
         f"Spots: {document.spots}\n",
         listing_table("Defaults", rows),
     )

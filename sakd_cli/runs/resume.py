@@ -78,6 +78,9 @@ class ResumePlan(NamedTuple):
         if "config.yaml" not in there:
             raise UsageError(f"{self.folder}: exists and is no run directory; nothing was changed")
         if not self.overwrite:
+            if (run := RunDir(self.folder)).in_use:  # as of a second `--resume auto` of the same moment
+                with run.locked():  # which says who is in
+                    pass
             hint = f"--resume {self.folder} resumes it, --overwrite replaces it"
             raise UsageError(f"{self.folder}: there is a run already", hint)
 
