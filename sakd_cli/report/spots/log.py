@@ -38,7 +38,7 @@ def spots_document(
     if not (epochs := epoch_records(run)):
         raise UsageError(
             f"{plain(run.path)}: has no record of spots yet: no epoch is finished",
-            hint="wait for the end of the first epoch",
+            hint="wait for the end of the first epoch, or --resume the run where it was stopped",
         )
     overall = [_total(epochs, index) for index in range(len(epochs[0].spots))]
     keys = {"method": "method.name", "router": "router.name", "teacher": "teacher.source"}
