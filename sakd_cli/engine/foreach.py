@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # whose weights autocast converts; no classes derived from them
 
@@ -82,19 +81,27 @@ class _Convert(torch.autograd.Function):
         return None, *(None if g is None else next(back) for g in gradients)
 
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # no classes derived from them, which may need their count
+
+
 class CountedBatches:
     """`num_batches_tracked` of every BatchNorm in training mode of some modules, each of which a pass runs once.
 
-    A BatchNorm without momentum reads its count to weigh the mean: it counts for itself.
+    A BatchNorm without momentum reads its count to weigh the mean: it counts for itself, as one does that is shared by
+    processes.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        found = [module for one in modules for module in one.modules() if isinstance(module, _BatchNorm)]
-        self._norms = [norm for norm in found if norm.momentum is not None and norm.num_batches_tracked is not None]
+        self._modules = [*modules]
+        self._norms: list[nn.BatchNorm2d] | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside of it they do not count; behind it they have."""
+        if self._norms is None:  # when those are there that are trained
+            found = [norm for one in self._modules for norm in one.modules() if type(norm) in NORMS]
+            norms = cast("list[nn.BatchNorm2d]", found)
+            self._norms = [norm for norm in norms if norm.momentum is not None and norm.track_running_stats]
         counting = [norm for norm in self._norms if norm.training]
         counts = [cast(Tensor, norm.num_batches_tracked) for norm in counting]
         for norm in counting:
