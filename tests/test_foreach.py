@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from emulator import Called
 from launches import Launches
 from test_replay import OTHERS, SIZE, differing, memory, trained
@@ -14,6 +15,7 @@ from test_runtime import batch, make, optimizer
 from torch import Tensor, nn
 
 from sakd_cli.engine.foreach import ConvertedWeights, CountedBatches
+from sakd_cli.engine.runtime import Mode
 
 
 def steps(method: str, **runtime: Any) -> dict[str, Tensor]:
@@ -91,3 +93,35 @@ def test_a_warm_up_translates_in_the_number_type_of_the_networks(method: str, tm
     assert seen <= {torch.bfloat16}
     assert bool(seen) == (method == "ft"), "the maps of ab's networks have one shape and pass no connector"
     assert all(p.dtype == torch.float32 for p in task.warmup.parameters())
+
+
+class InFp32(nn.Module):
+    """A layer that somebody keeps out of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.fc(x.float())
+
+
+def test_layers_that_their_owner_keeps_out_of_autocast_stay_as_they_are() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return self.fc(x.float())
+
+    network, x = nn.Sequential(nn.Linear(3, 3), InFp32(), torch.fx.symbolic_trace(Root())), torch.randn(2, 3)
+    mode = Mode(autocast_dtype=torch.bfloat16)
+    with mode.networks(x.device):
+        expected = network(x)
+        assert torch.equal(mode.frozen(network)(x), expected)
+        with ConvertedWeights([network], [], torch.bfloat16)():
+            assert network[0].weight.dtype == torch.bfloat16
+            assert torch.equal(network(x), expected)

@@ -7,14 +7,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import GraphModule
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # whose weights autocast converts; no classes derived from them
+PACKAGES = ("sakd_cli", "torch", "torchvision", "timm")  # whose modules call such layers under the autocast around them
+
+
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Its LAYERS, but those in modules or traced graphs that may switch autocast off: somebody's own often do."""
+    if type(module) in LAYERS:
+        yield module
+    elif type(module).__module__.partition(".")[0] in PACKAGES and not _switches_autocast(module):
+        for child in module.children():
+            yield from layers_of(child)
+
+
+def _switches_autocast(module: nn.Module) -> bool:
+    return isinstance(module, GraphModule) and any("autocast" in str(node.target) for node in module.graph.nodes)
 
 
 class ConvertedWeights:
     """What autocast does to the weights of some layers anew in every pass and weight by weight; the same bits.
 
-    trained  modules whose layers are trained; those that are not stay with autocast
+    trained  modules whose layers (`layers_of`) are trained; those that are not stay with autocast
     views    modules that share weights with them and give these no gradient
     dtype    None: nothing is converted
     """
@@ -49,7 +64,7 @@ class ConvertedWeights:
         places: list[tuple[dict[str, Any], str, int, bool]] = []
         numbers: dict[int, int] = {}
         for view, modules in ((False, self._trained), (True, self._views)):
-            for layer in (layer for module in modules for layer in module.modules() if type(layer) in LAYERS):
+            for layer in (layer for module in modules for layer in layers_of(module)):
                 for name, weight in layer.named_parameters(recurse=False):
                     if not view and weight.requires_grad and weight.data_ptr() not in numbers:
                         numbers[weight.data_ptr()] = len(self._weights)

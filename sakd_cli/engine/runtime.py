@@ -21,6 +21,7 @@ from torch.utils._triton import has_triton
 
 from sakd_cli import __version__, distributed, torchrun
 from sakd_cli.config.training import Runtime
+from sakd_cli.engine.foreach import layers_of
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import MemoryLimitError, UsageError, is_out_of_memory, not_deterministic, one_line
 
@@ -65,15 +66,13 @@ class Mode(NamedTuple):
     def frozen(self, network: Module) -> Module:
         """A frozen network for use inside of `networks`: autocast would convert its weights anew in every pass.
 
-        The same bits; itself where there is nothing to convert. Not for layers of others' that use their weights in
-        another way than PyTorch's own do.
+        The same bits; itself where there is nothing to convert.
         """
         if self.autocast_dtype is None:
             return network
         converted = copy.deepcopy(network)
-        for layer in converted.modules():
-            if type(layer) in (nn.Conv2d, nn.Linear):
-                layer.to(self.autocast_dtype)
+        for layer in layers_of(converted):
+            layer.to(self.autocast_dtype)
         return converted
 
     def to_memory_format(self, module: Module) -> Module:
