@@ -7,23 +7,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.fx import GraphModule
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # whose weights autocast converts; no classes derived from them
 PACKAGES = ("sakd_cli", "torch", "torchvision", "timm")  # whose modules call such layers under the autocast around them
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Its LAYERS, but those in modules or traced graphs that may switch autocast off: somebody's own often do."""
+    """Its LAYERS, but those in modules that may switch autocast off: somebody's own often do."""
     if type(module) in LAYERS:
         yield module
-    elif type(module).__module__.partition(".")[0] in PACKAGES and not _switches_autocast(module):
+    elif type(module).__module__.partition(".")[0] in PACKAGES:
         for child in module.children():
             yield from layers_of(child)
-
-
-def _switches_autocast(module: nn.Module) -> bool:
-    return isinstance(module, GraphModule) and any("autocast" in str(node.target) for node in module.graph.nodes)
 
 
 class ConvertedWeights:
