@@ -150,5 +150,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
         return f"{kind} {name} was an object of another process; in a file it is found: FILE.py:{name[7:]}"
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if kind == "method" and set(parts := name.split(",")) <= set(names):
+        near = ["+".join(parts)]
     tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return f"unknown {kind} {name!r}; {tail}"

@@ -66,6 +66,7 @@ BAD = f"""
 2 | --epochs: is given 3 times, and takes one value         | PAIR --epochs=1 --epochs=2 --epochs=3
 2 | --device: is given 2 times, and takes one value         | eval --device=cpu --device=cuda
 2 | unknown method 'atx'; did you mean 'at'?                | PAIR --method atx
+2 | unknown method 'at,kd'; did you mean 'at+kd'?          | PAIR --method at,kd
 2 | unknown router 'adaptve'; did you mean 'adaptive'?      | PAIR --router adaptve
 2 | unknown data set 'shaps'; did you mean 'shapes'?        | PAIR --dataset shaps
 2 | unknown preset 'quikstart'; did you mean 'quickstart'?  | distill --preset quikstart
