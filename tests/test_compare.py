@@ -239,6 +239,8 @@ def test_methods_meet_under_one_router_and_all_meet_a_baseline(tmp_path: Path) -
     everything = {("at always", "sp anti"), ("sp always", "sp anti"), ("at anti", "sp anti")}
     for baseline in ("anti sp", str(runs[3].path)):
         assert pairs(json.loads(compare(runs, baseline).text)) == everything
+    with pytest.raises(UsageError, match="--baseline 'at': is every group"):
+        compare(runs[:2], "at")
     with pytest.raises(UsageError, match="--baseline 'kd': no such group") as error:
         compare(runs, "kd")
     assert "sp anti" in str(error.value.hint)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAIR, TINY, CliRunner
+from test_distillers import METHOD, N, trial
 from test_step import batches, fit, make
 from torch import Tensor
 from torch.nn import functional as F
@@ -240,3 +241,15 @@ def test_tokens_of_no_place_are_no_part_of_what_is_balanced(balance: float) -> N
 def test_every_method_that_trains_the_student_beside_its_losses_says_so() -> None:
     beside = {name for name, row in DISTILLERS.items() if row.network is not None} | {"ab", "fsp"}
     assert {name for name, kind in METHODS.items() if kind.trains_student} == beside
+
+
+@METHOD
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_the_same_weight_for_all_samples_is_a_factor_of_the_loss(name: str, share: float) -> None:
+    found = []
+    for weight in (1.0, share):
+        case = trial(name)
+        losses = case.losses(torch.full((len(case.distiller.spots), N), weight)) / weight
+        found.append([losses, *torch.autograd.grad(losses.sum(), case.leaves)])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-8, atol=1e-12)

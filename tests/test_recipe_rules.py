@@ -295,6 +295,7 @@ LATE = "teacher.epochs has no effect: the teacher is not trained here (--pretrai
         ({"teacher.epochs": 2}, None),
         ({"head": "replace"}, "head has no effect: training begins with random weights (--set student_weights=library"),
         ({"residual.alpha": 0.5}, "residual.alpha has no effect: there are no residual students"),
+        ({"method": {"name": "kd", "kl_weight": 0}}, "method kd has no effect: its losses have the weight 0"),
     ],
 )
 def test_settings_that_change_nothing_are_told(settings: dict[str, Any], told: str | None) -> None:

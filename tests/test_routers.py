@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sakd_cli.config.effective import router_start
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import ROUTERS
+from sakd_cli.config.train import Train
 from sakd_cli.distillers.logits import softened_kl
 from sakd_cli.errors import UsageError
 from sakd_cli.routing.router import Answers
@@ -56,6 +57,12 @@ def test_a_schedule_starts_and_stops_spots_by_fractions_of_the_run() -> None:
     assert [row[1] for row in epochs] == [0, 0, 1, 1, 0, 0, 0, 0]
     assert [row[2] for row in epochs] == [1] * 8
     assert hint.active == (False, False, True), "known without a look at the device"
+    for epochs in range(1, 30):
+        one = build(ROUTERS["scheduled"](), PAIR._replace(epochs=epochs))
+        last = sum(decided(one, epoch)[0] for epoch in range(1, epochs + 1))
+        assert last == (Train(epochs=epochs).decay_epochs() or (1,))[0], "the default: where the rate first falls"
+    with pytest.raises(UsageError, match=r"router.start: 0.9 is behind router.stop, 0.1"):
+        router("scheduled", start=[0.9], stop=[0.1])
 
 
 @pytest.mark.parametrize("text", ["0.5,1", "[0.5, 1]", "[[0.5, 1], [0, 1]]"])

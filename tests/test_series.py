@@ -132,6 +132,8 @@ MISTAKES = {
     "a series needs --resume auto": ["--seeds", "2", "--resume", "RUN"],
     "--parallel runs a series at once": ["--parallel", "--seeds", "1"],
     "--baseline 'kd wsld': no group of this series": ["--with-control", "--baseline", "kd wsld"],
+    "--baseline 'balanced': no group of this series": ["--routers", "always,never", "--baseline", "balanced"],
+    "--baseline 'kd': is every group of this series": ["--with-control", "--baseline", "kd"],
     "--baseline is for what a series compares": ["--baseline", "always"],
     "teacher: missing": ["--resume", "auto", "--with-control", "ALONE"],
 }

@@ -170,7 +170,7 @@ class KDSVD(Distiller):
 
     Lee, Kim, Song, "Self-supervised Knowledge Distillation using Singular Value Decomposition", ECCV 2018, section 3,
     as the CRD benchmark has it: 1 vector of the teacher, of the student's first 4 the one of largest |cosine|. Maps
-    [N, C, H, W] with equal channels. Stages k-1 and k count for the samples chosen at both: weight w_(k-1) w_k.
+    [N, C, H, W] with equal channels. Stages k-1 and k count for the samples chosen at both: weight min(w_(k-1), w_k).
 
     A singular vector has no sign of its own, and the loss depends on that of a stage against the next. We make the
     largest entry positive (behind a ReLU the first vector is all of one sign, so this is the natural choice; of a
@@ -199,5 +199,5 @@ class KDSVD(Distiller):
         changes = zip(pairwise(ours), pairwise(theirs), pairwise(weight), strict=True)
         for our_two, their_two, (w_before, w) in changes:
             difference = table(*our_two) - table(*their_two)
-            losses.append(weighted_mean(difference.square().flatten(1).sum(dim=1), w_before * w))
+            losses.append(weighted_mean(difference.square().flatten(1).sum(dim=1), torch.minimum(w_before, w)))
         return torch.stack(losses)

@@ -113,12 +113,13 @@ class DIST(Distiller):
     def forward(self, student: Features, teacher: Features, weight: Tensor, batch: Batch) -> Tensor:
         q = F.softmax(student.logits / self.config.temperature, dim=1)
         p = F.softmax(teacher.logits.detach() / self.config.temperature, dim=1)
-        w, n = weight[0][:, None], weight[0].sum()
+        # Of a mean only: their largest is 1, or the epsilon would count where all are small.
+        w = (weight[0] / weight[0].amax().clamp(min=COSINE_EPSILON))[:, None]
         of_sample = cosine(q - q.mean(dim=1, keepdim=True), p - p.mean(dim=1, keepdim=True), 1)
-        mean_q, mean_p = ((x * w).sum(dim=0) / n.clamp(min=1.0) for x in (q, p))
-        of_class = cosine(w * (q - mean_q), w * (p - mean_p), 0)
+        mean_q, mean_p = ((x * w).sum(dim=0) / w.sum().clamp(min=1.0) for x in (q, p))
+        of_class = cosine(w.sqrt() * (q - mean_q), w.sqrt() * (p - mean_p), 0)
         loss = self.config.inter * weighted_mean(1 - of_sample, weight[0])
-        loss = loss + self.config.intra * (1 - of_class).mean() * n / len(w)
+        loss = loss + self.config.intra * (1 - of_class).mean() * weight[0].mean()
         return (self.config.temperature**2 * loss)[None]
 
 

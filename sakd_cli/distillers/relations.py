@@ -17,9 +17,9 @@ from sakd_cli.models.staged import Features
 
 
 def similarities(x: Tensor, weight: Tensor) -> Tensor:
-    """Row-normalised Gram matrix of the batch, [N, N]; rows and columns of samples with weight 0 are 0."""
+    """Row-normalised Gram matrix of the batch, [N, N]; columns of samples with weight 0 are 0."""
     flat = x.flatten(1)
-    return F.normalize(weight[:, None] * (flat @ flat.T) * weight[None, :], dim=1)
+    return F.normalize((flat @ flat.T) * weight[None, :], dim=1)
 
 
 @final
@@ -36,10 +36,11 @@ class SP(SpotwiseDistiller):
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         difference = similarities(student, weight) - similarities(teacher, weight)
-        return difference.square().sum() / (weight.sum().clamp(min=1.0) * len(weight))
+        terms = difference.square() * weight[:, None] * weight[None, :]
+        return terms.sum() / (weight.sum().clamp(min=FLOOR) * len(weight))
 
 
-FLOOR = 1e-12  # of squared distances and of lengths, as published
+FLOOR = 1e-12  # of squared distances and of lengths, as published; of sums of weights
 
 
 def distances(x: Tensor, pair: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class RKD(SpotwiseDistiller):
 
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         s, t = student.flatten(1), teacher.flatten(1)
-        chosen, size = weight.sum().clamp(min=1.0), len(weight)
+        chosen, size = weight.sum().clamp(min=FLOOR), len(weight)
         both = weight[:, None] * weight[None, :]
         pair = both * (1 - torch.eye(size, dtype=weight.dtype, device=weight.device))
         apart = F.smooth_l1_loss(distances(s, pair), distances(t, pair), reduction="none") * pair
@@ -120,7 +121,8 @@ class PKT(SpotwiseDistiller):
     def spot_loss(self, k: int, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         p_s, p_t = (neighbours(x.flatten(1), weight) for x in (student, teacher))
         terms = p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()
-        return (terms * weight[:, None]).sum() / (weight.sum().clamp(min=1.0) * len(weight))
+        terms = terms * weight[:, None] * weight[None, :]
+        return terms.sum() / (weight.sum().clamp(min=FLOOR) * len(weight))
 
 
 def neighbouring_products(delta: Tensor, weight: Tensor) -> Tensor:
@@ -128,9 +130,9 @@ def neighbouring_products(delta: Tensor, weight: Tensor) -> Tensor:
     # A stable sort brings the chosen ones together and keeps their order in the batch.
     order = torch.argsort((weight > 0).to(torch.uint8), descending=True, stable=True)
     delta, weight = delta.index_select(0, order), weight.index_select(0, order)
-    products = (delta[:-1] * delta[1:]).sum(dim=1) * weight[:-1] * weight[1:]
-    n = weight.sum()
-    return products.sum() / (n - 1).clamp(min=1.0) * n / len(weight)
+    pair = weight[:-1] * weight[1:]
+    products = (delta[:-1] * delta[1:]).sum(dim=1) * pair
+    return products.sum() / pair.sum().clamp(min=FLOOR) * weight.sum() / len(weight)
 
 
 @final

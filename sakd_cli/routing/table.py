@@ -319,7 +319,12 @@ def _fixed(config: Any, pair: Pair) -> Router:
 
 def _scheduled(config: Any, pair: Pair) -> Router:
     start, stop = (_per_spot(f"router.{key}", getattr(config, key), pair.spots) for key in ("start", "stop"))
-    spans = [(round(a * pair.epochs), round(b * pair.epochs)) for a, b in zip(start, stop, strict=True)]
+    spans = list[tuple[int, int]]()
+    for begin, end in zip(start, stop, strict=True):
+        if begin > end:
+            raise UsageError(f"router.start: {begin:g} is behind router.stop, {end:g}", "equal ones: the spot rests")
+        first, last = (int(part * pair.epochs + 1e-9) for part in (begin, end))  # full epochs, as milestones are
+        spans.append((first, max(last, first + (begin < end))))
     return Fixed([[float(a < epoch <= b) for a, b in spans] for epoch in range(1, pair.epochs + 1)])
 
 

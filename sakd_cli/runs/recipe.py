@@ -140,6 +140,10 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "head", f"training begins with random weights (--set {begin}=library: with those of the library)"
     if not isinstance(config, DistillConfig):
         return
+    parts = config.method.parts
+    weights = [config.method.kl_weight, *(part.weight for part in parts if not part.of_logits)]
+    if not any(weights) and not any(part.trains_student for part in parts):
+        yield f"method {config.method.name}", "its losses have the weight 0"
     if config.teacher.epochs is not None and not config.teacher.pretrain:
         yield "teacher.epochs", "the teacher is not trained here (--pretrain trains one that is missing)"
     if not config.residual.students:

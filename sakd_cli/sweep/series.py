@@ -51,7 +51,7 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     variants = [(name, False) for name in names]
     if params["with_control"] and not config.method.balance:
         variants.insert(-1, (CLASSICAL, True))
-    _check_baseline(params, config, names)
+    _check_baseline(params, config, variants)
     seeds = range(config.seed, config.seed + (params["seeds"] or 1))
     members = [_member(config, name, seed, balanced) for seed in seeds for name, balanced in variants]
     if params["parallel"] and not wants_series(params):
@@ -64,17 +64,17 @@ def series(config: DistillConfig, params: Mapping[str, Any]) -> list[DistillConf
     return members
 
 
-def _check_baseline(params: Mapping[str, Any], config: DistillConfig, routers: Sequence[str]) -> None:
-    """Raise UsageError for a `--baseline` that no group of the series will have, before anything is trained."""
+def _check_baseline(params: Mapping[str, Any], config: DistillConfig, variants: Sequence[tuple[str, bool]]) -> None:
+    """Raise UsageError for a `--baseline` that no group of the series will have, or every one, before it is trained."""
     if (baseline := params.get("baseline")) is None:
         return
     if not wants_series(params):
         raise UsageError("--baseline is for what a series compares: --seeds, --with-control or --routers")
-    words = {*baseline.split()} - {config.method.name, "balanced"}
-    if len(words) > 1 or not words <= {*routers}:
-        raise UsageError(
-            f"--baseline {baseline!r}: no group of this series", f"the name of one of its routers: {', '.join(routers)}"
-        )
+    labels = [[config.method.name, router, *["balanced"] * balanced] for router, balanced in variants]
+    found = sum({*baseline.split()} <= {*label} for label in labels)
+    if not found or found == len(labels) > 1:
+        which, hint = "is every group" if found else "no group", ", ".join(map(" ".join, labels))
+        raise UsageError(f"--baseline {baseline!r}: {which} of this series", f"words of one of: {hint}")
 
 
 def wants_series(params: Mapping[str, Any]) -> bool:

@@ -205,9 +205,9 @@ def _baseline(wanted: str, groups: list[_Group]) -> list[_Group]:
     path = resolved(wanted)
     found = [group for group in groups if any(Path(run.run).resolve() == path for run in group.runs)]
     found = found or [group for group in groups if {*wanted.split()} <= {*group.label.split()}]
-    if not found:
-        labels = ", ".join(group.label for group in groups)
-        raise UsageError(f"--baseline {wanted!r}: no such group", f"a run's folder, or words of one of: {labels}")
+    if not found or len(found) == len(groups) > 1:
+        labels, which = ", ".join(group.label for group in groups), "is every group" if found else "no such group"
+        raise UsageError(f"--baseline {wanted!r}: {which}", f"a run's folder, or words of one of: {labels}")
     return found
 
 
