@@ -250,7 +250,7 @@ def test_a_page_says_what_the_runs_beside_it_found(
     assert said in first.replace("&nbsp;", " ")
     assert "--with-control" not in first
     alone = trained_cli.path / controlled["runs"][4]["run"]
-    assert helped(RunDir(alone)).verdict == "", "nothing was routed there"
+    assert helped(RunDir(alone))[0] == "", "nothing was routed there"
     log = alone / "metrics.jsonl"
     whole = log.read_bytes()
     log.write_bytes(whole.partition(b"\n")[2])

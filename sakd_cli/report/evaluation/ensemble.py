@@ -26,7 +26,11 @@ def ensemble_summary(found: EnsembleTraining) -> RenderableType:
         for label, side in (("Early exits", found.early), ("All members for every image", found.all))
     ]
     dropped = ", the last one was dropped" if found.dropped else ""
-    notes.append(f"No further residual student: {named(found.stopped)}{dropped}.")
+    notes += [
+        f"No further residual student: {named(found.stopped)}{dropped}.",
+        "Energy: mean square of what the logits lack, as a fraction of the teacher's, on the calibration images; on "
+        "train: on the training images; top-1 and exits: on the test images.",
+    ]
     exits = found.early.exits
     return _stages(found, exits, sum(exits), found.teacher.macs, notes)
 
@@ -49,12 +53,6 @@ def _stages(
         rows.append([*row, whole(exits[place]), fraction(exits[place] / images if images else None)])
     measured = ["Top-1 %", "Energy", "on train"] if trained else []
     headers = ["Stage", "Network", "MACs", "Cost so far %", *measured, "Threshold", "Exit", "Exit %"]
-    if trained:
-        notes = [
-            *notes,
-            "Energy: mean square of what the logits lack, as a fraction of the teacher's, on the calibration images",
-        ]
-        notes[-1] += "; on train: on the training images; top-1 and exits: on the test images."
     return Sheet("Student and residual students", headers, rows, notes, text=["Network"])
 
 

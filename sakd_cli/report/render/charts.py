@@ -215,12 +215,12 @@ def frame(chart: Lines) -> tuple[float, float, float, float]:
     left, right = min(xs), max(xs)
     if right - left <= 1e-6 * abs(right):  # one place, but for its rounding
         left, right = left - 0.5, right + 0.5
+    if chart.limits:
+        return left, right, *chart.limits
     known = [y for series in chart.series for y in series.y if y is not None]
     known += [end for series in chart.series for band in series.band for end in band]
-    low, high = chart.limits or (min([0.0, *known]), max([1e-6, *known]))
-    if chart.limits:
-        return left, right, low, high
-    first, second, *_ = steps = ticks(low, high)
+    low = min([0.0, *known])
+    first, second, *_ = steps = ticks(low, max([1e-6, *known]))
     return left, right, low, steps[-1] + second - first
 
 

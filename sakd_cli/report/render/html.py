@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.base import Part
 from sakd_cli.report.render.charts import PALETTE, Chart, coded, drawn, kept, text
@@ -133,15 +133,12 @@ def png(pixels: "NDArray[Any]") -> bytes:
 
 def _untitled(section: Section) -> list[Block]:
     """The blocks; a table with the title of the section has only what that adds."""
-
-    def short(sheet: Sheet) -> Sheet:
-        rest = sheet.title.removeprefix(section.title).strip(" ()")
-        return replace(sheet, title="In percent" if rest == "%" else rest[:1].upper() + rest[1:])
-
-    def same(block: Block) -> TypeGuard[Sheet]:
-        return isinstance(block, Sheet) and block.title.startswith(section.title)
-
-    return [short(block) if same(block) else block for block in section.blocks]
+    blocks = list(section.blocks)
+    for k, block in enumerate(blocks):
+        if isinstance(block, Sheet) and block.title.startswith(section.title):
+            rest = block.title.removeprefix(section.title).strip(" ()")
+            blocks[k] = replace(block, title="In percent" if rest == "%" else rest[:1].upper() + rest[1:])
+    return blocks
 
 
 def _block(block: Block) -> str:

@@ -114,9 +114,8 @@ def _known(values: Sequence[Number]) -> list[float]:
 def _lines(chart: Lines, axes: Any) -> None:
     for series, dash in zip(chart.series, dashes(chart), strict=True):
         colour, label = PALETTE[series.colour % len(PALETTE)], plain(series.name) if series.name else "_further"
-        style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "markersize": 4, "label": label}
-        style |= {"alpha": 0.3} if series.kind == "faint" else {}
-        style |= {"linewidth": 1.5}
+        style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "linewidth": 1.5, "label": label}
+        style |= {"markersize": 4, "alpha": 0.3 if series.kind == "faint" else None}
         style |= {"dashes": [*map(float, dash.split())]} if dash and series.kind == "solid" else {}
         style |= {"marker": MARKS[series.colour % len(MARKS)]} if marked(series) else {}
         axes.plot(series.x, _known(series.y), **style)

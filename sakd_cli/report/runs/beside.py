@@ -1,7 +1,7 @@
 """Runs in the same folder that a run can be compared with: its controls and other seeds, and what they say of it"""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from sakd_cli.config.identity import LOCATIONS, is_plain
 from sakd_cli.config.resolve import flat
@@ -28,16 +28,6 @@ ROLES: dict[str | None, str] = {
 AGAINST = {"where": "distilling as often, but at random", "dose": "distilling everywhere, always"}
 
 
-class Helped(NamedTuple):
-    """What the runs beside a run say of its routing: one verdict, empty where they answer nothing, and a table.
-
-    Where one of them is damaged the verdict is that, and there is no table.
-    """
-
-    verdict: str = ""
-    table: Sheet | None = None
-
-
 def beside(run: RunDir) -> list[RunDir]:
     """The run, and the finished ones of its folder that differ from it in router, balance or seed alone."""
 
@@ -53,19 +43,22 @@ def beside(run: RunDir) -> list[RunDir]:
     return found
 
 
-def helped(run: RunDir) -> Helped:
-    """Test top-1 of the run and of its controls, with the verdicts on where it distils and on how much."""
+def helped(run: RunDir) -> tuple[str, Sheet | None]:
+    """Verdicts on where a run distils and on how much, empty where none are known; top-1 of the run and its controls.
+
+    Where a run beside it is damaged the verdict is that, and there is no table.
+    """
     if not run.finished:
-        return Helped()
+        return "", None
     try:
         compared = compare(beside(run))
     except UsageError as error:  # one of them is damaged
-        return Helped(f"Not compared with the runs beside it: {error.message}.")
+        return f"Not compared with the runs beside it: {error.message}.", None
     own = compared.groups[compared.runs[0].group].label
     answers = {one.question: one for one in compared.answers if one.ours == own}
     asked = [answers[question] for question in ("where", "dose") if question in answers]
     verdicts, advice = zip(*map(_in_words, asked), strict=True) if asked else ((), ())
-    return Helped(" ".join([*verdicts, *filter(None, dict.fromkeys(advice))]), _table(compared))
+    return " ".join([*verdicts, *filter(None, dict.fromkeys(advice))]), _table(compared)
 
 
 def _table(compared: Comparison) -> Sheet:

@@ -183,8 +183,7 @@ def _said(key: str, run: _Settings) -> str:
 def _statistics(group: _Group) -> SeedGroup:
     found = {key: by_seed(group.runs, key) for key in ("top1", "top5", "loss")}
     statistics = {key: seed_statistics(values.values()) for key, values in found.items()}
-    seeds = list(found["top1"])
-    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=seeds, **statistics)
+    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=[*found["top1"]], **statistics)
 
 
 def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:

@@ -145,8 +145,7 @@ def _residual(page: RunPage) -> None:
 
 def _environment(page: RunPage) -> None:
     if any((page.run.path / name).exists() for name in ("env.json", "metrics.jsonl")):  # else it has only begun
-        about = page.run.environment
-        page.add("Environment", [_keys("Where and how it ran", about)])
+        page.add("Environment", [_keys("Where and how it ran", page.run.environment)])
 
 
 def _settings(page: RunPage) -> None:
@@ -155,8 +154,7 @@ def _settings(page: RunPage) -> None:
 
 
 def _keys(title: str, found: Mapping[str, Any]) -> Sheet:
-    rows = [[named(key), named(value)] for key, value in found.items()]
-    return Sheet(title, ("Key", "Value"), rows, text=2)
+    return Sheet(title, ("Key", "Value"), [[named(key), named(value)] for key, value in found.items()], text=2)
 
 
 PARTS = (_result, _curves, _spots, _mixtures, _residual, _environment, _settings)

@@ -79,17 +79,14 @@ def _asked(arms: Sequence[Arm]) -> Iterator[tuple[Question, Arm, Arm]]:
         yield from (("where", ours, coin) for coin in coins if coin.matched_of == ours.label)
 
 
-def _said(arm: Arm) -> str:
-    return plain(arm.said or arm.label)
-
-
 def answer(question: Question, ours: Arm, theirs: Arm, test: PairedTest) -> Answer:
     """The answer that the test of the two arms gives."""
     said = {"better": "Yes", "worse": "No, it takes away", "not shown": "Not shown"}.get(test.verdict, "Not known")
+    mine, other = (plain(arm.said or arm.label) for arm in (ours, theirs))
     return Answer(
         **{key: getattr(test, key) for key in PairedTest.model_fields},
         question=question,
         ours=plain(ours.label),
         theirs=plain(theirs.label),
-        text=f"{ASKED[question]} {said}: {_said(ours)}, over {_said(theirs)}: {in_words(test)}.",
+        text=f"{ASKED[question]} {said}: {mine}, over {other}: {in_words(test)}.",
     )

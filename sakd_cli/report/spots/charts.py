@@ -192,8 +192,7 @@ def reliability_chart(routed: doc.RoutedNetwork) -> Lines:
     for k, (name, bins) in enumerate(networks):
         known = [(one.confidence, one.correct, one.images) for one in bins if one.confidence is not None]
         x, y = [100 * sure for sure, *_ in known], [100 * (right or 0) for _, right, _ in known]
-        band = [_wilson(right or 0.0, n) for _, right, n in known]
-        series.append(Series(name, x, y, k, band=band))
+        series.append(Series(name, x, y, k, band=[_wilson(right or 0.0, n) for _, right, n in known]))
     note = f"{whole(routed.images)} test images. Below the dotted line a network is surer than it is right. "
     note += "Band: 95 % interval of the fraction right."
     return Lines(

@@ -148,10 +148,11 @@ def _widest(report: SpotsDocument, of: Callable[[int], float]) -> tuple[int, str
 
 
 def in_training(report: SpotsDocument) -> str:
-    k, name = _widest(report, lambda k: (report.overall[k].last or 0) - (report.overall[k].first or 0))
-    first, last = (fraction(value) for value in (report.overall[k].first, report.overall[k].last))
-    if abs((report.overall[k].last or 0) - (report.overall[k].first or 0)) < ALIKE:
+    changes = [(spot.last or 0) - (spot.first or 0) for spot in report.overall]
+    k, name = _widest(report, changes.__getitem__)
+    if abs(changes[k]) < ALIKE:
         return "From the first epoch to the last no spot changed by a point."
+    first, last = fraction(report.overall[k].first), fraction(report.overall[k].last)
     return f"{name} changed most: {first} % of the samples in the first epoch, {last} % in the last."
 
 

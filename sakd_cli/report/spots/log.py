@@ -118,7 +118,7 @@ def epoch_records(run: RunDir) -> list[doc.EpochRecord]:
     An epoch that is on record twice (a run that was stopped and resumed) counts once, as it was recorded last.
     """
     found: dict[int, doc.EpochRecord] = {}
-    where = f"{plain(run.path / RECORD)}"
+    where = plain(run.path / RECORD)
     try:
         for line, record in enumerate(run.lines(RECORD), start=1):
             try:
@@ -129,7 +129,7 @@ def epoch_records(run: RunDir) -> list[doc.EpochRecord]:
     except OSError:
         raise DamagedError(f"{where}: cannot be read") from None
     epochs = [found[epoch] for epoch in sorted(found)]
-    if list(found) and sorted(found) != list(range(1, len(found) + 1)):
+    if sorted(found) != list(range(1, len(found) + 1)):
         raise DamagedError(f"{where}: has no line for an epoch before epoch {max(found)}")
     for epoch in epochs:
         if [(spot.name, spot.kind) for spot in epoch.spots] != [(spot.name, spot.kind) for spot in epochs[0].spots]:

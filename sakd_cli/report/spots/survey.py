@@ -285,8 +285,8 @@ def _difficulty(used: "Column", answers: "dict[str, Column]") -> doc.Difficulty:
         return doc.Decile(from_=low, to=high, **dict(_group(used, answers, rows)))
 
     def deciles(measure: "Column") -> list[doc.Decile]:
-        parts = np.array_split(np.argsort(measure, kind="stable"), BINS)
-        return [decile(measure, rows) for rows in parts if len(rows)]
+        ranked = np.argsort(measure, kind="stable")
+        return [decile(measure, rows) for rows in np.array_split(ranked, BINS) if len(rows)]
 
     student, teacher = _correct(answers)
     cells = []

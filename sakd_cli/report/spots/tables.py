@@ -38,7 +38,7 @@ def spot_tables(report: doc.SpotsDocument, *, top: int | None = 10) -> list[Shee
         notes = ["Mean over the epochs, then the difference from the spot's fraction in points."]
         if len(names) > 1:
             notes.append("Ranked by the largest difference at any spot, from the highest to the lowest.")
-        rows: list[ClassRow] = [(row, [], row.fraction) for row in sorted(report.by_class, key=_from_highest)]
+        rows: list[ClassRow] = [(row, [], row.fraction) for row in report.by_class]
         tables.append(_by_class("By class in training (% of samples)", [], rows, names, notes, top))
     tables += [_probe(report.probe)] if report.probe else []
     return tables + ([mixture_table(report.mixtures)] if report.mixtures else [])
@@ -192,15 +192,11 @@ def _by_epoch(report: doc.SpotsDocument, most: int) -> Sheet:
     return Sheet("By epoch (% of samples; right of the spots, % of steps)", headers, rows, notes, text=0)
 
 
-def _from_highest(row: doc.ClassDeviation) -> float:
-    return -(row.peak or 0.0)
-
-
 def _by_class(
     title: str, more: list[str], rows: list[ClassRow], names: list[str], notes: list[str], top: int | None
 ) -> Sheet:
-    """The classes that have images, in the order of `rows`; `more`: further columns."""
-    ranked = [one for one in rows if one[0].peak is not None]
+    """The classes that have images, from the highest peak; `more`: further columns."""
+    ranked = sorted((one for one in rows if one[0].peak is not None), key=lambda one: -(one[0].peak or 0.0))
     lines = [
         [named(row.name)]
         # Six characters hold any deviation (−100.0), so that the means stand under each other.
@@ -233,8 +229,7 @@ def _classes(classes: doc.Classes, names: list[str], where: list[str], top: int 
     count = sum(row.images > 0 for row in classes.rows)
     notes = [f"Pearson's correlation of a class's mean with the student's top-1 on it, n = {count} classes: {text}."]
     notes += where
-    ranked = sorted(classes.rows, key=_from_highest)
-    rows: list[ClassRow] = [(row, [whole(row.images), fixed(row.student_top1, 1)], row.mean) for row in ranked]
+    rows: list[ClassRow] = [(row, [whole(row.images), fixed(row.student_top1, 1)], row.mean) for row in classes.rows]
     return _by_class("The trained router by class (%)", ["Images", "Student top-1 %"], rows, names, notes, top)
 
 

@@ -197,8 +197,7 @@ def _published() -> Any:
 
 def published_pair(dataset: str | None, pair: str) -> dict[str, Any]:
     """Published figures of `teacher:student` on a data set; nothing where none are published."""
-    found: dict[str, Any] = _published().get(dataset or "", {}).get(pair, {})
-    return found
+    return _published().get(dataset or "", {}).get(pair, {})
 
 
 def published_cell(dataset: str | None, pair: str, method: str, router: str) -> float | None:

@@ -37,8 +37,7 @@ HOUR = 3600.0  # seconds
 def sweep_tables(document: SweepDocument) -> list[RenderableType]:
     """The results, then what failed."""
     headers, *rows = _grid(document)
-    notes = list(_notes(document))
-    tables: list[RenderableType] = [Sheet(f"{document.name}: {TITLE}", headers, rows, notes, text=2)]
+    tables: list[RenderableType] = [Sheet(f"{document.name}: {TITLE}", headers, rows, [*_notes(document)], text=2)]
     if failed := [[run.key, named(run.error)] for run in document.runs if run.state in FAILED]:
         tables.append(Sheet("Failed", ("Run", "Error"), failed, text=2))
     return tables
@@ -102,21 +101,17 @@ def _rows_of(method: str, document: SweepDocument) -> Iterator[list[str]]:
     numbers, name = range(len(document.pairs)), method
     for router in sorted({cell.router for cell in cells}, key=lambda r: (r != CLASSICAL, r)):
         by_pair = {cell.pair: cell for cell in cells if cell.router == router}
-        yield [name, router, *(_result(by_pair.get(k)) for k in numbers)]
+        there = [by_pair.get(k) for k in numbers]
+        yield [name, router, *(DASH if cell is None else _mean(cell.top1, len(cell.seeds)) for cell in there)]
         name = ""
         if any(cell.published is not None for cell in by_pair.values()):
-            printed = [by_pair[k].published if k in by_pair else None for k in numbers]
-            yield ["", f"{router}, published", *(fixed(value, 2) for value in printed)]
+            yield ["", f"{router}, published", *(fixed(cell and cell.published, 2) for cell in there)]
     for router, against in dict.fromkeys((gain.router, gain.against) for gain in gains):
-        there = {gain.pair: gain for gain in gains if (gain.router, gain.against) == (router, against)}
-        yield ["", f"{router or method} − {against}", *(_gain(there.get(k), cells) for k in numbers)]
-        if any(gain.published is not None for gain in there.values()):
-            printed = [there[k].published if k in there else None for k in numbers]
+        of_pair = {gain.pair: gain for gain in gains if (gain.router, gain.against) == (router, against)}
+        yield ["", f"{router or method} − {against}", *(_gain(of_pair.get(k), cells) for k in numbers)]
+        if any(gain.published is not None for gain in of_pair.values()):
+            printed = [of_pair[k].published if k in of_pair else None for k in numbers]
             yield ["", "the same, published", *(DASH if value is None else points(value, 2) for value in printed)]
-
-
-def _result(cell: SweepCell | None) -> str:
-    return DASH if cell is None else _mean(cell.top1, len(cell.seeds))
 
 
 def _mean(found: SeedStatistics | None, seeds: int) -> str:
