@@ -91,9 +91,9 @@ def test_the_chain_stops_where_the_energy_says_so() -> None:
     drop, stopped = verdict([0.70, 0.60, 0.599], fields)
     assert drop
     assert stopped == "residual student 2 lowered the energy by 0.2 % only"
-    assert verdict([0.5, 0.6], ResidualConfig()).stopped == "residual student 1 raised the energy by 20.0 %"
+    assert verdict([0.5, 0.6], ResidualConfig()) == (True, "residual student 1 raised the energy by 20.0 %")
     assert verdict([0.70, 0.05], fields) == (False, "the energy fell below 0.1")
-    assert verdict([0.70, 0.75], fields).drop
+    assert verdict([0.70, 0.75], fields)[0]
 
 
 def test_the_chain_stops_at_its_number_and_its_cost() -> None:

@@ -53,6 +53,16 @@ class NullReporter(Reporter):
     """A reporter that ignores everything."""
 
 
+@contextmanager
+def reporting(reporter: Reporter, title: str, steps: int) -> Iterator[None]:
+    """Inside, work of `steps` steps goes on; the reporter hears of its begin and of its end."""
+    reporter.begin(title, steps)
+    try:
+        yield
+    finally:
+        reporter.end()
+
+
 def raise_if_stopped(reporter: Reporter) -> None:
     if number := reporter.stop():
         raise Stopped(number)

@@ -52,8 +52,7 @@ from sakd_cli.tasks.search import SearchTask, Sought
 def build(config: RunConfig) -> Job:
     """The job of a config whose inputs are located, by the table of training procedures."""
     module, _, function = PROCEDURES[config.task].builder.partition(":")
-    job: Job = getattr(importlib.import_module(module), function)(config)
-    return job
+    return getattr(importlib.import_module(module), function)(config)
 
 
 def pretraining(config: PretrainConfig) -> Job:
@@ -65,8 +64,8 @@ def pretraining(config: PretrainConfig) -> Job:
     network = _fresh(config.model, images, config.seed, "network", device, config.train.drop_path)
     notes = load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
     mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
-    recipe: Recipe = {"lr": initial_lr(config, config.model), "weight_decay": config.train.weight_decay, "mode": mode}
-    recipe["criterion"] = _criterion(config, images)
+    lr, decay, criterion = initial_lr(config, config.model), config.train.weight_decay, _criterion(config, images)
+    recipe: Recipe = {"lr": lr, "weight_decay": decay, "mode": mode, "criterion": criterion}
     task: Task
     if (settings := config.friendly) is None:
         task = PretrainTask(network, **recipe)

@@ -15,7 +15,7 @@ from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents import evaluation as doc
 from sakd_cli.engine.evaluate import Scores, evaluate, score_logits
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter, reporting
 from sakd_cli.engine.runtime import exact_mode, pick_device
 from sakd_cli.errors import UsageError
 from sakd_cli.evaluation.early_exit import EarlyExit, exit_costs, exit_curve, never
@@ -145,8 +145,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Repor
     try:
         path = find_teacher(config)
         if path is None:
-            source = config.teacher.source
-            raise UsageError(f"teacher: no finished {source} on {config.data.name} in {config.runs_dir}")
+            raise UsageError(f"teacher: no finished {config.teacher.source} on {config.data.name} in {config.runs_dir}")
         teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):
             raise UsageError(f"{path}: is not the teacher of this run (its SHA-256 differs)")
@@ -188,13 +187,10 @@ def _quality(
 
 def followed(batches: EvalLoader | EvalPairs, reporter: Reporter, title: str) -> Iterator[Any]:
     """The same batches, reporting each."""
-    reporter.begin(title, len(batches))
-    try:
+    with reporting(reporter, title, len(batches)):
         for step, batch in enumerate(batches, start=1):
             yield batch
             reporter.advance(step)
-    finally:
-        reporter.end()
 
 
 def evaluate_ensemble(target: Target, reporter: Reporter, *, early: bool, curve: bool) -> doc.EnsembleEvaluation:
@@ -309,16 +305,11 @@ def evaluate_all(
     split             which images; None: the test images, or all of a folder that `layers` name
     matrix            with the full confusion matrix
     """
-    named = [one.values["data"].keys() for one in layers if isinstance(one.values.get("data"), dict)]
-    folder = any({"root", "manifest"} & keys for keys in named)
-    wanted = Wanted(split, folder, matrix)
+    named = {key for one in layers if isinstance(data := one.values.get("data"), dict) for key in data}
+    wanted = Wanted(split, bool({"root", "manifest"} & named), matrix)
     # A list that is named now counts from its own folder, not from the run's.
-    own = (
-        [ConfigSource("its own folder", {"data": {"root": None}})] if any("manifest" in keys for keys in named) else []
-    )
-    targets = [
-        Target(weights, run, [*settings_of(run), *own, *layers], teacher_required, wanted) for weights, run in found
-    ]
+    given = [*[ConfigSource("its own folder", {"data": {"root": None}})] * ("manifest" in named), *layers]
+    targets = [Target(weights, run, [*settings_of(run), *given], teacher_required, wanted) for weights, run in found]
     loaded: dict[Hashable, Images] = {}
     return [
         evaluate_ensemble(target, reporter, early=early, curve=curve)

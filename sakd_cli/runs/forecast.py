@@ -74,9 +74,8 @@ class Workbench:
 
 def teacher_name(config: DistillConfig) -> str:
     """The teacher's network, also where a run or a weights file is named. UsageError where there is none."""
-    named = config.teacher.weights or config.teacher.source
     if config.teacher.weights not in (None, "library") or is_path(config.teacher.source):
-        path = weights_at(named, "teacher")
+        path = weights_at(config.teacher.weights or config.teacher.source, "teacher")
         if path.is_dir() or artifact.is_ours(path):
             return artifact.read_card(path).architecture
     return find_network(config.teacher.source).name

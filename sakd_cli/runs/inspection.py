@@ -71,6 +71,5 @@ def _read(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> 
     if params["probe"]:
         from sakd_cli.runs.probe import probe
 
-        probed = probe(run, config_sources(params), reporter, seed=seed)
-        document = document.model_copy(update={"probe": probed})
+        document = document.model_copy(update={"probe": probe(run, config_sources(params), reporter, seed=seed)})
     return document, survey

@@ -206,13 +206,11 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
     settings = relative(job.config.model_dump(mode="json"), run.path)
     known = {} if plan.resume is None else flat(run.config) | run.read_json("env.json", sealed=True)
     if plan.resume is None:
-        about = {"id": uuid.uuid4().hex} | environment(job.device, job.mode)
-        write_json(run.path / "env.json", sealed(about))
+        write_json(run.path / "env.json", sealed({"id": uuid.uuid4().hex} | environment(job.device, job.mode)))
     elif plan.extends:
         run.extend(known["train.epochs"])
     if any(known.get(key) != value for key, value in flat(settings).items() if key in HELD | EXTENDED | {"task"}):
-        content = yaml_bytes(settings | {EFFECTIVE: effective_values(job)})
-        write_aside(run.path / "config.yaml", content)
+        write_aside(run.path / "config.yaml", yaml_bytes(settings | {EFFECTIVE: effective_values(job)}))
 
 
 def _made_ready(job: Job, reporter: Reporter) -> None:

@@ -32,8 +32,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     weights, source = config.teacher.weights, config.teacher.source
     if weights == "library" and of_library(source):
         library = importlib.import_module("sakd_cli.runs.library")  # which loads torch
-        folder: Path = library.trained_by_library(find_network(source).name, config.data)
-        return folder
+        return library.trained_by_library(find_network(source).name, config.data)
     if weights == "library" and not any(map(of_library, config.teacher.others)):
         hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
         raise UsageError(f"teacher: {source} is no network of a library", hint)
@@ -52,8 +51,7 @@ def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path
     if target is None or target.exists() or not of_library(str(target)):
         return target
     name = find_network(str(target)).name
-    found: Path = importlib.import_module("sakd_cli.runs.library").network_by_name(name, layers)
-    return found
+    return importlib.import_module("sakd_cli.runs.library").network_by_name(name, layers)
 
 
 def weights_at(source: Path | str, key: str, hint: str | None = None) -> Path:
@@ -180,8 +178,7 @@ def runs_dir_of(sources: Sequence[ConfigSource]) -> Path:
     """The folder of the runs, whatever else the sources say: other settings may need a run's to make sense."""
     saying = [one for one in sources if "runs_dir" in one.values]
     alone = [one._replace(values={"runs_dir": one.values["runs_dir"]}) for one in saying]
-    folder: Path = resolve("eval", alone).config.runs_dir
-    return folder
+    return resolve("eval", alone).config.runs_dir
 
 
 def run_or_newest(

@@ -24,9 +24,9 @@ NAME = "dfa.json"
 LARGEST = 1e-4  # how far from 1 the weights of a group may sum
 
 
-def from_file(settings: MethodConfig) -> bool:
+def from_file(settings: DFAConfig) -> bool:
     """Whether the mixtures of this method come from a file."""
-    return isinstance(settings, DFAConfig) and settings.weights not in list(Names)
+    return settings.weights not in list(Names)
 
 
 def pinned(settings: MethodConfig) -> MethodConfig:

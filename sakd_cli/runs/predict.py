@@ -21,7 +21,7 @@ from sakd_cli.data.files import ImageSpec, load_eval_image, v2
 from sakd_cli.data.loader import MAX_BYTES
 from sakd_cli.data.pictures import Finding, legible, pictures_below
 from sakd_cli.documents.evaluation import ClassProbability, Prediction, Predictions
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter, reporting
 from sakd_cli.engine.runtime import exact_mode, pick_device
 from sakd_cli.errors import DataError, NonFiniteError
 from sakd_cli.evaluation.early_exit import never
@@ -90,10 +90,9 @@ def predict(
     size = max(1, min(config.batch_size, MAX_BYTES // (12 * height * width)))
     seen = card.seen
     spec = ImageSpec(seen, 0, Reading(seen.background, seen.orientation, seen.gray_range))
-    reporter.begin(f"{len(pictures)} pictures", len(pictures))
     found: list[Prediction] = []
     begun = time.perf_counter()
-    try:
+    with reporting(reporter, f"{len(pictures)} pictures", len(pictures)):
         for batch, images in _read(pictures, spec, size):
             answers: Iterator[tuple[list[ClassProbability], int]] = iter(())
             if sound := [image for image in images if isinstance(image, Tensor)]:
@@ -110,8 +109,6 @@ def predict(
                     last = stage if exits.thresholds else None
                     found.append(Prediction(file=legible(picture.path), classes=classes, exit=last))
             reporter.advance(len(found))
-    finally:
-        reporter.end()
     seconds, failed = time.perf_counter() - begun, sum(one.error is not None for one in found)
     return Predictions(
         weights=str(weights),

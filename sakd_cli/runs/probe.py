@@ -16,7 +16,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource
 from sakd_cli.data.dataset import Split, seeded_generator
 from sakd_cli.documents.spots import Probe, ProbedSpot
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter, reporting
 from sakd_cli.engine.runtime import to_fp32
 from sakd_cli.errors import UsageError
 from sakd_cli.report.spots.log import epoch_records, settled_epoch
@@ -57,12 +57,9 @@ def probe(run: RunDir, sources: Iterable[ConfigSource], reporter: Reporter, *, s
     images = job.images.train.subset(order.to(job.images.train.labels.device))
     task.eval()
     halves = [held_out.subset(torch.arange(start, len(held_out), 2)) for start in (0, 1)]
-    reporter.begin(f"probing {run.path.name}: {len(images)} training images, {len(held_out)} held out", 1)
-    try:
+    with reporting(reporter, f"probing {run.path.name}: {len(images)} training images, {len(held_out)} held out", 1):
         products = [_products(job, task, images, half, reporter) for half in halves]
         here = _answers(job, task, images, reporter, seed)
-    finally:
-        reporter.end()
     records, labels = epoch_records(run), images.labels.cpu()
     spots = [
         _spot(k, (spot.name, spot.kind), [two[k] for two in products], here, labels, settled_epoch(records, k))

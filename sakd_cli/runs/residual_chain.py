@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -54,22 +54,18 @@ class MemberWriter:
         return
 
 
-class Verdict(NamedTuple):
-    """Whether the last member is dropped, and why no further one comes (None: one may)."""
+def verdict(energies: Sequence[float], settings: ResidualConfig) -> tuple[bool, str | None]:
+    """By the relative energies after each stage, whether the last member is dropped, and why no further one comes.
 
-    drop: bool
-    stopped: str | None
-
-
-def verdict(energies: Sequence[float], settings: ResidualConfig) -> Verdict:
-    """What the relative energies after each stage so far say: enough, or the last stage was not worth its cost."""
+    The last stage was not worth its cost, or it was enough; None: another one may come.
+    """
     if len(energies) > 1 and (gain := 1 - energies[-1] / energies[-2]) < settings.min_gain:
         how = "lowered" if gain > 0 else "raised"
         said = f"residual student {len(energies) - 1} {how} the energy by {abs(100 * gain):.1f} %"
-        return Verdict(True, said + " only" * (gain > 0))
+        return True, said + " only" * (gain > 0)
     if energies[-1] < settings.energy:
-        return Verdict(False, f"the energy fell below {settings.energy:g}")
-    return Verdict(False, None)
+        return False, f"the energy fell below {settings.energy:g}"
+    return False, None
 
 
 def lighter(first: str, before: str, ratio: float, classes: int, side: ImageSize) -> str:

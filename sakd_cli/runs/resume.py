@@ -156,7 +156,8 @@ def _continued(run: RunDir, given: list[ConfigSource], task: str) -> tuple[Any, 
     """
     here = _settings_of(run, task)
     own, asked = resolve(task, [here]).config, resolve(task, [here, *given])
-    extends = asked.config.train.epochs > own.train.epochs and _said(asked.origins.get("train.epochs", ""))
+    here_and_now = asked.origins.get("train.epochs", "").startswith(("--", "settings "))  # no file, no environment
+    extends = here_and_now and asked.config.train.epochs > own.train.epochs
     changing = MOVED | (EXTENDED if extends else set())
     if found := [one for one in _differences(here, asked.config) if one.key not in changing]:
         fewer = any(one.key == "train.epochs" for one in found)
@@ -197,11 +198,6 @@ def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
     if extends:
         before = [*before, look_up(run.config, "train.epochs")]
     require_fingerprint(folder, state.get("fingerprint"), epoch, fingerprint(config, run.path / IMAGES), before)
-
-
-def _said(origin: str) -> bool:
-    """Whether a setting comes from this very command, and not from a file, a preset or the environment."""
-    return origin.startswith(("--", "settings "))
 
 
 def require_fingerprint(where: Path, saved: Any, epoch: Any, now: Mapping[str, Any], extended: Collection[int]) -> None:

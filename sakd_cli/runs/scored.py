@@ -89,7 +89,8 @@ def images_to_score(
     if not parts:
         raise UsageError(f"{weights}: there is no validation part (data.validation is 0)", "--split test, or all")
     now = _taken(data, images.dataset.classes, parts, then)
-    if then is not None and not wanted.folder and _choice(trained.data) == _choice(data):
+    same_choice = trained.data.model_dump(include=CHOICE) == data.model_dump(include=CHOICE)
+    if then is not None and not wanted.folder and same_choice:
         found = fingerprint.changed_images(then, now)[:1] if then.classes != now.classes else []
         found += [text for part in parts for text in fingerprint.lost(then, now, part)]
         where = f"{data.name} in {data.root}" if data.root else data.name
@@ -107,12 +108,7 @@ def _trained(run: RunDir) -> RunConfig:
     task = run.config.get("task")
     without = ("method", "router")  # which may be code of others, and say nothing of the images
     own = ConfigSource(f"{run.path}", {key: value for key, value in run.config.items() if key not in without})
-    settings: RunConfig = resolve(task if task in PROCEDURES else "distill", [own]).config
-    return settings
-
-
-def _choice(data: DataConfig) -> dict[str, Any]:
-    return data.model_dump(include=CHOICE)
+    return resolve(task if task in PROCEDURES else "distill", [own]).config
 
 
 def _taken(

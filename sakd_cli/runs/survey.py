@@ -35,7 +35,7 @@ from sakd_cli.documents import spots as doc
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.evaluate import InterruptibleBatches
 from sakd_cli.engine.recorder import LOWER, tracked_places
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter, reporting
 from sakd_cli.engine.runtime import exact_mode
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError, one_line
 from sakd_cli.files import columns_digest, sealed, write_aside
@@ -86,11 +86,8 @@ def live(
     Raises UsageError on other classes or where there is no such split, CheckpointError where none can be used.
     """
     job = trained_job(run, sources)
-    reporter.begin(f"measuring {run.path.name} on {job.images.dataset.name}, {split} images", 1)
-    try:
+    with reporting(reporter, f"measuring {run.path.name} on {job.images.dataset.name}, {split} images", 1):
         return survey(job, split, reporter, seed=seed, extremes=extremes)
-    finally:
-        reporter.end()
 
 
 def trained_job(run: RunDir, sources: Iterable[ConfigSource], *, losses: bool = False) -> Job:

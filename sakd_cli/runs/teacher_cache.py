@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sakd_cli.batch import Batch
 from sakd_cli.data.sources import Views
-from sakd_cli.engine.reporter import Reporter, raise_if_stopped
+from sakd_cli.engine.reporter import Reporter, raise_if_stopped, reporting
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError
 from sakd_cli.files import flush, read_json, sha256, write_json
@@ -76,8 +76,7 @@ def open_teacher_cache(
     model = teacher.model
     layout = Layout(len(views), views.count, model.infos[-1].channels, model.num_classes)
     about = json.dumps([FORMAT, teacher.sha256, views.digest(), str(mode.autocast_dtype)])
-    key = hashlib.sha256(about.encode()).hexdigest()
-    path = folder / f"{teacher.model.name}-{key[:16]}.safetensors"
+    path = folder / f"{teacher.model.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else layout.bytes
     if layout.bytes > free:
         raise MemoryLimitError(f"teacher.cache: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
@@ -95,8 +94,7 @@ def open_teacher_cache(
 def _whole(path: Path) -> bool:
     """Whether the file is there as it was written; a damaged one is computed anew."""
     try:
-        known = read_json(path.with_suffix(".json"))["sha256"]
-        return bool(sha256(path) == known)
+        return bool(read_json(path.with_suffix(".json"))["sha256"] == sha256(path))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -109,15 +107,12 @@ def _compute(
         raise DiskError(f"{path.parent}: a teacher cache needs {_gb(layout.bytes)}, {_gb(free)} are free")
     aside = path.with_suffix(".new")
     arrays = _empty_file(aside, layout)
-    reporter.begin(f"teacher cache: {_gb(layout.bytes)} in {path}", layout.rows)
-    try:
+    with reporting(reporter, f"teacher cache: {_gb(layout.bytes)} in {path}", layout.rows):
         for start, features in _answers(layout, teacher, views, mode):
             raise_if_stopped(reporter)
             for name, answers in zip(arrays, (features.embedding, features.logits), strict=True):
                 arrays[name][start : start + len(answers)] = answers.to(torch.float16).cpu().numpy()
             reporter.advance(min(start + ROWS, layout.rows))
-    finally:
-        reporter.end()
     for array in arrays.values():
         array.flush()
     write_json(path.with_suffix(".json"), {"format": FORMAT, "teacher": teacher.sha256, "sha256": sha256(aside)})
