@@ -191,8 +191,7 @@ def prepare(**options: Unpack[DistillOptions]) -> "Job":
 def _trained(task: str, options: Mapping[str, Any]) -> Summary | Plan | list[RunDir]:
     from sakd_cli.sweep.series import train_command
 
-    params = params_of(PROCEDURES[task].command, options)
-    return train_command(task, params, _reporter(options), AGAIN, AGAIN)
+    return train_command(task, params_of(PROCEDURES[task].command, options), _reporter(options), AGAIN, AGAIN)
 
 
 def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
@@ -253,8 +252,7 @@ def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> S
     sample  draw once, from `seed`, instead of using probabilities; extremes: images at each end of each spot
     plot, html, samples   files to write
     """
-    params = params_of("inspect-spots", options)
-    return inspect_run(None if run is None else Path(run), params, _reporter(options))
+    return inspect_run(None if run is None else Path(run), params_of("inspect-spots", options), _reporter(options))
 
 
 def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions]) -> Predictions:

@@ -65,10 +65,9 @@ def _plugged_networks() -> list[Listed]:
     for name, (first, *_) in plugged(NETWORKS).items():
         try:
             network = networks.find_network(name)
+            rows.append(Listed(name=name, family=network.family, lr=network.lr, package=first.package))
         except UsageError as error:
             ConsoleReporter(quiet=True).warn(error.message)
-            continue
-        rows.append(Listed(name=name, family=network.family, lr=network.lr, package=first.package))
     return rows
 
 
@@ -108,8 +107,7 @@ def show_router(
     code.trust(name)
     name = choose("router", name, routers.ROUTERS, "sakd list routers")
     config = routers.ROUTERS[name]
-    of = code.load(name) if of_file(name) else config
-    _explained("router", name, config, of, "all", json=json)
+    _explained("router", name, config, code.load(name) if of_file(name) else config, "all", json=json)
 
 
 @with_options("show-method")

@@ -121,8 +121,7 @@ class ProgressTable:
             first, since = self._begun.setdefault(entry.member.key, (epoch, time.monotonic()))
             if epoch > first:
                 left = (time.monotonic() - since) / (epoch - first) * (epochs - epoch)
-        shown = "" if epoch is None else f"{epoch}/{epochs}"
-        remaining = "" if left is None else duration(left)
+        shown, remaining = "" if epoch is None else f"{epoch}/{epochs}", "" if left is None else duration(left)
         return [entry.member.key, _state(entry), shown, named(step), fixed(top1, 2), remaining]
 
 
@@ -138,9 +137,7 @@ def progress(run: RunDir | None) -> tuple[int | None, int | None, float | None]:
 
 
 def _state(entry: ScheduledRun) -> str:
-    if entry.state is State.running and entry.resumed:
-        return "resumed"
-    return entry.state.value
+    return "resumed" if entry.state is State.running and entry.resumed else entry.state.value
 
 
 def _detail(entry: ScheduledRun) -> str:

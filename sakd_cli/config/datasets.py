@@ -142,8 +142,7 @@ class DataConfig(Config):
 
     def identity(self) -> dict[str, Any]:
         """The settings, with dotted keys, that a student's run must share with its teacher's."""
-        settings = self.model_dump(mode="json", include=self.own)
-        return {f"data.{key}": value for key, value in settings.items()}
+        return {f"data.{key}": value for key, value in self.model_dump(mode="json", include=self.own).items()}
 
 
 class CIFAR10Config(DataConfig):

@@ -49,10 +49,8 @@ def _named() -> list[Network]:
     layers = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
     vggs = [Network(f"vgg{d}", "vgg", {"convolutions": layers[d]}) for d in layers]
     # The benchmarks (RepDistiller, mdistiller) call the half-width one MobileNetV2.
-    mobile = [
-        Network(f"MobileNetV2{name}", "mobilenetv2", {"width": width}, lr=0.01)
-        for name, width in (("", 1.0), ("_half", 0.5))
-    ]
+    mobile = [Network("MobileNetV2", "mobilenetv2", {"width": 1.0}, lr=0.01)]
+    mobile += [Network("MobileNetV2_half", "mobilenetv2", {"width": 0.5}, lr=0.01)]
     # ShuffleNetV2 without a number is 1x, as in the benchmarks (ShuffleV2 there).
     widths = {"": (116, 232, 464, 1024), "_0_5": (48, 96, 192, 1024), "_2": (244, 488, 976, 2048)}
     shuffle = [Network("ShuffleNetV1", "shufflenetv1", {}, lr=0.01)]

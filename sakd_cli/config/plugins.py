@@ -84,8 +84,8 @@ class Table(Mapping[str, Row]):
         compose: Callable[[Mapping[str, Row]], Row] | None = None,
         folder: str = "",
     ) -> None:
-        self.kind, self.own, self.groups, self.check, self.folder = kind, own, group.split(), check, folder
-        self.compose = compose
+        self.kind, self.own, self.groups, self.folder = kind, own, group.split(), folder
+        self.check, self.compose = check, compose
         self._loaded: dict[str, tuple[Any, Row]] = {}
 
     def _plugged(self, name: str) -> tuple[Plugged, ...]:

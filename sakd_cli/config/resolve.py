@@ -128,8 +128,7 @@ def preset_source(name: str) -> ConfigSource:
 
 def preset_summary(path: Path) -> str:
     """The first comment line of a preset: what it is for."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip()
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
 
 
 def option_sources(options: Mapping[str, Any]) -> list[ConfigSource]:

@@ -147,10 +147,8 @@ def _odd_names(found: FolderContents) -> Iterator[Finding]:
     """Classes whose names have characters that are not seen."""
     for part in found.parts:
         for name in part.files:
-            if name.isprintable() and name == name.strip():
-                continue
-            text = f"the class {name!a} has spaces or signs that are not seen"
-            yield Finding("name", legible(part.folder), text)
+            if not name.isprintable() or name != name.strip():
+                yield Finding("name", legible(part.folder), f"the class {name!a} has spaces or signs that are not seen")
 
 
 def _oddities(parts: list[SplitContents], looks: list[tuple[Place, Looks]], config: FilesConfig) -> Iterator[Finding]:
@@ -175,8 +173,7 @@ def _duplicates(seen: Mapping[bytes, list[Place]]) -> Iterator[Finding]:
     """Pictures that are in more than one part, or in more than one class."""
     for places in seen.values():
         first = places[0]
-        others = [place for place in places if place[:2] != first[:2]]
-        if others:
+        if others := [place for place in places if place[:2] != first[:2]]:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             yield Finding("duplicate", legible(first.path), f"is the same picture as {legible(others[0].path)}{more}")
 

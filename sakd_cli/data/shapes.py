@@ -98,6 +98,7 @@ OUTLINES: dict[str, Outline] = {
 CLASSES = tuple(OUTLINES)
 SIZE = 32  # pixels, height and width
 CHUNK = 128  # images drawn together: the work arrays (0.5 MB a plane) stay in the processor's cache
+SQUEEZE = 0.06  # of a shape's height or width, at most
 
 # Of the 10,000 training images of seed 0, pixels / 255.
 MEAN = (0.3871, 0.3860, 0.3846)
@@ -140,7 +141,7 @@ def _draw(rng: np.random.Generator, outline: Outline, count: int) -> NDArray[np.
     across, down = _grid(centre_x, centre_y)
     canvas = ground[:, :, None] + _texture(rng, across, down, 0.03 + 0.07 * hard)
     canvas = _clutter(rng, canvas, hard)
-    inside = _cover(outline, rng, across, down, radius, 0.06)
+    inside = _cover(outline, rng, across, down, radius)
     shade = _texture(rng, across, down, 0.02 + 0.04 * hard)
     canvas += inside[:, None] * (paint[:, :, None] + shade - canvas)
     canvas = _occlude(rng, canvas, across, down, radius, hard)
@@ -173,14 +174,12 @@ def _texture(rng: np.random.Generator, across: Array, down: Array, strength: Arr
     return tint[:, :, None] * wave[:, None]
 
 
-def _cover(
-    outline: Outline, rng: np.random.Generator, across: Array, down: Array, radius: Array, squeeze: float
-) -> Array:
+def _cover(outline: Outline, rng: np.random.Generator, across: Array, down: Array, radius: Array) -> Array:
     """How much of each pixel lies inside the shape, turned and slightly squeezed at random: [count, 1024], 0 .. 1."""
     count = len(radius)
     angle = _uniform(rng, count, 0, 2 * np.pi)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-    stretch = _uniform(rng, count, 1 - squeeze, 1 + squeeze)[:, None]
+    stretch = _uniform(rng, count, 1 - SQUEEZE, 1 + SQUEEZE)[:, None]
     wide, high = radius[:, None] / stretch, radius[:, None] * stretch
     x: Array = (cos * across + sin * down) / wide
     y: Array = (cos * down - sin * across) / high

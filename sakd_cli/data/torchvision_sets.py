@@ -64,7 +64,7 @@ def load_cifar(config: CIFAR10Config | CIFAR100Config) -> Dataset:
         root = root.parent  # of the folder of the files, not of that around it
     missing = _missing(config.name, root, kind)
     if missing and config.download:
-        _fetch(config.name, root, kind)
+        _fetch(config.name, root, kind, missing)
         missing = _missing(config.name, root, kind)
     if missing:
         raise _not_found(config.name, root, kind, missing)
@@ -85,8 +85,7 @@ def _checked(images: Any, classes: int, where: str) -> Split:
     labels = torch.tensor(images.targets, dtype=torch.int64)
     if len(pixels) != len(labels) or not len(labels):
         raise DataError(f"{where}: {len(pixels)} images and {len(labels)} labels")
-    odd = labels[(labels < 0) | (labels >= classes)]
-    if len(odd):
+    if len(odd := labels[(labels < 0) | (labels >= classes)]):
         raise DataError(f"{where}: label {int(odd[0])} where there are {classes} classes")
     return Split(pixels.permute(0, 3, 1, 2).contiguous(), labels)
 
@@ -126,10 +125,9 @@ def _not_found(name: str, root: Path, kind: Any, missing: list[str], reason: str
     )
 
 
-def _fetch(name: str, root: Path, kind: Any) -> None:
+def _fetch(name: str, root: Path, kind: Any, missing: list[str]) -> None:
     """Download the archive and put the missing files in place, each whole; leaves no trace if that fails."""
     tools = _torchvision().utils
-    missing = _missing(name, root, kind)
     try:
         with _made(root), tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside, quiet():
             tools.download_and_extract_archive(kind.url, aside, filename=kind.filename, md5=kind.tgz_md5)

@@ -142,8 +142,7 @@ def _plugged(name: str, row: Any) -> DistillerRow:
     @wraps(row, updated=())
     def make(spots: tuple[Spot, ...], config: MethodConfig, *given: Any) -> Distiller:
         several = dict(zip(("spots", "config", "labels", "batch_size"), (spots, config, *given), strict=False))
-        distiller: Distiller = code.construct(row, config, several)
-        return distiller
+        return code.construct(row, config, several)
 
     remembers = bool({"labels", "batch_size"} & inspect.signature(row).parameters.keys())
     return DistillerRow(None, places, make) if places is nowhere else DistillerRow(make, places, needs_labels=remembers)

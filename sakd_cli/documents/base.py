@@ -47,8 +47,7 @@ class Part(BaseModel):
 
 @cache
 def _passed_on(kind: type[Part]) -> frozenset[str]:
-    fields = kind.model_fields.items()
-    return kind.exact.union(name for name, field in fields if "typing.Any" in str(field.annotation))
+    return kind.exact.union(key for key, field in kind.model_fields.items() if "typing.Any" in str(field.annotation))
 
 
 class Document(Part):

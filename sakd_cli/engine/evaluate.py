@@ -68,8 +68,7 @@ def evaluate(
 
     def answer(images: Tensor) -> Tensor:
         with translate_oom(len(images), FEWER):
-            logits: Tensor = network(images).float()
-            return logits
+            return network(images).float()
 
     scores = score_logits(
         ((answer(images), labels) for images, labels in own),

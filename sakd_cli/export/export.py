@@ -44,10 +44,6 @@ class Exportable(NamedTuple):
     facts: dict[str, Any]
     run: RunDir | None
 
-    def base(self, target: Path) -> Path:
-        """The folder that exports of what a path means are written into."""
-        return self.run.path if self.run else folder_of(target)
-
 
 class ExportSettings(NamedTuple):
     """How it is to be exported.
@@ -106,7 +102,8 @@ def export(target: Path, order: ExportSettings, layers: list[ConfigSource], repo
     if order.opset is not None and "onnx" not in form.needs:
         raise UsageError(f"--opset: {order.form} is not written as ONNX", "--format onnx, openvino")
     found = _found(target, reporter)
-    folder = order.out or found.base(target) / "-".join(["export", order.form, order.precision][: 2 + order.reduced])
+    name = "-".join(["export", order.form, order.precision][: 2 + order.reduced])
+    folder = order.out or (found.run.path if found.run else folder_of(target)) / name
     _check_place(folder, order.overwrite)
     config = config_of(found.card, [*settings_of(found.run), *layers], reporter)
     pictures = pictures_of(target, found.run, found.card, config, layers, reporter)
@@ -143,13 +140,11 @@ def export(target: Path, order: ExportSettings, layers: list[ConfigSource], repo
             accuracy=_accuracy(network, opened, pictures, given, order),
             latency=_latency(network, opened, found.card, config, reporter),
         )
-        about = document.model_dump(exclude={"schema_", "folder", "classes"})
         of_timm = timm_config(found.card) if order.form == "safetensors" else {}
         library = "timm" if of_timm else form.library
         block = metadata_block(found.card, found.facts, library, order.form, order.precision)
-        write_json(
-            aside / "config.json", {"export": FORMAT} | found.card.config_entries() | about | found.facts | of_timm
-        )
+        about = found.card.config_entries() | document.model_dump(exclude={"schema_", "folder", "classes"})
+        write_json(aside / "config.json", {"export": FORMAT} | about | found.facts | of_timm)
         write_aside(aside / "README.md", (block + model_card(found.card, found.facts, form, document)).encode())
     return document
 

@@ -73,19 +73,14 @@ logits = network(images)[0]"""
 class FromPixels(nn.Module):
     """A network behind the normalisation that it was trained with: pixel values in [0, 1] to logits."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.mean, self.std = (nn.Buffer(torch.tensor(values).view(-1, 1, 1)) for values in (mean, std))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, classes]."""
-        logits: Tensor = self.network((images - self.mean) / self.std)
-        return logits
+        return self.network((images - self.mean) / self.std)
 
 
 class Half(nn.Module):
@@ -97,8 +92,7 @@ class Half(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, classes]."""
-        logits: Tensor = self.network(images.half())
-        return logits.float()
+        return self.network(images.half()).float()
 
 
 def to_fp16(network: nn.Module) -> nn.Module:
@@ -149,8 +143,7 @@ class Form(NamedTuple):
 
     def check(self) -> None:
         """Raise UsageError where a package is missing."""
-        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        if missing:
+        if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
             raise UsageError(f"{self.file} needs {', '.join(missing)}", hint=f"pip install 'sakd[{self.extra}]'")
 
     def lines(self, card: NetworkCard, inside: bool) -> str:

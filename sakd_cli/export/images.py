@@ -81,10 +81,8 @@ def pictures_of(
         reason = f"{dataset.name} is of other classes or another size than the network"
     except (DataError, UsageError) as error:
         reason = error.message
-    if root is not None:
-        found = _any_pictures(root, card, reporter)
-        if found is not None:
-            return found
+    if root is not None and (found := _any_pictures(root, card, reporter)) is not None:
+        return found
     reporter.say(f"checked with noise: {reason}")
     return Pictures(None, None, card)
 
@@ -100,11 +98,10 @@ def _any_pictures(root: Path, card: NetworkCard, reporter: Reporter) -> Pictures
     bad = list(find_unreadable(paths, spec.reading))
     if skipped := [path for path, error in zip(paths, bad, strict=True) if error is not None]:
         reporter.warn(f"{len(skipped)} pictures cannot be read and are left out, the first: {skipped[0]}")
-    sound = [path for path, error in zip(paths, bad, strict=True) if error is None]
+    if not (sound := [path for path, error in zip(paths, bad, strict=True) if error is None]):
+        return None
     place = {name: number for number, name in enumerate(card.classes)}
     labels = [place.get(Path(path).parent.name, UNKNOWN) for path in sound]
-    if not sound:
-        return None
     known = sum(label != UNKNOWN for label in labels)
     reporter.say(f"{root}: {len(sound)} pictures, {known} of them in a folder named after a class")
     split = Split(Files(tuple(sound), spec, root=str(root)), torch.tensor(labels))

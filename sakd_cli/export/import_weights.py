@@ -69,10 +69,9 @@ def import_weights(
         ),
         **metrics,
     )
-    card = NetworkCard.of(name, known)
     facts = document.model_dump(include={"top1", "top5", "loss", "images", "split", "imported"})
     with whole_folder(folder) as aside:
-        artifact.save_folder(aside, network.cpu(), card, facts)
+        artifact.save_folder(aside, network.cpu(), NetworkCard.of(name, known), facts)
     return document
 
 

@@ -179,9 +179,9 @@ def sweep_run(entry: ScheduledRun) -> SweepRun:
         summary = entry.run.summary
         results |= {"top1": summary.last.top1, "loss": summary.last.loss, "best_top1": summary.best.top1}
         results["validation_top1"] = next((point.top1 for point in reversed(run_curve(entry.run))), None)
-        shared = member.control is not None  # with other teachers
-        results |= {"seconds": summary.seconds}
-        results["teacher_top1"] = None if shared or summary.teacher is None else summary.teacher.top1
+        results["seconds"] = summary.seconds
+        if member.control is None and summary.teacher is not None:  # a control is shared with other teachers
+            results["teacher_top1"] = summary.teacher.top1
     return SweepRun(
         key=member.key,
         role=member.role.value,

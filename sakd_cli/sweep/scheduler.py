@@ -141,8 +141,7 @@ class Scheduler:
 
     def check(self, hint: str) -> None:
         """Raise SeriesError where a run failed: the first one's message, and the worst exit code."""
-        failed = [entry for entry in self.entries.values() if entry.state is State.failed]
-        if failed:
+        if failed := [entry for entry in self.entries.values() if entry.state is State.failed]:
             blocked = self.counts()[State.blocked]
             waiting = f", {blocked} that wait for them were not made" if blocked else ""
             text = f"{len(failed)} of {len(self.entries)} runs failed{waiting}; {failed[0].member.key}: "
@@ -250,8 +249,7 @@ class Scheduler:
 
     def _collect(self, executor: Executor, *, interrupted: bool) -> None:
         """Note what has ended."""
-        ended = executor.ended()
-        if ended:
+        if ended := executor.ended():
             self.index.refresh()
         for one in ended:
             entry = self.entries[one.key]
@@ -273,11 +271,10 @@ class Scheduler:
 
     def _block(self) -> None:
         for entry in self.entries.values():
-            if entry.state is State.waiting:
-                lost = [key for key in entry.member.needs if self.entries[key].state in (State.failed, State.blocked)]
-                if lost:
-                    entry.error = f"waits for {lost[0]}, which failed"
-                    self._into(entry, State.blocked)
+            lost = [key for key in entry.member.needs if self.entries[key].state in (State.failed, State.blocked)]
+            if lost and entry.state is State.waiting:
+                entry.error = f"waits for {lost[0]}, which failed"
+                self._into(entry, State.blocked)
 
     def _into(self, entry: ScheduledRun, state: State) -> None:
         if state is not State.running:

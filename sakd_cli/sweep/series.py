@@ -108,8 +108,7 @@ def _member(config: DistillConfig, router: str, seed: int, balanced: bool = Fals
     changed: dict[str, Any] = {"seed": seed} | ({} if config.router.name == router else {"router": {"name": router}})
     changed |= {"method": {"weight": BALANCED}} if balanced else {}
     own = ConfigSource("the series' settings", config.model_dump(mode="json"))
-    member: DistillConfig = resolve("distill", [own, ConfigSource("--routers", changed)]).config
-    return member
+    return resolve("distill", [own, ConfigSource("--routers", changed)]).config
 
 
 def train_command(
