@@ -128,8 +128,7 @@ class RunDir:
     @property
     def config(self) -> dict[str, Any]:
         """All settings of the run, as a plain tree."""
-        settings = runindex.read_config(self.path / "config.yaml")
-        if settings is None:
+        if (settings := runindex.read_config(self.path / "config.yaml")) is None:
             missing = not (self.path / "config.yaml").exists()
             kind = UsageError if missing else DamagedError
             is_none = f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}"

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
@@ -14,6 +15,7 @@ from sakd_cli.config.resolve import presets
 from sakd_cli.errors import UsageError
 
 Values = Mapping[str, Any]
+RunOrNewest = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest.")]
 NAMES: dict[str, Callable[[], Any]] = {
     "models": networks.all_names,
     "methods": lambda: methods.METHODS,

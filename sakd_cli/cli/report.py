@@ -1,19 +1,14 @@
 """`sakd report`: everything about one run in one HTML file"""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter, emit, show
-from sakd_cli.cli.options import Values, with_options
-
-RunArgument = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest.")]
+from sakd_cli.cli.options import RunOrNewest, Values, with_options
 
 
 @with_options("report")
-def report(options: Values, json: bool, quiet: bool, page: Path | None, run: RunArgument = None) -> None:
+def report(options: Values, json: bool, quiet: bool, page: Path | None, run: RunOrNewest = None) -> None:
     """Write a whole run as one self-contained HTML file, and its plots as PNG files beside it.
 
     Examples:

@@ -3,15 +3,12 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
 from sakd_cli.cli.console import out, show
-from sakd_cli.cli.options import Values, with_options
+from sakd_cli.cli.options import RunOrNewest, Values, with_options
 from sakd_cli.errors import DamagedError, UsageError
 from sakd_cli.report.render.format import fixed, named
 from sakd_cli.report.render.sheet import thinned
@@ -27,11 +24,9 @@ INTERVAL = 2.0  # seconds between two looks
 EPOCHS = 6  # rows while the run goes on
 LOGS = ("metrics.jsonl", "spots.jsonl")
 
-RunArgument = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory. Default: the newest.")]
-
 
 @with_options("watch")
-def watch(options: Values, run: RunArgument = None) -> None:
+def watch(options: Values, run: RunOrNewest = None) -> None:
     """Follow a run from another terminal, to its end: losses, accuracies, and where it distils. The run is left alone.
 
     Examples:

@@ -305,7 +305,6 @@ def changed(known: Iterable[str]) -> list[str]:
     """A line for every file that is no longer what its SHA-256 in the settings says."""
     notes = []
     for digest, _, path in (line.partition("  ") for line in known):
-        now = _read(path)[1]
-        if now != digest:
+        if (now := _read(path)[1]) != digest:
             notes.append(f"{path}: has changed since this run began (SHA-256 {digest[:12]}, now {now[:12]})")
     return notes

@@ -107,8 +107,7 @@ class Table(Mapping[str, Row]):
         if of_file(name):
             code.require_trust(name)
             return self._row(name, code.load(name), name)
-        others = self._plugged(name)
-        if not others:
+        if not (others := self._plugged(name)):
             return self.own[name]
         packages = [*(["sakd"] if name in self.own else []), *(one.package for one in others)]
         if len(packages) > 1:

@@ -293,10 +293,9 @@ def gray_8bit(
 ) -> NDArray[np.uint8]:
     """Greys of more than 8 bits as 8: linear from black to white, rounded, what lies outside is clipped.
 
-    greys  the least and the greatest value
-
-    None: whole numbers must use the top bit of 16, of which the upper 8 are taken, as Pillow does; floats must lie in
-    0 .. 1. Anything else may mean several things: raises `_Refused`.
+    greys        the least and the greatest value
+    black_white  None: whole numbers must use the top bit of 16, of which the upper 8 are taken, as Pillow does; floats
+                 must lie in 0 .. 1. Anything else may mean several things: raises `_Refused`
     """
     low, high = greys
     whole = values.dtype.kind in "iu"

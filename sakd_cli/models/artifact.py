@@ -117,8 +117,7 @@ def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict
 
 def load(path: Path) -> Artifact:
     """Read a weights file or the folder around one. UsageError where it is missing, damaged or not ours."""
-    file = weights_file(path)
-    if not file.is_file():
+    if not (file := weights_file(path)).is_file():
         raise UsageError(f"{file}: no such file", hint="give a run directory or a model.safetensors written by sakd")
     return Artifact(*load_module(file, FORMAT, "a network", _network))
 
@@ -162,8 +161,8 @@ def load_module(
     """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
 
     `build` makes module and card of the header's text on the meta device, since it may name what fills the memory, and
-    is told how many numbers there are for it. Raises UsageError
-    where the file is damaged or not `kind`, NonFiniteError where a weight is NaN or infinite.
+    is told how many numbers there are for it. Raises UsageError where the file is damaged or not `kind`, NonFiniteError
+    where a weight is NaN or infinite.
     """
     entries, tensors = read_tensors(file)
     try:

@@ -241,8 +241,7 @@ def _places(
         alive_until = max(alive_until, open_until.get(node, -1))
         if node.op == "placeholder" or node in fixed or not isinstance(value, Tensor):
             continue
-        found = _read(value, grid, layout, image)
-        if found is None:
+        if (found := _read(value, grid, layout, image)) is None:
             continue
         shape, form = found
         if value.ndim == 4:

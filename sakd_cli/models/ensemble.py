@@ -80,8 +80,7 @@ def fit(config: ResidualConfig, stages: Tensor, labels: Tensor, macs: Sequence[i
     macs: of each member; teacher_macs: what a budget is a fraction of (None: of all members together).
     """
     stages, labels = stages.cpu(), labels.cpu()  # running sums have no deterministic form on CUDA (torch 2.11)
-    scale = RANGES.get(config.uncertainty)
-    if scale is None:
+    if (scale := RANGES.get(config.uncertainty)) is None:
         values = MEASURES[config.uncertainty](stages.float())
         scale = float(values.min()), float(values.max())
     exits = Exits(config.uncertainty, scale, ())

@@ -143,15 +143,13 @@ def find_weights(
     if not places:
         raise UsageError(f"{file}: holds no state dict of tensors with names", hint=ALONE)
     if key is not None:
-        asked = [place for place in places if f".{key}." in f".{place.label}."]
-        if not asked:
+        if not (asked := [place for place in places if f".{key}." in f".{place.label}."]):
             there = dict.fromkeys(place.label for place in places if not place.missing) or {places[0].label: None}
             labels = ", ".join(filter(None, there))
             hint = f"there are: {labels}" if labels else "its weights stand under no key: leave --key out"
             raise UsageError(f"{file}: has no weights under {key!r}", hint)
         places = asked
-    fits = [place for place in places if not (place.missing or place.left)]
-    if not fits:
+    if not (fits := [place for place in places if not (place.missing or place.left)]):
         nearest = min(places, key=lambda place: len(place.missing) + len(place.left))
         _check_plain(file, nearest, integers)
         raise UsageError(*_misfit(file, architecture, nearest))

@@ -143,8 +143,7 @@ def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Repor
     if config.teacher is None or config.teacher.logits is not None:
         return None
     try:
-        path = find_teacher(config)
-        if path is None:
+        if (path := find_teacher(config)) is None:
             raise UsageError(f"teacher: no finished {config.teacher.source} on {config.data.name} in {config.runs_dir}")
         teacher = load_teacher(config, path)
         if config.teacher.sha256 not in (None, teacher.sha256):

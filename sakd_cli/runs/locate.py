@@ -196,8 +196,7 @@ def run_or_newest(
 def target_or_newest(target: Path | None, runs_dir: Path) -> Path:
     """The path that was named, or the newest run with a network. Raises UsageError where there is none."""
     if target is None:
-        found = newest_run(runs_dir, {}, finished=False, delivered=True)
-        if found is None:
+        if (found := newest_run(runs_dir, {}, finished=False, delivered=True)) is None:
             raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
         return found.path
     if not target.exists():

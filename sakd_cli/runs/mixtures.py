@@ -125,8 +125,7 @@ class MixturesExtension(RunExtension):
         self.job = job
 
     def validate(self) -> None:
-        found = of_job(self.job)
-        if found is not None and found[1].to_be_found:
+        if (found := of_job(self.job)) is not None and found[1].to_be_found:
             torchrun.require_single_process("the search for mixtures")
 
     def plan(self) -> dict[str, Any]:

@@ -64,8 +64,7 @@ def control_of(job: Job, task: Task) -> Control:
     train, network = job.config.train, task.network
     if train.patience is not None and job.images.held_out is None:
         raise UsageError("train.patience: there are no validation images to wait for", "--validation 0.1")
-    parameters = _frozen(network, train.freeze)
-    if parameters:
+    if parameters := _frozen(network, train.freeze):
         task.has_unused_parameters = True
     if parameters and len(never_trained(job)) == len(_trained(network)):
         hint = "freeze less, or for fewer epochs than there are: --set train.freeze_epochs=N"

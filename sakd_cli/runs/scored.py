@@ -98,8 +98,7 @@ def images_to_score(
         if new := now.contents(*parts) - then.contents(*parts):
             reporter.warn(f"{len(new)} of the {split} images are new since the run began")
     shown = replace(images, dataset=replace(images.dataset, test=join_splits(list(parts.values()))))
-    known = _trained_on(then, now)
-    if known and split == "test":
+    if (known := _trained_on(then, now)) and split == "test":
         reporter.warn(f"{known} of the {len(shown.dataset.test)} test images were trained on")
     return Scored(shown, split, known)
 
@@ -153,7 +152,6 @@ def _labelled(data: ImageFolderConfig, card: NetworkCard, then: Fingerprint | No
     if lacking := [name for name, count in zip(dataset.classes, counts, strict=True) if not count]:
         more = f" and {len(lacking) - 9} more" if len(lacking) > 9 else ""
         reporter.warn(f"{where}: has no image of {', '.join(lacking[:9])}{more}")
-    known = _trained_on(then, _taken(data, dataset.classes, {"all": dataset.test}, then))
-    if known:
+    if known := _trained_on(then, _taken(data, dataset.classes, {"all": dataset.test}, then)):
         reporter.warn(f"{known} of these {len(dataset.test)} images were trained on")
     return Scored(Images(dataset, dataset.train, None), "all", known)

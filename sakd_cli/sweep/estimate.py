@@ -9,12 +9,11 @@ from sakd_cli.config.training import RunConfig
 from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepPlan
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.files import nearest_folder
+from sakd_cli.report.sweep.tables import HOUR
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 
 if TYPE_CHECKING:
     from sakd_cli.runs.forecast import Forecast
-
-HOUR = 3600.0
 
 
 def plan(name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: float, reporter: Reporter) -> SweepPlan:

@@ -37,8 +37,7 @@ def dropped_by_halving(stages: Sequence[Sequence[Member]], factor: int, train: T
             for stage, members in enumerate(stages):
                 own = [member for member in members if member.cell == cell]
                 needed = {member.teacher for member in own}
-                known = [*train([*(member for member in members if member.key in needed), *own]).values()]
-                if not known:
+                if not (known := [*train([*(member for member in members if member.key in needed), *own]).values()]):
                     break  # it has failed, which the sweep says
                 trial.report(fmean(known), factor**stage)
                 if trial.should_prune():

@@ -191,8 +191,7 @@ def train_series(
 def _members(configs: list[DistillConfig], launcher: "Launcher") -> list[Member]:
     """The runs with their one teacher; the run whose rates a router matches is of the series or located."""
     plans = [resume_config(config) for config in configs] if launcher.resume else []
-    begun = [config.teacher for config, plan in plans if plan.resume]
-    if not begun:
+    if not (begun := [config.teacher for config, plan in plans if plan.resume]):
         first = locate_inputs(configs[0])
         begun = [(first if first.teacher.weights else launcher.pretrain(first)[0]).teacher]
     pinned = {"weights": begun[0].weights, "sha256": begun[0].sha256}

@@ -11,7 +11,7 @@ from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import Heat
-from sakd_cli.report.render.format import bar, csv_text, fixed, fraction, large, named, whole
+from sakd_cli.report.render.format import DASH, bar, csv_text, fixed, fraction, large, named, whole
 from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
 
 EXTREMES = 10  # best and worst classes ...
@@ -42,8 +42,7 @@ def score_tables(results: Sequence[AnyEvaluation]) -> list[RenderableType]:
 def _calibration(result: AnyEvaluation) -> Cells:
     figures = {"NLL, nats": fixed(result.loss, 3)}
     figures |= {"Brier score": fixed(result.brier, 4), "ECE": fixed(result.ece, 4)}
-    means = result.averages
-    if means is not None:
+    if (means := result.averages) is not None:
         for name in ("precision", "recall", "f1"):
             both = (fixed(getattr(means, f"{name}_{kind}"), 2) for kind in ("macro", "weighted"))
             figures[f"{name.capitalize()} %, macro | weighted"] = " | ".join(both)
@@ -96,7 +95,7 @@ def _teacher(result: AnyEvaluation) -> Cells:
 def _rows(columns: Sequence[Cells]) -> list[list[str]]:
     """One row per label of any column."""
     labels = dict.fromkeys(label for cells in columns for label in cells)
-    return [[label, *(cells.get(label, fixed(None, 0)) for cells in columns)] for label in labels]
+    return [[label, *(cells.get(label, DASH) for cells in columns)] for label in labels]
 
 
 def _notes(results: Sequence[AnyEvaluation]) -> list[str]:

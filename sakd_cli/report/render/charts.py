@@ -118,8 +118,7 @@ def zoom(chart: Lines) -> list[Chart]:
 
 def smoothed(chart: Lines) -> Lines:
     """The chart with a running mean for every line of many points, whose own values stay behind all, faint."""
-    long = [one for one in chart.series if one.kind != "marks" and len(one.x) > MOST_MARKED]
-    if not long:
+    if not (long := [one for one in chart.series if one.kind != "marks" and len(one.x) > MOST_MARKED]):
         return chart
     reach = max(len(one.x) for one in long) // SMOOTH // 2
     unit = chart.x.partition(",")[0].partition(" (")[0]

@@ -131,8 +131,7 @@ def _lines(chart: Lines, axes: Any) -> None:
 def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    cells = [_known(row) for row in chart.cells]
-    if not cells:
+    if not (cells := [_known(row) for row in chart.cells]):
         return
     least = -chart.most if chart.signed else chart.least
     stops = [least, 0.0, chart.most] if chart.signed else [least, chart.most]

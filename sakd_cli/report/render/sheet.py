@@ -178,8 +178,7 @@ def left_out(shown: int, total: int, things: str) -> list[str]:
 
 def listing_table(title: str, rows: list[dict[str, Any]]) -> Sheet:
     """Rows with whatever keys they have, a column each, in the order in which the keys come."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    if not keys:
+    if not (keys := list(dict.fromkeys(key for row in rows for key in row))):
         return Sheet(title, [], [], ["none"])
     titles = {key: {"macs": "MACs"}.get(key, key.replace("_", " ").capitalize()) for key in keys}
     texts = [key for key in keys if any(isinstance(row.get(key), str | bool | list | tuple) for row in rows)]

@@ -74,8 +74,7 @@ class _Group(NamedTuple):
 
 def compare(runs: Iterable[RunDir], baseline: str | None = None) -> Comparison:
     """See above; `baseline`: a run, or words of a group's label. Raises UsageError where a path is no run."""
-    given = list(runs)
-    if not given:
+    if not (given := list(runs)):
         raise UsageError("nothing to compare", hint="name runs: sakd compare runs/*")
     settings = [_Settings.of(run) for run in given]
     identities = list(dict.fromkeys(one.identity for one in settings))

@@ -50,8 +50,7 @@ def comparison_tables(document: Comparison) -> list[RenderableType]:
 def _groups(document: Comparison) -> Sheet:
     teacher = _teacher_top1(document)
     notes = [] if teacher is None else [f"Teacher: top-1 {fixed(teacher, 2)} %."]
-    notes += [plain(text) for text in document.doubles]
-    notes += [answer.text for answer in document.answers]
+    notes += [*map(plain, document.doubles), *(answer.text for answer in document.answers)]
     columns = {
         "Group": lambda group: named(group.label) + " (not finished)" * (not group.seeds),
         "Seeds": lambda group: str(len(group.seeds)),

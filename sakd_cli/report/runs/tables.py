@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.report.evaluation.tables import COSTS, branch_table
-from sakd_cli.report.render.format import difference, duration, fixed, large, named, shape, whole
+from sakd_cli.report.render.format import DASH, difference, duration, fixed, large, named, shape, whole
 from sakd_cli.report.render.sheet import Sheet, columns_of, table
 from sakd_cli.report.spots.tables import mixture_table
 
@@ -30,7 +30,7 @@ def summary_table(summary: Summary) -> RenderableType:
     rows = [
         ["Network", *(named(network) for *_, network, _, _ in sides)],
         ["Epoch", *(whole(epoch) for _, _, epoch, *_ in sides)],
-        ["Chosen on", named(None), named(summary.best.selected_on), *[named(None)] * len(sides[2:])],
+        ["Chosen on", DASH, named(summary.best.selected_on), *[DASH] * len(sides[2:])],
         ["Top-1", *(fixed(side.top1, 2, " %") for _, side, *_ in sides)],
         ["Top-5", *(fixed(side.top5, 2, " %") for _, side, *_ in sides)],
         ["Loss", *(fixed(side.loss, 3) for _, side, *_ in sides)],

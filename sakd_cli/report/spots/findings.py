@@ -167,8 +167,7 @@ def trained_router(report: SpotsDocument, measured: Measured) -> str:
 
 def by_epoch(epochs: Sequence[EpochRecord]) -> str:
     known = [(e, spot, [x for x in spot.by_class if x is not None]) for e in epochs for spot in e.spots]
-    known = [one for one in known if one[2]]
-    if not known:
+    if not (known := [one for one in known if one[2]]):
         return ""
     tests, shown = sum(len(values) for *_, values in known), list[EpochRecord]()
     for e, spot, values in known:
