@@ -160,6 +160,15 @@ RECIPES: dict[str, tuple[dict[str, Any], Plain]] = {
         of(optimizer="timm/lamb"),
         Plain(lambda net: __import__("timm.optim").optim.Lamb(net.parameters(), 0.01, weight_decay=5e-4)),
     ),
+    "timm, looked ahead": (
+        of(optimizer="timm/lookahead_lamb", schedule="constant"),
+        Plain(
+            lambda net: __import__("timm.optim").optim.create_optimizer_v2(
+                [{"params": list(net.parameters()), "lr": 0.01, "weight_decay": 5e-4}], "lookahead_lamb", 0.01
+            ),
+            lambda o: lr_scheduler.ConstantLR(o.__dict__["_base_optimizer"], 1.0),
+        ),
+    ),
     "milestones": (
         of(milestones=[1], lr_decay=0.2),
         Plain(scheduler=lambda o: lr_scheduler.MultiStepLR(o, [5], 0.2)),

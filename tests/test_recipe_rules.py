@@ -1,5 +1,7 @@
 """What a recipe does to images, routing and the run's end; and what of it cannot be, each in one line."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import loader_of
 from sakd_cli.runs.launch import try_one_batch
-from sakd_cli.runs.recipe import control_of, notes
+from sakd_cli.runs.recipe import control_of, notes, require_same_length
 from sakd_cli.tasks.criterion import Criterion
 
 __all__ = ["_float64"]  # the fixture of both files
@@ -92,6 +94,9 @@ REFUSED = {
     "train.lr: missing, and timm/lamb has no usual one": of(optimizer="timm/lamb") | {"train.lr": None},
     "unknown optimizer of timm 'lamp'; did you mean 'lamb'": of(optimizer="timm/lamp") | {"train.lr": None},
     "train.optimizer: timm/kron needs second derivatives": of(optimizer="timm/kron"),
+    "train.optimizer: timm/lookahead_kron needs second": of(optimizer="timm/lookahead_kron"),
+    "timm/adamw makes no use of momentum": of(optimizer="timm/adamw", momentum=0.5),
+    "timm/lion makes no use of eps": of(optimizer="timm/lion", eps=1e-6),
     "nesterov belongs to sgd": of(optimizer="adam", nesterov=True),
     "betas belong to adam": of(betas=(0.9, 0.99)),
     "betas.0: must be less than 1": of(optimizer="adamw", betas=(1.0, 0.9)),
@@ -301,6 +306,29 @@ LATE = "teacher.epochs has no effect: the teacher is not trained here (--pretrai
 def test_settings_that_change_nothing_are_told(settings: dict[str, Any], told: str | None) -> None:
     found = notes(job_of({"train.epochs": 3} | settings))
     assert [note.startswith(told) for note in found] == [True] if told else not found
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            of(lr_decay=1.0) | {"router": {"name": "adaptive", "weight_decay": 2.0}},
+            "router.lr: 4e-05 in a run of 2 epochs",
+        ),
+        ({"router": "scheduled"}, "router.start and stop: [0, 1] in a run of 2 epochs and [0, 2] in one of 4, so"),
+        ({"student": "torchvision/mobilenet_v3_small", "router": "always"}, "train.batchnorm: re-estimate in a run"),
+        ({}, ""),
+    ],
+)
+def test_a_run_whose_automatic_values_follow_from_its_length_is_not_extended(
+    settings: dict[str, Any], told: str
+) -> None:
+    """Its first epochs were not those of the longer run."""
+    before, longer = 2, 100 if told.startswith("train.batchnorm") else 4
+    job = job_of(settings | {"train.epochs": longer, "train.milestones": [1]})
+    train = job.config.train.model_copy(update={"epochs": before})
+    with pytest.raises(UsageError, match=re.escape(told)) if told else nullcontext():
+        require_same_length(job, job.config.model_copy(update={"train": train}))
 
 
 @pytest.mark.parametrize(("augment", "said"), [("auto", True), ("none", True), ("crop", False)])

@@ -75,7 +75,7 @@ def torch_optimizer(train: Train, groups: list[dict[str, Any]]) -> torch.optim.O
     """The optimizer that `train` names over torch's parameter groups. UsageError where it cannot be made."""
     name = train.optimizer
     given = {"momentum": train.momentum, "nesterov": train.nesterov, "betas": train.betas, "eps": train.eps}
-    if name.removeprefix("timm/").startswith(UNUSABLE):
+    if name.removeprefix("timm/").removeprefix("lookahead_").startswith(UNUSABLE):
         raise UsageError(f"train.optimizer: {name} needs second derivatives, or keeps what a checkpoint cannot hold")
     if name.startswith("timm/"):
         factory = of_timm(f"train.optimizer: {name}", "timm.optim").create_optimizer_v2
@@ -87,6 +87,10 @@ def torch_optimizer(train: Train, groups: list[dict[str, Any]]) -> torch.optim.O
         except (ValueError, TypeError, AssertionError, KeyError) as error:
             reason = one_line(error)
             raise UsageError(f"train.optimizer: {name}: {reason}", "one of timm.optim.list_optimizers()") from None
+        said = [*own, *(["momentum"] if train.momentum != Train.model_fields["momentum"].default else [])]
+        if idle := [key for key in said if key not in found.defaults]:
+            raise UsageError(f"train.optimizer: {name} makes no use of {idle[0]}", f"leave out the setting {idle[0]}")
+        found.state = getattr(found, "_base_optimizer", found).state  # timm's lookahead keeps a second one, empty
         return found
     kind = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}[name]
     known = inspect.signature(kind).parameters
@@ -113,7 +117,7 @@ class Remembered:
             for k, optimizer in enumerate(self._optimizers())
             for number, group in enumerate(optimizer.param_groups)
             for what, value in group.items()
-            if what == "step"
+            if what.endswith("step")
         }
         return dict(_as_tensors(of_parameters | counts))
 

@@ -50,7 +50,7 @@ from sakd_cli.runs.mixtures import MixturesExtension, of_job
 from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import MemberWriter, ResidualExtension
-from sakd_cli.runs.resume import ResumePlan, find_matching_run, fingerprint, require_fingerprint
+from sakd_cli.runs.resume import ResumePlan, find_matching_run, fingerprint, own_settings, require_fingerprint
 from sakd_cli.runs.survey import SurveyExtension
 from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.distill import DistillTask
@@ -141,6 +141,8 @@ def launch(
     Raises Stopped, with the state saved, where the reporter asks for it; RunInUseError where another process is in.
     """
     loggers.check(job.config.log)
+    if plan.extends and plan.resume is not None:
+        recipe.require_same_length(job, own_settings(plan.resume, job.config))
     distributed.init_process_group(job.device)
     place = plan.resume.path if plan.resume else plan.folder or job.config.runs_dir
     # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network; what a run that

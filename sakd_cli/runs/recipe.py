@@ -1,8 +1,10 @@
 """How a job's networks are trained, from its section `train`: optimizer, what is frozen, what is delivered."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,13 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sakd_cli import torchrun
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.effective import router_train, steps_per_epoch
+from sakd_cli.config.routers import ScheduledConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.engine.control import Control, Delivered, Frozen
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.runs.job import Job, warnings_of
+from sakd_cli.runs.job import Job, effective_values, warnings_of
+from sakd_cli.runs.resume import NEW_RUN
 from sakd_cli.tasks.distill import ROUTER
 
 BLOCKS = ("Block", "Bottleneck", "EncoderLayer")  # ends of the class names of what a network has many of
@@ -123,6 +127,24 @@ def notes(job: Job) -> list[str]:
             "every evaluation re-estimates its statistics (--set train.batchnorm=running: not)"
         )
     return found
+
+
+def require_same_length(job: Job, before: RunConfig) -> None:
+    """Raise UsageError where the job, longer than the run `before`, has other automatic values than that began with."""
+    (old, was), (new, now) = ((_by_length(replace(job, config=one)), one.train.epochs) for one in (before, job.config))
+    for key in [key for key in new if old[key] != new[key]]:
+        reason = f"{old[key]} in a run of {was} epochs and {new[key]} in one of {now}, so this one is not extended"
+        raise UsageError(f"{key}: {reason}", NEW_RUN)
+
+
+def _by_length(job: Job) -> dict[str, Any]:
+    """What follows from the number of epochs, beside schedules."""
+    values, train, router = effective_values(job), job.config.train, getattr(job.config, "router", None)
+    late = train.batchnorm == "auto" and _forgets_too_late(job, job.network) is not None
+    spans = (*router.start, *router.stop) if isinstance(router, ScheduledConfig) else ()
+    found = {key: values.get(key) for key in ("router.lr", "router.teacher_bias")}
+    found |= {"train.batchnorm": "re-estimate" if late else "running"}
+    return found | {"router.start and stop": [round(part * train.epochs) for part in spans]}
 
 
 def _without_effect(config: RunConfig) -> Iterator[tuple[str, str]]:
