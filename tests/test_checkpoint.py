@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sakd_cli.engine import checkpoint
 from sakd_cli.errors import CheckpointError
@@ -22,7 +22,7 @@ TRAINING = {"task/policy": torch.arange(6.0).reshape(2, 3).T, "momentum/a": torc
 
 def write(folder: Path, mark: float = 1.0, *, keep: bool = True) -> None:
     weights = {"weight": torch.full((2, 2), mark)}
-    checkpoint.write(folder, lambda path: save_file(weights, path), TRAINING, {"epoch": mark, "best": {}}, keep=keep)
+    checkpoint.write(folder, save(weights), TRAINING, {"epoch": mark, "best": {}}, keep=keep)
 
 
 def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sakd_cli.batch import Batch
@@ -67,10 +67,10 @@ class FileDelivery:
     def __init__(self, network: nn.Module) -> None:
         self.network, self.published = network, list[dict[str, Any]]()
 
-    def save_weights(self, path: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, path)
+    def weights(self) -> bytes:
+        return save({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()})
 
-    def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
+    def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None:
         self.published.append(facts)
 
 
@@ -288,7 +288,7 @@ def test_a_large_checkpoint_is_not_written_after_every_epoch_and_a_run_goes_on_f
     folder, seen = tmp_path / "run" / "checkpoints", []
 
     class Looks(FileDelivery):
-        def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
+        def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None:
             seen.append(checkpoint.read(folder / "last").state["epoch"])
 
     whole = trainer_of(PlainTask(), tmp_path / "whole", 5)

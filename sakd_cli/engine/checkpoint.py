@@ -10,6 +10,7 @@ A checkpoint is staged as `NAME.new` and flushed; then `NAME` becomes `previous`
 At every instant one of the three is whole. safetensors has no checksum, so the manifest is checked before use.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,27 +39,20 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def write(
-    folder: Path,
-    save_model: Callable[[Path], None] | None,
-    training: dict[str, Tensor],
-    state: dict[str, Any],
-    *,
-    keep: bool,
-) -> None:
-    """Write checkpoint `folder`; `save_model` writes the network's file. `keep`: the old one becomes `previous`."""
+def write(folder: Path, model: bytes | None, training: dict[str, Tensor], state: dict[str, Any], *, keep: bool) -> None:
+    """Write checkpoint `folder`; `model`: the network's file. `keep`: the old one becomes `previous`."""
     staging = folder.with_name(f"{folder.name}.new")
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in training.items()}
+    contents = {} if model is None else {MODEL: model}
+    contents |= {TRAINING: save(tensors), STATE: files.json_bytes({"format": FORMAT} | state)}
     files.verify(folder)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        if save_model is not None:
-            save_model(staging / MODEL)
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in training.items()}
-        files.write_aside(staging / TRAINING, save(tensors))
-        files.write_json(staging / STATE, {"format": FORMAT} | state)
-        names = sorted(path.name for path in staging.iterdir())
-        files.write_json(staging / MANIFEST, {name: files.sha256(staging / name) for name in names})
+        for name, content in contents.items():
+            files.write_aside(staging / name, content)
+        sums = {name: hashlib.sha256(contents[name]).hexdigest() for name in sorted(contents)}
+        files.write_json(staging / MANIFEST, sums)
         files.flush(staging)
         files.verify(folder)
         if folder.exists():
@@ -69,7 +63,7 @@ def write(
         staging.replace(folder)
         files.flush(folder.parent)
     except OSError as error:
-        raise files.disk_error(folder, error, sum(tensor.nbytes for tensor in training.values())) from None
+        raise files.disk_error(folder, error, sum(map(len, contents.values()))) from None
 
 
 def read(folder: Path) -> Checkpoint:

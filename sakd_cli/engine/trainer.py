@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,11 +34,11 @@ SAVING = 0.03  # of the time, at most, goes into larger ones (CRD's banks: 51 MB
 
 
 class ModelWriter(Protocol):
-    """How the finished network is written: as one file for a checkpoint, as a folder for its users."""
+    """How the delivered network is written: `weights` makes its file, `publish` the folder for its users around it."""
 
-    def save_weights(self, path: Path) -> None: ...
+    def weights(self) -> bytes: ...
 
-    def publish(self, run: RunDir, facts: dict[str, Any]) -> None: ...
+    def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None: ...
 
 
 class EvaluationData(NamedTuple):
@@ -133,7 +132,7 @@ class Trainer:
                 if self.control.delivered is not None:
                     self.control.delivered.swap()  # for whatever comes after the training
         except Stopped as stopped:
-            self._save()
+            self._save(self._weights())
             raise Stopped(stopped.signal, f"step {self.step} of {self.steps} is saved") from None
         finally:
             self.reporter.end()
@@ -152,8 +151,9 @@ class Trainer:
             self.run.append(f"spots{self.suffix}.jsonl", record.plain())
             self.reporter.spots([spot.fraction for spot in record.spots])
         self.epoch = epoch
-        self._save(at_leisure=True)
-        self._publish({"epoch": epoch})
+        weights = self._weights()
+        self._save(weights, at_leisure=True)
+        self._publish(weights, {"epoch": epoch})
 
     def _train(self, epoch: int) -> None:
         self.task.train()
@@ -175,7 +175,7 @@ class Trainer:
                 self._log(epoch)
             self.reporter.advance(self.step)
             if self.save_every and self.step % self.save_every == 0 and self.step != last:
-                self._save()
+                self._save(self._weights())
 
     def _refuse_graph(self, reason: str) -> None:
         self.reporter.warn(f"runtime.graph: a step of {self.phase} cannot be captured ({reason}); it is called instead")
@@ -218,17 +218,24 @@ class Trainer:
             epoch = self.step // self.loader.steps_per_epoch
             raise NonFiniteError(f"in the evaluation of epoch {epoch}, {error.message}", LOWER) from None
 
-    def _save(self, *, at_leisure: bool = False) -> None:
+    def _weights(self) -> bytes | None:
+        """The file of the delivered network, made once for all who write it; None where this process delivers none."""
+        if self.output is None or not distributed.is_main_process():
+            return None
+        with self._timed("save"), self._delivered():
+            return self.output.writer.weights()
+
+    def _save(self, weights: bytes | None, *, at_leisure: bool = False) -> None:
         self.guard.check()
         if distributed.is_main_process():
             tensors = self._tensors()
             since, took = self._last_save
             small = sum(tensor.nbytes for tensor in tensors.values()) <= SMALL
             due = not at_leisure or self.done or small or time.perf_counter() - since >= took / SAVING
-            self._write(tensors, last=due)
+            self._write(weights, tensors, last=due)
         distributed.barrier()
 
-    def _write(self, tensors: dict[str, Tensor], *, last: bool) -> None:
+    def _write(self, weights: bytes | None, tensors: dict[str, Tensor], *, last: bool) -> None:
         """The best epoch's network, if this is it, and the last checkpoint."""
         begin = time.perf_counter()
         with self._timed("save"):
@@ -245,17 +252,14 @@ class Trainer:
                 "logs": {name: end.bytes for name, end in logs.items()},
                 "log_sha256": {name: end.sha256 for name, end in logs.items()},
             }
-            save_model = self.output.writer.save_weights if self.output else None
             # All before `last`: a process that dies in between does this epoch again, and this again.
             if last and self.recorder is not None:
                 write_aside(self.run.path / f"samples{self.suffix}.safetensors", self.recorder.file())
             # At its end only: a step later these are no longer the weights that were evaluated.
             if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
-                with self._delivered():
-                    checkpoint.write(self.folder / "best", save_model, {}, state, keep=False)
+                checkpoint.write(self.folder / "best", weights, {}, state, keep=False)
             if last:
-                with self._delivered():
-                    checkpoint.write(self.folder / "last", save_model, tensors, state, keep=True)
+                checkpoint.write(self.folder / "last", weights, tensors, state, keep=True)
                 self._last_save = (end := time.perf_counter()), end - begin
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -322,17 +326,16 @@ class Trainer:
                 network.load_state_dict(saved.model or {})
                 best, best_scores = saved.state["best"], self._evaluate(network, evaluation, evaluation.test)
         measured = {"split": "test", "images": last_scores.images} | last_scores.metrics()
-        self._publish({"epoch": self.epoch} | measured)
+        self._publish(self._weights(), {"epoch": self.epoch} | measured)
         return beside | {
             "last": {"epoch": self.epoch, "split": "test"} | last_scores.metrics(),
             "best": {"epoch": best["epoch"], "selected_on": best["selected_on"]} | best_scores.metrics(),
             "top1_of_class": last_scores.top1_of_class,
         }
 
-    def _publish(self, facts: dict[str, Any]) -> None:
-        if self.output is not None and distributed.is_main_process():
-            with self._delivered():
-                self.output.writer.publish(self.run, facts)
+    def _publish(self, weights: bytes | None, facts: dict[str, Any]) -> None:
+        if self.output is not None and weights is not None:
+            self.output.writer.publish(self.run, weights, facts)
 
     def _log_record(self, record: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", record)

@@ -90,27 +90,36 @@ class Artifact(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def weights_bytes(model: StagedModel, card: NetworkCard) -> bytes:
+    return module_bytes(FORMAT, model, json.dumps(card.plain()))
+
+
 def save_weights(path: Path, model: StagedModel, card: NetworkCard) -> None:
-    save_module(path, FORMAT, model, json.dumps(card.plain()))
+    write_aside(path, weights_bytes(model, card))
 
 
-def save_module(path: Path, form: str, module: nn.Module, card: str) -> None:
-    """Write a module with its `card` (JSON) and the digest of its numbers in the header, atomically."""
+def module_bytes(form: str, module: nn.Module, card: str) -> bytes:
+    """The file of a module, with its `card` (JSON) and the digest of its numbers in the header."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
     header = {"format": form, "card": card, "digest": _digest(card, tensors)}
     # One entry: safetensors writes several in a random order, and the same network must be the same file.
-    write_aside(path, save(tensors, {"sakd": json.dumps(header)}))
+    return save(tensors, {"sakd": json.dumps(header)})
 
 
 def save_folder(folder: Path, model: StagedModel, card: NetworkCard, facts: dict[str, Any]) -> None:
     """Write the deployable folder; `facts` are further entries of its config.json (figures, the teacher's hash)."""
+    write_folder(folder, weights_bytes(model, card), card, facts)
+
+
+def write_folder(folder: Path, weights: bytes, card: NetworkCard, facts: dict[str, Any]) -> None:
+    """The same of a network whose file holds `weights`."""
     verify(folder)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise disk_error(folder, error, sum(tensor.nbytes for tensor in model.state_dict().values())) from None
-    save_weights(folder / "model.safetensors", model, card)
-    about = card.config_entries() | {"format": FORMAT, "sha256": sha256(folder / "model.safetensors")} | facts
+        raise disk_error(folder, error, len(weights)) from None
+    write_aside(folder / "model.safetensors", weights)
+    about = card.config_entries() | {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest()} | facts
     write_json(folder / "config.json", about)
     write_aside(folder / "README.md", (metadata_block(card, about, "pytorch") + _readme(card, about)).encode())
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.errors import UsageError
+from sakd_cli.files import write_aside
 from sakd_cli.models.adapters import Transform
-from sakd_cli.models.artifact import LARGEST_SIDE, Artifact, load_module, save_module
+from sakd_cli.models.artifact import LARGEST_SIDE, Artifact, load_module, module_bytes
 from sakd_cli.models.staged import Relayout, StagedModel
 from sakd_cli.models.table import create
 
@@ -130,7 +131,7 @@ class Branches(nn.Module):
 def save_branches(path: Path, branches: Branches, teacher: str) -> None:
     """Write the branches of the teacher whose weights file has this SHA-256, atomically."""
     card = BranchCard(branches.students, branches.share, branches.side, teacher)
-    save_module(path, FORMAT, branches, json.dumps(card._asdict()))
+    write_aside(path, module_bytes(FORMAT, branches, json.dumps(card._asdict())))
 
 
 def load_branches(path: Path, teacher: Artifact) -> Branches | None:

@@ -1,5 +1,6 @@
 """The student branches of a student-friendly teacher: beside its training, on the disk, and as a student's start."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, final
@@ -10,7 +11,7 @@ from sakd_cli.documents.evaluation import Branch
 from sakd_cli.documents.training import FriendlyTraining, PlannedNetwork
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.errors import UsageError
-from sakd_cli.files import folder_of, sha256
+from sakd_cli.files import folder_of
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.branches import Branches, load_branches, save_branches
 from sakd_cli.models.cost import cost
@@ -46,9 +47,9 @@ class BranchesExtension(RunExtension):
         settings = self.settings.model_dump(mode="json")
         return FriendlyTraining(**settings, training_macs=sum(row.macs for row in rows), branches=rows)
 
-    def publish(self, run: Path, weights: Path) -> None:
+    def publish(self, run: Path, weights: bytes) -> None:
         (run / FILE).parent.mkdir(exist_ok=True)
-        save_branches(run / FILE, self.branches, sha256(weights))
+        save_branches(run / FILE, self.branches, hashlib.sha256(weights).hexdigest())
 
     def finalize(self, factory: TrainerFactory, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The same with each branch's metrics on the test images."""

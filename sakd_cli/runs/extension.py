@@ -119,8 +119,8 @@ class RunExtension(ABC):
         """What the delivered network's card and the summary say of it."""
         return {}
 
-    def publish(self, run: Path, weights: Path) -> None:
-        """Write what belongs to the delivered network, whose file is `weights`, whenever that is written."""
+    def publish(self, run: Path, weights: bytes) -> None:
+        """Write what belongs to the delivered network, whose file holds `weights`, whenever that is written."""
         return
 
     def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:

@@ -76,10 +76,10 @@ class FolderWriter(MemberWriter):
             self.facts["fingerprint"] = {part: images.sum(part) for part in images.parts}
         self.folder = "student" if job.teacher else "teacher"
 
-    def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
-        artifact.save_folder(run.path / self.folder, self.network, self.card, self.facts | rounded(facts))
+    def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None:
+        artifact.write_folder(run.path / self.folder, weights, self.card, self.facts | rounded(facts))
         for extension in self.extensions:
-            extension.publish(run.path, run.path / self.folder / "model.safetensors")
+            extension.publish(run.path, weights)
 
 
 def run_extensions(job: Job) -> list[RunExtension]:

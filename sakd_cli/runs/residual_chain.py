@@ -7,7 +7,6 @@ phases is computed anew from the trained networks, on images that no student was
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -47,10 +46,10 @@ class MemberWriter:
     def __init__(self, network: StagedModel, card: NetworkCard) -> None:
         self.network, self.card = network, card
 
-    def save_weights(self, path: Path) -> None:
-        artifact.save_weights(path, self.network, self.card)
+    def weights(self) -> bytes:
+        return artifact.weights_bytes(self.network, self.card)
 
-    def publish(self, run: RunDir, facts: dict[str, Any]) -> None:
+    def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None:
         return
 
 
