@@ -14,7 +14,6 @@ it.
 """
 
 import importlib
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from sakd_cli.calls import (
     SpotOptions,
     SweepOptions,
     params_of,
+    place_of,
     plain_of,
 )
 from sakd_cli.config import code
@@ -183,6 +183,8 @@ def prepare(**options: Unpack[DistillOptions]) -> "Job":
     """
     from sakd_cli.runs import build
 
+    if wrong := options.keys() & {"resume", "seeds", "routers", "with_control", "parallel", "baseline"}:
+        raise UsageError(f"prepare: builds one new run, so it cannot have {', '.join(sorted(wrong))}")
     config, _ = resolve_command("distill", params_of("distill", options))
     with code.as_usage_errors():
         return build.build(locate_inputs(keep_teacher(config)))
@@ -195,7 +197,7 @@ def _trained(task: str, options: Mapping[str, Any]) -> Summary | Plan | list[Run
 
 
 def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
-    return library_or_path(None if target is None else Path(target), sources)
+    return library_or_path(None if target is None else place_of("target", target), sources)
 
 
 def _reporter(options: Mapping[str, Any]) -> Reporter:
@@ -228,13 +230,8 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
     check_teacher(found, forced=forced, teacher=teacher)
     from sakd_cli.runs.evaluate import evaluate_all
 
-    kinds: dict[str, Any] = {
-        "as_ensembles": forced,
-        "early": not always,
-        "curve": bool(curve or plot),
-        "matrix": bool(matrix),
-    }
-    kinds |= {"split": params["eval_split"], "teacher_required": teacher is not None}
+    kinds: dict[str, Any] = {"as_ensembles": forced, "early": not always, "curve": bool(curve or plot)}
+    kinds |= {"matrix": bool(matrix), "split": params["eval_split"], "teacher_required": teacher is not None}
     results = evaluate_all(found, given, _reporter(options), **kinds)
     if plot is not None:
         plots.write(plots.figure_of([exit_chart_of(results[0])]), plot)
@@ -252,7 +249,8 @@ def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> S
     sample  draw once, from `seed`, instead of using probabilities; extremes: images at each end of each spot
     plot, html, samples   files to write
     """
-    return inspect_run(None if run is None else Path(run), params_of("inspect-spots", options), _reporter(options))
+    params = params_of("inspect-spots", options)
+    return inspect_run(None if run is None else place_of("run", run), params, _reporter(options))
 
 
 def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions]) -> Predictions:
@@ -266,8 +264,8 @@ def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions])
     from sakd_cli.runs.predict import find_pictures
     from sakd_cli.runs.predict import predict as carry_out
 
-    found, reporter = find_pictures([os.fspath(path) for path in pictures]), _reporter(options)
-    return carry_out(weights, found, sources, reporter, top=params["top_classes"], early=not params["always_on"])
+    found, early = find_pictures([str(place_of("pictures", path)) for path in pictures]), not params["always_on"]
+    return carry_out(weights, found, sources, _reporter(options), top=params["top_classes"], early=early)
 
 
 def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Export:
@@ -289,7 +287,7 @@ def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:
     params = params_of("import-weights", options)
     from sakd_cli.export.import_weights import import_weights as carry_out
 
-    return carry_out(Path(file), params, config_sources(params), _reporter(options))
+    return carry_out(place_of("file", file), params, config_sources(params), _reporter(options))
 
 
 def compare(*runs: Place, baseline: str | None = None, plot: Place | None = None) -> Comparison:
@@ -299,8 +297,8 @@ def compare(*runs: Place, baseline: str | None = None, plot: Place | None = None
     plot      file to write the curves to
     """
     if plot is not None:
-        plots.require_plot(Path(plot))
-    document = compare_runs([RunDir(Path(run)) for run in runs], baseline)
+        plots.require_plot(place_of("plot", plot))
+    document = compare_runs([RunDir(place_of("runs", run)) for run in runs], baseline and str(baseline))
     if plot is not None:
         plots.write(plots.figure_of(curve_charts(document)), Path(plot))
     return document
@@ -314,10 +312,10 @@ def runs(
     where, sort  as of the command: `{"method.name": "fitnet"}`, `"-top1"`
     """
     if named:
-        found = [RunDir(Path(name)) for name in named]
+        found = [RunDir(place_of("runs", name)) for name in named]
         return RunEntries(rows=[run_entry(run, run.config, shown=True) for run in found], removed=[])
-    folder = runs_dir_of(config_sources({"runs_dir": None if runs_dir is None else str(runs_dir)}))
-    return RunEntries(rows=run_entries(folder, where or {}, sort), removed=[])
+    folder = runs_dir_of(config_sources({"runs_dir": runs_dir and str(place_of("runs_dir", runs_dir))}))
+    return RunEntries(rows=run_entries(folder, where or {}, sort and str(sort)), removed=[])
 
 
 def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
@@ -326,8 +324,9 @@ def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
     Every fault is in the document (`findings`), and raises nothing. Nothing is changed or downloaded.
     """
     params, reporter = params_of("data-check", options), _reporter(options)
-    row = str(what) if what in DATASETS else None if Path(what).exists() else own_row(str(what), DATASETS)
-    name = str(what) if row and row.endswith("/NAME") else row
+    name, there = str(what), place_of("what", what).exists()
+    row = name if name in DATASETS else None if there else own_row(name, DATASETS)
+    name = name if row and row.endswith("/NAME") else row or ""
     settings = {"data.name": name or ImageFolderConfig().name, "data.root": params["data_root"]}
     if not name:
         settings["data.manifest" if str(what).lower().endswith(".csv") else "data.root"] = str(what)
@@ -349,8 +348,8 @@ def report(
     reporter: Reporter | None = None,
 ) -> Report:
     """Write everything about a run (None: the newest) as one HTML file, `RUN/report.html` unless `out` says where."""
-    found = run_or_newest(None if run is None else Path(run), runs_dir, {})
-    page = found.path / "report.html" if out is None else Path(out)
+    found = run_or_newest(None if run is None else place_of("run", run), runs_dir, {})
+    page = found.path / "report.html" if out is None else place_of("out", out)
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {page}: the name of an HTML file ends in .html")
     return RunPage(found, _reporter({"reporter": reporter}).warn).write(page)
@@ -383,7 +382,8 @@ def sweep(grid: Place | Mapping[str, Any], **options: Any) -> SweepDocument | Sw
     dry_run  estimate runs, hours and bytes, timing steps for `measure` seconds; nothing is written
     Raises SeriesError where runs have failed; the others are finished.
     """
-    params, reporter, grid = params_of("sweep", options), _reporter(options), plain_of(grid)
+    params, reporter = params_of("sweep", options), _reporter(options)
+    grid = plain_of(grid) if isinstance(grid, Mapping) else place_of("grid", grid)
     from sakd_cli.sweep import carry_out, scheduler
 
     def run(part: scheduler.Scheduler) -> None:

@@ -1,5 +1,6 @@
 """The options of the calls of `sakd_cli.api`, typed: those of the commands of the same names."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -170,19 +171,35 @@ class SpotOptions(_Common, _Inputs, total=False):
 
 
 # Options that name what may be an object.
-NAMED = ("model", "network", "teacher", "student", "student_friendly", "method", "router", "routers", "dataset")
+NAMED = {"model", "network", "teacher", "student", "student_friendly", "method", "router", "routers", "dataset"}
+NAMED |= {"methods", "pairs", "some_routers"}
+
+
+def place_of(what: str, value: Any) -> Path:
+    """A path. Raises UsageError for what is none; `what`: its name in the call."""
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{what}: must be a path, got {value!r}")
+    return Path(value)
 
 
 def _read(row: Option, value: Any) -> Any:
-    """Of a choice, a number or a place what typer makes of it, or UsageError; the config reads all that has a key."""
-    text, place = row.type in (str | None, TEXTS, FLAG), row.type == FILE
-    if value is None or text or (row.key and not place) or (place and isinstance(value, bool)):
+    """What typer makes of the value of an option, or UsageError; the config reads all that has a key."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and lists of them
+    if value is None or row.type == TEXTS or (row.key and row.type != FILE):
         return value
+    if row.type == FILE:
+        return place_of(row.flag, value)
+    if row.type in (str | None, str):
+        several = isinstance(value, list | tuple) and "..." in (row.metavar or "")
+        for one in value if several else [value]:
+            if isinstance(one, bool) or not isinstance(one, str | int | float | Path):
+                raise UsageError(f"{row.flag}: must be text, got {value!r}")
+        return [*map(str, value)] if several else str(value)
     kind: Any = Annotated[row.type, Field(ge=row.least)] if row.least is not None else row.type
     try:
-        return TypeAdapter[Any](kind).validate_python(value)
+        return TypeAdapter[Any](kind).validate_python(value, strict=row.type == FLAG)
     except ValidationError as error:
-        reason = "must be a path" if place else error.errors()[0]["msg"].replace("Input should be", "must be")
+        reason = error.errors()[0]["msg"].replace("Input should be", "must be")
         raise UsageError(f"{row.flag}: {reason}, got {value!r}") from None
 
 
@@ -201,8 +218,12 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"settings: must be a mapping of dotted keys, such as {{'train.lr': 0.1}}, got {settings!r}")
     if reporter is not None and (isinstance(reporter, type) or not isinstance(reporter, Reporter)):
         raise UsageError("reporter: must be an object whose class is a subclass of sakd_cli.api.Reporter")
-    code.trust(*(options.get("trust") or ()))
-    given = {names[name]: plain_of(value) if names[name] in NAMED else value for name, value in options.items()}
+    trusted = options.get("trust") or ()
+    if not isinstance(trusted, str | list | tuple | set):
+        raise UsageError(f"trust: must be a list of names, got {trusted!r}")
+    code.trust(*([trusted] if isinstance(trusted, str) else trusted))
+    given = {names[name]: value for name, value in options.items() if value is not None}
+    given = {name: plain_of(value) if name in NAMED else value for name, value in given.items()}
     given |= {name: _read(rows[name], value) for name, value in given.items() if name in rows}
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     of_paths = [name for name, row in rows.items() if row.type == FILE]

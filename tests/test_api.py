@@ -146,8 +146,14 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
     for reporter in (print, api.Reporter):
         with pytest.raises(UsageError, match="reporter: must be an object whose class is a subclass of"):
             api.pretrain_teacher("resnet8", reporter=reporter)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="not list"):
-        api.predict(teacher, ["a.png", "b.png"])  # type: ignore[arg-type]
+    for call in (api.predict, api.compare, api.evaluate):
+        with pytest.raises(UsageError, match=r": must be a path, got \['a.png', 'b.png'\]"):
+            call(teacher, ["a.png", "b.png"])
+    for wrong in ({"preset": ["a"]}, {"resume": True}, {"overwrite": "no"}, {"run_dir": True}, {"trust": 3}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong)).replace('_', '-')}: must be"):
+            api.pretrain_teacher("resnet8", **wrong)  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="prepare: builds one new run, so it cannot have resume"):
+        api.prepare(resume="auto")
     with pytest.raises(AttributeError, match="nothing"):
         api.nothing  # noqa: B018
 

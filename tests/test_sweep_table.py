@@ -207,6 +207,13 @@ def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:
     for said, wrong in refused.items():
         with pytest.raises(ValidationError, match=said):
             SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid=wrong)
+    once = {"task": "sweep", "pairs": ["resnet20:resnet8"], "methods": ["at"]}
+    for fields, told in (
+        ({"methods": ["at", "AT"]}, "methods: at is there twice"),
+        ({"grid": {"lr": 1}}, "grid.lr: must"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            understood(once | fields, NONE)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"unknown key 'router\.taau'"):
         grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid={"router.taau": [1]}))
     others = grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], routers=["always"], grid={"router.tau": [1]}))

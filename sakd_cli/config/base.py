@@ -110,6 +110,13 @@ def choose(kind: str, name: str, table: Iterable[str], hint: str | None = None) 
     return own
 
 
+def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values. Raises UsageError where one is there twice."""
+    if (twice := next((one for k, one in enumerate(values) if one in values[:k]), None)) is not None:
+        raise UsageError(f"{':'.join(twice) if isinstance(twice, tuple) else twice} is there twice")
+    return values
+
+
 def read_by(read: Callable[[Any], Any]) -> AfterValidator:
     """Read the value of a key with a function whose UsageError becomes pydantic's error."""
 

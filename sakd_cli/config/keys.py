@@ -211,7 +211,7 @@ def _place(task: str, error: ErrorDetails) -> list[str]:
     if error["type"] in ("missing", "extra_forbidden"):
         return place
     known = next((n for n in range(len(place), 0, -1) if ".".join(place[:n]) in keys_of(task)), len(place))
-    if known == 1 and place[0] in TABLES:  # settings of somebody's own file are no keys of ours
+    if known == 1 and place[0] in (*TABLES, "grid", "overrides"):  # settings that are no keys of ours
         return place
     return place[:known] + [part for part in place[known:] if part.isdigit()]
 

@@ -63,7 +63,7 @@ class MethodConfig(Config):
     @classmethod
     def _auto_is_balanced(cls, values: Any) -> Any:
         """A weight of `auto` is the default one, balanced: by default both gradients are as long as each other."""
-        if isinstance(values, dict) and values.get("weight") == AUTO:
+        if isinstance(values, dict) and str(values.get("weight")).lower() == AUTO:
             others = {key: value for key, value in values.items() if key != "weight"}
             return others | {"balance": others.get("balance") or cls.auto_balance}
         return values

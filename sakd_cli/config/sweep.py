@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from sakd_cli.config.base import Config, choose, read_by, written
+from sakd_cli.config.base import Config, choose, once, read_by, written
 from sakd_cli.config.method import AUTO
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
@@ -18,7 +18,7 @@ from sakd_cli.errors import UsageError
 
 def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
     """Names of a table, under their own names and each once."""
-    return read_by(lambda names: tuple(dict.fromkeys(choose(kind, name, table) for name in names)))
+    return read_by(lambda names: once(tuple(choose(kind, name, table) for name in names)))
 
 
 def is_path(teacher: str) -> bool:
@@ -80,7 +80,7 @@ def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
             fits = False
         if not fits:
             raise UsageError(f"{name!r} is neither a multiple of the method's weight nor {AUTO}")
-    return tuple(dict.fromkeys(names))
+    return once(names)
 
 
 Pair = Annotated[
@@ -104,7 +104,7 @@ class SweepConfig(Config):
     """Settings of every run, as in the config of a distillation; a teacher is trained with those that it has."""
     teachers: Section = EMPTY
     """Settings of the teachers' runs that differ from common."""
-    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1), read_by(once)]
     """[teacher, student] or teacher:student; a teacher is trained once, unless it is a path or has teacher.weights."""
     methods: Annotated[Names, _of("method", METHODS)]
     """Methods, as in `sakd list methods`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sakd_cli.config import code
-from sakd_cli.config.base import of_file, own_name
+from sakd_cli.config.base import of_file, once, own_name
 from sakd_cli.config.grid import LEARNED, Member, Role, in_order_of_need
 from sakd_cli.config.method import AUTO as BALANCED
 from sakd_cli.config.resolve import ConfigSource, resolve
@@ -89,8 +89,8 @@ def _routers(config: DistillConfig, params: Mapping[str, Any]) -> list[str]:
         return list(dict.fromkeys([own, *coins, CLASSICAL, PLAIN])) if params["with_control"] else [own]
     if params["router"] is not None or params["with_control"]:
         raise UsageError("--routers says which routers run; it goes with neither --router nor --with-control")
-    asked = asked.split(",") if isinstance(asked, str) else asked
-    names = list(dict.fromkeys(own_name(name, ROUTERS) or name for name in asked))
+    asked = asked.split(",") if isinstance(asked, str) else asked or [""]
+    names = list(once(tuple(own_name(name, ROUTERS) or name for name in asked)))
     code.trust(*filter(of_file, names))
     names = list(ROUTERS) if names == [ALL] else names
     for name in names:
