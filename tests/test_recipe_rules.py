@@ -24,10 +24,11 @@ from sakd_cli.engine.recorder import Rows, SpotRecorder
 from sakd_cli.engine.task import SpotUse
 from sakd_cli.engine.trainer import Trainer
 from sakd_cli.errors import UsageError
+from sakd_cli.models.table import create
 from sakd_cli.runs import build
 from sakd_cli.runs.extension import loader_of
 from sakd_cli.runs.launch import try_one_batch
-from sakd_cli.runs.recipe import control_of, notes, require_same_length
+from sakd_cli.runs.recipe import control_of, notes, require_same_length, undecayed
 from sakd_cli.tasks.criterion import Criterion
 
 __all__ = ["_float64"]  # the fixture of both files
@@ -337,6 +338,27 @@ def test_a_crop_that_nothing_is_cropped_by_is_told(augment: str, said: bool, tmp
     settings = {"data": data | {"augment": augment}, "model": "resnet8", "device": "cpu"}
     job = build.build(resolve("pretrain", [ConfigSource("test", settings)]).config)
     assert any("data.crop has no effect" in note for note in notes(job)) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("vit_tiny_patch16_224", 32),
+        ("swinv2_tiny_window8_256", 64),
+        ("coat_tiny", 32),
+        ("tnt_s_patch16_224", 32),
+        ("tiny_vit_5m_224", 32),
+        ("xcit_nano_12_p16_224", 32),
+    ],
+)
+def test_what_is_not_decayed_is_timms_own_list(name: str, side: int) -> None:
+    torch.set_default_dtype(torch.float32)
+    network = create(f"timm/{name}", 4, side)
+    timms: Any = __import__("timm").create_model(name, num_classes=4)
+    kept = timms.no_weight_decay()
+    expected = [p for key, p in timms.named_parameters() if p.ndim <= 1 or key in kept or key.endswith(".bias")]
+    ours = {*undecayed(network), *(p for p in network.parameters() if p.ndim <= 1)}
+    assert len(ours) == len(expected)
 
 
 def test_a_plan_counts_what_is_ever_trained() -> None:

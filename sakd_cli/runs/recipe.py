@@ -24,8 +24,9 @@ from sakd_cli.runs.resume import NEW_RUN
 from sakd_cli.tasks.distill import ROUTER
 
 BLOCKS = ("Block", "Bottleneck", "EncoderLayer")  # ends of the class names of what a network has many of
-EMBEDDINGS = {"pos_embed", "pos_embedding", "cls_token", "class_token", "reg_token", "dist_token"}
-EMBEDDINGS |= {"relative_position_bias_table"}
+EMBEDDINGS = {"pos_embed", "pos_embedding", "cls_token", "class_token", "reg_token", "dist_token", "patch_pos"}
+EMBEDDINGS |= {"relative_position_bias_table", "attention_biases", "logit_scale", "pixel_pos"}
+EMBEDDINGS |= {f"cls_token{k}" for k in range(1, 5)}  # all as in timm's own lists of what is not decayed
 USUAL = 0.1  # momentum of BatchNorm
 REMAINS = 0.01  # share of the initial statistics above which running averages say too little of a network
 
@@ -37,9 +38,13 @@ def optimizer_of(job: Job, task: Task) -> Optimizer:
         torchrun.require_single_process("train.accumulate")
     own = {ROUTER: router_train(config)} if isinstance(config, DistillConfig) else {}
     scales = layer_scales(task.network, train.layer_decay) if train.layer_decay < 1 else {}
-    named = task.network.named_parameters()
-    embeddings = [parameter for name, parameter in named if name.rpartition(".")[2] in EMBEDDINGS]
-    return Optimizer(task.groups(), train, own=own, scales=scales, undecayed=embeddings)
+    return Optimizer(task.groups(), train, own=own, scales=scales, undecayed=undecayed(task.network))
+
+
+def undecayed(network: nn.Module) -> list[nn.Parameter]:
+    """What is no weight of a layer though it is no vector: class tokens, embeddings of places, biases of attention."""
+    named = network.named_parameters()
+    return [own for name, own in named if name.rpartition(".")[2] in EMBEDDINGS or ".cpb_mlp." in name]
 
 
 def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
