@@ -68,9 +68,7 @@ class Bottleneck(ReluBlock):
 
 
 def build(name: str, num_classes: int, *, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)) -> StagedModel:
-    """A CIFAR ResNet; `widths` are those of the stem and the three groups."""
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth of a CIFAR ResNet is 6n+2, not {depth}")
+    """A CIFAR ResNet of depth 6n+2; `widths` are those of the stem and the three groups."""
     return _network(name, "resnet", num_classes, widths, ((depth - 2) // 6,) * 3, BasicBlock)
 
 
@@ -158,8 +156,7 @@ AFTER_NEXT_NORM = Preactivation(
 
 
 def build_wide(name: str, num_classes: int, *, depth: int, width: int) -> StagedModel:
-    if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f"depth of a wide ResNet is 6n+4, not {depth}")
+    """A wide ResNet of depth 6n+4."""
     widths = (16, 16 * width, 32 * width, 64 * width)
     model = grouped_network(
         name,
