@@ -83,6 +83,18 @@ def parse_yaml(text: str) -> Any:
     return _parse_yaml(text, yaml.SafeLoader)
 
 
+class _Once:
+    """A loader whose mappings have every key once: of two, one would be lost without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        before = set[str]()
+        for key in [key for key, _ in node.value if isinstance(key.value, str)]:
+            if key.value in before:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            before.add(key.value)
+        return super().construct_mapping(node, deep)  # type: ignore[misc]
+
+
 def _parse_yaml(text: str, loader: Any) -> Any:
     """YAML of plain values. Raises yaml.YAMLError, or ValueError for what is legal but not taken.
 
@@ -98,7 +110,7 @@ def _parse_yaml(text: str, loader: Any) -> Any:
         if depth > DEEPEST or count > MOST_EVENTS:
             raise ValueError("nested too deeply or too long")
     try:
-        return yaml.load(text, Loader=loader)
+        return yaml.load(text, Loader=type("Once", (_Once, loader), {}))
     except ValueError:  # the number of a date or of digits
         raise ValueError("a value cannot be read") from None
 

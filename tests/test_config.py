@@ -288,6 +288,8 @@ def test_an_unknown_preset_is_told_with_the_nearest() -> None:
     ("content", "message"),
     [
         (b"a: [", "line 2: not valid YAML"),
+        (b"train: {lr: 0.1}\ntrain: {epochs: 3}\n", "line 2: not valid YAML: 'train' stands twice"),
+        (b"train.epochs: 2\n", "unknown key 'train.epochs'; keys are nested here: train: {epochs: ...}"),
         (b"- 1\n- 2\n", "a mapping of keys"),
         (b"", "a mapping of keys"),
         (b"1: 2\n", "a mapping of keys"),

@@ -224,6 +224,8 @@ def _words(error: ErrorDetails) -> list[str]:
 def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
     # Inside a section that is chosen by name, pydantic's place begins with the section.
     key, leaf, known = ".".join(place), place[-1], keys_of(task)
+    if dots := leaf.count("."):
+        return f"unknown key {key!r}; keys are nested here: {leaf.replace('.', ': {')}: ...{'}' * dots}"
     chosen = values.get("method")
     chosen = str(chosen.get("name") if isinstance(chosen, dict) else chosen)
     parts = [part for part in chosen.split("+") if part in METHODS] if place[0] == "method" else []
