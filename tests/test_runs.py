@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import CliRunner
 from filelock import FileLock
+from yaml import YAMLError
 
 from sakd_cli import runindex
 from sakd_cli.files import parse_yaml
@@ -145,7 +146,6 @@ def test_a_removal_that_was_cut_short_stands_in_no_way_and_a_link_is_no_run(ther
         "? a\n: 1\nb: 2\n",
         "{a: 1, b: 2}\n",
         "--- \na: 1\n",
-        "a: 1\na: 2\n",
         "1: 2\n",
         "- a\n- b\n",
         "a",
@@ -156,6 +156,9 @@ def test_a_removal_that_was_cut_short_stands_in_no_way_and_a_link_is_no_run(ther
 )
 def test_settings_by_blocks_are_those_of_the_whole_file(text: str) -> None:
     assert runindex._by_blocks(text) == parse_yaml(text)
+    for parse in (runindex._by_blocks, parse_yaml):
+        with pytest.raises(YAMLError, match="'a' stands twice"):
+            parse("a: 1\na: 2\n")
 
 
 def test_settings_whose_keys_are_numbers_are_damaged(there: CliRunner) -> None:
