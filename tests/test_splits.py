@@ -14,6 +14,7 @@ from sakd_cli.data import fingerprint
 from sakd_cli.data.files import Files
 from sakd_cli.data.imagefolder import load_labelled
 from sakd_cli.errors import DataError
+from sakd_cli.rundir import IMAGES
 from sakd_cli.runs.images import Images, load_images
 
 CLASSES = ("ant", "bee", "cat")
@@ -179,7 +180,7 @@ def taken(root: Path, **settings: Any) -> fingerprint.Fingerprint:
 
 def test_a_fingerprint_is_the_same_when_it_is_read_and_where_the_folder_has_moved(tmp_path: Path) -> None:
     then = taken(folder(tmp_path / "here", count=6))
-    (tmp_path / fingerprint.FILE).write_text(then.text)
+    (tmp_path / IMAGES).write_text(then.text)
     assert fingerprint.read(tmp_path) == then
     assert fingerprint.read(tmp_path / "here") is None
     (tmp_path / "here").rename(tmp_path / "there")

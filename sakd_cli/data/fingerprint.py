@@ -17,7 +17,6 @@ from sakd_cli.rundir import IMAGES
 from sakd_cli.torchrun import cpu_count
 
 FORMAT = "sakd.images/1"
-FILE = IMAGES
 MOST = 2**30  # bytes of such a file: some ten million images
 LARGE = 20e9  # bytes of all pictures from which on their content is not read for it
 SHOWN = 3  # differences that an error names
@@ -114,7 +113,7 @@ def of_images(classes: tuple[str, ...], parts: Mapping[str, Split], mode: str = 
 
 def read(folder: Path) -> Fingerprint | None:
     """The fingerprint that a run keeps in its directory; None where there is none. UsageError where it is damaged."""
-    path = folder / FILE
+    path = folder / IMAGES
     if not path.exists():
         return None
     try:

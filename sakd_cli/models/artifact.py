@@ -167,7 +167,7 @@ def _network(header: str, numbers: int) -> tuple[StagedModel, NetworkCard]:
 def load_module(
     file: Path, form: str, kind: str, build: Callable[[str, int], tuple[Module, Card]]
 ) -> tuple[Module, Card, str]:
-    """Read what `save_module` wrote: the module on the CPU, its card, the SHA-256 of the file.
+    """Read what `module_bytes` made: the module on the CPU, its card, the SHA-256 of the file.
 
     `build` makes module and card of the header's text on the meta device, since it may name what fills the memory, and
     is told how many numbers there are for it. Raises UsageError where the file is damaged or not `kind`, NonFiniteError

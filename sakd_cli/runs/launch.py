@@ -19,7 +19,7 @@ from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.resolve import flat, relative
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.data.dataset import seeded_generator
-from sakd_cli.data.fingerprint import FILE, Fingerprint
+from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.sources import as_seen, describe_reading
 from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
@@ -38,7 +38,7 @@ from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutpu
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_bytes
 from sakd_cli.models import artifact
-from sakd_cli.rundir import SUMMARY, RunDir
+from sakd_cli.rundir import IMAGES, SUMMARY, RunDir
 from sakd_cli.runs import build, recipe, teacher_logits
 from sakd_cli.runs.branches import BranchesExtension
 from sakd_cli.runs.claims import Claim, compare_with_card, warn_of_chance
@@ -164,7 +164,7 @@ def launch(
             assert run.identity is not None, "from here on nothing is written where another run lies"
             note_own(run)
         distributed.barrier()
-        run.fingerprint = fingerprint(job.config, run.path / FILE)
+        run.fingerprint = fingerprint(job.config, run.path / IMAGES)
         try:
             factory = TrainerFactory(run, evaluation, reporter)
             for extension in extensions:
@@ -204,7 +204,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
     if plan.overwrite:
         run.clear()
     if plan.resume is None and images is not None:
-        write_aside(run.path / FILE, images.text.encode())
+        write_aside(run.path / IMAGES, images.text.encode())
     settings = relative(job.config.model_dump(mode="json"), run.path)
     known = {} if plan.resume is None else flat(run.config) | run.read_json("env.json", sealed=True)
     if plan.resume is None:
