@@ -219,8 +219,6 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if reporter is not None and (isinstance(reporter, type) or not isinstance(reporter, Reporter)):
         raise UsageError("reporter: must be an object whose class is a subclass of sakd_cli.api.Reporter")
     trusted = options.get("trust") or ()
-    if not isinstance(trusted, str | list | tuple | set):
-        raise UsageError(f"trust: must be a list of names, got {trusted!r}")
     code.trust(*([trusted] if isinstance(trusted, str) else trusted))
     given = {names[name]: value for name, value in options.items() if value is not None}
     given = {name: plain_of(value) if name in NAMED else value for name, value in given.items()}

@@ -149,7 +149,7 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
     for call in (api.predict, api.compare, api.evaluate):
         with pytest.raises(UsageError, match=r": must be a path, got \['a.png', 'b.png'\]"):
             call(teacher, ["a.png", "b.png"])
-    for wrong in ({"preset": ["a"]}, {"resume": True}, {"overwrite": "no"}, {"run_dir": True}, {"trust": 3}):
+    for wrong in ({"preset": ["a"]}, {"resume": True}, {"overwrite": "no"}, {"run_dir": True}):
         with pytest.raises(UsageError, match=f"{next(iter(wrong)).replace('_', '-')}: must be"):
             api.pretrain_teacher("resnet8", **wrong)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="prepare: builds one new run, so it cannot have resume"):

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from conftest import TINY, CliRunner
 from test_plugin import packages  # noqa: F401
+from wrong_files import ROUTER, WARNED, WRONG
 
 from sakd_cli import api
 from sakd_cli.cli.console import ConsoleReporter
@@ -178,108 +179,6 @@ def test_loss_network_and_data_of_a_file(place: CliRunner) -> None:
     routed = place.sakd("inspect-spots", run, "--json").document
     assert all(spot["probability"] is not None for spot in routed["overall"])
     assert place.sakd("inspect-spots", run, "--live", "--json").code == 0
-
-
-BASE = "import torch\nfrom sakd_cli.api import *\nfrom sakd_cli.api import Dataset, Decision\n"
-ROUTER = BASE + "class R(Router):\n    def decide(self, seen):\n        return {}\n"
-LOSS = BASE + "class R(SpotwiseDistiller):\n    def spot_loss(self, k, student, teacher, weight):\n        return {}\n"
-DATA = BASE + "def R():\n    one = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2\n    return {}\n"
-INIT = BASE + "class R(SpotwiseDistiller):\n def __init__(self, spots):\n"
-# Kind, content of the file, exit code, what is told.
-WARNED = ["warning", "error", "hint"]  # of a teacher at chance, before the first batch
-WRONG = [
-    ("router", "class R(\n", 2, r"bad\.py, line 1: '\(' was never closed"),
-    ("router", "import torch\nimport nothing_like_it\n", 2, r"bad\.py, line 2: ModuleNotFoundError"),
-    ("router", "x = 1\n\n1 / 0\n", 2, r"bad\.py, line 3: ZeroDivisionError"),
-    ("router", "class S: pass\n", 2, r"bad\.py: unknown name 'R'; known: S"),
-    ("router", "class R: pass\n", 2, r"bad\.py, line 1: bad\.py:R is no Router"),
-    ("router", "import sys\nsys.exit(3)\n", 2, r"bad\.py, line 2: SystemExit"),
-    ("router", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* has no method decide"),
-    ("router", ROUTER.format("exit(0)"), 2, r"bad\.py, line 6: SystemExit"),
-    ("router", ROUTER.format("seen.nothing"), 2, r"bad\.py, line 6: AttributeError"),
-    ("router", ROUTER.format("None"), 2, r"bad\.py, line 5: R\.decide: must return a tensor .* not a NoneType"),
-    (
-        "router",
-        ROUTER.format("torch.ones(7, 3)"),
-        2,
-        r"line 5: R\.decide: must return a tensor .*\[2, \d+\]\) or a Decision, not torch\.float32 of shape \[7, 3\]",
-    ),
-    (
-        "router",
-        ROUTER.format("torch.ones(5, dtype=torch.int64)"),
-        2,
-        r"line 5: R\.decide: must return .* not torch\.int64 of shape \[5\]",
-    ),
-    (
-        "router",
-        ROUTER.format("Decision(torch.ones(7, 3))"),
-        2,
-        r"line 5: R\.decide: the weight .* shape \[2, \d+\], not .*7, 3",
-    ),
-    (
-        "router",
-        ROUTER.format("Decision(torch.ones(2, len(seen.labels)), torch.ones(1))"),
-        2,
-        r"line 5: R\.decide: the gate",
-    ),
-    (
-        "router",
-        ROUTER.format("seen.student_loss * torch.nan"),
-        7,
-        r"line 5: R\.decide: .*NaN or outside of 0 to 1",
-    ),
-    (
-        "router",
-        ROUTER.format("seen.student_loss * 0 + 2"),
-        7,
-        r"line 5: R\.decide: .*NaN or outside of 0 to 1",
-    ),
-    (
-        "router",
-        BASE + "class R(Router):\n def __init__(self, spots, rate):\n  pass\n decide = 1\n",
-        2,
-        r"bad\.py, line 5: .* takes 'rate'",
-    ),
-    ("router", BASE + "class R(Router):\n settings = decide = int\n", 2, r"bad\.py, line 4: .* carries `settings`"),
-    (
-        "router",
-        BASE + "class R(Router):\n def __init__(self):\n  super().__init__()\n  self.a = torch.nn.Linear(2, 2)\n"
-        " def decide(self, seen):\n  return seen.student_loss\n",
-        2,
-        r"bad\.py, line 5: R has weights, and nothing trains them",
-    ),
-    (
-        "router",
-        INIT.replace("SpotwiseDistiller", "Router") + "  self.rate = 0.5\n def decide(self, seen):\n  return 1\n",
-        2,
-        r"bad\.py, line 5: R\.__init__ must begin with super\(\)\.__init__\(spots\)",
-    ),
-    ("method", LOSS.format("student.nothing"), 2, r"bad\.py, line 6: AttributeError"),
-    ("method", LOSS.format("weight"), 2, r"bad\.py, line 5: R\.spot_loss: .* shape \[1\]"),
-    ("method", LOSS.format("weight.sum() * torch.inf"), 7, r"bad\.py, line 5: R\.spot_loss: .*feature is not finite"),
-    ("method", LOSS.format("student.norm()"), 2, r"line 5: R\.spot_loss: gives .* at spot .*exactly 0"),
-    (
-        "method",
-        LOSS.format("(weight * 0 * student.sum()).square().sum().sqrt()"),
-        7,
-        r"bad\.py, line 5: R\.spot_loss: perhaps its gradient, .* at 0: step 1: gradient",
-    ),
-    ("method", LOSS.format("weight.sum() / weight.sum()"), 2, r"bad\.py, line 5: R\.spot_loss: gives nan .*exactly 0"),
-    ("method", INIT + "  pass\n def spot_loss(self, k, s, t, w):\n  pass\n", 2, r"bad\.py, line 5: R.* super"),
-    ("method", BASE + "class R(Router): pass\n", 2, r"bad\.py, line 4: .* is no Distiller of sakd_cli\.api"),
-    (
-        "method",
-        LOSS.replace("    def", "    places = 'nowhre'\n    def").format("0"),
-        2,
-        r"unknown place 'nowhre'",
-    ),
-    ("dataset", DATA.format("3"), 3, r"bad\.py, line 4: returned a int, not a Dataset"),
-    ("dataset", DATA.format("Dataset.of((one[0].float(), one[1]), one)"), 3, r"the images of train must be uint8"),
-    ("dataset", DATA.format("Dataset.of(one, one, ['a'])"), 3, r"the labels of train must be 0 to 0, not 0 to 1"),
-    ("dataset", DATA.format("one.nothing"), 2, r"bad\.py, line 6: AttributeError"),
-    ("student", "def R(num_classes):\n    return num_classes.nothing\n", 2, r"bad\.py, line 2: AttributeError"),
-    ("student", "def R(num_classes):\n    return 3\n", 2, r"bad\.py:R: returned a int, not an nn\.Module"),
-]
 
 
 @pytest.mark.parametrize(("kind", "content", "code", "told"), WRONG, ids=[f"{w[0]}-{k}" for k, w in enumerate(WRONG)])

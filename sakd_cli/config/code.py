@@ -245,7 +245,7 @@ def construct(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
     """What own code makes of what is given and of its settings. UsageError, naming file and line, where it fails."""
     known = type(config).model_fields
     taken = {key: given[key] if key in given else getattr(config, key, None) for key in _parameters(found, given)}
-    with as_usage_errors(getattr(sys.modules.get(found.__module__), "__file__", None)):
+    with as_usage_errors(getattr(sys.modules.get(found.__module__), "__file__", None)), contained():
         one = found(**{key: value for key, value in taken.items() if key in given or key in known})
     if {"Router", "Distiller"} & ancestors(found) and "_parameters" not in vars(one):
         text = f"{found.__name__}.__init__ must begin with super().__init__(spots)"

@@ -126,14 +126,21 @@ class Dataset:
 
         Mean and std are those of the training images. val: images that choose the best epoch; None: some of `train`.
         """
-        names = tuple(classes or map(str, range(int(train[1].max()) + 1)))
-        pixels = train[0].double() / 255
+        (images, labels), other = (tuple(map(torch.as_tensor, part)) for part in (train, test))
+        held_out = None if val is None else Split(*map(torch.as_tensor, val))
+        names = tuple(classes or map(str, range(int(labels.max()) + 1 if len(labels) else 0)))
+        both = Split(images, labels), Split(*other)
+        made = cls("", names, (0.5,) * 3, (0.25,) * 3, padding, flip, *both, val=held_out)
+        if made.wrong():  # whoever asked for it says so
+            return made
+        pixels = images.double() / 255
         mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3), correction=0).clamp(min=1e-3).tolist()
-        held_out = None if val is None else Split(*val)
-        return cls("", names, tuple(mean), tuple(std), padding, flip, Split(*train), Split(*test), val=held_out)
+        return replace(made, mean=tuple(mean), std=tuple(std))
 
     def wrong(self) -> str | None:
         """What no training can use of it, in a line; None: nothing."""
+        if any(not isinstance(one, str) or self.classes.count(one) > 1 for one in self.classes):
+            return f"its classes must be texts, each another one, not {list(self.classes)}"[:120]
         for name, split in {"train": self.train, "test": self.test, "val": self.val}.items():
             if split is None or isinstance(split.images, Files):
                 continue

@@ -12,7 +12,7 @@ from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.distillers.dfa import DFA, mixable_blocks
-from sakd_cli.distillers.distiller import Composed, Distiller, Ingredient, Warmup
+from sakd_cli.distillers.distiller import SCOPES, Composed, Distiller, Ingredient, Warmup
 from sakd_cli.distillers.kdsvd import KDSVD
 from sakd_cli.distillers.logits import DIST, DKD, KD, LS
 from sakd_cli.distillers.maps import AT, NST, OFD, VID, FitNet, ReviewKD, SimKD, reuse
@@ -136,6 +136,8 @@ def _plugged(name: str, row: Any) -> DistillerRow:
         raise ValueError("is no DistillerRow of sakd_cli.distillers.table, and no Distiller")
     if (places := PLACES.get(row.places)) is None:
         raise ValueError(unknown("place", str(row.places), PLACES))
+    if row.scope not in SCOPES:
+        raise ValueError(unknown("scope", str(row.scope), SCOPES))
     if places is chosen_map and "stage" not in METHODS[name].model_fields:
         raise ValueError("acts at `chosen_map` and has no setting `stage`")
 

@@ -193,7 +193,7 @@ def _made(entry: str, num_classes: int) -> nn.Module:
     module, _, function = entry.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        with code.as_usage_errors():
+        with code.as_usage_errors(), code.contained():
             make = code.load(entry) if of_file(entry) else getattr(importlib.import_module(module), function)
             found = make(num_classes=num_classes)
     except UsageError:

@@ -113,7 +113,7 @@ def _decided(router: Router, teacher: Tensor, student: Tensor, noise: Tensor, an
     if isinstance(found, Tensor):
         found = found.expand(router.spots, -1) if found.shape == answers.labels.shape else found
         found = Decision(found) if found.shape == (router.spots, len(answers.labels)) else found
-    if not isinstance(found, Decision) or not isinstance(found.weight, Tensor):
+    if not isinstance(found, Decision) or not isinstance(found.weight, Tensor) or found.weight.is_complex():
         return found  # type: ignore[return-value]  # whoever asked says what is wrong with it
     weight = found.weight.detach().to(student.dtype)
     weight = torch.where((weight >= 0) & (weight <= 1), weight, torch.nan)  # the step's guard stops there

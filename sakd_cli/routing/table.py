@@ -340,6 +340,9 @@ def _plugged(name: str, kind: type[Router]) -> Callable[[Any, Pair], Router]:
         if not isinstance(config, LearnedConfig) and any(one.requires_grad for one in router.parameters()):
             text = "has weights, and nothing trains them: that needs `settings` of a LearnedConfig, and a gate"
             raise UsageError(f"{where}: {kind.__name__} {text}", code.GUIDE)
+        if not isinstance(router.noise_width, int) or router.noise_width < 0:
+            text = f"{kind.__name__}.noise_width must be a whole number, not {router.noise_width!r}"
+            raise UsageError(f"{where}: {text}", code.GUIDE)
         if kind.decides:
             router.stand_at(pair.spots)  # its own constructor need not have said so
         return router

@@ -1,4 +1,4 @@
-"""What is tried of a job before it is trained: a batch, and a loss of somebody's own with weights of 0."""
+"""What is tried of a job before it is trained: a batch, and a router and a loss (with weights of 0) of one's own."""
 
 import copy
 import math
@@ -13,10 +13,11 @@ from sakd_cli.engine.runtime import to_fp32, translate_oom
 from sakd_cli.engine.task import StepOutput
 from sakd_cli.errors import NonFiniteError, UsageError
 from sakd_cli.models.staged import Features
+from sakd_cli.routing.router import Router
 from sakd_cli.runs.extension import loader_of
 from sakd_cli.runs.job import Job
 from sakd_cli.tasks.distill import DistillTask
-from sakd_cli.tasks.own_code import method_of, of_own_code, require_floating
+from sakd_cli.tasks.own_code import check_decision, method_of, of_own_code, require_floating
 
 
 def first_losses(job: Job, loader: Loader) -> dict[str, float]:
@@ -44,7 +45,7 @@ def first_losses(job: Job, loader: Loader) -> dict[str, float]:
 
 
 def check_own_losses(job: Job) -> None:
-    """Try every loss of somebody's own on the first batch of an epoch, before anything is compiled or captured.
+    """Try every router and loss of somebody's own on an epoch's first batch, before anything is compiled or captured.
 
     Raises UsageError where one is wrong. Networks, losses and random numbers are left as they were.
     """
@@ -60,6 +61,7 @@ def check_own_losses(job: Job) -> None:
             for member in task.members:
                 part = replace(batch, precomputed=None) if task.others else batch
                 teacher = member.teacher_features(part).map(to_fp32)
+                _require_decision(member, student, teacher, part)
                 for one in (member.feature_distiller, member.logit_distiller):
                     for distiller in filter(_own, [] if one is None else one.modules()):
                         _require_zero(distiller, student, teacher, part)
@@ -69,7 +71,20 @@ def check_own_losses(job: Job) -> None:
 
 
 def _own(module: torch.nn.Module) -> bool:
-    return isinstance(module, Distiller) and bool(line_of(module))
+    return isinstance(module, Distiller | Router) and bool(line_of(module))
+
+
+def _require_decision(task: DistillTask, student: Features, teacher: Features, batch: Batch) -> None:
+    if not _own(task.router):
+        return
+    with as_usage_errors(method_of(task.router)), contained():
+        tried = copy.deepcopy(task.router)  # it may keep what it sees
+        tried.begin_epoch(1)
+        seen = teacher.embedding, student.embedding, batch.noise[:, : tried.noise_width]
+        decision = tried(*seen, *task.answers(teacher, student, batch.labels))
+        decision = check_decision(tried, decision, (len(task.spots), len(batch.labels)), routed=task.graft is not None)
+        if (given := decision.weight.device) != (here := batch.images.device):
+            raise UsageError(f"{method_of(tried)}: gives weights on device {given}, and not on {here}", GUIDE)
 
 
 def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Features, batch: Batch) -> None:
@@ -77,7 +92,8 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
     assert isinstance(tried, Distiller)
     tried.active = (True,) * len(tried.spots)
     weights = [batch.images.new_full((len(tried.spots), len(batch.labels)), value) for value in (0.0, 1.0)]
-    with as_usage_errors(method_of(distiller)), contained():
+    student = student.map(lambda feature: feature.detach().requires_grad_())
+    with as_usage_errors(method_of(distiller)), contained(), torch.enable_grad():
         losses, plain = (tried(student, teacher, weight, batch) for weight in weights)
     require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(tried.spots),))
     for spot, loss, whole in zip(tried.spots, losses.tolist(), plain.tolist(), strict=True):
@@ -85,3 +101,6 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
             text = f"gives {loss:.4g} at spot {spot.name} where every weight is 0, and must give exactly 0"
             cure = "multiply each image's loss by its `weight`, and take the mean over all images"
             raise UsageError(f"{method_of(distiller)}: {text}: {cure}", GUIDE)
+    if bool(plain.isfinite().all()) and not (plain.requires_grad and bool((weights[1] == 1).all())):
+        text = "changes its `weight`" if plain.requires_grad else "gives a loss without a gradient by what it is given"
+        raise UsageError(f"{method_of(distiller)}: {text}", GUIDE)

@@ -95,6 +95,8 @@ def never_trained(job: Job) -> set[nn.Parameter]:
 
 def check(job: Job) -> None:
     """Raise UsageError, before anything is trained, where the settings cannot be had."""
+    if not _trained(job.task.network):
+        raise UsageError(f"{job.network.name}: none of its parameters is trained (requires_grad)")
     train, (rate, *_) = job.config.train, (group.lr for group in optimizer_of(job, job.task).groups)
     if train.min_lr > rate:
         raise UsageError(f"train.min_lr: {train.min_lr:g} is above {rate:g}, the learning rate that is to fall to it")

@@ -39,11 +39,14 @@ def check_decision(router: Router, decision: object, shape: tuple[int, int], *, 
             text += _told(decision)
         raise UsageError(f"{method_of(router)}: {text}", GUIDE)
     require_floating(router, "the weight of its Decision [spots, N]", decision.weight, shape)
-    if router.decides and decision.gate is not None:
-        require_floating(router, "the gate of its Decision [N, spots]", decision.gate, shape[::-1])
-        if not routed:
-            text = "gives a gate, and nothing is routed by it: that needs `settings` of a LearnedConfig"
-            raise UsageError(f"{method_of(router)}: {text}", GUIDE)
+    if not router.decides:
+        return decision
+    for what, value, layout in (("gate", decision.gate, shape[::-1]), ("probability", decision.probability, shape)):
+        if value is not None:
+            require_floating(router, f"the {what} of its Decision", value, layout)
+    if (decision.gate is not None) != routed:
+        text = "gives no gate to learn by, beside" if routed else "gives a gate, and nothing is routed by it, without"
+        raise UsageError(f"{method_of(router)}: {text} `settings` of a LearnedConfig", GUIDE)
     return decision
 
 
