@@ -212,3 +212,10 @@ def test_settings_are_shown_as_a_settings_file_has_them(cli: CliRunner) -> None:
 def test_a_config_is_shown_with_what_each_key_means(cli: CliRunner) -> None:
     rows = cli.sakd("config", "show", "--preset", "quickstart", "--describe", "--json").document["keys"]
     assert all(len(row["description"]) > 10 for row in rows)
+
+
+def test_a_variable_that_is_nearly_one_of_ours_is_told(cli: CliRunner) -> None:
+    pair = "config", "show", "--teacher", "resnet20", "--student", "resnet8"
+    told = cli.sakd(*pair, SAKD_MY_LAB="1"), cli.sakd(*pair, SAKD_EPOCH="3")
+    assert [one.code for one in told] == [0, 2], "who has others of that beginning may have them"
+    assert told[1].err.splitlines()[0] == "error: SAKD_EPOCH: no variable of sakd; did you mean SAKD_EPOCHS?"

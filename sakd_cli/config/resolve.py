@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +141,11 @@ def option_sources(options: Mapping[str, Any]) -> list[ConfigSource]:
 
 
 def environment_sources(known: Iterable[str]) -> list[ConfigSource]:
-    """One source per `SAKD_<OPTION>` that is set and not empty, for the options a command has."""
+    """One source per `SAKD_<OPTION>` that is set and not empty, for the options a command has; near misses are told."""
+    names = {code.TRUST, *(row.variable for row in OPTIONS.values() if row.key)}
+    for name in os.environ.keys() - names:  # who has others of that beginning may have them
+        if name.startswith("SAKD_") and (near := get_close_matches(name, names, n=1, cutoff=0.9)):
+            raise UsageError(f"{name}: no variable of sakd; did you mean {near[0]}?", f"unset {name}")
     rows = [(OPTIONS[name], os.environ.get(OPTIONS[name].variable)) for name in known]
     return [ConfigSource(row.variable, nested({row.key: value})) for row, value in rows if value]
 
