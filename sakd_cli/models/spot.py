@@ -48,7 +48,7 @@ def align_stages(student: StagedModel, teacher: StagedModel) -> list[tuple[int, 
 def resolve_stage_map(
     student: StagedModel, teacher: StagedModel, wanted: Sequence[tuple[int, int]] | None
 ) -> list[tuple[int, int]]:
-    """The pairs of maps that the user wants, checked; `aligned` ones where there is no wish. Raises UsageError."""
+    """The pairs of maps that the user wants, checked; those of `align_stages` where there is no wish. UsageError."""
     if wanted is None:
         return align_stages(student, teacher)
     for side, network, stages in (
