@@ -154,7 +154,7 @@ WRONG = [
     ("dataset", DATA.format("torch.set_default_dtype(torch.float64)"), 2, r"bad\.py: .*sets torch's default type"),
     (
         "student",
-        "from torch.nn import *\ndef R(num_classes):\n body = [Conv2d(8, 8, 3, 2), ReLU(), Conv2d(8, 8, 3, 2), ReLU()]\n"
+        "from torch.nn import *\ndef R(num_classes):\n body = sum([[Conv2d(8, 8, 3, 2), ReLU()] for _ in 'ab'], [])\n"
         " head = AdaptiveAvgPool2d(1), Flatten(), Linear(8, num_classes)\n"
         " return Sequential(Conv2d(3, 8, 3, 2), ReLU(), *body, *head).requires_grad_(False)\n",
         2,
