@@ -335,7 +335,7 @@ def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
     from sakd_cli.data.check import check
 
     try:
-        return check(config, lambda count: reporter.begin(f"reading {count} files", count), reporter.advance)
+        return check(config, lambda count: reporter.begin("reading files", count), reporter.advance)
     finally:
         reporter.end()
 

@@ -114,7 +114,7 @@ def test_other_test_images_are_refused_and_more_are_told(home: CliRunner, tmp_pa
     shutil.copy(tmp_path / "photos/train/bee/2.png", tmp_path / "photos/val/bee/copy.png")
     result, found = scored(own, "run")
     assert found["images"] == 25
-    assert "1 of the test images are new since the run began" in result.err
+    assert "test images that are new since the run began: 1" in result.err
     if found["trained_on"]:
         assert "1 of the 25 test images were trained on" in result.err
     for part in ("train", "val"):

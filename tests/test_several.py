@@ -197,7 +197,7 @@ def test_what_has_fallen_to_its_end_or_has_ended_early_is_not_extended(trained_c
             "weight_schedule linear has fallen to its end in 1 epochs",
         ),
         (["router.name=scheduled", "train.epochs=2"], "router.start and stop: [0, 1] in a run of 2"),
-        (["train.patience=1", "train.lr=1e-9", "train.epochs=3"], "has ended: 1 epochs without a better top1"),
+        (["train.patience=1", "train.lr=1e-9", "train.epochs=3"], "has ended by train.patience=1: no better top1"),
     ):
         settings = [word for setting in words for word in ("--set", setting)]
         run = trained_cli.sakd(*PAIR, *TINY[:-2], "--set", "train.epochs=1", *settings, "--json").document["run"]

@@ -151,7 +151,7 @@ def scan_split(folder: Path, findings: list[Finding], notes: list[Finding]) -> S
     files = {name: sorted(_pictures(folder / name, above, findings, left)) for name in names}
     if left:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
-        notes.append(Finding("not-taken", str(folder), f"holds {left.total()} files that are not taken: {kinds}"))
+        notes.append(Finding("not-taken", str(folder), f"holds files that are not taken: {kinds}"))
     return SplitContents(folder, _readable_names(folder, files, findings))
 
 

@@ -97,13 +97,13 @@ def _any_pictures(root: Path, card: NetworkCard, reporter: Reporter) -> Pictures
         return None
     bad = list(find_unreadable(paths, spec.reading))
     if skipped := [path for path, error in zip(paths, bad, strict=True) if error is not None]:
-        reporter.warn(f"{len(skipped)} pictures cannot be read and are left out, the first: {skipped[0]}")
+        reporter.warn(f"pictures that cannot be read and are left out: {len(skipped)}, the first: {skipped[0]}")
     if not (sound := [path for path, error in zip(paths, bad, strict=True) if error is None]):
         return None
     place = {name: number for number, name in enumerate(card.classes)}
     labels = [place.get(Path(path).parent.name, UNKNOWN) for path in sound]
     known = sum(label != UNKNOWN for label in labels)
-    reporter.say(f"{root}: {len(sound)} pictures, {known} of them in a folder named after a class")
+    reporter.say(f"{root}: pictures: {len(sound)}, {known} of them in a folder named after a class")
     split = Split(Files(tuple(sound), spec, root=str(root)), torch.tensor(labels))
     dataset = Dataset(card.dataset, card.classes, (0.0,) * 3, (1.0,) * 3, 0, False, split, split)
     return Pictures(split, dataset, card)

@@ -75,7 +75,7 @@ def warnings_of(job: Job) -> list[str]:
     """What is worth knowing before hours are spent: about the images, and of a router that cannot act."""
     notes = [*job.images.dataset.notes, *job.notes, *changed(job.config.code or ())]
     if skipped := job.images.dataset.skipped:
-        notes.append(f"{skipped} files could not be read and are left out (sakd data check names them)")
+        notes.append(f"files that could not be read and are left out: {skipped} (sakd data check names them)")
     if isinstance(job.config.data, ShapesConfig) and job.config.data.root is not None:
         notes.append("data.root: shapes is drawn and reads no folder (--dataset imagefolder does)")
     side, pixels = job.images.side, math.prod(height_width(job.images.side))

@@ -151,7 +151,7 @@ def _by_length(job: Job) -> dict[str, Any]:
     spans = (*router.start, *router.stop) if isinstance(router, ScheduledConfig) else ()
     found = {key: values.get(key) for key in ("router.lr", "router.teacher_bias")}
     found |= {"train.batchnorm": "re-estimate" if late else "running"}
-    return found | {"router.start and stop": [round(part * train.epochs) for part in spans]}
+    return found | {"router.start and stop": [int(part * train.epochs + 1e-9) for part in spans]}
 
 
 def _without_effect(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -194,7 +194,9 @@ def _require_last(run: RunDir, config: RunConfig, *, extends: bool) -> None:
     last = best.get("epoch") if isinstance(best, dict) else 0
     waited = epoch - last if isinstance(epoch, int) and isinstance(last, int) else 0
     if extends and patience is not None and waited >= patience:
-        raise UsageError(f"{run.path}: has ended: {patience} epochs without a better {config.train.metric}", NEW_RUN)
+        raise UsageError(
+            f"{run.path}: has ended by train.patience={patience}: no better {config.train.metric}", NEW_RUN
+        )
     if extends:
         before = [*before, look_up(run.config, "train.epochs")]
     require_fingerprint(folder, state.get("fingerprint"), epoch, fingerprint(config, run.path / IMAGES), before)

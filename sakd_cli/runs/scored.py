@@ -96,7 +96,7 @@ def images_to_score(
         where = f"{data.name} in {data.root}" if data.root else data.name
         fingerprint.require_none(found, where, "--data-root DIR scores a folder as it is")
         if new := now.contents(*parts) - then.contents(*parts):
-            reporter.warn(f"{len(new)} of the {split} images are new since the run began")
+            reporter.warn(f"{split} images that are new since the run began: {len(new)}")
     shown = replace(images, dataset=replace(images.dataset, test=join_splits(list(parts.values()))))
     if (known := _trained_on(then, now)) and split == "test":
         reporter.warn(f"{known} of the {len(shown.dataset.test)} test images were trained on")

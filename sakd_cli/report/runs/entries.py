@@ -91,7 +91,7 @@ def entry_tables(document: RunEntries) -> list[RenderableType]:
     columns = columns_of(named, COLUMNS) | {"Top-1 %": lambda row: fixed(row.top1, 2)}
     text = [*columns][:6]
     columns, same = varying(document.rows, columns)
-    notes = [f"{len(document.rows)} runs", *same, *(f"removed: {name}" for name in document.removed)]
+    notes = [f"Runs: {len(document.rows)}", *same, *(f"removed: {name}" for name in document.removed)]
     notes += left_out(MOST, len(document.rows), "runs")
     tables: list[RenderableType] = [table("Runs", document.rows[:MOST], columns, notes, text)]
     for row in document.rows:

@@ -170,7 +170,7 @@ def plan_tables(plan: SweepPlan) -> list[RenderableType]:
     }
     measured, to_do = sum(row.measured for row in plan.rows), sum(row.to_do > 0 for row in plan.rows)
     notes = [
-        f"{plan.runs} runs: {plan.finished} finished, {plan.in_progress} in progress, {plan.failed} failed before.",
+        f"Runs: {plan.runs}; {plan.finished} finished, {plan.in_progress} in progress, {plan.failed} failed before.",
         f"{_time(plan.hours)} of {plan.device} for the training steps, one run after another; "
         "evaluation and stages before the main one come on top.",
         f"{measured} of {to_do} kinds of runs were timed just now; ~: estimated from those by multiply-accumulates.",
