@@ -242,7 +242,7 @@ def test_a_bad_picture_is_refused_before_anything_is_written(lab: CliRunner, tmp
     assert "sakd data check" in result.err
     left = cli.sakd(*fields, "--set", "data.on_bad_image=skip", "--json")
     assert left.document["skipped_images"] == 1
-    assert "1 files could not be read" in left.err
+    assert "files that could not be read and are left out: 1 (" in left.err
 
 
 def test_the_teacher_sees_images_by_its_own_normalisation(lab: CliRunner) -> None:
