@@ -1,6 +1,9 @@
 """Every command where stderr or the current folder is gone, or a scheduler sets a variable of torchrun's."""
 
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from fork_server import Faults, ForkServer
@@ -71,3 +74,12 @@ def test_a_command_works_or_says_one_line_in_any_place(there: ForkServer, place:
         assert len(told) == (child.code != 0 and faults.stderr == "file"), (words, child.err)
         assert child.out or child.code or "-q" in words, f"{words} does nothing"
     assert not (there.cwd / "new").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_very_end_is_no_traceback(number: int) -> None:
+    """As of a second Ctrl-C while Python takes leave."""
+    code = "import atexit, os, sys; from sakd_cli.cli import app; sys.argv = ['sakd', 'list', 'presets']; "
+    code += f"atexit.register(os.kill, os.getpid(), {int(number)}); app.main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-number, "")

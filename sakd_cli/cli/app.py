@@ -368,6 +368,8 @@ def main() -> None:
         sys.stdout.flush()
     except (OSError, ValueError):  # it is told already; at its end Python would say it again, with another code
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends what Python still does, without a traceback
+        signal.signal(number, signal.SIG_DFL)
     if code in (INTERRUPTED, TERMINATED) and sys.platform != "win32":
         _leave(code)
     sys.exit(code)
