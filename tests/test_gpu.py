@@ -36,7 +36,7 @@ TRAININGS = {
     "mixtures and averages": [*PAIR, "--method", "kd", "--set", "data.mixup=0.2", "--set", "train.ema=0.9"],
     **{
         name: [*PAIR, "--method", "fitnet", "--set", f"train.optimizer={name}", "--lr", "0.001"]
-        for name in ("adamw", "nadam", "rmsprop", "timm/lamb")
+        for name in ("adamw", "nadam", "rmsprop", "timm/nadamw")
     },
 }
 

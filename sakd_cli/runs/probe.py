@@ -99,9 +99,9 @@ def _products(job: Job, task: DistillTask, images: Split, held_out: Split, repor
 
     def losses() -> Tensor:
         batches = eval_batches(job, images, reporter, BATCH)
-        return torch.cat([task.sample_losses(_batch(pixels, labels)) for pixels, labels in batches], dim=1).cpu()
+        return torch.cat([task.sample_losses(_batch(pixels, labels)) for pixels, labels in batches], dim=1)
 
-    return along(task.network, way, losses)
+    return along(task.network, way, losses).cpu()
 
 
 def _answers(job: Job, task: DistillTask, images: Split, reporter: Reporter, seed: int) -> Answered:
