@@ -1,4 +1,4 @@
-"""Whole commands on a GPU, which no other test runs: `python -m pytest -m gpu`."""
+"""Whole commands on a GPU: `python -m pytest -m gpu`; on a CPU that plays one: `-p played_gpu tests/test_gpu.py`."""
 
 import signal
 from pathlib import Path
@@ -14,7 +14,7 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import Stopped
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # torch warns as it compiles, and hides it
-DEVICE = "cuda"
+DEVICE = "cuda:0"
 if not torch.cuda.is_available():
     pytest.skip("no GPU here: no command is run on one", allow_module_level=True)
 
@@ -36,9 +36,14 @@ TRAININGS = {
     "mixtures and averages": [*PAIR, "--method", "kd", "--set", "data.mixup=0.2", "--set", "train.ema=0.9"],
     **{
         name: [*PAIR, "--method", "fitnet", "--set", f"train.optimizer={name}", "--lr", "0.001"]
-        for name in ("adamw", "nadam", "rmsprop", "timm/nadamw")
+        for name in ("adamw", "nadam", "rmsprop")
     },
 }
+
+
+def test_a_gpu_takes_no_tensors_of_two_devices() -> None:
+    with pytest.raises(RuntimeError, match="on the same device"):
+        torch.ones(2, device=DEVICE) + torch.ones(2)
 
 
 def weights(run: Path) -> dict[str, bytes]:
