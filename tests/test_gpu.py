@@ -104,6 +104,7 @@ def test_a_run_reports_what_eval_finds_and_its_images_can_be_probed(
 ) -> None:
     run = str(tmp_path / "run")
     summary = cli.sakd(*PAIR, "--method", "fitnet", *TINY, *STEPS, "--run-dir", run, "--json").document
-    first, _ = cli.sakd("eval", run, str(teacher), "--device", DEVICE, "--json").document["evaluations"]
+    untimed = ["--device", DEVICE, "--set", "timing_seconds=0", "--json"]
+    first, _ = cli.sakd("eval", run, str(teacher), *untimed).document["evaluations"]
     assert first["top1"] == summary["last"]["top1"]
     assert cli.sakd("inspect-spots", run, "--probe", "--device", DEVICE, "--json").document["probe"]
