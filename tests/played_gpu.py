@@ -136,21 +136,8 @@ def pytest_configure() -> None:
     pick = runtime.pick_device
     # With its number, for which PyTorch would ask the driver.
     runtime.pick_device = lambda name: GPU if (found := pick(name)).type == "cuda" else found
-    importlib.import_module("sakd_cli.runs.extension").Cuda = _Called
+    importlib.import_module("sakd_cli.runs.extension").Cuda = importlib.import_module("emulator").Called
     MODE.__enter__()
-
-
-class _Called:
-    """In the place of `engine.graphs.Cuda`: every step is called."""
-
-    def __init__(self, device: object) -> None:
-        pass
-
-    def warm_up(self, call: Any) -> None:
-        call()
-
-    def capture(self, call: Any) -> Any:
-        return call
 
 
 def _play_conversions() -> None:
