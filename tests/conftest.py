@@ -13,7 +13,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import pytest
-from fork_server import ForkServer, last_of_each
+from fork_server import ForkServer, words_of
 
 from sakd_cli.cli.app import run
 from sakd_cli.documents.table import DOCUMENTS
@@ -60,7 +60,7 @@ class CliRunner:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            code = run(last_of_each(arguments))
+            code = run(words_of(arguments))
         return Result(code, out.getvalue(), err.getvalue())
 
     def tree(self) -> dict[str, tuple[int, int]]:
@@ -132,4 +132,4 @@ def trained_cli(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=12, help="how often tests/test_resume.py kills a run")
+    parser.addoption("--kills", type=int, default=6, help="how often tests/test_resume.py kills a run")

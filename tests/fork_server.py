@@ -7,6 +7,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +53,11 @@ class Faults:
     environment: dict[str, str | None] = field(default_factory=dict)
 
 
-def last_of_each(tokens: Sequence[str]) -> list[str]:
-    """The words with the last of each option that takes one value, so that a test can vary what others share.
+def words_of(tokens: Sequence[str]) -> list[str]:
+    """The words of a test's command, so that tests can share some and vary them.
 
-    An option that is written with its value as one word (`--epochs=3`) stays, such as further teachers.
+    Of each option that takes one value the last stays; one that is written with its value as one word (`--epochs=3`)
+    stays as well, such as further teachers. Networks are not timed unless a test asks for it.
     """
     rows = [row for row in OPTIONS.values() if row.type not in (FLAG, SWITCH, TEXTS) or row.name == "teacher"]
     single = {flag for row in rows for flag in (row.flags or row.flag).split()}
@@ -66,7 +69,8 @@ def last_of_each(tokens: Sequence[str]) -> list[str]:
         if not (pair and group[0] in taken):
             found.append(group)
             taken |= {group[0]} if pair else set()
-    return [word for group in reversed(found) for word in group]
+    kept = [word for group in reversed(found) for word in group]
+    return [kept[0], "--set", "timing_seconds=0", *kept[1:]] if kept[:1] in (["eval"], ["export"]) else kept
 
 
 class ForkServer:
@@ -89,7 +93,7 @@ class ForkServer:
 
     def start(self, *tokens: str, faults: Faults | None = None) -> "Child":
         name = str(self.logs / f"{time.monotonic_ns()}")
-        order = {"sakd": last_of_each(tokens), "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
+        order = {"sakd": words_of(tokens), "cwd": str(self.cwd), "name": name} | asdict(faults or Faults())
         return Child(self, int(self.ask(order)), name)
 
     def sakd(self, *tokens: str, faults: Faults | None = None) -> "Child":
@@ -242,6 +246,8 @@ def _serve() -> None:
         "report.runs.tables",
     ):
         importlib.import_module(f"sakd_cli.{module}")
+    with redirect_stdout(io.StringIO()):  # what is made once in a process is made here
+        importlib.import_module("sakd_cli.cli.app").run(["config", "show", "--teacher", "resnet8", "--student", "resnet8"])
     assert torch.get_num_threads() == 1, "a process with threads must not be forked"
     for line in sys.stdin:
         order = json.loads(line)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fork_server import last_of_each
+from fork_server import words_of
 
 from sakd_cli.cli.app import run
 
@@ -55,7 +55,7 @@ def curve(folder: Path, name: str) -> str:
     """One line per step: phase, step and loss, for the first 20 steps."""
     arguments = PROCEDURES[name].format(root=folder)
     first, *rest = shlex.split(arguments)  # what a procedure says of its own comes last, and so counts
-    assert run(last_of_each([first, *shlex.split(DATA), *rest, "--run-dir", f"{folder}/{name}"])) == 0
+    assert run(words_of([first, *shlex.split(DATA), *rest, "--run-dir", f"{folder}/{name}"])) == 0
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step" in line]
     return "".join(f"{line['kind']} {line['step']} {line['loss']:.8g}\n" for line in steps[:20])

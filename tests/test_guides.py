@@ -38,11 +38,10 @@ SHORT = "--set train.milestones=null --epochs 1 --batch-size 20 --quiet"
 SMALLER = {
     "distill": f"{FEW} {SHORT}",
     "pretrain-teacher": f"{FEW} {SHORT}",
-    "eval": "--set timing_seconds=0",
-    "export": "--set timing_seconds=0",
-    "sweep": f"{FEW} --set data.name=shapes --dry-run --measure 0",
+    "sweep": f"{FEW} --set data.name=shapes --pairs resnet8:resnet8 --dry-run --measure 0",
     "bench": "--teacher resnet8 --student resnet8 --rounds 1 --batch-size 4",
 }
+FEWER = {"--seeds": "1", "--pairs": "resnet8:resnet8", "--routers": "always,random"}
 NAMED = ("--teacher", "--student", "--student-friendly")  # options that name a network
 # Options of other programs that a page mentions.
 OTHERS = {
@@ -110,8 +109,8 @@ def small(arguments: list[str]) -> list[str]:
         return arguments
     made = [command]
     for before, word in zip([command, *rest], rest, strict=False):
-        if before == "--seeds":
-            word = "1"
+        if before in FEWER:
+            word = FEWER[before]
         elif before in (*NAMED, "pretrain-teacher"):
             with contextlib.suppress(UsageError):  # a run directory stays as it is
                 find_network(word)

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.abc import MetaPathFinder
 from typing import Annotated, Any, TextIO, cast
 
@@ -154,10 +154,16 @@ app.add_typer(show_app, name="show", rich_help_panel="Reference")
 app.add_typer(config_app, name="config", rich_help_panel="Reference")
 
 
+@cache
+def _command() -> Any:
+    """All commands as their parser has them; made once, however many are run."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors of the user's cost one line."""
     try:
-        code = int(app(_resume_alone(arguments), prog_name="sakd", standalone_mode=False) or 0)
+        code = int(_command()(_resume_alone(arguments), prog_name="sakd", standalone_mode=False) or 0)
         print(end="", flush=True)
         if code == INTERRUPTED:  # typer handles Ctrl-C itself and prints nothing
             complain("interrupted")

@@ -13,6 +13,7 @@ A row that cannot be used spoils no other: UsageError, naming the package, where
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, distributions
 from typing import Any, NamedTuple, TypeVar
@@ -54,9 +55,12 @@ def plugged(group: str) -> dict[str, tuple[Plugged, ...]]:
     for package in distributions():
         name = "a package whose METADATA cannot be read"
         try:
-            name = package.name
             entries = package.entry_points.select(group=group)
+            if entries:  # a name takes ten times as long to read
+                name = package.name
         except Exception:  # the list cannot be read: one that cannot be loaded stands for it
+            with suppress(Exception):
+                name = package.name
             entries = EntryPoints([EntryPoint(name, "its METADATA or entry_points.txt", group)])
         for entry in entries:
             others = found.get(entry.name, ())

@@ -38,7 +38,8 @@ def note_own(run: RunDir) -> None:
 
 def _named(run: RunDir) -> list[object]:
     """What its settings name as networks."""
-    found = [look_up(run.config, key) for key in KEYS]
+    settings = run.config
+    found = [look_up(settings, key) for key in KEYS]
     return [name for value in found for name in (value if isinstance(value, list) else [value])]
 
 
