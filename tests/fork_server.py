@@ -247,7 +247,8 @@ def _serve() -> None:
     ):
         importlib.import_module(f"sakd_cli.{module}")
     with redirect_stdout(io.StringIO()):  # what is made once in a process is made here
-        importlib.import_module("sakd_cli.cli.app").run(["config", "show", "--teacher", "resnet8", "--student", "resnet8"])
+        app = importlib.import_module("sakd_cli.cli.app")
+        app.run(["config", "show", "--teacher", "resnet8", "--student", "resnet8"])
     assert torch.get_num_threads() == 1, "a process with threads must not be forked"
     for line in sys.stdin:
         order = json.loads(line)

@@ -246,6 +246,18 @@ def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
     assert close(again.losses(rows[:, order]), case.losses(rows), 1e-11, 1e-14)
 
 
+@METHOD
+def test_it_is_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    case, again = trial(name), trial(name)
+    rows = selection("three", len(case.distiller.spots)).double()
+    compiled = torch.compile(again.distiller, fullgraph=True, backend="eager")
+    losses, expected = compiled(again.student, again.teacher, rows, again.batch), case.losses(rows)
+    assert close(losses, expected, 1e-12, 1e-15)
+    for a, b in zip(gradients(losses.sum(), again.leaves), gradients(expected.sum(), case.leaves), strict=True):
+        assert close(a, b, 1e-10, 1e-14)
+
+
 class NoRead(TorchDispatchMode):
     """Fails where the host reads the device or a shape depends on values."""
 

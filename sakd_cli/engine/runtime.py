@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
@@ -233,7 +233,7 @@ def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
         "sakd": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "platform": platform.platform(),
         "device": str(device),
         "mode": str(mode),
