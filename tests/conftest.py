@@ -5,11 +5,12 @@ import io
 import json
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import pytest
@@ -105,12 +106,37 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     return CliRunner(tmp_path_factory.mktemp("cli"))
 
 
-@pytest.fixture(scope="module")
-def pretrained(cli: CliRunner) -> Result:
-    """The output of a command that trained a teacher for one epoch."""
+class Made(NamedTuple):
+    """A folder in which a command was run, and its output."""
+
+    path: Path
+    result: Result
+
+    def copy_to(self, path: Path) -> Result:
+        shutil.copytree(self.path, path, dirs_exist_ok=True)
+        return self.result
+
+
+@pytest.fixture(scope="session")
+def _teacher_made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    cli = CliRunner(tmp_path_factory.mktemp("teacher"))
     result = cli.sakd("pretrain-teacher", "resnet8", *TINY)
     assert result.code == 0, result.err
-    return result
+    return Made(cli.path, result)
+
+
+@pytest.fixture(scope="session")
+def _student_made(tmp_path_factory: pytest.TempPathFactory, _teacher_made: Made) -> Made:
+    cli = CliRunner(tmp_path_factory.mktemp("student"))
+    _teacher_made.copy_to(cli.path)
+    result = cli.sakd(*PAIR, "--method", "fitnet", *TINY, "--json")
+    return Made(cli.path, result)
+
+
+@pytest.fixture(scope="module")
+def pretrained(cli: CliRunner, _teacher_made: Made) -> Result:
+    """The output of a command that trained a teacher for one epoch, in the folder of `cli`."""
+    return _teacher_made.copy_to(cli.path)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +146,10 @@ def teacher(cli: CliRunner, pretrained: Result) -> Path:
 
 
 @pytest.fixture(scope="module")
-def distilled(cli: CliRunner, pretrained: Result) -> dict[str, Any]:
+def distilled(cli: CliRunner, _student_made: Made, pretrained: Result) -> dict[str, Any]:
     """The summary of a distillation from that teacher."""
-    return cli.sakd(*PAIR, "--method", "fitnet", *TINY, "--json").document
+    document: dict[str, Any] = _student_made.copy_to(cli.path).document
+    return document
 
 
 @pytest.fixture(scope="module")
