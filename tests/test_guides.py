@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 from conftest import CliRunner, Result
+from fork_server import ForkServer
 from generated_guides import GENERATED, GUIDES, ROOT, generated
 from PIL import Image
+from test_sweep import ForkExecutor
 
 from sakd_cli.cli import guide
 from sakd_cli.cli.app import app
@@ -189,9 +191,13 @@ def check_other_program(tokens: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_of_a_page_runs(prepared: Path, tmp_path: Path, page: Path, monkeypatch: Any) -> None:
+def test_every_block_of_a_page_runs(
+    prepared: Path, fork_server: ForkServer, tmp_path: Path, page: Path, monkeypatch: Any
+) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(prepared, folder)
+    forks = ForkExecutor(fork_server.at(folder))
+    monkeypatch.setattr("sakd_cli.sweep.carry_out.executor_of", lambda *given: forks)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr("sakd_cli.evaluation.speed.SETTLED", math.inf)  # the first times will do
