@@ -16,7 +16,6 @@ from fork_server import Child, Faults, ForkServer, fingerprint
 
 SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
-MOMENTS = [("ft", "warmup: "), ("ft", "train: "), ("dfa", "search: "), ("residual", "residual-1: ")]
 METHODS = {
     "fitnet": "--method fitnet",
     "crd": "--method crd --set method.negatives=16",
