@@ -1,6 +1,7 @@
 """Files: read safely (regular, no pickle, bounded in size and nesting), written whole or not at all."""
 
 import errno
+import fnmatch
 import hashlib
 import json
 import math
@@ -51,6 +52,21 @@ def resolved(path: str | Path) -> Path:
 def nearest_folder(path: Path) -> Path:
     """The path, if there is something, else the nearest of the folders above it that there are."""
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
+def below(folder: Path, pattern: str = "*") -> Iterator[Path]:
+    """What lies below a folder and has such a name, also while others move it, where `Path.rglob` raises."""
+    for place, folders, names in os.walk(folder):
+        yield from (Path(place, name) for name in fnmatch.filter([*folders, *names], pattern))
+
+
+def size_below(folder: Path, pattern: str) -> int:
+    """Bytes of the files below a folder that have such a name."""
+    total = 0
+    for path in below(folder, pattern):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class RunDir:
         if self.silent:
             yield
             return
-        for path in self.path.rglob("*"):
+        for path in files.below(self.path):
             if path.is_symlink():
                 raise UsageError(f"{path}: a symbolic link; no run is written that holds one")
         # `in_use` of another process has the lock for a moment.
@@ -217,9 +217,9 @@ class RunDir:
     def environment(self) -> dict[str, Any]:
         """What `env.json` holds. DamagedError where it is damaged or, of a run that is not finished, of another one."""
         about = self.read_json("env.json", sealed=True, needed=True)
-        for path in (self.path / "checkpoints").glob("**/last/state.json") if not self.finished else ():
+        for path in files.below(self.path / "checkpoints", "last") if not self.finished else ():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                if files.read_json(path)["run"] != about["id"]:
+                if files.read_json(path / "state.json")["run"] != about["id"]:
                     reason = "is of another run than its last checkpoint"
                     raise DamagedError(f"{self.path / 'env.json'}: {reason}", "put it back as it was")
         return about
@@ -317,7 +317,7 @@ class RunDir:
     def _checkpointed(self) -> dict[Path, dict[str, LogEnd]]:
         """Where the logs ended when each last checkpoint was written, as far as those say it."""
         found = {}
-        for path in (self.path / "checkpoints").glob("**/last"):
+        for path in files.below(self.path / "checkpoints", "last"):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 state = files.read_json(path / "state.json")
                 sizes, digests = state["logs"], state["log_sha256"]

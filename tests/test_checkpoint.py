@@ -13,6 +13,7 @@ import torch
 from conftest import CliRunner
 from safetensors.torch import save
 
+from sakd_cli import files
 from sakd_cli.engine import checkpoint
 from sakd_cli.errors import CheckpointError
 
@@ -42,6 +43,23 @@ def test_the_old_checkpoint_is_kept_where_it_is_asked_for(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "previous"]
     marks = {name: checkpoint.read(tmp_path / name).state["epoch"] for name in ("best", "last", "previous")}
     assert marks == {"best": 3.0, "last": 3.0, "previous": 2.0}
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_checkpoint_that_is_written_while_another_is_read_is_the_one_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    write(tmp_path / "last", keep=False)
+    read, count = files.sha256, itertools.count()
+
+    def interrupted(path: Path) -> str:
+        if next(count) == moment:
+            write(tmp_path / "last", 2.0, keep=False)
+        return read(path)
+
+    monkeypatch.setattr(files, "sha256", interrupted)
+    loaded = checkpoint.read(tmp_path / "last")
+    assert (loaded.state["epoch"], loaded.model["weight"].mean()) == (2.0, 2.0)
 
 
 @pytest.mark.parametrize("file", FILES)

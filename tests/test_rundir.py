@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sakd_cli.errors import DiskError, UsageError
-from sakd_cli.files import sha256, write_aside, write_json
+from sakd_cli.files import below, sha256, size_below, write_aside, write_json
 from sakd_cli.models.artifact import FORMAT, load, save_weights
 from sakd_cli.rundir import RunDir, all_runs, newest_run
 
@@ -86,6 +87,19 @@ def test_json_is_one_document_and_holds_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, None]}
+
+
+def test_what_goes_away_while_a_folder_is_listed_is_left_out(tmp_path: Path) -> None:
+    for place in ("best", "last", "kd/last"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "state.json").write_bytes(b"12")
+    names, sizes = [], []
+    for path in below(tmp_path):
+        names.append(path.name)
+        shutil.rmtree(tmp_path / "best", ignore_errors=True)
+        sizes.append(size_below(tmp_path, "*.json"))
+    assert sorted(names) == ["best", "kd", "last", "last", "state.json", "state.json"]
+    assert sizes == [4] * 6
 
 
 def test_new_directories_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

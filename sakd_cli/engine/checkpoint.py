@@ -13,6 +13,7 @@ At every instant one of the three is whole. safetensors has no checksum, so the 
 import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,25 +68,45 @@ def write(folder: Path, model: bytes | None, training: dict[str, Tensor], state:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Check every file against the manifest, then load. Raises CheckpointError naming what is missing or damaged."""
+    """Check every file against the manifest, then load. Raises CheckpointError naming what is missing or damaged.
+
+    Where another process has put its next checkpoint there meanwhile, that one is read.
+    """
+    written, saved = _manifest(folder), None
     try:
-        written = files.read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
+        saved = _checked(folder, written)
+    except CheckpointError:
+        if _manifest(folder) == written:
+            raise
+    return saved if saved is not None and _manifest(folder) == written else read(folder)
+
+
+def _manifest(folder: Path) -> bytes:
+    """Its bytes; none where there is none."""
+    with suppress(OSError, ValueError):
+        return files.read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    return b""
+
+
+def _checked(folder: Path, written: bytes) -> Checkpoint:
+    """The checkpoint that this manifest is of."""
+    try:
         expected: dict[str, str] = files.parse_json(written)
         least = {TRAINING, STATE}
         if files.json_bytes(expected) != written or not least <= expected.keys() <= least | {MODEL}:
             raise ValueError
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError):
         raise CheckpointError(f"{folder}: its manifest is missing or damaged") from None
-    for path in folder.iterdir():
-        hidden = path.name.startswith(".")  # as a file browser leaves them
-        if path.name not in {*expected, MANIFEST} and not hidden:
-            raise CheckpointError(f"{path}: not in the manifest of its checkpoint")
-    for name, digest in expected.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing")
-        if files.sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name}: damaged, its SHA-256 differs from the manifest")
     try:
+        for path in folder.iterdir():
+            hidden = path.name.startswith(".")  # as a file browser leaves them
+            if path.name not in {*expected, MANIFEST} and not hidden:
+                raise CheckpointError(f"{path}: not in the manifest of its checkpoint")
+        for name, digest in expected.items():
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: missing")
+            if files.sha256(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: damaged, its SHA-256 differs from the manifest")
         state = files.read_json(folder / STATE)
         if state.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: written by another version of sakd ({str(state.get('format'))[:40]!r})")

@@ -36,7 +36,7 @@ from sakd_cli.engine.runtime import (
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
-from sakd_cli.files import require_room, sealed, write_aside, write_json, yaml_bytes
+from sakd_cli.files import require_room, sealed, size_below, write_aside, write_json, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import IMAGES, SUMMARY, RunDir
 from sakd_cli.runs import build, recipe, teacher_logits
@@ -148,7 +148,7 @@ def launch(
     # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network; what a run that
     # goes on has of them is there already, and one checkpoint more while it is written.
     size = sum(p.nbytes for p in job.network.parameters())
-    held = sum(file.stat().st_size for file in place.rglob("*.safetensors")) if plan.resume else 0
+    held = size_below(place, "*.safetensors") if plan.resume else 0
     require_room(place, max(6 * size - held, 2 * size))
     job.images.preload()
     check_own_losses(job)
