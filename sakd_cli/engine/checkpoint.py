@@ -75,7 +75,7 @@ def read(folder: Path) -> Checkpoint:
     written, saved = _manifest(folder), None
     try:
         saved = _checked(folder, written)
-    except CheckpointError:
+    except (CheckpointError, RuntimeError):  # torch's, of a file that went away while it was opened
         if _manifest(folder) == written:
             raise
     return saved if saved is not None and _manifest(folder) == written else read(folder)
