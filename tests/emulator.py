@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from launches import FREE, launch
+from launches import FREE, launch, leaves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sakd_cli.bench.steps import READS, by_mask
 
@@ -30,8 +29,8 @@ class Operation(NamedTuple):
     def __call__(self) -> None:
         """Do it again, into the same tensors."""
         again = self.function(*self.arguments, **self.keywords)
-        theirs = {id(x) for x in tree_leaves((self.arguments, self.keywords)) if isinstance(x, Tensor)}
-        for ours, new in zip(tree_leaves(self.given), tree_leaves(again), strict=True):
+        theirs = {id(x) for x in leaves(self.arguments, self.keywords)}
+        for ours, new in zip(leaves(self.given), leaves(again), strict=True):
             if not isinstance(ours, Tensor):
                 assert ours == new, f"{self.function} told the host {ours}, and now {new}"
             elif id(ours) not in theirs and ours.numel():  # else it was done in place
@@ -80,7 +79,7 @@ class Tape(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        of, to = ({x.device for x in tree_leaves(side) if isinstance(x, Tensor)} for side in ((args, kwargs), given))
+        of, to = ({x.device for x in leaves(*side) if isinstance(x, Tensor)} for side in ((args, kwargs), (given,)))
         for what, wrong in (
             ("the host waits", name in READS or by_mask(name, args)),
             ("not deterministic", name in NOT_DETERMINISTIC),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from emulator import Called, Emulator
+from launches import leaves
 from test_ahead import Halt
 from test_engine import CLASSES, DATASET, SAMPLES, SIDE
 from test_idle import heard
@@ -15,7 +16,6 @@ from test_imagefolder import FEEDS, loaded
 from test_imagefolder import folder as pictures
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sakd_cli.batch import Loader
 from sakd_cli.bench.steps import count
@@ -271,7 +271,7 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = func(*args, **(kwargs or {}))
-        of, to = ({x.device.type for x in tree_leaves(side) if isinstance(x, Tensor)} for side in (args, given))
+        of, to = ({x.device.type for x in leaves(side) if isinstance(x, Tensor)} for side in (args, given))
         if "cpu" in of and "meta" in to:
             self.seen.append("asynchronous" if (kwargs or {}).get("non_blocking") else "pageable")
         return given
