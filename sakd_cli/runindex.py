@@ -90,8 +90,7 @@ def judged(
         if not (isinstance(before, list) and len(before) == 4 and before[0] == looks):
             before, anew = [looks, read_config(path, _by_blocks), None, None], anew + 1
         settings, others, said = before[1:]
-        places = [f"{folder}/{name}" for name in (JUDGED if judge else ())]
-        now = [_looks(os.stat(place)) if os.path.exists(place) else None for place in places]
+        now = [_looks_of(f"{folder}/{name}") for name in (JUDGED if judge else ())]
         if judge and others != now:
             others, said, anew = now, judge(path.parent, settings), anew + 1
         entries[folder[start:]] = [looks, settings, others, said]
@@ -103,6 +102,14 @@ def judged(
 
 def _looks(about: os.stat_result) -> list[int]:
     return [about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino]
+
+
+def _looks_of(place: str) -> list[int] | None:
+    """None where there is nothing, or no longer."""
+    try:
+        return _looks(os.stat(place))
+    except OSError:
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

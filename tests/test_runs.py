@@ -4,6 +4,7 @@ import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import CliRunner
@@ -12,6 +13,7 @@ from yaml import YAMLError
 
 from sakd_cli import runindex
 from sakd_cli.files import parse_yaml
+from sakd_cli.report.runs import entries
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 
@@ -44,6 +46,26 @@ def there(cli: CliRunner) -> CliRunner:
 
 def names(cli: CliRunner, *words: str) -> list[str]:
     return [Path(row["run"]).name for row in cli.sakd("runs", *words, "--json").document["rows"]]
+
+
+@pytest.mark.parametrize("moment", ["found", "read", "judged"])
+def test_a_run_that_others_remove_meanwhile_is_left_out(
+    there: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    shutil.copytree(there.path / "runs", tmp_path / "runs")
+    place, name = {
+        "found": (runindex, "read_config"),
+        "read": (entries, "_whole_and_top1"),
+        "judged": (entries, "run_entry"),
+    }[moment]
+    plain = getattr(place, name)
+
+    def late(*given: Any, **more: Any) -> Any:
+        shutil.rmtree(tmp_path / "runs" / "s", ignore_errors=True)
+        return plain(*given, **more)
+
+    monkeypatch.setattr(place, name, late)
+    assert sorted(names(CliRunner(tmp_path))) == ["broken", "t"]
 
 
 def test_runs_are_listed_filtered_and_sorted(there: CliRunner) -> None:

@@ -40,7 +40,10 @@ def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> l
     found, unseen = [], {key for key in where if key.count(".") < 2} - columns
     for path, (settings, verdict) in runindex.judged(runs_dir, _whole_and_top1).items():
         unseen -= {key for key in unseen if look_up(settings, key) is not None}
-        entry = run_entry(RunDir(path.parent), settings, verdict)
+        try:
+            entry = run_entry(RunDir(path.parent), settings, verdict)
+        except FileNotFoundError:  # others have removed it since it was found
+            continue
         known = {key: getattr(entry, key) for key in columns}
         if all(_same(known.get(key, look_up(settings, key)), value) for key, value in where.items()):
             found.append(entry)
@@ -68,7 +71,7 @@ def _whole_and_top1(folder: Path, settings: Mapping[str, Any] | None) -> tuple[b
             raise DamagedError(f"{folder}: config.yaml is damaged")
         run.require_own_settings(dict(settings))
         return True, run.summary.last.top1 if run.finished else None
-    except UsageError:
+    except (UsageError, FileNotFoundError):  # damaged, or others remove it just now
         return False, None
 
 
