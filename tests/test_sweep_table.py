@@ -210,6 +210,7 @@ def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:
     once = {"task": "sweep", "pairs": ["resnet20:resnet8"], "methods": ["at"]}
     for fields, told in (
         ({"methods": ["at", "AT"]}, "methods: at is there twice"),
+        ({"seeds": [1, 0, 1]}, "seeds: 1 is there twice"),
         ({"grid": {"lr": 1}}, "grid.lr: must"),
     ):
         with pytest.raises(UsageError, match=told):

@@ -91,6 +91,11 @@ def _hide_type_of_flags() -> None:
 _hide_type_of_flags()
 
 
+# What to do instead, by option.
+SEVERAL = {"--method": "--method A+B distils by both at once; sakd sweep --methods A,B tries one after the other"}
+SEVERAL |= {"--router": "--routers A,B trains one student by each", "--student": "sakd sweep trains several"}
+
+
 class OnceEach(TyperCommand):
     """A command that refuses an option with one value which is given several times; the parser would take the last."""
 
@@ -102,8 +107,9 @@ class OnceEach(TyperCommand):
             found = parse(args=args)
             counts = Counter(option for option in found[2] if isinstance(option, TyperOption))
             for option, count in counts.items():
+                name = option.opts[0]
                 if count > 1 and not (option.multiple or option.is_flag or option.count):
-                    raise UsageError(f"{option.opts[0]}: is given {count} times, and takes one value")
+                    raise UsageError(f"{name}: is given {count} times, and takes one value", SEVERAL.get(name))
             return found
 
         parser.parse_args = parse_args  # type: ignore[method-assign]

@@ -117,7 +117,7 @@ class _Plan:
         first = resolve("distill", [*self.below, ConfigSource("pairs", _pair(sweep.pairs[0])), *self.above()]).config
         self.epochs, seed = first.train.epochs, first.seed
         several = sweep.seeds
-        self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(set(several))
+        self.seeds = range(seed, seed + several) if isinstance(several, int) else sorted(several)
         self.routers = in_order_of_need(sweep.routers)
         for key in sweep.grid:
             if not any(_has(key, *cell) for cell in product(sweep.methods, sweep.routers)):
