@@ -85,6 +85,9 @@ def _require_decision(task: DistillTask, student: Features, teacher: Features, b
         decision = check_decision(tried, decision, (len(task.spots), len(batch.labels)), routed=task.graft is not None)
         if (given := decision.weight.device) != (here := batch.images.device):
             raise UsageError(f"{method_of(tried)}: gives weights on device {given}, and not on {here}", GUIDE)
+        for what, value in (("gate", decision.gate), ("probability", decision.probability)):
+            if value is not None and not bool(((value >= 0) & (value <= 1)).all()):
+                raise UsageError(f"{method_of(tried)}: gives a {what} that is NaN or outside of 0 to 1", GUIDE)
 
 
 def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Features, batch: Batch) -> None:
