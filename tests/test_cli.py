@@ -184,6 +184,7 @@ def test_a_teacher_is_found_by_name_run_folder_or_file(trained_cli: CliRunner, t
             "distill", "--teacher", str(source), "--student", "resnet14", *TINY, "--dry-run", "--json"
         )
         assert plan.document["networks"][0]["name"] == "resnet8"
+        assert Path(plan.document["networks"][0]["path"]).is_relative_to((teacher / "teacher").resolve())
 
 
 def test_a_missing_teacher_is_told_with_the_command_that_trains_it(trained_cli: CliRunner, tmp_path: Path) -> None:

@@ -176,12 +176,13 @@ class Summary(Document):
 
 
 class PlannedNetwork(Part):
-    """A network of the run."""
+    """A network of the run; path: where a teacher's weights lie."""
 
     role: str
     name: str
     parameters: int
     macs: int
+    path: str | None = None
 
 
 class PlannedSpot(Part):

@@ -130,9 +130,12 @@ def effective_values(job: Job) -> dict[str, Any]:
 
 def planned_networks(job: Job) -> list[PlannedNetwork]:
     """The networks of the main training, the teacher first."""
-    costs = [("teacher", one.network.model.name, one.cost) for one in job.teachers]
-    costs.append(("student" if job.teachers else "network", job.network.name, job.cost))
-    return [PlannedNetwork(role=role, name=name, **cost._asdict()) for role, name, cost in costs]
+    found = [("teacher", one.network.model.name, one.cost, one.path) for one in job.teachers]
+    found.append(("student" if job.teachers else "network", job.network.name, job.cost, None))
+    return [
+        PlannedNetwork(role=role, name=name, path=None if path is None else str(path), **cost._asdict())
+        for role, name, cost, path in found
+    ]
 
 
 def planned_spots(job: Job) -> list[PlannedSpot]:

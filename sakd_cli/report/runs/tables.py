@@ -88,6 +88,7 @@ def plan_table(plan: Plan) -> RenderableType:
     # Counted by optimizer group: a student's group also holds what its distiller learns.
     trained = [f"{named(name)} {large(count)}" for name, count in plan.trainable.items() if count]
     note = [f"Trained parameters: {', '.join(trained)}."] if trained else []
+    note += [f"The {one.role} {named(one.name)} is {named(one.path)}" for one in plan.networks if one.path is not None]
     parts = table("Networks", plan.networks, columns_of(named, {"Role": "role", "Name": "name"}) | COSTS, note, text=2)
     columns = columns_of(named, {"Spot": "name", "Kind": "kind", "Student stage": "student_stage"})
     columns |= columns_of(named, {"Teacher stage": "teacher_stage", "To teacher": "student_to_teacher"})
