@@ -179,12 +179,11 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(trained_cli: CliRunner, toke
 
 def test_a_teacher_is_found_by_name_run_folder_or_file(trained_cli: CliRunner, teacher: Path) -> None:
     sources = ["ResNet-8", "resnet_8", teacher, teacher / "teacher", teacher / "teacher" / "model.safetensors"]
+    words = ["--student", "resnet14", *TINY, "--dry-run", "--json"]
     for source in sources:
-        plan = trained_cli.sakd(
-            "distill", "--teacher", str(source), "--student", "resnet14", *TINY, "--dry-run", "--json"
-        )
-        assert plan.document["networks"][0]["name"] == "resnet8"
-        assert Path(plan.document["networks"][0]["path"]).is_relative_to((teacher / "teacher").resolve())
+        found = trained_cli.sakd("distill", "--teacher", str(source), *words).document["networks"][0]
+        assert found["name"] == "resnet8"
+        assert Path(found["path"]).is_relative_to((teacher / "teacher").resolve())
 
 
 def test_a_missing_teacher_is_told_with_the_command_that_trains_it(trained_cli: CliRunner, tmp_path: Path) -> None:
