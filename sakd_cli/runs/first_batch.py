@@ -86,7 +86,8 @@ def _require_decision(task: DistillTask, student: Features, teacher: Features, b
         if (given := decision.weight.device) != (here := batch.images.device):
             raise UsageError(f"{method_of(tried)}: gives weights on device {given}, and not on {here}", GUIDE)
         for what, value in (("gate", decision.gate), ("probability", decision.probability)):
-            if value is not None and not bool(((value >= 0) & (value <= 1)).all()):
+            # Straight through (hard + soft - soft) leaves a gate a rounding beside 0 or 1.
+            if value is not None and not bool(((value - 0.5).abs() < 0.501).all()):
                 raise UsageError(f"{method_of(tried)}: gives a {what} that is NaN or outside of 0 to 1", GUIDE)
 
 
