@@ -219,3 +219,16 @@ def test_a_variable_that_is_nearly_one_of_ours_is_told(cli: CliRunner) -> None:
     told = cli.sakd(*pair, SAKD_MY_LAB="1"), cli.sakd(*pair, SAKD_EPOCH="3")
     assert [one.code for one in told] == [0, 2], "who has others of that beginning may have them"
     assert told[1].err.splitlines()[0] == "error: SAKD_EPOCH: no variable of sakd; did you mean SAKD_EPOCHS?"
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("PRESET", "--preset"), ("SET", "--set"), ("DATA_LIMIT", "--set data.limit=..."), ("TRAIN_LR", "SAKD_LR")],
+)
+def test_a_variable_that_is_not_read_is_told(cli: CliRunner, name: str, instead: str) -> None:
+    told = cli.sakd("config", "show", "--teacher", "resnet20", "--student", "resnet8", **{f"SAKD_{name}": "1"})
+    assert told.code == 2
+    assert told.err.splitlines()[:2] == [
+        f"error: SAKD_{name}: no variable of sakd",
+        f"hint: {instead}; unset SAKD_{name}",
+    ]

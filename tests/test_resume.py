@@ -243,6 +243,22 @@ no distill run in empty                                                 | distil
 """
 
 
+def test_a_missing_teacher_is_trained_by_one_process(fork_server: ForkServer) -> None:
+    """The first is held in the middle of it and then killed: of the two that wait one trains it, for both."""
+    words = f"distill --teacher resnet8 --student resnet8 --method kd --pretrain --epochs 1 --runs-dir once {SHORT}"
+    first = fork_server.start(*shlex.split(words))
+    first.signal_when("training it first", signal.SIGSTOP)
+    others = [fork_server.start(*shlex.split(f"{words} --seed {seed}")) for seed in (1, 2)]
+    for other in others:
+        other.signal_when("waiting for it", 0)
+    os.kill(first.pid, signal.SIGKILL)
+    assert [child.wait() for child in (first, *others)] == [-signal.SIGKILL, 0, 0]
+    assert ["training it first" in other.err for other in others].count(True) == 1
+    finished = sorted(path.parent.name.split("-")[2] for path in fork_server.cwd.glob("once/*/summary.json"))
+    assert finished == ["distill", "distill", "pretrain"]
+    assert not [*fork_server.cwd.glob("once/.*.lock")]
+
+
 @pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda case: case.split("|")[1].strip())
 def test_a_wrong_intent_touches_nothing(fork_server: ForkServer, case: str) -> None:
     text, arguments = (part.strip() for part in case.split("|"))

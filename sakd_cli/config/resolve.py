@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from sakd_cli.config import code, datasets, routers
 from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name
 from sakd_cli.config.effective import automatic_precision
-from sakd_cli.config.keys import TABLES, usage_error
+from sakd_cli.config.keys import TABLES, keys_of, usage_error
 from sakd_cli.config.options import OPTIONS, PROTOCOLS
 from sakd_cli.config.preprocessing import SOURCE as PREPROCESSING
 from sakd_cli.config.preprocessing import Preprocessing, library_preprocessing
@@ -141,11 +141,20 @@ def option_sources(options: Mapping[str, Any]) -> list[ConfigSource]:
 
 
 def environment_sources(known: Iterable[str]) -> list[ConfigSource]:
-    """One source per `SAKD_<OPTION>` that is set and not empty, for the options a command has; near misses are told."""
-    names = {code.TRUST, *(row.variable for row in OPTIONS.values() if row.key)}
-    for name in os.environ.keys() - names:  # who has others of that beginning may have them
+    """One source per `SAKD_<OPTION>` that is set and not empty, for the options a command has.
+
+    UsageError for a variable that one could take for such a one: nearly the same name, a key's, an argument's alone.
+    """
+    read = {row.key: row.variable for row in OPTIONS.values() if row.key}
+    names = {code.TRUST, *read.values()}
+    alone = {row.variable.rstrip("_"): row.flag for row in OPTIONS.values() if not row.key}
+    for key in (key for task in TASKS for key in keys_of(task)):
+        alone[f"SAKD_{key}".upper().replace(".", "_")] = read.get(key, f"--set {key}=...")
+    for name in sorted(os.environ.keys() - names):  # who has others of that beginning may have them
         if name.startswith("SAKD_") and (near := get_close_matches(name, names, n=1, cutoff=0.9)):
             raise UsageError(f"{name}: no variable of sakd; did you mean {near[0]}?", f"unset {name}")
+        if name in alone:
+            raise UsageError(f"{name}: no variable of sakd", f"{alone[name]}; unset {name}")
     rows = [(OPTIONS[name], os.environ.get(OPTIONS[name].variable)) for name in known]
     return [ConfigSource(row.variable, nested({row.key: value})) for row, value in rows if value]
 

@@ -46,6 +46,7 @@ from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, 
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
+from sakd_cli.runs.locate import only_trainer
 from sakd_cli.runs.mixtures import MixturesExtension, of_job
 from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
@@ -345,10 +346,12 @@ class Launcher:
         """Train the teacher of a distillation; the config with its weights, and the images of the distillation."""
         first, trial = _untrained(config)
         try_one_batch(trial)  # whatever is wrong with the student's side is reported before hours go into a teacher
-        self.reporter.say(f"no finished {config.teacher.source} yet: training it first")
-        plan = find_matching_run(first.config) if self.resume else ResumePlan()
-        run = RunDir(Path(str(self._launch(first, plan, self.resume_command).run)))
-        teacher = config.teacher.model_copy(update={"weights": run.deliverable})
+        with only_trainer(config, self.reporter.say) as weights:
+            if weights is None:
+                self.reporter.say(f"no finished {config.teacher.source} yet: training it first")
+                plan = find_matching_run(first.config) if self.resume else ResumePlan()
+                weights = RunDir(Path(str(self._launch(first, plan, self.resume_command).run))).deliverable
+        teacher = config.teacher.model_copy(update={"weights": weights})
         return config.model_copy(update={"teacher": teacher}), trial.images
 
     def _launch(self, job: Job, plan: ResumePlan, resume_command: str | None) -> Summary:

@@ -2,10 +2,14 @@
 
 import importlib
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from sakd_cli import torchrun
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.networks import find_network, find_trainable, of_library
 from sakd_cli.config.preprocessing import Preprocessing
@@ -13,7 +17,7 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.errors import DataError, DiskError, UsageError
 from sakd_cli.files import card_settings, expanded, folder_of, resolved, sha256, weights_file
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
@@ -44,6 +48,34 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         own_network(run)
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
+
+
+@contextmanager
+def only_trainer(config: DistillConfig, say: Callable[[str], None]) -> Iterator[Path | None]:
+    """Let one process at a time train the missing teacher of a `runs_dir`; the weights, where another has by now.
+
+    Processes of one run go on together, without it. `say` is told of a wait. Raises DiskError.
+    """
+    if torchrun.requested_world_size() > 1:
+        yield None
+        return
+    name = find_trainable(config.teacher.source).name
+    path = config.runs_dir / f".{name.replace('/', '-')}-{config.data.name}.lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            say(f"another process trains {name} on {config.data.name} in {config.runs_dir}: waiting for it")
+            lock.acquire(timeout=-1)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be locked: {error.strerror}", hint="--runs-dir DIR") from None
+    try:
+        yield find_teacher(config)
+    finally:
+        path.unlink(missing_ok=True)  # whoever waits for the lock has it then, and finds the teacher
+        lock.release()
 
 
 def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path | None:
