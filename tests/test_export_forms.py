@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -128,6 +129,15 @@ def test_an_opset_that_the_exporter_cannot_write_logs_nothing(caplog: pytest.Log
     with suppress(UsageError):
         FORMS["onnx"].write(nn.Flatten().eval(), torch.rand(2, 3, 8, 8), CARD, tmp_path, Writing(newest))
     assert [one.message for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
+def test_an_onnxscript_that_is_older_than_torch_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    missing = mock.Mock(side_effect=ModuleNotFoundError("No module named 'onnxscript._framework_apis.torch_2_11'"))
+    monkeypatch.setattr(torch.onnx, "export", missing)
+    with pytest.raises(UsageError, match=r"onnxscript and torch .* do not go together \(No module named") as told:
+        FORMS["onnx"].write(nn.Flatten().eval(), torch.rand(2, 3, 8, 8), CARD, tmp_path, Writing(None))
+    assert told.value.hint == "pip install --upgrade onnxscript"
 
 
 def test_a_fall_beyond_the_stated_points_is_refused(

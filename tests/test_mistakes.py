@@ -122,10 +122,10 @@ BAD = f"""
 2 | No such command                                         | distil
 2 | unknown preset 'swep-small'; did you mean 'sweep-small'? | sweep swep-small
 2 | nothing.yml: no such file                               | sweep nothing.yml
-2 | Invalid value for '--jobs': must be a valid integer     | sweep sweep-small --jobs two
+2 | Invalid value for '--jobs':                             | sweep sweep-small --jobs two
 2 | --html spots.txt: the name of an HTML file ends in .html | inspect-spots --html spots.txt
-2 | Missing argument 'RUN...': Run directories, as `sakd runs` lists them. | compare
-2 | Missing argument 'FILE': A sweep's settings, or the name of such a preset. | sweep
+2 | Missing argument 'RUN...'                               | compare
+2 | Missing argument 'FILE'                                 | sweep
 2 | nowhere.yaml: no such file                              | PAIR --config nowhere.yaml
 2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
 2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9

@@ -230,6 +230,9 @@ def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) 
                     network, (example,), None, dynamo=True, verbose=False, dynamic_shapes=shapes, **named
                 )
                 model = program.model_proto.SerializeToString()
+    except ImportError as error:  # torch's exporter asks for a part of onnxscript that bears torch's version
+        text = f"the installed onnxscript and torch {torch.__version__} do not go together ({first_line(error)})"
+        raise UsageError(text, "pip install --upgrade onnxscript") from None
     except (RuntimeError, ValueError) as error:
         hint = f"--opset {TRACED} or later" if traced else "a lower --opset, --format pt2"
         raise UsageError(f"{card.architecture} cannot be written as ONNX ({first_line(error)})", hint) from None

@@ -350,4 +350,9 @@ def _piece(network: nn.Module, graph: fx.Graph, start: fx.Node | None, stop: fx.
         if node in needed and node not in copies:
             copies[node] = piece.node_copy(node, copies.__getitem__)
     piece.output(copies[stop])
-    return fx.GraphModule(network, piece)
+    module, saved = fx.GraphModule(network, piece), network.state_dict().keys()
+    for key, buffer in list(module.named_buffers(remove_duplicate=False)):
+        if key not in saved:  # what is not saved in its network: torch.fx before 2.14 forgets that
+            owner, _, field = key.rpartition(".")
+            module.get_submodule(owner).register_buffer(field, buffer, persistent=False)
+    return module

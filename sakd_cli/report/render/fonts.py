@@ -37,7 +37,7 @@ def all_scripts(figure: "Figure", kind: str) -> Iterator[None]:
         text.set_fontfamily(["sans-serif", *fonts])
     fonttype = "none" if missing else matplotlib.rcParams["svg.fonttype"]
     with matplotlib.rc_context({"svg.fonttype": fonttype}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from (current )?font")
         with _spelled(figure, odd, missing if kind == "png" else frozenset()), _quiet_search():
             yield
 
