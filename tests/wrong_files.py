@@ -43,6 +43,12 @@ WRONG = [
     ),
     (
         "router",
+        ROUTER.format("Decision(torch.ones(2, len(seen.labels)), 2 * torch.ones(len(seen.labels), 2))"),
+        2,
+        r"line 5: R\.decide: gives a gate that is NaN or outside of 0 to 1",
+    ),
+    (
+        "router",
         ROUTER.format("Decision(torch.ones(2, len(seen.labels)), None, 2 * torch.ones(2, len(seen.labels)))"),
         2,
         r"line 5: R\.decide: gives a probability that is NaN or outside of 0 to 1",
