@@ -43,7 +43,8 @@ WRONG = [
     ),
     (
         "router",
-        ROUTER.format("Decision(torch.ones(2, len(seen.labels)), 2 * torch.ones(len(seen.labels), 2))"),
+        ROUTER.format("Decision(torch.ones(2, len(seen.labels)), 2 * torch.ones(len(seen.labels), 2))")
+        + "    settings = LearnedConfig\n",
         2,
         r"line 5: R\.decide: gives a gate that is NaN or outside of 0 to 1",
     ),
