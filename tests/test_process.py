@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sakd_cli import api
 from sakd_cli.engine.process import as_in_new_process, fp32_kept, set_tf32
 from sakd_cli.engine.reporter import stop_signals_to
-from sakd_cli.engine.runtime import full_fp32
+from sakd_cli.engine.runtime import _command, full_fp32
 from sakd_cli.errors import UsageError
 
 SHAPES: dict[str, Any] = {"dataset": "shapes", "epochs": 1, "batch_size": 12}
@@ -142,3 +142,27 @@ def test_a_traceback_says_what_to_do() -> None:
 
 def test_a_type_checker_reads_the_types() -> None:
     assert (files("sakd_cli") / "py.typed").is_file()
+
+
+def _inner() -> type[api.Router]:
+    class Inner(api.Router):
+        """A class that no file has under its name"""
+
+        def decide(self, seen: api.Seen) -> torch.Tensor:
+            return seen.labels >= 0
+
+    return Inner
+
+
+def test_what_only_this_process_knows_is_refused_before_runs_in_others_begin(tmp_path: Path) -> None:
+    grid = {"task": "sweep", "pairs": ["resnet8:resnet8"], "methods": ["kd"], "routers": [_inner()]}
+    with pytest.raises(UsageError, match="Inner is known to this process alone, and every run has one of its own"):
+        api.sweep(grid | {"common": {"data": {"name": "shapes"}}}, runs_dir=tmp_path)
+    assert not [*tmp_path.rglob("*.yaml")]
+
+
+def test_the_command_of_a_run_is_that_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["study.py", "--fast"])
+    assert _command() == "python study.py --fast"
+    monkeypatch.setattr("sys.argv", ["/venv/bin/sakd", "distill"])
+    assert _command() == "sakd distill"

@@ -269,6 +269,14 @@ def own_names(values: Iterable[Any]) -> list[str]:
     return [part for text in texts if isinstance(text, str) for part in text.split("+") if of_file(part)]
 
 
+def require_files(values: Iterable[Any]) -> None:
+    """Raise UsageError where settings name what another process cannot find: an object of this one."""
+    for name in own_names(values):
+        if name.startswith(PYTHON):
+            text = f"{name.removeprefix(PYTHON)} is known to this process alone, and every run has one of its own"
+            raise UsageError(text, "write it into a file, import it from there, and give that")
+
+
 def name_of(given: Any) -> str:
     """The name in settings of an object of a program: by its file where it has one, so that others may find it there.
 

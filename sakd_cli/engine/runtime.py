@@ -235,10 +235,17 @@ def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
         "chip": chip,
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
-        "command": shlex.join(["sakd", *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _command() -> str:
+    """The command line of this process: sakd's, or that of the program that calls it."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "sakd" or Path(__file__).parents[1] in program.absolute().parents
+    return shlex.join(["sakd", *sys.argv[1:]] if ours else ["python", *sys.argv])
 
 
 def _commit() -> str | None:
