@@ -33,6 +33,8 @@ from sakd_cli.calls import (
     SeriesOptions,
     SpotOptions,
     SweepOptions,
+    apart,
+    check_scoring,
     params_of,
     place_of,
     plain_of,
@@ -176,6 +178,7 @@ def distill(**options: Any) -> RunResult | Comparison | Plan:
     return found if isinstance(found, Plan) else RunResult.of(found)
 
 
+@apart
 def prepare(**options: Unpack[DistillOptions]) -> "Job":
     """A distillation with these options, built and not run, for a loop of one's own: nothing is written.
 
@@ -190,6 +193,7 @@ def prepare(**options: Unpack[DistillOptions]) -> "Job":
         return build.build(locate_inputs(keep_teacher(config)))
 
 
+@apart
 def _trained(task: str, options: Mapping[str, Any]) -> Summary | Plan | list[RunDir]:
     from sakd_cli.sweep.series import train_command
 
@@ -208,6 +212,7 @@ def _reporter(options: Mapping[str, Any]) -> Reporter:
 def evaluate(target: Place | None = None, /, **options: Unpack[EvaluateOptions]) -> Evaluation | EnsembleEvaluation: ...
 @overload
 def evaluate(target: Place, other: Place, /, *more: Place, **options: Unpack[EvaluateOptions]) -> Evaluations: ...
+@apart
 def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEvaluation | Evaluations:
     """Evaluate trained networks: the document of `sakd eval --json`.
 
@@ -216,14 +221,8 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
     """
     matrix, options = options.get("confusion") or False, options | {"confusion": options.get("confusion") or None}
     params = params_of("eval", options | ({"confusion": None} if matrix is True else {}))
+    check_scoring(params, len(targets))
     always, curve, plot, confusion = (params[name] for name in ("always_on", "curve", "plot", "confusion"))
-    if params["early_exit"] and always:
-        raise UsageError("--early-exit and --always-on exclude each other")
-    for name, path in (("--plot", plot), ("--confusion", confusion)):
-        if path is not None and len(targets) > 1:
-            raise UsageError(f"{name} is of one network, and {len(targets)} are named")
-        if path is not None and (path is plot or path.suffix.lower() != ".csv"):
-            plots.require_plot(path, name)
     given = config_sources(params)
     found = [what_to_score(_path(target, given), runs_dir_of(given)) for target in targets or (None,)]
     forced, teacher = bool(params["early_exit"] or always or curve or plot), params["teacher"] or None
@@ -240,6 +239,7 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
     return results[0] if len(results) == 1 else Evaluations(evaluations=results)
 
 
+@apart
 def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> SpotsDocument:
     """Where knowledge flowed in a distillation: the document of `sakd inspect-spots --json`; needs no torch.
 
@@ -253,6 +253,7 @@ def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> S
     return inspect_run(None if run is None else place_of("run", run), params, _reporter(options))
 
 
+@apart
 def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions]) -> Predictions:
     """What a network answers for pictures, folders and patterns: the document of `sakd predict --json`.
 
@@ -268,6 +269,7 @@ def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions])
     return carry_out(weights, found, sources, _reporter(options), top=params["top_classes"], early=early)
 
 
+@apart
 def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Export:
     """Export a network for other programs: the document of `sakd export --json`.
 
@@ -282,6 +284,7 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
     return carry_out(where, ExportSettings.of(params), sources, _reporter(options))
 
 
+@apart
 def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:
     """Bring in weights of another program: the document of `sakd import-weights --json`."""
     params = params_of("import-weights", options)
@@ -318,6 +321,7 @@ def runs(
     return RunEntries(rows=run_entries(folder, where or {}, sort and str(sort)), removed=[])
 
 
+@apart
 def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
     """What is wrong with a folder of pictures, a list of them, or a data set by name: `sakd data check --json`.
 
@@ -355,15 +359,12 @@ def report(
     return RunPage(found, _reporter({"reporter": reporter}).warn).write(page)
 
 
+@apart
 def bench(**options: Unpack[BenchOptions]) -> Bench:
     """Time a training step: the document of `sakd bench --json`."""
     params = params_of("bench", options)
     sources = [ConfigSource("the bench's default", nested(BENCHED)), *config_sources(params)]
     config = resolve("distill", sources).config
-    if config.teacher.others:
-        raise UsageError("bench: times one teacher, as was published")
-    if len(config.method.parts) > 1:
-        raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
     from sakd_cli.bench.scaling import run_bench
 
     return run_bench(config, params, _reporter(options).say)
@@ -375,6 +376,7 @@ def sweep(
 ) -> SweepPlan: ...
 @overload
 def sweep(grid: Place | Mapping[str, Any], **options: Unpack[SweepOptions]) -> SweepDocument: ...
+@apart
 def sweep(grid: Place | Mapping[str, Any], **options: Any) -> SweepDocument | SweepPlan:
     """Train a grid of methods, pairs, routers and seeds: the document of `sakd sweep --json`.
 

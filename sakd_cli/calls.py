@@ -1,9 +1,11 @@
 """The options of the calls of `sakd_cli.api`, typed: those of the commands of the same names."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -11,8 +13,11 @@ from sakd_cli.config import code
 from sakd_cli.config.options import FILE, FLAG, TEXTS, Option, options_of
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
+from sakd_cli.report.render.plots import require_plot
 
 Place = str | Path
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 Own = Any  # a name, or a class, a function or an object of your own
 # fmt: off
 _Common = TypedDict("_Common", {  # noqa: UP013
@@ -173,6 +178,32 @@ class SpotOptions(_Common, _Inputs, total=False):
 # Options that name what may be an object.
 NAMED = {"model", "network", "teacher", "student", "student_friendly", "method", "router", "routers", "dataset"}
 NAMED |= {"methods", "pairs", "some_routers"}
+
+
+def apart(call: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The same call, which computes as in a new process and leaves what the program has set in torch as it was."""
+
+    @functools.wraps(call)
+    def computed(*given: Given.args, **options: Given.kwargs) -> Result:
+        if "torch" not in sys.modules and call.__name__ not in ("_trained", "prepare"):
+            return call(*given, **options)  # nothing is set, and not every call needs it
+        from sakd_cli.engine.process import as_in_new_process
+
+        with as_in_new_process():
+            return call(*given, **options)
+
+    return computed
+
+
+def check_scoring(params: Mapping[str, Any], count: int) -> None:
+    """Raise UsageError where the options of `evaluate` exclude each other, or are not for so many networks."""
+    if params["early_exit"] and params["always_on"]:
+        raise UsageError("--early-exit and --always-on exclude each other")
+    for name in ("plot", "confusion"):
+        if (path := params[name]) is not None and count > 1:
+            raise UsageError(f"--{name} is of one network, and {count} are named")
+        if path is not None and (name == "plot" or path.suffix.lower() != ".csv"):
+            require_plot(path, f"--{name}")
 
 
 def place_of(what: str, value: Any) -> Path:

@@ -16,6 +16,8 @@ class SakdError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # a traceback shows it
 
 
 class UsageError(SakdError):

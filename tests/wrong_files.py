@@ -1,10 +1,14 @@
 """Files of one's own with a fault each: kind, content, exit code, what is told in one line."""
 
-BASE = "import torch\nfrom sakd_cli.api import *\nfrom sakd_cli.api import Dataset, Decision\n"
+BASE = "import torch; from torch import nn\nfrom sakd_cli.api import *\nfrom sakd_cli.api import Dataset, Decision\n"
 ROUTER = BASE + "class R(Router):\n    def decide(self, seen):\n        return {}\n"
 LOSS = BASE + "class R(SpotwiseDistiller):\n    def spot_loss(self, k, student, teacher, weight):\n        return {}\n"
 DATA = BASE + "def R():\n    one = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2\n    return {}\n"
 INIT = BASE + "class R(SpotwiseDistiller):\n def __init__(self, spots):\n"
+LISTED = INIT + "  super().__init__(spots)\n  layer = nn.Conv2d(*spots[0].student_shape[:1], 64, 1)\n"
+LISTED += "  self.layers = [layer]\n def spot_loss(self, k, student, teacher, weight):\n"
+LISTED += "  return (weight * (self.layers[0](student) - teacher).flatten(1).mean(1)).mean()\n"
+BACKWARD = LOSS.format("[loss := (weight * student.flatten(1).var(1)).mean(), loss.backward()][0]")
 WARNED = ["warning", "error", "hint"]  # of a teacher at chance, before the first batch
 WRONG = [
     ("router", "class R(\n", 2, r"bad\.py, line 1: '\(' was never closed"),
@@ -155,6 +159,25 @@ WRONG = [
         r"R\.spot_loss: gives a loss with",
     ),
     ("method", LOSS.format("student.mean() * weight.zero_().sum()"), 2, r"R\.spot_loss: changes its `weight`"),
+    ("method", LOSS.format("(weight * teacher.zero_().sub(student).flatten(1).mean(1)).mean()"), 2, "in place, which"),
+    ("method", LOSS.format("student.mean().mul(weight.sum()).to('meta')"), 2, r"gives a loss on device meta, and not"),
+    ("method", BACKWARD, 2, r"line 5: R\.spot_loss: RuntimeError: Trying to backward"),
+    (
+        "method",
+        LOSS.replace("    def", "    @torch.no_grad()\n    def").format("student.mean()"),
+        2,
+        r"line 5: R\.spot_",
+    ),
+    ("method", LISTED, 2, r"R\.spot_loss: uses weights that no optimizer gets: make them in __init__"),
+    ("method", LISTED.replace("student)", "student.detach())"), 2, "no optimizer gets"),
+    (
+        "method",
+        LISTED.replace("[layer]", "nn.ModuleList([layer])").replace("student)", "student.detach())"),
+        2,
+        "by what",
+    ),
+    ("method", LISTED.replace("[layer]", "nn.ModuleList([nn.LazyConv2d(64, 1)])"), 2, "R has layers of unknown size"),
+    ("dataset", DATA.format("torch.set_grad_enabled(False)"), 2, r"bad\.py: .*switches gradients off"),
     ("method", LOSS.replace("    def", "    scope = 'batc'\n    def").format("0"), 2, r"unknown scope 'batc'; did you"),
     (
         "dataset",

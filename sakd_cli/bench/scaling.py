@@ -118,6 +118,10 @@ def _at_once(setup: Setup, several: int, how: Rounds) -> float:
 
 def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None]) -> Bench:
     """Time the steps of a distillation's settings with the options of `sakd bench`."""
+    if config.teacher.others:
+        raise UsageError("bench: times one teacher, as was published")
+    if len(config.method.parts) > 1:
+        raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
     setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
     # Everything is checked before minutes are spent.
     if is_path(source := config.teacher.source):

@@ -117,10 +117,11 @@ def _module(path: str) -> ModuleType:
     return module
 
 
-def _torch_defaults() -> tuple[str, str]:
-    """Type and device of what torch makes where nothing is said, for the whole process."""
-    torch = sys.modules.get("torch")
-    return (str(torch.get_default_dtype()), str(torch.get_default_device())) if torch else ("torch.float32", "cpu")
+def _torch_defaults() -> tuple[str, str, bool]:
+    """Type and device of what torch makes where nothing is said, and whether it makes gradients."""
+    if (torch := sys.modules.get("torch")) is None:
+        return "torch.float32", "cpu", True
+    return str(torch.get_default_dtype()), str(torch.get_default_device()), torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
@@ -143,8 +144,9 @@ def contained() -> Iterator[None]:
             torch = sys.modules["torch"]
             torch.set_default_dtype(getattr(torch, before[0].removeprefix("torch.")))
             torch.set_default_device(None if before[1] == "cpu" else before[1])
+            torch.set_grad_enabled(before[2])
     if changed:
-        raise ValueError("sets torch's default type or device, which are those of the whole process")
+        raise ValueError("sets torch's default type or device or switches gradients off, for the whole process")
 
 
 def place_of(error: BaseException) -> str | None:
@@ -190,7 +192,7 @@ def line_of(found: Any, *methods: str) -> str:
     if str(getattr(kind, "__module__", "")).partition(".")[0] in OURS:
         return ""
     own = [getattr(kind, name) for name in methods if name in vars(kind)]
-    code = getattr(own[0] if own else kind, "__code__", None)
+    code = getattr(inspect.unwrap(own[0]) if own else kind, "__code__", None)
     try:
         return f"{inspect.getsourcefile(kind)}, line {code.co_firstlineno if code else inspect.getsourcelines(kind)[1]}"
     except (OSError, TypeError):
@@ -250,6 +252,9 @@ def construct(found: Any, config: Config, given: Mapping[str, Any]) -> Any:
     if {"Router", "Distiller"} & ancestors(found) and "_parameters" not in vars(one):
         text = f"{found.__name__}.__init__ must begin with super().__init__(spots)"
         raise UsageError(f"{line_of(found, '__init__')}: {text}", GUIDE)
+    if any("Lazy" in kind for layer in getattr(one, "modules", tuple)() for kind in ancestors(type(layer))):
+        text = f"{found.__name__} has layers of unknown size: give it, as spots[0].student_shape[0], not nn.Lazy..."
+        raise UsageError(f"{line_of(found, '__init__')}: {text}", GUIDE)
     return one
 
 
@@ -262,6 +267,14 @@ def own_names(values: Iterable[Any]) -> list[str]:
     """The names of own code in settings: texts, and lists of them."""
     texts = [text for value in values for text in (value if isinstance(value, list | tuple) else [value])]
     return [part for text in texts if isinstance(text, str) for part in text.split("+") if of_file(part)]
+
+
+def require_files(values: Iterable[Any]) -> None:
+    """Raise UsageError where settings name what another process cannot find: an object of this one."""
+    for name in own_names(values):
+        if name.startswith(PYTHON):
+            text = f"{name.removeprefix(PYTHON)} is known to this process alone, and every run has one of its own"
+            raise UsageError(text, "write it into a file, import it from there, and give that")
 
 
 def name_of(given: Any) -> str:

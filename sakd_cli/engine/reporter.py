@@ -1,6 +1,7 @@
 """How the engine reports what it does, and how it is asked to stop. No torch."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -70,7 +71,13 @@ def raise_if_stopped(reporter: Reporter) -> None:
 
 @contextmanager
 def stop_signals_to(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Inside, `handler` gets Ctrl-C and SIGTERM (number, frame), which do nothing else."""
+    """Inside, `handler` gets Ctrl-C and SIGTERM (number, frame), which do nothing else.
+
+    Where a program calls from a thread of its own, its main thread goes on receiving them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

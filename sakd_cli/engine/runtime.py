@@ -22,6 +22,7 @@ from torch.utils._triton import has_triton
 from sakd_cli import __version__, distributed, torchrun
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.foreach import layers_of
+from sakd_cli.engine.process import fp32_kept, set_tf32
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import MemoryLimitError, UsageError, is_out_of_memory, not_deterministic, one_line
 
@@ -181,8 +182,7 @@ def set_backends(config: Runtime, *, compiled: bool = False) -> None:
 
     A step that is compiled is worth a search for cuDNN's fastest algorithms too: 12 s that make it 2 % faster (H100).
     """
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.tf32
+    set_tf32(config.tf32)
     torch.backends.cudnn.benchmark = compiled and not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
 
@@ -190,14 +190,9 @@ def set_backends(config: Runtime, *, compiled: bool = False) -> None:
 @contextmanager
 def full_fp32() -> Iterator[None]:
     """Without TF32 inside, whatever `runtime.tf32` says: so that a run reports what `sakd eval` finds."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with fp32_kept():
+        set_tf32(False)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def exact_mode(device: torch.device) -> Mode:
@@ -240,10 +235,17 @@ def environment(device: torch.device, mode: Mode) -> dict[str, Any]:
         "chip": chip,
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
-        "command": shlex.join(["sakd", *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _command() -> str:
+    """The command line of this process: sakd's, or that of the program that calls it."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "sakd" or Path(__file__).parents[1] in program.absolute().parents
+    return shlex.join(["sakd", *sys.argv[1:]] if ours else ["python", *sys.argv])
 
 
 def _commit() -> str | None:

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -84,11 +86,11 @@ def _require_decision(task: DistillTask, student: Features, teacher: Features, b
         decision = tried(*seen, *task.answers(teacher, student, batch.labels))
         decision = check_decision(tried, decision, (len(task.spots), len(batch.labels)), routed=task.graft is not None)
         if (given := decision.weight.device) != (here := batch.images.device):
-            raise UsageError(f"{method_of(tried)}: gives weights on device {given}, and not on {here}", GUIDE)
+            raise _wrong(tried, f"gives weights on device {given}, and not on {here}")
         for what, value in (("gate", decision.gate), ("probability", decision.probability)):
             # Straight through (hard + soft - soft) leaves a gate a rounding beside 0 or 1.
             if value is not None and not bool(((value - 0.5).abs() < 0.501).all()):
-                raise UsageError(f"{method_of(tried)}: gives a {what} that is NaN or outside of 0 to 1", GUIDE)
+                raise _wrong(tried, f"gives a {what} that is NaN or outside of 0 to 1")
 
 
 def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Features, batch: Batch) -> None:
@@ -97,14 +99,44 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
     tried.active = (True,) * len(tried.spots)
     weights = [batch.images.new_full((len(tried.spots), len(batch.labels)), value) for value in (0.0, 1.0)]
     student = student.map(lambda feature: feature.detach().requires_grad_())
+    known, before = {*tried.parameters(), *student.tensors()}, [one._version for one in teacher.tensors()]
     with as_usage_errors(method_of(distiller)), contained(), torch.enable_grad():
         losses, plain = (tried(student, teacher, weight, batch) for weight in weights)
     require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(tried.spots),))
+    if losses.device != batch.images.device:
+        raise _wrong(distiller, f"gives a loss on device {losses.device}, and not on {batch.images.device}")
     for spot, loss, whole in zip(tried.spots, losses.tolist(), plain.tolist(), strict=True):
         if loss != 0 and math.isfinite(whole):  # the first step tells what is never finite
             text = f"gives {loss:.4g} at spot {spot.name} where every weight is 0, and must give exactly 0"
             cure = "multiply each image's loss by its `weight`, and take the mean over all images"
-            raise UsageError(f"{method_of(distiller)}: {text}: {cure}", GUIDE)
-    if bool(plain.isfinite().all()) and not (plain.requires_grad and bool((weights[1] == 1).all())):
-        text = "changes its `weight`" if plain.requires_grad else "gives a loss without a gradient by what it is given"
-        raise UsageError(f"{method_of(distiller)}: {text}", GUIDE)
+            raise _wrong(distiller, f"{text}: {cure}")
+    if [one._version for one in teacher.tensors()] != before:
+        raise _wrong(distiller, "changes the teacher's features in place, which others read too: work on a copy")
+    finite, detached = bool(plain.isfinite().all()), "gives a loss without a gradient by what it is given"
+    if finite and not bool((weights[1] == 1).all()):
+        raise _wrong(distiller, "changes its `weight`")
+    if not known.issuperset(_leaves(plain)):
+        text = "uses weights that no optimizer gets: make them in __init__, as nn.Parameter, layers in nn.ModuleList"
+        raise _wrong(distiller, text)
+    with as_usage_errors(method_of(distiller)), contained():
+        found = list[torch.Tensor | None]()
+        if plain.requires_grad:
+            found = [*torch.autograd.grad(plain, student.tensors(), torch.ones_like(plain), allow_unused=True)]
+    if finite and all(gradient is None for gradient in found):
+        raise _wrong(distiller, detached)
+
+
+def _wrong(module: torch.nn.Module, text: str) -> UsageError:
+    return UsageError(f"{method_of(module)}: {text}", GUIDE)
+
+
+def _leaves(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a gradient of this value would be added to."""
+    met, nodes = set[Any](), [value.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is None or node in met:
+            continue
+        met.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf

@@ -60,6 +60,9 @@ class Ended(NamedTuple):
 class Executor(ABC):
     """Carries out jobs, as many at a time as it likes."""
 
+    elsewhere = True
+    """Whether in other processes than this one."""
+
     @abstractmethod
     def about(self) -> str:
         """Where it runs, in short."""
@@ -164,6 +167,8 @@ class LocalExecutor(Executor):
 @final
 class InProcessExecutor(Executor):
     """Trains one run after another in this process; an error or a stop of one ends all."""
+
+    elsewhere = False
 
     def __init__(self, train: Callable[[Job], None]) -> None:
         self.train, self.over = train, list[Ended]()

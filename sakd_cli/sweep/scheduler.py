@@ -17,7 +17,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sakd_cli.config import code
 from sakd_cli.config.grid import Member
+from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.engine.reporter import Reporter, stop_signals_to
@@ -121,6 +123,9 @@ class Scheduler:
         refresh  called after every round, `pause` seconds apart
         Raises Stopped once all runs that a signal was passed on to have ended.
         """
+        for entry in self.entries.values():
+            if executor.elsewhere and entry.state is not State.done:
+                code.require_files(flat(entry.member.config.model_dump()).values())
         try:
             for folder in ("jobs", "failed"):
                 (self.folder / folder).mkdir(parents=True, exist_ok=True)
