@@ -178,22 +178,21 @@ def distill(**options: Any) -> RunResult | Comparison | Plan:
     return found if isinstance(found, Plan) else RunResult.of(found)
 
 
-@apart
 def prepare(**options: Unpack[DistillOptions]) -> "Job":
     """A distillation with these options, built and not run, for a loop of one's own: nothing is written.
 
     Its `task` turns a batch of `loader_of(job)` into a loss; `task.groups()` are the parameters with their rates.
     """
+    from sakd_cli.engine.process import as_in_new_process
     from sakd_cli.runs import build
 
     if wrong := options.keys() & {"resume", "seeds", "routers", "with_control", "parallel", "baseline"}:
         raise UsageError(f"prepare: builds one new run, so it cannot have {', '.join(sorted(wrong))}")
     config, _ = resolve_command("distill", params_of("distill", options))
-    with code.as_usage_errors():
+    with as_in_new_process(), code.as_usage_errors():
         return build.build(locate_inputs(keep_teacher(config)))
 
 
-@apart
 def _trained(task: str, options: Mapping[str, Any]) -> Summary | Plan | list[RunDir]:
     from sakd_cli.sweep.series import train_command
 

@@ -185,7 +185,7 @@ def apart(call: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @functools.wraps(call)
     def computed(*given: Given.args, **options: Given.kwargs) -> Result:
-        if "torch" not in sys.modules and call.__name__ not in ("_trained", "prepare"):
+        if "torch" not in sys.modules:
             return call(*given, **options)  # nothing is set, and not every call needs it
         from sakd_cli.engine.process import as_in_new_process
 

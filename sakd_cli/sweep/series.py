@@ -136,6 +136,7 @@ def train_command(
             with plan.resume.locked():  # which says who is in: before what takes long
                 pass
         config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
+        from sakd_cli.engine.process import as_in_new_process
         from sakd_cli.runs import launch
 
         launcher = launch.Launcher(reporter, params["resume"] is not None, again, guard)
@@ -145,7 +146,7 @@ def train_command(
             draw_mixtures(RunDir(Path(str(summary.run))), reporter.say)
             return summary
 
-        with code.as_usage_errors():
+        with as_in_new_process(), code.as_usage_errors():
             if several:
                 return train_series(configs, train, launcher, parallel=params["parallel"], again=again)
             return launch.dry_run(config) if dry else train(config, plan)
