@@ -89,7 +89,7 @@ def test_a_signal_at_the_very_end_is_no_traceback(number: int) -> None:
 @pytest.mark.parametrize(("words", "code"), [("runs rm {run}", 2), ("predict {run} -", 3)])
 def test_a_closed_stdin_is_an_empty_one(there: ForkServer, words: str, code: int) -> None:
     """Closed by the shell, as Python then starts without one."""
-    line = [sys.executable, "-m", "sakd_cli", *words.format(run=there.cwd / "t").split()]
+    line = [sys.executable, "-m", "sakd_cli", *words.format(run=there.cwd / "d").split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         ["sh", "-c", 'exec "$@" <&-', "sh", *line], cwd=there.cwd, env=environment, capture_output=True, text=True
