@@ -1,6 +1,7 @@
 """Every error a user can cause. Each is one line (what, where), one hint (what to do) and one exit code."""
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -128,6 +129,15 @@ def first_line(error: BaseException) -> str:
 def one_line(error: Exception, most: int = 100) -> str:
     """All that an error of another library says, on one line, as far as so many characters go."""
     return " ".join(str(error).split())[:most]
+
+
+def not_had(text: str, error: Exception) -> SakdError:
+    """The error of a download: code 5 where its cache is to blame. What a hub says stands on several lines."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        reason = f"{error.filename or 'its cache'}: {error.strerror}"
+        return DiskError(f"{text} ({reason})", hint="HF_HOME and TORCH_HOME say where it is kept")
+    hint = "try again, without a damaged copy in the library's cache, or give a file that holds them"
+    return UsageError(f"{text} ({one_line(error)})", hint)
 
 
 def unreadable(error: OSError) -> str:

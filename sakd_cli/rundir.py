@@ -353,11 +353,13 @@ class RunDir:
 
 def all_runs(runs_dir: Path) -> list[RunDir]:
     """Every run in the folder, newest first."""
+    runindex.require_readable(runs_dir)
     return [RunDir(path.parent) for path in runindex.config_files(runs_dir)]
 
 
 def runs_like(runs_dir: Path, wanted: dict[str, Any]) -> Iterator[RunDir]:
     """The runs whose config agrees with `wanted` (dotted keys), newest first; damaged ones are left out."""
+    runindex.require_readable(runs_dir)
     for path, settings in runindex.all_settings(runs_dir).items():
         if settings is None or any(look_up(settings, key) != wanted[key] for key in wanted if key not in PATHS):
             continue

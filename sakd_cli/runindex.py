@@ -5,6 +5,7 @@
 its own file again. A small folder has none.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,12 @@ MANY = 50  # runs that were read anew, from which on the index is written
 MOST = 2**28  # bytes: 100,000 runs
 JUDGED = ("summary.json", "env.json", "checkpoints/last/state.json")
 Settings = dict[str, Any]
+
+
+def require_readable(runs_dir: Path) -> None:
+    """Raise DiskError for a folder of runs that may not be read: it is not one without runs."""
+    if runs_dir.is_dir() and not os.access(runs_dir, os.R_OK | os.X_OK):
+        raise DiskError(f"{runs_dir}: cannot be read: {os.strerror(errno.EACCES)}", hint="--runs-dir DIR")
 
 
 def config_files(runs_dir: Path) -> dict[Path, os.stat_result]:

@@ -1,6 +1,8 @@
 """Networks by the names that their libraries give them, with the libraries' weights; nothing is fetched here."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,37 @@ def test_a_network_of_torchvisions_answers_as_torchvision_does(
         best = network(weights.transforms()(Image.open(file).convert("RGB"))[None]).softmax(1)[0].topk(5)
     assert [one["class"] for one in found["classes"]] == [weights.meta["categories"][k] for k in best.indices]
     assert [one["probability"] for one in found["classes"]] == pytest.approx(best.values.tolist(), rel=1e-3)
+
+
+class NotFound(OSError):
+    """As the hub's own errors: no number, and what it is about behind an empty line."""
+
+
+REFUSALS = {
+    2: (NotFound("404 Client Error.\n\nRepository Not Found for url: there"), "Repository Not Found for url: there"),
+    5: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "its cache: No space left on device"),
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+@pytest.mark.parametrize("what", ["config", "weights"])
+def test_what_the_hub_does_not_give_is_said_in_its_words(
+    cli: CliRunner, pets: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, code: int
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    error, text = REFUSALS[code]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise error
+
+    places = {"config": ["timm.models", "timm.models._factory"], "weights": ["timm.models._builder"]}
+    names = {"config": "load_model_config_from_hf", "weights": "load_state_dict_from_hf"}
+    for module in places[what]:
+        monkeypatch.setattr(f"{module}.{names[what]}", refuse)
+    picture = str(next((cli.path / "pets").rglob("*.png")))
+    for words in (
+        ["predict", HUB, picture],
+        ["pretrain-teacher", HUB, "--set", "init_from=library", "--epochs", "1", *DATA, "-q"],
+    ):
+        result = cli.assert_rejects(words, code, text)
+        assert "for these images" not in result.err

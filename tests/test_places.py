@@ -1,12 +1,13 @@
 """Every command where stderr or the current folder is gone, or a scheduler sets a variable of torchrun's."""
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
-from fork_server import Faults, ForkServer
+from fork_server import ROOT, Faults, ForkServer
 
 TINY = "--dataset shapes --set data.train=40 --set data.test=20 --batch-size 20 --epochs 1 -q"
 MADE = (
@@ -83,3 +84,16 @@ def test_a_signal_at_the_very_end_is_no_traceback(number: int) -> None:
     code += f"atexit.register(os.kill, os.getpid(), {int(number)}); app.main()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (-number, "")
+
+
+@pytest.mark.parametrize(("words", "code"), [("runs rm {run}", 2), ("predict {run} -", 3)])
+def test_a_closed_stdin_is_an_empty_one(there: ForkServer, words: str, code: int) -> None:
+    """Closed by the shell, as Python then starts without one."""
+    line = [sys.executable, "-m", "sakd_cli", *words.format(run=there.cwd / "d").split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *line], cwd=there.cwd, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert "Traceback" not in ended.stderr

@@ -22,7 +22,7 @@ from sakd_cli.report.evaluation.tables import evaluation_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import Sheet, listing_table
 from sakd_cli.report.runs.tables import plan_table, summary_table
-from sakd_cli.report.spots.log import spots_document
+from sakd_cli.report.spots.log import history, spots_document
 from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir
 
@@ -158,7 +158,10 @@ def test_pretrain_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_run_without_an_epoch_is_refused(tmp_path: Path) -> None:
-    assert "has no record of spots yet" in refusal(make_run(tmp_path / "run", []))
+    run = make_run(tmp_path / "run", [])
+    assert "has no record of spots yet" in refusal(run)
+    with pytest.raises(UsageError, match="has no record of spots yet"):  # others removed it since it was begun to read
+        history(run, None)
     assert "not a run directory" in refusal(RunDir(tmp_path))
 
 

@@ -1,5 +1,6 @@
 """`sakd runs`, and the one line of a script that makes, resumes or reports a run."""
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -181,6 +182,15 @@ def test_settings_by_blocks_are_those_of_the_whole_file(text: str) -> None:
     for parse in (runindex._by_blocks, parse_yaml):
         with pytest.raises(YAMLError, match="'a' stands twice"):
             parse("a: 1\na: 2\n")
+
+
+def test_a_folder_of_runs_that_may_not_be_read_is_not_called_empty(
+    there: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (there.path / "shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut")
+    for words in ("runs", "inspect-spots", "eval", "distill --teacher resnet20 --student resnet8 --dataset shapes"):
+        there.assert_rejects([*words.split(), "--runs-dir", "shut"], 5, "shut: cannot be read: Permission denied")
 
 
 def test_settings_whose_keys_are_numbers_are_damaged(there: CliRunner) -> None:

@@ -316,9 +316,9 @@ def _three_streams() -> None:
             os.fstat(handle)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for name, handle in (("stdout", 1), ("stderr", 2)):
+    for handle, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(handle, "w", closefd=False))
+            setattr(sys, name, os.fdopen(handle, "w" if handle else "r", closefd=False))
 
 
 class AbortingTorch(MetaPathFinder):

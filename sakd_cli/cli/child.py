@@ -41,6 +41,10 @@ def bound_to_launcher() -> None:
 
 if __name__ == "__main__":
     bound_to(int(sys.argv.pop(1)))
+    # By these Slurm tells all processes of a job that its time is up; submitit has it queued again, with a SIGTERM.
+    for name in ("SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     from sakd_cli.cli.app import main
 
     main()

@@ -21,7 +21,7 @@ from sakd_cli.config import code
 from sakd_cli.config.base import of_file
 from sakd_cli.config.networks import brought
 from sakd_cli.config.preprocessing import ImageSize, height_width, of_timm, timm_config_of
-from sakd_cli.errors import UsageError, first_line, unknown
+from sakd_cli.errors import UsageError, first_line, not_had, unknown
 from sakd_cli.files import yaml_bytes
 from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
@@ -120,10 +120,7 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
     except UsageError:
         raise
     except Exception as error:  # whatever a download raises
-        raise UsageError(
-            f"{name}: its trained weights could not be fetched ({first_line(error)})",
-            hint="give a file that holds them instead",
-        ) from None
+        raise not_had(f"{name}: its trained weights could not be fetched", error) from None
 
 
 def library_classes(entry: str, library: str) -> tuple[str, ...] | None:
@@ -184,6 +181,8 @@ def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]
             unknown_name = isinstance(error, TypeError) and any(argument in str(error) for argument in call.arguments)
             if unknown_name and call is not calls[-1]:
                 continue
+            if HUB in name:
+                raise not_had(f"{name}: cannot be had from the hub", error) from None
             images = "" if call is calls[-1] else " for these images"
             raise UsageError(f"{name}: cannot be built{images} ({first_line(error)})") from None
     raise AssertionError("at least one call")

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import UsageError, one_line
 from sakd_cli.sweep.executor import Ended, Executor, Job, library, run_job
 from sakd_cli.torchrun import cpu_count
 
 RETRIES = 3  # of a Ray task whose worker or machine is lost; it resumes from the run's last checkpoint
 MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that is cut off is queued again and resumes
+HINT = "--resource takes submitit's parameters"
+TASKS = ("nodes", "tasks_per_node", "slurm_nodes", "slurm_ntasks_per_node")
 ALL = 10**6
 LOST = 143  # exit code of a run that was lost for good, or cancelled: that of SIGTERM
 
@@ -115,30 +117,47 @@ class SlurmExecutor(ClusterExecutor):
         options = dict(resources)
         cluster = options.pop("cluster", "slurm")
         try:
+            if any(options.get(name, 1) != 1 for name in TASKS):
+                raise ValueError(f"a run is one task: {', '.join(TASKS)} are 1")
             self.executor = submitit.AutoExecutor(folder=folder.absolute() / "slurm", cluster=cluster)
             limit = {"slurm_array_parallelism": jobs} if jobs else {}
             self.executor.update_parameters(**({"timeout_min": MINUTES, "name": "sakd"} | limit | options))
-        except (RuntimeError, ValueError, NameError, TypeError) as error:
+        except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
-            raise UsageError(f"--executor slurm: {reason}", "--resource takes submitit's parameters") from None
-        self.cluster, self.tasks = cluster, dict[str, Any]()
+            raise UsageError(f"--executor slurm: {reason}", HINT) from None
+        self.cluster, self.tasks, self.stops = cluster, dict[str, tuple[Job, Any]](), 0
 
     def about(self) -> str:
         return f"the cluster {self.cluster!r}, through submitit"
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        with self.executor.batch():
-            tasks = [self.executor.submit(Work(job)) for job in jobs]
-        self.tasks |= {job.key: task for job, task in zip(jobs, tasks, strict=True)}
+        try:
+            with self.executor.batch():
+                tasks = [self.executor.submit(Work(job)) for job in jobs]
+        except RuntimeError as error:  # what sbatch has said
+            raise UsageError(
+                f"--executor slurm: {one_line(error, 160)}", "--resource takes submitit's parameters"
+            ) from None
+        self.tasks |= {job.key: (job, task) for job, task in zip(jobs, tasks, strict=True)}
 
     def ended(self) -> list[Ended]:
-        over = [key for key, task in self.tasks.items() if task.done()]
-        ended = [(key, self.tasks.pop(key)) for key in over]
-        return [Ended(key, LOST if task.exception() is not None else int(task.result())) for key, task in ended]
+        over = [key for key, (_, task) in self.tasks.items() if self.stops > 1 or task.done()]
+        return [Ended(key, self._code(*self.tasks.pop(key))) for key in over]
 
     def stop(self, signum: int) -> None:
-        for task in self.tasks.values():
-            task.cancel()
+        self.stops += 1
+        for _, task in self.tasks.values():
+            task.cancel(check=False)  # scancel itself says what is wrong
+            task.watcher.clear()  # which asks the more seldom the longer the sweep has gone on
 
     def close(self) -> None:
         self.stop(0)
+
+    def _code(self, job: Job, task: Any) -> int:
+        if self.stops:  # submitit would wait for the answer of each that never began
+            return LOST
+        if task.exception() is None:
+            return int(task.result())
+        with job.log.open("a") as log:  # where the error of a run is looked for
+            log.write(f"error: {self.cluster} job {task.job_id} gave no exit code, its state is {task.state}\n")
+        return LOST

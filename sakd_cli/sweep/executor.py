@@ -198,7 +198,7 @@ def run_job(job: Job) -> int:
     with start_job(job, environment_of_job(), session=False) as child:
         try:
             return child.wait()
-        except KeyboardInterrupt:
+        except BaseException:  # Ray's KeyboardInterrupt, submitit's SystemExit
             child.send_signal(signal.SIGINT)
             child.wait()
             raise

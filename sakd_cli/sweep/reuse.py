@@ -8,7 +8,7 @@ from sakd_cli.config.resolve import ConfigSource, flat, resolve
 from sakd_cli.config.training import RunConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.rundir import RunDir, look_up
-from sakd_cli.runindex import all_settings, config_files
+from sakd_cli.runindex import all_settings, config_files, require_readable
 from sakd_cli.runs.resume import plain_names
 
 # What a sweep's config leaves open, or what may lie elsewhere.
@@ -30,6 +30,7 @@ class RunIndex:
     """
 
     def __init__(self, runs_dir: Path, *, fresh: bool = False) -> None:
+        require_readable(runs_dir)
         self.runs_dir = runs_dir
         self._old = {path.parent for path in config_files(runs_dir)} if fresh else set[Path]()
         self._seen = dict[Path, dict[str, Any]]()

@@ -37,6 +37,7 @@ def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> l
     columns = set(RunEntry.model_fields) - {"settings"}
     if not isinstance(where, Mapping):
         raise UsageError(f"where: must be a mapping, such as {{'method.name': 'fitnet'}}, got {where!r}")
+    runindex.require_readable(runs_dir)
     found, unseen = [], {key for key in where if key.count(".") < 2} - columns
     for path, (settings, verdict) in runindex.judged(runs_dir, _whole_and_top1).items():
         unseen -= {key for key in unseen if look_up(settings, key) is not None}

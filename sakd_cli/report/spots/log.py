@@ -35,11 +35,7 @@ def spots_document(
             f"{plain(run.path)}: has no record of spots: it is a {plain(task)!r} run",
             hint="give the directory of a `sakd distill` run",
         )
-    if not (epochs := epoch_records(run)):
-        raise UsageError(
-            f"{plain(run.path)}: has no record of spots yet: no epoch is finished",
-            hint="wait for the end of the first epoch, or --resume the run where it was stopped",
-        )
+    epochs = epoch_records(run)
     overall = [_total(epochs, index) for index in range(len(epochs[0].spots))]
     keys = {"method": "method.name", "router": "router.name", "teacher": "teacher.source"}
     keys |= {"student": "student", "dataset": "data.name"}
@@ -113,7 +109,7 @@ def _fractions(epoch: doc.EpochRecord) -> doc.EpochFractions:
 
 
 def epoch_records(run: RunDir) -> list[doc.EpochRecord]:
-    """The lines of `spots.jsonl` in order. Raises UsageError where one is damaged.
+    """The lines of `spots.jsonl` in order. Raises UsageError where one is damaged, or there is none.
 
     An epoch that is on record twice (a run that was stopped and resumed) counts once, as it was recorded last.
     """
@@ -128,6 +124,11 @@ def epoch_records(run: RunDir) -> list[doc.EpochRecord]:
             found[epoch.epoch] = epoch
     except OSError:
         raise DamagedError(f"{where}: cannot be read") from None
+    if not found:
+        raise UsageError(
+            f"{plain(run.path)}: has no record of spots yet: no epoch is finished",
+            hint="wait for the end of the first epoch, or --resume the run where it was stopped",
+        )
     epochs = [found[epoch] for epoch in sorted(found)]
     if sorted(found) != list(range(1, len(found) + 1)):
         raise DamagedError(f"{where}: has no line for an epoch before epoch {max(found)}")
