@@ -135,9 +135,7 @@ class SlurmExecutor(ClusterExecutor):
             with self.executor.batch():
                 tasks = [self.executor.submit(Work(job)) for job in jobs]
         except RuntimeError as error:  # what sbatch has said
-            raise UsageError(
-                f"--executor slurm: {one_line(error, 160)}", "--resource takes submitit's parameters"
-            ) from None
+            raise UsageError(f"--executor slurm: {one_line(error, 160)}", HINT) from None
         self.tasks |= {job.key: (job, task) for job, task in zip(jobs, tasks, strict=True)}
 
     def ended(self) -> list[Ended]:
