@@ -1,4 +1,4 @@
-"""Files: read safely (regular, no pickle, bounded in size and nesting), written whole or not at all."""
+"""Files, read safely: regular, no pickle, bounded in size and nesting. `writing.py` writes them."""
 
 import errno
 import fnmatch
@@ -7,9 +7,8 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
@@ -20,7 +19,7 @@ import yaml
 
 from sakd_cli.documents.base import Document
 from sakd_cli.documents.training import LogEnd
-from sakd_cli.errors import DamagedError, DiskError, UsageError
+from sakd_cli.errors import DamagedError, UsageError
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -289,62 +288,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_guards: dict[Path, Callable[[], None]] = {}
-
-
-@contextmanager
-def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Meanwhile `check` is called before anything below `folder` is written; it raises where that must not be."""
-    _guards[folder.absolute()] = check
-    try:
-        yield
-    finally:
-        _guards.pop(folder.absolute(), None)
-
-
-def verify(path: Path) -> None:
-    """Raise where a folder above `path` is guarded and is no longer what it was."""
-    for folder, check in list(_guards.items()):
-        if path.absolute().is_relative_to(folder):
-            check()
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: aside, flushed to the disk, then renamed over the old one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    verify(path)
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        verify(path)
-        aside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise disk_error(path, error, len(content)) from None
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Raise DiskError where the disk of a folder that is there, or will be made, has no room for so many bytes."""
-    if shutil.disk_usage(nearest_folder(folder)).free < needed:
-        raise disk_error(folder, OSError(errno.ENOSPC, ""), needed)
-
-
-def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
-    """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(f"{path}: cannot be written: {error.strerror}")
-    needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
-    return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write one JSON document, atomically."""
-    write_aside(path, json_bytes(content))
-
-
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json_bytes(content)).hexdigest()
 
@@ -357,43 +300,3 @@ def json_bytes(content: Any) -> bytes:
 def yaml_bytes(content: Any) -> bytes:
     """Settings as YAML, in the order of their class."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot.
-
-    The old one is renamed before and removed after; killed between the two renames, the next call puts it back.
-    """
-    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
-    try:
-        if old.is_dir() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        flush(aside)
-        if folder.exists():
-            folder.replace(old)
-        try:
-            aside.replace(folder)
-        except OSError:
-            old.replace(folder)
-            raise
-        flush(folder.parent)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sakd_cli import files, runindex
+from sakd_cli import files, runindex, writing
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, HELD, differences, listed
 from sakd_cli.config.resolve import PATHS, flat, found_again
@@ -92,8 +92,8 @@ class RunDir:
             raise DiskError(f"{self.path}: cannot be locked: {error.strerror}") from None
         self._handle = os.open(self.path, os.O_RDONLY)
         try:
-            with files.guarded(self.path, self._require_same):
-                files.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
+            with writing.guarded(self.path, self._require_same):
+                writing.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
                 yield
         finally:
             with suppress(OSError, RunInUseError):
@@ -118,7 +118,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove all that a run wrote, what says that it is one first; keep the folder and its lock."""
-        files.verify(self.path)
+        writing.verify(self.path)
         self._identity = None
         self._digests = {}
         for path in sorted(self.path.iterdir(), key=lambda path: path.name not in (SUMMARY, "config.yaml")):
@@ -180,7 +180,7 @@ class RunDir:
         """Note that the run was to end after so many epochs, and take back what it left at its end."""
         if epochs not in self.extended:
             about = self._about() | {"extended": [*self.extended, epochs]}
-            files.write_json(self.path / "env.json", files.sealed(about))
+            writing.write_json(self.path / "env.json", files.sealed(about))
         for name in (SUMMARY, *OF_THE_END):
             (self.path / name).unlink(missing_ok=True)
 
@@ -247,14 +247,14 @@ class RunDir:
         if self.silent:
             return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        files.verify(self.path / name)
+        writing.verify(self.path / name)
         digest = self._digest(name)
         try:
             with open(self.path / name, "ab+", opener=self._opened) as file:
                 torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write(b"\n" * torn + line)
         except OSError as error:
-            raise files.disk_error(self.path / name, error, len(line)) from None
+            raise writing.disk_error(self.path / name, error, len(line)) from None
         self._digests[name] = files.line_digest(digest, line)
         for listener in self.listeners:
             listener(name, record)
@@ -276,9 +276,9 @@ class RunDir:
         for path in sorted([*self.path.glob("*.jsonl"), *self.path.glob("*dfa.json")]):
             ends[path.name] = LogEnd(bytes=path.stat().st_size, sha256=self._digest(path.name))
             try:
-                files.flush(path)
+                writing.flush(path)
             except OSError as error:
-                raise files.disk_error(path, error, ends[path.name].bytes) from None
+                raise writing.disk_error(path, error, ends[path.name].bytes) from None
         return ends
 
     def digests(self) -> dict[str, str]:
@@ -302,7 +302,7 @@ class RunDir:
 
         Raises DamagedError where what was written before is no longer that.
         """
-        files.verify(self.path)
+        writing.verify(self.path)
         for name, digest in (digests or {}).items() if not self.silent else ():
             if name.endswith(".jsonl") and files.log_digest(self.path / name, sizes.get(name, 0)) != digest:
                 raise DamagedError(f"{self.path / name}: was changed by others since then", "put it back as it was")

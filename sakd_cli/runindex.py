@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from sakd_cli import files
+from sakd_cli import files, writing
 from sakd_cli.errors import DiskError
 
 NAME = ".index.json"
@@ -131,6 +131,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, entries: dict[str, Any]) -> None:
     try:
         body = json.dumps(entries).encode()
-        files.write_aside(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        writing.write_aside(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     except (DiskError, TypeError, ValueError):  # dates, or a folder that is not ours to write: it is read again then
         return

@@ -28,7 +28,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sakd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From low to high. The package itself holds the version only; `__main__` is the command line.
-FLOORS = ["", "errors", "torchrun", "batch", "documents", "files", "distributed", "config", "runindex", "rundir"]
+FLOORS = [
+    "",
+    "errors",
+    "torchrun",
+    "batch",
+    "documents",
+    "files",
+    "writing",
+    "distributed",
+    "config",
+    "runindex",
+    "rundir",
+]
 FLOORS += ["data", "engine", "models", "report", "routing", "distillers", "evaluation", "tasks", "runs"]
 FLOORS += ["bench", "export", "sweep", "calls", "api", "cli", "__main__"]
 FORBIDDEN = {
@@ -36,9 +48,9 @@ FORBIDDEN = {
     "routing": {"distillers"},
     "data": {"models", "distillers", "routing"},
     "engine": {"models", "distillers", "routing", "data"},
-    "report": set(FLOORS) - {"", "errors", "documents", "files", "config", "runindex", "rundir", "report"},
+    "report": set(FLOORS) - {"", "errors", "documents", "files", "writing", "config", "runindex", "rundir", "report"},
 }
-LIGHT = ("errors", "torchrun", "documents", "files", "config", "runindex", "rundir", "report", "api", "cli")
+LIGHT = ("errors", "torchrun", "documents", "files", "writing", "config", "runindex", "rundir", "report", "api", "cli")
 HEAVY = ("torch", "torchvision", "safetensors", "numpy")
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60
 NOTHING = {"return", "return []", "return {}", "return iter(())"}  # the body of a hook

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sakd_cli.errors import DiskError, UsageError
-from sakd_cli.files import below, sha256, size_below, write_aside, write_json
+from sakd_cli.files import below, sha256, size_below
 from sakd_cli.models.artifact import FORMAT, load, save_weights
 from sakd_cli.rundir import RunDir, all_runs, newest_run
+from sakd_cli.writing import write_aside, write_json
 
 OF_A_RUN = {"config.yaml", "env.json", "images.json", "metrics.jsonl", "summary.json", ".lock"}
 OF_A_DISTILLATION = OF_A_RUN | {"spots.jsonl", "samples.safetensors", "survey.safetensors"}

@@ -10,7 +10,7 @@ import yaml
 from conftest import CliRunner
 from safetensors.torch import load_file
 
-from sakd_cli import files
+from sakd_cli import writing
 from sakd_cli.errors import DamagedError
 from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
@@ -240,7 +240,7 @@ def test_a_log_goes_on_with_its_digest_and_a_checkpoint_of_later_goes_with_it(tm
     for name, end in (("last", first), ("residual-1/last", later)):
         state = {"logs": {"metrics.jsonl": end.bytes}, "log_sha256": {"metrics.jsonl": end.sha256}}
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        files.write_json(tmp_path / "checkpoints" / name / "state.json", state)
+        writing.write_json(tmp_path / "checkpoints" / name / "state.json", state)
     assert list(RunDir(tmp_path).lines("metrics.jsonl")) == [{"a": 1}, {"a": 2}]
     again = RunDir(tmp_path)
     again.cut_logs({"metrics.jsonl": first.bytes}, {"metrics.jsonl": first.sha256})

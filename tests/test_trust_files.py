@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import TINY, CliRunner
 
-from sakd_cli import files, runindex, torchrun
+from sakd_cli import files, runindex, torchrun, writing
 from sakd_cli.config.grid import Member, Role
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.fingerprint import content_hashes
@@ -46,18 +46,28 @@ def test_a_folder_is_whole_whenever_its_replacement_is_killed(tmp_path: Path, mo
         return target
 
     def replace() -> None:
-        with files.whole_folder(folder) as new:
+        with writing.whole_folder(folder) as new:
             (new / "content").write_text("new")
-            files.write_aside(new / "more", b"")
+            writing.write_aside(new / "more", b"")
 
     with mock.patch.object(Path, "replace", killed), pytest.raises(KeyboardInterrupt):
         replace()
     there = [path for path in (folder, tmp_path / ".export.old") if path.is_dir()]
     assert [(path / "content").read_text() for path in there] == ["old"]
-    with files.whole_folder(folder) as new:
+    with writing.whole_folder(folder) as new:
         assert (folder / "content").read_text() == "old", "the old one is back before anything is written"
         (new / "content").write_text("newer")
     assert (folder / "content").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_is_filled_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    with writing.whole_folder(folder) as first:
+        (first / "content").write_text("first")
+        with pytest.raises(RunInUseError, match="another process is writing it"), writing.whole_folder(folder):
+            pass
+    assert (folder / "content").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
@@ -66,14 +76,14 @@ def test_nothing_is_written_where_another_folder_or_run_lies_now(tmp_path: Path)
     path.mkdir()
     run = RunDir(path)
     with run.locked():
-        files.write_json(path / "env.json", {"id": "first"})
+        writing.write_json(path / "env.json", {"id": "first"})
         assert run.identity == "first"
         run.append("metrics.jsonl", {"a": 1})
         path.rename(elsewhere)
         path.mkdir()
         for write in (
             lambda: run.append("metrics.jsonl", {"a": 2}),
-            lambda: files.write_aside(path / "summary.json", b"{}"),
+            lambda: writing.write_aside(path / "summary.json", b"{}"),
             lambda: run.cut_logs({}),
             run.clear,
         ):
@@ -87,7 +97,7 @@ def test_nothing_is_written_where_another_folder_or_run_lies_now(tmp_path: Path)
         (path / "env.json").unlink()
     again = RunDir(path)
     with again.locked():
-        files.write_json(path / "env.json", {"id": "second"})
+        writing.write_json(path / "env.json", {"id": "second"})
         assert again.identity == "second"
         (path / "env.json").write_text('{"id": "third"}')
         with pytest.raises(RunInUseError):

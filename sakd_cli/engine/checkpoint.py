@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sakd_cli import files
+from sakd_cli import files, writing
 from sakd_cli.errors import CheckpointError
 
 FORMAT = "sakd.checkpoint/4"
@@ -46,25 +46,25 @@ def write(folder: Path, model: bytes | None, training: dict[str, Tensor], state:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in training.items()}
     contents = {} if model is None else {MODEL: model}
     contents |= {TRAINING: save(tensors), STATE: files.json_bytes({"format": FORMAT} | state)}
-    files.verify(folder)
+    writing.verify(folder)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         for name, content in contents.items():
-            files.write_aside(staging / name, content)
+            writing.write_aside(staging / name, content)
         sums = {name: hashlib.sha256(contents[name]).hexdigest() for name in sorted(contents)}
-        files.write_json(staging / MANIFEST, sums)
-        files.flush(staging)
-        files.verify(folder)
+        writing.write_json(staging / MANIFEST, sums)
+        writing.flush(staging)
+        writing.verify(folder)
         if folder.exists():
             previous = folder.with_name("previous")
             shutil.rmtree(previous if keep else folder, ignore_errors=True)
             if keep:
                 folder.replace(previous)
         staging.replace(folder)
-        files.flush(folder.parent)
+        writing.flush(folder.parent)
     except OSError as error:
-        raise files.disk_error(folder, error, sum(map(len, contents.values()))) from None
+        raise writing.disk_error(folder, error, sum(map(len, contents.values()))) from None
 
 
 def read(folder: Path) -> Checkpoint:
@@ -157,7 +157,7 @@ def _require_run(run: str | None, loaded: Checkpoint) -> Checkpoint:
 
 
 def discard(folder: Path) -> None:
-    files.verify(folder)
+    writing.verify(folder)
     for name in ("last", "last.new", "previous", "best", "best.new"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

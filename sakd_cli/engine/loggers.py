@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from sakd_cli.config.resolve import flat
 from sakd_cli.errors import DiskError, UsageError, first_line
-from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
+from sakd_cli.writing import write_aside
 
 Warn = Callable[[str], None]
 

@@ -25,8 +25,8 @@ from sakd_cli.engine.runtime import full_fp32
 from sakd_cli.engine.step import TrainStep
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, one_line
-from sakd_cli.files import write_aside
 from sakd_cli.rundir import RunDir
+from sakd_cli.writing import write_aside
 
 MAIN = "train"  # the phase that a run is for
 SMALL = 2**24  # bytes of a checkpoint beside the network that is written after every epoch

@@ -21,13 +21,14 @@ from sakd_cli.evaluation.speed import speed
 from sakd_cli.export.formats import FORMS, SOURCE, Form, FromPixels, Function, Precision, Writing
 from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
 from sakd_cli.export.quantise import COUNT
-from sakd_cli.files import folder_of, read_about, read_json, sha256, whole_folder, write_aside, write_json
+from sakd_cli.files import folder_of, read_about, read_json, sha256
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import metadata_block, timm_config
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import is_ensemble, own_network, run_of, settings_of
 from sakd_cli.runs.scored import config_of
+from sakd_cli.writing import whole_folder, write_aside, write_json
 
 FILES = {name for form in FORMS.values() for name in form.files}
 FORMAT = Export.model_fields["schema_"].default

@@ -25,10 +25,10 @@ from sakd_cli.errors import UsageError, first_line
 from sakd_cli.export import opening
 from sakd_cli.export.quantise import quantised
 from sakd_cli.export.source import executed, source
-from sakd_cli.files import write_aside
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
+from sakd_cli.writing import write_aside
 
 Function = Callable[[Tensor], Tensor]
 Precision = Literal["fp32", "fp16", "int8"]

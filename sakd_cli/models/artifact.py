@@ -17,10 +17,11 @@ from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, size_text
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
-from sakd_cli.files import check_header, disk_error, parse_json, sha256, verify, weights_file, write_aside, write_json
+from sakd_cli.files import check_header, parse_json, sha256, weights_file
 from sakd_cli.models.external import check_size, metadata_block
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
+from sakd_cli.writing import disk_error, verify, write_aside, write_json
 
 FORMAT = "sakd.network/1"
 IMPORT = "weights of another program: sakd import-weights FILE --model NAME"

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.errors import UsageError
-from sakd_cli.files import write_aside
 from sakd_cli.models.adapters import Transform
 from sakd_cli.models.artifact import LARGEST_SIDE, Artifact, load_module, module_bytes
 from sakd_cli.models.staged import Relayout, StagedModel
 from sakd_cli.models.table import create
+from sakd_cli.writing import write_aside
 
 FORMAT = "sakd.branches/1"
 

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from sakd_cli.config.preprocessing import size_text
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.errors import UsageError, unreadable
-from sakd_cli.files import CARD_SEAL, read_json, sealed, sha256, unsealed, write_aside, write_json
+from sakd_cli.files import CARD_SEAL, read_json, sealed, sha256, unsealed
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import cost
 from sakd_cli.models.staged import StagedModel
+from sakd_cli.writing import write_aside, write_json
 
 FORMAT, INDEX = "sakd.ensemble/1", "ensemble.json"
 NEVER = -1.0  # below every uncertainty

@@ -10,7 +10,6 @@ from sakd_cli.config.resolve import config_sources
 from sakd_cli.documents.spots import EXTREMES, SpotsDocument
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
-from sakd_cli.files import write_aside
 from sakd_cli.report.render import plots
 from sakd_cli.report.spots.charts import spot_figure
 from sakd_cli.report.spots.log import spots_document
@@ -19,6 +18,7 @@ from sakd_cli.report.spots.survey import Survey, gone, read_survey, records, wri
 from sakd_cli.rundir import RunDir, look_up
 from sakd_cli.runs.locate import run_or_newest
 from sakd_cli.runs.own import trust_own
+from sakd_cli.writing import write_aside
 
 # Options about images or the machine, which only mean something when the networks are run.
 OF_LIVE = ("live", "data_root", "device", "config", "set_", "settings")

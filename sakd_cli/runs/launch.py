@@ -36,7 +36,7 @@ from sakd_cli.engine.runtime import (
 )
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
-from sakd_cli.files import require_room, sealed, size_below, write_aside, write_json, yaml_bytes
+from sakd_cli.files import sealed, size_below, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import IMAGES, SUMMARY, RunDir
 from sakd_cli.runs import build, recipe, teacher_logits
@@ -57,6 +57,7 @@ from sakd_cli.runs.team import Teacher
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.own_code import naming_own_code
 from sakd_cli.tasks.pretrain import SftnTask
+from sakd_cli.writing import require_room, write_aside, write_json
 
 
 class FolderWriter(MemberWriter):

@@ -12,12 +12,12 @@ from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.data.published import default_root
 from sakd_cli.data.table import describe
 from sakd_cli.errors import DataError, UsageError
-from sakd_cli.files import whole_folder
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import library_classes
 from sakd_cli.models.table import create
 from sakd_cli.runs.initial_weights import foreign_tensors
+from sakd_cli.writing import whole_folder
 
 IMAGENET = {"data": {"name": "imagenet"}}  # what nearly all of them were trained on
 

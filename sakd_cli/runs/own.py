@@ -10,8 +10,9 @@ from sakd_cli.config.base import OBJECTS
 from sakd_cli.config.code import functions, is_object, named_runs, trust
 from sakd_cli.config.training import DistillConfig
 from sakd_cli.errors import DiskError
-from sakd_cli.files import read_json, write_json
+from sakd_cli.files import read_json
 from sakd_cli.rundir import RunDir, look_up
+from sakd_cli.writing import write_json
 
 # Settings that may name code.
 KEYS = ("model", "student", "teacher.source", "teacher.others", "method.name", "router.name", "data.name")

@@ -17,7 +17,6 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import compiled
 from sakd_cli.engine.task import Task
 from sakd_cli.engine.trainer import MAIN, Trainer, TrainingOutput
-from sakd_cli.files import write_json
 from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
 from sakd_cli.runs.extension import TrainerFactory, loader_of
@@ -27,6 +26,7 @@ from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import WarmupTask
 from sakd_cli.tasks.residual import ResidualTask
 from sakd_cli.tasks.search import SearchTask, batches
+from sakd_cli.writing import write_json
 
 
 def training(job: Job, phase: str, output: TrainingOutput, factory: TrainerFactory) -> Iterator[Trainer]:

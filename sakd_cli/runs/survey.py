@@ -38,7 +38,7 @@ from sakd_cli.engine.recorder import LOWER, tracked_places
 from sakd_cli.engine.reporter import Reporter, reporting
 from sakd_cli.engine.runtime import exact_mode
 from sakd_cli.errors import CheckpointError, NonFiniteError, Stopped, UsageError, one_line
-from sakd_cli.files import columns_digest, sealed, write_aside
+from sakd_cli.files import columns_digest, sealed
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.report.spots.survey import FILE, common_paths
 from sakd_cli.rundir import RunDir
@@ -48,6 +48,7 @@ from sakd_cli.runs.job import Job, planned_spots
 from sakd_cli.runs.resume import fingerprint, require_fingerprint
 from sakd_cli.runs.team import require_one_teacher
 from sakd_cli.tasks.distill import DistillTask
+from sakd_cli.writing import write_aside
 
 BATCH = 256  # the features of all stages of both networks are in memory at once: no more than in a training step
 BINS = 10  # of the reliability diagrams, of equal width

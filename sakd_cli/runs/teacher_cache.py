@@ -23,9 +23,10 @@ from sakd_cli.data.sources import Views
 from sakd_cli.engine.reporter import Reporter, raise_if_stopped, reporting
 from sakd_cli.engine.runtime import Mode
 from sakd_cli.errors import DiskError, MemoryLimitError
-from sakd_cli.files import flush, read_json, sha256, write_json
+from sakd_cli.files import read_json, sha256
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.staged import Features
+from sakd_cli.writing import flush, write_json
 
 FORMAT = "sakd.teacher-cache/1"
 ROWS = 2000  # views answered at once

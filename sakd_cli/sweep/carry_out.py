@@ -13,7 +13,6 @@ from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
-from sakd_cli.files import write_aside
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
@@ -23,6 +22,7 @@ from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor, library
 from sakd_cli.sweep.halving import STAGES, dropped_by_halving
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
+from sakd_cli.writing import write_aside
 
 SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
 SIDE = 32  # pixels of the images of a data set whose settings do not say it

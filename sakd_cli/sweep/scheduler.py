@@ -24,13 +24,14 @@ from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.engine.reporter import Reporter, stop_signals_to
 from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
-from sakd_cli.files import MOST_LOG, read_bytes, sha256, weights_file, write_aside, write_json, yaml_bytes
+from sakd_cli.files import MOST_LOG, read_bytes, sha256, weights_file, yaml_bytes
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import find_teacher, weights_at
 from sakd_cli.runs.resume import AUTO, own_settings
 from sakd_cli.sweep.executor import Executor, Job
 from sakd_cli.sweep.reuse import RunIndex, config_identity
+from sakd_cli.writing import write_aside, write_json
 
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on

@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import RenderableType
 
 from sakd_cli.documents.evaluation import Branch, EnsembleEvaluation, Evaluation, Prediction, Predictions, Quartiles
-from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import ensemble_tables
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import Heat
 from sakd_cli.report.render.format import DASH, bar, csv_text, fixed, fraction, large, named, whole
 from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
+from sakd_cli.writing import write_aside
 
 EXTREMES = 10  # best and worst classes ...
 ALL_CLASSES = 25  # ... unless there are no more than this

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from sakd_cli.documents.base import Number
 from sakd_cli.errors import UsageError
-from sakd_cli.files import write_aside
 from sakd_cli.report.render.charts import (
     PALETTE,
     Bars,
@@ -25,6 +24,7 @@ from sakd_cli.report.render.charts import (
 )
 from sakd_cli.report.render.fonts import LONGEST, all_scripts
 from sakd_cli.report.render.format import plain
+from sakd_cli.writing import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase

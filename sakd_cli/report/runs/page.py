@@ -15,7 +15,6 @@ from sakd_cli.config.base import written
 from sakd_cli.config.resolve import flat
 from sakd_cli.documents.table import Comparison, Report
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import write_aside
 from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, exit_chart
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.charts import Chart
@@ -31,6 +30,7 @@ from sakd_cli.report.spots.page import context_of, spot_opening, spot_sections
 from sakd_cli.report.spots.survey import gone, read_survey
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
+from sakd_cli.writing import write_aside
 
 
 class RunPage:

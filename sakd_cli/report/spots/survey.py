@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.files import columns_digest, parse_json, read_bytes, unsealed, write_aside
+from sakd_cli.files import columns_digest, parse_json, read_bytes, unsealed
 from sakd_cli.report.render.format import csv_text, plain
 from sakd_cli.report.runs.statistics import p_of_correlation
 from sakd_cli.rundir import RunDir
+from sakd_cli.writing import write_aside
 
 Header = TypeVar("Header", doc.SurveyHeader, doc.SamplesHeader)
 

@@ -1,0 +1,118 @@
+"""Files and folders written whole or not at all, and only where a run is still the one that was locked."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sakd_cli.errors import DiskError, RunInUseError
+from sakd_cli.files import json_bytes, nearest_folder
+
+_guards: dict[Path, Callable[[], None]] = {}
+
+
+@contextmanager
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile `check` is called before anything below `folder` is written; it raises where that must not be."""
+    _guards[folder.absolute()] = check
+    try:
+        yield
+    finally:
+        _guards.pop(folder.absolute(), None)
+
+
+def verify(path: Path) -> None:
+    """Raise where a folder above `path` is guarded and is no longer what it was."""
+    for folder, check in list(_guards.items()):
+        if path.absolute().is_relative_to(folder):
+            check()
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: aside, flushed to the disk, then renamed over the old one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    verify(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        verify(path)
+        aside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise disk_error(path, error, len(content)) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write one JSON document, atomically."""
+    write_aside(path, json_bytes(content))
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raise DiskError where the disk of a folder that is there, or will be made, has no room for so many bytes."""
+    if shutil.disk_usage(nearest_folder(folder)).free < needed:
+        raise disk_error(folder, OSError(errno.ENOSPC, ""), needed)
+
+
+def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
+    """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(f"{path}: cannot be written: {error.strerror}")
+    needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
+    return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot.
+
+    The old one is renamed before and removed after; killed between the two renames, the next call puts it back.
+    RunInUseError while another process fills it.
+    """
+    aside, old, held = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old", "lock"))
+    lock = FileLock(held, timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        if old.is_dir() and not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        flush(aside)
+        if folder.exists():
+            folder.replace(old)
+        try:
+            aside.replace(folder)
+        except OSError:
+            old.replace(folder)
+            raise
+        flush(folder.parent)
+    except Timeout:
+        raise RunInUseError(f"{folder}: another process is writing it") from None
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
+    finally:
+        if lock.is_locked:
+            shutil.rmtree(aside, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            held.unlink(missing_ok=True)
+            lock.release()
+
+
+def flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
