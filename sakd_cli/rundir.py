@@ -129,10 +129,10 @@ class RunDir:
     def config(self) -> dict[str, Any]:
         """All settings of the run, as a plain tree."""
         if (settings := runindex.read_config(self.path / "config.yaml")) is None:
-            missing = not (self.path / "config.yaml").exists()
-            kind = UsageError if missing else DamagedError
-            is_none = f"{self.path}: not a run directory, its config.yaml is {'missing' if missing else 'damaged'}"
-            raise kind(is_none, hint="sakd runs lists the runs")
+            place = self.path / "config.yaml"
+            what = "missing" if not place.exists() else "damaged" if os.access(place, os.R_OK) else "not to be read"
+            kind = {"missing": UsageError, "damaged": DamagedError}.get(what, DiskError)
+            raise kind(f"{self.path}: not a run directory, its config.yaml is {what}", hint="sakd runs lists the runs")
         return found_again({key: value for key, value in settings.items() if key != EFFECTIVE}, self.path)
 
     def require_own_settings(self, settings: dict[str, Any] | None = None, *, but: str = "") -> None:

@@ -193,6 +193,16 @@ def test_a_folder_of_runs_that_may_not_be_read_is_not_called_empty(
         there.assert_rejects([*words.split(), "--runs-dir", "shut"], 5, "shut: cannot be read: Permission denied")
 
 
+def test_settings_that_may_not_be_read_are_not_called_damaged(
+    there: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (there.path / "shut.d").mkdir()
+    (there.path / "shut.d" / "config.yaml").write_text("[")
+    for shut, code, what in (("", 4, "damaged"), ("config.yaml", 5, "not to be read")):
+        monkeypatch.setattr(os, "access", lambda path, mode, shut=shut: Path(path).name != shut)
+        there.assert_rejects(["inspect-spots", "shut.d"], code, f"its config.yaml is {what}")
+
+
 def test_settings_whose_keys_are_numbers_are_damaged(there: CliRunner) -> None:
     odd = there.path / "odd" / "run"
     odd.mkdir(parents=True)
