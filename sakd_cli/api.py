@@ -46,6 +46,7 @@ from sakd_cli.config.method import MethodConfig
 from sakd_cli.config.resolve import BENCHED, ConfigSource, config_sources, nested, resolve
 from sakd_cli.config.routers import LearnedConfig, RouterConfig
 from sakd_cli.config.training import PROCEDURES
+from sakd_cli.documents.base import Shown
 from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation, Evaluations, Predictions
 from sakd_cli.documents.listing import RunEntries
@@ -116,7 +117,7 @@ def __getattr__(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Shown):
     """A finished run: its directory, and its summary."""
 
     path: Path

@@ -7,6 +7,7 @@ import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_overloads, get_type_hints
+from unittest import mock
 
 import pytest
 from conftest import CliRunner
@@ -16,6 +17,7 @@ from torch import nn
 from sakd_cli import api
 from sakd_cli.config import code
 from sakd_cli.config.options import OPTIONS, options_of
+from sakd_cli.documents.training import Summary
 from sakd_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +215,15 @@ def test_a_series_gives_the_comparison_of_its_runs(teacher: Path) -> None:
     ]
     assert [one.text.partition(":")[0] for one in found.comparisons]
     assert [row.state for row in api.runs(runs_dir="series", where={"router.name": "never"}).rows] == ["finished"] * 2
+
+
+def test_a_notebook_shows_a_result_on_several_lines(distilled: dict[str, Any]) -> None:
+    shown = mock.Mock()
+    for result in (api.RunResult(Path("run"), Summary(**distilled)), api.inspect_spots(distilled["run"])):
+        result._repr_pretty_(shown, False)
+        text = shown.text.call_args.args[0]
+        assert text.startswith(f"{type(result).__name__}(\n    ")
+        assert max(map(len, text.splitlines())) < 160
 
 
 def test_a_data_set_may_be_spelled_otherwise(distilled: dict[str, Any], trained_cli: CliRunner) -> None:

@@ -20,7 +20,16 @@ def rounded(value: Any) -> Any:
     return {key: rounded(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
-class Part(BaseModel):
+class Shown:
+    """What a notebook shows on lines of their own, long lists and texts shortened."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from rich.pretty import pretty_repr
+
+        printer.text(pretty_repr(self, max_width=120, max_length=8, max_string=100))
+
+
+class Part(Shown, BaseModel):
     """A part of a document. A field that Python has a keyword for ends in `_`; its JSON key does not.
 
     Fields of type `Any`, which hold settings or files of others, are passed on as they are; so are those in `exact`.
