@@ -8,6 +8,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -92,14 +93,23 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
     fork_server.close()
 
 
-@pytest.fixture
-def float64() -> Iterator[None]:
-    """Meanwhile torch's default type is float64."""
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Meanwhile torch's default type is float64, in runs too."""
     import torch
 
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    try:
+        with mock.patch("sakd_cli.engine.process.as_in_new_process", nullcontext):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    with in_float64():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import in_float64
 from fork_server import words_of
 
 from sakd_cli.cli.app import run
@@ -39,11 +39,10 @@ PROCEDURES = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a teacher's run; everything is float64 while it is in use."""
-    torch.set_default_dtype(torch.float64)
     folder = tmp_path_factory.mktemp("golden")
-    begin(folder)
-    yield folder
-    torch.set_default_dtype(torch.float32)
+    with in_float64():
+        begin(folder)
+        yield folder
 
 
 def begin(folder: Path) -> None:
@@ -67,9 +66,8 @@ def test_the_curve_is_the_one_that_was_kept(root: Path, name: str, capsys: pytes
 
 
 if __name__ == "__main__":
-    torch.set_default_dtype(torch.float64)
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, in_float64():
         begin(Path(place))
         for wanted in sys.argv[1:] or PROCEDURES:
             (FOLDER / f"{wanted}.txt").write_text(curve(Path(place), wanted))

@@ -147,16 +147,20 @@ def environment_sources(known: Iterable[str]) -> list[ConfigSource]:
     """
     read = {row.key: row.variable for row in OPTIONS.values() if row.key}
     names = {code.TRUST, *read.values()}
-    alone = {row.variable.rstrip("_"): row.flag for row in OPTIONS.values() if not row.key}
-    for key in (key for task in TASKS for key in keys_of(task)):
-        alone[f"SAKD_{key}".upper().replace(".", "_")] = read.get(key, f"--set {key}=...")
     for name in sorted(os.environ.keys() - names):  # who has others of that beginning may have them
         if name.startswith("SAKD_") and (near := get_close_matches(name, names, n=1, cutoff=0.9)):
             raise UsageError(f"{name}: no variable of sakd; did you mean {near[0]}?", f"unset {name}")
-        if name in alone:
-            raise UsageError(f"{name}: no variable of sakd", f"{alone[name]}; unset {name}")
+        if name.startswith("SAKD_") and (instead := _meant(name, read)):
+            raise UsageError(f"{name}: no variable of sakd", f"{instead}; unset {name}")
     rows = [(OPTIONS[name], os.environ.get(OPTIONS[name].variable)) for name in known]
     return [ConfigSource(row.variable, nested({row.key: value})) for row, value in rows if value]
+
+
+def _meant(variable: str, read: Mapping[str, str]) -> str | None:
+    """What to write instead of a variable with the name of an argument or a key; `read`: variables by their keys."""
+    arguments = {row.variable.rstrip("_"): row.flag for row in OPTIONS.values() if not row.key}
+    keys = (key for task in TASKS for key in keys_of(task) if f"SAKD_{key}".upper().replace(".", "_") == variable)
+    return next((read.get(key, f"--set {key}=...") for key in keys), arguments.get(variable))
 
 
 def set_sources(assignments: Iterable[str]) -> list[ConfigSource]:
