@@ -60,7 +60,7 @@ def only_trainer(config: DistillConfig, say: Callable[[str], None]) -> Iterator[
         yield None
         return
     name = find_trainable(config.teacher.source).name
-    path = config.runs_dir / f".{name.replace('/', '-')}-{config.data.name}.lock"
+    path = config.runs_dir / f".{name}-{config.data.name}.lock".replace("/", "-")  # own code is named by its file
     lock = FileLock(path, timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
