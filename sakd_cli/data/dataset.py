@@ -1,8 +1,10 @@
 """What every data set loads to, and the three ways of taking a part of one."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,12 @@ def join_splits(splits: Sequence[Split]) -> Split:
     return Split(images, torch.cat([split.labels for split in splits]))
 
 
+def _numbers(value: Any, count: int, above: float = -math.inf) -> bool:
+    """Whether there are so many finite numbers, each above that one."""
+    given = value if isinstance(value, list | tuple) and len(value) == count else [math.nan]
+    return all(isinstance(one, int | float) and above < one < math.inf for one in given)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set and all that training needs to know about it.
@@ -141,9 +149,21 @@ class Dataset:
         """What no training can use of it, in a line; None: nothing."""
         if any(not isinstance(one, str) or self.classes.count(one) > 1 for one in self.classes):
             return f"its classes must be texts, each another one, not {list(self.classes)}"[:120]
+        area = (self.scale or (1.0, 1.0)) if isinstance(self.scale, tuple | None) else ()
+        for key, right, what in (
+            ("mean", _numbers(self.mean, 3), "three numbers, of pixels / 255"),
+            ("std", _numbers(self.std, 3, above=0.0), "three numbers above 0, of pixels / 255"),
+            ("padding", type(self.padding) is int and self.padding >= 0, "a number of pixels from 0"),
+            ("flip", type(self.flip) is bool, "True or False"),
+            ("scale", _numbers(area, 2, above=0.0), "two shares of the area, above 0, or None"),
+        ):
+            if not right:
+                return f"its {key} must be {what}, not {getattr(self, key)!r}"[:120]
         for name, split in {"train": self.train, "test": self.test, "val": self.val}.items():
-            if split is None or isinstance(split.images, Files):
+            if split is None or isinstance(getattr(split, "images", None), Files):
                 continue
+            if not (isinstance(split, Split) and isinstance(split.images, Tensor) and isinstance(split.labels, Tensor)):
+                return f"{name} must be a Split of tensors, images and labels, which Dataset.of makes of two"
             images, labels, known = split.images, split.labels, len(self.classes)
             shape = list(images.shape)
             if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not len(images):
