@@ -131,6 +131,12 @@ WRONG = [
         r"its padding must be a number of pixels from 0, not -1",
     ),
     ("dataset", DATA.format("Dataset.of(one, one, flip='yes')"), 3, r"its flip must be True or False, not 'yes'"),
+    (
+        "dataset",
+        DATA.format("__import__('dataclasses').replace(Dataset.of(one, one), scale=(0.2, 1.0))"),
+        3,
+        r"its scale and seen are for pictures in files",
+    ),
     ("dataset", DATA.format("one.nothing"), 2, r"bad\.py, line 6: AttributeError"),
     ("student", "def R(num_classes):\n    return num_classes.nothing\n", 2, r"bad\.py, line 2: AttributeError"),
     ("student", "def R(num_classes):\n    return 3\n", 2, r"bad\.py:R: returned a int, not an nn\.Module"),

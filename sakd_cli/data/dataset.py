@@ -149,13 +149,17 @@ class Dataset:
         """What no training can use of it, in a line; None: nothing."""
         if any(not isinstance(one, str) or self.classes.count(one) > 1 for one in self.classes):
             return f"its classes must be texts, each another one, not {list(self.classes)}"[:120]
-        area = (self.scale or (1.0, 1.0)) if isinstance(self.scale, tuple | None) else ()
         for key, right, what in (
             ("mean", _numbers(self.mean, 3), "three numbers, of pixels / 255"),
             ("std", _numbers(self.std, 3, above=0.0), "three numbers above 0, of pixels / 255"),
             ("padding", type(self.padding) is int and self.padding >= 0, "a number of pixels from 0"),
             ("flip", type(self.flip) is bool, "True or False"),
-            ("scale", _numbers(area, 2, above=0.0), "two shares of the area, above 0, or None"),
+            (
+                "scale",
+                self.scale is None or _numbers(self.scale, 2, above=0.0),
+                "two shares of the area, above 0, or None",
+            ),
+            ("notes", isinstance(self.notes, tuple), "a tuple of lines"),
         ):
             if not right:
                 return f"its {key} must be {what}, not {getattr(self, key)!r}"[:120]
@@ -164,6 +168,8 @@ class Dataset:
                 continue
             if not (isinstance(split, Split) and isinstance(split.images, Tensor) and isinstance(split.labels, Tensor)):
                 return f"{name} must be a Split of tensors, images and labels, which Dataset.of makes of two"
+            if self.scale is not None or self.seen is not None:
+                return "its scale and seen are for pictures in files, and these are tensors: leave them out"
             images, labels, known = split.images, split.labels, len(self.classes)
             shape = list(images.shape)
             if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not len(images):
