@@ -257,6 +257,15 @@ def test_every_other_call_gives_the_document_of_its_command(trained_cli: CliRunn
     assert Path(api.report(run, "page.html").written[0]).name == "page.html"
 
 
+def test_a_mistake_in_an_object_has_the_line_of_the_object(teacher: Path) -> None:
+    class Wrong(api.Router):
+        def decide(self) -> Any:  # type: ignore[override]
+            return 1
+
+    with pytest.raises(UsageError, match=r"test_api\.py, line \d+: .*Wrong\.decide: TypeError"):
+        api.distill(teacher=teacher, student="resnet8", method="kd", router=Wrong, dataset="shapes", settings=FEW)
+
+
 def test_objects_stand_where_names_stand(teacher: Path) -> None:
     import torch
 

@@ -163,7 +163,10 @@ def _codes(whose: Any) -> list[CodeType]:
     made_of = getattr(whose, "__mro__", type(whose).__mro__)
     kinds = [kind for kind in made_of if kind.__module__.partition(".")[0] not in OURS]
     methods = [one for kind in kinds for one in vars(kind).values()] if not inspect.isfunction(whose) else [whose]
-    return [code for one in methods if (code := getattr(inspect.unwrap(one), "__code__", None)) is not None]
+    made = [one for one in map(inspect.unwrap, methods) if hasattr(one, "__code__")]
+    return [
+        one.__code__ for one in made if str(one.__module__).partition(".")[0] not in OURS
+    ]  # a Router has our `forward`
 
 
 @contextlib.contextmanager
