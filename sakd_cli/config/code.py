@@ -164,9 +164,8 @@ def _codes(whose: Any) -> list[CodeType]:
     kinds = [kind for kind in made_of if kind.__module__.partition(".")[0] not in OURS]
     methods = [one for kind in kinds for one in vars(kind).values()] if not inspect.isfunction(whose) else [whose]
     made = [one for one in map(inspect.unwrap, methods) if hasattr(one, "__code__")]
-    return [
-        one.__code__ for one in made if str(one.__module__).partition(".")[0] not in OURS
-    ]  # a Router has our `forward`
+    # A router of one's own has our `forward` among its methods.
+    return [one.__code__ for one in made if str(one.__module__).partition(".")[0] not in OURS]
 
 
 @contextlib.contextmanager
