@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sakd_cli import files, runindex, writing
 from sakd_cli.config.base import EFFECTIVE
 from sakd_cli.config.identity import EXTENDED, HELD, differences, listed
@@ -78,18 +76,14 @@ class RunDir:
             if path.is_symlink():
                 raise UsageError(f"{path}: a symbolic link; no run is written that holds one")
         # `in_use` of another process has the lock for a moment.
-        lock, holder = FileLock(self.path / ".lock", timeout=0.5), self.path / ".holder"
-        try:
-            lock.acquire(poll_interval=0.05)
-        except Timeout:
+        holder, failed = self.path / ".holder", f"{self.path}: cannot be locked"
+        if (lock := writing.acquire_lock(self.path / ".lock", 0.5, failed=failed)) is None:
             try:
                 who = files.read_json(holder)
                 name = f"process {int(who['pid'])} on {who['host']}"
             except (OSError, ValueError, KeyError, TypeError):
                 name = "another process"
-            raise RunInUseError(f"{self.path}: in use by {name}") from None
-        except OSError as error:
-            raise DiskError(f"{self.path}: cannot be locked: {error.strerror}") from None
+            raise RunInUseError(f"{self.path}: in use by {name}")
         self._handle = os.open(self.path, os.O_RDONLY)
         try:
             with writing.guarded(self.path, self._require_same):
@@ -195,11 +189,10 @@ class RunDir:
         if not (self.path / ".lock").is_file():
             return False
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # not to be written; what a process in it has written there is seen
+            if (lock := writing.acquire_lock(self.path / ".lock")) is not None:
+                lock.release()
+            return lock is None
+        except DiskError:  # not to be written; what a process in it has written there is seen
             return (self.path / ".holder").is_file()
 
     @property

@@ -69,6 +69,31 @@ def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
 
 
+def acquire_lock(path: Path, wait: float = 0.0, *, failed: str = "", hint: str | None = None) -> FileLock | None:
+    """A lock on this file, held; None where another process has it after `wait` seconds (-1: it is waited for).
+
+    failed  what to say where there can be none, in a DiskError; empty: that it cannot be locked
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(wait)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise DiskError(f"{failed or f'{path}: cannot be locked'}: {error.strerror}", hint) from None
+    return lock
+
+
+def wait_for_lock(path: Path, tell: Callable[[], None], hint: str | None = None) -> FileLock:
+    """The same, held in any case; `tell` is called where another process is to be waited for."""
+    if (lock := acquire_lock(path, hint=hint)) is None:
+        tell()
+        lock = acquire_lock(path, wait=-1, hint=hint)
+    assert lock is not None, "it was waited for"
+    return lock
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot.
@@ -77,10 +102,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     RunInUseError while another process fills it.
     """
     aside, old, held = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old", "lock"))
-    lock = FileLock(held, timeout=0)
+    failed = f"{folder}: cannot be made"
+    if (lock := acquire_lock(held, failed=failed, hint="--out DIR")) is None:
+        raise RunInUseError(f"{folder}: another process is writing it")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
         if old.is_dir() and not folder.exists():
             old.replace(folder)
         shutil.rmtree(aside, ignore_errors=True)
@@ -96,17 +121,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             old.replace(folder)
             raise
         flush(folder.parent)
-    except Timeout:
-        raise RunInUseError(f"{folder}: another process is writing it") from None
     except OSError as error:
-        raise DiskError(f"{folder}: cannot be made: {error.strerror}", hint="--out DIR") from None
+        raise DiskError(f"{failed}: {error.strerror}", hint="--out DIR") from None
     finally:
-        if lock.is_locked:
-            shutil.rmtree(aside, ignore_errors=True)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            held.unlink(missing_ok=True)
-            lock.release()
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        held.unlink(missing_ok=True)
+        lock.release()
 
 
 def flush(path: Path) -> None:

@@ -1,11 +1,14 @@
 """The teacher bank: every view is the loader's, answers are the teacher's to 16 bits, damage is seen."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CliRunner
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from sakd_cli.data.dataset import Dataset, Split
@@ -87,6 +90,23 @@ def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Cl
         bank.write_bytes(content[:-9] + b"x" + content[-8:])
         assert banked.sakd(*distil(method), "--router", "always").code == 0
         assert bank.read_bytes() == content
+
+
+def test_who_waits_for_another_process_that_computes_it_is_told(banked: CliRunner) -> None:
+    (bank,) = (banked.path / "runs" / "teacher-cache").glob("*.safetensors")
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(bank.with_suffix(".lock")):
+            held.set()
+            time.sleep(3)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    result = banked.sakd(*(word for word in distil("kd") if word != "-q"), "--set", "router.lr=0.02")
+    other.join()
+    assert (result.code, result.err.count(f"computes {bank.relative_to(banked.path)}: waiting for it")) == (0, 1)
 
 
 @pytest.mark.parametrize("method", ["fitnet", "reviewkd", "ab"])

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sakd_cli import torchrun
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.networks import find_network, find_trainable, of_library
@@ -17,10 +15,11 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
-from sakd_cli.errors import DataError, DiskError, UsageError
+from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import card_settings, expanded, folder_of, resolved, sha256, weights_file
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
+from sakd_cli.writing import wait_for_lock
 
 
 def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
@@ -61,16 +60,8 @@ def only_trainer(config: DistillConfig, say: Callable[[str], None]) -> Iterator[
         return
     name = find_trainable(config.teacher.source).name
     path = config.runs_dir / f".{name}-{config.data.name}.lock".replace("/", "-")  # own code is named by its file
-    lock = FileLock(path, timeout=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            say(f"another process trains {name} on {config.data.name} in {config.runs_dir}: waiting for it")
-            lock.acquire(timeout=-1)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be locked: {error.strerror}", hint="--runs-dir DIR") from None
+    text = f"another process trains {name} on {config.data.name} in {config.runs_dir}: waiting for it"
+    lock = wait_for_lock(path, lambda: say(text), hint="--runs-dir DIR")
     try:
         yield find_teacher(config)
     finally:

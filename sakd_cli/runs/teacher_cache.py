@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from sakd_cli.errors import DiskError, MemoryLimitError
 from sakd_cli.files import read_json, sha256
 from sakd_cli.models.artifact import Artifact
 from sakd_cli.models.staged import Features
-from sakd_cli.writing import flush, write_json
+from sakd_cli.writing import flush, wait_for_lock, write_json
 
 FORMAT = "sakd.teacher-cache/1"
 ROWS = 2000  # views answered at once
@@ -81,13 +80,15 @@ def open_teacher_cache(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else layout.bytes
     if layout.bytes > free:
         raise MemoryLimitError(f"teacher.cache: needs {_gb(layout.bytes)} on {device}, {_gb(free)} are free")
+    text = f"another process computes {path}: waiting for it"
+    lock = wait_for_lock(path.with_suffix(".lock"), lambda: reporter.say(text), hint="--runs-dir DIR")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not _whole(path):
-                _compute(path, layout, teacher, views, mode, device, reporter)
+        if not _whole(path):
+            _compute(path, layout, teacher, views, mode, device, reporter)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        lock.release()
     tensors = load_file(path)  # mapped, not read, as long as it stays in main memory
     return TeacherCache(tensors["pooled"].to(device), tensors["logits"].to(device), views.count, len(model.infos))
 

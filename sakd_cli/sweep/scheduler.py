@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from sakd_cli.config import code
 from sakd_cli.config.grid import Member
@@ -31,7 +31,7 @@ from sakd_cli.runs.locate import find_teacher, weights_at
 from sakd_cli.runs.resume import AUTO, own_settings
 from sakd_cli.sweep.executor import Executor, Job
 from sakd_cli.sweep.reuse import RunIndex, config_identity
-from sakd_cli.writing import write_aside, write_json
+from sakd_cli.writing import acquire_lock, write_aside, write_json
 
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
@@ -225,14 +225,9 @@ class Scheduler:
 
     def _claim(self, entry: ScheduledRun) -> bool:
         """Whether this sweep may train the run now, and no other of the same name does; what those did is read."""
-        lock = FileLock(self.log_of(entry).with_suffix(".lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
+        if (lock := acquire_lock(self.log_of(entry).with_suffix(".lock"))) is None:
             entry.not_before = time.monotonic() + CLAIMED_PAUSE
             return False
-        except OSError as error:
-            raise DiskError(f"{lock.lock_file}: cannot be locked: {error.strerror}") from None
         self._claims[entry.member.key] = lock
         self.index.refresh()
         return True
