@@ -29,7 +29,7 @@ FLOORS = {
     "bench": "What a step costs.",
     "export": "Networks for and from other programs.",
     "sweep": "Many runs, one scheduler.",
-    "cli": "The commands, one file each.",
+    "cli": "The commands.",
 }
 
 

@@ -14,8 +14,8 @@ from sakd_cli.data.torchvision_sets import CIFAR100
 from sakd_cli.models import artifact
 from sakd_cli.models.dialects import DIALECTS, translate_name
 from sakd_cli.models.table import create
-from sakd_cli.runs.claims import read_claim, warn_of_chance
 from sakd_cli.runs.initial_weights import differing_classes
+from sakd_cli.runs.teachers import read_claim, warn_of_chance
 
 
 def published(name: str, seed: int) -> dict[str, Tensor]:

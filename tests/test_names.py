@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from sakd_cli.cli import console
-from sakd_cli.report.render import fonts, plots
+from sakd_cli.report.render import plots
 from sakd_cli.report.render.format import csv_text
 from sakd_cli.report.render.sheet import Sheet
 
@@ -28,13 +28,13 @@ def labelled(names: list[str]) -> Figure:
 def test_a_character_without_a_font_stands_as_its_number_in_a_png_and_as_text_in_an_svg(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fonts, "_fonts_with", lambda wanted: ([], wanted))
+    monkeypatch.setattr(plots, "_fonts_with", lambda wanted: ([], wanted))
     figure = labelled(NAMES)
     with warnings.catch_warnings(action="error"):
         svg = plots.rendered(figure, "svg").decode()
         assert plots.rendered(figure, "png").startswith(b"\x89PNG")
         assert figure.axes[0].get_title() == "猫"
-        with fonts.all_scripts(figure, "png"):
+        with plots.all_scripts(figure, "png"):
             shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
             figure.draw_without_rendering()
             assert all(label.get_text() for label in figure.axes[0].get_xticklabels()), "numbers stay where they are"
@@ -46,19 +46,19 @@ def test_a_character_without_a_font_stands_as_its_number_in_a_png_and_as_text_in
 def test_a_font_of_the_machine_that_has_the_characters_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     other = "DejaVu Sans Mono"
     has = {font.fname: frozenset("猫") for font in fontManager.ttflist if font.name == other}
-    monkeypatch.setattr(fonts, "characters", lambda path: has.get(path, frozenset(map(chr, range(0x250)))))
-    fonts._fonts_with.cache_clear()
+    monkeypatch.setattr(plots, "characters", lambda path: has.get(path, frozenset(map(chr, range(0x250)))))
+    plots._fonts_with.cache_clear()
     figure = labelled(["猫", "cat"])
-    with fonts.all_scripts(figure, "png"):
+    with plots.all_scripts(figure, "png"):
         title, plain = figure.axes[0].title, figure.axes[0].get_yticklabels()[1]
         assert title.get_fontfamily() == ["sans-serif", other]
         assert title.get_text() == "猫"
         assert plain.get_fontfamily() == ["sans-serif"]
-    fonts._fonts_with.cache_clear()
+    plots._fonts_with.cache_clear()
 
 
 def test_a_font_that_has_a_box_for_everything_has_nothing() -> None:
-    assert not any("Last Resort" in name for name in fonts._fonts_with(frozenset("猫𓀀"))[0])
+    assert not any("Last Resort" in name for name in plots._fonts_with(frozenset("猫𓀀"))[0])
 
 
 def test_latin_names_are_drawn_as_before() -> None:

@@ -29,10 +29,11 @@ from sakd_cli.errors import Stopped
 from sakd_cli.models.cost import Cost
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
+from sakd_cli.runs.build import untrained
 from sakd_cli.runs.extension import TrainerFactory, loader_of
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job
-from sakd_cli.runs.launch import _untrained, run_extensions
+from sakd_cli.runs.launch import run_extensions
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import MemberWriter
 
@@ -239,7 +240,7 @@ def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def job_of(words: dict[str, Any]) -> Job:
     config = resolve("distill", [ConfigSource("test", nested(WORDS | words))]).config
     assert isinstance(config, DistillConfig)
-    _, job = _untrained(config)
+    _, job = untrained(config)
     run_extensions(job)
     images = job.images
     train, held_out, test = (small(split) for split in (images.train, images.held_out, images.dataset.test))

@@ -257,7 +257,7 @@ def test_zero_init_starts_by_changing_nothing() -> None:
     for init in ("zero", "default"):
         more = fields | {"residual": {"students": 1, "init": init, "max_cost": 3}}
         config = resolve("distill", [ConfigSource("test", more)]).config
-        job = build.distillation(config, build.untrained_teacher(build.pretraining(build.teacher_config(config))))
+        job = build.untrained(config)[1]
         images = torch.randn(4, 3, 32, 32)
         base = job.network.eval().forward
         stage = build.residual_stage(job, "resnet8", 1, base)

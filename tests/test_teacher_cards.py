@@ -10,7 +10,7 @@ from conftest import TINY, CliRunner
 
 from sakd_cli.errors import UsageError
 from sakd_cli.files import sha256
-from sakd_cli.runs.claims import Claim, compare_with_card, read_claim
+from sakd_cli.runs.teachers import Claim, compare_with_card, read_claim
 
 PAIR = ["distill", "--student", "resnet8", "--method", "kd", *TINY]
 

@@ -19,8 +19,8 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.engine import checkpoint
 from sakd_cli.errors import Stopped
 from sakd_cli.models.table import create
-from sakd_cli.runs import team
 from sakd_cli.runs.build import assemble
+from sakd_cli.runs.teachers import join, require_team
 from sakd_cli.tasks.distill import DistillTask
 
 
@@ -46,8 +46,8 @@ def pair_of(method: str, router: str, combine: str) -> DistillTask:
         )
         for k, one in enumerate(teachers)
     ]
-    team.require_team(config, tasks[0])
-    team.join(tasks[0], tasks[1:], config)
+    require_team(config, tasks[0])
+    join(tasks[0], tasks[1:], config)
     return tasks[0]
 
 
@@ -59,7 +59,7 @@ def test_twenty_steps_are_those_of_a_plain_script(combine: str) -> None:
     student, own = copy.deepcopy(task.network), [copy.deepcopy(one.feature_distiller) for one in (task, other)]
     words = {"teacher": {"source": ["a", "b"], "combine": combine}, "student": "resnet8"}
     config = resolve("distill", [ConfigSource("-", words)])
-    team.join(task, [other], config.config)
+    join(task, [other], config.config)
     teachers, count = [task.teacher_features.network, other.teacher_features.network], 2
     modules = [student, *own]
     sgd = torch.optim.SGD([p for m in modules for p in m.parameters()], lr=0.05, momentum=0.9, weight_decay=5e-4)

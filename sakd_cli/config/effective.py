@@ -157,3 +157,8 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     """
     full, rest = divmod(images, batch_size)
     return full + (rest > 1 or (rest == 1 and not full))
+
+
+def steps_of_run(config: RunConfig, images: int) -> int:
+    """Those of all epochs."""
+    return config.train.epochs * steps_per_epoch(images, config.train.batch_size)

@@ -15,10 +15,10 @@ from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_YAML, parse_json, read_bytes, sha256
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.runs.claims import GAP, warn_of_chance
 from sakd_cli.runs.evaluate import test_scores
 from sakd_cli.runs.images import load_images
 from sakd_cli.runs.initial_weights import differing_classes
+from sakd_cli.runs.teachers import GAP, warn_of_chance
 from sakd_cli.writing import whole_folder
 
 

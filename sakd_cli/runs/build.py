@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_per_epoch
+from sakd_cli.config.effective import initial_lr, router_gamma, router_start, steps_of_run, steps_per_epoch
 from sakd_cli.config.methods import DFAConfig
 from sakd_cli.config.networks import of_one_family
 from sakd_cli.config.preprocessing import ImageSize
@@ -34,9 +34,8 @@ from sakd_cli.report.spots.log import epoch_records
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.graft import Graft
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs import mixtures, teacher_logits, team
+from sakd_cli.runs import mixtures, teacher_outputs, teachers
 from sakd_cli.runs.branches import start_from_branches
-from sakd_cli.runs.claims import Claim, read_claim
 from sakd_cli.runs.images import Images, load_images, with_unlabeled
 from sakd_cli.runs.initial_weights import check_classes, load_initial_weights, load_teacher
 from sakd_cli.runs.job import Job
@@ -63,7 +62,7 @@ def pretraining(config: PretrainConfig) -> Job:
     images = load_images(config.data)
     network = _fresh(config.model, images, config.seed, "network", device, config.train.drop_path)
     notes = load_initial_weights(network, config.init_from, config.head, images.dataset, "init_from")
-    mode, costs = resolve_mode(config.runtime, device, _steps(config, images)), cost(network, images.side)
+    mode = resolve_mode(config.runtime, device, steps_of_run(config, len(images.shown)))
     lr, decay, criterion = initial_lr(config, config.model), config.train.weight_decay, _criterion(config, images)
     recipe: Recipe = {"lr": lr, "weight_decay": decay, "mode": mode, "criterion": criterion}
     task: Task
@@ -73,27 +72,19 @@ def pretraining(config: PretrainConfig) -> Job:
         with _initialised(config.seed, "branches"):
             branches = Branches(network, settings.students, images.side, share=settings.share_branches)
         task = SftnTask(network, branches, settings, **recipe)
-    return Job(config, device, mode, images, mode.to_memory_format(task).to(device), network, costs, notes=notes)
+    task, costs = mode.to_memory_format(task).to(device), cost(network, images.side)
+    return Job(config, device, mode, images, task, network, costs, notes=notes)
 
 
 def _criterion(config: RunConfig, images: Images) -> Criterion:
     return Criterion.of(config.train, images.train.labels, images.dataset.classes)
 
 
-def _steps(config: RunConfig, images: Images) -> int:
-    return config.train.epochs * -(-len(images.shown) // config.train.batch_size)
-
-
-def teacher_config(config: DistillConfig) -> PretrainConfig:
-    """The run that trains the teacher of this run."""
-    settings = resolve("pretrain", [ConfigSource("the distillation's config", config.pretraining())]).config
-    assert isinstance(settings, PretrainConfig)
-    return settings
-
-
-def untrained_teacher(job: Job) -> Artifact:
-    """A copy of a network that is yet to be trained, in its place for trying a batch."""
-    return Artifact(deepcopy(job.network), job.card, "untrained")
+def untrained(config: DistillConfig) -> tuple[Job, Job]:
+    """The jobs of a teacher that is yet to be trained and, with a copy of it, of its student; they share the images."""
+    first = pretraining(resolve("pretrain", [ConfigSource("the distillation's config", config.pretraining())]).config)
+    images = None if config.aside.set_aside(1000) else first.images  # a part of them does not train the student
+    return first, distillation(config, Artifact(deepcopy(first.network), first.card, "untrained"), images)
 
 
 def distillation(config: DistillConfig, teacher: Artifact | None = None, images: Images | None = None) -> Job:
@@ -109,7 +100,7 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     require_combinable(config)
     images = with_unlabeled(images or load_images(config.data, config.aside, teacher.card.preprocessing), config.data)
     require_one_size(config, images)
-    mode = resolve_mode(config.runtime, device, _steps(config, images))
+    mode = resolve_mode(config.runtime, device, steps_of_run(config, len(images.shown)))
     train_one = pretrain_command(config, teacher.card.architecture)
     match_normalization(teacher, images, config.teacher.source, train_one, images.teacher_side)
     student = _fresh(config.student, images, config.seed, "network", device, config.train.drop_path)
@@ -117,23 +108,23 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     if config.init_from_branches:
         start_from_branches(student, path, teacher)
     task = _task(config, student, teacher, images, mode)
-    first = team.Teacher(teacher, path, claim, cost(teacher.model, images.teacher_side))
+    first = teachers.Teacher(teacher, path, claim, cost(teacher.model, images.teacher_side))
     config, more = _joined(config, task, images, student, teacher)
     require_possible(config, task.distillers, task.router, teacher.model)
-    teacher_logits.load_logits(config, task, images)
+    teacher_outputs.load_logits(config, task, images)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
-    teachers, costs = (first, *more), cost(task.network, images.side)
-    spots = team.spots_of(task, [one.network.model.name for one in teachers])
-    whom = teachers, (*teacher.notes, *notes)
+    several, costs = (first, *more), cost(task.network, images.side)
+    spots = teachers.spots_of(task, [one.network.model.name for one in several])
+    whom = several, (*teacher.notes, *notes)
     return Job(config, device, mode, images, task.to(device), task.network, costs, spots, *whom)
 
 
-def _located_teacher(config: DistillConfig) -> tuple[DistillConfig, Artifact, Path, Claim | None]:
+def _located_teacher(config: DistillConfig) -> tuple[DistillConfig, Artifact, Path, teachers.Claim | None]:
     """The teacher in `teacher.weights`, where it lies and what its card says; and the config, pinned to it."""
     assert isinstance(config.teacher.weights, Path), "the config's inputs are located first"
     path = config.teacher.weights.resolve()
     teacher = load_teacher(config, path)
-    claim = None if config.teacher.logits else read_claim(path, teacher.sha256)
+    claim = None if config.teacher.logits else teachers.read_claim(path, teacher.sha256)
     return pin_inputs(config, path, teacher.sha256), teacher, path, claim
 
 
@@ -146,21 +137,21 @@ def _task(config: DistillConfig, student: StagedModel, teacher: Artifact, images
 
 def _joined(
     config: DistillConfig, task: DistillTask, images: Images, student: StagedModel, first: Artifact
-) -> tuple[DistillConfig, tuple[team.Teacher, ...]]:
+) -> tuple[DistillConfig, tuple[teachers.Teacher, ...]]:
     """Join the further teachers of a config to its task; the config with their digests, and they themselves."""
     if not config.teacher.others:
         return config, ()
-    team.require_team(config, task)
-    found, tasks = list[team.Teacher](), list[DistillTask]()
+    teachers.require_team(config, task)
+    found, tasks = list[teachers.Teacher](), list[DistillTask]()
     for number, one in enumerate(config.teacher.each_other, start=2):
         seed = seeded_generator(config.seed, f"teacher-{number}").initial_seed()
         alone = config.model_copy(update={"teacher": one, "seed": seed})
         alone, artifact, path, claim = _located_teacher(alone)
-        team.require_alike(first, artifact, one.source)
+        teachers.require_alike(first, artifact, one.source)
         match_normalization(artifact, images, one.source, None, images.teacher_side)
         tasks.append(_task(alone, student, artifact, images, task.mode))
-        found.append(team.Teacher(artifact, path, claim, cost(artifact.model, images.teacher_side)))
-    team.join(task, tasks, config)
+        found.append(teachers.Teacher(artifact, path, claim, cost(artifact.model, images.teacher_side)))
+    teachers.join(task, tasks, config)
     sums = tuple(one.network.sha256 for one in found)
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"other_sha256": sums})}), tuple(found)
 
@@ -201,7 +192,7 @@ def assemble(
         method.features.dynamic_shapes = mode.dynamic_shapes
     learned = config.router if isinstance(config.router, LearnedConfig) else None
     steps = None if labels is None else steps_per_epoch(len(labels), batch_size)
-    one_family = teacher.name != teacher_logits.NAME and of_one_family(config.student, teacher.name)
+    one_family = teacher.name != teacher_outputs.NAME and of_one_family(config.student, teacher.name)
     start = router_start(config, one_family=one_family, steps=steps)
     pair = _pair(config, method, teacher, start.bias)
     with _initialised(config.seed, "router"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sakd_cli.batch import Batch
-from sakd_cli.config.effective import steps_per_epoch
+from sakd_cli.config.effective import steps_of_run
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.preprocessing import ImageSize, height_width
 from sakd_cli.config.routers import AlwaysConfig, RandomConfig, RandomMatchedConfig
@@ -123,7 +123,7 @@ def _look(config: RunConfig, bench: Workbench, until: float) -> Forecast:
     rest = [tensor for name, tensor in task.state_dict().items() if not name.startswith("network.")]
     state = parameters + trained + sum(tensor.numel() * tensor.element_size() for tensor in rest)
     survey = SURVEY * bench.images if isinstance(task, DistillTask) else 0
-    steps = config.train.epochs * steps_per_epoch(bench.images, config.train.batch_size)
+    steps = steps_of_run(config, bench.images)
     found = _timed(config, task, bench, until) if until == 0 or time.monotonic() < until else None
     return Forecast(steps, work, found, found is not None, CHECKPOINTS * state + parameters + survey)
 

@@ -1,6 +1,5 @@
 """The images of a run: loaded, limited, and cut into what trains, what chooses and what tests."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -124,7 +123,9 @@ def load_images(
     large = max(height_width(dataset.train.side)) > SMALL
     changes = Changes(config.policy, *config.randaugment, config.jitter, config.erase, dataset.mean, large)
     wanted = config.policy or config.jitter or config.erase
-    rates = _rates_of(config, len(dataset.classes))
+    classes = len(dataset.classes)
+    threshold = (config.balance_threshold or 1 / classes) if config.balance == "repeated-factor" else None
+    rates = partial(balanced_rates, classes=classes, threshold=threshold) if config.balance else None
     dataset = replace(dataset, test=placed["test"], rates=rates, mixing=mixing, changes=changes if wanted else None)
     return Images(dataset, placed["train"], placed.get("held_out"), placed.get("calibration"))
 
@@ -156,9 +157,3 @@ def with_unlabeled(images: Images, config: DataConfig) -> Images:
         except DataError as error:
             raise DataError(f"data.unlabeled: {error.message}") from None
     return replace(images, unlabeled=Split(shown, torch.full((len(paths),), -1)))
-
-
-def _rates_of(config: DataConfig, classes: int) -> Callable[[Tensor], Tensor] | None:
-    """How often an epoch is to show each image."""
-    threshold = (config.balance_threshold or 1 / classes) if config.balance == "repeated-factor" else None
-    return None if config.balance is None else partial(balanced_rates, classes=classes, threshold=threshold)

@@ -18,7 +18,7 @@ from sakd_cli.models.artifact import Artifact, NetworkCard
 from sakd_cli.models.external import library_weights
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.locate import weights_at
-from sakd_cli.runs.teacher_logits import artifact_of
+from sakd_cli.runs.teacher_outputs import artifact_of
 
 Head = Literal["keep", "replace"]
 

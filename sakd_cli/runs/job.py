@@ -10,7 +10,7 @@ import torch
 
 from sakd_cli.config.code import changed
 from sakd_cli.config.datasets import FilesConfig, ShapesConfig
-from sakd_cli.config.effective import effective, router_start, steps_per_epoch
+from sakd_cli.config.effective import effective, router_start, steps_of_run, steps_per_epoch
 from sakd_cli.config.networks import of_one_family
 from sakd_cli.config.options import PROTOCOLS
 from sakd_cli.config.preprocessing import height_width, size_text
@@ -25,7 +25,7 @@ from sakd_cli.models.cost import Cost
 from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.runs.images import Images
-from sakd_cli.runs.team import Teacher
+from sakd_cli.runs.teachers import Teacher
 from sakd_cli.tasks.criterion import class_weights
 from sakd_cli.tasks.distill import DistillTask
 
@@ -54,6 +54,11 @@ class Job:
     def card(self) -> NetworkCard:
         """How the delivered network introduces itself."""
         return NetworkCard.of(self.network.name, self.images.dataset, self.images.side)
+
+    @property
+    def steps(self) -> int:
+        """Of all epochs."""
+        return steps_of_run(self.config, len(self.images.shown))
 
     @property
     def protocol(self) -> str:

@@ -39,9 +39,8 @@ from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import sealed, size_below, yaml_bytes
 from sakd_cli.models import artifact
 from sakd_cli.rundir import IMAGES, SUMMARY, RunDir
-from sakd_cli.runs import build, recipe, teacher_logits
+from sakd_cli.runs import build, recipe, teacher_outputs
 from sakd_cli.runs.branches import BranchesExtension
-from sakd_cli.runs.claims import Claim, compare_with_card, warn_of_chance
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, loader_of
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
@@ -53,7 +52,7 @@ from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import MemberWriter, ResidualExtension
 from sakd_cli.runs.resume import ResumePlan, find_matching_run, fingerprint, own_settings, require_fingerprint
 from sakd_cli.runs.survey import SurveyExtension
-from sakd_cli.runs.team import Teacher
+from sakd_cli.runs.teachers import Claim, Teacher, compare_with_card, warn_of_chance
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.own_code import naming_own_code
 from sakd_cli.tasks.pretrain import SftnTask
@@ -301,7 +300,7 @@ def _teacher_facts(job: Job, evaluation: EvaluationData, reporter: Reporter) -> 
 
     Raises UsageError where a card says otherwise.
     """
-    if job.teacher is None or job.teacher.model.name == teacher_logits.NAME:
+    if job.teacher is None or job.teacher.model.name == teacher_outputs.NAME:
         return {}
     found = [_measured(job, one, evaluation, reporter) for one in job.teachers]
     return {"teacher": found[0]} | ({"more_teachers": found[1:]} if found[1:] else {})
@@ -345,7 +344,7 @@ class Launcher:
 
     def pretrain(self, config: DistillConfig) -> tuple[DistillConfig, Images]:
         """Train the teacher of a distillation; the config with its weights, and the images of the distillation."""
-        first, trial = _untrained(config)
+        first, trial = build.untrained(config)
         try_one_batch(trial)  # whatever is wrong with the student's side is reported before hours go into a teacher
         with only_trainer(config, self.reporter.say) as weights:
             if weights is None:
@@ -380,15 +379,8 @@ class Launcher:
             return launch(job, extensions, plan, self.reporter, resume_command, images)
 
 
-def _untrained(config: DistillConfig) -> tuple[Job, Job]:
-    """The jobs of a teacher that is yet to be trained and, with it as it is, of its student; they share the images."""
-    first = build.pretraining(build.teacher_config(config))
-    images = None if config.aside.set_aside(1000) else first.images  # a part of them does not train the student
-    return first, build.distillation(config, build.untrained_teacher(first), images)
-
-
 def dry_run(config: RunConfig) -> Plan:
     """The plan of a training and one batch of it, with an untrained teacher where it is yet to be trained."""
     if isinstance(config, DistillConfig) and config.teacher.weights is None:
-        return try_one_batch(_untrained(config)[1])
+        return try_one_batch(build.untrained(config)[1])
     return try_one_batch(build.build(config))

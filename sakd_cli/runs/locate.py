@@ -107,10 +107,12 @@ def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
     if not isinstance(config, DistillConfig) or not isinstance(config.data, FilesConfig):
         return config
     try:
-        seen = read_preprocessing(find_teacher(config))
+        if (weights := find_teacher(config)) is None:
+            return config
+        seen = Preprocessing.model_validate(card_settings(weights_file(weights))["preprocessing"])
     except (DataError, UsageError):  # it is told where the inputs are located
         return config
-    if seen is None:
+    except (OSError, ValueError, KeyError, TypeError):  # no network of ours, or its card says nothing of pictures
         return config
     geometry = {"size", "resize", "resize_mode"}
     said = {key for key in Preprocessing.model_fields if f"data.{key}" in origins}
@@ -119,14 +121,6 @@ def with_teachers_preprocessing(config: Any, origins: Collection[str]) -> Any:
     taken = {key: value for key, value in seen.model_dump().items() if key not in said and value != own[key]}
     data = resolve("eval", [ConfigSource("-", {"data": config.data.model_dump() | taken})]).config.data
     return config.model_copy(update={"data": data})
-
-
-def read_preprocessing(weights: Path | None) -> Preprocessing | None:
-    """What the header of a network of ours says of its pictures; None where it says nothing, or cannot be read."""
-    try:
-        return Preprocessing.model_validate(card_settings(weights_file(weights))["preprocessing"]) if weights else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def locate_inputs(config: Any) -> Any:

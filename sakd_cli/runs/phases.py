@@ -21,7 +21,7 @@ from sakd_cli.runs import mixtures
 from sakd_cli.runs.build import search_of, warmup_of
 from sakd_cli.runs.extension import TrainerFactory, loader_of
 from sakd_cli.runs.job import Job
-from sakd_cli.runs.teacher_cache import open_teacher_cache
+from sakd_cli.runs.teacher_outputs import open_teacher_cache
 from sakd_cli.tasks.distill import DistillTask, PlainPass
 from sakd_cli.tasks.pretrain import WarmupTask
 from sakd_cli.tasks.residual import ResidualTask

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,12 +145,8 @@ def _read(
         return load_eval_image(picture.path, spec)
 
     with ThreadPoolExecutor(min(32, cpu_count())) as pool:
-        before: tuple[Sequence[Picture], Iterator[Tensor | Unreadable]] | None = None
-        for first in range(0, len(pictures), size):
-            batch = pictures[first : first + size]
-            coming = batch, pool.map(made, batch)
-            if before is not None:
-                yield before[0], list(before[1])
-            before = coming
-        if before is not None:
-            yield before[0], list(before[1])
+        batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
+        coming = pool.map(made, batches[0])
+        for batch, after in pairwise([*batches, []]):
+            images, coming = coming, pool.map(made, after)
+            yield batch, list(images)

@@ -24,7 +24,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.runs.extension import eval_batches
 from sakd_cli.runs.job import Job
 from sakd_cli.runs.survey import BATCH, trained_job
-from sakd_cli.runs.team import require_one_teacher
+from sakd_cli.runs.teachers import require_one_teacher
 from sakd_cli.tasks.ahead import along, held_out_gradient
 from sakd_cli.tasks.distill import DistillTask
 

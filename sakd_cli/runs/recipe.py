@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sakd_cli import torchrun
 from sakd_cli.config.datasets import FilesConfig
-from sakd_cli.config.effective import router_train, steps_per_epoch
+from sakd_cli.config.effective import router_train
 from sakd_cli.config.routers import ScheduledConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.engine.control import Control, Delivered, Frozen
@@ -109,7 +109,12 @@ def check(job: Job) -> None:
 
 def notes(job: Job) -> list[str]:
     """What is worth knowing before hours are spent, also of the recipe."""
-    config, train, steps, found = job.config, job.config.train, _steps(job), warnings_of(job)
+    config, train, steps, found = (
+        job.config,
+        job.config.train,
+        job.steps,
+        warnings_of(job),
+    )
     fit = f"{1 - 10 / steps:.4g}" if steps >= 20 else "null"
     if train.ema is not None and (over := 1 / (1 - train.ema)) > steps / 5:
         found.append(
@@ -188,14 +193,10 @@ def deviations(job: Job, epoch: int) -> Iterator[str]:
         yield f"ended after epoch {epoch}: {train.patience} without a better {train.metric}"
 
 
-def _steps(job: Job) -> int:
-    return job.config.train.epochs * steps_per_epoch(len(job.images.shown), job.config.train.batch_size)
-
-
 def _forgets_too_late(job: Job, network: nn.Module) -> float | None:
     """Least momentum of a BatchNorm whose averages still hold much of their start when the run ends; None: of none."""
     momenta = {module.momentum for module in network.modules() if isinstance(module, _BatchNorm)}
-    late = [one for one in momenta if one is not None and one < USUAL and (1 - one) ** _steps(job) > REMAINS]
+    late = [one for one in momenta if one is not None and one < USUAL and (1 - one) ** job.steps > REMAINS]
     return min(late, default=None)
 
 

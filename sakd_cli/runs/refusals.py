@@ -1,6 +1,6 @@
 """Settings of a distillation that exclude each other: each is refused in one line, before anything is trained.
 
-What a section of the settings knows by itself its config class refuses; what several teachers exclude, `team.py`.
+What a section of the settings knows by itself its config class refuses; what several teachers exclude, `teachers.py`.
 """
 
 from sakd_cli import torchrun

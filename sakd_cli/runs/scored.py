@@ -126,19 +126,14 @@ def _trained_on(then: Fingerprint | None, now: Fingerprint) -> int | None:
 
 def _own_test_images(data: DataConfig, weights: Path, then: Fingerprint | None) -> Images | None:
     """The images of a folder whose test part is that which the network was trained beside; None where it is not."""
-    expected = then.sum("test") if then else _card_sum(weights)
+    card = read_about(folder_of(weights)).get("fingerprint")
+    expected = then.sum("test") if then else card.get("test") if isinstance(card, dict) else None
     try:
         images = load_images(data.model_copy(update={"validation": 0.0}))
     except DataError:
         return None
     now = _taken(data, images.dataset.classes, {"test": images.dataset.test}, then)
     return images if now.sum("test") == expected else None
-
-
-def _card_sum(weights: Path) -> str | None:
-    """What the card beside weights says of the test images."""
-    known = read_about(folder_of(weights)).get("fingerprint")
-    return str(known.get("test")) if isinstance(known, dict) else None
 
 
 def _labelled(data: ImageFolderConfig, card: NetworkCard, then: Fingerprint | None, reporter: Reporter) -> Scored:

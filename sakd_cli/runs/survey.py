@@ -46,7 +46,7 @@ from sakd_cli.runs import build
 from sakd_cli.runs.extension import RunExtension, TrainerFactory
 from sakd_cli.runs.job import Job, planned_spots
 from sakd_cli.runs.resume import fingerprint, require_fingerprint
-from sakd_cli.runs.team import require_one_teacher
+from sakd_cli.runs.teachers import require_one_teacher
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.writing import write_aside
 

@@ -99,6 +99,7 @@ def _in_words(asked: Answer) -> tuple[str, str]:
     if asked.p is None:
         some, least = ("one seed" if seeds == 1 else f"{seeds} seeds that agree"), max(LEAST_SEEDS, seeds + 1)
         return f"Cannot be told from {some}: {figure}.", f"Run at least {least} seeds: `--seeds {least}`."
+    known = asked.verdict in ("better", "worse")
     said = {"better": "Yes", "worse": "No"}.get(asked.verdict, "Cannot be told from chance")
-    need = f", {whole(asked.needed)} to see 0.5 points" if asked.needed and said.startswith("Cannot") else ""
+    need = f", {whole(asked.needed)} to see 0.5 points" if asked.needed and not known else ""
     return f"{said}: {figure} (95 % interval {interval(asked)}; {seeds} seeds{need}).", ""

@@ -6,7 +6,7 @@ differs in the router only (how much), with coins of its own rates (where), and 
 same router; where there is nothing of the kind, with the first group. Or all with a baseline. The tests are one family.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,10 @@ def compare(runs: Iterable[RunDir], baseline: str | None = None) -> Comparison:
     pairs = dict.fromkeys((ours.number, theirs.number) for _, ours, theirs in questions)
     pairs |= dict.fromkeys((ours.number, theirs.number) for ours, theirs in _pairs(groups))
     if baseline is not None:
-        pairs = dict.fromkeys(_against(_baseline(baseline, groups), groups))
+        chosen = _baseline(baseline, groups)
+        others = [group for group in groups if group not in chosen]  # each with the one that differs least from it
+        least = [min((len(_unequal(ours, theirs)), theirs.number) for theirs in chosen) for ours in others]
+        pairs = {(ours.number, number): None for ours, (_, number) in zip(others, least, strict=True)}
     pairs = pairs or {(group.number, 0): None for group in groups[1:]}
     tests = [paired_test(by_seed(groups[ours].runs), by_seed(groups[theirs].runs)) for ours, theirs in pairs]
     found = dict(zip(pairs, corrected(tests), strict=True))
@@ -207,13 +210,6 @@ def _baseline(wanted: str, groups: list[_Group]) -> list[_Group]:
         labels, which = ", ".join(group.label for group in groups), "is every group" if found else "no such group"
         raise UsageError(f"--baseline {wanted!r}: {which}", f"a run's folder, or words of one of: {labels}")
     return found
-
-
-def _against(baseline: list[_Group], groups: list[_Group]) -> Iterator[tuple[int, int]]:
-    """Every other group with the one of the baseline that differs least from it."""
-    for group in groups:
-        if group not in baseline:
-            yield group.number, min(baseline, key=lambda theirs: len(_unequal(group, theirs))).number
 
 
 def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -> list[Arm]:
