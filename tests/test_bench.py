@@ -11,8 +11,8 @@ import pytest
 from conftest import CliRunner
 from rich.console import Console
 
-from sakd_cli.bench.measure import Ratio, comparison, reported
-from sakd_cli.documents.bench import Bench, ReportedRatio
+from sakd_cli.bench.measure import Times, comparison, reported
+from sakd_cli.documents.bench import Bench, ReportedRatio, TimedRatio
 from sakd_cli.report.bench import bench_tables
 
 SMALL = shlex.split(
@@ -73,9 +73,14 @@ def test_the_tables_have_a_line_for_everything(found: dict[str, Any]) -> None:
 
 
 def test_a_reported_ratio_needs_quiet_rounds_on_a_quiet_machine() -> None:
-    steady = Ratio(2.0, 1.9, 2.1, 7, 1.1)
-    result = [reported({"plain": steady, "kd": steady, "literal": r}) for r in (steady, steady._replace(high=2.5))]
-    result.append(reported({"plain": steady, "kd": steady._replace(busy=3.0)}))
+
+    def ratio(above: str, highest: float = 2.1, busy: float = 1.1) -> TimedRatio:
+        cpu = {above: [1.9, 2.0, highest], "adaptive": [1.0, 1.0, 1.0]}
+        return Times(cpu, {name: [busy * one for one in of] for name, of in cpu.items()}).ratio(above, "adaptive")
+
+    plain = [ratio("plain"), ratio("kd")]
+    result = [reported([*plain, ratio("literal", highest)]) for highest in (2.1, 2.5)]
+    result.append(reported([ratio("plain"), ratio("kd", busy=3.0)]))
     assert result[0] == ReportedRatio(above="literal", median=2.0, reason=None)
     assert result[1].reason == "the rounds scatter by 30 %, above 25 %"
     assert (result[2].above, result[2].median) == ("kd", None)

@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from sakd_cli.batch import Batch
-from sakd_cli.bench.measure import Ratio, interleaved
+from sakd_cli.bench.measure import interleaved
 from sakd_cli.bench.steps import half_routed
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
+from sakd_cli.documents.bench import TimedRatio
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.runs.build import assemble
 
@@ -79,7 +80,7 @@ def step(pair: str, method: str, *, literal: bool = False, **options: Any) -> Ca
     return lambda: optimizer.step(task(batch).loss)
 
 
-def judged(ratio: Ratio, bar: float) -> None:
+def judged(ratio: TimedRatio, bar: float) -> None:
     assert not ratio.stable or ratio.median >= bar
 
 

@@ -6,7 +6,7 @@ Variants are timed in turn, ratios are taken within a round, and none is reporte
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,25 +88,6 @@ def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
     return {phase: seconds / rounds for phase, seconds in watch.seconds.items()}
 
 
-class Ratio(NamedTuple):
-    """Median, smallest and largest of `rounds` ratios; `busy`: median of wall time over CPU time."""
-
-    median: float
-    low: float
-    high: float
-    rounds: int
-    busy: float
-
-    @property
-    def stable(self) -> bool:
-        """Whether it may be reported."""
-        return (self.high - self.low) <= SCATTER * self.median and self.busy <= BUSY
-
-    def __str__(self) -> str:
-        noisy = "" if self.stable else ", too noisy to report"
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, n={self.rounds}{noisy})"
-
-
 class Times(NamedTuple):
     """Seconds per call of every variant and round: CPU time of the process, and wall time.
 
@@ -121,12 +102,15 @@ class Times(NamedTuple):
     def counting(self) -> dict[str, list[float]]:
         return self.wall if self.waited else self.cpu
 
-    def ratio(self, above: str, below: str) -> Ratio:
-        """Time of one variant over that of another, round by round."""
+    def ratio(self, above: str, below: str) -> doc.TimedRatio:
+        """Time of one variant over that of another, round by round; `stable`: it may be reported."""
         ratios = [a / b for a, b in zip(self.counting[above], self.counting[below], strict=True)]
         pairs = [(w, c) for name in (above, below) for w, c in zip(self.wall[name], self.cpu[name], strict=True)]
         busy = 1.0 if self.waited else statistics.median(w / c for w, c in pairs)
-        return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios), busy)
+        median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        found = {"median": median, "low": low, "high": high, "busy": busy}
+        stable = high - low <= SCATTER * median and busy <= BUSY
+        return doc.TimedRatio(above=above, below=below, rounds=len(ratios), stable=stable, **found)
 
     def milliseconds(self, name: str) -> float:
         """Median time of a call."""
@@ -178,14 +162,14 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     first = time.perf_counter() - begin
     say(f"{how.warmup} + {how.rounds} rounds of {', '.join(step.name for step in compared)}")
     times, peaks = timed(setup, compared, how)
-    ratios = {step.name: times.ratio(step.name, OURS) for step in compared if step.name != OURS}
+    ratios = [times.ratio(step.name, OURS) for step in compared if step.name != OURS]
     spent = phases(setup, rounds=how.rounds, warmup=how.warmup)
     total = sum(spent.values())
     return doc.Bench(
         environment=machine(setup),
         setup=bench_setup(setup, how),
         steps=[_step(setup, step, times, peaks) for step in compared],
-        ratios=[doc.TimedRatio(above=name, below=OURS, stable=r.stable, **r._asdict()) for name, r in ratios.items()],
+        ratios=ratios,
         reported=reported(ratios),
         phases=[doc.PhaseTime(name=name, ms=1000 * s, fraction=s / total) for name, s in spent.items()],
         seconds_to_first_step=first,
@@ -193,16 +177,7 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
 
 
 def bench_setup(setup: Setup, how: Rounds) -> doc.BenchSetup:
-    return doc.BenchSetup(
-        teacher=setup.config.teacher.source,
-        student=setup.config.student,
-        method=setup.config.method.name,
-        batch=setup.size,
-        side=setup.side,
-        images=setup.images,
-        classes=setup.classes,
-        **how._asdict(),
-    )
+    return doc.BenchSetup(**setup.settings, images=setup.images, **how._asdict())
 
 
 def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[str, int]]:
@@ -245,16 +220,16 @@ def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> doc.
     )
 
 
-def reported(ratios: dict[str, Ratio]) -> doc.ReportedRatio:
+def reported(ratios: Sequence[doc.TimedRatio]) -> doc.ReportedRatio:
     """The published step over ours (without one, plain distillation over ours), or why it is none."""
-    name = "literal" if "literal" in ratios else list(ratios)[1]
-    ratio, reason = ratios[name], None
+    (ratio,) = [one for one in ratios if one.above == "literal"] or ratios[1:2]
+    reason = None
     if ratio.busy > BUSY:
         reason = f"wall time is {ratio.busy:.1f} times CPU time: the machine was busy"
     elif not ratio.stable:
         width = 100 * (ratio.high - ratio.low) / ratio.median
         reason = f"the rounds scatter by {width:.0f} %, above {100 * SCATTER:g} %"
-    return doc.ReportedRatio(above=name, median=None if reason else ratio.median, reason=reason)
+    return doc.ReportedRatio(above=ratio.above, median=None if reason else ratio.median, reason=reason)
 
 
 def machine(setup: Setup) -> dict[str, Any]:

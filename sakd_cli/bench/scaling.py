@@ -20,7 +20,7 @@ from sakd_cli.errors import UsageError, unknown
 from sakd_cli.models.spot import align_stages
 
 DEPTHS = (8, 11, 13, 14, 16, 18, 19, 20, 22, 28, 32, 34, 40, 44, 50, 56, 101, 110, 152)
-Points = list[tuple[Any, Setup]]
+Points = list[tuple[Any, Setup]]  # the values of an axis, and what is timed for each
 
 
 def _batch(setup: Setup) -> Points:
@@ -74,13 +74,6 @@ def _with(setup: Setup, **settings: Any) -> Setup:
     return setup._replace(config=setup.config.model_copy(update=settings))
 
 
-def points_of(axis: str, setup: Setup) -> Points:
-    """The values of an axis and what is timed for each. UsageError where there is no such axis, or not here."""
-    if axis not in AXES:
-        raise UsageError(unknown("axis", axis, AXES))
-    return AXES[axis](setup)
-
-
 def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -> Scaling:
     """Time our step and plain distillation at each value of the axis."""
     found: list[ScalingPoint] = []
@@ -126,7 +119,9 @@ def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None
     # Everything is checked before minutes are spent.
     if is_path(source := config.teacher.source):
         raise UsageError(f"bench: {source}: an architecture is timed, with random weights", "give its name")
-    points = points_of(axis, setup) if axis else []
+    if axis and axis not in AXES:
+        raise UsageError(unknown("axis", axis, AXES))
+    points = AXES[axis](setup) if axis else []
     before = measure.earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():
         if before is not None:

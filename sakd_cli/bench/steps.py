@@ -115,6 +115,12 @@ class Setup(NamedTuple):
     def device(self) -> torch.device:
         return pick_device(self.config.device)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """teacher, student, method: names; batch, side, classes: numbers."""
+        config, sizes = self.config, {"batch": self.size, "side": self.side, "classes": self.classes}
+        return {"teacher": config.teacher.source, "student": config.student, "method": config.method.name} | sizes
+
 
 class Step(NamedTuple):
     """A step ready to be called, and what one costs when it is counted; none is known of a peer's."""
@@ -261,14 +267,14 @@ def steps(setup: Setup) -> list[Step]:
     mode = resolve_mode(setup.config.runtime, setup.device)
     everywhere = build_task(setup, router=AlwaysConfig())
     alone = PretrainTask(mode.to_memory_format(student.train()), lr=RATE, weight_decay=5e-4, mode=mode)
-    made = [
+    return [
         make_step(setup, "plain", "the student alone", alone),
         plain_distillation(setup),
         make_step(setup, "always", f"{setup.config.method.name}, every sample", everywhere),
         *balanced(setup),
         adaptive(setup),
+        *_literal(setup),
     ]
-    return [*made, *filter(None, [_literal(setup)])]
 
 
 def balanced(setup: Setup) -> list[Step]:
@@ -280,13 +286,13 @@ def balanced(setup: Setup) -> list[Step]:
     return [make_step(setup, "balanced", f"{method.name}, every sample, balanced dose", task)]
 
 
-def _literal(setup: Setup) -> Step | None:
-    """The published step in fp32; None for methods that it is not written for."""
+def _literal(setup: Setup) -> list[Step]:
+    """The published step in fp32; none for methods that it is not written for."""
     runtime = setup.config.runtime.model_copy(update={"precision": "fp32", "channels_last": False, "compile": False})
     task = adaptive_task(setup, runtime=runtime)
     features = task.feature_distiller
     if features is not None and type(features) not in PUBLISHED:
-        return None
+        return []
     assert isinstance(task.teacher_features, PlainPass)
     teacher = task.teacher_features.network
     slow, given = LiteralRouting(task, teacher), batch_of(setup, task)
@@ -298,13 +304,13 @@ def _literal(setup: Setup) -> Step | None:
     there = [given.images, given.labels, given.noise, *([] if contrast is None else [contrast])]
     there += [*slow.student.state_dict().values(), *teacher.state_dict().values()]
     there += [*slow.compared.state_dict().values(), *slow.router_parameters]
-    return Step("literal", f"{setup.config.method.name}, as published", call, count(call, there))
+    return [Step("literal", f"{setup.config.method.name}, as published", call, count(call, there))]
 
 
 def load_peer_step(path: Path, entry: str, setup: Setup) -> Step:
     """A peer's step, from a local checkout: what its `module:function` makes of some settings, called for each step.
 
-    settings  teacher, student, method: names as ours; batch, side, classes: numbers; device: as torch has it
+    settings  `Setup.settings` with names as ours, and the device as torch has it
     Raises UsageError where that does not load or does not run.
     """
     if not path.is_dir():
@@ -312,28 +318,15 @@ def load_peer_step(path: Path, entry: str, setup: Setup) -> Step:
     module, colon, function = entry.partition(":")
     if not (module and colon and function):
         raise UsageError(f"--peer-entry {entry}: must be module:function, such as sakd_peer:step")
-    settings = {
-        "teacher": setup.config.teacher.source,
-        "student": setup.config.student,
-        "method": setup.config.method.name,
-        "batch": setup.size,
-        "side": setup.side,
-        "classes": setup.classes,
-        "device": str(setup.device),
-    }
-    call = _import_step(path.resolve(), module, function, settings, f"--peer {path}: {entry}")
-    return Step("peer", f"{path.resolve().name}, {entry}", call)
-
-
-def _import_step(path: Path, module: str, function: str, settings: dict[str, Any], where: str) -> Callable[[], object]:
-    """The checkout's folder stays in the search path: its code may import more while it runs."""
-    hint = f"its {function} gets a dict (teacher, student, method, batch, side, classes, device) and gives a callable"
-    sys.path.insert(0, str(path))
+    settings = setup.settings | {"device": str(setup.device)}
+    folder = str(path.resolve())
+    sys.path.insert(0, folder)  # it stays there: the peer's code may import more while it runs
     try:
-        found = importlib.import_module(module)
-        call = getattr(found, function)(settings)
+        call = getattr(importlib.import_module(module), function)(settings)
         call()
     except (Exception, SystemExit) as error:  # whatever foreign code may do
-        sys.path.remove(str(path))
-        raise UsageError(f"{where} does not load ({type(error).__name__}: {error})", hint) from None
-    return call
+        sys.path.remove(folder)
+        hint = f"its {function} gets a dict ({', '.join(settings)}) and gives a callable"
+        text = f"--peer {path}: {entry} does not load ({type(error).__name__}: {error})"
+        raise UsageError(text, hint) from None
+    return Step("peer", f"{path.resolve().name}, {entry}", call)
