@@ -6,7 +6,6 @@ That (Chen et al., CVPR 2022) is a student's stages, a projector, a teacher's fr
 import copy
 from functools import partial
 from itertools import pairwise
-from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -85,18 +84,6 @@ def adapter(source: Shape, target: Shape) -> ConvAdapter | LinearAdapter:
     return ConvAdapter(source, target) if len(source) == 3 else LinearAdapter(source, target)
 
 
-@final
-class MeanPool(nn.Module):
-    """`mean_pool` to a height and width."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mean_pool(x, self.size)
-
-
 class Transform(nn.Module):
     """A teacher's map as the input of a student branch (Park et al., NeurIPS 2021): [N, C1, H1, H1] to [N, C2, H2, H2].
 
@@ -116,7 +103,7 @@ class Transform(nn.Module):
         sizes = [(h2 << k, w2 << k) if h1 > h2 else (h2 >> k, w2 >> k) for k in steps_apart]
         shapes = [(c1, *sizes[0]), *((c2, *size) for size in sizes[1:] or sizes)]
         steps = [ConvAdapter(ours, theirs) for ours, theirs in pairwise(shapes)]
-        self.steps = nn.Sequential(*([MeanPool((h2, w2))] if pooled else []), *steps)
+        self.steps = nn.Sequential(*([Relayout(partial(mean_pool, size=(h2, w2)))] if pooled else []), *steps)
         self.geometry = " ".join(["mean"] * pooled + [step.geometry for step in steps])
 
     def forward(self, x: Tensor) -> Tensor:

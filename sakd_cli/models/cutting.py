@@ -58,19 +58,11 @@ class _Tracer(fx.Tracer):
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what its nodes give."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
+    """Runs a graph, and keeps what its nodes give as its `env`."""
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(map(_plain, args)), {key: _plain(value) for key, value in kwargs.items()}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
-        return self.values[n]
 
 
 def _plain(value: Any) -> Any:
@@ -100,23 +92,24 @@ def cut(network: nn.Module, name: str, family: str, num_classes: int, side: Imag
 def _assembled(network: nn.Module, name: str, family: str, num_classes: int, probe: Tensor) -> StagedModel:
     graph = _traced(network, num_classes)
     head, pooled = _head(network, graph, num_classes)
-    recorder = _Recorder(fx.GraphModule(network, graph))
+    recorder = _Recorder(fx.GraphModule(network, graph), garbage_collect_values=False)
     recorder.run(probe)
-    if recorder.values[pooled].ndim != 2:
+    values = recorder.env
+    if values[pooled].ndim != 2:
         raise CannotCutError("its last linear layer gets more than one vector per image")
-    places = _chosen(list(_places(network, graph, recorder.values, probe.shape[2:])), probe.shape[2])
+    places = _chosen(list(_places(network, graph, values, probe.shape[2:])), probe.shape[2])
     if len(places) < 2:
         raise CannotCutError("no two places were found where a single map is alive")
     stages: list[tuple[StageInfo, nn.Module]] = []
     before: fx.Node | None = None
     for number, place in enumerate(places):
         c, h, w = place.shape
-        signed = bool((recorder.values[place.node] < 0).any())
+        signed = bool((values[place.node] < 0).any())
         part, stride = f"stage{number}" if number else "stem", max(1, round(probe.shape[2] / h))
         info = StageInfo(part, c, stride, signed=signed, size=(h, w), layout=place.layout)
         stages.append((info, _piece(network, graph, before, place.node)))
         before = place.node
-    stages.append((StageInfo("pool", recorder.values[pooled].shape[1], 0), _piece(network, graph, before, pooled)))
+    stages.append((StageInfo("pool", values[pooled].shape[1], 0), _piece(network, graph, before, pooled)))
     linear = cast(nn.Linear, network.get_submodule(head))
     return StagedModel(name, family, stages, num_classes, None, head=linear, head_name=head)
 

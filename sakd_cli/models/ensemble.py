@@ -10,7 +10,8 @@ README.md
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,20 +149,12 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to the logits of all members, [N, K]."""
-        *_, logits = self._running(images)
+        *_, logits = accumulate(member(images) for member in self.members)
         return logits
 
     def stages(self, images: Tensor) -> Tensor:
         """Images to the logits after each stage, [M+1, N, K]."""
-        return torch.stack(list(self._running(images)))
-
-    def _running(self, images: Tensor) -> Iterator[Tensor]:
-        first, *others = self.members
-        logits = first(images)
-        yield logits
-        for member in others:
-            logits = logits + member(images)
-            yield logits
+        return torch.stack(list(accumulate(member(images) for member in self.members)))
 
     def adaptive(self, images: Tensor, exits: Exits) -> tuple[Tensor, Tensor]:
         """Images to logits [N, K] and exit stages [N], in evaluation mode; a member runs on what reaches it only."""

@@ -168,7 +168,7 @@ class Preactivation(NamedTuple):
 
 
 class Relayout(nn.Module):
-    """A change from a map or into one (`Layout`) as a module, for chains of them."""
+    """A change of a map, or into or from one (`Layout`), as a module, for chains of them."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -308,22 +308,16 @@ class StagedModel(nn.Module):
 
 def untracked_view(model: StagedModel) -> StagedModel:
     """The same network with shared parameters, whose BatchNorms use batch statistics and track none."""
-    view = copy.deepcopy(model)
-    for mine, theirs in zip(view.modules(), model.modules(), strict=True):
-        for name, parameter in theirs.named_parameters(recurse=False):
-            mine.register_parameter(name, parameter)
-        if isinstance(mine, nn.BatchNorm2d):
-            mine.track_running_stats = False
-            mine.running_mean = mine.running_var = mine.num_batches_tracked = None
+    view = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in view.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
     return view
 
 
 def frozen_view(model: StagedModel) -> StagedModel:
     """The same network in evaluation mode and without gradients, sharing all weights and buffers with `model`."""
-    view = copy.deepcopy(model).requires_grad_(False).eval()
-    for mine, theirs in zip(view.modules(), model.modules(), strict=True):
-        for name, parameter in theirs.named_parameters(recurse=False):
-            mine.register_parameter(name, nn.Parameter(parameter.detach(), requires_grad=False))
-        for name, buffer in theirs.named_buffers(recurse=False):
-            mine.register_buffer(name, buffer)
-    return view
+    shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, shared).eval()
