@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from PIL.Image import Image
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig, ImageFolderConfig
-from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, open_rgb, read
+from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
 from sakd_cli.data.pictures import Finding, FolderContents, SplitContents, legible
 from sakd_cli.data.published import reading_of, scan
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
@@ -64,17 +64,15 @@ def _digest(rgb: Image) -> bytes:
     return content.digest()
 
 
-def decode_error(path: str, reading: Reading) -> Unreadable | None:
-    """What is wrong with a file, found by decoding all of it; None: nothing."""
-    picture = open_rgb(path, reading)
-    return picture if isinstance(picture, Unreadable) else None
+def _decoded(picture: Picture) -> None:
+    picture.rgb()
 
 
 def find_unreadable(
     paths: Sequence[str], reading: Reading, processes: int | None = None
 ) -> Iterator[Unreadable | None]:
-    """Per file, in order, what is wrong with it; None: nothing. Raises DataError where a decoder crashes."""
-    return of_each(partial(decode_error, reading=reading), paths, processes)
+    """Per file, in order, what is wrong with it once decoded; None: nothing. DataError where a decoder crashes."""
+    return of_each(partial(read, reading=reading, use=_decoded), paths, processes)
 
 
 def _ignore_interrupts() -> None:

@@ -152,7 +152,12 @@ def scan_split(folder: Path, findings: list[Finding], notes: list[Finding]) -> S
     if left:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         notes.append(Finding("not-taken", str(folder), f"holds files that are not taken: {kinds}"))
-    return SplitContents(folder, _readable_names(folder, files, findings))
+    for name, paths in files.items():  # a network's card could not hold names that are no text
+        if not is_text(name):
+            findings.append(Finding("name", legible(folder / name), f"the name of this class {NO_TEXT}"))
+        else:
+            findings += [Finding("name", legible(path), f"its name {NO_TEXT}") for path in paths if not is_text(path)]
+    return SplitContents(folder, files)
 
 
 def _tell_beside(root: Path, parts: Sequence[Path | None], notes: list[Finding]) -> None:
@@ -169,17 +174,6 @@ def _tell_stray(folder: Path, notes: list[Finding]) -> None:
     if files := sorted(name for name in named if not _hidden(name)):
         text = f"{len(files)} of its pictures, first {legible(files[0])}, lie in no folder of a class: not used"
         notes.append(Finding("not-taken", str(folder), text))
-
-
-def _readable_names(folder: Path, files: dict[str, list[str]], findings: list[Finding]) -> dict[str, list[str]]:
-    """The same. Names that are no text go to the findings: a network's card could not hold them."""
-    for name, paths in files.items():
-        if not is_text(name):
-            findings.append(Finding("name", legible(folder / name), f"the name of this class {NO_TEXT}"))
-        else:
-            odd = [path for path in paths if not is_text(path)]
-            findings += [Finding("name", legible(path), f"its name {NO_TEXT}") for path in odd]
-    return files
 
 
 def is_text(name: str) -> bool:

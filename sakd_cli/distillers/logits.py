@@ -18,7 +18,12 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(t/T) || softmax(s/T)) per sample: logits [N, C] each, result [N]."""
     log_s = F.log_softmax(student / temperature, dim=1)
     log_t = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=1)
+    return temperature**2 * divergence(log_s, log_t)
+
+
+def divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """KL(t || s) of each row, [N]."""
+    return (log_t.exp() * (log_t - log_s)).sum(dim=1)
 
 
 @final
@@ -59,11 +64,6 @@ def target_or_not(logits: Tensor, target: Tensor) -> Tensor:
 def among_others(logits: Tensor, target: Tensor) -> Tensor:
     """Log-probabilities of the classes that are not the target, given that it is none of it: [N, C]."""
     return F.log_softmax(logits - FAR * target, dim=1)
-
-
-def divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """KL(t || s) of each row, [N]."""
-    return (log_t.exp() * (log_t - log_s)).sum(dim=1)
 
 
 @final

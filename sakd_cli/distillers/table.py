@@ -222,7 +222,9 @@ def build(
     if len(rows) == 1:
         features, schedule = (ingredients[0].distiller if ingredients else None), None
     else:
-        features = _together(config, spots[:-1], ingredients)
+        if len({one.distiller.want for one in ingredients}) > 1:
+            raise UsageError(f"method {config.name}: one compares in front of an activation, the others behind it")
+        features = Composed(spots[:-1], ingredients) if ingredients else None
         schedule = None if of_logits[0] is config else of_logits[0].schedule(epochs)
     if warmup is not None:
         warmup.requires_grad_(False)  # but for its own stage
@@ -251,12 +253,6 @@ def _given(
     if row.needs_blocks:
         return ([mixable_blocks(teacher, spot.teacher) for spot in spots],)
     return ()
-
-
-def _together(config: MethodConfig, spots: tuple[Spot, ...], ingredients: Sequence[Ingredient]) -> Distiller | None:
-    if len({one.distiller.want for one in ingredients}) > 1:
-        raise UsageError(f"method {config.name}: one compares in front of an activation, the others behind it")
-    return Composed(spots, ingredients) if ingredients else None
 
 
 def _need_preactivations(config: MethodConfig, student: StagedModel, teacher: StagedModel) -> None:

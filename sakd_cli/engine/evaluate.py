@@ -70,12 +70,8 @@ def evaluate(
         with translate_oom(len(images), FEWER):
             return network(images).float()
 
-    scores = score_logits(
-        ((answer(images), labels) for images, labels in own),
-        classes,
-        together=together,
-        network=network,
-    )
+    answers = ((answer(images), labels) for images, labels in own)
+    scores = score_logits(answers, classes, together=together, network=network)
     network.train(mode)
     return scores
 

@@ -98,7 +98,7 @@ class GraphedStep:
     def __call__(self, batch: Batch) -> None:
         if self._refused or len(batch.labels) < batch.size:
             return self._step(batch)
-        key = self._key(), type(batch), *(tensor.shape for tensor in _tensors(batch))
+        key = self._key(), type(batch), *(tensor.shape for tensor in tensors_of(batch))
         known = self._graphs[key] = self._graphs.pop(key) if key in self._graphs else _Captured()
         if len(self._graphs) > KEPT:
             del self._graphs[next(iter(self._graphs))]  # the one that was not used for the longest time
@@ -115,22 +115,18 @@ class GraphedStep:
                 self._refuse(one_line(error))
                 self._refused = True
                 return self._step(batch)
-        else:
-            _copy(batch, known.given)
+        else:  # one launch for each number type
+            pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+            for ours, new in zip(tensors_of(known.given), tensors_of(batch), strict=True):
+                pairs[ours.dtype][0].append(ours)
+                pairs[ours.dtype][1].append(new)
+            for to, of in pairs.values():
+                torch._foreach_copy_(to, of)
         return known.replay()
 
 
-def _copy(source: Batch, target: Batch) -> None:
-    """In one launch for each number type."""
-    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for new, ours in zip(_tensors(source), _tensors(target), strict=True):
-        pairs[ours.dtype][0].append(ours)
-        pairs[ours.dtype][1].append(new)
-    for to, of in pairs.values():
-        torch._foreach_copy_(to, of)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All that `Batch.map` changes: what was computed before, and those of a batch in it, too."""
     found: list[Tensor] = []
 
     def noted(tensor: Tensor) -> Tensor:

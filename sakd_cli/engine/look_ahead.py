@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sakd_cli.batch import Batch, Loader, Precomputed
+from sakd_cli.engine.graphs import tensors_of
 
 
 class LookAhead:
@@ -53,7 +54,9 @@ class LookAhead:
             coming = self._enqueue(batches, self._side)
             here = torch.cuda.current_stream(self._side.device)
             here.wait_event(ready)
-            yield [batch.map(lambda tensor, here=here: _record_stream(tensor, here)) for batch in group]  # type: ignore[misc]
+            for tensor in (tensor for batch in group for tensor in tensors_of(batch)):
+                tensor.record_stream(here)  # its memory is not reused before the work that this one has by then is done
+            yield group
             group, ready = coming
 
     def _enqueue(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> tuple[list[Batch], torch.cuda.Event]:
@@ -71,9 +74,3 @@ class LookAhead:
         rows = [slice(end - len(batch.images), end) for batch, end in zip(group, ends, strict=True)]
         parts = [precomputed.map(lambda tensor, of=of: tensor[of]) for of in rows]  # type: ignore[misc]
         return [replace(batch, precomputed=part) for batch, part in zip(group, parts, strict=True)]
-
-
-def _record_stream(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """The same tensor, whose memory is not reused before the work that `stream` has by then is done."""
-    tensor.record_stream(stream)
-    return tensor

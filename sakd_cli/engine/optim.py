@@ -53,7 +53,10 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def update(optimizer: torch.optim.Optimizer, skip: Tensor | None) -> None:
     """Make the update; none on a device where `skip` is 1."""
     if optimizer.defaults.get("fused") and optimizer.defaults.get("momentum"):
-        _begin_momentum(optimizer)
+        # 0 for parameters that get their first gradient later than others, which torch's fused SGD does not expect.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if skip is not None and optimizer.defaults.get("fused"):
         setattr(optimizer, "found_inf", skip)  # noqa: B010  torch reads it and declares it nowhere
     elif skip is not None and _reads_rate(optimizer):  # a step of length 0 along gradients of 0
@@ -61,14 +64,6 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor | None) -> None:
             gradient.masked_fill_(skip > 0, 0)
         torch._foreach_mul_([group["lr"] for group in optimizer.param_groups], 1 - skip)
     optimizer.step()
-
-
-def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """0 for parameters that get their first gradient later than others, which torch's fused SGD does not expect."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def torch_optimizer(train: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

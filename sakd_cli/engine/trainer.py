@@ -172,7 +172,9 @@ class Trainer:
             self._advance(batch)
             self.step += 1
             if self.step % self.log_every == 0 or self.step == last:
-                self._log(epoch)
+                self.guard.check()
+                means, record = self.meter.read(), {"kind": self.phase, "epoch": epoch, "step": self.step}
+                self._log_record(record | {"lr": self.optimizer.rates[0]} | means)
             self.reporter.advance(self.step)
             if self.save_every and self.step % self.save_every == 0 and self.step != last:
                 self._save(self._weights())
@@ -180,18 +182,14 @@ class Trainer:
     def _refuse_graph(self, reason: str) -> None:
         self.reporter.warn(f"runtime.graph: a step of {self.phase} cannot be captured ({reason}); it is called instead")
 
-    def _log(self, epoch: int) -> None:
-        self.guard.check()
-        means = self.meter.read()
-        self._log_record({"kind": self.phase, "epoch": epoch, "step": self.step, "lr": self.optimizer.rates[0]} | means)
-
     def _evaluate_epoch(self, epoch: int, evaluation: EvaluationData) -> None:
         record = {"phase": self.phase, "epoch": epoch, "split": evaluation.selected_on}
         with evaluation.networks():
             if (delivered := self.control.delivered) is not None:
                 beside = self._evaluate(self.task.network, evaluation, evaluation.validation)
                 self._log_record({"kind": "eval-trained"} | record | beside.metrics())
-                delivered.estimate(self._some_images())
+                loader = getattr(self.loader, "loader", self.loader)  # nobody need look ahead for a few images
+                delivered.estimate(batch.images for batch in islice(loader.epoch(1), ESTIMATED))
             with self._delivered():
                 scores = self._evaluate(self.task.network, evaluation, evaluation.validation)
         metric, value = self.control.metric, scores.value(self.control.metric)
@@ -202,11 +200,6 @@ class Trainer:
 
     def _delivered(self) -> AbstractContextManager[None]:
         return nullcontext() if self.control.delivered is None else self.control.delivered.in_place()
-
-    def _some_images(self) -> Iterator[Tensor]:
-        """Those of the first batches of an epoch, as they are trained with."""
-        loader = getattr(self.loader, "loader", self.loader)  # nobody need look ahead for them
-        return (batch.images for batch in islice(loader.epoch(1), ESTIMATED))
 
     def _evaluate(
         self, network: nn.Module, evaluation: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]

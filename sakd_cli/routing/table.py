@@ -215,10 +215,6 @@ class Agreement(Router):
 
     agreement = True
 
-    def __init__(self, spots: int) -> None:
-        super().__init__()
-        self.spots = spots
-
     def forward(self, teacher: Tensor, student: Tensor, noise: Tensor) -> Decision:
         return Decision(student.new_ones((self.spots, len(student))))
 

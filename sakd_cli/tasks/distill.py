@@ -216,7 +216,10 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> StepOutput:
         device = batch.images.device
         with self.mode.networks(device), torch.no_grad():
-            all_seen = [task.teacher_features(own) for task, own in zip(self.members, self._own(batch), strict=True)]
+            known, each = batch.precomputed, [batch] * len(self.members)
+            if isinstance(known, TeamFeatures):
+                each = [replace(batch, precomputed=own) for own in known.of]
+            all_seen = [task.teacher_features(own) for task, own in zip(self.members, each, strict=True)]
             if self.mode.autocast_dtype is None:  # a cache's are in 16 bits
                 all_seen = [seen.map(to_fp32) for seen in all_seen]
             offset = None if self.offset is None else to_fp32(self.offset(batch.images))
@@ -251,12 +254,6 @@ class DistillTask(Task):
         kept = self.doses.kept[:, : len(batch.labels)] if self.router.agreement else None
         use = used(decisions, events, self.doses.lengths, kept)
         return StepOutput(loss + routing_loss, student.logits, parts, use)
-
-    def _own(self, batch: Batch) -> list[Batch]:
-        """The batch for each teacher, with what was computed of its own pass."""
-        if isinstance(batch.precomputed, TeamFeatures):
-            return [replace(batch, precomputed=known) for known in batch.precomputed.of]
-        return [batch] * len(self.members)
 
     def _decisions(self, batch: Batch, student: Features, all_seen: list[Features]) -> list[Decision]:
         """Where each sample is distilled from each teacher, the teacher's share of the sample in its weights."""
