@@ -18,7 +18,7 @@ from torch import nn
 
 from sakd_cli.documents.table import Export
 from sakd_cli.errors import UsageError
-from sakd_cli.export import export, formats, quantise
+from sakd_cli.export import export, formats
 from sakd_cli.export.formats import FORMS, FromPixels, Writing
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
@@ -217,4 +217,4 @@ def test_a_network_with_attention_keeps_its_sums_in_floats(tmp_path: Path) -> No
     kinds = {node.op_type: {made.get(name) for name in node.input} for node in nodes}
     assert "DequantizeLinear" in kinds.get("Gemm", kinds.get("MatMul", set()))
     assert "DequantizeLinear" not in kinds["LayerNormalization"]
-    assert quantise.PRODUCTS == ["Conv", "Gemm", "MatMul"]
+    assert formats.PRODUCTS == ["Conv", "Gemm", "MatMul"]

@@ -163,13 +163,12 @@ class Changes(NamedTuple):
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images [B, 3, H, W] changed, each by its seed alone; torch's own generator is left as it was."""
-        change, state, made, first = _transform(self), torch.get_rng_state(), [], 0
+        change, state, made = _transform(self), torch.get_rng_state(), []
+        alike = [list(group) for _, group in groupby(seeds)]
         try:
-            for seed, group in groupby(seeds):
-                last = first + len(list(group))
-                torch.default_generator.manual_seed(seed)
-                made.append(change(images[first:last]))
-                first = last
+            for group, part in zip(alike, images.split(list(map(len, alike))), strict=True):
+                torch.default_generator.manual_seed(group[0])
+                made.append(change(part))
         finally:
             torch.set_rng_state(state)
         return torch.cat(made)

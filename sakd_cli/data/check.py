@@ -68,11 +68,9 @@ def _decoded(picture: Picture) -> None:
     picture.rgb()
 
 
-def find_unreadable(
-    paths: Sequence[str], reading: Reading, processes: int | None = None
-) -> Iterator[Unreadable | None]:
+def find_unreadable(paths: Sequence[str], reading: Reading) -> Iterator[Unreadable | None]:
     """Per file, in order, what is wrong with it once decoded; None: nothing. DataError where a decoder crashes."""
-    return of_each(partial(read, reading=reading, use=_decoded), paths, processes)
+    return of_each(partial(read, reading=reading, use=_decoded), paths)
 
 
 def _ignore_interrupts() -> None:
@@ -81,9 +79,9 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def of_each(function: Callable[[str], Result], paths: Sequence[str], processes: int | None = None) -> Iterator[Result]:
+def of_each(function: Callable[[str], Result], paths: Sequence[str]) -> Iterator[Result]:
     """What a function makes of each file, in order. Raises DataError where a decoder crashes."""
-    number = min(16, os.cpu_count() or 1) if processes is None else processes
+    number = min(16, os.cpu_count() or 1)
     if len(paths) < MIN_FILES or number < 2:
         yield from map(function, paths)
         return

@@ -18,9 +18,8 @@ from sakd_cli.engine import checkpoint
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import CheckpointError, UsageError
 from sakd_cli.evaluation.speed import speed
-from sakd_cli.export.formats import FORMS, SOURCE, Form, FromPixels, Function, Precision, Writing
+from sakd_cli.export.formats import CALIBRATION, FORMS, SOURCE, Form, FromPixels, Function, Precision, Writing
 from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
-from sakd_cli.export.quantise import COUNT
 from sakd_cli.files import folder_of, read_about, read_json, sha256
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard
@@ -118,7 +117,7 @@ def export(target: Path, order: ExportSettings, layers: list[ConfigSource], repo
     calibration: list[Tensor] = []
     if order.precision == "int8":
         source = calibration_images(found.run, found.card, config, pictures, reporter)
-        calibration = [given(pixels) for pixels, _ in source.batches(COUNT)]
+        calibration = [given(pixels) for pixels, _ in source.batches(CALIBRATION)]
     reporter.say(f"exporting {found.card.architecture} as {order.form}, {order.precision}")
     with whole_folder(folder) as aside:
         first = given(pictures.first(IMAGES))

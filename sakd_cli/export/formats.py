@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError, first_line
 from sakd_cli.export import opening
-from sakd_cli.export.quantise import quantised
 from sakd_cli.export.source import executed, source
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import Call, library_call
@@ -34,6 +33,10 @@ Function = Callable[[Tensor], Tensor]
 Precision = Literal["fp32", "fp16", "int8"]
 TRACED = 18  # the first opset that torch's exporter of programs writes; older ones come from that of traces
 WEIGHTS, SOURCE = "model.safetensors", "network.py"
+CALIBRATION = 256  # training images that ranges of int8 are taken from
+# A network with attention keeps its sums, norms and softmax in floats: in 8 bits they cost accuracy and no time.
+ATTENTION = {"LayerNormalization", "Softmax"}
+PRODUCTS = ["Conv", "Gemm", "MatMul"]
 WEIGHTS_LINES = """\
 {opening}
 import torch
@@ -199,11 +202,7 @@ def _open_weights(card: NetworkCard, folder: Path) -> Function:
 
 
 def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
-    write_aside(folder / "model.onnx", _onnx(network, example, card, how))
-
-
-def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) -> bytes:
-    """The network as ONNX in the numbers that are asked for, with what its card says as metadata."""
+    """In the numbers that are asked for, with what its card says as metadata."""
     onnx = importlib.import_module("onnx")
     known = onnx.defs.onnx_opset_version()
     if how.opset is not None and how.opset > known:
@@ -241,14 +240,60 @@ def _onnx(network: nn.Module, example: Tensor, card: NetworkCard, how: Writing) 
     proto = onnx.load_model_from_string(model)
     for key, text in _metadata(card).items():
         proto.metadata_props.add(key=key, value=text)
-    return bytes(proto.SerializeToString())
+    write_aside(folder / "model.onnx", proto.SerializeToString())
+
+
+class _Reader:
+    """Calibration batches as onnxruntime asks for them."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self._batches: Iterator[Tensor] = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"images": batch.numpy()}
+
+
+def quantised(model: bytes, batches: Iterable[Tensor]) -> bytes:
+    """The ONNX model with int8 weights (per channel) and activations, as QuantizeLinear and DequantizeLinear nodes.
+
+    Activations are uint8 and weights int8 in 7 bits (U8S8 with onnxruntime's `reduce_range`): x86 has kernels for these
+    types, for depthwise convolutions too (S8S8 was 3 to 9 times slower), and without VNNI 8 bits would overflow there.
+    Ranges are the least and greatest values in the batches. Raises UsageError where the model cannot be quantised.
+    """
+    tools = importlib.import_module("onnxruntime.quantization")
+    prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
+    with tempfile.TemporaryDirectory() as folder:
+        plain, ready, done = (Path(folder) / f"{name}.onnx" for name in ("plain", "ready", "done"))
+        plain.write_bytes(model)
+        before = logging.root.level
+        logging.root.setLevel(logging.ERROR)  # it would say on the root logger what it thinks of our preparation
+        try:
+            prepare(plain, ready, skip_symbolic_shape=True)
+            nodes = {node.op_type for node in importlib.import_module("onnx").load(ready).graph.node}
+            tools.quantize_static(
+                ready,
+                done,
+                _Reader(batches),
+                quant_format=tools.QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=True,
+                activation_type=tools.QuantType.QUInt8,
+                weight_type=tools.QuantType.QInt8,
+                op_types_to_quantize=PRODUCTS if nodes & ATTENTION else None,
+            )
+        except Exception as error:  # whatever the library raises on a model that it does not know
+            raise UsageError(f"--int8: cannot be quantised ({first_line(error)})", "--fp16 halves the size") from None
+        finally:
+            logging.root.setLevel(before)
+        return done.read_bytes()
 
 
 def _write_openvino(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
     openvino = importlib.import_module("openvino")
     plain = how._replace(precision="fp32") if how.precision == "fp16" else how
     with tempfile.TemporaryDirectory() as aside:
-        (Path(aside) / "model.onnx").write_bytes(_onnx(network, example, card, plain))
+        _write_onnx(network, example, card, Path(aside), plain)
         try:
             model = openvino.convert_model(Path(aside) / "model.onnx")
         except Exception as error:  # whatever its front end raises on an operator that it does not know
