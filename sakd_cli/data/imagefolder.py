@@ -6,30 +6,21 @@ from pathlib import Path
 import torch
 
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
+from sakd_cli.data import published
 from sakd_cli.data.check import find_unreadable
 from sakd_cli.data.dataset import Channels, Dataset, Split, first_classes, hold_out
 from sakd_cli.data.files import Files, ImageSpec
 from sakd_cli.data.fingerprint import content_hashes
 from sakd_cli.data.pictures import FolderContents, SplitContents, raise_on_findings
-from sakd_cli.data.published import (
-    IMAGENET,
-    PUBLISHED,
-    PublishedSet,
-    own_root,
-    published_root,
-    reading_of,
-    scan_imagefolder,
-    scan_labelled_images,
-    scan_published,
-)
+from sakd_cli.data.published import IMAGENET
 from sakd_cli.errors import DataError
 from sakd_cli.torchrun import cpu_count
 
 
 def load_imagefolder(config: ImageFolderConfig) -> Dataset:
     """Folders train and val, or one folder of classes cut in two. DataError names what is wrong with them."""
-    found = raise_on_findings(scan_imagefolder(config))
-    return dataset_of(config, found, own_root(config), found.classes, *IMAGENET, share=config.split)
+    found = raise_on_findings(published.scan_imagefolder(config))
+    return dataset_of(config, found, published.own_root(config), found.classes, *IMAGENET, share=config.split)
 
 
 def load_labelled(config: ImageFolderConfig, classes: tuple[str, ...]) -> Dataset:
@@ -37,18 +28,19 @@ def load_labelled(config: ImageFolderConfig, classes: tuple[str, ...]) -> Datase
 
     Raises DataError where a folder is of another class, or something is wrong with one.
     """
-    found = raise_on_findings(scan_labelled_images(config, classes))
+    found = raise_on_findings(published.scan_labelled_images(config, classes))
     every = SplitContents(found.train.folder, {name: found.train.files.get(name, []) for name in classes})
-    found = found._replace(train=every, test=every)
-    return dataset_of(config.model_copy(update={"classes": None}), found, own_root(config), classes, *IMAGENET)
+    found, config = found._replace(train=every, test=every), config.model_copy(update={"classes": None})
+    return dataset_of(config, found, published.own_root(config), classes, *IMAGENET)
 
 
-def load_published(config: FilesConfig, known: PublishedSet | None = None) -> Dataset:
+def load_published(config: FilesConfig, known: published.PublishedSet | None = None) -> Dataset:
     """A published set; DataError where something is missing. known: what is known of it; None: as in `PUBLISHED`."""
-    known = known or PUBLISHED[type(config)]
-    found = raise_on_findings(scan_published(config, known))
-    names = found.classes if known.names is None else known.names(published_root(config, known), found.classes)
-    return dataset_of(config, found, published_root(config, known), names, known.mean, known.std)
+    known = known or published.PUBLISHED[type(config)]
+    found = raise_on_findings(published.scan_published(config, known))
+    root = published.published_root(config, known)
+    names = found.classes if known.names is None else known.names(root, found.classes)
+    return dataset_of(config, found, root, names, known.mean, known.std)
 
 
 def dataset_of(
@@ -62,7 +54,7 @@ def dataset_of(
 ) -> Dataset:
     """The data set that these files make; share: of the images, for testing where there is no test part."""
     workers = min(8, cpu_count()) if config.workers is None else config.workers
-    spec = ImageSpec(config.seen, workers, reading_of(config))
+    spec = ImageSpec(config.seen, workers, published.reading_of(config))
     parts = [_split(config, root, spec, *part.pairs(found.classes)) for part in found.parts]
     scale = None if config.bordered or config.geometry == "none" else config.crop
     plain = Dataset(config.name, names, mean, std, config.border, config.flip, parts[0], parts[-1], scale)

@@ -23,27 +23,13 @@ from sakd_cli.config.datasets import (
     TinyImageNetConfig,
     TorchvisionConfig,
 )
+from sakd_cli.data import pictures
 from sakd_cli.data.decode import Reading
-from sakd_cli.data.pictures import (
-    NO_TEXT,
-    TEST,
-    TRAIN,
-    VAL,
-    Finding,
-    FolderContents,
-    SplitContents,
-    as_one,
-    faults_of,
-    is_text,
-    legible,
-    scan_folder,
-    scan_labelled,
-    unequal_classes,
-)
+from sakd_cli.data.pictures import Finding, FolderContents, SplitContents
 from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_JSON, expanded, read_bytes
 
-PARTS = {name: names[0] for names in (TRAIN, VAL, TEST) for name in names}
+PARTS = {name: names[0] for names in (pictures.TRAIN, pictures.VAL, pictures.TEST) for name in names}
 LINE = "its first line names the columns: path,label or path,label,split"
 
 
@@ -71,27 +57,27 @@ def scan_manifest(manifest: Path, root: Path) -> FolderContents:
         # However root and path are written: what lies below root has one name, and so one part of the split.
         file = str(root / path.removeprefix(start)) if path.startswith(start) else str(root / row.path)
         part = "" if row.part is None else PARTS.get(row.part.lower())
-        if not row.path or not row.label or part is None or row.more or not is_text(path):
+        if not row.path or not row.label or part is None or row.more or not pictures.is_text(path):
             findings.append(Finding("manifest", where, _fault(row)))
         elif path in lines:
             findings.append(Finding("duplicate", where, f"lists {row.path} again, as line {lines[path]} does"))
         elif not os.path.lexists(file):
-            findings.append(Finding("missing", where, f"lists {legible(row.path)}: no such file"))
+            findings.append(Finding("missing", where, f"lists {pictures.legible(row.path)}: no such file"))
         else:
             found[part][row.label].append(file)
         lines.setdefault(path, row.line)
     if not lines:
         raise DataError(f"{manifest}: lists no picture", LINE)
     parts = {part: _contents(manifest, part, files) for part, files in found.items()}
-    findings += [fault for one in parts.values() for fault in faults_of(one)]
+    findings += [fault for one in parts.values() for fault in pictures.faults_of(one)]
     if "" in parts or not parts:
         one = parts.get("", SplitContents(manifest, {}))
         return FolderContents(one, None, findings)
-    train, val, test = (parts.get(names[0]) for names in (TRAIN, VAL, TEST))
+    train, val, test = (parts.get(names[0]) for names in (pictures.TRAIN, pictures.VAL, pictures.TEST))
     if train is None or (test or val) is None:
         raise DataError(f"{manifest}: its column split has no {'train' if train is None else 'test and no val'}")
     others = [part for part in (val, test) if part is not None]
-    findings += [fault for part in others for fault in unequal_classes(train, part)]
+    findings += [fault for part in others for fault in pictures.unequal_classes(train, part)]
     return FolderContents(train, others[-1], findings, others[0] if len(others) > 1 else None)
 
 
@@ -104,7 +90,7 @@ def _fault(row: Row) -> str:
         return "has no split (train, val or test)"
     if row.part is not None and row.part.lower() not in PARTS:
         return f"is of the part {row.part[:20]!r}, not train, val or test"
-    return f"lists a file whose name {NO_TEXT}"
+    return f"lists a file whose name {pictures.NO_TEXT}"
 
 
 def _contents(manifest: Path, part: str, files: dict[str, list[str]]) -> SplitContents:
@@ -117,7 +103,7 @@ def _contents(manifest: Path, part: str, files: dict[str, list[str]]) -> SplitCo
 def _rows(manifest: Path) -> Iterator[Row]:
     try:
         if not manifest.is_file():
-            raise DataError(f"{legible(manifest)}: {'no file' if manifest.exists() else 'no such file'}", LINE)
+            raise DataError(f"{pictures.legible(manifest)}: {'no file' if manifest.exists() else 'no such file'}", LINE)
         with manifest.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
             columns = {name.strip().lower(): name for name in table.fieldnames or () if name}
@@ -184,16 +170,16 @@ def default_root() -> Path:
 def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:
     if config.manifest is not None:
         return scan_manifest(config.manifest, own_root(config))
-    return scan_folder(own_root(config))
+    return pictures.scan_folder(own_root(config))
 
 
 def scan_labelled_images(config: ImageFolderConfig, classes: tuple[str, ...]) -> FolderContents:
     """All labelled pictures of a folder or a manifest as one part, for a network of these classes."""
     if config.manifest is None:
-        return scan_labelled(own_root(config), classes)
+        return pictures.scan_labelled(own_root(config), classes)
     found = scan_imagefolder(config)
     faults = [one for one in found.findings if one.kind in ("manifest", "missing", "duplicate")]
-    return as_one(config.manifest, found.parts, classes, faults, [])
+    return pictures.as_one(config.manifest, found.parts, classes, faults, [])
 
 
 def own_root(config: ImageFolderConfig) -> Path:
@@ -210,7 +196,7 @@ def scan_published(config: FilesConfig, known: PublishedSet) -> FolderContents:
     root = published_root(config, known)
     lists = root / "val" / "val_annotations.txt"
     try:
-        found = scan_folder(root, known.tests)
+        found = pictures.scan_folder(root, known.tests)
     except DataError as error:
         hint = f"unpack {known.source}; name its folder: --data-root"
         raise DataError(f"{config.name}: {error.message}", hint) from None

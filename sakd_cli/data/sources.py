@@ -13,17 +13,7 @@ from torch import Tensor
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig
 from sakd_cli.config.preprocessing import Preprocessing, height_width, size_text
-from sakd_cli.data.augment import (
-    Changes,
-    Scale,
-    boxes_in_copies,
-    channel_tensor,
-    corners_at,
-    crop_and_flip,
-    normalise,
-    pad,
-    random_boxes,
-)
+from sakd_cli.data import augment
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.decode import Picture, Unreadable, pixel_count, read
 from sakd_cli.data.files import (
@@ -81,7 +71,7 @@ def _copies_need(split: Split, least: float) -> float:
     return 3 * len(files) * sum(min(pixel_count(path, files.spec.reading), most) for path in some) / len(some)
 
 
-def preload(split: Split, *, scale: Scale | None = None) -> None:
+def preload(split: Split, *, scale: augment.Scale | None = None) -> None:
     """Decode what is to be cached in memory, now. DataError names a bad file. scale: of random resized crops."""
     if isinstance(split.images, Files) and split.images.cached:
         if scale is not None:
@@ -112,8 +102,8 @@ class Views:
         self.device = device
         self.together = TOGETHER if device.type == "cuda" else 1
         self.dataset = dataset
-        self._padded = pad(split.pixels.to(device), dataset.padding)
-        self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
+        self._padded = augment.pad(split.pixels.to(device), dataset.padding)
+        self._mean, self._std = (augment.channel_tensor(one, device) for one in (dataset.mean, dataset.std))
         self._sides, self._mirrored = 2 * dataset.padding + 1, 1 + dataset.flip
         self.count = self._sides**2 * self._mirrored
 
@@ -125,8 +115,8 @@ class Views:
         index, view = index.to(self.device), view.to(self.device)
         corner, flip = view // self._mirrored, view % self._mirrored == 1
         dy, dx = corner // self._sides, corner % self._sides
-        images = crop_and_flip(self._padded, index, dy, dx, flip, padding=self.dataset.padding)
-        return normalise(images if change is None else change(images), self._mean, self._std)
+        images = augment.crop_and_flip(self._padded, index, dy, dx, flip, padding=self.dataset.padding)
+        return augment.normalise(images if change is None else change(images), self._mean, self._std)
 
     def view(self, corner: Tensor, flip: Tensor) -> Tensor:
         """Number [B] of the view with upper left corner (dy, dx) [2, B], mirrored where `flip` [B]."""
@@ -158,15 +148,15 @@ class TeacherViews:
         files = split.images
         assert isinstance(files, Files)
         self._size, self._other, self._padding = files.spec.size, height_width(also.size), dataset.padding
-        _, self._border = corners_at(torch.zeros(2, 1), dataset.padding, self._size, self._other)
-        self._padded = pad(files.as_seen(also).read().to(device), self._border)
-        self._mean, self._std = channel_tensor(dataset.mean, device), channel_tensor(dataset.std, device)
+        _, self._border = augment.corners_at(torch.zeros(2, 1), dataset.padding, self._size, self._other)
+        self._padded = augment.pad(files.as_seen(also).read().to(device), self._border)
+        self._mean, self._std = (augment.channel_tensor(one, device) for one in (dataset.mean, dataset.std))
 
     def images(self, index: Tensor, corner: Tensor, flip: Tensor, change: Change = None) -> Tensor:
         """Views with upper left corners [2, B] of the student's, mirrored where `flip` [B], changed, normalised."""
-        (dy, dx), border = corners_at(corner, self._padding, self._size, self._other)
-        images = crop_and_flip(self._padded, index, dy, dx, flip, padding=border)
-        return normalise(images if change is None else change(images), self._mean, self._std)
+        (dy, dx), border = augment.corners_at(corner, self._padding, self._size, self._other)
+        images = augment.crop_and_flip(self._padded, index, dy, dx, flip, padding=border)
+        return augment.normalise(images if change is None else change(images), self._mean, self._std)
 
 
 def in_memory(split: Split) -> bool:
@@ -182,7 +172,7 @@ def crop_copies(copies: Sequence[Tensor], box: Tensor, size: Tensor, flip: Tenso
     size    [B, 2]          height and width of the pictures
     flip    [B]             bool, left and right exchanged
     """
-    box = boxes_in_copies(box, size, torch.tensor([copy.shape[1:] for copy in copies]))
+    box = augment.boxes_in_copies(box, size, torch.tensor([copy.shape[1:] for copy in copies]))
     images = []
     for copy, where, mirrored in zip(copies, box.tolist(), flip.tolist(), strict=True):
         cut = cut_and_resize(copy, where, seen)
@@ -211,9 +201,9 @@ class BatchReader:
     """
 
     spec: ImageSpec
-    scale: Scale | None
+    scale: augment.Scale | None
     padding: int
-    changes: Changes | None = None
+    changes: augment.Changes | None = None
 
     def __call__(self, request: BatchRequest) -> Tensor | tuple[Tensor, Tensor] | Unreadable:
         rows: list[list[Tensor]] = []
@@ -239,19 +229,19 @@ class BatchReader:
         found = []
         for seen in self.spec.shown:
             height, width = size = height_width(seen.size)
-            corner, border = corners_at(torch.from_numpy(where)[:, None], self.padding, self.spec.size, size)
+            corner, border = augment.corners_at(torch.from_numpy(where)[:, None], self.padding, self.spec.size, size)
             top, left = corner[:, 0].tolist()
-            padded = pad(resize_and_center_crop(picture, seen), border)
+            padded = augment.pad(resize_and_center_crop(picture, seen), border)
             found.append(padded[:, top : top + height, left : left + width])
         return found
 
     def _random_box(self, picture: Picture, where: NDArray[Any]) -> list[Tensor]:
         assert self.scale is not None
         size = torch.tensor([picture.size[::-1]])
-        box = random_boxes(torch.from_numpy(where)[None], size, self.scale)
+        box = augment.random_boxes(torch.from_numpy(where)[None], size, self.scale)
         _, _, high, wide = box[0].tolist()
         sides = [height_width(seen.size) for seen in self.spec.shown]
         rgb = picture.rgb(min(min(high / height, wide / width) for height, width in sides) / GAP)
         if rgb.size != picture.size:
-            box = boxes_in_copies(box, size, torch.tensor([rgb.size[::-1]]))
+            box = augment.boxes_in_copies(box, size, torch.tensor([rgb.size[::-1]]))
         return [cut_and_resize(rgb, box[0].tolist(), seen) for seen in self.spec.shown]

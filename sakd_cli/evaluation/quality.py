@@ -7,14 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_auroc,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-)
+from torchmetrics.functional import classification as metrics
 
 from sakd_cli.documents.evaluation import Agreement, Averages, Confusion
 
@@ -38,13 +31,13 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     classes = logits.shape[1]
     chances = logits.softmax(dim=1)
     brier = (chances - F.one_hot(labels, classes)).square().sum(dim=1).mean()
-    ece = multiclass_calibration_error(chances, labels, num_classes=classes, n_bins=BINS, norm="l1")
+    ece = metrics.multiclass_calibration_error(chances, labels, num_classes=classes, n_bins=BINS, norm="l1")
     return float(brier), float(ece)
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Images of each class, a row, by what they are predicted as, [classes, classes] int64 on the CPU."""
-    return multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu()
+    return metrics.multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu()
 
 
 def confusions(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[list[Confusion], list[Confusion | None]]:
@@ -70,26 +63,26 @@ def averages(logits: Tensor, labels: Tensor) -> tuple[Averages, list[tuple[float
     Of classes that are neither there nor predicted nothing is counted, as torchmetrics and scikit-learn have it.
     """
     classes = logits.shape[1]
-    scores = {"precision": multiclass_precision, "recall": multiclass_recall, "f1": multiclass_f1_score}
+    precision, recall, f1 = metrics.multiclass_precision, metrics.multiclass_recall, metrics.multiclass_f1_score
     given: dict[str, Any] = {"preds": logits.argmax(dim=1), "target": labels, "num_classes": classes}
     found = {
         f"{name}_{kind}": 100 * float(score(**given, average=kind))
-        for name, score in scores.items()
+        for name, score in {"precision": precision, "recall": recall, "f1": f1}.items()
         for kind in ("macro", "weighted")
     }
     images, answers = (torch.bincount(one, minlength=classes) for one in (labels, given["preds"]))
-    recall = multiclass_recall(**given, average="none")[images > 0].mean()
+    balanced = recall(**given, average="none")[images > 0].mean()
     both = (images > 0) & (images < len(labels))
     auroc = None
     if bool(both.any()):
         with warnings.catch_warnings(action="ignore"):  # of classes without images, which are left out
             chances = logits.softmax(dim=1)
-            areas = multiclass_auroc(chances, labels, num_classes=classes, average="none")
+            areas = metrics.multiclass_auroc(chances, labels, num_classes=classes, average="none")
         auroc = 100 * float(areas[both].mean())
-    per_class = (multiclass_precision(**given, average="none"), multiclass_f1_score(**given, average="none"))
+    per_class = precision(**given, average="none"), f1(**given, average="none")
     rows = zip(*(100 * one.double() for one in per_class), answers.tolist(), images.tolist(), strict=True)
     each = [(float(p) if said else None, float(f) if said + there else None) for p, f, said, there in rows]
-    return Averages(**found, balanced_accuracy=100 * float(recall), auroc=auroc), each
+    return Averages(**found, balanced_accuracy=100 * float(balanced), auroc=auroc), each
 
 
 def agreement(student: Answers, teacher: Answers, labels: Tensor) -> Agreement:
