@@ -184,7 +184,7 @@ def prepare(**options: Unpack[DistillOptions]) -> "Job":
 
     Its `task` turns a batch of `loader_of(job)` into a loss; `task.groups()` are the parameters with their rates.
     """
-    from sakd_cli.engine.process import as_in_new_process
+    from sakd_cli.engine.runtime import as_in_new_process
     from sakd_cli.runs import build
 
     if wrong := options.keys() & {"resume", "seeds", "routers", "with_control", "parallel", "baseline"}:

@@ -187,7 +187,7 @@ def apart(call: Callable[Given, Result]) -> Callable[Given, Result]:
     def computed(*given: Given.args, **options: Given.kwargs) -> Result:
         if "torch" not in sys.modules:
             return call(*given, **options)  # nothing is set, and not every call needs it
-        from sakd_cli.engine.process import as_in_new_process
+        from sakd_cli.engine.runtime import as_in_new_process
 
         with as_in_new_process():
             return call(*given, **options)

@@ -100,7 +100,7 @@ def in_float64() -> Iterator[None]:
 
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch("sakd_cli.engine.process.as_in_new_process", nullcontext):
+        with mock.patch("sakd_cli.engine.runtime.as_in_new_process", nullcontext):
             yield
     finally:
         torch.set_default_dtype(torch.float32)

@@ -21,7 +21,7 @@ from sakd_cli.config.resolve import ConfigSource, resolve, set_sources
 from sakd_cli.data.decode import Reading
 from sakd_cli.data.files import ImageSpec, load_eval_image
 from sakd_cli.errors import UsageError
-from sakd_cli.export import opening
+from sakd_cli.export.source import opening_imports, opening_lines
 from sakd_cli.models import artifact
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.table import create
@@ -109,9 +109,9 @@ def test_a_picture_is_shown_as_plain_code_shows_it(name: str, photos: Path) -> N
         assert isinstance(ours, Tensor)
         assert torch.equal(ours, torch.as_tensor(plain(opened(path)))), path
         names: dict[str, Any] = {}
-        exec(f"{opening.imports(seen)}\n{opening.lines(seen, str(path))}", names)
+        exec(f"{opening_imports(seen)}\n{opening_lines(seen, str(path))}", names)
         assert np.array_equal(names["pixels"], ours[None].numpy().astype(np.float32) / 255), path
-    assert len(opening.lines(seen).splitlines()) <= 8
+    assert len(opening_lines(seen).splitlines()) <= 8
 
 
 @pytest.mark.parametrize("size", [(40, 64), (64, 40)])
@@ -126,8 +126,8 @@ def test_a_rectangle_is_covered_in_the_pictures_own_proportions(size: tuple[int,
         assert abs(high / wide - height / width) < 0.05 * height / width
         picture = Image.new("RGB", (width, height))
         names: dict[str, Any] = {}
-        lines = opening.lines(seen).replace('ImageOps.exif_transpose(Image.open("photo.jpg"))', "picture")
-        exec(f"{opening.imports(seen)}\n", names)
+        lines = opening_lines(seen).replace('ImageOps.exif_transpose(Image.open("photo.jpg"))', "picture")
+        exec(f"{opening_imports(seen)}\n", names)
         exec(lines.partition("rgb = rgb.crop")[0], names | (kept := {"picture": picture}), kept)
         assert kept["rgb"].size == (wide, high)
 

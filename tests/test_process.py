@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from sakd_cli import api
-from sakd_cli.engine.process import as_in_new_process, fp32_kept, set_tf32
 from sakd_cli.engine.reporter import stop_signals_to
-from sakd_cli.engine.runtime import _command, full_fp32
+from sakd_cli.engine.runtime import _command, as_in_new_process, fp32_kept, full_fp32, set_tf32
 from sakd_cli.errors import UsageError
 
 SHAPES: dict[str, Any] = {"dataset": "shapes", "epochs": 1, "batch_size": 12}

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sakd_cli.errors import UsageError, first_line
-from sakd_cli.export import opening
-from sakd_cli.export.source import executed, source
+from sakd_cli.export.source import executed, opening_imports, opening_lines, source
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
@@ -152,9 +151,9 @@ class Form(NamedTuple):
     def lines(self, card: NetworkCard, inside: bool) -> str:
         """The text for a network, which opens a picture file; `inside`: the network's file normalises it itself."""
         pixels, array = self.arrays
-        images = f"{opening.lines(card.seen)}\nimages = {pixels}"
+        images = f"{opening_lines(card.seen)}\nimages = {pixels}"
         if not inside:
-            images = f"{opening.lines(card.seen)}\nmean, std = {array}({list(card.mean)}), {array}({list(card.std)})\n"
+            images = f"{opening_lines(card.seen)}\nmean, std = {array}({list(card.mean)}), {array}({list(card.std)})\n"
             images += f"images = ({pixels} - mean[:, None, None]) / std[:, None, None]"
         call = _call_of(card)
         imports = ["from safetensors.torch import load_file"]
@@ -162,7 +161,7 @@ class Form(NamedTuple):
             imports.insert(0, f"import {call.module}")
         else:
             imports.append("from network import Network  # network.py, beside the weights")
-        opened = opening.imports(card.seen)
+        opened = opening_imports(card.seen)
         return self.text.format(opening=opened, images=images, imports="\n".join(imports), network=call or "Network()")
 
 

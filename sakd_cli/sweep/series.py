@@ -136,7 +136,7 @@ def train_command(
             with plan.resume.locked():  # which says who is in: before what takes long
                 pass
         config = locate_inputs(config)  # whatever is missing is reported before torch is loaded
-        from sakd_cli.engine.process import as_in_new_process
+        from sakd_cli.engine.runtime import as_in_new_process
         from sakd_cli.runs import launch
 
         launcher = launch.Launcher(reporter, params["resume"] is not None, again, guard)
