@@ -26,6 +26,7 @@ MACHINE = ("cpu", "cpu_flags", "cores", "device", "chip", "threads", "torch", "m
 COUNTED = ("gflop", "synchronisations", "saved_bytes")
 SCATTER = 0.25  # of the median: ratios that scatter more are not reported
 BUSY = 1.5  # wall time over CPU time: above it the machine was doing something else
+WARMUP = 2  # rounds that are not counted
 STEPS_OF_A_ROUND = 200  # on a GPU, which is waited for at a round's end only
 PHASES = ("teacher pass", "student forward", "routed pass", "losses", "backward", "update", "data")
 
@@ -54,7 +55,7 @@ class Stopwatch:
             self.seconds[name] += self.now() - begin
 
 
-def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
+def phases(setup: Setup, rounds: int) -> dict[str, float]:
     """Seconds of a step per phase, mean of `rounds`; the step is that of `adaptive`, eager."""
     task, watch = adaptive_task(setup), Stopwatch(setup.device)
     batches = endless(noise_loader(setup, task.noise_width))
@@ -63,8 +64,8 @@ def phases(setup: Setup, *, rounds: int, warmup: int) -> dict[str, float]:
     task.student_features = watch.phase("student forward")(task.student_features)
     assert task.graft is not None
     task.graft.forward = watch.phase("routed pass")(task.graft.forward)  # type: ignore[method-assign]
-    for turn in range(warmup + rounds):
-        if turn == warmup:
+    for turn in range(WARMUP + rounds):
+        if turn == WARMUP:
             watch.seconds = dict.fromkeys(PHASES, 0.0)
         begin = watch.now()
         batch = next(batches)
@@ -117,30 +118,21 @@ class Times(NamedTuple):
         return 1000 * statistics.median(self.counting[name])
 
 
-def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int = 7, warmup: int = 2, waited: bool = False
-) -> Times:
-    """Call every variant once per round, in reversed order every other round; `warmup` rounds are not counted.
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int = 7, *, waited: bool = False) -> Times:
+    """Call every variant once per round, in reversed order every other round; `WARMUP` rounds are not counted.
 
     The machine's other load meets all variants of a round alike. With `waited` a variant waits for its device.
     """
     times = Times({name: [] for name in variants}, {name: [] for name in variants}, waited)
-    for turn in range(warmup + rounds):
+    for turn in range(WARMUP + rounds):
         for name in list(variants)[:: -1 if turn % 2 else 1]:
             wall, cpu = time.perf_counter(), time.process_time()
             variants[name]()
             spent_cpu, spent_wall = time.process_time() - cpu, time.perf_counter() - wall
-            if turn >= warmup:
+            if turn >= WARMUP:
                 times.cpu[name].append(spent_cpu)
                 times.wall[name].append(spent_wall)
     return times
-
-
-class Rounds(NamedTuple):
-    """How often all is timed, and how often before that for nothing."""
-
-    rounds: int = 7
-    warmup: int = 2
 
 
 @contextmanager
@@ -154,20 +146,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], None]) -> doc.Bench:
+def measured(setup: Setup, rounds: int, peers: list[Step], say: Callable[[str], None]) -> doc.Bench:
     """Ratios are of every step over ours (`adaptive`), so that more is better for us."""
     begin = time.perf_counter()
     say("building and counting the steps")
     compared = [*steps(setup), *peers]
     first = time.perf_counter() - begin
-    say(f"{how.warmup} + {how.rounds} rounds of {', '.join(step.name for step in compared)}")
-    times, peaks = timed(setup, compared, how)
+    say(f"{WARMUP} + {rounds} rounds of {', '.join(step.name for step in compared)}")
+    times, peaks = timed(setup, compared, rounds)
     ratios = [times.ratio(step.name, OURS) for step in compared if step.name != OURS]
-    spent = phases(setup, rounds=how.rounds, warmup=how.warmup)
+    spent = phases(setup, rounds)
     total = sum(spent.values())
     return doc.Bench(
         environment=machine(setup),
-        setup=bench_setup(setup, how),
+        setup=bench_setup(setup, rounds),
         steps=[_step(setup, step, times, peaks) for step in compared],
         ratios=ratios,
         reported=reported(ratios),
@@ -176,15 +168,15 @@ def measured(setup: Setup, how: Rounds, peers: list[Step], say: Callable[[str], 
     )
 
 
-def bench_setup(setup: Setup, how: Rounds) -> doc.BenchSetup:
-    return doc.BenchSetup(**setup.settings, images=setup.images, **how._asdict())
+def bench_setup(setup: Setup, rounds: int) -> doc.BenchSetup:
+    return doc.BenchSetup(**setup.settings, images=setup.images, rounds=rounds, warmup=WARMUP)
 
 
-def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[str, int]]:
+def timed(setup: Setup, compared: list[Step], rounds: int) -> tuple[Times, dict[str, int]]:
     """Times per step, and on a GPU the most memory that each took."""
     gpu, peaks = setup.device.type == "cuda", dict[str, int]()
     if not gpu:
-        return interleaved({step.name: step.call for step in compared}, **how._asdict()), peaks
+        return interleaved({step.name: step.call for step in compared}, rounds), peaks
 
     def rounds_of(step: Step) -> Callable[[], None]:
         def several() -> None:
@@ -196,7 +188,7 @@ def timed(setup: Setup, compared: list[Step], how: Rounds) -> tuple[Times, dict[
 
         return several
 
-    found = interleaved({step.name: rounds_of(step) for step in compared}, **how._asdict(), waited=True)
+    found = interleaved({step.name: rounds_of(step) for step in compared}, rounds, waited=True)
     cpu, wall = ({n: [t / STEPS_OF_A_ROUND for t in of] for n, of in one.items()} for one in (found.cpu, found.wall))
     return Times(cpu, wall, waited=True), peaks
 

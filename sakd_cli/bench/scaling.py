@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sakd_cli.bench import measure
-from sakd_cli.bench.measure import Rounds, timed
+from sakd_cli.bench.measure import WARMUP, timed
 from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, load_peer_step, plain_distillation
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.sweep import is_path
@@ -74,15 +74,15 @@ def _with(setup: Setup, **settings: Any) -> Setup:
     return setup._replace(config=setup.config.model_copy(update=settings))
 
 
-def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -> Scaling:
+def scaled(axis: str, points: Points, rounds: int, say: Callable[[str], None]) -> Scaling:
     """Time our step and plain distillation at each value of the axis."""
     found: list[ScalingPoint] = []
     for value, setup in points:
         say(f"{axis} {value}")
         if axis == "runs":
-            found.append(ScalingPoint(value=value, ms=_at_once(setup, value, how)))
+            found.append(ScalingPoint(value=value, ms=_at_once(setup, value, rounds)))
             continue
-        times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], how)
+        times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], rounds)
         ratio = times.ratio("adaptive", "kd")
         ms = {"ms": times.milliseconds("adaptive"), "kd_ms": times.milliseconds("kd")}
         known = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
@@ -90,7 +90,7 @@ def scaled(axis: str, points: Points, how: Rounds, say: Callable[[str], None]) -
     return Scaling(axis=axis, points=found)
 
 
-def _at_once(setup: Setup, several: int, how: Rounds) -> float:
+def _at_once(setup: Setup, several: int, rounds: int) -> float:
     """Wall time in ms of one step of one run, where so many run beside each other, each with a thread and a stream."""
     made = [adaptive(setup) for _ in range(several)]
     gpu = setup.device.type == "cuda"
@@ -101,12 +101,12 @@ def _at_once(setup: Setup, several: int, how: Rounds) -> float:
                 step.call()
 
     with ThreadPoolExecutor(several) as pool:
-        list(pool.map(partial(steps, times=how.warmup), made))
+        list(pool.map(partial(steps, times=WARMUP), made))
         begin = time.perf_counter()
-        list(pool.map(partial(steps, times=how.rounds), made))
+        list(pool.map(partial(steps, times=rounds), made))
         if gpu:
             torch.cuda.synchronize(setup.device)
-        return 1000 * (time.perf_counter() - begin) / (how.rounds * several)
+        return 1000 * (time.perf_counter() - begin) / (rounds * several)
 
 
 def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None]) -> Bench:
@@ -115,7 +115,7 @@ def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None
         raise UsageError("bench: times one teacher, as was published")
     if len(config.method.parts) > 1:
         raise UsageError(f"bench: times one method, as it was published; {config.method.name} is several")
-    setup, how, axis = Setup(config), measure.Rounds(options["rounds"]), options["scaling"]
+    setup, rounds, axis = Setup(config), options["rounds"], options["scaling"]
     # Everything is checked before minutes are spent.
     if is_path(source := config.teacher.source):
         raise UsageError(f"bench: {source}: an architecture is timed, with random weights", "give its name")
@@ -125,9 +125,9 @@ def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None
     before = measure.earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():
         if before is not None:
-            measure.must_be_alike(before, measure.machine(setup), measure.bench_setup(setup, how))
+            measure.must_be_alike(before, measure.machine(setup), measure.bench_setup(setup, rounds))
         peers = [load_peer_step(options["peer"], options["peer_entry"], setup)] if options["peer"] else []
-        found = measure.measured(setup, how, peers, say)
-        axes = scaled(axis, points, how, say) if points else None
+        found = measure.measured(setup, rounds, peers, say)
+        axes = scaled(axis, points, rounds, say) if points else None
     change = None if before is None else measure.comparison(before, found)
     return found.model_copy(update={"scaling": axes, "comparison": change})

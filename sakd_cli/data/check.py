@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from sakd_cli.config.datasets import DataConfig, FilesConfig, ImageFolderConfig
 from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
-from sakd_cli.data.pictures import Finding, FolderContents, SplitContents, legible
+from sakd_cli.data.pictures import Finding, SplitContents, legible
 from sakd_cli.data.published import reading_of, scan
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
 from sakd_cli.errors import DataError
@@ -113,7 +113,11 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     found = scan(config) if isinstance(config, FilesConfig) else None
     if found is None or not isinstance(config, FilesConfig):
         return _loaded(config)
-    findings, notes = list(found.findings), [*found.notes, *_odd_names(found)]
+    findings, notes = list(found.findings), list(found.notes)
+    named = [(part, name) for part in found.parts for name in part.files]
+    odd = [(part, name) for part, name in named if not name.isprintable() or name != name.strip()]
+    unseen = "has spaces or signs that are not seen"
+    notes += [Finding("name", legible(part.folder), f"the class {name!a} {unseen}") for part, name in odd]
     places = [
         Place(str(part.folder), label, path)
         for part in found.parts
@@ -137,14 +141,6 @@ def check(config: DataConfig, begin: Callable[[int], None], advance: Callable[[i
     (findings if isinstance(config, ImageFolderConfig) else notes).extend(_duplicates(seen))
     sizes = {legible(part.folder): list(map(len, part.files.values())) for part in found.parts}
     return _document(config, len(found.classes), sizes, findings, notes).model_copy(update={"read": len(looks)})
-
-
-def _odd_names(found: FolderContents) -> Iterator[Finding]:
-    """Classes whose names have characters that are not seen."""
-    for part in found.parts:
-        for name in part.files:
-            if not name.isprintable() or name != name.strip():
-                yield Finding("name", legible(part.folder), f"the class {name!a} has spaces or signs that are not seen")
 
 
 def _oddities(parts: list[SplitContents], looks: list[tuple[Place, Looks]], config: FilesConfig) -> Iterator[Finding]:

@@ -34,15 +34,16 @@ TOGETHER = 8  # steps whose images a GPU crops at once: an eighth of the launche
 
 def cache_policy(splits: Sequence[Split], dataset: Dataset, config: DataConfig) -> list[Split]:
     """The splits, the training one first, those in files marked to be cached in memory: as configured, or by size."""
-    if not isinstance(config, FilesConfig) or isinstance(splits[0].images, Tensor):
-        return list(splits)
-    shown = [seen for split in splits[:1] if isinstance(split.images, Files) for seen in split.images.spec.shown[1:]]
-    need: float = sum(len(split) * split.images.shape[1:].numel() for split in splits)
-    need += sum(3 * len(splits[0]) * math.prod(height_width(seen.size)) for seen in shown)
-    if dataset.scale is not None:
-        need += _copies_need(splits[0], dataset.scale[0])
-    cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     files = [split.images for split in splits if isinstance(split.images, Files)]
+    if not isinstance(config, FilesConfig) or not files:
+        return list(splits)
+    train = files[0]
+    need: float = sum(one.shape.numel() for one in files)
+    need += sum(3 * len(train) * math.prod(height_width(seen.size)) for seen in train.spec.shown[1:])
+    if dataset.scale is not None:  # what random crops are cut from, by the headers of some files
+        some, most = train.paths[:: max(1, len(train) // SAMPLE)], copy_pixels(train.spec, dataset.scale[0])
+        need += 3 * len(train) * sum(min(pixel_count(path, train.spec.reading), most) for path in some) / len(some)
+    cached = need <= config.cache_limit * 1e9 if config.cache == "auto" else config.cache
     return [replace(split, images=replace(one, cached=cached)) for split, one in zip(splits, files, strict=True)]
 
 
@@ -60,15 +61,6 @@ def as_seen(split: Split, seen: Preprocessing | None) -> Split:
     if seen is None or not isinstance(files, Files) or seen == files.spec.seen:
         return split
     return replace(split, images=files.as_seen(seen))
-
-
-def _copies_need(split: Split, least: float) -> float:
-    """Bytes of what random crops are cut from, from the headers of `SAMPLE` files."""
-    files = split.images
-    assert isinstance(files, Files)
-    some = files.paths[:: max(1, len(files) // SAMPLE)]
-    most = copy_pixels(files.spec, least)
-    return 3 * len(files) * sum(min(pixel_count(path, files.spec.reading), most) for path in some) / len(some)
 
 
 def preload(split: Split, *, scale: augment.Scale | None = None) -> None:

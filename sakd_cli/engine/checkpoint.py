@@ -28,7 +28,7 @@ from sakd_cli.errors import CheckpointError
 FORMAT = "sakd.checkpoint/4"
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 
-MAX_MANIFEST_BYTES = 4096  # bytes
+MAX_MANIFEST_BYTES = 4096
 
 
 class Checkpoint(NamedTuple):

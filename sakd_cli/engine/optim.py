@@ -114,7 +114,10 @@ class Remembered:
             for what, value in group.items()
             if what.endswith("step")
         }
-        return dict(_as_tensors(of_parameters | counts))
+        values = of_parameters | counts
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        typed = {f"{name}:{type(n).__name__}": torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)} | typed
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Put it back. ValueError where it is of other parameters."""
@@ -144,14 +147,6 @@ def _fits(tensor: Tensor, parameter: nn.Parameter) -> bool:
     """A number of the parameter, or one for each entry, row or column."""
     sides = zip(tensor.shape, parameter.shape, strict=False)
     return not tensor.dim() or (tensor.dim() == parameter.dim() and all(one in (1, side) for one, side in sides))
-
-
-def _as_tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, int | float):
-            yield f"{name}:{type(value).__name__}", torch.tensor(value, dtype=torch.float64)
 
 
 class Slice(NamedTuple):

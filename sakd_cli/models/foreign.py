@@ -152,7 +152,10 @@ def find_weights(
     if not (fits := [place for place in places if not (place.missing or place.left)]):
         nearest = min(places, key=lambda place: len(place.missing) + len(place.left))
         _check_plain(file, nearest, integers)
-        raise UsageError(*_misfit(file, architecture, nearest))
+        parts = [(nearest.missing, "missing"), (nearest.left, "left over")]
+        both = "; ".join(f"{len(part)} tensors {what}: {_few(part)}" for part, what in parts if part)
+        few = not 5 <= len(nearest.missing) + len(nearest.left) < 5000
+        raise UsageError(f"{file}: is no {architecture}; {both}", None if few else _advice(nearest.tensors))
     alike = min(place.unlike(shapes) for place in fits)
     fits = [place for place in fits if place.unlike(shapes) == alike]
     raw, averaged = ([place for place in fits if place.averaged is kind] for kind in (False, True))
@@ -253,26 +256,12 @@ def _notes(content: Any, chosen: Place, averaged: Sequence[Place]) -> Iterator[s
         yield f"the last layer taken from {chosen.head}"
     others: list[str] = []
     for depth, key in enumerate(chosen.path):
-        names = content if isinstance(content, dict) else range(len(content))
-        others += [".".join((*chosen.path[:depth], str(name))) for name in names if str(name) != key]
-        content = _at(content, key)
+        entries = content if isinstance(content, dict) else dict(enumerate(content))
+        others += [".".join((*chosen.path[:depth], str(name))) for name in entries if str(name) != key]
+        content = next(value for name, value in entries.items() if str(name) == key)
     others += [name if count == 1 else f"{name} ({count} entries)" for name, count in chosen.beside.items()]
     if others:
         yield f"left in the file, beside the weights: {_few(others, 12)}"
-
-
-def _at(content: Any, key: str) -> Any:
-    """The entry of that name in a list, or in a dict whose keys are numbers."""
-    pairs = content.items() if isinstance(content, dict) else enumerate(content)
-    return next(value for name, value in pairs if str(name) == key)
-
-
-def _misfit(file: Path, architecture: str, place: Place) -> tuple[str, str | None]:
-    """What is missing and what is left over, and whose weights these are where that is known."""
-    parts = [(place.missing, "missing"), (place.left, "left over")]
-    both = "; ".join(f"{len(part)} tensors {what}: {_few(part)}" for part, what in parts if part)
-    few = not 5 <= len(place.missing) + len(place.left) < 5000
-    return f"{file}: is no {architecture}; {both}", None if few else _advice(place.tensors)
 
 
 def _check_plain(file: Path, place: Place, integers: Collection[str]) -> None:

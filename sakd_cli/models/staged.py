@@ -290,7 +290,7 @@ class StagedModel(nn.Module):
         return self._preactivation is not None
 
     def affine_before_activation(self, stage: int) -> Affine:
-        """Weight and bias of the BatchNorm in front of the activation of one of `map_stages`; else as above."""
+        """Weight and bias of the BatchNorm in front of the activation of one of `map_stages`; UsageError without."""
         return self._require_preactivation().affines(self.stages)[self.map_stages.index(stage)]
 
     def _require_preactivation(self) -> Preactivation:
