@@ -15,7 +15,6 @@ it.
 
 import importlib
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
@@ -386,15 +385,9 @@ def sweep(grid: Place | Mapping[str, Any], **options: Any) -> SweepDocument | Sw
     """
     params, reporter = params_of("sweep", options), _reporter(options)
     grid = plain_of(grid) if isinstance(grid, Mapping) else place_of("grid", grid)
-    from sakd_cli.sweep import carry_out, scheduler
+    from sakd_cli.sweep.carry_out import carry_out
 
-    def run(part: scheduler.Scheduler) -> None:
-        if part.unfinished():
-            executor = carry_out.executor_of(params, part)
-            with closing(executor), scheduler.received_signals(reporter) as signals:
-                part.run(executor, signals, again="the same call")
-
-    document, todo = carry_out.carry_out(grid, params, run, reporter)
+    document, todo = carry_out(grid, params, reporter, again="the same call")
     if todo is not None:
         todo.check("retry_failed=True tries them again")
     return document

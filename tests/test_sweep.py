@@ -18,8 +18,10 @@ import yaml
 from conftest import TINY, CliRunner, Result
 from fork_server import Child, ForkServer
 
-from sakd_cli.cli import sweep
+from sakd_cli import api
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
+from sakd_cli.errors import SeriesError
+from sakd_cli.sweep import carry_out
 from sakd_cli.sweep.executor import Ended, Executor, Job, LocalExecutor, gpus
 
 GRID: dict[str, Any] = {
@@ -69,7 +71,7 @@ Run = Callable[..., tuple[Result, list[str]]]
 
 @contextmanager
 def by(executor: Executor) -> Iterator[None]:
-    with mock.patch.object(sweep, "executor_of", return_value=executor), mock.patch.object(sweep, "PAUSE", 0.0):
+    with mock.patch.object(carry_out, "executor_of", return_value=executor), mock.patch.object(carry_out, "PAUSE", 0.0):
         yield
 
 
@@ -321,3 +323,34 @@ def test_the_gpus_of_a_sweep_are_those_that_cuda_sees(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpus() == names
+
+
+@final
+class Failing(Executor):
+    """Every job fails, at the second look."""
+
+    def __init__(self) -> None:
+        self.jobs = list[Job]()
+
+    def about(self) -> str:
+        return "nowhere"
+
+    def room(self) -> int:
+        return 8
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self.jobs += jobs
+
+    def ended(self) -> list[Ended]:
+        over, self.jobs = self.jobs, []
+        return [Ended(job.key, 2) for job in over]
+
+
+def test_a_program_that_sweeps_rests_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rests = list[float]()
+    monkeypatch.setattr(time, "sleep", rests.append)
+    with mock.patch.object(carry_out, "executor_of", return_value=Failing()), pytest.raises(SeriesError):
+        api.sweep(GRID | {"routers": ["always"]})
+    assert rests
+    assert min(rests) > 0.1

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from sakd_cli import __version__
-from sakd_cli.cli import evaluate, guide, runs, show, sweep, train, watch, weights
+from sakd_cli.cli import evaluate, guide, runs, show, sweep, train, weights
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
 from sakd_cli.config.code import GUIDE, place_of, trust_no_more
@@ -63,15 +63,9 @@ data_app = group(help="Check data sets.")
 show_app = group(help="Explain a method, a router, a settings key or a JSON schema.")
 
 
-def _hide_type_of_flags() -> None:
-    """A flag has no value, hence no type in the help; typer 0.29 would show `<bool>` behind it."""
-    original: Any = getattr(TyperOption, "display_type_rich", None)
-    if original is not None:
-        setattr(TyperOption, "display_type_rich", lambda own, ctx: "" if own.is_flag else original(own, ctx))  # noqa: B010
-
-
-_hide_type_of_flags()
-
+# A flag has no value, hence no type in the help; typer 0.29 would show `<bool>` behind it.
+if (shown_type := getattr(TyperOption, "display_type_rich", None)) is not None:
+    setattr(TyperOption, "display_type_rich", lambda own, ctx: "" if own.is_flag else shown_type(own, ctx))  # noqa: B010
 
 # What to do instead, by option.
 SEVERAL = {"--method": "--method A+B distils by both at once; sakd sweep --methods A,B tries one after the other"}
@@ -125,7 +119,7 @@ app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
 app.command("predict", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.predict)
 app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.compare)
 app.command("runs", rich_help_panel="Evaluate", cls=OnceEach)(runs.runs)
-app.command("watch", rich_help_panel="Evaluate", cls=OnceEach)(watch.watch)
+app.command("watch", rich_help_panel="Evaluate", cls=OnceEach)(runs.watch)
 app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.report)
 app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.inspect_spots)
 app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.bench)

@@ -3,9 +3,9 @@
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, redirect_stdout
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
@@ -18,11 +18,10 @@ from sakd_cli.report.render.format import duration, fixed, named, number
 from sakd_cli.report.render.sheet import Sheet
 from sakd_cli.report.sweep.tables import plan_tables, sweep_csv, sweep_tables
 from sakd_cli.rundir import RunDir
-from sakd_cli.sweep.carry_out import carry_out, executor_of
-from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
+from sakd_cli.sweep.carry_out import carry_out
+from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State
 from sakd_cli.torchrun import require_single_process
 
-PAUSE = 0.5  # seconds between two looks at what has ended
 SHOWN = 8  # runs that ended last, below those that run
 INTERVAL = 2.0  # seconds between two looks at the logs of what runs
 
@@ -40,8 +39,11 @@ def sweep(options: Values, json: bool, quiet: bool, csv: bool, file: FileOrPrese
         sakd sweep mine.yaml --jobs 2 --markdown table.md
     """
     require_single_process("sakd sweep")
-    reporter = ConsoleReporter(quiet=quiet)
-    document, scheduler = carry_out(file, options, lambda part: _carry_out(part, options, reporter), reporter)
+    reporter, again = ConsoleReporter(quiet=quiet), shlex.join(["sakd", *sys.argv[1:]])
+    with redirect_stdout(sys.stderr):  # a library of the executor's may print; stdout is for the data
+        document, scheduler = carry_out(
+            file, options, reporter, again, lambda part: ProgressTable(part, reporter).shown()
+        )
     if json:
         emit(document)
     elif isinstance(document, SweepPlan):
@@ -52,19 +54,6 @@ def sweep(options: Values, json: bool, quiet: bool, csv: bool, file: FileOrPrese
         show(*sweep_tables(document))
     if scheduler is not None:
         scheduler.check(f"--retry-failed tries them again; their messages: {scheduler.folder / 'jobs'}")
-
-
-def _carry_out(scheduler: Scheduler, params: Mapping[str, Any], reporter: ConsoleReporter) -> None:
-    """Run what is not finished; nothing is started where all is."""
-    if not scheduler.unfinished():
-        return
-    with redirect_stdout(sys.stderr):  # a library of the executor's may print; stdout is for the data
-        executor = executor_of(params, scheduler)
-        waiting = scheduler.counts()[State.waiting]
-        reporter.say(f"{waiting} of {len(scheduler.entries)} runs to do, on {executor.about()}")
-        table, again = ProgressTable(scheduler, reporter), shlex.join(["sakd", *sys.argv[1:]])
-        with closing(executor), received_signals(reporter) as signals, table.shown():
-            scheduler.run(executor, signals, again=again, refresh=table.refresh, pause=PAUSE)
 
 
 class ProgressTable:
@@ -80,14 +69,14 @@ class ProgressTable:
         scheduler.changed = self._changed
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Keep the table on the terminal meanwhile."""
+    def shown(self) -> Iterator[Callable[[], None]]:
+        """Keep the table on the terminal meanwhile; gives what brings it up to date."""
         if not self.terminal:
-            yield
+            yield self.refresh
             return
         with Live(self._table(), console=self.reporter.console, auto_refresh=False, transient=True) as self._live:
             try:
-                yield
+                yield self.refresh
             finally:
                 self._live = None
 

@@ -11,19 +11,17 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sakd_cli.config.base import Config, description, of_file, own_name, summary, written
-from sakd_cli.config.datasets import DATASETS, DataConfig
-from sakd_cli.config.method import MethodConfig
+from sakd_cli.config.datasets import DATASETS
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.plugins import usable
-from sakd_cli.config.routers import ROUTERS, RouterConfig
+from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.training import TASKS
 from sakd_cli.documents.listing import KeyMeaning
 from sakd_cli.errors import UsageError, unknown
 
 # Sections whose class is chosen by a name.
 TABLES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "router": ROUTERS, "data": DATASETS}
-_BY_NAME: dict[type, Mapping[str, type[Any]]] = {MethodConfig: METHODS, RouterConfig: ROUTERS, DataConfig: DATASETS}
 
 # What other programs call our keys: RepDistiller, mdistiller (section and name, or the name alone), torchvision, timm.
 # fmt: off
@@ -81,7 +79,7 @@ def classes_of(parent: type[Config], name: str) -> Iterator[type[Config]]:
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
     found = [kind for kind in kinds if issubclass(kind, Config)]
     for base in found:
-        yield from (kind for _, kind in usable(_BY_NAME[base])) if base in _BY_NAME else [base]
+        yield from (kind for _, kind in usable(TABLES[name])) if name in TABLES else [base]
 
 
 def places_of(key: str, task: str | None = None) -> Iterator[tuple[str, type[Config]]]:

@@ -83,11 +83,6 @@ def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
     return once(names)
 
 
-def _seeds(given: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """A number of them, or each once."""
-    return given if isinstance(given, int) else once(given)
-
-
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 Pair = Annotated[
     tuple[Annotated[str, read_by(_teacher)], NetworkName],
@@ -122,7 +117,7 @@ class SweepConfig(Config):
     """Values to try of any other settings, by dotted key or option: {lr: [0.05, 0.1], method.kl_weight: [1, 2]}."""
     halving: Annotated[int, Field(ge=2)] | None = None
     """Successive halving of grid and doses (Optuna): after 1/halving² and 1/halving of the run one in so many stays."""
-    seeds: Annotated[PositiveInt | Seeds, read_by(_seeds)] = 1
+    seeds: Annotated[PositiveInt | Seeds, read_by(lambda given: given if isinstance(given, int) else once(given))] = 1
     """Number of seeds, counted from the seed of common; or a list of seeds."""
     baseline: bool = False
     """Also train every student from scratch, without a teacher."""

@@ -243,7 +243,10 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
             saved, epoch = point.state.get("fingerprint"), point.state.get("epoch")
             require_fingerprint(point.folder, saved, epoch, run.fingerprint, run.extended)
             trainer.resume(point)
-            logs = _logs(point)
+            sizes, digests = point.state.get("logs"), point.state.get("log_sha256", {})
+            if not isinstance(sizes, dict) or not all(isinstance(size, int) and size >= 0 for size in sizes.values()):
+                raise CheckpointError(f"{point.folder}: does not say how long the logs were")
+            logs = sizes, digests if isinstance(digests, dict) else {}
         elif plan.resume is not None and distributed.is_main_process():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
         if resume_config and not trainer.done:
@@ -252,14 +255,6 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
         yield trainer
     if resume_config:
         run.cut_logs(*logs)
-
-
-def _logs(point: checkpoint.Checkpoint) -> tuple[dict[str, int], dict[str, str]]:
-    """How long the logs were when the checkpoint was written, and their digests, where it says them."""
-    sizes, digests = point.state.get("logs"), point.state.get("log_sha256", {})
-    if not isinstance(sizes, dict) or not all(isinstance(size, int) and size >= 0 for size in sizes.values()):
-        raise CheckpointError(f"{point.folder}: does not say how long the logs were")
-    return sizes, digests if isinstance(digests, dict) else {}
 
 
 def evaluation_data(job: Job, reporter: Reporter) -> EvaluationData:

@@ -34,7 +34,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         return weights_at(config.teacher.logits, "teacher.logits")
     weights, source = config.teacher.weights, config.teacher.source
     if weights == "library" and of_library(source):
-        library = importlib.import_module("sakd_cli.runs.library")  # which loads torch
+        library = importlib.import_module("sakd_cli.runs.initial_weights")  # which loads torch
         return library.trained_by_library(find_network(source).name, config.data)
     if weights == "library" and not any(map(of_library, config.teacher.others)):
         hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
@@ -74,7 +74,7 @@ def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path
     if target is None or target.exists() or not of_library(str(target)):
         return target
     name = find_network(str(target)).name
-    return importlib.import_module("sakd_cli.runs.library").network_by_name(name, layers)
+    return importlib.import_module("sakd_cli.runs.initial_weights").network_by_name(name, layers)
 
 
 def weights_at(source: Path | str, key: str, hint: str | None = None) -> Path:

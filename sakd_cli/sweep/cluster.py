@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from sakd_cli.errors import UsageError, one_line
+from sakd_cli.errors import UsageError, first_line, one_line
 from sakd_cli.sweep.executor import Ended, Executor, Job, library, run_job
 from sakd_cli.torchrun import cpu_count
 
@@ -45,8 +45,7 @@ class RayExecutor(ClusterExecutor):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"--executor ray: {reason}", "start a cluster with ray start --head") from None
+            raise UsageError(f"--executor ray: {first_line(error)}", "start a cluster with ray start --head") from None
         self.ray, self.tasks, self.stopping = ray, dict[Any, str](), False
         options.setdefault("num_cpus", max(1, cpu_count() // jobs) if jobs else 1)
         options.setdefault("num_gpus", 1 / per_gpu if ray.cluster_resources().get("GPU") else 0)
@@ -54,7 +53,7 @@ class RayExecutor(ClusterExecutor):
         try:
             self.remote = ray.remote(run_job).options(**options)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"--resource: {str(error).partition(chr(10))[0]}", "as ray.remote takes them") from None
+            raise UsageError(f"--resource: {first_line(error)}", "as ray.remote takes them") from None
 
     def about(self) -> str:
         return f"a Ray cluster of {len(self.ray.nodes())} machine(s)"
@@ -123,8 +122,7 @@ class SlurmExecutor(ClusterExecutor):
             limit = {"slurm_array_parallelism": jobs} if jobs else {}
             self.executor.update_parameters(**({"timeout_min": MINUTES, "name": "sakd"} | limit | options))
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"--executor slurm: {reason}", HINT) from None
+            raise UsageError(f"--executor slurm: {first_line(error)}", HINT) from None
         self.cluster, self.tasks, self.stops = cluster, dict[str, tuple[Job, Any]](), 0
 
     def about(self) -> str:
