@@ -18,7 +18,7 @@ from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
 from sakd_cli.data import files, imagefolder, published, table
 from sakd_cli.data.augment import channel_tensor, normalise
 from sakd_cli.data.dataset import Split
-from sakd_cli.data.decode import Reading, Unreadable, open_rgb
+from sakd_cli.data.decode import Picture, Reading, Unreadable, read
 from sakd_cli.data.files import Files, Pool
 from sakd_cli.data.loader import EvalLoader, TrainLoader
 from sakd_cli.data.sources import views
@@ -119,10 +119,10 @@ def test_any_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
     for mode, ending in [("L", "png"), ("1", "png"), ("P", "gif"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")]:
         colour.convert(mode).save(tmp_path / f"{mode}.{ending}")
     for path in sorted(tmp_path.iterdir()):
-        seen = open_rgb(str(path), Reading())
+        seen = read(str(path), Reading(), Picture.rgb)
         assert isinstance(seen, Image.Image), seen
         assert (seen.mode, seen.size) == ("RGB", (8, 8))
-    sixteen = np.asarray(open_rgb(str(tmp_path / "wide.png"), Reading()))[..., 0]
+    sixteen = np.asarray(read(str(tmp_path / "wide.png"), Reading(), Picture.rgb))[..., 0]
     assert np.array_equal(sixteen, wide >> 8)
 
 

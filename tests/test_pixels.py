@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.data import decode
-from sakd_cli.data.decode import Picture, Reading, Unreadable, open_rgb, read
+from sakd_cli.data.decode import Picture, Reading, Unreadable, read
 from sakd_cli.data.files import ImageSpec, load_eval_image
 from sakd_cli.errors import MemoryLimitError
 
@@ -194,7 +194,7 @@ READ: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Image.Image], dict
 def test_an_odd_picture_is_read_as_it_is_meant(name: str, tmp_path: Path) -> None:
     write, expected, settings = READ[name]
     write(tmp_path / name)
-    seen = open_rgb(str(tmp_path / name), Reading(**settings))
+    seen = read(str(tmp_path / name), Reading(**settings), Picture.rgb)
     assert isinstance(seen, Image.Image), seen
     wanted = expected(tmp_path / name)
     assert (seen.mode, seen.size) == ("RGB", wanted.size)
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_webp_that_takes_more_memory_than_a_picture_should_is_refused(tmp_path: Path) -> None:
     content = blank_webp(12000) + bytes(2000)  # enough bytes for 200 million pixels of one colour
     (tmp_path / "a.webp").write_bytes(content)
-    seen = open_rgb(str(tmp_path / "a.webp"), Reading())
+    seen = read(str(tmp_path / "a.webp"), Reading(), Picture.rgb)
     assert isinstance(seen, Unreadable), "was read"
     assert "144,000,000 pixels, and WebP takes 12 bytes for each" in seen.reason
 
@@ -253,7 +253,7 @@ def test_a_webp_that_takes_more_memory_than_a_picture_should_is_refused(tmp_path
 def test_what_cannot_be_read_without_a_guess_is_refused(name: str, tmp_path: Path) -> None:
     write, reason = REFUSED[name]
     write(tmp_path / name)
-    seen = open_rgb(str(tmp_path / name), Reading(max_pixels=10_000_000))
+    seen = read(str(tmp_path / name), Reading(max_pixels=10_000_000), Picture.rgb)
     assert isinstance(seen, Unreadable), "was read"
     assert reason in seen.reason
 
@@ -262,11 +262,11 @@ def test_heic_is_read_by_an_extra_and_named_without_it(tmp_path: Path, monkeypat
     heif = pytest.importorskip("pillow_heif", reason="the extra `heic` is not installed")
     heif.register_heif_opener()
     RGB.resize((64, 64)).save(tmp_path / "photo.heic", quality=90)
-    seen = open_rgb(str(tmp_path / "photo.heic"), Reading())
+    seen = read(str(tmp_path / "photo.heic"), Reading(), Picture.rgb)
     assert isinstance(seen, Image.Image), seen
     assert np.array_equal(np.asarray(seen), np.asarray(plain(tmp_path / "photo.heic")))
     monkeypatch.setattr(decode, "_formats", lambda: decode.FORMATS)
-    seen = open_rgb(str(tmp_path / "photo.heic"), Reading())
+    seen = read(str(tmp_path / "photo.heic"), Reading(), Picture.rgb)
     assert isinstance(seen, Unreadable)
     assert seen.reason == "is HEIC: pip install 'sakd[heic]' reads it"
 
@@ -280,7 +280,7 @@ def test_what_the_machine_lacks_is_no_bad_picture(
 
     monkeypatch.setattr(decode, "_regular", fail)
     with pytest.raises(MemoryLimitError, match=r"x\.png"):
-        open_rgb(str(tmp_path / "x.png"), Reading())
+        read(str(tmp_path / "x.png"), Reading(), Picture.rgb)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
@@ -289,12 +289,12 @@ def test_a_decoder_without_memory_calls_no_picture_damaged(tmp_path: Path) -> No
     Image.new("RGB", (6000, 6000), (1, 2, 3)).save(tmp_path / "large.webp", lossless=True)
     code = """
 import resource, sys
-from sakd_cli.data.decode import Reading, open_rgb
+from sakd_cli.data.decode import Picture, Reading, read
 from sakd_cli.errors import MemoryLimitError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)
 try:
-    print(open_rgb(sys.argv[1], Reading()))
+    print(read(sys.argv[1], Reading(), Picture.rgb))
 except MemoryLimitError as error:
     print("lacks", error.message)
 """

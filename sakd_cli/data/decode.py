@@ -170,11 +170,6 @@ def read(path: str, reading: Reading, use: Callable[[Picture], Result]) -> Resul
         raise _no_memory(path) from error
 
 
-def open_rgb(path: str, reading: Reading) -> Image.Image | Unreadable:
-    """The whole picture as RGB, as `Picture.rgb`."""
-    return read(path, reading, Picture.rgb)
-
-
 def pixel_count(path: str, reading: Reading) -> int:
     """Width times height, from the file's header alone; 0 where it cannot be read."""
     try:

@@ -15,16 +15,17 @@ from sakd_cli.engine.runtime import translate_oom
 from sakd_cli.errors import NonFiniteError
 
 FEWER = "sakd eval --batch-size {} should fit; in a training, free the device of other programs"
-Batches = TypeVar("Batches")
+Batches = Iterable[tuple[Tensor, Tensor]]  # images or logits, and labels
+Item = TypeVar("Item")
 
 
-class InterruptibleBatches(Generic[Batches]):
+class InterruptibleBatches(Generic[Item]):
     """Batches of an evaluation that ends with Stopped, between two of them, if someone wants it."""
 
-    def __init__(self, batches: Iterable[Batches], reporter: Reporter) -> None:
+    def __init__(self, batches: Iterable[Item], reporter: Reporter) -> None:
         self._batches, self._reporter = batches, reporter
 
-    def __iter__(self) -> Iterator[Batches]:
+    def __iter__(self) -> Iterator[Item]:
         for batch in self._batches:
             if distributed.world_size() == 1:  # several stop between two steps only, all at the same one
                 raise_if_stopped(self._reporter)
@@ -58,9 +59,7 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False
-) -> Scores:
+def evaluate(network: nn.Module, batches: Batches, classes: int, *, together: bool = False) -> Scores:
     """Score `network` on (images, labels) batches; `together`: on those of all processes, each evaluating its share."""
     mode = network.training
     network.eval()
@@ -76,9 +75,7 @@ def evaluate(
     return scores
 
 
-def score_logits(
-    batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, together: bool = False, network: nn.Module | None = None
-) -> Scores:
+def score_logits(batches: Batches, classes: int, *, together: bool = False, network: nn.Module | None = None) -> Scores:
     """The same from (logits [N, classes] in fp32, labels [N]) batches of `network`; together: of every process.
 
     The host reads the device once. Raises NonFiniteError where the loss is NaN or infinite (finite weights may have

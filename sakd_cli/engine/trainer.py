@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +16,7 @@ from sakd_cli.batch import Loader
 from sakd_cli.engine import checkpoint
 from sakd_cli.engine.checkpoint import Checkpoint
 from sakd_cli.engine.control import ESTIMATED, Control
-from sakd_cli.engine.evaluate import Scores, evaluate
+from sakd_cli.engine.evaluate import Batches, Scores, evaluate
 from sakd_cli.engine.graphs import Capturer, GraphedStep
 from sakd_cli.engine.optim import BilevelOptimizer, Optimizer
 from sakd_cli.engine.recorder import LOWER, SpotRecorder
@@ -49,8 +49,8 @@ class EvaluationData(NamedTuple):
     """
 
     selected_on: str
-    validation: Iterable[tuple[Tensor, Tensor]]
-    test: Iterable[tuple[Tensor, Tensor]]
+    validation: Batches
+    test: Batches
     classes: int
     wrap: Callable[[nn.Module], nn.Module] | None = None
     networks: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -201,9 +201,7 @@ class Trainer:
     def _delivered(self) -> AbstractContextManager[None]:
         return nullcontext() if self.control.delivered is None else self.control.delivered.in_place()
 
-    def _evaluate(
-        self, network: nn.Module, evaluation: EvaluationData, batches: Iterable[tuple[Tensor, Tensor]]
-    ) -> Scores:
+    def _evaluate(self, network: nn.Module, evaluation: EvaluationData, batches: Batches) -> Scores:
         evaluated = network if evaluation.wrap is None else evaluation.wrap(network)
         try:
             return evaluate(evaluated, batches, evaluation.classes, together=True)

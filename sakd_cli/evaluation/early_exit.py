@@ -1,17 +1,16 @@
 """An ensemble whose images leave early or all go to the end: its metrics, its cost, and the curve between the two."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sakd_cli.documents.evaluation import ExitCosts, ExitMetrics, ExitPoint
-from sakd_cli.engine.evaluate import Scores, evaluate
+from sakd_cli.engine.evaluate import Batches, Scores, evaluate
 from sakd_cli.models.ensemble import NEVER, Ensemble, Exits, exit_stage, mean_macs
 
 POINTS = 21  # of a curve
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class EarlyExit(nn.Module):

@@ -13,6 +13,7 @@ from sakd_cli.models.spot import Spot
 from sakd_cli.models.staged import Features
 
 Run = Callable[[Tensor, int, int], Tensor]
+Terms = tuple[Tensor, dict[str, Tensor]]  # a loss, and what is told of it by name
 
 
 def mix(gate: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def router_loss(
     gamma: float,
     min_teacher_fraction: float,
     criterion: Callable[[Tensor, Batch], Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Terms:
     """c CE(routed) + max(0, fraction N - number of samples with the teacher's logits) (Song et al., IEEE TIP 2022).
 
     c = gamma where the routed network is worse than the student alone, 1/gamma where it is better, 1 where equal. The

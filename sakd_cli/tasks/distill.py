@@ -21,7 +21,7 @@ from sakd_cli.engine.runtime import Mode, to_fp32
 from sakd_cli.engine.task import ParamGroup, StepOutput, Task
 from sakd_cli.models.staged import Features, StagedModel, Want
 from sakd_cli.routing.dose import Doses
-from sakd_cli.routing.graft import Graft, router_loss
+from sakd_cli.routing.graft import Graft, Terms, router_loss
 from sakd_cli.routing.router import Answers, Decision, Router
 from sakd_cli.tasks.ahead import benefits_of
 from sakd_cli.tasks.criterion import Criterion
@@ -318,9 +318,7 @@ class DistillTask(Task):
         noise = torch.rand(len(labels), self.noise_width, generator=draw).to(teacher.embedding.device)
         return self.router(teacher.embedding, student.embedding, noise, *self.answers(teacher, student, labels))
 
-    def objective(
-        self, batch: Batch, student: Features, seen: Features, ce: Tensor | None, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, batch: Batch, student: Features, seen: Features, ce: Tensor | None, weight: Tensor) -> Terms:
         """The student's loss and its terms for the log; without the cross-entropy, what a further teacher adds."""
         teacher = self._compared(seen, "teacher", self.distillers.want).map(to_fp32)
         logit = self.factors.logit * self._matched(self.logit_distiller, student, teacher, weight[-1:], batch)
@@ -357,9 +355,7 @@ class DistillTask(Task):
         require_floating(distiller, "what it returns, a loss per spot [spots],", losses, (len(distiller.spots),))
         return losses.sum() if scale is None else (losses * scale).sum()
 
-    def route(
-        self, batch: Batch, teacher: Features, ce: Tensor, gate: Tensor | None, offset: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def route(self, batch: Batch, teacher: Features, ce: Tensor, gate: Tensor | None, offset: Tensor | None) -> Terms:
         """The router's loss and what happened in it; nothing where the router does not learn, or not in this step."""
         if self.graft is None or gate is None or not self._routed:
             return torch.zeros_like(ce), {}

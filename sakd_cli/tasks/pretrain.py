@@ -5,8 +5,9 @@ Distillation", NeurIPS 2021, section 3. What is delivered is the teacher alone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import NotRequired, TypedDict, Unpack, final
 
 import torch
@@ -36,22 +37,31 @@ class Recipe(TypedDict):
 class SingleRateTask(Task, ABC):
     """A task whose groups share a learning rate and a weight decay.
 
-    in_networks  what is trained and run once in a step within `mode.networks`
+    trained      the modules of each group, by its name
+    in_networks  of what is trained, what is run once in a step within `mode.networks`; None: all
     """
 
     network: StagedModel
     regions = ("outcome",)
 
-    def __init__(self, network: StagedModel, in_networks: Sequence[nn.Module], **recipe: Unpack[Recipe]) -> None:
+    def __init__(
+        self,
+        network: StagedModel,
+        trained: Mapping[str, Sequence[nn.Module]],
+        in_networks: Sequence[nn.Module] | None = None,
+        **recipe: Unpack[Recipe],
+    ) -> None:
         super().__init__()
-        self.network, self.recipe, self.mode = network, recipe, recipe.get("mode") or Mode()
-        self.criterion = recipe.get("criterion") or Criterion()
-        self._converted = ConvertedWeights(in_networks, [], self.mode.autocast_dtype)
-        self._counted = CountedBatches(in_networks)
+        self.network, self.trained, self.recipe = network, trained, recipe
+        self.mode, self.criterion = recipe.get("mode") or Mode(), recipe.get("criterion") or Criterion()
+        inside = list(chain(*trained.values())) if in_networks is None else in_networks
+        self._converted = ConvertedWeights(inside, [], self.mode.autocast_dtype)
+        self._counted = CountedBatches(inside)
 
-    def group(self, name: str, *modules: nn.Module) -> ParamGroup:
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        return ParamGroup(name, parameters, self.recipe["lr"], self.recipe["weight_decay"])
+    def groups(self) -> list[ParamGroup]:
+        of_groups = {name: [p for one in modules for p in one.parameters()] for name, modules in self.trained.items()}
+        rate, decay = self.recipe["lr"], self.recipe["weight_decay"]
+        return [ParamGroup(name, parameters, rate, decay) for name, parameters in of_groups.items()]
 
     def forward(self, batch: Batch) -> StepOutput:
         with self._converted(), self._counted():
@@ -67,10 +77,7 @@ class PretrainTask(SingleRateTask):
     """loss = CE(network(x), y): teachers, and students alone."""
 
     def __init__(self, network: StagedModel, **recipe: Unpack[Recipe]) -> None:
-        super().__init__(network, [network], **recipe)
-
-    def groups(self) -> list[ParamGroup]:
-        return [self.group("network", self.network)]
+        super().__init__(network, {"network": [network]}, **recipe)
 
     def outcome(self, batch: Batch) -> StepOutput:
         with self.mode.networks(batch.images.device):
@@ -101,11 +108,8 @@ class SftnTask(SingleRateTask):
     def __init__(
         self, network: StagedModel, branches: Branches, settings: FriendlyConfig, **recipe: Unpack[Recipe]
     ) -> None:
-        super().__init__(network, [network, branches], **recipe)
+        super().__init__(network, {"network": [network], "branches": [branches]}, **recipe)
         self.branches, self.settings = branches, settings
-
-    def groups(self) -> list[ParamGroup]:
-        return [self.group("network", self.network), self.group("branches", self.branches)]
 
     def outcome(self, batch: Batch) -> StepOutput:
         settings = self.settings
@@ -136,15 +140,13 @@ class WarmupTask(SingleRateTask):
     has_unused_parameters = True
 
     def __init__(self, network: StagedModel, teacher: StagedModel, warmup: Warmup, **recipe: Unpack[Recipe]) -> None:
-        super().__init__(network, [network] if warmup.trains_student else [], **recipe)
+        inside = [network] if warmup.trains_student else []
+        # A head that the loss does not reach gets no gradient and must not be decayed either: SGD leaves it out.
+        super().__init__(network, {"warmup": [warmup, *inside]}, inside, **recipe)
         self.warmup = warmup.requires_grad_(True)
         self.warmup.autocast = self.mode.networks
         self.student_features = partial(network.features, want=warmup.want)
         self.teacher_features = partial(teacher.features, want=warmup.want)
-
-    def groups(self) -> list[ParamGroup]:
-        # A head that the loss does not reach gets no gradient and must not be decayed either: SGD leaves it out.
-        return [self.group("warmup", self.warmup, *([self.network] if self.warmup.trains_student else []))]
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Features:

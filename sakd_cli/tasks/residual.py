@@ -15,7 +15,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.training import ResidualConfig
 from sakd_cli.distillers.logits import softened_kl
 from sakd_cli.engine.runtime import to_fp32
-from sakd_cli.engine.task import ParamGroup, StepOutput
+from sakd_cli.engine.task import StepOutput
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.tasks.pretrain import Recipe, SingleRateTask
 
@@ -74,11 +74,8 @@ class ResidualTask(SingleRateTask):
     def __init__(
         self, network: StagedModel, teacher: Logits, base: Logits, settings: ResidualConfig, **recipe: Unpack[Recipe]
     ) -> None:
-        super().__init__(network, [network], **recipe)
+        super().__init__(network, {"student": [network]}, **recipe)
         self.teacher, self.base, self.settings = teacher, base, settings
-
-    def groups(self) -> list[ParamGroup]:
-        return [self.group("student", self.network)]
 
     @torch.no_grad()
     def precompute(self, images: Tensor) -> Targets:
