@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.config.training import ResidualConfig
-from sakd_cli.evaluation.early_exit import evaluate_batches, exit_curve, never, pareto
+from sakd_cli.engine.evaluate import evaluate
+from sakd_cli.evaluation.early_exit import EarlyExit, exit_curve, never, pareto
 from sakd_cli.models.ensemble import MEASURES, NEVER, RANGES, Ensemble, Exits, exit_stage, fit, mean_macs
 
 MACS = [50, 30, 10, 5]
@@ -149,7 +150,9 @@ def test_what_is_skipped_is_not_computed_and_batches_do_not_matter(thresholds: t
         for member in ensemble.members:
             member.seen.clear()
         pieces = list(zip(images.split(size), labels.split(size), strict=True))
-        assert torch.equal(evaluate_batches(ensemble, chosen, pieces, 6)[1], left)
+        early = EarlyExit(ensemble, chosen).eval()
+        evaluate(early, pieces, 6)
+        assert torch.equal(torch.cat(early.left), left)
         for place, member in enumerate(ensemble.members):
             alive = images[left >= place]
             assert torch.equal(torch.cat([*member.seen, images[:0]]), alive)
@@ -179,7 +182,7 @@ def test_a_curve_goes_from_all_members_to_the_first_alone() -> None:
     assert (first.theta, first.exits, first.agreement, first.cost) == (None, [0, 0, 200], 100.0, 0.9)
     assert (last.exits, last.cost) == ([200, 0, 0], 0.5)
     assert [point.macs for point in points] == sorted((point.macs for point in points), reverse=True)
-    all_members, _ = evaluate_batches(ensemble, never(exits(0.5, 0.5)), [(images, labels)], 6)
+    all_members = evaluate(EarlyExit(ensemble, never(exits(0.5, 0.5))), [(images, labels)], 6)
     assert first.top1 == pytest.approx(all_members.top1)
     on_front = [(point.macs, point.top1) for point in points if point.pareto]
     rising = sorted(on_front)
@@ -196,6 +199,7 @@ def test_the_pareto_front_of_known_points() -> None:
 
 def test_a_student_alone_is_an_ensemble_without_residual_students() -> None:
     ensemble, images, labels = made(1)
-    scores, left = evaluate_batches(ensemble, exits(), [(images, labels)], 6)
-    assert (scores.images, left.tolist()) == (40, [0] * 40)
+    early = EarlyExit(ensemble, exits())
+    scores = evaluate(early, [(images, labels)], 6)
+    assert (scores.images, torch.cat(early.left).tolist()) == (40, [0] * 40)
     assert len(exit_curve(ensemble, exits(), [(images, labels)], MACS[:1], None)) == 1

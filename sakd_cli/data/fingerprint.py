@@ -60,8 +60,7 @@ class Fingerprint(NamedTuple):
     @property
     def mode(self) -> str:
         """How it was taken: `content` or `sizes`."""
-        images = [image for images in self.parts.values() for image in images]
-        return "content" if any(image.sha256 for image in images) else "sizes"
+        return "content" if any(image.sha256 for images in self.parts.values() for image in images) else "sizes"
 
     def sum(self, part: str) -> str:
         """SHA-256 of what the images of a part are known by, whatever their order and names."""

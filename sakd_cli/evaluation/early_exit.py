@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sakd_cli.documents.evaluation import ExitCosts, ExitMetrics, ExitPoint
-from sakd_cli.engine.evaluate import Batches, Scores, evaluate
+from sakd_cli.engine.evaluate import Batches, evaluate
 from sakd_cli.models.ensemble import NEVER, Ensemble, Exits, exit_stage, mean_macs
 
 POINTS = 21  # of a curve
@@ -29,13 +29,6 @@ class EarlyExit(nn.Module):
         return logits
 
 
-def evaluate_batches(ensemble: Ensemble, exits: Exits, batches: Batches, classes: int) -> tuple[Scores, Tensor]:
-    """Run an ensemble in evaluation mode; returns its scores and the stage [N] at which each image left."""
-    early = EarlyExit(ensemble, exits).eval()
-    scores = evaluate(early, batches, classes)
-    return scores, torch.cat(early.left).cpu()
-
-
 def never(exits: Exits) -> Exits:
     """The same, with all images going to the end."""
     return exits._replace(thresholds=(NEVER,) * len(exits.thresholds))
@@ -51,8 +44,9 @@ def exit_costs(left: Tensor, macs: Sequence[int], teacher_macs: int | None) -> E
 def exit_metrics(
     ensemble: Ensemble, exits: Exits, batches: Batches, classes: int, macs: Sequence[int], teacher_macs: int | None
 ) -> ExitMetrics:
-    scores, left = evaluate_batches(ensemble, exits, batches, classes)
-    costs = exit_costs(left, macs, teacher_macs)
+    early = EarlyExit(ensemble, exits).eval()
+    scores = evaluate(early, batches, classes)
+    costs = exit_costs(torch.cat(early.left).cpu(), macs, teacher_macs)
     return ExitMetrics(**scores.metrics(), **dict(costs))
 
 

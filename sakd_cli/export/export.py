@@ -22,8 +22,7 @@ from sakd_cli.export.formats import CALIBRATION, FORMS, SOURCE, Form, FromPixels
 from sakd_cli.export.images import BATCH, UNKNOWN, Pictures, calibration_images, pictures_of
 from sakd_cli.files import folder_of, read_about, read_json, sha256
 from sakd_cli.models import artifact, ensemble
-from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.external import metadata_block, timm_config
+from sakd_cli.models.artifact import NetworkCard, metadata_block, timm_config
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.locate import is_ensemble, own_network, run_of, settings_of
 from sakd_cli.runs.scored import config_of
@@ -120,7 +119,7 @@ def export(target: Path, order: ExportSettings, layers: list[ConfigSource], repo
         calibration = [given(pixels) for pixels, _ in source.batches(CALIBRATION)]
     reporter.say(f"exporting {found.card.architecture} as {order.form}, {order.precision}")
     with whole_folder(folder) as aside:
-        first = given(pictures.first(IMAGES))
+        first = given(torch.cat([pixels for pixels, _ in pictures.batches(IMAGES)]))
         form.write(network, first[:2].clone(), found.card, aside, Writing(order.opset, order.precision, calibration))
         opened = form.opened(found.card, aside)
         document = Export(

@@ -11,9 +11,10 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 from unittest.mock import patch
 
@@ -242,17 +243,6 @@ def _write_onnx(network: nn.Module, example: Tensor, card: NetworkCard, folder: 
     write_aside(folder / "model.onnx", proto.SerializeToString())
 
 
-class _Reader:
-    """Calibration batches as onnxruntime asks for them."""
-
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self._batches: Iterator[Tensor] = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch.numpy()}
-
-
 def quantised(model: bytes, batches: Iterable[Tensor]) -> bytes:
     """The ONNX model with int8 weights (per channel) and activations, as QuantizeLinear and DequantizeLinear nodes.
 
@@ -262,6 +252,7 @@ def quantised(model: bytes, batches: Iterable[Tensor]) -> bytes:
     """
     tools = importlib.import_module("onnxruntime.quantization")
     prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
+    given = ({"images": batch.numpy()} for batch in batches)
     with tempfile.TemporaryDirectory() as folder:
         plain, ready, done = (Path(folder) / f"{name}.onnx" for name in ("plain", "ready", "done"))
         plain.write_bytes(model)
@@ -273,7 +264,7 @@ def quantised(model: bytes, batches: Iterable[Tensor]) -> bytes:
             tools.quantize_static(
                 ready,
                 done,
-                _Reader(batches),
+                SimpleNamespace(get_next=lambda: next(given, None)),  # as onnxruntime asks for them
                 quant_format=tools.QuantFormat.QDQ,
                 per_channel=True,
                 reduce_range=True,

@@ -51,10 +51,6 @@ class Pictures(NamedTuple):
         plain = replace(self.dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         yield from EvalLoader(some, plain, device=torch.device("cpu"), batch_size=BATCH)
 
-    def first(self, count: int) -> Tensor:
-        """As many of them in one tensor."""
-        return torch.cat([pixels for pixels, _ in self.batches(count)])
-
 
 def pictures_of(
     weights: Path,

@@ -131,8 +131,6 @@ def _traced(network: nn.Module, num_classes: int) -> fx.Graph:
     """The graph with as many containers opened as can be, the same in training and evaluation mode."""
     opened: set[str] = set()
     graph = _graph(network, opened)
-    if isinstance(graph, str):
-        raise CannotCutError(graph)
     refused: set[str] = set()
     total = max(1, sum(p.numel() for p in network.parameters()))
     while True:
@@ -141,16 +139,15 @@ def _traced(network: nn.Module, num_classes: int) -> fx.Graph:
         if not worth:
             return graph
         for target in worth:
-            finer = _graph(network, opened | {target})
-            if isinstance(finer, str):
-                refused.add(target)
-            else:
+            try:
+                graph = _graph(network, opened | {target})
                 opened.add(target)
-                graph = finer
+            except CannotCutError:
+                refused.add(target)
 
 
-def _graph(network: nn.Module, opened: set[str]) -> fx.Graph | str:
-    """The network's graph; or the reason why it has none that holds for training too."""
+def _graph(network: nn.Module, opened: set[str]) -> fx.Graph:
+    """The network's graph. Raises CannotCutError where it has none that holds for training too."""
     training = network.training
     graphs = []
     try:
@@ -158,13 +155,13 @@ def _graph(network: nn.Module, opened: set[str]) -> fx.Graph | str:
             for mode in (True, False):
                 graphs.append(_Tracer(opened).trace(network.train(mode)))
     except Exception as error:  # whatever a network of somebody else's raises when it is traced
-        return f"torch.fx cannot trace it ({first_line(error)})"
+        raise CannotCutError(f"torch.fx cannot trace it ({first_line(error)})") from None
     finally:
         network.train(training)
     for graph in graphs:
         _dropouts_as_modules(network, graph)
     if str(graphs[0]) != str(graphs[1]):
-        return "it computes in another way while it is trained"
+        raise CannotCutError("it computes in another way while it is trained")
     return graphs[1]
 
 

@@ -13,8 +13,6 @@ from sakd_cli.models import mobilenetv2
 
 Rules = tuple[tuple[str, str], ...]
 
-OWN_NAMES: tuple[Rules, ...] = ((),)  # as `sakd export` and a state dict of sakd's own have them
-
 
 def translate_name(name: str, rules: Rules) -> str:
     """What others call our tensor; our own name where no rule fits."""
@@ -22,8 +20,8 @@ def translate_name(name: str, rules: Rules) -> str:
 
 
 def tables(family: str, ours: Iterable[str]) -> list[dict[str, str]]:
-    """Our names -> theirs, for each way in which a family's tensors are named; our own names last."""
-    return [{name: translate_name(name, rules) for name in ours} for rules in DIALECTS.get(family, ()) + OWN_NAMES]
+    """Our names -> theirs, for each way in which a family's tensors are named; our own ones last."""
+    return [{name: translate_name(name, rules) for name in ours} for rules in (*DIALECTS.get(family, ()), ())]
 
 
 _STEM = ((r"stages\.0\.0\.", "conv1."), (r"stages\.0\.1\.", "bn1."))
