@@ -96,6 +96,15 @@ def test_a_schedule_scales_a_balanced_dose() -> None:
     assert not torch.allclose(rising, whole)
 
 
+def test_every_loss_hears_of_an_epoch() -> None:
+    task, heard = make("fitnet+at", "always"), list[int]()
+    assert isinstance(task.feature_distiller, Composed)
+    for one in (*task.feature_distiller.parts, task.logit_distiller):
+        one.begin_epoch = heard.append
+    task.begin_epoch(3)
+    assert heard == [3, 3, 3]
+
+
 def test_shared_spots_are_routed_once() -> None:
     task = make("fitnet+at", "adaptive", **{"runtime.shapes": "static"})
     names = [spot.name for spot in task.spots]

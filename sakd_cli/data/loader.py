@@ -111,9 +111,6 @@ class TrainLoader:
         self._rates = None if dataset.rates is None else dataset.rates(split.labels)
         self.steps_per_epoch = steps_per_epoch(len(split), batch_size)
 
-    def __len__(self) -> int:
-        return self.steps_per_epoch
-
     def draw(self, epoch: int) -> Draws:
         """The epoch's random numbers: a pure function of the loader's seed and `epoch`."""
         padding = self._dataset.padding if self._dataset.scale is None else 0

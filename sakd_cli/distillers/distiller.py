@@ -202,6 +202,8 @@ class Composed(Distiller):
         self.scope = max((one.distiller.scope for one in ingredients), key=SCOPES.index)
 
     def begin_epoch(self, epoch: int) -> None:
+        for part in self._distillers:
+            part.begin_epoch(epoch)
         self.scales.copy_(torch.tensor([1.0 if f is None else f(epoch) for _, f in self.ingredients]))
 
     @property

@@ -170,8 +170,9 @@ class DistillTask(Task):
         self.router.begin_epoch(epoch)
         if self.router.decides:
             self.router.epoch.fill_(epoch)
-        if self.feature_distiller is not None:
-            self.feature_distiller.begin_epoch(epoch)
+        for distiller in (self.feature_distiller, self.logit_distiller):
+            if distiller is not None:
+                distiller.begin_epoch(epoch)
         if self.scales is not None:
             whole, of_logits = (1.0 if factor is None else factor(epoch) for factor in self._schedules)
             self.scales.copy_(torch.tensor([whole, whole * of_logits]))
