@@ -94,6 +94,14 @@ def wait_for_lock(path: Path, tell: Callable[[], None], hint: str | None = None)
     return lock
 
 
+def make_folder(path: Path, hint: str | None = None) -> None:
+    """A folder and those above it, where they are not there yet. Raises DiskError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be made: {error.strerror}", hint) from None
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill aside, which then takes the place of `folder`, or leaves nothing. DiskError where it cannot.

@@ -29,6 +29,7 @@ FLOORS = {
     "bench": "What a step costs.",
     "export": "Networks for and from other programs.",
     "sweep": "Many runs, one scheduler.",
+    "calls": "What `sakd_cli.api` offers beside trainings, and the options of all its calls.",
     "cli": "The commands.",
 }
 

@@ -18,7 +18,7 @@ from sakd_cli import api
 from sakd_cli.config import code
 from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.documents.training import Summary
-from sakd_cli.errors import UsageError
+from sakd_cli.errors import DiskError, UsageError
 
 ROOT = Path(__file__).parents[1]
 # Command: its call, and the options that are typed as its keywords; of others the signature says them.
@@ -285,3 +285,6 @@ def test_objects_stand_where_names_stand(teacher: Path) -> None:
     assert (run.summary.network, run.summary.dataset) == ("python:sequential", "python:dataset")
     assert api.distill(**chosen, epochs=1, batch_size=20, resume=run.path).top1 == run.top1
     assert api.evaluate(run.path, settings={"timing_seconds": 0}).top1 == run.top1
+    (Path(run.path) / "full").write_text("a file")
+    with pytest.raises(DiskError, match="full/teachers: cannot be made"):
+        api.prepare(**chosen, runs_dir=run.path / "full")

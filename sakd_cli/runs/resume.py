@@ -17,8 +17,8 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
-from sakd_cli.runs.locate import with_teachers_preprocessing
-from sakd_cli.runs.own import trust_own
+from sakd_cli.runs.locate import trust_own, with_teachers_preprocessing
+from sakd_cli.writing import make_folder
 
 AUTO = "auto"
 NEW_RUN = "a new run that starts with its weights: --set student_weights=RUN, or init_from of a network alone"
@@ -91,10 +91,7 @@ class ResumePlan(NamedTuple):
             return self.resume
         if self.folder is None:
             return RunDir.create(runs_dir, label)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
+        make_folder(self.folder)
         return RunDir(self.folder)
 
 

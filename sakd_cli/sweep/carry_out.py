@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sakd_cli.config import code
@@ -17,13 +18,12 @@ from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepDocument, SweepP
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
 from sakd_cli.files import nearest_folder
-from sakd_cli.report.render.format import plain
+from sakd_cli.report.render.format import fixed, plain
 from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
 from sakd_cli.report.sweep.tables import HOUR, sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
 from sakd_cli.sweep.executor import Executor, LocalExecutor, library
-from sakd_cli.sweep.halving import STAGES, dropped_by_halving
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.writing import write_aside
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sakd_cli.runs.forecast import Forecast
 
 SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
+STAGES = 2  # of successive halving, before the one with all epochs
 PAUSE = 0.5  # seconds between two looks at what has ended
 Watch = Callable[[Scheduler], AbstractContextManager[Callable[[], None]]]
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
@@ -162,6 +163,47 @@ def _train(
     cells = {member.cell for member in whole.values() if member.pair}
     say(f"halving: {len(out)} of {len(cells)} settings are left out")
     run(scheduler)
+    return out
+
+
+def dropped_by_halving(
+    stages: Sequence[Sequence[Member]], factor: int, train: Callable[[Sequence[Member]], Mapping[str, float]]
+) -> dict[str, str]:
+    """The cells of a sweep's grid and doses that do not pass successive halving, and why.
+
+    Optuna decides, asynchronously (ASHA, Li et al., MLSys 2020): a cell passes on where it is among the best 1/factor
+    of those that came as far, by the mean top-1 over its seeds on the images that choose an epoch. Each stage is a
+    whole run with its schedule shortened in proportion, so that the rates have decayed when it is judged.
+
+    stages  the members of each, from the shortest one; train: trains members and gives, by key, their top-1
+    Cells compete that differ in dose and grid only; coins stay or go with the run that they match.
+    """
+    optuna = library("optuna", "halving", "Optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out, races = dict[str, str](), dict[tuple[object, ...], dict[str, None]]()
+    for member in stages[0]:
+        if member.role is Role.student and member.matched is None:
+            race = races.setdefault((member.pair, (member.method or "").split()[0], member.router), {})
+            race[member.cell] = None
+    for race in (cells for cells in races.values() if len(cells) > 1):
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
+        study = optuna.create_study(direction="maximize", pruner=pruner)
+        for cell in race:
+            trial = study.ask()
+            for stage, members in enumerate(stages):
+                own = [member for member in members if member.cell == cell]
+                needed = {member.teacher for member in own}
+                if not (known := [*train([*(member for member in members if member.key in needed), *own]).values()]):
+                    break  # it has failed, which the sweep says
+                trial.report(fmean(known), factor**stage)
+                if trial.should_prune():
+                    epochs = own[0].config.train.epochs
+                    out[cell] = f"halving: top-1 {fixed(fmean(known), 2)} % on validation after {epochs} epochs"
+                    break
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED if cell in out else optuna.trial.TrialState.FAIL)
+    for member in stages[0]:
+        if member.matched is not None and member.matched.partition(" seed ")[0] in out:
+            out[member.cell] = "halving: the run whose rates it has is left out"
     return out
 
 

@@ -23,7 +23,7 @@ from sakd_cli.config.resolve import flat
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.training import PROCEDURES, DistillConfig, RunConfig
 from sakd_cli.engine.reporter import Reporter, stop_signals_to
-from sakd_cli.errors import DiskError, RunInUseError, SeriesError, Stopped
+from sakd_cli.errors import RunInUseError, SeriesError, Stopped
 from sakd_cli.files import MOST_LOG, read_bytes, sha256, weights_file, yaml_bytes
 from sakd_cli.report.render.format import number, plain
 from sakd_cli.rundir import RunDir
@@ -31,7 +31,7 @@ from sakd_cli.runs.locate import find_teacher, weights_at
 from sakd_cli.runs.resume import AUTO, own_settings
 from sakd_cli.sweep.executor import Executor, Job
 from sakd_cli.sweep.reuse import RunIndex, config_identity
-from sakd_cli.writing import acquire_lock, write_aside, write_json
+from sakd_cli.writing import acquire_lock, make_folder, write_aside, write_json
 
 ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
@@ -127,11 +127,8 @@ class Scheduler:
         for entry in self.entries.values():
             if executor.elsewhere and entry.state is not State.done:
                 code.require_files(flat(entry.member.config.model_dump()).values())
-        try:
-            for folder in ("jobs", "failed"):
-                (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder}: cannot be made: {error.strerror}") from None
+        for folder in ("jobs", "failed"):
+            make_folder(self.folder / folder)
         passed_on = 0
         while self._running or (self.unfinished() and not signals):
             for signum in signals[passed_on:]:

@@ -11,9 +11,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from sakd_cli.config import code
 from sakd_cli.config.options import FILE, FLAG, TEXTS, Option, options_of
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import NullReporter, Reporter
 from sakd_cli.errors import UsageError
-from sakd_cli.report.render.plots import require_plot
 
 Place = str | Path
 Given = ParamSpec("Given")
@@ -195,15 +194,9 @@ def apart(call: Callable[Given, Result]) -> Callable[Given, Result]:
     return computed
 
 
-def check_scoring(params: Mapping[str, Any], count: int) -> None:
-    """Raise UsageError where the options of `evaluate` exclude each other, or are not for so many networks."""
-    if params["early_exit"] and params["always_on"]:
-        raise UsageError("--early-exit and --always-on exclude each other")
-    for name in ("plot", "confusion"):
-        if (path := params[name]) is not None and count > 1:
-            raise UsageError(f"--{name} is of one network, and {count} are named")
-        if path is not None and (name == "plot" or path.suffix.lower() != ".csv"):
-            require_plot(path, f"--{name}")
+def reporter_of(options: Mapping[str, Any]) -> Reporter:
+    """Who follows the call; nobody where none is given."""
+    return options.get("reporter") or NullReporter()
 
 
 def place_of(what: str, value: Any) -> Path:
