@@ -17,7 +17,7 @@ from sakd_cli.documents.evaluation import Evaluation, Evaluations, Speed
 from sakd_cli.evaluation.quality import Answers, agreement, averages, calibration, confusions
 from sakd_cli.evaluation.speed import LEAST, _others, speed
 from sakd_cli.models.cost import peak_memory
-from sakd_cli.report.evaluation.tables import DISTURBED, score_tables
+from sakd_cli.report.evaluation import DISTURBED, score_tables
 
 FAST = ("--quiet", "--set", "timing_seconds=0")
 

@@ -18,7 +18,7 @@ from sakd_cli.documents.evaluation import Evaluation
 from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.errors import UsageError
-from sakd_cli.report.evaluation.tables import evaluation_tables
+from sakd_cli.report.evaluation import evaluation_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import Sheet, listing_table
 from sakd_cli.report.runs.tables import plan_table, summary_table

@@ -24,8 +24,7 @@ from sakd_cli.documents.listing import RunEntries
 from sakd_cli.documents.spots import Measured, SpotsDocument
 from sakd_cli.documents.training import EnsembleTraining, TrainingTeacher
 from sakd_cli.report.bench import bench_tables
-from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, ensemble_tables
-from sakd_cli.report.evaluation.tables import score_tables
+from sakd_cli.report.evaluation import curve_table, ensemble_summary, ensemble_tables, score_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import parts
 from sakd_cli.report.runs.compare import compare

@@ -26,8 +26,7 @@ from sakd_cli.documents.spots import SpotsDocument
 from sakd_cli.documents.table import Comparison, DataCheck, Export, Imported, Report
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
-from sakd_cli.report.evaluation.ensemble import exit_chart_of
-from sakd_cli.report.evaluation.tables import write_matrix
+from sakd_cli.report.evaluation import exit_chart_of, write_matrix
 from sakd_cli.report.render import plots
 from sakd_cli.report.runs.compare import compare as compare_runs
 from sakd_cli.report.runs.compare_tables import curve_charts

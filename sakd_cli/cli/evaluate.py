@@ -15,7 +15,7 @@ from sakd_cli.documents.table import Comparison
 from sakd_cli.errors import DataError
 from sakd_cli.report.bench import bench_tables
 from sakd_cli.report.data_check import data_tables
-from sakd_cli.report.evaluation.tables import predictions_csv, predictions_text, score_tables
+from sakd_cli.report.evaluation import predictions_csv, predictions_text, score_tables
 from sakd_cli.report.render.format import csv_text
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
 from sakd_cli.report.spots.log import CSV_HEADER, csv_rows

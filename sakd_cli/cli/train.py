@@ -16,7 +16,7 @@ from sakd_cli.config.base import summary
 from sakd_cli.config.keys import keys_of
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.training import Plan, Summary
-from sakd_cli.report.evaluation.ensemble import ensemble_summary
+from sakd_cli.report.evaluation import ensemble_summary
 from sakd_cli.report.runs.compare import compare as compare_runs
 from sakd_cli.report.runs.tables import plan_table, summary_table
 from sakd_cli.report.spots.log import spots_document

@@ -24,8 +24,8 @@ from sakd_cli.files import folder_of, read_about, read_json, sha256
 from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard, metadata_block, timm_config
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs.images import config_of
 from sakd_cli.runs.locate import is_ensemble, own_network, run_of, settings_of
-from sakd_cli.runs.scored import config_of
 from sakd_cli.writing import whole_folder, write_aside, write_json
 
 FILES = {name for form in FORMS.values() for name in form.files}

@@ -22,10 +22,9 @@ from sakd_cli.errors import DataError, UsageError
 from sakd_cli.files import expanded
 from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.images import load_images
+from sakd_cli.runs.images import Wanted, images_to_score, load_images
 from sakd_cli.runs.locate import settings_of
 from sakd_cli.runs.predict import find_pictures
-from sakd_cli.runs.scored import Wanted, images_to_score
 from sakd_cli.torchrun import cpu_count
 
 NOISE, BATCH = 64, 32

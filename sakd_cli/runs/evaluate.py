@@ -31,10 +31,9 @@ from sakd_cli.models.staged import StagedModel
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.branches import branch_rows, branches_of
 from sakd_cli.runs.build import match_normalization
-from sakd_cli.runs.images import Images, load_images
+from sakd_cli.runs.images import Images, Scored, SplitName, Wanted, config_of, images_to_score, load_images
 from sakd_cli.runs.initial_weights import load_teacher
 from sakd_cli.runs.locate import find_teacher, is_ensemble, settings_of
-from sakd_cli.runs.scored import Scored, SplitName, Wanted, config_of, images_to_score
 
 Row = TypeVar("Row", bound=doc.ClassBase)
 

@@ -15,7 +15,7 @@ from sakd_cli.config.base import written
 from sakd_cli.config.resolve import flat
 from sakd_cli.documents.table import Comparison, Report
 from sakd_cli.errors import DamagedError, UsageError
-from sakd_cli.report.evaluation.ensemble import curve_table, ensemble_summary, exit_chart
+from sakd_cli.report.evaluation import curve_table, ensemble_summary, exit_chart
 from sakd_cli.report.render import html, plots
 from sakd_cli.report.render.charts import Chart
 from sakd_cli.report.render.format import fixed, named

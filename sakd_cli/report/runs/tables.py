@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 
 from sakd_cli.documents.evaluation import Metrics
 from sakd_cli.documents.training import Plan, Summary
-from sakd_cli.report.evaluation.tables import COSTS, branch_table
+from sakd_cli.report.evaluation import COSTS, branch_table
 from sakd_cli.report.render.format import DASH, difference, duration, fixed, large, named, shape, whole
 from sakd_cli.report.render.sheet import Sheet, columns_of, table
 from sakd_cli.report.spots.tables import mixture_table
