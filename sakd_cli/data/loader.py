@@ -244,15 +244,14 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rows = [slice(first, first + self.batch_size) for first in range(0, len(self._labels), self.batch_size)]
-        for part, pixels in zip(rows, self._pixels(self._images, rows), strict=True):
+        if isinstance(images := self._images, Files):
+            reader = BatchReader(images.spec, None, 0)
+            pool = Pool(reader, workers=images.spec.workers, persistent=False, device=self._device)
+            read = pool(BatchRequest(list(images.paths[part])) for part in rows)
+        else:
+            read = (images[part] for part in rows)
+        for part, pixels in zip(rows, read, strict=True):
             yield normalise(pixels.to(self._device, non_blocking=True), self._mean, self._std), self._labels[part]
-
-    def _pixels(self, images: Tensor | Files, rows: list[slice]) -> Iterator[Tensor]:
-        if isinstance(images, Tensor):
-            return (images[part] for part in rows)
-        reader = BatchReader(images.spec, None, 0)
-        pool = Pool(reader, workers=images.spec.workers, persistent=False, device=self._device)
-        return pool(BatchRequest(list(images.paths[part])) for part in rows)
 
 
 class EvalPairs:

@@ -93,10 +93,8 @@ class Branches(nn.Module):
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
         """The teacher's features, one per stage, to the logits of every branch, [branches, N, classes]."""
-        logits = []
-        for place, transform in zip(self.places, self.transforms, strict=True):
-            logits.append(self._tail(place)(transform(stages[place.stage]), place.stage))
-        return torch.stack(logits)
+        branches = zip(self.places, self.transforms, strict=True)
+        return torch.stack([self._tail(at)(change(stages[at.stage]), at.stage) for at, change in branches])
 
     def through(self, teacher: StagedModel, branch: int) -> nn.Sequential:
         """A classifier of images: the teacher up to a branch, then this branch. Shares their weights."""

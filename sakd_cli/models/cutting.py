@@ -149,11 +149,9 @@ def _traced(network: nn.Module, num_classes: int) -> fx.Graph:
 def _graph(network: nn.Module, opened: set[str]) -> fx.Graph:
     """The network's graph. Raises CannotCutError where it has none that holds for training too."""
     training = network.training
-    graphs = []
     try:
         with warnings.catch_warnings(action="ignore"):
-            for mode in (True, False):
-                graphs.append(_Tracer(opened).trace(network.train(mode)))
+            graphs = [_Tracer(opened).trace(network.train(mode)) for mode in (True, False)]
     except Exception as error:  # whatever a network of somebody else's raises when it is traced
         raise CannotCutError(f"torch.fx cannot trace it ({first_line(error)})") from None
     finally:
