@@ -38,39 +38,19 @@ CALIBRATION = 256  # training images that ranges of int8 are taken from
 ATTENTION = {"LayerNormalization", "Softmax"}
 PRODUCTS = ["Conv", "Gemm", "MatMul"]
 WEIGHTS_LINES = """\
-{opening}
 import torch
 {imports}
 
 network = {network}
 network.load_state_dict(load_file("model.safetensors"))
-network.eval()
-{images}
-with torch.inference_mode():
-    logits = network(images)"""
-PROGRAM_LINES = """\
-{opening}
-import torch
-
-network = torch.export.load("model.pt2").module()
-{images}
-with torch.inference_mode():
-    logits = network(images)"""
-ONNX_LINES = """\
-{opening}
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-{images}
-(logits,) = session.run(None, {{"images": images}})"""
+network.eval()"""
+PROGRAM_LINES = 'import torch\n\nnetwork = torch.export.load("model.pt2").module()'
+ONNX_LINES = 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")'
 OPENVINO_LINES = """\
-{opening}
 import openvino
 
 exact = {{"INFERENCE_PRECISION_HINT": "f32"}}  # without it some CPUs compute in bf16
-network = openvino.Core().compile_model("model.xml", "CPU", exact)
-{images}
-logits = network(images)[0]"""
+network = openvino.Core().compile_model("model.xml", "CPU", exact)"""
 
 
 class FromPixels(nn.Module):
@@ -120,24 +100,24 @@ class Form(NamedTuple):
     files   their names, the first of which opens the network
     write   network in evaluation mode, example images, its card, the folder, how
     opened  the file in that folder as a function of images on the CPU
-    text    Python that opens it, with nothing of sakd, in the folder itself; then `images` give `logits`
+    text    Python that opens it, with nothing of sakd, in the folder itself; run: by which `images` then give `logits`
     arrays  how that makes its arrays of numpy's and of a list
-    needs   packages; extra: what of sakd brings them
+    needs   packages
+    library what opens it, as the Hugging Face hub calls it, and the extra of sakd that brings the packages
     inside  whether it can hold the normalisation
     int8    whether it can be quantised
-    library what opens it, as the Hugging Face hub calls it
     """
 
     files: tuple[str, ...]
     write: Callable[[nn.Module, Tensor, NetworkCard, Path, Writing], None]
     opened: Callable[[NetworkCard, Path], Function]
     text: str
+    run: str = "with torch.inference_mode():\n    logits = network(images)"
     arrays: tuple[str, str] = ("torch.from_numpy(pixels)", "torch.tensor")
     needs: tuple[str, ...] = ()
-    extra: str = ""
+    library: str = "pytorch"
     inside: bool = True
     int8: bool = False
-    library: str = "pytorch"
 
     @property
     def file(self) -> str:
@@ -147,7 +127,7 @@ class Form(NamedTuple):
     def check(self) -> None:
         """Raise UsageError where a package is missing."""
         if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
-            raise UsageError(f"{self.file} needs {', '.join(missing)}", hint=f"pip install 'sakd[{self.extra}]'")
+            raise UsageError(f"{self.file} needs {', '.join(missing)}", hint=f"pip install 'sakd[{self.library}]'")
 
     def lines(self, card: NetworkCard, inside: bool) -> str:
         """The text for a network, which opens a picture file; `inside`: the network's file normalises it itself."""
@@ -162,8 +142,8 @@ class Form(NamedTuple):
             imports.insert(0, f"import {call.module}")
         else:
             imports.append("from network import Network  # network.py, beside the weights")
-        opened = opening_imports(card.seen)
-        return self.text.format(opening=opened, images=images, imports="\n".join(imports), network=call or "Network()")
+        text = self.text.format(imports="\n".join(imports), network=call or "Network()")
+        return f"{opening_imports(card.seen)}\n{text}\n{images}\n{self.run}"
 
 
 def _metadata(card: NetworkCard) -> dict[str, str]:
@@ -326,21 +306,20 @@ def _open_program(card: NetworkCard, folder: Path) -> Function:
 
 
 _ONNX, _NUMPY = ("onnx", "onnxscript", "onnxruntime"), ("pixels", "np.float32")
+_SESSION = '(logits,) = session.run(None, {"images": images})'
 FORMS = {
     "safetensors": Form((WEIGHTS,), _write_weights, _open_weights, WEIGHTS_LINES, inside=False),
-    "onnx": Form(
-        ("model.onnx",), _write_onnx, _open_onnx, ONNX_LINES, _NUMPY, _ONNX, "onnx", int8=True, library="onnx"
-    ),
+    "onnx": Form(("model.onnx",), _write_onnx, _open_onnx, ONNX_LINES, _SESSION, _NUMPY, _ONNX, "onnx", int8=True),
     "pt2": Form(("model.pt2",), _write_program, _open_program, PROGRAM_LINES),
     "openvino": Form(
         ("model.xml", "model.bin"),
         _write_openvino,
         _open_openvino,
         OPENVINO_LINES,
+        "logits = network(images)[0]",
         _NUMPY,
         (*_ONNX, "openvino"),
         "openvino",
         int8=True,
-        library="openvino",
     ),
 }

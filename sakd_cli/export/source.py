@@ -104,14 +104,13 @@ rgb = Image.new("RGB", picture.size, {background})
 rgb.paste(picture, mask=picture.getchannel("A"))  # what is transparent shows this colour
 {resized}{cut}
 pixels = {array}[None] / 255"""
-IMPORTS = "import numpy as np\nfrom PIL import Image{more}"
 
 
 def opening_imports(seen: Preprocessing) -> str:
     """What the lines need."""
     more = ", ImageOps" if seen.orientation else ""
     torchvision = "" if _with_pillow(seen) else "\nfrom torchvision.transforms.v2 import functional"
-    return IMPORTS.format(more=more) + torchvision
+    return f"import numpy as np\nfrom PIL import Image{more}{torchvision}"
 
 
 def opening_lines(seen: Preprocessing, file: str = "photo.jpg") -> str:
