@@ -149,7 +149,6 @@ class DFA(Distiller):
         for k, group in enumerate(groups):
             self.register_buffer(f"alpha{k}", initial_weights(config.weights, len(group.places)))
         self.betas: list[list[float] | None] = [None] * len(groups)  # what a search ended with, for the records
-
         several = [k for k, group in enumerate(groups) if len(group.places) > 1]
         self.to_be_found = several if config.weights == Mixtures.SEARCH else []  # spots at which a search has a choice
 

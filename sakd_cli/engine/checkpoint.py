@@ -121,11 +121,9 @@ def _checked(folder: Path, written: bytes) -> Checkpoint:
 def find(folder: Path, warn: Callable[[str], None] | None, run: str | None = None) -> Checkpoint | None:
     """The newest checkpoint of `last`, `last.new` and `previous` in `folder`; None where nothing was saved yet.
 
-    One that was made by another run than `run` counts as damaged.
-
-    A process that died between two renames leaves a whole `last.new`, which becomes `last`. Where `last` is damaged,
-    `warn` is called and an older one is used; without `warn` that is a CheckpointError, as it is when none is
-    whole.
+    One that was made by another run than `run` counts as damaged. A process that died between two renames leaves a
+    whole `last.new`, which becomes `last`. Where `last` is damaged, `warn` is called and an older one is used; without
+    `warn` that is a CheckpointError, as it is when none is whole.
     """
     last, staging, previous = (folder / name for name in ("last", "last.new", "previous"))
     if not last.exists() and staging.exists():

@@ -35,18 +35,9 @@ class _Aside:
         return
 
 
-class _AsideDict:
-    """Stands for a class of dicts, which the unpickler fills."""
-
-    def __new__(cls, *_: Any) -> Any:
-        return OrderedDict()
-
-
-class _AsideList:
-    """Stands for a class of lists, likewise."""
-
-    def __new__(cls, *_: Any) -> Any:
-        return []
+def _filled(kind: Callable[[], Any]) -> type:
+    """Stands for a class of dicts or lists, which the unpickler fills: a plain one, whatever it is called with."""
+    return type("_Filled", (), {"__new__": lambda cls, *_: kind()})
 
 
 _LIGHTNING = [f"{name}.utilities.data" for name in ("lightning.fabric", "lightning_fabric")]
@@ -60,11 +51,11 @@ _NAMES: dict[Callable[..., Any], list[str]] = {
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
         *(f"pathlib{at}.{kind}Path" for at in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")),
     ],
-    _AsideDict: [
+    _filled(OrderedDict): [
         *("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict"),
         *(f"{place}.AttributeDict" for place in _LIGHTNING),
     ],
-    _AsideList: ["collections.deque"],
+    _filled(list): ["collections.deque"],
 }
 HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (kind, name) for kind, names in _NAMES.items() for name in names

@@ -89,7 +89,6 @@ class DistillTask(Task):
     "ce" of the log is without its factor.
 
     others: tasks of further teachers, without a student of their own (`join`); `combine` says how much each counts
-
     offset: logits that the student's are added to, wherever a pass ends in the student's head (a residual student)
     """
 
