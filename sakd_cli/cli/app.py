@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from sakd_cli import __version__
-from sakd_cli.cli import evaluate, guide, runs, show, sweep, train, weights
+from sakd_cli.cli import evaluate, runs, show, sweep, train, weights
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
 from sakd_cli.config.code import GUIDE, place_of, trust_no_more
@@ -125,7 +125,7 @@ app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.
 app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.bench)
 app.command("list", rich_help_panel="Reference", cls=OnceEach)(show.listing)
 config_app.command("show", cls=OnceEach)(show.show_config)
-app.command("guide", rich_help_panel="Reference", cls=OnceEach)(guide.guide)
+app.command("guide", rich_help_panel="Reference", cls=OnceEach)(show.guide)
 show_app.command("method", cls=OnceEach)(show.show_method)
 show_app.command("router", cls=OnceEach)(show.show_router)
 show_app.command("key", cls=OnceEach)(show.show_key)

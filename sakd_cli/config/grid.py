@@ -13,7 +13,7 @@ from sakd_cli.config.methods import METHODS, KDConfig
 from sakd_cli.config.resolve import ConfigSource, flat, nested, protocol_sources, resolve
 from sakd_cli.config.routers import CLASSICAL, PLAIN, ROUTERS, AdaptiveConfig, RandomMatchedConfig
 from sakd_cli.config.sweep import SweepConfig, is_path
-from sakd_cli.config.training import RunConfig
+from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.errors import UsageError
 
 LEARNED, KD = AdaptiveConfig().name, KDConfig().name
@@ -60,12 +60,12 @@ class Member(NamedTuple):
     @property
     def method(self) -> str | None:
         """Name of its method, its dose where that is not the method's own, and what is tried."""
-        name = flat(self.config.model_dump(mode="json")).get("method.name")
-        return None if name is None else _varied(name, self.dose, self.tried)
+        config = self.config
+        return _varied(config.method.name, self.dose, self.tried) if isinstance(config, DistillConfig) else None
 
     @property
     def router(self) -> str | None:
-        return flat(self.config.model_dump(mode="json")).get("router.name")
+        return self.config.router.name if isinstance(self.config, DistillConfig) else None
 
     @property
     def control(self) -> str | None:

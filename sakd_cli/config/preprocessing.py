@@ -28,6 +28,7 @@ Side = Annotated[PositiveInt, Field(le=8192)]
 Size = Annotated[Pixels | tuple[Pixels, Pixels], AfterValidator(lambda size: side_of(*height_width(size)))]
 ResizeMode = Literal["shorter", "squash", "none"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+HUB = "hf-hub:"  # of the Hugging Face hub, whose config.json says which network of timm's it is
 SOURCE = "data.preprocessing"  # the setting that takes all from a library's network
 MEANT = f"{SOURCE} is timm/NAME, torchvision/NAME or torchvision/WEIGHTS.VERSION"
 
@@ -116,7 +117,7 @@ def library_preprocessing(name: str) -> dict[str, Any]:
     except UsageError:
         raise
     except Exception as error:  # whatever a library raises on a name that it does not know
-        if "hf-hub:" in entry:
+        if HUB in entry:
             raise not_had(f"{name}: cannot be had from the hub", error) from None
         raise UsageError(f"{name}: {library} does not say how it was trained ({first_line(error)})", MEANT) from None
 
@@ -147,9 +148,9 @@ def of_timm(what: str, module: str = "timm") -> Any:
 def timm_config_of(entry: str) -> Any:
     """What timm says of a network, as its PretrainedCfg; of one on the Hugging Face hub, what its config.json says."""
     timm = of_timm(f"timm/{entry}")
-    if not entry.startswith("hf-hub:"):
+    if not entry.startswith(HUB):
         return timm.get_pretrained_cfg(entry)
-    said = timm.models.load_model_config_from_hf(entry.removeprefix("hf-hub:"))[0]
+    said = timm.models.load_model_config_from_hf(entry.removeprefix(HUB))[0]
     kind = of_timm(entry, "timm.models._pretrained").PretrainedCfg  # its values where that says nothing
     return kind(**{key: value for key, value in said.items() if key in kind.__dataclass_fields__ and value is not None})
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from sakd_cli.config.code import TRUST, untrusted
 from sakd_cli.config.networks import brought
-from sakd_cli.config.preprocessing import ImageSize, Preprocessing, height_width, of_timm, size_text
+from sakd_cli.config.preprocessing import HUB, ImageSize, Preprocessing, height_width, of_timm, size_text
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, parse_json, sha256, weights_file, yaml_bytes
-from sakd_cli.models.external import HUB, check_size, library_call
+from sakd_cli.models.external import check_size, library_call
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.writing import disk_error, verify, write_aside, write_json

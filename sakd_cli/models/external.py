@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from sakd_cli.config import code
 from sakd_cli.config.base import of_file
-from sakd_cli.config.preprocessing import ImageSize, height_width, of_timm, timm_config_of
+from sakd_cli.config.preprocessing import HUB, ImageSize, height_width, of_timm, timm_config_of
 from sakd_cli.errors import UsageError, first_line, not_had, unknown
 from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
-
-HUB = "hf-hub:"  # of the Hugging Face hub, whose config.json says which network of timm's it is
 
 
 class Call(NamedTuple):

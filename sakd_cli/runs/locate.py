@@ -21,7 +21,7 @@ from sakd_cli.config.preprocessing import Preprocessing
 from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
-from sakd_cli.config.training import DistillConfig, EvalConfig, TeacherConfig
+from sakd_cli.config.training import DistillConfig, EvalConfig
 from sakd_cli.errors import DataError, DiskError, UsageError
 from sakd_cli.files import card_settings, expanded, folder_of, read_json, resolved, sha256, weights_file
 from sakd_cli.rundir import RunDir, look_up, newest_run
@@ -142,9 +142,7 @@ def locate_inputs(config: Any) -> Any:
         return config
     path, router = find_teacher(config), config.router
     if path is None and not config.teacher.pretrain:
-        name = find_network(config.teacher.source).name
-        text = f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; add --pretrain"
-        raise UsageError(f"{text}, or train it first", hint=pretrain_command(config, name))
+        raise _missing(config, "add --pretrain, or train it first")
     if isinstance(router, RandomMatchedConfig) and router.run is None:
         router = router.model_copy(update={"run": str(find_adaptive_run(config).path.resolve())})
     if isinstance(router, RandomMatchedConfig) and router.run is not None:
@@ -155,21 +153,23 @@ def locate_inputs(config: Any) -> Any:
         router = router.model_copy(update={"run_sha256": digest})
     places: dict[str, Any] = {"weights": path}
     if config.teacher.others:
-        found = [_finished(config, one) for one in config.teacher.each_other]
+        found = list[Path]()
+        for one in config.teacher.each_other:
+            alone = config.model_copy(update={"teacher": one})
+            if (other := find_teacher(alone)) is None:
+                raise _missing(alone, "of several, --pretrain trains the first alone")
+            found.append(other.resolve())
         files = [weights_file(path) for path in found]
         sums = config.teacher.other_sha256 or tuple(sha256(file) if file.is_file() else "" for file in files)
         places |= {"other_weights": tuple(found), "other_sha256": sums}
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=places), "router": router})
 
 
-def _finished(config: DistillConfig, teacher: TeacherConfig) -> Path:
-    """The weights of a further teacher, which must be there."""
-    alone = config.model_copy(update={"teacher": teacher})
-    if (path := find_teacher(alone)) is None:
-        name = find_network(teacher.source).name
-        text = f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; of several, --pretrain trains"
-        raise UsageError(f"{text} the first alone", hint=pretrain_command(alone, name))
-    return path.resolve()
+def _missing(config: DistillConfig, cure: str) -> UsageError:
+    """That a teacher has no finished run."""
+    name = find_network(config.teacher.source).name
+    text = f"teacher: no finished {name} on {config.data.name} in {config.runs_dir}; {cure}"
+    return UsageError(text, hint=pretrain_command(config, name))
 
 
 def find_adaptive_run(config: DistillConfig) -> RunDir:

@@ -173,7 +173,12 @@ class ResidualExtension(RunExtension):
         return [PlannedNetwork(role="residual student", name=name, **cost._asdict()) for name, cost in pairs]
 
     def trainings(self, factory: TrainerFactory) -> Iterator[Trainer]:
-        self._begin(factory.reporter)
+        train, calibration = self.job.images.train, self.job.images.calibration
+        assert calibration is not None
+        spread = torch.linspace(0, len(train) - 1, min(len(train), len(calibration))).long()
+        self.held_out = _Gap(calibration, self.job, factory.reporter)
+        self.seen = _Gap(train.subset(spread), self.job, factory.reporter)
+        self.labels = calibration.labels.to(self.job.device)
         self._join(self.job.network)
         for number, name in enumerate(self.names, start=1):
             drop, stopped = verdict(self.held_out.energies, self.settings)
@@ -190,14 +195,6 @@ class ResidualExtension(RunExtension):
         if drop:
             self.members.pop()
             self.dropped = 1
-
-    def _begin(self, reporter: Reporter) -> None:
-        train, calibration = self.job.images.train, self.job.images.calibration
-        assert calibration is not None
-        spread = torch.linspace(0, len(train) - 1, min(len(train), len(calibration))).long()
-        self.held_out = _Gap(calibration, self.job, reporter)
-        self.seen = _Gap(train.subset(spread), self.job, reporter)
-        self.labels = calibration.labels.to(self.job.device)
 
     def _join(self, network: StagedModel) -> None:
         self.members.append(network.requires_grad_(False).eval())

@@ -8,7 +8,7 @@ The best dose is that with the best validation accuracy of those that were tried
 nothing. An answer is one of the tests of the document that it stands in, and is corrected with all of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -53,11 +53,16 @@ class Arm(NamedTuple):
 
 def asked(arms: Sequence[Arm]) -> list[tuple[Question, Arm, Arm]]:
     """The questions that these arms can answer, in order: each with the arm it is about, and the one to compare with"""
-    return [
-        one
-        for about in dict.fromkeys(arm.about for arm in arms if not arm.plain)
-        for one in _asked([arm for arm in arms if arm.about == about[: len(arm.about)]])
-    ]
+    found: list[tuple[Question, Arm, Arm]] = []
+    for about in dict.fromkeys(arm.about for arm in arms if not arm.plain):
+        alike = [arm for arm in arms if arm.about == about[: len(arm.about)]]
+        if (best := best_dose(alike)) is not None:
+            found += [("help", best, plainly) for plainly in alike if plainly.plain]
+        for ours in (arm for arm in alike if arm.router is not None and selects(arm.router)):
+            found += [("dose", ours, best)] if best is not None else []
+            coins = [arm for arm in alike if arm.router == MATCHED and arm.matched_of == ours.label]
+            found += [("where", ours, coin) for coin in coins]
+    return found
 
 
 def best_dose(arms: Sequence[Arm]) -> Arm | None:
@@ -65,18 +70,6 @@ def best_dose(arms: Sequence[Arm]) -> Arm | None:
     everywhere = [arm for arm in arms if arm.router == CLASSICAL]
     # Of equals the first by label, whatever the order of the runs.
     return min(everywhere, key=lambda arm: (-fmean(arm.validation.values() or [0.0]), arm.label), default=None)
-
-
-def _asked(arms: Sequence[Arm]) -> Iterator[tuple[Question, Arm, Arm]]:
-    best = best_dose(arms)
-    for plainly in (arm for arm in arms if arm.plain):
-        if best is not None:
-            yield "help", best, plainly
-    for ours in (arm for arm in arms if arm.router is not None and selects(arm.router)):
-        if best is not None:
-            yield "dose", ours, best
-        coins = [a for a in arms if a.router == MATCHED]
-        yield from (("where", ours, coin) for coin in coins if coin.matched_of == ours.label)
 
 
 def answer(question: Question, ours: Arm, theirs: Arm, test: PairedTest) -> Answer:
