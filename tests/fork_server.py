@@ -244,7 +244,7 @@ def _serve() -> None:
         "export.import_weights",
         "runs.evaluate",
         "report.spots.log",
-        "report.runs.tables",
+        "report.runs.page",
     ):
         importlib.import_module(f"sakd_cli.{module}")
     with redirect_stdout(io.StringIO()):  # what is made once in a process is made here

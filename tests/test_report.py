@@ -21,7 +21,7 @@ from sakd_cli.errors import UsageError
 from sakd_cli.report.evaluation import evaluation_tables
 from sakd_cli.report.render import format
 from sakd_cli.report.render.sheet import Sheet, listing_table
-from sakd_cli.report.runs.tables import plan_table, summary_table
+from sakd_cli.report.runs.page import plan_table, summary_table
 from sakd_cli.report.spots.log import history, spots_document
 from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir
@@ -380,7 +380,7 @@ def test_wide_characters_and_long_names_wrap() -> None:
 
 
 def test_importing_the_floor_imports_no_torch() -> None:
-    modules = "sakd_cli.report.spots.log, sakd_cli.report.runs.tables"
+    modules = "sakd_cli.report.spots.log, sakd_cli.report.runs.page"
     code = f"import sys, {modules}; print({{'torch', 'numpy'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

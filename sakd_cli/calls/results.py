@@ -4,19 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from sakd_cli.calls.options import (
-    CheckOptions,
-    EvaluateOptions,
-    ExportOptions,
-    ImportOptions,
-    Place,
-    PredictOptions,
-    SpotOptions,
-    apart,
-    params_of,
-    place_of,
-    reporter_of,
-)
+from sakd_cli.calls import options as typed
+from sakd_cli.calls.options import EvaluateOptions, Place, apart, params_of, place_of, reporter_of
 from sakd_cli.config.base import own_row
 from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
 from sakd_cli.config.resolve import ConfigSource, config_sources, nested, resolve
@@ -33,19 +22,12 @@ from sakd_cli.report.runs.compare_tables import curve_charts
 from sakd_cli.report.runs.entries import run_entries, run_entry
 from sakd_cli.report.runs.page import RunPage
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs import locate
 from sakd_cli.runs.inspection import inspect_run
-from sakd_cli.runs.locate import (
-    check_teacher,
-    library_or_path,
-    run_or_newest,
-    runs_dir_of,
-    target_or_newest,
-    what_to_score,
-)
 
 
 def _path(target: Place | None, sources: Sequence[ConfigSource]) -> Path | None:
-    return library_or_path(None if target is None else place_of("target", target), sources)
+    return locate.library_or_path(None if target is None else place_of("target", target), sources)
 
 
 def _check_scoring(params: Mapping[str, Any], count: int) -> None:
@@ -75,9 +57,9 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
     _check_scoring(params, len(targets))
     always, curve, plot, confusion = (params[name] for name in ("always_on", "curve", "plot", "confusion"))
     given = config_sources(params)
-    found = [what_to_score(_path(target, given), runs_dir_of(given)) for target in targets or (None,)]
+    found = [locate.what_to_score(_path(target, given), locate.runs_dir_of(given)) for target in targets or (None,)]
     forced, teacher = bool(params["early_exit"] or always or curve or plot), params["teacher"] or None
-    check_teacher(found, forced=forced, teacher=teacher)
+    locate.check_teacher(found, forced=forced, teacher=teacher)
     from sakd_cli.runs.evaluate import evaluate_all
 
     kinds: dict[str, Any] = {"as_ensembles": forced, "early": not always, "curve": bool(curve or plot)}
@@ -91,7 +73,7 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
 
 
 @apart
-def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> SpotsDocument:
+def inspect_spots(run: Place | None = None, **options: Unpack[typed.SpotOptions]) -> SpotsDocument:
     """Where knowledge flowed in a distillation: the document of `sakd inspect-spots --json`; needs no torch.
 
     But `live`, another split than `train` and every option about images or device run the networks again.
@@ -105,14 +87,14 @@ def inspect_spots(run: Place | None = None, **options: Unpack[SpotOptions]) -> S
 
 
 @apart
-def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions]) -> Predictions:
+def predict(network: Place, *pictures: Place, **options: Unpack[typed.PredictOptions]) -> Predictions:
     """What a network answers for pictures, folders and patterns: the document of `sakd predict --json`.
 
     What cannot be read is in the document (`failed`), and raises nothing.
     """
     params = params_of("predict", options)
     sources = config_sources(params)
-    weights, _ = what_to_score(_path(network, sources), runs_dir_of(sources))
+    weights, _ = locate.what_to_score(_path(network, sources), locate.runs_dir_of(sources))
     from sakd_cli.runs.predict import find_pictures
     from sakd_cli.runs.predict import predict as carry_out
 
@@ -121,14 +103,14 @@ def predict(network: Place, *pictures: Place, **options: Unpack[PredictOptions])
 
 
 @apart
-def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Export:
+def export(target: Place | None = None, **options: Unpack[typed.ExportOptions]) -> Export:
     """Export a network for other programs: the document of `sakd export --json`.
 
     target  a run, a folder of a network or its file; None: the newest run
     """
     params = params_of("export", options)
     sources = config_sources(params)
-    where = target_or_newest(_path(target, sources), runs_dir_of(sources))
+    where = locate.target_or_newest(_path(target, sources), locate.runs_dir_of(sources))
     from sakd_cli.export.export import ExportSettings
     from sakd_cli.export.export import export as carry_out
 
@@ -136,7 +118,7 @@ def export(target: Place | None = None, **options: Unpack[ExportOptions]) -> Exp
 
 
 @apart
-def import_weights(file: Place, **options: Unpack[ImportOptions]) -> Imported:
+def import_weights(file: Place, **options: Unpack[typed.ImportOptions]) -> Imported:
     """Bring in weights of another program: the document of `sakd import-weights --json`."""
     params = params_of("import-weights", options)
     from sakd_cli.export.import_weights import import_weights as carry_out
@@ -168,12 +150,12 @@ def runs(
     if named:
         found = [RunDir(place_of("runs", name)) for name in named]
         return RunEntries(rows=[run_entry(run, run.config, shown=True) for run in found], removed=[])
-    folder = runs_dir_of(config_sources({"runs_dir": runs_dir and str(place_of("runs_dir", runs_dir))}))
+    folder = locate.runs_dir_of(config_sources({"runs_dir": runs_dir and str(place_of("runs_dir", runs_dir))}))
     return RunEntries(rows=run_entries(folder, where or {}, sort and str(sort)), removed=[])
 
 
 @apart
-def check_data(what: Place, **options: Unpack[CheckOptions]) -> DataCheck:
+def check_data(what: Place, **options: Unpack[typed.CheckOptions]) -> DataCheck:
     """What is wrong with a folder of pictures, a list of them, or a data set by name: `sakd data check --json`.
 
     Every fault is in the document (`findings`), and raises nothing. Nothing is changed or downloaded.
@@ -203,7 +185,7 @@ def report(
     reporter: Reporter | None = None,
 ) -> Report:
     """Write everything about a run (None: the newest) as one HTML file, `RUN/report.html` unless `out` says where."""
-    found = run_or_newest(None if run is None else place_of("run", run), runs_dir, {})
+    found = locate.run_or_newest(None if run is None else place_of("run", run), runs_dir, {})
     page = found.path / "report.html" if out is None else place_of("out", out)
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {page}: the name of an HTML file ends in .html")

@@ -22,7 +22,7 @@ from sakd_cli.report.render.sheet import thinned
 from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.runs.compare_tables import epoch_table
 from sakd_cli.report.runs.entries import entry_tables, remains, remove, why_kept
-from sakd_cli.report.runs.tables import summary_table
+from sakd_cli.report.runs.page import summary_table
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir, look_up

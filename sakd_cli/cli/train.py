@@ -18,7 +18,7 @@ from sakd_cli.config.training import PROCEDURES
 from sakd_cli.documents.training import Plan, Summary
 from sakd_cli.report.evaluation import ensemble_summary
 from sakd_cli.report.runs.compare import compare as compare_runs
-from sakd_cli.report.runs.tables import plan_table, summary_table
+from sakd_cli.report.runs.page import plan_table, summary_table
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.tables import spot_tables
 from sakd_cli.rundir import RunDir

@@ -16,21 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from sakd_cli.config import routers
 from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import CIFAR100Config, Data
 from sakd_cli.config.methods import FitNetConfig, Method
 from sakd_cli.config.networks import NetworkName, of_library
-from sakd_cli.config.routers import (
-    AdaptiveConfig,
-    AgreementConfig,
-    FixedConfig,
-    MetaConfig,
-    NeverConfig,
-    RandomMatchedConfig,
-    Router,
-    RouterConfig,
-    TrainedConfig,
-)
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.train import Share, Train
 from sakd_cli.files import expanded
@@ -285,7 +275,7 @@ class DistillConfig(RunConfig):
     """Network to train."""
     method: Method = FitNetConfig()
     """Distillation method: its name, or a mapping with its settings."""
-    router: Router = AdaptiveConfig()
+    router: routers.Router = routers.AdaptiveConfig()
     """Where to distill: the router's name, or a mapping with its settings."""
     stage_map: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
     """Pairs [student stage, teacher stage] to match; null: by order, or by stride where the stage counts differ."""
@@ -300,19 +290,19 @@ class DistillConfig(RunConfig):
 
     @field_validator("router")
     @classmethod
-    def _something_is_learned(cls, router: RouterConfig, info: ValidationInfo) -> RouterConfig:
+    def _something_is_learned(cls, router: routers.RouterConfig, info: ValidationInfo) -> routers.RouterConfig:
         named = 1 + len(getattr(info.data.get("teacher"), "others", ()))
-        if named > 1 and isinstance(router, AgreementConfig | MetaConfig | RandomMatchedConfig):
+        if named > 1 and isinstance(router, routers.AgreementConfig | routers.MetaConfig | routers.RandomMatchedConfig):
             raise ValueError(f"{router.name} is of one teacher, and {named} are named")
         method = info.data.get("method")
-        if isinstance(router, TrainedConfig) and (train := info.data.get("train")) is not None:
+        if isinstance(router, routers.TrainedConfig) and (train := info.data.get("train")) is not None:
             router.trained(train)
-        if isinstance(router, NeverConfig) and method is not None and not method.ce_weight:
+        if isinstance(router, routers.NeverConfig) and method is not None and not method.ce_weight:
             raise ValueError(
                 f"{router.name} leaves only the cross-entropy, and method {method.name} has it with factor 0: "
                 "nothing would be learned; --set method.ce_weight=1"
             )
-        if isinstance(router, FixedConfig) and method is not None and method.balance and router.scales:
+        if isinstance(router, routers.FixedConfig) and method is not None and method.balance and router.scales:
             raise ValueError(
                 "weights between 0 and 1 cancel at feature spots whose dose is balanced; --set method.balance=... says "
                 "how much, and a weight of 0 or 1 where"
@@ -321,14 +311,14 @@ class DistillConfig(RunConfig):
 
     @model_validator(mode="after")
     def _a_meta_router_is_of_one_student(self) -> "DistillConfig":
-        if isinstance(self.router, MetaConfig) and self.residual.students:
+        if isinstance(self.router, routers.MetaConfig) and self.residual.students:
             raise ValueError(f"router {self.router.name} has images set aside for one student, not for residual ones")
         return self
 
     @property
-    def aside(self) -> ResidualConfig | MetaConfig:
+    def aside(self) -> ResidualConfig | routers.MetaConfig:
         """What says how many of the training images are set aside."""
-        return self.router if isinstance(self.router, MetaConfig) else self.residual
+        return self.router if isinstance(self.router, routers.MetaConfig) else self.residual
 
     def pretraining(self) -> dict[str, Any]:
         """The settings of the run that trains this run's teacher."""

@@ -23,17 +23,9 @@ from sakd_cli.data.fingerprint import Fingerprint
 from sakd_cli.data.sources import as_seen, describe_reading
 from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
-from sakd_cli.engine import checkpoint, loggers
+from sakd_cli.engine import checkpoint, loggers, runtime
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.reporter import Reporter
-from sakd_cli.engine.runtime import (
-    check_compiler,
-    compile_task,
-    environment,
-    keep_freed_memory,
-    set_backends,
-    translate_oom,
-)
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import sealed, size_below, yaml_bytes
@@ -172,7 +164,7 @@ def launch(
             output = TrainingOutput(evaluation, FolderWriter(job, facts, extensions, images))
             trainings = [training(job, MAIN, output, factory), *(one.trainings(factory) for one in extensions)]
             phases = _resumed(chain.from_iterable(trainings), run, plan, reporter)
-            with translate_oom(job.config.train.batch_size), naming_own_code(job.task):
+            with runtime.translate_oom(job.config.train.batch_size), naming_own_code(job.task):
                 figures = {trainer.phase: trainer.fit() for trainer in phases}
             if distributed.is_main_process():
                 for extension in extensions:
@@ -208,7 +200,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
     settings = relative(job.config.model_dump(mode="json"), run.path)
     known = {} if plan.resume is None else flat(run.config) | run.read_json("env.json", sealed=True)
     if plan.resume is None:
-        write_json(run.path / "env.json", sealed({"id": uuid.uuid4().hex} | environment(job.device, job.mode)))
+        write_json(run.path / "env.json", sealed({"id": uuid.uuid4().hex} | runtime.environment(job.device, job.mode)))
     elif plan.extends:
         run.extend(known["train.epochs"])
     if any(known.get(key) != value for key, value in flat(settings).items() if key in HELD | EXTENDED | {"task"}):
@@ -220,13 +212,13 @@ def _made_ready(job: Job, reporter: Reporter) -> None:
     # What layers of others' draw in training (dropout, drop path); a resumed run goes on with the state that was saved.
     torch.manual_seed(seeded_generator(job.config.seed, "layers").initial_seed())
     if job.device.type == "cpu":
-        keep_freed_memory()
+        runtime.keep_freed_memory()
     if job.device.type == "cuda":
-        set_backends(job.config.runtime, compiled=job.mode.compiled)
+        runtime.set_backends(job.config.runtime, compiled=job.mode.compiled)
     if job.mode.compiled:
         torchrun.require_single_process("--compile")
-        check_compiler(job.device)
-        compile_task(job.task, reporter.warn)
+        runtime.check_compiler(job.device)
+        runtime.compile_task(job.task, reporter.warn)
 
 
 def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter: Reporter) -> Iterator[Trainer]:

@@ -12,20 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sakd_cli.documents.base import Number
 from sakd_cli.errors import UsageError
-from sakd_cli.report.render.charts import (
-    PALETTE,
-    Bars,
-    Chart,
-    Heat,
-    Lines,
-    cell_text,
-    dashes,
-    frame,
-    marked,
-    shades,
-    smoothed,
-    without_middle,
-)
+from sakd_cli.report.render import charts
+from sakd_cli.report.render.charts import PALETTE, Bars, Chart, Heat, Lines, without_middle
 from sakd_cli.report.render.format import plain
 from sakd_cli.writing import write_aside
 
@@ -84,16 +72,16 @@ def write(figure: "Figure", path: Path) -> None:
     write_aside(path, rendered(figure, path.suffix.lower()[1:]))
 
 
-def figure_of(charts: Sequence[Chart]) -> "Figure":
+def figure_of(given: Sequence[Chart]) -> "Figure":
     """Charts in two columns; one alone is as tall as its rows need."""
-    across, tall = min(len(charts), 2), INCHES[1] + 0.4 * (len(charts) > 1)
-    for chart in charts:
+    across, tall = min(len(given), 2), INCHES[1] + 0.4 * (len(given) > 1)
+    for chart in given:
         if not isinstance(chart, Lines):
             tall = max(tall, 1.8 + 0.17 * len(chart.rows))
-    lines = -(-len(charts) // 2)
+    lines = -(-len(given) // 2)
     whole = new_figure(across * INCHES[0], tall * lines)
     parts = whole.subfigures(lines, across, squeeze=False).flatten()
-    shown = (smoothed(chart) if isinstance(chart, Lines) else chart for chart in charts)
+    shown = (charts.smoothed(chart) if isinstance(chart, Lines) else chart for chart in given)
     for chart, part in zip(shown, parts, strict=False):
         axes = part.subplots()
         axes.set_title(plain(chart.title), fontsize=11, loc="left")
@@ -117,16 +105,16 @@ def _known(values: Sequence[Number]) -> list[float]:
 
 
 def _lines(chart: Lines, axes: Any) -> None:
-    for series, dash in zip(chart.series, dashes(chart), strict=True):
+    for series, dash in zip(chart.series, charts.dashes(chart), strict=True):
         colour, label = PALETTE[series.colour % len(PALETTE)], plain(series.name) if series.name else "_further"
         style: dict[str, Any] = {"color": colour, "linestyle": KINDS[series.kind], "linewidth": 1.5, "label": label}
         style |= {"markersize": 4, "alpha": 0.3 if series.kind == "faint" else None}
         style |= {"dashes": [*map(float, dash.split())]} if dash and series.kind == "solid" else {}
-        style |= {"marker": MARKS[series.colour % len(MARKS)]} if marked(series) else {}
+        style |= {"marker": MARKS[series.colour % len(MARKS)]} if charts.marked(series) else {}
         axes.plot(series.x, _known(series.y), **style)
         if series.band:
             axes.fill_between(series.x, *zip(*series.band, strict=True), color=colour, alpha=0.15)
-    axes.set_ylim(*frame(chart)[2:])
+    axes.set_ylim(*charts.frame(chart)[2:])
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
     if all(float(x).is_integer() for series in chart.series for x in series.x):
@@ -140,12 +128,12 @@ def _heat(chart: Heat, figure: "FigureBase", axes: Any) -> None:
         return
     least = -chart.most if chart.signed else chart.least
     stops = [least, 0.0, chart.most] if chart.signed else [least, chart.most]
-    colours = LinearSegmentedColormap.from_list("cells", [shades(chart, stop)[0] for stop in stops])
+    colours = LinearSegmentedColormap.from_list("cells", [charts.shades(chart, stop)[0] for stop in stops])
     image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=least, vmax=chart.most, interpolation="nearest")
     for y, row in enumerate(chart.cells if chart.numbers else ()):
         for x, value in enumerate(row):
-            ink = shades(chart, value or 0.0)[1]
-            axes.text(x, y, cell_text(chart, value), ha="center", va="center", fontsize=7, color=ink)
+            ink = charts.shades(chart, value or 0.0)[1]
+            axes.text(x, y, charts.cell_text(chart, value), ha="center", va="center", fontsize=7, color=ink)
     step = -(-len(chart.columns) // 12)
     means = chart.means or [""] * len(chart.columns)
     heads = [f"{plain(name)}\n{mean}".strip() for name, mean in zip(chart.columns, means, strict=True)]

@@ -23,8 +23,8 @@ from sakd_cli.documents.table import BestEpoch, Comparison, Difference, Point, R
 from sakd_cli.errors import UsageError
 from sakd_cli.files import resolved
 from sakd_cli.report.render.format import number, plain
-from sakd_cli.report.runs.questions import Arm, answer, asked
-from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, in_words, paired_test, seed_statistics
+from sakd_cli.report.runs import statistics
+from sakd_cli.report.runs.statistics import Arm, by_seed
 from sakd_cli.rundir import RunDir
 
 # Where something lies; the teacher itself is known by its SHA-256, the matched run is another one for every seed.
@@ -80,7 +80,7 @@ def compare(runs: Iterable[RunDir], baseline: str | None = None) -> Comparison:
     identities = list(dict.fromkeys(one.identity for one in settings))
     rows = [_row(run, one, identities.index(one.identity)) for run, one in zip(given, settings, strict=True)]
     groups = _groups(settings, rows)
-    questions = asked(_arms(groups, rows, settings))
+    questions = statistics.asked(_arms(groups, rows, settings))
     pairs = dict.fromkeys((ours.number, theirs.number) for _, ours, theirs in questions)
     pairs |= dict.fromkeys((ours.number, theirs.number) for ours, theirs in _pairs(groups))
     if baseline is not None:
@@ -89,16 +89,16 @@ def compare(runs: Iterable[RunDir], baseline: str | None = None) -> Comparison:
         least = [min((len(_unequal(ours, theirs)), theirs.number) for theirs in chosen) for ours in others]
         pairs = {(ours.number, number): None for ours, (_, number) in zip(others, least, strict=True)}
     pairs = pairs or {(group.number, 0): None for group in groups[1:]}
-    tests = [paired_test(by_seed(groups[ours].runs), by_seed(groups[theirs].runs)) for ours, theirs in pairs]
-    found = dict(zip(pairs, corrected(tests), strict=True))
+    tests = [statistics.paired_test(by_seed(groups[ours].runs), by_seed(groups[theirs].runs)) for ours, theirs in pairs]
+    found = dict(zip(pairs, statistics.corrected(tests), strict=True))
     return Comparison(
-        level=LEVEL,
+        level=statistics.LEVEL,
         runs=rows,
         differences=_differences(settings),
         groups=[_statistics(group) for group in groups],
         comparisons=[_versus(groups[ours], groups[theirs], test) for (ours, theirs), test in found.items()],
         answers=[
-            answer(question, ours, theirs, found[ours.number, theirs.number])
+            statistics.answer(question, ours, theirs, found[ours.number, theirs.number])
             for question, ours, theirs in questions
             if (ours.number, theirs.number) in found
         ],
@@ -184,8 +184,8 @@ def _said(key: str, run: _Settings) -> str:
 
 def _statistics(group: _Group) -> SeedGroup:
     found = {key: by_seed(group.runs, key) for key in ("top1", "top5", "loss")}
-    statistics = {key: seed_statistics(values.values()) for key, values in found.items()}
-    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=[*found["top1"]], **statistics)
+    means = {key: statistics.seed_statistics(values.values()) for key, values in found.items()}
+    return SeedGroup(label=group.label, distilled=not group.settings.control, seeds=[*found["top1"]], **means)
 
 
 def _pairs(groups: list[_Group]) -> list[tuple[_Group, _Group]]:
@@ -258,5 +258,5 @@ def _versus(ours: _Group, theirs: _Group, test: PairedTest) -> Versus:
     helps = theirs.settings.control and not ours.settings.control
     said = {"better": "distillation helped", "worse": "distillation hurt"} if helps else {}
     verdict = f"{said.get(test.verdict, test.verdict)}, " * (test.verdict in ("better", "worse", "not shown"))
-    text = f"{ours.label} against {theirs.label}: {verdict}{in_words(test)}.{budget}"
+    text = f"{ours.label} against {theirs.label}: {verdict}{statistics.in_words(test)}.{budget}"
     return Versus(**dict(test), group=ours.number, against=theirs.number, unequal=unequal, text=text)

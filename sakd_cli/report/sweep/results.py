@@ -16,8 +16,7 @@ from sakd_cli.config.routers import CLASSICAL, PLAIN, AdaptiveConfig
 from sakd_cli.documents import sweep as doc
 from sakd_cli.documents.base import PairedTest
 from sakd_cli.report.render.format import plain
-from sakd_cli.report.runs.questions import Arm, answer, asked
-from sakd_cli.report.runs.statistics import LEVEL, by_seed, corrected, paired_test, seed_statistics
+from sakd_cli.report.runs.statistics import LEVEL, Arm, answer, asked, by_seed, corrected, paired_test, seed_statistics
 
 LEARNED = AdaptiveConfig().name
 PUBLISHED = Path(__file__).with_name("published.yaml")  # numbers only, with their source
