@@ -120,6 +120,8 @@ def _parse_yaml(text: str, loader: Any) -> Any:
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udbff]", event.value):
+            raise ValueError("half of a character (\\ud83c), as JSON escapes it; write the character itself")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("an alias (*name) is not taken; write the value out")
         if depth > DEEPEST or count > MOST_EVENTS:

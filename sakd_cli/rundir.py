@@ -80,10 +80,10 @@ class RunDir:
         if (lock := writing.acquire_lock(self.path / ".lock", 0.5, failed=failed)) is None:
             try:
                 who = files.read_json(holder)
-                name = f"process {int(who['pid'])} on {who['host']}"
-            except (OSError, ValueError, KeyError, TypeError):
-                name = "another process"
-            raise RunInUseError(f"{self.path}: in use by {name}")
+                name, hint = f"process {int(who['pid'])} on {who['host']}", None
+            except (OSError, ValueError, KeyError, TypeError):  # without flock, a lock that was copied here as well
+                name, hint = "another process", f"if there is none, remove {self.path / '.lock'}"
+            raise RunInUseError(f"{self.path}: in use by {name}", hint)
         self._handle = os.open(self.path, os.O_RDONLY)
         try:
             with writing.guarded(self.path, self._require_same):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from filelock import FileLock, Timeout
 from sakd_cli.errors import DiskError, RunInUseError
 from sakd_cli.files import json_bytes, nearest_folder
 
+# On a file system without flock (Lustre) the file itself is the lock, which is as good.
+warnings.filterwarnings("ignore", "flock not supported")
 _guards: dict[Path, Callable[[], None]] = {}
 
 
@@ -28,9 +31,12 @@ def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
 
 def verify(path: Path) -> None:
     """Raise where a folder above `path` is guarded and is no longer what it was."""
-    for folder, check in list(_guards.items()):
-        if path.absolute().is_relative_to(folder):
-            check()
+    for check in _guards_of(path):
+        check()
+
+
+def _guards_of(path: Path) -> list[Callable[[], None]]:
+    return [check for folder, check in list(_guards.items()) if path.absolute().is_relative_to(folder)]
 
 
 def write_aside(path: Path, content: bytes) -> None:
@@ -66,7 +72,8 @@ def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"{path}: cannot be written: {error.strerror}")
     needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
-    return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint="make room, then go on: --resume")
+    again = "go on: --resume" if _guards_of(path) else "the same command again"
+    return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint=f"make room, then {again}")
 
 
 def acquire_lock(path: Path, wait: float = 0.0, *, failed: str = "", hint: str | None = None) -> FileLock | None:
@@ -126,7 +133,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         try:
             aside.replace(folder)
         except OSError:
-            old.replace(folder)
+            with suppress(FileNotFoundError):  # there was none
+                old.replace(folder)
             raise
         flush(folder.parent)
     except OSError as error:
@@ -140,9 +148,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a loss of power."""
+    """Make a file, or the names in a folder, survive a loss of power; of a folder where its file system can (SMB)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)

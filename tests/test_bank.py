@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sakd_cli.data.dataset import Dataset, Split
 from sakd_cli.data.loader import TrainLoader
 from sakd_cli.data.sources import Views
+from sakd_cli.runs import teacher_outputs
 
 CPU = torch.device("cpu")
 FEW = [
@@ -123,3 +124,13 @@ def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(
     result = banked.sakd(*distil("kd"), "--runs-dir", str(folder))
     assert (result.code, "needs 0.00054 GB, 1e-06 GB are free" in result.err) == (5, True), result.err
     assert not list(folder.rglob("*.safetensors"))
+
+
+def test_a_cache_has_its_room_before_it_is_written(tmp_path: Path) -> None:
+    """A hole that is written to through memory where a quota has no room left would end the process (SIGBUS)."""
+    layout = teacher_outputs.Layout(100, 162, 64, 20)
+    arrays = teacher_outputs._empty_file(tmp_path / "cache", layout)
+    about = (tmp_path / "cache").stat()
+    assert layout.bytes < about.st_size <= 512 * about.st_blocks
+    assert not arrays["logits"].any()
+    assert load_file(tmp_path / "cache")["pooled"].shape == (layout.rows, layout.width)

@@ -4,14 +4,22 @@ import errno
 import json
 import os
 import shlex
+import shutil
+import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fork_server import ROOT, Faults, ForkServer, fingerprint
 
+from sakd_cli import writing
 from sakd_cli.engine import checkpoint
+from sakd_cli.errors import DiskError, RunInUseError
+from sakd_cli.report.runs.entries import remove
+from sakd_cli.report.runs.page import RunPage
 from sakd_cli.rundir import RunDir
 
 SHORT = "--dataset shapes --set data.train=60 --set data.test=40 --batch-size 20 --set save_every=2 -q"
@@ -94,6 +102,9 @@ def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
         *WORDS, "--set", f"teacher.source={json.dumps(run, ensure_ascii=False)}", "--epochs", "1", "--dry-run", "--json"
     )
     assert pretrained.code == 0, pretrained.err
+    assert desk.sakd("runs", "rm", run, "--yes").code == 0
+    assert not list(desk.cwd.glob(f".{name[:9]}*"))
+    assert not (desk.cwd / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,44 @@ def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
 )
 def test_homes_and_names_that_cannot_be(desk: ForkServer, arguments: list[str], text: str) -> None:
     desk.assert_rejects([*WORDS, *arguments], 2, text)
+
+
+def test_a_full_disk_is_known_before_a_page_and_says_what_goes_on(
+    desk: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    full = desk.sakd("report", "sound", "--out", "page.html", faults=Faults(fail=(1, errno.ENOSPC)))
+    assert full.err.splitlines()[-1] == "hint: make room, then the same command again"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(DiskError, match="the disk is full"):
+        RunPage(RunDir(desk.cwd / "sound"), print).write(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_systems_that_lack_something(desk: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No fsync of folders (SMB), no flock (Lustre), no rename of folders (a lower layer of overlayfs)."""
+
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda at: fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(at).st_mode) else fsync(at))
+    with writing.whole_folder(tmp_path / "made") as folder:
+        (folder / "file").touch()
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(desk.cwd / "sound", run.path)
+    monkeypatch.setattr(Path, "rename", lambda *_: fail(errno.EXDEV))
+    with pytest.raises(DiskError, match="cannot be removed: Invalid cross-device link"):
+        remove(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "run"]
+    monkeypatch.setattr("fcntl.flock", lambda *_: fail(errno.ENOSYS))
+    (run.path / ".lock").touch()
+    with warnings.catch_warnings(action="ignore"), pytest.raises(RunInUseError) as raised, run.locked():
+        pass
+    assert raised.value.hint == f"if there is none, remove {run.path / '.lock'}"
+    code = "import fcntl, os, pathlib; from sakd_cli.writing import acquire_lock as lock\ndef flock(*_): "
+    code += "raise OSError(38, 'Function not implemented')\nfcntl.flock = flock; lock(pathlib.Path('soft')).release()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stderr == b"", "where the lock is a file, that is no news"
 
 
 READERS = ["list models", "list models --json", "inspect-spots sound", "inspect-spots sound --json", "show method sp"]

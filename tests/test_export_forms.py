@@ -3,6 +3,9 @@
 import importlib
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CliRunner
+from fork_server import ROOT
 from PIL import Image
 from torch import nn
 
@@ -218,3 +222,12 @@ def test_a_network_with_attention_keeps_its_sums_in_floats(tmp_path: Path) -> No
     assert "DequantizeLinear" in kinds.get("Gemm", kinds.get("MatMul", set()))
     assert "DequantizeLinear" not in kinds["LayerNormalization"]
     assert formats.PRODUCTS == ["Conv", "Gemm", "MatMul"]
+
+
+def test_onnxruntime_tells_nobody(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    code = "import sakd_cli.export.formats, onnxruntime"
+    alone = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    there = alone | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=there, check=True)
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,8 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.writing import write_aside
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.32 would tell its maker of each use
 
 Function = Callable[[Tensor], Tensor]
 Precision = Literal["fp32", "fp16", "int8"]

@@ -7,6 +7,7 @@ looked up; with the same teacher, images and augmentation every later run finds 
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ def open_teacher_cache(
         if not _whole(path):
             _compute(path, layout, teacher, views, mode, device, reporter)
     except OSError as error:
+        path.with_suffix(".new").unlink(missing_ok=True)
         raise DiskError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         lock.release()
@@ -211,8 +213,10 @@ def _empty_file(path: Path, layout: Layout) -> dict[str, Any]:
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
-    begin = 8 + len(header)
+        begin = 8 + len(header)
+        # Written to a hole for which a quota leaves no room, an array would end the process.
+        reserve = getattr(os, "posix_fallocate", lambda handle, start, size: os.truncate(handle, size))
+        reserve(file.fileno(), 0, begin + end)
     return {name: np.memmap(path, np.float16, "r+", begin + places[name], shapes[name]) for name in shapes}
 
 

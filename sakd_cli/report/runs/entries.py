@@ -1,9 +1,10 @@
 """The runs of a folder: what there is, filtered and sorted, and what may be removed"""
 
 import glob
+import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sakd_cli.config.base import written
 from sakd_cli.config.keys import explain
 from sakd_cli.config.resolve import flat, found_again
 from sakd_cli.documents.listing import RunEntries, RunEntry
-from sakd_cli.errors import DamagedError, UsageError
+from sakd_cli.errors import DamagedError, DiskError, UsageError
 from sakd_cli.files import resolved, sha256
 from sakd_cli.report.render.format import fixed, named, plain
 from sakd_cli.report.render.sheet import columns_of, left_out, table, varying
@@ -132,16 +133,25 @@ def why_kept(run: RunDir, removed: Collection[Path]) -> str | None:
 
 def remove(run: RunDir) -> None:
     """Remove a run: out of the way at once, then piece by piece, with what a removal that was cut short has left."""
-    earlier = remains(run)
-    if run.path.exists():
-        with run.locked():
-            aside = Path(tempfile.mkdtemp(prefix=f".{run.path.name}.removed", dir=run.path.parent))
-            run.path.rename(aside)
-        shutil.rmtree(aside)
-    for left in earlier:
-        shutil.rmtree(left, ignore_errors=True)
+    try:
+        if run.path.exists():
+            with run.locked():
+                run.path.rename(f"{_aside(run)}{uuid.uuid4().hex[:8]}")
+        for left in remains(run):
+            shutil.rmtree(left, ignore_errors=True)  # others may remove it as well
+            if left.exists():
+                shutil.rmtree(left)  # which says why it cannot be
+    except OSError as error:
+        text = f"{run.path}: cannot be removed: {error.strerror}"
+        raise DiskError(text, "once that is mended, the same command removes the rest") from None
 
 
 def remains(run: RunDir) -> list[Path]:
     """What a removal of this run that was cut short has left."""
-    return [*run.path.parent.glob(f".{glob.escape(run.path.name)}.removed*")]
+    aside = _aside(run)
+    return [*aside.parent.glob(f"{glob.escape(aside.name)}*")]
+
+
+def _aside(run: RunDir) -> Path:
+    """How the places begin at which a run is removed; after a name of 255 bytes there is no room for more."""
+    return run.path.with_name(f".{os.fsencode(run.path.name)[:230].decode(errors='ignore')}.removed")

@@ -31,7 +31,7 @@ from sakd_cli.report.spots.page import context_of, spot_opening, spot_sections
 from sakd_cli.report.spots.survey import gone, read_survey
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
-from sakd_cli.writing import write_aside
+from sakd_cli.writing import require_room, write_aside
 
 RAREST = 20  # classes that a table shows
 
@@ -152,12 +152,13 @@ class RunPage:
         facts = html.facts_of(row, ("network", "dataset", "method", "router", "seed", "epochs"))
         facts += [("State", "finished" if row.finished else "not finished"), ("Run", named(row.run))]
         title = f"{named(row.task)}: {named(self.run.path.name)}"
-        write_aside(path, html.page(title, facts, self.sections, self.opening).encode())
-        pictures = {path.with_name(f"{path.stem}-{name}.png"): content for name, content in self.plots.items()}
-        for picture, content in pictures.items():
-            write_aside(picture, content)
-        written, sections = list(map(str, [path, *pictures])), [section.title for section in self.sections]
-        return Report(run=str(self.run.path), written=written, sections=sections)
+        contents = {path: html.page(title, facts, self.sections, self.opening).encode()}
+        contents |= {path.with_name(f"{path.stem}-{name}.png"): plot for name, plot in self.plots.items()}
+        require_room(path.parent, sum(map(len, contents.values())))
+        for place, content in contents.items():
+            write_aside(place, content)
+        sections = [section.title for section in self.sections]
+        return Report(run=str(self.run.path), written=list(map(str, contents)), sections=sections)
 
 
 def _result(page: RunPage) -> None:
