@@ -128,7 +128,7 @@ BAD = f"""
 2 | Missing argument 'FILE'                                 | sweep
 2 | nowhere.yaml: no such file                              | PAIR --config nowhere.yaml
 2 | broken.yaml, line 1: not valid YAML                     | PAIR --config broken.yaml
-2 | half of a character                                     | PAIR --set 'router.run="\\ud83c\\udf93"'
+2 | is no YAML value                                        | PAIR --set 'router.run="\\ud83c\\udf93"'
 2 | is beyond the last of 3 stages                          | PAIR TINY --set method.stage=9
 2 | is beyond the last of 3 stages | PAIR --teacher resnet14 --pretrain TINY --set method.stage=9
 2 | nothing would be learned; --set method.ce_weight=1      | PAIR TINY --method simkd --router never
