@@ -30,7 +30,7 @@ FLOORS = {
     "export": "Networks for and from other programs.",
     "sweep": "Many runs, one scheduler.",
     "calls": "What `sakd_cli.api` offers beside trainings, and the options of all its calls.",
-    "cli": "The commands.",
+    "cli": "The commands, one file each.",
 }
 
 

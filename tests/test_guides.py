@@ -21,7 +21,7 @@ from generated_guides import GENERATED, GUIDES, ROOT, generated
 from PIL import Image
 from test_sweep import ForkExecutor
 
-from sakd_cli.cli import show
+from sakd_cli.cli import guide
 from sakd_cli.cli.app import app
 from sakd_cli.config.base import Config
 from sakd_cli.config.datasets import DATASETS
@@ -265,7 +265,7 @@ def test_every_option_setting_and_file_of_the_text_is_there(page: Path) -> None:
         assert (page.parent / link).exists(), link
     for file in re.findall(r"`((?:tests|sakd_cli|presets)/[\w./-]+)`", text):
         assert (ROOT / file).exists() or page.stem == "extending", file
-    assert not set(re.findall(r"`sakd guide ([a-z-]+)`", text)) - set(show.guides())
+    assert not set(re.findall(r"`sakd guide ([a-z-]+)`", text)) - set(guide.topics())
 
 
 def test_the_readme_is_short_and_begins_with_the_two_lines_that_set_all_up() -> None:
@@ -282,14 +282,14 @@ def test_what_is_generated_is_up_to_date(topic: str) -> None:
 
 
 def test_the_index_lists_every_guide_in_one_line(cli: CliRunner) -> None:
-    assert {f"{topic}.md" for topic in show.guides()} == {page.name for page in GUIDES.glob("*.md")} - {show.INDEX}
+    assert {f"{topic}.md" for topic in guide.topics()} == {page.name for page in GUIDES.glob("*.md")} - {guide.INDEX}
     listed = cli.sakd("guide")
     assert (listed.code, listed.err) == (0, "")
-    assert all(f"  {topic} " in listed.out for topic in show.guides())
+    assert all(f"  {topic} " in listed.out for topic in guide.topics())
     assert max(map(len, listed.out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("topic", show.guides())
+@pytest.mark.parametrize("topic", guide.topics())
 def test_a_guide_fits_a_terminal_of_80_columns(cli: CliRunner, topic: str) -> None:
     shown: Result = cli.sakd("guide", topic, COLUMNS="80", FORCE_COLOR="1")
     assert (shown.code, shown.err) == (0, "")
@@ -304,7 +304,7 @@ def test_a_guide_fits_a_terminal_of_80_columns(cli: CliRunner, topic: str) -> No
 def test_an_unknown_topic_is_one_line_with_the_nearest_name(cli: CliRunner) -> None:
     result = cli.assert_rejects(["guide", "netwroks"], 2, "unknown guide 'netwroks'; did you mean 'networks'?")
     assert "sakd guide" in result.err
-    assert [name for name, _ in show._complete("spe")] == ["speed"]
+    assert [name for name, _ in guide._complete("spe")] == ["speed"]
 
 
 def test_a_guide_needs_no_torch() -> None:

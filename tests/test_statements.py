@@ -17,7 +17,7 @@ from test_report import CONFIG, Tree, epoch, everything, long_run, make_run, spo
 from test_spot_page import document
 from test_sweep_table import finished
 
-from sakd_cli.cli.console import Bars
+from sakd_cli.cli.progress import Bars
 from sakd_cli.documents.bench import Bench
 from sakd_cli.documents.evaluation import EnsembleEvaluation, Evaluation
 from sakd_cli.documents.listing import RunEntries

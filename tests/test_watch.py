@@ -12,7 +12,7 @@ from rich.console import Console
 from test_compare import make
 from test_report import epoch, spot
 
-from sakd_cli.cli import runs
+from sakd_cli.cli import watch
 
 RECORDS = [epoch(n, 90, spot("stage2", 0.25 * n, [0.5]), spot("logits", 0.5, [0.5])) for n in (1, 2, 3)]
 
@@ -20,7 +20,7 @@ RECORDS = [epoch(n, 90, spot("stage2", 0.25 * n, [0.5]), spot("logits", 0.5, [0.
 @pytest.fixture
 def going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that a thread works on: it has two epochs, then comes to a third one, and leaves."""
-    monkeypatch.setattr(runs, "INTERVAL", 0.01)
+    monkeypatch.setattr(watch, "INTERVAL", 0.01)
     (tmp_path / "runs").mkdir()
     run = make(tmp_path / "runs", "adaptive", 0, None)
     (run.path / "spots.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS[:2]))
@@ -66,9 +66,9 @@ def test_a_run_is_followed_to_its_end(going: Any, monkeypatch: pytest.MonkeyPatc
     run, seen, over = going
     file = Heard([("22.00", seen), ("33.25", over)])
     console = Console(file=file, width=100, force_terminal=terminal, color_system=None)
-    monkeypatch.setattr(runs, "out", lambda: console)
-    monkeypatch.setattr(runs, "show", lambda *shown: [console.print(one) for one in shown])
-    runs.watch(run=run.path, runs_dir=None)
+    monkeypatch.setattr(watch, "out", lambda: console)
+    monkeypatch.setattr(watch, "show", lambda *shown: [console.print(one) for one in shown])
+    watch.watch(run=run.path, runs_dir=None)
     text = file.getvalue()
     assert over.is_set(), "what came while it watched was shown"
     assert ("2 of 2 epochs, running" in text) == terminal

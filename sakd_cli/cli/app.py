@@ -21,7 +21,25 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from sakd_cli import __version__
-from sakd_cli.cli import evaluate, runs, show, sweep, train, weights
+from sakd_cli.cli import (
+    bench,
+    compare,
+    config,
+    data_check,
+    distill,
+    evaluate,
+    export,
+    guide,
+    import_weights,
+    inspect_spots,
+    predict,
+    pretrain_teacher,
+    report,
+    runs,
+    show,
+    sweep,
+    watch,
+)
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
 from sakd_cli.config.code import GUIDE, place_of, trust_no_more
@@ -63,9 +81,15 @@ data_app = group(help="Check data sets.")
 show_app = group(help="Explain a method, a router, a settings key or a JSON schema.")
 
 
-# A flag has no value, hence no type in the help; typer 0.29 would show `<bool>` behind it.
-if (shown_type := getattr(TyperOption, "display_type_rich", None)) is not None:
-    setattr(TyperOption, "display_type_rich", lambda own, ctx: "" if own.is_flag else shown_type(own, ctx))  # noqa: B010
+def _hide_type_of_flags() -> None:
+    """A flag has no value, hence no type in the help; typer 0.29 would show `<bool>` behind it."""
+    original: Any = getattr(TyperOption, "display_type_rich", None)
+    if original is not None:
+        setattr(TyperOption, "display_type_rich", lambda own, ctx: "" if own.is_flag else original(own, ctx))  # noqa: B010
+
+
+_hide_type_of_flags()
+
 
 # What to do instead, by option.
 SEVERAL = {"--method": "--method A+B distils by both at once; sakd sweep --methods A,B tries one after the other"}
@@ -107,30 +131,30 @@ def _root(
     return
 
 
-app.command("pretrain-teacher", rich_help_panel="Train", cls=OnceEach)(train.pretrain_teacher)
-app.command("distill", rich_help_panel="Train", cls=OnceEach)(train.distill)
+app.command("pretrain-teacher", rich_help_panel="Train", cls=OnceEach)(pretrain_teacher.pretrain_teacher)
+app.command("distill", rich_help_panel="Train", cls=OnceEach)(distill.distill)
 for task, procedure in PROCEDURES.items():
     if task not in ("pretrain", "distill"):
-        app.command(procedure.command, rich_help_panel="Train", cls=OnceEach)(train.command_of(task))
+        app.command(procedure.command, rich_help_panel="Train", cls=OnceEach)(pretrain_teacher.command_of(task))
 app.command("sweep", rich_help_panel="Train", cls=OnceEach)(sweep.sweep)
-app.command("import-weights", rich_help_panel="Train", cls=OnceEach)(weights.import_weights)
-app.command("export", rich_help_panel="Train", cls=OnceEach)(weights.export)
+app.command("import-weights", rich_help_panel="Train", cls=OnceEach)(import_weights.import_weights)
+app.command("export", rich_help_panel="Train", cls=OnceEach)(export.export)
 app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
-app.command("predict", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.predict)
-app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.compare)
+app.command("predict", rich_help_panel="Evaluate", cls=OnceEach)(predict.predict)
+app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(compare.compare)
 app.command("runs", rich_help_panel="Evaluate", cls=OnceEach)(runs.runs)
-app.command("watch", rich_help_panel="Evaluate", cls=OnceEach)(runs.watch)
-app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.report)
-app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.inspect_spots)
-app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.bench)
+app.command("watch", rich_help_panel="Evaluate", cls=OnceEach)(watch.watch)
+app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(report.report)
+app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(inspect_spots.inspect_spots)
+app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(bench.bench)
 app.command("list", rich_help_panel="Reference", cls=OnceEach)(show.listing)
-config_app.command("show", cls=OnceEach)(show.show_config)
-app.command("guide", rich_help_panel="Reference", cls=OnceEach)(show.guide)
+config_app.command("show", cls=OnceEach)(config.show_config)
+app.command("guide", rich_help_panel="Reference", cls=OnceEach)(guide.guide)
 show_app.command("method", cls=OnceEach)(show.show_method)
 show_app.command("router", cls=OnceEach)(show.show_router)
 show_app.command("key", cls=OnceEach)(show.show_key)
 show_app.command("schema", cls=OnceEach)(show.show_schema)
-data_app.command("check", cls=OnceEach)(evaluate.check_data)
+data_app.command("check", cls=OnceEach)(data_check.check)
 app.add_typer(data_app, name="data", rich_help_panel="Evaluate")
 app.add_typer(show_app, name="show", rich_help_panel="Reference")
 app.add_typer(config_app, name="config", rich_help_panel="Reference")

@@ -1,34 +1,25 @@
-"""`sakd list`, `show`, `config show` and `guide`: what there is to choose from and what it means; the handbook
-
-The guides are Markdown files inside the package that a web page shows as well.
-"""
+"""`sakd list` and `sakd show`: what there is to choose from, and what each of it means."""
 
 import inspect
-import re
-from importlib.resources import files
 from json import dumps
 from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
-from sakd_cli.cli.console import ConsoleReporter, emit, out, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import NAMES, Values, completion, with_options
 from sakd_cli.config import code, methods, networks, routers
-from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name, summary, written
-from sakd_cli.config.effective import effective
-from sakd_cli.config.keys import description_of, explain, keys_of
-from sakd_cli.config.options import OPTIONS, options_of
+from sakd_cli.config.base import choose, of_file, own_name, summary
+from sakd_cli.config.keys import explain, keys_of
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
-from sakd_cli.config.resolve import config_sources, flat, preset_summary, presets, resolve
+from sakd_cli.config.resolve import preset_summary, presets
 from sakd_cli.config.training import TASKS
-from sakd_cli.documents.listing import Listed, Listing, ShownConfig, ShownKey, ShownMeaning, ShownMethod
+from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
 from sakd_cli.documents.table import DOCUMENTS
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.report.render.sheet import listing_table
 
-GUIDES = files("sakd_cli") / "guides"
-INDEX = "README.md"  # what a repository's web page shows of the folder; it has one line per guide
 Kind = Literal["models", "methods", "datasets", "presets", "routers"]
 
 
@@ -198,95 +189,3 @@ def show_schema(
         raise UsageError(unknown("document", name, DOCUMENTS))
     schema = DOCUMENTS[name].model_json_schema()
     show(dumps(schema, indent=2) if json else yaml.safe_dump(schema, sort_keys=False, allow_unicode=True).rstrip())
-
-
-@with_options("config-show")
-def show_config(options: Values, json: bool, task: str, origin: bool, describe: bool) -> None:
-    """Print the complete configuration that these options make, and with --origin who set each key.
-
-    Precedence: option, then environment (SAKD_*), then --config file, then --preset, then default.
-
-    Examples:
-
-        sakd config show --preset quickstart
-
-        SAKD_SEED=3 sakd config show --preset quickstart --epochs 2 --origin
-    """
-    command = "distill" if task == "distill" else "pretrain-teacher"
-    has = {*options_of(command)}
-    for name in OPTIONS.keys() & options.keys() - has:
-        if OPTIONS[name].key and options[name]:
-            raise UsageError(f"{OPTIONS[name].flag}: is no option of sakd {command}")
-    resolved = resolve(task, config_sources({name: value for name, value in options.items() if name in has}))
-    settings, values = resolved.config.model_dump(mode="json"), effective(resolved.config)
-    keys = [
-        ShownKey(
-            key=key,
-            value=value,
-            origin=resolved.origins.get(key, "default"),
-            description=description_of(resolved.config, key) if describe else None,
-        )
-        for key, value in flat(settings).items()
-    ]
-    listed = origin or describe
-    if json:
-        emit(ShownConfig(task=task, config=settings, effective=values, keys=keys if listed else None))
-    elif not listed:
-        show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
-    else:
-        rows = [key.model_dump(exclude_none=True) | {"value": written(key.value)} for key in keys]
-        show(listing_table(f"config of {task}", rows))
-
-
-def guides() -> dict[str, str]:
-    """Name of every guide and one sentence about it, in reading order, from the index."""
-    text = (GUIDES / INDEX).read_text(encoding="utf-8")
-    return dict(re.findall(r"^- \[([a-z-]+)\]\(\1\.md\): (.+)$", text, re.MULTILINE))
-
-
-def read(topic: str) -> str:
-    """The Markdown text of one guide. Raises UsageError with the nearest topic."""
-    if topic not in guides():
-        raise UsageError(unknown("guide", topic, guides()), hint="sakd guide lists them all")
-    return (GUIDES / f"{topic}.md").read_text(encoding="utf-8")
-
-
-def for_terminal(text: str) -> str:
-    """The text without what only a web page can show: comments, pictures, and links between guides."""
-    text = re.sub(r"<!--.*?-->\n*", "", text, flags=re.DOTALL)
-    text = re.sub(r"!\[([^]]*)\]\([^)]*\)", r"(\1: see the web page)", text)
-    text = re.sub(r"\[([^]]+)\]\(([a-z-]+)\.md(#[\w-]+)?\)", _reference, text)
-    return re.sub(r"\[([^]]+)\]\(\.\.[^)]*/([\w.-]+)\)", r"\1 (\2)", text)
-
-
-def _reference(link: re.Match[str]) -> str:
-    command = f"`sakd guide {link[2]}`"
-    return command if link[1] == link[2] else f"{link[1]} ({command})"
-
-
-def _complete(incomplete: str) -> list[tuple[str, str]]:
-    return [(name, about) for name, about in guides().items() if name.startswith(incomplete)]
-
-
-def guide(
-    topic: Annotated[
-        str | None, typer.Argument(help="A guide; without it, the list of all.", autocompletion=_complete)
-    ] = None,
-) -> None:
-    """Read the handbook: one guide, or the list of all guides.
-
-    Examples:
-
-        sakd guide
-
-        sakd guide own-images
-    """
-    from rich.markdown import Markdown
-
-    if topic is not None:
-        text = read(topic)
-        show(Markdown(for_terminal(text), code_theme="ansi_dark") if out().is_terminal else text.rstrip())
-        return
-    width = max(map(len, guides()))
-    show("Guides, in reading order; `sakd guide TOPIC` shows one:\n")
-    show("\n".join(f"  {name:{width}}  {about}" for name, about in guides().items()))
