@@ -158,6 +158,14 @@ def test_file_systems_that_lack_something(desk: ForkServer, monkeypatch: pytest.
     assert done.stderr == b"", "where the lock is a file, that is no news"
 
 
+def test_what_predicts_and_exports_loads_no_plots() -> None:
+    code = (
+        "import sys, sakd_cli.runs.predict, sakd_cli.export.export; print({'scipy', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout == b"set()\n"
+
+
 READERS = ["list models", "list models --json", "inspect-spots sound", "inspect-spots sound --json", "show method sp"]
 
 
@@ -189,6 +197,7 @@ PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": 
         ({"PYTHONOPTIMIZE": "2"}, "list methods"),
         pytest.param({"PYTHONOPTIMIZE": "2"}, "show method sp", marks=pytest.mark.battery),
         (PLAIN, "inspect-spots sound"),
+        ({"HOME": "/dev/null/none"}, "compare sound teacher --plot curves.png"),
         pytest.param({"PYTHONOPTIMIZE": "2"}, " ".join(["ALL", "--run-dir optimized"]), marks=pytest.mark.battery),
         pytest.param(PLAIN | {"LC_ALL": "tr_TR.UTF-8"}, "ALL --run-dir größe", marks=pytest.mark.battery),
     ],

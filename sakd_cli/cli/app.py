@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import itertools
+import logging
 import multiprocessing
 import os
 import re
@@ -370,6 +371,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
     sys.stderr = cast("TextIO", Forgiving(sys.stderr))
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it keeps its cache elsewhere is nobody's news
     sys.meta_path.insert(0, AbortingTorch())
     try:
         code = run(sys.argv[1:]) if _somewhere() else UsageError.exit_code

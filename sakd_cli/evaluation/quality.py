@@ -1,5 +1,6 @@
 """What can be read from a network's answers beside accuracy: calibration, confusions, agreement with a teacher"""
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,12 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional import classification as metrics
 
 from sakd_cli.documents.evaluation import Agreement, Averages, Confusion
 
 BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
 WORST = 20  # confusions that are listed
+
+
+def _metrics() -> Any:
+    """Loaded where it is used: with scipy and matplotlib it takes as long as torch, and `predict` needs none of it."""
+    return importlib.import_module("torchmetrics.functional.classification")
 
 
 class Answers(NamedTuple):
@@ -31,13 +36,13 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     classes = logits.shape[1]
     chances = logits.softmax(dim=1)
     brier = (chances - F.one_hot(labels, classes)).square().sum(dim=1).mean()
-    ece = metrics.multiclass_calibration_error(chances, labels, num_classes=classes, n_bins=BINS, norm="l1")
+    ece = _metrics().multiclass_calibration_error(chances, labels, num_classes=classes, n_bins=BINS, norm="l1")
     return float(brier), float(ece)
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Images of each class, a row, by what they are predicted as, [classes, classes] int64 on the CPU."""
-    return metrics.multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu()
+    return _metrics().multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu()
 
 
 def confusions(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[list[Confusion], list[Confusion | None]]:
@@ -62,7 +67,7 @@ def averages(logits: Tensor, labels: Tensor) -> tuple[Averages, list[tuple[float
 
     Of classes that are neither there nor predicted nothing is counted, as torchmetrics and scikit-learn have it.
     """
-    classes = logits.shape[1]
+    classes, metrics = logits.shape[1], _metrics()
     precision, recall, f1 = metrics.multiclass_precision, metrics.multiclass_recall, metrics.multiclass_f1_score
     given: dict[str, Any] = {"preds": logits.argmax(dim=1), "target": labels, "num_classes": classes}
     found = {
