@@ -136,7 +136,8 @@ def pytest_configure() -> None:
     pick = runtime.pick_device
     # With its number, for which PyTorch would ask the driver.
     runtime.pick_device = lambda name: GPU if (found := pick(name)).type == "cuda" else found
-    importlib.import_module("sakd_cli.runs.extension").Cuda = importlib.import_module("emulator").Called
+    for name in ("extension", "forecast"):
+        importlib.import_module(f"sakd_cli.runs.{name}").Cuda = importlib.import_module("emulator").Called
     MODE.__enter__()
 
 

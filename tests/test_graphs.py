@@ -24,6 +24,7 @@ from sakd_cli.engine.trainer import EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
+from sakd_cli.runs import forecast
 from sakd_cli.runs.build import assemble
 
 CPU = torch.device("cpu")
@@ -224,3 +225,17 @@ def test_on_a_gpu_captured_steps_are_the_called_ones_bit_for_bit(tmp_path: Path,
         if not torch.equal(tensor, states[1][name])
     }
     assert not differ
+
+
+def test_a_forecast_times_replayed_steps_where_a_training_replays_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called ones take a multiple of the time on a GPU, and so would the hours that a sweep is told to take."""
+    device = StandIn()
+    monkeypatch.setattr(forecast, "Cuda", lambda where: device)
+    monkeypatch.setattr(forecast, "resolve_mode", lambda *given: resolve_mode(*given)._replace(graphed=True))
+    words = {"teacher": "resnet8", "student": "resnet8", "method": "fitnet", "data": {"name": "shapes", "train": 60}}
+    config = resolve("distill", [ConfigSource("test", words | {"runtime": {"shapes": "static"}})]).config
+    found = forecast.forecast({"one": config}, 60)["one"]
+    assert found.measured
+    assert found.step_seconds is not None
+    assert found.step_seconds > 0
+    assert (device.warmed, device.captured, device.replayed) == (WARMUP, 1, 2), "of the first kind one step is timed"

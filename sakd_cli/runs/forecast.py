@@ -15,8 +15,10 @@ from sakd_cli.config.routers import AlwaysConfig, RandomConfig, RandomMatchedCon
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.train import Train
 from sakd_cli.config.training import DistillConfig, PretrainConfig, RunConfig
+from sakd_cli.engine.graphs import WARMUP, Cuda, GraphedStep
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import keep_freed_memory, pick_device, resolve_mode, translate_oom
+from sakd_cli.engine.step import TrainStep
 from sakd_cli.engine.task import Task
 from sakd_cli.errors import UsageError
 from sakd_cli.models import artifact
@@ -30,7 +32,7 @@ from sakd_cli.tasks.pretrain import PretrainTask
 
 ENOUGH = 200  # images for a method to draw from
 RATE = 1e-9  # learning rate of the timed steps: those of a config would let random weights run away
-TRIES = 3  # steps that are timed after one that is not; the fastest counts
+TRIES = 3  # steps that are timed after those that are not; the fastest counts
 CHECKPOINTS = 3  # last, previous, best
 SURVEY = 64  # bytes that a distillation keeps of every training image, about
 
@@ -144,24 +146,29 @@ def _task(config: RunConfig, bench: Workbench) -> tuple[Task, nn.Module, float]:
 
 
 def _timed(config: RunConfig, task: Task, bench: Workbench, until: float) -> float:
-    """Seconds of a step, the device waited for."""
+    """Seconds of a step as a training makes it, replayed where that captures its steps; the device is waited for."""
     device, size = pick_device(config.device), config.train.batch_size
     # The learning rates of the settings would let random weights run away; the arithmetic is the same.
     groups = [group._replace(lr=RATE) for group in task.groups()]
     optimizer, best = Optimizer(groups, Train()), float("inf")
     optimizer.begin_epoch(1)
+    step = TrainStep(task, optimizer, None)
+    step.guard.every_step = False  # on noise and random weights, numbers that explode are nobody's mistake
+    graphed = resolve_mode(config.runtime, device).graphed
+    advance = GraphedStep(step, Cuda(device), tuple, lambda reason: None) if graphed else step
+    first = WARMUP + 1 if graphed else 1
     x = torch.randn(size, 3, *height_width(bench.side))
     index = torch.arange(size) % bench.images
     noise = torch.rand(size, task.noise_width)
     labels = index % bench.classes
     given = Batch(x.to(device), labels.to(device), index.to(device), noise.to(device))
     with translate_oom(size):
-        for attempt in range(1 + TRIES):
+        for attempt in range(first + TRIES):
             begun = time.perf_counter()
-            optimizer.step(task(given).loss)
+            advance(given)
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            best = min(best, time.perf_counter() - begun) if attempt else best
-            if attempt and time.monotonic() > until:
+            best = min(best, time.perf_counter() - begun) if attempt >= first else best
+            if attempt >= first and time.monotonic() > until:
                 break
     return best
