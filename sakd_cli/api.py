@@ -67,7 +67,8 @@ from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
 from sakd_cli.report.runs.compare import compare as compare_runs
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.locate import keep_teacher, locate_inputs
+from sakd_cli.runs.locate import locate_inputs
+from sakd_cli.runs.own import keep_teacher
 from sakd_cli.runs.resume import resolve_command
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from sakd_cli.documents.sweep import PublishedPair, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.report.sweep.results import published_cell, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
-from sakd_cli.sweep.carry_out import dropped_by_halving, understood
+from sakd_cli.sweep.carry_out import understood
+from sakd_cli.sweep.halving import dropped_by_halving
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))
 

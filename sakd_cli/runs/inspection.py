@@ -16,7 +16,8 @@ from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.page import context_of, spot_page
 from sakd_cli.report.spots.survey import Survey, gone, read_survey, records, write_records
 from sakd_cli.rundir import RunDir, look_up
-from sakd_cli.runs.locate import run_or_newest, trust_own
+from sakd_cli.runs.locate import run_or_newest
+from sakd_cli.runs.own import trust_own
 from sakd_cli.writing import write_aside
 
 # Options about images or the machine, which only mean something when the networks are run.

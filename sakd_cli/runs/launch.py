@@ -37,8 +37,9 @@ from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches, 
 from sakd_cli.runs.first_batch import check_own_losses, first_losses
 from sakd_cli.runs.images import Images
 from sakd_cli.runs.job import Job, balance_of, effective_values, label_of, planned_networks, planned_spots
-from sakd_cli.runs.locate import note_own, only_trainer
+from sakd_cli.runs.locate import only_trainer
 from sakd_cli.runs.mixtures import MixturesExtension, of_job
+from sakd_cli.runs.own import note_own
 from sakd_cli.runs.phases import training
 from sakd_cli.runs.residual_chain import MemberWriter, ResidualExtension
 from sakd_cli.runs.resume import ResumePlan, find_matching_run, fingerprint, own_settings, require_fingerprint

@@ -1,20 +1,13 @@
-"""What a path or a name means: a teacher, weights, a run, and whether it may ask for code of the user's own.
+"""What a path or a name means: a teacher, weights, a run. No torch, unless a library's network is named."""
 
-No torch, unless a library's network is named, or a trained network of the program's.
-"""
-
-import hashlib
 import importlib
-import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sakd_cli import torchrun
-from sakd_cli.config.base import OBJECTS
-from sakd_cli.config.code import functions, is_object, named_runs, trust
 from sakd_cli.config.datasets import FilesConfig
 from sakd_cli.config.networks import find_network, find_trainable, of_library
 from sakd_cli.config.preprocessing import Preprocessing
@@ -22,13 +15,11 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig
-from sakd_cli.errors import DataError, DiskError, UsageError
-from sakd_cli.files import card_settings, expanded, folder_of, read_json, resolved, sha256, weights_file
-from sakd_cli.rundir import RunDir, look_up, newest_run
-from sakd_cli.writing import make_folder, wait_for_lock, write_json
-
-# Settings that may name code.
-OF_CODE = ("model", "student", "teacher.source", "teacher.others", "method.name", "router.name", "data.name")
+from sakd_cli.errors import DataError, UsageError
+from sakd_cli.files import card_settings, expanded, folder_of, resolved, sha256, weights_file
+from sakd_cli.rundir import RunDir, newest_run
+from sakd_cli.runs.own import trust_own
+from sakd_cli.writing import wait_for_lock
 
 
 def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
@@ -276,65 +267,3 @@ def check_teacher(found: Sequence[tuple[Path, RunDir | None]], *, forced: bool, 
         raise UsageError("--teacher: a network is scored beside one teacher")
     if teacher not in (None, [], ()) and (forced or any(is_ensemble(weights) for weights, _ in found)):
         raise UsageError("--teacher: an ensemble is scored beside the teacher that it was trained with")
-
-
-def trust_own(run: RunDir | None) -> None:
-    """Let the weights of a run ask for the functions that its settings name, if this user has made it here."""
-    named = [] if run is None else [name for name in _named(run) if isinstance(name, str) and functions(name)]
-    if run is not None and named:
-        named_runs.add(run.path)
-        trust(*named if run.identity in _made_here() else ())
-
-
-def note_own(run: RunDir) -> None:
-    """Note, for `trust_own`, that this user has made a run, where the user's own functions are in it."""
-    if run.identity is None or not any(functions(str(name)) for name in _named(run)):
-        return
-    with suppress(DiskError, RuntimeError):
-        make_folder(_file().parent)
-        write_json(_file(), [*_made_here(), run.identity])
-
-
-def _named(run: RunDir) -> list[object]:
-    """What its settings name as networks."""
-    settings = run.config
-    found = [look_up(settings, key) for key in OF_CODE]
-    return [name for value in found for name in (value if isinstance(value, list) else [value])]
-
-
-def keep_teacher(config: Any, place: Path | None = None) -> Any:
-    """The settings with a folder for a trained network that a program has given as its teacher; others as they are.
-
-    It gets images as the data set normalises them, and is kept in `teachers` of `place`; None: beside the runs.
-    """
-    name = config.teacher.source if isinstance(config, DistillConfig) else ""
-    if name not in OBJECTS or not is_object(name) or config.teacher.weights is not None:
-        return config
-    from safetensors.torch import save
-
-    from sakd_cli.data.table import describe
-    from sakd_cli.models.artifact import NetworkCard, save_folder
-    from sakd_cli.models.table import create
-
-    data = describe(config.data)
-    card = NetworkCard.of(name, data)
-    network = create(name, len(data.classes), data.train.side)
-    numbers = save({key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()})
-    folder = (place or config.runs_dir) / "teachers" / hashlib.sha256(numbers).hexdigest()[:16]
-    make_folder(folder.parent, "--runs-dir DIR")
-    save_folder(folder, network, card, {})
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": folder})})
-
-
-def _file() -> Path:
-    """Identities of the runs that this user has made on this machine with functions of the user's own."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path("~/.local/state").expanduser()) / "sakd" / "runs.json"
-
-
-def _made_here() -> list[str]:
-    try:
-        found = read_json(_file())
-    except (OSError, ValueError, RuntimeError):
-        return []
-    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

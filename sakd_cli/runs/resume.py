@@ -17,7 +17,8 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
-from sakd_cli.runs.locate import trust_own, with_teachers_preprocessing
+from sakd_cli.runs.locate import with_teachers_preprocessing
+from sakd_cli.runs.own import trust_own
 from sakd_cli.writing import make_folder
 
 AUTO = "auto"

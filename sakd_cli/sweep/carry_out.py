@@ -1,12 +1,9 @@
-"""A sweep from its settings to its document or, with `--dry-run`, to an estimate; without a terminal."""
+"""A sweep from its settings to its document, without a terminal."""
 
-import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sakd_cli.config import code
 from sakd_cli.config.base import choose
@@ -14,24 +11,21 @@ from sakd_cli.config.grid import Grid, Member, Role, grid
 from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, parse_assignment, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
-from sakd_cli.documents.sweep import PlannedRuns, Skipped, SweepDocument, SweepPlan, SweepRun
+from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
-from sakd_cli.files import nearest_folder
-from sakd_cli.report.render.format import fixed, plain
+from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
-from sakd_cli.report.sweep.tables import HOUR, sweep_markdown
+from sakd_cli.report.sweep.tables import sweep_markdown
 from sakd_cli.sweep.cluster import RayExecutor, SlurmExecutor
+from sakd_cli.sweep.estimate import plan
 from sakd_cli.sweep.executor import Executor, LocalExecutor, library
+from sakd_cli.sweep.halving import STAGES, dropped_by_halving
 from sakd_cli.sweep.scheduler import ScheduledRun, Scheduler, State, received_signals
 from sakd_cli.writing import write_aside
 
-if TYPE_CHECKING:
-    from sakd_cli.runs.forecast import Forecast
-
 SWEEP, RUNS = "sweep", Path(RunConfig.model_fields["runs_dir"].default)
-STAGES = 2  # of successive halving, before the one with all epochs
 PAUSE = 0.5  # seconds between two looks at what has ended
 Watch = Callable[[Scheduler], AbstractContextManager[Callable[[], None]]]
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
@@ -97,7 +91,7 @@ def carry_out(
     scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
     skipped = runs.skipped | _leave_out_impossible(scheduler, settings)
     if params["estimate"]:
-        return _estimate(name, scheduler, skipped, params["measure"], reporter), None
+        return plan(name, scheduler, skipped, params["measure"], reporter), None
     skipped |= _train(file, params, settings, scheduler, run, reporter.say)
     document = _document(name, scheduler, skipped, params["baseline"])
     if params["markdown"]:
@@ -166,47 +160,6 @@ def _train(
     return out
 
 
-def dropped_by_halving(
-    stages: Sequence[Sequence[Member]], factor: int, train: Callable[[Sequence[Member]], Mapping[str, float]]
-) -> dict[str, str]:
-    """The cells of a sweep's grid and doses that do not pass successive halving, and why.
-
-    Optuna decides, asynchronously (ASHA, Li et al., MLSys 2020): a cell passes on where it is among the best 1/factor
-    of those that came as far, by the mean top-1 over its seeds on the images that choose an epoch. Each stage is a
-    whole run with its schedule shortened in proportion, so that the rates have decayed when it is judged.
-
-    stages  the members of each, from the shortest one; train: trains members and gives, by key, their top-1
-    Cells compete that differ in dose and grid only; coins stay or go with the run that they match.
-    """
-    optuna = library("optuna", "halving", "Optuna")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    out, races = dict[str, str](), dict[tuple[object, ...], dict[str, None]]()
-    for member in stages[0]:
-        if member.role is Role.student and member.matched is None:
-            race = races.setdefault((member.pair, (member.method or "").split()[0], member.router), {})
-            race[member.cell] = None
-    for race in (cells for cells in races.values() if len(cells) > 1):
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
-        study = optuna.create_study(direction="maximize", pruner=pruner)
-        for cell in race:
-            trial = study.ask()
-            for stage, members in enumerate(stages):
-                own = [member for member in members if member.cell == cell]
-                needed = {member.teacher for member in own}
-                if not (known := [*train([*(member for member in members if member.key in needed), *own]).values()]):
-                    break  # it has failed, which the sweep says
-                trial.report(fmean(known), factor**stage)
-                if trial.should_prune():
-                    epochs = own[0].config.train.epochs
-                    out[cell] = f"halving: top-1 {fixed(fmean(known), 2)} % on validation after {epochs} epochs"
-                    break
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED if cell in out else optuna.trial.TrialState.FAIL)
-    for member in stages[0]:
-        if member.matched is not None and member.matched.partition(" seed ")[0] in out:
-            out[member.cell] = "halving: the run whose rates it has is left out"
-    return out
-
-
 def executor_of(params: Mapping[str, Any], scheduler: Scheduler) -> Executor:
     """Raises UsageError where it is not to be had, or the settings are not for it."""
     resources = dict(parse_assignment("--resource", text, "num_gpus=0.5") for text in params["resource"] or [])
@@ -259,59 +212,3 @@ def sweep_run(entry: ScheduledRun) -> SweepRun:
         error=entry.error,
         **results,
     )
-
-
-def _estimate(
-    name: str, scheduler: Scheduler, skipped: Mapping[str, str], seconds: float, reporter: Reporter
-) -> SweepPlan:
-    """How many runs there are, their hours on this device, their bytes; steps are timed for about so many seconds."""
-    from sakd_cli.engine.runtime import pick_device
-    from sakd_cli.runs.forecast import forecast
-
-    kinds: dict[str, list[ScheduledRun]] = {}
-    entries, controls = list[ScheduledRun](), set[str]()
-    for entry in scheduler.entries.values():
-        if (control := entry.member.control) in controls:
-            continue  # one run for all methods
-        controls |= {control} if control else set()
-        entries.append(entry)
-        kinds.setdefault(entry.member.cell, []).append(entry)
-    to_do = {kind: [entry for entry in same if entry.state is not State.done] for kind, same in kinds.items()}
-    configs = {kind: same[0].member.config for kind, same in to_do.items() if same}
-    reporter.say(f"timing steps of {len(configs)} kinds of runs, for about {seconds:g} s")
-    found = forecast(_spread_out(configs, to_do), seconds)
-    rows = [_planned(kind, len(same), len(to_do[kind]), found.get(kind)) for kind, same in kinds.items()]
-    hours = [row.hours for row in rows]
-    return SweepPlan(
-        name=name,
-        device=str(pick_device(entries[0].member.config.device)),
-        runs=len(entries),
-        finished=sum(entry.state is State.done for entry in entries),
-        in_progress=sum(entry.state is not State.done and entry.run is not None for entry in entries),
-        failed=sum(entry.state is State.failed for entry in entries),
-        hours=None if None in hours else sum(filter(None, hours)),
-        bytes=sum(row.run_bytes * row.to_do for row in rows),
-        free_bytes=shutil.disk_usage(nearest_folder(scheduler.folder)).free,
-        skipped=[Skipped(what=what, reason=reason) for what, reason in skipped.items()],
-        rows=rows,
-    )
-
-
-def _planned(kind: str, runs: int, to_do: int, one: "Forecast | None") -> PlannedRuns:
-    if one is None:  # all of them are done
-        return PlannedRuns(
-            what=kind, runs=runs, to_do=0, steps=0, step_seconds=None, measured=False, hours=0.0, run_bytes=0
-        )
-    hours = None if one.step_seconds is None else one.step_seconds * one.steps * to_do / HOUR
-    forecast = {key: value for key, value in one._asdict().items() if key in PlannedRuns.model_fields}
-    return PlannedRuns(what=kind, runs=runs, to_do=to_do, hours=hours, **forecast)
-
-
-def _spread_out(configs: Mapping[str, RunConfig], entries: Mapping[str, list[ScheduledRun]]) -> dict[str, RunConfig]:
-    """Pair after pair in turn, so that each has something timed before the time is up."""
-    met = Counter[tuple[str, str] | None]()
-    turns = dict[str, int]()
-    for kind in configs:
-        pair = entries[kind][0].member.pair
-        turns[kind], met[pair] = met[pair], met[pair] + 1
-    return {kind: configs[kind] for kind in sorted(configs, key=lambda kind: turns[kind])}

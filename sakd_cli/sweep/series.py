@@ -19,7 +19,8 @@ from sakd_cli.errors import UsageError, unknown
 from sakd_cli.files import opened
 from sakd_cli.report.spots.charts import draw_mixtures
 from sakd_cli.rundir import RunDir
-from sakd_cli.runs.locate import keep_teacher, locate_inputs
+from sakd_cli.runs.locate import locate_inputs
+from sakd_cli.runs.own import keep_teacher
 from sakd_cli.runs.resume import AUTO, ResumePlan, resolve_command, resume_config
 from sakd_cli.sweep.executor import InProcessExecutor, Job, LocalExecutor
 from sakd_cli.sweep.reuse import RunIndex
