@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -93,14 +92,18 @@ def test_another_method_finds_the_bank_and_a_damaged_one_is_made_anew(banked: Cl
         assert bank.read_bytes() == content
 
 
-def test_who_waits_for_another_process_that_computes_it_is_told(banked: CliRunner) -> None:
+def test_who_waits_for_another_process_that_computes_it_is_told(
+    banked: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (bank,) = (banked.path / "runs" / "teacher-cache").glob("*.safetensors")
-    held = threading.Event()
+    held, told, wait = threading.Event(), threading.Event(), teacher_outputs.wait_for_lock
+    heard = lambda path, tell, hint: wait(path, lambda: (tell(), told.set()), hint)  # noqa: E731
+    monkeypatch.setattr(teacher_outputs, "wait_for_lock", heard)
 
     def hold() -> None:
         with FileLock(bank.with_suffix(".lock")):
             held.set()
-            time.sleep(3)
+            told.wait(60)
 
     other = threading.Thread(target=hold)
     other.start()

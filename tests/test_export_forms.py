@@ -224,7 +224,7 @@ def test_a_network_with_attention_keeps_its_sums_in_floats(tmp_path: Path) -> No
     assert formats.PRODUCTS == ["Conv", "Gemm", "MatMul"]
 
 
-def test_onnxruntime_tells_nobody(tmp_path: Path) -> None:
+def test_onnxruntime_leaves_nothing_in_the_home(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     code = "import sakd_cli.export.formats, onnxruntime"
     alone = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}

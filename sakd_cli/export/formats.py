@@ -30,7 +30,7 @@ from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.writing import write_aside
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.32 would tell its maker of each use
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.32 would keep a database of its uses in the home
 
 Function = Callable[[Tensor], Tensor]
 Precision = Literal["fp32", "fp16", "int8"]
