@@ -238,15 +238,10 @@ def _run(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import torch
 
-    for module in (
-        "cli.app",
-        "runs.launch",
-        "export.import_weights",
-        "runs.evaluate",
-        "report.spots.log",
-        "report.runs.page",
-    ):
-        importlib.import_module(f"sakd_cli.{module}")
+    ours = ("cli.app", "runs.launch", "export.import_weights", "runs.evaluate", "report.spots.log", "report.runs.page")
+    # The compiler, too: torch loads it with the first optimizer, which takes longer than most of these commands.
+    for module in ("torch._dynamo", *(f"sakd_cli.{name}" for name in ours)):
+        importlib.import_module(module)
     with redirect_stdout(io.StringIO()):  # what is made once in a process is made here
         app = importlib.import_module("sakd_cli.cli.app")
         app.run(["config", "show", "--teacher", "resnet8", "--student", "resnet8"])
