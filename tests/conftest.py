@@ -1,6 +1,7 @@
 """A folder in which commands are run, and one tiny teacher and student that are trained once for all tests."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -167,6 +168,12 @@ def distilled(cli: CliRunner, _student_made: Made, pretrained: Result) -> dict[s
 def trained_cli(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
     """The folder with these two runs."""
     return cli
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through all of torch again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

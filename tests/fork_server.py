@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ class Child:
     def err(self) -> str:
         return Path(self._name + ".err").read_text(encoding="utf-8")
 
+    @property
+    def loaded(self) -> list[str]:
+        """Modules that it had to load itself."""
+        return Path(self._name + ".loaded").read_text(encoding="utf-8").splitlines()
+
     def wait(self) -> int:
         self.code, kilobytes, self.cpu_seconds = self.fork_server.ask({"wait": self.pid})
         self.peak = 1024 * kilobytes
@@ -226,12 +231,14 @@ def _run(order: dict[str, Any]) -> None:
         os.chdir(gone := tempfile.mkdtemp())
         os.rmdir(gone)
     _inject(order)
-    sys.argv = ["sakd", *order["sakd"]]
+    sys.argv, known = ["sakd", *order["sakd"]], set(sys.modules)
     try:
         app.main()
     except SystemExit as left:
         sys.stdout.flush()
         sys.stderr.flush()
+        with suppress(OSError):  # of which there may be many by order
+            Path(f"{order['name']}.loaded").write_text("\n".join(sys.modules.keys() - known))
         os._exit(int(left.code or 0))
 
 

@@ -23,7 +23,7 @@ def test_launches_of_a_step(precision: str) -> None:
 
 def test_launches_of_a_step_as_it_is_by_default_on_a_gpu() -> None:
     """The teacher's plain pass is one for eight steps: counted over eight of them."""
-    setup = setup_of(batch=2)._replace(images=4 * AHEAD * 2)
+    setup = setup_of(batch=2)._replace(images=3 * AHEAD * 2)
     seen = [one for one in launches(setup, AHEAD) if one.part != "loader"]
     assert 100 < len([one for one in seen if one.part == "teacher"]) < 200, "the pass is in it, once"
     assert len(seen) / AHEAD <= BAR

@@ -97,3 +97,10 @@ def test_a_closed_stdin_is_an_empty_one(there: ForkServer, words: str, code: int
     assert ended.returncode == code, ended.stderr
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr
+
+
+def test_a_training_that_is_forked_finds_all_of_torch_loaded(there: ForkServer) -> None:
+    """Else each such test takes seconds longer, which no test would notice."""
+    child = there.sakd(*shlex.split(f"pretrain-teacher resnet8 {TINY}"))
+    assert child.code == 0
+    assert not [name for name in child.loaded if name.startswith(("torch.", "sympy", "sakd_cli"))]
