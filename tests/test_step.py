@@ -15,7 +15,6 @@ from sakd_cli.batch import Batch
 from sakd_cli.bench.steps import count
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
-from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.train import Train
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.runtime import compile_task
@@ -276,15 +275,6 @@ def test_all_teacher_and_all_student_paths_are_the_networks_themselves(method: s
         for value, network in ((1.0, teacher), (0.0, copy.deepcopy(task.network).eval())):
             routed = task.graft(x, theirs, torch.full((len(x), len(task.spots)), value))
             assert torch.equal(routed, network(x))
-
-
-@pytest.mark.parametrize(("method", "router"), [*((m, "adaptive") for m in METHODS), *(("at", r) for r in ROUTERS)])
-def test_no_step_of_fixed_shapes_reads_the_device(method: str, router: str) -> None:
-    if router == "random-matched":
-        pytest.skip("is `random` with other rates")
-    task = make(method, router, **{"runtime.shapes": "static"}).train()
-    batch = batches(task, 1)[0]
-    assert count(lambda: task(batch).loss.backward(), []).reads == 0
 
 
 def test_a_pruned_step_reads_the_device_once_per_way() -> None:
