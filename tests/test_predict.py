@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_files_folders_patterns_and_a_list_give_the_same(
     }
     smaller = cli.sakd("predict", "net.safetensors", "photos", "--csv", "--batch-size", "2", "-q").out
     assert [row["class_1"] for row in csv.DictReader(io.StringIO(smaller))] == [row["class_1"] for row in rows]
+
+
+def test_a_picture_has_one_line_whatever_it_or_a_class_is_called(cli: CliRunner, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "cat" / "0.png", tmp_path / "a\nb.png")
+    card = CARD._replace(classes=("new\nline", "dog", "owl"))
+    artifact.save_weights(tmp_path / "odd.safetensors", create("resnet8", 3), card)
+    out = cli.sakd("predict", str(tmp_path / "odd.safetensors"), str(tmp_path / "a\nb.png"), "-q").out
+    assert r"a\nb.png: " in out
+    assert "new line" in out
+    assert len(out.splitlines()) == 1
 
 
 def test_a_picture_that_cannot_be_read_costs_one_line(cli: CliRunner, photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sakd_cli.documents import evaluation as doc
 from sakd_cli.documents.training import EnsembleTraining
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import Heat, Lines, Series
-from sakd_cli.report.render.format import DASH, bar, csv_text, fixed, fraction, large, named, whole
+from sakd_cli.report.render.format import DASH, bar, csv_text, fixed, fraction, large, named, printable, whole
 from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
 from sakd_cli.writing import write_aside
 
@@ -196,7 +196,7 @@ def branch_table(branches: Sequence[doc.Branch]) -> Sheet:
 
 def predictions_text(document: doc.Predictions) -> str:
     """A line for each picture: its classes with their probabilities in percent."""
-    return "\n".join(f"{one.file}: {_answer(one)}" for one in document.predictions)
+    return "\n".join(printable(f"{one.file}: {_answer(one)}") for one in document.predictions)
 
 
 def _answer(one: doc.Prediction) -> str:
