@@ -24,7 +24,7 @@ from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.pretrain import PretrainTask
 
-CLASSES = 10
+CLASSES, SIDE = 10, 16
 LITERAL = ("kd", "fitnet", "at", "nst", "vid", "sp", "pkt", "rkd", "cc", "ft", "crd")  # written out in published.py
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -38,15 +38,15 @@ def make(method: str, router: str, student: str = "resnet8", teacher: str = "res
     ours, theirs = create(student, CLASSES), create(teacher, CLASSES)
     with torch.no_grad():
         for model in (ours, theirs):
-            model.train()(torch.randn(16, 3, 32, 32))
-    return assemble(config, ours, theirs.requires_grad_(False).eval(), 32, torch.arange(60) % CLASSES)
+            model.train()(torch.randn(16, 3, SIDE, SIDE))
+    return assemble(config, ours, theirs.requires_grad_(False).eval(), SIDE, torch.arange(60) % CLASSES)
 
 
 def batches(task: DistillTask, count: int, size: int = 6, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
-        x = torch.randn(size, 3, 32, 32, generator=generator)
+        x = torch.randn(size, 3, SIDE, SIDE, generator=generator)
         y = torch.randint(CLASSES, (size,), generator=generator)
         noise = torch.rand(size, task.noise_width, generator=generator)
         made.append(Batch(images=x, labels=y, index=torch.arange(size), noise=noise))
