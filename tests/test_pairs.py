@@ -1,5 +1,6 @@
 """The published pairs: every method can be built on them, and the router's side has the published sizes."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.routers import AdaptiveConfig
 from sakd_cli.errors import UsageError
 from sakd_cli.models.spot import align_stages, resolve_stage_map
+from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.routing import table as routers
 from sakd_cli.routing.table import Fixed
@@ -42,12 +44,25 @@ OTHER_DEPTHS = [("resnet32x4", "vgg8"), ("resnet32x4", "MobileNetV2"), ("ResNet5
 PAIRS = [*sorted(set(SIZES) - {("resnet110", "resnet32")}), *OTHER_DEPTHS]  # which is resnet56-resnet20, only longer
 
 
+@cache
+def network(name: str, role: str, device: str) -> StagedModel:
+    """Built once, with BatchNorms as they begin; no other number of a network is looked at when a task is built."""
+    with torch.device("meta"):
+        made = create(name, CLASSES)
+    if device != "meta":
+        made.to_empty(device=device)
+        for module in made.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+    return made.requires_grad_(False).eval() if role == "teacher" else made
+
+
 def task_of(teacher: str, student: str, method: str, **more: Any) -> DistillTask:
     arguments = {"teacher.source": teacher, "student": student, "method.name": method, **more}
     config = resolve("distill", [ConfigSource("test", nested(arguments))]).config
-    with torch.device("cpu" if method == "ofd" else "meta"):  # ofd reads the teacher's BatchNorms when it is built
-        theirs = create(teacher, CLASSES).requires_grad_(False).eval()
-        return assemble(config, create(student, CLASSES), theirs, SIDE)
+    device = "cpu" if method == "ofd" else "meta"  # ofd reads the teacher's BatchNorms when it is built
+    with torch.device(device):
+        return assemble(config, network(student, "student", device), network(teacher, "teacher", device), SIDE)
 
 
 def size(modules: nn.ModuleList) -> int:
