@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # what a user's runs leave outside of their folders
 
 SCHEMAS = {get_args(kind.model_fields["schema_"].annotation)[0]: kind for kind in DOCUMENTS.values()}
-TINY = shlex.split("--dataset shapes --set data.train=100 --set data.test=60 --epochs 1")
+SHAPES = {"train": 100, "test": 20, "size": 16}
+TINY = shlex.split(f"--dataset shapes {' '.join(f'--set data.{k}={v}' for k, v in SHAPES.items())} --epochs 1")
 PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
 
 

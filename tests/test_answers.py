@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, CliRunner
+from conftest import SHAPES, TINY, CliRunner
 from safetensors.torch import load_file, save_file
 
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
@@ -51,7 +51,7 @@ def test_a_run_learns_from_the_file_and_goes_on(trained_cli: CliRunner, answers:
 def test_the_logits_are_those_of_each_image(trained_cli: CliRunner, answers: Path) -> None:
     """With a weight of 0 for the labels, what is learned are the answers of the file."""
     words = {"teacher.logits": answers, "teacher.weights": answers, "student": "resnet8", "method.name": "kd"}
-    words |= {"router.name": "always", "data.name": "shapes", "data.train": 100, "data.test": 60}
+    words |= {"router.name": "always", "data.name": "shapes"} | {f"data.{k}": v for k, v in SHAPES.items()}
     job = distillation(resolve("distill", [ConfigSource("-", nested(words))]).config)
     batch = next(iter(loader_of(job).epoch(1)))
     assert torch.equal(job.task.teacher_features(batch).logits, load_file(answers)["logits"][batch.index])

@@ -10,7 +10,7 @@ from typing import Any, get_overloads, get_type_hints
 from unittest import mock
 
 import pytest
-from conftest import CliRunner
+from conftest import SHAPES, CliRunner
 from PIL import Image
 from torch import nn
 
@@ -47,7 +47,7 @@ TERMINAL = {
     "yes": "answers the question of `sakd runs rm`",
 }
 TERMINAL_COMMANDS = {"guide", "watch", "list", "show-method", "show-router", "show-key", "show-schema", "config-show"}
-FEW = {"data.train": 100, "data.test": 60}
+FEW = {f"data.{key}": value for key, value in SHAPES.items()}
 
 
 class Half(api.Router):
@@ -89,7 +89,7 @@ def test_a_call_makes_the_run_that_the_command_makes(
     assert [spot.name for spot in spots.overall] == ["stage2", "logits"]
     live = api.inspect_spots(run.path, split="test", extremes=1)
     assert live.measured is not None
-    assert live.measured.images == 60
+    assert live.measured.images == SHAPES["test"]
 
 
 def test_a_watcher_follows_and_may_stop(teacher: Path) -> None:

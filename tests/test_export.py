@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, CliRunner
+from conftest import SHAPES, TINY, CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def test_a_program_without_sakd_opens_it_with_the_cards_lines(
         Export.model_validate(document)
         check = document["check"]
         assert check["difference"] <= 1e-4
-        assert (check["agreement"], check["images"], check["real"]) == (100, 60, True)
+        assert (check["agreement"], check["images"], check["real"]) == (100, SHAPES["test"], True)
         assert document["latency"]["file"]["median"] > 0
         folders.append(folder := Path(document["folder"]))
         assert document["bytes"] == sum((folder / name).stat().st_size for name in FORMS[form].files)

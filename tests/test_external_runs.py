@@ -62,6 +62,7 @@ def test_it_goes_on_and_can_be_looked_at(place: CliRunner, run: Path) -> None:
 
 def test_a_dry_run_shows_the_spots_of_a_library(place: CliRunner) -> None:
     arguments = ["distill", *TEACHER, "--student", "torchvision/mobilenet_v3_small", *TINY, "--dry-run", "--json"]
+    arguments += ["--set", "data.size=32"]
     plan = place.sakd(*arguments, "--set", "stage_map=[[2,1],[4,3]]", "--set", "method.stage=2").document
     assert [(spot["student_stage"], spot["teacher_stage"]) for spot in plan["spots"]] == [(4, 3), (6, 5)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, CliRunner
+from conftest import SHAPES, TINY, CliRunner
 
 from sakd_cli.config.resolve import ConfigSource, option_sources, resolve, set_sources
 from sakd_cli.errors import UsageError
@@ -32,7 +32,7 @@ def test_the_summary_the_card_and_the_table_say_for_whom_it_is(cli: CliRunner, f
     assert [(row["student"], row["behind"]) for row in rows] == places
     assert friendly["friendly"]["students"] == ["resnet8", "wrn_16_1"]
     assert friendly["friendly"]["training_macs"] == sum(row["macs"] for row in rows) > 0
-    assert friendly["macs"] == cost(create("resnet8", 20), 32).macs, "its own use costs what it did"
+    assert friendly["macs"] == cost(create("resnet8", 20), SHAPES["size"]).macs, "its own use costs what it did"
     assert friendly["run"].endswith("resnet8-shapes-friendly-resnet8-wrn_16_1")
     folder = cli.path / friendly["run"] / "teacher"
     card = json.loads((folder / "config.json").read_text())
@@ -64,7 +64,7 @@ STUDENT = ["--student", "resnet8", *TINY, "--set", "init_from_branches=true"]
 
 def test_a_student_can_start_with_the_longest_tail(cli: CliRunner, friendly: dict[str, Any]) -> None:
     fields = {"teacher": str(cli.path / friendly["run"]), "student": "resnet8", "data": {"name": "shapes"}}
-    fields["data"] |= {"train": 100, "test": 60}
+    fields["data"] |= SHAPES
     students = []
     for start in (True, False):
         config = resolve("distill", [ConfigSource("test", fields | {"init_from_branches": start})]).config

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIR, TINY, CliRunner
+from conftest import PAIR, SHAPES, TINY, CliRunner
 
 from sakd_cli import api
 from sakd_cli.config.routers import ROUTERS
@@ -91,7 +91,7 @@ class Stopping(Reporter):
 def test_a_run_that_is_stopped_at_a_step_resumes_to_the_same_bits(teacher: Path, tmp_path: Path, step: int) -> None:
     given: dict[str, Any] = {"student": "resnet8", "teacher": str(teacher), "method": "fitnet", "device": DEVICE}
     given |= {"dataset": "shapes", "epochs": 2, "batch_size": 14, "precision": "fp32", "deterministic": True}
-    given["settings"] = {"data.train": 100, "data.test": 60}
+    given["settings"] = {f"data.{key}": value for key, value in SHAPES.items()}
     whole = api.distill(**given, run_dir=tmp_path / "whole")
     with pytest.raises(Stopped):
         api.distill(**given, run_dir=tmp_path / "stopped", reporter=Stopping(step))

@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", *sorted(GUIDES.glob("*.md"))]
 SETUP = """python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/sakd distill --preset quickstart
 python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest -n auto --dist loadfile
 """
-FEW = "--set data.train=60 --set data.test=40 --set data.limit=null"
+FEW = "--set data.train=60 --set data.test=20 --set data.size=16 --set data.limit=null"
 SHORT = "--set train.milestones=null --epochs 1 --batch-size 20 --quiet"
 # What makes each command small enough to be run here; what is not named runs as it stands.
 SMALLER = {
@@ -130,7 +130,7 @@ def small(arguments: list[str]) -> list[str]:
     if command == "sweep" and "--methods" not in made:
         added += ["--methods", "fitnet"]
     if "imagefolder" in made:
-        added = [*added[4:]]
+        added = [*added[6:]]
     return made + added
 
 

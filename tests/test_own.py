@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import TINY, CliRunner
+from conftest import SHAPES, TINY, CliRunner
 from test_plugin import packages  # noqa: F401
 from wrong_files import ROUTER, WARNED, WRONG
 
@@ -258,7 +258,7 @@ class Failing(api.Router):
 def test_own_code_of_a_program_raises_our_error(place: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.path)
     words = {"teacher": "resnet8", "student": "resnet8", "method": "kd", "dataset": "shapes", "epochs": 1}
-    words |= {"settings": {"data.train": 60, "data.test": 40}}
+    words |= {"settings": {f"data.{key}": value for key, value in SHAPES.items()}}
     with pytest.raises(SakdError, match=r"test_own\.py, line \d+: AttributeError"):
         api.distill(router=Failing, **words)
     with pytest.raises(SakdError, match="router: give the class Failing, not an object of it"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CliRunner
+from conftest import SHAPES, CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -263,7 +263,7 @@ def test_weights_open_alone_and_say_what_they_are(cli: CliRunner, distilled: dic
         header = json.loads(opened.metadata()["sakd"])
     card = json.loads(header["card"])
     assert (header["format"], card["architecture"], card["dataset"]) == (FORMAT, "resnet8", "shapes")
-    assert (len(card["classes"]), len(card["mean"]), len(card["std"]), card["side"]) == (20, 3, 3, 32)
+    assert (len(card["classes"]), len(card["mean"]), len(card["std"]), card["side"]) == (20, 3, 3, SHAPES["size"])
     assert load(weights).model(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
 
 

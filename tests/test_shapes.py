@@ -103,3 +103,15 @@ def test_difficulty_differs_from_sample_to_sample(drawn: Split) -> None:
     rough = (corner[..., 1:] - corner[..., :-1]).abs().mean((1, 2, 3))
     low, high = rough.quantile(torch.tensor([0.1, 0.9])).tolist()
     assert high > 3 * low
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_another_size_shows_the_same_at_another_scale(size: int) -> None:
+    """The first images that are drawn have the same numbers behind them: but for the noise, the same pictures."""
+    config = ShapesConfig(train=20, test=20, size=size)
+    own, usual = load_shapes(config), load_shapes(config.model_copy(update={"size": 32}))
+    assert (own.train.side, own.padding, config.identity()["data.size"]) == (size, size // 8, size)
+    row = int((own.train.labels == 0).nonzero()[0])
+    assert torch.equal(own.train.labels, usual.train.labels)
+    small, large = (torch.nn.functional.adaptive_avg_pool2d(one.train.images[row].float(), 8) for one in (own, usual))
+    assert float((small - large).abs().mean()) < 6, "of 255"

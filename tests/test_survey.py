@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAIR, TINY, CliRunner, Result
+from conftest import PAIR, SHAPES, TINY, CliRunner, Result
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
@@ -50,7 +50,7 @@ def test_a_run_keeps_what_its_router_makes_of_every_training_image(cli: CliRunne
     assert (measured["source"], measured["value"], measured["split"]) == ("survey", "probability", "train")
     assert [spot["mean"] for spot in measured["spots"]] == pytest.approx(kept["probability"].mean(axis=0))
     assert measured["spots"][1] | {"mean": 0} == measured["spots"][1] | {
-        "mean": 0, "name": "stage2", "student_stage": "stage2", "student_shape": [32, 16, 16],
+        "mean": 0, "name": "stage2", "student_stage": "stage2", "student_shape": [32, 8, 8],
         "student_to_teacher": "conv 1x1",
     }  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_the_fixed_paths_are_the_networks_alone_and_their_figures_those_of_the_s
     for network, path, known in (("student", "all_student", "last"), ("teacher", "all_teacher", "teacher")):
         assert figures[path] == pytest.approx(figures[network], rel=1e-6)
         assert figures[network]["top1"] == pytest.approx(summary[known]["top1"])
-    assert (figures["images"], figures["sampled"]["draws"]) == (60, 3)
+    assert (figures["images"], figures["sampled"]["draws"]) == (SHAPES["test"], 3)
 
 
 def test_the_reliability_bins_hold_every_test_image_and_the_tracked_ones_every_epoch(
@@ -96,8 +96,8 @@ def test_the_reliability_bins_hold_every_test_image_and_the_tracked_ones_every_e
     figures = inspected(cli, routed)["measured"]["routed"]
     for who in ("student", "teacher"):
         bins = [one for one in figures[f"{who}_reliability"] if one["images"]]
-        assert sum(one["images"] for one in bins) == 60
-        right = sum(one["images"] * one["correct"] for one in bins) / 60
+        assert sum(one["images"] for one in bins) == SHAPES["test"]
+        right = sum(one["images"] * one["correct"] for one in bins) / SHAPES["test"]
         assert 100 * right == pytest.approx(figures[who]["top1"])
     lines = [json.loads(line) for line in (cli.path / routed / "spots.jsonl").read_text().splitlines()]
     kept, tracked = columns(routed, cli), lines[-1]["tracked"]
@@ -114,7 +114,7 @@ def test_live_on_the_same_images_says_the_same(cli: CliRunner, routed: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "split", "images"),
     [
-        (["--split", "test"], "test", 60),
+        (["--split", "test"], "test", SHAPES["test"]),
         (["--split", "validation"], "validation", 10),
         (["--set", "data.seed=5", "--set", "data.test=30", "--split", "test"], "test", 30),
         (["--device", "cpu"], "train", 90),

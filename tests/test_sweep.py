@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from conftest import TINY, CliRunner, Result
+from conftest import SHAPES, TINY, CliRunner, Result
 from fork_server import Child, ForkServer
 
 from sakd_cli import api
@@ -29,7 +29,7 @@ GRID: dict[str, Any] = {
     "pairs": ["ResNet-8:resnet8"],
     "methods": ["fitnet"],
     "routers": ["random-matched", "always", "adaptive"],
-    "common": {"data": {"name": "shapes", "train": 100, "test": 60}, "train": {"epochs": 1}},
+    "common": {"data": {"name": "shapes"} | SHAPES, "train": {"epochs": 1}},
 }
 
 

@@ -160,13 +160,16 @@ class CIFAR100Config(DataConfig):
 
 
 class ShapesConfig(DataConfig):
-    """Drawn shapes, 32x32, 20 classes, nothing to download"""
+    """Drawn shapes, 32x32 or any size, 20 classes, nothing to download"""
 
+    own: ClassVar[set[str]] = {"name", "classes", "size"}
     name: Literal["shapes"] = "shapes"
     train: Annotated[PositiveInt, Field(le=1_000_000)] = 10000
     """Number of training images to draw."""
     test: Annotated[PositiveInt, Field(le=1_000_000)] = 2000
     """Number of test images to draw."""
+    size: Annotated[int, Field(ge=8, le=256)] = 32
+    """Side in pixels of the drawn images."""
     seed: NonNegativeInt = 0
     """Random seed of the drawing, apart from the run's seed: the same images in every run."""
 

@@ -96,7 +96,7 @@ OUTLINES: dict[str, Outline] = {
 }
 
 CLASSES = tuple(OUTLINES)
-SIZE = 32  # pixels, height and width
+SIZE = 32  # units, height and width of an image: pixels where it is drawn in its own size
 CHUNK = 128  # images drawn together: the work arrays (0.5 MB a plane) stay in the processor's cache
 SQUEEZE = 0.06  # of a shape's height or width, at most
 
@@ -110,38 +110,44 @@ TRAIN, TEST = 0, 1
 
 def load_shapes(config: ShapesConfig) -> Dataset:
     """Draw both splits; the test images come from a stream of their own."""
-    train, test = draw_shapes(config.train, config.seed, TRAIN), draw_shapes(config.test, config.seed, TEST)
-    return Dataset(config.name, CLASSES, MEAN, STD, padding=4, flip=True, train=train, test=test)
+    train, test = (
+        draw_shapes(count, config.seed, stream, config.size)
+        for count, stream in ((config.train, TRAIN), (config.test, TEST))
+    )
+    return Dataset(config.name, CLASSES, MEAN, STD, padding=config.size // 8, flip=True, train=train, test=test)
 
 
 @lru_cache(maxsize=2)  # both splits: the next run of a series has them
-def draw_shapes(count: int, seed: int, stream: int = TRAIN) -> Split:
-    """`count` images in random order, all classes equally often to within one; about 0.1 ms an image on one core."""
+def draw_shapes(count: int, seed: int, stream: int = TRAIN, size: int = SIZE) -> Split:
+    """`count` images in random order, all classes equally often to within one; about 0.1 ms an image on one core.
+
+    size  pixels, height and width
+    """
     rng = np.random.Generator(np.random.PCG64([seed, stream]))
     labels = rng.permutation(np.arange(count) % len(CLASSES))
-    images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
+    images = np.empty((count, 3, size, size), dtype=np.uint8)
     for number, outline in enumerate(OUTLINES.values()):
         rows = np.flatnonzero(labels == number)
         for first in range(0, len(rows), CHUNK):
             some = rows[first : first + CHUNK]
-            images[some] = _draw(rng, outline, len(some))
+            images[some] = _draw(rng, outline, len(some), size)
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _draw(rng: np.random.Generator, outline: Outline, count: int) -> NDArray[np.uint8]:
-    """`count` images of one shape, [count, 3, 32, 32]."""
+def _draw(rng: np.random.Generator, outline: Outline, count: int, size: int) -> NDArray[np.uint8]:
+    """`count` images of one shape, [count, 3, size, size]."""
     # One number per image, so that hard images are small, faint, noisy and covered all at once; squared, so that
     # half of the images are easier than a quarter of the way and a short training has something to begin with.
     hard = _uniform(rng, count, 0, 1) ** 2
-    radius = _uniform(rng, count, 12, 14.5) - 5 * hard  # pixels
+    radius = _uniform(rng, count, 12, 14.5) - 5 * hard  # units
     room = np.maximum(15.5 - radius, 0) * 0.9
     centre_x, centre_y = _uniform(rng, count, -1, 1) * room, _uniform(rng, count, -1, 1) * room
     ground = _uniform(rng, (count, 3), 0.1, 0.5)
     paint = ground + (0.45 - 0.27 * hard)[:, None] * _uniform(rng, ground.shape, 0.6, 1.2)  # lighter by about so much
 
-    across, down = _grid(centre_x, centre_y)
+    across, down = _grid(size, centre_x, centre_y)
     canvas = ground[:, :, None] + _texture(rng, across, down, 0.03 + 0.07 * hard)
-    canvas = _clutter(rng, canvas, hard)
+    canvas = _clutter(rng, canvas, size, hard)
     inside = _cover(outline, rng, across, down, radius)
     shade = _texture(rng, across, down, 0.02 + 0.04 * hard)
     canvas += inside[:, None] * (paint[:, :, None] + shade - canvas)
@@ -149,24 +155,24 @@ def _draw(rng: np.random.Generator, outline: Outline, count: int) -> NDArray[np.
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
     canvas += noise * (0.01 + 0.07 * hard)[:, None, None]
     np.clip(canvas, 0, 1, out=canvas)
-    return (canvas * 255 + np.float32(0.5)).astype(np.uint8).reshape(count, 3, SIZE, SIZE)
+    return (canvas * 255 + np.float32(0.5)).astype(np.uint8).reshape(count, 3, size, size)
 
 
 def _uniform(rng: np.random.Generator, shape: int | tuple[int, ...], low: float, high: float) -> Array:
     return np.float32(low) + np.float32(high - low) * rng.random(shape, dtype=np.float32)
 
 
-def _grid(centre_x: Array, centre_y: Array) -> tuple[Array, Array]:
-    """Pixel coordinates from each image's own centre, [count, 1024] across and down."""
-    line = np.arange(SIZE, dtype=np.float32) - np.float32((SIZE - 1) / 2)
-    down, across = np.repeat(line, SIZE), np.tile(line, SIZE)
+def _grid(size: int, centre_x: Array, centre_y: Array) -> tuple[Array, Array]:
+    """Units of each pixel's middle from its image's own centre, [count, pixels] across and down."""
+    line = (np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)) * np.float32(SIZE / size)
+    down, across = np.repeat(line, size), np.tile(line, size)
     return across - centre_x[:, None], down - centre_y[:, None]
 
 
 def _texture(rng: np.random.Generator, across: Array, down: Array, strength: Array) -> Array:
-    """Waves of a drawn direction, length and phase, tinted: [count, 3, 1024], amplitude `strength` [count]."""
+    """Waves of a drawn direction, length and phase, tinted: [count, 3, pixels], amplitude `strength` [count]."""
     count = len(across)
-    angle, pitch = _uniform(rng, count, 0, 2 * np.pi), _uniform(rng, count, 0.15, 1.2)  # radians, radians per pixel
+    angle, pitch = _uniform(rng, count, 0, 2 * np.pi), _uniform(rng, count, 0.15, 1.2)  # radians, radians per unit
     phase = _uniform(rng, count, 0, 2 * np.pi)
     wave: Array = np.sin(
         (np.cos(angle) * pitch)[:, None] * across + (np.sin(angle) * pitch)[:, None] * down + phase[:, None]
@@ -176,7 +182,7 @@ def _texture(rng: np.random.Generator, across: Array, down: Array, strength: Arr
 
 
 def _cover(outline: Outline, rng: np.random.Generator, across: Array, down: Array, radius: Array) -> Array:
-    """How much of each pixel lies inside the shape, turned and slightly squeezed at random: [count, 1024], 0 .. 1."""
+    """How much of each pixel lies inside the shape, turned and slightly squeezed at random: [count, pixels], 0 .. 1."""
     count = len(radius)
     angle = _uniform(rng, count, 0, 2 * np.pi)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -188,14 +194,14 @@ def _cover(outline: Outline, rng: np.random.Generator, across: Array, down: Arra
     return np.clip(np.float32(0.5) - outside * radius[:, None], 0, 1)
 
 
-def _clutter(rng: np.random.Generator, canvas: Array, hard: Array) -> Array:
+def _clutter(rng: np.random.Generator, canvas: Array, size: int, hard: Array) -> Array:
     """Up to two straight bars of other colours right across the image, behind the shape; the harder the likelier."""
     count = len(hard)
     middle = np.zeros(count, dtype=np.float32)
-    across, down = _grid(middle, middle)
+    across, down = _grid(size, middle, middle)
     for _ in range(2):
         there = rng.random(count, dtype=np.float32) < np.float32(0.4) * hard
-        half = _uniform(rng, count, 0.7, 1.8)  # of the bar's width, pixels
+        half = _uniform(rng, count, 0.7, 1.8)  # of the bar's width, units
         angle, offset = _uniform(rng, count, 0, 2 * np.pi), _uniform(rng, count, -14, 14)
         away = np.abs(np.cos(angle)[:, None] * across + np.sin(angle)[:, None] * down - offset[:, None])
         cover = np.clip(np.float32(0.5) + half[:, None] - away, 0, 1) * there[:, None]
