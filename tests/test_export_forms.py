@@ -224,10 +224,12 @@ def test_a_network_with_attention_keeps_its_sums_in_floats(tmp_path: Path) -> No
     assert formats.PRODUCTS == ["Conv", "Gemm", "MatMul"]
 
 
-def test_onnxruntime_leaves_nothing_in_the_home(tmp_path: Path) -> None:
+def test_what_predicts_and_exports_loads_no_plots_and_onnxruntime_leaves_nothing_in_the_home(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    code = "import sakd_cli.export.formats, onnxruntime"
+    code = "import sys, sakd_cli.runs.predict, sakd_cli.export.export; "
+    code += "print({'scipy', 'matplotlib'} & set(sys.modules)); import sakd_cli.export.formats, onnxruntime"
     alone = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     there = alone | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=there, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, check=True)
+    assert done.stdout == b"set()\n"
     assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
