@@ -245,9 +245,10 @@ def _run(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import torch
 
-    ours = ("cli.app", "runs.launch", "export.import_weights", "runs.evaluate", "report.spots.log", "report.runs.page")
-    # The compiler, too: torch loads it with the first optimizer, which takes longer than most of these commands.
-    for module in ("torch._dynamo", *(f"sakd_cli.{name}" for name in ours)):
+    ours = ("cli.app", "runs.launch", "runs.evaluate", "runs.predict", "report.spots.log", "report.runs.page")
+    ours += ("export.export", "export.import_weights")
+    # And what torch loads with the first optimizer, we with the first score: longer than most of these commands take.
+    for module in ("torch._dynamo", "torchmetrics", *(f"sakd_cli.{name}" for name in ours)):
         importlib.import_module(module)
     with redirect_stdout(io.StringIO()):  # what is made once in a process is made here
         app = importlib.import_module("sakd_cli.cli.app")

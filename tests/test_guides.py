@@ -35,8 +35,8 @@ PAGES = [ROOT / "README.md", *sorted(GUIDES.glob("*.md"))]
 SETUP = """python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/sakd distill --preset quickstart
 python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest -n auto --dist loadfile
 """
-FEW = "--set data.train=60 --set data.test=20 --set data.size=16 --set data.limit=null"
-SHORT = "--set train.milestones=null --epochs 1 --batch-size 20 --quiet"
+FEW = "--set data.train=40 --set data.test=20 --set data.size=16 --set data.limit=null"
+SHORT = "--set train.milestones=null --epochs 1 --batch-size 12 --quiet"
 # What makes each command small enough to be run here; what is not named runs as it stands.
 SMALLER = {
     "distill": f"{FEW} {SHORT}",
@@ -44,7 +44,7 @@ SMALLER = {
     "sweep": f"{FEW} --set data.name=shapes --pairs resnet8:resnet8 --dry-run --measure 0",
     "bench": "--teacher resnet8 --student resnet8 --rounds 1 --batch-size 4",
 }
-FEWER = {"--seeds": "1", "--pairs": "resnet8:resnet8", "--routers": "always,random"}
+FEWER = {"--seeds": "1", "--residual-students": "1", "--pairs": "resnet8:resnet8", "--routers": "always,random"}
 NAMED = ("--teacher", "--student", "--student-friendly")  # options that name a network
 # Options of other programs that a page mentions.
 OTHERS = {
@@ -126,11 +126,11 @@ def small(arguments: list[str]) -> list[str]:
         made += ["--dataset", "shapes"]
     added = shlex.split(SMALLER[command])
     if "--residual-students" in made:
-        added += ["--set", "residual.max_cost=9"]
+        added += ["--set", "residual.max_cost=9", "--set", "residual.architectures=resnet8"]
     if command == "sweep" and "--methods" not in made:
         added += ["--methods", "fitnet"]
     if "imagefolder" in made:
-        added = [*added[6:]]
+        added = [*added[4:]]
     return made + added
 
 
@@ -212,7 +212,7 @@ def test_every_block_of_a_page_runs(
             carried_out(runner, block)
         elif block.language == "python" and page.stem != "extending":  # those: test_additions.py
             with contextlib.redirect_stdout(out):
-                exec(re.sub(r'"data.train": \d+', '"data.train": 60', block.text), names)
+                exec(re.sub(r'("data.(?:train|test)": )\d+', r"\g<1>40", block.text), names)
     if page.stem == "python":
         first, calibration, spots = out.getvalue().splitlines()[:3]
         assert first.startswith(str(names["run"].path))

@@ -142,7 +142,7 @@ BAD = f"""
 2 | foreign.safetensors: not a network saved by sakd        | distill --teacher foreign.safetensors TO8
 2 | damaged, its content does not fit                       | distill --teacher flipped TO8
 2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | distill --teacher cifar10.safetensors TO8
-2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | eval cifar10.safetensors --dataset shapes -q
+2 | the 10 classes of cifar10, not for the {CLASSES} of shapes | eval cifar10.safetensors FEW -q
 2 | damaged, its content does not fit                       | eval flipped -q
 2 | nowhere: no such file                                   | eval nowhere -q
 2 | File name too long                                      | eval LONG
@@ -176,6 +176,7 @@ def test_a_mistake_costs_one_line_and_writes_nothing(
         "TINY": TINY,
         "TO8": ["--student", "resnet8", *TINY],
         "TEACHER": [str(teacher)],
+        "FEW": TINY[:-2],
         "LONG": ["a" * 300],
     }
     arguments = [part for word in shlex.split(line) for part in known.get(word, [word])]

@@ -99,8 +99,9 @@ def test_a_closed_stdin_is_an_empty_one(there: ForkServer, words: str, code: int
     assert "Traceback" not in ended.stderr
 
 
-def test_a_training_that_is_forked_finds_all_of_torch_loaded(there: ForkServer) -> None:
+@pytest.mark.parametrize("words", [f"pretrain-teacher resnet8 {TINY}", "eval d -q"])
+def test_a_command_that_is_forked_finds_all_that_is_large_loaded(there: ForkServer, words: str) -> None:
     """Else each such test takes seconds longer, which no test would notice."""
-    child = there.sakd(*shlex.split(f"pretrain-teacher resnet8 {TINY}"))
+    child = there.sakd(*shlex.split(words))
     assert child.code == 0
-    assert not [name for name in child.loaded if name.startswith(("torch.", "sympy", "sakd_cli"))]
+    assert not [name for name in child.loaded if name.startswith(("torch", "sympy", "scipy", "matplotlib", "sakd_cli"))]

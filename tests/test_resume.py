@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fork_server import Child, Faults, ForkServer, fingerprint
 
-SHORT = "--dataset shapes --set data.train=120 --set data.test=40 --batch-size 12 --set log_every=2 --set save_every=2"
+SHORT = "--dataset shapes --set data.train=60 --set data.test=20 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
 METHODS = {
     "fitnet": "--method fitnet",
@@ -23,7 +23,7 @@ METHODS = {
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",
     "dfa": "--method dfa --teacher deeper --epochs 1 --set method.search_epochs=1 --set method.second_order=true",
     "residual": "--residual-students 1 --set residual.loss=inner --set residual.architectures=resnet8 "
-    "--set residual.max_cost=3 --set residual.min_gain=-9 --set data.train=60",
+    "--set residual.max_cost=3 --set residual.min_gain=-9 --set data.train=30",
 }
 
 
@@ -66,7 +66,7 @@ def kill_somewhere(child: Child, run: Path, draw: random.Random) -> int:
     before, patient = saves(run), draw.random() < 0.75
     while patient and saves(run) == before and not (run / "summary.json").is_file():
         time.sleep(0.002)
-    time.sleep(draw.uniform(0.0, 0.25))
+    time.sleep(draw.uniform(0.0, 0.15))
     os.kill(child.pid, signal.SIGKILL)
     return child.wait()
 
@@ -130,7 +130,7 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_good_state(
 
 @pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.battery)], ids=["some", "all"])
 def test_a_crash_at_any_touch_of_the_disk_costs_nothing(fork_server: ForkServer, stride: int) -> None:
-    arguments = shlex.split(f"{DISTIL} {METHODS['fitnet']} --set save_every=7 --epochs 1")
+    arguments = shlex.split(f"{DISTIL} {METHODS['fitnet']} --set save_every=3 --epochs 1")
     assert fork_server.sakd(*arguments, "--run-dir", f"untouched{stride}").code == 0
     wanted = fingerprint(fork_server.cwd / f"untouched{stride}")
     for touch in range(stride, 999, stride):

@@ -1,6 +1,7 @@
 """SimKD beside the contract of distillers: the network that it delivers, made of two."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.errors import UsageError
+from sakd_cli.models.adapters import build_reused
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
 from sakd_cli.tasks.distill import DistillTask
 
-CLASSES = 6
+CLASSES, SIDE = 6, 16
 
 
 @pytest.mark.parametrize(
@@ -53,18 +55,35 @@ def test_a_name_of_no_network_is_refused(name: str) -> None:
 WIDE_APART = ["resnet8", "wrn_10_2", "vgg8", "ResNet18", "MobileNetV2_half", "ShuffleNetV1", "ShuffleNetV2_0_5"]
 
 
-@pytest.mark.parametrize("side", [32, 64])
+@functools.cache
+def ghost(name: str) -> StagedModel:
+    """The network without its numbers."""
+    with torch.device("meta"):
+        return create(name, CLASSES).eval()
+
+
+@functools.cache
+def last_map(name: str, side: int) -> Tensor:
+    return ghost(name).features(torch.empty(2, 3, side, side, device="meta")).stages[-2]
+
+
 @pytest.mark.parametrize("teacher", WIDE_APART)
 @pytest.mark.parametrize("student", WIDE_APART)
-def test_every_pair_has_the_declared_shapes_and_the_teachers_end(student: str, teacher: str, side: int) -> None:
+def test_every_pair_has_the_declared_shapes_and_the_teachers_end(student: str, teacher: str) -> None:
+    """What is made of the student's stages; those, the pooling aside, are the student's own."""
+    theirs = ghost(teacher)
     with torch.device("meta"):
-        model, theirs = create(f"simkd2-{student}-{teacher}", CLASSES).eval(), create(teacher, CLASSES)
-        features = model.features(torch.empty(2, 3, side, side))
-    assert [tuple(f.shape[1:]) for f in features.stages] == [info.shape(side) for info in model.infos]
+        model = build_reused("made", CLASSES, student=ghost(student), teacher=theirs, factor=2).eval()
+    assert (list(model.stages)[:-2], model.infos[:-2]) == (list(ghost(student).stages)[:-1], ghost(student).infos[:-1])
     assert model.infos[-1] == theirs.infos[-1]
     assert model.infos[-2].channels == theirs.infos[-2].channels
-    ours, other = (network.infos[-2].shape(side)[1] for network in (model, theirs))
-    assert ours <= other * (2 if teacher == "vgg8" and side == 64 else 1), "the loss pools the rest"
+    for side in (32, 64):
+        projected = model.stages[-2](last_map(student, side))
+        pooled = model.stages[-1](projected)
+        assert [tuple(x.shape[1:]) for x in (projected, pooled)] == [info.shape(side) for info in model.infos[-2:]]
+        assert model.head(pooled).shape == (2, CLASSES)
+        ours, other = (network.infos[-2].shape(side)[1] for network in (model, theirs))
+        assert ours <= other * (2 if teacher == "vgg8" and side == 64 else 1), "the loss pools the rest"
 
 
 @pytest.mark.parametrize("name", WIDE_APART)
@@ -81,16 +100,16 @@ def task_of(student: str, teacher: str, router: str, **tokens: Any) -> tuple[Dis
     torch.manual_seed(3)
     theirs = create(teacher, CLASSES)
     with torch.no_grad():
-        theirs.train()(torch.randn(16, 3, 32, 32))
+        theirs.train()(torch.randn(16, 3, SIDE, SIDE))
     theirs.requires_grad_(False).eval()
-    return assemble(config, create(student, CLASSES), theirs, 32), theirs
+    return assemble(config, create(student, CLASSES), theirs, SIDE), theirs
 
 
 def batches(task: DistillTask, count: int) -> list[Batch]:
     made = []
     for k in range(count):
         draw = torch.Generator().manual_seed(k)
-        x, noise = torch.randn(6, 3, 32, 32, generator=draw), torch.rand(6, task.noise_width, generator=draw)
+        x, noise = torch.randn(6, 3, SIDE, SIDE, generator=draw), torch.rand(6, task.noise_width, generator=draw)
         made.append(Batch(images=x, labels=torch.arange(6), index=torch.arange(6), noise=noise))
     return made
 
@@ -156,7 +175,7 @@ def test_what_is_borrowed_never_changes(teacher: str, router: str) -> None:
 
 def test_with_the_teachers_map_it_is_the_teacher() -> None:
     task, teacher = task_of("resnet8", "wrn_10_2", "always")
-    x = torch.randn(4, 3, 32, 32)
+    x = torch.randn(4, 3, SIDE, SIDE)
     with torch.no_grad():
         met = teacher.run(x, 0, len(teacher.infos) - 1)
         assert torch.equal(task.network.train().run(met, len(task.network.infos) - 1, 99), teacher(x))
