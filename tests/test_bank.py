@@ -1,6 +1,7 @@
 """The teacher bank: every view is the loader's, answers are the teacher's to 16 bits, damage is seen."""
 
 import json
+import shlex
 import threading
 from pathlib import Path
 
@@ -16,19 +17,9 @@ from sakd_cli.data.sources import Views
 from sakd_cli.runs import teacher_outputs
 
 CPU = torch.device("cpu")
-FEW = [
-    "--dataset",
-    "shapes",
-    "--set",
-    "data.train=20",
-    "--set",
-    "data.test=20",
-    "--batch-size",
-    "6",
-    "--set",
-    "data.validation=0",
-    "-q",
-]
+FEW = shlex.split(
+    "--dataset shapes --set data.train=20 --set data.test=20 --set data.size=16 --batch-size 6 --validation 0 -q"
+)
 
 
 @pytest.mark.parametrize(("padding", "flip", "count"), [(4, True, 162), (1, False, 9), (0, True, 2)])
@@ -73,7 +64,7 @@ def test_the_curve_is_that_of_the_teacher_itself_to_its_precision(banked: CliRun
     assert losses(banked, "with") != losses(banked, "without")
     (bank,) = (banked.path / "runs" / "teacher-cache").glob("*.safetensors")
     kept = load_file(bank)
-    rows = 20 * 162
+    rows = 20 * 50
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()} == {
         "pooled": ((rows, 64), torch.float16),
         "logits": ((rows, 20), torch.float16),
@@ -125,7 +116,7 @@ def test_a_bank_that_does_not_fit_is_refused_before_it_is_begun(
     free = lambda path: type("usage", (), {"free": 1000 if "teacher-cache" in str(path) else 10**9})  # noqa: E731
     monkeypatch.setattr("shutil.disk_usage", free)
     result = banked.sakd(*distil("kd"), "--runs-dir", str(folder))
-    assert (result.code, "needs 0.00054 GB, 1e-06 GB are free" in result.err) == (5, True), result.err
+    assert (result.code, "needs 0.00017 GB, 1e-06 GB are free" in result.err) == (5, True), result.err
     assert not list(folder.rglob("*.safetensors"))
 
 

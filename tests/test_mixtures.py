@@ -21,7 +21,7 @@ from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.runs import build
 from sakd_cli.runs.locate import locate_inputs
 
-SIZE = "--dataset shapes --set data.train=80 --set data.test=40 --batch-size 16 --epochs 1"
+SIZE = "--dataset shapes --set data.train=80 --set data.test=20 --set data.size=16 --batch-size 16 --epochs 1"
 DISTIL = f"distill --teacher deep --student resnet8 --method dfa {SIZE} --set method.search_epochs=1"
 
 

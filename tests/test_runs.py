@@ -1,6 +1,7 @@
 """`sakd runs`, and the one line of a script that makes, resumes or reports a run."""
 
 import os
+import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -18,19 +19,9 @@ from sakd_cli.report.runs import entries
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 
-TINY = [
-    "--dataset",
-    "shapes",
-    "--set",
-    "data.train=60",
-    "--set",
-    "data.test=40",
-    "--batch-size",
-    "20",
-    "--epochs",
-    "1",
-    "-q",
-]
+TINY = shlex.split(
+    "--dataset shapes --set data.train=60 --set data.test=20 --set data.size=16 --batch-size 20 --epochs 1 -q"
+)
 RUN = ["distill", "--teacher", "./runs/t", "--student", "resnet8", *TINY]
 
 

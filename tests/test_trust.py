@@ -1,6 +1,7 @@
 """A run goes on with what it began with, or says what is another now: settings, length, teacher."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 
-TINY = ["--dataset", "shapes", "--set", "data.train=60", "--set", "data.test=40", "--batch-size", "20"]
+TINY = shlex.split("--dataset shapes --set data.train=60 --set data.test=20 --set data.size=16 --batch-size 20")
 RUN = ["distill", "--teacher", "./t", "--student", "resnet8", *TINY, "-q"]
 
 
