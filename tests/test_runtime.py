@@ -34,15 +34,15 @@ def make(method: str, teacher: str = "resnet8", **runtime: Any) -> DistillTask:
     settings |= {"method.negatives": 9} if method == "crd" else {}
     torch.manual_seed(3)
     ours, theirs = create("resnet8", CLASSES), create(teacher, CLASSES)
-    theirs.train()(torch.randn(16, 3, 32, 32))
+    theirs.train()(torch.randn(16, 3, 16, 16))
     config = resolve("distill", [ConfigSource("test", nested(settings))]).config
-    return assemble(config, ours, theirs.requires_grad_(False).eval(), 32, torch.arange(60) % CLASSES).train()
+    return assemble(config, ours, theirs.requires_grad_(False).eval(), 16, torch.arange(60) % CLASSES).train()
 
 
 def batch(task: DistillTask, size: int = 8, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     x, noise = (
-        torch.randn(size, 3, 32, 32, generator=generator),
+        torch.randn(size, 3, 16, 16, generator=generator),
         torch.rand(size, task.noise_width, generator=generator),
     )
     return Batch(images=x, labels=torch.arange(size) % CLASSES, index=torch.arange(size), noise=noise)
