@@ -21,7 +21,7 @@ def turned_by_sign(x: Tensor, count: int, *, lapack: bool) -> Tensor:
     return ((v[:, :, None] * v[:, None, :]) * wave).sum()
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 9, 2, 2), (3, 4, 2, 2), (1, 5, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 6, 4, 4), (2, 9, 2, 2), (3, 4, 2, 2), (1, 5, 1, 3)], ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 @WAYS
 def test_the_gradient_is_that_of_the_vectors(shape: tuple[int, ...], count: int, lapack: bool) -> None:
@@ -32,7 +32,7 @@ def test_the_gradient_is_that_of_the_vectors(shape: tuple[int, ...], count: int,
 @WAYS
 def test_dead_channels_leave_value_and_gradient_right(lapack: bool) -> None:
     """PyTorch's own gradient is NaN there."""
-    x = maps(2, 6, 4, 4)
+    x = maps(1, 6, 4, 4)
     dead = torch.tensor([1.0, 0, 1, 0, 0, 1]).double()[:, None, None]
     leaf = (x * dead).requires_grad_()
     (gradient,) = torch.autograd.grad(turned_by_sign(leaf, 2, lapack=lapack), leaf)

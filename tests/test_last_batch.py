@@ -50,14 +50,16 @@ def test_no_process_gets_a_single_row(processes: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", [*FAMILIES.values(), *LIBRARIES])
+@torch.no_grad()
 def test_every_network_trains_on_every_batch_of_such_an_epoch(name: str) -> None:
+    """It is the forward pass that BatchNorm refuses."""
     network = create(name, 3, 32).train()
     for step in step_slices(5, 2, 0):
-        network(torch.randn(step.global_size, 3, 32, 32)).sum().backward()
+        network(torch.randn(step.global_size, 3, 32, 32))
 
 
 def test_such_an_epoch_ends(cli: CliRunner) -> None:
     settings = "--dataset shapes --set data.train=23 --set data.test=20 --validation 0 --batch-size 11 --epochs 1"
-    result = cli.sakd("pretrain-teacher", "torchvision/resnet18", *settings.split(), "--run-dir", "run", "-q")
+    result = cli.sakd("pretrain-teacher", "torchvision/mobilenet_v3_small", *settings.split(), "--run-dir", "run", "-q")
     assert result.code == 0, result.err
     assert (cli.path / "run" / "config.yaml").read_text().count("steps_per_epoch: 2") == 1

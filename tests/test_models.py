@@ -1,6 +1,5 @@
 """Every registered network against the reference figures, the published table and the model contract."""
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ghosts import ghost, without_numbers
 from oracles import close, fill, image, oracle, samples, stats, tensors_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,16 +59,9 @@ CASES = oracle("models")[0]
 LIGHT = [name for name, (_, mmacs, _, _) in TABLE.items() if mmacs < 130 or name == "ResNet18"]
 
 
-@functools.cache
-def ghost(name: str) -> StagedModel:
-    """The network without its numbers: nothing is initialised and nothing is computed."""
-    with torch.device("meta"):
-        return create(name, 100)
-
-
 def filled(case: dict[str, Any], dtype: torch.dtype) -> tuple[StagedModel, Tensor, Tensor]:
     """The case's network, its images and its labels."""
-    with torch.device("meta"):
+    with without_numbers(), torch.device("meta"):
         model = create(case["arch"], case["num_classes"])
     model = fill(model.to_empty(device="cpu").to(dtype), case["salt"])
     x = image((case["batch"], *case["input"][1:]), case["salt"]).to(dtype)
@@ -132,16 +125,14 @@ def test_figures_in_single_precision(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_counted_facts(case: dict[str, Any]) -> None:
-    with torch.device("meta"):
-        model = create(case["arch"], case["num_classes"])
+    model = ghost(case["arch"], case["num_classes"])
     side = case["input"][-1]
     assert cost(model, side) == (case["parameters"], case["macs_per_image"])
     assert len(list(model.parameters())) == case["parameter_tensors"]
     assert sum(b.numel() for b in model.buffers()) == case["buffer_elements"]
     assert [list(info.shape(side)) for info in model.infos] == [shape[1:] for shape in case["feature_shapes"]]
     for classes, parameters in case["parameters_by_num_classes"].items():
-        with torch.device("meta"):
-            assert sum(p.numel() for p in create(case["arch"], int(classes)).parameters()) == parameters
+        assert sum(p.numel() for p in ghost(case["arch"], int(classes)).parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -154,26 +145,21 @@ def test_published_table(name: str) -> None:
     assert " ".join(f"{c}x{h}" for c, h, _ in declared) == maps
 
 
-@pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_shapes_are_as_declared(name: str, side: int) -> None:
-    model = ghost(name).eval()
-    with torch.no_grad():
-        features = model.features(torch.empty(2, 3, side, side, device="meta"))
-    assert [tuple(f.shape[1:]) for f in features.stages] == [info.shape(side) for info in model.infos]
-    assert [info.kind for info in model.infos] == ["map"] * (len(model.infos) - 1) + ["embedding"]
-    assert features.logits.shape == (2, 100)
-    assert features.embedding is features.stages[-1]
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_groups_of_blocks_are_sequences_and_their_widths_as_declared(name: str) -> None:
+@without_numbers()
+@torch.no_grad()
+def test_shapes_of_stages_and_of_their_blocks_are_as_declared(name: str) -> None:
     model = ghost(name).eval()
     assert model.name == name
     assert model.family in FAMILIES
+    assert [info.kind for info in model.infos] == ["map"] * (len(model.infos) - 1) + ["embedding"]
     assert all(isinstance(model.stages[k], nn.Sequential) for k in model.map_stages)
-    with torch.no_grad():
-        features = model.features(torch.empty(2, 3, 32, 32, device="meta"), want="blocks")
+    large = model.features(torch.empty(2, 3, 64, 64, device="meta"))
+    features = model.features(torch.empty(2, 3, 32, 32, device="meta"), want="blocks")
+    for side, found in ((64, large), (32, features)):
+        assert [tuple(f.shape[1:]) for f in found.stages] == [info.shape(side) for info in model.infos]
+        assert found.logits.shape == (2, 100)
+        assert found.embedding is found.stages[-1]
     assert [bool(info.blocks) for info in model.infos] == [k in model.map_stages for k in range(len(model.infos))]
     for info, blocks, output in zip(model.infos, features.blocks, features.stages, strict=True):
         assert tuple(block.shape[1] for block in blocks) == info.blocks
@@ -197,6 +183,7 @@ def test_every_cut_gives_the_same_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@without_numbers()
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     light = name in LIGHT
     model = create(name, 5) if light else ghost(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fork_server import Child, Faults, ForkServer
 
-WORDS = "--dataset shapes --set data.train=150 --set data.test=60 --batch-size 30 --set log_every=1"
+WORDS = "--dataset shapes --set data.train=60 --set data.test=20 --batch-size 12 --set log_every=1"
 FIRST = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 DISTIL = shlex.split(f"distill --teacher teacher --student resnet8 --method fitnet --epochs 3 {WORDS} -q")
 
@@ -61,7 +61,7 @@ def test_one_talks_and_the_numbers_are_those_of_one_process(fork_server: ForkSer
     assert ours[4]["loss"] == pytest.approx(theirs[4]["loss"], rel=2e-2)
     spots = [(fork_server.cwd / run / "spots.jsonl").read_text().splitlines() for run in ("two", "alone")]
     assert len(spots[0]) == len(spots[1]) == 3
-    assert json.loads(spots[0][0])["samples"] == json.loads(spots[1][0])["samples"] == 135
+    assert json.loads(spots[0][0])["samples"] == json.loads(spots[1][0])["samples"] == 54
     assert summary["last"]["epoch"] == 3
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAIR, TINY, CliRunner
+from ghosts import ghost, without_numbers
 from oracles import close, fill
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,25 +57,19 @@ WIDE_APART = ["resnet8", "wrn_10_2", "vgg8", "ResNet18", "MobileNetV2_half", "Sh
 
 
 @functools.cache
-def ghost(name: str) -> StagedModel:
-    """The network without its numbers."""
-    with torch.device("meta"):
-        return create(name, CLASSES).eval()
-
-
-@functools.cache
 def last_map(name: str, side: int) -> Tensor:
-    return ghost(name).features(torch.empty(2, 3, side, side, device="meta")).stages[-2]
+    return ghost(name, CLASSES).eval().features(torch.empty(2, 3, side, side, device="meta")).stages[-2]
 
 
 @pytest.mark.parametrize("teacher", WIDE_APART)
 @pytest.mark.parametrize("student", WIDE_APART)
+@without_numbers()
 def test_every_pair_has_the_declared_shapes_and_the_teachers_end(student: str, teacher: str) -> None:
     """What is made of the student's stages; those, the pooling aside, are the student's own."""
-    theirs = ghost(teacher)
+    ours, theirs = ghost(student, CLASSES), ghost(teacher, CLASSES).eval()
     with torch.device("meta"):
-        model = build_reused("made", CLASSES, student=ghost(student), teacher=theirs, factor=2).eval()
-    assert (list(model.stages)[:-2], model.infos[:-2]) == (list(ghost(student).stages)[:-1], ghost(student).infos[:-1])
+        model = build_reused("made", CLASSES, student=ours, teacher=theirs, factor=2).eval()
+    assert (list(model.stages)[:-2], model.infos[:-2]) == (list(ours.stages)[:-1], ours.infos[:-1])
     assert model.infos[-1] == theirs.infos[-1]
     assert model.infos[-2].channels == theirs.infos[-2].channels
     for side in (32, 64):
@@ -82,8 +77,8 @@ def test_every_pair_has_the_declared_shapes_and_the_teachers_end(student: str, t
         pooled = model.stages[-1](projected)
         assert [tuple(x.shape[1:]) for x in (projected, pooled)] == [info.shape(side) for info in model.infos[-2:]]
         assert model.head(pooled).shape == (2, CLASSES)
-        ours, other = (network.infos[-2].shape(side)[1] for network in (model, theirs))
-        assert ours <= other * (2 if teacher == "vgg8" and side == 64 else 1), "the loss pools the rest"
+        high, other = (network.infos[-2].shape(side)[1] for network in (model, theirs))
+        assert high <= other * (2 if teacher == "vgg8" and side == 64 else 1), "the loss pools the rest"
 
 
 @pytest.mark.parametrize("name", WIDE_APART)
