@@ -27,7 +27,8 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # what a user's runs leave ou
 
 SCHEMAS = {get_args(kind.model_fields["schema_"].annotation)[0]: kind for kind in DOCUMENTS.values()}
 SHAPES = {"train": 100, "test": 20, "size": 16}
-TINY = shlex.split(f"--dataset shapes {' '.join(f'--set data.{k}={v}' for k, v in SHAPES.items())} --epochs 1")
+DRAWN = f"--dataset shapes --set data.test={SHAPES['test']} --set data.size={SHAPES['size']}"
+TINY = shlex.split(f"{DRAWN} --set data.train={SHAPES['train']} --epochs 1")
 PAIR = shlex.split("distill --teacher resnet8 --student resnet8")
 
 

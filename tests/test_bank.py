@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CliRunner
+from conftest import DRAWN, CliRunner
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -17,9 +17,7 @@ from sakd_cli.data.sources import Views
 from sakd_cli.runs import teacher_outputs
 
 CPU = torch.device("cpu")
-FEW = shlex.split(
-    "--dataset shapes --set data.train=20 --set data.test=20 --set data.size=16 --batch-size 6 --validation 0 -q"
-)
+FEW = shlex.split(f"{DRAWN} --set data.train=20 --batch-size 6 --validation 0 -q")
 
 
 @pytest.mark.parametrize(("padding", "flip", "count"), [(4, True, 162), (1, False, 9), (0, True, 2)])

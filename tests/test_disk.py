@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import DRAWN
 from fork_server import ROOT, Faults, ForkServer, fingerprint
 
 from sakd_cli import writing
@@ -22,7 +23,7 @@ from sakd_cli.report.runs.entries import remove
 from sakd_cli.report.runs.page import RunPage
 from sakd_cli.rundir import RunDir
 
-SHORT = "--dataset shapes --set data.train=24 --set data.test=20 --batch-size 8 --set save_every=2 -q"
+SHORT = f"{DRAWN} --set data.train=24 --batch-size 8 --set save_every=2 -q"
 WORDS = shlex.split(f"distill --teacher teacher --student resnet8 --method at {SHORT} --epochs 2")
 
 

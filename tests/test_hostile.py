@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from conftest import DRAWN
 from fork_server import Child, Faults, ForkServer
 from safetensors.torch import save
 
@@ -34,7 +35,7 @@ from sakd_cli.models import artifact
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e"
 MOST_SECONDS, MOST_MEMORY = 10, 1.5e9
-TINY = shlex.split("--dataset shapes --set data.train=60 --set data.test=40 --batch-size 20 --epochs 1 -q")
+TINY = shlex.split(f"{DRAWN} --set data.train=60 --batch-size 20 --epochs 1 -q")
 
 
 class Canary:

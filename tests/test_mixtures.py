@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CliRunner, Result
+from conftest import DRAWN, CliRunner, Result
 from sample_documents import sample
 
 from sakd_cli.config.resolve import ConfigSource, resolve
@@ -21,7 +21,7 @@ from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.runs import build
 from sakd_cli.runs.locate import locate_inputs
 
-SIZE = "--dataset shapes --set data.train=80 --set data.test=20 --set data.size=16 --batch-size 16 --epochs 1"
+SIZE = f"{DRAWN} --set data.train=80 --batch-size 16 --epochs 1"
 DISTIL = f"distill --teacher deep --student resnet8 --method dfa {SIZE} --set method.search_epochs=1"
 
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import DRAWN
 from fork_server import Child, Faults, ForkServer
 
-WORDS = "--dataset shapes --set data.train=60 --set data.test=20 --batch-size 12 --set log_every=1"
+WORDS = f"{DRAWN} --set data.train=60 --batch-size 12 --set log_every=1"
 FIRST = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 DISTIL = shlex.split(f"distill --teacher teacher --student resnet8 --method fitnet --epochs 3 {WORDS} -q")
 

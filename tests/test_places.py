@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import DRAWN
 from fork_server import ROOT, Faults, ForkServer
 
-TINY = "--dataset shapes --set data.train=40 --set data.test=20 --batch-size 20 --epochs 1 -q"
+TINY = f"{DRAWN} --set data.train=40 --batch-size 20 --epochs 1 -q"
 MADE = (
     f"pretrain-teacher resnet8 {TINY} --run-dir t",
     f"distill --teacher ./t --student resnet8 {TINY} --run-dir d --set teacher.allow_mismatch=true",

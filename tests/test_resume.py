@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import DRAWN
 from fork_server import Child, Faults, ForkServer, fingerprint
 
-SHORT = "--dataset shapes --set data.train=60 --set data.test=20 --batch-size 12 --set log_every=2 --set save_every=2"
+SHORT = f"{DRAWN} --set data.train=60 --batch-size 12 --set log_every=2 --set save_every=2"
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
 METHODS = {
     "fitnet": "--method fitnet",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CliRunner
+from conftest import DRAWN, CliRunner
 from filelock import FileLock
 from yaml import YAMLError
 
@@ -19,9 +19,7 @@ from sakd_cli.report.runs import entries
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs import build
 
-TINY = shlex.split(
-    "--dataset shapes --set data.train=60 --set data.test=20 --set data.size=16 --batch-size 20 --epochs 1 -q"
-)
+TINY = shlex.split(f"{DRAWN} --set data.train=60 --batch-size 20 --epochs 1 -q")
 RUN = ["distill", "--teacher", "./runs/t", "--student", "resnet8", *TINY]
 
 

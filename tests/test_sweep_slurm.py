@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import DRAWN
 
 from sakd_cli.errors import UsageError
 from sakd_cli.sweep.cluster import LOST, SlurmExecutor
@@ -88,7 +89,7 @@ def test_the_state_of_a_lost_job_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_run_whose_time_is_up_saves_its_state(tmp_path: Path) -> None:
     """Slurm sends SIGUSR2 to all processes of the job; submitit has it queued again, and SIGTERM comes."""
-    words = "pretrain-teacher resnet8 --dataset shapes --set data.train=60 --set data.test=40 --batch-size 12"
+    words = f"pretrain-teacher resnet8 {DRAWN} --set data.train=60 --batch-size 12"
     run = Job("one", (*words.split(), "--epochs", "9999", "--run-dir", "run"), tmp_path / "one.log", tmp_path)
     with start_job(run, dict(os.environ), session=False) as child:
         while child.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import CliRunner
+from conftest import DRAWN, CliRunner
 from safetensors.torch import load_file
 
 from sakd_cli import writing
@@ -17,7 +17,7 @@ from sakd_cli.models.artifact import NetworkCard, save_weights
 from sakd_cli.models.table import create
 from sakd_cli.rundir import RunDir
 
-TINY = shlex.split("--dataset shapes --set data.train=60 --set data.test=20 --set data.size=16 --batch-size 20")
+TINY = shlex.split(f"{DRAWN} --set data.train=60 --batch-size 20")
 RUN = ["distill", "--teacher", "./t", "--student", "resnet8", *TINY, "-q"]
 
 
