@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -85,16 +87,14 @@ def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     They are the smallest that their library has: 0.6 GB to draw, copy and train for nothing.
     """
-    timms = pytest.importorskip("timm.models.swin_transformer")
-    vit, swin, of_timm = (
-        vision_transformer._vision_transformer,
-        swin_transformer._swin_transformer,
-        timms._create_swin_transformer,
-    )
+    vit, swin = vision_transformer._vision_transformer, swin_transformer._swin_transformer
     less = {"hidden_dim": 192, "mlp_dim": 768, "num_heads": 3}
     monkeypatch.setattr(vision_transformer, "_vision_transformer", lambda **given: vit(**given | less))
     monkeypatch.setattr(swin_transformer, "_swin_transformer", lambda **given: swin(**given | {"embed_dim": 48}))
-    monkeypatch.setattr(timms, "_create_swin_transformer", lambda *a, **given: of_timm(*a, **given | {"embed_dim": 48}))
+    if find_spec("timm"):
+        timms = import_module("timm.models.swin_transformer")
+        made = timms._create_swin_transformer
+        monkeypatch.setattr(timms, made.__name__, lambda *names, **given: made(*names, **given | {"embed_dim": 48}))
     monkeypatch.setattr(convnext, "CNBlockConfig", Quarter)
 
 
