@@ -31,7 +31,7 @@ from sakd_cli.runs.build import assemble
 
 # Python 3.12 warns of forks beside other threads; those of the test runner hold no lock that the children need.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-CLASSES, SIDE, IMAGES, BATCH = 5, 16, 22, 8  # batches of 8, 8 and 6
+CLASSES, SIDE, IMAGES, BATCH = 5, 8, 22, 8  # batches of 8, 8 and 6
 COUNTS = (2, 4)
 
 

@@ -29,7 +29,7 @@ CODES = {  # what each command ends with, wherever it can work
     "compare t d": 0,
     "watch d": 0,
     "inspect-spots d": 0,
-    "report d --out page.html -q": 0,
+    "report t --out page.html -q": 0,
     "report nowhere": 2,
     "eval d -q --set timing_seconds=0 --dataset shapes": 0,
     "eval nowhere": 2,
