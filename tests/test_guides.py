@@ -44,7 +44,7 @@ SMALLER = {
     "sweep": f"{FEW} --set data.name=shapes --pairs resnet8:resnet8 --dry-run --measure 0",
     "bench": "--teacher resnet8 --student resnet8 --rounds 1 --batch-size 4",
 }
-FEWER = {"--seeds": "1", "--residual-students": "1", "--pairs": "resnet8:resnet8", "--routers": "always,random"}
+FEWER = {"--seeds": "1", "--pairs": "resnet8:resnet8", "--routers": "always,random"}
 NAMED = ("--teacher", "--student", "--student-friendly")  # options that name a network
 # Options of other programs that a page mentions.
 OTHERS = {
@@ -126,7 +126,7 @@ def small(arguments: list[str]) -> list[str]:
         made += ["--dataset", "shapes"]
     added = shlex.split(SMALLER[command])
     if "--residual-students" in made:
-        added += ["--set", "residual.max_cost=9", "--set", "residual.architectures=resnet8"]
+        added += ["--set", "residual.max_cost=9"]
     if command == "sweep" and "--methods" not in made:
         added += ["--methods", "fitnet"]
     if "imagefolder" in made:

@@ -278,8 +278,6 @@ def test_what_a_reader_lacks_is_told_as_it_is(workers: int) -> None:
     with pytest.raises(MemoryLimitError, match=r"^x\.png: memory ran out") as found:
         list(Pool(_lacks, workers=workers, persistent=True, device=CPU)([1]))
     assert found.value.hint == "fewer"
-    for child in multiprocessing.active_children():  # would be waited for, for ten seconds
-        child.kill()
 
 
 def test_processes_that_wait_are_ended_before_python_does_it_by_signals() -> None:
