@@ -275,6 +275,7 @@ def test_another_budget_is_named(tmp_path: Path) -> None:
     [versus] = compared(runs)["comparisons"]
     assert versus["unequal"] == ["train.epochs"]
     assert versus["text"].endswith("Not under one budget: train.epochs.")
+    assert not compared([*runs, make(tmp_path, "always", 0, 30.0, data={"name": "cifar100", "limit": 9})])["answers"]
     runs = [make(tmp_path, router, 0, 40.0, train={"epochs": 2, "patience": 1}) for router in ("anti", "never")]
     assert compared(runs)["comparisons"][0]["unequal"] == []
     metrics = runs[1].path / "metrics.jsonl"

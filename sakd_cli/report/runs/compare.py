@@ -59,6 +59,11 @@ class _Settings(dict[str, Any]):
         return self["router.name"] in (None, PLAIN)
 
     @property
+    def budget(self) -> dict[str, Any]:
+        """On what, how often and how long it is trained, whatever is distilled."""
+        return {key: self[key] for key in self if key.partition(".")[0] not in (*DISTILLATION, "code")}
+
+    @property
     def identity(self) -> str:
         """What all runs of a group share."""
         return identity(self, without={*COINS, "seed"})
@@ -226,7 +231,7 @@ def _arms(groups: list[_Group], rows: list[RunRow], settings: list[_Settings]) -
                 number=group.number,
                 label=group.label,
                 said=group.said,
-                about=(own.network, own["data.name"], *(() if own.control else whom)),
+                about=(own.network, identity(own.budget, without={"seed"}), *(() if own.control else whom)),
                 router=own["router.name"],
                 top1=by_seed(group.runs),
                 validation={seed: top1 for seed, top1 in last.items() if top1 is not None},
@@ -249,7 +254,7 @@ def _unequal(ours: _Group, theirs: _Group) -> list[str]:
 
 
 def _versus(ours: _Group, theirs: _Group, test: PairedTest) -> Versus:
-    unequal = [key for key in _unequal(ours, theirs) if key.partition(".")[0] not in (*DISTILLATION, "code")]
+    unequal = [key for key in _unequal(ours, theirs) if key in ours.settings.budget | theirs.settings.budget]
     of_both = ([row for row in one.runs if row.finished and row.curve] for one in (ours, theirs))
     our_end, their_end = ({row.seed: row.curve[-1].epoch for row in runs} for runs in of_both)
     if not unequal and any(our_end[seed] != their_end[seed] for seed in our_end.keys() & their_end.keys()):

@@ -156,7 +156,7 @@ class Arm(NamedTuple):
 
     number      of the arm, among those that are compared
     label       in the text
-    about       what arms must share to be compared: student and data; and of those with a teacher: it and the method
+    about       what arms must share to be compared: student and budget; and of those with a teacher: it and the method
     router      None: trained without a teacher
     top1        by seed, of the test images; validation: of the images that choose, likewise
     said        the label with what each word is: `method at, router adaptive`; empty: the label says it
