@@ -159,7 +159,7 @@ def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.
     log: list[str] = []
 
     class Stream:
-        device = CPU
+        device, device_index = CPU, 0
 
         def __init__(self, name: str) -> None:
             self.name = name
@@ -197,8 +197,17 @@ def test_a_capture_on_cuda_is_asked_for_as_torchs_notes_say(monkeypatch: pytest.
         raise RuntimeError("the step's own error")
 
     graph.capture_end = Mock(side_effect=RuntimeError("another error, of the capture"))
-    with pytest.raises(RuntimeError, match="the step's own error"):
-        device.capture(fails)
+    graph.reset = lambda: log.append("reset")
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(f"torch._C.{name}", lambda index, pool, name=name: log.append(f"{name}({index})"))
+    draws = Mock(clone_state=lambda: "as it was", graphsafe_set_state=log.append)
+    monkeypatch.setattr("torch.cuda.default_generators", (draws,))
+    for call, told in ((fails, "the step's own error"), (lambda: None, "another error")):  # or it ends in an error
+        log.clear()
+        with pytest.raises(RuntimeError, match=told):
+            device.capture(call)
+        given_up = ["reset", "_cuda_endAllocateToPool(0)", "_cuda_releasePool(0)", "as it was"]
+        assert log == ["in side", "begin thread_local", *given_up]
 
 
 @pytest.fixture
@@ -225,6 +234,24 @@ def test_on_a_gpu_captured_steps_are_the_called_ones_bit_for_bit(tmp_path: Path,
         if not torch.equal(tensor, states[1][name])
     }
     assert not differ
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: no step is captured in truth")
+def test_on_a_gpu_a_step_that_reads_back_is_called_and_others_are_captured_behind_it() -> None:
+    gpu, reasons, drawn = torch.device("cuda"), list[str](), list[float]()
+
+    def reads(batch: Batch) -> None:
+        drawn.append(float(torch.rand(4, device=gpu).sum()))
+
+    total = torch.zeros((), device=gpu)
+    for step in (reads, lambda batch: total.add_(torch.rand((), device=gpu))):
+        graphed = GraphedStep(step, Cuda(gpu), tuple, reasons.append)
+        for _ in range(WARMUP + 3):
+            graphed(batch_of(4).map(lambda x: x.to(gpu)))
+    assert len(reasons) == 1
+    assert len(set(drawn)) == WARMUP + 3
+    assert 0 < float(total) < WARMUP + 3
 
 
 def test_a_forecast_times_replayed_steps_where_a_training_replays_them(monkeypatch: pytest.MonkeyPatch) -> None:

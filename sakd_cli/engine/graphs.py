@@ -61,12 +61,23 @@ class Cuda:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 call()
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # a second report of the same error
-                    graph.capture_end()
+                self._give_up(graph)
                 raise
-            graph.capture_end()
         return graph.replay
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Without it torch 2.11 takes the capture for unfinished: nothing can be drawn, freed memory is kept for it."""
+        with suppress(RuntimeError):  # a second report of the same error
+            graph.capture_end()
+        graph.reset()
+        here = self._stream.device_index
+        with suppress(RuntimeError):  # of a newer torch, which has done so
+            torch._C._cuda_endAllocateToPool(here, self._pool)
+            torch._C._cuda_releasePool(here, self._pool)
+        draws = torch.cuda.default_generators[here]
+        draws.graphsafe_set_state(draws.clone_state())
 
 
 @dataclass
@@ -114,6 +125,7 @@ class GraphedStep:
                     raise
                 self._refuse(one_line(error))
                 self._refused = True
+            if known.replay is None:  # behind the error, which held what the step had in memory
                 return self._step(batch)
         else:  # one launch for each number type
             pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
