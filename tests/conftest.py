@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -120,6 +121,22 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> CliRunner:
     return CliRunner(tmp_path_factory.mktemp("cli"))
 
 
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Meanwhile there is no GPU, here and in processes that are started: what tests expect is what a CPU gives."""
+    with pytest.MonkeyPatch.context() as hidden:
+        hidden.setenv("CUDA_VISIBLE_DEVICES", "")
+        for name in ("is_available", "is_initialized") if "torch" in sys.modules else ():
+            hidden.setattr(f"torch.cuda.{name}", lambda: False)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with nullcontext() if item.get_closest_marker("gpu") else on_the_cpu():
+        return (yield)  # type: ignore[return-value]
+
+
 class Made(NamedTuple):
     """A folder in which a command was run, and its output."""
 
@@ -134,7 +151,8 @@ class Made(NamedTuple):
 @pytest.fixture(scope="session")
 def _teacher_made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     cli = CliRunner(tmp_path_factory.mktemp("teacher"))
-    result = cli.sakd("pretrain-teacher", "resnet8", *TINY)
+    with on_the_cpu():
+        result = cli.sakd("pretrain-teacher", "resnet8", *TINY)
     assert result.code == 0, result.err
     return Made(cli.path, result)
 
@@ -143,7 +161,8 @@ def _teacher_made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def _student_made(tmp_path_factory: pytest.TempPathFactory, _teacher_made: Made) -> Made:
     cli = CliRunner(tmp_path_factory.mktemp("student"))
     _teacher_made.copy_to(cli.path)
-    result = cli.sakd(*PAIR, "--method", "fitnet", *TINY, "--json")
+    with on_the_cpu():
+        result = cli.sakd(*PAIR, "--method", "fitnet", *TINY, "--json")
     return Made(cli.path, result)
 
 

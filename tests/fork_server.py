@@ -83,6 +83,7 @@ class ForkServer:
             return
         clean = {name: value for name, value in os.environ.items() if not name.startswith("SAKD_")}
         environment = clean | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # its processes are forked, and a GPU takes no such
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -46,6 +46,13 @@ def test_a_gpu_takes_no_tensors_of_two_devices() -> None:
         torch.ones(2, device=DEVICE) + torch.ones(2)
 
 
+@pytest.fixture(scope="module")
+def teacher(cli: CliRunner) -> Path:
+    result = cli.sakd("pretrain-teacher", "resnet8", *TINY, "--device", DEVICE)
+    assert result.code == 0, result.err
+    return cli.path / result.out.strip().splitlines()[-1].removeprefix("run: ")
+
+
 def weights(run: Path) -> dict[str, bytes]:
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("model.safetensors")}
 
