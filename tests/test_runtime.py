@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.config.training import Runtime
 from sakd_cli.engine.optim import Optimizer
-from sakd_cli.engine.runtime import compile_task, compiled, resolve_mode, set_backends
+from sakd_cli.engine.runtime import (
+    as_in_new_process,
+    compile_task,
+    compiled,
+    pick_device,
+    resolve_mode,
+    set_backends,
+)
 from sakd_cli.errors import UsageError
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
@@ -68,6 +76,19 @@ def optimizer(task: DistillTask) -> Optimizer:
 )
 def test_what_the_words_mean_depends_on_the_device(settings: dict[str, Any], device: str, message: str) -> None:
     assert str(resolve_mode(Runtime(**settings), torch.device(device))) == message
+
+
+def test_a_card_that_is_named_is_the_one_that_everything_is_asked_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clocks wait for it, and no context is opened on the first one; behind a call it is the program's again."""
+    asked, answers = list[Any](), {"is_available": True, "is_initialized": True, "device_count": 2, "current_device": 0}
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda answer=answer: answer)
+    monkeypatch.setattr("torch.cuda.set_device", asked.append)
+    monkeypatch.setattr("torch.random.fork_rng", lambda cards: nullcontext())
+    with as_in_new_process():
+        for name in ("cpu", "auto", "cuda", "cuda:0", "cuda:1"):
+            pick_device(name)
+    assert asked == [torch.device("cuda:1"), 0]
 
 
 def test_a_compiled_step_cannot_be_pruned() -> None:

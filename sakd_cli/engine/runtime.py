@@ -216,6 +216,7 @@ def as_in_new_process() -> Iterator[None]:
     dtype, warn_only = torch.get_default_dtype(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), backends.cudnn.benchmark
     cards, seed = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else None, torch.initial_seed()
+    card = torch.cuda.current_device() if cards else 0
     with ExitStack() as stack:
         stack.enter_context(fp32_kept())
         stack.enter_context(torch.random.fork_rng(cards or []))
@@ -233,8 +234,10 @@ def as_in_new_process() -> Iterator[None]:
             torch.set_default_dtype(dtype)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             backends.cudnn.benchmark = benchmark
-            if cards is None and torch.cuda.is_initialized():
-                torch.cuda.manual_seed_all(seed)  # where the program's own first use of a card would have begun
+            if torch.cuda.is_initialized():
+                torch.cuda.set_device(card)
+                if cards is None:
+                    torch.cuda.manual_seed_all(seed)  # where the program's own first use of a card would have begun
 
 
 def set_backends(config: Runtime, *, compiled: bool = False) -> None:
@@ -278,6 +281,9 @@ def pick_device(name: str) -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UsageError(f"device: {name!r} is not available here ({count} of that kind)", hint="--device auto")
+    if device.type == "cuda" and device.index:
+        # What is asked of no card in particular (pinned memory, a clock's wait) is not asked of the first one.
+        torch.cuda.set_device(device)
     return device
 
 

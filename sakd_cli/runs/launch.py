@@ -149,9 +149,7 @@ def launch(
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
     run, plan = _opened(job, extensions, plan)
-    # What is asked of no card in particular (pinned memory, its thread) would open a context on the first one.
-    card = torch.cuda.device(job.device) if job.device.type == "cuda" else nullcontext()
-    with card, run.locked(), loggers.logging_to(run, job.config.log, reporter.warn):
+    with run.locked(), loggers.logging_to(run, job.config.log, reporter.warn):
         if distributed.is_main_process():
             _begin(job, run, plan, images)
             assert run.identity is not None, "from here on nothing is written where another run lies"
