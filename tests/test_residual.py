@@ -109,6 +109,8 @@ def test_the_chain_stops_at_its_number_and_its_cost() -> None:
     assert why.startswith("resnet20 + resnet14 + resnet8 would cost 80.0 % of the teacher")
     named = ResidualConfig(students=2, architectures="resnet8,vgg8", **free)
     assert planned("resnet20", teacher, named, 100, 32)[0] == ["resnet8", "vgg8"]
+    alike = ResidualConfig(students=2, architectures="resnet8", **free)
+    assert planned("resnet20", teacher, alike, 100, 32)[0] == ["resnet8"] * 2, "one name for all"
     with pytest.raises(ValueError, match="2 architectures are named for 1"):
         ResidualConfig(students=1, architectures=("resnet8", "resnet8"))
 

@@ -102,7 +102,7 @@ class ResidualConfig(Config):
     architectures: Annotated[
         tuple[NetworkName, ...] | None, BeforeValidator(lambda value: None if value in ("auto", ["auto"]) else value)
     ] = None
-    """One network per residual student; null or auto: the largest of the family within ratio of the one before."""
+    """One network per residual student, or one for all; null or auto: the largest of the family within ratio of the one before."""
     ratio: PositiveFloat = 0.7
     """Largest MACs of an automatic residual student, as a fraction of the network before it; this project's choice."""
     loss: Literal["kl", "mse", "inner"] = "kl"
@@ -140,8 +140,9 @@ class ResidualConfig(Config):
 
     @model_validator(mode="after")
     def _one_name_per_student(self) -> "ResidualConfig":
-        if self.architectures is not None and len(self.architectures) != self.students:
-            raise ValueError(f"{len(self.architectures)} architectures are named for {self.students} residual students")
+        if self.architectures is not None and len(self.architectures) not in (1, self.students):
+            named = f"{len(self.architectures)} architectures are named for {self.students} residual students"
+            raise ValueError(f"{named}: one each, or one for all")
         return self
 
     def exits(self) -> dict[str, Any]:

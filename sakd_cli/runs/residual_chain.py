@@ -90,10 +90,8 @@ def planned(
     names = [student]
     macs = cost_of(student, classes, side).macs
     for place in range(settings.students):
-        if settings.architectures is None:
-            name = lighter(student, names[-1], settings.ratio, classes, side)
-        else:
-            name = settings.architectures[place]
+        named = settings.architectures
+        name = named[place % len(named)] if named else lighter(student, names[-1], settings.ratio, classes, side)
         macs += cost_of(name, classes, side).macs
         if macs > settings.max_cost * teacher.macs:
             text = f"{' + '.join([*names, name])} would cost {100 * macs / teacher.macs:.1f} % of the teacher"
@@ -151,7 +149,7 @@ class ResidualExtension(RunExtension):
         if not self.names:
             raise UsageError(
                 f"residual students: {self.stopped}",
-                hint="--set residual.max_cost=... , or a lighter student or residual.architectures",
+                hint="--set residual.max_cost=..., or a lighter student or residual.architectures",
             )
         self.costs = [cost_of(name, classes, side) for name in self.names]
         self.members: list[StagedModel] = []
