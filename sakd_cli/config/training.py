@@ -102,7 +102,7 @@ class ResidualConfig(Config):
     architectures: Annotated[
         tuple[NetworkName, ...] | None, BeforeValidator(lambda value: None if value in ("auto", ["auto"]) else value)
     ] = None
-    """One network per residual student, or one for all; null or auto: the largest of the family within ratio of the one before."""
+    """One network each, or one for all; null or auto: the largest of the family within ratio of the one before."""
     ratio: PositiveFloat = 0.7
     """Largest MACs of an automatic residual student, as a fraction of the network before it; this project's choice."""
     loss: Literal["kl", "mse", "inner"] = "kl"
