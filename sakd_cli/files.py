@@ -40,7 +40,13 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UsageError(f"{path}: nobody knows that home folder") from None
+        raise UsageError(f"{path}: nobody knows that home folder", "set HOME, or name a folder without ~") from None
+
+
+def of_user(variable: str, folder: str) -> Path:
+    """The folder `sakd` in that of an environment variable; in `~/folder` where it is unset, empty or relative."""
+    place = Path(os.environ.get(variable, ""))
+    return (place if place.is_absolute() else expanded("~") / folder) / "sakd"
 
 
 def resolved(path: str | Path) -> Path:

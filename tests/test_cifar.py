@@ -15,6 +15,7 @@ from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config
 from sakd_cli.data import table, torchvision_sets
 from sakd_cli.data.dataset import seeded_generator
 from sakd_cli.errors import DataError
+from sakd_cli.runs import own
 
 
 @pytest.fixture
@@ -220,6 +221,8 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert torchvision_sets.default_root() == tmp_path / ".cache" / "sakd" / "data"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert torchvision_sets.default_root() == tmp_path / "cache" / "sakd" / "data"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative/state")
+    assert own._file() == tmp_path / ".local/state/sakd/runs.json"
 
 
 def test_the_real_cifar100() -> None:

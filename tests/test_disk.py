@@ -181,6 +181,16 @@ def test_a_narrow_plain_terminal_without_a_home_shows_every_figure(desk: ForkSer
     assert {part for part in there.out.split() if "%" in part} >= {part for part in here.out.split() if "%" in part}
 
 
+@pytest.mark.parametrize("width", ["99999999", "0", "\N{SUPERSCRIPT TWO}", "9" * 5000])
+def test_no_width_of_a_terminal_keeps_a_page_from_being_shown(desk: ForkServer, width: str) -> None:
+    """Neither minutes and gigabytes of blanks, nor an empty page, nor a traceback."""
+    for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
+        for arguments in (["--help"], ["list", "models"]):
+            page = desk.sakd(*arguments, faults=Faults(environment={name: width}))
+            assert (page.code, page.err) == (0, "")
+            assert 1_000 < len(page.out) < 100_000
+
+
 PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
 
 

@@ -1,7 +1,10 @@
 """Folders of pictures: what is found, how it is read, and that neither workers nor a resume change a bit."""
 
+import errno
 import multiprocessing
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +281,25 @@ def test_what_a_reader_lacks_is_told_as_it_is(workers: int) -> None:
     with pytest.raises(MemoryLimitError, match=r"^x\.png: memory ran out") as found:
         list(Pool(_lacks, workers=workers, persistent=True, device=CPU)([1]))
     assert found.value.hint == "fewer"
+
+
+def test_processes_end_with_what_one_of_them_lacks() -> None:
+    """Not with Python, whose signals they wait out for ten seconds."""
+    others = {*multiprocessing.active_children()}
+    with suppress(MemoryLimitError):
+        list(Pool(_lacks, workers=2, persistent=True, device=CPU)([1, 2, 3]))
+    assert not {*multiprocessing.active_children()} - others
+
+
+def test_where_no_process_can_be_had_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no /dev/shm; torch's own loader leaves a traceback, which would be a warning here."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("_multiprocessing.SemLock", fail)
+    with pytest.raises(MemoryLimitError, match=r"cannot be had.*Read-only file system"):
+        list(Pool(_answers, workers=1, persistent=True, device=CPU)([1]))
 
 
 def test_processes_that_wait_are_ended_before_python_does_it_by_signals() -> None:

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import CliRunner
 
 from sakd_cli.config.datasets import ShapesConfig
 from sakd_cli.data.dataset import Split
@@ -115,3 +116,10 @@ def test_another_size_shows_the_same_at_another_scale(size: int) -> None:
     assert torch.equal(own.train.labels, usual.train.labels)
     small, large = (torch.nn.functional.adaptive_avg_pool2d(one.train.images[row].float(), 8) for one in (own, usual))
     assert float((small - large).abs().mean()) < 6, "of 255"
+
+
+def test_more_images_than_memory_holds_are_refused_before_they_are_drawn(cli: CliRunner) -> None:
+    """Linux would end the process in the middle of it, without a word; a million of 32 pixels may be."""
+    assert ShapesConfig(train=1_000_000, test=1_000_000)
+    few = ["--set", "data.train=33000", "--set", "data.size=256"]
+    cli.assert_rejects(["pretrain-teacher", "resnet8", "--dataset", "shapes", *few], 2, "data: train, test and size ")

@@ -182,7 +182,8 @@ def run(arguments: list[str]) -> int:
     except (BrokenPipeError, SystemExit) as error:  # rich answers a broken pipe with SystemExit
         return UsageError.exit_code if _complained_of_own_code(error) else _broken_pipe()
     except OSError as error:  # whatever the floors below have no message of their own for
-        complain(f"{error.filename or 'file system'}: {error.strerror or error}")
+        where = "if it is a library's: TMPDIR, TORCHINDUCTOR_CACHE_DIR and MPLCONFIGDIR say where these write"
+        complain(f"{error.filename or 'file system'}: {error.strerror or error}", where)
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
     except Stopped as stopped:
         how = "interrupted" if stopped.exit_code == INTERRUPTED else "terminated"
@@ -203,7 +204,7 @@ def run(arguments: list[str]) -> int:
             complain("a process that reads images was killed, probably for lack of memory", "--set data.workers=1")
             return MemoryLimitError.exit_code
         if is_out_of_memory(error) or (isinstance(error, ImportError) and any(sign in str(error) for sign in NO_ROOM)):
-            complain("out of memory", "a smaller --batch-size or less data (--set data.limit=...)")
+            complain("out of memory", "a smaller --batch-size or less data (data.limit; of shapes data.train)")
             return MemoryLimitError.exit_code
         if (refused := not_deterministic(error)) is not None:
             complain(refused.message, refused.hint)
@@ -367,6 +368,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     bound_to_launcher()
     _three_streams()
+    for name in {"COLUMNS", "LINES", "TERMINAL_WIDTH"} & os.environ.keys():  # rich and typer take any number
+        size = os.environ[name]
+        os.environ[name] = str(min(int(size), 1000) or "") if re.fullmatch("[0-9]{1,9}", size) else ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")

@@ -40,6 +40,7 @@ Beta = Annotated[NonNegativeFloat, must(lambda a: not a or 0.05 <= a <= 1000, "i
 Geometry = Literal["auto", "crop", "border", "none"]
 Policy = Literal["randaugment", "autoaugment", "trivialaugment"]
 POLICIES = get_args(Policy)
+DRAWN = 6.2  # GB of all drawn images: a million of 32 pixels for each split
 
 
 def _words(value: Any) -> Any:
@@ -172,6 +173,12 @@ class ShapesConfig(DataConfig):
     """Side in pixels of the drawn images."""
     seed: NonNegativeInt = 0
     """Random seed of the drawing, apart from the run's seed: the same images in every run."""
+
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> "ShapesConfig":
+        if (size := 3e-9 * (self.train + self.test) * self.size**2) > DRAWN:
+            raise ValueError(f"train, test and size ask for {size:,.1f} GB of images in memory; {DRAWN} at most")
+        return self
 
     def training_images(self) -> int | None:
         return self.train if self.classes is None else None

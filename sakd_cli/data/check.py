@@ -20,7 +20,7 @@ from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
 from sakd_cli.data.pictures import Finding, SplitContents, legible
 from sakd_cli.data.published import reading_of, scan
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
-from sakd_cli.errors import DataError
+from sakd_cli.errors import DataError, first_line
 
 Result = TypeVar("Result")
 MIN_FILES = 200  # below this, decoding in this process is faster
@@ -91,8 +91,9 @@ def of_each(function: Callable[[str], Result], paths: Sequence[str]) -> Iterator
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the children touch none
             with ProcessPoolExecutor(number, context, initializer=_ignore_interrupts) as pool:
                 yield from pool.map(function, paths, chunksize=CHUNK)
-    except BrokenProcessPool:
-        raise DataError("a process that decoded pictures was killed: for lack of memory, or by a picture") from None
+    except (BrokenProcessPool, OSError) as error:
+        told = f"was killed or cannot be had: for lack of memory or /dev/shm, or by a picture ({first_line(error)})"
+        raise DataError(f"a process that decodes pictures {told}") from None
 
 
 class Place(NamedTuple):

@@ -275,16 +275,18 @@ class Pool:
         self._loader = None
         try:
             with warnings.catch_warnings(action="ignore"):  # as below
+                if loader.num_workers:
+                    multiprocessing.Lock()  # where it cannot be had, torch would begin, and end in a traceback
                 answers = iter(loader)
             for answer in answers:
-                if isinstance(answer, SakdError):
-                    raise answer
+                if isinstance(answer, SakdError):  # a copy: it would hold this frame, which holds it and the processes
+                    raise type(answer)(answer.message, answer.hint)
                 yield raise_if_unreadable(answer)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise MemoryLimitError(
-                "a process that reads images was killed, probably for lack of memory (or of /dev/shm)",
+                f"a process that reads images was killed or cannot be had, for lack of memory or /dev/shm? ({error})",
                 "fewer of them: --set data.workers=1; or 0",
             ) from None
         # Not after a pass that was given up: its processes end with the loader, at once, and before anything is saved.

@@ -27,7 +27,7 @@ from sakd_cli.data import pictures
 from sakd_cli.data.decode import Reading
 from sakd_cli.data.pictures import Finding, FolderContents, SplitContents
 from sakd_cli.errors import DataError, UsageError, unreadable
-from sakd_cli.files import MOST_JSON, expanded, read_bytes
+from sakd_cli.files import MOST_JSON, of_user, read_bytes
 
 PARTS = {name: names[0] for names in (pictures.TRAIN, pictures.VAL, pictures.TEST) for name in names}
 LINE = "its first line names the columns: path,label or path,label,split"
@@ -163,8 +163,7 @@ def _torchvisions(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
 
 def default_root() -> Path:
     """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else expanded("~") / ".cache") / "sakd" / "data"
+    return of_user("XDG_CACHE_HOME", ".cache") / "data"
 
 
 def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:

@@ -1,7 +1,6 @@
 """The user's own networks: which runs with them need no trust, since this user made them here, and teachers of them."""
 
 import hashlib
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 from sakd_cli.config.base import OBJECTS
 from sakd_cli.config.code import functions, is_object, named_runs, trust
 from sakd_cli.config.training import DistillConfig
-from sakd_cli.errors import DiskError
-from sakd_cli.files import read_json
+from sakd_cli.errors import DiskError, UsageError
+from sakd_cli.files import of_user, read_json
 from sakd_cli.rundir import RunDir, look_up
 from sakd_cli.writing import make_folder, write_json
 
@@ -30,7 +29,7 @@ def note_own(run: RunDir) -> None:
     """Note, for `trust_own`, that this user has made a run, where the user's own functions are in it."""
     if run.identity is None or not any(functions(str(name)) for name in _named(run)):
         return
-    with suppress(DiskError, RuntimeError):
+    with suppress(DiskError, UsageError):
         make_folder(_file().parent)
         write_json(_file(), [*_made_here(), run.identity])
 
@@ -68,13 +67,12 @@ def keep_teacher(config: Any, place: Path | None = None) -> Any:
 
 def _file() -> Path:
     """Identities of the runs that this user has made on this machine with functions of the user's own."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path("~/.local/state").expanduser()) / "sakd" / "runs.json"
+    return of_user("XDG_STATE_HOME", ".local/state") / "runs.json"
 
 
 def _made_here() -> list[str]:
     try:
         found = read_json(_file())
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, UsageError):
         return []
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
