@@ -121,6 +121,10 @@ def test_all_routers_are_one_word_and_coins_are_matched_within_a_seed(
     assert all(text in table for text in ("kd random-matched", "±", "Runs"))
     plan = trained_cli.sakd(*arguments, "--routers", "all", "--dry-run", "--json").document
     assert plan["schema"] == "sakd.plan/2"
+    loud = [word for word in arguments if word != "--quiet"]
+    tried = trained_cli.sakd(*loud, "--routers", "never,always", "--seeds", "2", "--dry-run", "--json")
+    assert tried.document["trainable"]["router"] == 0, "which only a learned router has"
+    assert "runs of the series: 4; the first is tried" in tried.err
 
 
 MISTAKES = {
@@ -287,6 +291,8 @@ def test_controls_that_are_there_are_named_and_taken_for_another_method(
     [line] = [line for line in first.err.splitlines() if line.startswith("not trained again")]
     assert [f"never, seed {seed} ({Path(run).name})" in line for seed, run in enumerate(never)] == [True, True]
     assert "always" not in line
+    counted = [line for line in first.err.splitlines() if line.startswith("run ")]
+    assert counted == ["run 3 of 4: always, seed 0", "run 4 of 4: always, seed 1"]
     again = trained_cli.sakd(*arguments, "--seeds", "2")
     assert again.document["runs"] == first.document["runs"], "with another router beside them they are controls"
     itself = [*arguments[: arguments.index("--routers")], "--router", "never", "--seeds", "2", "--json"]

@@ -244,7 +244,7 @@ def _digest(card: str, tensors: dict[str, Tensor]) -> str:
     summed = hashlib.sha256(card.encode())
     for name in sorted(tensors):
         summed.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        summed.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        summed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return summed.hexdigest()
 
 

@@ -128,7 +128,10 @@ def train_command(
     with tempfile.TemporaryDirectory() if dry else nullcontext(config.runs_dir) as folder:
         config = keep_teacher(config, Path(folder))
         configs = series(config, params) if task == "distill" else []
-        several = bool(configs) and wants_series(params) and not dry
+        several = bool(configs) and wants_series(params)
+        if several and dry:
+            reporter.say(f"runs of the series: {len(configs)}; the first is tried")
+            config, several = configs[0], False
         if plan.finished and not several:
             draw_mixtures(RunDir(Path(str(plan.summary.run))), reporter.say)
             return plan.summary
@@ -182,6 +185,8 @@ def train_series(
         else:
 
             def train_job(job: Job) -> None:
+                done = sum(entry.state is State.done for entry in scheduler.entries.values())
+                reporter.say(f"run {done + 1} of {len(members)}: {job.key}")
                 train(job.config, ResumePlan(resume=job.run, lenient=True) if job.run else ResumePlan())
 
             scheduler.run(InProcessExecutor(train_job))
