@@ -73,6 +73,9 @@ def test_runs_are_listed_filtered_and_sorted(there: CliRunner) -> None:
         there.assert_rejects(["runs", "--where", f"{key}=fitnet"], 2, f"unknown key '{key}'")
     assert names(there, "--where", "method.power=9") == []  # of a method that no run has
     there.assert_rejects(["runs", "move", "runs/s"], 2, "neither")
+    os.utime(there.path / "runs" / "s" / "config.yaml", (0, 0))  # as if it had begun long ago
+    rows = there.sakd("runs", "--json").document["rows"]
+    assert all(row["changed"] > "2000" for row in rows), "a run changes until it ends"
 
 
 def test_a_run_that_is_in_use_is_told_before_anything_is_built(

@@ -79,7 +79,9 @@ def _whole_and_top1(folder: Path, settings: Mapping[str, Any] | None) -> tuple[b
 
 def run_entry(run: RunDir, settings: Mapping[str, Any] | None, verdict: Any = None, *, shown: bool = False) -> RunEntry:
     """A run; verdict: what `_whole_and_top1` said of it; shown: with its settings."""
-    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.path / "config.yaml").stat().st_mtime))
+    files = [run.path / name for name in ("config.yaml", "metrics.jsonl", "summary.json")]
+    last = max(file.stat().st_mtime for file in files if file == files[0] or file.exists())
+    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
     names = {name: look_up(settings, key) for name, key in KEYS.items()}
     names["network"] = look_up(settings, "student") or look_up(settings, "model")
     for name, value in names.items():
