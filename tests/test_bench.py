@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import shlex
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 from conftest import CliRunner
 from rich.console import Console
 
+from sakd_cli.bench import scaling
 from sakd_cli.bench.measure import Times, comparison, reported
+from sakd_cli.bench.steps import Setup, Step
+from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.documents.bench import Bench, ReportedRatio, TimedRatio
+from sakd_cli.engine import graphs
 from sakd_cli.report.bench import bench_tables
 
 SMALL = shlex.split(
@@ -61,6 +66,19 @@ def test_the_document_has_its_schema(found: dict[str, Any]) -> None:
     assert sum(line["fraction"] for line in found["phases"]) == pytest.approx(1)
     assert all(line["fraction"] > 0 for line in found["phases"])
     assert [line["value"] for line in found["scaling"]["points"]] == [1, 2, 4]
+
+
+def test_steps_that_run_beside_each_other_are_captured_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: who captures a step waits for the whole device, and none may while another captures."""
+    called = list[threading.Thread]()
+    monkeypatch.setattr(
+        scaling, "adaptive", lambda setup: Step("", "", lambda: called.append(threading.current_thread()))
+    )
+    setup = Setup(resolve("distill", [ConfigSource("test", {"teacher": "resnet8", "student": "resnet8"})]).config)
+    scaling._at_once(setup, 2, 3)
+    alone = 2 * (graphs.WARMUP + 1)
+    assert set(called[:alone]) == {threading.main_thread()}
+    assert len(called[alone:]) == 2 * 3
 
 
 def test_the_tables_have_a_line_for_everything(found: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from sakd_cli.bench import measure
-from sakd_cli.bench.measure import WARMUP, timed
+from sakd_cli.bench.measure import timed
 from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, load_peer_step, plain_distillation
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.sweep import is_path
 from sakd_cli.distillers.table import DISTILLERS
 from sakd_cli.documents.bench import Bench, Scaling, ScalingPoint
+from sakd_cli.engine.graphs import WARMUP as CALLED
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.models.spot import align_stages
 
@@ -100,8 +101,11 @@ def _at_once(setup: Setup, several: int, rounds: int) -> float:
             for _ in range(times):
                 step.call()
 
+    for step in made:  # in turn: while a thread captures its step, no other one may wait for the device
+        steps(step, CALLED + 1)
     with ThreadPoolExecutor(several) as pool:
-        list(pool.map(partial(steps, times=WARMUP), made))
+        if gpu:
+            torch.cuda.synchronize(setup.device)
         begin = time.perf_counter()
         list(pool.map(partial(steps, times=rounds), made))
         if gpu:
