@@ -1,8 +1,9 @@
 """A GPU played by the CPU, for whole commands: `python -m pytest -p played_gpu tests/test_gpu.py`.
 
 Tensors say that they are on cuda:0 and are computed with on the CPU. As on a GPU, an operation that is given tensors of
-both devices raises, and numpy takes none. What cannot be seen: speed, streams, capturing (a captured step is called),
-and a tensor that a backward pass makes on the CPU. Private parts of PyTorch are used; a new release may need changes.
+both devices raises, and numpy takes none; nor are there floats of 64 bits, as on Apple's. What cannot be seen: speed,
+streams, capturing (a captured step is called), and a tensor that a backward pass makes on the CPU. Private parts of
+PyTorch are used; a new release may need changes.
 """
 
 import contextlib
@@ -100,6 +101,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     def told(x: Any) -> Any:
         wrapped = isinstance(x, Tensor) and not x.is_meta and here and not isinstance(x, Played)
+        if wrapped and x.dtype == torch.float64:
+            raise TypeError(f"no numbers of 64 bits on this device: {name}")
         return known.get(id(x), Played(x) if wrapped else x) if isinstance(x, Tensor) else x
 
     return tree_map(told, func(*plain[0], **plain[1]))

@@ -70,7 +70,7 @@ def exit_curve(
     for theta in grid:
         left = exit_stage(uncertainties, [theta] * len(uncertainties))
         answers = predictions.gather(0, left[None])[0]
-        top1, agreement = (100 * float((answers == right).double().mean()) for right in (labels, predictions[-1]))
+        top1, agreement = (100 * float((answers == right).cpu().double().mean()) for right in (labels, predictions[-1]))
         point = {"theta": None if theta == NEVER else theta, "top1": top1, "agreement": agreement}
         found.append(point | dict(exit_costs(left.cpu(), macs, teacher_macs)))
     best = pareto([(point["macs"], point["top1"]) for point in found])

@@ -85,7 +85,7 @@ def averages(logits: Tensor, labels: Tensor) -> tuple[Averages, list[tuple[float
             areas = metrics.multiclass_auroc(chances, labels, num_classes=classes, average="none")
         auroc = 100 * float(areas[both].mean())
     per_class = precision(**given, average="none"), f1(**given, average="none")
-    rows = zip(*(100 * one.double() for one in per_class), answers.tolist(), images.tolist(), strict=True)
+    rows = zip(*(100 * one.cpu().double() for one in per_class), answers.tolist(), images.tolist(), strict=True)
     each = [(float(p) if said else None, float(f) if said + there else None) for p, f, said, there in rows]
     return Averages(**found, balanced_accuracy=100 * float(balanced), auroc=auroc), each
 
@@ -100,7 +100,7 @@ def agreement(student: Answers, teacher: Answers, labels: Tensor) -> Agreement:
     right, teacher_right = mine == labels, theirs == labels
     p, q = teacher.logits.log_softmax(dim=1), student.logits.log_softmax(dim=1)
     return Agreement(
-        top1=100.0 * float((mine == theirs).double().mean()),
+        top1=100.0 * float((mine == theirs).cpu().double().mean()),
         kl=float(F.kl_div(q, p, log_target=True, reduction="batchmean")),
         cka=_cka(student.embedding, teacher.embedding),
         both_wrong=int((~right & ~teacher_right).sum()),

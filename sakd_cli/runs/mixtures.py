@@ -111,7 +111,7 @@ def _groups(distiller: DFA) -> list[MixtureGroup]:
             beta=distiller.betas[k],
             alpha=alpha.tolist(),
             largest=int(alpha.argmax()) + 1,
-            entropy=float(torch.special.entr(alpha.double()).sum()),
+            entropy=float(torch.special.entr(alpha.cpu().double()).sum()),
         )
         groups.append(mixture)
     return groups

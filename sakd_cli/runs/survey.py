@@ -223,7 +223,7 @@ def _routed(job: Job, task: DistillTask, test: Split, reporter: Reporter, seed: 
         right = [(output.argmax(dim=1) == labels).sum() for output in outputs]
         loss = [F.cross_entropy(output.float(), labels, reduction="sum") for output in outputs]
         sums = sums + torch.stack([torch.stack(right).float(), torch.stack(loss)])
-    hits, losses = (sums.double().cpu() / len(test)).tolist()
+    hits, losses = (sums.cpu().double() / len(test)).tolist()
     if not all(map(math.isfinite, losses)):
         raise NonFiniteError("the routed network's loss on the test images is not finite", LOWER)
     scores = [doc.Score(top1=100 * hit, loss=loss) for hit, loss in zip(hits, losses, strict=True)]
@@ -241,7 +241,7 @@ def _reliability(chances: Tensor) -> list[doc.ReliabilityBin]:
     """Of the sums [BINS, 3] of confidences, of right answers and of images."""
     return [
         doc.ReliabilityBin(images=int(n), confidence=sure / n if n else None, correct=right / n if n else None)
-        for sure, right, n in chances.double().cpu().tolist()
+        for sure, right, n in chances.cpu().double().tolist()
     ]
 
 

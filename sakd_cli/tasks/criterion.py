@@ -56,6 +56,7 @@ class Criterion(nn.Module):
     def __init__(self, weights: Tensor | None = None, *, focal: float = 0.0, smoothing: float = 0.0) -> None:
         super().__init__()
         self.focal, self.smoothing = focal, smoothing
+        weights = None if weights is None else weights.to(torch.get_default_dtype())  # not every device has doubles
         self.register_buffer("weights", weights, persistent=False)  # a setting, or known from the images
 
     @classmethod

@@ -29,8 +29,8 @@ def centred(logits: Tensor) -> Tensor:
 
 def relative_energy(teacher: Tensor, student: Tensor) -> float:
     """Mean square of what the student's centred logits [N, K] lack, as a share of that of the teacher's."""
-    theirs = centred(teacher.double())
-    return float((theirs - centred(student.double())).square().mean() / theirs.square().mean())
+    theirs = centred(teacher.cpu().double())
+    return float((theirs - centred(student.cpu().double())).square().mean() / theirs.square().mean())
 
 
 class Targets(NamedTuple):
