@@ -100,6 +100,11 @@ SEVERAL |= {"--router": "--routers A,B trains one student by each", "--student":
 class OnceEach(TyperCommand):
     """A command that refuses an option with one value which is given several times; the parser would take the last."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if formatter.width < 78:  # of 80 columns; panels in fewer cut the names of options
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
     def make_parser(self, ctx: Any) -> Any:
         parser = super().make_parser(ctx)
         parse = parser.parse_args
@@ -132,29 +137,19 @@ def _root(
     return
 
 
-app.command("pretrain-teacher", rich_help_panel="Train", cls=OnceEach)(pretrain_teacher.pretrain_teacher)
-app.command("distill", rich_help_panel="Train", cls=OnceEach)(distill.distill)
-for task, procedure in PROCEDURES.items():
-    if task not in ("pretrain", "distill"):
-        app.command(procedure.command, rich_help_panel="Train", cls=OnceEach)(pretrain_teacher.command_of(task))
-app.command("sweep", rich_help_panel="Train", cls=OnceEach)(sweep.sweep)
-app.command("import-weights", rich_help_panel="Train", cls=OnceEach)(import_weights.import_weights)
-app.command("export", rich_help_panel="Train", cls=OnceEach)(export.export)
-app.command("eval", rich_help_panel="Evaluate", cls=OnceEach)(evaluate.evaluate)
-app.command("predict", rich_help_panel="Evaluate", cls=OnceEach)(predict.predict)
-app.command("compare", rich_help_panel="Evaluate", cls=OnceEach)(compare.compare)
-app.command("runs", rich_help_panel="Evaluate", cls=OnceEach)(runs.runs)
-app.command("watch", rich_help_panel="Evaluate", cls=OnceEach)(watch.watch)
-app.command("report", rich_help_panel="Evaluate", cls=OnceEach)(report.report)
-app.command("inspect-spots", rich_help_panel="Evaluate", cls=OnceEach)(inspect_spots.inspect_spots)
-app.command("bench", rich_help_panel="Evaluate", cls=OnceEach)(bench.bench)
-app.command("list", rich_help_panel="Reference", cls=OnceEach)(show.listing)
+TRAIN = {"pretrain-teacher": pretrain_teacher.pretrain_teacher, "distill": distill.distill}
+others = {task: row.command for task, row in PROCEDURES.items() if task not in ("pretrain", "distill")}
+TRAIN |= {name: pretrain_teacher.command_of(task) for task, name in others.items()} | {"sweep": sweep.sweep}
+TRAIN |= {"import-weights": import_weights.import_weights, "export": export.export}
+EVALUATE = {"eval": evaluate.evaluate, "predict": predict.predict, "compare": compare.compare, "runs": runs.runs}
+EVALUATE |= {"watch": watch.watch, "report": report.report, "inspect-spots": inspect_spots.inspect_spots}
+PANELS = {"Train": TRAIN, "Evaluate": EVALUATE | {"bench": bench.bench}}
+for panel, commands in (PANELS | {"Reference": {"list": show.listing, "guide": guide.guide}}).items():
+    for name, function in commands.items():
+        app.command(name, rich_help_panel=panel, cls=OnceEach)(function)
+for name in ("method", "router", "key", "schema"):
+    show_app.command(name, cls=OnceEach)(getattr(show, f"show_{name}"))
 config_app.command("show", cls=OnceEach)(config.show_config)
-app.command("guide", rich_help_panel="Reference", cls=OnceEach)(guide.guide)
-show_app.command("method", cls=OnceEach)(show.show_method)
-show_app.command("router", cls=OnceEach)(show.show_router)
-show_app.command("key", cls=OnceEach)(show.show_key)
-show_app.command("schema", cls=OnceEach)(show.show_schema)
 data_app.command("check", cls=OnceEach)(data_check.check)
 app.add_typer(data_app, name="data", rich_help_panel="Evaluate")
 app.add_typer(show_app, name="show", rich_help_panel="Reference")
