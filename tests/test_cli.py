@@ -258,14 +258,14 @@ def test_a_long_message_loses_whole_words_of_its_middle() -> None:
     assert len(console.clean("x" * 500)) == console.LONGEST, "one word is cut"
 
 
-@pytest.mark.parametrize("width", ["50", "80", "120"])
+@pytest.mark.parametrize("width", ["60", "80", "120"])
 def test_no_help_is_cut(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", width)
     group: Any = typer.main.get_command(app.app)
     groups = {name: {*found.commands} for name, found in group.commands.items() if hasattr(found, "commands")}
     commands = [[], *([name] for name in group.commands), *([name, one] for name in groups for one in groups[name])]
     assert len(commands) > 20
-    for command in commands[width == "50" :]:  # there the whole has names that are cut
+    for command in commands[width == "60" :]:  # there the whole has names that are cut
         assert app.run([*command, "--help"]) == 0
         shown = capsys.readouterr().out
         assert "Usage: sakd" in shown
