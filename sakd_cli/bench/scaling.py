@@ -100,16 +100,14 @@ def _at_once(setup: Setup, several: int, rounds: int) -> float:
         with torch.cuda.stream(torch.cuda.Stream(setup.device) if gpu else None):
             for _ in range(times):
                 step.call()
+        if gpu:
+            torch.cuda.synchronize(setup.device)
 
     for step in made:  # in turn: while a thread captures its step, no other one may wait for the device
         steps(step, CALLED + 1)
     with ThreadPoolExecutor(several) as pool:
-        if gpu:
-            torch.cuda.synchronize(setup.device)
         begin = time.perf_counter()
         list(pool.map(partial(steps, times=rounds), made))
-        if gpu:
-            torch.cuda.synchronize(setup.device)
         return 1000 * (time.perf_counter() - begin) / (rounds * several)
 
 
