@@ -120,6 +120,16 @@ def test_every_size_has_a_graph_that_reads_its_own_tensors_and_all_are_made_anew
     assert given[-1][0] is given[-2][0] is not batches[6]
 
 
+def test_no_graph_is_freed_while_others_are_replayed() -> None:
+    """With it torch 2.14 frees what cuBLAS works in, on the stream on which the others were captured as well."""
+    device, kinds = StandIn(), range(2, 2 + 2 * 2**4)  # two sizes, and four spots of which any may rest
+    graphed = GraphedStep(lambda batch: None, device, tuple, pytest.fail)
+    for _ in range(WARMUP + 2):
+        for size in kinds:
+            graphed(batch_of(size))
+    assert (device.captured, device.replayed) == (len(kinds), 2 * len(kinds))
+
+
 def test_a_step_that_cannot_be_captured_is_called_and_memory_that_is_short_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 from sakd_cli.batch import Batch
 from sakd_cli.errors import is_out_of_memory, not_deterministic, one_line
 
-KEPT = 8  # graphs: of whole and last batches, of steps in which a router learns or does not, of levels
+# Graphs: of whole and last batches, of steps in which a router learns or does not, of levels, of spots that rest. More
+# than there are: with a graph torch 2.14 frees what products work in, in the others on its stream as well.
+KEPT = 64
 WARMUP = 3  # steps of a size in front of its capture: whatever is made once (momentum, workspaces, plans) is there then
 
 Step = Callable[[Batch], None]
