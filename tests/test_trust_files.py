@@ -266,13 +266,13 @@ def test_of_processes_with_the_same_error_the_first_tells_it(tmp_path: Path, mon
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP")
 def test_a_command_that_was_stopped_waits_for_no_process_of_its_own(tmp_path: Path) -> None:
-    lines = ["import multiprocessing, os, signal, time", "from sakd_cli.cli import app"]
+    lines = ["import multiprocessing, os, signal, time", "from sakd_cli.cli import process"]
     lines += ["child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,), daemon=True)"]
     lines += [
         "child.start()",
         "os.kill(child.pid, signal.SIGSTOP)",
         "print(time.time(), flush=True)",
-        "app._leave(130)",
+        "process.leave(130)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")

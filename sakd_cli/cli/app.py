@@ -1,22 +1,16 @@
 """The command `sakd`: its subcommands, and how errors are reported. Torch is imported inside the commands only."""
 
-import atexit
 import errno
-import importlib
-import io
 import itertools
-import logging
-import multiprocessing
 import os
 import re
 import signal
 import sys
 import traceback
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
 from functools import cache, partial
-from importlib.abc import MetaPathFinder
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -35,13 +29,13 @@ from sakd_cli.cli import (
     inspect_spots,
     predict,
     pretrain_teacher,
+    process,
     report,
     runs,
     show,
     sweep,
     watch,
 )
-from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
 from sakd_cli.config.code import GUIDE, place_of, trust_no_more
 from sakd_cli.config.keys import option_hint
@@ -73,7 +67,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ENOUGH = 8 * 2**30  # bytes of address space in which PyTorch of any kind can be imported
 NO_ROOM = ("annot allocate memory", "failed to map segment", "bad_alloc")  # to load a library
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode="markdown")
@@ -137,14 +130,29 @@ def _root(
     return
 
 
-TRAIN = {"pretrain-teacher": pretrain_teacher.pretrain_teacher, "distill": distill.distill}
-others = {task: row.command for task, row in PROCEDURES.items() if task not in ("pretrain", "distill")}
-TRAIN |= {name: pretrain_teacher.command_of(task) for task, name in others.items()} | {"sweep": sweep.sweep}
-TRAIN |= {"import-weights": import_weights.import_weights, "export": export.export}
-EVALUATE = {"eval": evaluate.evaluate, "predict": predict.predict, "compare": compare.compare, "runs": runs.runs}
-EVALUATE |= {"watch": watch.watch, "report": report.report, "inspect-spots": inspect_spots.inspect_spots}
-PANELS = {"Train": TRAIN, "Evaluate": EVALUATE | {"bench": bench.bench}}
-for panel, commands in (PANELS | {"Reference": {"list": show.listing, "guide": guide.guide}}).items():
+OTHERS = {task: row.command for task, row in PROCEDURES.items() if task not in ("pretrain", "distill")}
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Train": {
+        "pretrain-teacher": pretrain_teacher.pretrain_teacher,
+        "distill": distill.distill,
+        **{name: pretrain_teacher.command_of(task) for task, name in OTHERS.items()},
+        "sweep": sweep.sweep,
+        "import-weights": import_weights.import_weights,
+        "export": export.export,
+    },
+    "Evaluate": {
+        "eval": evaluate.evaluate,
+        "predict": predict.predict,
+        "compare": compare.compare,
+        "runs": runs.runs,
+        "watch": watch.watch,
+        "report": report.report,
+        "inspect-spots": inspect_spots.inspect_spots,
+        "bench": bench.bench,
+    },
+    "Reference": {"list": show.listing, "guide": guide.guide},
+}
+for panel, commands in COMMANDS.items():
     for name, function in commands.items():
         app.command(name, rich_help_panel=panel, cls=OnceEach)(function)
 for name in ("method", "router", "key", "schema"):
@@ -185,7 +193,7 @@ def run(arguments: list[str]) -> int:
         if tells(how, common=False):
             complain(f"{how}; {stopped.saved}", stopped.hint)
         return stopped.exit_code
-    except Terminated:
+    except process.Terminated:
         if tells("terminated", common=False):
             complain("terminated")
         return TERMINATED
@@ -266,114 +274,11 @@ def _what_instead(error: Exception) -> str:
     return option_hint(getattr(error, "option_name", ""), command) or f"{path} --help"
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception that no `except Exception` swallows."""
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise Terminated
-
-
-class Forgiving:
-    """A stream for messages: what cannot be written (a full disk, a terminal that is gone) ends no work."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Stays open: errors are still to be told."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _somewhere() -> bool:
-    """Whether the current folder is still there; libraries that torch loads abort where it is not."""
-    try:
-        os.getcwd()
-    except OSError:
-        complain("the current folder is no longer there", "cd into one that is")
-        return False
-    return True
-
-
-def _three_streams() -> None:
-    """Open what was closed: the next file would take its number, and all that is printed would go there."""
-    for handle in range(3):
-        try:
-            os.fstat(handle)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    for handle, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(handle, "w" if handle else "r", closefd=False))
-
-
-class AbortingTorch(MetaPathFinder):
-    """Sees whether torch can be imported within a limit of the address space (`ulimit -v`): it may abort the process.
-
-    Then MemoryLimitError, where nobody could be told any more. A child tries it where the limit is small enough.
-    """
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
-        if fullname != "torch" or self not in sys.meta_path:
-            return
-        sys.meta_path.remove(self)
-        if sys.platform == "win32":
-            return
-        import resource
-
-        most = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if not 0 <= most < ENOUGH:
-            return
-        if (child := os.fork()) == 0:
-            with suppress(BaseException):
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                importlib.import_module("torch")
-                importlib.import_module("torchvision")
-                os._exit(0)
-            os._exit(1)
-        if os.waitpid(child, 0)[1]:
-            raise MemoryLimitError(
-                f"PyTorch does not fit into {most / 1e9:.1f} GB of address space", "a larger limit: ulimit -v"
-            )
-
-
-def _leave(code: int) -> None:
-    """End at once: Python's own end waits for processes that read images and frees torch, seconds on a busy machine."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say of each that it was killed
-    for child in multiprocessing.active_children():
-        child.kill()
-    atexit._run_exitfuncs()
-    os._exit(code)
-
-
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminate)
-    bound_to_launcher()
-    _three_streams()
-    for name in {"COLUMNS", "LINES", "TERMINAL_WIDTH"} & os.environ.keys():  # rich and typer take any number
-        size = os.environ[name]
-        os.environ[name] = str(min(int(size), 1000) or "") if re.fullmatch("[0-9]{1,9}", size) else ""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
-            stream.reconfigure(errors="backslashreplace")
-    sys.stderr = cast("TextIO", Forgiving(sys.stderr))
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it keeps its cache elsewhere is nobody's news
-    sys.meta_path.insert(0, AbortingTorch())
+    process.prepare()
     try:
-        code = run(sys.argv[1:]) if _somewhere() else UsageError.exit_code
+        code = run(sys.argv[1:]) if process.somewhere() else UsageError.exit_code
     except MemoryError:  # even to say it as all else is said
         os.write(2, b"error: out of memory\n")
         os._exit(MemoryLimitError.exit_code)
@@ -384,5 +289,5 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends what Python still does, without a traceback
         signal.signal(number, signal.SIG_DFL)
     if code in (INTERRUPTED, TERMINATED) and sys.platform != "win32":
-        _leave(code)
+        process.leave(code)
     sys.exit(code)
