@@ -298,6 +298,7 @@ def test_eval_scores_the_ensemble_early_or_whole_and_sweeps(trained_cli: CliRunn
     assert (trained_cli.path / "matrix.csv").read_text().startswith("class,predicted ")
     tables = trained_cli.sakd("eval", run, "--curve").out
     assert all(word in tables for word in ("Balanced accuracy", "ROC-AUC", "F1 %, macro | weighted"))
+    assert "Times:" not in tables, "none are shown"
     assert all(word in tables for word in ("Student and residual students", "Agree %", "Pareto", "rule agreement"))
 
 

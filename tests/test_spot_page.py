@@ -28,7 +28,7 @@ from sakd_cli.report.spots import charts
 from sakd_cli.report.spots.findings import findings
 from sakd_cli.report.spots.log import History, history
 from sakd_cli.report.spots.page import PageContext, spot_page
-from sakd_cli.report.spots.survey import measure
+from sakd_cli.report.spots.survey import GROUPS, measure
 from sakd_cli.rundir import RunDir
 
 NASTY = "</script><img src=x onerror=alert(1)>\"'&"
@@ -361,6 +361,8 @@ def test_a_chart_has_its_values_under_the_pointer_and_every_number_legible() -> 
     assert "<title>a name of which the end matters 17, c: +5.0</title>" in drawn(heat)
     assert "</title>a name o…ters 17</text>" in drawn(heat)
     assert [shades(heat, value)[1] for value in (-10, 0, 10)] == ["#fff", "#000", "#fff"]
+    groups = charts.Bars("t", "%", ["s"], [(f"{name} (10 300)", [50.0], []) for name in GROUPS])
+    assert "…" not in drawn(groups), "names of our own are whole"
 
 
 def test_the_page_shows_the_extreme_images() -> None:

@@ -26,7 +26,7 @@ def evaluate(options: Values, json: bool, quiet: bool, targets: Targets = None) 
     --split takes other images of the run. --data-root with any folder of labelled pictures scores all of it, unless it
     holds the test images of the run itself.
 
-    A student with residual students is evaluated as an ensemble, with exits and the cost/accuracy curve.
+    A student with residual students is evaluated as an ensemble, with its early exits.
 
     Examples:
 

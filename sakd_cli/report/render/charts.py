@@ -371,7 +371,7 @@ def _scale(chart: Heat, y: float) -> list[str]:
 
 def _bars(chart: Bars) -> str:
     longest = max([extent(name) for name, *_ in chart.rows], default=0.0)
-    x0, x1, thick = min(longest + 8, 0.53 * WIDTH), WIDTH - 40.0, 12
+    x0, x1, thick = min(longest + 8, 0.58 * WIDTH), WIDTH - 40.0, 12
     several = max(len(chart.series), 1)
     high = several * thick + (LINE + 4 if any(chart.remarks) else 8)
     bottom = 6 + high * len(chart.rows)

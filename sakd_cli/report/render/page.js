@@ -14,10 +14,10 @@ document.querySelectorAll("table").forEach(table => table.querySelectorAll("th")
     };
     rows.sort(compare).forEach(row => body.append(row));
   })));
-// A long table scrolls in a box of whole rows; on paper everything is open.
+// A long table scrolls in a box whose last row is half seen, since scroll bars may be hidden; on paper all is open.
 const fit = () => document.querySelectorAll(".wide").forEach(box => {
   const row = Array.from(box.querySelectorAll("tbody tr")).find(one => one.offsetTop > 560);
-  if (row) box.style.maxHeight = row.offsetTop + box.offsetHeight - box.clientHeight + "px";
+  if (row) box.style.maxHeight = row.offsetTop + row.offsetHeight / 2 + box.offsetHeight - box.clientHeight + "px";
 });
 fit();
 addEventListener("resize", fit);

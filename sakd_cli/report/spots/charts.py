@@ -99,7 +99,7 @@ def path_chart(report: doc.SpotsDocument, counts: Mapping[str, int] | None = Non
     note += "" if len(shown) == len(paths) else f" {len(shown)} of {len(paths)} paths."
     rows: list[Row] = [(row.path, percent([row.fraction]), []) for row in shown]
     what = f"mean probability, {SPLITS[measured.split] if measured else 'images'}, %"
-    told = [f"most probable for {whole(counts[row.path])} images" for row in shown] if counts else []
+    told = [f"most probable for {whole(counts[row.path])}" for row in shown] if counts else []
     return Bars("The most frequent paths", what, ["images"], rows, note, told)
 
 

@@ -161,7 +161,7 @@ def _path_galleries(measured: Measured | None, images: "Images") -> list[html.Bl
     galleries = list[html.Block]()
     for path in measured.path_examples if measured else ():
         if tiles := _tiles(path.examples, images):
-            title = f"{path.path}: most probable for {whole(path.images)} images; the clearest, with its probability"
+            title = f"{path.path} (most probable for {whole(path.images)}): the clearest images, with its probability"
             galleries.append(html.Gallery(title, tiles))
     return _folded(galleries, "Images of the other paths", 1)
 
