@@ -1,6 +1,7 @@
 """Training as CUDA graphs would do it, on a CPU (`emulator.py`): recorded and replayed steps are the called ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,51 @@ def test_a_stopped_run_goes_on_with_a_graph_of_its_own(method: str, router: str,
     assert (again.step, len(device.tapes)) == (2 * 4, 1), "whole batches: a called one, a recorded one"
     assert not differing(memory(again), memory(whole))
     assert list(again.run.lines("metrics.jsonl")) == list(whole.run.lines("metrics.jsonl"))
+
+
+class Beside(TorchDispatchMode):
+    """In the place of `Fork`: notes what was made in this step outside of it, is read inside, and was not named."""
+
+    def __init__(self, task: DistillTask) -> None:
+        super().__init__()
+        kept = [*task.parameters(), *task.buffers(), *task._converted._converted]
+        self.kept, self.named = {x.untyped_storage().data_ptr() for x in kept}, set[int]()
+        self.made, self.inside, self.unnamed = list[Tensor](), False, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        if not self.inside:
+            self.made += [x for x in leaves(given) if isinstance(x, Tensor)]
+            return given
+        outside = {x.untyped_storage().data_ptr() for x in self.made} - self.kept - self.named
+        read = [x for x in leaves(args, kwargs or {}) if isinstance(x, Tensor) and x.numel()]
+        self.unnamed += [f"{func}, {tuple(x.shape)}" for x in read if x.untyped_storage().data_ptr() in outside]
+        return given
+
+    @contextmanager
+    def beside(self, shared: Sequence[Tensor]) -> Iterator[None]:
+        self.named, self.inside = {x.untyped_storage().data_ptr() for x in shared}, True
+        yield
+        self.inside = False
+
+    def join(self, results: Iterable[Tensor]) -> None:
+        return
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["adaptive", "soft", "meta", "residual"])
+def test_what_a_second_stream_reads_is_named_to_it(kind: str, precision: str, tmp_path: Path) -> None:
+    """Else its memory is given to the first one again, in the backward pass, before it has been read."""
+    task = task_of("fitnet", "adaptive" if kind == "residual" else kind, precision)
+    if kind == "residual":
+        task.offset = lambda images: images.flatten(1)[:, :CLASSES] * 2
+    batch = next(trainer_of(task, tmp_path, None).loader.epoch(1))
+    task(batch)  # what is made once is there
+    task._fork = fork = Beside(task)  # type: ignore[assignment]
+    with fork:
+        task(batch)
+    assert fork.named
+    assert not fork.unnamed
 
 
 def test_an_evaluation_is_read_once() -> None:

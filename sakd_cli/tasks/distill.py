@@ -232,8 +232,8 @@ class DistillTask(Task):
             # Independent of the student's losses and of both backward passes of theirs.
             alone = ce.detach()
             gates = [decision.gate for decision in decisions if decision.gate is not None]
-            tensors = [tensor for seen in all_seen for tensor in seen.tensors()]
-            with self._fork.beside([*batch.tensors(), *tensors, *gates, alone]):
+            read = [x for seen in all_seen for x in seen.tensors()] + [x for x in (offset, benefits) if x is not None]
+            with self._fork.beside([*batch.tensors(), *read, *gates, alone]):
                 if benefits is None or not gates:
                     routed = [
                         task.route(batch, seen, alone, decision.gate, offset)
