@@ -16,6 +16,7 @@ from sakd_cli.files import json_bytes, nearest_folder
 
 # On a file system without flock (Lustre) the file itself is the lock, which is as good.
 warnings.filterwarnings("ignore", "flock not supported")
+AGAIN, ONWARD = "the same command again", "go on: --resume"
 _guards: dict[Path, Callable[[], None]] = {}
 
 
@@ -39,9 +40,14 @@ def _guards_of(path: Path) -> list[Callable[[], None]]:
     return [check for folder, check in list(_guards.items()) if path.absolute().is_relative_to(folder)]
 
 
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name beside it, for what is not to be seen; of one of 255 bytes, which has no room for more, cut."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:230])}.{ending}")
+
+
 def write_aside(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: aside, flushed to the disk, then renamed over the old one."""
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = beside(path, "tmp")
     verify(path)
     try:
         with aside.open("wb") as file:
@@ -61,18 +67,18 @@ def write_json(path: Path, content: Any) -> None:
     write_aside(path, json_bytes(content))
 
 
-def require_room(folder: Path, needed: int) -> None:
-    """Raise DiskError where the disk of a folder that is there, or will be made, has no room for so many bytes."""
+def require_room(folder: Path, needed: int, again: str = AGAIN) -> None:
+    """Raise DiskError where the disk of a folder that is, or will be, lacks so many bytes; `again`: what to do then."""
     if shutil.disk_usage(nearest_folder(folder)).free < needed:
-        raise disk_error(folder, OSError(errno.ENOSPC, ""), needed)
+        raise disk_error(folder, OSError(errno.ENOSPC, ""), needed, again)
 
 
-def disk_error(path: Path, error: OSError, needed: int) -> DiskError:
+def disk_error(path: Path, error: OSError, needed: int, again: str = AGAIN) -> DiskError:
     """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"{path}: cannot be written: {error.strerror}")
     needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
-    again = "go on: --resume" if _guards_of(path) else "the same command again"
+    again = ONWARD if _guards_of(path) else again
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint=f"make room, then {again}")
 
 
@@ -116,7 +122,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     The old one is renamed before and removed after; killed between the two renames, the next call puts it back.
     RunInUseError while another process fills it.
     """
-    aside, old, held = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old", "lock"))
+    aside, old, held = (beside(folder, end) for end in ("new", "old", "lock"))
     failed = f"{folder}: cannot be made"
     if (lock := acquire_lock(held, failed=failed, hint="--out DIR")) is None:
         raise RunInUseError(f"{folder}: another process is writing it")

@@ -159,6 +159,19 @@ def test_file_systems_that_lack_something(desk: ForkServer, monkeypatch: pytest.
     assert done.stderr == b"", "where the lock is a file, that is no news"
 
 
+def test_a_name_of_255_bytes_is_one_for_all_that_is_written(desk: ForkServer) -> None:
+    """Also aside, before it has its name; a page without room for the names of its plots is not left alone."""
+    for words in (
+        ["export", "sound", "--out", "é" * 127],
+        ["compare", "sound", "teacher", "--plot", "p" * 251 + ".png"],
+    ):
+        assert desk.sakd(*words).code == 0
+        assert (desk.cwd / words[-1]).exists()
+    page = desk.sakd("report", "sound", "--out", "r" * 245 + ".html")
+    assert (page.code, page.err.count("\n")) == (5, 1), "the plots' names are longer"
+    assert not [path.name for path in desk.cwd.iterdir() if path.name.startswith(("rr", ".rr", ".éé", ".pp"))]
+
+
 READERS = ["list models", "list models --json", "inspect-spots sound", "inspect-spots sound --json", "show method sp"]
 
 

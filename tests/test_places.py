@@ -5,10 +5,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DRAWN
 from fork_server import ROOT, Faults, ForkServer
+
+from sakd_cli.cli import process
 
 TINY = f"{DRAWN} --set data.train=40 --batch-size 20 --epochs 1 -q"
 MADE = (
@@ -106,3 +111,26 @@ def test_a_command_that_is_forked_finds_all_that_is_large_loaded(there: ForkServ
     child = there.sakd(*shlex.split(words))
     assert child.code == 0
     assert not [name for name in child.loaded if name.startswith(("torch", "sympy", "scipy", "matplotlib", "sakd_cli"))]
+
+
+def test_a_current_folder_without_a_name_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its path is longer than the system takes (4,096 bytes); MKL would end the process."""
+    monkeypatch.setattr(os, "getcwd", lambda: "/x" * 3000)
+    assert not process.somewhere()
+    assert capsys.readouterr().err.startswith("error: the current folder")
+
+
+def test_a_zip_file_is_no_installation(tmp_path: Path) -> None:
+    """Of which `list presets` was empty, and a sweep failed at its end."""
+    with zipfile.ZipFile(tmp_path / "sakd.whl", "w") as wheel:
+        for path in (ROOT / "sakd_cli").rglob("*.[pc][ys]*"):
+            wheel.write(path, path.relative_to(ROOT))
+    found = subprocess.run(
+        [sys.executable, "-m", "sakd_cli", "list", "presets"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "sakd.whl")},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.splitlines() == ["error: sakd cannot be used from within a zip file", "hint: pip install it"]

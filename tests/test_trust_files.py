@@ -153,6 +153,13 @@ def test_runs_of_a_sweep_have_files_of_their_own_and_one_sweep_at_a_time_trains_
         entry.not_before = 0.0
     second._start(idle)
     assert [entry.state for entry in second.entries.values()] == [State.failed, State.waiting], "nor what failed there"
+    (note,) = (tmp_path / "sweeps" / "failed").iterdir()
+    os.utime(note, (time.time() + 3600,) * 2)  # a file server's clock goes before
+    third, retried = a_sweep(tmp_path), Remembering()
+    first._unclaim(first.entries[[*first.entries][1]])
+    third.refresh(forgive=True)
+    third._start(retried)
+    assert bad in retried.jobs, "whatever the clocks say"
 
 
 def test_a_run_that_ends_well_and_leaves_nothing_fails_the_sweep(tmp_path: Path) -> None:

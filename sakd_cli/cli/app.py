@@ -186,7 +186,8 @@ def run(arguments: list[str]) -> int:
         return UsageError.exit_code if _complained_of_own_code(error) else _broken_pipe()
     except OSError as error:  # whatever the floors below have no message of their own for
         where = "if it is a library's: TMPDIR, TORCHINDUCTOR_CACHE_DIR and MPLCONFIGDIR say where these write"
-        complain(f"{error.filename or 'file system'}: {error.strerror or error}", where)
+        own = error.errno in (errno.ENAMETOOLONG, errno.ENOSPC)
+        complain(f"{error.filename or 'file system'}: {error.strerror or error}", None if own else where)
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else DiskError.exit_code
     except Stopped as stopped:
         how = "interrupted" if stopped.exit_code == INTERRUPTED else "terminated"

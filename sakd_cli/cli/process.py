@@ -68,13 +68,18 @@ class Forgiving:
 
 
 def somewhere() -> bool:
-    """Whether the current folder is still there; libraries that torch loads abort where it is not."""
+    """Whether the current folder is there, with a path that can be used, else torch's libraries abort; and sakd's is.
+
+    It is not in a zip file, from which most of sakd could be imported, but no preset read.
+    """
     try:
-        os.getcwd()
+        os.stat(os.getcwd())
     except OSError:
-        complain("the current folder is no longer there", "cd into one that is")
+        complain("the current folder is no longer there, or its path is too long", "cd into another")
         return False
-    return True
+    if not (found := os.path.isdir(os.path.dirname(__file__))):
+        complain("sakd cannot be used from within a zip file", "pip install it")
+    return found
 
 
 def _three_streams() -> None:

@@ -20,7 +20,7 @@ from sakd_cli.data.decode import STRIP, Picture, Reading, Unreadable, read
 from sakd_cli.data.pictures import Finding, SplitContents, legible
 from sakd_cli.data.published import reading_of, scan
 from sakd_cli.documents.table import DataCheck, DataFinding, DataPart
-from sakd_cli.errors import DataError, first_line
+from sakd_cli.errors import DataError
 
 Result = TypeVar("Result")
 MIN_FILES = 200  # below this, decoding in this process is faster
@@ -92,8 +92,7 @@ def of_each(function: Callable[[str], Result], paths: Sequence[str]) -> Iterator
             with ProcessPoolExecutor(number, context, initializer=_ignore_interrupts) as pool:
                 yield from pool.map(function, paths, chunksize=CHUNK)
     except (BrokenProcessPool, OSError) as error:
-        told = f"was killed or cannot be had: for lack of memory or /dev/shm, or by a picture ({first_line(error)})"
-        raise DataError(f"a process that decodes pictures {told}") from None
+        raise DataError(f"a process that decodes pictures ended or never began: memory, a picture? ({error})") from None
 
 
 class Place(NamedTuple):

@@ -48,7 +48,7 @@ from sakd_cli.runs.teachers import Claim, Teacher, compare_with_card, warn_of_ch
 from sakd_cli.tasks.distill import DistillTask
 from sakd_cli.tasks.own_code import naming_own_code
 from sakd_cli.tasks.pretrain import SftnTask
-from sakd_cli.writing import require_room, write_aside, write_json
+from sakd_cli.writing import ONWARD, require_room, write_aside, write_json
 
 
 class FolderWriter(MemberWriter):
@@ -142,7 +142,7 @@ def launch(
     # goes on has of them is there already, and one checkpoint more while it is written.
     size = sum(p.nbytes for p in job.network.parameters())
     held = size_below(place, "*.safetensors") if plan.resume else 0
-    require_room(place, max(6 * size - held, 2 * size))
+    require_room(place, max(6 * size - held, 2 * size), ONWARD)  # also of a series, whose finished runs stay
     job.images.preload()
     check_own_losses(job)
     _made_ready(job, reporter)

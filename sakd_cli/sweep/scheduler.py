@@ -79,7 +79,6 @@ class Scheduler:
         self.folder, self.fresh, self.index = folder, fresh, RunIndex(runs_dir, fresh=fresh)
         self._running = dict[str, ScheduledRun]()
         self._claims = dict[str, FileLock]()
-        self._begun = time.time()
         self.changed: Callable[[ScheduledRun], None] = lambda entry: None
         self.refresh()
         for entry in self.entries.values():
@@ -90,11 +89,11 @@ class Scheduler:
         self.index.refresh()
         for entry in self.entries.values():
             if forgive and entry.state in (State.failed, State.blocked):
+                self._note(entry).unlink(missing_ok=True)
                 entry.state, entry.error, entry.attempts = State.waiting, None, 0
             if entry.state is State.waiting:
                 self._settle(entry)
-                if entry.state is State.waiting and not forgive:
-                    self._remember(entry)
+                self._remember(entry)
         self._block()
 
     def leave_out(self, unwanted: Container[str]) -> None:
@@ -209,7 +208,7 @@ class Scheduler:
             if same in self._running or len(jobs) == executor.room() or not self._claim(entry):
                 continue
             self._settle(entry)
-            self._remember(entry, self._begun)
+            self._remember(entry)
             if entry.state is not State.waiting:
                 self._unclaim(entry)
                 continue
@@ -289,10 +288,10 @@ class Scheduler:
     def _note(self, entry: ScheduledRun) -> Path:
         return self.folder / "failed" / f"{_slug(entry.member.key)}.json"
 
-    def _remember(self, entry: ScheduledRun, since: float = 0.0) -> None:
+    def _remember(self, entry: ScheduledRun) -> None:
         """The failure of an earlier call, or of another sweep of this name."""
         note = self._note(entry)
-        if entry.state is State.waiting and note.is_file() and note.stat().st_mtime > since:
+        if entry.state is State.waiting and note.is_file():
             failure: dict[str, Any] = RunDir(note.parent).read_json(note.name)
             entry.error, entry.code = plain(failure.get("error")), int(number(failure.get("code")) or 1)
             self._into(entry, State.failed)

@@ -1,7 +1,6 @@
 """The runs of a folder: what there is, filtered and sorted, and what may be removed"""
 
 import glob
-import os
 import shutil
 import time
 import uuid
@@ -21,6 +20,7 @@ from sakd_cli.files import resolved, sha256
 from sakd_cli.report.render.format import fixed, named, plain
 from sakd_cli.report.render.sheet import columns_of, left_out, table, varying
 from sakd_cli.rundir import RunDir, look_up
+from sakd_cli.writing import beside
 
 KEYS = {"task": "task", "teacher": "teacher.source", "method": "method.name", "router": "router.name"}
 KEYS |= {"dataset": "data.name", "seed": "seed", "epochs": "train.epochs"}
@@ -138,7 +138,7 @@ def remove(run: RunDir) -> None:
     try:
         if run.path.exists():
             with run.locked():
-                run.path.rename(f"{_aside(run)}{uuid.uuid4().hex[:8]}")
+                run.path.rename(beside(run.path, f"removed{uuid.uuid4().hex[:8]}"))
         for left in remains(run):
             shutil.rmtree(left, ignore_errors=True)  # others may remove it as well
             if left.exists():
@@ -150,10 +150,5 @@ def remove(run: RunDir) -> None:
 
 def remains(run: RunDir) -> list[Path]:
     """What a removal of this run that was cut short has left."""
-    aside = _aside(run)
+    aside = beside(run.path, "removed")
     return [*aside.parent.glob(f"{glob.escape(aside.name)}*")]
-
-
-def _aside(run: RunDir) -> Path:
-    """How the places begin at which a run is removed; after a name of 255 bytes there is no room for more."""
-    return run.path.with_name(f".{os.fsencode(run.path.name)[:230].decode(errors='ignore')}.removed")

@@ -155,8 +155,8 @@ class RunPage:
         contents = {path: html.page(title, facts, self.sections, self.opening).encode()}
         contents |= {path.with_name(f"{path.stem}-{name}.png"): plot for name, plot in self.plots.items()}
         require_room(path.parent, sum(map(len, contents.values())))
-        for place, content in contents.items():
-            write_aside(place, content)
+        for place in sorted(contents, key=lambda place: -len(place.name)):  # the page last: where it is, its plots are
+            write_aside(place, contents[place])
         sections = [section.title for section in self.sections]
         return Report(run=str(self.run.path), written=list(map(str, contents)), sections=sections)
 
