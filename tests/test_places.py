@@ -123,7 +123,7 @@ def test_a_current_folder_without_a_name_is_told(monkeypatch: pytest.MonkeyPatch
 def test_a_zip_file_is_no_installation(tmp_path: Path) -> None:
     """Of which `list presets` was empty, and a sweep failed at its end."""
     with zipfile.ZipFile(tmp_path / "sakd.whl", "w") as wheel:
-        for path in [*(ROOT / "sakd_cli").rglob("*.py"), *(ROOT / "sakd_cli").rglob("page.*")]:
+        for path in {*(ROOT / "sakd_cli").rglob("*.py"), *(ROOT / "sakd_cli").rglob("page.*s")}:
             wheel.write(path, path.relative_to(ROOT))
     found = subprocess.run(
         [sys.executable, "-m", "sakd_cli", "list", "presets"],
