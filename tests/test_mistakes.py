@@ -119,6 +119,7 @@ BAD = f"""
 2 | device: unknown device 'gpu'                            | pretrain-teacher resnet8 --device gpu
 2 | device: 'cuda:99' is not available here                 | pretrain-teacher resnet8 --device cuda:99
 2 | No such option                                          | pretrain-teacher resnet8 --bogus
+2 | sakd runs rm: which runs?                               | runs rm
 2 | No such command                                         | distil
 2 | unknown preset 'swep-small'; did you mean 'sweep-small'? | sweep swep-small
 2 | nothing.yml: no such file                               | sweep nothing.yml
@@ -188,3 +189,20 @@ def test_numbers_that_explode_end_the_run_with_their_own_exit_code(messy: CliRun
     result = messy.sakd(*PAIR, *TINY, "--set", "train.lr=1e30", "--batch-size", size, "--quiet")
     assert result.code == 7
     assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error", "hint"]
+
+
+HINTS = """
+2 | an option of distill, bench                       | pretrain-teacher resnet8 --method kd
+2 | --method                                          | distill --teacher resnet8 --student resnet8 --loss kd
+2 | --device                                          | pretrain-teacher resnet8 --gpu 0
+2 | sakd runs lists the runs                          | eval resnet8
+3 | name an unpacked folder                           | data check broken.yaml
+3 | sakd predict NETWORK PATH                         | predict photos/cat/1.JPG empty
+"""
+
+
+@pytest.mark.parametrize("case", HINTS.strip().splitlines(), ids=lambda case: case.split("|")[2].strip())
+def test_a_mistake_is_told_what_to_do_instead(fork_server: ForkServer, messy: CliRunner, case: str) -> None:
+    code, text, line = (part.strip() for part in case.split("|"))
+    result = fork_server.at(messy.path).assert_rejects(shlex.split(line), int(code), "")
+    assert text in result.err.splitlines()[1]

@@ -33,7 +33,8 @@ def runs(options: Values, json: bool, yes: bool, words: Words = None) -> None:
     """
     action, *named = words or [""]
     if action not in ("", SHOW, REMOVE) or (action and not named):
-        raise UsageError(f"sakd runs {action}: is neither `show RUN...` nor `rm RUN...`", "sakd runs --help")
+        wrong = "which runs?" if action in (SHOW, REMOVE) else "is neither `show RUN...` nor `rm RUN...`"
+        raise UsageError(f"sakd runs {action}: {wrong}", "sakd runs --help")
     if action == REMOVE:
         document = RunEntries(rows=[], removed=_remove([RunDir(Path(name)) for name in named], yes=yes))
     else:
@@ -52,7 +53,7 @@ def _remove(chosen: list[RunDir], *, yes: bool) -> list[str]:
             raise UsageError(f"{run.path}: is not removed, {kept}")
     if not yes:
         if not sys.stdin.isatty():
-            raise UsageError(f"{len(chosen)} runs would be removed for ever", "--yes removes them without a question")
+            raise UsageError(f"runs would be removed for ever: {len(chosen)}", "--yes removes them without a question")
         typer.confirm(f"Remove {', '.join(str(run.path) for run in chosen)} for ever?", abort=True)
     for run in chosen:
         remove(run)

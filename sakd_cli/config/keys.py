@@ -26,7 +26,7 @@ TABLES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "router": ROUTE
 # What other programs call our keys: RepDistiller, mdistiller (section and name, or the name alone), torchvision, timm.
 # fmt: off
 _THEIRS = {
-    "method.name": "distill distiller.type", "method.kl_weight": "alpha a kd_weight",
+    "method.name": "distill distiller.type loss", "method.kl_weight": "alpha a kd_weight",
     "method.weight": "beta b feat_weight", "method.ce_weight": "r gamma ce_weight",
     "method.temperature": "kd_t temp t temperature", "method.target": "dkd.alpha", "method.others": "dkd.beta",
     "method.distance": "rkd.distance_weight", "method.angle": "rkd.angle_weight", "method.stage": "hint_layer",
@@ -55,10 +55,9 @@ _THEIRS = {
     "train.drop_path": "drop_path_rate stochastic_depth stochastic_depth_prob", "data.mixup": "mixup_alpha",
     "data.cutmix": "cutmix_alpha", "data.augment": "aa auto_augment", "data.jitter": "color_jitter colour_jitter",
     "data.erase": "reprob random_erase random_erasing", "data.randaugment": "ra_magnitude",
-    "runtime.precision": "amp", "seed": "trial train.seed random_seed",
+    "device": "gpu gpus gpu_id", "runtime.precision": "amp", "seed": "trial train.seed random_seed",
     "teacher.combine": "teacher.ensemble teacher.weighting", "teacher.logits": "soft_labels teacher.answers",
-    "log_every": "print_freq",
-    "save_every": "save_freq", "runs_dir": "output_dir",
+    "log_every": "print_freq", "save_every": "save_freq", "runs_dir": "output_dir",
 }
 # fmt: on
 FOREIGN = {name: key for key, names in _THEIRS.items() for name in names.split()}
@@ -168,10 +167,11 @@ def ours(name: str, method: str = "") -> str | None:
 
 def option_hint(flag: str, command: str) -> str | None:
     """What to write for an option that a command does not have, where that is known."""
-    if (key := ours(flag)) is None or not (rows := options_of(command)):
-        return None
-    row = next((row for row in rows.values() if row.key == key), None)
-    return row.flag if row else f"--set {key}=..." if "set_" in rows else None
+    key, rows = ours(flag), options_of(command)
+    row = next((row for row in rows.values() if key and row.key == key), None)
+    others = " ".join(row.commands for row in OPTIONS.values() if row.flag == flag).replace(" ", ", ")
+    known = row.flag if row else f"--set {key}=..." if key and "set_" in rows else None
+    return known or (f"an option of {others}" if others else None)
 
 
 def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:

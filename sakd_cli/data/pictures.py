@@ -204,7 +204,7 @@ def _inside(root: Path) -> list[str]:
     if not is_text(str(root)):
         raise DataError(f"{legible(root)}: its name {NO_TEXT}")
     if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name an unpacked folder")
     try:
         return _folders(root)
     except OSError as error:

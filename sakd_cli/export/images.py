@@ -64,7 +64,7 @@ def pictures_of(
     named = [one.values["data"] for one in layers if isinstance(one.values.get("data"), dict)]
     root = next((expanded(str(one["root"])).absolute() for one in named if one.get("root") is not None), None)
     if root is not None and not root.is_dir():
-        raise UsageError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
+        raise UsageError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name an unpacked folder")
     try:
         if root is not None and isinstance(data, FilesConfig):
             there = config.model_copy(update={"data": data})

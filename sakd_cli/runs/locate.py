@@ -217,7 +217,7 @@ def target_or_newest(target: Path | None, runs_dir: Path) -> Path:
             raise UsageError(f"no run with a trained network in {runs_dir}", hint="name a run or a weights file")
         return found.path
     if not target.exists():
-        raise UsageError(f"{target}: no such file or directory")
+        raise UsageError(f"{target}: no such file or directory", "sakd runs lists the runs")
     return target
 
 

@@ -54,7 +54,7 @@ def find_pictures(named: Sequence[str]) -> list[Picture]:
                 pattern = glob.has_magic(path)
                 found.append(Picture(path, "no file fits this pattern" if pattern else "no such file or directory"))
     if not found:
-        raise DataError(f"{', '.join(map(legible, named[:3]))}: no pictures there")
+        raise DataError(f"{', '.join(map(legible, named[:3]))}: no pictures there", "sakd predict NETWORK PATH...")
     return found
 
 
@@ -93,7 +93,7 @@ def predict(
     spec = ImageSpec(seen, 0, Reading(seen.background, seen.orientation, seen.gray_range))
     found: list[Prediction] = []
     begun = time.perf_counter()
-    with reporting(reporter, f"{len(pictures)} pictures", len(pictures)):
+    with reporting(reporter, f"pictures: {len(pictures)}", len(pictures)):
         for batch, images in _read(pictures, spec, size):
             answers: Iterator[tuple[list[ClassProbability], int]] = iter(())
             if sound := [image for image in images if isinstance(image, Tensor)]:

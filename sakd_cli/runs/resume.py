@@ -247,7 +247,7 @@ def _check_folder(data: DataConfig) -> None:
     """What is wrong with `--data-root` at first sight, before a teacher is looked for or anything is downloaded."""
     root = data.root
     if root is not None and isinstance(data, FilesConfig) and not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name it with --data-root")
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name an unpacked folder")
     if root is None or not data.name.startswith("cifar") or any(root.glob("cifar-*")):
         return
     endings = (".jpg", ".jpeg", ".png")
