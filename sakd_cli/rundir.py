@@ -52,11 +52,9 @@ class RunDir:
             path = runs_dir / (f"{stamp}-{label}" if attempt == 1 else f"{stamp}-{label}-{attempt}")
             try:
                 path.mkdir(parents=True)
-            except FileExistsError:
+            except OSError as error:
                 if path.exists():
                     continue
-                raise DiskError(f"{runs_dir}: not a folder", hint="--runs-dir DIR") from None
-            except OSError as error:
                 raise DiskError(
                     f"{runs_dir}: cannot make a run directory: {error.strerror}", hint="--runs-dir DIR"
                 ) from None

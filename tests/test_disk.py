@@ -114,6 +114,7 @@ def test_odd_names_are_names(desk: ForkServer, name: str) -> None:
         (["--runs-dir", "~nobody-of-that-name/runs"], "nobody knows that home folder"),
         (["--teacher", "~nobody-of-that-name/run"], "nobody knows that home folder"),
         (["--set", "data.root=~nobody-of-that-name"], "nobody knows that home folder"),
+        (["--method", "dfa", "--set", "method.weights=~nobody-of-that-name"], "nobody knows that home folder"),
         (["--run-dir", "a" * 256], "File name too long"),
     ],
 )

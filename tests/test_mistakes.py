@@ -123,6 +123,7 @@ BAD = f"""
 2 | No such command                                         | distil
 2 | unknown preset 'swep-small'; did you mean 'sweep-small'? | sweep swep-small
 2 | nothing.yml: no such file                               | sweep nothing.yml
+2 | ~nobody-of-that-name/x.yml: nobody knows that home folder | sweep ~nobody-of-that-name/x.yml
 2 | Invalid value for '--jobs':                             | sweep sweep-small --jobs two
 2 | --html spots.txt: the name of an HTML file ends in .html | inspect-spots --html spots.txt
 2 | Missing argument 'RUN...'                               | compare

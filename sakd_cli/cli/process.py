@@ -68,10 +68,7 @@ class Forgiving:
 
 
 def somewhere() -> bool:
-    """Whether the current folder is there, with a path that can be used, else torch's libraries abort; and sakd's is.
-
-    It is not in a zip file, from which most of sakd could be imported, but no preset read.
-    """
+    """Whether there is a folder for sakd's presets, and a current one; without it torch's libraries abort."""
     try:
         os.stat(os.getcwd())
     except OSError:

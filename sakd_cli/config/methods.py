@@ -6,7 +6,6 @@ own, whose entry points name them (`plugins.py`).
 
 from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -24,6 +23,7 @@ from sakd_cli.config import code, plugins
 from sakd_cli.config.base import by_name, chosen_by_name
 from sakd_cli.config.method import SHARED, ComposedConfig, MethodConfig, WarmedConfig
 from sakd_cli.errors import UsageError
+from sakd_cli.files import expanded
 
 VECTORS = 0.3  # what `auto` is for RKD and CRD: 1 is too strong there (guide `compare`, "How much")
 
@@ -236,7 +236,7 @@ class Mixtures(StrEnum):
 def _word_or_path(weights: str) -> str:
     if not weights:
         raise ValueError(f"needs a file or one of {', '.join(Mixtures)}")
-    return weights if weights in list(Mixtures) else str(Path(weights).expanduser().absolute())
+    return weights if weights in list(Mixtures) else str(expanded(weights).absolute())
 
 
 class DFAConfig(MethodConfig):

@@ -14,6 +14,7 @@ from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.errors import UsageError
+from sakd_cli.files import expanded
 from sakd_cli.report.render.format import plain
 from sakd_cli.report.runs.compare import run_curve
 from sakd_cli.report.sweep.results import BASELINE, of_baseline, sweep_document
@@ -38,7 +39,7 @@ def understood(
 
     file  or the name of a preset, or what such a file has
     """
-    path = Path(SWEEP) if isinstance(file, Mapping) else Path(file).expanduser()
+    path = Path(SWEEP) if isinstance(file, Mapping) else expanded(file)
     if not path.exists() and (path.stem in presets() or path.name == path.stem == str(file)):
         path = presets()[choose("preset", path.stem, presets(), "sakd list presets, or a YAML file of your own")]
     layer = ConfigSource("settings", dict(file)) if isinstance(file, Mapping) else file_source(path, str(file))
