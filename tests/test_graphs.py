@@ -264,12 +264,16 @@ def test_on_a_gpu_a_step_that_reads_back_is_called_and_others_are_captured_behin
     assert 0 < float(total) < WARMUP + 3
 
 
-def test_a_forecast_times_replayed_steps_where_a_training_replays_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("router", ["adaptive", "meta"])
+def test_a_forecast_times_replayed_steps_where_a_training_replays_them(
+    monkeypatch: pytest.MonkeyPatch, router: str
+) -> None:
     """Called ones take a multiple of the time on a GPU, and so would the hours that a sweep is told to take."""
     device = StandIn()
     monkeypatch.setattr(forecast, "Cuda", lambda where: device)
     monkeypatch.setattr(forecast, "resolve_mode", lambda *given: resolve_mode(*given)._replace(graphed=True))
     words = {"teacher": "resnet8", "student": "resnet8", "method": "fitnet", "data": {"name": "shapes", "train": 60}}
+    words |= {"router": router}
     config = resolve("distill", [ConfigSource("test", words | {"runtime": {"shapes": "static"}})]).config
     found = forecast.forecast({"one": config}, 60)["one"]
     assert found.measured
