@@ -117,10 +117,9 @@ class RunResult(Shown):
     path: Path
     summary: Summary
 
-    @classmethod
-    def of(cls, summary: Summary) -> "RunResult":
-        """The run that a summary is of."""
-        return cls(Path(str(summary.run)), summary)
+    def __fspath__(self) -> str:
+        """Its directory: a result stands wherever a run does."""
+        return str(self.path)
 
     @property
     def top1(self) -> float:
@@ -150,7 +149,7 @@ def pretrain_teacher(model: str | None = None, **options: Any) -> RunResult | Pl
     """
     found = _trained("pretrain", {"model": model, **options})
     assert not isinstance(found, list)
-    return found if isinstance(found, Plan) else RunResult.of(found)
+    return found if isinstance(found, Plan) else RunResult(Path(str(found.run)), found)
 
 
 @overload
@@ -170,7 +169,7 @@ def distill(**options: Any) -> RunResult | Comparison | Plan:
     found = _trained("distill", options)
     if isinstance(found, list):
         return compare_runs(found, options.get("baseline"))
-    return found if isinstance(found, Plan) else RunResult.of(found)
+    return found if isinstance(found, Plan) else RunResult(Path(str(found.run)), found)
 
 
 def prepare(**options: Unpack[DistillOptions]) -> "Job":

@@ -226,6 +226,15 @@ def test_a_notebook_shows_a_result_on_several_lines(distilled: dict[str, Any]) -
         assert max(map(len, text.splitlines())) < 160
 
 
+def test_a_result_stands_wherever_a_run_does(teacher: Path) -> None:
+    few: dict[str, Any] = {"teacher": teacher, "student": "resnet8", "method": "kd", "dataset": "shapes", "epochs": 1}
+    run = api.distill(**few, settings=FEW)
+    assert [one.run for one in api.compare(run).runs] == [str(api.inspect_spots(run).run)]
+    again = api.distill(teacher=run, student="resnet8", dataset="shapes", settings=FEW, dry_run=True)
+    assert next(one.name for one in again.networks if one.role == "teacher") == run.summary.network
+    assert api.distill(resume=run).top1 == run.top1
+
+
 def test_a_data_set_may_be_spelled_otherwise(distilled: dict[str, Any], trained_cli: CliRunner) -> None:
     spots = api.inspect_spots(dataset="Shapes", runs_dir=trained_cli.path / "runs")
     assert (spots.dataset, spots.measured is not None and spots.measured.source) == ("shapes", "survey")

@@ -14,7 +14,7 @@ from sakd_cli.config.options import FILE, FLAG, TEXTS, Option, options_of
 from sakd_cli.engine.reporter import NullReporter, Reporter
 from sakd_cli.errors import UsageError
 
-Place = str | Path
+Place = str | os.PathLike[str]
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 Own = Any  # a name, or a class, a function or an object of your own
@@ -245,6 +245,7 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     trusted = options.get("trust") or ()
     code.trust(*([trusted] if isinstance(trusted, str) else trusted))
     given = {names[name]: value for name, value in options.items() if value is not None}
+    given |= {name: os.fspath(value) for name, value in given.items() if isinstance(value, os.PathLike)}
     given = {name: plain_of(value) if name in NAMED else value for name, value in given.items()}
     given |= {name: _read(rows[name], value) for name, value in given.items() if name in rows}
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
@@ -258,8 +259,8 @@ def plain_of(value: Any) -> Any:
     """A name, a place, a number or a truth value as text or it is, of an object its name; also in lists and dicts."""
     if isinstance(value, Mapping):
         return {key: plain_of(one) for key, one in value.items()}
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, str | int | float | None):
         return value
     return [plain_of(one) for one in value] if isinstance(value, list | tuple) else code.name_of(value)

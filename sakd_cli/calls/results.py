@@ -185,7 +185,8 @@ def report(
     reporter: Reporter | None = None,
 ) -> Report:
     """Write everything about a run (None: the newest) as one HTML file, `RUN/report.html` unless `out` says where."""
-    found = locate.run_or_newest(None if run is None else place_of("run", run), runs_dir, {})
+    folder = None if runs_dir is None else place_of("runs_dir", runs_dir)
+    found = locate.run_or_newest(None if run is None else place_of("run", run), folder, {})
     page = found.path / "report.html" if out is None else place_of("out", out)
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {page}: the name of an HTML file ends in .html")

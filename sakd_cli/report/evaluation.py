@@ -22,7 +22,6 @@ EXTREMES = 10  # best and worst classes ...
 ALL_CLASSES = 25  # ... unless there are no more than this
 PAIRS = 8  # confusions shown
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ECE = "ECE: expected calibration error in 15 bins."
 TIMES = "Times: median and quartiles, after a warm-up."
 OF_TEACHER = "Both wrong, teacher only wrong, student only wrong: images by whose answer is wrong."
 TAKEN = "  disturbed: cores that others used"
@@ -107,7 +106,7 @@ def _rows(columns: Sequence[Cells]) -> list[list[str]]:
 def _notes(results: Sequence[AnyEvaluation]) -> list[str]:
     known = {label for result in results for label in _speed(result) | _teacher(result)}
     notes = {"Images/s": TIMES, TAKEN: DISTURBED, "Both wrong": OF_TEACHER}
-    return [ECE, *(note for label, note in notes.items() if label in known)]
+    return ["ECE: expected calibration error in 15 bins.", *(note for label, note in notes.items() if label in known)]
 
 
 def _details(result: AnyEvaluation) -> Sheet:
