@@ -17,9 +17,7 @@ from torch import Tensor
 from sakd_cli.batch import Batch
 from sakd_cli.errors import is_out_of_memory, not_deterministic, one_line
 
-# Graphs: of whole and last batches, of steps in which a router learns or does not, of levels, of spots that rest. More
-# than there are: with a graph torch 2.14 frees what products work in, in the others on its stream as well.
-KEPT = 64
+KEPT = 64  # graphs, more than there are kinds of steps: with one torch 2.14 frees what products in the others work in
 WARMUP = 3  # steps of a size in front of its capture: whatever is made once (momentum, workspaces, plans) is there then
 
 Step = Callable[[Batch], None]
@@ -75,7 +73,7 @@ class Cuda:
             graph.capture_end()
         graph.reset()
         here = self._stream.device_index
-        with suppress(RuntimeError):  # of a newer torch, which has done so
+        with suppress(RuntimeError, AttributeError):  # of a newer torch, which has done so
             torch._C._cuda_endAllocateToPool(here, self._pool)
             torch._C._cuda_releasePool(here, self._pool)
         draws = torch.cuda.default_generators[here]

@@ -34,16 +34,13 @@ def _reads_rate(optimizer: torch.optim.Optimizer) -> bool:
 def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
     """Set each group's rate; where the updates are on a device, in a tensor that captured updates read too."""
     settings = optimizer.param_groups
-    if not _reads_rate(optimizer):
-        for group, rate in zip(settings, rates, strict=True):
-            group["lr"] = rate
-    elif isinstance(settings[0]["lr"], Tensor):
+    if _reads_rate(optimizer) and isinstance(settings[0]["lr"], Tensor):
         there = [group["lr"] for group in settings]
         torch._foreach_zero_(there)
         torch._foreach_add_(there, list(rates))
-    else:
-        for group, rate in zip(settings, rates, strict=True):
-            group["lr"] = torch.full((), rate, device=group["params"][0].device)
+        return
+    for group, rate in zip(settings, rates, strict=True):
+        group["lr"] = torch.full((), rate, device=group["params"][0].device) if _reads_rate(optimizer) else rate
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

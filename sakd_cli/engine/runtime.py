@@ -281,8 +281,7 @@ def pick_device(name: str) -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UsageError(f"device: {name!r} is not available here ({count} of that kind)", hint="--device auto")
-    if device.type == "cuda" and device.index:
-        # What is asked of no card in particular (pinned memory, a clock's wait) is not asked of the first one.
+    if device.type == "cuda" and device.index:  # for what is asked of no card in particular: pinned memory, clocks
         torch.cuda.set_device(device)
     return device
 

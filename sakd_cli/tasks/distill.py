@@ -239,9 +239,7 @@ class DistillTask(Task):
                         task.route(batch, seen, alone, decision.gate, offset)
                         for task, seen, decision in zip(self.members, all_seen, decisions, strict=True)
                     ]
-                    routing_loss, events = routed[0]
-                    for more, _ in routed[1:]:
-                        routing_loss = routing_loss + more
+                    routing_loss, events = sum((more for more, _ in routed[1:]), routed[0][0]), routed[0][1]
                 else:
                     routing_loss, events = -(gates[0] * benefits.T).mean(dim=0).sum(), {}
         loss, parts = self.objective(batch, student, all_seen[0], ce, decisions[0].weight)
