@@ -46,7 +46,7 @@ def _steps(found: Bench) -> Sheet:
     notes = [f"{named(step.name)}: {named(step.about)}" for step in found.steps]
     notes += [
         f"{named(setup.teacher)} → {named(setup.student)}, batch {setup.batch} of {setup.side} pixels, "
-        f"{setup.rounds} rounds; random weights, half of the samples at the teacher.",
+        f"rounds: {setup.rounds}; random weights, half of the samples at the teacher.",
         f"{named(where['cpu'])} ({', '.join(where['cpu_flags'])}), {where['threads']} thread, load "
         f"{fixed(where['load'], 1)}, {named(where['device'])} ({named(where['mode'])}), torch {named(where['torch'])}; "
         f"first step after {fixed(found.seconds_to_first_step, 1)} s, process at most "
