@@ -208,7 +208,7 @@ def test_progress_is_a_bar_for_the_epoch_one_for_the_run_and_whole_figures(width
     assert ("90/120" in text, "10/40" in text) == (width >= 80, width >= 80)
     for figure in ("lr 0.005", "loss 1.2500", "training top-1 61.3 %", "validation top-1 57.12 %", "images/s "):
         assert figure in text
-    assert "selected, by spot 50.0 87.5 %" in text
+    assert "distilled, by spot 50.0 87.5 %" in text
     assert max(map(cell_len, text.splitlines())) <= width
 
 

@@ -76,7 +76,7 @@ class Bars:
 
     def spots(self, fractions: Sequence[float | None]) -> None:
         """Fractions of an epoch's samples that were distilled, by spot."""
-        self.figures["selected, by spot"] = " ".join(map(fraction, fractions)) + " %"
+        self.figures["distilled, by spot"] = " ".join(map(fraction, fractions)) + " %"
 
     def renderable(self) -> Group:
         """What is shown: figures are whole, however narrow it is."""
