@@ -191,7 +191,7 @@ def test_the_matrix_is_written_as_csv_and_as_a_picture(trained_cli: CliRunner, d
     assert [list(map(int, row[1:])) for row in rows[1:]] == matrix
     assert trained_cli.sakd(*words, "matrix.png").code == 0
     assert (trained_cli.path / "matrix.png").read_bytes().startswith(b"\x89PNG")
-    trained_cli.assert_rejects([*words, "matrix.pdf"], 2, "--confusion matrix.pdf: the name ends in")
+    trained_cli.assert_rejects([*words, "matrix.pdf"], 2, "--confusion matrix.pdf: the name ends in .csv, .png or .svg")
     assert trained_cli.sakd(*words[:-1]).document["confusion_matrix"] is None
 
 

@@ -38,7 +38,7 @@ def _check_scoring(params: Mapping[str, Any], count: int) -> None:
         if (path := params[name]) is not None and count > 1:
             raise UsageError(f"--{name} is of one network, and {count} are named")
         if path is not None and (name == "plot" or path.suffix.lower() != ".csv"):
-            plots.require_plot(path, f"--{name}")
+            plots.require_plot(path, f"--{name}", ".csv, " * (name == "confusion"))
 
 
 @overload

@@ -57,10 +57,10 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def require_plot(path: Path, option: str = "--plot") -> Path:
+def require_plot(path: Path, option: str = "--plot", others: str = "") -> Path:
     """A file that a plot can be written to. UsageError for other formats, without its folder or matplotlib."""
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{option} {path}: the name ends in {' or '.join(FORMATS)}")
+        raise UsageError(f"{option} {path}: the name ends in {others}{' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: no such folder")
     new_figure()
