@@ -198,6 +198,7 @@ HINTS = """
 2 | --device                                          | pretrain-teacher resnet8 --gpu 0
 2 | sakd runs lists the runs                          | eval resnet8
 3 | name an unpacked folder                           | data check broken.yaml
+2 | --set method.stage=3                              | PAIR TINY --set method.stage=9
 3 | sakd predict NETWORK PATH                         | predict photos/cat/1.JPG empty
 """
 
@@ -205,5 +206,6 @@ HINTS = """
 @pytest.mark.parametrize("case", HINTS.strip().splitlines(), ids=lambda case: case.split("|")[2].strip())
 def test_a_mistake_is_told_what_to_do_instead(fork_server: ForkServer, messy: CliRunner, case: str) -> None:
     code, text, line = (part.strip() for part in case.split("|"))
-    result = fork_server.at(messy.path).assert_rejects(shlex.split(line), int(code), "")
+    words = [part for word in shlex.split(line) for part in {"PAIR": PAIR, "TINY": TINY}.get(word, [word])]
+    result = fork_server.at(messy.path).assert_rejects(words, int(code), "")
     assert text in result.err.splitlines()[1]

@@ -61,8 +61,9 @@ def pooled(config: Any, stages: Stages) -> StagePairs:
 
 
 def chosen_map(config: Any, stages: Stages) -> StagePairs:
-    if config.stage > len(stages.maps):
-        raise UsageError(f"method.stage: {config.stage} is beyond the last of {len(stages.maps)} stages of this pair")
+    if config.stage > (last := len(stages.maps)):
+        text = f"method.stage: {config.stage} is beyond the last of {last} stage{'s' * (last != 1)} of this pair"
+        raise UsageError(text, f"--set method.stage={last}")
     return [stages.maps[config.stage - 1]]
 
 

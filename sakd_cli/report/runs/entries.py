@@ -79,8 +79,7 @@ def _whole_and_top1(folder: Path, settings: Mapping[str, Any] | None) -> tuple[b
 
 def run_entry(run: RunDir, settings: Mapping[str, Any] | None, verdict: Any = None, *, shown: bool = False) -> RunEntry:
     """A run; verdict: what `_whole_and_top1` said of it; shown: with its settings."""
-    files = [run.path / name for name in ("config.yaml", "metrics.jsonl", "summary.json")]
-    last = max(file.stat().st_mtime for file in files if file == files[0] or file.exists())
+    last = max(file.stat().st_mtime for file in (run.path / "config.yaml", *run.path.glob("*.json*")))
     changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
     names = {name: look_up(settings, key) for name, key in KEYS.items()}
     names["network"] = look_up(settings, "student") or look_up(settings, "model")
