@@ -43,10 +43,10 @@ def expanded(path: str | Path) -> Path:
         raise UsageError(f"{path}: nobody knows that home folder", "set HOME, or name a folder without ~") from None
 
 
-def of_user(variable: str, folder: str) -> Path:
-    """The folder `sakd` in that of an environment variable; in `~/folder` where it is unset, empty or relative."""
+def of_user(variable: str, folder: str, name: str) -> Path:
+    """`sakd/name` in the folder of an environment variable; in `~/folder` where that is unset, empty or relative."""
     place = Path(os.environ.get(variable, ""))
-    return (place if place.is_absolute() else expanded("~") / folder) / "sakd"
+    return (place if place.is_absolute() else expanded("~") / folder) / "sakd" / name
 
 
 def resolved(path: str | Path) -> Path:

@@ -16,7 +16,7 @@ from sakd_cli.files import json_bytes, nearest_folder
 
 # On a file system without flock (Lustre) the file itself is the lock, which is as good.
 warnings.filterwarnings("ignore", "flock not supported")
-AGAIN, ONWARD = "the same command again", "go on: --resume"
+ONWARD = "go on: --resume"
 _guards: dict[Path, Callable[[], None]] = {}
 
 
@@ -67,18 +67,18 @@ def write_json(path: Path, content: Any) -> None:
     write_aside(path, json_bytes(content))
 
 
-def require_room(folder: Path, needed: int, again: str = AGAIN) -> None:
+def require_room(folder: Path, needed: int, again: str = "") -> None:
     """Raise DiskError where the disk of a folder that is, or will be, lacks so many bytes; `again`: what to do then."""
     if shutil.disk_usage(nearest_folder(folder)).free < needed:
         raise disk_error(folder, OSError(errno.ENOSPC, ""), needed, again)
 
 
-def disk_error(path: Path, error: OSError, needed: int, again: str = AGAIN) -> DiskError:
+def disk_error(path: Path, error: OSError, needed: int, again: str = "") -> DiskError:
     """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"{path}: cannot be written: {error.strerror}")
     needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
-    again = ONWARD if _guards_of(path) else again
+    again = again or (ONWARD if _guards_of(path) else "the same command again")
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint=f"make room, then {again}")
 
 

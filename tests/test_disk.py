@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import DRAWN
+from conftest import DRAWN, CliRunner
 from fork_server import ROOT, Faults, ForkServer, fingerprint
 
 from sakd_cli import writing
@@ -131,6 +131,10 @@ def test_a_full_disk_is_known_before_a_page_and_says_what_goes_on(
     with pytest.raises(DiskError, match="the disk is full"):
         RunPage(RunDir(desk.cwd / "sound"), print).write(tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
+    run = CliRunner(tmp_path).sakd(*shlex.split(f"pretrain-teacher resnet8 {SHORT}"))
+    assert run.err.splitlines()[-1] == "hint: make room, then go on: --resume", (
+        "of a series, too, none is trained twice"
+    )
 
 
 def test_file_systems_that_lack_something(desk: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,6 +210,17 @@ def test_no_width_of_a_terminal_keeps_a_page_from_being_shown(desk: ForkServer, 
 
 
 PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+
+
+def test_a_library_that_cannot_be_imported_is_not_an_internal_error(desk: ForkServer, tmp_path: Path) -> None:
+    """As one that was built for another version of torch, or that takes no such value of its environment variable."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist\\n')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    line = [sys.executable, "-m", "sakd_cli", "predict", "sound", "nothing.png", "-q"]
+    done = subprocess.run(line, cwd=desk.cwd, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 2), done.stderr
+    assert done.stderr.startswith("error: torchvision cannot be imported: RuntimeError: operator nms does not exist\n")
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,11 @@ def run(arguments: list[str]) -> int:
             return refused.exit_code
         if _complained_of_own_code(error):
             return UsageError.exit_code
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+        if frames and not (name := frames[-1].f_globals["__name__"]).startswith("sakd_cli"):
+            told = f"{name.partition('.')[0]} cannot be imported: {type(error).__name__}: {error}"
+            complain(told, "mend its installation, or the environment variable that it reads")
+            return UsageError.exit_code
         for line in traceback.format_exc().splitlines():
             print(printable(line), file=sys.stderr)
         complain(f"internal error: {type(error).__name__}: {error}", hint="please report it with the lines above")

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_JSON, of_user, read_bytes
 
 PARTS = {name: names[0] for names in (pictures.TRAIN, pictures.VAL, pictures.TEST) for name in names}
+default_root = partial(of_user, "XDG_CACHE_HOME", ".cache", "data")  # of the data sets
 LINE = "its first line names the columns: path,label or path,label,split"
 
 
@@ -159,11 +161,6 @@ def _torchvisions(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """The names that torchvision's networks use: in the order of the synsets, as the folders are."""
     names = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     return tuple(names) if len(set(names)) == len(names) == len(folders) else folders
-
-
-def default_root() -> Path:
-    """`$XDG_CACHE_HOME/sakd/data`, or `~/.cache/sakd/data` where the variable is unset, empty or relative."""
-    return of_user("XDG_CACHE_HOME", ".cache") / "data"
 
 
 def scan_imagefolder(config: ImageFolderConfig) -> FolderContents:

@@ -2,6 +2,7 @@
 
 import hashlib
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sakd_cli.writing import make_folder, write_json
 
 # Settings that may name code.
 KEYS = ("model", "student", "teacher.source", "teacher.others", "method.name", "router.name", "data.name")
+# Identities of the runs that this user has made on this machine with functions of the user's own.
+_file = partial(of_user, "XDG_STATE_HOME", ".local/state", "runs.json")
 
 
 def trust_own(run: RunDir | None) -> None:
@@ -65,14 +68,7 @@ def keep_teacher(config: Any, place: Path | None = None) -> Any:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": folder})})
 
 
-def _file() -> Path:
-    """Identities of the runs that this user has made on this machine with functions of the user's own."""
-    return of_user("XDG_STATE_HOME", ".local/state") / "runs.json"
-
-
 def _made_here() -> list[str]:
-    try:
-        found = read_json(_file())
-    except (OSError, ValueError, UsageError):
-        return []
-    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    with suppress(OSError, ValueError, TypeError, UsageError):
+        return [name for name in read_json(_file()) if isinstance(name, str)]
+    return []
