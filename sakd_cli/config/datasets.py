@@ -40,7 +40,6 @@ Beta = Annotated[NonNegativeFloat, must(lambda a: not a or 0.05 <= a <= 1000, "i
 Geometry = Literal["auto", "crop", "border", "none"]
 Policy = Literal["randaugment", "autoaugment", "trivialaugment"]
 POLICIES = get_args(Policy)
-DRAWN = 6.2  # GB of all drawn images: a million of 32 pixels for each split
 
 
 def _words(value: Any) -> Any:
@@ -176,8 +175,8 @@ class ShapesConfig(DataConfig):
 
     @model_validator(mode="after")
     def _fits_into_memory(self) -> "ShapesConfig":
-        if (size := 3e-9 * (self.train + self.test) * self.size**2) > DRAWN:
-            raise ValueError(f"train, test and size ask for {size:,.1f} GB of images in memory; {DRAWN} at most")
+        if (size := 3e-9 * (self.train + self.test) * self.size**2) > 6.2:  # a million of 32 pixels each
+            raise ValueError(f"train, test and size ask for {size:,.1f} GB of images in memory, 6.2 at most")
         return self
 
     def training_images(self) -> int | None:
