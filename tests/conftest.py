@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -193,6 +194,9 @@ def trained_cli(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look through all of torch again and again."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        # A compiler knows functions of torch by what they are when it is first asked: before `on_the_cpu` hides some.
+        importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
     gc.collect()
     gc.freeze()
 
