@@ -192,11 +192,16 @@ def trained_cli(cli: CliRunner, distilled: dict[str, Any]) -> CliRunner:
     return cli
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A GPU's tests come first: compilers remember what they found, and `on_the_cpu` hides it from the others."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        items.sort(key=lambda item: item.get_closest_marker("gpu") is None)
+        importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+        importlib.import_module("torch.utils._triton").has_triton()
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look through all of torch again and again."""
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        # A compiler knows functions of torch by what they are when it is first asked: before `on_the_cpu` hides some.
-        importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
     gc.collect()
     gc.freeze()
 

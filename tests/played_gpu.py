@@ -124,7 +124,7 @@ def pytest_configure() -> None:
     answers |= {"get_device_name": "played by the CPU", "is_initialized": True, "get_rng_state_all": []}
     answers |= {"is_bf16_supported": True, "mem_get_info": (2**36, 2**36), "max_memory_allocated": 0}
     answers |= {"current_stream": _Stream(), "Stream": _Stream(), "graph_pool_handle": (0, 0)}
-    answers |= {"is_current_stream_capturing": False}
+    answers |= {"is_current_stream_capturing": False, "get_device_properties": types.SimpleNamespace(major=9)}
     nothing = ("_lazy_init", "init", "synchronize", "empty_cache", "set_device", "set_rng_state", "get_rng_state")
     answers |= dict.fromkeys((*nothing, "reset_peak_memory_stats"))
     for name, answer in answers.items():
