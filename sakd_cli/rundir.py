@@ -85,7 +85,8 @@ class RunDir:
         self._handle = os.open(self.path, os.O_RDONLY)
         try:
             with writing.guarded(self.path, self._require_same):
-                writing.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
+                with suppress(DiskError):  # a full disk, of which this run is to be removed
+                    writing.write_json(holder, {"host": platform.node(), "pid": os.getpid()})
                 yield
         finally:
             with suppress(OSError, RunInUseError):

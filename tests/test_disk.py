@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import DRAWN, CliRunner
@@ -135,6 +136,14 @@ def test_a_full_disk_is_known_before_a_page_and_says_what_goes_on(
     assert run.err.splitlines()[-1] == "hint: make room, then go on: --resume", (
         "of a series, too, none is trained twice"
     )
+
+
+def test_a_run_is_removed_from_a_full_disk(desk: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Who would make room removes runs."""
+    shutil.copytree(desk.cwd / "sound", tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    assert CliRunner(tmp_path).sakd("runs", "rm", "run", "--yes").code == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_systems_that_lack_something(desk: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

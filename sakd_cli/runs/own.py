@@ -16,8 +16,7 @@ from sakd_cli.writing import make_folder, write_json
 
 # Settings that may name code.
 KEYS = ("model", "student", "teacher.source", "teacher.others", "method.name", "router.name", "data.name")
-# Identities of the runs that this user has made on this machine with functions of the user's own.
-_file = partial(of_user, "XDG_STATE_HOME", ".local/state", "runs.json")
+_file = partial(of_user, "XDG_STATE_HOME", ".local/state", "runs.json")  # identities of the user's runs with own code
 
 
 def trust_own(run: RunDir | None) -> None:
