@@ -64,11 +64,14 @@ def evaluate(*targets: Place | None, **options: Any) -> Evaluation | EnsembleEva
 
     kinds: dict[str, Any] = {"as_ensembles": forced, "early": not always, "curve": bool(curve or plot)}
     kinds |= {"matrix": bool(matrix), "split": params["eval_split"], "teacher_required": teacher is not None}
-    results = evaluate_all(found, given, reporter_of(options), **kinds)
+    reporter = reporter_of(options)
+    results = evaluate_all(found, given, reporter, **kinds)
     if plot is not None:
         plots.write(plots.figure_of([exit_chart_of(results[0])]), plot)
     if confusion is not None:
         write_matrix(results[0], confusion)
+    for path in filter(None, (plot, confusion)):
+        reporter.say(f"written: {path}")
     return results[0] if len(results) == 1 else Evaluations(evaluations=results)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sakd_cli import api
-from sakd_cli.cli.console import emit, show
+from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import Values, with_options
 from sakd_cli.documents.table import Comparison
 from sakd_cli.report.runs.compare_tables import comparison_csv, comparison_tables
@@ -26,6 +26,8 @@ def compare(options: Values, json: bool, csv: bool, plot: Path | None, baseline:
         sakd compare runs/A runs/B --plot curves.png --csv > curves.csv
     """
     print_comparison(api.compare(*runs, baseline=baseline, plot=plot), json=json, csv=csv)
+    if plot:
+        ConsoleReporter().say(f"written: {plot}")
 
 
 def print_comparison(document: Comparison, *, json: bool, csv: bool = False) -> None:
