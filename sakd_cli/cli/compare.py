@@ -27,7 +27,7 @@ def compare(options: Values, json: bool, csv: bool, plot: Path | None, baseline:
     """
     print_comparison(api.compare(*runs, baseline=baseline, plot=plot), json=json, csv=csv)
     if plot:
-        ConsoleReporter().say(f"written: {plot}")
+        ConsoleReporter(quiet=False).say(f"written: {plot}")
 
 
 def print_comparison(document: Comparison, *, json: bool, csv: bool = False) -> None:
