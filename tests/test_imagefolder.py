@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -281,6 +282,15 @@ def test_what_a_reader_lacks_is_told_as_it_is(workers: int) -> None:
     with pytest.raises(MemoryLimitError, match=r"^x\.png: memory ran out") as found:
         list(Pool(_lacks, workers=workers, persistent=True, device=CPU)([1]))
     assert found.value.hint == "fewer"
+
+
+def test_a_batch_without_room_in_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own thread would lose it, and the loader wait for ever."""
+    monkeypatch.setattr(
+        Tensor, "share_memory_", mock.Mock(side_effect=RuntimeError("unable to allocate shared memory"))
+    )
+    with pytest.raises(MemoryLimitError, match="no room in /dev/shm"):
+        list(Pool(_answers, workers=1, persistent=True, device=CPU)([1]))
 
 
 def test_processes_end_with_what_one_of_them_lacks() -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sakd_cli.config.preprocessing import Preprocessing, height_width
 from sakd_cli.data.augment import RATIO
@@ -240,9 +240,17 @@ class _RequestDataset(Dataset[Any]):
 
     def __getitem__(self, request: Any) -> Tensor | tuple[Tensor, Tensor] | Unreadable | SakdError:
         try:
-            return self._answer(request)
+            answer = self._answer(request)
+            for one in answer if isinstance(answer, tuple) else [answer]:
+                if get_worker_info() and isinstance(one, Tensor):
+                    one.share_memory_()  # by torch's own thread, which would lose it for want of room, unseen
+            return answer
         except SakdError as error:  # torch would make another of it
             return error
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return MemoryLimitError(f"a batch of images has no room in /dev/shm: {error}", "--set data.workers=0")
 
 
 _POOLS: "weakref.WeakSet[Pool]" = weakref.WeakSet()
@@ -275,8 +283,8 @@ class Pool:
         self._loader = None
         try:
             with warnings.catch_warnings(action="ignore"):  # as below
-                if loader.num_workers:
-                    multiprocessing.Lock()  # where it cannot be had, torch would begin, and end in a traceback
+                if loader.num_workers:  # as many as torch needs, which would begin, and end in a traceback
+                    [multiprocessing.Lock() for _ in range(12 + 3 * loader.num_workers)]
                 answers = iter(loader)
             for answer in answers:
                 if isinstance(answer, SakdError):  # a copy: it would hold this frame, which holds it and the processes
