@@ -149,7 +149,7 @@ class TrainLoader:
         return self._normalise(pixels[0]), None, self._normalise(pixels[1])
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        return normalise(pixels.to(self._device, non_blocking=True), self._mean, self._std)
+        return normalise(_on(self._device, pixels), self._mean, self._std)
 
     def _where(self, drawn: Draws, rows: slice, epoch: int) -> Tensor:
         """`BatchRequest.where` of these rows."""
@@ -225,6 +225,11 @@ def _mixed(batch: Batch, mixing: Mixing, drawn: Tensor) -> Batch:
     return replace(mixed, other_index=batch.index.flip(0), other_labels=batch.labels.flip(0))
 
 
+def _on(device: torch.device, pixels: Tensor) -> Tensor:
+    """Pixels on the device. Only CUDA lets one free what it has yet to read; MPS would read what comes after."""
+    return pixels.to(device, non_blocking=device.type == "cuda")
+
+
 class EvalLoader:
     """The split in its own order, without augmentation; can be iterated any number of times.
 
@@ -251,7 +256,7 @@ class EvalLoader:
         else:
             read = (images[part] for part in rows)
         for part, pixels in zip(rows, read, strict=True):
-            yield normalise(pixels.to(self._device, non_blocking=True), self._mean, self._std), self._labels[part]
+            yield normalise(_on(self._device, pixels), self._mean, self._std), self._labels[part]
 
 
 class EvalPairs:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -137,6 +138,7 @@ def compiled(
     # Else a backward pass is lowered in the first one, and what cannot be raises there.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._dynamo.config.recompile_limit = GRAPHS
+    warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises what `runtime.tf32` decides
     chosen: Callable[..., Seen] = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
 
     def call(*given: Any) -> Seen:
