@@ -63,7 +63,12 @@ def saves(run: Path) -> list[int]:
 
 
 def kill_somewhere(child: Child, run: Path, draw: random.Random) -> int:
-    """Let it save once more (or, one time in four, not even that), then kill it a little later; its exit code."""
+    """Let it save once more (or, one time in four, not even that), then kill it a little later; its exit code.
+
+    One of a run that has its summary already is let go: it has nothing to save, and might never come to its end.
+    """
+    if (run / "summary.json").is_file():
+        return child.wait()
     before, patient = saves(run), draw.random() < 0.75
     while patient and saves(run) == before and not (run / "summary.json").is_file():
         time.sleep(0.002)
