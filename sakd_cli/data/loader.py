@@ -226,8 +226,8 @@ def _mixed(batch: Batch, mixing: Mixing, drawn: Tensor) -> Batch:
 
 
 def _on(device: torch.device, pixels: Tensor) -> Tensor:
-    """Pixels on the device. Only CUDA lets one free what it has yet to read; MPS would read what comes after."""
-    return pixels.to(device, non_blocking=device.type == "cuda")
+    """Pixels on the device. CUDA lets one free what it has yet to read; MPS would read what comes after."""
+    return pixels.to(device, non_blocking=device.type != "mps")
 
 
 class EvalLoader:
