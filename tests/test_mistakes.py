@@ -196,6 +196,14 @@ HINTS = """
 2 | an option of distill, bench                       | pretrain-teacher resnet8 --method kd
 2 | --method                                          | distill --teacher resnet8 --student resnet8 --loss kd
 2 | --device                                          | pretrain-teacher resnet8 --gpu 0
+2 | sakd pretrain-teacher MODEL                       | pretrain-teacher --model resnet8
+2 | sakd predict NETWORK PATH...                      | predict --weights x
+2 | --student                                         | distill --model resnet8
+2 | --set train.weight_decay=... or --set router.w    | distill --weight-decay 1e-4
+2 | --set teacher.logits=...                          | distill --teacher-logits x.npy
+2 | --set data.workers=...                            | eval --num-workers 3
+2 | an option of pretrain-teacher, distill            | eval --epochs 3
+2 | sakd sweep --help                                 | sweep --model resnet8
 2 | sakd runs lists the runs                          | eval resnet8
 3 | name an unpacked folder                           | data check broken.yaml
 2 | --set method.stage=3                              | PAIR TINY --set method.stage=9

@@ -86,6 +86,8 @@ _hide_type_of_flags()
 
 
 # What to do instead, by option.
+# What others call, as an option, the network that a command of ours takes as its first argument.
+NETWORK = {"model", "arch", "network", "run", "weights", "checkpoint", "teacher", "student"}
 SEVERAL = {"--method": "--method A+B distils by both at once; sakd sweep --methods A,B tries one after the other"}
 SEVERAL |= {"--router": "--routers A,B trains one student by each", "--student": "sakd sweep trains several"}
 
@@ -276,8 +278,12 @@ def _what_instead(error: Exception) -> str:
     path = str(context.command_path) if context is not None else "sakd"
     if path == "sakd show" and (name := re.search("'(.*?)'", str(error))) and (kind := show.kind_of(name[1])):
         return f"sakd show {kind} {name[1]}"
-    command = path.partition(" ")[2].replace(" ", "-")
-    return option_hint(getattr(error, "option_name", ""), command) or f"{path} --help"
+    flag, command = str(getattr(error, "option_name", "")), path.partition(" ")[2].replace(" ", "-")
+    arguments = [one for one in context.command.params if one.param_type_name == "argument"] if context else []
+    words = [str(one.metavar or one.name.upper()) for one in arguments]
+    if flag[2:] in NETWORK and words and re.match("MODEL|RUN|NETWORK", words[0]):
+        return f"{path} {' '.join(words)}"
+    return option_hint(flag, command) or f"{path} --help"
 
 
 def main() -> None:

@@ -34,13 +34,13 @@ _THEIRS = {
     "method.momentum": "nce_m nce.momentum", "method.contrast_temperature": "nce_t nce.temperature",
     "method.warmup_epochs": "init_epochs ab.warmup fsp.warmup ft.warmup",
     "method.weight_warmup": "dkd.warmup method.warmup loss_warmup",
-    "student": "model_s distiller.student",
+    "student": "model model_s distiller.student",
     "teacher.source": "path_t model_t distiller.teacher", "train.epochs": "solver.epochs max_epochs",
     "train.batch_size": "solver.batch_size", "train.lr": "learning_rate solver.lr",
     "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size",
     "train.lr_decay": "lr_decay_rate lr_gamma decay_rate", "train.momentum": "solver.momentum",
     "train.weight_decay": "solver.weight_decay wd", "data.name": "dataset.type", "data.root": "data_path",
-    "data.workers": "num_workers",
+    "data.workers": "num_workers", "data.resize": "img_size image_size imgsz input_size",
     "data.balance": "sampler balanced_sampling weighted_sampler class_balanced oversample",
     "train.class_weights": "class_weight cls_weights loss_weights", "train.focal_gamma": "focal focal_loss fl_gamma",
     "train.optimizer": "opt optim optimiser solver.type", "train.schedule": "sched lr_scheduler scheduler",
@@ -57,7 +57,7 @@ _THEIRS = {
     "data.erase": "reprob random_erase random_erasing", "data.randaugment": "ra_magnitude",
     "device": "gpu gpus gpu_id", "runtime.precision": "amp", "seed": "trial train.seed random_seed",
     "teacher.combine": "teacher.ensemble teacher.weighting", "teacher.logits": "soft_labels teacher.answers",
-    "log_every": "print_freq", "save_every": "save_freq", "runs_dir": "output_dir",
+    "log_every": "print_freq", "save_every": "save_freq", "runs_dir": "output_dir output save_dir out_dir project",
 }
 # fmt: on
 FOREIGN = {name: key for key, names in _THEIRS.items() for name in names.split()}
@@ -167,11 +167,16 @@ def ours(name: str, method: str = "") -> str | None:
 
 def option_hint(flag: str, command: str) -> str | None:
     """What to write for an option that a command does not have, where that is known."""
-    key, rows = ours(flag), options_of(command)
-    row = next((row for row in rows.values() if key and row.key == key), None)
-    others = " ".join(row.commands for row in OPTIONS.values() if row.flag == flag).replace(" ", ", ")
-    known = row.flag if row else f"--set {key}=..." if key and "set_" in rows else None
-    return known or (f"an option of {others}" if others else None)
+    rows, task = options_of(command), {"pretrain-teacher": "pretrain", "bench": "distill"}.get(command, command)
+    keys = keys_of(task if task in TASKS else "eval") if "set_" in rows else []
+    if key := ours(flag):
+        known = [row.flag for row in rows.values() if row.key == key] or [f"--set {key}=..."] * (key in keys)
+    elif others := [row for row in OPTIONS.values() if row.flag == flag]:
+        known = [f"an option of {' '.join(row.commands for row in others).replace(' ', ', ')}"]
+    else:
+        name = flag.strip("-").replace("-", "_")
+        known = [f"--set {key}=..." for key in keys if name in (key, key.rpartition(".")[2], key.replace(".", "_"))]
+    return " or ".join(known) or None
 
 
 def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
