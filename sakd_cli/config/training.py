@@ -170,7 +170,7 @@ class RunConfig(Config):
     log_every: PositiveInt = 50
     """Optimizer steps between two lines of metrics."""
     save_every: PositiveInt | None = None
-    """Optimizer steps between two checkpoints inside an epoch; null: a checkpoint at each epoch's end only."""
+    """Optimizer steps between two checkpoints inside an epoch; null: at ends of epochs only."""
     runtime: Runtime = Runtime()
     """How the run computes, not what."""
     code: tuple[str, ...] | None = None
