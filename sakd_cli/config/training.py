@@ -317,6 +317,11 @@ class DistillConfig(RunConfig):
         return self
 
     @property
+    def learned(self) -> routers.LearnedConfig | None:
+        """The router's settings, where it learns from the routed network."""
+        return self.router if isinstance(self.router, routers.LearnedConfig) else None
+
+    @property
     def aside(self) -> ResidualConfig | routers.MetaConfig:
         """What says how many of the training images are set aside."""
         return self.router if isinstance(self.router, routers.MetaConfig) else self.residual
