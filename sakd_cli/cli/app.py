@@ -16,26 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from sakd_cli import __version__
-from sakd_cli.cli import (
-    bench,
-    compare,
-    config,
-    data_check,
-    distill,
-    evaluate,
-    export,
-    guide,
-    import_weights,
-    inspect_spots,
-    predict,
-    pretrain_teacher,
-    process,
-    report,
-    runs,
-    show,
-    sweep,
-    watch,
-)
+from sakd_cli.cli import guide, process, results, show, sweep, train, watch
 from sakd_cli.cli.console import complain
 from sakd_cli.cli.instead import SEVERAL, instead
 from sakd_cli.config.code import GUIDE, place_of, trust_no_more
@@ -128,22 +109,22 @@ def _root(
 OTHERS = {task: row.command for task, row in PROCEDURES.items() if task not in ("pretrain", "distill")}
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {
-        "pretrain-teacher": pretrain_teacher.pretrain_teacher,
-        "distill": distill.distill,
-        **{name: pretrain_teacher.command_of(task) for task, name in OTHERS.items()},
+        "pretrain-teacher": train.pretrain_teacher,
+        "distill": train.distill,
+        **{name: train.command_of(task) for task, name in OTHERS.items()},
         "sweep": sweep.sweep,
-        "import-weights": import_weights.import_weights,
-        "export": export.export,
+        "import-weights": results.import_weights,
+        "export": results.export,
     },
     "Evaluate": {
-        "eval": evaluate.evaluate,
-        "predict": predict.predict,
-        "compare": compare.compare,
-        "runs": runs.runs,
+        "eval": results.evaluate,
+        "predict": results.predict,
+        "compare": results.compare,
+        "runs": results.runs,
         "watch": watch.watch,
-        "report": report.report,
-        "inspect-spots": inspect_spots.inspect_spots,
-        "bench": bench.bench,
+        "report": results.report,
+        "inspect-spots": results.inspect_spots,
+        "bench": results.bench,
     },
     "Reference": {"list": show.listing, "guide": guide.guide},
 }
@@ -152,8 +133,8 @@ for panel, commands in COMMANDS.items():
         app.command(name, rich_help_panel=panel, cls=OnceEach)(function)
 for name in ("method", "router", "key", "schema"):
     show_app.command(name, cls=OnceEach)(getattr(show, f"show_{name}"))
-config_app.command("show", cls=OnceEach)(config.show_config)
-data_app.command("check", cls=OnceEach)(data_check.check)
+config_app.command("show", cls=OnceEach)(show.show_config)
+data_app.command("check", cls=OnceEach)(results.check_data)
 app.add_typer(data_app, name="data", rich_help_panel="Evaluate")
 app.add_typer(show_app, name="show", rich_help_panel="Reference")
 app.add_typer(config_app, name="config", rich_help_panel="Reference")

@@ -10,7 +10,6 @@ from torch import Tensor
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
-from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents import evaluation as doc
@@ -129,12 +128,6 @@ def _class_rows(
     columns |= {"confused_with": mistakes, "precision": [p for p, _ in of_class], "f1": [f1 for _, f1 in of_class]}
     rows = zip(*(columns | more).values(), strict=True)
     return [kind(**dict(zip((*columns, *more), row, strict=True))) for row in rows]
-
-
-def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
-    """Figures of a network that is on `device`, on all test images."""
-    batches = EvalLoader(dataset.test, dataset, device=device)
-    return evaluate(model, followed(batches, reporter, title), len(dataset.classes))
 
 
 def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Reporter) -> tuple[Path, Artifact] | None:

@@ -185,9 +185,9 @@ def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> t
         run = plan.open(job.config.runs_dir, label_of(job, (extension.label for extension in extensions)))
         distributed.broadcast_object((str(run.path), plan.resume is not None))
         return run, plan
-    path, resume_config = distributed.broadcast_object(("", False))
+    path, resuming = distributed.broadcast_object(("", False))
     run = RunDir(Path(path), silent=True)
-    return run, plan._replace(resume=run if resume_config else None)
+    return run, plan._replace(resume=run if resuming else None)
 
 
 def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) -> None:
@@ -225,10 +225,10 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
 
     Lines that were logged after that checkpoint are taken back: they will be written again.
     """
-    resume_config, logs = plan.resume is not None, (dict[str, int](), dict[str, str]())
+    resuming, logs = plan.resume is not None, (dict[str, int](), dict[str, str]())
     for trainer in phases:
         complain = reporter.warn if plan.lenient else None
-        point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
+        point = checkpoint.find(trainer.folder, complain, run.identity) if resuming else None
         if point is not None:
             saved, epoch = point.state.get("fingerprint"), point.state.get("epoch")
             require_fingerprint(point.folder, saved, epoch, run.fingerprint, run.extended)
@@ -239,11 +239,11 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
             logs = sizes, digests if isinstance(digests, dict) else {}
         elif plan.resume is not None and distributed.is_main_process():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
-        if resume_config and not trainer.done:
-            resume_config = False
+        if resuming and not trainer.done:
+            resuming = False
             run.cut_logs(*logs)
         yield trainer
-    if resume_config:
+    if resuming:
         run.cut_logs(*logs)
 
 

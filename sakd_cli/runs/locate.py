@@ -179,16 +179,16 @@ def find_adaptive_run(config: DistillConfig) -> RunDir:
 
 def pretrain_command(config: DistillConfig, name: str) -> str:
     """The command line that trains a network as a teacher for this distillation."""
-    settings = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
+    words = ["sakd", "pretrain-teacher", name, "--dataset", config.data.name]
     if config.data.root is not None:
-        settings += ["--data-root", str(config.data.root)]
+        words += ["--data-root", str(config.data.root)]
     fields = type(config.data).model_fields
     for key, value in config.data.identity().items():
         if key not in ("data.name", "data.root") and value != fields[key.removeprefix("data.")].default:
-            settings += ["--set", f"{key}={value}"]
+            words += ["--set", f"{key}={value}"]
     if config.runs_dir != type(config).model_fields["runs_dir"].default:
-        settings += ["--runs-dir", str(config.runs_dir)]
-    return shlex.join(settings)
+        words += ["--runs-dir", str(config.runs_dir)]
+    return shlex.join(words)
 
 
 def runs_dir_of(sources: Sequence[ConfigSource]) -> Path:
