@@ -218,8 +218,8 @@ class Trainer:
 
     def _save(self, weights: bytes | None, *, at_leisure: bool = False) -> None:
         self.guard.check()
+        tensors = self._tensors()  # in every process: each has a random state of its own
         if distributed.is_main_process():
-            tensors = self._tensors()
             since, took = self._last_save
             small = sum(tensor.nbytes for tensor in tensors.values()) <= SMALL
             due = not at_leisure or self.done or small or time.perf_counter() - since >= took / SAVING
