@@ -241,7 +241,7 @@ def run_of(target: Path) -> RunDir | None:
 
 
 def require_intact(run: RunDir | None, *more: str) -> None:
-    """Raise DamagedError where the network of a run that is about to be used, or its card, is not as the run left it."""
+    """Raise DamagedError where the network of a run that is to be used, or its card, is not as the run left it."""
     trust_own(run)
     if run is not None:
         run.require_files("student/", "teacher/", "ensemble/", *more)
