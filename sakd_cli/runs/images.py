@@ -1,6 +1,6 @@
 """The images of a run, cut into what trains, what chooses and what tests; and which an evaluation is of."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -214,7 +214,7 @@ def images_to_score(
     config: EvalConfig,
     wanted: Wanted,
     reporter: Reporter,
-    loaded: dict[Hashable, Images],
+    loaded: dict[str, Images],
 ) -> Scored:
     """The images to evaluate a network on; those in `loaded` are not read again.
 
@@ -229,7 +229,7 @@ def images_to_score(
     chosen = data if split != "test" else data.model_copy(update={"validation": 0.0})
     trained = config if run is None else _settings_of_run(run)
     aside = trained.aside if isinstance(trained, DistillConfig) and split != "test" else None
-    key = (chosen, aside)
+    key = f"{chosen!r} {aside!r}"  # settings of own code may be lists, which have no hash
     images = loaded[key] if key in loaded else loaded.setdefault(key, load_images(chosen, aside))
     parts: dict[str, Split] = {name: part for name, part in images.parts.items() if split in (name, "all")}
     if not parts:
