@@ -88,7 +88,7 @@ def kind_of(name: str) -> str | None:
     if of_file(name):
         return "method|router"
     tables: dict[str, Any] = {"method": methods.METHODS, "router": routers.ROUTERS, "schema": DOCUMENTS}
-    tables["key"] = [key for task in TASKS for key in keys_of(task)]
+    tables["key"] = [name for task in TASKS for key in keys_of(task) for name in (key, key.rpartition(".")[2])]
     return next((kind for kind, table in tables.items() if own_name(name, table)), None)
 
 
@@ -127,7 +127,8 @@ def show_method(
         sakd show method sp --json
     """
     code.trust(name)
-    name = choose("method", name, list(methods.METHODS), "sakd list methods")
+    parts = f"one at a time: sakd show method {name.partition('+')[0]}" if "+" in name else "sakd list methods"
+    name = choose("method", name, list(methods.METHODS), parts)
     from sakd_cli.distillers.table import DISTILLERS
 
     entry = DISTILLERS.row(name)
