@@ -335,7 +335,7 @@ def test_the_published_recipe_on_tiny_imagenet(method: str) -> None:
     tiny = resolve("distill", [preset_source("tiny-imagenet-sakd"), *option_sources({"method": method})]).config
     assert (tiny.data.border, tiny.data.flip, tiny.data.seen.resize) == (0, True, 64)
     assert (tiny.data.mean, tiny.data.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    assert router_gamma(tiny.router, tiny) == 2
+    assert router_gamma(tiny) == 2
 
 
 def test_a_milestone_that_never_comes_is_refused_with_the_reason() -> None:

@@ -281,34 +281,6 @@ def test_a_checkpoint_of_an_adaptive_run_holds_all_that_is_trained(tmp_path: Pat
     assert sum(name.startswith("momentum/") for name in training) == momenta
 
 
-def test_a_large_checkpoint_is_not_written_after_every_epoch_and_a_run_goes_on_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing of the best epoch but its network is ever read."""
-    folder, seen = tmp_path / "run" / "checkpoints", []
-
-    class Looks(FileDelivery):
-        def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None:
-            seen.append(checkpoint.read(folder / "last").state["epoch"])
-
-    whole = trainer_of(PlainTask(), tmp_path / "whole", 5)
-    whole.fit()
-    monkeypatch.setattr("sakd_cli.engine.trainer.SMALL", 0)
-    monkeypatch.setattr("sakd_cli.engine.trainer.SAVING", 1e-9)
-    for epochs, written in ((4, [1, 1, 1, 4, 4]), (5, [5, 5])):
-        task = PlainTask()
-        test = EvalLoader(DATASET.test, DATASET, device=CPU)
-        output = TrainingOutput(EvaluationData("test", test, test, CLASSES), Looks(task.network))
-        trainer = trainer_of(task, tmp_path / "run", epochs, output=output)
-        if epochs == 5:
-            trainer.resume(checkpoint.read(folder / "last"))
-        trainer.fit()
-        assert seen == written
-        seen.clear()
-    assert torch.equal(trainer.task.network[1].weight, whole.task.network[1].weight)
-    assert not checkpoint.read(folder / "best").training
-
-
 def test_the_state_of_torchs_own_generator_is_put_back(tmp_path: Path) -> None:
     trainer_of(PlainTask(), tmp_path, 1).fit()
     expected = torch.rand(3)

@@ -203,7 +203,46 @@ HINTS = """
 2 | --set teacher.logits=...                          | distill --teacher-logits x.npy
 2 | --set data.workers=...                            | eval --num-workers 3
 2 | an option of pretrain-teacher, distill            | eval --epochs 3
-2 | sakd sweep --help                                 | sweep --model resnet8
+2 | hint: --pairs                                     | sweep --model resnet8
+2 | sakd pretrain-teacher MODEL trains one network    | yolo classify train model=resnet8 data=shapes
+2 | hint: sakd eval RUN                               | val
+2 | hint: sakd runs                                   | ls
+2 | sakd config show --preset NAME                    | show preset quickstart
+2 | sakd show key lr                                  | show lr
+2 | one at a time: sakd show method kd                | show method kd+crd
+2 | did you mean 'train.lr'?                          | show key train.LR
+2 | behind the command: sakd COMMAND --device         | --device cpu distill
+2 | hint: --batch-size                                | pretrain-teacher resnet8 --batch_size 32
+2 | hint: --batch-size                                | pretrain-teacher resnet8 -b 32
+2 | hint: --loss-weight or --batch-size               | distill -b 32
+2 | hint: --epochs                                    | pretrain-teacher resnet8 -epochs 3
+2 | hint: --run-dir                                   | pretrain-teacher resnet8 --name exp
+2 | hint: --run-dir or --runs-dir                     | pretrain-teacher resnet8 --output exp
+2 | hint: --out                                       | export --output exp
+2 | hint: --json > FILE                               | eval --output x.json
+2 | hint: --precision bf16                            | pretrain-teacher resnet8 --fp16
+2 | hint: --device cpu                                | pretrain-teacher resnet8 --no-cuda
+2 | hint: --set runtime.compile=false                 | pretrain-teacher resnet8 --no-compile
+2 | hint: --compile alone, or --set runtime.compile=f | pretrain-teacher resnet8 --compile=false
+2 | hint: --set data.download=false                   | pretrain-teacher resnet8 --no-download
+2 | hint: --set init_from=...                         | pretrain-teacher resnet8 --pretrained
+2 | torchrun, see sakd guide several-devices          | pretrain-teacher resnet8 --local_rank 0
+2 | hint: sakd pretrain-teacher --help                | pretrain-teacher resnet8 --dropout 0.1
+2 | hint: --epochs N                                  | distill --epochs
+2 | hint: --epochs 3 --lr 0.1                         | pretrain-teacher resnet8 epochs=3 train.lr=0.1
+2 | hint: --set train.momentum=0.8                    | pretrain-teacher resnet8 train.momentum=0.8
+2 | hint: --set train.lr=0.1                          | pretrain-teacher resnet8 --set train.lr 0.1
+2 | hint: --dataset shapes                            | pretrain-teacher resnet8 shapes
+2 | hint: --teacher resnet14 --student resnet8        | distill resnet14 resnet8
+2 | hint: --milestones 150,180                        | PAIR --milestones 150 180
+2 | hint: --teacher a --teacher b                     | distill --teacher a b
+2 | hint: --seed takes one value                      | PAIR --seed 1 2
+2 | hint: --parallel takes no value                   | PAIR --parallel 3
+2 | hint: --methods                                   | sweep sweep-small --method kd
+2 | hint: --set train.epochs=...                      | sweep sweep-small --epochs 3
+2 | hint: sakd sweep FILE                             | sweep --config x.yaml
+2 | hint: sakd import-weights FILE                    | import-weights --weights x.pth
+2 | sweep and 4 more                                  | predict x y --set data.resize=3
 2 | sakd runs lists the runs                          | eval resnet8
 3 | name an unpacked folder                           | data check broken.yaml
 2 | --set method.stage=3                              | PAIR TINY --set method.stage=9

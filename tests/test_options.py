@@ -9,7 +9,8 @@ from conftest import CliRunner
 
 from sakd_cli.config.base import description
 from sakd_cli.config.effective import effective
-from sakd_cli.config.keys import FOREIGN, keys_of, ours, places_of
+from sakd_cli.config.foreign import FOREIGN, ours
+from sakd_cli.config.keys import keys_of, places_of
 from sakd_cli.config.options import OPTIONS as TABLE
 from sakd_cli.config.resolve import ConfigSource, environment_sources, option_sources, resolve, set_sources
 from sakd_cli.config.training import TASKS
@@ -66,7 +67,7 @@ def test_the_options_that_everybody_looks_for_set_their_keys() -> None:
 
 
 def test_a_word_of_another_program_leads_to_a_key_that_there_is() -> None:
-    assert all(list(places_of(key)) for key in FOREIGN.values())
+    assert all(list(places_of(key)) for keys in FOREIGN.values() for key in keys)
 
 
 @pytest.mark.parametrize(

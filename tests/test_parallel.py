@@ -22,7 +22,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.data.loader import step_slices
-from sakd_cli.engine.checkpoint import random_state, restore_random_state
+from sakd_cli.engine.checkpoint import random_state, random_state_of_others, restore_random_state
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import Rows
@@ -223,7 +223,8 @@ def test_every_process_draws_for_itself_and_goes_on_with_its_own_numbers(tmp_pat
 
     def work() -> Any:
         torch.manual_seed(distributed.rank())
-        saved = distributed.broadcast_object(random_state())
+        others = random_state_of_others()
+        saved = distributed.broadcast_object(random_state() | others)
         drawn = torch.rand(3).tolist()
         torch.rand(distributed.rank())  # as of batches of other sizes
         restore_random_state(saved)

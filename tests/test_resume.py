@@ -19,6 +19,7 @@ SHORT = f"{DRAWN} --set data.train=60 --batch-size 12 --set log_every=2 --set sa
 DISTIL = f"distill --teacher teacher --student resnet8 {SHORT} --epochs 3 --set router.lr=0.01 -q"
 METHODS = {
     "fitnet": "--method fitnet",
+    "seldom": "--method fitnet --set save_every=null --epochs 9",
     "crd": "--method crd --set method.negatives=16",
     "balanced": "--method vid --loss-weight auto",
     "ft": "--method ft --set method.warmup_epochs=1 --router anti",

@@ -16,29 +16,10 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from sakd_cli import __version__
-from sakd_cli.cli import (
-    bench,
-    compare,
-    config,
-    data_check,
-    distill,
-    evaluate,
-    export,
-    guide,
-    import_weights,
-    inspect_spots,
-    predict,
-    pretrain_teacher,
-    process,
-    report,
-    runs,
-    show,
-    sweep,
-    watch,
-)
+from sakd_cli.cli import guide, process, results, show, sweep, train, watch
 from sakd_cli.cli.console import complain
+from sakd_cli.cli.instead import SEVERAL, instead
 from sakd_cli.config.code import GUIDE, place_of, trust_no_more
-from sakd_cli.config.keys import option_hint
 from sakd_cli.config.training import PROCEDURES
 from sakd_cli.errors import (
     CheckpointError,
@@ -85,13 +66,6 @@ def _hide_type_of_flags() -> None:
 _hide_type_of_flags()
 
 
-# What to do instead, by option.
-# What others call, as an option, the network that a command of ours takes as its first argument.
-NETWORK = {"model", "arch", "network", "run", "weights", "checkpoint", "teacher", "student"}
-SEVERAL = {"--method": "--method A+B distils by both at once; sakd sweep --methods A,B tries one after the other"}
-SEVERAL |= {"--router": "--routers A,B trains one student by each", "--student": "sakd sweep trains several"}
-
-
 class OnceEach(TyperCommand):
     """A command that refuses an option with one value which is given several times; the parser would take the last."""
 
@@ -135,22 +109,22 @@ def _root(
 OTHERS = {task: row.command for task, row in PROCEDURES.items() if task not in ("pretrain", "distill")}
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {
-        "pretrain-teacher": pretrain_teacher.pretrain_teacher,
-        "distill": distill.distill,
-        **{name: pretrain_teacher.command_of(task) for task, name in OTHERS.items()},
+        "pretrain-teacher": train.pretrain_teacher,
+        "distill": train.distill,
+        **{name: train.command_of(task) for task, name in OTHERS.items()},
         "sweep": sweep.sweep,
-        "import-weights": import_weights.import_weights,
-        "export": export.export,
+        "import-weights": results.import_weights,
+        "export": results.export,
     },
     "Evaluate": {
-        "eval": evaluate.evaluate,
-        "predict": predict.predict,
-        "compare": compare.compare,
-        "runs": runs.runs,
+        "eval": results.evaluate,
+        "predict": results.predict,
+        "compare": results.compare,
+        "runs": results.runs,
         "watch": watch.watch,
-        "report": report.report,
-        "inspect-spots": inspect_spots.inspect_spots,
-        "bench": bench.bench,
+        "report": results.report,
+        "inspect-spots": results.inspect_spots,
+        "bench": results.bench,
     },
     "Reference": {"list": show.listing, "guide": guide.guide},
 }
@@ -159,8 +133,8 @@ for panel, commands in COMMANDS.items():
         app.command(name, rich_help_panel=panel, cls=OnceEach)(function)
 for name in ("method", "router", "key", "schema"):
     show_app.command(name, cls=OnceEach)(getattr(show, f"show_{name}"))
-config_app.command("show", cls=OnceEach)(config.show_config)
-data_app.command("check", cls=OnceEach)(data_check.check)
+config_app.command("show", cls=OnceEach)(show.show_config)
+data_app.command("check", cls=OnceEach)(results.check_data)
 app.add_typer(data_app, name="data", rich_help_panel="Evaluate")
 app.add_typer(show_app, name="show", rich_help_panel="Reference")
 app.add_typer(config_app, name="config", rich_help_panel="Reference")
@@ -203,7 +177,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own errors
             if error.format_message():  # it is empty where the help was shown instead
-                complain(_of_parser(error), hint=_what_instead(error))
+                complain(_of_parser(error), hint=instead(error, arguments))
             return int(error.exit_code)
         # torch's, which must not be imported here; on the CPU it raises a plain RuntimeError.
         if "DataLoader worker" in str(error):  # killed while the main process was elsewhere
@@ -267,23 +241,9 @@ def _resume_alone(arguments: list[str]) -> list[str]:
 def _of_parser(error: Any) -> str:
     """What the parser says; of an argument that is missing also what it is."""
     said: str = error.format_message().replace("Value error, ", "").replace("Input should be", "must be")
-    said = said.partition(", unable to parse")[0]
+    said = re.split(", unable to parse| \\(Possible options| Did you mean", said)[0]  # what is meant stands in the hint
     what = getattr(getattr(error, "param", None), "help", None)
     return f"{said[:-1]}: {what}" if what and re.fullmatch(r"Missing \S+ '\S+'\.", said) else said
-
-
-def _what_instead(error: Exception) -> str:
-    """The hint for an unknown option: ours where another program calls it so, else the command's help."""
-    context = getattr(error, "ctx", None)
-    path = str(context.command_path) if context is not None else "sakd"
-    if path == "sakd show" and (name := re.search("'(.*?)'", str(error))) and (kind := show.kind_of(name[1])):
-        return f"sakd show {kind} {name[1]}"
-    flag, command = str(getattr(error, "option_name", "")), path.partition(" ")[2].replace(" ", "-")
-    arguments = [one for one in context.command.params if one.param_type_name == "argument"] if context else []
-    words = [str(one.metavar or one.name.upper()) for one in arguments]
-    if flag[2:] in NETWORK and words and re.match("MODEL|RUN|NETWORK", words[0]):
-        return f"{path} {' '.join(words)}"
-    return option_hint(flag, command) or f"{path} --help"
 
 
 def main() -> None:

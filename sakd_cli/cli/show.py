@@ -1,4 +1,4 @@
-"""`sakd list` and `sakd show`: what there is to choose from, and what each of it means."""
+"""`sakd list`, `sakd show` and `sakd config show`: what there is to choose from, what it means, what was chosen."""
 
 import inspect
 from json import dumps
@@ -10,12 +10,14 @@ import yaml
 from sakd_cli.cli.console import ConsoleReporter, emit, show
 from sakd_cli.cli.options import NAMES, Values, completion, with_options
 from sakd_cli.config import code, methods, networks, routers
-from sakd_cli.config.base import choose, of_file, own_name, summary
-from sakd_cli.config.keys import explain, keys_of
+from sakd_cli.config.base import EFFECTIVE, choose, of_file, own_name, summary, written
+from sakd_cli.config.effective import effective
+from sakd_cli.config.keys import description_of, explain, keys_of
+from sakd_cli.config.options import OPTIONS, options_of
 from sakd_cli.config.plugins import NETWORKS, Table, plugged, usable
-from sakd_cli.config.resolve import preset_summary, presets
+from sakd_cli.config.resolve import config_sources, flat, preset_summary, presets, resolve
 from sakd_cli.config.training import TASKS
-from sakd_cli.documents.listing import Listed, Listing, ShownMeaning, ShownMethod
+from sakd_cli.documents.listing import Listed, Listing, ShownConfig, ShownKey, ShownMeaning, ShownMethod
 from sakd_cli.documents.table import DOCUMENTS
 from sakd_cli.errors import UsageError, unknown
 from sakd_cli.report.render.sheet import listing_table
@@ -86,7 +88,7 @@ def kind_of(name: str) -> str | None:
     if of_file(name):
         return "method|router"
     tables: dict[str, Any] = {"method": methods.METHODS, "router": routers.ROUTERS, "schema": DOCUMENTS}
-    tables["key"] = [key for task in TASKS for key in keys_of(task)]
+    tables["key"] = [name for task in TASKS for key in keys_of(task) for name in (key, key.rpartition(".")[2])]
     return next((kind for kind, table in tables.items() if own_name(name, table)), None)
 
 
@@ -125,7 +127,8 @@ def show_method(
         sakd show method sp --json
     """
     code.trust(name)
-    name = choose("method", name, list(methods.METHODS), "sakd list methods")
+    parts = f"one at a time: sakd show method {name.partition('+')[0]}" if "+" in name else "sakd list methods"
+    name = choose("method", name, list(methods.METHODS), parts)
     from sakd_cli.distillers.table import DISTILLERS
 
     entry = DISTILLERS.row(name)
@@ -189,3 +192,41 @@ def show_schema(
         raise UsageError(unknown("document", name, DOCUMENTS))
     schema = DOCUMENTS[name].model_json_schema()
     show(dumps(schema, indent=2) if json else yaml.safe_dump(schema, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@with_options("config-show")
+def show_config(options: Values, json: bool, task: str, origin: bool, describe: bool) -> None:
+    """Print the complete configuration that these options make, and with --origin who set each key.
+
+    Precedence: option, then environment (SAKD_*), then --config file, then --preset, then default.
+
+    Examples:
+
+        sakd config show --preset quickstart
+
+        SAKD_SEED=3 sakd config show --preset quickstart --epochs 2 --origin
+    """
+    command = "distill" if task == "distill" else "pretrain-teacher"
+    has = {*options_of(command)}
+    for name in OPTIONS.keys() & options.keys() - has:
+        if OPTIONS[name].key and options[name]:
+            raise UsageError(f"{OPTIONS[name].flag}: is no option of sakd {command}")
+    resolved = resolve(task, config_sources({name: value for name, value in options.items() if name in has}))
+    settings, values = resolved.config.model_dump(mode="json"), effective(resolved.config)
+    keys = [
+        ShownKey(
+            key=key,
+            value=value,
+            origin=resolved.origins.get(key, "default"),
+            description=description_of(resolved.config, key) if describe else None,
+        )
+        for key, value in flat(settings).items()
+    ]
+    listed = origin or describe
+    if json:
+        emit(ShownConfig(task=task, config=settings, effective=values, keys=keys if listed else None))
+    elif not listed:
+        show(yaml.safe_dump(settings | {EFFECTIVE: values}, sort_keys=False).rstrip())
+    else:
+        rows = [key.model_dump(exclude_none=True) | {"value": written(key.value)} for key in keys]
+        show(listing_table(f"config of {task}", rows))

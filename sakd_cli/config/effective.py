@@ -80,7 +80,7 @@ def router_start(config: DistillConfig, *, one_family: bool | None, steps: int |
     published values where this frees the router in the first half of the run, as in 240 epochs; else no prior, and a
     rate at which short runs do not saturate (the presets' choice; of others than SGD half the student's).
     """
-    router = config.router if isinstance(config.router, LearnedConfig) else LearnedConfig(name="none")
+    router = config.learned or LearnedConfig(name="none")
     student, train = initial_lr(config, config.student), router_train(config)
     bias = None if one_family is None else SAME_FAMILY_BIAS if one_family else 0.0
     momentum = {"sgd": train.momentum, "adamw": 0.0}.get(train.optimizer)
@@ -101,8 +101,10 @@ def router_start(config: DistillConfig, *, one_family: bool | None, steps: int |
     return start(student / (SHORT_RUN if train.optimizer == "sgd" else 2), 0.0)
 
 
-def router_gamma(router: LearnedConfig | None, config: DistillConfig) -> float:
-    return config.method.gamma if router is None or router.gamma is None else router.gamma
+def router_gamma(config: DistillConfig) -> float:
+    """The router's own where it has one, else that of the method."""
+    own = None if config.learned is None else config.learned.gamma
+    return config.method.gamma if own is None else own
 
 
 def image_counts(config: DataConfig, aside: ResidualConfig | MetaConfig | None = None) -> tuple[int, int] | None:
@@ -134,12 +136,12 @@ def effective(
         known: Network | None = None
         with suppress(UsageError):  # a path names no network
             known = find_network(teacher or config.teacher.source)
-        if isinstance(router := config.router, TrainedConfig):
-            values["router.lr"] = router.lr or lr / 2
-        if isinstance(router, LearnedConfig):
+        if isinstance(config.router, TrainedConfig):
+            values["router.lr"] = config.router.lr or lr / 2
+        if config.learned:
             one_family = None if known is None else of_one_family(known.name, config.student)
             start = router_start(config, one_family=one_family, steps=steps)
-            values |= {"router.lr": start.lr, "router.gamma": router_gamma(router, config)}
+            values |= {"router.lr": start.lr, "router.gamma": router_gamma(config)}
             values["router.teacher_bias"] = start.bias
         if (warmed := config.method.warmed) is not None:
             by_pair = known is None and warmed.warmup_lr is None and warmed.published_lr_of

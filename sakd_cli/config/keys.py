@@ -12,8 +12,9 @@ from pydantic_core import ErrorDetails
 
 from sakd_cli.config.base import Config, description, of_file, own_name, summary, written
 from sakd_cli.config.datasets import DATASETS
+from sakd_cli.config.foreign import ours
 from sakd_cli.config.methods import METHODS
-from sakd_cli.config.options import OPTIONS, options_of
+from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.plugins import usable
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.config.training import TASKS
@@ -23,44 +24,6 @@ from sakd_cli.errors import UsageError, unknown
 # Sections whose class is chosen by a name.
 TABLES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "router": ROUTERS, "data": DATASETS}
 
-# What other programs call our keys: RepDistiller, mdistiller (section and name, or the name alone), torchvision, timm.
-# fmt: off
-_THEIRS = {
-    "method.name": "distill distiller.type loss", "method.kl_weight": "alpha a kd_weight",
-    "method.weight": "beta b feat_weight", "method.ce_weight": "r gamma ce_weight",
-    "method.temperature": "kd_t temp t temperature", "method.target": "dkd.alpha", "method.others": "dkd.beta",
-    "method.distance": "rkd.distance_weight", "method.angle": "rkd.angle_weight", "method.stage": "hint_layer",
-    "method.power": "at.p", "method.width": "feat_dim", "method.negatives": "nce_k nce.k",
-    "method.momentum": "nce_m nce.momentum", "method.contrast_temperature": "nce_t nce.temperature",
-    "method.warmup_epochs": "init_epochs ab.warmup fsp.warmup ft.warmup",
-    "method.weight_warmup": "dkd.warmup method.warmup loss_warmup",
-    "student": "model model_s distiller.student",
-    "teacher.source": "path_t model_t distiller.teacher", "train.epochs": "solver.epochs max_epochs",
-    "train.batch_size": "solver.batch_size", "train.lr": "learning_rate solver.lr",
-    "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size",
-    "train.lr_decay": "lr_decay_rate lr_gamma decay_rate", "train.momentum": "solver.momentum",
-    "train.weight_decay": "solver.weight_decay wd", "data.name": "dataset.type", "data.root": "data_path",
-    "data.workers": "num_workers", "data.resize": "img_size image_size imgsz input_size",
-    "data.balance": "sampler balanced_sampling weighted_sampler class_balanced oversample",
-    "train.class_weights": "class_weight cls_weights loss_weights", "train.focal_gamma": "focal focal_loss fl_gamma",
-    "train.optimizer": "opt optim optimiser solver.type", "train.schedule": "sched lr_scheduler scheduler",
-    "train.warmup_epochs": "lr_warmup_epochs train.warmup warmup warmup_t warmup_steps", "train.betas": "opt_betas",
-    "train.min_lr": "lr_min eta_min", "train.norm_decay": "norm_weight_decay bias_weight_decay", "train.eps": "opt_eps",
-    "train.clip_norm": "clip clip_grad clip_grad_norm grad_clip max_norm max_grad_norm gradient_clip_val",
-    "train.accumulate": "grad_accum grad_accum_steps accumulation_steps accumulate_grad_batches "
-    "gradient_accumulation gradient_accumulation_steps",
-    "train.label_smoothing": "smoothing label_smooth", "train.ema": "model_ema model_ema_decay ema_decay",
-    "train.patience": "early_stopping early_stop early_stopping_patience", "train.metric": "eval_metric monitor",
-    "train.freeze": "frozen freeze_layers", "train.batchnorm": "freeze_bn bn update_bn norm_eval",
-    "train.drop_path": "drop_path_rate stochastic_depth stochastic_depth_prob", "data.mixup": "mixup_alpha",
-    "data.cutmix": "cutmix_alpha", "data.augment": "aa auto_augment", "data.jitter": "color_jitter colour_jitter",
-    "data.erase": "reprob random_erase random_erasing", "data.randaugment": "ra_magnitude",
-    "device": "gpu gpus gpu_id", "runtime.precision": "amp", "seed": "trial train.seed random_seed",
-    "teacher.combine": "teacher.ensemble teacher.weighting", "teacher.logits": "soft_labels teacher.answers",
-    "log_every": "print_freq", "save_every": "save_freq", "runs_dir": "output_dir output save_dir out_dir project",
-}
-# fmt: on
-FOREIGN = {name: key for key, names in _THEIRS.items() for name in names.split()}
 # Pydantic's messages in plain English.
 _PLAIN = {
     "int_parsing": "must be a whole number",
@@ -117,9 +80,9 @@ def explain(key: str) -> list[KeyMeaning]:
         places.setdefault(kind, []).append(task)
     if not places:
         known = sorted({name for task in TASKS for name in keys_of(task)})
-        near = [name for name in known if name.rpartition(".")[2] == key]
-        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        theirs = ours(key)
+        near = [name for name in known if key.lower() in (name, name.rpartition(".")[2])]
+        theirs = None if near else ours(key)
+        near = near or difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.6)
         section = key.partition(".")[0]
         hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else "sakd guide settings"
         if section in ("router", "method"):
@@ -152,31 +115,6 @@ def keys_of(task: str) -> list[str]:
         leaves = (leaf for kind in classes_of(TASKS[task], name) for leaf in kind.model_fields)
         found |= dict.fromkeys([name, *(f"{name}.{leaf}" for leaf in leaves)])
     return list(found)
-
-
-def ours(name: str, method: str = "") -> str | None:
-    """The key that another program calls `name`, where this method has it."""
-    parts = name.strip("-").lower().replace("-", "_").split(".")
-    candidates = [f"{method}.{parts[-1]}", ".".join(parts), ".".join(parts[-2:]), parts[-1]]
-    key = next((FOREIGN[candidate] for candidate in candidates if candidate in FOREIGN), None)
-    section, _, leaf = (key or "").partition(".")
-    if section == "method" and method in METHODS and leaf not in METHODS[method].model_fields:
-        return None
-    return key
-
-
-def option_hint(flag: str, command: str) -> str | None:
-    """What to write for an option that a command does not have, where that is known."""
-    rows, task = options_of(command), {"pretrain-teacher": "pretrain", "bench": "distill"}.get(command, command)
-    keys = keys_of(task if task in TASKS else "eval") if "set_" in rows else []
-    if key := ours(flag):
-        known = [row.flag for row in rows.values() if row.key == key] or [f"--set {key}=..."] * (key in keys)
-    elif others := [row for row in OPTIONS.values() if row.flag == flag]:
-        known = [f"an option of {' '.join(row.commands for row in others).replace(' ', ', ')}"]
-    else:
-        name = flag.strip("-").replace("-", "_")
-        known = [f"--set {key}=..." for key in keys if name in (key, key.rpartition(".")[2], key.replace(".", "_"))]
-    return " or ".join(known) or None
 
 
 def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:

@@ -170,7 +170,7 @@ class RunConfig(Config):
     log_every: PositiveInt = 50
     """Optimizer steps between two lines of metrics."""
     save_every: PositiveInt | None = None
-    """Optimizer steps between two checkpoints inside an epoch; null: a checkpoint at each epoch's end only."""
+    """Optimizer steps between two checkpoints inside an epoch; null: at ends of epochs only."""
     runtime: Runtime = Runtime()
     """How the run computes, not what."""
     code: tuple[str, ...] | None = None
@@ -315,6 +315,11 @@ class DistillConfig(RunConfig):
         if isinstance(self.router, routers.MetaConfig) and self.residual.students:
             raise ValueError(f"router {self.router.name} has images set aside for one student, not for residual ones")
         return self
+
+    @property
+    def learned(self) -> routers.LearnedConfig | None:
+        """The router's settings, where it learns from the routed network."""
+        return self.router if isinstance(self.router, routers.LearnedConfig) else None
 
     @property
     def aside(self) -> ResidualConfig | routers.MetaConfig:

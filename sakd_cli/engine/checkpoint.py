@@ -161,25 +161,30 @@ def discard(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """State of torch's own generators, from which layers of networks draw (dropout, drop path), in every process."""
+    """State of torch's own generators, from which layers of networks draw (dropout, drop path)."""
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # a run on the CPU makes no context on a GPU
         states |= {f"random/cuda{place}": state for place, state in enumerate(torch.cuda.get_rng_state_all())}
-    if distributed.world_size() > 1:
-        own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
-        for name, state in zip(("cpu", "cuda"), own, strict=False):
-            states |= {f"random/{rank}/{name}": of for rank, of in enumerate(distributed.gather(state))}
     return states
 
 
+def random_state_of_others() -> dict[str, Tensor]:
+    """The same of all processes but the first, each with its one device."""
+    if distributed.world_size() == 1:
+        return {}
+    own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    gathered = {name: distributed.gather(state) for name, state in zip(("cpu", "cuda"), own, strict=False)}
+    return {f"random/{k}/{name}": of[k] for name, of in gathered.items() for k in range(1, len(of))}
+
+
 def restore_random_state(tensors: dict[str, Tensor]) -> None:
-    """Put `random_state` back, for as many devices and processes as are here."""
+    """Put it back, for as many devices and processes as are here."""
     if rank := distributed.rank():
-        own = tensors.get(f"random/{rank}/cpu"), tensors.get(f"random/{rank}/cuda")
-        if own[0] is not None:  # else there were fewer processes, and this one begins with its own seed
-            torch.set_rng_state(own[0])
-        if own[1] is not None and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(own[1])
+        cpu, cuda = (tensors.get(f"random/{rank}/{name}") for name in ("cpu", "cuda"))
+        if cpu is not None:  # else there were fewer processes, and this one begins with its own seed
+            torch.set_rng_state(cpu)
+        if cuda is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(cuda)
         return
     torch.set_rng_state(tensors["random/cpu"])
     for place in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):

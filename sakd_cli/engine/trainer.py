@@ -29,8 +29,7 @@ from sakd_cli.rundir import RunDir
 from sakd_cli.writing import write_aside
 
 MAIN = "train"  # the phase that a run is for
-SMALL = 2**24  # bytes of a checkpoint beside the network that is written after every epoch
-SAVING = 0.03  # of the time, at most, goes into larger ones (CRD's banks: 51 MB for CIFAR-100)
+SAVING = 0.01  # of the time, at most, goes into what is written at the ends of epochs
 
 
 class ModelWriter(Protocol):
@@ -67,7 +66,7 @@ class Trainer:
     """Runs `task` for `epochs` epochs in a run directory; killed at any instant, another resumes to the same bits.
 
     With an `output` every epoch ends with an evaluation; without one (a stage that only prepares another) the trained
-    task itself is all there is. A checkpoint is written after every epoch (a large one not after each), every
+    task itself is all there is. A checkpoint is written after every epoch (of short ones not after each), every
     `save_every` steps, and when the reporter asks the run to stop. `phase` is what its lines in `metrics.jsonl` and its
     checkpoints are called; any but the main one has its spots in `spots-PHASE.jsonl` and `samples-PHASE.safetensors`.
     With `graphs` its steps are captured there and replayed. What is delivered, and evaluated, may be other weights than
@@ -114,6 +113,7 @@ class Trainer:
         self.seconds = {"train": 0.0, "evaluate": 0.0, "save": 0.0, "other": 0.0}
         self._timing, self._since = "other", 0.0
         self._last_save = -math.inf, 0.0  # when it ended, and seconds that it took
+        self._best: tuple[bytes | None, dict[str, Any]] | None = None  # network and figures not yet written
 
     def _constants(self) -> Hashable:
         frozen = self.control.frozen
@@ -132,7 +132,7 @@ class Trainer:
                 if self.control.delivered is not None:
                     self.control.delivered.swap()  # for whatever comes after the training
         except Stopped as stopped:
-            self._save(self._weights())
+            self._save()
             raise Stopped(stopped.signal, f"step {self.step} of {self.steps} is saved") from None
         finally:
             self.reporter.end()
@@ -151,9 +151,7 @@ class Trainer:
             self.run.append(f"spots{self.suffix}.jsonl", record.plain())
             self.reporter.spots([spot.fraction for spot in record.spots])
         self.epoch = epoch
-        weights = self._weights()
-        self._save(weights, at_leisure=True)
-        self._publish(weights, {"epoch": epoch})
+        self._save(at_leisure=True)
 
     def _train(self, epoch: int) -> None:
         self.task.train()
@@ -177,7 +175,7 @@ class Trainer:
                 self._log_record(record | {"lr": self.optimizer.rates[0]} | means)
             self.reporter.advance(self.step)
             if self.save_every and self.step % self.save_every == 0 and self.step != last:
-                self._save(self._weights())
+                self._save()
 
     def _refuse_graph(self, reason: str) -> None:
         self.reporter.warn(f"runtime.graph: a step of {self.phase} cannot be captured ({reason}); it is called instead")
@@ -216,42 +214,52 @@ class Trainer:
         with self._timed("save"), self._delivered():
             return self.output.writer.weights()
 
-    def _save(self, weights: bytes | None, *, at_leisure: bool = False) -> None:
+    def _save(self, *, at_leisure: bool = False) -> None:
+        """Write where a resumed run goes on; at leisure, at an epoch's end, only where it is time for that again."""
         self.guard.check()
-        tensors = self._tensors()  # in every process: each has a random state of its own
+        others = checkpoint.random_state_of_others()
         if distributed.is_main_process():
-            since, took = self._last_save
-            small = sum(tensor.nbytes for tensor in tensors.values()) <= SMALL
-            due = not at_leisure or self.done or small or time.perf_counter() - since >= took / SAVING
-            self._write(weights, tensors, last=due)
+            with self._timed("save"):
+                begin, (since, took) = time.perf_counter(), self._last_save
+                due = not at_leisure or self.done or begin - since >= took / SAVING or self.save_every is not None
+                # At its end only: a step later these are no longer the weights that were evaluated.
+                ended = self.step == self.epoch * self.loader.steps_per_epoch > 0
+                if (better := ended and self.best.get("epoch") == self.epoch) or due:
+                    weights, state = self._weights(), self._state()
+                    self._best = (weights, state) if better else self._best
+                    if due:
+                        self._write(weights, state, self._tensors() | others)
+                        if at_leisure:
+                            self._publish(weights, {"epoch": self.epoch})
+                        self._last_save = (end := time.perf_counter()), end - begin
         distributed.barrier()
 
-    def _write(self, weights: bytes | None, tensors: dict[str, Tensor], *, last: bool) -> None:
-        """The best epoch's network, if this is it, and the last checkpoint."""
-        begin = time.perf_counter()
-        with self._timed("save"):
-            logs = self.run.log_ends()
-            state = {
-                "run": self.run.identity,
-                "fingerprint": self.run.fingerprint,
-                "phase": self.phase,
-                "epoch": self.epoch,
-                "step": self.step,
-                "best": self.best,
-                "meter": self.meter.state()[1],
-                "seconds": self.seconds,
-                "logs": {name: end.bytes for name, end in logs.items()},
-                "log_sha256": {name: end.sha256 for name, end in logs.items()},
-            }
-            # All before `last`: a process that dies in between does this epoch again, and this again.
-            if last and self.recorder is not None:
-                write_aside(self.run.path / f"samples{self.suffix}.safetensors", self.recorder.file())
-            # At its end only: a step later these are no longer the weights that were evaluated.
-            if self.best.get("epoch") == self.epoch > 0 and self.step == self.epoch * self.loader.steps_per_epoch:
-                checkpoint.write(self.folder / "best", weights, {}, state, keep=False)
-            if last:
-                checkpoint.write(self.folder / "last", weights, tensors, state, keep=True)
-                self._last_save = (end := time.perf_counter()), end - begin
+    def _state(self) -> dict[str, Any]:
+        return {
+            "run": self.run.identity,
+            "fingerprint": self.run.fingerprint,
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "meter": self.meter.state()[1],
+            "seconds": dict(self.seconds),
+        }
+
+    def _write(self, weights: bytes | None, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The best epoch's network, where a new one was found since, and the last checkpoint."""
+        logs = self.run.log_ends()
+        state = state | {
+            "logs": {name: end.bytes for name, end in logs.items()},
+            "log_sha256": {name: end.sha256 for name, end in logs.items()},
+        }
+        # All before `last`: a process that dies in between does the epochs since the one before again, and this again.
+        if self.recorder is not None:
+            write_aside(self.run.path / f"samples{self.suffix}.safetensors", self.recorder.file())
+        if self._best is not None:
+            checkpoint.write(self.folder / "best", self._best[0], {}, self._best[1], keep=False)
+            self._best = None
+        checkpoint.write(self.folder / "last", weights, tensors, state, keep=True)
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a step depends on or changes, but for the delivered network, which has its own file."""

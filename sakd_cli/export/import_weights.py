@@ -7,15 +7,17 @@ from typing import Any
 from sakd_cli.config.networks import RELEASES, Release, find_network
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
+from sakd_cli.data.loader import EvalLoader
 from sakd_cli.data.table import describe
 from sakd_cli.documents.table import Imported, WeightsFile
+from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.reporter import Reporter
 from sakd_cli.engine.runtime import pick_device
 from sakd_cli.errors import DataError, UsageError, unreadable
 from sakd_cli.files import MOST_YAML, parse_json, read_bytes, sha256
 from sakd_cli.models import artifact, foreign
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.runs.evaluate import test_scores
+from sakd_cli.runs.evaluate import followed
 from sakd_cli.runs.images import load_images
 from sakd_cli.runs.initial_weights import differing_classes
 from sakd_cli.runs.teachers import GAP, warn_of_chance
@@ -46,7 +48,8 @@ def import_weights(
     metrics: dict[str, Any] = {}
     try:
         known = load_images(config.data.model_copy(update={"validation": 0.0, "download": False})).dataset
-        scores = test_scores(network.to(device), known, device, reporter, f"scoring {file}")
+        batches = followed(EvalLoader(known.test, known, device=device), reporter, f"scoring {file}")
+        scores = evaluate(network.to(device), batches, len(known.classes))
         metrics = scores.metrics() | {"split": "test", "images": scores.images}
         warn_of_chance(scores.top1, scores.images, len(known.classes), reporter.warn)
     except DataError as error:

@@ -85,8 +85,9 @@ def _parts(index: Path, most: int) -> dict[str, Any]:
     try:
         places = dict(parse_json(read_bytes(index, most).decode())["weight_map"])
         files = sorted({str(name) for name in places.values()})
-        assert all(Path(name).name == name and not name.endswith(".json") for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        if not all(Path(name).name == name and not name.endswith(".json") for name in files):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{index}: is no index of a file in parts, with a weight_map of names beside it") from None
     parts = [read_foreign(index.parent / part, most) for part in files]
     found = {name: tensor for part in parts if isinstance(part, dict) for name, tensor in part.items()}

@@ -113,10 +113,10 @@ def distillation(config: DistillConfig, teacher: Artifact | None = None, images:
     require_possible(config, task.distillers, task.router, teacher.model)
     teacher_outputs.load_logits(config, task, images)
     mixtures.load_mixtures(config.method, task.feature_distiller, teacher.model.name)
-    several, costs = (first, *more), cost(task.network, images.side)
+    several, notes = (first, *more), (*teacher.notes, *notes)
     spots = teachers.spots_of(task, [one.network.model.name for one in several])
-    whom = several, (*teacher.notes, *notes)
-    return Job(config, device, mode, images, task.to(device), task.network, costs, spots, *whom)
+    costs = cost(task.network, images.side)
+    return Job(config, device, mode, images, task.to(device), task.network, costs, spots, several, notes)
 
 
 def _located_teacher(config: DistillConfig) -> tuple[DistillConfig, Artifact, Path, teachers.Claim | None]:
@@ -190,7 +190,6 @@ def assemble(
         )
     if method.features is not None:
         method.features.dynamic_shapes = mode.dynamic_shapes
-    learned = config.router if isinstance(config.router, LearnedConfig) else None
     steps = None if labels is None else steps_per_epoch(len(labels), batch_size)
     one_family = teacher.name != teacher_outputs.NAME and of_one_family(config.student, teacher.name)
     start = router_start(config, one_family=one_family, steps=steps)
@@ -199,7 +198,11 @@ def assemble(
         router = routers.build(config.router, pair)
         frozen = mode.frozen(teacher)
         runs = frozen_view(mode.to_memory_format(method.network)).run, frozen.run
-        graft = Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes and not router.soft) if learned else None
+        graft = (
+            Graft(method.spots, *runs, dynamic_shapes=mode.dynamic_shapes and not router.soft)
+            if config.learned
+            else None
+        )
     task = DistillTask(
         method.network,
         PlainPass(frozen, method.want),
@@ -248,9 +251,8 @@ def _factors(config: DistillConfig, method: distillers.Distillers) -> Factors:
     if own.balance and not (own.ce_weight or (own.kl_weight and method.features is not None)):
         reason = f"{own.name} has the cross-entropy with factor 0, and no other gradient to be balanced by"
         raise UsageError(f"method.balance: {reason}", "--set method.ce_weight=1")
-    learned = config.router if isinstance(config.router, LearnedConfig) else None
-    fraction = (learned or LearnedConfig(name="none")).min_teacher_fraction
-    factors = Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(learned, config), fraction, own.balance)
+    fraction = (config.learned or LearnedConfig(name="none")).min_teacher_fraction
+    factors = Factors(own.ce_weight, own.weight, own.kl_weight, router_gamma(config), fraction, own.balance)
     largest = config.train.batch_size + 1  # with a single image that is left over
     selected, schedule = config.router.dose == "selected-mean", own.schedule(config.train.epochs)
     return factors._replace(selected_mean=selected, largest_batch=largest, schedule=schedule)

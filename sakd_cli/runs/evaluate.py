@@ -1,6 +1,6 @@
 """Evaluate saved networks and ensembles on the test images, by more than one number."""
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from sakd_cli.config.preprocessing import ImageSize
 from sakd_cli.config.resolve import ConfigSource, resolve
 from sakd_cli.config.training import EvalConfig
-from sakd_cli.data.dataset import Dataset
 from sakd_cli.data.loader import EvalLoader, EvalPairs
 from sakd_cli.data.sources import as_seen
 from sakd_cli.documents import evaluation as doc
@@ -52,7 +51,7 @@ class Target(NamedTuple):
     wanted: Wanted = Wanted()
 
 
-def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, Images]) -> doc.Evaluation:
+def evaluate_network(target: Target, reporter: Reporter, loaded: dict[str, Images]) -> doc.Evaluation:
     """`sakd eval` of a network; the images are those in `loaded`, or are put there.
 
     Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
@@ -129,12 +128,6 @@ def _class_rows(
     columns |= {"confused_with": mistakes, "precision": [p for p, _ in of_class], "f1": [f1 for _, f1 in of_class]}
     rows = zip(*(columns | more).values(), strict=True)
     return [kind(**dict(zip((*columns, *more), row, strict=True))) for row in rows]
-
-
-def test_scores(model: StagedModel, dataset: Dataset, device: torch.device, reporter: Reporter, title: str) -> Scores:
-    """Figures of a network that is on `device`, on all test images."""
-    batches = EvalLoader(dataset.test, dataset, device=device)
-    return evaluate(model, followed(batches, reporter, title), len(dataset.classes))
 
 
 def _teacher(target: Target, config: EvalConfig, images: Images, reporter: Reporter) -> tuple[Path, Artifact] | None:
@@ -308,7 +301,7 @@ def evaluate_all(
     # A list that is named now counts from its own folder, not from the run's.
     given = [*[ConfigSource("its own folder", {"data": {"root": None}})] * ("manifest" in named), *layers]
     targets = [Target(weights, run, [*settings_of(run), *given], teacher_required, wanted) for weights, run in found]
-    loaded: dict[Hashable, Images] = {}
+    loaded: dict[str, Images] = {}
     return [
         evaluate_ensemble(target, reporter, early=early, curve=curve)
         if as_ensembles or is_ensemble(target.weights)

@@ -112,7 +112,7 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
             raise _wrong(distiller, f"{text}: {cure}")
     if [one._version for one in teacher.tensors()] != before:
         raise _wrong(distiller, "changes the teacher's features in place, which others read too: work on a copy")
-    finite, detached = bool(plain.isfinite().all()), "gives a loss without a gradient by what it is given"
+    finite = bool(plain.isfinite().all())
     if finite and not bool((weights[1] == 1).all()):
         raise _wrong(distiller, "changes its `weight`")
     if not known.issuperset(_leaves(plain)):
@@ -123,7 +123,7 @@ def _require_zero(distiller: torch.nn.Module, student: Features, teacher: Featur
         if plain.requires_grad:
             found = [*torch.autograd.grad(plain, student.tensors(), torch.ones_like(plain), allow_unused=True)]
     if finite and all(gradient is None for gradient in found):
-        raise _wrong(distiller, detached)
+        raise _wrong(distiller, "gives a loss without a gradient by what it is given")
 
 
 def _wrong(module: torch.nn.Module, text: str) -> UsageError:

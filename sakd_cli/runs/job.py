@@ -15,7 +15,6 @@ from sakd_cli.config.networks import of_one_family
 from sakd_cli.config.options import PROTOCOLS
 from sakd_cli.config.preprocessing import height_width, size_text
 from sakd_cli.config.resolve import flat
-from sakd_cli.config.routers import LearnedConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.training import ClassBalance, PlannedNetwork, PlannedSpot
 from sakd_cli.engine.runtime import Mode
@@ -94,7 +93,7 @@ def warnings_of(job: Job) -> list[str]:
     if card is not None and isinstance(data := job.config.data, FilesConfig):  # a size of its own is meant
         sized = card.model_copy(update=data.seen.model_dump(include={"size", "resize"}))
         notes += data.seen.differences(sized, "the teacher's card")
-    if isinstance(job.config, DistillConfig) and isinstance(job.config.router, LearnedConfig) and job.teacher:
+    if isinstance(job.config, DistillConfig) and job.config.learned and job.teacher:
         one_family = of_one_family(job.config.student, job.teacher.model.name)
         steps = steps_per_epoch(len(job.images.shown), job.config.train.batch_size)
         notes += filter(None, [router_start(job.config, one_family=one_family, steps=steps).note])

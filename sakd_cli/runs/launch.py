@@ -145,10 +145,10 @@ def launch(
     require_room(place, max(6 * size - held, 2 * size), ONWARD)  # also of a series, whose finished runs stay
     job.images.preload()
     check_own_losses(job)
-    _made_ready(job, reporter)
+    _prepare(job, reporter)
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
-    run, plan = _opened(job, extensions, plan)
+    run, plan = _open_run(job, extensions, plan)
     with run.locked(), loggers.logging_to(run, job.config.log, reporter.warn):
         if distributed.is_main_process():
             _begin(job, run, plan, images)
@@ -179,15 +179,15 @@ def launch(
         return run.summary
 
 
-def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
+def _open_run(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
     """The run directory and what is to become of it: the first process says it, the others read and are silent."""
     if distributed.is_main_process():
         run = plan.open(job.config.runs_dir, label_of(job, (extension.label for extension in extensions)))
         distributed.broadcast_object((str(run.path), plan.resume is not None))
         return run, plan
-    path, resume_config = distributed.broadcast_object(("", False))
+    path, resuming = distributed.broadcast_object(("", False))
     run = RunDir(Path(path), silent=True)
-    return run, plan._replace(resume=run if resume_config else None)
+    return run, plan._replace(resume=run if resuming else None)
 
 
 def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) -> None:
@@ -206,7 +206,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
         write_aside(run.path / "config.yaml", yaml_bytes(settings | {EFFECTIVE: effective_values(job)}))
 
 
-def _made_ready(job: Job, reporter: Reporter) -> None:
+def _prepare(job: Job, reporter: Reporter) -> None:
     """The process and the task, for the way in which the run computes."""
     # What layers of others' draw in training (dropout, drop path); a resumed run goes on with the state that was saved.
     torch.manual_seed(seeded_generator(job.config.seed, "layers", distributed.rank()).initial_seed())
@@ -225,10 +225,10 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
 
     Lines that were logged after that checkpoint are taken back: they will be written again.
     """
-    resume_config, logs = plan.resume is not None, (dict[str, int](), dict[str, str]())
+    resuming, logs = plan.resume is not None, (dict[str, int](), dict[str, str]())
     for trainer in phases:
         complain = reporter.warn if plan.lenient else None
-        point = checkpoint.find(trainer.folder, complain, run.identity) if resume_config else None
+        point = checkpoint.find(trainer.folder, complain, run.identity) if resuming else None
         if point is not None:
             saved, epoch = point.state.get("fingerprint"), point.state.get("epoch")
             require_fingerprint(point.folder, saved, epoch, run.fingerprint, run.extended)
@@ -239,11 +239,11 @@ def _resumed(phases: Iterator[Trainer], run: RunDir, plan: ResumePlan, reporter:
             logs = sizes, digests if isinstance(digests, dict) else {}
         elif plan.resume is not None and distributed.is_main_process():
             checkpoint.discard(trainer.folder)  # made with another past than the one to come
-        if resume_config and not trainer.done:
-            resume_config = False
+        if resuming and not trainer.done:
+            resuming = False
             run.cut_logs(*logs)
         yield trainer
-    if resume_config:
+    if resuming:
         run.cut_logs(*logs)
 
 

@@ -109,12 +109,7 @@ def check(job: Job) -> None:
 
 def notes(job: Job) -> list[str]:
     """What is worth knowing before hours are spent, also of the recipe."""
-    config, train, steps, found = (
-        job.config,
-        job.config.train,
-        job.steps,
-        warnings_of(job),
-    )
+    config, train, steps, found = job.config, job.config.train, job.steps, warnings_of(job)
     fit = f"{1 - 10 / steps:.4g}" if steps >= 20 else "null"
     if train.ema is not None and (over := 1 / (1 - train.ema)) > steps / 5:
         found.append(

@@ -28,7 +28,7 @@ from sakd_cli.models.artifact import NetworkCard
 from sakd_cli.models.cost import Cost
 from sakd_cli.models.ensemble import Ensemble, Offset, fit
 from sakd_cli.models.staged import StagedModel
-from sakd_cli.models.table import cost_of, create
+from sakd_cli.models.table import cost_of
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.build import assemble, residual_stage
 from sakd_cli.runs.extension import RunExtension, TrainerFactory, eval_batches
@@ -162,8 +162,7 @@ class ResidualExtension(RunExtension):
         assert job.teacher is not None
         for name in self.names if self.settings.loss == "inner" else ():
             config, classes = job.config.model_copy(update={"student": name}), len(job.images.dataset.classes)
-            with torch.device("meta"):
-                network = create(name, classes, job.images.side)
+            network = artifact.meta_network(name, classes, job.images.side)
             assemble(config, network, job.teacher.model, job.images.side, job.images.train.labels, mode=job.mode)
 
     def networks(self) -> list[PlannedNetwork]:

@@ -17,7 +17,7 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
-from sakd_cli.runs.locate import with_teachers_preprocessing
+from sakd_cli.runs.locate import runs_dir_of, with_teachers_preprocessing
 from sakd_cli.runs.own import trust_own
 from sakd_cli.writing import make_folder
 
@@ -289,7 +289,7 @@ def _newest(task: str, given: list[ConfigSource], params: Mapping[str, Any]) -> 
     settings = [*(name for name, row in OPTIONS.items() if row.key), "preset", "config", "set_", "settings", *SERIES]
     if not {name for name in settings if params.get(name)} <= PLACES:
         return resume_config(_resolved(task, given))
-    runs_dir = resolve("eval", [layer for layer in given if layer.values.keys() <= {"runs_dir"}]).config.runs_dir
+    runs_dir = runs_dir_of(given)
     for run in all_runs(runs_dir):
         try:
             here = _settings_of(run, task)

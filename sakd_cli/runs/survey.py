@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sakd_cli.config.resolve import ConfigSource, resolve
+from sakd_cli.config.training import DistillConfig
 from sakd_cli.data.dataset import Split, seeded_generator
 from sakd_cli.data.files import Files
 from sakd_cli.data.loader import EvalPairs
@@ -94,13 +95,13 @@ def live(
 def trained_job(run: RunDir, sources: Iterable[ConfigSource], *, losses: bool = False) -> Job:
     """The job of a run with what its last checkpoint has, also of what only the losses need; raises as `live`."""
     own = ConfigSource(str(run.path), run.config)
-    config = resolve("distill", [own]).config
+    config: DistillConfig = resolve("distill", [own]).config
+    now = fingerprint(config)
     data = ConfigSource(own.origin, {"data": config.data.model_dump(mode="json")})
     given = resolve("eval", [data, *sources]).config
     config = config.model_copy(update={"data": given.data, "device": given.device, "init_from_branches": False})
     saved = checkpoint.read(run.path / "checkpoints" / "last")
-    now, state = fingerprint(resolve("distill", [own]).config), saved.state
-    require_fingerprint(saved.folder, state.get("fingerprint"), state.get("epoch"), now, run.extended)
+    require_fingerprint(saved.folder, saved.state.get("fingerprint"), saved.state.get("epoch"), now, run.extended)
     if losses:  # in whose last bits a finite difference lies
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"precision": "fp32"})})
     job = build.distillation(config)

@@ -72,7 +72,7 @@ def compare_with_card(path: Path, claim: Claim | None, measured: Claim, *, allow
     if claim.top1 is None or measured.top1 is None:
         return f"teacher: the card of {path} names no accuracy to compare with"
     if claim[:2] != measured[:2]:
-        theirs, ours = (f"{settings.images} test images of {settings.dataset}" for settings in (claim, measured))
+        theirs, ours = (f"{one.images} test images of {one.dataset}" for one in (claim, measured))
         return f"teacher: not compared with its card, which is of {theirs}; here are {ours}"
     gap = abs(claim.top1 - measured.top1)
     if gap <= max(GAP, 100 / (measured.images or 1)) + 1e-9:
