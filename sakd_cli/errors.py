@@ -131,7 +131,7 @@ def one_line(error: Exception, most: int = 100) -> str:
     return " ".join(str(error).split())[:most]
 
 
-def not_had(text: str, error: Exception) -> SakdError:
+def download_error(text: str, error: Exception) -> SakdError:
     """The error of a download: code 5 where its cache is to blame. What a hub says stands on several lines."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         reason = f"{error.filename or 'its cache'}: {error.strerror}"

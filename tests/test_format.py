@@ -29,5 +29,5 @@ def test_small_figures() -> None:
     durations = [format.duration(value) for value in (12.34, 83.1, 7512, 59.96, None)]
     assert durations == ["12.3 s", "1 min 23 s", "2 h 05 min", "1 min 00 s", "–"]
     assert format.shape([16, 32, 32]) == "16×32×32"
-    bars = [format.bar(value, 10) for value in (0.0, 0.5, 0.56, 1.0, 1.2, None)]
+    bars = [format.bar(value) for value in (0.0, 0.5, 0.56, 1.0, 1.2, None)]
     assert bars == ["", "█████", "█████▋", "██████████", "██████████", ""]

@@ -19,12 +19,13 @@ from torchvision.transforms import v2
 
 from sakd_cli.config.datasets import DATASETS as CONFIGS
 from sakd_cli.config.datasets import FilesConfig, ImageFolderConfig
-from sakd_cli.data import files, imagefolder, published, table
+from sakd_cli.data import imagefolder, published, table
 from sakd_cli.data.augment import channel_tensor, normalise
 from sakd_cli.data.dataset import Split
 from sakd_cli.data.decode import Picture, Reading, Unreadable, read
-from sakd_cli.data.files import Files, Pool
+from sakd_cli.data.files import Files
 from sakd_cli.data.loader import EvalLoader, TrainLoader
+from sakd_cli.data.pool import Pool, close_pools
 from sakd_cli.data.sources import views
 from sakd_cli.errors import DataError, MemoryLimitError, UsageError
 from sakd_cli.runs.images import Images, load_images
@@ -317,7 +318,7 @@ def test_processes_that_wait_are_ended_before_python_does_it_by_signals() -> Non
     pool = Pool(_answers, workers=1, persistent=True, device=CPU)
     assert len(list(pool([1, 2]))) == 2
     (worker,) = {*multiprocessing.active_children()} - others
-    files.close_pools()
+    close_pools()
     worker.join(5)
     assert worker.exitcode == 0
     assert len(list(pool([1]))) == 1  # a new one

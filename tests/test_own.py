@@ -81,10 +81,10 @@ def small(num_classes):
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
 
 
-def stripes(train: int = 60, test: int = 40):
+def stripes(train: int = 60, test: int = 40, gray: list[int] = [0, 200]):
     def draw(count):
         labels = torch.arange(count) % 2
-        images = (torch.arange(16) % 2 * 200)[None, None, None].expand(count, 3, 16, 16).clone()
+        images = torch.tensor(gray)[torch.arange(16) % 2][None, None, None].expand(count, 3, 16, 16).clone()
         images[labels == 1] = images[labels == 1].transpose(2, 3)
         return images.to(torch.uint8), labels
     return Dataset.of(draw(train), draw(test), ["level", "upright"])

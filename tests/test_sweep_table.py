@@ -16,14 +16,14 @@ from sakd_cli.documents.sweep import PublishedPair, SweepRun
 from sakd_cli.errors import UsageError
 from sakd_cli.report.sweep.results import published_cell, sweep_document
 from sakd_cli.report.sweep.tables import sweep_markdown
-from sakd_cli.sweep.carry_out import understood
+from sakd_cli.sweep.carry_out import read_sweep
 from sakd_cli.sweep.halving import dropped_by_halving
 
 NONE = dict.fromkeys(row for row in options_of("sweep"))
 
 
 def grid_of(file: str, **options: Any) -> Grid:
-    return understood(file, NONE | options)[2]
+    return read_sweep(file, NONE | options)[2]
 
 
 def finished(router: str | None, seed: int, top1: float, **fields: Any) -> SweepRun:
@@ -214,7 +214,7 @@ def test_a_grid_tries_values_of_any_key_where_a_cell_has_it() -> None:
         ({"grid": {"lr": 1}}, "grid.lr: must"),
     ):
         with pytest.raises(UsageError, match=told):
-            understood(once | fields, NONE)  # type: ignore[arg-type]
+            read_sweep(once | fields, NONE)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"unknown key 'router\.taau'"):
         grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], grid={"router.taau": [1]}))
     others = grid(SweepConfig(pairs=["resnet20:resnet8"], methods=["at"], routers=["always"], grid={"router.tau": [1]}))

@@ -254,7 +254,7 @@ def earlier(path: Path) -> doc.Bench:
         raise UsageError(f"--compare {error.message}", "a file that `sakd bench --json` has printed") from None
 
 
-def must_be_alike(before: doc.Bench, environment: Mapping[str, Any], setup: doc.BenchSetup) -> None:
+def require_comparable(before: doc.Bench, environment: Mapping[str, Any], setup: doc.BenchSetup) -> None:
     """Raise UsageError where an earlier result is of another machine or of another setup."""
     machine = [key for key in MACHINE if before.environment.get(key) != environment[key]]
     changed = [key for key, value in setup if getattr(before.setup, key) != value]
@@ -264,7 +264,7 @@ def must_be_alike(before: doc.Bench, environment: Mapping[str, Any], setup: doc.
 
 
 def comparison(before: doc.Bench, now: doc.Bench) -> doc.BenchComparison:
-    """Ratios and counters then and now; the results `must_be_alike`.
+    """Ratios and counters then and now; the results `require_comparable`.
 
     A ratio is slow where it is 15 % below what was recorded; `base` is what it is compared with, and stays the same
     while it is slow. It has regressed where it was slow in the earlier result already. A counter has where it rose.

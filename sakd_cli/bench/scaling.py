@@ -127,7 +127,7 @@ def run_bench(config: Any, options: Mapping[str, Any], say: Callable[[str], None
     before = measure.earlier(options["compare"]) if options["compare"] else None
     with measure.one_thread():
         if before is not None:
-            measure.must_be_alike(before, measure.machine(setup), measure.bench_setup(setup, rounds))
+            measure.require_comparable(before, measure.machine(setup), measure.bench_setup(setup, rounds))
         peers = [load_peer_step(options["peer"], options["peer_entry"], setup)] if options["peer"] else []
         found = measure.measured(setup, rounds, peers, say)
         axes = scaled(axis, points, rounds, say) if points else None

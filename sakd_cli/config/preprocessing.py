@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveInt
 
 from sakd_cli.config.base import Config
-from sakd_cli.errors import UsageError, first_line, not_had
+from sakd_cli.errors import UsageError, download_error, first_line
 
 ImageSize = int | tuple[int, int]  # side of a square image, or height and width, in pixels
 
@@ -118,7 +118,7 @@ def library_preprocessing(name: str) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a library raises on a name that it does not know
         if HUB in entry:
-            raise not_had(f"{name}: cannot be had from the hub", error) from None
+            raise download_error(f"{name}: cannot be had from the hub", error) from None
         raise UsageError(f"{name}: {library} does not say how it was trained ({first_line(error)})", MEANT) from None
 
 

@@ -18,7 +18,8 @@ from sakd_cli.batch import Batch, Loader, UpperBatch
 from sakd_cli.config.effective import steps_per_epoch
 from sakd_cli.data.augment import NUMBERS, Mixing, channel_tensor, normalise, random_boxes
 from sakd_cli.data.dataset import Dataset, Split, hold_out, seeded_generator
-from sakd_cli.data.files import Files, Pool
+from sakd_cli.data.files import Files
+from sakd_cli.data.pool import Pool
 from sakd_cli.data.sources import BatchReader, BatchRequest, TeacherViews, Views, crop_copies, in_memory
 
 MAX_BYTES = 2**27  # of an evaluation batch, as float32: 10,922 images of 32 pixels, 222 of 224

@@ -25,7 +25,7 @@ from sakd_cli.models import artifact, ensemble
 from sakd_cli.models.artifact import NetworkCard, metadata_block, timm_config
 from sakd_cli.rundir import RunDir
 from sakd_cli.runs.images import config_of
-from sakd_cli.runs.locate import is_ensemble, own_network, run_of, settings_of
+from sakd_cli.runs.locate import is_ensemble, require_intact, run_of, settings_of
 from sakd_cli.writing import whole_folder, write_aside, write_json
 
 FILES = {name for form in FORMS.values() for name in form.files}
@@ -157,7 +157,7 @@ def _found(target: Path, reporter: Reporter) -> Exportable:
         reporter.say(f"{target}: is not finished; taking its last checkpoint ({step})")
         loaded = artifact.load(saved.folder / checkpoint.MODEL)
         return Exportable(loaded.model.eval(), loaded.card, {"unfinished": step}, run)
-    own_network(run)
+    require_intact(run)
     weights = (run.ensemble or run.require_deliverable()) if run is not None and run.path == target else target
     if is_ensemble(weights):
         whole = ensemble.load(folder_of(weights))

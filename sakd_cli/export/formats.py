@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from sakd_cli.errors import UsageError, first_line
 from sakd_cli.export.source import executed, opening_imports, opening_lines, source
 from sakd_cli.models.artifact import NetworkCard
-from sakd_cli.models.external import Call, library_call
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.writing import write_aside
 
@@ -139,8 +138,7 @@ class Form(NamedTuple):
         if not inside:
             images = f"{opening_lines(card.seen)}\nmean, std = {array}({list(card.mean)}), {array}({list(card.std)})\n"
             images += f"images = ({pixels} - mean[:, None, None]) / std[:, None, None]"
-        call = _call_of(card)
-        imports = ["from safetensors.torch import load_file"]
+        call, imports = card.library_call(), ["from safetensors.torch import load_file"]
         if call:
             imports.insert(0, f"import {call.module}")
         else:
@@ -155,14 +153,9 @@ def _metadata(card: NetworkCard) -> dict[str, str]:
     return {key: json.dumps(about[key]) for key in ("classes", "mean", "std", "preprocessing")}
 
 
-def _call_of(card: NetworkCard) -> Call | None:
-    """How a library builds the network; None where its architecture is of our own."""
-    return library_call(card.architecture, len(card.classes), card.side)
-
-
 def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folder: Path, how: Writing) -> None:
     tensors = network.state_dict()
-    if _call_of(card) is not None:
+    if card.library_call() is not None:
         assert isinstance(network, StagedModel)
         tensors = network.plain_state_dict()
     else:
@@ -178,7 +171,7 @@ def _write_weights(network: nn.Module, example: Tensor, card: NetworkCard, folde
 
 
 def _open_weights(card: NetworkCard, folder: Path) -> Function:
-    call = _call_of(card)
+    call = card.library_call()
     network = call() if call else executed((folder / SOURCE).read_text(encoding="utf-8"))()
     network.load_state_dict(load_file(folder / WEIGHTS))
     return cast(Function, network.eval().forward)

@@ -19,7 +19,7 @@ from sakd_cli.config.preprocessing import HUB, ImageSize, Preprocessing, height_
 from sakd_cli.data.dataset import Dataset
 from sakd_cli.errors import NonFiniteError, UsageError, first_line
 from sakd_cli.files import check_header, parse_json, sha256, weights_file, yaml_bytes
-from sakd_cli.models.external import check_size, library_call
+from sakd_cli.models.external import Call, check_size, library_call
 from sakd_cli.models.staged import StagedModel
 from sakd_cli.models.table import create
 from sakd_cli.writing import disk_error, verify, write_aside, write_json
@@ -57,6 +57,10 @@ class NetworkCard(NamedTuple):
     def seen(self) -> Preprocessing:
         """How a picture is to be shown to the network."""
         return self.preprocessing or Preprocessing(size=self.side, resize=min(height_width(self.side)))
+
+    def library_call(self) -> Call | None:
+        """How a library builds the network; None where its architecture is of our own."""
+        return library_call(self.architecture, len(self.classes), self.side)
 
     def plain(self) -> dict[str, Any]:
         """As the header of the weights has it."""
@@ -291,8 +295,7 @@ def metadata_block(card: NetworkCard, facts: dict[str, Any], library: str, *tags
 
 def timm_config(card: NetworkCard) -> dict[str, Any]:
     """Entries of config.json by which `timm.create_model("local-dir:FOLDER")` builds the network; none of others."""
-    network = brought(card.architecture)
-    call = library_call(card.architecture, len(card.classes), card.side)
+    network, call = brought(card.architecture), card.library_call()
     if network is None or call is None or network.family != "timm":
         return {}
     name = str(network.arguments["entry"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sakd_cli.config import code
 from sakd_cli.config.base import of_file
 from sakd_cli.config.preprocessing import HUB, ImageSize, height_width, of_timm, timm_config_of
-from sakd_cli.errors import UsageError, first_line, not_had, unknown
+from sakd_cli.errors import UsageError, download_error, first_line, unknown
 from sakd_cli.models.cutting import cut
 from sakd_cli.models.staged import StagedModel
 
@@ -113,7 +113,7 @@ def library_weights(name: str, entry: str, library: str) -> dict[str, Tensor]:
     except UsageError:
         raise
     except Exception as error:  # whatever a download raises
-        raise not_had(f"{name}: its trained weights could not be fetched", error) from None
+        raise download_error(f"{name}: its trained weights could not be fetched", error) from None
 
 
 def library_classes(entry: str, library: str) -> tuple[str, ...] | None:
@@ -175,7 +175,7 @@ def _first_that_fits(name: str, calls: Sequence[Call]) -> tuple[nn.Module, Call]
             if unknown_name and call is not calls[-1]:
                 continue
             if HUB in name:
-                raise not_had(f"{name}: cannot be had from the hub", error) from None
+                raise download_error(f"{name}: cannot be had from the hub", error) from None
             images = "" if call is calls[-1] else " for these images"
             raise UsageError(f"{name}: cannot be built{images} ({first_line(error)})") from None
     raise AssertionError("at least one call")

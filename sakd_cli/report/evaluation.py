@@ -15,7 +15,7 @@ from sakd_cli.documents.training import EnsembleTraining
 from sakd_cli.report.render import plots
 from sakd_cli.report.render.charts import Heat, Lines, Series
 from sakd_cli.report.render.format import DASH, bar, csv_text, fixed, fraction, large, named, printable, whole
-from sakd_cli.report.render.sheet import BAR, Columns, Sheet, both_ends, columns_of, table
+from sakd_cli.report.render.sheet import Columns, Sheet, both_ends, columns_of, table
 from sakd_cli.writing import write_aside
 
 EXTREMES = 10  # best and worst classes ...
@@ -175,7 +175,7 @@ def evaluation_tables(result: AnyEvaluation) -> list[RenderableType]:
     if not known:
         return tables
     ranked = [
-        [str(rank), named(one.name), whole(one.images), fixed(top1, 1), bar(top1 / 100, BAR)]
+        [str(rank), named(one.name), whole(one.images), fixed(top1, 1), bar(top1 / 100)]
         for rank, (top1, one) in enumerate(known, start=1)
     ]
     shown, left_out = both_ends(ranked, EXTREMES if len(ranked) > ALL_CLASSES else len(ranked))

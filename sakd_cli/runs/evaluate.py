@@ -1,6 +1,6 @@
 """Evaluate saved networks and ensembles on the test images, by more than one number."""
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,7 +51,7 @@ class Target(NamedTuple):
     wanted: Wanted = Wanted()
 
 
-def evaluate_network(target: Target, reporter: Reporter, loaded: dict[Hashable, Images]) -> doc.Evaluation:
+def evaluate_network(target: Target, reporter: Reporter, loaded: dict[str, Images]) -> doc.Evaluation:
     """`sakd eval` of a network; the images are those in `loaded`, or are put there.
 
     Weights of no run are evaluated on the data set of their header. Raises UsageError on other classes.
@@ -301,7 +301,7 @@ def evaluate_all(
     # A list that is named now counts from its own folder, not from the run's.
     given = [*[ConfigSource("its own folder", {"data": {"root": None}})] * ("manifest" in named), *layers]
     targets = [Target(weights, run, [*settings_of(run), *given], teacher_required, wanted) for weights, run in found]
-    loaded: dict[Hashable, Images] = {}
+    loaded: dict[str, Images] = {}
     return [
         evaluate_ensemble(target, reporter, early=early, curve=curve)
         if as_ensembles or is_ensemble(target.weights)

@@ -108,7 +108,7 @@ def forecast(configs: Mapping[str, RunConfig], seconds: float) -> dict[str, Fore
             images = load_images(config.data.model_copy(update={"download": False}))
             benches[about] = Workbench(images.side, len(images.dataset.classes), len(images.train))
         try:
-            seen[key] = _look(config, benches[about], 0.0 if not seen else until)
+            seen[key] = _forecast_of(config, benches[about], 0.0 if not seen else until)
         except UsageError as error:
             raise UsageError(f"{key}: {error.message}", error.hint) from None
     timed = [one for one in seen.values() if one.step_seconds is not None]
@@ -118,7 +118,7 @@ def forecast(configs: Mapping[str, RunConfig], seconds: float) -> dict[str, Fore
     return {key: one if one.measured else one._replace(step_seconds=rate * one.work) for key, one in seen.items()}
 
 
-def _look(config: RunConfig, bench: Workbench, until: float) -> Forecast:
+def _forecast_of(config: RunConfig, bench: Workbench, until: float) -> Forecast:
     """One kind; it is timed as long as it is not `until` (0: however late it is)."""
     task, network, work = _task(config, bench)
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())

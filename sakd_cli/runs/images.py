@@ -1,6 +1,6 @@
 """The images of a run, cut into what trains, what chooses and what tests; and which an evaluation is of."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -214,7 +214,7 @@ def images_to_score(
     config: EvalConfig,
     wanted: Wanted,
     reporter: Reporter,
-    loaded: dict[Hashable, Images],
+    loaded: dict[str, Images],
 ) -> Scored:
     """The images to evaluate a network on; those in `loaded` are not read again.
 
@@ -227,14 +227,14 @@ def images_to_score(
         own = None if wanted.split == "all" else _own_test_images(data, weights, then)
         return Scored(own, "test", 0 if then else None) if own else _labelled(data, card, then, reporter)
     chosen = data if split != "test" else data.model_copy(update={"validation": 0.0})
-    trained = config if run is None else _trained(run)
+    trained = config if run is None else _settings_of_run(run)
     aside = trained.aside if isinstance(trained, DistillConfig) and split != "test" else None
-    key = (chosen, aside)
+    key = f"{chosen!r} {aside!r}"  # settings of own code may be lists, which have no hash
     images = loaded[key] if key in loaded else loaded.setdefault(key, load_images(chosen, aside))
     parts: dict[str, Split] = {name: part for name, part in images.parts.items() if split in (name, "all")}
     if not parts:
         raise UsageError(f"{weights}: there is no validation part (data.validation is 0)", "--split test, or all")
-    now = _taken(data, images.dataset.classes, parts, then)
+    now = _fingerprint_of(data, images.dataset.classes, parts, then)
     same_choice = trained.data.model_dump(include=CHOICE) == data.model_dump(include=CHOICE)
     if then is not None and not wanted.folder and same_choice:
         found = fingerprint.changed_images(then, now)[:1] if then.classes != now.classes else []
@@ -249,14 +249,15 @@ def images_to_score(
     return Scored(shown, split, known)
 
 
-def _trained(run: RunDir) -> RunConfig:
+def _settings_of_run(run: RunDir) -> RunConfig:
+    """As far as they choose its images."""
     task = run.config.get("task")
     without = ("method", "router")  # which may be code of others, and say nothing of the images
     own = ConfigSource(f"{run.path}", {key: value for key, value in run.config.items() if key not in without})
     return resolve(task if task in PROCEDURES else "distill", [own]).config
 
 
-def _taken(
+def _fingerprint_of(
     data: DataConfig, classes: tuple[str, ...], parts: dict[str, Split], then: Fingerprint | None
 ) -> Fingerprint:
     return fingerprint.of_images(classes, parts, fingerprint.mode_of(data, then))
@@ -278,7 +279,7 @@ def _own_test_images(data: DataConfig, weights: Path, then: Fingerprint | None) 
         images = load_images(data.model_copy(update={"validation": 0.0}))
     except DataError:
         return None
-    now = _taken(data, images.dataset.classes, {"test": images.dataset.test}, then)
+    now = _fingerprint_of(data, images.dataset.classes, {"test": images.dataset.test}, then)
     return images if now.sum("test") == expected else None
 
 
@@ -293,6 +294,6 @@ def _labelled(data: ImageFolderConfig, card: NetworkCard, then: Fingerprint | No
     if lacking := [name for name, count in zip(dataset.classes, counts, strict=True) if not count]:
         more = f" and {len(lacking) - 9} more" if len(lacking) > 9 else ""
         reporter.warn(f"{where}: has no image of {', '.join(lacking[:9])}{more}")
-    if known := _trained_on(then, _taken(data, dataset.classes, {"all": dataset.test}, then)):
+    if known := _trained_on(then, _fingerprint_of(data, dataset.classes, {"all": dataset.test}, then)):
         reporter.warn(f"{known} of these {len(dataset.test)} images were trained on")
     return Scored(Images(dataset, dataset.train, None), "all", known)

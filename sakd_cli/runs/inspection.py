@@ -14,7 +14,7 @@ from sakd_cli.report.render import plots
 from sakd_cli.report.spots.charts import spot_figure
 from sakd_cli.report.spots.log import spots_document
 from sakd_cli.report.spots.page import context_of, spot_page
-from sakd_cli.report.spots.survey import Survey, gone, read_survey, records, write_records
+from sakd_cli.report.spots.survey import Survey, notes_on_missing, read_survey, records, write_records
 from sakd_cli.rundir import RunDir, look_up
 from sakd_cli.runs.locate import run_or_newest
 from sakd_cli.runs.own import trust_own
@@ -65,7 +65,7 @@ def _read(named: Path | None, params: Mapping[str, Any], reporter: Reporter) -> 
 
         measured = live(run, config_sources(params), split, reporter, seed=seed, extremes=extremes)
     survey = read_survey(run, measured)
-    for text in gone(run) if measured is None else ():
+    for text in notes_on_missing(run) if measured is None else ():
         reporter.warn(text)
     document = spots_document(run, survey, sample=bool(params["sample"]), seed=seed, extremes=extremes)
     if params["probe"]:

@@ -145,10 +145,10 @@ def launch(
     require_room(place, max(6 * size - held, 2 * size), ONWARD)  # also of a series, whose finished runs stay
     job.images.preload()
     check_own_losses(job)
-    _made_ready(job, reporter)
+    _prepare(job, reporter)
     evaluation = evaluation_data(job, reporter)
     facts = _teacher_facts(job, evaluation, reporter)
-    run, plan = _opened(job, extensions, plan)
+    run, plan = _open_run(job, extensions, plan)
     with run.locked(), loggers.logging_to(run, job.config.log, reporter.warn):
         if distributed.is_main_process():
             _begin(job, run, plan, images)
@@ -179,7 +179,7 @@ def launch(
         return run.summary
 
 
-def _opened(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
+def _open_run(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) -> tuple[RunDir, ResumePlan]:
     """The run directory and what is to become of it: the first process says it, the others read and are silent."""
     if distributed.is_main_process():
         run = plan.open(job.config.runs_dir, label_of(job, (extension.label for extension in extensions)))
@@ -206,10 +206,10 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
         write_aside(run.path / "config.yaml", yaml_bytes(settings | {EFFECTIVE: effective_values(job)}))
 
 
-def _made_ready(job: Job, reporter: Reporter) -> None:
+def _prepare(job: Job, reporter: Reporter) -> None:
     """The process and the task, for the way in which the run computes."""
     # What layers of others' draw in training (dropout, drop path); a resumed run goes on with the state that was saved.
-    torch.manual_seed(seeded_generator(job.config.seed, "layers").initial_seed())
+    torch.manual_seed(seeded_generator(job.config.seed, "layers", distributed.rank()).initial_seed())
     if job.device.type == "cpu":
         runtime.keep_freed_memory()
     if job.device.type == "cuda":

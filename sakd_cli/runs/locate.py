@@ -44,7 +44,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
-        own_network(run)
+        require_intact(run)
         return run.deliverable if run else None
     return weights_at(config.teacher.source, "teacher")
 
@@ -80,7 +80,7 @@ def library_or_path(target: Path | None, layers: Sequence[ConfigSource]) -> Path
 def weights_at(source: Path | str, key: str, hint: str | None = None) -> Path:
     """The weights file or folder that a path means: of a run directory its network. `key`: the setting, for errors."""
     path = expanded(source)
-    own_network(run_of(path))
+    require_intact(run_of(path))
     if (path / "config.yaml").is_file():
         return RunDir(path).require_deliverable()
     if path.exists():
@@ -225,7 +225,7 @@ def what_to_score(target: Path | None, runs_dir: Path) -> tuple[Path, RunDir | N
     """The weights, and the run they come from (None for a file of no run)."""
     target = target_or_newest(target, runs_dir)
     run = run_of(target)
-    own_network(run, "branches/")
+    require_intact(run, "branches/")
     if run is None or run.path != target:
         return target, run
     return run.ensemble or run.require_deliverable(), run
@@ -240,8 +240,8 @@ def run_of(target: Path) -> RunDir | None:
     return above[0] if above else None
 
 
-def own_network(run: RunDir | None, *more: str) -> None:
-    """A run's network is about to be used. Raises DamagedError where it, or its card, is not as the run left it."""
+def require_intact(run: RunDir | None, *more: str) -> None:
+    """Raise DamagedError where the network of a run that is to be used, or its card, is not as the run left it."""
     trust_own(run)
     if run is not None:
         run.require_files("student/", "teacher/", "ensemble/", *more)

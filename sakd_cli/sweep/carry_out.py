@@ -32,10 +32,10 @@ Watch = Callable[[Scheduler], AbstractContextManager[Callable[[], None]]]
 SIDE = 32  # pixels of the images of a data set whose settings do not say it
 
 
-def understood(
+def read_sweep(
     file: str | Mapping[str, Any], params: Mapping[str, Any], share: float = 1.0
 ) -> tuple[str, SweepConfig, Grid]:
-    """Name of the sweep, its settings and its runs. Raises UsageError where they do not go together.
+    """Name of a sweep, its settings and its runs. Raises UsageError where they do not go together.
 
     file  or the name of a preset, or what such a file has
     """
@@ -86,7 +86,7 @@ def carry_out(
                 part.run(executor, signals, again=again, refresh=refresh, pause=PAUSE)
 
     file = str(file) if isinstance(file, Path) else file
-    name, settings, runs = understood(file, params)
+    name, settings, runs = read_sweep(file, params)
     folder = runs.members[0].config.runs_dir
     folder = RUNS if folder == RUNS / name else folder  # finished runs beside the sweep's folder count too
     scheduler = Scheduler(runs.members, folder, folder / "sweeps" / name)
@@ -144,7 +144,7 @@ def _train(
         # Teachers are whole ones from the beginning.
         [whole[one.key] if one.role is Role.teacher else one for one in short.members if one.key in whole]
         for stage in range(STAGES)
-        for short in [understood(file, params, factor ** (stage - STAGES))[2]]
+        for short in [read_sweep(file, params, factor ** (stage - STAGES))[2]]
     ]
 
     def trained(members: Sequence[Member]) -> dict[str, float]:

@@ -148,12 +148,12 @@ def text(value: str) -> str:
     return escape(plain(value), quote=True)
 
 
-def kept(sentence: str) -> str:
+def unbroken(sentence: str) -> str:
     """A sentence in which no figure is parted at the end of a line, from its percent sign or by thousands."""
-    return re.sub(r"(?<=\d) (?=%|\d{3}\b)", "&nbsp;", coded(sentence))
+    return re.sub(r"(?<=\d) (?=%|\d{3}\b)", "&nbsp;", with_code(sentence))
 
 
-def coded(words: str) -> str:
+def with_code(words: str) -> str:
     """As HTML, with names between backticks (methods and routers are called at, never, always) as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(words))
 
@@ -172,7 +172,7 @@ def drawn(chart: Chart) -> str:
         drawing = _heat(chart)
     keys = "".join(f"<li>{_swatch(colour, kind)}{text(name)}</li>" for name, colour, kind in names)
     legend = f'<ul class="legend">{keys}</ul>' if names else ""
-    note = f'<p class="note">{kept(chart.note)}</p>' if chart.note else ""
+    note = f'<p class="note">{unbroken(chart.note)}</p>' if chart.note else ""
     kind = ""
     if isinstance(chart, Heat) and chart.width != WIDTH:
         kind = ' class="small"' if chart.width < WIDTH else ' class="broad"'

@@ -143,10 +143,10 @@ def shape(value: Any) -> str:
     return "×".join(named(part) for part in value) if isinstance(value, list | tuple) and value else DASH
 
 
-def bar(value: Any, length: int) -> str:
-    """A share in [0, 1] as blocks, to an eighth of a character."""
+def bar(value: Any) -> str:
+    """A share in [0, 1] as ten characters of blocks, to an eighth of a character."""
     known = number(value)
-    eighths = 0 if known is None else round(min(max(known, 0.0), 1.0) * 8 * length)
+    eighths = 0 if known is None else round(min(max(known, 0.0), 1.0) * 80)
     return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).strip()
 
 

@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sakd_cli.documents.base import Part
-from sakd_cli.report.render.charts import PALETTE, Chart, coded, drawn, kept, text
+from sakd_cli.report.render.charts import PALETTE, Chart, drawn, text, unbroken, with_code
 from sakd_cli.report.render.format import named
 from sakd_cli.report.render.sheet import MORE, Sheet
 
@@ -96,14 +96,14 @@ def page(
     body = "".join(
         f'<section id="s{number}"><h2>{text(section.title)}</h2>'
         + (f'<p class="question">{text(section.question)}</p>' if section.question else "")
-        + (f'<p class="answer">{kept(section.answer)}</p>' if section.answer else "")
+        + (f'<p class="answer">{unbroken(section.answer)}</p>' if section.answer else "")
         + f"{''.join(map(_block, _untitled(section)))}</section>\n"
         for number, section in enumerate(sections)
     )
     first = ""
     if opening and opening.answers:
         answers = "".join(
-            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{kept(said)}</dd>' for said in one.answer)}"
+            f"<dt>{text(one.question)}</dt>{''.join(f'<dd>{unbroken(said)}</dd>' for said in one.answer)}"
             for one in opening.answers
         )
         groups = "".join(f"<div>{''.join(map(_block, group))}</div>" for group in opening.groups if group)
@@ -174,13 +174,14 @@ def _table(sheet: Sheet) -> str:
     rows = "".join(
         f"<tr{' class=own' if n == sheet.own else ''}>"
         + "".join(
-            f"<td{kind}>{re.sub(r'(?<!<)/', '/<wbr>', coded(cell))}</td>" for cell, kind in zip(row, kinds, strict=True)
+            f"<td{kind}>{re.sub(r'(?<!<)/', '/<wbr>', with_code(cell))}</td>"
+            for cell, kind in zip(row, kinds, strict=True)
         )
         + "</tr>"
         for n, row in enumerate(sheet.rows)
         if row != MORE
     )
-    notes = "".join(f'<p class="note">{kept(note)}</p>' for note in sheet.notes)
+    notes = "".join(f'<p class="note">{unbroken(note)}</p>' for note in sheet.notes)
     table = f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     heading = f"<h3>{text(sheet.title)}</h3>" if sheet.title else ""
     return f"<div>{heading}{table if sheet.headers else ''}{notes}</div>"

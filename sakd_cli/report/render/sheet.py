@@ -22,7 +22,6 @@ Columns = dict[str, Callable[[Any], str]]  # by header, how the cell of a row is
 GAP = 2  # columns between two columns
 TEXT_LEAST = 12  # narrower than this, running text in a column is no pleasure to read
 MORE = ("⋮",)  # a row that stands for rows left out
-BAR = 10  # characters of a bar
 
 # What a terminal without UTF-8 gets instead; anything else it cannot show becomes a question mark.
 _ASCII = str.maketrans(

@@ -28,7 +28,7 @@ from sakd_cli.report.runs.compare_tables import curve_charts, epoch_table
 from sakd_cli.report.spots.charts import mixture_chart, spot_figure
 from sakd_cli.report.spots.log import read_mixtures, spots_document
 from sakd_cli.report.spots.page import context_of, spot_opening, spot_sections
-from sakd_cli.report.spots.survey import gone, read_survey
+from sakd_cli.report.spots.survey import notes_on_missing, read_survey
 from sakd_cli.report.spots.tables import mixture_table
 from sakd_cli.rundir import RunDir
 from sakd_cli.writing import require_room, write_aside
@@ -197,7 +197,7 @@ def _curves(page: RunPage) -> None:
 def _spots(page: RunPage) -> None:
     try:
         survey = read_survey(page.run)
-        for text in gone(page.run):
+        for text in notes_on_missing(page.run):
             page.warn(text)
         report = spots_document(page.run, survey)
     except DamagedError:

@@ -69,7 +69,7 @@ class Survey:
     files: tuple[str, ...] = ()
 
 
-def gone(run: RunDir) -> list[str]:
+def notes_on_missing(run: RunDir) -> list[str]:
     """What to say of the files that a run has left and that are not there any more.
 
     A stopped run has its counts by sample from its first checkpoint on.
@@ -85,7 +85,7 @@ def read_survey(run: RunDir, live: bytes | None = None) -> Survey | None:
 
     A survey of the training images under a router without a policy has the run's counts for values.
     Raises UsageError where a file is damaged.
-    One that was taken away is done without (`gone`).
+    One that was taken away is done without (`notes_on_missing`).
     """
     path = run.path / FILE
     named = (COUNTS,) if live is not None else (COUNTS, FILE)

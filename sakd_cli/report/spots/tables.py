@@ -4,7 +4,7 @@ from sakd_cli.documents import spots as doc
 from sakd_cli.documents.base import Number
 from sakd_cli.documents.training import Mixtures
 from sakd_cli.report.render.format import DASH, SPLITS, WHAT, bar, deviation, fixed, fraction, named, p_value, whole
-from sakd_cli.report.render.sheet import BAR, Sheet, both_ends, columns_of, left_out, table, thinned
+from sakd_cli.report.render.sheet import Sheet, both_ends, columns_of, left_out, table, thinned
 
 ClassRow = tuple[doc.ClassDeviation, list[str], list[Number]]  # with more cells, and its means
 EPOCH_ROWS = 20
@@ -124,7 +124,7 @@ def _overall(report: doc.SpotsDocument, alike: bool) -> Sheet:
     headers = ["Spot", "Kind", "Fraction", "", *["First", "Last", "Min", "Max"] * (not alike)]
     headers += [*["Probability"] * with_policy, *["Gradient ratio"] * measured]
     rows = [
-        [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction, BAR)]
+        [named(spot.name), named(spot.kind), fraction(spot.fraction), bar(spot.fraction)]
         + [fraction(value) for value in (spot.first, spot.last, spot.min, spot.max) if not alike]
         + [fixed(spot.probability, 2)] * with_policy
         + [DASH if spot.gradient_ratio is None else f"{spot.gradient_ratio:.2g}"] * measured
@@ -245,7 +245,7 @@ def _deciles(of: str, measure: str, deciles: list[doc.Decile], names: list[str],
 def _paths(paths: list[doc.RoutingPath], names: list[str], top: int | None) -> Sheet:
     shown = paths if top is None else paths[:PATHS]
     columns = columns_of(str, {"Path": "path"}) | columns_of(fraction, {"Fraction": "fraction"})
-    columns[""] = lambda row: bar(row.fraction, BAR)
+    columns[""] = lambda row: bar(row.fraction)
     notes = [f"{LETTERS} ({', '.join(map(named, names))}). Fraction: mean probability."]
     return table("Paths (%)", shown, columns, [*notes, *left_out(len(shown), len(paths), "paths")])
 
