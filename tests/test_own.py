@@ -181,6 +181,14 @@ def test_loss_network_and_data_of_a_file(place: CliRunner) -> None:
     assert place.sakd("inspect-spots", run, "--live", "--json").code == 0
 
 
+def test_a_data_set_that_is_called_like_one_of_ours_may_be_pictures(place: CliRunner) -> None:
+    (place.path / "cifar_mine.py").write_text(MINE)
+    (place.path / "pictures/cat").mkdir(parents=True)
+    (place.path / "pictures/cat/1.png").touch()
+    words = ["--dataset", "cifar_mine.py:stripes", "--data-root", "pictures", "--dry-run", "-q"]
+    assert place.sakd("pretrain-teacher", "resnet8", *words).code == 0
+
+
 @pytest.mark.parametrize(("kind", "content", "code", "told"), WRONG, ids=[f"{w[0]}-{k}" for k, w in enumerate(WRONG)])
 def test_what_is_wrong_with_a_file_is_one_line_with_its_place(
     place: CliRunner, kind: str, content: str, code: int, told: str
