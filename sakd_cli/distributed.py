@@ -132,6 +132,15 @@ def shard_weight(global_size: int) -> float:
     return shard_sizes(global_size)[rank()] * world_size() / global_size
 
 
+def gather(x: Tensor) -> list[Tensor]:
+    """What every process has; a tensor in main memory, of one shape in all."""
+    if world_size() == 1:
+        return [x]
+    found = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(found, x, group=_waiting())
+    return found
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the processes, without gradient; a tensor in main memory."""
     if world_size() > 1:

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sakd_cli.batch import Batch
 from sakd_cli.config.resolve import ConfigSource, nested, resolve
 from sakd_cli.config.train import Train
 from sakd_cli.data.loader import step_slices
+from sakd_cli.engine.checkpoint import random_state, random_state_of_others, restore_random_state
 from sakd_cli.engine.evaluate import evaluate
 from sakd_cli.engine.optim import Optimizer
 from sakd_cli.engine.recorder import Rows
@@ -28,6 +30,7 @@ from sakd_cli.engine.step import of_all_processes, wrap_ddp
 from sakd_cli.engine.task import Task
 from sakd_cli.models.table import create
 from sakd_cli.runs.build import assemble
+from sakd_cli.tasks.team import COMBINE
 
 # Python 3.12 warns of forks beside other threads; those of the test runner hold no lock that the children need.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -68,7 +71,8 @@ def batch_of(places: slice, whole: int, share: float) -> Batch:
     noise = torch.rand(IMAGES, 16, generator=draw)
     labels, index = torch.arange(IMAGES) % CLASSES, torch.arange(IMAGES)
     rows = (tensor[places] for tensor in (images, labels, index, noise))
-    return Batch(*rows, global_size=whole, shard_weight=share)
+    batch = Batch(*rows, global_size=whole, shard_weight=share)
+    return replace(batch, held_out=batch)
 
 
 def test_parts_of_a_batch_are_all_of_it_in_order(tmp_path: Path) -> None:
@@ -161,6 +165,7 @@ def alike(ours: dict[str, Any], whole: dict[str, Any], tolerance: float) -> None
 
 CASES = [("fitnet", "adaptive"), ("fitnet", "anti"), ("at", "always"), ("sp", "adaptive"), ("rkd", "adaptive")]
 CASES += [("fitnet", "never"), ("kd", "wsld"), ("fitnet", "gradient-agreement")]
+CASES += [("at", "meta"), ("fitnet", "teacher-confidence"), ("kd", "teacher-entropy")]
 CASES += [("pkt", "adaptive"), ("cc", "random"), ("dist", "adaptive"), ("crd", "adaptive"), ("vid", "adaptive")]
 
 
@@ -172,6 +177,15 @@ def test_several_processes_do_what_one_does(tmp_path: Path, method: str, router:
         path = tmp_path / str(count)
         for ours in in_processes(count, path, lambda: steps(task_of(method, router))):
             alike(ours, whole, 1e-12)
+
+
+def test_a_teacher_is_drawn_for_the_whole_batch(tmp_path: Path) -> None:
+    def work() -> list[Any]:
+        logits = [torch.zeros(BATCH // distributed.world_size(), CLASSES)] * 5
+        turns = (batch_of(*turn) for turn in step_slices(IMAGES, BATCH, 0))
+        return [COMBINE["draw"](logits, batch.labels, batch.noise)[:, 0].tolist() for batch in turns]
+
+    assert in_processes(2, tmp_path / "p", work) == [work()] * 2
 
 
 @pytest.mark.parametrize("method", ["at", "sp"])
@@ -202,6 +216,22 @@ def single(task: Task) -> Task:
 
     task.register_forward_pre_hook(lambda _, given: (given[0].map(narrow),))
     return task
+
+
+def test_every_process_draws_for_itself_and_goes_on_with_its_own_numbers(tmp_path: Path) -> None:
+    """What layers draw, dropout above all."""
+
+    def work() -> Any:
+        torch.manual_seed(distributed.rank())
+        others = random_state_of_others()
+        saved = distributed.broadcast_object(random_state() | others)
+        drawn = torch.rand(3).tolist()
+        torch.rand(distributed.rank())  # as of batches of other sizes
+        restore_random_state(saved)
+        return drawn, torch.rand(3).tolist()
+
+    first, second = in_processes(2, tmp_path / "p", work)
+    assert first[0] == first[1] != second[1] == second[0]
 
 
 def test_evaluation_in_turn_scores_what_one_process_scores(tmp_path: Path) -> None:

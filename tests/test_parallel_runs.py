@@ -117,7 +117,7 @@ def test_what_only_the_first_one_meets_ends_the_others_in_one_line(fork_server: 
 
 def test_torchrun_starts_them(fork_server: ForkServer) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sakd_cli"]
-    arguments = [*DISTIL, "--run-dir", "launched", "--set", "train.epochs=1", "--json"]
+    arguments = [*DISTIL, "--run-dir", "launched", "--set", "train.epochs=2", "--router", "scheduled", "--json"]
     told = subprocess.run([*launcher, *arguments], cwd=fork_server.cwd, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
+    assert (told.returncode, told.stderr) == (0, ""), told.stderr
     assert json.loads(told.stdout)["run"] == "launched"

@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 from sakd_cli.cli.child import bound_to_launcher
 from sakd_cli.cli.console import complain
 from sakd_cli.errors import MemoryLimitError
+from sakd_cli.torchrun import requested_world_size
 
 ENOUGH = 8 * 2**30  # bytes of address space in which PyTorch of any kind can be imported
 WIDEST = 1000  # columns; rich and typer take any number
@@ -41,6 +42,8 @@ def prepare() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
     sys.stderr = cast("TextIO", Forgiving(sys.stderr))
+    if requested_world_size() > 1:  # each would advise on DistributedDataParallel's settings
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it keeps its cache elsewhere is nobody's news
     sys.meta_path.insert(0, AbortingTorch())
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sakd_cli import files, writing
+from sakd_cli import distributed, files, writing
 from sakd_cli.errors import CheckpointError
 
 FORMAT = "sakd.checkpoint/4"
@@ -161,15 +161,31 @@ def discard(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """State of torch's own generators, which nothing of ours draws from but a network of the user's might."""
+    """State of torch's own generators, from which layers of networks draw (dropout, drop path)."""
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # a run on the CPU makes no context on a GPU
         states |= {f"random/cuda{place}": state for place, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
+def random_state_of_others() -> dict[str, Tensor]:
+    """The same of all processes but the first, each with its one device."""
+    if distributed.world_size() == 1:
+        return {}
+    own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    gathered = {name: distributed.gather(state) for name, state in zip(("cpu", "cuda"), own, strict=False)}
+    return {f"random/{k}/{name}": of[k] for name, of in gathered.items() for k in range(1, len(of))}
+
+
 def restore_random_state(tensors: dict[str, Tensor]) -> None:
-    """Put `random_state` back, for as many devices as are here."""
+    """Put it back, for as many devices and processes as are here."""
+    if rank := distributed.rank():
+        cpu, cuda = (tensors.get(f"random/{rank}/{name}") for name in ("cpu", "cuda"))
+        if cpu is not None:  # else there were fewer processes, and this one begins with its own seed
+            torch.set_rng_state(cpu)
+        if cuda is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(cuda)
+        return
     torch.set_rng_state(tensors["random/cpu"])
     for place in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         if (state := tensors.get(f"random/cuda{place}")) is not None:

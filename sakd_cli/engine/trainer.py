@@ -217,6 +217,7 @@ class Trainer:
     def _save(self, *, at_leisure: bool = False) -> None:
         """Write where a resumed run goes on; at leisure, at an epoch's end, only where it is time for that again."""
         self.guard.check()
+        others = checkpoint.random_state_of_others()
         if distributed.is_main_process():
             with self._timed("save"):
                 begin, (since, took) = time.perf_counter(), self._last_save
@@ -227,7 +228,7 @@ class Trainer:
                     weights, state = self._weights(), self._state()
                     self._best = (weights, state) if better else self._best
                     if due:
-                        self._write(weights, state)
+                        self._write(weights, state, self._tensors() | others)
                         if at_leisure:
                             self._publish(weights, {"epoch": self.epoch})
                         self._last_save = (end := time.perf_counter()), end - begin
@@ -245,7 +246,7 @@ class Trainer:
             "seconds": dict(self.seconds),
         }
 
-    def _write(self, weights: bytes | None, state: dict[str, Any]) -> None:
+    def _write(self, weights: bytes | None, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """The best epoch's network, where a new one was found since, and the last checkpoint."""
         logs = self.run.log_ends()
         state = state | {
@@ -258,7 +259,7 @@ class Trainer:
         if self._best is not None:
             checkpoint.write(self.folder / "best", self._best[0], {}, self._best[1], keep=False)
             self._best = None
-        checkpoint.write(self.folder / "last", weights, self._tensors(), state, keep=True)
+        checkpoint.write(self.folder / "last", weights, tensors, state, keep=True)
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a step depends on or changes, but for the delivered network, which has its own file."""

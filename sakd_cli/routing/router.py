@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli.batch import Batch
+
 
 class Decision(NamedTuple):
     """What a router decides for one batch.
@@ -22,11 +24,15 @@ class Decision(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Logits of both networks [N, classes], without gradient and in at least fp32, and labels [N]."""
+    """Logits of both networks [N, classes], without gradient and in at least fp32, and labels [N].
+
+    batch  that these are, in training: what says how they stand in the batch of all processes
+    """
 
     teacher: Tensor
     student: Tensor
     labels: Tensor
+    batch: Batch | None = None
 
 
 class Seen(NamedTuple):

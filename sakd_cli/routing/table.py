@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli import distributed
+from sakd_cli.batch import Batch
 from sakd_cli.config import code, plugins
 from sakd_cli.config.routers import LearnedConfig, RouterConfig
 from sakd_cli.errors import UsageError
@@ -36,9 +38,13 @@ class AnswerRouter(Router, ABC):
         return Decision(self.weigh(answers).to(student.dtype).expand(self.spots, -1))
 
 
-def of_mean(value: Tensor, cap: float) -> Tensor:
-    """value [N] over its mean, clipped at `cap`, over which it is then in [0, 1]; `dose=selected-mean` makes it 1."""
-    return (value / value.mean().clamp(min=1e-12)).clamp(max=cap) / cap
+def of_mean(value: Tensor, cap: float, batch: Batch | None) -> Tensor:
+    """value [N] over its mean, clipped at `cap`, over which it is then in [0, 1]; `dose=selected-mean` makes it 1.
+
+    The mean is that of the whole batch, of which `batch` is this process's part.
+    """
+    mean = value.mean() if batch is None else distributed.all_reduce_mean(value.mean(), batch)
+    return (value / mean.clamp(min=1e-12)).clamp(max=cap) / cap
 
 
 @final
@@ -63,7 +69,7 @@ class Confidence(AnswerRouter):
     """
 
     def weigh(self, answers: Answers) -> Tensor:
-        return of_mean(answers.teacher.softmax(dim=1).amax(dim=1), self.cap)
+        return of_mean(answers.teacher.softmax(dim=1).amax(dim=1), self.cap, answers.batch)
 
 
 @final
@@ -77,7 +83,8 @@ class Entropy(AnswerRouter):
     def weigh(self, answers: Answers) -> Tensor:
         log_p = answers.teacher.log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p).sum(dim=1)
-        return of_mean((1 - entropy / math.log(answers.teacher.shape[1])).clamp(min=0), self.cap)
+        certainty = (1 - entropy / math.log(answers.teacher.shape[1])).clamp(min=0)
+        return of_mean(certainty, self.cap, answers.batch)
 
 
 @final

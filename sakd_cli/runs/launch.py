@@ -209,7 +209,7 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
 def _prepare(job: Job, reporter: Reporter) -> None:
     """The process and the task, for the way in which the run computes."""
     # What layers of others' draw in training (dropout, drop path); a resumed run goes on with the state that was saved.
-    torch.manual_seed(seeded_generator(job.config.seed, "layers").initial_seed())
+    torch.manual_seed(seeded_generator(job.config.seed, "layers", distributed.rank()).initial_seed())
     if job.device.type == "cpu":
         runtime.keep_freed_memory()
     if job.device.type == "cuda":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sakd_cli import distributed
 from sakd_cli.batch import Batch
 from sakd_cli.engine.optim import moved
 from sakd_cli.engine.runtime import Mode
@@ -20,14 +21,21 @@ TINY = 1e-30  # of a product of gradients
 STEP = 1e-3  # of the finite difference, as a fraction of the length of all weights
 
 
-def held_out_gradient(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Of the summed cross-entropy of (images, labels) by every weight that is trained, at length 1."""
+def held_out_gradient(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, shared: bool = False
+) -> list[Tensor]:
+    """Of the summed cross-entropy of (images, labels) by every weight that is trained, at length 1.
+
+    shared  each process has a part of the batches
+    """
     weights = [p for p in network.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in weights]
     for images, labels in batches:
         loss = F.cross_entropy(network(images).float(), labels, reduction="sum")
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         total = [a + b for a, b in zip(total, found, strict=True)]
+    if shared:
+        distributed.average_buffers(total)
     length = torch.stack([part.norm() for part in total]).norm().clamp(min=1e-30)
     return [part / length for part in total]
 
@@ -49,17 +57,20 @@ def benefits_of(task: "DistillTask", batch: Batch, seen: Features) -> Tensor:
 
     In evaluation mode, so that nothing is recorded; in fp32, in whose last bits the difference lies.
     """
-    assert batch.held_out is not None, "the builder gives such a router held-out images"
+    held_out = batch.held_out
+    assert held_out is not None, "the builder gives such a router held-out images"
     modules = [module for module in task.modules() if module.training]
     mode, task.mode = task.mode, Mode()
     for module in modules:
         module.training = False
     try:
-        way = held_out_gradient(task.network, [(batch.held_out.images, batch.held_out.labels)])
+        own = [(held_out.images, held_out.labels)] if held_out.shard_weight else []  # borrowed rows count elsewhere
+        way = held_out_gradient(task.network, own, shared=True)
         known = replace(batch, precomputed=seen)
         products = along(task.network, way, lambda: task.sample_losses(known))
     finally:
         task.mode = mode
         for module in modules:
             module.training = True
-    return products / products.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
+    square = distributed.all_reduce_mean(products.square().mean(dim=1, keepdim=True), batch)
+    return products / square.sqrt().clamp(min=TINY)

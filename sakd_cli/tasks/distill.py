@@ -257,7 +257,7 @@ class DistillTask(Task):
         """Where each sample is distilled from each teacher, the teacher's share of the sample in its weights."""
         decisions, first = [], 0
         for task, seen in zip(self.members, all_seen, strict=True):
-            answers = task.answers(seen, student, batch.labels)
+            answers = task.answers(seen, student, batch.labels, batch)
             width = task.router.noise_width
             noise = batch.noise[:, first : first + width] if self.others else batch.noise
             decisions.append(task.decide(to_fp32(seen.embedding), student.embedding.detach(), noise, *answers))
@@ -300,11 +300,13 @@ class DistillTask(Task):
         student = student.with_logits(self.doses.compare(marks, last, logits))
         return student, self.criterion(logits, batch)
 
-    def answers(self, teacher: Features, student: Features, labels: Tensor) -> list[Answers]:
+    def answers(
+        self, teacher: Features, student: Features, labels: Tensor, batch: Batch | None = None
+    ) -> list[Answers]:
         """What a router that needs answers gets beside the pooled vectors; nothing for the others."""
         if not self.router.needs_answers:
             return []
-        return [Answers(to_fp32(teacher.logits), student.logits.detach(), labels)]
+        return [Answers(to_fp32(teacher.logits), student.logits.detach(), labels, batch)]
 
     def decide(self, teacher: Tensor, student: Tensor, noise: Tensor, *answers: Answers) -> Decision:
         """Where each sample is distilled, from the pooled vectors of both networks; some routers get their answers."""

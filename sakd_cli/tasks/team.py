@@ -40,8 +40,8 @@ def confidence(logits: list[Tensor], labels: Tensor, noise: Tensor) -> Tensor:
 
 
 def draw(logits: list[Tensor], labels: Tensor, noise: Tensor) -> Tensor:
-    """All of one teacher, which is drawn for the step (under torchrun by each process for its own samples)."""
-    chosen = (noise[0, -1] * len(logits)).floor()
+    """All of one teacher, which is drawn for the step: by the first sample of the whole batch."""
+    chosen = (distributed.all_reduce_sum(noise[0, -1] * distributed.is_main_process()) * len(logits)).floor()
     of_each = torch.arange(len(logits), device=noise.device) == chosen
     return of_each.to(logits[0].dtype)[:, None].expand(-1, len(labels))
 
